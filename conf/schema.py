@@ -1,0 +1,263 @@
+"""Every setting of a run: one dataclass per group, one line of meaning per field, and the checks that need no hardware.
+
+Imports no project code and nothing slow: it must refuse a bad configuration within a second. What depends on the
+number of ranks is checked by `resolve_degrees`, once that number is known.
+"""
+
+from __future__ import annotations
+
+import glob
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+BYTE_VOCAB_SIZE = 257  # 256 byte values and the document separator
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work: says the value, the rule and what to type. Shown to the user without a traceback."""
+
+
+def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name}={value} is not known: use {', '.join(choices)}")
+
+
+def _at_least(name: str, value: float, minimum: float) -> None:
+    if not value >= minimum:  # also refuses nan
+        raise ConfigError(f"{name}={value} must be at least {minimum}")
+
+
+@dataclass
+class ModelConfig:
+    """The shape of the transformer; length and dtype are not the model's."""
+
+    name: str = "tiny"
+    num_layers: int = 2
+    hidden_size: int = 128
+    num_heads: int = 4
+    num_kv_heads: int = 2  # fewer than num_heads is grouped-query attention
+    head_dim: int = 32
+    mlp_size: int = 512
+    mlp: str = "swiglu"  # swiglu | gelu
+    norm: str = "rmsnorm"  # rmsnorm | layernorm
+    norm_eps: float = 1e-5
+    vocab_size: int = BYTE_VOCAB_SIZE
+    tied_head: bool = False  # the output head shares the embedding's weight
+    bias: bool = False  # in every linear layer but the head
+    rope_theta: float = 10000.0
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        _choice("model.mlp", self.mlp, ("swiglu", "gelu"))
+        _choice("model.norm", self.norm, ("rmsnorm", "layernorm"))
+        for name in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "mlp_size"):
+            _at_least(f"model.{name}", getattr(self, name), 1)
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"model.num_kv_heads={self.num_kv_heads} does not divide model.num_heads={self.num_heads}: "
+                f"use one of {_divisors(self.num_heads)}"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"model.head_dim={self.head_dim} must be even: rotary positions turn pairs of numbers")
+
+
+@dataclass
+class AttentionConfig:
+    """How attention is computed over the ranks that share a sequence."""
+
+    method: str = "ring"  # ring | local; local needs ring_degree 1
+    layout: str = "zigzag"  # zigzag | contiguous
+    transport: str = "p2p"  # how K,V travel
+    block: str = "auto"  # block kernel: auto | cudnn | aten_flash | cpu_flash | reference
+
+    def __post_init__(self) -> None:
+        _choice("attention.method", self.method, ("ring", "local"))
+        _choice("attention.layout", self.layout, ("zigzag", "contiguous"))
+        _choice("attention.transport", self.transport, ("p2p",))
+        _choice("attention.block", self.block, ("auto", "cudnn", "aten_flash", "cpu_flash", "reference"))
+
+
+@dataclass
+class ParallelismConfig:
+    """The rank grid; what is left unset fills the ranks there are."""
+
+    data_degree: Optional[int] = None  # replicas, each with sequences of its own
+    ring_degree: Optional[int] = None  # ranks that share one sequence
+
+    def __post_init__(self) -> None:
+        for name in ("data_degree", "ring_degree"):
+            if getattr(self, name) is not None:
+                _at_least(f"parallelism.{name}", getattr(self, name), 1)
+
+
+@dataclass
+class EngineConfig:
+    """What DeepSpeed's engine does, and the batch of one step."""
+
+    dtype: str = "bf16"  # bf16 | fp16 (dynamic loss scale) | fp32
+    zero_stage: int = 1
+    micro_batch_size: int = 1  # sequences per ring and micro-batch
+    gradient_accumulation_steps: int = 1
+    gradient_clipping: float = 1.0  # largest gradient norm; 0 is off
+    deterministic: bool = False  # deterministic kernels only, at some cost
+    detect_anomaly: bool = False  # name the forward operation whose gradient is NaN; slow
+    overlap_comm: bool = True  # reduce gradients while the backward pass runs
+
+    def __post_init__(self) -> None:
+        _choice("engine.dtype", self.dtype, ("bf16", "fp16", "fp32"))
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise ConfigError(f"engine.zero_stage={self.zero_stage} is not known: use 0, 1, 2, 3")
+        _at_least("engine.micro_batch_size", self.micro_batch_size, 1)
+        _at_least("engine.gradient_accumulation_steps", self.gradient_accumulation_steps, 1)
+        _at_least("engine.gradient_clipping", self.gradient_clipping, 0)
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW, with linear warm-up and a decay to min_lr_ratio * lr at the last step."""
+
+    lr: float = 3e-3
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # spares norms, biases and embeddings
+    warmup_fraction: float = 0.1  # of num_steps
+    decay: str = "cosine"  # cosine | linear | constant
+    min_lr_ratio: float = 0.1
+
+    def __post_init__(self) -> None:
+        _choice("optimizer.decay", self.decay, ("cosine", "linear", "constant"))
+        for name in ("lr", "eps", "weight_decay"):
+            _at_least(f"optimizer.{name}", getattr(self, name), 0)
+        for name in ("beta1", "beta2", "warmup_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"optimizer.{name}={getattr(self, name)} must be in [0, 1)")
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise ConfigError(f"optimizer.min_lr_ratio={self.min_lr_ratio} must be in [0, 1]")
+
+
+@dataclass
+class DataConfig:
+    """Which text is read, and how it is cut into sequences."""
+
+    source: str = "stdlib"  # stdlib: Python's own library | text_files | hub
+    files: Any = None  # text_files: a glob or a list of globs
+    name: Optional[str] = None  # hub: data set name, or a local folder that load_dataset can read
+    subset: Optional[str] = None  # hub: data set configuration
+    split: str = "train"  # hub: split
+    text_field: str = "text"  # hub: the column that holds the text
+    sequence_length: int = 1024  # tokens that the model sees at once, over all ranks of a ring
+    validation_sequences: int = 8  # held out, from the start of the corpus
+    shuffle_seed: int = 0  # order of the files
+    overfit_one_batch: bool = False  # every step gets the first batch; a check that learning works
+
+    def __post_init__(self) -> None:
+        _choice("data.source", self.source, ("stdlib", "text_files", "hub"))
+        _at_least("data.sequence_length", self.sequence_length, 1)
+        _at_least("data.validation_sequences", self.validation_sequences, 1)
+        if self.source == "text_files":
+            self._check_files()
+        if self.source == "hub" and not self.name:
+            raise ConfigError("data=hub needs a data set: data.name=OWNER/NAME or a local folder")
+
+    def _check_files(self) -> None:
+        patterns = [self.files] if isinstance(self.files, str) else self.files
+        if not patterns or not isinstance(patterns, list) or not all(isinstance(p, str) for p in patterns):
+            raise ConfigError("data=text_files needs files: data.files='texts/*.txt' or data.files=[a.txt,b.txt]")
+        for pattern in patterns:
+            if not glob.glob(pattern, recursive=True):
+                raise ConfigError(f"data.files={pattern} matches no file: give a path or a glob, from the folder you are in")
+
+
+@dataclass
+class LoggingConfig:
+    """What is shown and kept."""
+
+    every_n_steps: int = 5
+    validate_every_n_steps: int = 0  # 0: only at the end
+    wandb: str = "auto"  # auto: online with a login, else offline | online | offline | disabled
+    project: str = "ring-attention"
+    group: Optional[str] = None  # of wandb; a sweep sets its own
+    tags: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        _choice("logging.wandb", self.wandb, ("auto", "online", "offline", "disabled"))
+        _at_least("logging.every_n_steps", self.every_n_steps, 1)
+        _at_least("logging.validate_every_n_steps", self.validate_every_n_steps, 0)
+
+
+@dataclass
+class LaunchConfig:
+    """Which ranks run; ignored where a launcher (torchrun, deepspeed, srun) has started them."""
+
+    num_ranks: Optional[int] = None  # all GPUs, or 4 on the CPU
+    timeout_s: float = 600.0  # a collective that takes longer ends the run
+
+    def __post_init__(self) -> None:
+        if self.num_ranks is not None:
+            _at_least("launch.num_ranks", self.num_ranks, 1)
+        _at_least("launch.timeout_s", self.timeout_s, 1)
+
+
+@dataclass
+class Config:
+    """A run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    recipe: str = "pretrain"  # what is run
+    explain: bool = False  # print the resolved plan and stop
+    profile: bool = False  # record a torch profiler trace of steps 3 and 4 on every rank
+    num_steps: int = 80  # optimizer steps
+    seed: int = 0  # of the weights
+
+    def __post_init__(self) -> None:
+        _choice("recipe", self.recipe, ("pretrain",))
+        _at_least("num_steps", self.num_steps, 1)
+        if self.model.vocab_size < BYTE_VOCAB_SIZE:
+            raise ConfigError(
+                f"model.vocab_size={self.model.vocab_size} cannot hold byte tokens: use at least {BYTE_VOCAB_SIZE}"
+            )
+
+
+def resolve_degrees(config: Config, num_ranks: int) -> tuple[int, int]:
+    """(data_degree, ring_degree) of `num_ranks`: what is unset fills the ranks, the ring first.
+
+    Raises:
+        ConfigError: if the degrees contradict each other, the ranks or the attention method.
+    """
+    data, ring = config.parallelism.data_degree, config.parallelism.ring_degree
+    for name, degree in (("data_degree", data), ("ring_degree", ring)):
+        if degree is not None and num_ranks % degree:
+            legal = _divisors(num_ranks)
+            raise ConfigError(
+                f"parallelism.{name}={degree} does not divide the {num_ranks} ranks: use one of {legal} "
+                f"(parallelism.{name}={legal[-1]}) or another launch.num_ranks"
+            )
+    if data is None and ring is None and config.attention.method == "local":
+        ring = 1
+    if ring is None:
+        ring = num_ranks // (data or 1)
+    if data is None:
+        data = num_ranks // ring
+    if data * ring != num_ranks:
+        raise ConfigError(
+            f"parallelism.data_degree={data} x parallelism.ring_degree={ring} is {data * ring} ranks, but there are "
+            f"{num_ranks}: leave one of them unset, or launch.num_ranks={data * ring}"
+        )
+    if config.attention.method == "local" and ring > 1:
+        raise ConfigError(
+            f"attention=local sees only one rank's tokens, but parallelism.ring_degree={ring}: "
+            "use attention=ring or parallelism.ring_degree=1"
+        )
+    return data, ring
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]

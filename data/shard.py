@@ -1,0 +1,64 @@
+"""Deals sequences out: which sequences a data rank gets, and which positions of them a ring rank holds.
+
+One step consumes, in the corpus's order, for each micro-batch, for each data rank, `micro_batch_size` sequences. The
+order does not depend on the ring degree, so neither does what is learnt.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from recipes.transformer import IGNORED_LABEL, TokenBatch
+from ring_attention.layout import Layout
+
+
+@dataclass(frozen=True)
+class Sharder:
+    """This rank's place in the grid, and the shape of a step."""
+
+    layout: Layout
+    ring_rank: int
+    data_rank: int
+    data_degree: int
+    micro_batch_size: int
+
+    def token_batch(self, sequences: np.ndarray) -> TokenBatch:
+        """This ring rank's part of whole sequences [B, L+1]; padded positions get an ignored label."""
+        whole = torch.from_numpy(sequences.astype(np.int64))
+        return TokenBatch(
+            self.layout.shard(whole[:, :-1], self.ring_rank, dim=1),
+            self.layout.positions(self.ring_rank).unsqueeze(0),
+            self.layout.shard(whole[:, 1:], self.ring_rank, dim=1, pad_value=IGNORED_LABEL),
+        )
+
+    def steps(self, sequences: Iterable[np.ndarray], accumulation_steps: int) -> Iterator[list[TokenBatch]]:
+        """This rank's micro-batches of each step; ends with the last step that has all its sequences."""
+        global_micro_batch = self.data_degree * self.micro_batch_size
+        first = self.data_rank * self.micro_batch_size
+        for step in _batched(sequences, accumulation_steps * global_micro_batch):
+            if len(step) < accumulation_steps * global_micro_batch:
+                return
+            yield [
+                self.token_batch(np.stack(step[start + first : start + first + self.micro_batch_size]))
+                for start in range(0, len(step), global_micro_batch)
+            ]
+
+    def validation(self, sequences: Iterable[np.ndarray]) -> Iterator[TokenBatch]:
+        """This rank's part of all `sequences`, one per data rank at a time; missing ones count as nothing."""
+        for group in _batched(sequences, self.data_degree):
+            if self.data_rank < len(group):
+                yield self.token_batch(group[self.data_rank][None])
+            else:
+                yield self.token_batch(group[0][None]).without_labels()
+
+
+def _batched(sequences: Iterable[np.ndarray], size: int) -> Iterator[tuple[np.ndarray, ...]]:
+    """itertools.batched, which Python 3.11 lacks."""
+    iterator = iter(sequences)
+    while batch := tuple(itertools.islice(iterator, size)):
+        yield batch

@@ -1,0 +1,89 @@
+"""Where the text comes from: three sources, all read with `datasets` as a stream of documents.
+
+`pack` iterates over what `open_documents` returns as often as it likes: each iteration starts from the beginning and
+gives the same documents in the same order.
+"""
+
+from __future__ import annotations
+
+import glob
+import random
+import sysconfig
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import datasets
+
+from conf.schema import ConfigError, DataConfig
+
+_NOT_LIBRARY_CODE = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
+
+
+class CorpusError(ConfigError):
+    """The corpus cannot be opened or is too short."""
+
+
+class Documents:
+    """The documents of a data set, as often as wanted; turns a failure to read into a CorpusError."""
+
+    def __init__(self, dataset: Iterable[dict], text_field: str, description: str) -> None:
+        self._dataset, self._text_field, self.description = dataset, text_field, description
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            for row in self._dataset:
+                if self._text_field not in row:
+                    raise CorpusError(
+                        f"{self.description} has no column {self._text_field!r}: use data.text_field= one of {sorted(row)}"
+                    )
+                yield row[self._text_field]
+        except (OSError, UnicodeDecodeError, datasets.exceptions.DatasetsError) as error:
+            raise CorpusError(f"{self.description} cannot be read: {error}") from error
+
+
+def open_documents(config: DataConfig) -> Documents:
+    """The documents of the configured source, in a fixed order.
+
+    Raises:
+        CorpusError: if there is nothing to open.
+    """
+    if config.source == "hub":
+        return _open_hub(config)
+    if config.source == "stdlib":
+        description, files = "Python's standard library", stdlib_files()
+    else:
+        patterns = [config.files] if isinstance(config.files, str) else config.files
+        description = f"data.files={config.files}"
+        files = sorted({name for pattern in patterns for name in glob.glob(pattern, recursive=True)})
+        files = [str(Path(name).resolve()) for name in files if Path(name).is_file()]
+    if not files:
+        raise CorpusError(f"{description} has no file to read: use data=text_files data.files='texts/*.txt'")
+    random.Random(config.shuffle_seed).shuffle(files)
+    dataset = datasets.load_dataset(
+        "text",
+        data_files=[glob.escape(name) for name in files],
+        sample_by="document",
+        encoding_errors="replace",
+        split="train",
+        streaming=True,
+    )
+    return Documents(dataset, "text", description)
+
+
+def stdlib_files() -> list[str]:
+    """The running interpreter's own library, without tests and installed packages, sorted."""
+    root = Path(sysconfig.get_path("stdlib"))
+    files = (path for path in root.rglob("*.py") if not _NOT_LIBRARY_CODE & set(path.relative_to(root).parts))
+    return sorted(str(path) for path in files)
+
+
+def _open_hub(config: DataConfig) -> Documents:
+    description = f"data.name={config.name}"
+    try:
+        dataset = datasets.load_dataset(str(config.name), config.subset, split=config.split, streaming=True)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise CorpusError(
+            f"{description} cannot be opened ({type(error).__name__}: {error}): check data.name, data.subset, "
+            "data.split and the network, or use data=stdlib"
+        ) from error
+    return Documents(dataset, config.text_field, description)

@@ -1,0 +1,229 @@
+"""DeepSpeed's engine around the model: precision, ZeRO, the optimizer, and the one loss rule of the project.
+
+The loss is the sum of token losses over the number of valid tokens of the WHOLE global batch: all data ranks, all
+micro-batches. DeepSpeed divides gradients on its way, by amounts that depend on the ZeRO stage (`loss_multiplier`).
+Two of DeepSpeed's routes to sequence parallelism are not used, because sequence ranks drift apart silently under them:
+`mesh_param` and the config keys `sequence_parallel_size` + `data_parallel_size`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import deepspeed.comm as dist
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+
+from conf.schema import EngineConfig, OptimizerConfig
+from recipes.transformer import TokenBatch
+from ring_attention.groups import ParallelGroups
+
+@dataclass(frozen=True)
+class StepResult:
+    """Of one optimizer step, over all ranks: mean token loss (device tensor, fp32) and gradient norm before clipping."""
+
+    loss: Tensor
+    grad_norm: float | Tensor
+
+
+def init_distributed(init_method: str | None, timeout_s: float) -> None:
+    """Join the process group that RANK and WORLD_SIZE name: NCCL on GPUs, gloo on the CPU. Every rank must call it.
+
+    Args:
+        init_method: where ranks meet, for example file:///tmp/meeting; None takes MASTER_ADDR and MASTER_PORT.
+    """
+    # else DeepSpeed compiles a C++ extension for 25 s on the CPU, which only its inference uses
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend=get_accelerator().communication_backend_name(),
+        auto_mpi_discovery=False,
+        init_method=init_method,
+        timeout=timedelta(seconds=timeout_s),
+        dist_init_required=True,
+        verbose=False,
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+    )
+
+
+def loss_multiplier(zero_stage: int, data_degree: int, ring_degree: int, accumulation_steps: int) -> int:
+    """What the locally summed, globally normalised loss is multiplied by, so that DeepSpeed leaves the plain sum.
+
+    Measured with DeepSpeed 0.19.8 and a sequence-parallel mpu: `backward` divides by the accumulation steps; the
+    reduction divides the sum over all ranks by data_degree on stages 0, 1, 2, and by all ranks on stage 3.
+    """
+    return accumulation_steps * data_degree * (ring_degree if zero_stage == 3 else 1)
+
+
+def learning_rate_factor(config: OptimizerConfig, num_steps: int) -> Callable[[int], float]:
+    """step (from 0) -> factor of lr: linear warm-up that ends at 1, then the decay to min_lr_ratio at the last step."""
+
+    warmup_steps = round(config.warmup_fraction * num_steps)
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        if config.decay == "constant":
+            return 1.0
+        progress = min(1.0, (step - warmup_steps) / max(1, num_steps - 1 - warmup_steps))
+        shape = (1 + math.cos(math.pi * progress)) / 2 if config.decay == "cosine" else 1 - progress
+        return config.min_lr_ratio + (1 - config.min_lr_ratio) * shape
+
+    return factor
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW whose weight decay spares norms, biases (one dimension) and embeddings."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    decayed, spared = [], []
+    for parameter in model.parameters():
+        # under ZeRO-3 a parameter is an empty shell that remembers its shape
+        num_dims = len(getattr(parameter, "ds_shape", parameter.shape))
+        (spared if num_dims < 2 or id(parameter) in embeddings else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        groups,
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=get_accelerator().device_name() == "cuda",
+    )
+
+
+def deepspeed_config(config: EngineConfig, num_parameters: int) -> dict[str, Any]:
+    """The dictionary for `deepspeed.initialize`."""
+    bucket = min(500_000_000, num_parameters)  # DeepSpeed allocates whole buckets, also for a small model
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "gradient_clipping": config.gradient_clipping,
+        "bf16": {"enabled": config.dtype == "bf16"},
+        "fp16": {"enabled": config.dtype == "fp16"},
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "overlap_comm": config.overlap_comm,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+        },
+        # partial gradients of a sequence's ranks are summed in fp32, as DeepSpeed's own sequence parallelism does
+        "communication_data_type": "fp32",
+        "seq_parallel_communication_data_type": "fp32",
+        "steps_per_print": 2**31,
+    }
+    if config.zero_stage > 0:  # on stage 0 DeepSpeed accumulates in the model's dtype and refuses another
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return settings
+
+
+class TrainingEngine:
+    """The model under DeepSpeed. Every rank must construct it and make the same calls in the same order.
+
+    Args:
+        build_model: draws the model from torch's global generator, which is seeded here, alike on all ranks.
+        groups: the process groups, given to DeepSpeed as its mpu.
+    """
+
+    def __init__(
+        self,
+        build_model: Callable[[], nn.Module],
+        groups: ParallelGroups,
+        engine_config: EngineConfig,
+        optimizer_config: OptimizerConfig,
+        num_steps: int,
+        seed: int,
+    ) -> None:
+        self.config, self.groups = engine_config, groups
+        self.device = torch.device(get_accelerator().current_device_name())
+        torch.manual_seed(seed)
+        with self.device:
+            model = build_model()
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        optimizer = make_optimizer(model, optimizer_config)
+        factor = learning_rate_factor(optimizer_config, num_steps)
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
+            config=deepspeed_config(engine_config, self.num_parameters),
+            mpu=groups,
+            dist_init_required=False,
+        )
+        self._loss_multiplier = loss_multiplier(
+            engine_config.zero_stage,
+            groups.data_degree,
+            groups.ring_degree,
+            engine_config.gradient_accumulation_steps,
+        )
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next step."""
+        return self.deepspeed.get_lr()[0]
+
+    def accumulate(self, micro_batches: Sequence[TokenBatch]) -> Tensor:
+        """Forward and backward of one step's micro-batches; returns the loss over the whole global batch.
+
+        After it the engine holds the reduced gradients; `update` applies them.
+        """
+        assert len(micro_batches) == self.config.gradient_accumulation_steps
+        self.deepspeed.train()
+        num_valid = self._sum_over_ranks(torch.stack([batch.num_valid() for batch in micro_batches]).sum())
+        loss_sum = torch.zeros((), device=self.device)
+        for micro_batch in micro_batches:
+            local_sum = self._loss_sum(micro_batch)
+            loss_sum += local_sum.detach()
+            # a batch without a single valid token has loss and gradient 0
+            self.deepspeed.backward(local_sum * (self._loss_multiplier / num_valid.clamp(min=1)))
+            if micro_batch is not micro_batches[-1]:
+                self.deepspeed.step()  # counts the micro-batch; DeepSpeed updates at the boundary only
+        return self._sum_over_ranks(loss_sum) / num_valid.clamp(min=1)
+
+    def update(self) -> float | Tensor:
+        """Clip, step the optimizer and the schedule; returns the gradient norm before clipping."""
+        grad_norm = None
+        if self.config.zero_stage == 0 and self.config.dtype == "fp32":
+            # the one case in which DeepSpeed keeps no norm; gradients are whole on every rank
+            gradients = [p.grad for p in self.deepspeed.module.parameters() if p.grad is not None]
+            grad_norm = torch.nn.utils.get_total_norm(gradients)
+        self.deepspeed.step()
+        return grad_norm if grad_norm is not None else self.deepspeed.get_global_grad_norm()
+
+    def train_step(self, micro_batches: Sequence[TokenBatch]) -> StepResult:
+        loss = self.accumulate(micro_batches)
+        return StepResult(loss, self.update())
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Iterable[TokenBatch]) -> float:
+        """Mean token loss in nats over all ranks' micro-batches; every rank must bring equally many."""
+        self.deepspeed.eval()
+        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for micro_batch in micro_batches:
+            totals += torch.stack([self._loss_sum(micro_batch).double(), micro_batch.num_valid().to(self.device)])
+        loss_sum, num_valid = self._sum_over_ranks(totals).tolist()
+        return loss_sum / max(1, num_valid)
+
+    def max_over_ranks(self, value: float) -> float:
+        """The largest of all ranks' values."""
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.groups.get_sequence_data_parallel_group())
+        return tensor.item()
+
+    def _loss_sum(self, micro_batch: TokenBatch) -> Tensor:
+        return self.deepspeed(
+            micro_batch.tokens_BS.to(self.device, non_blocking=True),
+            micro_batch.positions_1S.to(self.device, non_blocking=True),
+            micro_batch.labels_BS.to(self.device, non_blocking=True),
+        )
+
+    def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.to(self.device, copy=True)
+        dist.all_reduce(tensor, group=self.groups.get_sequence_data_parallel_group())
+        return tensor
+

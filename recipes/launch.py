@@ -1,0 +1,237 @@
+"""Starts the ranks of a run, or joins those that a launcher has started, and ends them all together.
+
+`launch` is for `python train.py`: the parent has composed the configuration and starts one process per GPU, or a few on
+the CPU. `join` is for torchrun, `deepspeed --no_local_rank` and srun: rank 0's configuration and run dir are what all
+ranks use. Every rank's output, of libraries too, goes to RUN_DIR/logs/rank_N.log; the console shows rank 0's report.
+
+The parent must not import DeepSpeed (seconds) nor touch a GPU (memory), so what needs them is imported by the ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.queues import SimpleQueue
+from pathlib import Path
+from typing import TextIO
+
+import torch
+import torch.multiprocessing as mp
+from omegaconf import OmegaConf
+from torch.multiprocessing.spawn import ProcessContext, ProcessExitedException, ProcessRaisedException
+
+from conf.schema import Config, ConfigError, resolve_degrees
+from data.pack import Corpus
+from data.source import open_documents
+from recipes.plan import Plan
+from recipes.ranks import RunFailed
+
+DEFAULT_CPU_RANKS = 4
+GRACE_PERIOD_S = 2.0  # what the other ranks get to end by themselves after one has failed
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a rank tells its parent: the recipe's result, or how it failed."""
+
+    rank: int
+    result: float = float("nan")
+    error: str = ""
+
+
+def count_ranks(config: Config) -> int:
+    """How many ranks `launch` would start on this machine.
+
+    Raises:
+        ConfigError: if the configuration does not fit them.
+    """
+    num_gpus = torch.cuda.device_count()
+    num_ranks = config.launch.num_ranks or num_gpus or DEFAULT_CPU_RANKS
+    if num_gpus and num_ranks > num_gpus:
+        raise ConfigError(
+            f"launch.num_ranks={num_ranks} is more than the GPUs here: use launch.num_ranks={num_gpus} or fewer, "
+            "or set CUDA_VISIBLE_DEVICES= (empty) to run on the CPU"
+        )
+    resolve_degrees(config, num_ranks)
+    if not num_gpus:
+        make_plan(config, num_ranks)  # checks the block kernel too
+    return num_ranks
+
+
+def make_plan(config: Config, num_ranks: int) -> Plan:
+    """The plan for `num_ranks` ranks like this one; on a GPU machine it initialises CUDA.
+
+    Raises:
+        ConfigError: if the configuration does not fit the ranks or the device.
+    """
+    if not torch.cuda.is_available():
+        if config.engine.dtype == "fp16":
+            raise ConfigError("engine.dtype=fp16 needs a GPU: use engine.dtype=bf16 or engine.dtype=fp32 on the CPU")
+        return Plan(config, num_ranks, "cpu", "CPU", None)
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return Plan(config, num_ranks, "cuda", properties.name, (properties.major, properties.minor))
+
+
+def check_corpus(config: Config) -> None:
+    """Raises CorpusError if the corpus cannot be read or is too short; reads no more of it than that takes."""
+    Corpus(open_documents(config.data), config.data.sequence_length, config.data.validation_sequences).check()
+
+
+def launch(config: Config, num_ranks: int, run_dir: Path) -> float:
+    """Start `num_ranks` processes on this machine, run the recipe, and return rank 0's result.
+
+    Raises:
+        RunFailed: if a rank failed. No process is left then, nor on Ctrl-C.
+    """
+    print(f"starting {num_ranks} ranks; logs in {run_dir / 'logs'}", flush=True)
+    meeting_dir = Path(tempfile.mkdtemp(prefix="ring_attention_"))  # not the run dir: a network disk may lack locks
+    outcomes = mp.get_context("spawn").SimpleQueue()
+    context = mp.start_processes(
+        _launched_rank, (config, num_ranks, run_dir, meeting_dir, outcomes), num_ranks, join=False, start_method="spawn"
+    )
+    assert context is not None
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # RunFailed says it better
+    try:
+        while not context.join(grace_period=GRACE_PERIOD_S):
+            pass
+        return next(outcome.result for outcome in _received(outcomes) if outcome.rank == 0)
+    except (ProcessRaisedException, ProcessExitedException) as error:
+        raise RunFailed(_explain_failure(context, error.error_index, _received(outcomes), run_dir)) from None
+    finally:
+        _end(context)
+        shutil.rmtree(meeting_dir, ignore_errors=True)
+
+
+def _launched_rank(
+    rank: int, config: Config, num_ranks: int, run_dir: Path, meeting_dir: Path, outcomes: SimpleQueue[_Outcome]
+) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # sent when the parent dies; must end a rank stuck in a collective too
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(num_ranks),
+        LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(num_ranks),
+        MASTER_ADDR="127.0.0.1",
+    )
+    try:
+        result = _run_rank(config, run_dir, f"file://{meeting_dir / 'meeting'}")
+    except Exception as error:
+        mistake = isinstance(error, ConfigError)
+        outcomes.put(_Outcome(rank, error=str(error) if mistake else traceback.format_exc()))
+        raise
+    outcomes.put(_Outcome(rank, result))
+
+
+def _received(outcomes: SimpleQueue[_Outcome]) -> list[_Outcome]:
+    received = []
+    while not outcomes.empty():
+        received.append(outcomes.get())
+    return received
+
+
+def _explain_failure(context: ProcessContext, first_seen: int, received: list[_Outcome], run_dir: Path) -> str:
+    """Names the rank that failed first: one ended by a signal, else the first to report; its peers' errors follow from it."""
+    exit_codes = {rank: process.exitcode or 0 for rank, process in enumerate(context.processes)}
+    # SIGTERM is what the survivors got from us
+    ended = [rank for rank, code in exit_codes.items() if code < 0 and code != -signal.SIGTERM]
+    failed = [outcome for outcome in received if outcome.error]
+    if exit_codes[first_seen] < 0:
+        ended.insert(0, first_seen)
+    if ended:
+        rank, what = ended[0], f"was ended by {signal.Signals(-exit_codes[ended[0]]).name}"
+    elif failed:
+        rank, what = failed[0].rank, f"failed:\n{failed[0].error.rstrip()}"
+    else:
+        rank, what = first_seen, f"exited with code {exit_codes[first_seen]}"
+    return f"rank {rank} {what}\nthe other ranks were ended; its log: {run_dir / 'logs' / f'rank_{rank}.log'}"
+
+
+def _end(context: ProcessContext) -> None:
+    """Leave no rank behind, however the parent got here."""
+    for process in context.processes:
+        if process.is_alive():
+            process.terminate()
+    for process in context.processes:
+        process.join(GRACE_PERIOD_S)
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+def join(compose: Callable[[], tuple[Config, Path]]) -> float:
+    """Be one of the ranks that a launcher has started. Every rank must call it.
+
+    Args:
+        compose: this rank's configuration and run dir; rank 0's are used by all.
+    """
+    config, run_dir = compose()
+    resolve_degrees(config, int(os.environ["WORLD_SIZE"]))
+    check_corpus(config)
+    return _run_rank(config, run_dir, init_method=None)
+
+
+def _run_rank(config: Config, run_dir: Path, init_method: str | None) -> float:
+    """Run the recipe as the rank that the environment names."""
+    rank, num_ranks, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    on_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(num_ranks)
+    if on_one_machine:
+        loopback = "lo0" if sys.platform == "darwin" else "lo"
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(variable, loopback)
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        num_local_ranks = num_ranks if on_one_machine else 1
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_local_ranks))
+    if config.engine.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS is deterministic only with a workspace of its own
+
+    import deepspeed.comm as dist
+    from deepspeed.accelerator import get_accelerator
+
+    from recipes.engine import init_distributed
+    from recipes.pretrain import pretrain
+    from recipes.report import Reporter
+
+    get_accelerator().set_device(local_rank)
+    init_distributed(init_method, config.launch.timeout_s)
+    shared = [config, run_dir]
+    dist.broadcast_object_list(shared, src=0)
+    config, run_dir = shared
+    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    with _output_to(run_dir / "logs" / f"rank_{rank}.log") as console:
+        plan = make_plan(config, num_ranks)
+        if rank != 0:
+            return pretrain(config, plan, run_dir, None)
+        OmegaConf.save(OmegaConf.structured(config), run_dir / "config.yaml")
+        with Reporter(config, run_dir, console) as reporter:
+            return pretrain(config, plan, run_dir, reporter)
+
+
+@contextlib.contextmanager
+def _output_to(log_path: Path) -> Iterator[TextIO]:
+    """Send this process's stdout and stderr, of C++ libraries too, to a file; yields the console as it was."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(1), os.dup(2)]
+    with log_path.open("a", encoding="utf-8") as log, os.fdopen(os.dup(1), "w", encoding="utf-8") as console:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        try:
+            yield console
+        except Exception:
+            traceback.print_exc()  # into the log; the caller shows it to people
+            raise
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for descriptor, target in zip(kept, (1, 2), strict=True):
+                os.dup2(descriptor, target)
+                os.close(descriptor)

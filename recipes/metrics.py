@@ -1,0 +1,110 @@
+"""Numbers about a run: throughput, step times, memory. No printing (`report`), no communication."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+from deepspeed.accelerator import get_accelerator
+
+# Dense bf16/fp16 peak, TFLOP/s, from the vendor's data sheets; matched against the start of the device's name.
+_PEAK_TFLOPS = {
+    "NVIDIA H200": 989.4,
+    "NVIDIA H100 80GB HBM3": 989.4,
+    "NVIDIA H100 PCIe": 756.0,
+    "NVIDIA A100": 312.0,
+    "NVIDIA L40S": 362.0,
+    "NVIDIA B200": 2250.0,
+}
+
+
+def peak_tflops(device_name: str, dtype: str) -> float | None:
+    """The datasheet peak of one device, or None where it is not known (the CPU, other GPUs, fp32)."""
+    if dtype == "fp32":
+        return None
+    return next((peak for prefix, peak in _PEAK_TFLOPS.items() if device_name.startswith(prefix)), None)
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Of steps that took `step_time_s` in the median; tokens of the global batch, operations of forward and backward."""
+
+    step_time_s: float
+    tokens_per_step: int
+    sequence_length: int
+    num_ranks: int
+    train_flops_per_token: float
+    peak_tflops: float | None
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens_per_step / self.step_time_s
+
+    @property
+    def tokens_per_s_per_rank(self) -> float:
+        """Divided by ALL ranks: those of one ring share a sequence."""
+        return self.tokens_per_s / self.num_ranks
+
+    @property
+    def tpot_ms(self) -> float:
+        """Time per output token as the ring attention paper has it: step time over sequence length."""
+        return 1e3 * self.step_time_s / self.sequence_length
+
+    @property
+    def mfu_pct(self) -> float | None:
+        """Model FLOP utilisation against the data sheet's dense peak; causal attention counted once."""
+        if self.peak_tflops is None:
+            return None
+        return 100 * self.tokens_per_s_per_rank * self.train_flops_per_token / (self.peak_tflops * 1e12)
+
+
+class StepClock:
+    """Durations of steps without making the host wait for the device: events on CUDA, the wall clock on the CPU."""
+
+    def __init__(self) -> None:
+        self._on_cuda = get_accelerator().device_name() == "cuda"
+        self._marks = [self._mark()]
+
+    def tick(self) -> None:
+        """A step ends here."""
+        self._marks.append(self._mark())
+
+    def restart(self) -> None:
+        """What passed since the last tick (a validation, say) belongs to no step."""
+        self._marks = [self._mark()]
+
+    def take(self) -> list[float]:
+        """Seconds of each step since the last call; waits for the device."""
+        if self._on_cuda:
+            torch.cuda.synchronize()
+            times = [a.elapsed_time(b) / 1e3 for a, b in zip(self._marks, self._marks[1:], strict=False)]
+        else:
+            times = [b - a for a, b in zip(self._marks, self._marks[1:], strict=False)]
+        self._marks = self._marks[-1:]
+        return times
+
+    def _mark(self):
+        if not self._on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def percentile(values: list[float], percent: int) -> float:
+    """By linear interpolation between the values."""
+    if len(values) == 1:
+        return values[0]
+    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
+
+
+def peak_memory_gib() -> float:
+    """This rank's peak so far: what the allocator reserved on a GPU, the resident set of the process on the CPU."""
+    if get_accelerator().device_name() == "cuda":
+        return torch.cuda.max_memory_reserved() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

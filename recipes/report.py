@@ -1,0 +1,116 @@
+"""What people see and keep of a run: lines on the console, JSON lines in a file, and wandb. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+import wandb
+from tqdm import tqdm
+
+from conf.schema import Config
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Reporter:
+    """Use as a context manager; ends the wandb run as failed if the block raises.
+
+    Args:
+        console: where lines for people go; a progress bar is drawn only if it is a terminal.
+    """
+
+    def __init__(self, config: Config, run_dir: Path, console: TextIO) -> None:
+        self._config, self._run_dir, self._console = config, run_dir, console
+        self._started = time.perf_counter()
+
+    def __enter__(self) -> Reporter:
+        self._file = (self._run_dir / METRICS_FILE).open("a", encoding="utf-8")
+        self._wandb = self._init_wandb()
+        self._bar = tqdm(
+            total=self._config.num_steps, file=self._console, disable=not self._console.isatty(), unit="step", leave=False
+        )
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._bar.close()
+        self._file.close()
+        self._wandb.finish(exit_code=0 if kind is None else 1)
+
+    def _init_wandb(self) -> Any:
+        logging = self._config.logging
+        mode = logging.wandb
+        if mode == "auto":
+            mode = "online" if wandb.login(prompt=False) else "offline"
+        run = wandb.init(
+            project=logging.project,
+            group=logging.group,
+            tags=logging.tags,
+            mode=mode,  # pyright: ignore[reportArgumentType]
+            dir=self._run_dir,
+            name=self._run_dir.name,
+            config=asdict(self._config),
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+        run.define_metric("train/loss", step_metric="step", summary="last")
+        run.define_metric("validation/loss", step_metric="step", summary="min")
+        return run
+
+    def say(self, *lines: str) -> None:
+        """Lines for people, now."""
+        for line in lines:
+            if self._console.isatty():
+                tqdm.write(line, file=self._console)
+            else:
+                print(line, file=self._console, flush=True)
+
+    def advance(self) -> None:
+        """One step is done."""
+        self._bar.update()
+
+    def log(self, step: int, metrics: dict[str, float | None]) -> None:
+        """The numbers of one step to the file and to wandb, in one call each; None is left out."""
+        known = {"step": step, **{name: value for name, value in metrics.items() if value is not None}}
+        self._file.write(json.dumps({**known, "elapsed_s": round(time.perf_counter() - self._started, 3)}) + "\n")
+        self._file.flush()  # a crash loses nothing
+        self._wandb.log(known)
+
+    def training_line(self, step: int, metrics: dict[str, float | None]) -> str:
+        """The console's line of a logged step; the keys are those of `recipes.pretrain`."""
+        value = {name.removeprefix("train/"): number for name, number in metrics.items()}
+        mfu = "n/a" if value["mfu_pct"] is None else f"{value['mfu_pct']:.1f}%"
+        digits = len(str(self._config.num_steps))
+        return " | ".join(
+            [
+                f"step {step:>{digits}}/{self._config.num_steps}",
+                f"loss {value['loss']:.4f}",
+                f"grad norm {value['grad_norm']:.3f}",
+                f"{value['tokens_per_s']:,.0f} tok/s",
+                f"{value['tokens_per_s_per_rank']:,.0f} tok/s/rank",
+                f"TPOT {value['tpot_ms']:.3f} ms",
+                f"MFU {mfu}",
+                f"step p50 {value['step_time_p50_s']:.3f} p95 {value['step_time_p95_s']:.3f} s",
+                f"peak {value['peak_memory_gib']:.2f} GiB",
+                f"ETA {_minutes(value['eta_s'] or 0)}",
+            ]
+        )
+
+    def how_to_look(self) -> list[str]:
+        """Commands that show the run that just ended."""
+        lines = [f"metrics as JSON lines: {self._run_dir / METRICS_FILE}"]
+        if self._wandb.settings.mode == "offline":
+            folder = Path(self._wandb.dir).parent
+            lines.append(f"look at it here:       wandb leet {folder}")
+            lines.append(f"send it to wandb:      wandb sync {folder}")
+        elif self._wandb.settings.mode == "online":
+            lines.append(f"look at it:            {self._wandb.url}")
+        return lines
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

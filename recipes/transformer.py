@@ -1,0 +1,143 @@
+"""A dense transformer, pre-norm, whose attention is passed in. One file, top to bottom.
+
+It knows nothing of ranks: it sees the tokens that this rank holds and their global positions, and hands q, k, v to
+`attention`, any module with DeepSpeed's DistributedAttention contract (`ring_attention.attention`).
+
+Shapes: B batch, S local tokens, E hidden size, H query heads, K key-value heads, D head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from conf.schema import ModelConfig
+
+IGNORED_LABEL = -100  # torch's own ignore_index
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """What the model sees: this rank's part of some sequences, all int64."""
+
+    tokens_BS: Tensor
+    positions_1S: Tensor  # global ones, the same for every sequence
+    labels_BS: Tensor  # the successor of each token, or IGNORED_LABEL
+
+    def num_valid(self) -> Tensor:
+        """Labels that count, a scalar in fp64."""
+        return (self.labels_BS != IGNORED_LABEL).sum().double()
+
+    def without_labels(self) -> TokenBatch:
+        """The same tokens, none of which counts."""
+        return replace(self, labels_BS=torch.full_like(self.labels_BS, IGNORED_LABEL))
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    norm = nn.RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm
+    return norm(config.hidden_size, eps=config.norm_eps)
+
+
+def rotary_cos_sin(positions_1S: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin [1, S, 1, D/2] in fp32 of global positions: RoPE (Su et al. 2021).
+
+    The angles are computed in fp64: in fp32 a position of a million is already off by 0.03 radians.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions_1S.device) / head_dim
+    angles = positions_1S.to(torch.float64)[..., None, None] * theta**-exponents
+    return angles.cos().float(), angles.sin().float()
+
+
+def apply_rotary(x_BSHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (x_i, x_{i+D/2}) in fp32, or fp64 for fp64 input; keeps the dtype."""
+    compute_dtype = torch.promote_types(x_BSHD.dtype, torch.float32)
+    first, second = x_BSHD.to(compute_dtype).chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x_BSHD.dtype)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: ModelConfig, attention: nn.Module) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.attention = attention
+        self.head_counts = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        self.qkv = nn.Linear(config.hidden_size, sum(self.head_counts) * config.head_dim, bias=config.bias)
+        self.out = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=config.bias)
+
+    def forward(self, x_BSE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        qkv = self.qkv(x_BSE).unflatten(-1, (-1, self.head_dim))
+        q_BSHD, k_BSKD, v_BSKD = qkv.split(self.head_counts, dim=2)
+        out_BSHD = self.attention(apply_rotary(q_BSHD, cos, sin), apply_rotary(k_BSKD, cos, sin), v_BSKD, 0)
+        return self.out(out_BSHD.flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gated = config.mlp == "swiglu"
+        self.up = nn.Linear(config.hidden_size, config.mlp_size * (2 if self.gated else 1), bias=config.bias)
+        self.down = nn.Linear(config.mlp_size, config.hidden_size, bias=config.bias)
+
+    def forward(self, x_BSE: Tensor) -> Tensor:
+        hidden = self.up(x_BSE)
+        if self.gated:
+            gate, hidden = hidden.chunk(2, -1)
+            return self.down(F.silu(gate) * hidden)
+        return self.down(F.gelu(hidden))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: ModelConfig, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention_norm, self.attention = make_norm(config), SelfAttention(config, attention)
+        self.mlp_norm, self.mlp = make_norm(config), MLP(config)
+
+    def forward(self, x_BSE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x_BSE = x_BSE + self.attention(self.attention_norm(x_BSE), cos, sin)
+        return x_BSE + self.mlp(self.mlp_norm(x_BSE))
+
+
+class Transformer(nn.Module):
+    """The model. `forward` returns the SUM of this rank's token losses, for the caller to normalise over all ranks.
+
+    Weights are drawn on construction from torch's global generator: seed it alike on every rank.
+    """
+
+    def __init__(self, config: ModelConfig, attention: nn.Module) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, attention) for _ in range(config.num_layers))
+        self.final_norm = make_norm(config)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() == 2:
+                # the two projections that add into the residual stream shrink with its depth (GPT-2)
+                depth = 2 * config.num_layers if name.endswith(("out.weight", "down.weight")) else 1
+                nn.init.normal_(parameter, std=config.init_std / depth**0.5)
+        if config.tied_head:
+            self.head.weight = self.embedding.weight
+
+    def logits(self, tokens_BS: Tensor, positions_1S: Tensor) -> Tensor:
+        """[B, S, V] for tokens [B, S] at global positions [1, S]."""
+        cos, sin = rotary_cos_sin(positions_1S, self.config.head_dim, self.config.rope_theta)
+        x_BSE = self.embedding(tokens_BS)
+        for layer in self.layers:
+            x_BSE = layer(x_BSE, cos, sin)
+        return self.head(self.final_norm(x_BSE))
+
+    def forward(self, tokens_BS: Tensor, positions_1S: Tensor, labels_BS: Tensor) -> Tensor:
+        """The sum of cross-entropies in nats, fp32, over labels other than IGNORED_LABEL: see `TokenBatch`."""
+        logits_BSV = self.logits(tokens_BS, positions_1S)
+        compute_dtype = torch.promote_types(logits_BSV.dtype, torch.float32)
+        return F.cross_entropy(
+            logits_BSV.flatten(0, 1).to(compute_dtype),
+            labels_BS.flatten(),
+            ignore_index=IGNORED_LABEL,
+            reduction="sum",
+        )

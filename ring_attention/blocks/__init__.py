@@ -1,0 +1,41 @@
+"""The block kernels and their registry. A new kernel is one file here and one entry in `BLOCKS`, fastest first."""
+
+from __future__ import annotations
+
+from ring_attention.blocks.aten_flash import AtenFlashBlock
+from ring_attention.blocks.base import Block, BlockSpec
+from ring_attention.blocks.cpu_flash import CpuFlashBlock
+from ring_attention.blocks.cudnn import CudnnBlock
+from ring_attention.blocks.reference import ReferenceBlock
+
+BLOCKS: dict[str, Block] = {
+    block.name: block for block in (CudnnBlock(), AtenFlashBlock(), CpuFlashBlock(), ReferenceBlock())
+}
+
+
+def choose_block(spec: BlockSpec, name: str = "auto") -> tuple[Block, str]:
+    """The fastest kernel that can do `spec`, or the named one; with the reason, for people.
+
+    Pure in (spec, name), so all ranks of equal hardware choose alike.
+
+    Raises:
+        ValueError: if the named kernel is unknown or cannot do `spec`.
+    """
+    if name != "auto" and name not in BLOCKS:
+        raise ValueError(f"attention.block={name} is unknown: use auto, {', '.join(BLOCKS)}")
+    here = {block.name: block for block in BLOCKS.values() if block.device_type in (None, spec.device_type)}
+    if name != "auto":
+        refusal = here[name].supports(spec) if name in here else f"it does not run on {spec.device_type}"
+        if refusal is not None:
+            raise ValueError(f"attention.block={name} cannot run here: {refusal}; use attention.block=auto")
+        return here[name], "asked for"
+    refusals = []
+    for block in here.values():
+        refusal = block.supports(spec)
+        if refusal is None:
+            return block, "; ".join([block.speed, *refusals])
+        refusals.append(f"not {block.name}: {refusal}")
+    raise AssertionError("the reference block supports everything")
+
+
+__all__ = ["BLOCKS", "Block", "BlockSpec", "choose_block"]

@@ -1,0 +1,61 @@
+"""FlashAttention-2 as PyTorch ships it (aten): CUDA, half precision, [B, S, H, D] and GQA as they come."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ring_attention.blocks.base import Block, BlockSpec
+
+
+class AtenFlashBlock(Block):
+    name = "aten_flash"
+    device_type = "cuda"
+    speed = "FlashAttention-2: 337 TFLOP/s forward on an H100 at 32 heads x 128"
+
+    def supports(self, spec: BlockSpec) -> str | None:
+        if spec.capability is None or spec.capability < (8, 0):
+            return "needs compute capability 8.0 or newer"
+        if spec.dtype not in (torch.bfloat16, torch.float16):
+            return f"needs bf16 or fp16, not {spec.dtype}"
+        if spec.head_dim > 256 or spec.head_dim % 8:
+            return f"needs a head_dim that is a multiple of 8 up to 256, not {spec.head_dim}"
+        return None
+
+    def forward(
+        self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        out, lse_BHS, *_ = torch.ops.aten._flash_attention_forward(
+            q_BSHD, k_BTKD, v_BTKD, None, None, q_BSHD.shape[1], k_BTKD.shape[1], 0.0, causal, False, scale=scale
+        )
+        return out, lse_BHS
+
+    def backward(
+        self,
+        dout_BSHD: Tensor,
+        q_BSHD: Tensor,
+        k_BTKD: Tensor,
+        v_BTKD: Tensor,
+        out_BSHD: Tensor,
+        lse_BHS: Tensor,
+        causal: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        no_dropout_state = torch.empty(0, dtype=torch.uint64, device=q_BSHD.device)
+        return torch.ops.aten._flash_attention_backward(
+            dout_BSHD.contiguous(),
+            q_BSHD,
+            k_BTKD,
+            v_BTKD,
+            out_BSHD,
+            lse_BHS.contiguous(),
+            None,
+            None,
+            q_BSHD.shape[1],
+            k_BTKD.shape[1],
+            0.0,
+            causal,
+            no_dropout_state,
+            no_dropout_state,
+            scale=scale,
+        )

@@ -1,0 +1,69 @@
+"""cuDNN's fused attention through PyTorch (aten): CUDA, half precision, [B, H, S, D] views."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ring_attention.blocks.base import Block, BlockSpec, expand_kv_heads, reduce_kv_heads
+
+
+class CudnnBlock(Block):
+    name = "cudnn"
+    device_type = "cuda"
+    speed = "cuDNN SDPA: 611 TFLOP/s forward on an H100 at 32 heads x 128, FlashAttention-2 there 337"
+
+    def supports(self, spec: BlockSpec) -> str | None:
+        if spec.capability is None or spec.capability < (9, 0):
+            return "ranked only where it was measured: compute capability 9.0 or newer"
+        if torch.are_deterministic_algorithms_enabled():
+            return "its backward pass is not deterministic"
+        if spec.dtype not in (torch.bfloat16, torch.float16):
+            return f"needs bf16 or fp16, not {spec.dtype}"
+        if spec.head_dim > 128 or spec.head_dim % 8:
+            return f"needs a head_dim that is a multiple of 8 up to 128, not {spec.head_dim}"
+        return None
+
+    def forward(
+        self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        k, v = (expand_kv_heads(x, q_BSHD.shape[2]).transpose(1, 2) for x in (k_BTKD, v_BTKD))
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            q_BSHD.transpose(1, 2), k, v, None, True, 0.0, causal, False, scale=scale
+        )
+        return out.transpose(1, 2), lse.view(out.shape[:3])  # cuDNN's lse has a trailing dim of 1
+
+    def backward(
+        self,
+        dout_BSHD: Tensor,
+        q_BSHD: Tensor,
+        k_BTKD: Tensor,
+        v_BTKD: Tensor,
+        out_BSHD: Tensor,
+        lse_BHS: Tensor,
+        causal: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        num_heads, num_kv_heads = q_BSHD.shape[2], k_BTKD.shape[2]
+        k, v = (expand_kv_heads(x, num_heads).transpose(1, 2) for x in (k_BTKD, v_BTKD))
+        no_dropout_state = torch.empty((), dtype=torch.int64, device=q_BSHD.device)
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+            dout_BSHD.transpose(1, 2),
+            q_BSHD.transpose(1, 2),
+            k,
+            v,
+            out_BSHD.transpose(1, 2),
+            lse_BHS.unsqueeze(-1).contiguous(),
+            no_dropout_state,
+            no_dropout_state,
+            None,
+            None,
+            None,
+            q_BSHD.shape[1],
+            k.shape[2],
+            0.0,
+            causal,
+            scale=scale,
+        )
+        dk, dv = (reduce_kv_heads(grad.transpose(1, 2), num_kv_heads) for grad in (dk, dv))
+        return dq.transpose(1, 2), dk, dv
