@@ -64,8 +64,9 @@ def run_as_one_rank(overrides: list[str]) -> None:
         with hydra.initialize(version_base="1.3", config_path="conf"):
             composed = hydra.compose("config", overrides, return_hydra_config=True)
             run_dir = Path(composed.hydra.run.dir).absolute()
-            with OmegaConf.flag_override(composed, ["struct", "readonly"], False):
-                del composed["hydra"]
+            OmegaConf.set_readonly(composed, False)
+            OmegaConf.set_struct(composed, False)
+            del composed["hydra"]
             return to_config(composed), run_dir
 
     try:

@@ -146,7 +146,7 @@ class DataConfig:
     subset: Optional[str] = None  # hub: data set configuration
     split: str = "train"  # hub: split
     text_field: str = "text"  # hub: the column that holds the text
-    sequence_length: int = 1024  # tokens that the model sees at once, over all ranks of a ring
+    sequence_length: int = 2048  # tokens that the model sees at once, over all ranks of a ring
     validation_sequences: int = 8  # held out, from the start of the corpus
     shuffle_seed: int = 0  # order of the files
     overfit_one_batch: bool = False  # every step gets the first batch; a check that learning works
@@ -166,14 +166,16 @@ class DataConfig:
             raise ConfigError("data=text_files needs files: data.files='texts/*.txt' or data.files=[a.txt,b.txt]")
         for pattern in patterns:
             if not glob.glob(pattern, recursive=True):
-                raise ConfigError(f"data.files={pattern} matches no file: give a path or a glob, from the folder you are in")
+                raise ConfigError(
+                    f"data.files={pattern} matches no file: give a path or a glob, from the folder you are in"
+                )
 
 
 @dataclass
 class LoggingConfig:
     """What is shown and kept."""
 
-    every_n_steps: int = 5
+    every_n_steps: int = 20
     validate_every_n_steps: int = 0  # 0: only at the end
     wandb: str = "auto"  # auto: online with a login, else offline | online | offline | disabled
     project: str = "ring-attention"
@@ -214,7 +216,7 @@ class Config:
     recipe: str = "pretrain"  # what is run
     explain: bool = False  # print the resolved plan and stop
     profile: bool = False  # record a torch profiler trace of steps 3 and 4 on every rank
-    num_steps: int = 80  # optimizer steps
+    num_steps: int = 300  # optimizer steps
     seed: int = 0  # of the weights
 
     def __post_init__(self) -> None:

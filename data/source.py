@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import datasets
+from datasets.exceptions import DatasetsError
 
 from conf.schema import ConfigError, DataConfig
 
@@ -34,10 +35,11 @@ class Documents:
             for row in self._dataset:
                 if self._text_field not in row:
                     raise CorpusError(
-                        f"{self.description} has no column {self._text_field!r}: use data.text_field= one of {sorted(row)}"
+                        f"{self.description} has no column {self._text_field!r}: "
+                        f"set data.text_field to one of {sorted(row)}"
                     )
                 yield row[self._text_field]
-        except (OSError, UnicodeDecodeError, datasets.exceptions.DatasetsError) as error:
+        except (OSError, UnicodeDecodeError, DatasetsError) as error:
             raise CorpusError(f"{self.description} cannot be read: {error}") from error
 
 
@@ -81,7 +83,7 @@ def _open_hub(config: DataConfig) -> Documents:
     description = f"data.name={config.name}"
     try:
         dataset = datasets.load_dataset(str(config.name), config.subset, split=config.split, streaming=True)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         raise CorpusError(
             f"{description} cannot be opened ({type(error).__name__}: {error}): check data.name, data.subset, "
             "data.split and the network, or use data=stdlib"

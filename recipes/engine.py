@@ -18,16 +18,16 @@ from typing import Any
 import deepspeed
 import deepspeed.comm as dist
 import torch
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from conf.schema import EngineConfig, OptimizerConfig
 from recipes.transformer import TokenBatch
 from ring_attention.groups import ParallelGroups
 
+
 @dataclass(frozen=True)
 class StepResult:
-    """Of one optimizer step, over all ranks: mean token loss (device tensor, fp32) and gradient norm before clipping."""
+    """Of one optimizer step, over all ranks: mean token loss (a device tensor) and gradient norm before clipping."""
 
     loss: Tensor
     grad_norm: float | Tensor
@@ -42,7 +42,7 @@ def init_distributed(init_method: str | None, timeout_s: float) -> None:
     # else DeepSpeed compiles a C++ extension for 25 s on the CPU, which only its inference uses
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
-        dist_backend=get_accelerator().communication_backend_name(),
+        dist_backend="nccl" if torch.cuda.is_available() else "gloo",
         auto_mpi_discovery=False,
         init_method=init_method,
         timeout=timedelta(seconds=timeout_s),
@@ -93,7 +93,7 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
-        fused=get_accelerator().device_name() == "cuda",
+        fused=torch.cuda.is_available(),
     )
 
 
@@ -140,17 +140,20 @@ class TrainingEngine:
         seed: int,
     ) -> None:
         self.config, self.groups = engine_config, groups
-        self.device = torch.device(get_accelerator().current_device_name())
+        self.device = (
+            torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        )
         torch.manual_seed(seed)
         with self.device:
             model = build_model()
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         optimizer = make_optimizer(model, optimizer_config)
         factor = learning_rate_factor(optimizer_config, num_steps)
+        self.model = model
         self.deepspeed, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
+            lr_scheduler=lambda wrapped: torch.optim.lr_scheduler.LambdaLR(wrapped, factor),  # pyright: ignore[reportArgumentType]
             config=deepspeed_config(engine_config, self.num_parameters),
             mpu=groups,
             dist_init_required=False,
@@ -190,10 +193,13 @@ class TrainingEngine:
         grad_norm = None
         if self.config.zero_stage == 0 and self.config.dtype == "fp32":
             # the one case in which DeepSpeed keeps no norm; gradients are whole on every rank
-            gradients = [p.grad for p in self.deepspeed.module.parameters() if p.grad is not None]
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             grad_norm = torch.nn.utils.get_total_norm(gradients)
         self.deepspeed.step()
-        return grad_norm if grad_norm is not None else self.deepspeed.get_global_grad_norm()
+        if grad_norm is None:
+            grad_norm = self.deepspeed.get_global_grad_norm()
+        assert grad_norm is not None
+        return grad_norm
 
     def train_step(self, micro_batches: Sequence[TokenBatch]) -> StepResult:
         loss = self.accumulate(micro_batches)
@@ -226,4 +232,3 @@ class TrainingEngine:
         tensor = tensor.to(self.device, copy=True)
         dist.all_reduce(tensor, group=self.groups.get_sequence_data_parallel_group())
         return tensor
-

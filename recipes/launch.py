@@ -138,7 +138,7 @@ def _received(outcomes: SimpleQueue[_Outcome]) -> list[_Outcome]:
 
 
 def _explain_failure(context: ProcessContext, first_seen: int, received: list[_Outcome], run_dir: Path) -> str:
-    """Names the rank that failed first: one ended by a signal, else the first to report; its peers' errors follow from it."""
+    """Names the rank that failed first: one ended by a signal, else the first to report; the others fail because of it."""
     exit_codes = {rank: process.exitcode or 0 for rank, process in enumerate(context.processes)}
     # SIGTERM is what the survivors got from us
     ended = [rank for rank, code in exit_codes.items() if code < 0 and code != -signal.SIGTERM]
@@ -194,13 +194,13 @@ def _run_rank(config: Config, run_dir: Path, init_method: str | None) -> float:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS is deterministic only with a workspace of its own
 
     import deepspeed.comm as dist
-    from deepspeed.accelerator import get_accelerator
 
     from recipes.engine import init_distributed
     from recipes.pretrain import pretrain
     from recipes.report import Reporter
 
-    get_accelerator().set_device(local_rank)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
     init_distributed(init_method, config.launch.timeout_s)
     shared = [config, run_dir]
     dist.broadcast_object_list(shared, src=0)

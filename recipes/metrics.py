@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import resource
 import statistics
 import sys
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from deepspeed.accelerator import get_accelerator
 
 # Dense bf16/fp16 peak, TFLOP/s, from the vendor's data sheets; matched against the start of the device's name.
 _PEAK_TFLOPS = {
@@ -31,7 +32,7 @@ def peak_tflops(device_name: str, dtype: str) -> float | None:
 
 @dataclass(frozen=True)
 class Throughput:
-    """Of steps that took `step_time_s` in the median; tokens of the global batch, operations of forward and backward."""
+    """Of steps of `step_time_s`; tokens are those of the global batch, operations those of forward and backward."""
 
     step_time_s: float
     tokens_per_step: int
@@ -66,8 +67,8 @@ class StepClock:
     """Durations of steps without making the host wait for the device: events on CUDA, the wall clock on the CPU."""
 
     def __init__(self) -> None:
-        self._on_cuda = get_accelerator().device_name() == "cuda"
-        self._marks = [self._mark()]
+        self._on_cuda = torch.cuda.is_available()
+        self._marks: list[Any] = [self._mark()]
 
     def tick(self) -> None:
         """A step ends here."""
@@ -81,13 +82,13 @@ class StepClock:
         """Seconds of each step since the last call; waits for the device."""
         if self._on_cuda:
             torch.cuda.synchronize()
-            times = [a.elapsed_time(b) / 1e3 for a, b in zip(self._marks, self._marks[1:], strict=False)]
+            times = [start.elapsed_time(end) / 1e3 for start, end in itertools.pairwise(self._marks)]
         else:
-            times = [b - a for a, b in zip(self._marks, self._marks[1:], strict=False)]
+            times = [end - start for start, end in itertools.pairwise(self._marks)]
         self._marks = self._marks[-1:]
         return times
 
-    def _mark(self):
+    def _mark(self) -> Any:
         if not self._on_cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -104,7 +105,7 @@ def percentile(values: list[float], percent: int) -> float:
 
 def peak_memory_gib() -> float:
     """This rank's peak so far: what the allocator reserved on a GPU, the resident set of the process on the CPU."""
-    if get_accelerator().device_name() == "cuda":
+    if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved() / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -122,7 +122,9 @@ class Plan:
         for ring_rank, rank_work in enumerate(work):
             first, second = layout.chunks(ring_rank)
             stages = " ".join(f"{pairs / 1e6:.3f}" for pairs in rank_work)
-            lines.append(f"  ring rank {ring_rank}: chunks {first} and {second}; million query-key pairs by stage: {stages}")
+            lines.append(
+                f"  ring rank {ring_rank}: chunks {first} and {second}; million query-key pairs by stage: {stages}"
+            )
         lines.append(f"  imbalance (lockstep stages / mean rank) {imbalance(layout):.3f}")
         parameters = num_parameters(config.model)
         lines += ["", f"parameters: {parameters:,}"]
@@ -140,7 +142,9 @@ class Plan:
         """Weights, gradients and optimizer state per rank in bytes; each ZeRO stage divides one more by all ranks."""
         stage, ranks = self.config.engine.zero_stage, self.num_ranks
         weight_size = 4 if self.config.engine.dtype == "fp32" else 2
-        master_size = 8 if self.config.engine.dtype == "fp32" else 12  # two Adam moments and, in half precision, fp32 weights
+        master_size = (
+            8 if self.config.engine.dtype == "fp32" else 12
+        )  # two Adam moments and, in half precision, fp32 weights
         return (
             parameters * weight_size / (ranks if stage >= 3 else 1),
             parameters * (4 if stage >= 1 else weight_size) / (ranks if stage >= 2 else 1),

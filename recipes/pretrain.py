@@ -65,7 +65,8 @@ def pretrain(config: Config, plan: Plan, run_dir: Path, reporter: Reporter | Non
 
     peak_tflops = metrics.peak_tflops(plan.device_name, config.engine.dtype)
     clock = metrics.StepClock()
-    step_times_s: list[float] = []
+    step_times_s: list[float] = []  # without the first step, which warms up
+    first_step_s = float("nan")
     first_loss = last_loss = validation_loss = float("nan")
     with _profiler(config, run_dir, groups.get_sequence_data_parallel_rank()) as profiler_step:
         for step in range(1, config.num_steps + 1):
@@ -83,7 +84,10 @@ def pretrain(config: Config, plan: Plan, run_dir: Path, reporter: Reporter | Non
             )
             if logs or validates:
                 recent_s = clock.take()
-                step_times_s += recent_s if step > 1 else []  # the first one warms up
+                if step == 1:
+                    [first_step_s] = recent_s
+                else:
+                    step_times_s += recent_s
                 values: dict[str, float | None] = {}
                 if logs:
                     peak_memory_gib = engine.max_over_ranks(metrics.peak_memory_gib())
@@ -125,7 +129,7 @@ def pretrain(config: Config, plan: Plan, run_dir: Path, reporter: Reporter | Non
                 clock.restart()
 
     if reporter:
-        tokens_per_s = plan.tokens_per_step / statistics.median(step_times_s or recent_s)
+        tokens_per_s = plan.tokens_per_step / statistics.median(step_times_s or [first_step_s])
         reporter.say(
             "",
             f"done: {config.num_steps} steps, loss {first_loss:.4f} -> {last_loss:.4f}, "
@@ -138,7 +142,7 @@ def pretrain(config: Config, plan: Plan, run_dir: Path, reporter: Reporter | Non
 
 @contextlib.contextmanager
 def _profiler(config: Config, run_dir: Path, global_rank: int) -> Iterator[Callable[[], None]]:
-    """Yields what to call after each step; with profile=true, steps 3 and 4 become a trace for Perfetto on every rank."""
+    """Yields what to call after each step; profile=true makes steps 3 and 4 a trace for Perfetto, on every rank."""
     if not config.profile:
         yield lambda: None
         return

@@ -1,4 +1,4 @@
-"""Which ranks a launcher has started, and how a run of them fails. Imports nothing slow: `train.py` asks before all else."""
+"""Which ranks a launcher has started, and how a run of them fails. Imports nothing slow: `train.py` asks it first."""
 
 from __future__ import annotations
 

@@ -31,7 +31,11 @@ class Reporter:
         self._file = (self._run_dir / METRICS_FILE).open("a", encoding="utf-8")
         self._wandb = self._init_wandb()
         self._bar = tqdm(
-            total=self._config.num_steps, file=self._console, disable=not self._console.isatty(), unit="step", leave=False
+            total=self._config.num_steps,
+            file=self._console,
+            disable=not self._console.isatty(),
+            unit="step",
+            leave=False,
         )
         return self
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ring_attention.blocks import Block, BlockSpec, choose_block
@@ -74,7 +73,9 @@ class RingAttention(nn.Module):
         block = _resolve_block(self._local_attention, q_BSHD, k_BSKD)
         local_length, ring_degree = q_BSHD.shape[1], self._exchange.ring_degree
         if local_length % 2:
-            raise ValueError(f"{local_length} local tokens are not two equal chunks: cut the sequence with Layout.shard")
+            raise ValueError(
+                f"{local_length} local tokens are not two equal chunks: cut the sequence with Layout.shard"
+            )
         layout = Layout(self._layout_name, ring_degree, local_length * ring_degree)
         stages = causal_schedule(layout, self._exchange.ring_rank)
         return Ring(stages, self._exchange, block, 1 / math.sqrt(q_BSHD.shape[-1]))

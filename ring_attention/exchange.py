@@ -17,9 +17,11 @@ class HopError(RuntimeError):
 
 
 class Hop:
-    """A hop in flight. `wait` returns the received tensors, shaped as the sent ones; on CUDA it does not block the host."""
+    """A hop in flight. `wait` returns the received tensors, shaped as the sent ones; on CUDA it lets the host go on."""
 
-    def __init__(self, works: list[torch_dist.Work], sent: Tensor, received: Tensor, like: Sequence[Tensor], where: str):
+    def __init__(
+        self, works: list[torch_dist.Work], sent: Tensor, received: Tensor, like: Sequence[Tensor], where: str
+    ):
         self._works, self._received, self._like, self._where = works, received, like, where
         self._sent = sent  # the buffer must outlive the transfer
 
@@ -51,7 +53,9 @@ class P2PExchange:
         """Start sending `tensors` to the next rank and receiving the previous rank's. Returns at once."""
         send_buffer = torch.cat([tensor.reshape(-1) for tensor in tensors])
         receive_buffer = torch.empty_like(send_buffer)
-        where = f"ring hop after stage {stage}: ring rank {self.ring_rank} of {self.ring_degree}, sending to global rank "
+        where = (
+            f"ring hop after stage {stage}: ring rank {self.ring_rank} of {self.ring_degree}, sending to global rank "
+        )
         where += f"{self._next}, receiving from global rank {self._previous}"
         operations = [  # the receive first: no rank may fill its peer's queue before it offers a buffer itself
             torch_dist.P2POp(torch_dist.irecv, receive_buffer, self._previous, self._group),

@@ -53,7 +53,8 @@ def ring_forward(ring: Ring, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor) -> 
                 merge_(out_BSHD[:, queries], lse_BHS[:, :, queries], block_out, block_lse)
         if hop is not None:
             k_BSKD, v_BSKD = hop.wait()
-    assert out_BSHD is not None and lse_BHS is not None
+    assert out_BSHD is not None, "no stage had a block pair"
+    assert lse_BHS is not None
     return out_BSHD.to(q_BSHD.dtype), lse_BHS
 
 
