@@ -18,6 +18,7 @@ from typing import Any
 import deepspeed
 import deepspeed.comm as dist
 import torch
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor, nn
 
 from conf.schema import EngineConfig, OptimizerConfig
@@ -122,6 +123,18 @@ def deepspeed_config(config: EngineConfig, num_parameters: int) -> dict[str, Any
     return settings
 
 
+def _undo_dummy_step(wrapper: FP16_UnfusedOptimizer) -> None:
+    """Half precision on stage 0: DeepSpeed 0.19.8 takes a step with zero gradients to allocate Adam's state.
+
+    It counts as step 1 of the bias correction and decays the master weights, so that the first true updates came out a
+    quarter too small: found by the parity test.
+    """
+    wrapper.optimizer.state.clear()
+    for masters, parameters in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
+        for master, parameter in zip(masters, parameters, strict=True):
+            master.data.copy_(parameter.data)
+
+
 class TrainingEngine:
     """The model under DeepSpeed. Every rank must construct it and make the same calls in the same order.
 
@@ -158,6 +171,8 @@ class TrainingEngine:
             mpu=groups,
             dist_init_required=False,
         )
+        if isinstance(self.deepspeed.optimizer, FP16_UnfusedOptimizer):
+            _undo_dummy_step(self.deepspeed.optimizer)
         self._loss_multiplier = loss_multiplier(
             engine_config.zero_stage,
             groups.data_degree,

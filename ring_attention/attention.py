@@ -25,7 +25,7 @@ class RingAttention(nn.Module):
 
     Args:
         local_attention: a block kernel, its name, or "auto" for the fastest that supports the tensors of a call.
-        sequence_process_group: the ring; None, without torch.distributed, is a ring of one.
+        sequence_process_group: the ranks that share a sequence, in ring order.
         layout: "zigzag" or "contiguous": how the caller cut the sequence (`Layout.shard`).
         transport: how K,V travel, a key of `ring_attention.exchange.TRANSPORTS`.
 

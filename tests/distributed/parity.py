@@ -1,0 +1,278 @@
+"""The gradient parity gate: training through the real engine against one process, cell by cell.
+
+`python -m tests.distributed.parity` prints the full table (and with `--json FILE` keeps it); `test_parity.py` runs a
+covering part of it. A cell trains 3 steps on uneven labels. Compared with one process are the loss, the gradient norm
+before and after clipping and every parameter's gradient of the first step, and all parameters after the third. The
+measure is ||a - b|| / ||b|| per tensor.
+
+- fp32: against fp64 in one process; at most 1e-5.
+- bf16: the error against fp64 (from the same rounded weights) over that of bf16 in one process; at most 1.5.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from conf.schema import EngineConfig, ModelConfig, OptimizerConfig
+from recipes.plan import DTYPES
+from recipes.transformer import IGNORED_LABEL, TokenBatch, Transformer
+from ring_attention import Layout, LocalAttention, RingAttention
+from tests.measure import relative_error
+from tests.pool import WorkerPool
+
+NUM_STEPS = 3
+FP32_LIMIT = 1e-5
+BF16_RATIO_LIMIT = 1.5
+# the MLP's matrices are large enough for ZeRO-3 to partition, the rest small enough to stay whole
+MODEL = ModelConfig(num_layers=2, hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, mlp_size=1024)
+# Adam's eps is large, so that an update is a smooth function of the gradient. At 1e-8 an element whose gradient is 0 but
+# for rounding moves by lr in a random direction: then fp32 in one process is 7e-5 away from fp64 after 3 steps, too.
+OPTIMIZER = OptimizerConfig(lr=1e-2, warmup_fraction=0.0, eps=1e-3)
+CLIPPING = 0.5  # below the norms that occur, so that it acts
+MICRO_BATCH_SIZE = 2
+
+
+@dataclass(frozen=True)
+class Cell:
+    dtype: str
+    zero_stage: int
+    ring_degree: int
+    data_degree: int
+    accumulation_steps: int
+    length: int  # 32 is a multiple of 2P for all ring degrees, 29 of none but 1's
+    layout: str = "zigzag"
+
+
+def full_table() -> list[Cell]:
+    cells = [
+        Cell(dtype, stage, ring, data, accumulation, length)
+        for ring, data, dtype, stage, accumulation, length in itertools.product(
+            (1, 2, 4), (1, 2), ("fp32", "bf16"), (0, 1, 2, 3), (1, 2), (32, 29)
+        )
+    ]
+    return sorted(cells, key=lambda cell: cell.ring_degree * cell.data_degree)
+
+
+@dataclass
+class Trained:
+    """What one training run leaves to compare; all on the CPU."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    gradients: dict[str, Tensor]
+    parameters: dict[str, Tensor]
+
+
+def batches(cell: Cell) -> tuple[Tensor, Tensor]:
+    """Tokens and labels [step, micro-batch, data rank, B, L], labels dropped at a rate of each sequence's own."""
+    generator = torch.Generator().manual_seed(7)
+    shape = (NUM_STEPS, cell.accumulation_steps, cell.data_degree, MICRO_BATCH_SIZE, cell.length)
+    tokens = torch.randint(0, 257, (*shape[:-1], cell.length + 1), generator=generator)
+    dropped = torch.rand(shape, generator=generator) < torch.rand((*shape[:-1], 1), generator=generator)
+    return tokens[..., :-1], tokens[..., 1:].masked_fill(dropped, IGNORED_LABEL)
+
+
+def initial_weights(dtype: str) -> dict[str, Tensor]:
+    """Drawn on the CPU, rounded as DeepSpeed rounds them, in fp64."""
+    torch.manual_seed(0)
+    weights = Transformer(MODEL, LocalAttention("reference")).to(DTYPES[dtype]).double().state_dict()
+    return {name: weight.clone() for name, weight in weights.items()}
+
+
+def train_one_process(cell: Cell, compute_dtype: torch.dtype) -> Trained:
+    """Plain PyTorch: master weights in fp64 (rounded at first as DeepSpeed rounds them), computing in `compute_dtype`."""
+    device = "cuda" if compute_dtype == torch.bfloat16 and torch.cuda.is_available() else "cpu"
+    block = "auto" if compute_dtype == torch.bfloat16 else "reference"
+    master = Transformer(MODEL, LocalAttention(block)).double().to(device)
+    worker = Transformer(MODEL, LocalAttention(block)).to(device, compute_dtype)
+    master.load_state_dict(initial_weights(cell.dtype))
+    spared = [p for name, p in master.named_parameters() if p.dim() < 2 or name == "embedding.weight"]
+    decayed = [p for name, p in master.named_parameters() if p.dim() == 2 and name != "embedding.weight"]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": OPTIMIZER.weight_decay}, {"params": spared, "weight_decay": 0.0}],
+        betas=(OPTIMIZER.beta1, OPTIMIZER.beta2),
+        eps=OPTIMIZER.eps,
+    )
+    tokens, labels = (tensor.flatten(1, 2).to(device) for tensor in batches(cell))
+    positions = torch.arange(cell.length, device=device).unsqueeze(0)
+    trained = Trained([], [], {}, {})
+    for step in range(NUM_STEPS):
+        for group in optimizer.param_groups:  # the cosine from lr to lr / 10, spelt out
+            group["lr"] = OPTIMIZER.lr * (1.0, 0.55, 0.1)[step]
+        worker.load_state_dict(master.state_dict())
+        num_valid = (labels[step] != IGNORED_LABEL).sum()
+        loss_sum = 0.0
+        optimizer.zero_grad()
+        for micro_tokens, micro_labels in zip(tokens[step], labels[step], strict=True):
+            worker.zero_grad()
+            loss = worker(micro_tokens, positions, micro_labels)
+            loss_sum += loss.item()
+            (loss / num_valid).backward()
+            for target, source in zip(master.parameters(), worker.parameters(), strict=True):
+                assert source.grad is not None
+                target.grad = source.grad.double() + (0 if target.grad is None else target.grad)
+        trained.losses.append(loss_sum / num_valid.item())
+        if step == 0:
+            trained.gradients = {n: p.grad.cpu().clone() for n, p in master.named_parameters() if p.grad is not None}
+        trained.grad_norms.append(torch.nn.utils.clip_grad_norm_(master.parameters(), CLIPPING).item())
+        optimizer.step()
+    trained.parameters = {name: parameter.detach().cpu() for name, parameter in master.named_parameters()}
+    return trained
+
+
+def train_on_ranks(cell: Cell) -> Trained:
+    """On one rank: the same through the project's engine."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+
+    from recipes.engine import TrainingEngine
+    from ring_attention.groups import ParallelGroups
+
+    groups = ParallelGroups(cell.data_degree, cell.ring_degree)
+    layout = Layout(cell.layout, cell.ring_degree, cell.length)
+
+    def build_model() -> Transformer:
+        attention = RingAttention("auto", groups.get_sequence_parallel_group(), layout=cell.layout)
+        model = Transformer(MODEL, attention)
+        model.load_state_dict(initial_weights(cell.dtype))
+        return model
+
+    engine = TrainingEngine(
+        build_model,
+        groups,
+        EngineConfig(
+            dtype=cell.dtype,
+            zero_stage=cell.zero_stage,
+            micro_batch_size=MICRO_BATCH_SIZE,
+            gradient_accumulation_steps=cell.accumulation_steps,
+            gradient_clipping=CLIPPING,
+        ),
+        OPTIMIZER,
+        NUM_STEPS,
+        seed=0,
+    )
+    tokens, labels = (tensor[:, :, groups.data_rank] for tensor in batches(cell))
+    trained = Trained([], [], {}, {})
+    for step in range(NUM_STEPS):
+        micro_batches = [
+            TokenBatch(
+                layout.shard(micro_tokens, groups.ring_rank, dim=1),
+                layout.positions(groups.ring_rank).unsqueeze(0),
+                layout.shard(micro_labels, groups.ring_rank, dim=1, pad_value=IGNORED_LABEL),
+            )
+            for micro_tokens, micro_labels in zip(tokens[step], labels[step], strict=True)
+        ]
+        trained.losses.append(engine.accumulate(micro_batches).item())
+        if step == 0:
+            trained.gradients = {
+                name: safe_get_full_grad(parameter).cpu().clone() for name, parameter in engine.model.named_parameters()
+            }
+        trained.grad_norms.append(float(engine.update()))
+    masters = {}  # half precision on stage 0, where safe_get_full_fp32_param knows none
+    if hasattr(engine.deepspeed.optimizer, "fp32_groups"):
+        halves, wholes = engine.deepspeed.optimizer.fp16_groups, engine.deepspeed.optimizer.fp32_groups
+        masters = {id(half): whole for half, whole in zip(sum(halves, []), sum(wholes, []), strict=True)}
+    for name, parameter in engine.model.named_parameters():
+        full = safe_get_full_fp32_param(parameter)
+        full = masters.get(id(parameter), parameter) if full is None else full
+        trained.parameters[name] = full.detach().cpu().clone()
+    first = groups.get_sequence_data_parallel_rank() == 0
+    return trained if first else Trained(trained.losses, trained.grad_norms, {}, {})
+
+
+@dataclass
+class Outcome:
+    """Worst relative errors of a cell; for bf16 also the worst ratio to bf16 in one process."""
+
+    loss: float
+    grad_norm: float
+    gradient: float
+    parameter: float
+    bf16_ratio: float | None
+    seconds: float
+
+    @property
+    def passes(self) -> bool:
+        if self.bf16_ratio is not None:
+            return self.bf16_ratio <= BF16_RATIO_LIMIT
+        return max(self.loss, self.grad_norm, self.gradient, self.parameter) <= FP32_LIMIT
+
+
+def errors(got: Trained, expected: Trained) -> dict[str, float]:
+    """Relative error by quantity: loss and norm of each step, each tensor's gradient and final value."""
+    found = {}
+    for step in range(NUM_STEPS):
+        found[f"loss {step}"] = abs(got.losses[step] / expected.losses[step] - 1)
+        found[f"norm {step}"] = abs(got.grad_norms[step] / expected.grad_norms[step] - 1)
+    for name in expected.gradients:
+        found[f"gradient {name}"] = relative_error(got.gradients[name], expected.gradients[name])
+        found[f"parameter {name}"] = relative_error(got.parameters[name], expected.parameters[name])
+    return found
+
+
+@cache
+def one_process(key: Cell, compute_dtype: torch.dtype) -> Trained:
+    return train_one_process(key, compute_dtype)
+
+
+def run_cell(pool: WorkerPool, cell: Cell) -> Outcome:
+    started = time.perf_counter()
+    key = Cell(cell.dtype, 0, 1, cell.data_degree, cell.accumulation_steps, cell.length)
+    expected = one_process(key, torch.float64)
+    num_ranks = cell.ring_degree * cell.data_degree
+    ranks = pool.run(train_on_ranks, cell, num_ranks=num_ranks)
+    assert all(rank.losses == ranks[0].losses for rank in ranks), "ranks disagree on the loss"
+    found = errors(ranks[0], expected)
+
+    def worst(kind: str) -> float:
+        return max(value for name, value in found.items() if name.startswith(kind))
+
+    ratio = None
+    if cell.dtype == "bf16":
+        alone = errors(one_process(key, torch.bfloat16), expected)
+        ratio = max(found[name] / alone[name] for name in found if name.startswith(("gradient", "parameter")))
+    seconds = time.perf_counter() - started
+    return Outcome(worst("loss"), worst("norm"), worst("gradient"), worst("parameter"), ratio, seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The full parity table; NCCL where there are GPUs enough, else gloo.")
+    parser.add_argument("--json", type=Path, help="also write the table to this file")
+    parser.add_argument("--ranks", type=int, default=8, help="leave out cells that need more ranks")
+    options = parser.parse_args()
+    pool, rows = WorkerPool(), []
+    print("dtype zero ring data accum    L |    loss    norm  gradient parameter  bf16 ratio |")
+    for cell in full_table():
+        if cell.ring_degree * cell.data_degree > options.ranks:
+            continue
+        outcome = run_cell(pool, cell)
+        ratio = "" if outcome.bf16_ratio is None else f"{outcome.bf16_ratio:.2f}"
+        print(
+            f"{cell.dtype:5} {cell.zero_stage:4} {cell.ring_degree:4} {cell.data_degree:4} "
+            f"{cell.accumulation_steps:5} {cell.length:4} | {outcome.loss:.1e} {outcome.grad_norm:.1e}   "
+            f"{outcome.gradient:.1e}   {outcome.parameter:.1e} {ratio:>11} | {'ok' if outcome.passes else 'FAILED'}",
+            flush=True,
+        )
+        rows.append({**asdict(cell), **asdict(outcome), "passes": outcome.passes})
+    pool.close()
+    if options.json:
+        options.json.write_text(json.dumps({"device": _device(), "torch": torch.__version__, "cells": rows}, indent=1))
+    failed = sum(not row["passes"] for row in rows)
+    print(f"{len(rows)} cells, {failed} failed")
+    raise SystemExit(1 if failed else 0)
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""A covering part of the parity table: every stage and dtype, every pair of other choices at least once, both layouts."""
+
+import pytest
+
+from tests.distributed.parity import Cell, full_table, run_cell
+from tests.pool import WorkerPool
+
+COVERING = [  # dtype, stage, ring, data, accumulation, length
+    Cell("fp32", 0, 4, 1, 2, 29),
+    Cell("fp32", 1, 2, 2, 1, 29),
+    Cell("fp32", 2, 4, 1, 1, 32, layout="contiguous"),
+    Cell("fp32", 2, 2, 2, 2, 29),
+    Cell("fp32", 3, 4, 1, 2, 32),
+    Cell("fp32", 3, 2, 2, 2, 29),
+    Cell("fp32", 3, 1, 2, 1, 29),
+    Cell("fp32", 0, 1, 1, 2, 32),
+    Cell("bf16", 0, 2, 2, 1, 32),
+    Cell("bf16", 1, 4, 1, 2, 29),
+    Cell("bf16", 1, 1, 2, 2, 32),
+    Cell("bf16", 2, 2, 1, 1, 29),
+    Cell("bf16", 3, 4, 1, 1, 29),
+    Cell("bf16", 3, 2, 2, 2, 32, layout="contiguous"),
+]
+
+
+@pytest.mark.parametrize("cell", COVERING, ids=str)
+def test_training_on_ranks_equals_one_process(pool: WorkerPool, cell: Cell):
+    outcome = run_cell(pool, cell)
+    assert outcome.passes, outcome
+
+
+def test_the_full_table_holds_every_combination():
+    assert len(set(full_table())) == 3 * 2 * 2 * 4 * 2 * 2

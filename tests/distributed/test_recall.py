@@ -1,0 +1,81 @@
+"""Proof that context crosses ranks: a task whose answer lies more than L/P tokens back, on another rank.
+
+A sequence is noise with one value token in its second or third chunk of eight; at the last position the model must name
+it. Under the ring this is learnt; with attention among a rank's own tokens it cannot be, in either layout.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from conf.schema import EngineConfig, ModelConfig, OptimizerConfig
+from recipes.transformer import IGNORED_LABEL, TokenBatch, Transformer
+from ring_attention import Layout, LocalAttention, RingAttention
+from tests.pool import WorkerPool
+
+LENGTH, NUM_RANKS, NUM_VALUES, BATCH_SIZE = 64, 4, 16, 64
+MODEL = ModelConfig(num_layers=1, hidden_size=64, num_heads=4, num_kv_heads=4, head_dim=16, mlp_size=128)
+
+
+def draw(seed: int) -> tuple[Tensor, Tensor]:
+    """Tokens and labels [B, L]; values are 0..15, noise is 16..31; the distance to the answer is at least 40."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(NUM_VALUES, 2 * NUM_VALUES, (BATCH_SIZE, LENGTH), generator=generator)
+    place = torch.randint(LENGTH // 8, 3 * LENGTH // 8, (BATCH_SIZE, 1), generator=generator)
+    value = torch.randint(0, NUM_VALUES, (BATCH_SIZE, 1), generator=generator)
+    labels = torch.full_like(tokens, IGNORED_LABEL)
+    labels[:, -1:] = value
+    return tokens.scatter(1, place, value), labels
+
+
+def recall_accuracy(method: str, layout_name: str, num_steps: int) -> float | None:
+    """Train, then the share of right answers on fresh sequences; None on ranks without the last position."""
+    from recipes.engine import TrainingEngine
+    from ring_attention.groups import ParallelGroups
+
+    groups = ParallelGroups(data_degree=1, ring_degree=NUM_RANKS)
+    layout = Layout(layout_name, NUM_RANKS, LENGTH)
+    group = groups.get_sequence_parallel_group()
+    attention = RingAttention("auto", group, layout=layout_name) if method == "ring" else LocalAttention("auto", group)
+    engine = TrainingEngine(
+        lambda: Transformer(MODEL, attention),
+        groups,
+        EngineConfig(dtype="fp32", zero_stage=1, micro_batch_size=BATCH_SIZE),
+        OptimizerConfig(lr=5e-3, weight_decay=0.0),
+        num_steps,
+        seed=0,
+    )
+
+    def batch(seed: int) -> TokenBatch:
+        tokens, labels = draw(seed)
+        return TokenBatch(
+            layout.shard(tokens, groups.ring_rank, dim=1),
+            layout.positions(groups.ring_rank).unsqueeze(0),
+            layout.shard(labels, groups.ring_rank, dim=1, pad_value=IGNORED_LABEL),
+        )
+
+    for step in range(num_steps):
+        engine.train_step([batch(step)])
+    num_right = num_asked = 0
+    with torch.no_grad():
+        for seed in range(10**6, 10**6 + 4):
+            fresh = batch(seed)
+            answers = engine.model.logits(fresh.tokens_BS, fresh.positions_1S).argmax(-1)
+            asked = fresh.labels_BS != IGNORED_LABEL
+            num_asked += int(asked.sum())
+            num_right += int((answers == fresh.labels_BS)[asked].sum())
+    return num_right / num_asked if num_asked else None
+
+
+@pytest.mark.parametrize("layout_name", ["zigzag", "contiguous"])
+def test_the_ring_recalls_what_another_rank_read(pool: WorkerPool, layout_name: str):
+    [accuracy] = [a for a in pool.run(recall_accuracy, "ring", layout_name, 120, num_ranks=NUM_RANKS) if a is not None]
+    assert accuracy > 0.99
+
+
+@pytest.mark.parametrize("layout_name", ["zigzag", "contiguous"])
+def test_without_the_ring_it_is_chance(pool: WorkerPool, layout_name: str):
+    [accuracy] = [a for a in pool.run(recall_accuracy, "local", layout_name, 120, num_ranks=NUM_RANKS) if a is not None]
+    assert accuracy < 3 / NUM_VALUES  # chance is 1/16

@@ -1,0 +1,106 @@
+"""Rank processes for all tests: importing torch and DeepSpeed costs seconds, so it is paid once a session.
+
+`WorkerPool.run` calls a module-level function on every rank of a process group, under gloo on the CPU and NCCL on GPUs,
+and returns what each rank returned. There is one set of processes per number of ranks, started when first asked for:
+DeepSpeed numbers modules per process and wants the numbers equal on all ranks, so a rank cannot change sets.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+COLLECTIVE_TIMEOUT_S = 120.0
+
+
+class RankError(AssertionError):
+    """A rank raised or died; carries its traceback."""
+
+
+class WorkerPool:
+    def __init__(self) -> None:
+        self._sets: dict[int, list[tuple[Any, Connection]]] = {}
+        self._folder = tempfile.TemporaryDirectory(prefix="ring_attention_pool_")
+        self._num_started = 0
+
+    def run(self, function: Callable[..., Any], *arguments: Any, num_ranks: int) -> list[Any]:
+        """`function(*arguments)` on ranks 0..num_ranks-1; the results in rank order.
+
+        Raises:
+            RankError: if a rank raised or died; the next run starts new processes then.
+        """
+        workers = self._sets.get(num_ranks) or self._start(num_ranks)
+        for _, connection in workers:
+            connection.send((function, arguments))
+        outcomes = [_receive(connection) for _, connection in workers]
+        errors = [f"rank {rank}:\n{text}" for rank, (failed, text) in enumerate(outcomes) if failed]
+        if errors:
+            self._stop(num_ranks)
+            raise RankError("\n".join(errors))
+        return [result for _, result in outcomes]
+
+    def close(self) -> None:
+        for num_ranks in list(self._sets):
+            self._stop(num_ranks)
+
+    def _start(self, num_ranks: int) -> list[tuple[Any, Connection]]:
+        context = multiprocessing.get_context("spawn")
+        self._num_started += 1
+        meeting = Path(self._folder.name) / f"meeting{self._num_started}"
+        workers = self._sets[num_ranks] = []
+        for rank in range(num_ranks):
+            here, there = context.Pipe()
+            process = context.Process(target=_work, args=(rank, num_ranks, meeting, there), daemon=True)
+            process.start()
+            there.close()
+            workers.append((process, here))
+        return workers
+
+    def _stop(self, num_ranks: int) -> None:
+        for process, _ in self._sets.pop(num_ranks):
+            process.kill()
+            process.join()
+
+
+def _receive(connection: Connection) -> tuple[bool, Any]:
+    try:
+        if not connection.poll(2 * COLLECTIVE_TIMEOUT_S):
+            return True, "gave no answer in time"
+        return connection.recv()
+    except EOFError:
+        return True, "died"
+
+
+def _work(rank: int, num_ranks: int, meeting: Path, connection: Connection) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(num_ranks), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    import logging
+
+    import torch
+
+    torch.set_num_threads(1)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank)
+    else:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+
+    from recipes.engine import init_distributed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    init_distributed(f"file://{meeting}", COLLECTIVE_TIMEOUT_S)
+    while True:
+        try:
+            function, arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send((False, function(*arguments)))
+        except Exception:
+            connection.send((True, traceback.format_exc()))
