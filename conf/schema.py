@@ -37,7 +37,7 @@ class ModelConfig:
     num_heads: int = 4
     num_kv_heads: int = 2  # fewer than num_heads is grouped-query attention
     head_dim: int = 32
-    mlp_size: int = 512
+    mlp_size: int = 384
     mlp: str = "swiglu"  # swiglu | gelu
     norm: str = "rmsnorm"  # rmsnorm | layernorm
     norm_eps: float = 1e-5

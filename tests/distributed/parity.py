@@ -32,10 +32,10 @@ from tests.pool import WorkerPool
 NUM_STEPS = 3
 FP32_LIMIT = 1e-5
 BF16_RATIO_LIMIT = 1.5
-# the MLP's matrices are large enough for ZeRO-3 to partition, the rest small enough to stay whole
+# one matrix (the MLP's up) is large enough for ZeRO-3 to keep it partitioned, the rest are kept whole between steps
 MODEL = ModelConfig(num_layers=2, hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, mlp_size=1024)
-# Adam's eps is large, so that an update is a smooth function of the gradient. At 1e-8 an element whose gradient is 0 but
-# for rounding moves by lr in a random direction: then fp32 in one process is 7e-5 away from fp64 after 3 steps, too.
+# Adam's eps is large, so that an update is a smooth function of the gradient. At 1e-8 an element whose gradient is 0
+# but for rounding moves by lr in a random direction: fp32 on one rank is 7e-5 away from fp64 after 3 steps, too.
 OPTIMIZER = OptimizerConfig(lr=1e-2, warmup_fraction=0.0, eps=1e-3)
 CLIPPING = 0.5  # below the norms that occur, so that it acts
 MICRO_BATCH_SIZE = 2
@@ -89,7 +89,7 @@ def initial_weights(dtype: str) -> dict[str, Tensor]:
 
 
 def train_one_process(cell: Cell, compute_dtype: torch.dtype) -> Trained:
-    """Plain PyTorch: master weights in fp64 (rounded at first as DeepSpeed rounds them), computing in `compute_dtype`."""
+    """Plain PyTorch: master weights in fp64, computing in `compute_dtype`."""
     device = "cuda" if compute_dtype == torch.bfloat16 and torch.cuda.is_available() else "cpu"
     block = "auto" if compute_dtype == torch.bfloat16 else "reference"
     master = Transformer(MODEL, LocalAttention(block)).double().to(device)
@@ -131,6 +131,7 @@ def train_one_process(cell: Cell, compute_dtype: torch.dtype) -> Trained:
 
 def train_on_ranks(cell: Cell) -> Trained:
     """On one rank: the same through the project's engine."""
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
     from recipes.engine import TrainingEngine
@@ -138,11 +139,12 @@ def train_on_ranks(cell: Cell) -> Trained:
 
     groups = ParallelGroups(cell.data_degree, cell.ring_degree)
     layout = Layout(cell.layout, cell.ring_degree, cell.length)
+    weights = initial_weights(cell.dtype)  # drawn here: inside the engine a draw would be the GPU's
 
     def build_model() -> Transformer:
         attention = RingAttention("auto", groups.get_sequence_parallel_group(), layout=cell.layout)
         model = Transformer(MODEL, attention)
-        model.load_state_dict(initial_weights(cell.dtype))
+        model.load_state_dict(weights)
         return model
 
     engine = TrainingEngine(
@@ -173,13 +175,15 @@ def train_on_ranks(cell: Cell) -> Trained:
         trained.losses.append(engine.accumulate(micro_batches).item())
         if step == 0:
             trained.gradients = {
-                name: safe_get_full_grad(parameter).cpu().clone() for name, parameter in engine.model.named_parameters()
+                name: whole.cpu().clone()
+                for name, parameter in engine.model.named_parameters()
+                if (whole := safe_get_full_grad(parameter)) is not None
             }
         trained.grad_norms.append(float(engine.update()))
     masters = {}  # half precision on stage 0, where safe_get_full_fp32_param knows none
-    if hasattr(engine.deepspeed.optimizer, "fp32_groups"):
-        halves, wholes = engine.deepspeed.optimizer.fp16_groups, engine.deepspeed.optimizer.fp32_groups
-        masters = {id(half): whole for half, whole in zip(sum(halves, []), sum(wholes, []), strict=True)}
+    if isinstance(wrapper := engine.deepspeed.optimizer, FP16_UnfusedOptimizer):
+        halves, wholes = (itertools.chain(*groups) for groups in (wrapper.fp16_groups, wrapper.fp32_groups))
+        masters = {id(half): whole for half, whole in zip(halves, wholes, strict=True)}
     for name, parameter in engine.model.named_parameters():
         full = safe_get_full_fp32_param(parameter)
         full = masters.get(id(parameter), parameter) if full is None else full

@@ -47,7 +47,9 @@ def ring_result(
 def oracle(length: int, dtype: torch.dtype) -> list[Tensor]:
     q, k, v, dout = (tensor.double().transpose(1, 2) for tensor in draw(length, dtype))
     leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
-    out = F.scaled_dot_product_attention(*leaves, is_causal=True, scale=1 / math.sqrt(16), enable_gqa=True)
+    out = F.scaled_dot_product_attention(
+        leaves[0], leaves[1], leaves[2], is_causal=True, scale=1 / math.sqrt(16), enable_gqa=True
+    )
     out.backward(dout)
     return [
         tensor.detach().transpose(1, 2) for tensor in (out, *(leaf.grad for leaf in leaves if leaf.grad is not None))

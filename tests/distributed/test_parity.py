@@ -1,4 +1,4 @@
-"""A covering part of the parity table: every stage and dtype, every pair of other choices at least once, both layouts."""
+"""A covering part of the parity table: every stage in both dtypes, every other choice with several of them."""
 
 import pytest
 

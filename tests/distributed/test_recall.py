@@ -58,6 +58,7 @@ def recall_accuracy(method: str, layout_name: str, num_steps: int) -> float | No
 
     for step in range(num_steps):
         engine.train_step([batch(step)])
+    assert isinstance(engine.model, Transformer)
     num_right = num_asked = 0
     with torch.no_grad():
         for seed in range(10**6, 10**6 + 4):

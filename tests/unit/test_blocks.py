@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ring_attention.blocks import BLOCKS, BlockSpec, choose_block
@@ -20,9 +21,8 @@ def draw(dtype: torch.dtype, num_queries: int, num_keys: int, num_heads: int, nu
 def oracle(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, causal: bool) -> list[Tensor]:
     """out, dq, dk, dv by autograd through torch's own attention in fp64."""
     leaves = [tensor.double().requires_grad_() for tensor in (q, k, v)]
-    heads_first = [tensor.transpose(1, 2) for tensor in leaves]
-    out = torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=causal, scale=0.3, enable_gqa=True)
-    out = out.transpose(1, 2)
+    q_t, k_t, v_t = (tensor.transpose(1, 2) for tensor in leaves)
+    out = F.scaled_dot_product_attention(q_t, k_t, v_t, is_causal=causal, scale=0.3, enable_gqa=True).transpose(1, 2)
     out.backward(dout.double())
     return [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 

@@ -1,0 +1,125 @@
+"""The pure functions behind a run: the loss rule, schedules of the learning rate, sizes, operations, throughput."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from conf.schema import Config, ModelConfig, OptimizerConfig
+from recipes.metrics import Throughput, peak_tflops, percentile
+from recipes.plan import Plan, forward_flops_per_token, num_parameters
+from recipes.transformer import Transformer, rotary_cos_sin
+from ring_attention import LocalAttention
+
+SHAPES = [
+    ModelConfig(),
+    ModelConfig(mlp="gelu", norm="layernorm", bias=True),
+    ModelConfig(tied_head=True, num_kv_heads=1),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=["tiny", "gelu_layernorm_bias", "tied_mqa"])
+def test_the_parameter_count_is_that_of_the_model(shape: ModelConfig):
+    model = Transformer(shape, LocalAttention("auto"))
+    assert num_parameters(shape) == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_the_papers_first_workload_costs_7_1_gflop_a_token():
+    shape = ModelConfig(
+        num_layers=4, hidden_size=8192, num_heads=16, num_kv_heads=16, head_dim=512, mlp_size=32768, mlp="gelu"
+    )
+    assert forward_flops_per_token(shape, 10_000) == pytest.approx(7.1e9, rel=0.01)
+
+
+def test_operations_counted_by_torch():
+    """Matrix products as torch counts them, plus causal attention by hand."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    shape, length = ModelConfig(), 16
+    model = Transformer(shape, lambda q, k, v, batch_dim_idx: q)  # pyright: ignore[reportArgumentType]
+    tokens = torch.zeros(1, length, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        model.logits(tokens, torch.arange(length).unsqueeze(0))
+    attention = sum(4 * shape.num_heads * shape.head_dim * (query + 1) for query in range(length)) * shape.num_layers
+    assert forward_flops_per_token(shape, length) * length == counter.get_total_flops() + attention
+
+
+@pytest.mark.parametrize(
+    ("stage", "data", "ring", "accumulation", "multiplier"),
+    [(0, 1, 4, 1, 1), (1, 2, 2, 1, 2), (2, 2, 4, 3, 6), (3, 1, 4, 1, 4), (3, 2, 2, 2, 8)],
+)
+def test_the_loss_multiplier_undoes_what_deepspeed_divides_by(stage, data, ring, accumulation, multiplier):
+    from recipes.engine import loss_multiplier
+
+    assert loss_multiplier(stage, data, ring, accumulation) == multiplier
+
+
+def test_the_learning_rate_warms_up_and_decays_to_its_floor():
+    from recipes.engine import learning_rate_factor
+
+    def factors(decay: str) -> list[float]:
+        factor = learning_rate_factor(OptimizerConfig(warmup_fraction=0.2, min_lr_ratio=0.1, decay=decay), num_steps=10)
+        return [round(factor(step), 3) for step in range(10)]
+
+    assert factors("linear") == [0.333, 0.667, 1.0, 0.871, 0.743, 0.614, 0.486, 0.357, 0.229, 0.1]
+    assert factors("constant") == [0.333, 0.667, *[1.0] * 8]
+    cosine = factors("cosine")
+    assert (cosine[2], cosine[-1]) == (1.0, 0.1)
+    assert cosine[2:] == sorted(cosine[2:], reverse=True)
+
+
+def test_weight_decay_spares_norms_biases_and_embeddings():
+    from recipes.engine import make_optimizer
+
+    model = Transformer(ModelConfig(norm="layernorm", bias=True), LocalAttention("auto"))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, spared = (
+        {names[id(p)] for p in group["params"]} for group in make_optimizer(model, OptimizerConfig()).param_groups
+    )
+    assert decayed == {
+        n for n in names.values() if n.endswith("weight") and "norm" not in n and n != "embedding.weight"
+    }
+    assert spared == set(names.values()) - decayed
+
+
+def test_throughput_divides_by_all_ranks():
+    throughput = Throughput(
+        step_time_s=0.5,
+        tokens_per_step=4000,
+        sequence_length=2000,
+        num_ranks=4,
+        train_flops_per_token=1e9,
+        peak_tflops=10,
+    )
+    assert throughput.tokens_per_s == 8000
+    assert throughput.tokens_per_s_per_rank == 2000
+    assert throughput.tpot_ms == 0.25
+    assert throughput.mfu_pct == pytest.approx(20.0)
+
+
+def test_utilisation_is_not_invented_for_unknown_hardware():
+    assert peak_tflops("NVIDIA H200", "bf16") == 989.4
+    assert peak_tflops("NVIDIA H200", "fp32") is None
+    assert peak_tflops("CPU", "bf16") is None
+    assert Throughput(1.0, 1, 1, 1, 1.0, None).mfu_pct is None
+
+
+def test_percentiles_interpolate():
+    assert percentile([3.0], 95) == 3.0
+    assert percentile([1.0, 2.0, 3.0, 4.0, 5.0], 50) == 3.0
+    assert percentile([0.0, 10.0], 95) == pytest.approx(9.5)
+
+
+def test_rotary_angles_stay_exact_at_a_million():
+    cos, _ = rotary_cos_sin(torch.tensor([[1_000_003]]), head_dim=2, theta=10000.0)
+    assert cos.item() == pytest.approx(torch.tensor(1_000_003.0, dtype=torch.float64).cos().item(), abs=1e-7)
+
+
+def test_the_plan_says_what_a_run_will_be(tmp_path):
+    plan = Plan(Config(), num_ranks=4, device_type="cpu", device_name="CPU", capability=None)
+    text = "\n".join(plan.explanation(tmp_path))
+    for part in ("1 data x 4 ring, on CPU", "512 per rank of 2,048 per sequence", "0.46 M parameters", "cpu_flash"):
+        assert part in text
+    assert "imbalance (lockstep stages / mean rank) 1.000" in text
+    alone = Plan(Config(), num_ranks=1, device_type="cpu", device_name="CPU", capability=None)
+    assert "a ring of 1: one rank holds whole sequences" in "\n".join(alone.banner(tmp_path))

@@ -1,0 +1,46 @@
+"""The import contract of docs/architecture.md."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def imported(path: Path) -> set[str]:
+    """Every module name that a file imports, also within functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_imports_point_downward_only():
+    command = [Path(sys.executable).with_name("lint-imports"), "--no-cache"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stdout
+    assert "0 broken" in result.stdout
+
+
+def test_only_the_exchange_calls_torch_distributed():
+    users = {
+        str(path.relative_to(ROOT))
+        for folder in ("ring_attention", "recipes", "data", "conf")
+        for path in (ROOT / folder).rglob("*.py")
+        if any(name.startswith("torch.distributed") for name in imported(path))
+    }
+    assert users == {"ring_attention/exchange.py"}
+
+
+def test_nothing_imports_train():
+    for path in ROOT.glob("[!.]*/**/*.py"):
+        assert "train" not in imported(path), path
+
+
+def test_the_launchers_parent_does_not_import_deepspeed():
+    code = "import sys, recipes.launch; sys.exit('deepspeed' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120).returncode == 0
