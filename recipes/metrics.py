@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import resource
 import statistics
 import sys
@@ -68,25 +67,26 @@ class StepClock:
 
     def __init__(self) -> None:
         self._on_cuda = torch.cuda.is_available()
-        self._marks: list[Any] = [self._mark()]
-
-    def tick(self) -> None:
-        """A step ends here."""
-        self._marks.append(self._mark())
+        self._spans: list[tuple[Any, Any]] = []
+        self.restart()
 
     def restart(self) -> None:
-        """What passed since the last tick (a validation, say) belongs to no step."""
-        self._marks = [self._mark()]
+        """A step starts here; what passed since the last tick (a validation, say) belongs to none."""
+        self._start = self._mark()
+
+    def tick(self) -> None:
+        """A step ends here, and the next one starts."""
+        end = self._mark()
+        self._spans.append((self._start, end))
+        self._start = end
 
     def take(self) -> list[float]:
         """Seconds of each step since the last call; waits for the device."""
-        if self._on_cuda:
-            torch.cuda.synchronize()
-            times = [start.elapsed_time(end) / 1e3 for start, end in itertools.pairwise(self._marks)]
-        else:
-            times = [end - start for start, end in itertools.pairwise(self._marks)]
-        self._marks = self._marks[-1:]
-        return times
+        spans, self._spans = self._spans, []
+        if not self._on_cuda:
+            return [end - start for start, end in spans]
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) / 1e3 for start, end in spans]
 
     def _mark(self) -> Any:
         if not self._on_cuda:

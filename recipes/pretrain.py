@@ -52,7 +52,6 @@ def pretrain(config: Config, plan: Plan, run_dir: Path, reporter: Reporter | Non
         config.num_steps,
         config.seed,
     )
-
     corpus = Corpus(open_documents(config.data), config.data.sequence_length, config.data.validation_sequences)
     sharder = Sharder(
         plan.layout, groups.ring_rank, groups.data_rank, groups.data_degree, config.engine.micro_batch_size
@@ -60,14 +59,10 @@ def pretrain(config: Config, plan: Plan, run_dir: Path, reporter: Reporter | Non
     steps = sharder.steps(corpus.training(cursor=0), config.engine.gradient_accumulation_steps)
     first_batch = next(steps)
 
-    def validate() -> float:
-        return engine.evaluate(sharder.validation(corpus.validation()))
-
-    peak_tflops = metrics.peak_tflops(plan.device_name, config.engine.dtype)
     clock = metrics.StepClock()
-    step_times_s: list[float] = []  # without the first step, which warms up
-    first_step_s = float("nan")
-    first_loss = last_loss = validation_loss = float("nan")
+    losses: list[float] = []  # of the logged steps
+    step_times_s: list[float] = []
+    validation_loss = float("nan")
     with _profiler(config, run_dir, groups.get_sequence_data_parallel_rank()) as profiler_step:
         for step in range(1, config.num_steps + 1):
             micro_batches = first_batch if step == 1 or config.data.overfit_one_batch else next(steps)
@@ -78,66 +73,71 @@ def pretrain(config: Config, plan: Plan, run_dir: Path, reporter: Reporter | Non
             if reporter:
                 reporter.advance()
 
-            logs = step == 1 or step % config.logging.every_n_steps == 0 or step == config.num_steps
-            validates = step == config.num_steps or (
-                config.logging.validate_every_n_steps and step % config.logging.validate_every_n_steps == 0
-            )
-            if logs or validates:
+            is_last = step == config.num_steps
+            values: dict[str, float | None] = {}
+            if step == 1 or is_last or step % config.logging.every_n_steps == 0:
                 recent_s = clock.take()
-                if step == 1:
-                    [first_step_s] = recent_s
-                else:
-                    step_times_s += recent_s
-                values: dict[str, float | None] = {}
-                if logs:
-                    peak_memory_gib = engine.max_over_ranks(metrics.peak_memory_gib())
-                    last_loss = result.loss.item()
-                    first_loss = last_loss if step == 1 else first_loss
-                    throughput = metrics.Throughput(
-                        statistics.median(recent_s),
-                        plan.tokens_per_step,
-                        config.data.sequence_length,
-                        plan.num_ranks,
-                        3 * plan.forward_flops,
-                        peak_tflops,
-                    )
-                    values |= {
-                        "train/loss": last_loss,
-                        "train/grad_norm": float(result.grad_norm),
-                        "train/learning_rate": learning_rate,
-                        "train/tokens_seen": step * plan.tokens_per_step,
-                        "train/tokens_per_s": throughput.tokens_per_s,
-                        "train/tokens_per_s_per_rank": throughput.tokens_per_s_per_rank,
-                        "train/tpot_ms": throughput.tpot_ms,
-                        "train/mfu_pct": throughput.mfu_pct,
-                        "train/step_time_p50_s": metrics.percentile(recent_s, 50),
-                        "train/step_time_p95_s": metrics.percentile(recent_s, 95),
-                        "train/peak_memory_gib": peak_memory_gib,
-                        "train/eta_s": throughput.step_time_s * (config.num_steps - step),
-                    }
-                    if reporter:
-                        reporter.say(reporter.training_line(step, values))
-                if validates:
-                    if reporter and step == config.num_steps:
-                        reporter.say("validating ...")
-                    validation_loss = validate()
-                    values["validation/loss"] = validation_loss
-                    if reporter:
-                        reporter.say(f"step {step}: validation loss {validation_loss:.4f}")
+                step_times_s += recent_s
+                losses.append(result.loss.item())
+                values |= {
+                    "train/loss": losses[-1],
+                    "train/grad_norm": float(result.grad_norm),
+                    "train/learning_rate": learning_rate,
+                    "train/tokens_seen": step * plan.tokens_per_step,
+                    "train/peak_memory_gib": engine.max_over_ranks(metrics.peak_memory_gib()),
+                    **_speed(plan, recent_s, config.num_steps - step),
+                }
+            if is_last or _is_multiple(step, config.logging.validate_every_n_steps):
+                if reporter and is_last:
+                    reporter.say("validating ...")
+                validation_loss = engine.evaluate(sharder.validation(corpus.validation()))
+                values["validation/loss"] = validation_loss
+            if values:
                 if reporter:
                     reporter.log(step, values)
                 clock.restart()
 
     if reporter:
-        tokens_per_s = plan.tokens_per_step / statistics.median(step_times_s or [first_step_s])
+        # the first step warms up
+        throughput = _throughput(plan, statistics.median(step_times_s[1:] or step_times_s))
         reporter.say(
             "",
-            f"done: {config.num_steps} steps, loss {first_loss:.4f} -> {last_loss:.4f}, "
+            f"done: {config.num_steps} steps, loss {losses[0]:.4f} -> {losses[-1]:.4f}, "
             f"validation loss {validation_loss:.4f}",
-            f"median throughput: {tokens_per_s:,.0f} tok/s, {tokens_per_s / plan.num_ranks:,.0f} tok/s/rank",
+            f"median throughput: {throughput.tokens_per_s:,.0f} tok/s, {throughput.tokens_per_s_per_rank:,.0f} tok/s/rank",
             *reporter.how_to_look(),
         )
     return validation_loss
+
+
+def _is_multiple(step: int, interval: int) -> bool:
+    """Whether something due every `interval` steps is due; 0 is never."""
+    return interval > 0 and step % interval == 0
+
+
+def _throughput(plan: Plan, step_time_s: float) -> metrics.Throughput:
+    return metrics.Throughput(
+        step_time_s,
+        plan.tokens_per_step,
+        plan.config.data.sequence_length,
+        plan.num_ranks,
+        3 * plan.forward_flops,
+        metrics.peak_tflops(plan.device_name, plan.config.engine.dtype),
+    )
+
+
+def _speed(plan: Plan, recent_s: list[float], num_steps_left: int) -> dict[str, float | None]:
+    """Throughput and times of the steps since the last log."""
+    throughput = _throughput(plan, statistics.median(recent_s))
+    return {
+        "train/tokens_per_s": throughput.tokens_per_s,
+        "train/tokens_per_s_per_rank": throughput.tokens_per_s_per_rank,
+        "train/tpot_ms": throughput.tpot_ms,
+        "train/mfu_pct": throughput.mfu_pct,
+        "train/step_time_p50_s": metrics.percentile(recent_s, 50),
+        "train/step_time_p95_s": metrics.percentile(recent_s, 95),
+        "train/eta_s": throughput.step_time_s * num_steps_left,
+    }
 
 
 @contextlib.contextmanager
