@@ -91,7 +91,8 @@ def main() -> None:
     new = old
     for name, table in TABLES.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)"
-        new, count = re.subn(pattern, lambda m, text=table(): f"{m[1]}{text}\n{m[2]}", new, flags=re.DOTALL)
+        text = table()
+        new, count = re.subn(pattern, rf"\g<1>{text}\n\g<2>", new, flags=re.DOTALL)
         assert count == 1, f"performance.md has no place for the table {name}"
     if "--check" in sys.argv:
         sys.exit(

@@ -87,11 +87,15 @@ def pretrain(config: Config, plan: Plan, run_dir: Path, reporter: Reporter | Non
                     "train/peak_memory_gib": engine.max_over_ranks(metrics.peak_memory_gib()),
                     **_speed(plan, recent_s, config.num_steps - step),
                 }
+                if reporter:
+                    reporter.say(reporter.training_line(step, values))
             if is_last or _is_multiple(step, config.logging.validate_every_n_steps):
-                if reporter and is_last:
+                if reporter:
                     reporter.say("validating ...")
                 validation_loss = engine.evaluate(sharder.validation(corpus.validation()))
                 values["validation/loss"] = validation_loss
+                if reporter:
+                    reporter.say(f"step {step}: validation loss {validation_loss:.4f}")
             if values:
                 if reporter:
                     reporter.log(step, values)
@@ -104,7 +108,8 @@ def pretrain(config: Config, plan: Plan, run_dir: Path, reporter: Reporter | Non
             "",
             f"done: {config.num_steps} steps, loss {losses[0]:.4f} -> {losses[-1]:.4f}, "
             f"validation loss {validation_loss:.4f}",
-            f"median throughput: {throughput.tokens_per_s:,.0f} tok/s, {throughput.tokens_per_s_per_rank:,.0f} tok/s/rank",
+            f"median throughput: {throughput.tokens_per_s:,.0f} tok/s, "
+            f"{throughput.tokens_per_s_per_rank:,.0f} tok/s/rank",
             *reporter.how_to_look(),
         )
     return validation_loss

@@ -78,17 +78,14 @@ class Reporter:
         self._bar.update()
 
     def log(self, step: int, metrics: dict[str, float | None]) -> None:
-        """The numbers of one step: a line for people, a line of JSON and one call of wandb; None is left out there."""
-        if "train/loss" in metrics:
-            self.say(self._training_line(step, metrics))
-        if "validation/loss" in metrics:
-            self.say(f"step {step}: validation loss {metrics['validation/loss']:.4f}")
+        """The numbers of one step to the file and to wandb, in one call each; None is left out."""
         known = {"step": step, **{name: value for name, value in metrics.items() if value is not None}}
         self._file.write(json.dumps({**known, "elapsed_s": round(time.perf_counter() - self._started, 3)}) + "\n")
         self._file.flush()  # a crash loses nothing
         self._wandb.log(known)
 
-    def _training_line(self, step: int, metrics: dict[str, float | None]) -> str:
+    def training_line(self, step: int, metrics: dict[str, float | None]) -> str:
+        """The console's line of a logged step; the keys are those of `recipes.pretrain`."""
         value = {name.removeprefix("train/"): number for name, number in metrics.items()}
         mfu = "n/a" if value["mfu_pct"] is None else f"{value['mfu_pct']:.1f}%"
         digits = len(str(self._config.num_steps))
