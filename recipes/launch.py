@@ -95,7 +95,11 @@ def launch(config: Config, num_ranks: int, run_dir: Path) -> float:
     meeting_dir = Path(tempfile.mkdtemp(prefix="ring_attention_"))  # not the run dir: a network disk may lack locks
     outcomes = mp.get_context("spawn").SimpleQueue()
     context = mp.start_processes(
-        _launched_rank, (config, num_ranks, run_dir, meeting_dir, outcomes), num_ranks, join=False, start_method="spawn"
+        _launched_rank,
+        (os.getpid(), config, num_ranks, run_dir, meeting_dir, outcomes),
+        num_ranks,
+        join=False,
+        start_method="spawn",
     )
     assert context is not None
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # RunFailed says it better
@@ -111,9 +115,17 @@ def launch(config: Config, num_ranks: int, run_dir: Path) -> float:
 
 
 def _launched_rank(
-    rank: int, config: Config, num_ranks: int, run_dir: Path, meeting_dir: Path, outcomes: SimpleQueue[_Outcome]
+    rank: int,
+    parent_pid: int,
+    config: Config,
+    num_ranks: int,
+    run_dir: Path,
+    meeting_dir: Path,
+    outcomes: SimpleQueue[_Outcome],
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # sent when the parent dies; must end a rank stuck in a collective too
+    if os.getppid() != parent_pid:  # it died while this rank was starting
+        return
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(num_ranks),
@@ -166,14 +178,19 @@ def _end(context: ProcessContext) -> None:
             process.join()
 
 
-def join(compose: Callable[[], tuple[Config, Path]]) -> float:
+def join(compose: Callable[[], tuple[Config, Path]]) -> float | None:
     """Be one of the ranks that a launcher has started. Every rank must call it.
 
     Args:
         compose: this rank's configuration and run dir; rank 0's are used by all.
     """
     config, run_dir = compose()
-    resolve_degrees(config, int(os.environ["WORLD_SIZE"]))
+    num_ranks = int(os.environ["WORLD_SIZE"])
+    resolve_degrees(config, num_ranks)
+    if config.explain:
+        if os.environ["RANK"] == "0":
+            print(*make_plan(config, num_ranks).explanation(run_dir), sep="\n")
+        return None
     check_corpus(config)
     return _run_rank(config, run_dir, init_method=None)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -48,7 +49,7 @@ class Reporter:
         logging = self._config.logging
         mode = logging.wandb
         if mode == "auto":
-            mode = "online" if wandb.login(prompt=False) else "offline"
+            mode = os.environ.get("WANDB_MODE") or self._mode_by_login()
         run = wandb.init(
             project=logging.project,
             group=logging.group,
@@ -64,6 +65,13 @@ class Reporter:
         run.define_metric("train/loss", step_metric="step", summary="last")
         run.define_metric("validation/loss", step_metric="step", summary="min")
         return run
+
+    def _mode_by_login(self) -> str:
+        try:
+            return "online" if wandb.login(prompt=False) else "offline"
+        except wandb.Error as error:  # a cluster without internet must not cost the run
+            self.say(f"wandb: offline, for its server did not take the login ({error})")
+            return "offline"
 
     def say(self, *lines: str) -> None:
         """Lines for people, now."""
