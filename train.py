@@ -49,7 +49,7 @@ def run(composed: DictConfig) -> float | None:
 
 
 def run_as_one_rank(arguments: list[str]) -> None:
-    """What torchrun, deepspeed and srun start: the same, but in ranks that exist. One per machine tells of a mistake."""
+    """What torchrun, deepspeed and srun start: the same, in ranks that exist. One per machine tells of a mistake."""
     from recipes import launch
 
     def compose() -> tuple[Config, Path]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from hydra.errors import CompactHydraException, MissingConfigException, OverrideParseException
+from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
@@ -21,7 +21,7 @@ def to_config(composed: DictConfig) -> Config:
     """The typed configuration.
 
     Raises:
-        ConfigError: from the checks of `schema`, and for a field that it does not have: Hydra lets `+data.nosuch=1` pass.
+        ConfigError: from the checks of `schema`, and for a field that it lacks: Hydra lets `+data.nosuch=1` pass.
     """
     for name in _field_names(OmegaConf.to_container(composed)):
         if name not in _FIELD_NAMES:
@@ -55,6 +55,8 @@ def explain(error: Exception) -> str:
     if str(error).startswith("Multiple values for"):
         group = str(error).split()[3].rstrip(".")
         return f"{group} has an option already, so it takes no +: write {group}=OPTION"
+    if isinstance(error, OmegaConfBaseException) and error.full_key:
+        return f"{error.full_key}: {str(error).splitlines()[0]}"
     return " ".join(str(error).split())
 
 

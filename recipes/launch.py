@@ -150,7 +150,7 @@ def _received(outcomes: SimpleQueue[_Outcome]) -> list[_Outcome]:
 
 
 def _explain_failure(context: ProcessContext, first_seen: int, received: list[_Outcome], run_dir: Path) -> str:
-    """Names the rank that failed first: one ended by a signal, else the first to report; the others fail because of it."""
+    """Names the rank that failed first: one ended by a signal, else the first to report; others follow."""
     exit_codes = {rank: process.exitcode or 0 for rank, process in enumerate(context.processes)}
     # SIGTERM is what the survivors got from us
     ended = [rank for rank, code in exit_codes.items() if code < 0 and code != -signal.SIGTERM]
