@@ -50,7 +50,6 @@ def run(composed: DictConfig) -> float | None:
 
 def run_as_one_rank(arguments: list[str]) -> None:
     """What torchrun, deepspeed and srun start: the same, in ranks that exist. One per machine tells of a mistake."""
-    from recipes import launch
 
     def compose() -> tuple[Config, Path]:
         with hydra.initialize(version_base="1.3", config_path="conf"):
@@ -66,6 +65,8 @@ def run_as_one_rank(arguments: list[str]) -> None:
         if flag is not None:
             advice = "deepspeed --no_local_rank" if flag.startswith("--local") else f"python train.py {flag}"
             raise ConfigError(f"{flag} cannot be used in ranks that a launcher has started: use {advice}")
+        from recipes import launch
+
         launch.join(compose)
     except (ConfigError, CompactHydraException) as error:
         message = str(error) if isinstance(error, ConfigError) else explain(error)

@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ import torch
 import torch.multiprocessing as mp
 from omegaconf import OmegaConf
 from torch.multiprocessing.spawn import ProcessContext, ProcessExitedException, ProcessRaisedException
+from tqdm import tqdm
 
 from conf.schema import Config, ConfigError, resolve_degrees
 from data.pack import Corpus
@@ -126,6 +128,7 @@ def _launched_rank(
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # sent when the parent dies; must end a rank stuck in a collective too
     if os.getppid() != parent_pid:  # it died while this rank was starting
         return
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore; one that a killed rank leaves makes Python warn
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(num_ranks),

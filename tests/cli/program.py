@@ -1,4 +1,4 @@
-"""Runs the program as people do: `python train.py ...` in a process of its own, in an environment without a launcher."""
+"""Runs the program as people do: `python train.py ...` in a process of its own, in a clean environment."""
 
 from __future__ import annotations
 

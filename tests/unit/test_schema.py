@@ -1,4 +1,6 @@
-"""The configuration: what each mistake says, word for word, and how groups, experiments and the command line combine."""
+"""The configuration: what each mistake says, and how groups, experiments and the command line combine."""
+
+# ruff: noqa: E501 - a message is one line here, as it is on the console
 
 from __future__ import annotations
 
