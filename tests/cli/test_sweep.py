@@ -24,10 +24,8 @@ def test_jobs_are_runs_of_one_wandb_group_and_the_sweeper_gets_their_final_valid
     results = program.folder / "results.jsonl"
     (program.folder / "sweep_callback.py").write_text(CALLBACK.format(path=str(results)))
     callback = "+hydra.callbacks.results._target_=sweep_callback.Results"
-    environment = {"PYTHONPATH": str(program.folder)}
-    result = program.run(
-        "-m", "+experiment=ra_sp", *ONE_RANK, "optimizer.lr=1e-3,3e-3", callback, name="sweep", **environment
-    )
+    arguments = ["+experiment=ra_sp", *ONE_RANK, "optimizer.lr=1e-3,3e-3", callback]
+    result = program.run("-m", *arguments, name="sweep", PYTHONPATH=str(program.folder))
     assert result.exit_code == 0, result.stderr
     assert result.stderr == ""
     assert len(re.findall("^done: 2 steps", result.stdout, re.MULTILINE)) == 2

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from conf.schema import Config, DataConfig
-from data.source import CorpusError, open_documents
+from data.source import CorpusError, open_documents, stdlib_files
 from recipes.launch import check_corpus
 
 
@@ -21,6 +21,14 @@ def corpus_mistake(**data) -> str:
     with pytest.raises(CorpusError) as caught:
         check_corpus(Config(data=DataConfig(**data)))
     return str(caught.value)
+
+
+def test_the_standard_library_is_read_without_its_tests_and_installed_packages():
+    files = stdlib_files()
+    assert any(name.endswith("/json/decoder.py") for name in files)
+    assert all(name.endswith(".py") for name in files)
+    assert not any(f"/{folder}/" in name for name in files for folder in ("site-packages", "test", "tests"))
+    assert files == sorted(set(files))
 
 
 def test_bytes_that_are_no_text_are_replaced(tmp_path):
