@@ -75,11 +75,11 @@ def run_as_one_rank(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print, so that one line says it here
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # unwinds, which ends the ranks
     try:
         if adopt_external_ranks():
             run_as_one_rank(sys.argv[1:])
         else:
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # unwinds, which ends the ranks
             run()
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)

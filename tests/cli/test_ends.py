@@ -44,16 +44,23 @@ def test_a_killed_rank_ends_the_run_which_until_then_listened_on_loopback_only(p
         running.assert_nothing_is_left()
 
 
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "term"])
-def test_a_signal_to_a_training_run_ends_all_of_it_without_a_traceback(program, number, exit_code):
+def test_ctrl_c_ends_a_training_run_without_a_traceback(program):
     with program.started(*LONG) as running:
         running.until_it_trains()
-        if number == signal.SIGINT:
-            os.killpg(running.process.pid, number)  # a terminal sends it to all
-        else:
-            running.process.send_signal(number)
+        os.killpg(running.process.pid, signal.SIGINT)  # a terminal sends it to all
         result = running.finish(ENDS_WITHIN_S)
-        assert result.exit_code == exit_code
+        assert result.exit_code == 130
+        assert result.stderr == ""
+        running.assert_nothing_is_left()
+
+
+def test_sigterm_to_the_parent_ends_a_starting_run_without_a_traceback(program):
+    with program.started(*LONG) as running:
+        running.until(lambda: len(running.ranks()) == 2)
+        running.family()
+        running.process.terminate()
+        result = running.finish(ENDS_WITHIN_S)
+        assert result.exit_code == 143
         assert result.stderr == ""
         running.assert_nothing_is_left()
 

@@ -12,15 +12,15 @@ from tests.cli.program import SMALL, Finished, Program
 
 BIN = Path(sys.executable).parent
 TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node=2"]
-JOB = [*SMALL, "num_steps=5"]
+JOB = [*SMALL, "num_steps=6", "logging.every_n_steps=2"]
 
 
 def assert_one_run_of_two_ranks(result: Finished) -> None:
     assert result.exit_code == 0, result.stderr
     assert len(re.findall("^ +ranks  1 data x 2 ring, on CPU$", result.stdout, re.MULTILINE)) == 1
-    assert len(re.findall("^done: 5 steps", result.stdout, re.MULTILINE)) == 1
+    assert len(re.findall("^done: 6 steps", result.stdout, re.MULTILINE)) == 1
     assert sorted(path.name for path in (result.run_dir / "logs").iterdir()) == ["rank_0.log", "rank_1.log"]
-    assert [line["step"] for line in result.metrics] == [1, 5]
+    assert [line["step"] for line in result.metrics] == [1, 2, 4, 6]
     assert len(list((result.run_dir / "wandb").glob("offline-run-*"))) == 1
     assert (result.run_dir / "config.yaml").exists()
 
@@ -32,10 +32,14 @@ def test_ranks_of_torchrun_are_one_run_and_profile_each_rank(program):
     assert "ProfilerStep#3" in (result.run_dir / "profile" / "rank_1.json").read_text()
 
 
-def test_ranks_of_deepspeeds_launcher_are_one_run(program):
+def test_ranks_of_deepspeeds_launcher_are_one_run_and_overfit_one_batch(program):
     launcher = [str(BIN / "deepspeed"), "--num_gpus=2", "--no_local_rank", "--master_port", str(free_port())]
     environment = {"DS_ACCELERATOR": "cpu", "PATH": f"{BIN}:/usr/bin:/bin"}
-    assert_one_run_of_two_ranks(program.run(*JOB, launcher=launcher, **environment))
+    result = program.run("+debug=overfit", *JOB, launcher=launcher, **environment)
+    assert_one_run_of_two_ranks(result)
+    losses = [line["train/loss"] for line in result.metrics]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0] - 1
 
 
 def srun(program: Program, *arguments: str) -> list[Finished]:
@@ -63,7 +67,7 @@ def srun(program: Program, *arguments: str) -> list[Finished]:
 
 def test_tasks_of_srun_are_one_run_in_the_run_dir_of_the_first(program):
     """Each task composes a run dir of its own; with +debug=anomaly, whose only trace is a line per step."""
-    first, second = srun(program, "+debug=anomaly", *JOB[:-1], "num_steps=2")
+    first, second = srun(program, "+debug=anomaly", *SMALL, "num_steps=2")
     assert (first.exit_code, second.exit_code) == (0, 0), first.stderr + second.stderr
     assert [line["step"] for line in first.metrics] == [1, 2]
     assert sorted(path.name for path in (first.run_dir / "logs").iterdir()) == ["rank_0.log", "rank_1.log"]

@@ -1,8 +1,6 @@
-"""The debug presets, and two runs at once. (+debug=profile and +debug=anomaly: test_launchers.py)"""
+"""Two runs at once, with +debug=deterministic; the other presets run in test_launchers.py."""
 
 from __future__ import annotations
-
-import re
 
 from tests.cli.program import SMALL
 
@@ -18,12 +16,3 @@ def test_deterministic_runs_at_the_same_time_do_not_collide_and_give_the_same_lo
     for result in results:
         assert len(list((result.run_dir / "wandb").glob("offline-run-*"))) == 1
         assert str(result.run_dir / "logs") in result.stdout
-
-
-def test_overfit_learns_its_one_batch(program):
-    result = program.run("+debug=overfit", *SMALL, "num_steps=6", "logging.every_n_steps=1")
-    assert result.exit_code == 0, result.stderr
-    losses = [line["train/loss"] for line in result.metrics]
-    assert losses == sorted(losses, reverse=True)
-    assert losses[-1] < losses[0] - 1
-    assert re.search(r"^done: 6 steps", result.stdout, re.MULTILINE)
