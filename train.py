@@ -6,6 +6,7 @@ python train.py +experiment=ra_sp
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -16,17 +17,11 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from conf.compose import explain, to_config
 from conf.schema import Config, ConfigError
 from recipes.ranks import RunFailed, adopt_external_ranks
 
 ConfigStore.instance().store(name="schema", node=Config)
-
-
-def to_config(composed: DictConfig) -> Config:
-    """The typed configuration; its checks run here."""
-    config = OmegaConf.to_object(composed)
-    assert isinstance(config, Config)
-    return config
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -47,22 +42,18 @@ def run(composed: DictConfig) -> float | None:
         launch.check_corpus(config)
         return launch.launch(config, num_ranks, run_dir)
     except (ConfigError, RunFailed) as error:
-        if sweeps:  # the sweep goes on and Hydra exits with an error at its end
-            raise CompactHydraException(str(error)) from None
-        sys.exit(f"error: {error}")
+        if not sweeps:
+            sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr, flush=True)  # now, for the sweep goes on; Hydra raises at its end
+        raise RunFailed(f"job {HydraConfig.get().job.num} of the sweep failed: see its message above") from None
 
 
-def run_as_one_rank(overrides: list[str]) -> None:
-    """What torchrun, deepspeed and srun start: the same, but in ranks that exist. Only rank 0 tells of a mistake."""
-    from recipes import launch
-
-    is_first = os.environ["RANK"] == "0"
-    if any(argument in ("-m", "--multirun") for argument in overrides):
-        sys.exit("error: -m cannot run in ranks that exist: sweep with python train.py -m" if is_first else 1)
+def run_as_one_rank(arguments: list[str]) -> None:
+    """What torchrun, deepspeed and srun start: the same, in ranks that exist. One per machine tells of a mistake."""
 
     def compose() -> tuple[Config, Path]:
         with hydra.initialize(version_base="1.3", config_path="conf"):
-            composed = hydra.compose("config", overrides, return_hydra_config=True)
+            composed = hydra.compose("config", arguments, return_hydra_config=True)
             run_dir = Path(composed.hydra.run.dir).absolute()
             OmegaConf.set_readonly(composed, False)
             OmegaConf.set_struct(composed, False)
@@ -70,16 +61,29 @@ def run_as_one_rank(overrides: list[str]) -> None:
             return to_config(composed), run_dir
 
     try:
+        flag = next((argument for argument in arguments if argument.startswith("-")), None)
+        if flag is not None:
+            advice = "deepspeed --no_local_rank" if flag.startswith("--local") else f"python train.py {flag}"
+            raise ConfigError(f"{flag} cannot be used in ranks that a launcher has started: use {advice}")
+        from recipes import launch
+
         launch.join(compose)
     except (ConfigError, CompactHydraException) as error:
-        sys.exit(f"error: {error}" if is_first else 1)
+        message = str(error) if isinstance(error, ConfigError) else explain(error)
+        sys.exit(f"error: {message}" if os.environ["LOCAL_RANK"] == "0" else 1)
 
 
 if __name__ == "__main__":
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print, so that one line says it here
     try:
         if adopt_external_ranks():
             run_as_one_rank(sys.argv[1:])
         else:
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # unwinds, which ends the ranks
             run()
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(128 + signal.SIGINT)
+    except (ConfigError, RunFailed) as error:
+        sys.exit(f"error: {error}")
+    except CompactHydraException as error:
+        sys.exit(f"error: {explain(error)}")

@@ -7,6 +7,7 @@ number of ranks is checked by `resolve_degrees`, once that number is known.
 from __future__ import annotations
 
 import glob
+import math
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -23,8 +24,8 @@ def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _at_least(name: str, value: float, minimum: float) -> None:
-    if not value >= minimum:  # also refuses nan
-        raise ConfigError(f"{name}={value} must be at least {minimum}")
+    if not minimum <= value < math.inf:  # also refuses nan
+        raise ConfigError(f"{name}={value} must be at least {minimum}" + (", and finite" if value == math.inf else ""))
 
 
 @dataclass

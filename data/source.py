@@ -7,16 +7,20 @@ gives the same documents in the same order.
 from __future__ import annotations
 
 import glob
+import os
 import random
 import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 from datasets.exceptions import DatasetsError
+from huggingface_hub.errors import HTTPError  # what its client raises; not an OSError
 
 from conf.schema import ConfigError, DataConfig
 
+datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # a CorpusError says it
 _NOT_LIBRARY_CODE = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 
 
@@ -38,8 +42,17 @@ class Documents:
                         f"{self.description} has no column {self._text_field!r}: "
                         f"set data.text_field to one of {sorted(row)}"
                     )
-                yield row[self._text_field]
-        except (OSError, UnicodeDecodeError, DatasetsError) as error:
+                text = row[self._text_field]
+                if isinstance(text, str):
+                    yield text
+                elif text is not None:
+                    raise CorpusError(
+                        f"{self.description}: the column {self._text_field!r} holds {type(text).__name__}, not text: "
+                        f"set data.text_field to one of {sorted(row)}"
+                    )
+        except CorpusError:
+            raise
+        except (OSError, ValueError, DatasetsError) as error:  # pyarrow's are ValueErrors
             raise CorpusError(f"{self.description} cannot be read: {error}") from error
 
 
@@ -74,16 +87,20 @@ def open_documents(config: DataConfig) -> Documents:
 
 def stdlib_files() -> list[str]:
     """The running interpreter's own library, without tests and installed packages, sorted."""
-    root = Path(sysconfig.get_path("stdlib"))
-    files = (path for path in root.rglob("*.py") if not _NOT_LIBRARY_CODE & set(path.relative_to(root).parts))
-    return sorted(str(path) for path in files)
+    files = []
+    for folder, subfolders, names in os.walk(sysconfig.get_path("stdlib")):
+        subfolders[:] = set(subfolders) - _NOT_LIBRARY_CODE  # not entered: site-packages alone takes a second
+        files += [os.path.join(folder, name) for name in names if name.endswith(".py")]
+    return sorted(files)
 
 
 def _open_hub(config: DataConfig) -> Documents:
-    description = f"data.name={config.name}"
+    description, name = f"data.name={config.name}", str(config.name)
     try:
-        dataset = datasets.load_dataset(str(config.name), config.subset, split=config.split, streaming=True)
-    except (OSError, ValueError, DatasetsError) as error:
+        if not Path(name).exists() and not huggingface_hub.constants.HF_HUB_OFFLINE:
+            huggingface_hub.HfApi().dataset_info(name, timeout=10)  # load_dataset tries for half a minute
+        dataset = datasets.load_dataset(name, config.subset, split=config.split, streaming=True)
+    except (OSError, ValueError, HTTPError, DatasetsError) as error:
         raise CorpusError(
             f"{description} cannot be opened ({type(error).__name__}: {error}): check data.name, data.subset, "
             "data.split and the network, or use data=stdlib"

@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ import torch
 import torch.multiprocessing as mp
 from omegaconf import OmegaConf
 from torch.multiprocessing.spawn import ProcessContext, ProcessExitedException, ProcessRaisedException
+from tqdm import tqdm
 
 from conf.schema import Config, ConfigError, resolve_degrees
 from data.pack import Corpus
@@ -95,7 +97,11 @@ def launch(config: Config, num_ranks: int, run_dir: Path) -> float:
     meeting_dir = Path(tempfile.mkdtemp(prefix="ring_attention_"))  # not the run dir: a network disk may lack locks
     outcomes = mp.get_context("spawn").SimpleQueue()
     context = mp.start_processes(
-        _launched_rank, (config, num_ranks, run_dir, meeting_dir, outcomes), num_ranks, join=False, start_method="spawn"
+        _launched_rank,
+        (os.getpid(), config, num_ranks, run_dir, meeting_dir, outcomes),
+        num_ranks,
+        join=False,
+        start_method="spawn",
     )
     assert context is not None
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # RunFailed says it better
@@ -111,9 +117,18 @@ def launch(config: Config, num_ranks: int, run_dir: Path) -> float:
 
 
 def _launched_rank(
-    rank: int, config: Config, num_ranks: int, run_dir: Path, meeting_dir: Path, outcomes: SimpleQueue[_Outcome]
+    rank: int,
+    parent_pid: int,
+    config: Config,
+    num_ranks: int,
+    run_dir: Path,
+    meeting_dir: Path,
+    outcomes: SimpleQueue[_Outcome],
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # sent when the parent dies; must end a rank stuck in a collective too
+    if os.getppid() != parent_pid:  # it died while this rank was starting
+        return
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore; one that a killed rank leaves makes Python warn
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(num_ranks),
@@ -138,7 +153,7 @@ def _received(outcomes: SimpleQueue[_Outcome]) -> list[_Outcome]:
 
 
 def _explain_failure(context: ProcessContext, first_seen: int, received: list[_Outcome], run_dir: Path) -> str:
-    """Names the rank that failed first: one ended by a signal, else the first to report; the others fail because of it."""
+    """Names the rank that failed first: one ended by a signal, else the first to report; others follow."""
     exit_codes = {rank: process.exitcode or 0 for rank, process in enumerate(context.processes)}
     # SIGTERM is what the survivors got from us
     ended = [rank for rank, code in exit_codes.items() if code < 0 and code != -signal.SIGTERM]
@@ -166,14 +181,19 @@ def _end(context: ProcessContext) -> None:
             process.join()
 
 
-def join(compose: Callable[[], tuple[Config, Path]]) -> float:
+def join(compose: Callable[[], tuple[Config, Path]]) -> float | None:
     """Be one of the ranks that a launcher has started. Every rank must call it.
 
     Args:
         compose: this rank's configuration and run dir; rank 0's are used by all.
     """
     config, run_dir = compose()
-    resolve_degrees(config, int(os.environ["WORLD_SIZE"]))
+    num_ranks = int(os.environ["WORLD_SIZE"])
+    resolve_degrees(config, num_ranks)
+    if config.explain:
+        if os.environ["RANK"] == "0":
+            print(*make_plan(config, num_ranks).explanation(run_dir), sep="\n")
+        return None
     check_corpus(config)
     return _run_rank(config, run_dir, init_method=None)
 

@@ -5,30 +5,50 @@ from __future__ import annotations
 import os
 import re
 
+from conf.schema import ConfigError
+
 
 class RunFailed(RuntimeError):
     """A rank failed; the message names it, shows its error and says where its log is."""
 
 
 def adopt_external_ranks() -> bool:
-    """Whether a launcher has started this process as one of several ranks; makes srun's variables look like torchrun's.
+    """Whether a launcher has started this process as one of several ranks; makes its variables look like torchrun's.
 
     `srun` is recognised by its step: a batch script or an interactive shell has the job's variables too.
+
+    Raises:
+        ConfigError: if RANK is there, but not what belongs to it.
     """
     environ = os.environ
     if "RANK" in environ and "WORLD_SIZE" in environ:
+        missing = [name for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environ]
+        if missing:
+            raise ConfigError(
+                f"RANK={environ['RANK']} says that a launcher has started this rank, but {', '.join(missing)} is not "
+                "set: start with torchrun, deepspeed --no_local_rank or srun, or unset RANK"
+            )
+        if "LOCAL_SIZE" in environ:
+            environ.setdefault("LOCAL_WORLD_SIZE", environ["LOCAL_SIZE"])  # DeepSpeed's launcher calls it that
         return True
     num_tasks = int(environ.get("SLURM_STEP_NUM_TASKS", "1"))
     if "SLURM_PROCID" not in environ or num_tasks == 1:
         return False
-    first_host = re.match(r"([^\[,]+)(?:\[(\d+))?", environ["SLURM_STEP_NODELIST"])  # node[003-007,9] -> node003
-    assert first_host is not None
     environ.update(
         RANK=environ["SLURM_PROCID"],
         WORLD_SIZE=str(num_tasks),
         LOCAL_RANK=environ["SLURM_LOCALID"],
         LOCAL_WORLD_SIZE=str(num_tasks) if environ.get("SLURM_STEP_NUM_NODES") == "1" else "unknown",
     )
-    environ.setdefault("MASTER_ADDR", "".join(part or "" for part in first_host.groups()))
-    environ.setdefault("MASTER_PORT", str(20000 + int(environ["SLURM_JOB_ID"]) % 20000))
+    environ.setdefault("MASTER_ADDR", _first_host(environ["SLURM_STEP_NODELIST"]))
+    # a port of this step's own, below those that the kernel gives out
+    step = 97 * int(environ["SLURM_JOB_ID"]) + int(environ.get("SLURM_STEP_ID", "0"))
+    environ.setdefault("MASTER_PORT", str(20000 + step % 10000))
     return True
+
+
+def _first_host(nodelist: str) -> str:
+    """SLURM's node[003-007,9],gpu1 -> node003."""
+    first = re.match(r"([^,\[]|\[[^\]]*\])+", nodelist)
+    assert first is not None
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first.group())

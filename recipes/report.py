@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import shlex
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -48,7 +51,7 @@ class Reporter:
         logging = self._config.logging
         mode = logging.wandb
         if mode == "auto":
-            mode = "online" if wandb.login(prompt=False) else "offline"
+            mode = os.environ.get("WANDB_MODE") or self._mode_by_login()
         run = wandb.init(
             project=logging.project,
             group=logging.group,
@@ -65,6 +68,13 @@ class Reporter:
         run.define_metric("validation/loss", step_metric="step", summary="min")
         return run
 
+    def _mode_by_login(self) -> str:
+        try:
+            return "online" if wandb.login(prompt=False) else "offline"
+        except wandb.Error as error:  # a cluster without internet must not cost the run
+            self.say(f"wandb: offline, for its server did not take the login ({error})")
+            return "offline"
+
     def say(self, *lines: str) -> None:
         """Lines for people, now."""
         for line in lines:
@@ -80,7 +90,10 @@ class Reporter:
     def log(self, step: int, metrics: dict[str, float | None]) -> None:
         """The numbers of one step to the file and to wandb, in one call each; None is left out."""
         known = {"step": step, **{name: value for name, value in metrics.items() if value is not None}}
-        self._file.write(json.dumps({**known, "elapsed_s": round(time.perf_counter() - self._started, 3)}) + "\n")
+        # a loss that is no number is null: JSON has neither nan nor infinity
+        line = {name: value if math.isfinite(value) else None for name, value in known.items()}
+        line["elapsed_s"] = round(time.perf_counter() - self._started, 3)
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()  # a crash loses nothing
         self._wandb.log(known)
 
@@ -109,8 +122,8 @@ class Reporter:
         lines = [f"metrics as JSON lines: {self._run_dir / METRICS_FILE}"]
         if self._wandb.settings.mode == "offline":
             folder = Path(self._wandb.dir).parent
-            lines.append(f"look at it here:       wandb leet {folder}")
-            lines.append(f"send it to wandb:      wandb sync {folder}")
+            lines.append(f"look at it here:       wandb leet {shlex.quote(str(folder))}")
+            lines.append(f"send it to wandb:      wandb sync {shlex.quote(str(folder))}")
         elif self._wandb.settings.mode == "online":
             lines.append(f"look at it:            {self._wandb.url}")
         return lines

@@ -1,0 +1,78 @@
+"""From Hydra's composition to the typed configuration; a mistake becomes one line that says what to type.
+
+Its neighbours are `schema`, which has the fields and their checks, and `train.py`, which shows the line.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from hydra.errors import MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
+
+from conf.schema import Config, ConfigError
+
+
+def to_config(composed: DictConfig) -> Config:
+    """The typed configuration.
+
+    Raises:
+        ConfigError: from the checks of `schema`, and for a field that it lacks: Hydra lets `+data.nosuch=1` pass.
+    """
+    for name in _field_names(OmegaConf.to_container(composed)):
+        if name not in _FIELD_NAMES:
+            raise ConfigError(_unknown_field(name))
+    try:
+        config = OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from error
+    assert isinstance(config, Config)
+    return config
+
+
+def explain(error: Exception) -> str:
+    """Hydra's CompactHydraException, or OmegaConf's error, in one line: the value, the rule and what to type."""
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        return f"{group}={option} is not known: use {', '.join(f'{group}={name}' for name in error.options)}"
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{error.override} is not of the form field=value ({error.message.splitlines()[-2]}): "
+            "quote what the shell or Hydra takes apart, such as data.files='[a.txt,b.txt]'"
+        )
+    if isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
+        return _unknown_field(str(cause.full_key))
+    if isinstance(cause, ValidationError):
+        if cause.full_key in _GROUP_NAMES:
+            return f"{cause.full_key} has no options to choose from, only fields: {cause.full_key}.FIELD=value"
+        setting = str(error).rpartition(" ")[2]  # Error merging override num_steps=abc
+        return f"{setting} is refused: {cause.msg.splitlines()[0] if cause.msg else cause}"
+    if str(error).startswith("Multiple values for"):
+        group = str(error).split()[3].rstrip(".")
+        return f"{group} has an option already, so it takes no +: write {group}=OPTION"
+    if isinstance(error, OmegaConfBaseException) and error.full_key:
+        return f"{error.full_key}: {str(error).splitlines()[0]}"
+    return " ".join(str(error).split())
+
+
+def _unknown_field(name: str) -> str:
+    alike = difflib.get_close_matches(name, _FIELD_NAMES, n=3)
+    advice = f"did you mean {' or '.join(alike)}? " if alike else ""
+    return f"there is no field {name}: {advice}python train.py --help lists all"
+
+
+def _field_names(node: Any, prefix: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _field_names(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+_FIELD_NAMES = list(_field_names(asdict(Config())))
+_GROUP_NAMES = {name.partition(".")[0] for name in _FIELD_NAMES if "." in name}

@@ -1,0 +1,158 @@
+"""Runs the program as people do: `python train.py ...` in a process of its own, in a clean environment."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TIMEOUT_S = 200.0  # of a whole run; far more than it takes, for a machine that is busy
+ENDS_WITHIN_S = 20.0  # for "a few seconds" on a busy machine
+SMALL = ["data.sequence_length=256", "data.validation_sequences=2", "launch.num_ranks=2"]
+LONG = [*SMALL, "num_steps=1000000", "logging.every_n_steps=2"]  # until it is ended
+
+
+def clean_environment(home: Path, **extra: str) -> dict[str, str]:
+    """Nothing of a launcher, of wandb or of a login."""
+    unwanted = ("WANDB_", "SLURM_", "HYDRA_", "HF_", "DS_", "MASTER_", "GLOO_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NETRC"):
+        kept.pop(name, None)
+    return {**kept, "HOME": str(home), "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1", **extra}
+
+
+@dataclass
+class Finished:
+    """A run that has ended."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+    run_dir: Path
+    wall_s: float
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.run_dir / "metrics.jsonl").read_text().splitlines()]
+
+    @property
+    def ranks_were_started(self) -> bool:
+        return "starting" in self.stdout or (self.run_dir / "logs").exists()
+
+
+class Running:
+    """A program under way, in a session of its own, with its output in files."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self._outputs = [run_dir.parent / f"{run_dir.name}.{name}" for name in ("stdout", "stderr")]
+        self._started = time.perf_counter()
+        with self._outputs[0].open("w") as stdout, self._outputs[1].open("w") as stderr:
+            self.process = subprocess.Popen(
+                command, cwd=REPOSITORY, env=environment, stdout=stdout, stderr=stderr, start_new_session=True
+            )
+        self._family: dict[int, psutil.Process] = {}
+
+    @property
+    def stdout(self) -> str:
+        return self._outputs[0].read_text()
+
+    @property
+    def stderr(self) -> str:
+        return self._outputs[1].read_text()
+
+    def family(self) -> list[psutil.Process]:
+        """All processes that it has been seen to have and that still live, itself too."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(self.process.pid)
+            self._family |= {process.pid: process for process in [parent, *parent.children(recursive=True)]}
+        return [process for process in self._family.values() if _lives(process)]
+
+    def ranks(self) -> list[psutil.Process]:
+        """The processes of its ranks, in their order."""
+        children = psutil.Process(self.process.pid).children()
+        return sorted(
+            (process for process in children if "spawn_main" in " ".join(process.cmdline())), key=lambda p: p.pid
+        )
+
+    def until(self, condition: Callable[[], Any]) -> Any:
+        """What `condition` returns once it is true; fails if the program ends before."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while not (value := condition()):
+            assert self.process.poll() is None, f"ended early:\n{self.stdout}\n{self.stderr}"
+            assert time.monotonic() < deadline, f"nothing came of it:\n{self.stdout}\n{self.stderr}"
+            time.sleep(0.05)
+        return value
+
+    def until_it_trains(self) -> list[psutil.Process]:
+        """Its ranks, once they have done a few steps; remembers the family."""
+        self.until(lambda: re.search(r"step +4/", self.stdout))
+        self.family()
+        return self.ranks()
+
+    def finish(self, timeout_s: float = TIMEOUT_S) -> Finished:
+        exit_code = self.process.wait(timeout_s)
+        wall_s = time.perf_counter() - self._started
+        return Finished(exit_code, self.stdout, self.stderr, self.run_dir, wall_s)
+
+    def assert_nothing_is_left(self) -> None:
+        deadline = time.monotonic() + ENDS_WITHIN_S
+        while left := self.family():
+            assert time.monotonic() < deadline, f"still there: {[process.cmdline() for process in left]}"
+            time.sleep(0.05)
+
+    def end(self) -> None:
+        """Leave nothing behind, whatever the test found."""
+        for process in self.family():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@dataclass
+class Program:
+    """`train.py` with its output below a folder of the test's."""
+
+    folder: Path
+
+    def environment(self, **extra: str) -> dict[str, str]:
+        home = self.folder / "home"
+        home.mkdir(exist_ok=True)
+        return clean_environment(home, **extra)
+
+    @contextlib.contextmanager
+    def started(
+        self, *arguments: str, name: str = "run", launcher: list[str] | None = None, **extra: str
+    ) -> Iterator[Running]:
+        """The program under way; killed at the end of the block if it still runs."""
+        run_dir = self.folder / name
+        directory = f"hydra.sweep.dir={run_dir}" if "-m" in arguments else f"hydra.run.dir={run_dir}"
+        command = [*(launcher or [sys.executable]), "train.py", *arguments, directory]
+        running = Running(command, self.environment(**extra), run_dir)
+        try:
+            yield running
+        finally:
+            running.end()
+
+    def run(self, *arguments: str, name: str = "run", launcher: list[str] | None = None, **extra: str) -> Finished:
+        with self.started(*arguments, name=name, launcher=launcher, **extra) as running:
+            return running.finish()

@@ -1,0 +1,50 @@
+"""A mistake on the command line: one line on stderr with the value, the rule and what to type, and no rank started.
+
+The other mistakes and their texts are in tests/unit/test_schema.py and test_source.py, in one process.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+CASES = {
+    "a field that is not there": (
+        ["data.sequence_lenght=64"],
+        "there is no field data.sequence_lenght: did you mean data.sequence_length? python train.py --help lists all",
+    ),
+    "a value of another type": (
+        ["num_steps=many"],
+        "num_steps=many is refused: Value 'many' of type 'str' could not be converted to Integer",
+    ),
+    "a group's option that is not there": (
+        ["attention=rings"],
+        "attention=rings is not known: use attention=",
+    ),
+    "degrees that do not divide the ranks": (
+        ["parallelism.ring_degree=3"],
+        "parallelism.ring_degree=3 does not divide the 4 ranks: use one of [1, 2, 4] (parallelism.ring_degree=4) "
+        "or another launch.num_ranks",
+    ),
+    "a data set that cannot be reached": (
+        ["data=hub", "data.name=nobody/nothing"],
+        "data.name=nobody/nothing cannot be opened (",
+    ),
+    "a corpus that is too short": (
+        ["data=text_files", "data.files={folder}/tiny.txt", "data.sequence_length=100000"],
+        "the corpus has 6 tokens, but 8 validation sequences and one to train on need 900009: "
+        "give more text, or a smaller data.sequence_length or data.validation_sequences",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_mistake_ends_in_one_line_and_starts_no_rank(program, case):
+    arguments, message = CASES[case]
+    (program.folder / "tiny.txt").write_text("tiny\n")
+    result = program.run(*(argument.format(folder=program.folder) for argument in arguments), HF_HUB_OFFLINE="1")
+    assert result.stderr.startswith(f"error: {message}")
+    assert result.stderr.count("\n") == 1
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert not result.ranks_were_started
+    assert result.wall_s < 40  # 3 on an idle machine

@@ -1,0 +1,105 @@
+"""Ranks that torchrun, DeepSpeed's launcher or srun have started join one run instead of starting others."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+import sys
+from pathlib import Path
+
+from tests.cli.program import SMALL, Finished, Program
+
+BIN = Path(sys.executable).parent
+TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node=2"]
+JOB = [*SMALL, "num_steps=6", "logging.every_n_steps=2"]
+
+
+def assert_one_run_of_two_ranks(result: Finished) -> None:
+    assert result.exit_code == 0, result.stderr
+    assert len(re.findall("^ +ranks  1 data x 2 ring, on CPU$", result.stdout, re.MULTILINE)) == 1
+    assert len(re.findall("^done: 6 steps", result.stdout, re.MULTILINE)) == 1
+    assert sorted(path.name for path in (result.run_dir / "logs").iterdir()) == ["rank_0.log", "rank_1.log"]
+    assert [line["step"] for line in result.metrics] == [1, 2, 4, 6]
+    assert len(list((result.run_dir / "wandb").glob("offline-run-*"))) == 1
+    assert (result.run_dir / "config.yaml").exists()
+
+
+def test_ranks_of_torchrun_are_one_run_and_profile_each_rank(program):
+    result = program.run("+experiment=ra_sp", "+debug=profile", *JOB, launcher=TORCHRUN)
+    assert_one_run_of_two_ranks(result)
+    assert sorted(path.name for path in (result.run_dir / "profile").iterdir()) == ["rank_0.json", "rank_1.json"]
+    assert "ProfilerStep#3" in (result.run_dir / "profile" / "rank_1.json").read_text()
+
+
+def test_ranks_of_deepspeeds_launcher_are_one_run_and_overfit_one_batch(program):
+    launcher = [str(BIN / "deepspeed"), "--num_gpus=2", "--no_local_rank", "--master_port", str(free_port())]
+    environment = {"DS_ACCELERATOR": "cpu", "PATH": f"{BIN}:/usr/bin:/bin"}
+    result = program.run("+debug=overfit", *JOB, launcher=launcher, **environment)
+    assert_one_run_of_two_ranks(result)
+    losses = [line["train/loss"] for line in result.metrics]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0] - 1
+
+
+def srun(program: Program, *arguments: str) -> list[Finished]:
+    """What `srun --ntasks=2` does to its tasks; there is no SLURM here."""
+    with contextlib.ExitStack() as stack:
+        tasks = [
+            stack.enter_context(
+                program.started(
+                    *arguments,
+                    name=f"task_{task}",
+                    SLURM_JOB_ID=str(free_port()),
+                    SLURM_PROCID=str(task),
+                    SLURM_LOCALID=str(task),
+                    SLURM_STEP_NUM_TASKS="2",
+                    SLURM_STEP_NUM_NODES="1",
+                    SLURM_STEP_NODELIST="localhost",
+                    MASTER_PORT=str(port),
+                )
+            )
+            for port in [free_port()]
+            for task in range(2)
+        ]
+        return [task.finish() for task in tasks]
+
+
+def test_tasks_of_srun_are_one_run_in_the_run_dir_of_the_first(program):
+    """Each task composes a run dir of its own; with +debug=anomaly, whose only trace is a line per step."""
+    first, second = srun(program, "+debug=anomaly", *SMALL, "num_steps=2")
+    assert (first.exit_code, second.exit_code) == (0, 0), first.stderr + second.stderr
+    assert [line["step"] for line in first.metrics] == [1, 2]
+    assert sorted(path.name for path in (first.run_dir / "logs").iterdir()) == ["rank_0.log", "rank_1.log"]
+    assert not second.run_dir.exists()
+    assert second.stdout == ""
+
+
+def test_a_mistake_under_a_launcher_is_told_once(program):
+    flags = "cannot be used in ranks that a launcher has started: use"
+    for arguments, message in (
+        (["-m", "optimizer.lr=1e-3,3e-3"], f"-m {flags} python train.py -m\n"),
+        (["--local_rank=0"], f"--local_rank=0 {flags} deepspeed --no_local_rank\n"),
+        (["parallelism.ring_degree=3"], "parallelism.ring_degree=3 does not divide the 2 ranks"),
+        (["data.sequence_lenght=8"], "there is no field data.sequence_lenght: did you mean data.sequence_length?"),
+    ):
+        first, second = srun(program, *arguments)
+        assert first.stderr.startswith(f"error: {message}")
+        assert first.stderr.count("\n") == 1
+        assert (first.stdout, second.stdout, second.stderr) == ("", "", "")
+        assert (first.exit_code, second.exit_code) == (1, 1)
+        assert not first.run_dir.exists()
+
+
+def test_explain_under_a_launcher_prints_one_plan_for_its_ranks(program):
+    first, second = srun(program, "explain=true")
+    assert (first.exit_code, second.exit_code) == (0, 0), first.stderr + second.stderr
+    assert "ranks  1 data x 2 ring, on CPU" in first.stdout
+    assert second.stdout == ""
+    assert not first.run_dir.exists()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

@@ -1,0 +1,39 @@
+"""What can be asked without starting a rank."""
+
+from __future__ import annotations
+
+import re
+
+import yaml
+
+
+def test_explain_prints_the_plan_of_the_model_chosen_last_and_stops(program):
+    result = program.run("+experiment=ra_sp", "model=llama_1b", "explain=true")
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr == ""
+    assert not result.ranks_were_started
+    for part in (
+        "llama_1b: 1,235.81 M parameters, 16 layers",
+        "layout zigzag",
+        "imbalance",
+        "FLOPs per token, forward",
+    ):
+        assert part in result.stdout
+
+
+def test_help_opens_with_the_commands_that_people_need(program):
+    result = program.run("--help")
+    assert result.exit_code == 0
+    commands = re.findall(r"^  (\S.*)$", result.stdout.partition("== Groups")[0], re.MULTILINE)
+    assert commands[0].startswith("python train.py +experiment=ra_sp")
+    assert any("explain=true" in command for command in commands)
+    assert "model: llama_1b, llama_8b" in result.stdout
+    assert "sequence_length: 2048" in result.stdout
+
+
+def test_cfg_job_prints_the_configuration_as_yaml(program):
+    result = program.run("--cfg", "job", "engine.zero_stage=3")
+    assert result.exit_code == 0
+    configuration = yaml.safe_load(result.stdout)
+    assert configuration["engine"]["zero_stage"] == 3
+    assert "hydra" not in configuration

@@ -1,0 +1,50 @@
+"""What the launcher refuses on a machine without GPUs, before any rank is started."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from conf.schema import AttentionConfig, Config, ConfigError, EngineConfig, LaunchConfig
+from recipes.launch import count_ranks
+
+
+@pytest.fixture(autouse=True)
+def _no_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def test_four_ranks_are_the_default_on_the_cpu():
+    assert count_ranks(Config()) == 4
+    assert count_ranks(Config(launch=LaunchConfig(num_ranks=3))) == 3
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            Config(engine=EngineConfig(dtype="fp16")),
+            "engine.dtype=fp16 needs a GPU: use engine.dtype=bf16 or engine.dtype=fp32 on the CPU",
+        ),
+        (
+            Config(attention=AttentionConfig(block="cudnn")),
+            "attention.block=cudnn cannot run here: it does not run on cpu; use attention.block=auto",
+        ),
+    ],
+    ids=["fp16", "cudnn"],
+)
+def test_what_needs_a_gpu_is_refused_on_the_cpu(config, message):
+    with pytest.raises(ConfigError) as caught:
+        count_ranks(config)
+    assert str(caught.value) == message
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError) as caught:
+        count_ranks(Config(launch=LaunchConfig(num_ranks=4)))
+    assert str(caught.value) == (
+        "launch.num_ranks=4 is more than the GPUs here: use launch.num_ranks=2 or fewer, "
+        "or set CUDA_VISIBLE_DEVICES= (empty) to run on the CPU"
+    )

@@ -1,0 +1,132 @@
+"""The configuration: what each mistake says, and how groups, experiments and the command line combine."""
+
+# ruff: noqa: E501 - a message is one line here, as it is on the console
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import hydra
+import pytest
+import yaml
+from hydra.errors import CompactHydraException
+from omegaconf import OmegaConf
+
+import train  # registers the schema
+from conf.compose import explain, to_config
+from conf.schema import Config, ConfigError, resolve_degrees
+
+CONF = Path(train.__file__).parent / "conf"
+EXPERIMENTS = sorted(CONF.glob("experiment/*.yaml"))
+
+
+def compose(*overrides: str) -> Config:
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return to_config(hydra.compose("config", list(overrides)))
+
+
+def mistake(*overrides: str) -> str:
+    """What `train.py` says after "error: ": of the composition, of the schema, or of 4 ranks."""
+    with pytest.raises((CompactHydraException, ConfigError)) as caught:
+        resolve_degrees(compose(*overrides), 4)
+    error = caught.value
+    return str(error) if isinstance(error, ConfigError) else explain(error)
+
+
+MISTAKES = [
+    # Hydra's
+    ("+data.sequence_lenght=8", "there is no field data.sequence_lenght: did you mean data.sequence_length? python train.py --help lists all"),
+    ("nosuch=1", "there is no field nosuch: python train.py --help lists all"),
+    ("model.num_layers=2.5", "model.num_layers=2.5 is refused: Value '2.5' of type 'float' could not be converted to Integer"),
+    ("explain=maybe", "explain=maybe is refused: Value 'maybe' is not a valid bool (type str)"),
+    ("optimizer.lr=fast", "optimizer.lr=fast is refused: Value 'fast' of type 'str' could not be converted to Float"),
+    ("data=books", "data=books is not known: use data=hub, data=stdlib, data=text_files"),
+    ("+debug=slow", "debug=slow is not known: use debug=anomaly, debug=deterministic, debug=overfit, debug=profile"),
+    ("engine=zero", "engine has no options to choose from, only fields: engine.FIELD=value"),
+    ("+model=llama_1b", "model has an option already, so it takes no +: write model=OPTION"),
+    ("experiment=ra_sp", "Could not override 'experiment'. No match in the defaults list. To append to your default list use +experiment=ra_sp"),
+    ("num_steps=${steps}", "num_steps: Interpolation key 'steps' not found"),
+    ("num_steps", "num_steps is not of the form field=value (missing EQUAL at '<EOF>'): quote what the shell or Hydra takes apart, such as data.files='[a.txt,b.txt]'"),
+    # one field
+    ("model.mlp=relu", "model.mlp=relu is not known: use swiglu, gelu"),
+    ("model.norm=batchnorm", "model.norm=batchnorm is not known: use rmsnorm, layernorm"),
+    ("model.num_layers=0", "model.num_layers=0 must be at least 1"),
+    ("model.vocab_size=256", "model.vocab_size=256 cannot hold byte tokens: use at least 257"),
+    ("model.head_dim=33", "model.head_dim=33 must be even: rotary positions turn pairs of numbers"),
+    ("attention.method=star", "attention.method=star is not known: use ring, local"),
+    ("attention.layout=striped", "attention.layout=striped is not known: use zigzag, contiguous"),
+    ("attention.transport=tcp", "attention.transport=tcp is not known: use p2p"),
+    ("attention.block=fast", "attention.block=fast is not known: use auto, cudnn, aten_flash, cpu_flash, reference"),
+    ("engine.dtype=int8", "engine.dtype=int8 is not known: use bf16, fp16, fp32"),
+    ("engine.zero_stage=4", "engine.zero_stage=4 is not known: use 0, 1, 2, 3"),
+    ("engine.micro_batch_size=0", "engine.micro_batch_size=0 must be at least 1"),
+    ("engine.gradient_clipping=-1", "engine.gradient_clipping=-1.0 must be at least 0"),
+    ("optimizer.lr=nan", "optimizer.lr=nan must be at least 0"),
+    ("optimizer.lr=inf", "optimizer.lr=inf must be at least 0, and finite"),
+    ("optimizer.beta2=1", "optimizer.beta2=1.0 must be in [0, 1)"),
+    ("optimizer.min_lr_ratio=2", "optimizer.min_lr_ratio=2.0 must be in [0, 1]"),
+    ("optimizer.decay=step", "optimizer.decay=step is not known: use cosine, linear, constant"),
+    ("data.sequence_length=0", "data.sequence_length=0 must be at least 1"),
+    ("data.validation_sequences=0", "data.validation_sequences=0 must be at least 1"),
+    ("logging.wandb=yes", "logging.wandb=yes is not known: use auto, online, offline, disabled"),
+    ("logging.every_n_steps=0", "logging.every_n_steps=0 must be at least 1"),
+    ("launch.num_ranks=0", "launch.num_ranks=0 must be at least 1"),
+    ("launch.timeout_s=inf", "launch.timeout_s=inf must be at least 1, and finite"),
+    ("parallelism.data_degree=0", "parallelism.data_degree=0 must be at least 1"),
+    ("num_steps=0", "num_steps=0 must be at least 1"),
+    ("recipe=bake", "recipe=bake is not known: use pretrain"),
+    # several fields
+    ("model.num_kv_heads=3", "model.num_kv_heads=3 does not divide model.num_heads=4: use one of [1, 2, 4]"),
+    ("data=hub", "data=hub needs a data set: data.name=OWNER/NAME or a local folder"),
+    ("data=text_files", "data=text_files needs files: data.files='texts/*.txt' or data.files=[a.txt,b.txt]"),
+    ("data=text_files data.files=[]", "data=text_files needs files: data.files='texts/*.txt' or data.files=[a.txt,b.txt]"),
+    ("data=text_files data.files=/no/*.txt", "data.files=/no/*.txt matches no file: give a path or a glob, from the folder you are in"),
+    # on 4 ranks
+    ("parallelism.ring_degree=3", "parallelism.ring_degree=3 does not divide the 4 ranks: use one of [1, 2, 4] (parallelism.ring_degree=4) or another launch.num_ranks"),
+    ("parallelism.data_degree=8", "parallelism.data_degree=8 does not divide the 4 ranks: use one of [1, 2, 4] (parallelism.data_degree=4) or another launch.num_ranks"),
+    ("parallelism.data_degree=1 parallelism.ring_degree=2", "parallelism.data_degree=1 x parallelism.ring_degree=2 is 2 ranks, but there are 4: leave one of them unset, or launch.num_ranks=2"),
+    ("attention=local parallelism.ring_degree=2", "attention=local sees only one rank's tokens, but parallelism.ring_degree=2: use attention=ring or parallelism.ring_degree=1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("overrides", "message"), MISTAKES)
+def test_a_mistake_says_the_value_the_rule_and_what_to_type(overrides, message):
+    assert mistake(*overrides.split()) == message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "degrees"),
+    [
+        ("", (1, 4)),
+        ("parallelism.ring_degree=2", (2, 2)),
+        ("parallelism.data_degree=4", (4, 1)),
+        ("attention=local", (4, 1)),
+        ("parallelism.data_degree=2 parallelism.ring_degree=2", (2, 2)),
+    ],
+)
+def test_unset_degrees_fill_the_ranks(overrides, degrees):
+    assert resolve_degrees(compose(*overrides.split()), 4) == degrees
+
+
+def test_the_command_line_wins_over_the_choices_of_an_experiment():
+    config = compose("+experiment=ra_sp", "model=llama_1b", "attention=local")
+    assert (config.model.name, config.model.num_layers, config.attention.method) == ("llama_1b", 16, "local")
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_an_experiment_chooses_groups_and_sets_none_of_their_fields(path):
+    """A field it set would survive a later model=... on the command line."""
+    content = yaml.safe_load(path.read_text())
+    assert all(str(*entry).startswith("override /") for entry in content.pop("defaults"))
+    groups = {name for name, value in OmegaConf.structured(Config).items() if OmegaConf.is_dict(value)}
+    assert groups.isdisjoint(content)
+    assert f"+experiment={path.stem}" in path.read_text().splitlines()[1]
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_option_composes(path):
+    group, option = path.parent.name, path.stem
+    plus = "+" if group in ("experiment", "debug") else ""
+    extra = {"text_files": ["data.files=train.py"], "hub": ["data.name=owner/name"]}.get(option, [])
+    config = compose(f"{plus}{group}={option}", *extra)
+    assert group != "model" or config.model.name == option
