@@ -228,11 +228,12 @@ def _run_rank(config: Config, run_dir: Path, init_method: str | None) -> float:
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     with _output_to(run_dir / "logs" / f"rank_{rank}.log") as console:
         plan = make_plan(config, num_ranks)
-        if rank != 0:
-            return pretrain(config, plan, run_dir, None)
-        OmegaConf.save(OmegaConf.structured(config), run_dir / "config.yaml")
-        with Reporter(config, run_dir, console) as reporter:
-            return pretrain(config, plan, run_dir, reporter)
+        if rank == 0:
+            OmegaConf.save(OmegaConf.structured(config), run_dir / "config.yaml")
+        with Reporter(config, run_dir, console) if rank == 0 else contextlib.nullcontext() as reporter:
+            result = pretrain(config, plan, run_dir, reporter)
+        dist.destroy_process_group()
+        return result
 
 
 @contextlib.contextmanager
