@@ -31,7 +31,7 @@ class ParallelGroups:
         singles = [dist.new_group([rank]) for rank in range(world_size)]
         self._ring_group = rings[self.data_rank]
         self._single_group = singles[dist.get_rank()]
-        self._all_ranks_group = dist.new_group(range(world_size))
+        self._all_ranks_group = dist.get_world_group()
 
     def get_sequence_parallel_group(self) -> Any:
         return self._ring_group

@@ -7,6 +7,7 @@ DeepSpeed numbers modules per process and wants the numbers equal on all ranks, 
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import tempfile
@@ -14,9 +15,20 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ring_attention.groups import ParallelGroups
 
 COLLECTIVE_TIMEOUT_S = 120.0
+
+
+@functools.cache
+def parallel_groups(data_degree: int, ring_degree: int) -> ParallelGroups:
+    """On a rank: its groups, built once. A gloo group has a thread that wakes up a hundred times a second for ever."""
+    from ring_attention.groups import ParallelGroups
+
+    return ParallelGroups(data_degree, ring_degree)
 
 
 class RankError(AssertionError):

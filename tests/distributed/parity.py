@@ -27,7 +27,7 @@ from recipes.plan import DTYPES
 from recipes.transformer import IGNORED_LABEL, TokenBatch, Transformer
 from ring_attention import Layout, LocalAttention, RingAttention
 from tests.measure import relative_error
-from tests.pool import WorkerPool
+from tests.pool import WorkerPool, parallel_groups
 
 NUM_STEPS = 3
 FP32_LIMIT = 1e-5
@@ -135,9 +135,8 @@ def train_on_ranks(cell: Cell) -> Trained:
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
     from recipes.engine import TrainingEngine
-    from ring_attention.groups import ParallelGroups
 
-    groups = ParallelGroups(cell.data_degree, cell.ring_degree)
+    groups = parallel_groups(cell.data_degree, cell.ring_degree)
     layout = Layout(cell.layout, cell.ring_degree, cell.length)
     weights = initial_weights(cell.dtype)  # drawn here: inside the engine a draw would be the GPU's
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ring_attention import Layout, RingAttention
 from tests.measure import relative_error
-from tests.pool import WorkerPool
+from tests.pool import WorkerPool, parallel_groups
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 1.5e-2}
 
@@ -28,9 +28,7 @@ def ring_result(
     """On one rank: its shards of out, dq, dk, dv, as [B, S, H, D]."""
     import deepspeed.comm as dist
 
-    from ring_attention.groups import ParallelGroups
-
-    groups = ParallelGroups(data_degree=1, ring_degree=dist.get_world_size())
+    groups = parallel_groups(data_degree=1, ring_degree=dist.get_world_size())
     layout = Layout(layout_name, groups.ring_degree, length)
     attention = RingAttention(block, groups.get_sequence_parallel_group(), layout=layout_name)
     local = [layout.shard(tensor, groups.ring_rank, dim=1).to(device) for tensor in draw(length, dtype)]

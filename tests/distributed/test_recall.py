@@ -13,7 +13,7 @@ from torch import Tensor
 from conf.schema import EngineConfig, ModelConfig, OptimizerConfig
 from recipes.transformer import IGNORED_LABEL, TokenBatch, Transformer
 from ring_attention import Layout, LocalAttention, RingAttention
-from tests.pool import WorkerPool
+from tests.pool import WorkerPool, parallel_groups
 
 LENGTH, NUM_RANKS, NUM_VALUES, BATCH_SIZE = 64, 4, 16, 64
 MODEL = ModelConfig(num_layers=1, hidden_size=64, num_heads=4, num_kv_heads=4, head_dim=16, mlp_size=128)
@@ -33,9 +33,8 @@ def draw(seed: int) -> tuple[Tensor, Tensor]:
 def recall_accuracy(method: str, layout_name: str, num_steps: int) -> float | None:
     """Train, then the share of right answers on fresh sequences; None on ranks without the last position."""
     from recipes.engine import TrainingEngine
-    from ring_attention.groups import ParallelGroups
 
-    groups = ParallelGroups(data_degree=1, ring_degree=NUM_RANKS)
+    groups = parallel_groups(data_degree=1, ring_degree=NUM_RANKS)
     layout = Layout(layout_name, NUM_RANKS, LENGTH)
     group = groups.get_sequence_parallel_group()
     attention = RingAttention("auto", group, layout=layout_name) if method == "ring" else LocalAttention("auto", group)
