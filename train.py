@@ -87,3 +87,7 @@ if __name__ == "__main__":
         sys.exit(f"error: {error}")
     except CompactHydraException as error:
         sys.exit(f"error: {explain(error)}")
+    except OSError as error:
+        if error.filename is None:
+            raise
+        sys.exit(f"error: {error.strerror}: {error.filename}: choose another run dir with hydra.run.dir=FOLDER")

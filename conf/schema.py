@@ -108,6 +108,11 @@ class EngineConfig:
         _choice("engine.dtype", self.dtype, ("bf16", "fp16", "fp32"))
         if self.zero_stage not in (0, 1, 2, 3):
             raise ConfigError(f"engine.zero_stage={self.zero_stage} is not known: use 0, 1, 2, 3")
+        if self.dtype == "fp16" and self.zero_stage == 0:
+            raise ConfigError(
+                "engine.dtype=fp16 cannot go with engine.zero_stage=0, where DeepSpeed does not scale the loss but "
+                "unscales the gradients: use engine.zero_stage=1"
+            )
         _at_least("engine.micro_batch_size", self.micro_batch_size, 1)
         _at_least("engine.gradient_accumulation_steps", self.gradient_accumulation_steps, 1)
         _at_least("engine.gradient_clipping", self.gradient_clipping, 0)
@@ -223,6 +228,8 @@ class Config:
     def __post_init__(self) -> None:
         _choice("recipe", self.recipe, ("pretrain",))
         _at_least("num_steps", self.num_steps, 1)
+        if self.profile and self.num_steps < 4:
+            raise ConfigError(f"profile=true records steps 3 and 4, but num_steps={self.num_steps}: use num_steps=4")
         if self.model.vocab_size < BYTE_VOCAB_SIZE:
             raise ConfigError(
                 f"model.vocab_size={self.model.vocab_size} cannot hold byte tokens: use at least {BYTE_VOCAB_SIZE}"

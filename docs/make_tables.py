@@ -40,7 +40,7 @@ def parity_table(name: str) -> str:
                     keys = ("loss", "grad_norm", "gradient", "parameter")
                     row.append(f"{max(cell[key] for cell in here for key in keys):.1e}")
                 else:
-                    row.append(f"{max(cell['bf16_ratio'] for cell in here):.2f}")
+                    row.append(f"{max(cell['half_ratio'] for cell in here):.2f}")
         lines.append("| " + " | ".join(row) + " |")
     failed = sum(not cell["passes"] for cell in cells)
     lines.append(f"\n{len(cells)} cells, {failed} failed. fp32: worst relative error against fp64 (limit 1e-5). ")

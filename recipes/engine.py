@@ -85,9 +85,7 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     decayed, spared = [], []
     for parameter in model.parameters():
-        # under ZeRO-3 a parameter is an empty shell that remembers its shape
-        num_dims = len(getattr(parameter, "ds_shape", parameter.shape))
-        (spared if num_dims < 2 or id(parameter) in embeddings else decayed).append(parameter)
+        (spared if parameter.dim() < 2 or id(parameter) in embeddings else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": spared, "weight_decay": 0.0}]
     return torch.optim.AdamW(
         groups,

@@ -10,7 +10,9 @@ The parent must not import DeepSpeed (seconds) nor touch a GPU (memory), so what
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
+import multiprocessing
 import os
 import shutil
 import signal
@@ -20,6 +22,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import TextIO
@@ -27,7 +30,7 @@ from typing import TextIO
 import torch
 import torch.multiprocessing as mp
 from omegaconf import OmegaConf
-from torch.multiprocessing.spawn import ProcessContext, ProcessExitedException, ProcessRaisedException
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 from tqdm import tqdm
 
 from conf.schema import Config, ConfigError, resolve_degrees
@@ -63,8 +66,8 @@ def count_ranks(config: Config) -> int:
             "or set CUDA_VISIBLE_DEVICES= (empty) to run on the CPU"
         )
     resolve_degrees(config, num_ranks)
-    if not num_gpus:
-        make_plan(config, num_ranks)  # checks the block kernel too
+    if not num_gpus or config.attention.block != "auto":  # the automatic choice cannot fail, and this takes GPU memory
+        make_plan(config, num_ranks)
     return num_ranks
 
 
@@ -96,23 +99,25 @@ def launch(config: Config, num_ranks: int, run_dir: Path) -> float:
     print(f"starting {num_ranks} ranks; logs in {run_dir / 'logs'}", flush=True)
     meeting_dir = Path(tempfile.mkdtemp(prefix="ring_attention_"))  # not the run dir: a network disk may lack locks
     outcomes = mp.get_context("spawn").SimpleQueue()
-    context = mp.start_processes(
-        _launched_rank,
-        (os.getpid(), config, num_ranks, run_dir, meeting_dir, outcomes),
-        num_ranks,
-        join=False,
-        start_method="spawn",
-    )
-    assert context is not None
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # RunFailed says it better
     try:
-        while not context.join(grace_period=GRACE_PERIOD_S):
-            pass
+        context = mp.start_processes(
+            _launched_rank,
+            (os.getpid(), config, num_ranks, run_dir, meeting_dir, outcomes),
+            num_ranks,
+            join=False,
+            start_method="spawn",
+        )
+        assert context is not None
+        try:
+            while not context.join(grace_period=GRACE_PERIOD_S):
+                pass
+        except (ProcessRaisedException, ProcessExitedException) as error:
+            exit_codes = [process.exitcode or 0 for process in context.processes]  # pyright: ignore[reportAttributeAccessIssue]
+            raise RunFailed(_explain_failure(exit_codes, error.error_index, _received(outcomes), run_dir)) from None
         return next(outcome.result for outcome in _received(outcomes) if outcome.rank == 0)
-    except (ProcessRaisedException, ProcessExitedException) as error:
-        raise RunFailed(_explain_failure(context, error.error_index, _received(outcomes), run_dir)) from None
     finally:
-        _end(context)
+        _end(multiprocessing.active_children())  # those of an interrupted start, too
         shutil.rmtree(meeting_dir, ignore_errors=True)
 
 
@@ -139,9 +144,9 @@ def _launched_rank(
     try:
         result = _run_rank(config, run_dir, f"file://{meeting_dir / 'meeting'}")
     except Exception as error:
-        mistake = isinstance(error, ConfigError)
-        outcomes.put(_Outcome(rank, error=str(error) if mistake else traceback.format_exc()))
-        raise
+        text = str(error) if isinstance(error, ConfigError) else traceback.format_exc()
+        outcomes.put(_Outcome(rank, error=text[-20_000:]))  # more than a pipe holds would block
+        os._exit(1)  # at once: NCCL's own end can wait for a peer that is gone
     outcomes.put(_Outcome(rank, result))
 
 
@@ -152,13 +157,13 @@ def _received(outcomes: SimpleQueue[_Outcome]) -> list[_Outcome]:
     return received
 
 
-def _explain_failure(context: ProcessContext, first_seen: int, received: list[_Outcome], run_dir: Path) -> str:
+def _explain_failure(exit_codes: list[int], first_seen: int, received: list[_Outcome], run_dir: Path) -> str:
     """Names the rank that failed first: one ended by a signal, else the first to report; others follow."""
-    exit_codes = {rank: process.exitcode or 0 for rank, process in enumerate(context.processes)}
-    # SIGTERM is what the survivors got from us
-    ended = [rank for rank, code in exit_codes.items() if code < 0 and code != -signal.SIGTERM]
     failed = [outcome for outcome in received if outcome.error]
-    if exit_codes[first_seen] < 0:
+    # survivors get SIGTERM from us; where a peer reported, they may also abort, as NCCL's watchdog does
+    following = {-signal.SIGTERM, -signal.SIGABRT} if failed else {-signal.SIGTERM}
+    ended = [rank for rank, code in enumerate(exit_codes) if code < 0 and code not in following]
+    if exit_codes[first_seen] == -signal.SIGTERM:  # seen before we ended any: somebody else sent it
         ended.insert(0, first_seen)
     if ended:
         rank, what = ended[0], f"was ended by {signal.Signals(-exit_codes[ended[0]]).name}"
@@ -169,12 +174,11 @@ def _explain_failure(context: ProcessContext, first_seen: int, received: list[_O
     return f"rank {rank} {what}\nthe other ranks were ended; its log: {run_dir / 'logs' / f'rank_{rank}.log'}"
 
 
-def _end(context: ProcessContext) -> None:
+def _end(processes: list[BaseProcess]) -> None:
     """Leave no rank behind, however the parent got here."""
-    for process in context.processes:
-        if process.is_alive():
-            process.terminate()
-    for process in context.processes:
+    for process in processes:
+        process.terminate()
+    for process in processes:
         process.join(GRACE_PERIOD_S)
         if process.is_alive():
             process.kill()
@@ -201,24 +205,23 @@ def join(compose: Callable[[], tuple[Config, Path]]) -> float | None:
 def _run_rank(config: Config, run_dir: Path, init_method: str | None) -> float:
     """Run the recipe as the rank that the environment names."""
     rank, num_ranks, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    on_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(num_ranks)
-    if on_one_machine:
-        loopback = "lo0" if sys.platform == "darwin" else "lo"
+    num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if num_local_ranks == num_ranks:  # one machine: nothing needs to be reached from outside
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            os.environ.setdefault(variable, loopback)
+            os.environ.setdefault(variable, "lo")
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
-        num_local_ranks = num_ranks if on_one_machine else 1
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_local_ranks))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_local_ranks))
     if config.engine.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS is deterministic only with a workspace of its own
 
     import deepspeed.comm as dist
 
     from recipes.engine import init_distributed
-    from recipes.pretrain import pretrain
     from recipes.report import Reporter
 
+    # the recipe NAME is the function NAME of the module recipes.NAME
+    recipe = getattr(importlib.import_module(f"recipes.{config.recipe}"), config.recipe)
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
     init_distributed(init_method, config.launch.timeout_s)
@@ -228,10 +231,13 @@ def _run_rank(config: Config, run_dir: Path, init_method: str | None) -> float:
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     with _output_to(run_dir / "logs" / f"rank_{rank}.log") as console:
         plan = make_plan(config, num_ranks)
+        # what was left open is recorded as it came out
+        config.parallelism.data_degree, config.parallelism.ring_degree = plan.data_degree, plan.ring_degree
+        config.launch.num_ranks = num_ranks
         if rank == 0:
             OmegaConf.save(OmegaConf.structured(config), run_dir / "config.yaml")
-        with Reporter(config, run_dir, console) if rank == 0 else contextlib.nullcontext() as reporter:
-            result = pretrain(config, plan, run_dir, reporter)
+        with Reporter(plan, run_dir, console) if rank == 0 else contextlib.nullcontext() as reporter:
+            result = recipe(plan, run_dir, reporter)
         dist.destroy_process_group()
         return result
 

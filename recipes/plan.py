@@ -54,6 +54,11 @@ class Plan:
         return self.data_degree * engine.micro_batch_size * engine.gradient_accumulation_steps
 
     @property
+    def data_tokens_per_step(self) -> int:
+        """How far a step moves the corpus's cursor: a sequence of L predictions takes L + 1 tokens."""
+        return self.sequences_per_step * (self.config.data.sequence_length + 1)
+
+    @property
     def tokens_per_step(self) -> int:
         return self.sequences_per_step * self.config.data.sequence_length
 
@@ -67,11 +72,12 @@ class Plan:
             model.num_heads,
             model.num_kv_heads,
             model.head_dim,
+            self.config.engine.deterministic,
         )
         try:
             block, reason = choose_block(spec, self.config.attention.block)
         except ValueError as error:
-            raise ConfigError(str(error)) from error
+            raise ConfigError(f"attention.{error}".replace("use block", "use attention.block")) from error
         return block.name, reason
 
     def banner(self, run_dir: Path) -> list[str]:
@@ -129,7 +135,7 @@ class Plan:
         parameters = num_parameters(config.model)
         lines += ["", f"parameters: {parameters:,}"]
         lines.append(f"FLOPs per token, forward: {self.forward_flops:,.0f}; backward is twice that")
-        lines += ["", "optimizer state and weights per rank, before activations"]
+        lines += ["", "weights, gradients and optimizer state per rank: a lower bound, without activations and buckets"]
         weights, gradients, states = self._state_bytes(parameters)
         total = weights + gradients + states
         lines.append(

@@ -33,14 +33,16 @@ def build_attention(config: Config, groups: ParallelGroups) -> nn.Module:
     )
 
 
-def pretrain(config: Config, plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
+def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
     """Train and return the final validation loss in nats per token. Every rank must call it.
 
     Args:
         reporter: rank 0's; None on all others.
     """
-    torch.use_deterministic_algorithms(config.engine.deterministic)
-    torch.autograd.set_detect_anomaly(config.engine.detect_anomaly, check_nan=True)
+    config = plan.config
+    if config.engine.deterministic:
+        torch.use_deterministic_algorithms(True)
+    torch.autograd.set_detect_anomaly(config.engine.detect_anomaly)
     groups = ParallelGroups(plan.data_degree, plan.ring_degree)
     if reporter:
         reporter.say(*plan.banner(run_dir), "", "building the model and the engine ...")
@@ -84,6 +86,7 @@ def pretrain(config: Config, plan: Plan, run_dir: Path, reporter: Reporter | Non
                     "train/grad_norm": float(result.grad_norm),
                     "train/learning_rate": learning_rate,
                     "train/tokens_seen": step * plan.tokens_per_step,
+                    "train/data_cursor": step * plan.data_tokens_per_step,
                     "train/peak_memory_gib": engine.max_over_ranks(metrics.peak_memory_gib()),
                     **_speed(plan, recent_s, config.num_steps - step),
                 }

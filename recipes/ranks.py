@@ -38,7 +38,7 @@ def adopt_external_ranks() -> bool:
         RANK=environ["SLURM_PROCID"],
         WORLD_SIZE=str(num_tasks),
         LOCAL_RANK=environ["SLURM_LOCALID"],
-        LOCAL_WORLD_SIZE=str(num_tasks) if environ.get("SLURM_STEP_NUM_NODES") == "1" else "unknown",
+        LOCAL_WORLD_SIZE=environ["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0],  # 8(x2),4 -> 8
     )
     environ.setdefault("MASTER_ADDR", _first_host(environ["SLURM_STEP_NODELIST"]))
     # a port of this step's own, below those that the kernel gives out

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import wandb
 from tqdm import tqdm
 
-from conf.schema import Config
+from recipes.plan import Plan
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -26,8 +26,8 @@ class Reporter:
         console: where lines for people go; a progress bar is drawn only if it is a terminal.
     """
 
-    def __init__(self, config: Config, run_dir: Path, console: TextIO) -> None:
-        self._config, self._run_dir, self._console = config, run_dir, console
+    def __init__(self, plan: Plan, run_dir: Path, console: TextIO) -> None:
+        self._plan, self._config, self._run_dir, self._console = plan, plan.config, run_dir, console
         self._started = time.perf_counter()
 
     def __enter__(self) -> Reporter:
@@ -48,10 +48,19 @@ class Reporter:
         self._wandb.finish(exit_code=0 if kind is None else 1)
 
     def _init_wandb(self) -> Any:
+        mode = self._config.logging.wandb
+        if mode != "auto":
+            return self._start_wandb(mode)
+        if "WANDB_MODE" in os.environ:
+            return self._start_wandb(os.environ["WANDB_MODE"])
+        try:
+            return self._start_wandb("online" if wandb.login(prompt=False) else "offline")
+        except wandb.Error as error:  # a cluster without internet must not cost the run
+            self.say(f"wandb: offline, for its server cannot be reached or did not take the login ({error})")
+            return self._start_wandb("offline")
+
+    def _start_wandb(self, mode: str) -> Any:
         logging = self._config.logging
-        mode = logging.wandb
-        if mode == "auto":
-            mode = os.environ.get("WANDB_MODE") or self._mode_by_login()
         run = wandb.init(
             project=logging.project,
             group=logging.group,
@@ -59,7 +68,7 @@ class Reporter:
             mode=mode,  # pyright: ignore[reportArgumentType]
             dir=self._run_dir,
             name=self._run_dir.name,
-            config=asdict(self._config),
+            config={**asdict(self._config), "device": self._plan.device_name, "block": self._plan.block_choice()[0]},
             settings=wandb.Settings(silent=True, console="off"),
         )
         run.define_metric("step")
@@ -67,13 +76,6 @@ class Reporter:
         run.define_metric("train/loss", step_metric="step", summary="last")
         run.define_metric("validation/loss", step_metric="step", summary="min")
         return run
-
-    def _mode_by_login(self) -> str:
-        try:
-            return "online" if wandb.login(prompt=False) else "offline"
-        except wandb.Error as error:  # a cluster without internet must not cost the run
-            self.say(f"wandb: offline, for its server did not take the login ({error})")
-            return "offline"
 
     def say(self, *lines: str) -> None:
         """Lines for people, now."""

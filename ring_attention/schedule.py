@@ -68,9 +68,9 @@ def work_per_rank(layout: Layout) -> list[list[int]]:
 
 
 def imbalance(layout: Layout) -> float:
-    """Work of the busiest rank over the mean, summed over the stages' own maxima: what lockstep stages cost.
+    """Lockstep time over mean work, at least 1: what waiting for the slowest rank of each stage costs.
 
-    Every stage waits for its slowest rank, so the time is sum over stages of the maximum; perfect balance gives 1.
+    A stage takes as long as its busiest rank, so the time is the sum over stages of the maximum over ranks.
     """
     work = work_per_rank(layout)
     lockstep = sum(max(rank_work[step] for rank_work in work) for step in range(layout.ring_degree))

@@ -8,7 +8,16 @@ from tests.pool import WorkerPool
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[WorkerPool]:
-    pool = WorkerPool()
+    """Ranks on the CPU."""
+    pool = WorkerPool("cpu")
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def gpu_pool() -> Iterator[WorkerPool]:
+    """Ranks on GPUs."""
+    pool = WorkerPool("cuda")
     yield pool
     pool.close()
 

@@ -36,7 +36,10 @@ class RankError(AssertionError):
 
 
 class WorkerPool:
-    def __init__(self) -> None:
+    """Args: device, "cpu" (gloo, also where there are GPUs) or "cuda" (NCCL, one GPU per rank)."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
         self._sets: dict[int, list[tuple[Any, Connection]]] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="ring_attention_pool_")
         self._num_started = 0
@@ -68,7 +71,7 @@ class WorkerPool:
         workers = self._sets[num_ranks] = []
         for rank in range(num_ranks):
             here, there = context.Pipe()
-            process = context.Process(target=_work, args=(rank, num_ranks, meeting, there), daemon=True)
+            process = context.Process(target=_work, args=(self.device, rank, num_ranks, meeting, there), daemon=True)
             process.start()
             there.close()
             workers.append((process, here))
@@ -89,19 +92,19 @@ def _receive(connection: Connection) -> tuple[bool, Any]:
         return True, "died"
 
 
-def _work(rank: int, num_ranks: int, meeting: Path, connection: Connection) -> None:
+def _work(device: str, rank: int, num_ranks: int, meeting: Path, connection: Connection) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(num_ranks), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    if device == "cpu":  # before torch is imported
+        os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
     import logging
 
     import torch
 
     torch.set_num_threads(1)
-    if torch.cuda.is_available():
+    if device == "cuda":
         torch.cuda.set_device(rank)
-    else:
-        os.environ["DS_ACCELERATOR"] = "cpu"
 
     from recipes.engine import init_distributed
 

@@ -22,12 +22,12 @@ def choose_block(spec: BlockSpec, name: str = "auto") -> tuple[Block, str]:
         ValueError: if the named kernel is unknown or cannot do `spec`.
     """
     if name != "auto" and name not in BLOCKS:
-        raise ValueError(f"attention.block={name} is unknown: use auto, {', '.join(BLOCKS)}")
+        raise ValueError(f"block={name} is unknown: use auto, {', '.join(BLOCKS)}")
     here = {block.name: block for block in BLOCKS.values() if block.device_type in (None, spec.device_type)}
     if name != "auto":
         refusal = here[name].supports(spec) if name in here else f"it does not run on {spec.device_type}"
         if refusal is not None:
-            raise ValueError(f"attention.block={name} cannot run here: {refusal}; use attention.block=auto")
+            raise ValueError(f"block={name} cannot run here: {refusal}; use block=auto")
         return here[name], "asked for"
     refusals = []
     for block in here.values():

@@ -14,7 +14,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """What a kernel is asked to do. `capability` is the CUDA compute capability, None on the CPU."""
+    """What a kernel is asked to do. `capability` is the CUDA compute capability, None on the CPU; `deterministic` asks
+    for the same bits every time.
+    """
 
     device_type: str
     capability: tuple[int, int] | None
@@ -22,6 +24,7 @@ class BlockSpec:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    deterministic: bool = False
 
     @classmethod
     def of(cls, q_BSHD: Tensor, k_BTKD: Tensor) -> BlockSpec:
@@ -32,6 +35,7 @@ class BlockSpec:
             q_BSHD.shape[2],
             k_BTKD.shape[2],
             q_BSHD.shape[3],
+            torch.are_deterministic_algorithms_enabled(),
         )
 
 

@@ -16,7 +16,7 @@ class CudnnBlock(Block):
     def supports(self, spec: BlockSpec) -> str | None:
         if spec.capability is None or spec.capability < (9, 0):
             return "ranked only where it was measured: compute capability 9.0 or newer"
-        if torch.are_deterministic_algorithms_enabled():
+        if spec.deterministic:
             return "its backward pass is not deterministic"
         if spec.dtype not in (torch.bfloat16, torch.float16):
             return f"needs bf16 or fp16, not {spec.dtype}"

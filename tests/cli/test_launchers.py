@@ -54,7 +54,7 @@ def srun(program: Program, *arguments: str) -> list[Finished]:
                     SLURM_PROCID=str(task),
                     SLURM_LOCALID=str(task),
                     SLURM_STEP_NUM_TASKS="2",
-                    SLURM_STEP_NUM_NODES="1",
+                    SLURM_STEP_TASKS_PER_NODE="2",
                     SLURM_STEP_NODELIST="localhost",
                     MASTER_PORT=str(port),
                 )

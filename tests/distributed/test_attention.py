@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ring_attention import Layout, RingAttention
+from ring_attention import Layout, LocalAttention, RingAttention
 from tests.measure import relative_error
 from tests.pool import WorkerPool, parallel_groups
 
@@ -89,6 +89,8 @@ def refusals() -> list[str]:
         lambda: RingAttention("auto", dist.get_world_group(), layout="striped"),
         lambda: RingAttention("auto", dist.get_world_group())(*[torch.zeros(1, 3, 2, 8)] * 3, 0),
         lambda: RingAttention("auto", dist.get_world_group())(*[torch.zeros(1, 4, 2, 8)] * 3, 2),
+        lambda: LocalAttention("auto")(*[torch.zeros(1, 4, 2, 8)] * 3, 2),
+        lambda: RingAttention(torch.nn.Identity(), dist.get_world_group()),  # pyright: ignore[reportArgumentType]
     ]
     for attempt in attempts:
         try:
@@ -100,8 +102,11 @@ def refusals() -> list[str]:
 
 def test_mistakes_are_refused_by_name(pool: WorkerPool):
     assert pool.run(refusals, num_ranks=2)[0] == [
-        "attention.transport=carrier_pigeon is unknown: use one of p2p",
+        "transport='carrier_pigeon' is unknown: use one of p2p",
         "layout='striped' is unknown: use one of zigzag, contiguous",
-        "3 local tokens are not two equal chunks: cut the sequence with Layout.shard",
+        "3 local tokens are not two equal chunks: cut sequences with Layout.shard",
         "batch_dim_idx=2 must be 0 ([B, S, H, D]) or 1 ([S, B, H, D])",
+        "batch_dim_idx=2 must be 0 ([B, S, H, D]) or 1 ([S, B, H, D])",
+        "local_attention=Identity is a module that sees whole sequences: a ring computes block pairs, so pass "
+        '"auto" or a kernel of ring_attention.blocks',
     ]

@@ -20,6 +20,11 @@ COVERING = [  # dtype, stage, ring, data, accumulation, length
     Cell("bf16", 2, 2, 1, 1, 29),
     Cell("bf16", 3, 4, 1, 1, 29),
     Cell("bf16", 3, 2, 2, 2, 32, layout="contiguous"),
+    Cell("fp32", 0, 2, 2, 2, 29, model="gpt"),
+    Cell("fp32", 1, 2, 1, 1, 32, model="gpt"),
+    Cell("fp32", 3, 4, 1, 1, 29, model="gpt"),
+    Cell("bf16", 0, 2, 1, 2, 29, model="gpt"),
+    Cell("bf16", 3, 2, 2, 1, 32, model="gpt"),
 ]
 
 

@@ -27,8 +27,8 @@ NUM_RANKS = torch.cuda.device_count()
     ],
     ids=str,
 )
-def test_the_ring_equals_whole_attention(pool: WorkerPool, layout_name, length, batch_dim_idx, dtype, block):
-    shards = pool.run(ring_result, length, layout_name, dtype, block, batch_dim_idx, "cuda", num_ranks=NUM_RANKS)
+def test_the_ring_equals_whole_attention(gpu_pool: WorkerPool, layout_name, length, batch_dim_idx, dtype, block):
+    shards = gpu_pool.run(ring_result, length, layout_name, dtype, block, batch_dim_idx, "cuda", num_ranks=NUM_RANKS)
     check(shards, Layout(layout_name, NUM_RANKS, length), dtype)
 
 
@@ -37,8 +37,20 @@ def test_the_ring_equals_whole_attention(pool: WorkerPool, layout_name, length, 
 @pytest.mark.parametrize(("accumulation_steps", "length"), [(1, 29), (2, 32)])
 @pytest.mark.parametrize("ring_degree", sorted({1, NUM_RANKS}))
 def test_training_on_ranks_equals_one_process(
-    pool: WorkerPool, zero_stage, dtype, accumulation_steps, length, ring_degree
+    gpu_pool: WorkerPool, zero_stage, dtype, accumulation_steps, length, ring_degree
 ):
     cell = Cell(dtype, zero_stage, ring_degree, NUM_RANKS // ring_degree, accumulation_steps, length)
-    outcome = run_cell(pool, cell)
+    outcome = run_cell(gpu_pool, cell)
+    assert outcome.passes, outcome
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_fp16_with_its_loss_scale_equals_one_process(gpu_pool: WorkerPool, zero_stage):
+    outcome = run_cell(gpu_pool, Cell("fp16", zero_stage, NUM_RANKS, 1, 2, 29))
+    assert outcome.passes, outcome
+
+
+@pytest.mark.parametrize("zero_stage", [0, 3])
+def test_a_tied_head_biases_and_layer_norms(gpu_pool: WorkerPool, zero_stage):
+    outcome = run_cell(gpu_pool, Cell("fp32", zero_stage, NUM_RANKS, 1, 1, 29, model="gpt"))
     assert outcome.passes, outcome

@@ -90,8 +90,8 @@ def test_a_fallback_says_what_was_not_possible():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("flash9", "attention.block=flash9 is unknown: use auto, cudnn, aten_flash, cpu_flash, reference"),
-        ("cudnn", "attention.block=cudnn cannot run here: it does not run on cpu; use attention.block=auto"),
+        ("flash9", "block=flash9 is unknown: use auto, cudnn, aten_flash, cpu_flash, reference"),
+        ("cudnn", "block=cudnn cannot run here: it does not run on cpu; use block=auto"),
     ],
 )
 def test_a_kernel_that_cannot_run_is_refused(name: str, message: str):

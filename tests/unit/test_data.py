@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from conf.schema import DataConfig
+from conf.schema import Config, DataConfig, EngineConfig, ParallelismConfig
 from data.pack import SEPARATOR, Corpus, tokenize
 from data.shard import Sharder
-from data.source import CorpusError, open_documents, stdlib_files
+from data.source import CorpusError
+from recipes.plan import Plan
 from recipes.transformer import IGNORED_LABEL
 from ring_attention import Layout
 
@@ -44,6 +45,19 @@ def test_training_resumes_at_any_cursor(cursor: int):
     endless = ROUND[3:] * 3
     start = cursor % 11
     assert take(corpus.training(cursor), 4) == [endless[start + i : start + i + 3] for i in range(0, 12, 3)]
+
+
+def test_a_run_that_resumes_at_the_logged_cursor_reads_what_came_next():
+    config = Config(
+        data=DataConfig(sequence_length=3),
+        parallelism=ParallelismConfig(data_degree=2),
+        engine=EngineConfig(gradient_accumulation_steps=2),
+    )
+    plan = Plan(config, num_ranks=4, device_type="cpu", device_name="CPU", capability=None)
+    corpus = Corpus(DOCUMENTS, sequence_length=3, validation_sequences=1)
+    uninterrupted = take(corpus.training(cursor=0), 5 * plan.sequences_per_step)
+    resumed = take(corpus.training(cursor=2 * plan.data_tokens_per_step), 3 * plan.sequences_per_step)
+    assert resumed == uninterrupted[2 * plan.sequences_per_step :]
 
 
 def test_validation_does_not_depend_on_what_was_read():
@@ -90,11 +104,3 @@ def test_validation_counts_every_sequence_once_whatever_the_data_degree():
     assert sum(int(batch.num_valid()) for rank in batches for batch in rank) == 3 * 5
     counted = torch.cat([batch.labels_BS[batch.labels_BS != IGNORED_LABEL] for rank in batches for batch in rank])
     assert sorted(counted.tolist()) == sorted(int(label) for sequence in sequences for label in sequence[1:])
-
-
-def test_the_standard_library_is_read_in_one_order_for_one_seed():
-    first = list(itertools.islice(open_documents(DataConfig()), 3))
-    assert first == list(itertools.islice(open_documents(DataConfig()), 3))
-    assert first != list(itertools.islice(open_documents(DataConfig(shuffle_seed=1)), 3))
-    assert len(stdlib_files()) > 100
-    assert not [name for name in stdlib_files() if "site-packages" in name or "/test/" in name]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from conf.schema import AttentionConfig, Config, ConfigError, EngineConfig, LaunchConfig
-from recipes.launch import count_ranks
+from recipes.launch import _explain_failure, _Outcome, count_ranks
 
 
 @pytest.fixture(autouse=True)
@@ -47,4 +47,24 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
     assert str(caught.value) == (
         "launch.num_ranks=4 is more than the GPUs here: use launch.num_ranks=2 or fewer, "
         "or set CUDA_VISIBLE_DEVICES= (empty) to run on the CPU"
+    )
+
+
+@pytest.mark.parametrize(
+    ("exit_codes", "first_seen", "reported", "blamed"),
+    [
+        ([-15, -9, -15], 1, [], "rank 1 was ended by SIGKILL"),
+        ([1, -9, -15], 0, [(0, "peer is gone")], "rank 1 was ended by SIGKILL"),  # its peer was seen first
+        ([-6, 1, -15], 1, [(1, "the cause")], "rank 1 failed:\nthe cause"),  # NCCL's watchdog aborts a survivor
+        ([-6, -15, -15], 0, [], "rank 0 was ended by SIGABRT"),
+        ([1, 1, -15], 0, [(1, "the cause"), (0, "peer is gone")], "rank 1 failed:\nthe cause"),
+        ([-15, -15, 1], 0, [(2, "peer is gone")], "rank 0 was ended by SIGTERM"),  # before we sent any
+        ([-15, 7, -15], 1, [], "rank 1 exited with code 7"),
+    ],
+)
+def test_the_rank_that_failed_first_is_blamed(tmp_path, exit_codes, first_seen, reported, blamed):
+    outcomes = [_Outcome(rank, error=error) for rank, error in reported]
+    rank = blamed.split()[1]
+    assert _explain_failure(exit_codes, first_seen, outcomes, tmp_path) == (
+        f"{blamed}\nthe other ranks were ended; its log: {tmp_path / 'logs' / f'rank_{rank}.log'}"
     )

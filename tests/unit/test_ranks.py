@@ -16,7 +16,7 @@ STEP = {
     "SLURM_PROCID": "5",
     "SLURM_LOCALID": "1",
     "SLURM_STEP_NUM_TASKS": "8",
-    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
     "SLURM_STEP_NODELIST": "node[003-007,9]",
 }
 TORCHRUN = {
@@ -39,14 +39,14 @@ def test_a_step_of_srun_becomes_torchruns_variables():
         "RANK": "5",
         "WORLD_SIZE": "8",
         "LOCAL_RANK": "1",
-        "LOCAL_WORLD_SIZE": "unknown",
+        "LOCAL_WORLD_SIZE": "4",
         "MASTER_ADDR": "node003",
         "MASTER_PORT": str(20000 + (97 * 1234567 + 2) % 10000),
     }
 
 
 def test_a_step_on_one_node_knows_its_local_ranks():
-    environment = adopted(STEP | {"SLURM_STEP_NUM_NODES": "1"})
+    environment = adopted(STEP | {"SLURM_STEP_TASKS_PER_NODE": "8"})
     assert environment is not None
     assert environment["LOCAL_WORLD_SIZE"] == "8"
 

@@ -11,6 +11,7 @@ import wandb
 from wandb.errors import AuthenticationError
 
 from conf.schema import Config, LoggingConfig
+from recipes.plan import Plan
 from recipes.report import Reporter
 
 
@@ -19,7 +20,8 @@ def opened(folder, monkeypatch, **logging) -> tuple[Reporter, io.StringIO, mock.
     init = mock.MagicMock()
     monkeypatch.setattr(wandb, "init", init)
     console = io.StringIO()
-    return Reporter(Config(logging=LoggingConfig(**logging)), folder, console), console, init
+    plan = Plan(Config(logging=LoggingConfig(**logging)), 4, "cpu", "CPU", None)
+    return Reporter(plan, folder, console), console, init
 
 
 def test_every_line_of_the_metrics_file_is_json_also_after_the_loss_has_diverged(tmp_path, monkeypatch):
@@ -53,7 +55,9 @@ def test_auto_is_offline_and_says_so_if_the_server_cannot_be_reached(tmp_path, m
     reporter, console, init = opened(tmp_path, monkeypatch)
     with reporter:
         assert init.call_args.kwargs["mode"] == "offline"
-    assert console.getvalue() == "wandb: offline, for its server did not take the login (no route)\n"
+    assert console.getvalue() == (
+        "wandb: offline, for its server cannot be reached or did not take the login (no route)\n"
+    )
 
 
 def test_auto_does_what_wandbs_own_variable_says(tmp_path, monkeypatch):
