@@ -193,8 +193,9 @@ def train_on_ranks(cell: Cell) -> Trained:
         ]
         trained.losses.append(engine.accumulate(micro_batches).item())
         if step == 0:
+            loss_scale = engine.deepspeed.optimizer.loss_scale if cell.dtype == "fp16" else 1  # DeepSpeed's own
             trained.gradients = {
-                name: whole.cpu().clone()
+                name: whole.cpu() / loss_scale
                 for name, parameter in engine.model.named_parameters()
                 if (whole := safe_get_full_grad(parameter)) is not None
             }
