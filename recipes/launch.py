@@ -96,7 +96,7 @@ def launch(config: Config, num_ranks: int, run_dir: Path) -> float:
     Raises:
         RunFailed: if a rank failed. No process is left then, nor on Ctrl-C.
     """
-    print(f"starting {num_ranks} ranks; logs in {run_dir / 'logs'}", flush=True)
+    print(f"starting {num_ranks} rank{'s' if num_ranks > 1 else ''}; logs in {run_dir / 'logs'}", flush=True)
     meeting_dir = Path(tempfile.mkdtemp(prefix="ring_attention_"))  # not the run dir: a network disk may lack locks
     outcomes = mp.get_context("spawn").SimpleQueue()
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # RunFailed says it better
