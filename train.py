@@ -38,14 +38,22 @@ def run(composed: DictConfig) -> float | None:
         num_ranks = launch.count_ranks(config)
         if config.explain:
             print(*launch.make_plan(config, num_ranks).explanation(run_dir), sep="\n")
+            _forget(run_dir)
             return None
         launch.check_corpus(config)
         return launch.launch(config, num_ranks, run_dir)
     except (ConfigError, RunFailed) as error:
+        _forget(run_dir)
         if not sweeps:
             sys.exit(f"error: {error}")
         print(f"error: {error}", file=sys.stderr, flush=True)  # now, for the sweep goes on; Hydra raises at its end
         raise RunFailed(f"job {HydraConfig.get().job.num} of the sweep failed: see its message above") from None
+
+
+def _forget(run_dir: Path) -> None:
+    """Remove the folder that Hydra has made, if nothing was run in it."""
+    if not any(run_dir.iterdir()):
+        run_dir.rmdir()
 
 
 def run_as_one_rank(arguments: list[str]) -> None:
@@ -69,8 +77,7 @@ def run_as_one_rank(arguments: list[str]) -> None:
 
         launch.join(compose)
     except (ConfigError, CompactHydraException) as error:
-        message = str(error) if isinstance(error, ConfigError) else explain(error)
-        sys.exit(f"error: {message}" if os.environ["LOCAL_RANK"] == "0" else 1)
+        sys.exit(f"error: {explain(error)}" if os.environ["LOCAL_RANK"] == "0" else 1)
 
 
 if __name__ == "__main__":
@@ -83,9 +90,7 @@ if __name__ == "__main__":
             run()
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    except (ConfigError, RunFailed) as error:
-        sys.exit(f"error: {error}")
-    except CompactHydraException as error:
+    except (ConfigError, RunFailed, CompactHydraException) as error:
         sys.exit(f"error: {explain(error)}")
     except OSError as error:
         if error.filename is None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from hydra.errors import MissingConfigException, OverrideParseException
+from hydra.errors import CompactHydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
@@ -35,11 +35,19 @@ def to_config(composed: DictConfig) -> Config:
 
 
 def explain(error: Exception) -> str:
-    """Hydra's CompactHydraException, or OmegaConf's error, in one line: the value, the rule and what to type."""
+    """Hydra's CompactHydraException, or OmegaConf's error, in one line: the value, the rule and what to type.
+
+    Errors of this project say that already and are given back as they are.
+    """
+    if not isinstance(error, (CompactHydraException, OmegaConfBaseException)):
+        return str(error)
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(error, MissingConfigException) and error.options:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
-        return f"{group}={option} is not known: use {', '.join(f'{group}={name}' for name in error.options)}"
+        plus = "" if group in _GROUP_NAMES else "+"  # groups without a default are added
+        return (
+            f"{plus}{group}={option} is not known: use {', '.join(f'{plus}{group}={name}' for name in error.options)}"
+        )
     if isinstance(error, OverrideParseException):
         return (
             f"{error.override} is not of the form field=value ({error.message.splitlines()[-2]}): "
@@ -52,12 +60,23 @@ def explain(error: Exception) -> str:
             return f"{cause.full_key} has no options to choose from, only fields: {cause.full_key}.FIELD=value"
         setting = str(error).rpartition(" ")[2]  # Error merging override num_steps=abc
         return f"{setting} is refused: {cause.msg.splitlines()[0] if cause.msg else cause}"
+    if str(error).startswith("Ambiguous value for argument"):
+        setting = str(error).split("'")[1]
+        return f"{setting} has several values: for a sweep type python train.py -m, for a list {_as_list(setting)}"
+    if "No match in the defaults list" in str(error):
+        group = str(error).split("'")[1]
+        return f"{group} has no default to replace: write +{group}=OPTION"
     if str(error).startswith("Multiple values for"):
         group = str(error).split()[3].rstrip(".")
         return f"{group} has an option already, so it takes no +: write {group}=OPTION"
     if isinstance(error, OmegaConfBaseException) and error.full_key:
         return f"{error.full_key}: {str(error).splitlines()[0]}"
     return " ".join(str(error).split())
+
+
+def _as_list(setting: str) -> str:
+    name, _, values = setting.partition("=")
+    return f"{name}=[{values}]"
 
 
 def _unknown_field(name: str) -> str:

@@ -116,6 +116,9 @@ def launch(config: Config, num_ranks: int, run_dir: Path) -> float:
             exit_codes = [process.exitcode or 0 for process in context.processes]  # pyright: ignore[reportAttributeAccessIssue]
             raise RunFailed(_explain_failure(exit_codes, error.error_index, _received(outcomes), run_dir)) from None
         return next(outcome.result for outcome in _received(outcomes) if outcome.rank == 0)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; what there is of the run: {run_dir}", flush=True)
+        raise
     finally:
         _end(multiprocessing.active_children())  # those of an interrupted start, too
         shutil.rmtree(meeting_dir, ignore_errors=True)

@@ -122,6 +122,8 @@ class Reporter:
     def how_to_look(self) -> list[str]:
         """Commands that show the run that just ended."""
         lines = [f"metrics as JSON lines: {self._run_dir / METRICS_FILE}"]
+        if self._config.profile:
+            lines.append(f"traces for Perfetto:   {self._run_dir / 'profile'}")
         if self._wandb.settings.mode == "offline":
             folder = Path(self._wandb.dir).parent
             lines.append(f"look at it here:       wandb leet {shlex.quote(str(folder))}")

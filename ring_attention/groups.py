@@ -17,13 +17,18 @@ class ParallelGroups:
     """Process groups of a data_degree x ring_degree grid over all ranks. Every rank must construct it, in one order.
 
     Raises:
-        ValueError: if data_degree * ring_degree is not the world size.
+        ValueError: if there is no process group, or data_degree * ring_degree is not its size.
     """
 
     def __init__(self, data_degree: int, ring_degree: int) -> None:
+        if not dist.is_initialized():
+            raise ValueError("there is no process group yet: call deepspeed.init_distributed() before")
         world_size = dist.get_world_size()
         if data_degree * ring_degree != world_size:
-            raise ValueError(f"data_degree={data_degree} x ring_degree={ring_degree} is not the {world_size} ranks")
+            raise ValueError(
+                f"data_degree={data_degree} x ring_degree={ring_degree} is not the {world_size} ranks: "
+                f"use ring_degree={world_size // data_degree} or another number of ranks"
+            )
         self.data_degree, self.ring_degree = data_degree, ring_degree
         self.data_rank, self.ring_rank = divmod(dist.get_rank(), ring_degree)
         # new_group is collective over the world: every rank creates every group

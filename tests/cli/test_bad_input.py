@@ -47,4 +47,4 @@ def test_a_mistake_ends_in_one_line_and_starts_no_rank(program, case):
     assert result.exit_code == 1
     assert result.stdout == ""
     assert not result.ranks_were_started
-    assert result.wall_s < 40  # 3 on an idle machine
+    assert result.cpu_s < 5

@@ -19,6 +19,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -193,7 +194,8 @@ def train_on_ranks(cell: Cell) -> Trained:
         ]
         trained.losses.append(engine.accumulate(micro_batches).item())
         if step == 0:
-            loss_scale = engine.deepspeed.optimizer.loss_scale if cell.dtype == "fp16" else 1  # DeepSpeed's own
+            wrapper: Any = engine.deepspeed.optimizer
+            loss_scale = wrapper.loss_scale if cell.dtype == "fp16" else 1  # DeepSpeed's own
             trained.gradients = {
                 name: whole.cpu() / loss_scale
                 for name, parameter in engine.model.named_parameters()

@@ -41,10 +41,11 @@ MISTAKES = [
     ("explain=maybe", "explain=maybe is refused: Value 'maybe' is not a valid bool (type str)"),
     ("optimizer.lr=fast", "optimizer.lr=fast is refused: Value 'fast' of type 'str' could not be converted to Float"),
     ("data=books", "data=books is not known: use data=hub, data=stdlib, data=text_files"),
-    ("+debug=slow", "debug=slow is not known: use debug=anomaly, debug=deterministic, debug=overfit, debug=profile"),
+    ("+debug=slow", "+debug=slow is not known: use +debug=anomaly, +debug=deterministic, +debug=overfit, +debug=profile"),
     ("engine=zero", "engine has no options to choose from, only fields: engine.FIELD=value"),
     ("+model=llama_1b", "model has an option already, so it takes no +: write model=OPTION"),
-    ("experiment=ra_sp", "Could not override 'experiment'. No match in the defaults list. To append to your default list use +experiment=ra_sp"),
+    ("experiment=ra_sp", "experiment has no default to replace: write +experiment=OPTION"),
+    ("optimizer.lr=1e-3,3e-3", "optimizer.lr=1e-3,3e-3 has several values: for a sweep type python train.py -m, for a list optimizer.lr=[1e-3,3e-3]"),
     ("num_steps=${steps}", "num_steps: Interpolation key 'steps' not found"),
     ("num_steps", "num_steps is not of the form field=value (missing EQUAL at '<EOF>'): quote what the shell or Hydra takes apart, such as data.files='[a.txt,b.txt]'"),
     # one field
@@ -77,6 +78,8 @@ MISTAKES = [
     ("recipe=bake", "recipe=bake is not known: use pretrain"),
     # several fields
     ("model.num_kv_heads=3", "model.num_kv_heads=3 does not divide model.num_heads=4: use one of [1, 2, 4]"),
+    ("engine.dtype=fp16 engine.zero_stage=0", "engine.dtype=fp16 cannot go with engine.zero_stage=0, where DeepSpeed does not scale the loss but unscales the gradients: use engine.zero_stage=1"),
+    ("profile=true num_steps=3", "profile=true records steps 3 and 4, but num_steps=3: use num_steps=4"),
     ("data=hub", "data=hub needs a data set: data.name=OWNER/NAME or a local folder"),
     ("data=text_files", "data=text_files needs files: data.files='texts/*.txt' or data.files=[a.txt,b.txt]"),
     ("data=text_files data.files=[]", "data=text_files needs files: data.files='texts/*.txt' or data.files=[a.txt,b.txt]"),
