@@ -114,6 +114,8 @@ def launch(config: Config, num_ranks: int, run_dir: Path) -> float:
                 pass
         except (ProcessRaisedException, ProcessExitedException) as error:
             exit_codes = [process.exitcode or 0 for process in context.processes]  # pyright: ignore[reportAttributeAccessIssue]
+            if exit_codes[error.error_index] == -signal.SIGINT:
+                raise KeyboardInterrupt from None  # Ctrl-C goes to all; this rank was faster than we
             raise RunFailed(_explain_failure(exit_codes, error.error_index, _received(outcomes), run_dir)) from None
         return next(outcome.result for outcome in _received(outcomes) if outcome.rank == 0)
     except KeyboardInterrupt:
