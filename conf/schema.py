@@ -102,7 +102,6 @@ class EngineConfig:
     gradient_clipping: float = 1.0  # largest gradient norm; 0 is off
     deterministic: bool = False  # deterministic kernels only, at some cost
     detect_anomaly: bool = False  # name the forward operation whose gradient is NaN; slow
-    overlap_comm: bool = True  # reduce gradients while the backward pass runs
 
     def __post_init__(self) -> None:
         _choice("engine.dtype", self.dtype, ("bf16", "fp16", "fp32"))

@@ -107,7 +107,7 @@ def deepspeed_config(config: EngineConfig, num_parameters: int) -> dict[str, Any
         "fp16": {"enabled": config.dtype == "fp16"},
         "zero_optimization": {
             "stage": config.zero_stage,
-            "overlap_comm": config.overlap_comm,
+            "overlap_comm": True,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
         },
@@ -124,8 +124,7 @@ def deepspeed_config(config: EngineConfig, num_parameters: int) -> dict[str, Any
 def _undo_dummy_step(wrapper: FP16_UnfusedOptimizer) -> None:
     """Half precision on stage 0: DeepSpeed 0.19.8 takes a step with zero gradients to allocate Adam's state.
 
-    It counts as step 1 of the bias correction and decays the master weights, so that the first true updates came out a
-    quarter too small: found by the parity test.
+    It counts as step 1 of the bias correction and decays the master weights: after 3 steps parameters were 19 % off.
     """
     wrapper.optimizer.state.clear()
     for masters, parameters in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
@@ -157,7 +156,7 @@ class TrainingEngine:
         torch.manual_seed(seed)
         with self.device:
             model = build_model()
-        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
         optimizer = make_optimizer(model, optimizer_config)
         factor = learning_rate_factor(optimizer_config, num_steps)
         self.model = model
@@ -165,7 +164,7 @@ class TrainingEngine:
             model=model,
             optimizer=optimizer,
             lr_scheduler=lambda wrapped: torch.optim.lr_scheduler.LambdaLR(wrapped, factor),  # pyright: ignore[reportArgumentType]
-            config=deepspeed_config(engine_config, self.num_parameters),
+            config=deepspeed_config(engine_config, num_parameters),
             mpu=groups,
             dist_init_required=False,
         )
