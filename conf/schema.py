@@ -9,8 +9,9 @@ from __future__ import annotations
 import glob
 import math
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
+METHODS = ("ring", "ulysses", "hybrid", "all_gather", "local", "auto")
 BYTE_VOCAB_SIZE = 257  # 256 byte values and the document separator
 
 
@@ -66,16 +67,24 @@ class ModelConfig:
 class AttentionConfig:
     """How attention is computed over the ranks that share a sequence."""
 
-    method: str = "ring"  # ring | local; local needs ring_degree 1
+    method: str = "ring"  # ring | ulysses | hybrid | all_gather | local | auto (chosen by arithmetic: explain=true)
     layout: str = "zigzag"  # zigzag | contiguous
     transport: str = "p2p"  # how K,V travel
-    block: str = "auto"  # block kernel: auto | cudnn | aten_flash | cpu_flash | reference
+    block: str = "auto"  # block kernel: auto | cudnn | aten_flash | mem_efficient | cpu_flash | reference
+    intra_host_gb_per_s: Optional[float] = None  # for auto: a rank's link within a host; unset: 280 (NVLink), CPU 2
+    inter_host_gb_per_s: Optional[float] = None  # for auto: a rank's link between hosts; unset: 45 (400 Gb/s), CPU 1
 
     def __post_init__(self) -> None:
-        _choice("attention.method", self.method, ("ring", "local"))
+        _choice("attention.method", self.method, METHODS)
         _choice("attention.layout", self.layout, ("zigzag", "contiguous"))
         _choice("attention.transport", self.transport, ("p2p",))
-        _choice("attention.block", self.block, ("auto", "cudnn", "aten_flash", "cpu_flash", "reference"))
+        _choice(
+            "attention.block", self.block, ("auto", "cudnn", "aten_flash", "mem_efficient", "cpu_flash", "reference")
+        )
+        for name in ("intra_host_gb_per_s", "inter_host_gb_per_s"):
+            speed = getattr(self, name)
+            if speed is not None and not 0 < speed < math.inf:
+                raise ConfigError(f"attention.{name}={speed} must be above 0, and finite")
 
 
 @dataclass
@@ -83,10 +92,11 @@ class ParallelismConfig:
     """The rank grid; what is left unset fills the ranks there are."""
 
     data_degree: Optional[int] = None  # replicas, each with sequences of its own
-    ring_degree: Optional[int] = None  # ranks that share one sequence
+    ring_degree: Optional[int] = None  # ranks that share one sequence; of a hybrid, its Ulysses groups
+    ulysses_degree: Optional[int] = None  # ranks that share one sequence by heads: ulysses and hybrid
 
     def __post_init__(self) -> None:
-        for name in ("data_degree", "ring_degree"):
+        for name in ("data_degree", "ring_degree", "ulysses_degree"):
             if getattr(self, name) is not None:
                 _at_least(f"parallelism.{name}", getattr(self, name), 1)
 
@@ -235,37 +245,80 @@ class Config:
             )
 
 
-def resolve_degrees(config: Config, num_ranks: int) -> tuple[int, int]:
-    """(data_degree, ring_degree) of `num_ranks`: what is unset fills the ranks, the ring first.
+class Degrees(NamedTuple):
+    """The rank grid: data x ring x ulysses is the number of ranks."""
+
+    data: int
+    ring: int
+    ulysses: int
+
+    @property
+    def sequence(self) -> int:
+        """Ranks that share one sequence."""
+        return self.ring * self.ulysses
+
+
+def resolve_degrees(config: Config, num_ranks: int, ranks_per_host: int | None = None) -> Degrees:
+    """The grid of `num_ranks`: what is unset fills the ranks, those that share a sequence first.
+
+    A hybrid's Ulysses degree, if unset, is the largest that the key-value heads and a host's ranks allow. The method
+    must not be auto: see `recipes.plan`.
 
     Raises:
-        ConfigError: if the degrees contradict each other, the ranks or the attention method.
+        ConfigError: if the degrees contradict each other, the ranks, the heads or the attention method.
     """
-    data, ring = config.parallelism.data_degree, config.parallelism.ring_degree
-    for name, degree in (("data_degree", data), ("ring_degree", ring)):
+    method, given, heads = config.attention.method, config.parallelism, config.model.num_kv_heads
+    fixed = {"ring": ("ulysses",), "all_gather": ("ulysses",), "ulysses": ("ring",), "local": ("ring", "ulysses")}
+    degrees: dict[str, int | None] = {}
+    for name in Degrees._fields:
+        degree = getattr(given, f"{name}_degree")
         if degree is not None and num_ranks % degree:
             legal = _divisors(num_ranks)
             raise ConfigError(
-                f"parallelism.{name}={degree} does not divide the {num_ranks} ranks: use one of {legal} "
-                f"(parallelism.{name}={legal[-1]}) or another launch.num_ranks"
+                f"parallelism.{name}_degree={degree} does not divide the {num_ranks} ranks: use one of {legal} "
+                f"(parallelism.{name}_degree={legal[-1]}) or another launch.num_ranks"
             )
-    if data is None and ring is None and config.attention.method == "local":
-        ring = 1
+        if name in fixed.get(method, ()):
+            if (degree or 1) > 1:
+                raise ConfigError(_misfit(method, name, degree))
+            degree = 1
+        degrees[name] = degree
+    data, ring, ulysses = degrees["data"], degrees["ring"], degrees["ulysses"]
+    if ulysses is None:
+        share = num_ranks // (data or 1) // (ring or 1)
+        per_host = math.gcd(share, ranks_per_host or share)
+        ulysses = share
+        if method == "hybrid" and ring is None:
+            ulysses = max(degree for degree in _divisors(per_host) if heads % degree == 0)
     if ring is None:
-        ring = num_ranks // (data or 1)
+        ring = max(1, num_ranks // (data or 1) // ulysses)
     if data is None:
-        data = num_ranks // ring
-    if data * ring != num_ranks:
+        data = max(1, num_ranks // ring // ulysses)
+    if data * ring * ulysses != num_ranks:
         raise ConfigError(
-            f"parallelism.data_degree={data} x parallelism.ring_degree={ring} is {data * ring} ranks, but there are "
-            f"{num_ranks}: leave one of them unset, or launch.num_ranks={data * ring}"
+            f"parallelism.data_degree={data} x parallelism.ring_degree={ring} x parallelism.ulysses_degree={ulysses} "
+            f"is {data * ring * ulysses} ranks, but there are {num_ranks}: leave one of them unset, or "
+            f"launch.num_ranks={data * ring * ulysses}"
         )
-    if config.attention.method == "local" and ring > 1:
+    if heads < ulysses or (method == "hybrid" and heads % ulysses):
         raise ConfigError(
-            f"attention=local sees only one rank's tokens, but parallelism.ring_degree={ring}: "
-            "use attention=ring or parallelism.ring_degree=1"
+            f"attention={method} with parallelism.ulysses_degree={ulysses} does not fit model.num_kv_heads={heads}: "
+            f"use attention=hybrid parallelism.ulysses_degree={math.gcd(heads, num_ranks)}, or attention=ring, which "
+            "takes any number of heads"
         )
-    return data, ring
+    return Degrees(data, ring, ulysses)
+
+
+def _misfit(method: str, name: str, degree: int | None) -> str:
+    if method == "local":
+        return (
+            f"attention=local sees only one rank's tokens, but parallelism.{name}_degree={degree}: "
+            f"use attention={'ring' if name == 'ring' else 'ulysses'} or parallelism.{name}_degree=1"
+        )
+    return (
+        f"attention={method} has no {name} ranks, but parallelism.{name}_degree={degree}: "
+        "use attention=hybrid or leave it unset"
+    )
 
 
 def _divisors(number: int) -> list[int]:

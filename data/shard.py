@@ -1,7 +1,7 @@
-"""Deals sequences out: which sequences a data rank gets, and which positions of them a ring rank holds.
+"""Deals sequences out: which sequences a data rank gets, and which positions of them a rank holds.
 
 One step consumes, in the corpus's order, for each micro-batch, for each data rank, `micro_batch_size` sequences. The
-order does not depend on the ring degree, so neither does what is learnt.
+order does not depend on how many ranks share a sequence, so neither does what is learnt.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ class Sharder:
     """This rank's place in the grid, and the shape of a step."""
 
     layout: Layout
-    ring_rank: int
+    sequence_rank: int
     data_rank: int
     data_degree: int
     micro_batch_size: int
 
     def token_batch(self, sequences: np.ndarray) -> TokenBatch:
-        """This ring rank's part of whole sequences [B, L+1]; padded positions get an ignored label."""
+        """This rank's part of whole sequences [B, L+1]; padded positions get an ignored label."""
         whole = torch.from_numpy(sequences.astype(np.int64))
         return TokenBatch(
-            self.layout.shard(whole[:, :-1], self.ring_rank, dim=1),
-            self.layout.positions(self.ring_rank).unsqueeze(0),
-            self.layout.shard(whole[:, 1:], self.ring_rank, dim=1, pad_value=IGNORED_LABEL),
+            self.layout.shard(whole[:, :-1], self.sequence_rank, dim=1),
+            self.layout.positions(self.sequence_rank).unsqueeze(0),
+            self.layout.shard(whole[:, 1:], self.sequence_rank, dim=1, pad_value=IGNORED_LABEL),
         )
 
     def steps(self, sequences: Iterable[np.ndarray], accumulation_steps: int) -> Iterator[list[TokenBatch]]:

@@ -54,13 +54,13 @@ def init_distributed(init_method: str | None, timeout_s: float) -> None:
     )
 
 
-def loss_multiplier(zero_stage: int, data_degree: int, ring_degree: int, accumulation_steps: int) -> int:
+def loss_multiplier(zero_stage: int, data_degree: int, sequence_degree: int, accumulation_steps: int) -> int:
     """What the locally summed, globally normalised loss is multiplied by, so that DeepSpeed leaves the plain sum.
 
     Measured with DeepSpeed 0.19.8 and a sequence-parallel mpu: `backward` divides by the accumulation steps; the
     reduction divides the sum over all ranks by data_degree on stages 0, 1, 2, and by all ranks on stage 3.
     """
-    return accumulation_steps * data_degree * (ring_degree if zero_stage == 3 else 1)
+    return accumulation_steps * data_degree * (sequence_degree if zero_stage == 3 else 1)
 
 
 def learning_rate_factor(config: OptimizerConfig, num_steps: int) -> Callable[[int], float]:
@@ -173,7 +173,7 @@ class TrainingEngine:
         self._loss_multiplier = loss_multiplier(
             engine_config.zero_stage,
             groups.data_degree,
-            groups.ring_degree,
+            groups.sequence_degree,
             engine_config.gradient_accumulation_steps,
         )
 

@@ -65,7 +65,8 @@ def count_ranks(config: Config) -> int:
             f"launch.num_ranks={num_ranks} is more than the GPUs here: use launch.num_ranks={num_gpus} or fewer, "
             "or set CUDA_VISIBLE_DEVICES= (empty) to run on the CPU"
         )
-    resolve_degrees(config, num_ranks)
+    if config.attention.method != "auto":
+        resolve_degrees(config, num_ranks)
     if not num_gpus or config.attention.block != "auto":  # the automatic choice cannot fail, and this takes GPU memory
         make_plan(config, num_ranks)
     return num_ranks
@@ -77,12 +78,14 @@ def make_plan(config: Config, num_ranks: int) -> Plan:
     Raises:
         ConfigError: if the configuration does not fit the ranks or the device.
     """
+    ranks_per_host = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
     if not torch.cuda.is_available():
         if config.engine.dtype == "fp16":
             raise ConfigError("engine.dtype=fp16 needs a GPU: use engine.dtype=bf16 or engine.dtype=fp32 on the CPU")
-        return Plan(config, num_ranks, "cpu", "CPU", None)
+        return Plan(config, num_ranks, "cpu", "CPU", None, ranks_per_host)
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return Plan(config, num_ranks, "cuda", properties.name, (properties.major, properties.minor))
+    capability = (properties.major, properties.minor)
+    return Plan(config, num_ranks, "cuda", properties.name, capability, ranks_per_host)
 
 
 def check_corpus(config: Config) -> None:
@@ -198,7 +201,8 @@ def join(compose: Callable[[], tuple[Config, Path]]) -> float | None:
     """
     config, run_dir = compose()
     num_ranks = int(os.environ["WORLD_SIZE"])
-    resolve_degrees(config, num_ranks)
+    if config.attention.method != "auto":
+        resolve_degrees(config, num_ranks)
     if config.explain:
         if os.environ["RANK"] == "0":
             print(*make_plan(config, num_ranks).explanation(run_dir), sep="\n")
@@ -237,7 +241,9 @@ def _run_rank(config: Config, run_dir: Path, init_method: str | None) -> float:
     with _output_to(run_dir / "logs" / f"rank_{rank}.log") as console:
         plan = make_plan(config, num_ranks)
         # what was left open is recorded as it came out
-        config.parallelism.data_degree, config.parallelism.ring_degree = plan.data_degree, plan.ring_degree
+        for name, degree in plan.degrees._asdict().items():
+            setattr(config.parallelism, f"{name}_degree", degree)
+        config.attention.method = plan.method
         config.launch.num_ranks = num_ranks
         if rank == 0:
             OmegaConf.save(OmegaConf.structured(config), run_dir / "config.yaml")

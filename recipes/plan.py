@@ -5,15 +5,19 @@ Needs the configuration and the hardware, no process group and no model: the lau
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from conf.schema import Config, ConfigError, ModelConfig, resolve_degrees
+from conf.schema import AttentionConfig, Config, ConfigError, Degrees, ModelConfig, resolve_degrees
+from recipes.metrics import peak_tflops
 from ring_attention.blocks import BlockSpec, choose_block
+from ring_attention.choose import MESSAGE_LATENCY_MS, Candidate, Links, Workload, rank_methods
 from ring_attention.layout import Layout
-from ring_attention.schedule import imbalance, work_per_rank
+from ring_attention.mask import CAUSAL
+from ring_attention.schedule import imbalance, tokens_sent, work_per_rank
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -32,26 +36,74 @@ class Plan:
     device_name: str
     capability: tuple[int, int] | None
 
+    ranks_per_host: int
+
     def __post_init__(self) -> None:
-        resolve_degrees(self.config, self.num_ranks)
-        self.block_choice()
+        _ = self.degrees, self.block_choice()
+
+    @functools.cached_property
+    def candidates(self) -> list[Candidate]:
+        """For attention=auto: the ways to spread a sequence, the fastest by arithmetic first. Else none."""
+        config = self.config
+        if config.attention.method != "auto":
+            return []
+        for name in ("ring_degree", "ulysses_degree"):
+            if getattr(config.parallelism, name) is not None:
+                raise ConfigError(
+                    f"attention=auto chooses parallelism.{name}={getattr(config.parallelism, name)} itself: leave it "
+                    "unset, or use attention=hybrid"
+                )
+        data_degree = config.parallelism.data_degree or 1
+        if self.num_ranks % data_degree:
+            resolve_degrees(replace(config, attention=AttentionConfig()), self.num_ranks)  # says what is legal
+        return rank_methods(self.workload, self.links, self.num_ranks // data_degree)
 
     @property
-    def data_degree(self) -> int:
-        return resolve_degrees(self.config, self.num_ranks)[0]
+    def workload(self) -> Workload:
+        """One layer's attention in one micro-batch."""
+        model, engine = self.config.model, self.config.engine
+        peak = peak_tflops(self.device_name, engine.dtype)
+        return Workload(
+            model.num_heads,
+            model.num_kv_heads,
+            model.head_dim,
+            self.config.data.sequence_length,
+            engine.micro_batch_size,
+            DTYPES[engine.dtype].itemsize,
+            # cuDNN reaches 0.6 of an H100's peak; assumed for what was not measured
+            0.6 * peak if peak else {"cpu": 0.02}.get(self.device_type, 200.0),
+        )
 
     @property
-    def ring_degree(self) -> int:
-        return resolve_degrees(self.config, self.num_ranks)[1]
+    def links(self) -> Links:
+        given, on_cpu = self.config.attention, self.device_type == "cpu"
+        return Links(
+            self.ranks_per_host,
+            given.intra_host_gb_per_s or (2.0 if on_cpu else 280.0),
+            given.inter_host_gb_per_s or (1.0 if on_cpu else 45.0),
+        )
+
+    @functools.cached_property
+    def method(self) -> str:
+        """The attention method, never auto."""
+        return self.candidates[0].method if self.candidates else self.config.attention.method
+
+    @functools.cached_property
+    def degrees(self) -> Degrees:
+        if not self.candidates:
+            return resolve_degrees(self.config, self.num_ranks, self.ranks_per_host)
+        best = self.candidates[0]
+        return Degrees(self.num_ranks // best.ring_degree // best.ulysses_degree, best.ring_degree, best.ulysses_degree)
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.config.attention.layout, self.ring_degree, self.config.data.sequence_length)
+        length = self.config.data.sequence_length
+        return Layout(self.config.attention.layout, self.degrees.ring, length, self.degrees.ulysses)
 
     @property
     def sequences_per_step(self) -> int:
         engine = self.config.engine
-        return self.data_degree * engine.micro_batch_size * engine.gradient_accumulation_steps
+        return self.degrees.data * engine.micro_batch_size * engine.gradient_accumulation_steps
 
     @property
     def data_tokens_per_step(self) -> int:
@@ -72,7 +124,7 @@ class Plan:
             model.num_heads,
             model.num_kv_heads,
             model.head_dim,
-            self.config.engine.deterministic,
+            deterministic=self.config.engine.deterministic,
         )
         try:
             block, reason = choose_block(spec, self.config.attention.block)
@@ -84,12 +136,16 @@ class Plan:
         config, model, layout = self.config, self.config.model, self.layout
         block, reason = self.block_choice()
         padding = layout.padded_length - layout.length
-        ring_note = "; a ring of 1: one rank holds whole sequences" if self.ring_degree == 1 else ""
-        transport = "none, one rank" if self.ring_degree == 1 else self.config.attention.transport
-        if transport == "p2p":
-            transport += " over " + ("NCCL" if self.device_type == "cuda" else "gloo")
+        grid = " x ".join(f"{degree} {name}" for name, degree in self.degrees._asdict().items() if name != "ulysses")
+        grid += f" x {self.degrees.ulysses} ulysses" if self.degrees.ulysses > 1 else ""
+        alone = "; one rank holds whole sequences" if self.degrees.sequence == 1 else ""
+        attention = f"{self.method}, layout {config.attention.layout}"
+        attention += " (chosen: explain=true says why)" if self.candidates else ""
+        if self.degrees.sequence > 1:
+            over = "NCCL" if self.device_type == "cuda" else "gloo"
+            attention += f", {config.attention.transport} over {over}" if self.degrees.ring > 1 else f", over {over}"
         rows = [
-            ("ranks", f"{self.data_degree} data x {self.ring_degree} ring, on {self.device_name}{ring_note}"),
+            ("ranks", f"{grid}, on {self.device_name}{alone}"),
             (
                 "tokens",
                 f"{layout.local_length:,} per rank of {layout.length:,} per sequence"
@@ -102,7 +158,7 @@ class Plan:
                 f"{model.num_heads} heads x {model.head_dim}, {model.num_kv_heads} kv heads",
             ),
             ("FLOPs per token", f"{3 * self.forward_flops / 1e6:,.1f} M forward and backward, causal counted once"),
-            ("attention", f"{config.attention.method}, layout {config.attention.layout}, transport {transport}"),
+            ("attention", attention),
             ("block kernel", f"{block} ({reason})"),
             ("engine", f"ZeRO stage {config.engine.zero_stage}, {config.engine.dtype}"),
             ("run dir", str(run_dir)),
@@ -118,20 +174,23 @@ class Plan:
         config, layout, engine = self.config, self.layout, self.config.engine
         lines = [*self.banner(run_dir), "", "batch"]
         lines += [
-            f"  {self.data_degree} data ranks x {engine.micro_batch_size} sequences x "
+            f"  {self.degrees.data} data ranks x {engine.micro_batch_size} sequences x "
             f"{engine.gradient_accumulation_steps} micro-batches = {self.sequences_per_step} sequences per step",
             f"  x {layout.length:,} tokens = {self.tokens_per_step:,} tokens per step, "
             f"{self.tokens_per_step * config.num_steps:,} in {config.num_steps} steps",
         ]
-        lines += ["", f"layout {layout.name}: {2 * self.ring_degree} chunks of {layout.chunk_length:,} tokens"]
-        work = work_per_rank(layout)
-        for ring_rank, rank_work in enumerate(work):
-            first, second = layout.chunks(ring_rank)
-            stages = " ".join(f"{pairs / 1e6:.3f}" for pairs in rank_work)
-            lines.append(
-                f"  ring rank {ring_rank}: chunks {first} and {second}; million query-key pairs by stage: {stages}"
-            )
-        lines.append(f"  imbalance (lockstep stages / mean rank) {imbalance(layout):.3f}")
+        if self.candidates:
+            work, links = self.workload, self.links
+            lines += [
+                "",
+                f"attention=auto: one layer's forward pass on one rank, {work.num_heads} heads and {work.num_kv_heads} "
+                f"kv heads x {work.head_dim}, L = {work.length:,}, batch {work.batch},",
+                f"  kernels at {work.attained_tflops:g} TFLOP/s; links {links.intra_host_gb_per_s:g} GB/s within a "
+                f"host of {links.ranks_per_host} ranks, {links.inter_host_gb_per_s:g} GB/s between; "
+                f"{MESSAGE_LATENCY_MS} ms per message; the fastest is taken",
+                *(f"  {candidate}" for candidate in self.candidates),
+            ]
+        lines += ["", *self._work_lines()]
         parameters = num_parameters(config.model)
         lines += ["", f"parameters: {parameters:,}"]
         lines.append(f"FLOPs per token, forward: {self.forward_flops:,.0f}; backward is twice that")
@@ -142,6 +201,26 @@ class Plan:
             f"  weights {weights / 2**20:,.1f} + gradients {gradients / 2**20:,.1f} + optimizer {states / 2**20:,.1f} "
             f"= {total / 2**20:,.1f} MiB"
         )
+        return lines
+
+    def _work_lines(self) -> list[str]:
+        """What each ring rank computes and sends in one layer's attention."""
+        layout, work = self.layout, work_per_rank(self.layout)
+        lines = [f"layout {layout.name}: {layout.num_chunks} chunks of {layout.chunk_length:,} tokens"]
+        model, engine = self.config.model, self.config.engine
+        per_token = 2 * model.num_kv_heads // self.degrees.ulysses * model.head_dim * engine.micro_batch_size
+        moves = self.method in ("ring", "hybrid")
+        for ring_rank, rank_work in enumerate(work):
+            chunks = " and ".join(str(chunk) for chunk in layout.chunks(ring_rank))
+            stages = " ".join(f"{pairs / 1e6:.3f}" for pairs in rank_work)
+            line = f"  ring rank {ring_rank}: chunks {chunks}; million query-key pairs by stage: {stages}"
+            if moves:
+                keys, gradients = tokens_sent(layout, CAUSAL, ring_rank)
+                forward = keys * per_token * DTYPES[engine.dtype].itemsize
+                backward = forward + gradients * per_token * 4  # gradients travel in fp32
+                line += f"; sends {forward / 2**20:.2f} MiB forward, {backward / 2**20:.2f} back"
+            lines.append(line)
+        lines.append(f"  imbalance (lockstep stages / mean rank) {imbalance(layout):.3f}")
         return lines
 
     def _state_bytes(self, parameters: int) -> tuple[float, float, float]:

@@ -6,9 +6,9 @@ import contextlib
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 
 from conf.schema import Config
 from data.pack import Corpus
@@ -19,18 +19,34 @@ from recipes.engine import TrainingEngine
 from recipes.plan import Plan
 from recipes.report import Reporter
 from recipes.transformer import Transformer
-from ring_attention import LocalAttention, RingAttention
+from ring_attention import (
+    AllGatherAttention,
+    HybridAttention,
+    LocalAttention,
+    RingAttention,
+    SequenceAttention,
+    UlyssesAttention,
+)
 from ring_attention.groups import ParallelGroups
 
 
-def build_attention(config: Config, groups: ParallelGroups) -> nn.Module:
-    """The configured attention module on this rank's ring. A new method is one entry here."""
-    group = groups.get_sequence_parallel_group()
-    if config.attention.method == "local":
-        return LocalAttention(config.attention.block, group)
-    return RingAttention(
-        config.attention.block, group, layout=config.attention.layout, transport=config.attention.transport
-    )
+def build_attention(plan: Plan, groups: ParallelGroups) -> SequenceAttention:
+    """The plan's attention module on the ranks of this one's sequence. A new method is one entry here."""
+    config, group = plan.config.attention, groups.get_sequence_parallel_group()
+    common: dict[str, Any] = {"layout": config.layout}
+    spread = {"transport": config.transport, "hosts": groups.hosts}
+    match plan.method:
+        case "ring":
+            return RingAttention(config.block, group, **common, **spread)
+        case "ulysses":
+            return UlyssesAttention(config.block, group, **common)
+        case "hybrid":
+            return HybridAttention(config.block, group, ulysses_degree=plan.degrees.ulysses, **common, **spread)
+        case "all_gather":
+            return AllGatherAttention(config.block, group, hosts=groups.hosts, **common)
+        case "local":
+            return LocalAttention(config.block, group, **common)
+    raise AssertionError(f"no module for attention.method={plan.method}")
 
 
 def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
@@ -43,11 +59,12 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
     if config.engine.deterministic:
         torch.use_deterministic_algorithms(True)
     torch.autograd.set_detect_anomaly(config.engine.detect_anomaly)
-    groups = ParallelGroups(plan.data_degree, plan.ring_degree)
+    groups = ParallelGroups(plan.degrees.data, plan.degrees.sequence)
+    attention = build_attention(plan, groups)
     if reporter:
         reporter.say(*plan.banner(run_dir), "", "building the model and the engine ...")
     engine = TrainingEngine(
-        lambda: Transformer(config.model, build_attention(config, groups)),
+        lambda: Transformer(config.model, attention),
         groups,
         config.engine,
         config.optimizer,
@@ -56,7 +73,7 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
     )
     corpus = Corpus(open_documents(config.data), config.data.sequence_length, config.data.validation_sequences)
     sharder = Sharder(
-        plan.layout, groups.ring_rank, groups.data_rank, groups.data_degree, config.engine.micro_batch_size
+        plan.layout, attention.sequence_rank, groups.data_rank, groups.data_degree, config.engine.micro_batch_size
     )
     steps = sharder.steps(corpus.training(cursor=0), config.engine.gradient_accumulation_steps)
     first_batch = next(steps)

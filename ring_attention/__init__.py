@@ -4,7 +4,26 @@ The process groups, `ring_attention.groups.ParallelGroups`, are imported by thei
 which takes seconds, while everything here needs torch alone.
 """
 
-from ring_attention.attention import LocalAttention, RingAttention
+from ring_attention.attention import (
+    AllGatherAttention,
+    HybridAttention,
+    LocalAttention,
+    RingAttention,
+    SequenceAttention,
+    UlyssesAttention,
+)
 from ring_attention.layout import Layout
+from ring_attention.mask import CAUSAL, FULL, Mask
 
-__all__ = ["Layout", "LocalAttention", "RingAttention"]
+__all__ = [
+    "CAUSAL",
+    "FULL",
+    "AllGatherAttention",
+    "HybridAttention",
+    "Layout",
+    "LocalAttention",
+    "Mask",
+    "RingAttention",
+    "SequenceAttention",
+    "UlyssesAttention",
+]

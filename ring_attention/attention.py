@@ -1,39 +1,186 @@
 """Attention modules that stand where `deepspeed.sequence.layer.DistributedAttention` stands.
 
 Same constructor order, same call (query, key, value, batch_dim_idx), same shapes: each rank passes its own tokens, all
-heads, and gets the attention of its own queries. Two differences in meaning:
+heads, and gets the attention of its own queries. By default a rank's tokens are one run of the sequence, as Ulysses
+cuts it; layout="zigzag" balances causal work, for sequences cut with the module's `layout(length).shard`.
 
-- `local_attention` of DistributedAttention sees whole sequences and some heads; a ring's sees block pairs and must
-  return a log-sum-exp, so it is a block kernel (`ring_attention.blocks`) or its name.
-- The default layout is zigzag, which balances causal work: cut sequences with `Layout.shard`. Shards as Ulysses users
-  have them, one run of tokens per rank, are layout="contiguous".
+    RingAttention       keys and values travel from rank to rank; any number of heads
+    UlyssesAttention    DeepSpeed's all-to-all: each rank gets whole sequences of some heads; ranks <= key-value heads
+    HybridAttention     Ulysses among neighbours, a ring across them; ranks <= key-value heads within Ulysses only
+    AllGatherAttention  every rank gathers all keys and values: the naive baseline
+    LocalAttention      one rank
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ring_attention.blocks import Block, BlockSpec, choose_block
-from ring_attention.exchange import TRANSPORTS
+from ring_attention.exchange import P2PExchange, make_exchange, rank_and_size, same_ranks, subgroup
+from ring_attention.gather import GatherFunction, Gathering
 from ring_attention.layout import Layout
+from ring_attention.mask import CAUSAL, Mask
+from ring_attention.recognize import Recognized, recognize
 from ring_attention.ring import Ring, RingFunction
-from ring_attention.schedule import BlockPair, Stage, causal_schedule
+from ring_attention.schedule import ring_schedule
+from ring_attention.topology import hybrid_split, ring_order
 
 
-class RingAttention(nn.Module):
-    """Exact causal attention over a sequence cut across `sequence_process_group`.
+class SequenceAttention(nn.Module):
+    """What the modules share: checks, the choice of the kernel, and where this rank stands in its sequence.
+
+    `sequence_rank` is what `Layout.shard` and `Layout.positions` take: which part of a sequence this rank holds.
+    """
+
+    def __init__(
+        self,
+        local_attention: Block | str | nn.Module,
+        mask: Mask,
+        layout: str,
+        exchange: P2PExchange | None,
+        ulysses_degree: int = 1,
+        ulysses_rank: int = 0,
+    ) -> None:
+        super().__init__()
+        self._local_attention = (local_attention,)  # in a tuple, for it is no submodule: its parameters take no part
+        self._recognized: Recognized | None = None
+        self._mask, self._layout_name, self._exchange = mask, layout, exchange
+        self.ring_degree, ring_rank = (exchange.ring_degree, exchange.ring_rank) if exchange else (1, 0)
+        self.ulysses_degree = ulysses_degree
+        self.sequence_rank = ring_rank * ulysses_degree + ulysses_rank
+        Layout(layout, 1, 1)  # refuses an unknown name here rather than in the first step
+        # compilers step around it: schedules are Python, and hops must keep their order on all ranks
+        self._outside_compilers = _disable_compilers()
+
+    def layout(self, length: int) -> Layout:
+        """How sequences of `length` tokens must lie over the ranks."""
+        return Layout(self._layout_name, self.ring_degree, length, self.ulysses_degree)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        batch_dim_idx: int,
+        rotary_pos_emb: None = None,
+        *,
+        mask: Mask | None = None,
+        softmax_scale: float | None = None,
+        dropout_p: float = 0.0,
+    ) -> Tensor:
+        """Attention of this rank's queries over the whole sequence. Every rank of the group must call it.
+
+        Args:
+            query: [B, S, H, D] for batch_dim_idx 0, [S, B, H, D] for 1; S local tokens, the same on all ranks.
+            key: the same with K heads, H a multiple of K.
+            value: as key; its head size may be its own where a kernel has that.
+            mask: over the whole sequence, padding included; None is the constructor's.
+            softmax_scale: None is 1 / sqrt(D).
+
+        Returns:
+            The output, shaped as `query` but with the value's head size, in its dtype.
+
+        Raises:
+            ValueError: for tensors that do not fit each other or the layout, a kernel that cannot do what is asked, a
+                rotary_pos_emb, or dropout.
+        """
+        return self._outside_compilers(
+            self, query, key, value, batch_dim_idx, rotary_pos_emb, mask, softmax_scale, dropout_p
+        )
+
+    def _forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        batch_dim_idx: int,
+        rotary_pos_emb: None,
+        mask: Mask | None,
+        softmax_scale: float | None,
+        dropout_p: float,
+    ) -> Tensor:
+        if rotary_pos_emb is not None:
+            raise ValueError(
+                "rotary_pos_emb is not applied in here: rotate query and key before, by the global positions of "
+                "Layout.positions"
+            )
+        if dropout_p:
+            raise ValueError(
+                f"dropout_p={dropout_p}: attention dropout is not supported, since the backward pass would need the "
+                "very elements that each kernel dropped at each stage on each rank: use 0, and dropout after the "
+                "output projection"
+            )
+        _check_tensors(query, key, value, batch_dim_idx)
+        # kernels read heads as runs of numbers; measured, the CPU's flash kernel gives wrong results otherwise
+        query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+        own_mask, own_scale = self._mask, 1 / math.sqrt(query.shape[-1])
+        if isinstance(self._local_attention[0], nn.Module):
+            if self._recognized is None:
+                num_ranks = self.ring_degree * self.ulysses_degree
+                self._recognized = recognize(self._local_attention[0], query, key, value, batch_dim_idx, num_ranks)
+            own_mask, own_scale = self._recognized.mask, self._recognized.scale
+        mask = own_mask if mask is None else mask
+        if mask.documents is not None and len(mask.documents) not in (1, query.shape[batch_dim_idx]):
+            raise ValueError(
+                f"the mask has documents for {len(mask.documents)} rows, the batch has {query.shape[batch_dim_idx]}: "
+                "give one set of boundaries for all rows, or one per row"
+            )
+        return self._attend(
+            query, key, value, batch_dim_idx, mask, own_scale if softmax_scale is None else softmax_scale
+        )
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, batch_dim_idx: int, mask: Mask, scale: float
+    ) -> Tensor:
+        """Over the ring that this rank is on; one of one rank without an exchange."""
+        q_BSHD, k_BSKD, v_BSKE = _batch_first((query, key, value), batch_dim_idx)
+        layout = self._layout_of(q_BSHD.shape[1])
+        ring_rank = 0
+        if self._exchange is not None:
+            self._exchange.connect(q_BSHD)
+            ring_rank = self._exchange.ring_rank
+        block = self._block(q_BSHD, k_BSKD, v_BSKE, mask)
+        ring = Ring(ring_schedule(layout, mask, ring_rank), self._exchange, block, scale)
+        (out,) = _batch_first((RingFunction.apply(q_BSHD, k_BSKD, v_BSKE, ring),), batch_dim_idx)
+        return out
+
+    def _block(self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKE: Tensor, mask: Mask) -> Block:
+        given = self._local_attention[0]
+        if isinstance(given, Block):
+            return given
+        name = given if isinstance(given, str) else "auto"
+        return choose_block(BlockSpec.of(q_BSHD, k_BSKD, v_BSKE, mask.is_windowed), name)[0]
+
+    def _layout_of(self, ring_length: int) -> Layout:
+        """The ring's layout, given how many tokens each of its ranks holds."""
+        layout = Layout(self._layout_name, self.ring_degree, ring_length * self.ring_degree)
+        if layout.ring_length != ring_length:
+            raise ValueError(
+                f"{ring_length} tokens are not {layout.chunks_per_ring_rank} equal chunks, which layout={layout.name} "
+                "needs on each rank of the ring: cut sequences with the module's layout(length).shard"
+            )
+        return layout
+
+
+class RingAttention(SequenceAttention):
+    """Keys and values travel around a ring; every rank keeps its queries, all heads, O(L/P) memory.
 
     Args:
-        local_attention: a block kernel, its name, or "auto" for the fastest that supports the tensors of a call.
-        sequence_process_group: the ranks that share a sequence, in ring order.
-        scatter_idx, gather_idx, sp_stream, num_kv_heads: DistributedAttention's; a ring scatters no heads, so they
-            have no meaning here.
-        layout: "zigzag" or "contiguous": how the caller cut the sequence (`Layout.shard`).
+        local_attention: "auto" for the fastest block kernel, a kernel or its name; or what DistributedAttention was
+            given, a module that sees whole sequences: it is run once on made-up tokens to see that it is plain causal
+            or full attention, which a block kernel then computes.
+        sequence_process_group: the ranks that share a sequence.
+        scatter_idx, gather_idx, sp_stream, num_kv_heads: DistributedAttention's; they have no meaning here.
+        mask: which keys a query sees; causal if not given.
+        layout: "contiguous" or "zigzag": how the caller cuts sequences (`Layout.shard`).
         transport: how K,V travel, a key of `ring_attention.exchange.TRANSPORTS`.
+        hosts: the host of each rank of the group, where they are not in the order of hosts (`topology.ring_order`).
 
     Raises:
         ValueError: for an unknown layout, transport or kernel, or a kernel that cannot do what a call needs.
@@ -41,96 +188,212 @@ class RingAttention(nn.Module):
 
     def __init__(
         self,
-        local_attention: Block | str,
+        local_attention: Block | str | nn.Module,
         sequence_process_group: Any,
         scatter_idx: int = 2,
         gather_idx: int = 0,
         sp_stream: Any = None,
         num_kv_heads: int | None = None,
         *,
-        layout: str = "zigzag",
+        mask: Mask = CAUSAL,
+        layout: str = "contiguous",
         transport: str = "p2p",
+        hosts: Sequence[Hashable] | None = None,
     ) -> None:
-        super().__init__()
-        if transport not in TRANSPORTS:
-            raise ValueError(f"transport={transport!r} is unknown: use one of {', '.join(TRANSPORTS)}")
-        self._local_attention = _checked(local_attention)
-        self._layout_name = layout
-        self._exchange = TRANSPORTS[transport](sequence_process_group)
-        Layout(layout, self._exchange.ring_degree, 1)  # refuses an unknown name here rather than in the first step
-
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, batch_dim_idx: int, rotary_pos_emb: None = None
-    ) -> Tensor:
-        """Attention of this rank's queries over the whole ring. Every rank of the group must call it.
-
-        Args:
-            query: [B, S, H, D] for batch_dim_idx 0, [S, B, H, D] for 1; S local tokens, even, the same on all ranks.
-            key, value: the same with K heads, H a multiple of K.
-
-        Returns:
-            The output, shaped and typed as `query`.
-
-        Raises:
-            ValueError: for an odd S, a batch_dim_idx other than 0 and 1, or a rotary_pos_emb.
-        """
-        if rotary_pos_emb is not None:
-            raise ValueError(
-                "rotary_pos_emb is not applied in here: rotate query and key before, by the global positions of "
-                "Layout.positions"
-            )
-        return _attend(self._local_attention, query, key, value, batch_dim_idx, self._ring_of)
-
-    def _ring_of(self, block: Block, local_length: int, scale: float) -> Ring:
-        if local_length % 2:
-            raise ValueError(f"{local_length} local tokens are not two equal chunks: cut sequences with Layout.shard")
-        ring_degree = self._exchange.ring_degree
-        layout = Layout(self._layout_name, ring_degree, local_length * ring_degree)
-        return Ring(causal_schedule(layout, self._exchange.ring_rank), self._exchange, block, scale)
+        order = None if hosts is None else ring_order(hosts)
+        super().__init__(local_attention, mask, layout, make_exchange(transport, sequence_process_group, order))
 
 
-class LocalAttention(nn.Module):
-    """Causal attention among this rank's own tokens only: exact for one rank, a baseline without context for more.
+class HybridAttention(SequenceAttention):
+    """Ulysses among neighbours, a ring across them: more ranks than heads, and fewer hops than a ring of all.
 
-    Same contract as `RingAttention`; takes and ignores the group.
+    Args: as `RingAttention`, and
+        ulysses_degree: ranks within Ulysses; a divisor of the group's ranks and of the key-value heads.
+
+    sp_stream and num_kv_heads go to DistributedAttention; scatter_idx and gather_idx follow from batch_dim_idx. Every
+    rank of the group must construct it: it builds the two groups that this rank is in.
+
+    Raises:
+        ValueError: as `RingAttention`, and for a degree that does not divide the ranks or, in forward, the heads.
     """
 
-    def __init__(self, local_attention: Block | str, sequence_process_group: Any = None) -> None:
-        super().__init__()
-        self._local_attention = _checked(local_attention)
+    def __init__(
+        self,
+        local_attention: Block | str | nn.Module,
+        sequence_process_group: Any,
+        scatter_idx: int = 2,
+        gather_idx: int = 0,
+        sp_stream: Any = None,
+        num_kv_heads: int | None = None,
+        *,
+        ulysses_degree: int,
+        mask: Mask = CAUSAL,
+        layout: str = "contiguous",
+        transport: str = "p2p",
+        hosts: Sequence[Hashable] | None = None,
+    ) -> None:
+        # takes seconds, and a ring alone does without
+        from deepspeed.sequence.layer import DistributedAttention
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, batch_dim_idx: int) -> Tensor:
-        """As `RingAttention.forward`, without communication."""
+        group_rank, num_ranks = rank_and_size(sequence_process_group)
+        split = hybrid_split([0] * num_ranks if hosts is None else hosts, ulysses_degree)
+        ring_rank, ulysses_rank = split.place(group_rank)
+        exchange = None
+        if len(split.grid) > 1:
+            ranks = split.ring(ulysses_rank)
+            members = tuple(sorted(ranks))
+            order = [members.index(rank) for rank in ranks]
+            exchange = make_exchange(transport, subgroup(sequence_process_group, members), order)
+        super().__init__(local_attention, mask, layout, exchange, ulysses_degree, ulysses_rank)
+        ulysses_group = subgroup(sequence_process_group, split.grid[ring_rank])
+        self._distributed = DistributedAttention(super()._attend, ulysses_group, 2, 1, sp_stream, num_kv_heads)  # pyright: ignore[reportArgumentType]
 
-        def ring_of(block: Block, length: int, scale: float) -> Ring:
-            return Ring((Stage(0, BlockPair(0, length, 0, length, causal=True)),), None, block, scale)
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, batch_dim_idx: int, mask: Mask, scale: float
+    ) -> Tensor:
+        self._check_heads(query.shape[2], key.shape[2])
+        self._distributed.gather_idx = 1 - batch_dim_idx
+        return self._distributed(query, key, value, batch_dim_idx, None, batch_dim_idx, mask, scale)
 
-        return _attend(self._local_attention, query, key, value, batch_dim_idx, ring_of)
+    def _check_heads(self, num_heads: int, num_kv_heads: int) -> None:
+        if num_kv_heads % self.ulysses_degree == 0:
+            return
+        name = f"num_kv_heads={num_kv_heads}"
+        legal = [degree for degree in range(1, num_kv_heads + 1) if num_kv_heads % degree == 0]
+        if num_kv_heads < self.ulysses_degree:
+            raise ValueError(
+                f"{name} is less than ulysses_degree={self.ulysses_degree}, which leaves ranks without a key-value "
+                f"head: use a ulysses_degree of {legal}, with a ring across (HybridAttention), or RingAttention"
+            )
+        if self.ring_degree > 1:
+            raise ValueError(
+                f"{name} is not a multiple of ulysses_degree={self.ulysses_degree}, which DeepSpeed takes without a "
+                f"ring across only: use a ulysses_degree of {legal}"
+            )
+        from deepspeed.utils import groups
+
+        # DeepSpeed asks its one mpu for this rank's number, and without one takes every rank for number 0
+        if groups.mpu is None or not same_ranks(groups.mpu.get_sequence_parallel_group(), self._distributed.spg):
+            raise ValueError(
+                f"{name} is not a multiple of ulysses_degree={self.ulysses_degree}, for which DeepSpeed needs an mpu "
+                f"with this group: call deepspeed.initialize(mpu=...) before, or use a ulysses_degree of {legal}"
+            )
 
 
-def _checked(local_attention: Block | str) -> Block | str:
-    if isinstance(local_attention, nn.Module):
-        raise ValueError(
-            f"local_attention={type(local_attention).__name__} is a module that sees whole sequences: a ring computes "
-            'block pairs, so pass "auto" or a kernel of ring_attention.blocks'
+class UlyssesAttention(HybridAttention):
+    """DeepSpeed's DistributedAttention with a block kernel inside: each rank gets whole sequences of some heads.
+
+    Args: as `RingAttention`. The number of key-value heads is at least the group's ranks; if it is not a multiple of
+        them, DeepSpeed must know its mpu, so `deepspeed.initialize(mpu=...)` comes first.
+
+    Raises:
+        ValueError: as `RingAttention`, and for too few key-value heads, in forward.
+    """
+
+    def __init__(
+        self,
+        local_attention: Block | str | nn.Module,
+        sequence_process_group: Any,
+        scatter_idx: int = 2,
+        gather_idx: int = 0,
+        sp_stream: Any = None,
+        num_kv_heads: int | None = None,
+        *,
+        mask: Mask = CAUSAL,
+        layout: str = "contiguous",
+    ) -> None:
+        super().__init__(
+            local_attention,
+            sequence_process_group,
+            scatter_idx,
+            gather_idx,
+            sp_stream,
+            num_kv_heads,
+            ulysses_degree=rank_and_size(sequence_process_group)[1],
+            mask=mask,
+            layout=layout,
         )
-    return local_attention
 
 
-def _attend(
-    local_attention: Block | str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    batch_dim_idx: int,
-    ring_of: Callable[[Block, int, float], Ring],
-) -> Tensor:
+class AllGatherAttention(SequenceAttention):
+    """Every rank gathers all keys and values: O(L) memory, nothing overlaps. The baseline to compare with.
+
+    Args and errors as `RingAttention`.
+    """
+
+    def __init__(
+        self,
+        local_attention: Block | str | nn.Module,
+        sequence_process_group: Any,
+        scatter_idx: int = 2,
+        gather_idx: int = 0,
+        sp_stream: Any = None,
+        num_kv_heads: int | None = None,
+        *,
+        mask: Mask = CAUSAL,
+        layout: str = "contiguous",
+        hosts: Sequence[Hashable] | None = None,
+    ) -> None:
+        order = None if hosts is None else ring_order(hosts)
+        super().__init__(local_attention, mask, layout, make_exchange("p2p", sequence_process_group, order))
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, batch_dim_idx: int, mask: Mask, scale: float
+    ) -> Tensor:
+        assert self._exchange is not None
+        q_BSHD, k_BSKD, v_BSKE = _batch_first((query, key, value), batch_dim_idx)
+        block = self._block(q_BSHD, k_BSKD, v_BSKE, mask)
+        gathering = Gathering(self._layout_of(q_BSHD.shape[1]), mask, self._exchange, block, scale)
+        (out,) = _batch_first((GatherFunction.apply(q_BSHD, k_BSKD, v_BSKE, gathering),), batch_dim_idx)
+        return out
+
+
+class LocalAttention(SequenceAttention):
+    """Attention among this rank's own tokens only: exact for one rank, a baseline without context for more.
+
+    Args: as `RingAttention`; takes and ignores the group.
+    """
+
+    def __init__(
+        self,
+        local_attention: Block | str | nn.Module,
+        sequence_process_group: Any = None,
+        *,
+        mask: Mask = CAUSAL,
+        layout: str = "contiguous",
+    ) -> None:
+        super().__init__(local_attention, mask, layout, None)
+
+
+@functools.cache
+def _disable_compilers() -> Any:
+    return torch.compiler.disable(SequenceAttention._forward)  # imports the compiler, which takes a second
+
+
+def _batch_first(tensors: tuple[Tensor, ...], batch_dim_idx: int) -> tuple[Tensor, ...]:
+    """[B, S, ...] from what the caller has, and back."""
+    return tuple(tensor.transpose(0, 1) for tensor in tensors) if batch_dim_idx == 1 else tensors
+
+
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor, batch_dim_idx: int) -> None:
     if batch_dim_idx not in (0, 1):
         raise ValueError(f"batch_dim_idx={batch_dim_idx} must be 0 ([B, S, H, D]) or 1 ([S, B, H, D])")
-    if batch_dim_idx == 1:
-        query, key, value = (tensor.transpose(0, 1) for tensor in (query, key, value))
-    if isinstance(local_attention, str):
-        local_attention = choose_block(BlockSpec.of(query, key), local_attention)[0]
-    ring = ring_of(local_attention, query.shape[1], 1 / math.sqrt(query.shape[-1]))
-    out_BSHD = RingFunction.apply(query, key, value, ring)
-    return out_BSHD.transpose(0, 1) if batch_dim_idx == 1 else out_BSHD
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != 4:
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}, but four dims are needed: [B, S, heads, head size]"
+            )
+        if tensor.dtype != query.dtype:
+            raise ValueError(f"{name} is {tensor.dtype}, but query is {query.dtype}: cast them to one dtype")
+        if tensor.shape[:2] != query.shape[:2]:
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}, query {list(query.shape)}: the first two dims must be equal"
+            )
+    num_heads, num_kv_heads = query.shape[2], key.shape[2]
+    if value.shape[2] != num_kv_heads or num_heads % num_kv_heads:
+        raise ValueError(
+            f"{num_heads} query heads cannot share {num_kv_heads} key and {value.shape[2]} value heads: keys and "
+            "values need as many, and queries a multiple of that"
+        )
+    if key.shape[3] != query.shape[3]:
+        raise ValueError(f"key has head size {key.shape[3]}, query {query.shape[3]}: they must be equal")

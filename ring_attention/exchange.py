@@ -1,70 +1,184 @@
-"""Moves a tensor one hop around the ring. Knows nothing of attention; `ring` decides what to send and when.
+"""Moves tensors between the ranks that share a sequence. Knows nothing of attention; `ring` and `gather` decide what.
 
-The only module of the project that calls torch.distributed directly: DeepSpeed's wrapper has no batched isend/irecv.
+The only module of the project that calls torch.distributed directly: DeepSpeed's wrapper has no batched isend/irecv,
+and its groups no timeout. One communicator carries one direction of the ring. Hops are posted in the same order on
+all ranks, receives before sends, so the first hop that is not done can always be completed: nothing waits in a
+circle.
 """
 
 from __future__ import annotations
+
+import collections
+import functools
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
+_WATCH_INTERVAL_S = 1.0
+
 
 class HopError(RuntimeError):
     """A hop did not complete; names the stage, the ring rank and the neighbours.
 
-    Raised on gloo. On NCCL, where no host waits, the process group's watchdog ends the rank.
+    Raised on gloo. On NCCL, where no host waits, it is printed to stderr shortly before the process group's timeout, at
+    which NCCL's watchdog ends the rank.
     """
 
 
 class Hop:
-    """A hop in flight. `wait` returns what was received; on CUDA only the current stream waits, the host goes on."""
+    """Messages in flight. After `wait` they have arrived; on CUDA only the current stream waits, the host goes on."""
 
-    def __init__(self, works: list[torch_dist.Work], sent: Tensor, received: Tensor, where: str) -> None:
-        self._works, self._received, self._where = works, received, where
-        self._sent = sent  # must outlive the transfer
+    def __init__(self, works: list[torch_dist.Work], sent: list[Tensor], where: str) -> None:
+        self.works, self.where = works, where
+        self._sent = sent  # they must outlive the transfer
 
-    def wait(self) -> Tensor:
+    def wait(self) -> None:
         try:
-            for work in self._works:
+            for work in self.works:
                 work.wait()
         except RuntimeError as error:
-            raise HopError(f"{self._where}: {error}") from error
-        return self._received
+            raise HopError(f"{self.where}: {error}") from error
 
 
 class P2PExchange:
-    """Batched isend/irecv to the next ring rank and from the previous one, on NCCL or gloo.
+    """Batched isend/irecv between ring ranks, on NCCL or gloo.
 
-    Every rank of `group` must post the same hops in the same order. All ranks send equal shapes, which the equal local
-    lengths of `Layout` guarantee.
+    Every rank of `group` must post the same hops in the same order; one that neither sends nor receives in a hop
+    leaves it out. A receive must have the size of what is sent.
+
+    Args:
+        order: the group's ranks in ring order (`topology.ring_order`); None is their own order.
     """
 
-    def __init__(self, group: torch_dist.ProcessGroup) -> None:
-        self._group = group
-        self.ring_rank = torch_dist.get_rank(group)
+    def __init__(self, group: torch_dist.ProcessGroup, order: Sequence[int] | None = None) -> None:
+        self.group = group
         self.ring_degree = torch_dist.get_world_size(group)
-        self._next = torch_dist.get_global_rank(group, (self.ring_rank + 1) % self.ring_degree)
-        self._previous = torch_dist.get_global_rank(group, (self.ring_rank - 1) % self.ring_degree)
+        self.order = list(range(self.ring_degree) if order is None else order)
+        self.ring_rank = self.order.index(torch_dist.get_rank(group))
+        self._global_ranks = [torch_dist.get_global_rank(group, rank) for rank in self.order]
+        self._watch: _Watch | None = None
 
-    def post(self, tensor: Tensor, purpose: str) -> Hop:
-        """Start sending the contiguous `tensor` to the next rank and receiving the previous rank's. Returns at once.
+    def connect(self, tensor: Tensor) -> None:
+        """Make NCCL's communicator, once: it takes all ranks, and a hop may have fewer. Every rank must call it."""
+        if tensor.is_cuda and self._watch is None:
+            self._watch = _connect(self.group, tensor.device)
+
+    def post(self, purpose: str, sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]]) -> Hop:
+        """Start sending and receiving contiguous tensors, each with a ring rank, one per rank and way. Returns at once.
 
         Args:
             purpose: what travels and at which stage, for the error that names it.
         """
-        received = torch.empty_like(tensor)
-        where = f"{purpose}: ring rank {self.ring_rank} of {self.ring_degree}, sending to global rank {self._next}, "
-        where += f"receiving from global rank {self._previous}"
-        operations = [  # the receive first: no rank may fill its peer's queue before it offers a buffer itself
-            torch_dist.P2POp(torch_dist.irecv, received, self._previous, self._group),
-            torch_dist.P2POp(torch_dist.isend, tensor, self._next, self._group),
-        ]
+        # receives first: no rank may fill its peer's queue before it offers a buffer itself
+        moves = [(torch_dist.irecv, "receiving from", *move) for move in receives]
+        moves += [(torch_dist.isend, "sending to", *move) for move in sends]
+        where = f"{purpose}: ring rank {self.ring_rank} of {self.ring_degree}"
+        operations = []
+        for function, verb, tensor, peer in moves:
+            operations.append(torch_dist.P2POp(function, tensor, self._global_ranks[peer], self.group))
+            where += f", {verb} ring rank {peer} (global rank {self._global_ranks[peer]})"
         try:
-            works = torch_dist.batch_isend_irecv(operations)
+            hop = Hop(torch_dist.batch_isend_irecv(operations), [tensor for tensor, _ in sends], where)
         except RuntimeError as error:
             raise HopError(f"{where}: {error}") from error
-        return Hop(works, tensor, received, where)
+        if self._watch is not None:
+            self._watch.add(hop.works, where)
+        return hop
+
+
+class _Watch:
+    """Says on stderr which hop is overdue, just before NCCL's watchdog, which knows no stages, ends the process."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._overdue_s = max(timeout_s / 2, timeout_s - 5 * _WATCH_INTERVAL_S)
+        self._hops: collections.deque[tuple[float, list[torch_dist.Work], str]] = collections.deque()
+        threading.Thread(target=self._run, daemon=True, name="hop watch").start()
+
+    def add(self, works: list[torch_dist.Work], where: str) -> None:
+        self._hops.append((time.monotonic(), works, where))
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(_WATCH_INTERVAL_S)
+            while self._hops and all(work.is_completed() for work in self._hops[0][1]):
+                self._hops.popleft()
+            if self._hops:
+                posted, _, where = self._hops[0]
+                if (waited_s := time.monotonic() - posted) > self._overdue_s:
+                    print(f"HopError: {where}: not done after {waited_s:.0f} s", file=sys.stderr, flush=True)
+                    return
+
+
+@functools.cache
+def _connect(group: torch_dist.ProcessGroup, device: torch.device) -> _Watch:
+    torch_dist.all_reduce(torch.zeros(1, device=device), group=group)
+    return _Watch(group_timeout(group).total_seconds())
+
+
+# named anew in torch 2.13
+_all_gather = getattr(torch_dist, "all_gather_single", None) or torch_dist.all_gather_into_tensor
+_reduce_scatter = getattr(torch_dist, "reduce_scatter_single", None) or torch_dist.reduce_scatter_tensor
+
+
+def all_gather(message: Tensor, group: torch_dist.ProcessGroup) -> Tensor:
+    """[N] -> [P, N]: the vectors of all ranks of `group`, which all must call it."""
+    gathered = message.new_empty(torch_dist.get_world_size(group), len(message))
+    _all_gather(gathered.flatten(), message, group=group)
+    return gathered
+
+
+def reduce_scatter(messages: Tensor, group: torch_dist.ProcessGroup) -> Tensor:
+    """[P, N] -> [N]: row r of the sum over ranks, on rank r. Every rank of `group` must call it."""
+    scattered = messages.new_empty(messages.shape[1])
+    _reduce_scatter(scattered, messages.flatten(), group=group)
+    return scattered
+
+
+def rank_and_size(group: torch_dist.ProcessGroup) -> tuple[int, int]:
+    """This rank's number in `group`, and how many there are."""
+    return torch_dist.get_rank(group), torch_dist.get_world_size(group)
+
+
+def same_ranks(group: Any, other: Any) -> bool:
+    return torch_dist.get_process_group_ranks(group) == torch_dist.get_process_group_ranks(other)
+
+
+def group_timeout(group: torch_dist.ProcessGroup) -> timedelta:
+    """After which a collective of `group` that does not complete ends its rank."""
+    device = "cuda" if torch_dist.get_backend(group) == "nccl" else "cpu"
+    return group._get_backend(torch.device(device)).options._timeout  # has no public name
+
+
+@functools.cache
+def subgroup(group: torch_dist.ProcessGroup, ranks: tuple[int, ...]) -> torch_dist.ProcessGroup:
+    """The process group of some ranks of `group`, with its timeout. Its own ranks, and only they, must call it.
+
+    Built once per process: a gloo group has a thread that wakes up a hundred times a second for ever.
+    """
+    global_ranks = [torch_dist.get_global_rank(group, rank) for rank in ranks]
+    if global_ranks == torch_dist.get_process_group_ranks(group):
+        return group
+    built = torch_dist.new_group(global_ranks, timeout=group_timeout(group), use_local_synchronization=True)
+    assert isinstance(built, torch_dist.ProcessGroup), "called by a rank outside"
+    return built
 
 
 TRANSPORTS = {"p2p": P2PExchange}
+
+
+def make_exchange(transport: str, group: torch_dist.ProcessGroup, order: Sequence[int] | None = None) -> P2PExchange:
+    """The named transport on `group`.
+
+    Raises:
+        ValueError: for a name that is no key of TRANSPORTS.
+    """
+    if transport not in TRANSPORTS:
+        raise ValueError(f"transport={transport!r} is unknown: use one of {', '.join(TRANSPORTS)}")
+    return TRANSPORTS[transport](group, order)

@@ -1,57 +1,68 @@
-"""The process groups of a data x ring grid, built once; the object is the `mpu` given to `deepspeed.initialize`.
+"""The process groups of a data x sequence grid, built once; the object is the `mpu` given to `deepspeed.initialize`.
 
-Global rank = data_rank * ring_degree + ring_rank: the ranks of one ring are neighbours. DeepSpeed asks an mpu for
-three things here: the sequence-parallel group (one ring), the sequence x data group over which ZeRO shards and
-gradients are reduced (all ranks), and a model-parallel group (this rank alone). Measured with DeepSpeed 0.19.8: it
-must NOT have an attribute named `initialize_sequence_parallel`, which makes DeepSpeed take it for its own module.
+The ranks that share a sequence are neighbours, counted host by host: place = data_rank * sequence_degree + number in
+the group. DeepSpeed asks an mpu for three things here: the sequence-parallel group, the sequence x data group over
+which ZeRO shards and gradients are reduced (all ranks), and a model-parallel group (this rank alone). Measured with
+DeepSpeed 0.19.8: it must NOT have an attribute named `initialize_sequence_parallel`, which makes DeepSpeed take it
+for its own module.
 """
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 import deepspeed.comm as dist
 
+from ring_attention.exchange import subgroup
+from ring_attention.topology import ring_order
+
 
 class ParallelGroups:
-    """Process groups of a data_degree x ring_degree grid over all ranks. Every rank must construct it, in one order.
+    """Process groups of a data_degree x sequence_degree grid over all ranks. Every rank must construct it, in one
+    order.
+
+    `hosts` are those of the sequence group's ranks, for the attention modules.
 
     Raises:
-        ValueError: if there is no process group, or data_degree * ring_degree is not its size.
+        ValueError: if there is no process group, or data_degree * sequence_degree is not its size.
     """
 
-    def __init__(self, data_degree: int, ring_degree: int) -> None:
+    def __init__(self, data_degree: int, sequence_degree: int) -> None:
         if not dist.is_initialized():
             raise ValueError("there is no process group yet: call deepspeed.init_distributed() before")
         world_size = dist.get_world_size()
-        if data_degree * ring_degree != world_size:
+        if data_degree * sequence_degree != world_size:
             raise ValueError(
-                f"data_degree={data_degree} x ring_degree={ring_degree} is not the {world_size} ranks: "
-                f"use ring_degree={world_size // data_degree} or another number of ranks"
+                f"data_degree={data_degree} x sequence_degree={sequence_degree} is not the {world_size} ranks: "
+                f"use sequence_degree={world_size // data_degree} or another number of ranks"
             )
-        self.data_degree, self.ring_degree = data_degree, ring_degree
-        self.data_rank, self.ring_rank = divmod(dist.get_rank(), ring_degree)
-        # new_group is collective over the world: every rank creates every group
-        rings = [dist.new_group(range(d * ring_degree, (d + 1) * ring_degree)) for d in range(data_degree)]
-        singles = [dist.new_group([rank]) for rank in range(world_size)]
-        self._ring_group = rings[self.data_rank]
-        self._single_group = singles[dist.get_rank()]
+        self.data_degree, self.sequence_degree = data_degree, sequence_degree
+        all_hosts: list[Any] = [None] * world_size
+        dist.all_gather_object(all_hosts, socket.gethostname())
+        order = ring_order(all_hosts)
+        self.data_rank = order.index(dist.get_rank()) // sequence_degree
+        first = self.data_rank * sequence_degree
+        members = sorted(order[first : first + sequence_degree])
+        self.hosts: list[str] = [all_hosts[rank] for rank in members]
         self._all_ranks_group = dist.get_world_group()
+        self._sequence_group = subgroup(self._all_ranks_group, tuple(members))
+        self._single_group = subgroup(self._all_ranks_group, (dist.get_rank(),))
 
     def get_sequence_parallel_group(self) -> Any:
-        return self._ring_group
+        return self._sequence_group
 
     def get_sequence_parallel_world_size(self) -> int:
-        return self.ring_degree
+        return self.sequence_degree
 
     def get_sequence_parallel_rank(self) -> int:
-        return self.ring_rank
+        return dist.get_rank(self._sequence_group)
 
     def get_sequence_data_parallel_group(self) -> Any:
         return self._all_ranks_group
 
     def get_sequence_data_parallel_world_size(self) -> int:
-        return self.data_degree * self.ring_degree
+        return self.data_degree * self.sequence_degree
 
     def get_sequence_data_parallel_rank(self) -> int:
         return dist.get_rank()

@@ -1,15 +1,20 @@
-"""Which global positions each ring rank holds. Pure integers; `schedule` and `data.shard` build on it.
+"""Which global positions each rank holds. Pure integers; `schedule` and `data.shard` build on it.
 
-A sequence of `length` tokens is padded at its end to `2 * ring_degree` equal chunks, so that every rank holds the
-same number of tokens whatever the length. Padding sits behind all real tokens: a causal query never sees it, and
-its labels are ignored.
+The ranks that share a sequence are a grid: ring_degree x ulysses_degree. A sequence of `length` tokens is padded at its
+end so that every rank holds the same number of tokens, and cut into chunks for the ring:
 
-- ``contiguous``: rank r holds chunks 2r and 2r+1, one run of positions. Causal work is uneven: the last rank has most.
-- ``zigzag``: rank r holds chunk r and chunk 2P-1-r, so that early and late positions, and so causal work, balance.
+- ``contiguous``: ring rank r holds chunk r of R, one run of positions. Causal work is uneven: the last rank has most.
+- ``zigzag``: ring rank r holds chunks r and 2R-1-r of 2R, so that early and late positions, and so causal work,
+balance.
+
+The tokens of a ring rank are dealt in equal runs to its Ulysses ranks, which are neighbours: sequence rank =
+ring_rank * ulysses_degree + ulysses_rank. Padding sits behind all real tokens: a causal query never sees it, and its
+labels are ignored; for other masks name the real tokens, `Mask.packed([0, length])`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,53 +25,95 @@ LAYOUTS = ("zigzag", "contiguous")
 
 
 @dataclass(frozen=True)
+class Run:
+    """`length` tokens that are neighbours on a rank and in the sequence."""
+
+    local_start: int
+    position: int
+    length: int
+
+
+@dataclass(frozen=True)
 class Layout:
-    """How `length` tokens lie over `ring_degree` ranks.
+    """How `length` tokens lie over ring_degree x ulysses_degree ranks.
 
     Raises:
-        ValueError: for an unknown name, a ring degree below 1 or a length below 1.
+        ValueError: for an unknown name, a degree below 1 or a length below 1.
     """
 
     name: str
     ring_degree: int
     length: int
+    ulysses_degree: int = 1
 
     def __post_init__(self) -> None:
         if self.name not in LAYOUTS:
             raise ValueError(f"layout={self.name!r} is unknown: use one of {', '.join(LAYOUTS)}")
-        if self.ring_degree < 1:
-            raise ValueError(f"ring_degree={self.ring_degree} must be at least 1")
+        for name in ("ring_degree", "ulysses_degree"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.length < 1:
             raise ValueError(f"length={self.length} must be at least 1 token")
 
     @property
+    def sequence_degree(self) -> int:
+        """Ranks that share the sequence."""
+        return self.ring_degree * self.ulysses_degree
+
+    @property
+    def chunks_per_ring_rank(self) -> int:
+        return 2 if self.name == "zigzag" and self.ring_degree > 1 else 1
+
+    @property
+    def num_chunks(self) -> int:
+        return self.ring_degree * self.chunks_per_ring_rank
+
+    @property
     def chunk_length(self) -> int:
-        """Tokens in each of the 2P chunks, padding included."""
-        return -(-self.length // (2 * self.ring_degree))
+        """Tokens in each chunk, padding included: such that a ring rank's tokens divide among its Ulysses ranks."""
+        multiple = self.ulysses_degree // math.gcd(self.ulysses_degree, self.chunks_per_ring_rank)
+        return -(-self.length // (self.num_chunks * multiple)) * multiple
+
+    @property
+    def ring_length(self) -> int:
+        """Tokens of each ring rank, padding included."""
+        return self.chunks_per_ring_rank * self.chunk_length
 
     @property
     def local_length(self) -> int:
         """Tokens on each rank, padding included: the same on all ranks."""
-        return 2 * self.chunk_length
+        return self.ring_length // self.ulysses_degree
 
     @property
     def padded_length(self) -> int:
         """Tokens on all ranks together, padding included."""
-        return self.ring_degree * self.local_length
+        return self.ring_degree * self.ring_length
 
-    def chunks(self, ring_rank: int) -> tuple[int, int]:
-        """The two chunk numbers that a rank holds, in the order in which it holds them."""
-        if self.name == "contiguous":
-            return 2 * ring_rank, 2 * ring_rank + 1
-        return ring_rank, 2 * self.ring_degree - 1 - ring_rank
+    def chunks(self, ring_rank: int) -> tuple[int, ...]:
+        """The chunk numbers that a ring rank holds, in the order in which it holds them."""
+        if self.chunks_per_ring_rank == 1:
+            return (ring_rank,)
+        return ring_rank, self.num_chunks - 1 - ring_rank
 
-    def positions(self, ring_rank: int) -> Tensor:
+    def runs(self, ring_rank: int) -> tuple[Run, ...]:
+        """The chunks of a ring rank, neighbours joined."""
+        runs: list[Run] = []
+        for index, chunk in enumerate(self.chunks(ring_rank)):
+            position = chunk * self.chunk_length
+            if runs and runs[-1].position + runs[-1].length == position:
+                runs[-1] = Run(runs[-1].local_start, runs[-1].position, runs[-1].length + self.chunk_length)
+            else:
+                runs.append(Run(index * self.chunk_length, position, self.chunk_length))
+        return tuple(runs)
+
+    def positions(self, sequence_rank: int) -> Tensor:
         """Global positions [S] (int64) of a rank's tokens; those >= `length` are padding."""
-        first, second = self.chunks(ring_rank)
+        ring_rank, ulysses_rank = divmod(sequence_rank, self.ulysses_degree)
         chunk = torch.arange(self.chunk_length)
-        return torch.cat([first * self.chunk_length + chunk, second * self.chunk_length + chunk])
+        of_ring_rank = torch.cat([number * self.chunk_length + chunk for number in self.chunks(ring_rank)])
+        return of_ring_rank[ulysses_rank * self.local_length :][: self.local_length]
 
-    def shard(self, global_tensor: Tensor, ring_rank: int, dim: int, pad_value: float = 0) -> Tensor:
+    def shard(self, global_tensor: Tensor, sequence_rank: int, dim: int, pad_value: float = 0) -> Tensor:
         """The part of `global_tensor` that a rank holds: `length` on `dim` becomes `local_length`.
 
         Raises:
@@ -77,11 +124,11 @@ class Layout:
         padding_shape = list(global_tensor.shape)
         padding_shape[dim] = self.padded_length - self.length
         padded = torch.cat([global_tensor, global_tensor.new_full(padding_shape, pad_value)], dim)
-        return padded.index_select(dim, self.positions(ring_rank).to(padded.device))
+        return padded.index_select(dim, self.positions(sequence_rank).to(padded.device))
 
     def unshard(self, local_tensors: Sequence[Tensor], dim: int) -> Tensor:
-        """The inverse of `shard`: the tensors of ring ranks 0..P-1 become one of `length`, padding removed."""
-        positions = torch.cat([self.positions(rank) for rank in range(self.ring_degree)])
+        """The inverse of `shard`: the tensors of sequence ranks 0, 1, ... become one of `length`, padding removed."""
+        positions = torch.cat([self.positions(rank) for rank in range(self.sequence_degree)])
         gathered = torch.cat(list(local_tensors), dim)
         order = torch.argsort(positions)[: self.length].to(gathered.device)
         return gathered.index_select(dim, order)

@@ -3,120 +3,240 @@
 Sits between `attention` (the modules users build) and `schedule`, `exchange`, `blocks` and `merge`, which it joins.
 Source: Liu, Zaharia & Abbeel, "Ring Attention with Blockwise Transformers", 2023; Dao, FlashAttention-2, section 3.1.
 
-Shapes: B batch, S local tokens, H query heads, K key-value heads, D head size; kv is k and v stacked, [2, B, S, K, D].
+Shapes: B batch, S local tokens, T tokens of a source, H query heads, K key-value heads, D head size, E value head size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ring_attention.band import Rectangle
 from ring_attention.blocks import Block
 from ring_attention.exchange import Hop, P2PExchange
+from ring_attention.kv import KeysValues, offset
 from ring_attention.merge import merge_
-from ring_attention.schedule import Stage
+from ring_attention.schedule import BlockPair, Spans, Stage, num_tokens
 
 
 @dataclass(frozen=True)
 class Ring:
-    """Everything a ring needs beside its tensors: what to compute (stages), where (block), and how to move K,V."""
+    """Everything a ring needs beside its tensors: what to compute and send, with which kernel, and how K,V move."""
 
     stages: tuple[Stage, ...]
     exchange: P2PExchange | None  # None where there is one stage
     block: Block
     scale: float
 
-    def post(self, tensor: Tensor, name: str, step: int) -> Hop:
+    def post(
+        self, purpose: str, sends: list[tuple[KeysValues, int]], receives: list[tuple[KeysValues, int]]
+    ) -> Hop | None:
+        """Post a hop, if there is anything to move."""
+        if not sends and not receives:
+            return None
         assert self.exchange is not None, "several stages need an exchange"
-        return self.exchange.post(tensor, f"{name} after stage {step}")
+        out, into = ([(_message(keys_values), peer) for keys_values, peer in moves] for moves in (sends, receives))
+        return self.exchange.post(purpose, out, into)
+
+    def forward_keys(
+        self, own: KeysValues, here: KeysValues | None, step: int, way: str
+    ) -> tuple[Hop | None, KeysValues | None]:
+        """Post the hop of K,V after stage `step`; returns what will be here once it is done."""
+        stage, sends, receives, incoming = self.stages[step], [], [], None
+        if stage.forward is not None:
+            assert here is not None
+            sends.append((here.take(stage.keys, stage.forward.spans), stage.forward.peer))
+        if stage.direct is not None:
+            sends.append((own.take(self.stages[0].keys, stage.direct.spans), stage.direct.peer))
+        following = self.stages[step + 1] if step + 1 < len(self.stages) else None
+        if following is not None and following.keys_from is not None:
+            incoming = own.empty(num_tokens(following.keys))
+            receives.append((incoming, following.keys_from))
+        return self.post(f"{way} K,V after stage {step}", sends, receives), incoming
 
 
-def ring_forward(ring: Ring, q_BSHD: Tensor, kv_2BSKD: Tensor) -> tuple[Tensor, Tensor]:
+def ring_forward(ring: Ring, q_BSHD: Tensor, kv: KeysValues) -> tuple[Tensor, Tensor]:
     """Attention of the local queries over all keys of the ring.
 
-    Every rank must call it. Returns out [B, S, H, D] in the input's dtype, cast once at the end, and lse [B, H, S] in
+    Every rank must call it. Returns out [B, S, H, E] in the input's dtype, cast once at the end, and lse [B, H, S] in
     fp32 (fp64 for fp64 input).
     """
-    out_BSHD = lse_BHS = hop = None
+    result = RunningAttention(q_BSHD, kv.v_BTKE)
+    here: KeysValues | None = kv
     for step, stage in enumerate(ring.stages):
-        if step + 1 < len(ring.stages):  # the next hop flies while this block is computed
-            hop = ring.post(kv_2BSKD, "forward K,V", step)
-        if (pair := stage.pair) is not None:
-            queries, keys = slice(pair.q_start, pair.q_stop), slice(pair.k_start, pair.k_stop)
-            k_BSKD, v_BSKD = kv_2BSKD[:, :, keys]
-            block_out, block_lse = ring.block.forward(q_BSHD[:, queries], k_BSKD, v_BSKD, pair.causal, ring.scale)
-            if out_BSHD is None or lse_BHS is None:
-                assert block_out.shape[1] == q_BSHD.shape[1], "the first pair must cover every query"
-                state_dtype = torch.promote_types(q_BSHD.dtype, torch.float32)
-                # copies: the merge works in place, and a kernel may return a view of what it keeps
-                out_BSHD, lse_BHS = block_out.to(state_dtype, copy=True), block_lse.to(state_dtype, copy=True)
-            else:
-                merge_(out_BSHD[:, queries], lse_BHS[:, :, queries], block_out, block_lse)
+        hop, incoming = ring.forward_keys(kv, here, step, "forward")  # flies while this block is computed
+        if here is not None:
+            result.attend(ring.block, ring.scale, stage.pairs, q_BSHD, here, stage.keys)
         if hop is not None:
-            kv_2BSKD, hop = hop.wait(), None
-    assert out_BSHD is not None, "no stage had a block pair"
-    assert lse_BHS is not None
-    return out_BSHD.to(q_BSHD.dtype), lse_BHS
+            hop.wait()
+        here = incoming
+    return result.out_BSHE.to(q_BSHD.dtype), result.lse_BHS
 
 
 def ring_backward(
-    ring: Ring, dout_BSHD: Tensor, q_BSHD: Tensor, kv_2BSKD: Tensor, out_BSHD: Tensor, lse_BHS: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the local q and kv; out and lse are the merged ones, so each block's softmax is the global one.
+    ring: Ring, dout_BSHE: Tensor, q_BSHD: Tensor, kv: KeysValues, out_BSHE: Tensor, lse_BHS: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the local q, k, v; out and lse are the merged ones, so each block's softmax is the global one.
 
-    Every rank must call it. K,V go round again; the accumulated dK,dV follow one hop behind them, in fp32 (fp64 for
-    fp64 input), and after the last stage one more hop takes them home.
+    Every rank must call it. K,V travel again; their gradients follow one stage behind, summed in fp32 (fp64 for fp64
+    input), and go home from the last rank that used them.
     """
     state_dtype = torch.promote_types(q_BSHD.dtype, torch.float32)
     dq_BSHD = torch.zeros_like(q_BSHD, dtype=state_dtype)
-    dkv_2BSKD = torch.zeros_like(kv_2BSKD, dtype=state_dtype)
-    kv_hop = dkv_hop = block_grads = None
+    own = KeysValues(*(torch.zeros_like(part, dtype=state_dtype) for part in (kv.k_BTKD, kv.v_BTKE)))
+    homecoming: list[tuple[KeysValues, Spans]] = []
+    here: KeysValues | None = kv
+    gradients: KeysValues | None = None  # of the keys that are here, as summed by the ranks before
+    gradient_hop: Hop | None = None
     for step, stage in enumerate(ring.stages):
-        if step + 1 < len(ring.stages):
-            kv_hop = ring.post(kv_2BSKD, "backward K,V", step)
-        if (pair := stage.pair) is not None:
-            queries, keys = slice(pair.q_start, pair.q_stop), slice(pair.k_start, pair.k_stop)
-            k_BSKD, v_BSKD = kv_2BSKD[:, :, keys]
-            block_grads = ring.block.backward(
-                dout_BSHD[:, queries],
-                q_BSHD[:, queries],
-                k_BSKD,
-                v_BSKD,
-                out_BSHD[:, queries],
-                lse_BHS[:, :, queries],
-                pair.causal,
-                ring.scale,
-            )
-        if dkv_hop is not None:  # waited for after the block, which it overlaps
-            dkv_2BSKD = dkv_hop.wait()
-        if pair is not None and block_grads is not None:
-            dq_BSHD[:, pair.q_start : pair.q_stop] += block_grads[0]
-            dkv_2BSKD[0, :, pair.k_start : pair.k_stop] += block_grads[1]
-            dkv_2BSKD[1, :, pair.k_start : pair.k_stop] += block_grads[2]
-        if len(ring.stages) > 1:
-            dkv_hop = ring.post(dkv_2BSKD, "backward dK,dV", step)
-        if kv_hop is not None:
-            kv_2BSKD, kv_hop = kv_hop.wait(), None
-    if dkv_hop is not None:
-        dkv_2BSKD = dkv_hop.wait()
-    return dq_BSHD.to(q_BSHD.dtype), dkv_2BSKD.to(kv_2BSKD.dtype)
+        hop, incoming = ring.forward_keys(kv, here, step, "backward")
+        blocks = []
+        if here is not None:
+            saved = (dout_BSHE, q_BSHD, here, out_BSHE, lse_BHS)
+            blocks = list(attend_backward(ring.block, ring.scale, stage.pairs, stage.keys, *saved))
+        if gradient_hop is not None:  # waited for after the blocks, which it overlaps
+            gradient_hop.wait()
+        if step == 0:
+            target, spans = own, stage.keys
+        else:
+            target, spans = gradients, stage.gradients
+            if stage.gradients and stage.gradients_from is None:
+                target = kv.empty(num_tokens(stage.gradients), state_dtype)
+                _message(target).zero_()
+        for row, part, dq, dk, dv in blocks:
+            assert target is not None
+            dq_BSHD[row, part.q_start : part.q_stop] += dq
+            keys = slice(start := offset(spans, part.k_start), start + part.num_keys)
+            target.k_BTKD[row, keys] += dk
+            target.v_BTKE[row, keys] += dv
+
+        sends, receives, gradients = [], [], None
+        if stage.gradients_to is not None:
+            assert target is not None
+            sends.append((target, stage.gradients_to))
+        following = ring.stages[step + 1] if step + 1 < len(ring.stages) else None
+        if following is not None and following.gradients_from is not None:
+            gradients = kv.empty(num_tokens(following.gradients), state_dtype)
+            receives.append((gradients, following.gradients_from))
+        if stage.home is not None:
+            homecoming.append((kv.empty(num_tokens(stage.home.spans), state_dtype), stage.home.spans))
+            receives.append((homecoming[-1][0], stage.home.peer))
+        gradient_hop = ring.post(f"backward dK,dV after stage {step}", sends, receives)
+        if hop is not None:
+            hop.wait()
+        here = incoming
+    if gradient_hop is not None:
+        gradient_hop.wait()
+    for come, spans in homecoming:
+        own.add_(ring.stages[0].keys, come, spans)
+    return dq_BSHD.to(q_BSHD.dtype), own.k_BTKD.to(kv.k_BTKD.dtype), own.v_BTKE.to(kv.v_BTKE.dtype)
+
+
+class RunningAttention:
+    """out [B, S, H, E] and lse [B, H, S] over the keys seen so far, in fp32 (fp64 for fp64 input)."""
+
+    def __init__(self, q_BSHD: Tensor, v_BTKE: Tensor) -> None:
+        state_dtype = torch.promote_types(q_BSHD.dtype, torch.float32)
+        batch, tokens, heads, _ = q_BSHD.shape
+        self.out_BSHE = q_BSHD.new_empty(batch, tokens, heads, v_BTKE.shape[-1], dtype=state_dtype)
+        self.lse_BHS = q_BSHD.new_empty(batch, heads, tokens, dtype=state_dtype)
+        self._is_empty = True
+
+    def attend(
+        self,
+        block: Block,
+        scale: float,
+        pairs: Iterable[BlockPair],
+        q_BSHD: Tensor,
+        here: KeysValues,
+        keys: Spans,
+    ) -> None:
+        """Merge in the attention of `pairs`, whose keys are `here`."""
+        for row, part in _tiles(block, pairs):
+            queries = slice(part.q_start, part.q_stop)
+            k_BTKD, v_BTKE = _keys_of(row, part, here, keys)
+            out, lse = block.forward(q_BSHD[row, queries], k_BTKD, v_BTKE, part.lower, part.upper, scale)
+            if self._is_empty and out.shape == self.out_BSHE.shape:
+                self.out_BSHE.copy_(out)
+                self.lse_BHS.copy_(lse)
+            else:
+                if self._is_empty:
+                    self.out_BSHE.zero_()
+                    self.lse_BHS.fill_(float("-inf"))
+                merge_(self.out_BSHE[row, queries], self.lse_BHS[row, :, queries], out, lse)
+            self._is_empty = False
+
+
+def attend_backward(
+    block: Block,
+    scale: float,
+    pairs: Iterable[BlockPair],
+    keys: Spans,
+    dout_BSHE: Tensor,
+    q_BSHD: Tensor,
+    here: KeysValues,
+    out_BSHE: Tensor,
+    lse_BHS: Tensor,
+) -> Iterable[tuple[slice, Rectangle, Tensor, Tensor, Tensor]]:
+    """(rows, rectangle, dq, dk, dv) of each block."""
+    for row, part in _tiles(block, pairs):
+        queries = slice(part.q_start, part.q_stop)
+        k_BTKD, v_BTKE = _keys_of(row, part, here, keys)
+        gradients = block.backward(
+            dout_BSHE[row, queries],
+            q_BSHD[row, queries],
+            k_BTKD,
+            v_BTKE,
+            out_BSHE[row, queries],
+            lse_BHS[row, :, queries],
+            part.lower,
+            part.upper,
+            scale,
+        )
+        yield (row, part, *gradients)
+
+
+def _tiles(block: Block, pairs: Iterable[BlockPair]) -> Iterable[tuple[slice, Rectangle]]:
+    """Rows of the batch and rectangles, cut into what the kernel computes in one call."""
+    for pair in pairs:
+        row = slice(None) if pair.row is None else slice(pair.row, pair.row + 1)
+        for part in block.tiles(pair.rectangle):
+            yield row, part
+
+
+def _keys_of(row: slice, part: Rectangle, here: KeysValues, keys: Spans) -> tuple[Tensor, Tensor]:
+    start = offset(keys, part.k_start)
+    tokens = slice(start, start + part.num_keys)
+    return here.k_BTKD[row, tokens], here.v_BTKE[row, tokens]
+
+
+def _message(keys_values: KeysValues) -> Tensor:
+    assert keys_values.message is not None
+    return keys_values.message
 
 
 class RingFunction(torch.autograd.Function):
     """`ring_forward` with `ring_backward` as its derivative; keeps the local q, k, v, out and lse: O(L/P) memory."""
 
     @staticmethod
-    def forward(ctx: Any, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, ring: Ring) -> Tensor:
-        kv_2BSKD = torch.stack((k_BSKD, v_BSKD))  # one message per hop
-        out_BSHD, lse_BHS = ring_forward(ring, q_BSHD, kv_2BSKD)
-        ctx.ring = ring
-        ctx.save_for_backward(q_BSHD, kv_2BSKD, out_BSHD, lse_BHS)
-        return out_BSHD
+    def forward(ctx: Any, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKE: Tensor, ring: Ring) -> Tensor:
+        everything, first = ring.stages[0].keys, ring.stages[0].forward
+        kv = KeysValues(k_BSKD, v_BSKE)
+        if first is not None and first.spans == everything:
+            kv = kv.take(everything, everything)  # the message of the first hop, here and again in the backward pass
+        out_BSHE, lse_BHS = ring_forward(ring, q_BSHD, kv)
+        ctx.ring, ctx.kv_shapes = ring, kv.shapes
+        ctx.save_for_backward(
+            q_BSHD, out_BSHE, lse_BHS, *(kv.k_BTKD, kv.v_BTKE) if kv.message is None else (kv.message,)
+        )
+        return out_BSHE
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        dq_BSHD, dkv_2BSKD = ring_backward(ctx.ring, grad_outputs[0], *ctx.saved_tensors)
-        return dq_BSHD, dkv_2BSKD[0], dkv_2BSKD[1], None
+        q_BSHD, out_BSHE, lse_BHS, *saved = ctx.saved_tensors
+        kv = KeysValues(*saved) if len(saved) == 2 else KeysValues.of_message(saved[0], ctx.kv_shapes)
+        return *ring_backward(ctx.ring, grad_outputs[0].contiguous(), q_BSHD, kv, out_BSHE, lse_BHS), None

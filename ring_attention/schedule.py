@@ -1,78 +1,254 @@
-"""Which block pairs a ring rank computes at each stage. Pure integers: takes a rank, never a process group.
+"""What a ring rank computes, sends and receives at each stage. Pure integers: takes a rank, never a process group.
 
-At stage t, ring rank r holds the keys and values of rank (r - t) mod P. What its queries may see of them is, for a
-causal mask, at most one rectangle or one triangle of the layout's two chunks, so a stage costs one kernel call:
+At stage t, ring rank r works with keys and values of rank (r - t) mod R, its source. Only ranks that need some of a
+source's keys get any: neighbours among them hand on what they and those behind them need, and where a stretch of
+ranks needs none, the source itself sends to the first rank behind it. Gradients of K,V start at the first rank of
+each such stretch, follow the keys, and go home from its last. With a causal mask and zigzag all ranks need all
+sources, and every stage is one kernel call:
 
-    zigzag, source == r     both chunks against both: a plain causal square
-            source <  r     all queries see the source's early chunk, none its late one
-            source >  r     the late queries see both chunks, the early ones none
-    contiguous, source == r causal square;  source < r  full square;  source > r  nothing
+    source == r     both chunks against both: a causal square
+    source <  r     all queries see the source's early chunk, none its late one
+    source >  r     the late queries see both chunks, the early ones none
 """
 
 from __future__ import annotations
 
+import bisect
+import functools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ring_attention.layout import Layout
+from ring_attention.band import Rectangle
+from ring_attention.layout import Layout, Run
+from ring_attention.mask import CAUSAL, Mask
+
+Spans = tuple[tuple[int, int], ...]  # tokens of one rank as [start, stop), rising and apart
 
 
 @dataclass(frozen=True)
 class BlockPair:
-    """Local queries [q_start, q_stop) against the source's keys [k_start, k_stop); `causal` implies a square."""
+    """A block of attention: some rows of the batch (None: all), and which local queries meet which of the source's
+    keys.
+    """
 
-    q_start: int
-    q_stop: int
-    k_start: int
-    k_stop: int
-    causal: bool
+    row: int | None
+    rectangle: Rectangle
 
-    @property
-    def work(self) -> int:
-        """Query-key pairs that attend."""
-        num_queries, num_keys = self.q_stop - self.q_start, self.k_stop - self.k_start
-        return num_queries * (num_queries + 1) // 2 if self.causal else num_queries * num_keys
+
+@dataclass(frozen=True)
+class Message:
+    """Tokens of one rank's K,V, or of their gradients, to or from a ring rank."""
+
+    peer: int
+    spans: Spans
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the ring: whose keys and values are here, and the block pair to compute (None: all masked)."""
+    """One step of the ring; spans count the source's local tokens.
+
+    Args:
+        source: the ring rank whose keys and values these are.
+        pairs: what to compute.
+        keys: which of the source's tokens are here: all at stage 0, later what came; () if none did.
+        keys_from: the rank that sent them; None if none did.
+        forward: which of them go on, for the next rank's next stage.
+        direct: which of this rank's own go straight to a rank further on, for its next stage.
+        gradients: for which of the source's tokens dK,dV are summed on the way; () at stage 0 and where no keys are.
+        gradients_from: the rank whose sums come with them; None for the first of a stretch.
+        gradients_to: where they go after this stage: on, or home to the source; None at stage 0 and where no keys are.
+        home: which of this rank's own dK,dV come home after this stage.
+    """
 
     source: int
-    pair: BlockPair | None
+    pairs: tuple[BlockPair, ...]
+    keys: Spans
+    keys_from: int | None
+    forward: Message | None
+    direct: Message | None
+    gradients: Spans
+    gradients_from: int | None
+    gradients_to: int | None
+    home: Message | None
+
+    @property
+    def work(self) -> int:
+        """Query-key pairs that attend, in one row of the batch, or in all where rows differ."""
+        return sum(pair.rectangle.work for pair in self.pairs)
+
+    @property
+    def keys_sent(self) -> int:
+        """Tokens whose K,V this rank sends after this stage."""
+        return sum(num_tokens(message.spans) for message in (self.forward, self.direct) if message)
 
 
-def causal_schedule(layout: Layout, ring_rank: int) -> tuple[Stage, ...]:
-    """The P stages of `ring_rank`, the local one first. Padding counts as tokens: it lies behind all real ones."""
-    chunk, local = layout.chunk_length, layout.local_length
+@functools.lru_cache(maxsize=64)
+def ring_schedule(layout: Layout, mask: Mask, ring_rank: int) -> tuple[Stage, ...]:
+    """The stages of `ring_rank`, the local one first. Padding counts as tokens: it lies behind all real ones.
+
+    Raises:
+        ValueError: if the mask's documents reach beyond the layout's padded length.
+    """
+    degree = layout.ring_degree
+    journeys = _journeys(layout, mask)
+
+    def carried(source: int, hops: int) -> Spans:
+        """Tokens of `source` that travel to the rank so many hops on."""
+        return journeys[source][hops] if 0 < hops < degree else ()
+
+    def first_hops(source: int, hops: int) -> int:
+        """Where the stretch of ranks begins that the rank so many hops on is in."""
+        while carried(source, hops - 1):
+            hops -= 1
+        return hops
+
     stages = []
-    for step in range(layout.ring_degree):
-        source = (ring_rank - step) % layout.ring_degree
-        if source == ring_rank:
-            pair = BlockPair(0, local, 0, local, causal=True)
-        elif layout.name == "contiguous":
-            pair = BlockPair(0, local, 0, local, causal=False) if source < ring_rank else None
-        elif source < ring_rank:
-            pair = BlockPair(0, local, 0, chunk, causal=False)
-        else:
-            pair = BlockPair(chunk, local, 0, local, causal=False)
-        stages.append(Stage(source, pair))
+    for step in range(degree):
+        source, following = (ring_rank - step) % degree, (ring_rank + 1) % degree
+        keys, further = carried(source, step), carried(source, step + 1)
+        is_first, is_last = not carried(source, step - 1), not further
+        own, own_further = carried(ring_rank, step), carried(ring_rank, step + 1)
+        stages.append(
+            Stage(
+                source,
+                _pairs(layout, mask, ring_rank, source),
+                keys if step else ((0, layout.ring_length),),
+                (source if is_first else (ring_rank - 1) % degree) if keys else None,
+                Message(following, further) if further and (keys or step == 0) else None,
+                Message((ring_rank + step + 1) % degree, own_further) if step and own_further and not own else None,
+                carried(source, first_hops(source, step)) if keys else (),
+                None if is_first or not keys else (ring_rank - 1) % degree,
+                (source if is_last else following) if keys else None,
+                Message((ring_rank + step) % degree, carried(ring_rank, first_hops(ring_rank, step)))
+                if own and not own_further
+                else None,
+            )
+        )
     return tuple(stages)
 
 
-def work_per_rank(layout: Layout) -> list[list[int]]:
-    """Query-key pairs per rank per stage: ``work[ring_rank][stage]``."""
-    return [
-        [stage.pair.work if stage.pair else 0 for stage in causal_schedule(layout, ring_rank)]
-        for ring_rank in range(layout.ring_degree)
-    ]
+def work_per_rank(layout: Layout, mask: Mask = CAUSAL) -> list[list[int]]:
+    """Query-key pairs per ring rank per stage: ``work[ring_rank][stage]``."""
+    return [[stage.work for stage in ring_schedule(layout, mask, rank)] for rank in range(layout.ring_degree)]
 
 
-def imbalance(layout: Layout) -> float:
+def imbalance(layout: Layout, mask: Mask = CAUSAL) -> float:
     """Lockstep time over mean work, at least 1: what waiting for the slowest rank of each stage costs.
 
     A stage takes as long as its busiest rank, so the time is the sum over stages of the maximum over ranks.
     """
-    work = work_per_rank(layout)
+    work = work_per_rank(layout, mask)
     lockstep = sum(max(rank_work[step] for rank_work in work) for step in range(layout.ring_degree))
     mean = sum(map(sum, work)) / layout.ring_degree
     return lockstep / mean
+
+
+def num_tokens(spans: Spans) -> int:
+    return sum(stop - start for start, stop in spans)
+
+
+def tokens_sent(layout: Layout, mask: Mask, ring_rank: int) -> tuple[int, int]:
+    """(tokens whose K,V a rank sends in a pass over the ring, tokens whose dK,dV it sends in a backward pass)."""
+    stages = ring_schedule(layout, mask, ring_rank)
+    return sum(stage.keys_sent for stage in stages), sum(num_tokens(stage.gradients) for stage in stages)
+
+
+def find_pairs(query_runs: Sequence[Run], key_runs: Sequence[Run], mask: Mask, length: int) -> tuple[BlockPair, ...]:
+    """The block pairs of local queries and keys that lie at `runs` of a sequence of `length` (padded) tokens."""
+    rows = mask.spans(length)
+    pairs = []
+    for row, documents in enumerate(rows):
+        starts = [start for start, _ in documents]
+        for first, last in _documents_of(query_runs, key_runs, starts):
+            for start, stop in documents[first:last]:
+                pieces = [
+                    piece
+                    for queries in _clipped(query_runs, start, stop)
+                    for keys in _clipped(key_runs, start, stop)
+                    if (piece := _band_of(queries, keys, mask)) is not None
+                ]
+                pairs += [BlockPair(row if len(rows) > 1 else None, piece) for piece in _join(pieces)]
+    return tuple(pairs)
+
+
+@functools.lru_cache(maxsize=4096)
+def _pairs(layout: Layout, mask: Mask, ring_rank: int, source: int) -> tuple[BlockPair, ...]:
+    return find_pairs(layout.runs(ring_rank), layout.runs(source), mask, layout.padded_length)
+
+
+@functools.lru_cache(maxsize=16)
+def _journeys(layout: Layout, mask: Mask) -> list[list[Spans]]:
+    """``journeys[source][hops]``: which of a source's tokens travel to the rank so many hops on.
+
+    Those that it needs itself or, if it needs any, that its neighbours behind it need, up to the first that needs none.
+    """
+    degree = layout.ring_degree
+    journeys = []
+    for source in range(degree):
+        journey: list[Spans] = [()] * degree
+        for hops in range(degree - 1, 0, -1):
+            pairs = _pairs(layout, mask, (source + hops) % degree, source)
+            if pairs:
+                needed = [(pair.rectangle.k_start, pair.rectangle.k_stop) for pair in pairs]
+                journey[hops] = _union([*needed, *(journey[hops + 1] if hops + 1 < degree else ())])
+        journeys.append(journey)
+    return journeys
+
+
+def _union(spans: Iterable[tuple[int, int]]) -> Spans:
+    union: list[tuple[int, int]] = []
+    for start, stop in sorted(spans):
+        if union and start <= union[-1][1]:
+            union[-1] = (union[-1][0], max(stop, union[-1][1]))
+        else:
+            union.append((start, stop))
+    return tuple(union)
+
+
+def _documents_of(query_runs: Sequence[Run], key_runs: Sequence[Run], starts: list[int]) -> list[tuple[int, int]]:
+    """Index ranges, rising and apart, of the documents that have queries and keys here."""
+
+    def touched(runs: Sequence[Run]) -> list[tuple[int, int]]:
+        return [
+            (bisect.bisect_right(starts, run.position) - 1, bisect.bisect_left(starts, run.position + run.length))
+            for run in runs
+        ]
+
+    shared = [
+        (max(first, other_first), min(last, other_last))
+        for first, last in touched(query_runs)
+        for other_first, other_last in touched(key_runs)
+    ]
+    return list(_union((first, last) for first, last in shared if first < last))
+
+
+def _clipped(runs: Sequence[Run], start: int, stop: int) -> list[Run]:
+    """What of `runs` lies at positions [start, stop)."""
+    clipped = []
+    for run in runs:
+        first, last = max(run.position, start), min(run.position + run.length, stop)
+        if first < last:
+            clipped.append(Run(run.local_start + first - run.position, first, last - first))
+    return clipped
+
+
+def _band_of(queries: Run, keys: Run, mask: Mask) -> Rectangle | None:
+    offset = queries.position - keys.position
+    return Rectangle(
+        queries.local_start,
+        queries.local_start + queries.length,
+        keys.local_start,
+        keys.local_start + keys.length,
+        None if mask.left is None else offset - mask.left,
+        None if mask.right is None else offset + mask.right,
+    ).trimmed()
+
+
+def _join(pieces: list[Rectangle]) -> list[Rectangle]:
+    """As few rectangles as pairwise joining gives, so as few kernel calls."""
+    for index, piece in enumerate(pieces):
+        for other_index in range(index + 1, len(pieces)):
+            if (joined := piece.joined(pieces[other_index])) is not None:
+                rest = [part for number, part in enumerate(pieces) if number not in (index, other_index)]
+                return _join([joined, *rest])
+    return pieces

@@ -24,11 +24,11 @@ COLLECTIVE_TIMEOUT_S = 120.0
 
 
 @functools.cache
-def parallel_groups(data_degree: int, ring_degree: int) -> ParallelGroups:
+def parallel_groups(data_degree: int, sequence_degree: int) -> ParallelGroups:
     """On a rank: its groups, built once. A gloo group has a thread that wakes up a hundred times a second for ever."""
     from ring_attention.groups import ParallelGroups
 
-    return ParallelGroups(data_degree, ring_degree)
+    return ParallelGroups(data_degree, sequence_degree)
 
 
 class RankError(AssertionError):
@@ -36,10 +36,15 @@ class RankError(AssertionError):
 
 
 class WorkerPool:
-    """Args: device, "cpu" (gloo, also where there are GPUs) or "cuda" (NCCL, one GPU per rank)."""
+    """Ranks that take functions.
 
-    def __init__(self, device: str = "cpu") -> None:
-        self.device = device
+    Args:
+        device: "cpu" (gloo, also where there are GPUs) or "cuda" (NCCL, one GPU per rank).
+        timeout_s: of collectives; a function may take a minute and twice that.
+    """
+
+    def __init__(self, device: str = "cpu", timeout_s: float = COLLECTIVE_TIMEOUT_S) -> None:
+        self.device, self._timeout_s = device, timeout_s
         self._sets: dict[int, list[tuple[Any, Connection]]] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="ring_attention_pool_")
         self._num_started = 0
@@ -53,7 +58,7 @@ class WorkerPool:
         workers = self._sets.get(num_ranks) or self._start(num_ranks)
         for _, connection in workers:
             connection.send((function, arguments))
-        outcomes = [_receive(connection) for _, connection in workers]
+        outcomes = [_receive(connection, 60 + 2 * self._timeout_s) for _, connection in workers]
         errors = [f"rank {rank}:\n{text}" for rank, (failed, text) in enumerate(outcomes) if failed]
         if errors:
             self._stop(num_ranks)
@@ -71,7 +76,9 @@ class WorkerPool:
         workers = self._sets[num_ranks] = []
         for rank in range(num_ranks):
             here, there = context.Pipe()
-            process = context.Process(target=_work, args=(self.device, rank, num_ranks, meeting, there), daemon=True)
+            process = context.Process(
+                target=_work, args=(self.device, rank, num_ranks, meeting, there, self._timeout_s), daemon=True
+            )
             process.start()
             there.close()
             workers.append((process, here))
@@ -83,16 +90,16 @@ class WorkerPool:
             process.join()
 
 
-def _receive(connection: Connection) -> tuple[bool, Any]:
+def _receive(connection: Connection, patience_s: float) -> tuple[bool, Any]:
     try:
-        if not connection.poll(2 * COLLECTIVE_TIMEOUT_S):
+        if not connection.poll(patience_s):
             return True, "gave no answer in time"
         return connection.recv()
     except EOFError:
         return True, "died"
 
 
-def _work(device: str, rank: int, num_ranks: int, meeting: Path, connection: Connection) -> None:
+def _work(device: str, rank: int, num_ranks: int, meeting: Path, connection: Connection, timeout_s: float) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(num_ranks), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
@@ -109,7 +116,7 @@ def _work(device: str, rank: int, num_ranks: int, meeting: Path, connection: Con
     from recipes.engine import init_distributed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    init_distributed(f"file://{meeting}", COLLECTIVE_TIMEOUT_S)
+    init_distributed(f"file://{meeting}", timeout_s)
     while True:
         try:
             function, arguments = connection.recv()

@@ -6,10 +6,12 @@ from ring_attention.blocks.aten_flash import AtenFlashBlock
 from ring_attention.blocks.base import Block, BlockSpec
 from ring_attention.blocks.cpu_flash import CpuFlashBlock
 from ring_attention.blocks.cudnn import CudnnBlock
+from ring_attention.blocks.mem_efficient import MemEfficientBlock
 from ring_attention.blocks.reference import ReferenceBlock
 
 BLOCKS: dict[str, Block] = {
-    block.name: block for block in (CudnnBlock(), AtenFlashBlock(), CpuFlashBlock(), ReferenceBlock())
+    block.name: block
+    for block in (CudnnBlock(), AtenFlashBlock(), MemEfficientBlock(), CpuFlashBlock(), ReferenceBlock())
 }
 
 

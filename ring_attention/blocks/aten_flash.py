@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ring_attention.blocks.base import Block, BlockSpec
+from ring_attention.band import Rectangle
+from ring_attention.blocks.base import Block, BlockSpec, refuse_value_head_dim
 
 
 class AtenFlashBlock(Block):
@@ -20,42 +21,70 @@ class AtenFlashBlock(Block):
             return f"needs bf16 or fp16, not {spec.dtype}"
         if spec.head_dim > 256 or spec.head_dim % 8:
             return f"needs a head_dim that is a multiple of 8 up to 256, not {spec.head_dim}"
-        return None
+        return refuse_value_head_dim(spec)
+
+    def tiles(self, rectangle: Rectangle) -> list[Rectangle]:
+        return [rectangle]
 
     def forward(
-        self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, causal: bool, scale: float
+        self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, lower: int | None, upper: int | None, scale: float
     ) -> tuple[Tensor, Tensor]:
         out, lse_BHS, *_ = torch.ops.aten._flash_attention_forward(
-            q_BSHD, k_BTKD, v_BTKD, None, None, q_BSHD.shape[1], k_BTKD.shape[1], 0.0, causal, False, scale=scale
+            q_BSHD,
+            k_BTKD,
+            v_BTKE,
+            None,
+            None,
+            q_BSHD.shape[1],
+            k_BTKD.shape[1],
+            0.0,
+            False,
+            False,
+            scale=scale,
+            **_window(q_BSHD, k_BTKD, lower, upper),
         )
         return out, lse_BHS
 
     def backward(
         self,
-        dout_BSHD: Tensor,
+        dout_BSHE: Tensor,
         q_BSHD: Tensor,
         k_BTKD: Tensor,
-        v_BTKD: Tensor,
-        out_BSHD: Tensor,
+        v_BTKE: Tensor,
+        out_BSHE: Tensor,
         lse_BHS: Tensor,
-        causal: bool,
+        lower: int | None,
+        upper: int | None,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         no_dropout_state = torch.empty(0, dtype=torch.uint64, device=q_BSHD.device)
         return torch.ops.aten._flash_attention_backward(
-            dout_BSHD.contiguous(),
+            dout_BSHE.contiguous(),
             q_BSHD,
             k_BTKD,
-            v_BTKD,
-            out_BSHD,
+            v_BTKE,
+            out_BSHE,
             lse_BHS.contiguous(),
             None,
             None,
             q_BSHD.shape[1],
             k_BTKD.shape[1],
             0.0,
-            causal,
+            False,
             no_dropout_state,
             no_dropout_state,
             scale=scale,
+            **_window(q_BSHD, k_BTKD, lower, upper),
         )
+
+
+def _window(q_BSHD: Tensor, k_BTKD: Tensor, lower: int | None, upper: int | None) -> dict[str, int]:
+    """The band as FlashAttention counts it, from the diagonal that ends in the last query and key; -1 is no bound.
+
+    In a trimmed rectangle both bounds include that diagonal, so they are never negative.
+    """
+    diagonal = k_BTKD.shape[1] - q_BSHD.shape[1]
+    return {
+        "window_size_left": -1 if lower is None else diagonal - lower,
+        "window_size_right": -1 if upper is None else upper - diagonal,
+    }

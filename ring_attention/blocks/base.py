@@ -1,6 +1,7 @@
-"""What a block kernel is: attention of one block pair, with its log-sum-exp out and a given one in.
+"""What a block kernel is: attention of one rectangle of query-key pairs, with its log-sum-exp out and a given one in.
 
-Shapes: q [B, S, H, D]; k, v [B, T, K, D] with H a multiple of K; out as q; lse [B, H, S] in fp32 (fp64 for fp64 input).
+Shapes: q [B, S, H, D]; k [B, T, K, D] and v [B, T, K, E] with H a multiple of K; out [B, S, H, E]; lse [B, H, S] in
+    fp32 (fp64 for fp64 input). E is D for most kernels.
 """
 
 from __future__ import annotations
@@ -11,11 +12,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ring_attention.band import Rectangle
+
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """What a kernel is asked to do. `capability` is the CUDA compute capability, None on the CPU; `deterministic` asks
-    for the same bits every time.
+    """What a kernel is asked to do.
+
+    Args:
+        capability: the CUDA compute capability, None on the CPU.
+        value_head_dim: None if it is head_dim.
+        windowed: whether keys before a query may be cut off (`Mask.left`).
+        deterministic: the same bits every time.
     """
 
     device_type: str
@@ -24,10 +32,12 @@ class BlockSpec:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    value_head_dim: int | None = None
+    windowed: bool = False
     deterministic: bool = False
 
     @classmethod
-    def of(cls, q_BSHD: Tensor, k_BTKD: Tensor) -> BlockSpec:
+    def of(cls, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, windowed: bool = False) -> BlockSpec:
         return cls(
             q_BSHD.device.type,
             torch.cuda.get_device_capability(q_BSHD.device) if q_BSHD.is_cuda else None,
@@ -35,6 +45,8 @@ class BlockSpec:
             q_BSHD.shape[2],
             k_BTKD.shape[2],
             q_BSHD.shape[3],
+            None if v_BTKE.shape[3] == q_BSHD.shape[3] else v_BTKE.shape[3],
+            windowed,
             torch.are_deterministic_algorithms_enabled(),
         )
 
@@ -51,24 +63,67 @@ class Block(ABC):
         """None if it can, else the reason why not; asked only for its own device type."""
 
     @abstractmethod
+    def tiles(self, rectangle: Rectangle) -> list[Rectangle]:
+        """A trimmed rectangle, cut into trimmed ones that one call computes."""
+
+    @abstractmethod
     def forward(
-        self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, causal: bool, scale: float
+        self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, lower: int | None, upper: int | None, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """Returns (out [B, S, H, D], lse [B, H, S]). `causal` implies S == T."""
+        """Returns (out [B, S, H, E], lse [B, H, S]) over pairs with lower <= j - i <= upper: one of `tiles`'
+        results.
+        """
 
     @abstractmethod
     def backward(
         self,
-        dout_BSHD: Tensor,
+        dout_BSHE: Tensor,
         q_BSHD: Tensor,
         k_BTKD: Tensor,
-        v_BTKD: Tensor,
-        out_BSHD: Tensor,
+        v_BTKE: Tensor,
+        out_BSHE: Tensor,
         lse_BHS: Tensor,
-        causal: bool,
+        lower: int | None,
+        upper: int | None,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns (dq, dk, dv) of this pair, where out and lse are those over ALL keys of the sequence."""
+        """Returns (dq, dk, dv) of these pairs, where out and lse are those over ALL keys of the sequence."""
+
+
+def causal_tiles(rectangle: Rectangle) -> list[Rectangle]:
+    """A rectangle without a lower bound as full rectangles and one causal square: at most three."""
+    if rectangle.is_full or rectangle.is_causal_square:
+        return [rectangle]
+    assert rectangle.lower is None, "there is a lower bound"
+    assert rectangle.upper is not None
+    q_start, q_stop, k_start, k_stop = rectangle.q_start, rectangle.q_stop, rectangle.k_start, rectangle.k_stop
+    # queries before q_split see all keys before k_split and a triangle of the others; from q_split on, all
+    k_split = k_start + rectangle.upper
+    q_split = q_start + k_stop - k_split
+    parts = [
+        (q_start, q_split, k_split, k_stop),
+        (q_start, q_split, k_start, k_split),
+        (q_split, q_stop, k_start, k_stop),
+    ]
+    return [
+        part
+        for bounds in parts
+        if bounds[0] < bounds[1] and bounds[2] < bounds[3] and (part := rectangle.part(*bounds)) is not None
+    ]
+
+
+def band_mask(num_queries: int, num_keys: int, lower: int | None, upper: int | None, device: torch.device) -> Tensor:
+    """[S, T] bool: which pairs attend."""
+    allowed = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
+    allowed = allowed if lower is None else allowed.triu(lower)
+    return allowed if upper is None else allowed.tril(upper)
+
+
+def refuse_value_head_dim(spec: BlockSpec) -> str | None:
+    """The refusal of kernels for which keys and values have one head size."""
+    return (
+        None if spec.value_head_dim is None else f"needs values of head size {spec.head_dim}, not {spec.value_head_dim}"
+    )
 
 
 def expand_kv_heads(kv_BTKD: Tensor, num_heads: int) -> Tensor:

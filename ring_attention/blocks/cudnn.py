@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ring_attention.blocks.base import Block, BlockSpec, expand_kv_heads, reduce_kv_heads
+from ring_attention.band import Rectangle
+from ring_attention.blocks.base import (
+    Block,
+    BlockSpec,
+    causal_tiles,
+    expand_kv_heads,
+    reduce_kv_heads,
+    refuse_value_head_dim,
+)
 
 
 class CudnnBlock(Block):
@@ -22,37 +30,43 @@ class CudnnBlock(Block):
             return f"needs bf16 or fp16, not {spec.dtype}"
         if spec.head_dim > 128 or spec.head_dim % 8:
             return f"needs a head_dim that is a multiple of 8 up to 128, not {spec.head_dim}"
-        return None
+        if spec.windowed:
+            return "has no sliding window"
+        return refuse_value_head_dim(spec)
+
+    def tiles(self, rectangle: Rectangle) -> list[Rectangle]:
+        return causal_tiles(rectangle)
 
     def forward(
-        self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, causal: bool, scale: float
+        self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, lower: int | None, upper: int | None, scale: float
     ) -> tuple[Tensor, Tensor]:
-        k, v = (expand_kv_heads(x, q_BSHD.shape[2]).transpose(1, 2) for x in (k_BTKD, v_BTKD))
+        k, v = (expand_kv_heads(x, q_BSHD.shape[2]).transpose(1, 2) for x in (k_BTKD, v_BTKE))
         out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            q_BSHD.transpose(1, 2), k, v, None, True, 0.0, causal, False, scale=scale
+            q_BSHD.transpose(1, 2), k, v, None, True, 0.0, upper is not None, False, scale=scale
         )
         return out.transpose(1, 2), lse.view(out.shape[:3])  # cuDNN's lse has a trailing dim of 1
 
     def backward(
         self,
-        dout_BSHD: Tensor,
+        dout_BSHE: Tensor,
         q_BSHD: Tensor,
         k_BTKD: Tensor,
-        v_BTKD: Tensor,
-        out_BSHD: Tensor,
+        v_BTKE: Tensor,
+        out_BSHE: Tensor,
         lse_BHS: Tensor,
-        causal: bool,
+        lower: int | None,
+        upper: int | None,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         num_heads, num_kv_heads = q_BSHD.shape[2], k_BTKD.shape[2]
-        k, v = (expand_kv_heads(x, num_heads).transpose(1, 2) for x in (k_BTKD, v_BTKD))
+        k, v = (expand_kv_heads(x, num_heads).transpose(1, 2) for x in (k_BTKD, v_BTKE))
         no_dropout_state = torch.empty((), dtype=torch.int64, device=q_BSHD.device)
         dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            dout_BSHD.transpose(1, 2),
+            dout_BSHE.transpose(1, 2),
             q_BSHD.transpose(1, 2),
             k,
             v,
-            out_BSHD.transpose(1, 2),
+            out_BSHE.transpose(1, 2),
             lse_BHS.unsqueeze(-1).contiguous(),
             no_dropout_state,
             no_dropout_state,
@@ -62,7 +76,7 @@ class CudnnBlock(Block):
             q_BSHD.shape[1],
             k.shape[2],
             0.0,
-            causal,
+            upper is not None,
             scale=scale,
         )
         dk, dv = (reduce_kv_heads(grad.transpose(1, 2), num_kv_heads) for grad in (dk, dv))

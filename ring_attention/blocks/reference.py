@@ -5,19 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ring_attention.blocks.base import Block, BlockSpec, expand_kv_heads, reduce_kv_heads
+from ring_attention.band import Rectangle
+from ring_attention.blocks.base import Block, BlockSpec, band_mask, expand_kv_heads, reduce_kv_heads
 
 
 def _upcast(*tensors: Tensor) -> list[Tensor]:
     return [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
 
 
-def _scores(q_BSHD: Tensor, k_BTHD: Tensor, causal: bool, scale: float) -> Tensor:
+def _scores(q_BSHD: Tensor, k_BTHD: Tensor, lower: int | None, upper: int | None, scale: float) -> Tensor:
     scores_BHST = torch.einsum("bshd,bthd->bhst", q_BSHD, k_BTHD) * scale
-    if causal:
-        future = torch.ones(scores_BHST.shape[-2:], dtype=torch.bool, device=q_BSHD.device).triu(1)
-        scores_BHST = scores_BHST.masked_fill(future, float("-inf"))
-    return scores_BHST
+    if lower is None and upper is None:
+        return scores_BHST
+    allowed = band_mask(q_BSHD.shape[1], k_BTHD.shape[1], lower, upper, q_BSHD.device)
+    return scores_BHST.masked_fill(~allowed, float("-inf"))
 
 
 class ReferenceBlock(Block):
@@ -28,30 +29,34 @@ class ReferenceBlock(Block):
     def supports(self, spec: BlockSpec) -> str | None:
         return None
 
+    def tiles(self, rectangle: Rectangle) -> list[Rectangle]:
+        return [rectangle]
+
     def forward(
-        self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, causal: bool, scale: float
+        self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, lower: int | None, upper: int | None, scale: float
     ) -> tuple[Tensor, Tensor]:
-        q, k, v = _upcast(q_BSHD, *(expand_kv_heads(x, q_BSHD.shape[2]) for x in (k_BTKD, v_BTKD)))
-        scores_BHST = _scores(q, k, causal, scale)
+        q, k, v = _upcast(q_BSHD, *(expand_kv_heads(x, q_BSHD.shape[2]) for x in (k_BTKD, v_BTKE)))
+        scores_BHST = _scores(q, k, lower, upper, scale)
         lse_BHS = torch.logsumexp(scores_BHST, -1)
         probabilities_BHST = torch.exp(scores_BHST - lse_BHS.unsqueeze(-1))
         return torch.einsum("bhst,bthd->bshd", probabilities_BHST, v), lse_BHS
 
     def backward(
         self,
-        dout_BSHD: Tensor,
+        dout_BSHE: Tensor,
         q_BSHD: Tensor,
         k_BTKD: Tensor,
-        v_BTKD: Tensor,
-        out_BSHD: Tensor,
+        v_BTKE: Tensor,
+        out_BSHE: Tensor,
         lse_BHS: Tensor,
-        causal: bool,
+        lower: int | None,
+        upper: int | None,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         num_kv_heads = k_BTKD.shape[2]
-        q, k, v = _upcast(q_BSHD, *(expand_kv_heads(x, q_BSHD.shape[2]) for x in (k_BTKD, v_BTKD)))
-        dout, out = _upcast(dout_BSHD, out_BSHD)
-        probabilities_BHST = torch.exp(_scores(q, k, causal, scale) - lse_BHS.unsqueeze(-1))
+        q, k, v = _upcast(q_BSHD, *(expand_kv_heads(x, q_BSHD.shape[2]) for x in (k_BTKD, v_BTKE)))
+        dout, out = _upcast(dout_BSHE, out_BSHE)
+        probabilities_BHST = torch.exp(_scores(q, k, lower, upper, scale) - lse_BHS.unsqueeze(-1))
         dv = torch.einsum("bhst,bshd->bthd", probabilities_BHST, dout)
         dprobabilities_BHST = torch.einsum("bshd,bthd->bhst", dout, v)
         delta_BHS1 = (dout * out).sum(-1).transpose(1, 2).unsqueeze(-1)

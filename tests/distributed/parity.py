@@ -24,10 +24,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conf.schema import EngineConfig, ModelConfig, OptimizerConfig
-from recipes.plan import DTYPES
+from conf.schema import (
+    AttentionConfig,
+    Config,
+    DataConfig,
+    EngineConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelismConfig,
+)
+from recipes.plan import DTYPES, Plan
 from recipes.transformer import IGNORED_LABEL, TokenBatch, Transformer
-from ring_attention import Layout, LocalAttention, RingAttention
+from ring_attention import LocalAttention
 from tests.measure import relative_error
 from tests.pool import WorkerPool, parallel_groups
 
@@ -70,6 +78,36 @@ class Cell:
     length: int  # 32 is a multiple of 2P for all ring degrees, 29 of none but 1's
     layout: str = "zigzag"
     model: str = "llama"
+    method: str = "ring"
+    ulysses_degree: int = 1
+
+    @property
+    def num_ranks(self) -> int:
+        return self.ring_degree * self.ulysses_degree * self.data_degree
+
+    @property
+    def plan(self) -> Plan:
+        """As the launcher would make it; the device has no part in what is tested."""
+        return Plan(
+            Config(
+                model=MODELS[self.model],
+                attention=AttentionConfig(method=self.method, layout=self.layout),
+                parallelism=ParallelismConfig(self.data_degree, self.ring_degree, self.ulysses_degree),
+                engine=EngineConfig(
+                    dtype=self.dtype,
+                    zero_stage=self.zero_stage,
+                    micro_batch_size=MICRO_BATCH_SIZE,
+                    gradient_accumulation_steps=self.accumulation_steps,
+                    gradient_clipping=CLIPPING[self.model],
+                ),
+                data=DataConfig(sequence_length=self.length),
+            ),
+            self.num_ranks,
+            "cpu",
+            "CPU",
+            None,
+            ranks_per_host=self.num_ranks,
+        )
 
 
 def full_table() -> list[Cell]:
@@ -79,7 +117,16 @@ def full_table() -> list[Cell]:
             (1, 2, 4), (1, 2), ("fp32", "bf16"), (0, 1, 2, 3), (1, 2), (32, 29)
         )
     ]
-    return sorted(cells, key=lambda cell: cell.ring_degree * cell.data_degree)
+    cells += [
+        Cell(dtype, stage, ring, 1, accumulation, length, method=method, ulysses_degree=ulysses)
+        for (method, ring, ulysses), dtype, stage, (accumulation, length) in itertools.product(
+            (("ulysses", 1, 2), ("hybrid", 2, 2), ("all_gather", 2, 1), ("all_gather", 4, 1)),
+            ("fp32", "bf16"),
+            (0, 1, 2, 3),
+            ((1, 29), (2, 32)),
+        )
+    ]
+    return sorted(cells, key=lambda cell: cell.num_ranks)
 
 
 @dataclass
@@ -156,13 +203,14 @@ def train_on_ranks(cell: Cell) -> Trained:
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
     from recipes.engine import TrainingEngine
+    from recipes.pretrain import build_attention
 
-    groups = parallel_groups(cell.data_degree, cell.ring_degree)
-    layout = Layout(cell.layout, cell.ring_degree, cell.length)
+    plan = cell.plan
+    layout, groups = plan.layout, parallel_groups(plan.degrees.data, plan.degrees.sequence)
+    attention = build_attention(plan, groups)
     weights = initial_weights(cell)  # drawn here: inside the engine a draw would be the GPU's
 
     def build_model() -> Transformer:
-        attention = RingAttention("auto", groups.get_sequence_parallel_group(), layout=cell.layout)
         model = Transformer(MODELS[cell.model], attention)
         model.load_state_dict(weights)
         return model
@@ -170,13 +218,7 @@ def train_on_ranks(cell: Cell) -> Trained:
     engine = TrainingEngine(
         build_model,
         groups,
-        EngineConfig(
-            dtype=cell.dtype,
-            zero_stage=cell.zero_stage,
-            micro_batch_size=MICRO_BATCH_SIZE,
-            gradient_accumulation_steps=cell.accumulation_steps,
-            gradient_clipping=CLIPPING[cell.model],
-        ),
+        plan.config.engine,
         OPTIMIZER,
         NUM_STEPS,
         seed=0,
@@ -186,9 +228,9 @@ def train_on_ranks(cell: Cell) -> Trained:
     for step in range(NUM_STEPS):
         micro_batches = [
             TokenBatch(
-                layout.shard(micro_tokens, groups.ring_rank, dim=1),
-                layout.positions(groups.ring_rank).unsqueeze(0),
-                layout.shard(micro_labels, groups.ring_rank, dim=1, pad_value=IGNORED_LABEL),
+                layout.shard(micro_tokens, attention.sequence_rank, dim=1),
+                layout.positions(attention.sequence_rank).unsqueeze(0),
+                layout.shard(micro_labels, attention.sequence_rank, dim=1, pad_value=IGNORED_LABEL),
             )
             for micro_tokens, micro_labels in zip(tokens[step], labels[step], strict=True)
         ]
@@ -252,10 +294,10 @@ def one_process(key: Cell, compute_dtype: torch.dtype, device: str) -> Trained:
 
 def run_cell(pool: WorkerPool, cell: Cell) -> Outcome:
     started = time.perf_counter()
-    key = replace(cell, zero_stage=0, ring_degree=1, layout="zigzag")  # one process is the same for all of these
+    # one process is the same for all of these
+    key = replace(cell, zero_stage=0, ring_degree=1, ulysses_degree=1, layout="zigzag", method="ring")
     expected = one_process(key, torch.float64, "cpu")
-    num_ranks = cell.ring_degree * cell.data_degree
-    ranks = pool.run(train_on_ranks, cell, num_ranks=num_ranks)
+    ranks = pool.run(train_on_ranks, cell, num_ranks=cell.num_ranks)
     assert all(rank.losses == ranks[0].losses for rank in ranks), "ranks disagree on the loss"
     found = errors(ranks[0], expected)
 
@@ -280,14 +322,15 @@ def main() -> None:
     device = "cuda" if torch.cuda.device_count() >= 2 else "cpu"
     most_ranks = min(options.ranks, torch.cuda.device_count()) if device == "cuda" else options.ranks
     pool, rows = WorkerPool(device), []
-    print("dtype zero ring data accum    L |    loss    norm  gradient parameter  bf16 ratio |")
+    print("method     dtype zero ring uly data accum    L |    loss    norm  gradient parameter  bf16 ratio |")
     for cell in full_table():
-        if cell.ring_degree * cell.data_degree > most_ranks:
+        if cell.num_ranks > most_ranks:
             continue
         outcome = run_cell(pool, cell)
         ratio = "" if outcome.half_ratio is None else f"{outcome.half_ratio:.2f}"
         print(
-            f"{cell.dtype:5} {cell.zero_stage:4} {cell.ring_degree:4} {cell.data_degree:4} "
+            f"{cell.method:10} {cell.dtype:5} {cell.zero_stage:4} {cell.ring_degree:4} {cell.ulysses_degree:3} "
+            f"{cell.data_degree:4} "
             f"{cell.accumulation_steps:5} {cell.length:4} | {outcome.loss:.1e} {outcome.grad_norm:.1e}   "
             f"{outcome.gradient:.1e}   {outcome.parameter:.1e} {ratio:>11} | {'ok' if outcome.passes else 'FAILED'}",
             flush=True,

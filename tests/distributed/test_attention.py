@@ -2,101 +2,211 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from ring_attention import Layout, LocalAttention, RingAttention
-from tests.measure import relative_error
+from ring_attention import CAUSAL, FULL, HybridAttention, LocalAttention, Mask, RingAttention, UlyssesAttention
+from ring_attention.exchange import P2PExchange
+from ring_attention.schedule import num_tokens, ring_schedule, tokens_sent
+from tests.cases import METHODS, Case, attend, build, check, draw, many_on_rank, on_rank
 from tests.pool import WorkerPool, parallel_groups
 
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 1.5e-2}
+LENGTH = 29  # a multiple of nothing
+MASKS = {
+    "causal": CAUSAL,
+    "full": FULL.packed([0, LENGTH]),
+    "window": Mask(left=5),
+    "both ways": Mask(left=3, right=4).packed([0, LENGTH]),
+    "packed": CAUSAL.packed([0, 4, 4, 5, 18, LENGTH]),
+    "packed rows": Mask(left=6).packed([[0, 11, LENGTH], [0, 2, 27, LENGTH]]),
+}
 
 
-def draw(length: int, dtype: torch.dtype) -> list[Tensor]:
-    """q, k, v and the output's gradient of a whole sequence, [2, L, 4 or 2, 16]."""
-    generator = torch.Generator().manual_seed(length)
-    return [torch.randn(2, length, heads, 16, generator=generator).to(dtype) for heads in (4, 2, 2, 4)]
-
-
-def ring_result(
-    length: int, layout_name: str, dtype: torch.dtype, block: str, batch_dim_idx: int, device: str = "cpu"
-) -> list[Tensor]:
-    """On one rank: its shards of out, dq, dk, dv, as [B, S, H, D]."""
-    import deepspeed.comm as dist
-
-    groups = parallel_groups(data_degree=1, ring_degree=dist.get_world_size())
-    layout = Layout(layout_name, groups.ring_degree, length)
-    attention = RingAttention(block, groups.get_sequence_parallel_group(), layout=layout_name)
-    local = [layout.shard(tensor, groups.ring_rank, dim=1).to(device) for tensor in draw(length, dtype)]
-    if batch_dim_idx == 1:
-        local = [tensor.transpose(0, 1) for tensor in local]
-    q, k, v, dout = local
-    leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
-    out = attention(*leaves, batch_dim_idx)
-    out.backward(dout)
-    results = [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
-    return [(tensor.transpose(0, 1) if batch_dim_idx == 1 else tensor).cpu() for tensor in results]
-
-
-def oracle(length: int, dtype: torch.dtype) -> list[Tensor]:
-    q, k, v, dout = (tensor.double().transpose(1, 2) for tensor in draw(length, dtype))
-    leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
-    out = F.scaled_dot_product_attention(
-        leaves[0], leaves[1], leaves[2], is_causal=True, scale=1 / math.sqrt(16), enable_gqa=True
-    )
-    out.backward(dout)
-    return [
-        tensor.detach().transpose(1, 2) for tensor in (out, *(leaf.grad for leaf in leaves if leaf.grad is not None))
-    ]
-
-
-def check(shards: list[list[Tensor]], layout: Layout, dtype: torch.dtype) -> None:
-    for name, parts, expected in zip(
-        ("out", "dq", "dk", "dv"), zip(*shards, strict=True), oracle(layout.length, dtype), strict=True
-    ):
-        assert parts[0].dtype == dtype
-        assert relative_error(layout.unshard(parts, dim=1), expected) < TOLERANCE[dtype], name
+def grid(case: Case) -> Case | None:
+    """The case with the Ulysses degree that its method has on its ranks; None where there is none."""
+    if case.method == "local":
+        return case if case.num_ranks == 1 else None
+    if case.method == "ulysses":
+        return replace(case, ulysses_degree=case.num_ranks)
+    if case.method == "hybrid":
+        return replace(case, ulysses_degree=2) if case.num_ranks % 2 == 0 else None
+    return case
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
-@pytest.mark.parametrize("layout_name", ["zigzag", "contiguous"])
-@pytest.mark.parametrize("length", [32, 29, 3])
-@pytest.mark.parametrize(
-    ("dtype", "block"),
-    [(torch.float64, "reference"), (torch.float32, "auto"), (torch.bfloat16, "auto")],
-    ids=["fp64", "fp32", "bf16"],
-)
-def test_the_ring_equals_whole_attention(pool: WorkerPool, num_ranks, layout_name, length, dtype, block):
-    shards = pool.run(ring_result, length, layout_name, dtype, block, 0, num_ranks=num_ranks)
-    check(shards, Layout(layout_name, num_ranks, length), dtype)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_method_equals_whole_attention(pool: WorkerPool, num_ranks: int, method: str, dtype: torch.dtype):
+    """With every mask and layout."""
+    cases = [
+        case
+        for layout in ("zigzag", "contiguous")
+        for mask in MASKS.values()
+        if (case := grid(Case(method, num_ranks, 1, layout, mask, LENGTH, num_kv_heads=4, dtype=dtype)))
+    ]
+    if not cases:
+        pytest.skip(f"{method} is not for {num_ranks} ranks")
+    ranks = pool.run(many_on_rank, cases, num_ranks=num_ranks)
+    for case, shards in zip(cases, zip(*ranks, strict=True), strict=True):
+        check(case, list(shards))
 
 
-def test_sequence_first_tensors(pool: WorkerPool):
-    shards = pool.run(ring_result, 24, "zigzag", torch.float64, "reference", 1, num_ranks=4)
-    check(shards, Layout("zigzag", 4, 24), torch.float64)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (8, 4), (6, 2), (5, 1)])
+@pytest.mark.parametrize("head_dim", [8, 96, 512])
+def test_heads_and_their_sizes(pool: WorkerPool, method: str, num_heads: int, num_kv_heads: int, head_dim: int):
+    case = grid(Case(method, 1 if method == "local" else 2, num_heads=num_heads, num_kv_heads=num_kv_heads))
+    assert case is not None
+    if num_kv_heads % case.ulysses_degree:
+        pytest.skip("test_refusals has it")
+    case = replace(case, head_dim=head_dim)
+    check(case, pool.run(on_rank, case, num_ranks=case.num_ranks))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_values_with_a_head_size_of_their_own(pool: WorkerPool, method: str):
+    case = grid(Case(method, 1 if method == "local" else 2, value_head_dim=24, mask=MASKS["packed"], length=LENGTH))
+    assert case is not None
+    check(case, pool.run(on_rank, case, num_ranks=case.num_ranks))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sequence_first_and_non_contiguous_tensors(pool: WorkerPool, method: str):
+    for batch_dim_idx in (0, 1):
+        case = grid(Case(method, 1 if method == "local" else 2, batch_dim_idx=batch_dim_idx, contiguous=False))
+        assert case is not None
+        check(case, pool.run(on_rank, case, num_ranks=case.num_ranks))
+
+
+def shards_of_two_drafts(case: Case, document: slice) -> tuple[list[Tensor], list[Tensor]]:
+    """On each rank: results, and those after q, k, v and dout of one document were replaced."""
+    import deepspeed.comm as dist
+
+    attention, whole = build(case, dist.get_world_group()), draw(case)
+    changed = [tensor.clone() for tensor in whole]
+    for tensor in changed:
+        tensor[:, document] = torch.randn_like(tensor[:, document]) * 100
+    return attend(case, attention, whole), attend(case, attention, changed)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("base", [CAUSAL, FULL, Mask(left=7)], ids=["causal", "full", "window"])
+def test_no_token_sees_another_document(pool: WorkerPool, method: str, layout: str, base: Mask):
+    """Bit for bit: with one document replaced, out, dq, dk, dv of all others stay what they were."""
+    boundaries = [0, 13, 14, 40, 64]
+    num_ranks = 1 if method == "local" else 4
+    case = grid(Case(method, num_ranks, 1, layout, base.packed(boundaries), length=64, num_kv_heads=4))
+    assert case is not None
+    changed_document = slice(14, 40)
+    ranks = pool.run(shards_of_two_drafts, case, changed_document, num_ranks=num_ranks)
+    others = torch.ones(64, dtype=torch.bool)
+    others[changed_document] = False
+    for parts in range(4):
+        before, after = (case.global_layout.unshard([rank[draft][parts] for rank in ranks], dim=1) for draft in (0, 1))
+        assert torch.equal(before[:, others], after[:, others])
+        assert not torch.equal(before[:, ~others], after[:, ~others])
+
+
+def numbers_sent(case: Case) -> tuple[int, int]:
+    """On each rank: how many numbers its exchange sent in a forward and a backward pass."""
+    import deepspeed.comm as dist
+
+    sent = {"forward": 0, "backward": 0}
+    original = P2PExchange.post
+
+    def counting(self, purpose, sends, receives):
+        sent[purpose.split()[0]] += sum(tensor.numel() for tensor, _ in sends)
+        return original(self, purpose, sends, receives)
+
+    attention = build(case, dist.get_world_group())
+    P2PExchange.post = counting
+    try:
+        attend(case, attention, draw(case))
+    finally:
+        P2PExchange.post = original
+    return sent["forward"], sent["backward"]
+
+
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_what_is_sent_is_what_the_schedule_says(pool: WorkerPool, layout: str, mask: Mask):
+    case = Case("ring", 4, 1, layout, mask, LENGTH)
+    per_token = 2 * case.batch * case.num_kv_heads * case.head_dim
+    for ring_rank, sent in enumerate(pool.run(numbers_sent, case, num_ranks=4)):
+        keys, gradients = tokens_sent(case.global_layout, mask, ring_rank)
+        assert sent == (keys * per_token, (keys + gradients) * per_token)
+        stages = ring_schedule(case.global_layout, mask, ring_rank)
+        assert gradients == sum(num_tokens(stage.gradients) for stage in stages)
+
+
+def uneven_heads(case: Case, initialised: bool) -> str | list[Tensor]:
+    """Three key-value heads over two ranks: DeepSpeed deals them 2 and 1."""
+    from deepspeed.utils import groups as deepspeed_groups
+
+    groups = parallel_groups(data_degree=1, sequence_degree=2)
+    attention = UlyssesAttention("auto", groups.get_sequence_parallel_group())
+    mpu, deepspeed_groups.mpu = deepspeed_groups.mpu, groups if initialised else None
+    try:
+        return attend(case, attention, draw(case))
+    except ValueError as error:
+        return str(error)
+    finally:
+        deepspeed_groups.mpu = mpu
+
+
+UNEVEN = Case("ulysses", 2, 2, num_heads=6, num_kv_heads=3)
+
+
+@pytest.mark.parametrize("batch_dim_idx", [0, 1])
+def test_ulysses_takes_uneven_heads_once_deepspeed_knows_its_mpu(pool: WorkerPool, batch_dim_idx: int):
+    case = replace(UNEVEN, batch_dim_idx=batch_dim_idx)
+    check(case, pool.run(uneven_heads, case, True, num_ranks=2))
+    assert (
+        pool.run(uneven_heads, case, False, num_ranks=2)
+        == [
+            "num_kv_heads=3 is not a multiple of ulysses_degree=2, for which DeepSpeed needs an mpu with this group: call "
+            "deepspeed.initialize(mpu=...) before, or use a ulysses_degree of [1, 3]"
+        ]
+        * 2
+    )
 
 
 def refusals() -> list[str]:
     import deepspeed.comm as dist
 
-    messages = []
+    world, tensor = dist.get_world_group(), torch.zeros(1, 3, 2, 8)
+    ring = RingAttention("auto", world)
     attempts = [
-        lambda: RingAttention("auto", dist.get_world_group(), transport="carrier_pigeon"),
-        lambda: RingAttention("auto", dist.get_world_group(), layout="striped"),
-        lambda: RingAttention("auto", dist.get_world_group())(*[torch.zeros(1, 3, 2, 8)] * 3, 0),
-        lambda: RingAttention("auto", dist.get_world_group())(*[torch.zeros(1, 4, 2, 8)] * 3, 2),
-        lambda: LocalAttention("auto")(*[torch.zeros(1, 4, 2, 8)] * 3, 2),
-        lambda: RingAttention(torch.nn.Identity(), dist.get_world_group()),  # pyright: ignore[reportArgumentType]
+        lambda: RingAttention("auto", world, transport="carrier_pigeon"),
+        lambda: RingAttention("auto", world, layout="striped"),
+        lambda: HybridAttention("auto", world, ulysses_degree=3),
+        lambda: RingAttention("auto", world, layout="zigzag")(tensor, tensor, tensor, 0),
+        lambda: ring(tensor, tensor, tensor, 2),
+        lambda: LocalAttention("auto")(tensor, tensor, tensor, 2),
+        lambda: ring(tensor, tensor, tensor, 0, dropout_p=0.1),
+        lambda: ring(tensor, tensor, tensor, 0, torch.zeros(3)),
+        lambda: ring(tensor[0], tensor, tensor, 0),
+        lambda: ring(tensor, tensor.half(), tensor, 0),
+        lambda: ring(tensor, tensor[:, :2], tensor, 0),
+        lambda: ring(tensor[:, :, :1], tensor, tensor, 0),
+        lambda: ring(tensor, tensor[..., :4], tensor, 0),
+        lambda: ring(tensor, tensor, tensor, 0, mask=CAUSAL.packed([0, 7])),
+        lambda: ring(tensor, tensor, tensor, 0, mask=CAUSAL.packed([[0, 1], [0, 2]])),
+        lambda: RingAttention("cpu_flash", world)(tensor, tensor, tensor[..., :4], 0),
+        lambda: UlyssesAttention("auto", world)(tensor, tensor[:, :, :1], tensor[:, :, :1], 0),
     ]
+    messages = []
     for attempt in attempts:
         try:
             attempt()
         except ValueError as error:
             messages.append(str(error))
+        else:
+            messages.append("accepted")
     return messages
 
 
@@ -104,9 +214,50 @@ def test_mistakes_are_refused_by_name(pool: WorkerPool):
     assert pool.run(refusals, num_ranks=2)[0] == [
         "transport='carrier_pigeon' is unknown: use one of p2p",
         "layout='striped' is unknown: use one of zigzag, contiguous",
-        "3 local tokens are not two equal chunks: cut sequences with Layout.shard",
+        "ulysses_degree=3 does not divide the 2 ranks: use one of [1, 2]",
+        "3 tokens are not 2 equal chunks, which layout=zigzag needs on each rank of the ring: cut sequences with the "
+        "module's layout(length).shard",
         "batch_dim_idx=2 must be 0 ([B, S, H, D]) or 1 ([S, B, H, D])",
         "batch_dim_idx=2 must be 0 ([B, S, H, D]) or 1 ([S, B, H, D])",
-        "local_attention=Identity is a module that sees whole sequences: a ring computes block pairs, so pass "
-        '"auto" or a kernel of ring_attention.blocks',
+        "dropout_p=0.1: attention dropout is not supported, since the backward pass would need the very elements that "
+        "each kernel dropped at each stage on each rank: use 0, and dropout after the output projection",
+        "rotary_pos_emb is not applied in here: rotate query and key before, by the global positions of "
+        "Layout.positions",
+        "query has shape [3, 2, 8], but four dims are needed: [B, S, heads, head size]",
+        "key is torch.float16, but query is torch.float32: cast them to one dtype",
+        "key has shape [1, 2, 2, 8], query [1, 3, 2, 8]: the first two dims must be equal",
+        "1 query heads cannot share 2 key and 2 value heads: keys and values need as many, and queries a multiple of "
+        "that",
+        "key has head size 4, query 8: they must be equal",
+        "the documents end at 7, but the sequence has 6 tokens over all ranks",
+        "the mask has documents for 2 rows, the batch has 1: give one set of boundaries for all rows, or one per row",
+        "block=cpu_flash cannot run here: needs values of head size 8, not 4; use block=auto",
+        "num_kv_heads=1 is less than ulysses_degree=2, which leaves ranks without a key-value head: use a "
+        "ulysses_degree of [1], with a ring across (HybridAttention), or RingAttention",
     ]
+
+
+def order_over_hosts(method: str) -> list[Tensor]:
+    """On each of four ranks dealt to two hosts in turn: the hybrid and the ring follow the hosts, not the numbers."""
+    import deepspeed.comm as dist
+
+    world, hosts = dist.get_world_group(), ["A", "B", "B", "A"]
+    attention: nn.Module
+    if method == "ring":
+        attention = RingAttention("auto", world, layout="zigzag", hosts=hosts)
+        assert attention.sequence_rank == [0, 2, 3, 1][dist.get_rank()]
+    else:
+        attention = HybridAttention("auto", world, ulysses_degree=2, layout="zigzag", hosts=hosts)
+        assert attention.sequence_rank == [0, 2, 3, 1][dist.get_rank()]
+    case = HOSTS[method]
+    return [torch.tensor(attention.sequence_rank), *attend(case, attention, draw(case))]
+
+
+HOSTS = {"ring": Case("ring", 4), "hybrid": Case("hybrid", 4, 2)}
+
+
+@pytest.mark.parametrize("method", HOSTS)
+def test_ranks_that_are_dealt_to_hosts_in_turn(pool: WorkerPool, method: str):
+    ranks = pool.run(order_over_hosts, method, num_ranks=4)
+    in_order = sorted(ranks, key=lambda rank: int(rank[0]))
+    check(HOSTS[method], [rank[1:] for rank in in_order])

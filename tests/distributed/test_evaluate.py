@@ -9,7 +9,7 @@ import torch
 from conf.schema import EngineConfig, ModelConfig, OptimizerConfig
 from data.shard import Sharder
 from recipes.transformer import Transformer
-from ring_attention import Layout, LocalAttention, RingAttention
+from ring_attention import LocalAttention, RingAttention
 from tests.pool import WorkerPool, parallel_groups
 
 MODEL = ModelConfig(hidden_size=32, num_heads=2, num_kv_heads=1, head_dim=16, mlp_size=64)
@@ -21,16 +21,17 @@ def validation_loss(data_degree: int, ring_degree: int, zero_stage: int) -> floa
     from recipes.engine import TrainingEngine
 
     groups = parallel_groups(data_degree, ring_degree)
+    attention = RingAttention("auto", groups.get_sequence_parallel_group(), layout="zigzag")
     engine = TrainingEngine(
-        lambda: Transformer(MODEL, RingAttention("auto", groups.get_sequence_parallel_group())),
+        lambda: Transformer(MODEL, attention),
         groups,
         EngineConfig(dtype="fp32", zero_stage=zero_stage),
         OptimizerConfig(),
         num_steps=1,
         seed=0,
     )
-    layout = Layout("zigzag", ring_degree, LENGTH)
-    return engine.evaluate(Sharder(layout, groups.ring_rank, groups.data_rank, data_degree, 1).validation(SEQUENCES))
+    sharder = Sharder(attention.layout(LENGTH), attention.sequence_rank, groups.data_rank, data_degree, 1)
+    return engine.evaluate(sharder.validation(SEQUENCES))
 
 
 @pytest.mark.parametrize("zero_stage", [1, 3])

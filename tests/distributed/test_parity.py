@@ -25,6 +25,13 @@ COVERING = [  # dtype, stage, ring, data, accumulation, length
     Cell("fp32", 3, 4, 1, 1, 29, model="gpt"),
     Cell("bf16", 0, 2, 1, 2, 29, model="gpt"),
     Cell("bf16", 3, 2, 2, 1, 32, model="gpt"),
+    Cell("fp32", 1, 1, 2, 2, 29, method="ulysses", ulysses_degree=2),
+    Cell("bf16", 3, 1, 1, 1, 32, method="ulysses", ulysses_degree=2),
+    Cell("fp32", 3, 2, 1, 2, 29, method="hybrid", ulysses_degree=2),
+    Cell("bf16", 0, 2, 1, 1, 29, method="hybrid", ulysses_degree=2, layout="contiguous"),
+    Cell("fp32", 0, 2, 2, 1, 29, method="all_gather"),
+    Cell("bf16", 2, 4, 1, 2, 29, method="all_gather"),
+    Cell("fp32", 2, 1, 4, 1, 29, method="local"),
 ]
 
 
@@ -35,4 +42,4 @@ def test_training_on_ranks_equals_one_process(pool: WorkerPool, cell: Cell):
 
 
 def test_the_full_table_holds_every_combination():
-    assert len(set(full_table())) == 3 * 2 * 2 * 4 * 2 * 2
+    assert len(set(full_table())) == 3 * 2 * 2 * 4 * 2 * 2 + 4 * 2 * 4 * 2

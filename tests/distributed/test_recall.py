@@ -34,7 +34,7 @@ def recall_accuracy(method: str, layout_name: str, num_steps: int) -> float | No
     """Train, then the share of right answers on fresh sequences; None on ranks without the last position."""
     from recipes.engine import TrainingEngine
 
-    groups = parallel_groups(data_degree=1, ring_degree=NUM_RANKS)
+    groups = parallel_groups(data_degree=1, sequence_degree=NUM_RANKS)
     layout = Layout(layout_name, NUM_RANKS, LENGTH)
     group = groups.get_sequence_parallel_group()
     attention = RingAttention("auto", group, layout=layout_name) if method == "ring" else LocalAttention("auto", group)
@@ -50,9 +50,9 @@ def recall_accuracy(method: str, layout_name: str, num_steps: int) -> float | No
     def batch(seed: int) -> TokenBatch:
         tokens, labels = draw(seed)
         return TokenBatch(
-            layout.shard(tokens, groups.ring_rank, dim=1),
-            layout.positions(groups.ring_rank).unsqueeze(0),
-            layout.shard(labels, groups.ring_rank, dim=1, pad_value=IGNORED_LABEL),
+            layout.shard(tokens, groups.get_sequence_parallel_rank(), dim=1),
+            layout.positions(groups.get_sequence_parallel_rank()).unsqueeze(0),
+            layout.shard(labels, groups.get_sequence_parallel_rank(), dim=1, pad_value=IGNORED_LABEL),
         )
 
     for step in range(num_steps):

@@ -3,54 +3,88 @@
 import pytest
 import torch
 
+from ring_attention.band import Rectangle
 from ring_attention.blocks import BLOCKS, BlockSpec
 from tests.measure import relative_error
-from tests.unit.test_blocks import oracle
+from tests.unit.test_blocks import computed, oracle
 
 pytestmark = pytest.mark.gpu
 
-LIMIT = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
+LIMIT = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 3e-6}
+NAMES = ["cudnn", "aten_flash", "mem_efficient", "reference"]
+BANDS = [  # queries, keys, lower, upper
+    (512, 512, None, 0),
+    (313, 313, None, 0),
+    (626, 313, None, None),
+    (313, 626, None, None),
+    (626, 313, None, 0),
+    (313, 626, None, 313),
+    (400, 500, None, 250),
+    (512, 512, -100, 0),
+    (313, 313, -50, 70),
+    (200, 313, None, 200),
+    (313, 200, -200, None),
+    (500, 400, -150, 30),
+    (1, 1, None, None),
+]
 
 
-@pytest.mark.parametrize("name", ["cudnn", "aten_flash", "reference"])
+def draw(num_queries, num_keys, num_heads, num_kv_heads, head_dim, value_head_dim, dtype):
+    sizes = [(num_queries, num_heads, head_dim), (num_keys, num_kv_heads, head_dim)]
+    sizes += [(num_keys, num_kv_heads, value_head_dim), (num_queries, num_heads, value_head_dim)]
+    torch.manual_seed(num_queries + num_keys)
+    return [torch.randn(2, *size, device="cuda").to(dtype) for size in sizes]
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", LIMIT, ids=str)
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(8, 8, 64), (8, 2, 128), (4, 1, 128)])
-@pytest.mark.parametrize(
-    ("num_queries", "num_keys", "causal"), [(512, 512, True), (313, 313, True), (626, 313, False), (313, 626, False)]
-)
-def test_a_block_equals_fp64_attention(name, dtype, num_heads, num_kv_heads, head_dim, num_queries, num_keys, causal):
-    shapes = [(2, num_queries, num_heads, head_dim)] + 2 * [(2, num_keys, num_kv_heads, head_dim)]
-    q, k, v = (torch.randn(shape, device="cuda").to(dtype) for shape in shapes)
-    block = BLOCKS[name]
-    if refusal := block.supports(BlockSpec.of(q, k)):
+@pytest.mark.parametrize(("num_queries", "num_keys", "lower", "upper"), BANDS)
+def test_a_block_equals_fp64_attention(
+    name, dtype, num_heads, num_kv_heads, head_dim, num_queries, num_keys, lower, upper
+):
+    q, k, v, dout = draw(num_queries, num_keys, num_heads, num_kv_heads, head_dim, head_dim, dtype)
+    if refusal := BLOCKS[name].supports(BlockSpec.of(q, k, v, windowed=lower is not None)):
         pytest.skip(refusal)
-    dout = torch.randn_like(q)
-    expected_out, *expected_gradients = oracle(q, k, v, dout, causal)
-    out, lse = block.forward(q, k, v, causal, 0.3)
-    assert lse.shape == (2, num_heads, num_queries)
-    assert lse.dtype == torch.float32
-    gradients = block.backward(dout, q, k, v, expected_out.to(dtype), lse, causal, 0.3)
-    for quantity, got, expected in zip(
-        ("out", "dq", "dk", "dv"), [out, *gradients], [expected_out, *expected_gradients], strict=True
+    rectangle = Rectangle(0, num_queries, 0, num_keys, lower, upper).trimmed()
+    assert rectangle is not None
+    queries, keys = slice(rectangle.q_start, rectangle.q_stop), slice(rectangle.k_start, rectangle.k_stop)
+    arguments = (q[:, queries], k[:, keys], v[:, keys], dout[:, queries], rectangle.lower, rectangle.upper)
+    got, expected = computed(name, *arguments), oracle(*arguments)
+    for quantity, tensor, want in zip(("out", "dq", "dk", "dv"), got, expected, strict=True):
+        assert tensor.shape == want.shape
+        assert relative_error(tensor, want) < LIMIT[dtype], quantity
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", LIMIT, ids=str)
+@pytest.mark.parametrize(
+    ("head_dim", "value_head_dim"), [(8, 8), (40, 40), (192, 128), (256, 256), (512, 512), (64, 256), (20, 20)]
+)
+def test_head_sizes(name, dtype, head_dim, value_head_dim):
+    q, k, v, dout = draw(200, 200, 4, 2, head_dim, value_head_dim, dtype)
+    if refusal := BLOCKS[name].supports(BlockSpec.of(q, k, v)):
+        pytest.skip(refusal)
+    for quantity, tensor, want in zip(
+        ("out", "dq", "dk", "dv"), computed(name, q, k, v, dout, None, 0), oracle(q, k, v, dout, None, 0), strict=True
     ):
-        assert got.shape == expected.shape
-        assert relative_error(got, expected) < LIMIT[dtype], quantity
+        assert tensor.shape == want.shape
+        assert relative_error(tensor, want) < LIMIT[dtype], quantity
 
 
-@pytest.mark.parametrize("name", ["cudnn", "aten_flash"])
+@pytest.mark.parametrize("name", NAMES)
 def test_slices_of_larger_tensors_are_read_right(name):
     """The ring passes views: chunks of q, of the log-sum-exp, and of a received buffer."""
-    q, k, v = (torch.randn(2, 512, 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    q, k, v, dout = draw(512, 512, 4, 4, 64, 64, torch.bfloat16)
     block, late, early = BLOCKS[name], slice(256, 512), slice(0, 256)
-    if refusal := block.supports(BlockSpec.of(q, k)):
+    if refusal := block.supports(BlockSpec.of(q, k, v)):
         pytest.skip(refusal)
-    dout = torch.randn_like(q)
-    out, lse = block.forward(q[:, late], k[:, early], v[:, early], False, 0.3)
+    out, lse = block.forward(q[:, late], k[:, early], v[:, early], None, None, 0.3)
+    assert (lse.shape, lse.dtype) == ((2, 4, 256), torch.float32)
     whole_out, whole_lse = torch.randn_like(q), torch.randn(2, 4, 512, device="cuda")
     whole_out[:, late], whole_lse[:, :, late] = out, lse
-    gradients = block.backward(
-        dout[:, late], q[:, late], k[:, early], v[:, early], whole_out[:, late], whole_lse[:, :, late], False, 0.3
-    )
-    expected = oracle(q[:, late], k[:, early], v[:, early], dout[:, late], False)
+    arguments = (dout[:, late], q[:, late], k[:, early], v[:, early], whole_out[:, late], whole_lse[:, :, late])
+    gradients = block.backward(*arguments, None, None, 0.3)
+    expected = oracle(q[:, late], k[:, early], v[:, early], dout[:, late], None, None)
     for got, want in zip([out, *gradients], expected, strict=True):
         assert relative_error(got, want) < LIMIT[torch.bfloat16]

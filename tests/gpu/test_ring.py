@@ -1,35 +1,58 @@
-"""The ring over all GPUs of this machine, on NCCL: attention and training against one process."""
+"""Every method over all GPUs of this machine, on NCCL: attention and training against one process."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
 
 import pytest
 import torch
 
-from ring_attention import Layout
+from ring_attention import CAUSAL, FULL, Mask, RingAttention
+from tests.cases import Case, check, many_on_rank
 from tests.distributed.parity import Cell, run_cell
-from tests.distributed.test_attention import check, ring_result
-from tests.pool import WorkerPool
+from tests.distributed.test_attention import grid
+from tests.pool import RankError, WorkerPool
 
 pytestmark = pytest.mark.gpu
 
 NUM_RANKS = torch.cuda.device_count()
+LENGTH = 1001
+MASKS = [
+    CAUSAL,
+    FULL.packed([0, LENGTH]),
+    Mask(left=100),
+    Mask(left=60, right=40).packed([0, LENGTH]),
+    CAUSAL.packed([0, 300, 301, 301, 700, LENGTH]),
+    Mask(left=90).packed([[0, 500, LENGTH], [0, 20, 990, LENGTH]]),
+]
 
 
-@pytest.mark.parametrize("layout_name", ["zigzag", "contiguous"])
-@pytest.mark.parametrize("length", [256, 1001])
-@pytest.mark.parametrize("batch_dim_idx", [0, 1])
+@pytest.mark.parametrize("method", ["ring", "ulysses", "hybrid", "all_gather"])
 @pytest.mark.parametrize(
     ("dtype", "block"),
     [
         (torch.float64, "reference"),
         (torch.float32, "auto"),
-        (torch.bfloat16, "cudnn"),
         (torch.bfloat16, "aten_flash"),
         (torch.bfloat16, "auto"),
+        (torch.float16, "auto"),
     ],
     ids=str,
 )
-def test_the_ring_equals_whole_attention(gpu_pool: WorkerPool, layout_name, length, batch_dim_idx, dtype, block):
-    shards = gpu_pool.run(ring_result, length, layout_name, dtype, block, batch_dim_idx, "cuda", num_ranks=NUM_RANKS)
-    check(shards, Layout(layout_name, NUM_RANKS, length), dtype)
+def test_every_method_equals_whole_attention(gpu_pool: WorkerPool, method: str, dtype: torch.dtype, block: str):
+    """With every mask, layout and order of dims."""
+    cases = []
+    for layout in ("zigzag", "contiguous"):
+        for mask in MASKS:
+            for batch_dim_idx in (0, 1):
+                case = Case(method, NUM_RANKS, 1, layout, mask, LENGTH, 2, 8, 4, 64, dtype=dtype, block=block)
+                cases.append(grid(replace(case, batch_dim_idx=batch_dim_idx, contiguous=batch_dim_idx == 0)))
+    if None in cases:
+        pytest.skip(f"{method} is not for {NUM_RANKS} ranks")
+    ranks = gpu_pool.run(many_on_rank, cases, "cuda", num_ranks=NUM_RANKS)
+    for case, shards in zip(cases, zip(*ranks, strict=True), strict=True):
+        check(case, list(shards))
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
@@ -44,6 +67,17 @@ def test_training_on_ranks_equals_one_process(
     assert outcome.passes, outcome
 
 
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", ["ulysses", "all_gather"])
+def test_training_with_every_method_equals_one_process(gpu_pool: WorkerPool, zero_stage, dtype, method):
+    ring, ulysses = (1, NUM_RANKS) if method == "ulysses" else (NUM_RANKS, 1)
+    if ulysses > 2:
+        pytest.skip("the model has two key-value heads")
+    outcome = run_cell(gpu_pool, Cell(dtype, zero_stage, ring, 1, 1, 29, method=method, ulysses_degree=ulysses))
+    assert outcome.passes, outcome
+
+
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_fp16_with_its_loss_scale_equals_one_process(gpu_pool: WorkerPool, zero_stage):
     outcome = run_cell(gpu_pool, Cell("fp16", zero_stage, NUM_RANKS, 1, 2, 29))
@@ -54,3 +88,34 @@ def test_fp16_with_its_loss_scale_equals_one_process(gpu_pool: WorkerPool, zero_
 def test_a_tied_head_biases_and_layer_norms(gpu_pool: WorkerPool, zero_stage):
     outcome = run_cell(gpu_pool, Cell("fp32", zero_stage, NUM_RANKS, 1, 1, 29, model="gpt"))
     assert outcome.passes, outcome
+
+
+def attention_beside_a_stalled_rank(stderr_path: str) -> None:
+    """Rank 0 makes one good pass, then stalls; the others' stderr goes to a file, for NCCL's watchdog will end them."""
+    import os
+
+    import deepspeed.comm as dist
+
+    attention = RingAttention("auto", dist.get_world_group())
+    q = torch.randn(1, 64, 2, 64, device="cuda", dtype=torch.bfloat16)
+    attention(q, q, q, 0)
+    torch.cuda.synchronize()
+    if attention.sequence_rank == 0:
+        time.sleep(60)
+        return
+    os.dup2(os.open(stderr_path, os.O_CREAT | os.O_WRONLY), 2)
+    attention(q, q, q, 0)  # returns at once: the host waits for nothing
+    torch.cuda.synchronize()
+
+
+@pytest.mark.skipif(NUM_RANKS < 2, reason="needs two GPUs")
+def test_a_stalled_neighbour_is_named_before_the_watchdog_ends_the_rank(tmp_path):
+    own_pool, stderr_path = WorkerPool("cuda", timeout_s=15), tmp_path / "stderr"
+    with pytest.raises(RankError):
+        own_pool.run(attention_beside_a_stalled_rank, str(stderr_path), num_ranks=NUM_RANKS)
+    own_pool.close()
+    expected = (
+        f"HopError: forward K,V after stage 0: ring rank {NUM_RANKS - 1} of {NUM_RANKS}, "
+        f"receiving from ring rank {NUM_RANKS - 2}"
+    )
+    assert expected in stderr_path.read_text() or NUM_RANKS > 2

@@ -116,10 +116,10 @@ def test_rotary_angles_stay_exact_at_a_million():
 
 
 def test_the_plan_says_what_a_run_will_be(tmp_path):
-    plan = Plan(Config(), num_ranks=4, device_type="cpu", device_name="CPU", capability=None)
+    plan = Plan(Config(), num_ranks=4, device_type="cpu", device_name="CPU", capability=None, ranks_per_host=4)
     text = "\n".join(plan.explanation(tmp_path))
     for part in ("1 data x 4 ring, on CPU", "512 per rank of 2,048 per sequence", "0.46 M parameters", "cpu_flash"):
         assert part in text
     assert "imbalance (lockstep stages / mean rank) 1.000" in text
-    alone = Plan(Config(), num_ranks=1, device_type="cpu", device_name="CPU", capability=None)
-    assert "a ring of 1: one rank holds whole sequences" in "\n".join(alone.banner(tmp_path))
+    alone = Plan(Config(), num_ranks=1, device_type="cpu", device_name="CPU", capability=None, ranks_per_host=4)
+    assert "one rank holds whole sequences" in "\n".join(alone.banner(tmp_path))

@@ -1,15 +1,35 @@
-"""The block kernels that run here against torch's own attention in fp64, and the registry's choices."""
+"""The block kernels that run here against a dense softmax in fp64, and the registry's choices."""
+
+from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ring_attention.band import Rectangle
 from ring_attention.blocks import BLOCKS, BlockSpec, choose_block
+from ring_attention.kv import KeysValues
 from ring_attention.merge import merge_
+from ring_attention.ring import RunningAttention, attend_backward
+from ring_attention.schedule import BlockPair
 from tests.measure import relative_error
 
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+# queries, keys, lower, upper: as trimmed rectangles have them
+BANDS = [
+    (9, 9, None, 0),
+    (5, 10, None, None),
+    (12, 3, None, None),
+    (1, 1, None, None),
+    (10, 6, None, 0),
+    (6, 10, None, 4),
+    (7, 9, None, 5),
+    (9, 9, -3, 0),
+    (9, 9, -2, 3),
+    (7, 9, -1, 3),
+    (9, 6, -3, None),
+    (300, 300, -20, 0),
+]
 
 
 def draw(dtype: torch.dtype, num_queries: int, num_keys: int, num_heads: int, num_kv_heads: int) -> list[Tensor]:
@@ -18,41 +38,76 @@ def draw(dtype: torch.dtype, num_queries: int, num_keys: int, num_heads: int, nu
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
-def oracle(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, causal: bool) -> list[Tensor]:
-    """out, dq, dk, dv by autograd through torch's own attention in fp64."""
-    leaves = [tensor.double().requires_grad_() for tensor in (q, k, v)]
-    q_t, k_t, v_t = (tensor.transpose(1, 2) for tensor in leaves)
-    out = F.scaled_dot_product_attention(q_t, k_t, v_t, is_causal=causal, scale=0.3, enable_gqa=True).transpose(1, 2)
+def oracle(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lower: int | None, upper: int | None) -> list[Tensor]:
+    """out, dq, dk, dv by autograd through a dense softmax in fp64."""
+    leaves = [tensor.double().detach().requires_grad_() for tensor in (q, k, v)]
+    expand = q.shape[2] // k.shape[2]
+    k_all, v_all = (leaf.repeat_interleave(expand, 2) for leaf in leaves[1:])
+    scores = torch.einsum("bshd,bthd->bhst", leaves[0], k_all) * 0.3
+    distance = torch.arange(k.shape[1], device=q.device) - torch.arange(q.shape[1], device=q.device)[:, None]
+    if lower is not None:
+        scores = scores.masked_fill(distance < lower, float("-inf"))
+    if upper is not None:
+        scores = scores.masked_fill(distance > upper, float("-inf"))
+    out = torch.einsum("bhst,bthd->bshd", scores.softmax(-1), v_all)
     out.backward(dout.double())
     return [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
 
+def computed(
+    name: str, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lower: int | None, upper: int | None
+) -> list[Tensor]:
+    """The same by a kernel, through the tiles that it asks for."""
+    rectangle = Rectangle(0, q.shape[1], 0, k.shape[1], lower, upper)
+    assert rectangle.trimmed() == rectangle, "the test's band is not trimmed"
+    pairs, keys, here = [BlockPair(None, rectangle)], ((0, k.shape[1]),), KeysValues(k, v)
+    result = RunningAttention(q, v)
+    result.attend(BLOCKS[name], 0.3, pairs, q, here, keys)
+    out = result.out_BSHE.to(q.dtype)
+    gradients = [torch.zeros_like(tensor, dtype=result.out_BSHE.dtype) for tensor in (q, k, v)]
+    for _, part, *block in attend_backward(BLOCKS[name], 0.3, pairs, keys, dout, q, here, out, result.lse_BHS):
+        queries, columns = slice(part.q_start, part.q_stop), slice(part.k_start, part.k_stop)
+        for gradient, piece, place in zip(gradients, block, (queries, columns, columns), strict=True):
+            gradient[:, place] += piece
+    return [out, *gradients]
+
+
 @pytest.mark.parametrize("name", ["reference", "cpu_flash"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize(
-    ("num_queries", "num_keys", "causal"), [(9, 9, True), (5, 10, False), (12, 3, False), (1, 1, True)]
-)
+@pytest.mark.parametrize(("num_queries", "num_keys", "lower", "upper"), BANDS)
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (4, 2), (4, 1)])
-def test_a_block_equals_fp64_attention(name, dtype, num_queries, num_keys, causal, num_heads, num_kv_heads):
+def test_a_block_equals_fp64_attention(name, dtype, num_queries, num_keys, lower, upper, num_heads, num_kv_heads):
     q, k, v = draw(dtype, num_queries, num_keys, num_heads, num_kv_heads)
     dout = torch.randn(q.shape, dtype=torch.float64).to(dtype)
-    out, lse = BLOCKS[name].forward(q, k, v, causal, 0.3)
-    assert lse.shape == (2, num_heads, num_queries)
+    got = computed(name, q, k, v, dout, lower, upper)
+    for tensor, expected in zip(got, oracle(q, k, v, dout, lower, upper), strict=True):
+        assert tensor.shape == expected.shape
+        assert relative_error(tensor, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu_flash"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_the_log_sum_exp_is_in_fp32_at_least(name, dtype):
+    q, k, v = draw(dtype, 5, 7, 4, 2)
+    out, lse = BLOCKS[name].forward(q, k, v, None, None, 0.3)
+    assert (out.shape, lse.shape) == (q.shape, (2, 4, 5))
     assert lse.dtype == torch.promote_types(dtype, torch.float32)
-    gradients = BLOCKS[name].backward(dout, q, k, v, out.to(dtype), lse, causal, 0.3)
-    for got, expected in zip([out, *gradients], oracle(q, k, v, dout, causal), strict=True):
-        assert got.shape == expected.shape
-        assert relative_error(got, expected) < TOLERANCE[dtype]
 
 
 def test_merging_two_halves_equals_the_whole():
     q, k, v = draw(torch.float64, 6, 10, 4, 2)
     block = BLOCKS["reference"]
-    whole_out, whole_lse = block.forward(q, k, v, False, 0.3)
-    out, lse = block.forward(q, k[:, :3], v[:, :3], False, 0.3)
-    merge_(out, lse, *block.forward(q, k[:, 3:], v[:, 3:], False, 0.3))
+    whole_out, whole_lse = block.forward(q, k, v, None, None, 0.3)
+    out, lse = block.forward(q, k[:, :3], v[:, :3], None, None, 0.3)
+    merge_(out, lse, *block.forward(q, k[:, 3:], v[:, 3:], None, None, 0.3))
     assert relative_error(out, whole_out) < 1e-14
     assert relative_error(lse, whole_lse) < 1e-14
+
+
+def test_merging_into_a_row_that_has_seen_nothing_takes_the_block():
+    out, lse = torch.zeros(1, 1, 1, 2), torch.full((1, 1, 1), float("-inf"))
+    merge_(out, lse, torch.full((1, 1, 1, 2), 3.0), torch.full((1, 1, 1), -5.0))
+    assert (out.tolist(), lse.tolist()) == ([[[[3.0, 3.0]]]], [[[-5.0]]])
 
 
 def test_merging_survives_scores_far_apart():
@@ -74,8 +129,12 @@ def spec(device_type: str, capability: tuple[int, int] | None, dtype: torch.dtyp
         (spec("cuda", (9, 0), torch.bfloat16, 128), "cudnn"),
         (spec("cuda", (8, 0), torch.bfloat16, 128), "aten_flash"),
         (spec("cuda", (9, 0), torch.float16, 256), "aten_flash"),
-        (spec("cuda", (9, 0), torch.float32, 128), "reference"),
-        (spec("cuda", (9, 0), torch.bfloat16, 512), "reference"),
+        (spec("cuda", (9, 0), torch.float32, 128), "mem_efficient"),
+        (spec("cuda", (9, 0), torch.bfloat16, 512), "mem_efficient"),
+        (spec("cuda", (9, 0), torch.float64, 128), "reference"),
+        (replace(spec("cuda", (9, 0), torch.bfloat16, 128), windowed=True), "aten_flash"),
+        (replace(spec("cuda", (9, 0), torch.bfloat16, 128), value_head_dim=64), "mem_efficient"),
+        (replace(spec("cpu", None, torch.float32, 64), value_head_dim=32), "reference"),
     ],
 )
 def test_the_fastest_kernel_that_can_is_chosen(wanted: BlockSpec, chosen: str):
@@ -90,10 +149,11 @@ def test_a_fallback_says_what_was_not_possible():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("flash9", "block=flash9 is unknown: use auto, cudnn, aten_flash, cpu_flash, reference"),
+        ("cpu_flash", "block=cpu_flash cannot run here: needs values of head size 64, not 32; use block=auto"),
+        ("flash9", "block=flash9 is unknown: use auto, cudnn, aten_flash, mem_efficient, cpu_flash, reference"),
         ("cudnn", "block=cudnn cannot run here: it does not run on cpu; use block=auto"),
     ],
 )
 def test_a_kernel_that_cannot_run_is_refused(name: str, message: str):
     with pytest.raises(ValueError, match=message):
-        choose_block(spec("cpu", None, torch.float32, 64), name)
+        choose_block(replace(spec("cpu", None, torch.float32, 64), value_head_dim=32), name)

@@ -53,7 +53,7 @@ def test_a_run_that_resumes_at_the_logged_cursor_reads_what_came_next():
         parallelism=ParallelismConfig(data_degree=2),
         engine=EngineConfig(gradient_accumulation_steps=2),
     )
-    plan = Plan(config, num_ranks=4, device_type="cpu", device_name="CPU", capability=None)
+    plan = Plan(config, num_ranks=4, device_type="cpu", device_name="CPU", capability=None, ranks_per_host=4)
     corpus = Corpus(DOCUMENTS, sequence_length=3, validation_sequences=1)
     uninterrupted = take(corpus.training(cursor=0), 5 * plan.sequences_per_step)
     resumed = take(corpus.training(cursor=2 * plan.data_tokens_per_step), 3 * plan.sequences_per_step)

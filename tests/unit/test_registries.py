@@ -1,8 +1,10 @@
 """conf.schema imports no project code, so it repeats the names of the registries: they must be the same."""
 
+from pathlib import Path
+
 import pytest
 
-from conf.schema import AttentionConfig, ConfigError
+from conf.schema import METHODS, AttentionConfig, ConfigError
 from ring_attention.blocks import BLOCKS
 from ring_attention.exchange import TRANSPORTS
 from ring_attention.layout import LAYOUTS
@@ -12,7 +14,15 @@ from ring_attention.layout import LAYOUTS
     ("field", "names"), [("layout", [*LAYOUTS]), ("transport", [*TRANSPORTS]), ("block", ["auto", *BLOCKS])]
 )
 def test_the_schema_knows_exactly_what_is_registered(field: str, names: list[str]):
+    attention = AttentionConfig()
+    setattr(attention, field, "nothing")
     with pytest.raises(ConfigError, match=f"attention.{field}=nothing is not known: use {', '.join(names)}$"):
-        AttentionConfig(**{field: "nothing"})
+        attention.__post_init__()
     for name in names:
-        AttentionConfig(**{field: name})
+        setattr(attention, field, name)
+        attention.__post_init__()
+
+
+def test_every_method_has_its_file():
+    folder = Path(__file__).parents[2] / "conf" / "attention"
+    assert {path.stem for path in folder.glob("*.yaml")} == set(METHODS)

@@ -20,7 +20,7 @@ def opened(folder, monkeypatch, **logging) -> tuple[Reporter, io.StringIO, mock.
     init = mock.MagicMock()
     monkeypatch.setattr(wandb, "init", init)
     console = io.StringIO()
-    plan = Plan(Config(logging=LoggingConfig(**logging)), 4, "cpu", "CPU", None)
+    plan = Plan(Config(logging=LoggingConfig(**logging)), 4, "cpu", "CPU", None, ranks_per_host=4)
     return Reporter(plan, folder, console), console, init
 
 

@@ -1,52 +1,154 @@
 import pytest
 import torch
 
-from ring_attention.layout import LAYOUTS, Layout
-from ring_attention.schedule import BlockPair, Stage, causal_schedule, imbalance, work_per_rank
+from ring_attention import CAUSAL, FULL, Layout, Mask
+from ring_attention.band import Rectangle
+from ring_attention.layout import LAYOUTS
+from ring_attention.schedule import BlockPair, Message, Stage, imbalance, ring_schedule, tokens_sent, work_per_rank
+
+ZIGZAG = Layout("zigzag", ring_degree=3, length=12)  # chunks of 2, 4 tokens a rank
+ALL, EARLY = ((0, 4),), ((0, 2),)
+SQUARE = (BlockPair(None, Rectangle(0, 4, 0, 4, None, 0)),)
+EARLY_KEYS = (BlockPair(None, Rectangle(0, 4, 0, 2)),)
+LATE_QUERIES = (BlockPair(None, Rectangle(2, 4, 0, 4)),)
 
 
 def test_zigzag_on_three_ranks():
-    layout = Layout("zigzag", ring_degree=3, length=12)  # chunks of 2, 4 tokens a rank
-    square = BlockPair(0, 4, 0, 4, causal=True)
-    early_keys = BlockPair(0, 4, 0, 2, causal=False)
-    late_queries = BlockPair(2, 4, 0, 4, causal=False)
-    assert causal_schedule(layout, 0) == (Stage(0, square), Stage(2, late_queries), Stage(1, late_queries))
-    assert causal_schedule(layout, 1) == (Stage(1, square), Stage(0, early_keys), Stage(2, late_queries))
-    assert causal_schedule(layout, 2) == (Stage(2, square), Stage(1, early_keys), Stage(0, early_keys))
+    """Nobody sees rank 0's late chunk; all keys make two hops, and their gradients come home from there."""
+    assert ring_schedule(ZIGZAG, CAUSAL, 0) == (
+        Stage(0, SQUARE, ALL, None, Message(1, EARLY), None, (), None, None, None),
+        Stage(2, LATE_QUERIES, ALL, 2, Message(1, ALL), None, ALL, None, 1, None),
+        Stage(1, LATE_QUERIES, ALL, 2, None, None, ALL, 2, 1, Message(2, EARLY)),
+    )
+    assert ring_schedule(ZIGZAG, CAUSAL, 1) == (
+        Stage(1, SQUARE, ALL, None, Message(2, ALL), None, (), None, None, None),
+        Stage(0, EARLY_KEYS, EARLY, 0, Message(2, EARLY), None, EARLY, None, 2, None),
+        Stage(2, LATE_QUERIES, ALL, 0, None, None, ALL, 0, 2, Message(0, ALL)),
+    )
 
 
-def test_contiguous_on_three_ranks():
+def test_contiguous_keys_go_no_further_than_the_last_rank():
     layout = Layout("contiguous", ring_degree=3, length=12)
-    square, full = BlockPair(0, 4, 0, 4, causal=True), BlockPair(0, 4, 0, 4, causal=False)
-    assert causal_schedule(layout, 0) == (Stage(0, square), Stage(2, None), Stage(1, None))
-    assert causal_schedule(layout, 1) == (Stage(1, square), Stage(0, full), Stage(2, None))
-    assert causal_schedule(layout, 2) == (Stage(2, square), Stage(1, full), Stage(0, full))
+    full = (BlockPair(None, Rectangle(0, 4, 0, 4)),)
+    assert ring_schedule(layout, CAUSAL, 0) == (
+        Stage(0, SQUARE, ALL, None, Message(1, ALL), None, (), None, None, None),
+        Stage(2, (), (), None, None, None, (), None, None, None),
+        Stage(1, (), (), None, None, None, (), None, None, Message(2, ALL)),
+    )
+    assert ring_schedule(layout, CAUSAL, 2) == (
+        Stage(2, SQUARE, ALL, None, None, None, (), None, None, None),
+        Stage(1, full, ALL, 1, None, None, ALL, None, 1, None),
+        Stage(0, full, ALL, 1, None, None, ALL, 1, 0, None),
+    )
+
+
+def test_a_window_that_looks_both_ways_sends_to_both_neighbours_and_to_nobody_else():
+    layout = Layout("contiguous", ring_degree=4, length=16)
+    stages = ring_schedule(layout, Mask(left=1, right=1), 1)
+    assert [stage.source for stage in stages if stage.pairs] == [1, 0, 2]
+    assert stages[0].forward == Message(2, ((3, 4),))  # its last token, to the next rank
+    assert stages[2].direct == Message(0, ((0, 1),))  # its first token, straight to the rank before
+    assert [stage.keys for stage in stages[1:]] == [((3, 4),), (), ((0, 1),)]
+    assert [stage.home for stage in stages] == [None, Message(2, ((3, 4),)), None, Message(0, ((0, 1),))]
+
+
+MASKS = {
+    "causal": CAUSAL,
+    "full": FULL,
+    "left": Mask(left=3),
+    "both": Mask(left=2, right=4),
+    "right": Mask(right=3),
+    "diagonal": Mask(left=0),
+    "packed": CAUSAL.packed([0, 3, 3, 4, 11]),
+    "packed full": FULL.packed([0, 6, 9]),
+    "packed rows": Mask(left=4).packed([[0, 2, 5], [0, 7], [0]]),
+}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("ring_degree", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("length", [1, 5, 16, 31])
-def test_every_causal_pair_of_tokens_is_computed_exactly_once(name: str, ring_degree: int, length: int):
+@pytest.mark.parametrize("length", [11, 16, 31])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_every_pair_of_tokens_is_computed_exactly_once(name: str, ring_degree: int, length: int, mask: Mask):
     layout = Layout(name, ring_degree, length)
-    seen = torch.zeros(layout.padded_length, layout.padded_length, dtype=torch.int)
+    num_rows = len(mask.documents or [()])
+    seen = torch.zeros(num_rows, layout.padded_length, layout.padded_length, dtype=torch.int)
     for rank in range(ring_degree):
-        queries = layout.positions(rank)
-        for stage in causal_schedule(layout, rank):
-            if (pair := stage.pair) is None:
-                continue
-            block = torch.ones(pair.q_stop - pair.q_start, pair.k_stop - pair.k_start, dtype=torch.int)
-            rows = queries[pair.q_start : pair.q_stop]
-            columns = layout.positions(stage.source)[pair.k_start : pair.k_stop]
-            seen[rows[:, None], columns[None, :]] += block.tril() if pair.causal else block
-    assert torch.equal(seen, torch.ones_like(seen).tril())
+        for stage in ring_schedule(layout, mask, rank):
+            for pair in stage.pairs:
+                part = pair.rectangle
+                block = torch.ones(part.num_queries, part.num_keys, dtype=torch.int)
+                block = block if part.lower is None else block.triu(part.lower)
+                block = block if part.upper is None else block.tril(part.upper)
+                assert block.any(0).all()
+                assert block.any(1).all()  # no fully masked row reaches a kernel
+                assert block.sum() == part.work
+                rows = layout.positions(rank)[part.q_start : part.q_stop]
+                columns = layout.positions(stage.source)[part.k_start : part.k_stop]
+                seen[slice(None) if pair.row is None else pair.row, rows[:, None], columns[None, :]] += block
+    everywhere = torch.arange(layout.padded_length)
+    for row in range(num_rows):
+        assert torch.equal(seen[row], mask.allows(everywhere, everywhere, row).int())
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("ring_degree", [2, 3, 4, 8])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_what_is_sent_is_what_is_received_in_the_same_hop(name: str, ring_degree: int, mask: Mask):
+    """A receive that the neighbour does not answer, or with another size, would hang."""
+    layout = Layout(name, ring_degree, 23)
+    schedules = [ring_schedule(layout, mask, rank) for rank in range(ring_degree)]
+    for step in range(ring_degree):
+        sent, received, sent_gradients, received_gradients = [], [], [], []
+        for rank, stages in enumerate(schedules):
+            stage, following = stages[step], stages[step + 1] if step + 1 < ring_degree else None
+            sent += [(rank, m.peer, m.spans) for m in (stage.forward, stage.direct) if m]
+            if stage.gradients_to is not None:
+                sent_gradients.append((rank, stage.gradients_to, stage.gradients))
+            if following is not None and following.keys_from is not None:
+                received.append((following.keys_from, rank, following.keys))
+            if following is not None and following.gradients_from is not None:
+                received_gradients.append((following.gradients_from, rank, following.gradients))
+            if stage.home is not None:
+                received_gradients.append((stage.home.peer, rank, stage.home.spans))
+        assert sorted(sent) == sorted(received)
+        assert sorted(sent_gradients) == sorted(received_gradients)
+        for messages in (sent, sent_gradients):
+            assert len({(source, target) for source, target, _ in messages}) == len(messages)  # one per pair and hop
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_keys_are_there_when_they_are_needed(mask: Mask):
+    layout = Layout("zigzag", 5, 37)
+    for rank in range(5):
+        for stage in ring_schedule(layout, mask, rank):
+            here = {token for start, stop in stage.keys for token in range(start, stop)}
+            assert here.issuperset(
+                token for pair in stage.pairs for token in range(pair.rectangle.k_start, pair.rectangle.k_stop)
+            )
 
 
 def test_work_counts_query_key_pairs():
     assert work_per_rank(Layout("zigzag", 2, 8)) == [[10, 8], [10, 8]]
     assert work_per_rank(Layout("contiguous", 2, 8)) == [[10, 0], [10, 16]]
+    assert work_per_rank(Layout("contiguous", 2, 8), Mask(left=1)) == [[7, 0], [7, 1]]
 
 
 @pytest.mark.parametrize("ring_degree", [2, 4, 8, 64])
 def test_zigzag_is_balanced_and_contiguous_is_not(ring_degree: int):
     assert imbalance(Layout("zigzag", ring_degree, 128 * ring_degree)) == 1.0
     assert imbalance(Layout("contiguous", ring_degree, 128 * ring_degree)) > 1.3
+
+
+def test_a_window_costs_its_width_whatever_the_length():
+    """On 8 ranks each sends the 64 tokens that its neighbour sees, and as many gradients back; zigzag twice that."""
+    for length in (1024, 8192):
+        assert tokens_sent(Layout("contiguous", 8, length), Mask(left=64), 3) == (64, 64)
+        assert tokens_sent(Layout("zigzag", 8, length), Mask(left=64), 3) == (128, 128)
+
+
+def test_documents_within_a_rank_send_nothing():
+    layout = Layout("contiguous", 8, 1024)
+    documents = CAUSAL.packed(list(range(0, 1025, 64)))
+    assert {tokens_sent(layout, documents, rank) for rank in range(8)} == {(0, 0)}
+    assert sum(sum(work) for work in work_per_rank(layout, documents)) == 16 * 64 * 65 // 2

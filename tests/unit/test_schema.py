@@ -54,10 +54,10 @@ MISTAKES = [
     ("model.num_layers=0", "model.num_layers=0 must be at least 1"),
     ("model.vocab_size=256", "model.vocab_size=256 cannot hold byte tokens: use at least 257"),
     ("model.head_dim=33", "model.head_dim=33 must be even: rotary positions turn pairs of numbers"),
-    ("attention.method=star", "attention.method=star is not known: use ring, local"),
+    ("attention.method=star", "attention.method=star is not known: use ring, ulysses, hybrid, all_gather, local, auto"),
     ("attention.layout=striped", "attention.layout=striped is not known: use zigzag, contiguous"),
     ("attention.transport=tcp", "attention.transport=tcp is not known: use p2p"),
-    ("attention.block=fast", "attention.block=fast is not known: use auto, cudnn, aten_flash, cpu_flash, reference"),
+    ("attention.block=fast", "attention.block=fast is not known: use auto, cudnn, aten_flash, mem_efficient, cpu_flash, reference"),
     ("engine.dtype=int8", "engine.dtype=int8 is not known: use bf16, fp16, fp32"),
     ("engine.zero_stage=4", "engine.zero_stage=4 is not known: use 0, 1, 2, 3"),
     ("engine.micro_batch_size=0", "engine.micro_batch_size=0 must be at least 1"),
@@ -87,7 +87,13 @@ MISTAKES = [
     # on 4 ranks
     ("parallelism.ring_degree=3", "parallelism.ring_degree=3 does not divide the 4 ranks: use one of [1, 2, 4] (parallelism.ring_degree=4) or another launch.num_ranks"),
     ("parallelism.data_degree=8", "parallelism.data_degree=8 does not divide the 4 ranks: use one of [1, 2, 4] (parallelism.data_degree=4) or another launch.num_ranks"),
-    ("parallelism.data_degree=1 parallelism.ring_degree=2", "parallelism.data_degree=1 x parallelism.ring_degree=2 is 2 ranks, but there are 4: leave one of them unset, or launch.num_ranks=2"),
+    ("parallelism.data_degree=1 parallelism.ring_degree=2", "parallelism.data_degree=1 x parallelism.ring_degree=2 x parallelism.ulysses_degree=1 is 2 ranks, but there are 4: leave one of them unset, or launch.num_ranks=2"),
+    ("attention=ulysses", "attention=ulysses with parallelism.ulysses_degree=4 does not fit model.num_kv_heads=2: use attention=hybrid parallelism.ulysses_degree=2, or attention=ring, which takes any number of heads"),
+    ("attention=hybrid parallelism.ulysses_degree=4", "attention=hybrid with parallelism.ulysses_degree=4 does not fit model.num_kv_heads=2: use attention=hybrid parallelism.ulysses_degree=2, or attention=ring, which takes any number of heads"),
+    ("parallelism.ulysses_degree=2", "attention=ring has no ulysses ranks, but parallelism.ulysses_degree=2: use attention=hybrid or leave it unset"),
+    ("attention=ulysses parallelism.ring_degree=2", "attention=ulysses has no ring ranks, but parallelism.ring_degree=2: use attention=hybrid or leave it unset"),
+    ("attention=local parallelism.ulysses_degree=2", "attention=local sees only one rank's tokens, but parallelism.ulysses_degree=2: use attention=ulysses or parallelism.ulysses_degree=1"),
+    ("attention=hybrid parallelism.data_degree=4 parallelism.ulysses_degree=2", "parallelism.data_degree=4 x parallelism.ring_degree=1 x parallelism.ulysses_degree=2 is 8 ranks, but there are 4: leave one of them unset, or launch.num_ranks=8"),
     ("attention=local parallelism.ring_degree=2", "attention=local sees only one rank's tokens, but parallelism.ring_degree=2: use attention=ring or parallelism.ring_degree=1"),
 ]  # fmt: skip
 
@@ -100,11 +106,20 @@ def test_a_mistake_says_the_value_the_rule_and_what_to_type(overrides, message):
 @pytest.mark.parametrize(
     ("overrides", "degrees"),
     [
-        ("", (1, 4)),
-        ("parallelism.ring_degree=2", (2, 2)),
-        ("parallelism.data_degree=4", (4, 1)),
-        ("attention=local", (4, 1)),
-        ("parallelism.data_degree=2 parallelism.ring_degree=2", (2, 2)),
+        ("", (1, 4, 1)),
+        ("parallelism.ring_degree=2", (2, 2, 1)),
+        ("parallelism.data_degree=4", (4, 1, 1)),
+        ("attention=local", (4, 1, 1)),
+        ("parallelism.data_degree=2 parallelism.ring_degree=2", (2, 2, 1)),
+        ("attention=all_gather", (1, 4, 1)),
+        ("attention=ulysses model.num_kv_heads=4", (1, 1, 4)),
+        ("attention=ulysses parallelism.ulysses_degree=2", (2, 1, 2)),
+        ("attention=ulysses parallelism.data_degree=2", (2, 1, 2)),
+        ("attention=hybrid", (1, 2, 2)),
+        ("attention=hybrid parallelism.ulysses_degree=1", (1, 4, 1)),
+        ("attention=hybrid parallelism.ring_degree=2", (1, 2, 2)),
+        ("attention=hybrid parallelism.data_degree=2", (2, 1, 2)),
+        ("attention=hybrid model.num_kv_heads=4", (1, 1, 4)),
     ],
 )
 def test_unset_degrees_fill_the_ranks(overrides, degrees):

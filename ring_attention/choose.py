@@ -1,0 +1,106 @@
+"""Which method, and which split of the ranks, should be fastest: arithmetic on one attention forward pass of one rank.
+
+Pure numbers, no measurement: operations over what kernels attain, bytes over link speeds, a latency per message. A
+hop of the ring hides behind the block computed meanwhile, an all-to-all behind nothing.
+
+    block compute, all methods   2 * H * D * L^2 / P operations (causal, counted once)
+    a hop of the ring            2 * K/U * D * L/R numbers, R - 1 times, each beside 1/R of the compute
+    Ulysses' all-to-alls         (2H + 2K) * D * L/P numbers, of which each of U ranks keeps 1/U
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MESSAGE_LATENCY_MS = 0.05  # assumed, of posting, launching and waiting
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Attention of one layer over whole sequences; `attained_tflops` is what a block kernel reaches."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    length: int
+    batch: int
+    bytes_per_number: int
+    attained_tflops: float
+
+
+@dataclass(frozen=True)
+class Links:
+    """Speeds of one rank's link to others, one way."""
+
+    ranks_per_host: int
+    intra_host_gb_per_s: float
+    inter_host_gb_per_s: float
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to spread attention over ring x Ulysses ranks, and what it should cost in a forward pass."""
+
+    ring_degree: int
+    ulysses_degree: int
+    compute_ms: float
+    hop_ms: float
+    all_to_all_ms: float
+    exposed_ms: float
+
+    @property
+    def method(self) -> str:
+        if self.ring_degree == self.ulysses_degree == 1:
+            return "local"
+        if self.ulysses_degree == 1:
+            return "ring"
+        return "ulysses" if self.ring_degree == 1 else "hybrid"
+
+    @property
+    def total_ms(self) -> float:
+        return self.compute_ms + self.exposed_ms
+
+    def __str__(self) -> str:
+        parts = []
+        if self.ring_degree > 1:
+            stage_ms = self.compute_ms / self.ring_degree
+            parts.append(
+                f"{self.ring_degree - 1} hops of {self.hop_ms:.3f} ms, each beside {stage_ms:.3f} ms of compute"
+            )
+        if self.ulysses_degree > 1:
+            parts.append(f"all-to-alls {self.all_to_all_ms:.3f} ms")
+        return (
+            f"{self.method}, ring {self.ring_degree} x ulysses {self.ulysses_degree}: compute {self.compute_ms:.3f} "
+            f"ms, {', '.join(parts) or 'no messages'}; exposed {self.exposed_ms:.3f} ms; total {self.total_ms:.3f} ms"
+        )
+
+
+def rank_methods(workload: Workload, links: Links, num_ranks: int) -> list[Candidate]:
+    """All splits whose Ulysses degree divides the key-value heads, the fastest first; of equals the longer ring."""
+    candidates = [
+        _candidate(workload, links, num_ranks // ulysses_degree, ulysses_degree)
+        for ulysses_degree in range(1, num_ranks + 1)
+        if num_ranks % ulysses_degree == 0 and workload.num_kv_heads % ulysses_degree == 0
+    ]
+    return sorted(candidates, key=lambda candidate: (round(candidate.total_ms, 6), candidate.ulysses_degree))
+
+
+def _candidate(workload: Workload, links: Links, ring_degree: int, ulysses_degree: int) -> Candidate:
+    num_ranks = ring_degree * ulysses_degree
+    size = workload.batch * workload.head_dim * workload.bytes_per_number  # of one token in one head
+    operations = 2 * workload.num_heads * workload.head_dim * workload.length**2 * workload.batch / num_ranks
+    compute_ms = operations / workload.attained_tflops / 1e9
+
+    hop_bytes = 2 * workload.num_kv_heads / ulysses_degree * workload.length / ring_degree * size
+    hop_gb_per_s = links.intra_host_gb_per_s if num_ranks <= links.ranks_per_host else links.inter_host_gb_per_s
+    hop_ms = hop_bytes / hop_gb_per_s / 1e6 + MESSAGE_LATENCY_MS if ring_degree > 1 else 0.0
+    exposed_ms = (ring_degree - 1) * max(MESSAGE_LATENCY_MS, hop_ms - compute_ms / ring_degree)
+
+    all_to_all_ms = 0.0
+    if ulysses_degree > 1:
+        to_each = 2 * (workload.num_heads + workload.num_kv_heads) * workload.length / num_ranks / ulysses_degree * size
+        near = min(ulysses_degree, links.ranks_per_host) - 1
+        far = ulysses_degree - 1 - near
+        seconds = near * to_each / links.intra_host_gb_per_s / 1e9 + far * to_each / links.inter_host_gb_per_s / 1e9
+        all_to_all_ms = 1e3 * seconds + 4 * MESSAGE_LATENCY_MS  # of q, k, v and the output
+    return Candidate(ring_degree, ulysses_degree, compute_ms, hop_ms, all_to_all_ms, exposed_ms + all_to_all_ms)

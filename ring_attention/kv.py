@@ -1,0 +1,71 @@
+"""Keys and values, or their gradients, of some tokens of one rank, as one message.
+
+Shapes: B batch, T tokens, K key-value heads, D head size, E value head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ring_attention.schedule import Spans, num_tokens
+
+
+@dataclass(frozen=True)
+class KeysValues:
+    """k [B, T, K, D] and v [B, T, K, E]; where `message` is set, they are views of that contiguous vector."""
+
+    k_BTKD: Tensor
+    v_BTKE: Tensor
+    message: Tensor | None = None
+
+    @classmethod
+    def of_message(cls, message: Tensor, shapes: Sequence[torch.Size]) -> KeysValues:
+        """What a vector holds, given the shapes of k and v."""
+        k, v = (
+            part.view(shape) for part, shape in zip(message.split([s.numel() for s in shapes]), shapes, strict=True)
+        )
+        return cls(k, v, message)
+
+    @property
+    def shapes(self) -> tuple[torch.Size, torch.Size]:
+        return self.k_BTKD.shape, self.v_BTKE.shape
+
+    def empty(self, tokens: int, dtype: torch.dtype | None = None) -> KeysValues:
+        """Room for `tokens` tokens of the same kind, as a message."""
+        shapes = [torch.Size((shape[0], tokens, *shape[2:])) for shape in self.shapes]
+        return self.of_message(self.k_BTKD.new_empty(sum(shape.numel() for shape in shapes), dtype=dtype), shapes)
+
+    def take(self, held: Spans, wanted: Spans) -> KeysValues:
+        """The `wanted` of the `held` tokens, as a message: itself if it is one and all are wanted, else a copy."""
+        if wanted == held and self.message is not None:
+            return self
+        taken, position = self.empty(num_tokens(wanted)), 0
+        for start, stop in wanted:
+            source, target = offset(held, start), slice(position, position + stop - start)
+            taken.k_BTKD[:, target] = self.k_BTKD[:, source : source + stop - start]
+            taken.v_BTKE[:, target] = self.v_BTKE[:, source : source + stop - start]
+            position += stop - start
+        return taken
+
+    def add_(self, held: Spans, other: KeysValues, others: Spans) -> None:
+        """Add what `other` has for its tokens to the same tokens here, in place."""
+        position = 0
+        for start, stop in others:
+            target, source = offset(held, start), slice(position, position + stop - start)
+            self.k_BTKD[:, target : target + stop - start] += other.k_BTKD[:, source]
+            self.v_BTKE[:, target : target + stop - start] += other.v_BTKE[:, source]
+            position += stop - start
+
+
+def offset(held: Spans, token: int) -> int:
+    """Where `token` stands among the `held` ones."""
+    position = 0
+    for start, stop in held:
+        if start <= token < stop:
+            return position + token - start
+        position += stop - start
+    raise AssertionError(f"token {token} is not among {held}")

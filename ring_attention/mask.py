@@ -1,0 +1,120 @@
+"""Which keys a query may see, by global positions: one band and, within it, documents. Pure integers.
+
+A query at position p sees a key at position k if p - left <= k <= p + right and both lie in one document. Every mask of
+the library is that: causal is right=0, full has neither bound, a sliding window has both.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+Boundaries = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A band around the diagonal, cut into documents.
+
+    Args:
+        left: how many tokens before itself a query sees; None is all of them.
+        right: how many after itself; 0, the default, is causal, None is all of them.
+        documents: what `packed` and `packed_by_ids` set: boundaries 0 = b0 <= b1 <= ... of each row of the batch, or
+            one set for all rows. Tokens behind the last boundary are padding: they see each other, and nobody else
+            does.
+
+    Raises:
+        ValueError: for a negative bound, or boundaries that do not start at 0 or fall.
+    """
+
+    left: int | None = None
+    right: int | None = 0
+    documents: tuple[Boundaries, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("left", "right"):
+            bound = getattr(self, name)
+            if bound is not None and bound < 0:
+                raise ValueError(f"{name}={bound} must be 0 or more tokens, or None for all")
+        if self.documents == ():
+            raise ValueError("documents=() has no row: give boundaries for all rows, or one set per row")
+        for boundaries in self.documents or ():
+            if not boundaries or boundaries[0] != 0:
+                raise ValueError(f"boundaries {boundaries} must start at 0, as cu_seqlens do")
+            for before, after in itertools.pairwise(boundaries):
+                if after < before:
+                    raise ValueError(f"boundaries must not fall, but {after} follows {before}")
+
+    def packed(self, cu_seqlens: Tensor | Sequence[int] | Sequence[Sequence[int]]) -> Mask:
+        """The same band within packed documents.
+
+        Args:
+            cu_seqlens: the documents' cumulative lengths over the WHOLE sequence, not this rank's part: 0, then where
+                each ends (equal neighbours are an empty document); or one such list per row of the batch. A tensor
+                should be on the CPU: reading one from a GPU waits for it.
+        """
+        values = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens
+        rows = values if len(values) and isinstance(values[0], Sequence) else [values]
+        return replace(self, documents=tuple(tuple(int(boundary) for boundary in row) for row in rows))  # pyright: ignore[reportGeneralTypeIssues]
+
+    def packed_by_ids(self, document_ids: Tensor) -> Mask:
+        """The same band within packed documents, given one id per token.
+
+        Args:
+            document_ids: [G] or [B, G] integers over the whole sequence; a document is one run of equal ids.
+
+        Raises:
+            ValueError: if an id comes back after another: its tokens would not see each other.
+        """
+        rows = []
+        for ids in document_ids.reshape(-1, document_ids.shape[-1]).cpu():
+            values, lengths = torch.unique_consecutive(ids, return_counts=True)
+            if len(values) > len(values.unique()):
+                raise ValueError("a document id comes back after another: each document must be one run of tokens")
+            rows.append([0, *lengths.cumsum(0).tolist()])
+        return self.packed(rows)
+
+    @property
+    def is_windowed(self) -> bool:
+        """Whether keys before a query are cut off, which not every kernel can do."""
+        return self.left is not None
+
+    def spans(self, length: int) -> list[list[tuple[int, int]]]:
+        """The documents of each row as [start, stop), empty ones left out, with what lies behind them as one more.
+
+        Raises:
+            ValueError: if documents reach beyond `length`.
+        """
+        rows = []
+        for boundaries in self.documents or ((),):
+            if boundaries and boundaries[-1] > length:
+                raise ValueError(
+                    f"the documents end at {boundaries[-1]}, but the sequence has {length} tokens over all ranks"
+                )
+            ends = [0, *boundaries, length]
+            rows.append([(start, stop) for start, stop in itertools.pairwise(ends) if start < stop])
+        return rows
+
+    def allows(self, query_positions: Tensor, key_positions: Tensor, row: int = 0) -> Tensor:
+        """[S, T] bool: the definition, for tests and for looking at a mask. `row` matters where rows differ."""
+        distance = key_positions[None, :] - query_positions[:, None]
+        allowed = torch.ones_like(distance, dtype=torch.bool)
+        if self.left is not None:
+            allowed &= distance >= -self.left
+        if self.right is not None:
+            allowed &= distance <= self.right
+        if self.documents is not None:
+            ends = torch.tensor(self.documents[row if len(self.documents) > 1 else 0])
+            allowed &= (
+                torch.bucketize(query_positions, ends, right=True)[:, None]
+                == torch.bucketize(key_positions, ends, right=True)[None, :]
+            )
+        return allowed
+
+
+CAUSAL = Mask()
+FULL = Mask(right=None)

@@ -1,0 +1,78 @@
+"""What attention does a module compute? For scripts that hand DistributedAttention their own.
+
+A ring cannot run a module that sees whole sequences, but most of them are plain softmax attention, causal or full. The
+module is run once, on as many made-up tokens as the sequence has (32768 at most), and compared with block kernels.
+What is anything else, such as a sliding window, a bias, dropout or another order of dims, is refused, not
+approximated.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ring_attention.blocks import BlockSpec, choose_block
+from ring_attention.mask import CAUSAL, FULL, Mask
+
+_MAX_TOKENS = 32768
+_TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float32: 1e-3, torch.float64: 1e-6}
+
+
+@dataclass(frozen=True)
+class Recognized:
+    mask: Mask
+    scale: float
+
+
+def recognize(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, batch_dim_idx: int, num_ranks: int
+) -> Recognized:
+    """The mask and the softmax scale of `module`.
+
+    Args:
+        query, key, value: of a call; their shapes, dtype and device are used. The module sees what
+        DistributedAttention would
+            give it: all tokens, and 1 / num_ranks of the heads where they divide.
+
+    Raises:
+        ValueError: if it is neither causal nor full attention at a scale of 1 / sqrt(D).
+    """
+    sequence_dim, divides = 1 - batch_dim_idx, key.shape[2] % num_ranks == 0
+    num_tokens = min(query.shape[sequence_dim] * num_ranks, _MAX_TOKENS)
+    generator = torch.Generator().manual_seed(0)
+    inputs = []
+    for tensor in (query, key, value):
+        shape = list(tensor.shape)
+        shape[sequence_dim], shape[2] = num_tokens, shape[2] // (num_ranks if divides else 1)
+        inputs.append(torch.randn(shape, generator=generator))
+    # loud enough for every query to show whether it sees the first token: a window shows, however wide
+    inputs[2].select(sequence_dim, 0).mul_(num_tokens)
+    q, k, v = (tensor.to(query.device, query.dtype) for tensor in inputs)
+    with torch.no_grad(), torch.random.fork_rng(devices=[query.device] if query.is_cuda else []):
+        got = module(q, k, v)
+    if not isinstance(got, Tensor) or got.shape[:3] != q.shape[:3]:
+        raise ValueError(_refusal(module, f"its output is not shaped like the query, {list(q.shape)}"))
+    if batch_dim_idx == 1:
+        q, k, v, got = (tensor.transpose(0, 1) for tensor in (q, k, v, got))
+    block, scale = choose_block(BlockSpec.of(q, k, v))[0], 1 / math.sqrt(q.shape[-1])
+    errors = {}
+    for name, mask in (("causal", CAUSAL), ("full", FULL)):
+        upper = mask.right if num_tokens > 1 else None
+        with torch.no_grad():
+            expected = block.forward(q, k, v, None, upper, scale)[0].float()
+        row_errors = (got.float() - expected).norm(dim=-1) / expected.norm(dim=-1)
+        if (error := row_errors.max().item()) < _TOLERANCE[query.dtype]:
+            return Recognized(mask, scale)
+        errors[name] = error
+    found = ", ".join(f"{error:.1e} from {name} attention" for name, error in errors.items())
+    raise ValueError(_refusal(module, f"on made-up tokens its worst row is {found}"))
+
+
+def _refusal(module: nn.Module, reason: str) -> str:
+    return (
+        f"local_attention={type(module).__name__} is not recognised: {reason}. Plain softmax attention, causal or "
+        'full, with scale 1 / sqrt(D), without dropout or bias, is; else pass "auto" as local_attention and a mask='
+    )

@@ -1,0 +1,139 @@
+"""One case of sequence attention: every method, layout, mask and shape, on ranks and in an fp64 oracle that sees it
+whole.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ring_attention import (
+    CAUSAL,
+    AllGatherAttention,
+    HybridAttention,
+    Layout,
+    LocalAttention,
+    Mask,
+    RingAttention,
+    UlyssesAttention,
+)
+from tests.measure import relative_error
+
+METHODS = ("ring", "ulysses", "hybrid", "all_gather", "local")
+LIMIT = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+QUANTITIES = ("out", "dq", "dk", "dv")
+
+
+@dataclass(frozen=True)
+class Case:
+    """`num_ranks` = ring x ulysses degree; `padded` names the real tokens in the mask, as full attention needs."""
+
+    method: str = "ring"
+    num_ranks: int = 2
+    ulysses_degree: int = 1
+    layout: str = "zigzag"
+    mask: Mask = CAUSAL
+    length: int = 32
+    batch: int = 2
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 16
+    value_head_dim: int | None = None
+    dtype: torch.dtype = torch.float32
+    block: str = "auto"
+    batch_dim_idx: int = 0
+    contiguous: bool = True
+
+    @property
+    def global_layout(self) -> Layout:
+        return Layout(self.layout, self.num_ranks // self.ulysses_degree, self.length, self.ulysses_degree)
+
+
+def draw(case: Case) -> list[Tensor]:
+    """q, k, v and the output's gradient of whole sequences, [B, L, heads, head size]."""
+    generator = torch.Generator().manual_seed(case.length)
+    value_dim = case.value_head_dim or case.head_dim
+    sizes = [
+        (case.num_heads, case.head_dim),
+        (case.num_kv_heads, case.head_dim),
+        (case.num_kv_heads, value_dim),
+        (case.num_heads, value_dim),
+    ]
+    return [torch.randn(case.batch, case.length, *size, generator=generator).to(case.dtype) for size in sizes]
+
+
+def build(case: Case, group: object) -> nn.Module:
+    options: dict = {"mask": case.mask, "layout": case.layout}
+    if case.method == "hybrid":
+        return HybridAttention(case.block, group, ulysses_degree=case.ulysses_degree, **options)
+    kinds = {
+        "ring": RingAttention,
+        "ulysses": UlyssesAttention,
+        "all_gather": AllGatherAttention,
+        "local": LocalAttention,
+    }
+    return kinds[case.method](case.block, group, **options)
+
+
+def on_rank(case: Case, device: str = "cpu") -> list[Tensor]:
+    """On each rank: its shards of out, dq, dk, dv, as [B, S, heads, head size]."""
+    return attend(case, build(case, _group()), [tensor.to(device) for tensor in draw(case)])
+
+
+def many_on_rank(cases: list[Case], device: str = "cpu") -> list[list[Tensor]]:
+    return [on_rank(case, device) for case in cases]
+
+
+def _group() -> object:
+    import deepspeed.comm as dist
+
+    return dist.get_world_group()
+
+
+def attend(case: Case, attention: nn.Module, whole: list[Tensor]) -> list[Tensor]:
+    """This rank's shards of out, dq, dk, dv for whole q, k, v, dout."""
+    layout = case.global_layout
+    local = [layout.shard(tensor, attention.sequence_rank, dim=1) for tensor in whole]  # pyright: ignore[reportArgumentType]
+    if case.batch_dim_idx == 1:
+        local = [tensor.transpose(0, 1).contiguous() for tensor in local]
+    if not case.contiguous:  # every second number of something twice as wide
+        local = [torch.stack((tensor, tensor), -1)[..., 0] for tensor in local]
+    leaves = [tensor.detach().requires_grad_() for tensor in local[:3]]
+    out = attention(*leaves, case.batch_dim_idx)
+    out.backward(local[3] if case.contiguous else torch.stack((local[3], local[3]), -1)[..., 0])
+    results = [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+    return [(tensor.transpose(0, 1) if case.batch_dim_idx == 1 else tensor).cpu() for tensor in results]
+
+
+def oracle(case: Case) -> list[Tensor]:
+    """out, dq, dk, dv by autograd through a dense softmax in fp64, written without anything of the library but the
+    mask.
+    """
+    q, k, v, dout = (tensor.double() for tensor in draw(case))
+    leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
+    expand = case.num_heads // case.num_kv_heads
+    scores = torch.einsum("bshd,bthd->bhst", q, k.repeat_interleave(expand, 2)) / math.sqrt(case.head_dim)
+    positions = torch.arange(case.length)
+    allowed = torch.stack([case.mask.allows(positions, positions, row) for row in range(case.batch)])
+    probabilities = scores.masked_fill(~allowed[:, None], float("-inf")).softmax(-1)
+    out = torch.einsum("bhst,bthd->bshd", probabilities, v.repeat_interleave(expand, 2))
+    out.backward(dout)
+    return [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+def errors(case: Case, shards: list[list[Tensor]]) -> dict[str, float]:
+    """Relative errors of out, dq, dk, dv, given what each rank returned."""
+    found = {}
+    for name, parts, expected in zip(QUANTITIES, zip(*shards, strict=True), oracle(case), strict=True):
+        assert parts[0].dtype == case.dtype, f"{name} is {parts[0].dtype}"
+        assert all(part.isfinite().all() for part in parts), f"{name} is not finite, padding included"
+        found[name] = relative_error(case.global_layout.unshard(parts, dim=1), expected)
+    return found
+
+
+def check(case: Case, shards: list[list[Tensor]]) -> None:
+    for name, error in errors(case, shards).items():
+        assert error < LIMIT[case.dtype], f"{name} is off by {error:.1e}: {case}"
