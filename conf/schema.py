@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Optional
 
+BLOCKS = ("auto", "cudnn", "aten_flash", "mem_efficient", "cpu_flash", "reference")
 METHODS = ("ring", "ulysses", "hybrid", "all_gather", "local", "auto")
 BYTE_VOCAB_SIZE = 257  # 256 byte values and the document separator
 
@@ -78,9 +79,7 @@ class AttentionConfig:
         _choice("attention.method", self.method, METHODS)
         _choice("attention.layout", self.layout, ("zigzag", "contiguous"))
         _choice("attention.transport", self.transport, ("p2p",))
-        _choice(
-            "attention.block", self.block, ("auto", "cudnn", "aten_flash", "mem_efficient", "cpu_flash", "reference")
-        )
+        _choice("attention.block", self.block, BLOCKS)
         for name in ("intra_host_gb_per_s", "inter_host_gb_per_s"):
             speed = getattr(self, name)
             if speed is not None and not 0 < speed < math.inf:

@@ -1,15 +1,76 @@
-"""How the tests say that two tensors are equal: ||a - b|| / ||b||, absolute where b is about 0."""
+"""How the tests say that two tensors are equal, and what attention should be: a dense softmax in fp64."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+QUANTITIES = ("out", "dq", "dk", "dv")
+# errors relative to the size of the result; LIMIT has room for a handful of roundings
+LIMIT = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
-    """Computed in fp64; infinite if anything is not finite."""
+    """||got - expected|| / ||expected|| in fp64, absolute where expected is 0; infinite if anything is not finite."""
     got, expected = got.detach().cpu().double(), expected.detach().cpu().double()
     difference, size = (got - expected).norm().item(), expected.norm().item()
     if not torch.isfinite(got).all():
         return float("inf")
     return difference / size if size > 1e-12 else difference
+
+
+@dataclass(frozen=True)
+class Expected:
+    """out, dq, dk, dv in fp64, and for each the size of what cancels in it.
+
+    A gradient can be far smaller than its terms: a query with one key has none at all. `rounded` is the size of the
+    terms that a kernel rounds to the tensors' dtype, `summed` of those that it adds up in fp32 (fp64 for fp64).
+    """
+
+    values: list[Tensor]
+    rounded: list[float]
+    summed: list[float]
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, allowed_BST: Tensor, scale: float) -> Expected:
+    """From q [B, S, H, D], k [B, T, K, D], v [B, T, K, E], dout [B, S, H, E] and a mask of 1 or B rows, by hand."""
+    q, k, v, dout = (tensor.detach().double() for tensor in (q, k, v, dout))
+    kv_heads, expand = k.shape[2], q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(expand, 2), v.repeat_interleave(expand, 2)
+    scores = (torch.einsum("bshd,bthd->bhst", q, k) * scale).masked_fill(~allowed_BST[:, None], float("-inf"))
+    p = scores.softmax(-1)
+    out = torch.einsum("bhst,bthd->bshd", p, v)
+
+    def dp_and_delta(v: Tensor, dout: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.einsum("bshd,bthd->bhst", dout, v), (dout * out).sum(-1).transpose(1, 2).unsqueeze(-1)
+
+    def results(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, ds: Tensor) -> list[Tensor]:
+        out = torch.einsum("bhst,bthd->bshd", p, v)
+        dq = torch.einsum("bhst,bthd->bshd", ds, k) * scale
+        dk = torch.einsum("bhst,bshd->bthd", ds, q) * scale
+        dv = torch.einsum("bhst,bshd->bthd", p, dout)
+        return [out, dq, *(gradient.unflatten(2, (kv_heads, expand)).sum(3) for gradient in (dk, dv))]
+
+    dp, delta = dp_and_delta(v, dout, out)
+    values = results(q, k, v, dout, p * (dp - delta))
+    rounded = results(q.abs(), k.abs(), v, dout, p * (dp.abs() + delta.abs()))
+    dp_terms, delta_terms = dp_and_delta(v.abs(), dout.abs(), out.abs())
+    summed = results(q.abs(), k.abs(), v.abs(), dout.abs(), p * (dp_terms + delta_terms))
+    return Expected(values, *([term.norm().item() for term in terms] for terms in (rounded, summed)))
+
+
+def assert_equal_attention(got: Sequence[Tensor], expected: Expected, dtype: torch.dtype, about: object = "") -> None:
+    """out, dq, dk, dv are `expected` to within the rounding of `dtype`."""
+    sum_dtype = torch.promote_types(dtype, torch.float32)
+    for name, tensor, want, rounded, summed in zip(
+        QUANTITIES, got, expected.values, expected.rounded, expected.summed, strict=True
+    ):
+        assert tensor.shape == want.shape, f"{name} has shape {list(tensor.shape)}, not {list(want.shape)}: {about}"
+        assert tensor.isfinite().all(), f"{name} is not finite: {about}"
+        error = (tensor.detach().to(want.device).double() - want).norm().item()
+        allowed = LIMIT[dtype] * want.norm().item() + torch.finfo(dtype).eps * rounded
+        allowed += torch.finfo(sum_dtype).eps * summed
+        assert error <= allowed, f"{name} is off by {error:.1e}, {allowed:.1e} is allowed: {about}"

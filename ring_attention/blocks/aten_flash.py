@@ -24,7 +24,20 @@ class AtenFlashBlock(Block):
         return refuse_value_head_dim(spec)
 
     def tiles(self, rectangle: Rectangle) -> list[Rectangle]:
-        return [rectangle]
+        """FlashAttention-2 takes a right bound of at least the number of keys for none, or none for that number.
+
+        Both are wrong where there are more queries than keys, measured; rows are cut until it makes no difference.
+        """
+        right = None if rectangle.upper is None else rectangle.upper - (rectangle.num_keys - rectangle.num_queries)
+        is_bounded = right is not None and right < rectangle.num_keys
+        if rectangle.is_full or is_bounded or rectangle.num_queries <= rectangle.num_keys:
+            return [rectangle]
+        middle = rectangle.q_start + rectangle.num_keys
+        parts = [
+            rectangle.part(*queries, rectangle.k_start, rectangle.k_stop)
+            for queries in ((rectangle.q_start, middle), (middle, rectangle.q_stop))
+        ]
+        return [tile for part in parts if part is not None for tile in self.tiles(part)]
 
     def forward(
         self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, lower: int | None, upper: int | None, scale: float
@@ -41,7 +54,7 @@ class AtenFlashBlock(Block):
             False,
             False,
             scale=scale,
-            **_window(q_BSHD, k_BTKD, lower, upper),
+            **window(q_BSHD.shape[1], k_BTKD.shape[1], lower, upper),
         )
         return out, lse_BHS
 
@@ -74,16 +87,16 @@ class AtenFlashBlock(Block):
             no_dropout_state,
             no_dropout_state,
             scale=scale,
-            **_window(q_BSHD, k_BTKD, lower, upper),
+            **window(q_BSHD.shape[1], k_BTKD.shape[1], lower, upper),
         )
 
 
-def _window(q_BSHD: Tensor, k_BTKD: Tensor, lower: int | None, upper: int | None) -> dict[str, int]:
+def window(num_queries: int, num_keys: int, lower: int | None, upper: int | None) -> dict[str, int]:
     """The band as FlashAttention counts it, from the diagonal that ends in the last query and key; -1 is no bound.
 
     In a trimmed rectangle both bounds include that diagonal, so they are never negative.
     """
-    diagonal = k_BTKD.shape[1] - q_BSHD.shape[1]
+    diagonal = num_keys - num_queries
     return {
         "window_size_left": -1 if lower is None else diagonal - lower,
         "window_size_right": -1 if upper is None else upper - diagonal,

@@ -14,6 +14,9 @@ from ring_attention.blocks.base import (
     reduce_kv_heads,
     refuse_value_head_dim,
 )
+from ring_attention.blocks.reference import ReferenceBlock
+
+_REFERENCE = ReferenceBlock()
 
 
 class CudnnBlock(Block):
@@ -40,6 +43,8 @@ class CudnnBlock(Block):
     def forward(
         self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, lower: int | None, upper: int | None, scale: float
     ) -> tuple[Tensor, Tensor]:
+        if q_BSHD.shape[1] == k_BTKD.shape[1] == 1:  # cuDNN refuses this one shape
+            return _REFERENCE.forward(q_BSHD, k_BTKD, v_BTKE, lower, upper, scale)
         k, v = (expand_kv_heads(x, q_BSHD.shape[2]).transpose(1, 2) for x in (k_BTKD, v_BTKE))
         out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             q_BSHD.transpose(1, 2), k, v, None, True, 0.0, upper is not None, False, scale=scale
@@ -58,6 +63,8 @@ class CudnnBlock(Block):
         upper: int | None,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if q_BSHD.shape[1] == k_BTKD.shape[1] == 1:
+            return _REFERENCE.backward(dout_BSHE, q_BSHD, k_BTKD, v_BTKE, out_BSHE, lse_BHS, lower, upper, scale)
         num_heads, num_kv_heads = q_BSHD.shape[2], k_BTKD.shape[2]
         k, v = (expand_kv_heads(x, num_heads).transpose(1, 2) for x in (k_BTKD, v_BTKE))
         no_dropout_state = torch.empty((), dtype=torch.int64, device=q_BSHD.device)

@@ -168,8 +168,8 @@ def test_ulysses_takes_uneven_heads_once_deepspeed_knows_its_mpu(pool: WorkerPoo
     assert (
         pool.run(uneven_heads, case, False, num_ranks=2)
         == [
-            "num_kv_heads=3 is not a multiple of ulysses_degree=2, for which DeepSpeed needs an mpu with this group: call "
-            "deepspeed.initialize(mpu=...) before, or use a ulysses_degree of [1, 3]"
+            "num_kv_heads=3 is not a multiple of ulysses_degree=2, for which DeepSpeed needs an mpu with this group: "
+            "call deepspeed.initialize(mpu=...) before, or use a ulysses_degree of [1, 3]"
         ]
         * 2
     )

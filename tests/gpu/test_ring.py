@@ -17,14 +17,14 @@ from tests.pool import RankError, WorkerPool
 pytestmark = pytest.mark.gpu
 
 NUM_RANKS = torch.cuda.device_count()
-LENGTH = 1001
+LENGTH = 301
 MASKS = [
     CAUSAL,
     FULL.packed([0, LENGTH]),
-    Mask(left=100),
-    Mask(left=60, right=40).packed([0, LENGTH]),
-    CAUSAL.packed([0, 300, 301, 301, 700, LENGTH]),
-    Mask(left=90).packed([[0, 500, LENGTH], [0, 20, 990, LENGTH]]),
+    Mask(left=40),
+    Mask(left=30, right=20).packed([0, LENGTH]),
+    CAUSAL.packed([0, 100, 101, 101, 200, LENGTH]),
+    Mask(left=50).packed([[0, 150, LENGTH], [0, 20, 290, LENGTH]]),
 ]
 
 

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ring_attention.band import Rectangle
+from ring_attention.blocks.aten_flash import AtenFlashBlock, window
 from ring_attention.blocks.base import causal_tiles
 from ring_attention.blocks.cpu_flash import CpuFlashBlock
 
@@ -90,3 +91,30 @@ def test_the_cpu_kernel_cuts_a_window_into_short_rows():
     tiles = CpuFlashBlock().tiles(window)
     assert sorted(pair for tile in tiles for pair in pairs(tile)) == sorted(pairs(window))
     assert sum(tile.num_queries * tile.num_keys for tile in tiles) < 3 * window.work
+
+
+def flash_pairs(tile: Rectangle) -> set[tuple[int, int]]:
+    """What FlashAttention-2 computes, given its window: a bound of at least the number of keys becomes none, and no
+    right bound beside a left one becomes the number of keys.
+    """
+    num_queries, num_keys = tile.num_queries, tile.num_keys
+    left, right = window(num_queries, num_keys, tile.lower, tile.upper).values()
+    left, right = (-1 if bound >= num_keys else bound for bound in (left, right))
+    if left >= 0 and right < 0:
+        right = num_keys
+    diagonal = num_keys - num_queries
+    return {
+        (tile.q_start + i, tile.k_start + j)
+        for i in range(num_queries)
+        for j in range(num_keys)
+        if (left < 0 or j >= i + diagonal - left) and (right < 0 or j <= i + diagonal + right)
+    }
+
+
+@given(rectangles())
+@settings(max_examples=1000)
+def test_flash_attention_gets_windows_that_it_reads_right(rectangle: Rectangle):
+    trimmed = rectangle.trimmed()
+    if trimmed is not None:
+        computed = [pair for tile in AtenFlashBlock().tiles(trimmed) for pair in flash_pairs(tile)]
+        assert sorted(computed) == sorted(pairs(trimmed))

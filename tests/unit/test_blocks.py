@@ -12,9 +12,10 @@ from ring_attention.kv import KeysValues
 from ring_attention.merge import merge_
 from ring_attention.ring import RunningAttention, attend_backward
 from ring_attention.schedule import BlockPair
-from tests.measure import relative_error
+from tests.measure import Expected, assert_equal_attention, dense_attention, relative_error
 
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+SCALE = 0.3
 # queries, keys, lower, upper: as trimmed rectangles have them
 BANDS = [
     (9, 9, None, 0),
@@ -38,20 +39,12 @@ def draw(dtype: torch.dtype, num_queries: int, num_keys: int, num_heads: int, nu
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
-def oracle(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lower: int | None, upper: int | None) -> list[Tensor]:
-    """out, dq, dk, dv by autograd through a dense softmax in fp64."""
-    leaves = [tensor.double().detach().requires_grad_() for tensor in (q, k, v)]
-    expand = q.shape[2] // k.shape[2]
-    k_all, v_all = (leaf.repeat_interleave(expand, 2) for leaf in leaves[1:])
-    scores = torch.einsum("bshd,bthd->bhst", leaves[0], k_all) * 0.3
+def oracle(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lower: int | None, upper: int | None) -> Expected:
     distance = torch.arange(k.shape[1], device=q.device) - torch.arange(q.shape[1], device=q.device)[:, None]
-    if lower is not None:
-        scores = scores.masked_fill(distance < lower, float("-inf"))
-    if upper is not None:
-        scores = scores.masked_fill(distance > upper, float("-inf"))
-    out = torch.einsum("bhst,bthd->bshd", scores.softmax(-1), v_all)
-    out.backward(dout.double())
-    return [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+    allowed = torch.ones_like(distance, dtype=torch.bool)
+    allowed = allowed if lower is None else allowed & (distance >= lower)
+    allowed = allowed if upper is None else allowed & (distance <= upper)
+    return dense_attention(q, k, v, dout, allowed[None], SCALE)
 
 
 def computed(
@@ -62,10 +55,10 @@ def computed(
     assert rectangle.trimmed() == rectangle, "the test's band is not trimmed"
     pairs, keys, here = [BlockPair(None, rectangle)], ((0, k.shape[1]),), KeysValues(k, v)
     result = RunningAttention(q, v)
-    result.attend(BLOCKS[name], 0.3, pairs, q, here, keys)
+    result.attend(BLOCKS[name], SCALE, pairs, q, here, keys)
     out = result.out_BSHE.to(q.dtype)
     gradients = [torch.zeros_like(tensor, dtype=result.out_BSHE.dtype) for tensor in (q, k, v)]
-    for _, part, *block in attend_backward(BLOCKS[name], 0.3, pairs, keys, dout, q, here, out, result.lse_BHS):
+    for _, part, *block in attend_backward(BLOCKS[name], SCALE, pairs, keys, dout, q, here, out, result.lse_BHS):
         queries, columns = slice(part.q_start, part.q_stop), slice(part.k_start, part.k_stop)
         for gradient, piece, place in zip(gradients, block, (queries, columns, columns), strict=True):
             gradient[:, place] += piece
@@ -73,23 +66,21 @@ def computed(
 
 
 @pytest.mark.parametrize("name", ["reference", "cpu_flash"])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("num_queries", "num_keys", "lower", "upper"), BANDS)
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (4, 2), (4, 1)])
 def test_a_block_equals_fp64_attention(name, dtype, num_queries, num_keys, lower, upper, num_heads, num_kv_heads):
     q, k, v = draw(dtype, num_queries, num_keys, num_heads, num_kv_heads)
     dout = torch.randn(q.shape, dtype=torch.float64).to(dtype)
     got = computed(name, q, k, v, dout, lower, upper)
-    for tensor, expected in zip(got, oracle(q, k, v, dout, lower, upper), strict=True):
-        assert tensor.shape == expected.shape
-        assert relative_error(tensor, expected) < TOLERANCE[dtype]
+    assert_equal_attention(got, oracle(q, k, v, dout, lower, upper), dtype)
 
 
 @pytest.mark.parametrize("name", ["reference", "cpu_flash"])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_log_sum_exp_is_in_fp32_at_least(name, dtype):
     q, k, v = draw(dtype, 5, 7, 4, 2)
-    out, lse = BLOCKS[name].forward(q, k, v, None, None, 0.3)
+    out, lse = BLOCKS[name].forward(q, k, v, None, None, SCALE)
     assert (out.shape, lse.shape) == (q.shape, (2, 4, 5))
     assert lse.dtype == torch.promote_types(dtype, torch.float32)
 
@@ -97,9 +88,9 @@ def test_the_log_sum_exp_is_in_fp32_at_least(name, dtype):
 def test_merging_two_halves_equals_the_whole():
     q, k, v = draw(torch.float64, 6, 10, 4, 2)
     block = BLOCKS["reference"]
-    whole_out, whole_lse = block.forward(q, k, v, None, None, 0.3)
-    out, lse = block.forward(q, k[:, :3], v[:, :3], None, None, 0.3)
-    merge_(out, lse, *block.forward(q, k[:, 3:], v[:, 3:], None, None, 0.3))
+    whole_out, whole_lse = block.forward(q, k, v, None, None, SCALE)
+    out, lse = block.forward(q, k[:, :3], v[:, :3], None, None, SCALE)
+    merge_(out, lse, *block.forward(q, k[:, 3:], v[:, 3:], None, None, SCALE))
     assert relative_error(out, whole_out) < 1e-14
     assert relative_error(lse, whole_lse) < 1e-14
 

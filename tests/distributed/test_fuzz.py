@@ -1,0 +1,10 @@
+"""A few of the random cases; `python -m tests.fuzz` runs a thousand."""
+
+from tests.fuzz import fuzz
+from tests.pool import WorkerPool
+
+
+def test_random_cases_equal_whole_attention(pool: WorkerPool):
+    passed = []
+    fuzz(pool, num_cases=60, most_ranks=4, seed=1, done=passed.append)
+    assert len(passed) >= 60
