@@ -1,0 +1,213 @@
+"""The modules within what people put around them: checkpointing, compilers, no_grad, other groups, Ulysses scripts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from conf.schema import ModelConfig
+from recipes.transformer import Layer, rotary_cos_sin
+from ring_attention import (
+    CAUSAL,
+    FULL,
+    AllGatherAttention,
+    HybridAttention,
+    LocalAttention,
+    Mask,
+    RingAttention,
+    SequenceAttention,
+    UlyssesAttention,
+)
+from tests.cases import Case, attend, check, draw
+from tests.measure import relative_error
+from tests.pool import WorkerPool, parallel_groups
+
+LENGTH, NUM_RANKS = 64, 2
+MODEL = ModelConfig(hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, mlp_size=96)
+
+
+def world() -> Any:
+    import deepspeed.comm as dist
+
+    return dist.get_world_group()
+
+
+def layer_and_input(kind: Any) -> tuple[Layer, SequenceAttention, tuple]:
+    attention = kind("auto", world())
+    torch.manual_seed(0)
+    layer = Layer(MODEL, attention)
+    positions = attention.layout(LENGTH).positions(attention.sequence_rank).unsqueeze(0)
+    x = attention.layout(LENGTH).shard(torch.randn(2, LENGTH, 64), attention.sequence_rank, dim=1)
+    return layer, attention, (x, *rotary_cos_sin(positions, 16, 10000.0))
+
+
+def gradients(layer: nn.Module, call: Any, arguments: tuple) -> list[Tensor]:
+    layer.zero_grad()
+    x = arguments[0].clone().requires_grad_()
+    out = call(x, *arguments[1:])
+    out.square().sum().backward()
+    leaves = [x, *layer.parameters()]
+    return [out.detach(), *(leaf.grad.clone() for leaf in leaves if leaf.grad is not None)]
+
+
+def checkpointed(kind: type[SequenceAttention], use_reentrant: bool) -> bool:
+    layer, _, arguments = layer_and_input(kind)
+    plain = gradients(layer, layer, arguments)
+    again = gradients(layer, lambda *args: checkpoint(layer, *args, use_reentrant=use_reentrant), arguments)
+    return all(torch.equal(*pair) for pair in zip(plain, again, strict=True))
+
+
+@pytest.mark.parametrize("kind", [RingAttention, UlyssesAttention, AllGatherAttention])
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_activation_checkpointing_changes_no_bit(pool: WorkerPool, kind, use_reentrant: bool):
+    assert pool.run(checkpointed, kind, use_reentrant, num_ranks=NUM_RANKS) == [True] * NUM_RANKS
+
+
+def compiled(kind: type[SequenceAttention]) -> tuple[float, int, int]:
+    """Worst difference to the plain layer, graphs after the first pass, graphs after passes with other masks."""
+    from torch._dynamo.utils import counters
+
+    layer, attention, arguments = layer_and_input(kind)
+    plain = gradients(layer, layer, arguments)
+    torch._dynamo.reset()
+    counters.clear()
+    compiled_layer = torch.compile(layer, backend="aot_eager")
+    again = gradients(layer, compiled_layer, arguments)
+    graphs = counters["stats"]["unique_graphs"]
+    for mask in (FULL, Mask(left=3), CAUSAL.packed([0, 20, LENGTH])):
+        attention._mask = mask
+        gradients(layer, compiled_layer, arguments)
+    worst = max(relative_error(*pair) for pair in zip(again, plain, strict=True))
+    return worst, graphs, counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("kind", [RingAttention, UlyssesAttention])
+def test_a_compiled_block_breaks_around_the_attention_and_never_recompiles(pool: WorkerPool, kind):
+    for worst, graphs, graphs_later in pool.run(compiled, kind, num_ranks=NUM_RANKS):
+        assert worst < 1e-6
+        assert graphs > 0
+        assert graphs_later == graphs
+
+
+def without_gradients(kind: type[SequenceAttention]) -> tuple[float, bool]:
+    layer, _, arguments = layer_and_input(kind)
+    plain = gradients(layer, layer, arguments)[0]
+    with torch.no_grad():
+        out = layer(*arguments)
+    return relative_error(out, plain), out.requires_grad
+
+
+@pytest.mark.parametrize("kind", [RingAttention, UlyssesAttention, AllGatherAttention])
+def test_no_grad(pool: WorkerPool, kind):
+    assert pool.run(without_gradients, kind, num_ranks=NUM_RANKS) == [(0.0, False)] * NUM_RANKS
+
+
+def several_at_once() -> list[list[Tensor]]:
+    """On 4 ranks: rings of 4 and of 2, a hybrid and a Ulysses of 2, whose forward and backward passes interleave."""
+    pairs = parallel_groups(data_degree=2, sequence_degree=2).get_sequence_parallel_group()
+    modules = [
+        RingAttention("auto", world(), layout="zigzag"),
+        RingAttention("reference", pairs),
+        HybridAttention("auto", world(), ulysses_degree=2, layout="zigzag"),
+        UlyssesAttention("auto", pairs),
+    ]
+    leaves, outs, douts = [], [], []
+    for case, module in zip(SEVERAL, modules, strict=True):
+        local = [module.layout(case.length).shard(x, module.sequence_rank, dim=1) for x in draw(case)]
+        leaves.append([x.requires_grad_() for x in local[:3]])
+        douts.append(local[3])
+        outs.append(module(*leaves[-1], 0))
+    for out, dout in zip(outs, douts, strict=True):
+        out.backward(dout)
+    return [[out.detach(), *(x.grad for x in mine)] for out, mine in zip(outs, leaves, strict=True)]
+
+
+SEVERAL = [
+    Case("ring", 4, 1, "zigzag", length=40),
+    Case("ring", 2, 1, "contiguous", length=22, num_heads=6, num_kv_heads=3),
+    Case("hybrid", 4, 2, "zigzag", length=48),
+    Case("ulysses", 2, 2, "contiguous", length=26),
+]
+
+
+def test_several_models_and_groups_in_one_process(pool: WorkerPool):
+    ranks = pool.run(several_at_once, num_ranks=4)
+    for index, case in enumerate(SEVERAL):
+        shards = [rank[index] for rank in ranks]
+        check(case, shards[: case.num_ranks])
+        check(case, shards[-case.num_ranks :])
+
+
+SCRIPT = Path(__file__).with_name("ulysses_script.py").read_text()
+OURS = ("RingAttention", "UlyssesAttention", "AllGatherAttention")
+
+
+def train_by_script(class_name: str) -> list[Tensor]:
+    text = SCRIPT
+    if class_name in OURS:
+        text = SCRIPT.replace("from deepspeed.sequence.layer import", "from ring_attention import")
+        text = text.replace("DistributedAttention", class_name)
+    namespace: dict[str, Any] = {"__name__": "script"}
+    exec(compile(text, "ulysses_script.py", "exec"), namespace)
+    return namespace["train"]()
+
+
+@pytest.mark.parametrize("class_name", OURS)
+def test_a_ulysses_script_changes_its_import_and_class_name_only(pool: WorkerPool, class_name: str):
+    theirs = pool.run(train_by_script, "DistributedAttention", num_ranks=NUM_RANKS)
+    ours = pool.run(train_by_script, class_name, num_ranks=NUM_RANKS)
+    for their_tensors, our_tensors in zip(theirs, ours, strict=True):
+        for their_tensor, our_tensor in zip(their_tensors, our_tensors, strict=True):
+            assert relative_error(our_tensor, their_tensor) < 5e-6
+
+
+class Local(nn.Module):
+    """What people give DistributedAttention; options make it something that a ring must not run."""
+
+    def __init__(
+        self, causal: bool = True, window: int | None = None, dropout: float = 0.0, scale: float | None = None
+    ):
+        super().__init__()
+        self.options, self.window = {"dropout_p": dropout, "scale": scale}, window
+        self.causal = causal
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        positions = torch.arange(query.shape[2])
+        mask = Mask(self.window, 0 if self.causal else None).allows(positions, positions)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True, **self.options)
+        return out.transpose(1, 2)
+
+
+@pytest.mark.parametrize(("causal", "mask"), [(True, CAUSAL), (False, FULL)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_plain_local_attention_is_recognised(causal: bool, mask: Mask, dtype: torch.dtype):
+    case = Case("local", 1, 1, "contiguous", mask, dtype=dtype)
+    check(case, [attend(case, LocalAttention(Local(causal)), draw(case))])
+
+
+class Transposed(nn.Module):
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return query.transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (Local(window=200), "on made-up tokens its worst row is"),  # of 256: all but the last rows see everything
+        (Local(dropout=0.5), "on made-up tokens its worst row is"),
+        (Local(scale=0.1), "on made-up tokens its worst row is"),
+        (Transposed(), "its output is not shaped like the query"),
+    ],
+    ids=["window", "dropout", "scale", "shape"],
+)
+def test_any_other_is_refused(module: nn.Module, reason: str):
+    q = torch.randn(1, 256, 2, 16)
+    with pytest.raises(ValueError, match=f"local_attention={type(module).__name__} is not recognised: {reason}"):
+        LocalAttention(module)(q, q, q, 0)
