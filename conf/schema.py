@@ -238,6 +238,13 @@ class Config:
         _at_least("num_steps", self.num_steps, 1)
         if self.profile and self.num_steps < 4:
             raise ConfigError(f"profile=true records steps 3 and 4, but num_steps={self.num_steps}: use num_steps=4")
+        for name in ("ring_degree", "ulysses_degree"):
+            degree = getattr(self.parallelism, name)
+            if self.attention.method == "auto" and degree is not None:
+                raise ConfigError(
+                    f"attention=auto chooses by itself, but parallelism.{name}={degree}: leave it unset, or use "
+                    "attention=hybrid"
+                )
         if self.model.vocab_size < BYTE_VOCAB_SIZE:
             raise ConfigError(
                 f"model.vocab_size={self.model.vocab_size} cannot hold byte tokens: use at least {BYTE_VOCAB_SIZE}"
@@ -260,14 +267,20 @@ class Degrees(NamedTuple):
 def resolve_degrees(config: Config, num_ranks: int, ranks_per_host: int | None = None) -> Degrees:
     """The grid of `num_ranks`: what is unset fills the ranks, those that share a sequence first.
 
-    A hybrid's Ulysses degree, if unset, is the largest that the key-value heads and a host's ranks allow. The method
-    must not be auto: see `recipes.plan`.
+    A hybrid's Ulysses degree, if unset, is the largest that the key-value heads and a host's ranks allow. For auto, of
+    which `recipes.plan` makes another method, the ring takes all.
 
     Raises:
         ConfigError: if the degrees contradict each other, the ranks, the heads or the attention method.
     """
     method, given, heads = config.attention.method, config.parallelism, config.model.num_kv_heads
-    fixed = {"ring": ("ulysses",), "all_gather": ("ulysses",), "ulysses": ("ring",), "local": ("ring", "ulysses")}
+    fixed = {
+        "ring": ("ulysses",),
+        "all_gather": ("ulysses",),
+        "auto": ("ulysses",),
+        "ulysses": ("ring",),
+        "local": ("ring", "ulysses"),
+    }
     degrees: dict[str, int | None] = {}
     for name in Degrees._fields:
         degree = getattr(given, f"{name}_degree")
@@ -284,7 +297,7 @@ def resolve_degrees(config: Config, num_ranks: int, ranks_per_host: int | None =
         degrees[name] = degree
     data, ring, ulysses = degrees["data"], degrees["ring"], degrees["ulysses"]
     if ulysses is None:
-        share = num_ranks // (data or 1) // (ring or 1)
+        share = max(1, num_ranks // (data or 1) // (ring or 1))
         per_host = math.gcd(share, ranks_per_host or share)
         ulysses = share
         if method == "hybrid" and ring is None:

@@ -13,13 +13,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from ring_attention import CAUSAL, FULL, Layout, Mask
+from ring_attention.schedule import imbalance, ring_schedule, tokens_sent, work_per_rank
+
 DOCS = Path(__file__).parent
 RESULTS = DOCS / "results"
 
 
 def parity_table(name: str) -> str:
     """Worst over accumulation 1 and 2, L = 32 and 29, of what the gate compares."""
-    cells = json.loads((RESULTS / name).read_text())["cells"]
+    cells = [cell for cell in json.loads((RESULTS / name).read_text())["cells"] if cell["method"] == "ring"]
     lines = [
         "| ring x data | "
         + " | ".join(f"{dtype} ZeRO {stage}" for dtype in ("fp32", "bf16") for stage in range(4))
@@ -45,6 +48,24 @@ def parity_table(name: str) -> str:
     failed = sum(not cell["passes"] for cell in cells)
     lines.append(f"\n{len(cells)} cells, {failed} failed. fp32: worst relative error against fp64 (limit 1e-5). ")
     lines[-1] += "bf16: worst error over that of bf16 in one process (limit 1.5)."
+    return "\n".join(lines)
+
+
+def methods_table(name: str) -> str:
+    """The other methods: worst over ZeRO stages, and accumulation 1 at L = 29 and 2 at L = 32."""
+    cells = [cell for cell in json.loads((RESULTS / name).read_text())["cells"] if cell["method"] != "ring"]
+    lines = [
+        "| method | ring x ulysses | fp32, worst relative error | bf16, worst ratio | cells, failed |",
+        "|---" * 5 + "|",
+    ]
+    grids = dict.fromkeys((cell["method"], cell["ring_degree"], cell["ulysses_degree"]) for cell in cells)
+    for method, ring, ulysses in grids:
+        here = [c for c in cells if (c["method"], c["ring_degree"], c["ulysses_degree"]) == (method, ring, ulysses)]
+        keys = ("loss", "grad_norm", "gradient", "parameter")
+        fp32 = max(cell[key] for cell in here if cell["dtype"] == "fp32" for key in keys)
+        bf16 = max(cell["half_ratio"] for cell in here if cell["dtype"] == "bf16")
+        failed = sum(not cell["passes"] for cell in here)
+        lines.append(f"| {method} | {ring} x {ulysses} | {fp32:.1e} | {bf16:.2f} | {len(here)}, {failed} |")
     return "\n".join(lines)
 
 
@@ -75,10 +96,78 @@ def main_job_table() -> str:
     return "\n".join(lines + [f"| {row['what']} | {row['goal']} | {row['measured']} |" for row in rows])
 
 
+def sparsity_table() -> str:
+    """What 8 ranks compute and move; pure arithmetic of the schedule, checked against the exchange by the tests."""
+    length, degree, bytes_per_token = 65536, 8, 2 * 8 * 128 * 2  # K and V of 8 heads x 128 in bf16
+    documents = list(range(0, length + 1, 2048))
+    masks = {
+        "causal": CAUSAL,
+        "full": FULL,
+        "window of 4096": Mask(left=4095),
+        "window of 256": Mask(left=255),
+        "32 documents of 2048": CAUSAL.packed(documents),
+        "window of 256 in those": Mask(left=255).packed(documents),
+    }
+    lines = [
+        "| mask | layout | query-key pairs, of causal | blocks per rank | imbalance "
+        "| K,V sent forward, MiB per rank: mean, max | dK,dV sent backward, MiB |",
+        "|---" * 7 + "|",
+    ]
+    all_pairs = length * (length + 1) // 2
+    for label, mask in masks.items():
+        for name in ("zigzag", "contiguous"):
+            layout = Layout(name, degree, length)
+            schedules = [ring_schedule(layout, mask, rank) for rank in range(degree)]
+            blocks = [sum(len(stage.pairs) for stage in stages) for stages in schedules]
+            sent = [tokens_sent(layout, mask, rank) for rank in range(degree)]
+            keys, gradients = ([tokens[index] for tokens in sent] for index in (0, 1))
+            pairs = sum(map(sum, work_per_rank(layout, mask))) / all_pairs
+            mib = bytes_per_token / 2**20
+            lines.append(
+                f"| {label} | {name} | {100 * pairs:.1f} % | {min(blocks)} to {max(blocks)} "
+                f"| {imbalance(layout, mask):.2f} | {sum(keys) / degree * mib:.1f}, {max(keys) * mib:.1f} "
+                f"| {2 * sum(gradients) / degree * mib:.1f}, {2 * max(gradients) * mib:.1f} |"
+            )
+    return "\n".join(lines)
+
+
+def precision_table(name: str) -> str:
+    curve = json.loads((RESULTS / name).read_text())
+    quantities = list(dict.fromkeys(row["quantity"] for row in curve["rows"]))
+    lines = ["| ring degree | " + " | ".join(quantities) + " |", "|---" * (1 + len(quantities)) + "|"]
+    for degree in dict.fromkeys(row["ring_degree"] for row in curve["rows"]):
+        cells = [
+            f"{row['error']:.2e} ({row['min']:.2e} - {row['max']:.2e}), {row['ratio']:.2f}x"
+            for row in curve["rows"]
+            if row["ring_degree"] == degree
+        ]
+        lines.append(f"| {degree} | " + " | ".join(cells) + " |")
+    lines.append(f"\n{curve['device']}, torch {curve['torch']}, L = {curve['length']:,}, {curve['seeds']} seeds.")
+    return "\n".join(lines)
+
+
+def fuzz_table() -> str:
+    summary = json.loads((RESULTS / "fuzz_cpu.json").read_text())
+    lines = [
+        f"{summary['cases']:,} cases, {summary['failed']} failed, {summary['seconds']} s (seed {summary['seed']}).",
+        "",
+    ]
+    lines += ["| drawn | how often |", "|---|---|"]
+    for name, counts in summary["seen"].items():
+        lines.append(f"| {name} | " + ", ".join(f"{key} {count}" for key, count in sorted(counts.items())) + " |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "main job": main_job_table,
     "parity cpu": lambda: parity_table("parity_cpu.json"),
     "parity gpu": lambda: parity_table("parity_2xH200.json"),
+    "parity methods cpu": lambda: methods_table("parity_cpu.json"),
+    "parity methods gpu": lambda: methods_table("parity_2xH200.json"),
+    "sparsity": sparsity_table,
+    "precision cpu": lambda: precision_table("precision_cpu.json"),
+    "precision gpu": lambda: precision_table("precision_H200.json"),
+    "fuzz": fuzz_table,
     "llama 1b": lambda: throughput_table(
         {"L = 32,768": "llama_1b_32768_2xH200.jsonl", "L = 65,536": "llama_1b_65536_2xH200.jsonl"}
     ),

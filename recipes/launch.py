@@ -65,8 +65,7 @@ def count_ranks(config: Config) -> int:
             f"launch.num_ranks={num_ranks} is more than the GPUs here: use launch.num_ranks={num_gpus} or fewer, "
             "or set CUDA_VISIBLE_DEVICES= (empty) to run on the CPU"
         )
-    if config.attention.method != "auto":
-        resolve_degrees(config, num_ranks)
+    resolve_degrees(config, num_ranks)
     if not num_gpus or config.attention.block != "auto":  # the automatic choice cannot fail, and this takes GPU memory
         make_plan(config, num_ranks)
     return num_ranks
@@ -179,7 +178,15 @@ def _explain_failure(exit_codes: list[int], first_seen: int, received: list[_Out
         rank, what = failed[0].rank, f"failed:\n{failed[0].error.rstrip()}"
     else:
         rank, what = first_seen, f"exited with code {exit_codes[first_seen]}"
-    return f"rank {rank} {what}\nthe other ranks were ended; its log: {run_dir / 'logs' / f'rank_{rank}.log'}"
+    overdue = "".join(f"\n{line}" for line in _overdue_hops(run_dir)) if ended else ""
+    return f"rank {rank} {what}{overdue}\nthe other ranks were ended; its log: {run_dir / 'logs' / f'rank_{rank}.log'}"
+
+
+def _overdue_hops(run_dir: Path) -> list[str]:
+    """What ranks on NCCL said before its watchdog, which knows nothing of rings, ended them."""
+    logs = sorted((run_dir / "logs").glob("rank_*.log"))
+    lines = [line for log in logs for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+    return [line for line in lines if line.startswith("HopError: ")]
 
 
 def _end(processes: list[BaseProcess]) -> None:
@@ -201,8 +208,7 @@ def join(compose: Callable[[], tuple[Config, Path]]) -> float | None:
     """
     config, run_dir = compose()
     num_ranks = int(os.environ["WORLD_SIZE"])
-    if config.attention.method != "auto":
-        resolve_degrees(config, num_ranks)
+    resolve_degrees(config, num_ranks)
     if config.explain:
         if os.environ["RANK"] == "0":
             print(*make_plan(config, num_ranks).explanation(run_dir), sep="\n")
@@ -239,7 +245,12 @@ def _run_rank(config: Config, run_dir: Path, init_method: str | None) -> float:
     config, run_dir = shared
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     with _output_to(run_dir / "logs" / f"rank_{rank}.log") as console:
-        plan = make_plan(config, num_ranks)
+        # rank 0's, for all: hosts may have unequal numbers of GPUs, or kinds
+        plans = [make_plan(config, num_ranks) if rank == 0 else None]
+        dist.broadcast_object_list(plans, src=0)
+        plan = plans[0]
+        assert plan is not None
+        config = plan.config
         # what was left open is recorded as it came out
         for name, degree in plan.degrees._asdict().items():
             setattr(config.parallelism, f"{name}_degree", degree)

@@ -6,12 +6,12 @@ Needs the configuration and the hardware, no process group and no model: the lau
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from conf.schema import AttentionConfig, Config, ConfigError, Degrees, ModelConfig, resolve_degrees
+from conf.schema import Config, ConfigError, Degrees, ModelConfig, resolve_degrees
 from recipes.metrics import peak_tflops
 from ring_attention.blocks import BlockSpec, choose_block
 from ring_attention.choose import MESSAGE_LATENCY_MS, Candidate, Links, Workload, rank_methods
@@ -47,15 +47,7 @@ class Plan:
         config = self.config
         if config.attention.method != "auto":
             return []
-        for name in ("ring_degree", "ulysses_degree"):
-            if getattr(config.parallelism, name) is not None:
-                raise ConfigError(
-                    f"attention=auto chooses parallelism.{name}={getattr(config.parallelism, name)} itself: leave it "
-                    "unset, or use attention=hybrid"
-                )
-        data_degree = config.parallelism.data_degree or 1
-        if self.num_ranks % data_degree:
-            resolve_degrees(replace(config, attention=AttentionConfig()), self.num_ranks)  # says what is legal
+        data_degree = resolve_degrees(config, self.num_ranks).data
         return rank_methods(self.workload, self.links, self.num_ranks // data_degree)
 
     @property
@@ -72,6 +64,7 @@ class Plan:
             DTYPES[engine.dtype].itemsize,
             # cuDNN reaches 0.6 of an H100's peak; assumed for what was not measured
             0.6 * peak if peak else {"cpu": 0.02}.get(self.device_type, 200.0),
+            self.config.attention.layout,
         )
 
     @property

@@ -24,9 +24,9 @@ from ring_attention import (
     HybridAttention,
     LocalAttention,
     RingAttention,
-    SequenceAttention,
     UlyssesAttention,
 )
+from ring_attention.attention import SequenceAttention
 from ring_attention.groups import ParallelGroups
 
 

@@ -9,7 +9,6 @@ from ring_attention.attention import (
     HybridAttention,
     LocalAttention,
     RingAttention,
-    SequenceAttention,
     UlyssesAttention,
 )
 from ring_attention.layout import Layout
@@ -24,6 +23,5 @@ __all__ = [
     "LocalAttention",
     "Mask",
     "RingAttention",
-    "SequenceAttention",
     "UlyssesAttention",
 ]

@@ -26,7 +26,7 @@ from ring_attention.exchange import P2PExchange, make_exchange, rank_and_size, s
 from ring_attention.gather import GatherFunction, Gathering
 from ring_attention.layout import Layout
 from ring_attention.mask import CAUSAL, Mask
-from ring_attention.recognize import Recognized, recognize
+from ring_attention.recognize import Recognized
 from ring_attention.ring import Ring, RingFunction
 from ring_attention.schedule import ring_schedule
 from ring_attention.topology import hybrid_split, ring_order
@@ -48,8 +48,8 @@ class SequenceAttention(nn.Module):
         ulysses_rank: int = 0,
     ) -> None:
         super().__init__()
-        self._local_attention = (local_attention,)  # in a tuple, for it is no submodule: its parameters take no part
-        self._recognized: Recognized | None = None
+        self.local_attn = local_attention  # named as in DistributedAttention
+        self._recognized = Recognized()
         self._mask, self._layout_name, self._exchange = mask, layout, exchange
         self.ring_degree, ring_rank = (exchange.ring_degree, exchange.ring_rank) if exchange else (1, 0)
         self.ulysses_degree = ulysses_degree
@@ -74,13 +74,15 @@ class SequenceAttention(nn.Module):
         softmax_scale: float | None = None,
         dropout_p: float = 0.0,
     ) -> Tensor:
-        """Attention of this rank's queries over the whole sequence. Every rank of the group must call it.
+        """Attention of this rank's queries over the whole sequence. Every rank of the group must call it, with one
+        mask.
 
         Args:
             query: [B, S, H, D] for batch_dim_idx 0, [S, B, H, D] for 1; S local tokens, the same on all ranks.
             key: the same with K heads, H a multiple of K.
             value: as key; its head size may be its own where a kernel has that.
-            mask: over the whole sequence, padding included; None is the constructor's.
+            mask: over the whole sequence, padding included; None is the constructor's, or what a module was recognised
+                to compute.
             softmax_scale: None is 1 / sqrt(D).
 
         Returns:
@@ -119,29 +121,30 @@ class SequenceAttention(nn.Module):
         _check_tensors(query, key, value, batch_dim_idx)
         # kernels read heads as runs of numbers; measured, the CPU's flash kernel gives wrong results otherwise
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-        own_mask, own_scale = self._mask, 1 / math.sqrt(query.shape[-1])
-        if isinstance(self._local_attention[0], nn.Module):
-            if self._recognized is None:
+        if mask is None:
+            mask = self._mask
+            if isinstance(self.local_attn, nn.Module):
                 num_ranks = self.ring_degree * self.ulysses_degree
-                self._recognized = recognize(self._local_attention[0], query, key, value, batch_dim_idx, num_ranks)
-            own_mask, own_scale = self._recognized.mask, self._recognized.scale
-        mask = own_mask if mask is None else mask
+                mask = self._recognized.mask_of(self.local_attn, query, key, value, batch_dim_idx, num_ranks)
+        if softmax_scale is None:
+            softmax_scale = 1 / math.sqrt(query.shape[-1])
+        if not 0 < softmax_scale < math.inf:
+            raise ValueError(f"softmax_scale={softmax_scale} must be above 0, and finite: kernels mask by -inf * scale")
         if mask.documents is not None and len(mask.documents) not in (1, query.shape[batch_dim_idx]):
             raise ValueError(
                 f"the mask has documents for {len(mask.documents)} rows, the batch has {query.shape[batch_dim_idx]}: "
                 "give one set of boundaries for all rows, or one per row"
             )
-        return self._attend(
-            query, key, value, batch_dim_idx, mask, own_scale if softmax_scale is None else softmax_scale
-        )
+        with torch.autocast(query.device.type, enabled=False):  # what tensors are in is what is computed in
+            return self._attend(query, key, value, batch_dim_idx, mask, softmax_scale)
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, batch_dim_idx: int, mask: Mask, scale: float
     ) -> Tensor:
         """Over the ring that this rank is on; one of one rank without an exchange."""
         q_BSHD, k_BSKD, v_BSKE = _batch_first((query, key, value), batch_dim_idx)
-        layout = self._layout_of(q_BSHD.shape[1])
-        ring_rank = 0
+        layout, ring_rank = self._layout_of(q_BSHD.shape[1]), 0
+        mask = mask.within(layout.padded_length)
         if self._exchange is not None:
             self._exchange.connect(q_BSHD)
             ring_rank = self._exchange.ring_rank
@@ -151,11 +154,9 @@ class SequenceAttention(nn.Module):
         return out
 
     def _block(self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKE: Tensor, mask: Mask) -> Block:
-        given = self._local_attention[0]
-        if isinstance(given, Block):
-            return given
-        name = given if isinstance(given, str) else "auto"
-        return choose_block(BlockSpec.of(q_BSHD, k_BSKD, v_BSKE, mask.is_windowed), name)[0]
+        given = self.local_attn
+        spec = BlockSpec.of(q_BSHD, k_BSKD, v_BSKE, mask.is_windowed)
+        return choose_block(spec, given if isinstance(given, (Block, str)) else "auto")[0]
 
     def _layout_of(self, ring_length: int) -> Layout:
         """The ring's layout, given how many tokens each of its ranks holds."""
@@ -211,7 +212,8 @@ class HybridAttention(SequenceAttention):
         ulysses_degree: ranks within Ulysses; a divisor of the group's ranks and of the key-value heads.
 
     sp_stream and num_kv_heads go to DistributedAttention; scatter_idx and gather_idx follow from batch_dim_idx. Every
-    rank of the group must construct it: it builds the two groups that this rank is in.
+    rank of the group must construct it, for it builds the two groups that this rank is in; on NCCL every rank of the
+    world, each on its own group.
 
     Raises:
         ValueError: as `RingAttention`, and for a degree that does not divide the ranks or, in forward, the heads.
@@ -342,8 +344,10 @@ class AllGatherAttention(SequenceAttention):
     ) -> Tensor:
         assert self._exchange is not None
         q_BSHD, k_BSKD, v_BSKE = _batch_first((query, key, value), batch_dim_idx)
+        layout = self._layout_of(q_BSHD.shape[1])
+        mask = mask.within(layout.padded_length)
         block = self._block(q_BSHD, k_BSKD, v_BSKE, mask)
-        gathering = Gathering(self._layout_of(q_BSHD.shape[1]), mask, self._exchange, block, scale)
+        gathering = Gathering(layout, mask, self._exchange, block, scale)
         (out,) = _batch_first((GatherFunction.apply(q_BSHD, k_BSKD, v_BSKE, gathering),), batch_dim_idx)
         return out
 
@@ -358,6 +362,10 @@ class LocalAttention(SequenceAttention):
         self,
         local_attention: Block | str | nn.Module,
         sequence_process_group: Any = None,
+        scatter_idx: int = 2,
+        gather_idx: int = 0,
+        sp_stream: Any = None,
+        num_kv_heads: int | None = None,
         *,
         mask: Mask = CAUSAL,
         layout: str = "contiguous",
@@ -390,6 +398,8 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, batch_dim_idx: int
                 f"{name} has shape {list(tensor.shape)}, query {list(query.shape)}: the first two dims must be equal"
             )
     num_heads, num_kv_heads = query.shape[2], key.shape[2]
+    if 0 in (num_kv_heads, query.shape[3], value.shape[3]):
+        raise ValueError(f"key has shape {list(key.shape)}, value {list(value.shape)}: no head or size may be 0")
     if value.shape[2] != num_kv_heads or num_heads % num_kv_heads:
         raise ValueError(
             f"{num_heads} query heads cannot share {num_kv_heads} key and {value.shape[2]} value heads: keys and "

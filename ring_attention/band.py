@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # thousands of them for packed documents
 class Rectangle:
     """Queries [q_start, q_stop) against keys [k_start, k_stop), within a band counted from its own corner."""
 

@@ -3,7 +3,7 @@
 Pure numbers, no measurement: operations over what kernels attain, bytes over link speeds, a latency per message. A
 hop of the ring hides behind the block computed meanwhile, an all-to-all behind nothing.
 
-    block compute, all methods   2 * H * D * L^2 / P operations (causal, counted once)
+    block compute, all methods   2 * H * D * L^2 / P operations (causal, counted once); on a ring times its imbalance
     a hop of the ring            2 * K/U * D * L/R numbers, R - 1 times, each beside 1/R of the compute
     Ulysses' all-to-alls         (2H + 2K) * D * L/P numbers, of which each of U ranks keeps 1/U
 """
@@ -12,12 +12,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ring_attention.layout import Layout
+from ring_attention.schedule import imbalance
+
 MESSAGE_LATENCY_MS = 0.05  # assumed, of posting, launching and waiting
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Attention of one layer over whole sequences; `attained_tflops` is what a block kernel reaches."""
+    """Causal attention of one layer over whole sequences.
+
+    Args:
+        attained_tflops: what a block kernel reaches.
+        layout: of the ring; contiguous makes its stages wait for the busiest rank.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -26,6 +34,7 @@ class Workload:
     batch: int
     bytes_per_number: int
     attained_tflops: float
+    layout: str = "zigzag"
 
 
 @dataclass(frozen=True)
@@ -89,7 +98,8 @@ def _candidate(workload: Workload, links: Links, ring_degree: int, ulysses_degre
     num_ranks = ring_degree * ulysses_degree
     size = workload.batch * workload.head_dim * workload.bytes_per_number  # of one token in one head
     operations = 2 * workload.num_heads * workload.head_dim * workload.length**2 * workload.batch / num_ranks
-    compute_ms = operations / workload.attained_tflops / 1e9
+    waiting = imbalance(Layout(workload.layout, ring_degree, 128 * ring_degree))
+    compute_ms = waiting * operations / workload.attained_tflops / 1e9
 
     hop_bytes = 2 * workload.num_kv_heads / ulysses_degree * workload.length / ring_degree * size
     hop_gb_per_s = links.intra_host_gb_per_s if num_ranks <= links.ranks_per_host else links.inter_host_gb_per_s

@@ -1,9 +1,8 @@
 """Moves tensors between the ranks that share a sequence. Knows nothing of attention; `ring` and `gather` decide what.
 
 The only module of the project that calls torch.distributed directly: DeepSpeed's wrapper has no batched isend/irecv,
-and its groups no timeout. One communicator carries one direction of the ring. Hops are posted in the same order on
-all ranks, receives before sends, so the first hop that is not done can always be completed: nothing waits in a
-circle.
+and its groups no timeout. All traffic of a ring goes over one communicator, in hops that all ranks post in one
+order, receives before sends: the first hop that is not done can always be completed, so nothing waits in a circle.
 """
 
 from __future__ import annotations
@@ -33,18 +32,24 @@ class HopError(RuntimeError):
 
 
 class Hop:
-    """Messages in flight. After `wait` they have arrived; on CUDA only the current stream waits, the host goes on."""
+    """Messages in flight. After `wait` they have arrived; on CUDA only the current stream waits, the host goes on.
 
-    def __init__(self, works: list[torch_dist.Work], sent: list[Tensor], where: str) -> None:
-        self.works, self.where = works, where
-        self._sent = sent  # they must outlive the transfer
+    Args:
+        moves: what is done with each peer; gloo has one work for each, NCCL one for all.
+        sent: what must outlive the transfer.
+    """
+
+    def __init__(self, works: list[torch_dist.Work], moves: list[str], sent: list[Tensor], where: str) -> None:
+        self._works, self._moves, self._sent, self._where = works, moves, sent, where
 
     def wait(self) -> None:
-        try:
-            for work in self.works:
+        for index, work in enumerate(self._works):
+            try:
                 work.wait()
-        except RuntimeError as error:
-            raise HopError(f"{self.where}: {error}") from error
+            except RuntimeError as error:
+                move = self._moves[index] if len(self._works) == len(self._moves) else ", ".join(self._moves)
+                raise HopError(f"{self._where}, {move}: {error}") from error
+        self._sent.clear()
 
 
 class P2PExchange:
@@ -80,17 +85,19 @@ class P2PExchange:
         moves = [(torch_dist.irecv, "receiving from", *move) for move in receives]
         moves += [(torch_dist.isend, "sending to", *move) for move in sends]
         where = f"{purpose}: ring rank {self.ring_rank} of {self.ring_degree}"
-        operations = []
-        for function, verb, tensor, peer in moves:
-            operations.append(torch_dist.P2POp(function, tensor, self._global_ranks[peer], self.group))
-            where += f", {verb} ring rank {peer} (global rank {self._global_ranks[peer]})"
+        names = [f"{verb} ring rank {peer} (global rank {self._global_ranks[peer]})" for _, verb, _, peer in moves]
         try:
-            hop = Hop(torch_dist.batch_isend_irecv(operations), [tensor for tensor, _ in sends], where)
+            works = torch_dist.batch_isend_irecv(
+                [
+                    torch_dist.P2POp(function, tensor, self._global_ranks[peer], self.group)
+                    for function, _, tensor, peer in moves
+                ]
+            )
         except RuntimeError as error:
-            raise HopError(f"{where}: {error}") from error
+            raise HopError(f"{where}, {', '.join(names)}: {error}") from error
         if self._watch is not None:
-            self._watch.add(hop.works, where)
-        return hop
+            self._watch.add(works, f"{where}, {', '.join(names)}")
+        return Hop(works, names, [tensor for tensor, _ in sends], where)
 
 
 class _Watch:
@@ -107,13 +114,14 @@ class _Watch:
     def _run(self) -> None:
         while True:
             time.sleep(_WATCH_INTERVAL_S)
-            while self._hops and all(work.is_completed() for work in self._hops[0][1]):
-                self._hops.popleft()
-            if self._hops:
-                posted, _, where = self._hops[0]
-                if (waited_s := time.monotonic() - posted) > self._overdue_s:
+            while self._hops:
+                posted, works, where = self._hops[0]
+                waited_s = time.monotonic() - posted
+                if not all(work.is_completed() for work in works):
+                    if waited_s < self._overdue_s:
+                        break
                     print(f"HopError: {where}: not done after {waited_s:.0f} s", file=sys.stderr, flush=True)
-                    return
+                self._hops.popleft()
 
 
 @functools.cache
@@ -156,18 +164,33 @@ def group_timeout(group: torch_dist.ProcessGroup) -> timedelta:
     return group._get_backend(torch.device(device)).options._timeout  # has no public name
 
 
-@functools.cache
-def subgroup(group: torch_dist.ProcessGroup, ranks: tuple[int, ...]) -> torch_dist.ProcessGroup:
-    """The process group of some ranks of `group`, with its timeout. Its own ranks, and only they, must call it.
+_subgroups: dict[tuple[torch_dist.ProcessGroup, tuple[int, ...]], torch_dist.ProcessGroup] = {}
 
-    Built once per process: a gloo group has a thread that wakes up a hundred times a second for ever.
+
+def subgroup(group: Any, ranks: tuple[int, ...]) -> torch_dist.ProcessGroup:
+    """The process group of some ranks of `group`, with its timeout. Its own ranks must call it, and on NCCL all others
+    of the world as often: DeepSpeed has torch split groups off the world's communicator.
+
+    Built once, as long as it lives: a gloo group has a thread that wakes up a hundred times a second.
     """
     global_ranks = [torch_dist.get_global_rank(group, rank) for rank in ranks]
     if global_ranks == torch_dist.get_process_group_ranks(group):
         return group
-    built = torch_dist.new_group(global_ranks, timeout=group_timeout(group), use_local_synchronization=True)
-    assert isinstance(built, torch_dist.ProcessGroup), "called by a rank outside"
-    return built
+    for key, known in list(_subgroups.items()):
+        if not _exists(known):
+            del _subgroups[key]
+    if (group, ranks) not in _subgroups:
+        built = torch_dist.new_group(global_ranks, timeout=group_timeout(group), use_local_synchronization=True)
+        assert isinstance(built, torch_dist.ProcessGroup), "called by a rank outside"
+        _subgroups[group, ranks] = built
+    return _subgroups[group, ranks]
+
+
+def _exists(group: torch_dist.ProcessGroup) -> bool:
+    try:
+        return bool(torch_dist.get_process_group_ranks(group))
+    except (KeyError, ValueError):  # destroyed
+        return False
 
 
 TRANSPORTS = {"p2p": P2PExchange}

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ring_attention.blocks import Block
 from ring_attention.exchange import P2PExchange, all_gather, reduce_scatter
 from ring_attention.kv import KeysValues
 from ring_attention.layout import Layout, Run
 from ring_attention.mask import Mask
-from ring_attention.ring import RunningAttention, attend_backward
+from ring_attention.ring import RunningAttention, add_block, attend_backward
 from ring_attention.schedule import BlockPair, find_pairs
 
 
@@ -71,11 +72,11 @@ class Gathering:
         ]
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def gathered_pairs(layout: Layout, mask: Mask, ring_rank: int) -> tuple[BlockPair, ...]:
     """A rank's queries against all keys in the order of their positions."""
     length = layout.padded_length
-    return find_pairs(layout.runs(ring_rank), (Run(0, 0, length),), mask, length)
+    return find_pairs(layout.runs(ring_rank), (Run(0, 0, length),), mask, mask.spans(length))
 
 
 class GatherFunction(torch.autograd.Function):
@@ -93,6 +94,7 @@ class GatherFunction(torch.autograd.Function):
         return out_BSHE
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         gathering: Gathering = ctx.gathering
         q_BSHD, k_BSKD, v_BSKE, out_BSHE, lse_BHS = ctx.saved_tensors
@@ -100,13 +102,10 @@ class GatherFunction(torch.autograd.Function):
         whole, keys = gathering.gathered(kv), ((0, gathering.layout.padded_length),)
         state_dtype = torch.promote_types(q_BSHD.dtype, torch.float32)
         dq_BSHD = torch.zeros_like(q_BSHD, dtype=state_dtype)
-        dk, dv = (torch.zeros_like(part, dtype=state_dtype) for part in (whole.k_BTKD, whole.v_BTKE))
+        gradients = KeysValues(*(torch.zeros_like(part, dtype=state_dtype) for part in (whole.k_BTKD, whole.v_BTKE)))
         saved = (grad_outputs[0].contiguous(), q_BSHD, whole, out_BSHE, lse_BHS)
-        for row, part, block_dq, block_dk, block_dv in attend_backward(
-            gathering.block, gathering.scale, gathering.pairs, keys, *saved
-        ):
-            dq_BSHD[row, part.q_start : part.q_stop] += block_dq
-            dk[row, part.k_start : part.k_stop] += block_dk
-            dv[row, part.k_start : part.k_stop] += block_dv
-        reduced = gathering.reduced(KeysValues(dk, dv), kv)
+        for row, part, *block in attend_backward(gathering.block, gathering.scale, gathering.pairs, keys, *saved):
+            add_block(dq_BSHD, gradients, keys, row, part, *block)
+            del block
+        reduced = gathering.reduced(gradients, kv)
         return dq_BSHD.to(q_BSHD.dtype), reduced.k_BTKD.to(k_BSKD.dtype), reduced.v_BTKE.to(v_BSKE.dtype), None

@@ -1,7 +1,9 @@
 """The process groups of a data x sequence grid, built once; the object is the `mpu` given to `deepspeed.initialize`.
 
-The ranks that share a sequence are neighbours, counted host by host: place = data_rank * sequence_degree + number in
-the group. DeepSpeed asks an mpu for three things here: the sequence-parallel group, the sequence x data group over
+The ranks that share a sequence are neighbours, counted host by host. Which part of it a rank holds is what the
+attention module says (`sequence_rank`), which need not be its number in the group.
+
+DeepSpeed asks an mpu for three things here: the sequence-parallel group, the sequence x data group over
 which ZeRO shards and gradients are reduced (all ranks), and a model-parallel group (this rank alone). Measured with
 DeepSpeed 0.19.8: it must NOT have an attribute named `initialize_sequence_parallel`, which makes DeepSpeed take it
 for its own module.

@@ -78,6 +78,13 @@ class Mask:
             rows.append([0, *lengths.cumsum(0).tolist()])
         return self.packed(rows)
 
+    def within(self, length: int) -> Mask:
+        """The same mask on `length` tokens, without bounds that reach beyond them, which cost kernels without
+        windows.
+        """
+        left, right = (None if b is not None and b >= length - 1 else b for b in (self.left, self.right))
+        return replace(self, left=left, right=0 if self.right == 0 else right)
+
     @property
     def is_windowed(self) -> bool:
         """Whether keys before a query are cut off, which not every kernel can do."""

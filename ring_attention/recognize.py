@@ -1,15 +1,14 @@
 """What attention does a module compute? For scripts that hand DistributedAttention their own.
 
 A ring cannot run a module that sees whole sequences, but most of them are plain softmax attention, causal or full. The
-module is run once, on as many made-up tokens as the sequence has (32768 at most), and compared with block kernels.
-What is anything else, such as a sliding window, a bias, dropout or another order of dims, is refused, not
+module is run on as many made-up tokens as the sequence has, 32768 at most, and compared with block kernels. What is
+anything else on so many tokens, such as a sliding window, a bias, dropout or another order of dims, is refused, not
 approximated.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -21,35 +20,46 @@ _MAX_TOKENS = 32768
 _TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float32: 1e-3, torch.float64: 1e-6}
 
 
-@dataclass(frozen=True)
 class Recognized:
-    mask: Mask
-    scale: float
+    """What is known of one module; asks it again for longer sequences and other kinds of calls."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple, tuple[int, Mask]] = {}
+
+    def mask_of(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, batch_dim_idx: int, num_ranks: int
+    ) -> Mask:
+        """The mask of `module`, which must be softmax attention with a scale of 1 / sqrt(D).
+
+        Args:
+            query, key, value: of a call; their shapes, dtype and device are used. The module sees what
+                DistributedAttention would give it: all tokens, and 1 / num_ranks of the heads where they divide.
+
+        Raises:
+            ValueError: if it is neither causal nor full attention.
+        """
+        kind = (query.dtype, query.shape[2:], key.shape[2:], value.shape[2:], batch_dim_idx, module.training)
+        num_tokens = min(query.shape[1 - batch_dim_idx] * num_ranks, _MAX_TOKENS)
+        tested, mask = self._known.get(kind, (0, CAUSAL))
+        if num_tokens > tested:
+            mask = _recognize(module, query, key, value, batch_dim_idx, num_ranks, num_tokens)
+            self._known[kind] = num_tokens, mask
+        return mask
 
 
-def recognize(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, batch_dim_idx: int, num_ranks: int
-) -> Recognized:
-    """The mask and the softmax scale of `module`.
-
-    Args:
-        query, key, value: of a call; their shapes, dtype and device are used. The module sees what
-        DistributedAttention would
-            give it: all tokens, and 1 / num_ranks of the heads where they divide.
-
-    Raises:
-        ValueError: if it is neither causal nor full attention at a scale of 1 / sqrt(D).
-    """
+def _recognize(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, batch_dim_idx: int, num_ranks: int, num_tokens: int
+) -> Mask:
     sequence_dim, divides = 1 - batch_dim_idx, key.shape[2] % num_ranks == 0
-    num_tokens = min(query.shape[sequence_dim] * num_ranks, _MAX_TOKENS)
     generator = torch.Generator().manual_seed(0)
     inputs = []
     for tensor in (query, key, value):
         shape = list(tensor.shape)
         shape[sequence_dim], shape[2] = num_tokens, shape[2] // (num_ranks if divides else 1)
         inputs.append(torch.randn(shape, generator=generator))
-    # loud enough for every query to show whether it sees the first token: a window shows, however wide
-    inputs[2].select(sequence_dim, 0).mul_(num_tokens)
+    # loud enough for every query to show whether it sees the first token: a window of fewer tokens shows
+    first = inputs[2].select(sequence_dim, 0)
+    first.copy_(first.sign() * num_tokens)
     q, k, v = (tensor.to(query.device, query.dtype) for tensor in inputs)
     with torch.no_grad(), torch.random.fork_rng(devices=[query.device] if query.is_cuda else []):
         got = module(q, k, v)
@@ -57,15 +67,14 @@ def recognize(
         raise ValueError(_refusal(module, f"its output is not shaped like the query, {list(q.shape)}"))
     if batch_dim_idx == 1:
         q, k, v, got = (tensor.transpose(0, 1) for tensor in (q, k, v, got))
-    block, scale = choose_block(BlockSpec.of(q, k, v))[0], 1 / math.sqrt(q.shape[-1])
-    errors = {}
+    block, errors = choose_block(BlockSpec.of(q, k, v))[0], {}
     for name, mask in (("causal", CAUSAL), ("full", FULL)):
-        upper = mask.right if num_tokens > 1 else None
+        upper = mask.right if num_tokens > 1 else None  # with one token they are the same
         with torch.no_grad():
-            expected = block.forward(q, k, v, None, upper, scale)[0].float()
+            expected = block.forward(q, k, v, None, upper, 1 / math.sqrt(q.shape[-1]))[0].float()
         row_errors = (got.float() - expected).norm(dim=-1) / expected.norm(dim=-1)
         if (error := row_errors.max().item()) < _TOLERANCE[query.dtype]:
-            return Recognized(mask, scale)
+            return mask
         errors[name] = error
     found = ", ".join(f"{error:.1e} from {name} attention" for name, error in errors.items())
     raise ValueError(_refusal(module, f"on made-up tokens its worst row is {found}"))

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ring_attention.band import Rectangle
 from ring_attention.blocks import Block
@@ -94,12 +95,6 @@ def ring_backward(
     gradient_hop: Hop | None = None
     for step, stage in enumerate(ring.stages):
         hop, incoming = ring.forward_keys(kv, here, step, "backward")
-        blocks = []
-        if here is not None:
-            saved = (dout_BSHE, q_BSHD, here, out_BSHE, lse_BHS)
-            blocks = list(attend_backward(ring.block, ring.scale, stage.pairs, stage.keys, *saved))
-        if gradient_hop is not None:  # waited for after the blocks, which it overlaps
-            gradient_hop.wait()
         if step == 0:
             target, spans = own, stage.keys
         else:
@@ -107,12 +102,18 @@ def ring_backward(
             if stage.gradients and stage.gradients_from is None:
                 target = kv.empty(num_tokens(stage.gradients), state_dtype)
                 _message(target).zero_()
-        for row, part, dq, dk, dv in blocks:
-            assert target is not None
-            dq_BSHD[row, part.q_start : part.q_stop] += dq
-            keys = slice(start := offset(spans, part.k_start), start + part.num_keys)
-            target.k_BTKD[row, keys] += dk
-            target.v_BTKE[row, keys] += dv
+        if here is not None:
+            for row, part, *block in attend_backward(
+                ring.block, ring.scale, stage.pairs, stage.keys, dout_BSHE, q_BSHD, here, out_BSHE, lse_BHS
+            ):
+                if gradient_hop is not None:  # waited for after the first block, which it overlaps
+                    gradient_hop.wait()
+                    gradient_hop = None
+                assert target is not None
+                add_block(dq_BSHD, target, spans, row, part, *block)
+                del block
+        if gradient_hop is not None:
+            gradient_hop.wait()
 
         sends, receives, gradients = [], [], None
         if stage.gradients_to is not None:
@@ -134,6 +135,16 @@ def ring_backward(
     for come, spans in homecoming:
         own.add_(ring.stages[0].keys, come, spans)
     return dq_BSHD.to(q_BSHD.dtype), own.k_BTKD.to(kv.k_BTKD.dtype), own.v_BTKE.to(kv.v_BTKE.dtype)
+
+
+def add_block(
+    dq_BSHD: Tensor, target: KeysValues, spans: Spans, row: slice, part: Rectangle, dq: Tensor, dk: Tensor, dv: Tensor
+) -> None:
+    """Add one block's gradients to those of its queries and, among `spans`, of its keys and values."""
+    dq_BSHD[row, part.q_start : part.q_stop] += dq
+    keys = slice(start := offset(spans, part.k_start), start + part.num_keys)
+    target.k_BTKD[row, keys] += dk
+    target.v_BTKE[row, keys] += dv
 
 
 class RunningAttention:
@@ -236,6 +247,7 @@ class RingFunction(torch.autograd.Function):
         return out_BSHE
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         q_BSHD, out_BSHE, lse_BHS, *saved = ctx.saved_tensors
         kv = KeysValues(*saved) if len(saved) == 2 else KeysValues.of_message(saved[0], ctx.kv_shapes)

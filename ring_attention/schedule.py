@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ from ring_attention.mask import CAUSAL, Mask
 Spans = tuple[tuple[int, int], ...]  # tokens of one rank as [start, stop), rising and apart
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class BlockPair:
     """A block of attention: some rows of the batch (None: all), and which local queries meet which of the source's
     keys.
@@ -82,7 +83,7 @@ class Stage:
         return sum(num_tokens(message.spans) for message in (self.forward, self.direct) if message)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)  # packed training has a new mask in each step, shared by all layers
 def ring_schedule(layout: Layout, mask: Mask, ring_rank: int) -> tuple[Stage, ...]:
     """The stages of `ring_rank`, the local one first. Padding counts as tokens: it lies behind all real ones.
 
@@ -90,7 +91,7 @@ def ring_schedule(layout: Layout, mask: Mask, ring_rank: int) -> tuple[Stage, ..
         ValueError: if the mask's documents reach beyond the layout's padded length.
     """
     degree = layout.ring_degree
-    journeys = _journeys(layout, mask)
+    journeys, documents = _journeys(layout, mask), mask.spans(layout.padded_length)
 
     def carried(source: int, hops: int) -> Spans:
         """Tokens of `source` that travel to the rank so many hops on."""
@@ -111,7 +112,7 @@ def ring_schedule(layout: Layout, mask: Mask, ring_rank: int) -> tuple[Stage, ..
         stages.append(
             Stage(
                 source,
-                _pairs(layout, mask, ring_rank, source),
+                find_pairs(layout.runs(ring_rank), layout.runs(source), mask, documents),
                 keys if step else ((0, layout.ring_length),),
                 (source if is_first else (ring_rank - 1) % degree) if keys else None,
                 Message(following, further) if further and (keys or step == 0) else None,
@@ -153,41 +154,37 @@ def tokens_sent(layout: Layout, mask: Mask, ring_rank: int) -> tuple[int, int]:
     return sum(stage.keys_sent for stage in stages), sum(num_tokens(stage.gradients) for stage in stages)
 
 
-def find_pairs(query_runs: Sequence[Run], key_runs: Sequence[Run], mask: Mask, length: int) -> tuple[BlockPair, ...]:
-    """The block pairs of local queries and keys that lie at `runs` of a sequence of `length` (padded) tokens."""
-    rows = mask.spans(length)
+def find_pairs(
+    query_runs: Sequence[Run], key_runs: Sequence[Run], mask: Mask, documents: list[list[tuple[int, int]]]
+) -> tuple[BlockPair, ...]:
+    """The block pairs of local queries and keys at these runs of a sequence; `documents` are `mask.spans(length)`."""
     pairs = []
-    for row, documents in enumerate(rows):
-        starts = [start for start, _ in documents]
-        for first, last in _documents_of(query_runs, key_runs, starts):
-            for start, stop in documents[first:last]:
+    for row, spans in enumerate(documents):
+        for first, last in _documents_of(query_runs, key_runs, spans):
+            for start, stop in spans[first:last]:
                 pieces = [
                     piece
                     for queries in _clipped(query_runs, start, stop)
                     for keys in _clipped(key_runs, start, stop)
                     if (piece := _band_of(queries, keys, mask)) is not None
                 ]
-                pairs += [BlockPair(row if len(rows) > 1 else None, piece) for piece in _join(pieces)]
+                pairs += [BlockPair(row if len(documents) > 1 else None, piece) for piece in _join(pieces)]
     return tuple(pairs)
 
 
-@functools.lru_cache(maxsize=4096)
-def _pairs(layout: Layout, mask: Mask, ring_rank: int, source: int) -> tuple[BlockPair, ...]:
-    return find_pairs(layout.runs(ring_rank), layout.runs(source), mask, layout.padded_length)
-
-
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=8)
 def _journeys(layout: Layout, mask: Mask) -> list[list[Spans]]:
     """``journeys[source][hops]``: which of a source's tokens travel to the rank so many hops on.
 
     Those that it needs itself or, if it needs any, that its neighbours behind it need, up to the first that needs none.
     """
     degree = layout.ring_degree
+    documents, runs = mask.spans(layout.padded_length), [layout.runs(rank) for rank in range(degree)]
     journeys = []
     for source in range(degree):
         journey: list[Spans] = [()] * degree
         for hops in range(degree - 1, 0, -1):
-            pairs = _pairs(layout, mask, (source + hops) % degree, source)
+            pairs = find_pairs(runs[(source + hops) % degree], runs[source], mask, documents)
             if pairs:
                 needed = [(pair.rectangle.k_start, pair.rectangle.k_stop) for pair in pairs]
                 journey[hops] = _union([*needed, *(journey[hops + 1] if hops + 1 < degree else ())])
@@ -205,12 +202,17 @@ def _union(spans: Iterable[tuple[int, int]]) -> Spans:
     return tuple(union)
 
 
-def _documents_of(query_runs: Sequence[Run], key_runs: Sequence[Run], starts: list[int]) -> list[tuple[int, int]]:
+def _documents_of(
+    query_runs: Sequence[Run], key_runs: Sequence[Run], spans: list[tuple[int, int]]
+) -> list[tuple[int, int]]:
     """Index ranges, rising and apart, of the documents that have queries and keys here."""
 
     def touched(runs: Sequence[Run]) -> list[tuple[int, int]]:
         return [
-            (bisect.bisect_right(starts, run.position) - 1, bisect.bisect_left(starts, run.position + run.length))
+            (
+                bisect.bisect_right(spans, run.position, key=_start) - 1,
+                bisect.bisect_left(spans, run.position + run.length, key=_start),
+            )
             for run in runs
         ]
 
@@ -220,6 +222,9 @@ def _documents_of(query_runs: Sequence[Run], key_runs: Sequence[Run], starts: li
         for other_first, other_last in touched(key_runs)
     ]
     return list(_union((first, last) for first, last in shared if first < last))
+
+
+_start = operator.itemgetter(0)
 
 
 def _clipped(runs: Sequence[Run], start: int, stop: int) -> list[Run]:

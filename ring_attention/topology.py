@@ -49,8 +49,3 @@ def hybrid_split(hosts: Sequence[Hashable], ulysses_degree: int) -> Split:
     return Split(
         tuple(tuple(sorted(order[start : start + ulysses_degree])) for start in range(0, num_ranks, ulysses_degree))
     )
-
-
-def crossings(hosts: Sequence[Hashable], order: Sequence[int]) -> int:
-    """How many hops of a ring in this order go from one host to another."""
-    return sum(hosts[rank] != hosts[order[(index + 1) % len(order)]] for index, rank in enumerate(order))

@@ -15,24 +15,27 @@ BLOCKS: dict[str, Block] = {
 }
 
 
-def choose_block(spec: BlockSpec, name: str = "auto") -> tuple[Block, str]:
-    """The fastest kernel that can do `spec`, or the named one; with the reason, for people.
+def choose_block(spec: BlockSpec, name: str | Block = "auto") -> tuple[Block, str]:
+    """The fastest kernel that can do `spec`, or the named or given one; with the reason, for people.
 
     Pure in (spec, name), so all ranks of equal hardware choose alike.
 
     Raises:
-        ValueError: if the named kernel is unknown or cannot do `spec`.
+        ValueError: if the named or given kernel is unknown or cannot do `spec`.
     """
-    if name != "auto" and name not in BLOCKS:
+    if isinstance(name, str) and name != "auto" and name not in BLOCKS:
         raise ValueError(f"block={name} is unknown: use auto, {', '.join(BLOCKS)}")
-    here = {block.name: block for block in BLOCKS.values() if block.device_type in (None, spec.device_type)}
     if name != "auto":
-        refusal = here[name].supports(spec) if name in here else f"it does not run on {spec.device_type}"
+        block = name if isinstance(name, Block) else BLOCKS[name]
+        runs_here = block.device_type in (None, spec.device_type)
+        refusal = block.supports(spec) if runs_here else f"it does not run on {spec.device_type}"
         if refusal is not None:
-            raise ValueError(f"block={name} cannot run here: {refusal}; use block=auto")
-        return here[name], "asked for"
+            raise ValueError(f"block={block.name} cannot run here: {refusal}; use block=auto")
+        return block, "asked for"
     refusals = []
-    for block in here.values():
+    for block in BLOCKS.values():
+        if block.device_type not in (None, spec.device_type):
+            continue
         refusal = block.supports(spec)
         if refusal is None:
             return block, "; ".join([block.speed, *refusals])

@@ -31,6 +31,8 @@ class CpuFlashBlock(Block):
         return refuse_value_head_dim(spec) if spec.dtype in _DTYPES else f"no {spec.dtype}"
 
     def tiles(self, rectangle: Rectangle) -> list[Rectangle]:
+        if rectangle.num_queries <= _MASKED_QUERIES:
+            return [rectangle]
         if rectangle.lower is None:
             return causal_tiles(rectangle)
         starts = range(rectangle.q_start, rectangle.q_stop, _MASKED_QUERIES)

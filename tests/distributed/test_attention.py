@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ring_attention import CAUSAL, FULL, HybridAttention, LocalAttention, Mask, RingAttention, UlyssesAttention
+from ring_attention.blocks import BLOCKS
 from ring_attention.exchange import P2PExchange
 from ring_attention.schedule import num_tokens, ring_schedule, tokens_sent
 from tests.cases import METHODS, Case, attend, build, check, draw, many_on_rank, on_rank
@@ -189,6 +190,7 @@ def refusals() -> list[str]:
         lambda: LocalAttention("auto")(tensor, tensor, tensor, 2),
         lambda: ring(tensor, tensor, tensor, 0, dropout_p=0.1),
         lambda: ring(tensor, tensor, tensor, 0, torch.zeros(3)),
+        lambda: ring(tensor, tensor, tensor, 0, softmax_scale=0.0),
         lambda: ring(tensor[0], tensor, tensor, 0),
         lambda: ring(tensor, tensor.half(), tensor, 0),
         lambda: ring(tensor, tensor[:, :2], tensor, 0),
@@ -196,7 +198,10 @@ def refusals() -> list[str]:
         lambda: ring(tensor, tensor[..., :4], tensor, 0),
         lambda: ring(tensor, tensor, tensor, 0, mask=CAUSAL.packed([0, 7])),
         lambda: ring(tensor, tensor, tensor, 0, mask=CAUSAL.packed([[0, 1], [0, 2]])),
+        lambda: ring(tensor, tensor[:, :, :0], tensor[:, :, :0], 0),
         lambda: RingAttention("cpu_flash", world)(tensor, tensor, tensor[..., :4], 0),
+        lambda: RingAttention(BLOCKS["cudnn"], world)(tensor, tensor, tensor, 0),
+        lambda: LocalAttention("auto", world, 2, 0)(tensor, tensor, tensor, 0, mask=CAUSAL.packed([0, 4])),
         lambda: UlyssesAttention("auto", world)(tensor, tensor[:, :, :1], tensor[:, :, :1], 0),
     ]
     messages = []
@@ -223,6 +228,7 @@ def test_mistakes_are_refused_by_name(pool: WorkerPool):
         "each kernel dropped at each stage on each rank: use 0, and dropout after the output projection",
         "rotary_pos_emb is not applied in here: rotate query and key before, by the global positions of "
         "Layout.positions",
+        "softmax_scale=0.0 must be above 0, and finite: kernels mask by -inf * scale",
         "query has shape [3, 2, 8], but four dims are needed: [B, S, heads, head size]",
         "key is torch.float16, but query is torch.float32: cast them to one dtype",
         "key has shape [1, 2, 2, 8], query [1, 3, 2, 8]: the first two dims must be equal",
@@ -231,7 +237,10 @@ def test_mistakes_are_refused_by_name(pool: WorkerPool):
         "key has head size 4, query 8: they must be equal",
         "the documents end at 7, but the sequence has 6 tokens over all ranks",
         "the mask has documents for 2 rows, the batch has 1: give one set of boundaries for all rows, or one per row",
+        "key has shape [1, 3, 0, 8], value [1, 3, 0, 8]: no head or size may be 0",
         "block=cpu_flash cannot run here: needs values of head size 8, not 4; use block=auto",
+        "block=cudnn cannot run here: it does not run on cpu; use block=auto",
+        "the documents end at 4, but the sequence has 3 tokens over all ranks",
         "num_kv_heads=1 is less than ulysses_degree=2, which leaves ranks without a key-value head: use a "
         "ulysses_degree of [1], with a ring across (HybridAttention), or RingAttention",
     ]

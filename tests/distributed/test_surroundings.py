@@ -21,9 +21,9 @@ from ring_attention import (
     LocalAttention,
     Mask,
     RingAttention,
-    SequenceAttention,
     UlyssesAttention,
 )
+from ring_attention.attention import SequenceAttention
 from tests.cases import Case, attend, check, draw
 from tests.measure import relative_error
 from tests.pool import WorkerPool, parallel_groups
@@ -211,3 +211,63 @@ def test_any_other_is_refused(module: nn.Module, reason: str):
     q = torch.randn(1, 256, 2, 16)
     with pytest.raises(ValueError, match=f"local_attention={type(module).__name__} is not recognised: {reason}"):
         LocalAttention(module)(q, q, q, 0)
+
+
+def test_a_module_is_asked_again_when_sequences_grow():
+    """A window of 8 is plain causal attention on 4 tokens, and what one token sees says nothing."""
+    windowed, full = LocalAttention(Local(window=8)), LocalAttention(Local(causal=False))
+    q = torch.randn(1, 64, 2, 16)
+    windowed(q[:, :4], q[:, :4], q[:, :4], 0)
+    with pytest.raises(ValueError, match="local_attention=Local is not recognised"):
+        windowed(q, q, q, 0)
+    full(q[:, :1], q[:, :1], q[:, :1], 0)
+    plain = LocalAttention("auto", mask=FULL)(q, q, q, 0)
+    assert relative_error(full(q, q, q, 0), plain) < 1e-6
+
+
+def test_a_module_of_the_users_stays_a_submodule():
+    class WithBuffer(Local):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.zeros(3))
+
+    attention = LocalAttention(WithBuffer())
+    assert list(attention.state_dict()) == ["local_attn.table"]
+    assert not attention.eval().local_attn.training  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_loud_value_fits_into_fp16():
+    q = torch.randn(1, 4096, 1, 16, dtype=torch.float16)
+    LocalAttention(Local())(q, q, q, 0)
+
+
+def test_autocast_does_not_lower_what_the_tensors_are_in():
+    q = torch.randn(1, 32, 2, 16)
+    plain = LocalAttention("reference")(q, q, q, 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(LocalAttention("reference")(q, q, q, 0), plain)
+
+
+def test_a_second_derivative_is_refused():
+    q = torch.randn(1, 8, 2, 8, requires_grad=True)
+    (gradient,) = torch.autograd.grad(LocalAttention("reference")(q, q, q, 0).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_a_window_that_cuts_nothing_off_is_none():
+    assert Mask(left=99, right=200).within(100) == FULL
+    assert Mask(left=98).within(100) == Mask(left=98)
+    assert Mask(left=5).within(1) == CAUSAL
+
+
+def test_the_backward_pass_of_a_window_takes_memory_of_its_tensors():
+    """Tiles of the CPU kernel are many; their gradients must not be held at once."""
+    import resource
+
+    q = torch.randn(1, 8192, 2, 64, requires_grad=True)  # 4 MiB
+    out = LocalAttention("auto", mask=Mask(left=4096))(q, q, q, 0)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    out.sum().backward()
+    grown_mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    assert grown_mib < 150  # 650 when all were held

@@ -1,5 +1,7 @@
 """attention=auto: arithmetic whose numbers a reader can check by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from conf.schema import AttentionConfig, Config, ConfigError, DataConfig, ModelConfig, ParallelismConfig
@@ -44,6 +46,14 @@ def test_what_is_chosen(length, num_ranks, links, kv_heads, method, split):
     assert (best.method, (best.ring_degree, best.ulysses_degree)) == (method, split), best
 
 
+def test_a_contiguous_ring_waits_for_its_busiest_rank():
+    """The last of 8 ranks has 15/8 of the mean rank's causal work."""
+    contiguous = rank_methods(replace(workload(131072), layout="contiguous"), NVLINK, 8)
+    assert contiguous[0].method == "ulysses"
+    ring = next(c for c in contiguous if c.ring_degree == 8)
+    assert ring.compute_ms == pytest.approx(29.32 * 15 / 8, rel=0.01)
+
+
 def plan(**parallelism: int) -> Plan:
     config = Config(
         model=ModelConfig(num_heads=32, num_kv_heads=8, head_dim=128),
@@ -65,5 +75,5 @@ def test_the_plan_takes_the_first_and_explains_every_line(tmp_path):
 
 
 def test_degrees_are_not_for_auto():
-    with pytest.raises(ConfigError, match=r"attention=auto chooses parallelism\.ring_degree=4 itself: leave it unset"):
+    with pytest.raises(ConfigError, match=r"attention=auto chooses by itself, but parallelism\.ring_degree=4: leave"):
         plan(ring_degree=4)

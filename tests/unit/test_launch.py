@@ -68,3 +68,12 @@ def test_the_rank_that_failed_first_is_blamed(tmp_path, exit_codes, first_seen, 
     assert _explain_failure(exit_codes, first_seen, outcomes, tmp_path) == (
         f"{blamed}\nthe other ranks were ended; its log: {tmp_path / 'logs' / f'rank_{rank}.log'}"
     )
+
+
+def test_overdue_hops_are_shown_where_the_watchdog_ended_a_rank(tmp_path):
+    (tmp_path / "logs").mkdir()
+    hop = "HopError: forward K,V after stage 1: ring rank 1 of 4, receiving from ring rank 0 (global rank 0)"
+    (tmp_path / "logs" / "rank_1.log").write_text(f"noise\n{hop}\nterminate called\n")
+    (tmp_path / "logs" / "rank_0.log").write_text("noise\n")
+    message = _explain_failure([-15, -6, -15, -15], 1, [], tmp_path)
+    assert message.splitlines()[:2] == ["rank 1 was ended by SIGABRT", hop]
