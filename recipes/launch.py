@@ -183,7 +183,7 @@ def _explain_failure(exit_codes: list[int], first_seen: int, received: list[_Out
 
 
 def _overdue_hops(run_dir: Path) -> list[str]:
-    """What ranks on NCCL said before its watchdog, which knows nothing of rings, ended them."""
+    """What ranks on NCCL said before they aborted themselves: `ring_attention.exchange`."""
     logs = sorted((run_dir / "logs").glob("rank_*.log"))
     lines = [line for log in logs for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
     return [line for line in lines if line.startswith("HopError: ")]

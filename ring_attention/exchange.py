@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import os
 import sys
 import threading
 import time
@@ -26,8 +27,8 @@ _WATCH_INTERVAL_S = 1.0
 class HopError(RuntimeError):
     """A hop did not complete; names the stage, the ring rank and the neighbours.
 
-    Raised on gloo. On NCCL, where no host waits, it is printed to stderr shortly before the process group's timeout, at
-    which NCCL's watchdog ends the rank.
+    Raised on gloo. On NCCL, where no host waits, it is printed to stderr at the process group's timeout, and the rank
+    aborts.
     """
 
 
@@ -101,10 +102,14 @@ class P2PExchange:
 
 
 class _Watch:
-    """Says on stderr which hop is overdue, just before NCCL's watchdog, which knows no stages, ends the process."""
+    """Ends a rank whose hop is overdue, on NCCL, where no host waits: names the hop on stderr and aborts.
+
+    NCCL's own watchdog does that too, but about a minute after the timeout, and it knows no stages. As for it,
+    TORCH_NCCL_ASYNC_ERROR_HANDLING=0 lets the rank wait.
+    """
 
     def __init__(self, timeout_s: float) -> None:
-        self._overdue_s = max(timeout_s / 2, timeout_s - 5 * _WATCH_INTERVAL_S)
+        self._timeout_s = timeout_s
         self._hops: collections.deque[tuple[float, list[torch_dist.Work], str]] = collections.deque()
         threading.Thread(target=self._run, daemon=True, name="hop watch").start()
 
@@ -114,14 +119,14 @@ class _Watch:
     def _run(self) -> None:
         while True:
             time.sleep(_WATCH_INTERVAL_S)
-            while self._hops:
-                posted, works, where = self._hops[0]
-                waited_s = time.monotonic() - posted
-                if not all(work.is_completed() for work in works):
-                    if waited_s < self._overdue_s:
-                        break
-                    print(f"HopError: {where}: not done after {waited_s:.0f} s", file=sys.stderr, flush=True)
+            while self._hops and all(work.is_completed() for work in self._hops[0][1]):
                 self._hops.popleft()
+            if not self._hops or time.monotonic() - self._hops[0][0] < self._timeout_s - _WATCH_INTERVAL_S:
+                continue
+            posted, _, where = self._hops.popleft()
+            print(f"HopError: {where}: not done after {time.monotonic() - posted:.0f} s", file=sys.stderr, flush=True)
+            if os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING") != "0":
+                os.abort()
 
 
 @functools.cache
