@@ -315,8 +315,9 @@ def resolve_degrees(config: Config, num_ranks: int, ranks_per_host: int | None =
     if heads < ulysses or (method == "hybrid" and heads % ulysses):
         raise ConfigError(
             f"attention={method} with parallelism.ulysses_degree={ulysses} does not fit model.num_kv_heads={heads}: "
-            f"use attention=hybrid parallelism.ulysses_degree={math.gcd(heads, num_ranks)}, or attention=ring, which "
-            "takes any number of heads"
+            f"use attention=hybrid, a multiple of {ulysses} heads (model.num_kv_heads={ulysses}), fewer ranks per "
+            f"sequence (parallelism.ulysses_degree={math.gcd(heads, num_ranks)}), or attention=ring, which takes any "
+            "heads"
         )
     return Degrees(data, ring, ulysses)
 

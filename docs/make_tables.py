@@ -154,7 +154,7 @@ def fuzz_table() -> str:
     ]
     lines += ["| drawn | how often |", "|---|---|"]
     for name, counts in summary["seen"].items():
-        lines.append(f"| {name} | " + ", ".join(f"{key} {count}" for key, count in sorted(counts.items())) + " |")
+        lines.append(f"| {name} | " + "; ".join(f"{key} {count}" for key, count in sorted(counts.items())) + " |")
     return "\n".join(lines)
 
 

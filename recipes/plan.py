@@ -133,10 +133,10 @@ class Plan:
         grid += f" x {self.degrees.ulysses} ulysses" if self.degrees.ulysses > 1 else ""
         alone = "; one rank holds whole sequences" if self.degrees.sequence == 1 else ""
         attention = f"{self.method}, layout {config.attention.layout}"
-        attention += " (chosen: explain=true says why)" if self.candidates else ""
+        attention += " (chosen by arithmetic: explain=true shows it)" if self.candidates else ""
         if self.degrees.sequence > 1:
-            over = "NCCL" if self.device_type == "cuda" else "gloo"
-            attention += f", {config.attention.transport} over {over}" if self.degrees.ring > 1 else f", over {over}"
+            transport = f", {config.attention.transport}" if self.method in ("ring", "hybrid") else ","
+            attention += f"{transport} over {'NCCL' if self.device_type == 'cuda' else 'gloo'}"
         rows = [
             ("ranks", f"{grid}, on {self.device_name}{alone}"),
             (
@@ -199,7 +199,10 @@ class Plan:
     def _work_lines(self) -> list[str]:
         """What each ring rank computes and sends in one layer's attention."""
         layout, work = self.layout, work_per_rank(self.layout)
-        lines = [f"layout {layout.name}: {layout.num_chunks} chunks of {layout.chunk_length:,} tokens"]
+        lines = [
+            f"layout {layout.name}: {layout.num_chunks} chunks of {layout.chunk_length:,} tokens; "
+            "in one layer's attention of one micro-batch:"
+        ]
         model, engine = self.config.model, self.config.engine
         per_token = 2 * model.num_kv_heads // self.degrees.ulysses * model.head_dim * engine.micro_batch_size
         moves = self.method in ("ring", "hybrid")
@@ -211,7 +214,7 @@ class Plan:
                 keys, gradients = tokens_sent(layout, CAUSAL, ring_rank)
                 forward = keys * per_token * DTYPES[engine.dtype].itemsize
                 backward = forward + gradients * per_token * 4  # gradients travel in fp32
-                line += f"; sends {forward / 2**20:.2f} MiB forward, {backward / 2**20:.2f} back"
+                line += f"; sends {forward / 2**20:.2f} MiB on the ring forward, {backward / 2**20:.2f} back"
             lines.append(line)
         lines.append(f"  imbalance (lockstep stages / mean rank) {imbalance(layout):.3f}")
         return lines

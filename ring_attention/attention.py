@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -40,14 +40,23 @@ class SequenceAttention(nn.Module):
 
     def __init__(
         self,
-        local_attention: Block | str | nn.Module,
+        local_attention: Block | str | Callable,
         mask: Mask,
         layout: str,
         exchange: P2PExchange | None,
+        dims: tuple[int, int],
         ulysses_degree: int = 1,
         ulysses_rank: int = 0,
     ) -> None:
         super().__init__()
+        if not isinstance(local_attention, (Block, str)) and not callable(local_attention):
+            raise ValueError(f'local_attention={local_attention!r} must be "auto", a kernel or its name, or a module')
+        if dims not in ((2, 0), (2, 1)):
+            raise ValueError(
+                f"scatter_idx={dims[0]}, gather_idx={dims[1]}: heads must be dim 2 and tokens dim 0 or 1, as in "
+                "[B, S, H, D] and [S, B, H, D], so use 2 and 0 or 1"
+            )
+        _check_mask(mask)
         self.local_attn = local_attention  # named as in DistributedAttention
         self._recognized = Recognized()
         self._mask, self._layout_name, self._exchange = mask, layout, exchange
@@ -69,10 +78,11 @@ class SequenceAttention(nn.Module):
         value: Tensor,
         batch_dim_idx: int,
         rotary_pos_emb: None = None,
-        *,
+        *args: None,
         mask: Mask | None = None,
         softmax_scale: float | None = None,
         dropout_p: float = 0.0,
+        **kwargs: None,
     ) -> Tensor:
         """Attention of this rank's queries over the whole sequence. Every rank of the group must call it, with one
         mask.
@@ -84,6 +94,7 @@ class SequenceAttention(nn.Module):
             mask: over the whole sequence, padding included; None is the constructor's, or what a module was recognised
                 to compute.
             softmax_scale: None is 1 / sqrt(D).
+            rotary_pos_emb, args, kwargs: what DistributedAttention would apply or hand on; only None is taken.
 
         Returns:
             The output, shaped as `query` but with the value's head size, in its dtype.
@@ -92,9 +103,8 @@ class SequenceAttention(nn.Module):
             ValueError: for tensors that do not fit each other or the layout, a kernel that cannot do what is asked, a
                 rotary_pos_emb, or dropout.
         """
-        return self._outside_compilers(
-            self, query, key, value, batch_dim_idx, rotary_pos_emb, mask, softmax_scale, dropout_p
-        )
+        extra = {"rotary_pos_emb": rotary_pos_emb, **{f"argument {6 + n}": x for n, x in enumerate(args)}, **kwargs}
+        return self._outside_compilers(self, query, key, value, batch_dim_idx, extra, mask, softmax_scale, dropout_p)
 
     def _forward(
         self,
@@ -102,16 +112,17 @@ class SequenceAttention(nn.Module):
         key: Tensor,
         value: Tensor,
         batch_dim_idx: int,
-        rotary_pos_emb: None,
+        extra: dict[str, Any],
         mask: Mask | None,
         softmax_scale: float | None,
         dropout_p: float,
     ) -> Tensor:
-        if rotary_pos_emb is not None:
-            raise ValueError(
-                "rotary_pos_emb is not applied in here: rotate query and key before, by the global positions of "
-                "Layout.positions"
-            )
+        for name, argument in extra.items():
+            if argument is not None:
+                raise ValueError(
+                    f"{name} is {type(argument).__name__}, which nothing here applies: give what a query sees as "
+                    "mask=Mask(...), and rotate query and key before, by the global positions of Layout.positions"
+                )
         if dropout_p:
             raise ValueError(
                 f"dropout_p={dropout_p}: attention dropout is not supported, since the backward pass would need the "
@@ -121,9 +132,11 @@ class SequenceAttention(nn.Module):
         _check_tensors(query, key, value, batch_dim_idx)
         # kernels read heads as runs of numbers; measured, the CPU's flash kernel gives wrong results otherwise
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-        if mask is None:
+        if mask is not None:
+            _check_mask(mask)
+        else:
             mask = self._mask
-            if isinstance(self.local_attn, nn.Module):
+            if not isinstance(self.local_attn, (Block, str)):
                 num_ranks = self.ring_degree * self.ulysses_degree
                 mask = self._recognized.mask_of(self.local_attn, query, key, value, batch_dim_idx, num_ranks)
         if softmax_scale is None:
@@ -177,7 +190,10 @@ class RingAttention(SequenceAttention):
             given, a module that sees whole sequences: it is run once on made-up tokens to see that it is plain causal
             or full attention, which a block kernel then computes.
         sequence_process_group: the ranks that share a sequence.
-        scatter_idx, gather_idx, sp_stream, num_kv_heads: DistributedAttention's; they have no meaning here.
+        scatter_idx, gather_idx: DistributedAttention's; 2, for heads are dim 2, and 0 or 1. Which one is the tokens'
+        dim
+            follows from batch_dim_idx.
+        sp_stream, num_kv_heads: DistributedAttention's; they have no meaning here.
         mask: which keys a query sees; causal if not given.
         layout: "contiguous" or "zigzag": how the caller cuts sequences (`Layout.shard`).
         transport: how K,V travel, a key of `ring_attention.exchange.TRANSPORTS`.
@@ -189,7 +205,7 @@ class RingAttention(SequenceAttention):
 
     def __init__(
         self,
-        local_attention: Block | str | nn.Module,
+        local_attention: Block | str | Callable,
         sequence_process_group: Any,
         scatter_idx: int = 2,
         gather_idx: int = 0,
@@ -202,7 +218,8 @@ class RingAttention(SequenceAttention):
         hosts: Sequence[Hashable] | None = None,
     ) -> None:
         order = None if hosts is None else ring_order(hosts)
-        super().__init__(local_attention, mask, layout, make_exchange(transport, sequence_process_group, order))
+        exchange = make_exchange(transport, sequence_process_group, order)
+        super().__init__(local_attention, mask, layout, exchange, (scatter_idx, gather_idx))
 
 
 class HybridAttention(SequenceAttention):
@@ -211,9 +228,8 @@ class HybridAttention(SequenceAttention):
     Args: as `RingAttention`, and
         ulysses_degree: ranks within Ulysses; a divisor of the group's ranks and of the key-value heads.
 
-    sp_stream and num_kv_heads go to DistributedAttention; scatter_idx and gather_idx follow from batch_dim_idx. Every
-    rank of the group must construct it, for it builds the two groups that this rank is in; on NCCL every rank of the
-    world, each on its own group.
+    sp_stream and num_kv_heads go to DistributedAttention. Every rank of the group must construct it, for it builds
+    the two groups that this rank is in; on NCCL every rank of the world, each on its own group.
 
     Raises:
         ValueError: as `RingAttention`, and for a degree that does not divide the ranks or, in forward, the heads.
@@ -221,7 +237,7 @@ class HybridAttention(SequenceAttention):
 
     def __init__(
         self,
-        local_attention: Block | str | nn.Module,
+        local_attention: Block | str | Callable,
         sequence_process_group: Any,
         scatter_idx: int = 2,
         gather_idx: int = 0,
@@ -246,7 +262,8 @@ class HybridAttention(SequenceAttention):
             members = tuple(sorted(ranks))
             order = [members.index(rank) for rank in ranks]
             exchange = make_exchange(transport, subgroup(sequence_process_group, members), order)
-        super().__init__(local_attention, mask, layout, exchange, ulysses_degree, ulysses_rank)
+        dims = (scatter_idx, gather_idx)
+        super().__init__(local_attention, mask, layout, exchange, dims, ulysses_degree, ulysses_rank)
         ulysses_group = subgroup(sequence_process_group, split.grid[ring_rank])
         self._distributed = DistributedAttention(super()._attend, ulysses_group, 2, 1, sp_stream, num_kv_heads)  # pyright: ignore[reportArgumentType]
 
@@ -294,7 +311,7 @@ class UlyssesAttention(HybridAttention):
 
     def __init__(
         self,
-        local_attention: Block | str | nn.Module,
+        local_attention: Block | str | Callable,
         sequence_process_group: Any,
         scatter_idx: int = 2,
         gather_idx: int = 0,
@@ -325,7 +342,7 @@ class AllGatherAttention(SequenceAttention):
 
     def __init__(
         self,
-        local_attention: Block | str | nn.Module,
+        local_attention: Block | str | Callable,
         sequence_process_group: Any,
         scatter_idx: int = 2,
         gather_idx: int = 0,
@@ -337,7 +354,8 @@ class AllGatherAttention(SequenceAttention):
         hosts: Sequence[Hashable] | None = None,
     ) -> None:
         order = None if hosts is None else ring_order(hosts)
-        super().__init__(local_attention, mask, layout, make_exchange("p2p", sequence_process_group, order))
+        exchange = make_exchange("p2p", sequence_process_group, order)
+        super().__init__(local_attention, mask, layout, exchange, (scatter_idx, gather_idx))
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, batch_dim_idx: int, mask: Mask, scale: float
@@ -360,7 +378,7 @@ class LocalAttention(SequenceAttention):
 
     def __init__(
         self,
-        local_attention: Block | str | nn.Module,
+        local_attention: Block | str | Callable,
         sequence_process_group: Any = None,
         scatter_idx: int = 2,
         gather_idx: int = 0,
@@ -370,7 +388,7 @@ class LocalAttention(SequenceAttention):
         mask: Mask = CAUSAL,
         layout: str = "contiguous",
     ) -> None:
-        super().__init__(local_attention, mask, layout, None)
+        super().__init__(local_attention, mask, layout, None, (scatter_idx, gather_idx))
 
 
 @functools.cache
@@ -381,6 +399,14 @@ def _disable_compilers() -> Any:
 def _batch_first(tensors: tuple[Tensor, ...], batch_dim_idx: int) -> tuple[Tensor, ...]:
     """[B, S, ...] from what the caller has, and back."""
     return tuple(tensor.transpose(0, 1) for tensor in tensors) if batch_dim_idx == 1 else tensors
+
+
+def _check_mask(mask: Mask) -> None:
+    if not isinstance(mask, Mask):
+        raise ValueError(
+            f"mask is {type(mask).__name__}, but must be a ring_attention.Mask, such as Mask(left=4095) or "
+            "CAUSAL.packed(cu_seqlens): masks given as a tensor are not supported"
+        )
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, batch_dim_idx: int) -> None:

@@ -65,9 +65,9 @@ class P2PExchange:
 
     def __init__(self, group: torch_dist.ProcessGroup, order: Sequence[int] | None = None) -> None:
         self.group = group
-        self.ring_degree = torch_dist.get_world_size(group)
+        own_rank, self.ring_degree = rank_and_size(group)
         self.order = list(range(self.ring_degree) if order is None else order)
-        self.ring_rank = self.order.index(torch_dist.get_rank(group))
+        self.ring_rank = self.order.index(own_rank)
         self._global_ranks = [torch_dist.get_global_rank(group, rank) for rank in self.order]
         self._watch: _Watch | None = None
 
@@ -155,7 +155,15 @@ def reduce_scatter(messages: Tensor, group: torch_dist.ProcessGroup) -> Tensor:
 
 
 def rank_and_size(group: torch_dist.ProcessGroup) -> tuple[int, int]:
-    """This rank's number in `group`, and how many there are."""
+    """This rank's number in `group`, and how many there are.
+
+    Raises:
+        ValueError: for None, which is no group.
+    """
+    if group is None:
+        raise ValueError(
+            "the process group is None: pass one, such as ParallelGroups(...).get_sequence_parallel_group()"
+        )
     return torch_dist.get_rank(group), torch_dist.get_world_size(group)
 
 

@@ -9,9 +9,10 @@ approximated.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ring_attention.blocks import BlockSpec, choose_block
 from ring_attention.mask import CAUSAL, FULL, Mask
@@ -27,7 +28,7 @@ class Recognized:
         self._known: dict[tuple, tuple[int, Mask]] = {}
 
     def mask_of(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, batch_dim_idx: int, num_ranks: int
+        self, module: Callable, query: Tensor, key: Tensor, value: Tensor, batch_dim_idx: int, num_ranks: int
     ) -> Mask:
         """The mask of `module`, which must be softmax attention with a scale of 1 / sqrt(D).
 
@@ -38,7 +39,14 @@ class Recognized:
         Raises:
             ValueError: if it is neither causal nor full attention.
         """
-        kind = (query.dtype, query.shape[2:], key.shape[2:], value.shape[2:], batch_dim_idx, module.training)
+        kind = (
+            query.dtype,
+            query.shape[2:],
+            key.shape[2:],
+            value.shape[2:],
+            batch_dim_idx,
+            getattr(module, "training", None),
+        )
         num_tokens = min(query.shape[1 - batch_dim_idx] * num_ranks, _MAX_TOKENS)
         tested, mask = self._known.get(kind, (0, CAUSAL))
         if num_tokens > tested:
@@ -48,7 +56,7 @@ class Recognized:
 
 
 def _recognize(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, batch_dim_idx: int, num_ranks: int, num_tokens: int
+    module: Callable, query: Tensor, key: Tensor, value: Tensor, batch_dim_idx: int, num_ranks: int, num_tokens: int
 ) -> Mask:
     sequence_dim, divides = 1 - batch_dim_idx, key.shape[2] % num_ranks == 0
     generator = torch.Generator().manual_seed(0)
@@ -76,12 +84,14 @@ def _recognize(
         if (error := row_errors.max().item()) < _TOLERANCE[query.dtype]:
             return mask
         errors[name] = error
-    found = ", ".join(f"{error:.1e} from {name} attention" for name, error in errors.items())
-    raise ValueError(_refusal(module, f"on made-up tokens its worst row is {found}"))
+    found = " and ".join(f"{error:.1e} of {name} attention's" for name, error in errors.items())
+    raise ValueError(_refusal(module, f"on made-up tokens its worst row is off by {found} size"))
 
 
-def _refusal(module: nn.Module, reason: str) -> str:
+def _refusal(module: Callable, reason: str) -> str:
+    name = getattr(module, "__name__", type(module).__name__)
     return (
-        f"local_attention={type(module).__name__} is not recognised: {reason}. Plain softmax attention, causal or "
-        'full, with scale 1 / sqrt(D), without dropout or bias, is; else pass "auto" as local_attention and a mask='
+        f"local_attention={name} is not recognised: {reason}. It must be plain softmax attention of [B, S, H, D], causal or "
+        'full, with scale 1 / sqrt(D). For a sliding window or documents pass "auto" and a mask=Mask(...), for another '
+        "scale softmax_scale=; dropout and biases are not supported"
     )

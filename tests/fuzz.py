@@ -128,7 +128,7 @@ def main() -> None:
     seconds = time.monotonic() - started
     print(f"{passed} cases, 0 failed, {seconds:.0f} s")
     for name, counts in seen.items():
-        print(f"  {name}: " + ", ".join(f"{value} {count}" for value, count in sorted(counts.items())))
+        print(f"  {name}: " + "; ".join(f"{value} {count}" for value, count in sorted(counts.items())))
     if options.json:
         summary = {
             "cases": passed,

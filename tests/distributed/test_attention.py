@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -179,8 +180,10 @@ def test_ulysses_takes_uneven_heads_once_deepspeed_knows_its_mpu(pool: WorkerPoo
 def refusals() -> list[str]:
     import deepspeed.comm as dist
 
+    world: Any
+    tensor: Any
     world, tensor = dist.get_world_group(), torch.zeros(1, 3, 2, 8)
-    ring = RingAttention("auto", world)
+    ring: Any = RingAttention("auto", world)
     attempts = [
         lambda: RingAttention("auto", world, transport="carrier_pigeon"),
         lambda: RingAttention("auto", world, layout="striped"),
@@ -190,6 +193,12 @@ def refusals() -> list[str]:
         lambda: LocalAttention("auto")(tensor, tensor, tensor, 2),
         lambda: ring(tensor, tensor, tensor, 0, dropout_p=0.1),
         lambda: ring(tensor, tensor, tensor, 0, torch.zeros(3)),
+        lambda: ring(tensor, tensor, tensor, 0, None, None, attention_mask=torch.zeros(3)),
+        lambda: ring(tensor, tensor, tensor, 0, mask=torch.ones(6, 6)),
+        lambda: RingAttention("auto", world, mask="causal"),
+        lambda: RingAttention("auto", world, 1, 2),
+        lambda: RingAttention(7, world),
+        lambda: RingAttention("auto", None),
         lambda: ring(tensor, tensor, tensor, 0, softmax_scale=0.0),
         lambda: ring(tensor[0], tensor, tensor, 0),
         lambda: ring(tensor, tensor.half(), tensor, 0),
@@ -226,8 +235,18 @@ def test_mistakes_are_refused_by_name(pool: WorkerPool):
         "batch_dim_idx=2 must be 0 ([B, S, H, D]) or 1 ([S, B, H, D])",
         "dropout_p=0.1: attention dropout is not supported, since the backward pass would need the very elements that "
         "each kernel dropped at each stage on each rank: use 0, and dropout after the output projection",
-        "rotary_pos_emb is not applied in here: rotate query and key before, by the global positions of "
-        "Layout.positions",
+        "rotary_pos_emb is Tensor, which nothing here applies: give what a query sees as mask=Mask(...), and rotate query "
+        "and key before, by the global positions of Layout.positions",
+        "attention_mask is Tensor, which nothing here applies: give what a query sees as mask=Mask(...), and rotate query "
+        "and key before, by the global positions of Layout.positions",
+        "mask is Tensor, but must be a ring_attention.Mask, such as Mask(left=4095) or CAUSAL.packed(cu_seqlens): masks "
+        "given as a tensor are not supported",
+        "mask is str, but must be a ring_attention.Mask, such as Mask(left=4095) or CAUSAL.packed(cu_seqlens): masks "
+        "given as a tensor are not supported",
+        "scatter_idx=1, gather_idx=2: heads must be dim 2 and tokens dim 0 or 1, as in [B, S, H, D] and [S, B, H, D], so "
+        "use 2 and 0 or 1",
+        'local_attention=7 must be "auto", a kernel or its name, or a module',
+        "the process group is None: pass one, such as ParallelGroups(...).get_sequence_parallel_group()",
         "softmax_scale=0.0 must be above 0, and finite: kernels mask by -inf * scale",
         "query has shape [3, 2, 8], but four dims are needed: [B, S, heads, head size]",
         "key is torch.float16, but query is torch.float32: cast them to one dtype",

@@ -192,6 +192,15 @@ def test_a_plain_local_attention_is_recognised(causal: bool, mask: Mask, dtype: 
     check(case, [attend(case, LocalAttention(Local(causal)), draw(case))])
 
 
+def test_a_function_is_recognised_like_a_module():
+    """DistributedAttention takes either; one that is not causal must not become so."""
+    q = torch.randn(1, 64, 2, 16)
+    full = LocalAttention(Local(causal=False).forward)(q, q, q, 0)
+    assert torch.equal(full, LocalAttention("auto", mask=FULL)(q, q, q, 0))
+    with pytest.raises(ValueError, match="local_attention=<lambda> is not recognised"):
+        LocalAttention(lambda q, k, v: 7 * q)(q, q, q, 0)
+
+
 class Transposed(nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return query.transpose(1, 2)
@@ -200,9 +209,12 @@ class Transposed(nn.Module):
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
-        (Local(window=200), "on made-up tokens its worst row is"),  # of 256: all but the last rows see everything
-        (Local(dropout=0.5), "on made-up tokens its worst row is"),
-        (Local(scale=0.1), "on made-up tokens its worst row is"),
+        (
+            Local(window=200),
+            "on made-up tokens its worst row is off by",
+        ),  # of 256: all but the last rows see everything
+        (Local(dropout=0.5), "on made-up tokens its worst row is off by"),
+        (Local(scale=0.1), "on made-up tokens its worst row is off by"),
         (Transposed(), "its output is not shaped like the query"),
     ],
     ids=["window", "dropout", "scale", "shape"],
