@@ -182,6 +182,7 @@ def refusals() -> list[str]:
 
     world: Any
     tensor: Any
+    number: Any = 7
     world, tensor = dist.get_world_group(), torch.zeros(1, 3, 2, 8)
     ring: Any = RingAttention("auto", world)
     attempts = [
@@ -197,7 +198,7 @@ def refusals() -> list[str]:
         lambda: ring(tensor, tensor, tensor, 0, mask=torch.ones(6, 6)),
         lambda: RingAttention("auto", world, mask="causal"),
         lambda: RingAttention("auto", world, 1, 2),
-        lambda: RingAttention(7, world),
+        lambda: RingAttention(number, world),
         lambda: RingAttention("auto", None),
         lambda: ring(tensor, tensor, tensor, 0, softmax_scale=0.0),
         lambda: ring(tensor[0], tensor, tensor, 0),
@@ -235,16 +236,16 @@ def test_mistakes_are_refused_by_name(pool: WorkerPool):
         "batch_dim_idx=2 must be 0 ([B, S, H, D]) or 1 ([S, B, H, D])",
         "dropout_p=0.1: attention dropout is not supported, since the backward pass would need the very elements that "
         "each kernel dropped at each stage on each rank: use 0, and dropout after the output projection",
-        "rotary_pos_emb is Tensor, which nothing here applies: give what a query sees as mask=Mask(...), and rotate query "
-        "and key before, by the global positions of Layout.positions",
-        "attention_mask is Tensor, which nothing here applies: give what a query sees as mask=Mask(...), and rotate query "
-        "and key before, by the global positions of Layout.positions",
-        "mask is Tensor, but must be a ring_attention.Mask, such as Mask(left=4095) or CAUSAL.packed(cu_seqlens): masks "
-        "given as a tensor are not supported",
-        "mask is str, but must be a ring_attention.Mask, such as Mask(left=4095) or CAUSAL.packed(cu_seqlens): masks "
-        "given as a tensor are not supported",
-        "scatter_idx=1, gather_idx=2: heads must be dim 2 and tokens dim 0 or 1, as in [B, S, H, D] and [S, B, H, D], so "
-        "use 2 and 0 or 1",
+        "rotary_pos_emb is Tensor, which nothing here applies: give what a query sees as mask=Mask(...), and rotate "
+        "query and key before, by the global positions of Layout.positions",
+        "attention_mask is Tensor, which nothing here applies: give what a query sees as mask=Mask(...), and rotate "
+        "query and key before, by the global positions of Layout.positions",
+        "mask is Tensor, but must be a ring_attention.Mask, such as Mask(left=4095) or CAUSAL.packed(cu_seqlens): "
+        "masks given as a tensor are not supported",
+        "mask is str, but must be a ring_attention.Mask, such as Mask(left=4095) or CAUSAL.packed(cu_seqlens): "
+        "masks given as a tensor are not supported",
+        "scatter_idx=1, gather_idx=2: heads must be dim 2 and tokens dim 0 or 1, as in [B, S, H, D] and [S, B, H, D], "
+        "so use 2 and 0 or 1",
         'local_attention=7 must be "auto", a kernel or its name, or a module',
         "the process group is None: pass one, such as ParallelGroups(...).get_sequence_parallel_group()",
         "softmax_scale=0.0 must be above 0, and finite: kernels mask by -inf * scale",

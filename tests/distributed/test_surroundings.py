@@ -245,7 +245,8 @@ def test_a_module_of_the_users_stays_a_submodule():
 
     attention = LocalAttention(WithBuffer())
     assert list(attention.state_dict()) == ["local_attn.table"]
-    assert not attention.eval().local_attn.training  # pyright: ignore[reportAttributeAccessIssue]
+    attention.eval()
+    assert not any(module.training for module in attention.modules())
 
 
 def test_a_loud_value_fits_into_fp16():
