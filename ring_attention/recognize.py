@@ -91,7 +91,7 @@ def _recognize(
 def _refusal(module: Callable, reason: str) -> str:
     name = getattr(module, "__name__", type(module).__name__)
     return (
-        f"local_attention={name} is not recognised: {reason}. It must be plain softmax attention of [B, S, H, D], causal "
-        'or full, with scale 1 / sqrt(D). For a sliding window or documents pass "auto" and a mask=Mask(...), for another '
-        "scale softmax_scale=; dropout and biases are not supported"
+        f"local_attention={name} is not recognised: {reason}. It must be plain softmax attention of [B, S, H, D], "
+        'causal or full, with scale 1 / sqrt(D). For a sliding window or documents pass "auto" and a mask=Mask(...), '
+        "for another scale softmax_scale=; dropout and biases are not supported"
     )

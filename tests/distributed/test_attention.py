@@ -183,6 +183,7 @@ def refusals() -> list[str]:
     world: Any
     tensor: Any
     number: Any = 7
+    word: Any = "causal"
     world, tensor = dist.get_world_group(), torch.zeros(1, 3, 2, 8)
     ring: Any = RingAttention("auto", world)
     attempts = [
@@ -196,7 +197,7 @@ def refusals() -> list[str]:
         lambda: ring(tensor, tensor, tensor, 0, torch.zeros(3)),
         lambda: ring(tensor, tensor, tensor, 0, None, None, attention_mask=torch.zeros(3)),
         lambda: ring(tensor, tensor, tensor, 0, mask=torch.ones(6, 6)),
-        lambda: RingAttention("auto", world, mask="causal"),
+        lambda: RingAttention("auto", world, mask=word),
         lambda: RingAttention("auto", world, 1, 2),
         lambda: RingAttention(number, world),
         lambda: RingAttention("auto", None),
