@@ -103,13 +103,14 @@ def launch(config: Config, num_ranks: int, run_dir: Path) -> float:
     outcomes = mp.get_context("spawn").SimpleQueue()
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # RunFailed says it better
     try:
-        context = mp.start_processes(
-            _launched_rank,
-            (os.getpid(), config, num_ranks, run_dir, meeting_dir, outcomes),
-            num_ranks,
-            join=False,
-            start_method="spawn",
-        )
+        with _signals_deferred():
+            context = mp.start_processes(
+                _launched_rank,
+                (os.getpid(), config, num_ranks, run_dir, meeting_dir, outcomes),
+                num_ranks,
+                join=False,
+                start_method="spawn",
+            )
         assert context is not None
         try:
             while not context.join(grace_period=GRACE_PERIOD_S):
@@ -126,6 +127,23 @@ def launch(config: Config, num_ranks: int, run_dir: Path) -> float:
     finally:
         _end(multiprocessing.active_children())  # those of an interrupted start, too
         shutil.rmtree(meeting_dir, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _signals_deferred() -> Iterator[None]:
+    """Ctrl-C and SIGTERM act once the block is done: a process that is started halfway prints a traceback."""
+    received: list[int] = []
+    handlers = {
+        number: signal.signal(number, lambda number, _: received.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in received:
+            signal.raise_signal(number)
 
 
 def _launched_rank(

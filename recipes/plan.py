@@ -135,7 +135,7 @@ class Plan:
         attention = f"{self.method}, layout {config.attention.layout}"
         attention += " (chosen by arithmetic: explain=true shows it)" if self.candidates else ""
         if self.degrees.sequence > 1:
-            transport = f", {config.attention.transport}" if self.method in ("ring", "hybrid") else ","
+            transport = f", transport {config.attention.transport}" if self.method in ("ring", "hybrid") else ","
             attention += f"{transport} over {'NCCL' if self.device_type == 'cuda' else 'gloo'}"
         rows = [
             ("ranks", f"{grid}, on {self.device_name}{alone}"),

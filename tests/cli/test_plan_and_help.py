@@ -21,6 +21,19 @@ def test_explain_prints_the_plan_of_the_model_chosen_last_and_stops(program):
         assert part in result.stdout
 
 
+def test_explain_shows_the_arithmetic_behind_the_automatic_choice(program):
+    result = program.run("attention=auto", "model=llama_1b", "launch.num_ranks=4", "explain=true")
+    assert result.exit_code == 0, result.stderr
+    totals = [
+        float(ms) for ms in re.findall(r"^  \w+, ring \d x ulysses \d: .* total ([\d.]+) ms$", result.stdout, re.M)
+    ]
+    assert len(totals) == 3
+    assert totals == sorted(totals)
+    first = re.search(r"^  (\w+), ring (\d) x ulysses (\d): ", result.stdout, re.M)
+    assert first is not None
+    assert f"attention  {first[1]}, layout zigzag (chosen by arithmetic: explain=true shows it)" in result.stdout
+
+
 def test_help_opens_with_the_commands_that_people_need(program):
     result = program.run("--help")
     assert result.exit_code == 0

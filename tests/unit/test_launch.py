@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
 
 from conf.schema import AttentionConfig, Config, ConfigError, EngineConfig, LaunchConfig
-from recipes.launch import _explain_failure, _Outcome, count_ranks
+from recipes.launch import _explain_failure, _Outcome, _signals_deferred, count_ranks
 
 
 @pytest.fixture(autouse=True)
@@ -77,3 +79,17 @@ def test_overdue_hops_are_shown_where_the_watchdog_ended_a_rank(tmp_path):
     (tmp_path / "logs" / "rank_0.log").write_text("noise\n")
     message = _explain_failure([-15, -6, -15, -15], 1, [], tmp_path)
     assert message.splitlines()[:2] == ["rank 1 was ended by SIGABRT", hop]
+
+
+def test_a_signal_while_ranks_are_started_acts_when_they_are():
+    steps = []
+
+    def start() -> None:
+        with _signals_deferred():
+            signal.raise_signal(signal.SIGINT)
+            steps.append("started")
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    assert steps == ["started"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
