@@ -26,8 +26,8 @@ from ring_attention import (
     RingAttention,
     UlyssesAttention,
 )
-from ring_attention.attention import SequenceAttention
 from ring_attention.groups import ParallelGroups
+from ring_attention.sequence import SequenceAttention
 
 
 def build_attention(plan: Plan, groups: ParallelGroups) -> SequenceAttention:

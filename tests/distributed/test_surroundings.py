@@ -23,7 +23,7 @@ from ring_attention import (
     RingAttention,
     UlyssesAttention,
 )
-from ring_attention.attention import SequenceAttention
+from ring_attention.sequence import SequenceAttention
 from tests.cases import Case, attend, check, draw
 from tests.measure import relative_error
 from tests.pool import WorkerPool, parallel_groups
