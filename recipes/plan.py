@@ -35,7 +35,6 @@ class Plan:
     device_type: str
     device_name: str
     capability: tuple[int, int] | None
-
     ranks_per_host: int
 
     def __post_init__(self) -> None:

@@ -31,12 +31,11 @@ class RingAttention(SequenceAttention):
 
     Args:
         local_attention: "auto" for the fastest block kernel, a kernel or its name; or what DistributedAttention was
-            given, a module that sees whole sequences: it is run once on made-up tokens to see that it is plain causal
-            or full attention, which a block kernel then computes.
+            given, a module or function that sees whole sequences: it is run on made-up tokens, 32768 at most, to see
+            that it is plain causal or full attention, which a block kernel then computes (`recognize`).
         sequence_process_group: the ranks that share a sequence.
-        scatter_idx, gather_idx: DistributedAttention's; 2, for heads are dim 2, and 0 or 1. Which one is the tokens'
-        dim
-            follows from batch_dim_idx.
+        scatter_idx, gather_idx: DistributedAttention's: 2, for heads are dim 2, and 0 or 1; which of these is the
+            tokens' dim follows from batch_dim_idx.
         sp_stream, num_kv_heads: DistributedAttention's; they have no meaning here.
         mask: which keys a query sees; causal if not given.
         layout: "contiguous" or "zigzag": how the caller cuts sequences (`Layout.shard`).

@@ -181,8 +181,10 @@ _subgroups: dict[tuple[torch_dist.ProcessGroup, tuple[int, ...]], torch_dist.Pro
 
 
 def subgroup(group: Any, ranks: tuple[int, ...]) -> torch_dist.ProcessGroup:
-    """The process group of some ranks of `group`, with its timeout. Its own ranks must call it, and on NCCL all others
-    of the world as often: DeepSpeed has torch split groups off the world's communicator.
+    """The process group of some ranks of `group`, with its timeout.
+
+    Its own ranks must call it, and on NCCL all others of the world as often, each for its own: DeepSpeed has torch
+    split groups off the world's communicator.
 
     Built once, as long as it lives: a gloo group has a thread that wakes up a hundred times a second.
     """

@@ -3,8 +3,7 @@
 Its neighbours are `attention` above and `exchange`, `blocks` and `ring`'s block loops below. Keys are put into their
 global order, so a rank's queries meet them in one or two rectangles.
 
-Shapes: B batch, S local tokens, G tokens of all ranks, H query heads, K key-value heads, D head size, E value head
-    size.
+Shapes: B batch, S local tokens, H query heads, K key-value heads, D head size, E value head size.
 """
 
 from __future__ import annotations

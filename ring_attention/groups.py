@@ -21,8 +21,7 @@ from ring_attention.topology import ring_order
 
 
 class ParallelGroups:
-    """Process groups of a data_degree x sequence_degree grid over all ranks. Every rank must construct it, in one
-    order.
+    """Process groups of a data_degree x sequence_degree grid. Every rank must construct it, in one order.
 
     `hosts` are those of the sequence group's ranks, for the attention modules.
 

@@ -1,6 +1,6 @@
 """The ring itself: a loop over stages, forward and backward, as one autograd function.
 
-Sits between `attention` (the modules users build) and `schedule`, `exchange`, `blocks` and `merge`, which it joins.
+Sits between `sequence` (what the modules share) and `schedule`, `exchange`, `blocks` and `merge`, which it joins.
 Source: Liu, Zaharia & Abbeel, "Ring Attention with Blockwise Transformers", 2023; Dao, FlashAttention-2, section 3.1.
 
 Shapes: B batch, S local tokens, T tokens of a source, H query heads, K key-value heads, D head size, E value head size.

@@ -28,9 +28,7 @@ Spans = tuple[tuple[int, int], ...]  # tokens of one rank as [start, stop), risi
 
 @dataclass(frozen=True, slots=True)
 class BlockPair:
-    """A block of attention: some rows of the batch (None: all), and which local queries meet which of the source's
-    keys.
-    """
+    """A block of attention: which row of the batch (None: all), and which local queries meet which source's keys."""
 
     row: int | None
     rectangle: Rectangle

@@ -77,8 +77,7 @@ class SequenceAttention(nn.Module):
         dropout_p: float = 0.0,
         **kwargs: None,
     ) -> Tensor:
-        """Attention of this rank's queries over the whole sequence. Every rank of the group must call it, with one
-        mask.
+        """Attention of this rank's queries over the whole sequence. Every rank must call it, all with one mask.
 
         Args:
             query: [B, S, H, D] for batch_dim_idx 0, [S, B, H, D] for 1; S local tokens, the same on all ranks.
@@ -94,7 +93,7 @@ class SequenceAttention(nn.Module):
 
         Raises:
             ValueError: for tensors that do not fit each other or the layout, a kernel that cannot do what is asked, a
-                rotary_pos_emb, or dropout.
+                local attention that is not recognised, an argument that nothing here applies, or dropout.
         """
         extra = {"rotary_pos_emb": rotary_pos_emb, **{f"argument {6 + n}": x for n, x in enumerate(args)}, **kwargs}
         return self._outside_compilers(self, query, key, value, batch_dim_idx, extra, mask, softmax_scale, dropout_p)
