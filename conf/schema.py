@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Optional
 
 BLOCKS = ("auto", "cudnn", "aten_flash", "mem_efficient", "cpu_flash", "reference")
 METHODS = ("ring", "ulysses", "hybrid", "all_gather", "local", "auto")
+RECIPES = ("pretrain", "forward", "compare")
 BYTE_VOCAB_SIZE = 257  # 256 byte values and the document separator
 
 
@@ -86,18 +87,45 @@ class AttentionConfig:
                 raise ConfigError(f"attention.{name}={speed} must be above 0, and finite")
 
 
+class Degrees(NamedTuple):
+    """The rank grid: the product is the number of ranks."""
+
+    data: int
+    ring: int
+    ulysses: int
+    tensor: int = 1
+    pipeline: int = 1
+
+    @property
+    def sequence(self) -> int:
+        """Ranks that share one sequence's tokens."""
+        return self.ring * self.ulysses
+
+
 @dataclass
 class ParallelismConfig:
     """The rank grid; what is left unset fills the ranks there are."""
 
+    method: str = "sequence"  # what fills them: sequence (by the attention method) | tensor_pipeline
     data_degree: Optional[int] = None  # replicas, each with sequences of its own
     ring_degree: Optional[int] = None  # ranks that share one sequence; of a hybrid, its Ulysses groups
     ulysses_degree: Optional[int] = None  # ranks that share one sequence by heads: ulysses and hybrid
+    tensor_degree: Optional[int] = None  # tensor_pipeline: ranks that share each layer's weights, as Megatron-LM does
+    pipeline_degree: Optional[int] = None  # tensor_pipeline: stages of layers
+    sequence_sharded_norms: bool = True  # tensor_pipeline: between its matrices a tensor rank has L/T of the tokens
 
     def __post_init__(self) -> None:
-        for name in ("data_degree", "ring_degree", "ulysses_degree"):
-            if getattr(self, name) is not None:
-                _at_least(f"parallelism.{name}", getattr(self, name), 1)
+        _choice("parallelism.method", self.method, ("sequence", "tensor_pipeline"))
+        for name in Degrees._fields:
+            degree = getattr(self, f"{name}_degree")
+            if degree is not None:
+                _at_least(f"parallelism.{name}_degree", degree, 1)
+        for name in ("tensor_degree", "pipeline_degree"):
+            if self.method == "sequence" and (getattr(self, name) or 1) > 1:
+                raise ConfigError(
+                    f"parallelism.{name}={getattr(self, name)} needs parallelism=tensor_pipeline: type "
+                    "+experiment=tp_pp"
+                )
 
 
 @dataclass
@@ -108,6 +136,7 @@ class EngineConfig:
     zero_stage: int = 1
     micro_batch_size: int = 1  # sequences per ring and micro-batch
     gradient_accumulation_steps: int = 1
+    train_batch_size: Optional[int] = None  # sequences per step, all ranks; if set, it gives the accumulation steps
     gradient_clipping: float = 1.0  # largest gradient norm; 0 is off
     deterministic: bool = False  # deterministic kernels only, at some cost
     detect_anomaly: bool = False  # name the forward operation whose gradient is NaN; slow
@@ -124,6 +153,13 @@ class EngineConfig:
         _at_least("engine.micro_batch_size", self.micro_batch_size, 1)
         _at_least("engine.gradient_accumulation_steps", self.gradient_accumulation_steps, 1)
         _at_least("engine.gradient_clipping", self.gradient_clipping, 0)
+        if self.train_batch_size is not None:
+            _at_least("engine.train_batch_size", self.train_batch_size, 1)
+            if self.gradient_accumulation_steps != 1:
+                raise ConfigError(
+                    f"engine.train_batch_size={self.train_batch_size} gives the accumulation steps, so "
+                    f"engine.gradient_accumulation_steps={self.gradient_accumulation_steps} must be left out"
+                )
 
 
 @dataclass
@@ -251,37 +287,17 @@ class Config:
             )
 
 
-class Degrees(NamedTuple):
-    """The rank grid: data x ring x ulysses is the number of ranks."""
-
-    data: int
-    ring: int
-    ulysses: int
-
-    @property
-    def sequence(self) -> int:
-        """Ranks that share one sequence."""
-        return self.ring * self.ulysses
-
-
 def resolve_degrees(config: Config, num_ranks: int, ranks_per_host: int | None = None) -> Degrees:
-    """The grid of `num_ranks`: what is unset fills the ranks, those that share a sequence first.
+    """The grid of `num_ranks`: what is unset fills the ranks, those that share a sequence or a model first.
 
     A hybrid's Ulysses degree, if unset, is the largest that the key-value heads and a host's ranks allow. For auto, of
-    which `recipes.plan` makes another method, the ring takes all.
+    which `recipes.plan` makes another method, the ring takes all. Of tensor_pipeline, two stages where there are four
+    ranks or more, and tensor ranks for the rest.
 
     Raises:
         ConfigError: if the degrees contradict each other, the ranks, the heads or the attention method.
     """
-    method, given, heads = config.attention.method, config.parallelism, config.model.num_kv_heads
-    fixed = {
-        "ring": ("ulysses",),
-        "all_gather": ("ulysses",),
-        "auto": ("ulysses",),
-        "ulysses": ("ring",),
-        "local": ("ring", "ulysses"),
-    }
-    degrees: dict[str, int | None] = {}
+    given = config.parallelism
     for name in Degrees._fields:
         degree = getattr(given, f"{name}_degree")
         if degree is not None and num_ranks % degree:
@@ -290,12 +306,41 @@ def resolve_degrees(config: Config, num_ranks: int, ranks_per_host: int | None =
                 f"parallelism.{name}_degree={degree} does not divide the {num_ranks} ranks: use one of {legal} "
                 f"(parallelism.{name}_degree={legal[-1]}) or another launch.num_ranks"
             )
-        if name in fixed.get(method, ()):
-            if (degree or 1) > 1:
-                raise ConfigError(_misfit(method, name, degree))
-            degree = 1
-        degrees[name] = degree
-    data, ring, ulysses = degrees["data"], degrees["ring"], degrees["ulysses"]
+    degrees = (
+        _tensor_pipeline_degrees(config, num_ranks)
+        if given.method == "tensor_pipeline"
+        else _sequence_degrees(config, num_ranks, ranks_per_host)
+    )
+    product = math.prod(degrees)
+    if product != num_ranks:
+        grid = " x ".join(
+            f"parallelism.{name}_degree={degree}"
+            for name, degree in degrees._asdict().items()
+            if degree > 1 or getattr(given, f"{name}_degree") is not None
+        )
+        raise ConfigError(
+            f"{grid} is {product} ranks, but there are {num_ranks}: leave one of them unset, or "
+            f"launch.num_ranks={product}"
+        )
+    _check_heads(config, num_ranks, degrees)
+    return degrees
+
+
+def _sequence_degrees(config: Config, num_ranks: int, ranks_per_host: int | None) -> Degrees:
+    method, given, heads = config.attention.method, config.parallelism, config.model.num_kv_heads
+    fixed = {
+        "ring": ("ulysses",),
+        "all_gather": ("ulysses",),
+        "auto": ("ulysses",),
+        "ulysses": ("ring",),
+        "local": ("ring", "ulysses"),
+    }
+    for name in fixed.get(method, ()):
+        if (degree := getattr(given, f"{name}_degree") or 1) > 1:
+            raise ConfigError(_misfit(method, name, degree))
+    data = given.data_degree
+    ring = 1 if "ring" in fixed.get(method, ()) else given.ring_degree
+    ulysses = 1 if "ulysses" in fixed.get(method, ()) else given.ulysses_degree
     if ulysses is None:
         share = max(1, num_ranks // (data or 1) // (ring or 1))
         per_host = math.gcd(share, ranks_per_host or share)
@@ -306,20 +351,65 @@ def resolve_degrees(config: Config, num_ranks: int, ranks_per_host: int | None =
         ring = max(1, num_ranks // (data or 1) // ulysses)
     if data is None:
         data = max(1, num_ranks // ring // ulysses)
-    if data * ring * ulysses != num_ranks:
-        raise ConfigError(
-            f"parallelism.data_degree={data} x parallelism.ring_degree={ring} x parallelism.ulysses_degree={ulysses} "
-            f"is {data * ring * ulysses} ranks, but there are {num_ranks}: leave one of them unset, or "
-            f"launch.num_ranks={data * ring * ulysses}"
-        )
-    if heads < ulysses or (method == "hybrid" and heads % ulysses):
-        raise ConfigError(
-            f"attention={method} with parallelism.ulysses_degree={ulysses} does not fit model.num_kv_heads={heads}: "
-            f"use attention=hybrid, a multiple of {ulysses} heads (model.num_kv_heads={ulysses}), fewer ranks per "
-            f"sequence (parallelism.ulysses_degree={math.gcd(heads, num_ranks)}), or attention=ring, which takes any "
-            "heads"
-        )
     return Degrees(data, ring, ulysses)
+
+
+def _tensor_pipeline_degrees(config: Config, num_ranks: int) -> Degrees:
+    given = config.parallelism
+    if config.attention.method != "local":
+        raise ConfigError(
+            f"attention={config.attention.method} cannot go with parallelism=tensor_pipeline, whose ranks hold whole "
+            "sequences of some heads: use attention=local"
+        )
+    if config.engine.zero_stage != 1:
+        raise ConfigError(
+            f"engine.zero_stage={config.engine.zero_stage} cannot go with parallelism=tensor_pipeline: DeepSpeed's "
+            "pipeline takes engine.zero_stage=1"
+        )
+    for name in ("ring", "ulysses"):
+        if (degree := getattr(given, f"{name}_degree") or 1) > 1:
+            raise ConfigError(
+                f"parallelism.{name}_degree={degree} cannot go with parallelism=tensor_pipeline: leave it unset"
+            )
+    data, tensor, pipeline = given.data_degree, given.tensor_degree, given.pipeline_degree
+    left = max(1, num_ranks // (data or 1) // (tensor or 1))
+    if pipeline is None:
+        pipeline = 1
+        if tensor is not None and data is not None:
+            pipeline = left
+        elif tensor is None and left % 2 == 0 and left >= 4:
+            pipeline = 2
+    if tensor is None:
+        tensor = max(1, left // pipeline)
+    if data is None:
+        data = max(1, num_ranks // tensor // pipeline)
+    return Degrees(data, 1, 1, tensor, pipeline)
+
+
+def _check_heads(config: Config, num_ranks: int, degrees: Degrees) -> None:
+    """Raises ConfigError if heads, the MLP or the layers cannot be cut as the degrees say."""
+    model, method = config.model, config.attention.method
+    heads = model.num_kv_heads
+    if heads < degrees.ulysses or (method == "hybrid" and heads % degrees.ulysses):
+        raise ConfigError(
+            f"attention={method} with parallelism.ulysses_degree={degrees.ulysses} does not fit "
+            f"model.num_kv_heads={heads}: "
+            f"use attention=hybrid, a multiple of {degrees.ulysses} heads (model.num_kv_heads={degrees.ulysses}), "
+            f"fewer ranks per sequence (parallelism.ulysses_degree={math.gcd(heads, num_ranks)}), or attention=ring, "
+            "which takes any heads"
+        )
+    for name, size in (("num_kv_heads", heads), ("mlp_size", model.mlp_size)):
+        if size % degrees.tensor:
+            raise ConfigError(
+                f"parallelism.tensor_degree={degrees.tensor} does not divide model.{name}={size}: use "
+                f"parallelism.tensor_degree={math.gcd(size, num_ranks)}, or attention by +experiment=ra_sp, which "
+                "cuts tokens"
+            )
+    if degrees.pipeline > model.num_layers:
+        raise ConfigError(
+            f"parallelism.pipeline_degree={degrees.pipeline} is more than model.num_layers={model.num_layers}: a stage "
+            f"has at least one layer, so use parallelism.pipeline_degree={math.gcd(model.num_layers, num_ranks)}"
+        )
 
 
 def _misfit(method: str, name: str, degree: int | None) -> str:

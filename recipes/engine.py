@@ -121,6 +121,24 @@ def deepspeed_config(config: EngineConfig, num_parameters: int) -> dict[str, Any
     return settings
 
 
+def optimizer_arguments(
+    model: nn.Module, settings: dict[str, Any], config: OptimizerConfig, num_steps: int | None
+) -> dict[str, Any]:
+    """For `deepspeed.initialize`: its `config`, and where there are steps to train, the optimizer and its schedule."""
+    if num_steps is None:
+        stage = settings["zero_optimization"]["stage"]
+        if stage < 3:  # there is nothing to cut up but weights, which stage 3 does
+            settings = {**settings, "zero_optimization": {"stage": 0}}
+            settings.pop("data_types", None)
+        return {"config": settings}
+    factor = learning_rate_factor(config, num_steps)
+    return {
+        "config": settings,
+        "optimizer": make_optimizer(model, config),
+        "lr_scheduler": lambda wrapped: torch.optim.lr_scheduler.LambdaLR(wrapped, factor),
+    }
+
+
 def _undo_dummy_step(wrapper: FP16_UnfusedOptimizer) -> None:
     """Half precision on stage 0: DeepSpeed 0.19.8 takes a step with zero gradients to allocate Adam's state.
 
@@ -136,37 +154,34 @@ class TrainingEngine:
     """The model under DeepSpeed. Every rank must construct it and make the same calls in the same order.
 
     Args:
-        build_model: draws the model from torch's global generator, which is seeded here, alike on all ranks.
+        build_model: makes the model, with the same weights on all ranks, where torch allocates by default.
         groups: the process groups, given to DeepSpeed as its mpu.
+        sequence_rank: which part of a sequence's tokens this rank takes.
+        num_steps: of the schedule; None makes no optimizer, for forward passes alone.
     """
 
     def __init__(
         self,
         build_model: Callable[[], nn.Module],
         groups: ParallelGroups,
+        sequence_rank: int,
         engine_config: EngineConfig,
         optimizer_config: OptimizerConfig,
-        num_steps: int,
-        seed: int,
+        num_steps: int | None,
     ) -> None:
-        self.config, self.groups = engine_config, groups
+        self.config, self.groups, self.sequence_rank = engine_config, groups, sequence_rank
+        self.data_rank, self.data_degree = groups.data_rank, groups.data_degree
         self.device = (
             torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         )
-        torch.manual_seed(seed)
         with self.device:
-            model = build_model()
-        num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        optimizer = make_optimizer(model, optimizer_config)
-        factor = learning_rate_factor(optimizer_config, num_steps)
-        self.model = model
+            self.model = build_model()
+        settings = deepspeed_config(engine_config, sum(parameter.numel() for parameter in self.model.parameters()))
         self.deepspeed, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            lr_scheduler=lambda wrapped: torch.optim.lr_scheduler.LambdaLR(wrapped, factor),  # pyright: ignore[reportArgumentType]
-            config=deepspeed_config(engine_config, num_parameters),
+            model=self.model,
             mpu=groups,
             dist_init_required=False,
+            **optimizer_arguments(self.model, settings, optimizer_config, num_steps),
         )
         if isinstance(self.deepspeed.optimizer, FP16_UnfusedOptimizer):
             _undo_dummy_step(self.deepspeed.optimizer)
@@ -218,20 +233,25 @@ class TrainingEngine:
         return StepResult(loss, self.update())
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Iterable[TokenBatch]) -> float:
-        """Mean token loss in nats over all ranks' micro-batches; every rank must bring equally many."""
+    def mean_loss(self, micro_batches: Iterable[TokenBatch]) -> Tensor:
+        """Mean token loss in nats over all ranks' micro-batches, a scalar; every rank must bring equally many."""
         self.deepspeed.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         for micro_batch in micro_batches:
-            totals += torch.stack([self._loss_sum(micro_batch).double(), micro_batch.num_valid().to(self.device)])
-        loss_sum, num_valid = self._sum_over_ranks(totals).tolist()
-        return loss_sum / max(1, num_valid)
+            totals[0] += self._loss_sum(micro_batch)
+            totals[1] += micro_batch.num_valid().to(self.device, non_blocking=True)
+        loss_sum, num_valid = self._sum_over_ranks(totals)
+        return loss_sum / num_valid.clamp(min=1)
 
     def max_over_ranks(self, value: float) -> float:
         """The largest of all ranks' values."""
         tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.groups.get_sequence_data_parallel_group())
         return tensor.item()
+
+    def close(self) -> None:
+        """Give back what a later engine needs."""
+        self.deepspeed.destroy()
 
     def _loss_sum(self, micro_batch: TokenBatch) -> Tensor:
         return self.deepspeed(

@@ -269,11 +269,7 @@ def _run_rank(config: Config, run_dir: Path, init_method: str | None) -> float:
         plan = plans[0]
         assert plan is not None
         config = plan.config
-        # what was left open is recorded as it came out
-        for name, degree in plan.degrees._asdict().items():
-            setattr(config.parallelism, f"{name}_degree", degree)
-        config.attention.method = plan.method
-        config.launch.num_ranks = num_ranks
+        plan.settle()
         if rank == 0:
             OmegaConf.save(OmegaConf.structured(config), run_dir / "config.yaml")
         with Reporter(plan, run_dir, console) if rank == 0 else contextlib.nullcontext() as reporter:

@@ -38,7 +38,7 @@ class Plan:
     ranks_per_host: int
 
     def __post_init__(self) -> None:
-        _ = self.degrees, self.block_choice()
+        _ = self.degrees, self.accumulation_steps, self.block_choice()
 
     @functools.cached_property
     def candidates(self) -> list[Candidate]:
@@ -89,13 +89,30 @@ class Plan:
 
     @property
     def layout(self) -> Layout:
-        length = self.config.data.sequence_length
+        """How a sequence's tokens lie over its ranks; of tensor ranks, between their matrices."""
+        length, parallelism = self.config.data.sequence_length, self.config.parallelism
+        if parallelism.method == "tensor_pipeline":
+            return Layout("contiguous", self.degrees.tensor if parallelism.sequence_sharded_norms else 1, length)
         return Layout(self.config.attention.layout, self.degrees.ring, length, self.degrees.ulysses)
 
     @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches per step."""
+        engine, data_degree = self.config.engine, self.degrees.data
+        if engine.train_batch_size is None:
+            return engine.gradient_accumulation_steps
+        steps, rest = divmod(engine.train_batch_size, data_degree * engine.micro_batch_size)
+        if rest:
+            raise ConfigError(
+                f"engine.train_batch_size={engine.train_batch_size} is no multiple of {data_degree} data ranks x "
+                f"engine.micro_batch_size={engine.micro_batch_size}: use "
+                f"engine.train_batch_size={(steps + 1) * data_degree * engine.micro_batch_size}"
+            )
+        return steps
+
+    @property
     def sequences_per_step(self) -> int:
-        engine = self.config.engine
-        return self.degrees.data * engine.micro_batch_size * engine.gradient_accumulation_steps
+        return self.degrees.data * self.config.engine.micro_batch_size * self.accumulation_steps
 
     @property
     def data_tokens_per_step(self) -> int:
@@ -105,6 +122,15 @@ class Plan:
     @property
     def tokens_per_step(self) -> int:
         return self.sequences_per_step * self.config.data.sequence_length
+
+    def settle(self) -> None:
+        """Write what the configuration left open into it, as it came out: for the record of a run."""
+        for name, degree in self.degrees._asdict().items():
+            setattr(self.config.parallelism, f"{name}_degree", degree)
+        self.config.attention.method = self.method
+        engine = self.config.engine
+        engine.gradient_accumulation_steps, engine.train_batch_size = self.accumulation_steps, None
+        self.config.launch.num_ranks = self.num_ranks
 
     def block_choice(self) -> tuple[str, str]:
         """The block kernel's name and why it was chosen."""
@@ -128,9 +154,11 @@ class Plan:
         config, model, layout = self.config, self.config.model, self.layout
         block, reason = self.block_choice()
         padding = layout.padded_length - layout.length
-        grid = " x ".join(f"{degree} {name}" for name, degree in self.degrees._asdict().items() if name != "ulysses")
-        grid += f" x {self.degrees.ulysses} ulysses" if self.degrees.ulysses > 1 else ""
-        alone = "; one rank holds whole sequences" if self.degrees.sequence == 1 else ""
+        shown = ("data", "tensor", "pipeline") if config.parallelism.method == "tensor_pipeline" else ("data", "ring")
+        grid = " x ".join(
+            f"{degree} {name}" for name, degree in self.degrees._asdict().items() if name in shown or degree > 1
+        )
+        alone = "; one rank holds whole sequences" if self.degrees.sequence == self.degrees.tensor == 1 else ""
         attention = f"{self.method}, layout {config.attention.layout}"
         attention += " (chosen by arithmetic: explain=true shows it)" if self.candidates else ""
         if self.degrees.sequence > 1:
@@ -167,7 +195,7 @@ class Plan:
         lines = [*self.banner(run_dir), "", "batch"]
         lines += [
             f"  {self.degrees.data} data ranks x {engine.micro_batch_size} sequences x "
-            f"{engine.gradient_accumulation_steps} micro-batches = {self.sequences_per_step} sequences per step",
+            f"{self.accumulation_steps} micro-batches = {self.sequences_per_step} sequences per step",
             f"  x {layout.length:,} tokens = {self.tokens_per_step:,} tokens per step, "
             f"{self.tokens_per_step * config.num_steps:,} in {config.num_steps} steps",
         ]

@@ -6,47 +6,17 @@ import contextlib
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
+import deepspeed.comm as dist
 import torch
 
 from conf.schema import Config
 from data.pack import Corpus
-from data.shard import Sharder
 from data.source import open_documents
 from recipes import metrics
-from recipes.engine import TrainingEngine
+from recipes.build import build_engine, build_sharder
 from recipes.plan import Plan
 from recipes.report import Reporter
-from recipes.transformer import Transformer
-from ring_attention import (
-    AllGatherAttention,
-    HybridAttention,
-    LocalAttention,
-    RingAttention,
-    UlyssesAttention,
-)
-from ring_attention.groups import ParallelGroups
-from ring_attention.sequence import SequenceAttention
-
-
-def build_attention(plan: Plan, groups: ParallelGroups) -> SequenceAttention:
-    """The plan's attention module on the ranks of this one's sequence. A new method is one entry here."""
-    config, group = plan.config.attention, groups.get_sequence_parallel_group()
-    common: dict[str, Any] = {"layout": config.layout}
-    spread = {"transport": config.transport, "hosts": groups.hosts}
-    match plan.method:
-        case "ring":
-            return RingAttention(config.block, group, **common, **spread)
-        case "ulysses":
-            return UlyssesAttention(config.block, group, **common)
-        case "hybrid":
-            return HybridAttention(config.block, group, ulysses_degree=plan.degrees.ulysses, **common, **spread)
-        case "all_gather":
-            return AllGatherAttention(config.block, group, hosts=groups.hosts, **common)
-        case "local":
-            return LocalAttention(config.block, group, **common)
-    raise AssertionError(f"no module for attention.method={plan.method}")
 
 
 def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
@@ -59,30 +29,19 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
     if config.engine.deterministic:
         torch.use_deterministic_algorithms(True)
     torch.autograd.set_detect_anomaly(config.engine.detect_anomaly)
-    groups = ParallelGroups(plan.degrees.data, plan.degrees.sequence)
-    attention = build_attention(plan, groups)
     if reporter:
         reporter.say(*plan.banner(run_dir), "", "building the model and the engine ...")
-    engine = TrainingEngine(
-        lambda: Transformer(config.model, attention),
-        groups,
-        config.engine,
-        config.optimizer,
-        config.num_steps,
-        config.seed,
-    )
+    engine = build_engine(plan)
     corpus = Corpus(open_documents(config.data), config.data.sequence_length, config.data.validation_sequences)
-    sharder = Sharder(
-        plan.layout, attention.sequence_rank, groups.data_rank, groups.data_degree, config.engine.micro_batch_size
-    )
-    steps = sharder.steps(corpus.training(cursor=0), config.engine.gradient_accumulation_steps)
+    sharder = build_sharder(plan, engine)
+    steps = sharder.steps(corpus.training(cursor=0), plan.accumulation_steps)
     first_batch = next(steps)
 
     clock = metrics.StepClock()
     losses: list[float] = []  # of the logged steps
     step_times_s: list[float] = []
     validation_loss = float("nan")
-    with _profiler(config, run_dir, groups.get_sequence_data_parallel_rank()) as profiler_step:
+    with _profiler(config, run_dir, dist.get_rank()) as profiler_step:
         for step in range(1, config.num_steps + 1):
             micro_batches = first_batch if step == 1 or config.data.overfit_one_batch else next(steps)
             learning_rate = engine.learning_rate
@@ -112,7 +71,7 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
             if is_last or _is_multiple(step, config.logging.validate_every_n_steps):
                 if reporter:
                     reporter.say("validating ...")
-                validation_loss = engine.evaluate(sharder.validation(corpus.validation()))
+                validation_loss = engine.mean_loss(sharder.validation(corpus.validation())).item()
                 values["validation/loss"] = validation_loss
                 if reporter:
                     reporter.say(f"step {step}: validation loss {validation_loss:.4f}")

@@ -58,6 +58,22 @@ def apply_rotary(x_BSHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x_BSHD.dtype)
 
 
+def draw_weights_(part: nn.Module, config: ModelConfig, seed: int, index: int) -> None:
+    """Draw the weights of part `index` of the model (0 the embedding, then the layers, then the head); biases are 0.
+
+    Each part has a generator of its own, so a pipeline stage draws no other stage's weights. The two projections that
+    add into the residual stream shrink with its depth (GPT-2).
+    """
+    generator = None
+    for name, parameter in part.named_parameters():
+        if parameter.dim() == 2:
+            generator = generator or torch.Generator(parameter.device).manual_seed((seed << 20) + index)
+            depth = 2 * config.num_layers if name.endswith(("out.weight", "down.weight")) else 1
+            nn.init.normal_(parameter, std=config.init_std / depth**0.5, generator=generator)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
+
+
 class SelfAttention(nn.Module):
     def __init__(self, config: ModelConfig, attention: nn.Module) -> None:
         super().__init__()
@@ -100,26 +116,48 @@ class Layer(nn.Module):
         return x_BSE + self.mlp(self.mlp_norm(x_BSE))
 
 
+def make_embedding(config: ModelConfig, seed: int) -> nn.Embedding:
+    embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+    draw_weights_(embedding, config, seed, 0)
+    return embedding
+
+
+def make_layer(config: ModelConfig, attention: nn.Module, seed: int, index: int) -> Layer:
+    """Layer `index`, counted from 0."""
+    layer = Layer(config, attention)
+    draw_weights_(layer, config, seed, 1 + index)
+    return layer
+
+
+def make_head(config: ModelConfig, seed: int) -> nn.Linear:
+    head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+    draw_weights_(head, config, seed, 1 + config.num_layers)
+    return head
+
+
+def token_loss_sum(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
+    """The sum of cross-entropies in nats, fp32, over labels other than IGNORED_LABEL."""
+    compute_dtype = torch.promote_types(logits_BSV.dtype, torch.float32)
+    return F.cross_entropy(
+        logits_BSV.flatten(0, 1).to(compute_dtype), labels_BS.flatten(), ignore_index=IGNORED_LABEL, reduction="sum"
+    )
+
+
 class Transformer(nn.Module):
     """The model. `forward` returns the SUM of this rank's token losses, for the caller to normalise over all ranks.
 
-    Weights are drawn on construction from torch's global generator: seed it alike on every rank.
+    Args:
+        attention: any module with DeepSpeed's DistributedAttention contract.
+        seed: of the weights, which are drawn on the device that torch would allocate on.
     """
 
-    def __init__(self, config: ModelConfig, attention: nn.Module) -> None:
+    def __init__(self, config: ModelConfig, attention: nn.Module, seed: int = 0) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, attention) for _ in range(config.num_layers))
+        self.embedding = make_embedding(config, seed)
+        self.layers = nn.ModuleList(make_layer(config, attention, seed, index) for index in range(config.num_layers))
         self.final_norm = make_norm(config)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            elif parameter.dim() == 2:
-                # the two projections that add into the residual stream shrink with its depth (GPT-2)
-                depth = 2 * config.num_layers if name.endswith(("out.weight", "down.weight")) else 1
-                nn.init.normal_(parameter, std=config.init_std / depth**0.5)
+        self.head = make_head(config, seed)
         if config.tied_head:
             self.head.weight = self.embedding.weight
 
@@ -132,12 +170,5 @@ class Transformer(nn.Module):
         return self.head(self.final_norm(x_BSE))
 
     def forward(self, tokens_BS: Tensor, positions_1S: Tensor, labels_BS: Tensor) -> Tensor:
-        """The sum of cross-entropies in nats, fp32, over labels other than IGNORED_LABEL: see `TokenBatch`."""
-        logits_BSV = self.logits(tokens_BS, positions_1S)
-        compute_dtype = torch.promote_types(logits_BSV.dtype, torch.float32)
-        return F.cross_entropy(
-            logits_BSV.flatten(0, 1).to(compute_dtype),
-            labels_BS.flatten(),
-            ignore_index=IGNORED_LABEL,
-            reduction="sum",
-        )
+        """`token_loss_sum` of what follows each token: see `TokenBatch`."""
+        return token_loss_sum(self.logits(tokens_BS, positions_1S), labels_BS)

@@ -6,8 +6,8 @@ norm of every step, every parameter's gradient of the first, and all parameters 
 acted. The measure is ||a - b|| / ||b|| per tensor.
 
 - fp32: against fp64 in one process; at most 1e-5.
-- bf16: the error against fp64 (from the same rounded weights) over that of bf16 in one process, per tensor; at most
-  1.5.
+- bf16: the error against fp64 (from the same rounded weights) over that of bf16 in one process, per tensor, all layers'
+  together; at most 1.5.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import re
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -64,7 +65,7 @@ MODELS = {
 CLIPPING = {"llama": 0.5, "gpt": 0.0}  # below the norms that occur, so that it acts; off
 # Adam's eps is large, so that an update is a smooth function of the gradient. At 1e-8 an element whose gradient is 0
 # but for rounding moves by lr in a random direction: fp32 on one rank is 7e-5 away from fp64 after 3 steps, too.
-OPTIMIZER = OptimizerConfig(lr=1e-2, warmup_fraction=0.0, eps=1e-3)
+OPTIMIZER = OptimizerConfig(lr=1e-2, warmup_fraction=0.0, eps=1e-2)
 MICRO_BATCH_SIZE = 2
 
 
@@ -80,10 +81,18 @@ class Cell:
     model: str = "llama"
     method: str = "ring"
     ulysses_degree: int = 1
+    tensor_degree: int = 1
+    pipeline_degree: int = 1
+    sequence_sharded_norms: bool = True
 
     @property
     def num_ranks(self) -> int:
-        return self.ring_degree * self.ulysses_degree * self.data_degree
+        sequence_ranks = self.ring_degree * self.ulysses_degree
+        return sequence_ranks * self.data_degree * self.tensor_degree * self.pipeline_degree
+
+    @property
+    def attention_method(self) -> str:
+        return "local" if self.method in ("tp_pp", "dp") else self.method
 
     @property
     def plan(self) -> Plan:
@@ -91,8 +100,16 @@ class Cell:
         return Plan(
             Config(
                 model=MODELS[self.model],
-                attention=AttentionConfig(method=self.method, layout=self.layout),
-                parallelism=ParallelismConfig(self.data_degree, self.ring_degree, self.ulysses_degree),
+                attention=AttentionConfig(method=self.attention_method, layout=self.layout),
+                parallelism=ParallelismConfig(
+                    "tensor_pipeline" if self.method == "tp_pp" else "sequence",
+                    self.data_degree,
+                    self.ring_degree,
+                    self.ulysses_degree,
+                    self.tensor_degree,
+                    self.pipeline_degree,
+                    self.sequence_sharded_norms,
+                ),
                 engine=EngineConfig(
                     dtype=self.dtype,
                     zero_stage=self.zero_stage,
@@ -100,7 +117,9 @@ class Cell:
                     gradient_accumulation_steps=self.accumulation_steps,
                     gradient_clipping=CLIPPING[self.model],
                 ),
+                optimizer=OPTIMIZER,
                 data=DataConfig(sequence_length=self.length),
+                num_steps=NUM_STEPS,
             ),
             self.num_ranks,
             "cpu",
@@ -126,6 +145,30 @@ def full_table() -> list[Cell]:
             ((1, 29), (2, 32)),
         )
     ]
+    cells += [Cell("fp32", stage, 1, data, 1, 29, method="dp") for stage in (0, 1, 2, 3) for data in (2, 4)]
+    cells += [
+        Cell(
+            dtype,
+            1,
+            1,
+            data,
+            accumulation,
+            length,
+            model=model,
+            method="tp_pp",
+            tensor_degree=tensor,
+            pipeline_degree=pipeline,
+            sequence_sharded_norms=sharded,
+        )
+        for (data, tensor, pipeline), sharded, dtype, (accumulation, length), model in itertools.product(
+            ((1, 2, 1), (1, 1, 2), (1, 2, 2), (2, 2, 1), (2, 1, 2), (2, 2, 2)),
+            (True, False),
+            ("fp32", "bf16"),
+            ((3, 32), (1, 29)),
+            ("llama", "gpt"),
+        )
+        if sharded or tensor > 1
+    ]
     return sorted(cells, key=lambda cell: cell.num_ranks)
 
 
@@ -148,20 +191,24 @@ def batches(cell: Cell) -> tuple[Tensor, Tensor]:
     return tokens[..., :-1], tokens[..., 1:].masked_fill(dropped, IGNORED_LABEL)
 
 
-def initial_weights(cell: Cell) -> dict[str, Tensor]:
-    """Drawn on the CPU, rounded as DeepSpeed rounds them, in fp64."""
-    torch.manual_seed(0)
-    weights = Transformer(MODELS[cell.model], LocalAttention("reference")).to(DTYPES[cell.dtype]).double().state_dict()
-    return {name: weight.clone() for name, weight in weights.items()}
+def initial_weights(cell: Cell, drawn_on: str) -> dict[str, Tensor]:
+    """As the engine draws them, rounded as DeepSpeed rounds them, in fp64."""
+    with torch.device(drawn_on):
+        model = Transformer(MODELS[cell.model], LocalAttention("reference"), seed=0)
+    return {name: weight.cpu() for name, weight in model.to(DTYPES[cell.dtype]).double().state_dict().items()}
 
 
-def train_one_process(cell: Cell, compute_dtype: torch.dtype, device: str) -> Trained:
-    """Plain PyTorch: master weights in fp64, computing in `compute_dtype`, in fp16 with a constant loss scale."""
+def train_one_process(cell: Cell, compute_dtype: torch.dtype, device: str, drawn_on: str) -> Trained:
+    """Plain PyTorch: master weights in fp64, computing in `compute_dtype`, in fp16 with a constant loss scale.
+
+    Args:
+        drawn_on: the kind of device that the ranks draw their weights on.
+    """
     block = "reference" if compute_dtype == torch.float64 else "auto"
     loss_scale = 1024 if compute_dtype == torch.float16 else 1
     master = Transformer(MODELS[cell.model], LocalAttention(block)).double().to(device)
     worker = Transformer(MODELS[cell.model], LocalAttention(block)).to(device, compute_dtype)
-    master.load_state_dict(initial_weights(cell))
+    master.load_state_dict(initial_weights(cell, drawn_on))
     spared = [p for name, p in master.named_parameters() if p.dim() < 2 or name == "embedding.weight"]
     decayed = [p for name, p in master.named_parameters() if p.dim() == 2 and name != "embedding.weight"]
     optimizer = torch.optim.AdamW(
@@ -198,62 +245,87 @@ def train_one_process(cell: Cell, compute_dtype: torch.dtype, device: str) -> Tr
 
 
 def train_on_ranks(cell: Cell) -> Trained:
-    """On one rank: the same through the project's engine."""
+    """On one rank: the same through the project's engine, as the recipe builds it."""
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
-    from recipes.engine import TrainingEngine
-    from recipes.pretrain import build_attention
+    from recipes.build import build_engine
 
     plan = cell.plan
-    layout, groups = plan.layout, parallel_groups(plan.degrees.data, plan.degrees.sequence)
-    attention = build_attention(plan, groups)
-    weights = initial_weights(cell)  # drawn here: inside the engine a draw would be the GPU's
-
-    def build_model() -> Transformer:
-        model = Transformer(MODELS[cell.model], attention)
-        model.load_state_dict(weights)
-        return model
-
-    engine = TrainingEngine(
-        build_model,
-        groups,
-        plan.config.engine,
-        OPTIMIZER,
-        NUM_STEPS,
-        seed=0,
-    )
-    tokens, labels = (tensor[:, :, groups.data_rank] for tensor in batches(cell))
+    layout, pipelined = plan.layout, cell.method == "tp_pp"
+    groups = None if pipelined else parallel_groups(plan.degrees.data, plan.degrees.sequence)
+    engine = build_engine(plan, groups)
+    parameters = {one_process_name(name): parameter for name, parameter in engine.model.named_parameters()}
     trained = Trained([], [], {}, {})
-    for step in range(NUM_STEPS):
-        micro_batches = [
-            TokenBatch(
-                layout.shard(micro_tokens, attention.sequence_rank, dim=1),
-                layout.positions(attention.sequence_rank).unsqueeze(0),
-                layout.shard(micro_labels, attention.sequence_rank, dim=1, pad_value=IGNORED_LABEL),
-            )
-            for micro_tokens, micro_labels in zip(tokens[step], labels[step], strict=True)
-        ]
-        trained.losses.append(engine.accumulate(micro_batches).item())
-        if step == 0:
+    update = engine.deepspeed._take_model_step
+
+    def update_after_a_look(*args: Any) -> None:
+        if not trained.gradients:
             wrapper: Any = engine.deepspeed.optimizer
             loss_scale = wrapper.loss_scale if cell.dtype == "fp16" else 1  # DeepSpeed's own
             trained.gradients = {
                 name: whole.cpu() / loss_scale
-                for name, parameter in engine.model.named_parameters()
+                for name, parameter in parameters.items()
                 if (whole := safe_get_full_grad(parameter)) is not None
             }
-        trained.grad_norms.append(float(engine.update()))
+        update(*args)
+
+    engine.deepspeed._take_model_step = update_after_a_look
+    tokens, labels = (tensor[:, :, engine.data_rank] for tensor in batches(cell))
+    for step in range(NUM_STEPS):
+        result = engine.train_step(
+            [
+                TokenBatch(
+                    layout.shard(micro_tokens, engine.sequence_rank, dim=1),
+                    layout.positions(engine.sequence_rank).unsqueeze(0),
+                    layout.shard(micro_labels, engine.sequence_rank, dim=1, pad_value=IGNORED_LABEL),
+                )
+                for micro_tokens, micro_labels in zip(tokens[step], labels[step], strict=True)
+            ]
+        )
+        trained.losses.append(result.loss.item())
+        trained.grad_norms.append(float(result.grad_norm))
     masters = {}  # half precision on stage 0, where safe_get_full_fp32_param knows none
     if isinstance(wrapper := engine.deepspeed.optimizer, FP16_UnfusedOptimizer):
         halves, wholes = (itertools.chain(*groups) for groups in (wrapper.fp16_groups, wrapper.fp32_groups))
         masters = {id(half): whole for half, whole in zip(halves, wholes, strict=True)}
-    for name, parameter in engine.model.named_parameters():
+    for name, parameter in parameters.items():
         full = safe_get_full_fp32_param(parameter)
         full = masters.get(id(parameter), parameter) if full is None else full
         trained.parameters[name] = full.detach().cpu().clone()
-    first = groups.get_sequence_data_parallel_rank() == 0
+    engine.close()
+    if pipelined:
+        return trained
+    first = groups is not None and groups.get_sequence_data_parallel_rank() == 0
     return trained if first else Trained(trained.losses, trained.grad_norms, {}, {})
+
+
+def one_process_name(name: str) -> str:
+    """A parameter's name in `Transformer`: pipeline stages number their parts, of which layers start at 1."""
+    part, _, rest = name.partition(".")
+    if rest.startswith("layer."):
+        return f"layers.{int(part) - 1}.{rest.removeprefix('layer.')}"
+    return (
+        name.removeprefix("tied_modules.").removeprefix("embedding.")
+        if part == "tied_modules"
+        else (rest if part.isdigit() else name)
+    )
+
+
+def tensor_part(cell: Cell, tensor_rank: int, name: str, whole: Tensor) -> Tensor:
+    """What tensor rank `tensor_rank` holds of a parameter, spelt out for the two models."""
+    degree, model = cell.tensor_degree, MODELS[cell.model]
+    if degree == 1:
+        return whole
+    if "attention.qkv" in name:
+        q, k, v = whole.split([n * model.head_dim for n in (model.num_heads, model.num_kv_heads, model.num_kv_heads)])
+        return torch.cat([matrix.chunk(degree)[tensor_rank] for matrix in (q, k, v)])
+    if "mlp.up" in name:
+        halves = whole.chunk(2) if model.mlp == "swiglu" else (whole,)
+        return torch.cat([half.chunk(degree)[tensor_rank] for half in halves])
+    if name.endswith(("attention.out.weight", "mlp.down.weight")):
+        return whole.chunk(degree, dim=1)[tensor_rank]
+    return whole
 
 
 @dataclass
@@ -275,39 +347,65 @@ class Outcome:
         return max(self.loss, self.grad_norm, self.gradient, self.parameter) <= FP32_LIMIT
 
 
-def errors(got: Trained, expected: Trained) -> dict[str, float]:
+def errors(cell: Cell, ranks: list[Trained], expected: Trained) -> dict[str, float]:
     """Relative error by quantity: loss and norm of each step, each tensor's gradient and final value."""
-    found = {}
+    found, got = {}, ranks[0]
     for step in range(NUM_STEPS):
         found[f"loss {step}"] = abs(got.losses[step] / expected.losses[step] - 1)
         found[f"norm {step}"] = abs(got.grad_norms[step] / expected.grad_norms[step] - 1)
-    for name in expected.gradients:
-        found[f"gradient {name}"] = relative_error(got.gradients[name], expected.gradients[name])
-        found[f"parameter {name}"] = relative_error(got.parameters[name], expected.parameters[name])
+    for number, rank in enumerate(ranks):
+        for kind, own, whole in (
+            ("gradient", rank.gradients, expected.gradients),
+            ("parameter", rank.parameters, expected.parameters),
+        ):
+            for name, tensor in own.items():
+                part = tensor_part(cell, number % cell.tensor_degree, name, whole[name])
+                label = f"{kind} {name}"
+                found[label] = max(found.get(label, 0.0), relative_error(tensor, part))
+    assert {name.partition(" ")[2] for name in found} >= set(expected.gradients), "some tensors are on no rank"
     return found
 
 
+def over_layers(found: dict[str, float]) -> list[float]:
+    """Each tensor's error, the root mean square over layers: a norm or bias of 64 numbers is too few for a ratio."""
+    squares: dict[str, list[float]] = {}
+    for name in sorted(found):
+        if name.startswith(("gradient", "parameter")):
+            squares.setdefault(re.sub(r"layers\.\d+", "layers", name), []).append(found[name] ** 2)
+    return [(sum(values) / len(values)) ** 0.5 for values in squares.values()]
+
+
 @cache
-def one_process(key: Cell, compute_dtype: torch.dtype, device: str) -> Trained:
-    return train_one_process(key, compute_dtype, device)
+def one_process(key: Cell, compute_dtype: torch.dtype, device: str, drawn_on: str) -> Trained:
+    return train_one_process(key, compute_dtype, device, drawn_on)
 
 
 def run_cell(pool: WorkerPool, cell: Cell) -> Outcome:
     started = time.perf_counter()
     # one process is the same for all of these
-    key = replace(cell, zero_stage=0, ring_degree=1, ulysses_degree=1, layout="zigzag", method="ring")
-    expected = one_process(key, torch.float64, "cpu")
+    key = replace(
+        cell,
+        zero_stage=0,
+        ring_degree=1,
+        ulysses_degree=1,
+        tensor_degree=1,
+        pipeline_degree=1,
+        sequence_sharded_norms=True,
+        layout="zigzag",
+        method="ring",
+    )
+    expected = one_process(key, torch.float64, "cpu", pool.device)
     ranks = pool.run(train_on_ranks, cell, num_ranks=cell.num_ranks)
     assert all(rank.losses == ranks[0].losses for rank in ranks), "ranks disagree on the loss"
-    found = errors(ranks[0], expected)
+    found = errors(cell, ranks, expected)
 
     def worst(kind: str) -> float:
         return max(value for name, value in found.items() if name.startswith(kind))
 
     ratio = None
     if cell.dtype != "fp32":
-        alone = errors(one_process(key, DTYPES[cell.dtype], pool.device), expected)
-        ratio = max(found[name] / alone[name] for name in found if name.startswith(("gradient", "parameter")))
+        alone = errors(key, [one_process(key, DTYPES[cell.dtype], pool.device, pool.device)], expected)
+        ratio = max(a / b for a, b in zip(over_layers(found), over_layers(alone), strict=True))
     seconds = time.perf_counter() - started
     return Outcome(worst("loss"), worst("norm"), worst("gradient"), worst("parameter"), ratio, seconds)
 
@@ -322,7 +420,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.device_count() >= 2 else "cpu"
     most_ranks = min(options.ranks, torch.cuda.device_count()) if device == "cuda" else options.ranks
     pool, rows = WorkerPool(device), []
-    print("method     dtype zero ring uly data accum    L |    loss    norm  gradient parameter  bf16 ratio |")
+    print("method     dtype zero ring uly ten pip data accum    L |    loss    norm  gradient parameter  bf16 ratio |")
     for cell in full_table():
         if cell.num_ranks > most_ranks:
             continue
@@ -330,7 +428,7 @@ def main() -> None:
         ratio = "" if outcome.half_ratio is None else f"{outcome.half_ratio:.2f}"
         print(
             f"{cell.method:10} {cell.dtype:5} {cell.zero_stage:4} {cell.ring_degree:4} {cell.ulysses_degree:3} "
-            f"{cell.data_degree:4} "
+            f"{cell.tensor_degree:3} {cell.pipeline_degree:3} {cell.data_degree:4} "
             f"{cell.accumulation_steps:5} {cell.length:4} | {outcome.loss:.1e} {outcome.grad_norm:.1e}   "
             f"{outcome.gradient:.1e}   {outcome.parameter:.1e} {ratio:>11} | {'ok' if outcome.passes else 'FAILED'}",
             flush=True,

@@ -31,7 +31,15 @@ COVERING = [  # dtype, stage, ring, data, accumulation, length
     Cell("bf16", 0, 2, 1, 1, 29, method="hybrid", ulysses_degree=2, layout="contiguous"),
     Cell("fp32", 0, 2, 2, 1, 29, method="all_gather"),
     Cell("bf16", 2, 4, 1, 2, 29, method="all_gather"),
-    Cell("fp32", 2, 1, 4, 1, 29, method="local"),
+    Cell("fp32", 2, 1, 4, 1, 29, method="dp"),
+    Cell("fp32", 1, 1, 1, 2, 29, method="tp_pp", tensor_degree=2),
+    Cell("fp32", 1, 1, 2, 1, 29, model="gpt", method="tp_pp", tensor_degree=2),
+    Cell("fp32", 1, 1, 1, 3, 32, method="tp_pp", tensor_degree=2, sequence_sharded_norms=False),
+    Cell("fp32", 1, 1, 1, 3, 29, model="gpt", method="tp_pp", pipeline_degree=2),
+    Cell("fp32", 1, 1, 1, 3, 29, method="tp_pp", tensor_degree=2, pipeline_degree=2),
+    Cell("bf16", 1, 1, 1, 3, 29, method="tp_pp", tensor_degree=2),
+    Cell("bf16", 1, 1, 1, 3, 32, method="tp_pp", tensor_degree=2, sequence_sharded_norms=False),
+    Cell("bf16", 1, 1, 2, 2, 29, method="tp_pp", pipeline_degree=2),
 ]
 
 
@@ -42,4 +50,5 @@ def test_training_on_ranks_equals_one_process(pool: WorkerPool, cell: Cell):
 
 
 def test_the_full_table_holds_every_combination():
-    assert len(set(full_table())) == 3 * 2 * 2 * 4 * 2 * 2 + 4 * 2 * 4 * 2
+    tensor_pipeline = (6 + 4) * 2 * (2 + 1)  # grids, with and without sharded norms; lengths; dtypes and models
+    assert len(set(full_table())) == 3 * 2 * 2 * 4 * 2 * 2 + 4 * 2 * 4 * 2 + 2 * 4 + tensor_pipeline

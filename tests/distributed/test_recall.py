@@ -41,10 +41,10 @@ def recall_accuracy(method: str, layout_name: str, num_steps: int) -> float | No
     engine = TrainingEngine(
         lambda: Transformer(MODEL, attention),
         groups,
+        groups.get_sequence_parallel_rank(),
         EngineConfig(dtype="fp32", zero_stage=1, micro_batch_size=BATCH_SIZE),
         OptimizerConfig(lr=5e-3, weight_decay=0.0),
         num_steps,
-        seed=0,
     )
 
     def batch(seed: int) -> TokenBatch:

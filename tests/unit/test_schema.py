@@ -87,16 +87,16 @@ MISTAKES = [
     # on 4 ranks
     ("parallelism.ring_degree=3", "parallelism.ring_degree=3 does not divide the 4 ranks: use one of [1, 2, 4] (parallelism.ring_degree=4) or another launch.num_ranks"),
     ("parallelism.data_degree=8", "parallelism.data_degree=8 does not divide the 4 ranks: use one of [1, 2, 4] (parallelism.data_degree=4) or another launch.num_ranks"),
-    ("parallelism.data_degree=1 parallelism.ring_degree=2", "parallelism.data_degree=1 x parallelism.ring_degree=2 x parallelism.ulysses_degree=1 is 2 ranks, but there are 4: leave one of them unset, or launch.num_ranks=2"),
+    ("parallelism.data_degree=1 parallelism.ring_degree=2", "parallelism.data_degree=1 x parallelism.ring_degree=2 is 2 ranks, but there are 4: leave one of them unset, or launch.num_ranks=2"),
     ("attention=ulysses", "attention=ulysses with parallelism.ulysses_degree=4 does not fit model.num_kv_heads=2: use attention=hybrid, a multiple of 4 heads (model.num_kv_heads=4), fewer ranks per sequence (parallelism.ulysses_degree=2), or attention=ring, which takes any heads"),
     ("attention=hybrid parallelism.ulysses_degree=4", "attention=hybrid with parallelism.ulysses_degree=4 does not fit model.num_kv_heads=2: use attention=hybrid, a multiple of 4 heads (model.num_kv_heads=4), fewer ranks per sequence (parallelism.ulysses_degree=2), or attention=ring, which takes any heads"),
     ("parallelism.ulysses_degree=2", "attention=ring has no ulysses ranks, but parallelism.ulysses_degree=2: use attention=hybrid or leave it unset"),
     ("attention=ulysses parallelism.ring_degree=2", "attention=ulysses has no ring ranks, but parallelism.ring_degree=2: use attention=hybrid or leave it unset"),
-    ("attention=hybrid parallelism.data_degree=4 parallelism.ring_degree=4", "parallelism.data_degree=4 x parallelism.ring_degree=4 x parallelism.ulysses_degree=1 is 16 ranks, but there are 4: leave one of them unset, or launch.num_ranks=16"),
+    ("attention=hybrid parallelism.data_degree=4 parallelism.ring_degree=4", "parallelism.data_degree=4 x parallelism.ring_degree=4 is 16 ranks, but there are 4: leave one of them unset, or launch.num_ranks=16"),
     ("attention=auto parallelism.ulysses_degree=2", "attention=auto chooses by itself, but parallelism.ulysses_degree=2: leave it unset, or use attention=hybrid"),
     ("attention.intra_host_gb_per_s=0", "attention.intra_host_gb_per_s=0.0 must be above 0, and finite"),
     ("attention=local parallelism.ulysses_degree=2", "attention=local sees only one rank's tokens, but parallelism.ulysses_degree=2: use attention=ulysses or parallelism.ulysses_degree=1"),
-    ("attention=hybrid parallelism.data_degree=4 parallelism.ulysses_degree=2", "parallelism.data_degree=4 x parallelism.ring_degree=1 x parallelism.ulysses_degree=2 is 8 ranks, but there are 4: leave one of them unset, or launch.num_ranks=8"),
+    ("attention=hybrid parallelism.data_degree=4 parallelism.ulysses_degree=2", "parallelism.data_degree=4 x parallelism.ulysses_degree=2 is 8 ranks, but there are 4: leave one of them unset, or launch.num_ranks=8"),
     ("attention=local parallelism.ring_degree=2", "attention=local sees only one rank's tokens, but parallelism.ring_degree=2: use attention=ring or parallelism.ring_degree=1"),
 ]  # fmt: skip
 
@@ -126,7 +126,7 @@ def test_a_mistake_says_the_value_the_rule_and_what_to_type(overrides, message):
     ],
 )
 def test_unset_degrees_fill_the_ranks(overrides, degrees):
-    assert resolve_degrees(compose(*overrides.split()), 4) == degrees
+    assert resolve_degrees(compose(*overrides.split()), 4) == (*degrees, 1, 1)
 
 
 def test_the_command_line_wins_over_the_choices_of_an_experiment():
