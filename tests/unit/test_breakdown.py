@@ -2,10 +2,12 @@
 
 import random
 import time
+from unittest.mock import Mock
 
 import pytest
+from torch.autograd import DeviceType
 
-from recipes.breakdown import COMPUTE, PARTS, Event, label, sweep
+from recipes.breakdown import COMPUTE, PARTS, Event, label, read_events, sweep
 
 WINDOW = Event("recorded steps", 0, 100, thread=1, number=1)
 
@@ -155,3 +157,37 @@ def test_on_a_device_kernels_count_under_what_launched_them():
 )
 def test_a_kernel_that_nothing_labelled_launched_goes_by_its_name(name: str, part: str):
     assert labelled(kernel(name, 1, 2)) == {(1, 2, part)}
+
+
+def record(name: str, number: int, launched_by: int = 0, device: DeviceType = DeviceType.CPU, annotation: bool = False):
+    attributes = {
+        "name": name,
+        "start_ns": 1,
+        "end_ns": 2,
+        "start_thread_id": 1,
+        "correlation_id": number,
+        "linked_correlation_id": launched_by,
+        "is_async": False,
+        "device_type": device,
+        "is_user_annotation": annotation,
+    }
+    return Mock(spec_set=list(attributes), **{f"{key}.return_value": value for key, value in attributes.items()})
+
+
+def test_what_is_read_of_a_profile_is_operators_ranges_and_kernels():
+    """Calls of the runtime have numbers of their own, which may be an operator's."""
+    records = [
+        record("Optimizer.step#AdamW.step", 4, annotation=True),
+        record("aten::mm", 5),
+        record("cudaLaunchKernel", 5, launched_by=5),
+        record("cudaDeviceSynchronize", 5),
+        record("cuLaunchKernelEx", 4),
+        record("Activity Buffer Request", 0),
+        record("nvjet", 7, launched_by=5, device=DeviceType.CUDA),
+        record("Optimizer.step#AdamW.step", 4, device=DeviceType.CUDA, annotation=True),
+    ]
+    assert list(read_events(records)) == [
+        Event("Optimizer.step#AdamW.step", 1, 2, 1, 4),
+        Event("aten::mm", 1, 2, 1, 5),
+        Event("nvjet", 1, 2, 1, 7, launched_by=5, on_device=True),
+    ]
