@@ -21,6 +21,8 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
+from ring_attention.trace import labelled
+
 _WATCH_INTERVAL_S = 1.0
 
 
@@ -44,12 +46,13 @@ class Hop:
         self._works, self._moves, self._sent, self._where = works, moves, sent, where
 
     def wait(self) -> None:
-        for index, work in enumerate(self._works):
-            try:
-                work.wait()
-            except RuntimeError as error:
-                move = self._moves[index] if len(self._works) == len(self._moves) else ", ".join(self._moves)
-                raise HopError(f"{self._where}, {move}: {error}") from error
+        with labelled("exchange wait"):
+            for index, work in enumerate(self._works):
+                try:
+                    work.wait()
+                except RuntimeError as error:
+                    move = self._moves[index] if len(self._works) == len(self._moves) else ", ".join(self._moves)
+                    raise HopError(f"{self._where}, {move}: {error}") from error
         self._sent.clear()
 
 

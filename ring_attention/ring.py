@@ -22,6 +22,7 @@ from ring_attention.exchange import Hop, P2PExchange
 from ring_attention.kv import KeysValues, offset
 from ring_attention.merge import merge_
 from ring_attention.schedule import BlockPair, Spans, Stage, num_tokens
+from ring_attention.trace import labelled
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,9 @@ def ring_backward(
         here = incoming
     if gradient_hop is not None:
         gradient_hop.wait()
-    for come, spans in homecoming:
-        own.add_(ring.stages[0].keys, come, spans)
+    with labelled("merge"):
+        for come, spans in homecoming:
+            own.add_(ring.stages[0].keys, come, spans)
     return dq_BSHD.to(q_BSHD.dtype), own.k_BTKD.to(kv.k_BTKD.dtype), own.v_BTKE.to(kv.v_BTKE.dtype)
 
 
@@ -141,10 +143,11 @@ def add_block(
     dq_BSHD: Tensor, target: KeysValues, spans: Spans, row: slice, part: Rectangle, dq: Tensor, dk: Tensor, dv: Tensor
 ) -> None:
     """Add one block's gradients to those of its queries and, among `spans`, of its keys and values."""
-    dq_BSHD[row, part.q_start : part.q_stop] += dq
     keys = slice(start := offset(spans, part.k_start), start + part.num_keys)
-    target.k_BTKD[row, keys] += dk
-    target.v_BTKE[row, keys] += dv
+    with labelled("merge"):
+        dq_BSHD[row, part.q_start : part.q_stop] += dq
+        target.k_BTKD[row, keys] += dk
+        target.v_BTKE[row, keys] += dv
 
 
 class RunningAttention:
@@ -170,16 +173,21 @@ class RunningAttention:
         for row, part in _tiles(block, pairs):
             queries = slice(part.q_start, part.q_stop)
             k_BTKD, v_BTKE = _keys_of(row, part, here, keys)
-            out, lse = block.forward(q_BSHD[row, queries], k_BTKD, v_BTKE, part.lower, part.upper, scale)
-            if self._is_empty and out.shape == self.out_BSHE.shape:
-                self.out_BSHE.copy_(out)
-                self.lse_BHS.copy_(lse)
-            else:
-                if self._is_empty:
-                    self.out_BSHE.zero_()
-                    self.lse_BHS.fill_(float("-inf"))
-                merge_(self.out_BSHE[row, queries], self.lse_BHS[row, :, queries], out, lse)
-            self._is_empty = False
+            with labelled("attention block"):
+                out, lse = block.forward(q_BSHD[row, queries], k_BTKD, v_BTKE, part.lower, part.upper, scale)
+            with labelled("merge"):
+                self._merge(row, queries, out, lse)
+
+    def _merge(self, row: slice, queries: slice, out: Tensor, lse: Tensor) -> None:
+        if self._is_empty and out.shape == self.out_BSHE.shape:
+            self.out_BSHE.copy_(out)
+            self.lse_BHS.copy_(lse)
+        else:
+            if self._is_empty:
+                self.out_BSHE.zero_()
+                self.lse_BHS.fill_(float("-inf"))
+            merge_(self.out_BSHE[row, queries], self.lse_BHS[row, :, queries], out, lse)
+        self._is_empty = False
 
 
 def attend_backward(
@@ -197,17 +205,18 @@ def attend_backward(
     for row, part in _tiles(block, pairs):
         queries = slice(part.q_start, part.q_stop)
         k_BTKD, v_BTKE = _keys_of(row, part, here, keys)
-        gradients = block.backward(
-            dout_BSHE[row, queries],
-            q_BSHD[row, queries],
-            k_BTKD,
-            v_BTKE,
-            out_BSHE[row, queries],
-            lse_BHS[row, :, queries],
-            part.lower,
-            part.upper,
-            scale,
-        )
+        with labelled("attention block"):
+            gradients = block.backward(
+                dout_BSHE[row, queries],
+                q_BSHD[row, queries],
+                k_BTKD,
+                v_BTKE,
+                out_BSHE[row, queries],
+                lse_BHS[row, :, queries],
+                part.lower,
+                part.upper,
+                scale,
+            )
         yield (row, part, *gradients)
 
 

@@ -1,0 +1,72 @@
+"""On ranks: where a step's time goes, and attention without its messages."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from recipes.breakdown import PARTS, Breakdown, attention_communication_off, step_breakdown
+from ring_attention import RingAttention
+from tests.cases import Case, build, draw
+from tests.pool import WorkerPool, parallel_groups
+
+
+def group() -> Any:
+    return parallel_groups(data_degree=1, sequence_degree=2).get_sequence_parallel_group()
+
+
+def profiled() -> Breakdown:
+    attention, projection = RingAttention("auto", group(), layout="zigzag"), torch.nn.Linear(32, 32)
+    x_BSHD = torch.randn(1, 256, 2, 32)
+
+    def step() -> None:
+        q = projection(x_BSHD)
+        attention(q, q, q, 0).sum().backward()
+
+    return step_breakdown(step)
+
+
+def test_shares_of_a_step_sum_to_one(pool: WorkerPool):
+    for breakdown in pool.run(profiled, num_ranks=2):
+        assert tuple(breakdown.shares) == PARTS
+        assert sum(breakdown.shares.values()) == pytest.approx(1)
+        assert all(breakdown.shares[part] > 0 for part in ("attention", "merge", "exchange", "gemm", "other", "idle"))
+        assert breakdown.shares["optimizer"] == breakdown.shares["data"] == 0
+        assert 0 < breakdown.exposed_communication_s < breakdown.step_time_s
+
+
+CASES = [
+    Case("ring"),
+    Case("ulysses"),
+    Case("ulysses", num_heads=6, num_kv_heads=3),  # uneven heads
+    Case("all_gather"),
+    Case("hybrid", ulysses_degree=2, layout="contiguous"),
+]
+
+
+def alone(case: Case) -> list[list[int]] | None:
+    """Rank 0 runs forward and backward, and nobody else does; the shapes of out, dq, dk, dv."""
+    from deepspeed.utils import groups
+
+    attention: Any = build(case, group())
+    if attention.sequence_rank > 0:
+        return None
+    layout = case.global_layout
+    q, k, v, dout = (layout.shard(whole, 0, dim=1) for whole in draw(case))
+    leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
+    mpu = parallel_groups(data_degree=1, sequence_degree=2)  # for uneven heads
+    with patch.object(groups, "mpu", mpu), attention_communication_off():
+        out = attention(*leaves, case.batch_dim_idx)
+        out.backward(dout)
+    return [list(tensor.shape) for tensor in (out, *(leaf.grad for leaf in leaves if leaf.grad is not None))]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.method}-{case.num_kv_heads}")
+def test_without_communication_one_rank_needs_no_other(pool: WorkerPool, case: Case):
+    shapes, nothing = pool.run(alone, case, num_ranks=2)
+    assert nothing is None
+    query, key = ([case.batch, case.length // 2, heads, case.head_dim] for heads in (case.num_heads, case.num_kv_heads))
+    assert shapes == [query, query, key, key]
