@@ -90,7 +90,7 @@ def test_slices_of_larger_tensors_are_read_right(name):
     assert_equal_attention([out, *gradients], expected, torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["flash_attn_4", "ffpa", "aten_flash"])  # cuBLAS, for the reference, needs a setting
 @pytest.mark.parametrize("head_dim", [128, 512])
 @pytest.mark.parametrize(("num_queries", "lower"), [(1000, None), (1000, -300), (400, None)])
 def test_a_kernel_that_says_it_is_deterministic_gives_the_same_bits(name, head_dim, num_queries, lower):
@@ -110,8 +110,8 @@ def test_a_kernel_that_says_it_is_deterministic_gives_the_same_bits(name, head_d
 @pytest.mark.parametrize("head_dim", [128, 512])
 def test_keys_that_are_the_values_and_dims_that_are_transposed(name, head_dim):
     """[S, B, H, D] callers give transposed views; some models use one tensor for keys and values."""
-    q, k, _, dout = (x.transpose(0, 1) for x in draw(2, 300, 4, 4, head_dim, head_dim, torch.bfloat16))
-    q, dout = (torch.randn_like(k) for _ in range(2))
+    tensors = draw(300, 300, 4, 4, head_dim, head_dim, torch.bfloat16)
+    q, k, _, dout = (tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in tensors)
     if refusal := BLOCKS[name].supports(BlockSpec.of(q, k, k)):
         pytest.skip(refusal)
     assert_equal_attention(computed(name, q, k, k, dout, None, 0), oracle(q, k, k, dout, None, 0), torch.bfloat16)
