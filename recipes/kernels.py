@@ -105,7 +105,9 @@ def swiglu(gate_up: Tensor) -> Tensor:
     One tensor rather than two: Liger reads its halves where they lie, two it would have to copy.
     """
     if uses_liger("swiglu", gate_up):
-        return _liger("swiglu", "LigerFusedGateUpSiLUMulFunction").apply(gate_up)
+        # as a matrix: the gradient that 0.8.5 gives back is one, whatever shape it got
+        out = _liger("swiglu", "LigerFusedGateUpSiLUMulFunction").apply(gate_up.flatten(0, -2))
+        return out.unflatten(0, gate_up.shape[:-1])
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up
 
