@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Optional
 
-BLOCKS = ("auto", "cudnn", "aten_flash", "mem_efficient", "cpu_flash", "reference")
+BLOCKS = ("auto", "flash_attn_4", "ffpa", "cudnn", "aten_flash", "mem_efficient", "cpu_flash", "reference")
 METHODS = ("ring", "ulysses", "hybrid", "all_gather", "local", "auto")
 RECIPES = ("pretrain", "forward", "compare")
 BYTE_VOCAB_SIZE = 257  # 256 byte values and the document separator

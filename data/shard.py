@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from recipes.transformer import IGNORED_LABEL, TokenBatch
+from recipes.kernels import IGNORED_LABEL
+from recipes.transformer import TokenBatch
 from ring_attention.layout import Layout
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from conf.schema import Config, Degrees, ModelConfig
 from recipes.engine import StepResult, deepspeed_config, optimizer_arguments
+from recipes.kernels import cross_entropy_sum, make_norm
 from recipes.tensor_parallel import TensorRanks, cut_layer_, share_gradients_
 from recipes.transformer import (
     Layer,
@@ -27,9 +28,7 @@ from recipes.transformer import (
     make_embedding,
     make_head,
     make_layer,
-    make_norm,
     rotary_cos_sin,
-    token_loss_sum,
 )
 
 
@@ -200,4 +199,4 @@ class PipelinedEngine:
         return loss
 
     def _scaled_loss(self, logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-        return token_loss_sum(logits_BSV, labels_BS) * self._loss_factor
+        return cross_entropy_sum(logits_BSV, labels_BS) * self._loss_factor

@@ -106,7 +106,7 @@ class _SumFunction(torch.autograd.Function):
         return _all_gather(gradient, ctx.ranks) if ctx.ranks.sequence_sharded else gradient, None
 
 
-class ColumnLinear(nn.Module):
+class ColumnLinear(nn.Linear):
     """Some outputs of a linear layer: [B, S, E] -> [B, L, outputs of this rank].
 
     Args:
@@ -114,26 +114,28 @@ class ColumnLinear(nn.Module):
     """
 
     def __init__(self, whole: nn.Linear, ranks: TensorRanks, rows: Tensor) -> None:
-        super().__init__()
+        super().__init__(whole.in_features, len(rows), whole.bias is not None, device="meta")
         self.ranks = ranks
         self.weight = _cut(whole.weight[rows])
-        self.bias = None if whole.bias is None else _cut(whole.bias[rows])
+        if whole.bias is not None:
+            self.bias = _cut(whole.bias[rows])
 
-    def forward(self, x_BSE: Tensor) -> Tensor:
-        return _ColumnFunction.apply(x_BSE, self.weight, self.bias, self.ranks)  # pyright: ignore[reportReturnType]
+    def forward(self, input: Tensor) -> Tensor:
+        return _ColumnFunction.apply(input, self.weight, self.bias, self.ranks)  # pyright: ignore[reportReturnType]
 
 
-class RowLinear(nn.Module):
+class RowLinear(nn.Linear):
     """A linear layer whose inputs lie over the ranks: [B, L, inputs of this rank] -> [B, S, E]; the bias comes once."""
 
     def __init__(self, whole: nn.Linear, ranks: TensorRanks) -> None:
-        super().__init__()
+        super().__init__(whole.in_features // ranks.degree, whole.out_features, whole.bias is not None, device="meta")
         self.ranks = ranks
         self.weight = _cut(ranks.part(whole.weight.T).T)
-        self.bias = None if whole.bias is None else nn.Parameter(whole.bias.detach())
+        if whole.bias is not None:
+            self.bias = whole.bias
 
-    def forward(self, x_BLF: Tensor) -> Tensor:
-        summed = _SumFunction.apply(F.linear(x_BLF, self.weight), self.ranks)
+    def forward(self, input: Tensor) -> Tensor:
+        summed = _SumFunction.apply(F.linear(input, self.weight), self.ranks)
         return summed if self.bias is None else summed + self.bias  # pyright: ignore[reportReturnType, reportOperatorIssue]
 
 
@@ -151,7 +153,8 @@ def cut_layer_(layer: Layer, ranks: TensorRanks) -> Layer:
     numbers = torch.arange(attention.qkv.out_features, device=attention.qkv.weight.device)
     heads = numbers.view(-1, attention.head_dim).split(attention.head_counts)
     attention.qkv = ColumnLinear(attention.qkv, ranks, torch.cat([ranks.part(part).flatten() for part in heads]))
-    attention.head_counts = tuple(count // ranks.degree for count in attention.head_counts)
+    num_heads, num_kv_heads, _ = (count // ranks.degree for count in attention.head_counts)
+    attention.head_counts = (num_heads, num_kv_heads, num_kv_heads)
     attention.out = RowLinear(attention.out, ranks)
     halves = numbers.new_tensor(range(mlp.up.out_features)).chunk(2 if mlp.gated else 1)
     mlp.up = ColumnLinear(mlp.up, ranks, torch.cat([ranks.part(half) for half in halves]))

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conf.schema import ModelConfig
-
-IGNORED_LABEL = -100  # torch's own ignore_index
+from recipes.kernels import IGNORED_LABEL, apply_rotary, cross_entropy_sum, make_norm, swiglu
 
 
 @dataclass(frozen=True)
@@ -36,11 +35,6 @@ class TokenBatch:
         return replace(self, labels_BS=torch.full_like(self.labels_BS, IGNORED_LABEL))
 
 
-def make_norm(config: ModelConfig) -> nn.Module:
-    norm = nn.RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm
-    return norm(config.hidden_size, eps=config.norm_eps)
-
-
 def rotary_cos_sin(positions_1S: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """cos and sin [1, S, 1, D/2] in fp32 of global positions: RoPE (Su et al. 2021).
 
@@ -49,13 +43,6 @@ def rotary_cos_sin(positions_1S: Tensor, head_dim: int, theta: float) -> tuple[T
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions_1S.device) / head_dim
     angles = positions_1S.to(torch.float64)[..., None, None] * theta**-exponents
     return angles.cos().float(), angles.sin().float()
-
-
-def apply_rotary(x_BSHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x_i, x_{i+D/2}) in fp32, or fp64 for fp64 input; keeps the dtype."""
-    compute_dtype = torch.promote_types(x_BSHD.dtype, torch.float32)
-    first, second = x_BSHD.to(compute_dtype).chunk(2, -1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x_BSHD.dtype)
 
 
 def draw_weights_(part: nn.Module, config: ModelConfig, seed: int, index: int) -> None:
@@ -86,7 +73,8 @@ class SelfAttention(nn.Module):
     def forward(self, x_BSE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         qkv = self.qkv(x_BSE).unflatten(-1, (-1, self.head_dim))
         q_BSHD, k_BSKD, v_BSKD = qkv.split(self.head_counts, dim=2)
-        out_BSHD = self.attention(apply_rotary(q_BSHD, cos, sin), apply_rotary(k_BSKD, cos, sin), v_BSKD, 0)
+        q_BSHD, k_BSKD = apply_rotary(q_BSHD, k_BSKD, cos, sin)
+        out_BSHD = self.attention(q_BSHD, k_BSKD, v_BSKD, 0)
         return self.out(out_BSHD.flatten(2))
 
 
@@ -99,10 +87,7 @@ class MLP(nn.Module):
 
     def forward(self, x_BSE: Tensor) -> Tensor:
         hidden = self.up(x_BSE)
-        if self.gated:
-            gate, hidden = hidden.chunk(2, -1)
-            return self.down(F.silu(gate) * hidden)
-        return self.down(F.gelu(hidden))
+        return self.down(swiglu(hidden) if self.gated else F.gelu(hidden))
 
 
 class Layer(nn.Module):
@@ -135,14 +120,6 @@ def make_head(config: ModelConfig, seed: int) -> nn.Linear:
     return head
 
 
-def token_loss_sum(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-    """The sum of cross-entropies in nats, fp32, over labels other than IGNORED_LABEL."""
-    compute_dtype = torch.promote_types(logits_BSV.dtype, torch.float32)
-    return F.cross_entropy(
-        logits_BSV.flatten(0, 1).to(compute_dtype), labels_BS.flatten(), ignore_index=IGNORED_LABEL, reduction="sum"
-    )
-
-
 class Transformer(nn.Module):
     """The model. `forward` returns the SUM of this rank's token losses, for the caller to normalise over all ranks.
 
@@ -170,5 +147,5 @@ class Transformer(nn.Module):
         return self.head(self.final_norm(x_BSE))
 
     def forward(self, tokens_BS: Tensor, positions_1S: Tensor, labels_BS: Tensor) -> Tensor:
-        """`token_loss_sum` of what follows each token: see `TokenBatch`."""
-        return token_loss_sum(self.logits(tokens_BS, positions_1S), labels_BS)
+        """The sum of what follows each token's cross-entropy in nats, fp32: see `TokenBatch`."""
+        return cross_entropy_sum(self.logits(tokens_BS, positions_1S), labels_BS)

@@ -6,19 +6,29 @@ from ring_attention.blocks.aten_flash import AtenFlashBlock
 from ring_attention.blocks.base import Block, BlockSpec
 from ring_attention.blocks.cpu_flash import CpuFlashBlock
 from ring_attention.blocks.cudnn import CudnnBlock
+from ring_attention.blocks.ffpa import FfpaBlock
+from ring_attention.blocks.flash_attn_4 import FlashAttention4Block
 from ring_attention.blocks.mem_efficient import MemEfficientBlock
 from ring_attention.blocks.reference import ReferenceBlock
 
 BLOCKS: dict[str, Block] = {
     block.name: block
-    for block in (CudnnBlock(), AtenFlashBlock(), MemEfficientBlock(), CpuFlashBlock(), ReferenceBlock())
+    for block in (
+        FlashAttention4Block(),
+        FfpaBlock(),
+        CudnnBlock(),
+        AtenFlashBlock(),
+        MemEfficientBlock(),
+        CpuFlashBlock(),
+        ReferenceBlock(),
+    )
 }
 
 
 def choose_block(spec: BlockSpec, name: str | Block = "auto") -> tuple[Block, str]:
     """The fastest kernel that can do `spec`, or the named or given one; with the reason, for people.
 
-    Pure in (spec, name), so all ranks of equal hardware choose alike.
+    Pure in (spec, name) and the packages installed, so all ranks of equal hardware and software choose alike.
 
     Raises:
         ValueError: if the named or given kernel is unknown or cannot do `spec`.

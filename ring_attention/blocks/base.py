@@ -6,6 +6,8 @@ Shapes: q [B, S, H, D]; k [B, T, K, D] and v [B, T, K, E] with H a multiple of K
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -124,6 +126,20 @@ def refuse_value_head_dim(spec: BlockSpec) -> str | None:
     return (
         None if spec.value_head_dim is None else f"needs values of head size {spec.head_dim}, not {spec.value_head_dim}"
     )
+
+
+@functools.cache
+def is_installed(module: str) -> bool:
+    """Whether a module is there, found without importing it: those of kernels take seconds."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:  # find_spec imports what the module lies in
+        return False
+
+
+def refuse_missing_package(package: str, module: str) -> str | None:
+    """The refusal of kernels that come in a package of their own, which is no dependency of this one."""
+    return None if is_installed(module) else f"the package {package} is not installed: pip install -e '.[kernels]'"
 
 
 def expand_kv_heads(kv_BTKD: Tensor, num_heads: int) -> Tensor:

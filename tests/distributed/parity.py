@@ -34,8 +34,9 @@ from conf.schema import (
     OptimizerConfig,
     ParallelismConfig,
 )
+from recipes.kernels import IGNORED_LABEL
 from recipes.plan import DTYPES, Plan
-from recipes.transformer import IGNORED_LABEL, TokenBatch, Transformer
+from recipes.transformer import TokenBatch, Transformer
 from ring_attention import LocalAttention
 from tests.measure import relative_error
 from tests.pool import WorkerPool, parallel_groups
@@ -270,7 +271,7 @@ def train_on_ranks(cell: Cell) -> Trained:
             }
         update(*args)
 
-    engine.deepspeed._take_model_step = update_after_a_look
+    engine.deepspeed._take_model_step = update_after_a_look  # pyright: ignore[reportAttributeAccessIssue]
     tokens, labels = (tensor[:, :, engine.data_rank] for tensor in batches(cell))
     for step in range(NUM_STEPS):
         result = engine.train_step(

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from conf.schema import EngineConfig, ModelConfig, OptimizerConfig
-from recipes.transformer import IGNORED_LABEL, TokenBatch, Transformer
+from recipes.kernels import IGNORED_LABEL
+from recipes.transformer import TokenBatch, Transformer
 from ring_attention import Layout, LocalAttention, RingAttention
 from tests.pool import WorkerPool, parallel_groups
 

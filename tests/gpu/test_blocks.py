@@ -1,5 +1,7 @@
 """The CUDA block kernels against attention in fp64: forward, and backward with a given out and lse."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from tests.unit.test_blocks import SCALE, computed, oracle
 pytestmark = pytest.mark.gpu
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-NAMES = ["cudnn", "aten_flash", "mem_efficient", "reference"]
+NAMES = ["flash_attn_4", "ffpa", "cudnn", "aten_flash", "mem_efficient", "reference"]
 BANDS = [  # queries, keys, lower, upper
     (512, 512, None, 0),
     (313, 313, None, 0),
@@ -41,7 +43,9 @@ def draw(num_queries, num_keys, num_heads, num_kv_heads, head_dim, value_head_di
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(8, 8, 64), (8, 2, 128), (4, 1, 128)])
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim"), [(8, 8, 64), (8, 2, 128), (4, 1, 128), (4, 4, 512), (4, 2, 512)]
+)
 @pytest.mark.parametrize(("num_queries", "num_keys", "lower", "upper"), BANDS)
 def test_a_block_equals_fp64_attention(
     name, dtype, num_heads, num_kv_heads, head_dim, num_queries, num_keys, lower, upper
@@ -59,7 +63,8 @@ def test_a_block_equals_fp64_attention(
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("head_dim", "value_head_dim"), [(8, 8), (40, 40), (192, 128), (256, 256), (512, 512), (64, 256), (20, 20)]
+    ("head_dim", "value_head_dim"),
+    [(size, size) for size in (8, 20, 40, 96, 192, 256, 320, 392, 512)] + [(192, 128), (64, 256)],
 )
 def test_head_sizes(name, dtype, head_dim, value_head_dim):
     q, k, v, dout = draw(200, 200, 4, 2, head_dim, value_head_dim, dtype)
@@ -83,3 +88,30 @@ def test_slices_of_larger_tensors_are_read_right(name):
     gradients = block.backward(*arguments, None, None, SCALE)
     expected = oracle(q[:, late], k[:, early], v[:, early], dout[:, late], None, None)
     assert_equal_attention([out, *gradients], expected, torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["flash_attn_4", "ffpa", "aten_flash"])  # cuBLAS, for the reference, needs a setting
+@pytest.mark.parametrize("head_dim", [128, 512])
+@pytest.mark.parametrize(("num_queries", "lower"), [(1000, None), (1000, -300), (400, None)])
+def test_a_kernel_that_says_it_is_deterministic_gives_the_same_bits(name, head_dim, num_queries, lower):
+    q, k, v, dout = draw(num_queries, 1000, 4, 2, head_dim, head_dim, torch.bfloat16)
+    spec = replace(BlockSpec.of(q, k, v, windowed=lower is not None), deterministic=True)
+    if refusal := BLOCKS[name].supports(spec):
+        pytest.skip(refusal)
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, *others = [computed(name, q, k, v, dout, lower, None if num_queries < 1000 else 0) for _ in range(4)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("head_dim", [128, 512])
+def test_keys_that_are_the_values_and_dims_that_are_transposed(name, head_dim):
+    """[S, B, H, D] callers give transposed views; some models use one tensor for keys and values."""
+    tensors = draw(300, 300, 4, 4, head_dim, head_dim, torch.bfloat16)
+    q, k, _, dout = (tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in tensors)
+    if refusal := BLOCKS[name].supports(BlockSpec.of(q, k, k)):
+        pytest.skip(refusal)
+    assert_equal_attention(computed(name, q, k, k, dout, None, 0), oracle(q, k, k, dout, None, 0), torch.bfloat16)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ring_attention.band import Rectangle
-from ring_attention.blocks import BLOCKS, BlockSpec, choose_block
+from ring_attention.blocks import BLOCKS, BlockSpec, choose_block, flash_attn_4
+from ring_attention.blocks.base import band_mask, is_installed
 from ring_attention.kv import KeysValues
 from ring_attention.merge import merge_
 from ring_attention.ring import RunningAttention, attend_backward
@@ -108,6 +109,14 @@ def test_merging_survives_scores_far_apart():
     assert lse.tolist() == [[[1e4]]]
 
 
+@pytest.fixture
+def packages(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The modules of kernel packages that count as installed: none, until a test adds them."""
+    installed: set[str] = set()
+    monkeypatch.setattr("ring_attention.blocks.base.is_installed", installed.__contains__)
+    return installed
+
+
 def spec(device_type: str, capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int) -> BlockSpec:
     return BlockSpec(device_type, capability, dtype, 32, 8, head_dim)
 
@@ -128,20 +137,99 @@ def spec(device_type: str, capability: tuple[int, int] | None, dtype: torch.dtyp
         (replace(spec("cpu", None, torch.float32, 64), value_head_dim=32), "reference"),
     ],
 )
-def test_the_fastest_kernel_that_can_is_chosen(wanted: BlockSpec, chosen: str):
+def test_the_fastest_kernel_that_can_is_chosen(wanted: BlockSpec, chosen: str, packages: set[str]):
     assert choose_block(wanted)[0].name == chosen
 
 
-def test_a_fallback_says_what_was_not_possible():
+HOPPER_BF16 = spec("cuda", (9, 0), torch.bfloat16, 128)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "chosen"),
+    [
+        (HOPPER_BF16, "flash_attn_4"),
+        (replace(HOPPER_BF16, dtype=torch.float16, head_dim=256), "flash_attn_4"),
+        (replace(HOPPER_BF16, windowed=True), "flash_attn_4"),
+        (replace(HOPPER_BF16, deterministic=True), "flash_attn_4"),
+        (replace(HOPPER_BF16, head_dim=512), "ffpa"),
+        (replace(HOPPER_BF16, head_dim=320, dtype=torch.float16), "ffpa"),
+        (replace(HOPPER_BF16, head_dim=512, deterministic=True), "ffpa"),
+        (replace(HOPPER_BF16, dtype=torch.float32), "mem_efficient"),
+        (replace(HOPPER_BF16, value_head_dim=64), "mem_efficient"),
+        (replace(HOPPER_BF16, head_dim=100), "reference"),
+        (replace(HOPPER_BF16, head_dim=288), "mem_efficient"),
+        (replace(HOPPER_BF16, head_dim=520), "mem_efficient"),
+        (replace(HOPPER_BF16, head_dim=512, windowed=True), "reference"),
+        (replace(HOPPER_BF16, head_dim=512, num_heads=24), "mem_efficient"),
+        (replace(HOPPER_BF16, capability=(8, 0)), "aten_flash"),
+        (replace(HOPPER_BF16, capability=(10, 0)), "cudnn"),
+        (replace(HOPPER_BF16, capability=(8, 0), head_dim=512), "mem_efficient"),
+        (spec("cpu", None, torch.bfloat16, 128), "cpu_flash"),
+    ],
+)
+def test_kernels_of_packages_that_are_installed_come_first(wanted: BlockSpec, chosen: str, packages: set[str]):
+    packages |= {"flash_attn.cute", "ffpa_attn"}
+    assert choose_block(wanted)[0].name == chosen
+
+
+def test_a_fallback_says_what_was_not_possible(packages: set[str]):
     reason = choose_block(spec("cuda", (9, 0), torch.float32, 128))[1]
     assert "not cudnn: needs bf16 or fp16, not torch.float32" in reason
+
+
+def test_a_fallback_says_what_to_install_where_that_helps(packages: set[str]):
+    install = "is not installed: pip install -e '.[kernels]'"
+    reason = choose_block(HOPPER_BF16)[1]
+    assert f"not flash_attn_4: the package flash-attn-4 {install}" in reason
+    assert "not ffpa: needs a head_dim that is a multiple of 8 from 320 to 512, not 128" in reason
+    assert install not in choose_block(replace(HOPPER_BF16, capability=(8, 0)))[1]
+
+
+def test_a_fallback_from_large_heads_says_what_it_costs(packages: set[str]):
+    cost = (
+        "without it attention is about 4 times slower forward and 6 times backward (16 heads x 512 on an H100: 109 and "
+        "35 TFLOP/s against 465 and 215)"
+    )
+    block, reason = choose_block(replace(HOPPER_BF16, head_dim=512))
+    assert block.name == "mem_efficient"
+    assert f"not ffpa: the package ffpa-attn is not installed: pip install -e '.[kernels]'; {cost}" in reason
+    reason = choose_block(replace(HOPPER_BF16, head_dim=512, capability=(8, 0)))[1]
+    assert (
+        f"not ffpa: needs a Hopper GPU (compute capability 9.x), or a head_dim up to 256 for FlashAttention; {cost}"
+        in reason
+    )
+
+
+def test_a_package_is_found_without_importing_it():
+    assert is_installed("torch.testing")
+    assert not is_installed("no_such_package")
+    assert not is_installed("no_such_package.cute")
+
+
+@pytest.mark.parametrize(
+    ("num_queries", "num_keys", "lower", "upper"), [*BANDS, (5, 10, None, 5), (313, 200, -200, None)]
+)
+def test_flash_attention_4_is_asked_for_the_band(num_queries: int, num_keys: int, lower: int | None, upper: int | None):
+    """The window counts from the diagonal that ends in the last query and key, as the kernel's masks do."""
+    window = flash_attn_4._window(num_queries, num_keys, lower, upper)
+    left, right = window["window_size_left"], window["window_size_right"]
+    diagonal = torch.arange(num_queries)[:, None] + num_keys - num_queries
+    keys = torch.arange(num_keys)
+    allowed = torch.ones(num_queries, num_keys, dtype=torch.bool)
+    if left is not None:
+        assert left >= 0
+        allowed &= keys >= diagonal - left
+    if right is not None:
+        assert right >= 0
+        allowed &= keys <= diagonal + right
+    assert torch.equal(allowed, band_mask(num_queries, num_keys, lower, upper, torch.device("cpu")))
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("cpu_flash", "block=cpu_flash cannot run here: needs values of head size 64, not 32; use block=auto"),
-        ("flash9", "block=flash9 is unknown: use auto, cudnn, aten_flash, mem_efficient, cpu_flash, reference"),
+        ("flash9", "block=flash9 is unknown: use auto, flash_attn_4, ffpa, cudnn, aten_flash, mem_efficient, "),
         ("cudnn", "block=cudnn cannot run here: it does not run on cpu; use block=auto"),
     ],
 )

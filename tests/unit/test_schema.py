@@ -57,7 +57,7 @@ MISTAKES = [
     ("attention.method=star", "attention.method=star is not known: use ring, ulysses, hybrid, all_gather, local, auto"),
     ("attention.layout=striped", "attention.layout=striped is not known: use zigzag, contiguous"),
     ("attention.transport=tcp", "attention.transport=tcp is not known: use p2p"),
-    ("attention.block=fast", "attention.block=fast is not known: use auto, cudnn, aten_flash, mem_efficient, cpu_flash, reference"),
+    ("attention.block=fast", "attention.block=fast is not known: use auto, flash_attn_4, ffpa, cudnn, aten_flash, mem_efficient, cpu_flash, reference"),
     ("engine.dtype=int8", "engine.dtype=int8 is not known: use bf16, fp16, fp32"),
     ("engine.zero_stage=4", "engine.zero_stage=4 is not known: use 0, 1, 2, 3"),
     ("engine.micro_batch_size=0", "engine.micro_batch_size=0 must be at least 1"),

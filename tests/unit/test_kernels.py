@@ -1,0 +1,94 @@
+"""The plain path of recipes/kernels.py against its formulas, and when Liger is asked."""
+
+import math
+
+import pytest
+import torch
+
+from conf.schema import ModelConfig
+from recipes import kernels
+from tests.measure import relative_error
+
+LIMIT = 1e-14
+generator = torch.Generator().manual_seed(3)
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
+def test_norms_are_torchs_by_every_name(norm: str):
+    config = ModelConfig(norm=norm, hidden_size=24, norm_eps=1e-3)
+    ours = kernels.make_norm(config).double()
+    torchs = (torch.nn.RMSNorm if norm == "rmsnorm" else torch.nn.LayerNorm)(24, eps=1e-3).double()
+    assert isinstance(ours, type(torchs))
+    assert {name: tensor.shape for name, tensor in ours.state_dict().items()} == {
+        name: tensor.shape for name, tensor in torchs.state_dict().items()
+    }
+    weights = {name: draw(24) for name in ours.state_dict()}
+    ours.load_state_dict(weights)
+    torchs.load_state_dict(ours.state_dict())
+    x = draw(2, 5, 24)
+    assert torch.equal(ours(x), torchs(x))
+    centred = x if norm == "rmsnorm" else x - x.mean(-1, keepdim=True)
+    expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-3).sqrt() * weights["weight"]
+    expected = expected + weights.get("bias", 0)
+    assert relative_error(ours(x), expected) < LIMIT
+
+
+def test_rotary_turns_each_pair_by_its_angle():
+    q, k, angles = draw(2, 7, 4, 6), draw(2, 7, 2, 6), draw(1, 7, 1, 3)
+    given = q.clone()
+    for x, got in zip((q, k), kernels.apply_rotary(q, k, angles.cos(), angles.sin()), strict=True):
+        turned = torch.complex(x[..., :3], x[..., 3:]) * torch.exp(1j * angles)
+        assert relative_error(got, torch.cat((turned.real, turned.imag), -1)) < LIMIT
+    assert torch.equal(q, given)
+
+
+def test_rotary_keeps_the_dtype():
+    q, k = (x.bfloat16() for x in (draw(1, 3, 2, 4), draw(1, 3, 1, 4)))
+    cos = sin = torch.full((1, 3, 1, 2), 0.5)
+    assert [x.dtype for x in kernels.apply_rotary(q, k, cos, sin)] == [torch.bfloat16, torch.bfloat16]
+
+
+def test_swiglu_is_the_silu_of_the_first_half_times_the_second():
+    gate, up = draw(2, 5, 6), draw(2, 5, 6)
+    got = kernels.swiglu(torch.cat((gate, up), -1))
+    assert relative_error(got, gate / (1 + torch.exp(-gate)) * up) < LIMIT
+
+
+def test_the_loss_is_a_sum_over_the_labels_that_count():
+    logits, labels = draw(2, 3, 5), torch.tensor([[0, -100, 4], [2, 2, -100]])
+    got = kernels.cross_entropy_sum(logits, labels)
+    expected = sum(
+        math.log(sum(math.exp(x) for x in row)) - row[label]
+        for row, label in zip(logits.flatten(0, 1).tolist(), labels.flatten().tolist(), strict=True)
+        if label >= 0
+    )
+    assert got.item() == pytest.approx(expected, rel=1e-13)
+    assert kernels.cross_entropy_sum(logits.bfloat16(), labels).dtype == torch.float32
+    assert kernels.cross_entropy_sum(logits, torch.full_like(labels, -100)).item() == 0
+
+
+class OnGPU:
+    """What a tensor on a GPU says of itself."""
+
+    is_cuda = True
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+
+def test_liger_computes_what_the_table_names(monkeypatch: pytest.MonkeyPatch):
+    def used(operation: str, tensor: object) -> bool:
+        return kernels.uses_liger(operation, tensor)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(kernels, "LIGER_OPS", ("rotary",))
+    monkeypatch.setattr(kernels, "has_liger", lambda: True)
+    assert used("rotary", OnGPU(torch.bfloat16))
+    assert not used("swiglu", OnGPU(torch.bfloat16))
+    assert not used("rotary", OnGPU(torch.float64))
+    assert not used("rotary", torch.zeros(1))
+    monkeypatch.setattr(kernels, "has_liger", lambda: False)
+    assert not used("rotary", OnGPU(torch.bfloat16))
