@@ -87,11 +87,12 @@ def _unknown_field(name: str) -> str:
 
 def _field_names(node: Any, prefix: str = "") -> Iterator[str]:
     for key, value in node.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and f"{prefix}{key}" not in _FREE:
             yield from _field_names(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}"
 
 
+_FREE = ("compare.entries",)  # dictionaries with keys of the user's own
 _FIELD_NAMES = list(_field_names(asdict(Config())))
 _GROUP_NAMES = {name.partition(".")[0] for name in _FIELD_NAMES if "." in name}

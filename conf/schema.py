@@ -252,6 +252,33 @@ class LaunchConfig:
 
 
 @dataclass
+class CompareConfig:
+    """recipe=compare: several configurations on the same hardware, in turns, and one table."""
+
+    entries: dict[str, list[str]] = field(default_factory=dict)  # name: what is overridden, such as [+experiment=dp]
+    baseline: str = ""  # the entry that changes are against; empty is the first
+    recipe: str = "forward"  # what is measured: forward | pretrain
+    rounds: int = 3  # each entry has its turn in each, so that drift hits all alike
+    steps_per_round: int = 2  # timed, after one that warms up
+    micro_batch_sizes: list[int] = field(default_factory=lambda: [1])  # tried first; each entry keeps its fastest
+    fit: bool = False  # cut the batch to step_time_s per step, and on the CPU everything; the cuts are named
+    step_time_s: float = 4.0  # by arithmetic
+    plot: str = "bars"  # bars | scaling: throughput over the number of ranks
+
+    def __post_init__(self) -> None:
+        _choice("compare.recipe", self.recipe, ("forward", "pretrain"))
+        _choice("compare.plot", self.plot, ("bars", "scaling"))
+        if self.baseline and self.baseline not in self.entries:
+            raise ConfigError(f"compare.baseline={self.baseline} is no entry: use {', '.join(self.entries)}")
+        for name in ("rounds", "steps_per_round", "step_time_s"):
+            _at_least(f"compare.{name}", getattr(self, name), 1)
+        if not self.micro_batch_sizes:
+            raise ConfigError("compare.micro_batch_sizes is empty: use compare.micro_batch_sizes=[1]")
+        for size in self.micro_batch_sizes:
+            _at_least("compare.micro_batch_sizes", size, 1)
+
+
+@dataclass
 class Config:
     """A run."""
 
@@ -263,15 +290,19 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
-    recipe: str = "pretrain"  # what is run
+    compare: CompareConfig = field(default_factory=CompareConfig)
+    recipe: str = "pretrain"  # pretrain | forward (no gradients: throughput alone) | compare
     explain: bool = False  # print the resolved plan and stop
     profile: bool = False  # record a torch profiler trace of steps 3 and 4 on every rank
-    num_steps: int = 300  # optimizer steps
+    breakdown: bool = True  # after the last step: exposed communication and the share of time per part
+    num_steps: int = 300  # optimizer steps, or forward passes over a batch
     seed: int = 0  # of the weights
 
     def __post_init__(self) -> None:
-        _choice("recipe", self.recipe, ("pretrain",))
+        _choice("recipe", self.recipe, RECIPES)
         _at_least("num_steps", self.num_steps, 1)
+        if self.recipe == "compare" and not self.compare.entries:
+            raise ConfigError("recipe=compare has nothing to compare: type recipe=compare +experiment=paper_table")
         if self.profile and self.num_steps < 4:
             raise ConfigError(f"profile=true records steps 3 and 4, but num_steps={self.num_steps}: use num_steps=4")
         for name in ("ring_degree", "ulysses_degree"):

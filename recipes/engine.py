@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from conf.schema import EngineConfig, OptimizerConfig
 from recipes.transformer import TokenBatch
 from ring_attention.groups import ParallelGroups
+from ring_attention.trace import labelled
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,8 @@ class TrainingEngine:
             # the one case in which DeepSpeed keeps no norm; gradients are whole on every rank
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             grad_norm = torch.nn.utils.get_total_norm(gradients)
-        self.deepspeed.step()
+        with labelled("optimizer"):
+            self.deepspeed.step()
         if grad_norm is None:
             grad_norm = self.deepspeed.get_global_grad_norm()
         assert grad_norm is not None
@@ -254,11 +256,12 @@ class TrainingEngine:
         self.deepspeed.destroy()
 
     def _loss_sum(self, micro_batch: TokenBatch) -> Tensor:
-        return self.deepspeed(
-            micro_batch.tokens_BS.to(self.device, non_blocking=True),
-            micro_batch.positions_1S.to(self.device, non_blocking=True),
-            micro_batch.labels_BS.to(self.device, non_blocking=True),
-        )
+        with labelled("data"):
+            inputs = [
+                tensor.to(self.device, non_blocking=True)
+                for tensor in (micro_batch.tokens_BS, micro_batch.positions_1S, micro_batch.labels_BS)
+            ]
+        return self.deepspeed(*inputs)
 
     def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
         tensor = tensor.to(self.device, copy=True)

@@ -31,13 +31,13 @@ def peak_tflops(device_name: str, dtype: str) -> float | None:
 
 @dataclass(frozen=True)
 class Throughput:
-    """Of steps of `step_time_s`; tokens are those of the global batch, operations those of forward and backward."""
+    """Of steps of `step_time_s`; tokens are those of the global batch, operations those that a step does for each."""
 
     step_time_s: float
     tokens_per_step: int
     sequence_length: int
     num_ranks: int
-    train_flops_per_token: float
+    flops_per_token: float
     peak_tflops: float | None
 
     @property
@@ -55,11 +55,14 @@ class Throughput:
         return 1e3 * self.step_time_s / self.sequence_length
 
     @property
+    def model_tflops_per_rank(self) -> float:
+        """What the model needs, causal attention counted once; not what kernels do twice or in vain."""
+        return self.tokens_per_s_per_rank * self.flops_per_token / 1e12
+
+    @property
     def mfu_pct(self) -> float | None:
-        """Model FLOP utilisation against the data sheet's dense peak; causal attention counted once."""
-        if self.peak_tflops is None:
-            return None
-        return 100 * self.tokens_per_s_per_rank * self.train_flops_per_token / (self.peak_tflops * 1e12)
+        """Model FLOP utilisation against the data sheet's dense peak."""
+        return None if self.peak_tflops is None else 100 * self.model_tflops_per_rank / self.peak_tflops
 
 
 class StepClock:
@@ -94,6 +97,20 @@ class StepClock:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+
+def speed(prefix: str, throughput: Throughput, recent_s: list[float], num_steps_left: int) -> dict[str, float | None]:
+    """Throughput and times of the steps since the last log, named PREFIX/..., for logs."""
+    return {
+        f"{prefix}/tokens_per_s": throughput.tokens_per_s,
+        f"{prefix}/tokens_per_s_per_rank": throughput.tokens_per_s_per_rank,
+        f"{prefix}/tpot_ms": throughput.tpot_ms,
+        f"{prefix}/model_tflops_per_rank": throughput.model_tflops_per_rank,
+        f"{prefix}/mfu_pct": throughput.mfu_pct,
+        f"{prefix}/step_time_p50_s": percentile(recent_s, 50),
+        f"{prefix}/step_time_p95_s": percentile(recent_s, 95),
+        f"{prefix}/eta_s": throughput.step_time_s * num_steps_left,
+    }
 
 
 def percentile(values: list[float], percent: int) -> float:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from conf.schema import Config, ConfigError, Degrees, ModelConfig, resolve_degrees
-from recipes.metrics import peak_tflops
+from recipes.metrics import Throughput, peak_tflops
 from ring_attention.blocks import BlockSpec, choose_block
 from ring_attention.choose import MESSAGE_LATENCY_MS, Candidate, Links, Workload, rank_methods
 from ring_attention.layout import Layout
@@ -149,6 +149,21 @@ class Plan:
         except ValueError as error:
             raise ConfigError(f"attention.{error}".replace("use block", "use attention.block")) from error
         return block.name, reason
+
+    @property
+    def trains(self) -> bool:
+        return self.config.recipe == "pretrain"
+
+    def throughput(self, step_time_s: float) -> Throughput:
+        """Of steps that took `step_time_s`: of training three forward passes' operations, else one's."""
+        return Throughput(
+            step_time_s,
+            self.tokens_per_step,
+            self.config.data.sequence_length,
+            self.num_ranks,
+            (3 if self.trains else 1) * self.forward_flops,
+            peak_tflops(self.device_name, self.config.engine.dtype),
+        )
 
     def banner(self, run_dir: Path) -> list[str]:
         config, model, layout = self.config, self.config.model, self.layout

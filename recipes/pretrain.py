@@ -15,6 +15,7 @@ from data.pack import Corpus
 from data.source import open_documents
 from recipes import metrics
 from recipes.build import build_engine, build_sharder
+from recipes.parts import measure_parts
 from recipes.plan import Plan
 from recipes.report import Reporter
 
@@ -56,6 +57,7 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
             if step == 1 or is_last or step % config.logging.every_n_steps == 0:
                 recent_s = clock.take()
                 step_times_s += recent_s
+                throughput = plan.throughput(statistics.median(recent_s))
                 losses.append(result.loss.item())
                 values |= {
                     "train/loss": losses[-1],
@@ -64,10 +66,10 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
                     "train/tokens_seen": step * plan.tokens_per_step,
                     "train/data_cursor": step * plan.data_tokens_per_step,
                     "train/peak_memory_gib": engine.max_over_ranks(metrics.peak_memory_gib()),
-                    **_speed(plan, recent_s, config.num_steps - step),
+                    **metrics.speed("train", throughput, recent_s, config.num_steps - step),
                 }
                 if reporter:
-                    reporter.say(reporter.training_line(step, values))
+                    reporter.say(reporter.step_line(step, values))
             if is_last or _is_multiple(step, config.logging.validate_every_n_steps):
                 if reporter:
                     reporter.say("validating ...")
@@ -75,6 +77,13 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
                 values["validation/loss"] = validation_loss
                 if reporter:
                     reporter.say(f"step {step}: validation loss {validation_loss:.4f}")
+            if is_last and config.breakdown:
+                if reporter:
+                    reporter.say("measuring where the time of a step goes ...")
+                parts = measure_parts(plan, engine, lambda: next(steps))
+                values |= parts.metrics
+                if reporter:
+                    reporter.say(str(parts))
             if values:
                 if reporter:
                     reporter.log(step, values)
@@ -82,14 +91,12 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
 
     if reporter:
         # the first step warms up
-        throughput = _throughput(plan, statistics.median(step_times_s[1:] or step_times_s))
+        throughput = plan.throughput(statistics.median(step_times_s[1:] or step_times_s))
         reporter.say(
             "",
             f"done: {config.num_steps} steps, loss {losses[0]:.4f} -> {losses[-1]:.4f}, "
             f"validation loss {validation_loss:.4f}",
-            f"median throughput: {throughput.tokens_per_s:,.0f} tok/s, "
-            f"{throughput.tokens_per_s_per_rank:,.0f} tok/s/rank",
-            *reporter.how_to_look(),
+            *reporter.summary(throughput),
         )
     return validation_loss
 
@@ -97,31 +104,6 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
 def _is_multiple(step: int, interval: int) -> bool:
     """Whether something due every `interval` steps is due; 0 is never."""
     return interval > 0 and step % interval == 0
-
-
-def _throughput(plan: Plan, step_time_s: float) -> metrics.Throughput:
-    return metrics.Throughput(
-        step_time_s,
-        plan.tokens_per_step,
-        plan.config.data.sequence_length,
-        plan.num_ranks,
-        3 * plan.forward_flops,
-        metrics.peak_tflops(plan.device_name, plan.config.engine.dtype),
-    )
-
-
-def _speed(plan: Plan, recent_s: list[float], num_steps_left: int) -> dict[str, float | None]:
-    """Throughput and times of the steps since the last log."""
-    throughput = _throughput(plan, statistics.median(recent_s))
-    return {
-        "train/tokens_per_s": throughput.tokens_per_s,
-        "train/tokens_per_s_per_rank": throughput.tokens_per_s_per_rank,
-        "train/tpot_ms": throughput.tpot_ms,
-        "train/mfu_pct": throughput.mfu_pct,
-        "train/step_time_p50_s": metrics.percentile(recent_s, 50),
-        "train/step_time_p95_s": metrics.percentile(recent_s, 95),
-        "train/eta_s": throughput.step_time_s * num_steps_left,
-    }
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 import wandb
 from tqdm import tqdm
 
+from recipes.metrics import Throughput
 from recipes.plan import Plan
 
 METRICS_FILE = "metrics.jsonl"
@@ -99,16 +100,16 @@ class Reporter:
         self._file.flush()  # a crash loses nothing
         self._wandb.log(known)
 
-    def training_line(self, step: int, metrics: dict[str, float | None]) -> str:
-        """The console's line of a logged step; the keys are those of `recipes.pretrain`."""
-        value = {name.removeprefix("train/"): number for name, number in metrics.items()}
+    def step_line(self, step: int, metrics: dict[str, float | None]) -> str:
+        """The console's line of a logged step; the keys are those of the recipes, after their prefix."""
+        value = {name.rpartition("/")[2]: number for name, number in metrics.items()}
         mfu = "n/a" if value["mfu_pct"] is None else f"{value['mfu_pct']:.1f}%"
         digits = len(str(self._config.num_steps))
         return " | ".join(
             [
                 f"step {step:>{digits}}/{self._config.num_steps}",
                 f"loss {value['loss']:.4f}",
-                f"grad norm {value['grad_norm']:.3f}",
+                *([f"grad norm {value['grad_norm']:.3f}"] if "grad_norm" in value else []),
                 f"{value['tokens_per_s']:,.0f} tok/s",
                 f"{value['tokens_per_s_per_rank']:,.0f} tok/s/rank",
                 f"TPOT {value['tpot_ms']:.3f} ms",
@@ -118,6 +119,16 @@ class Reporter:
                 f"ETA {_minutes(value['eta_s'] or 0)}",
             ]
         )
+
+    def summary(self, throughput: Throughput) -> list[str]:
+        """The last lines of a run: its throughput, and how to look at it."""
+        mfu = "" if throughput.mfu_pct is None else f", MFU {throughput.mfu_pct:.1f} %"
+        return [
+            f"median throughput: {throughput.tokens_per_s:,.0f} tok/s, "
+            f"{throughput.tokens_per_s_per_rank:,.0f} tok/s/rank, TPOT {throughput.tpot_ms:.3f} ms, "
+            f"{throughput.model_tflops_per_rank:.3g} model TFLOP/s per rank{mfu}",
+            *self.how_to_look(),
+        ]
 
     def how_to_look(self) -> list[str]:
         """Commands that show the run that just ended."""

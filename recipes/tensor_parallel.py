@@ -83,7 +83,7 @@ class _ColumnFunction(torch.autograd.Function):
         dy = dy.flatten(0, 1)
         dweight = dy.T @ x_BLE.flatten(0, 1)
         dbias = dy.sum(0) if ctx.has_bias else None
-        work.wait()
+        work.wait()  # pyright: ignore[reportOptionalMemberAccess]
         return dx, dweight, dbias, None
 
 

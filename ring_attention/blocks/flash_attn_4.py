@@ -28,8 +28,8 @@ class FlashAttention4Block(Block):
             return "ranked only where it was measured: compute capability 9.x (Hopper)"
         if spec.dtype not in (torch.bfloat16, torch.float16):
             return f"needs bf16 or fp16, not {spec.dtype}"
-        if spec.head_dim > 256 or spec.head_dim % 8:
-            return f"needs a head_dim that is a multiple of 8 up to 256, not {spec.head_dim}"
+        if not 64 <= spec.head_dim <= 256 or spec.head_dim % 8:
+            return f"taken for a head_dim that is a multiple of 8 from 64 to 256, not {spec.head_dim}"
         # last, so that it is said only where installing it helps
         return refuse_value_head_dim(spec) or refuse_missing_package("flash-attn-4", "flash_attn.cute")
 

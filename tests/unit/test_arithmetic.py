@@ -88,7 +88,7 @@ def test_throughput_divides_by_all_ranks():
         tokens_per_step=4000,
         sequence_length=2000,
         num_ranks=4,
-        train_flops_per_token=1e9,
+        flops_per_token=1e9,
         peak_tflops=10,
     )
     assert throughput.tokens_per_s == 8000

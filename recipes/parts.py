@@ -1,0 +1,101 @@
+"""Where the time of a step goes, through an engine: the share of each part, and the communication that nothing hides.
+
+Between `breakdown`, which reads profiles, and the recipes, which measure once their own steps are done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from recipes.breakdown import PARTS, attention_communication_off, step_breakdown
+from recipes.build import Engine
+from recipes.engine import TrainingEngine
+from recipes.plan import Plan
+from recipes.transformer import TokenBatch
+from ring_attention.trace import labelled
+
+FORWARD_MICRO_BATCHES = 8  # at most, of a forward pass: a whole batch may take a minute and a million kernels
+REPETITIONS = 3
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Of this rank, but for the exposed communication, which is that of the slowest.
+
+    Args:
+        shares: of a step's wall time, by name of `breakdown.PARTS`; they sum to 1.
+        exposed_communication_ms: of a step. Where ranks share sequences, of attention's messages: what a step takes
+            longer than one in which they move nothing. Else the time when communication runs and nothing else does.
+    """
+
+    shares: dict[str, float]
+    exposed_communication_ms: float
+
+    @property
+    def metrics(self) -> dict[str, float | None]:
+        """For logs."""
+        shares: dict[str, float | None] = {f"parts/{part}_pct": 100 * self.shares[part] for part in PARTS}
+        return {**shares, "parts/exposed_communication_ms": self.exposed_communication_ms}
+
+    def __str__(self) -> str:
+        shares = ", ".join(f"{part} {100 * self.shares[part]:.1f} %" for part in PARTS)
+        return f"time of a step: {shares}; exposed communication {self.exposed_communication_ms:.2f} ms"
+
+
+def measure_parts(plan: Plan, engine: Engine, fetch: Callable[[], Sequence[TokenBatch]]) -> Parts:
+    """A few steps more, under a profiler and with attention's messages off. Every rank must call it.
+
+    What is trained then is garbage: the run must be over.
+
+    Args:
+        fetch: this rank's micro-batches of a step.
+    """
+
+    def batch() -> Sequence[TokenBatch]:
+        with labelled("data"):
+            micro_batches = fetch()
+        return micro_batches if plan.trains else micro_batches[:FORWARD_MICRO_BATCHES]
+
+    def step() -> None:
+        if plan.trains:
+            engine.train_step(batch())
+        else:
+            engine.mean_loss(batch())
+
+    profiled = step_breakdown(step)
+    exposed_s = profiled.exposed_communication_s
+    if plan.degrees.sequence > 1:
+        assert isinstance(engine, TrainingEngine)
+        times_s: dict[bool, list[float]] = {True: [], False: []}
+        for _ in range(1 + REPETITIONS):
+            for silent in (False, True):
+                with attention_communication_off() if silent else contextlib.nullcontext():
+                    times_s[silent].append(engine.max_over_ranks(_passes_s(plan, engine, batch())))
+        exposed_s = max(0.0, statistics.median(times_s[False][1:]) - statistics.median(times_s[True][1:]))
+    return Parts(profiled.shares, 1e3 * engine.max_over_ranks(exposed_s))
+
+
+def _passes_s(plan: Plan, engine: TrainingEngine, micro_batches: Sequence[TokenBatch]) -> float:
+    """Seconds of a step's passes through the model, without the update: fp16 skips one whose gradients are garbage."""
+    _synchronize()
+    started = time.perf_counter()
+    if plan.trains:
+        engine.accumulate(micro_batches)
+    else:
+        engine.mean_loss(micro_batches)
+    _synchronize()
+    seconds = time.perf_counter() - started
+    if plan.trains:
+        engine.update()
+    return seconds
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
