@@ -17,7 +17,7 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from conf.compose import explain, to_config
+from conf.compose import entry_overrides, explain, to_config
 from conf.schema import Config, ConfigError
 from recipes.ranks import RunFailed, adopt_external_ranks
 
@@ -26,56 +26,57 @@ ConfigStore.instance().store(name="schema", node=Config)
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def run(composed: DictConfig) -> float | None:
-    """One job of Hydra's: a run, or one of a sweep, whose value is the final validation loss."""
+    """One job of Hydra's: a run, or one of a sweep, whose value is the recipe's result, such as the validation loss."""
     sweeps = HydraConfig.get().mode == RunMode.MULTIRUN
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     try:
         config = to_config(composed)
-        from recipes import launch  # torch takes seconds to import: refuse a bad configuration before
-
         if sweeps and config.logging.group is None:
             config.logging.group = f"sweep-{run_dir.parent.name}"
-        num_ranks = launch.count_ranks(config)
-        if config.explain:
-            print(*launch.make_plan(config, num_ranks).explanation(run_dir), sep="\n")
-            _forget(run_dir)
-            return None
-        launch.check_corpus(config)
-        return launch.launch(config, num_ranks, run_dir)
+        return execute(config, list(HydraConfig.get().overrides.task), run_dir)
     except (ConfigError, RunFailed) as error:
-        _forget(run_dir)
         if not sweeps:
             sys.exit(f"error: {error}")
         print(f"error: {error}", file=sys.stderr, flush=True)  # now, for the sweep goes on; Hydra raises at its end
         raise RunFailed(f"job {HydraConfig.get().job.num} of the sweep failed: see its message above") from None
+    finally:
+        if not any(run_dir.iterdir()):  # Hydra has made it, and nothing was run
+            run_dir.rmdir()
 
 
-def _forget(run_dir: Path) -> None:
-    """Remove the folder that Hydra has made, if nothing was run in it."""
-    if not any(run_dir.iterdir()):
-        run_dir.rmdir()
+def execute(config: Config, overrides: list[str], run_dir: Path) -> float | None:
+    """Explain or run what the configuration names, in ranks of our own or as one of those that are there."""
+    from recipes import compare, launch  # torch takes seconds to import: a bad configuration was refused before
+
+    if config.recipe == "compare":
+        chosen = {
+            name: to_config(hydra.compose("config", entry_overrides(overrides, own, config.compare.recipe)))
+            for name, own in config.compare.entries.items()
+        }
+        return compare.compare(config, chosen, run_dir)
+    num_ranks = launch.count_ranks(config)
+    if config.explain:
+        if os.environ.get("RANK", "0") == "0":
+            print(*launch.make_plan(config, num_ranks).explanation(run_dir), sep="\n")
+        return None
+    launch.check_corpus(config)
+    return launch.start(launch.RecipeTask(config), num_ranks, run_dir)
 
 
 def run_as_one_rank(arguments: list[str]) -> None:
     """What torchrun, deepspeed and srun start: the same, in ranks that exist. One per machine tells of a mistake."""
-
-    def compose() -> tuple[Config, Path]:
+    try:
+        flag = next((argument for argument in arguments if argument.startswith("-")), None)
+        if flag is not None:
+            advice = "deepspeed --no_local_rank" if flag.startswith("--local") else f"python train.py {flag}"
+            raise ConfigError(f"{flag} cannot be used in ranks that a launcher has started: use {advice}")
         with hydra.initialize(version_base="1.3", config_path="conf"):
             composed = hydra.compose("config", arguments, return_hydra_config=True)
             run_dir = Path(composed.hydra.run.dir).absolute()
             OmegaConf.set_readonly(composed, False)
             OmegaConf.set_struct(composed, False)
             del composed["hydra"]
-            return to_config(composed), run_dir
-
-    try:
-        flag = next((argument for argument in arguments if argument.startswith("-")), None)
-        if flag is not None:
-            advice = "deepspeed --no_local_rank" if flag.startswith("--local") else f"python train.py {flag}"
-            raise ConfigError(f"{flag} cannot be used in ranks that a launcher has started: use {advice}")
-        from recipes import launch
-
-        launch.join(compose)
+            execute(to_config(composed), arguments, run_dir)
     except (ConfigError, CompactHydraException) as error:
         sys.exit(f"error: {explain(error)}" if os.environ["LOCAL_RANK"] == "0" else 1)
 

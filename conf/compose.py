@@ -34,6 +34,22 @@ def to_config(composed: DictConfig) -> Config:
     return config
 
 
+def entry_overrides(given: list[str], own: list[str], recipe: str) -> list[str]:
+    """What one entry of a comparison is composed of: what was typed, where its own do not replace it.
+
+    Experiments add up: those typed choose the workload, say, the entry's own the method.
+    """
+    experiments: list[str] = []
+    kept: dict[str, str] = {}
+    for override in (*given, f"recipe={recipe}", *own):
+        name, _, value = override.partition("=")
+        if name == "+experiment":
+            experiments += [option for option in value.strip("[]").split(",") if option not in experiments]
+        else:
+            kept[name] = override
+    return [*([f"+experiment=[{','.join(experiments)}]"] if experiments else []), *kept.values()]
+
+
 def explain(error: Exception) -> str:
     """Hydra's CompactHydraException, or OmegaConf's error, in one line: the value, the rule and what to type.
 

@@ -20,12 +20,12 @@ import deepspeed.comm as dist
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from recipes.metrics import PARTS
 from ring_attention import exchange
 from ring_attention.exchange import Hop, P2PExchange
 from ring_attention.trace import labelled
 
 COMPUTE = ("attention", "merge", "gemm", "optimizer", "other")
-PARTS = ("attention", "merge", "exchange", "gemm", "optimizer", "data", "other", "idle")
 
 _RANGES = {
     "attention block": "attention",

@@ -1,8 +1,9 @@
 """Starts the ranks of a run, or joins those that a launcher has started, and ends them all together.
 
-`launch` is for `python train.py`: the parent has composed the configuration and starts one process per GPU, or a few on
-the CPU. `join` is for torchrun, `deepspeed --no_local_rank` and srun: rank 0's configuration and run dir are what all
-ranks use. Every rank's output, of libraries too, goes to RUN_DIR/logs/rank_N.log; the console shows rank 0's report.
+What they do is a `Task`: a recipe, or the turns of `recipes.compare`. Under `python train.py` the parent has composed the
+configuration and starts one process per GPU, or a few on the CPU. Under torchrun, `deepspeed --no_local_rank` and srun
+rank 0's task and run dir are what all ranks use. Every rank's output, of libraries too, goes to RUN_DIR/logs/rank_N.log;
+the console shows rank 0's report.
 
 The parent must not import DeepSpeed (seconds) nor touch a GPU (memory), so what needs them is imported by the ranks.
 """
@@ -20,12 +21,12 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
-from typing import TextIO
+from typing import Protocol, TextIO
 
 import torch
 import torch.multiprocessing as mp
@@ -37,10 +38,47 @@ from conf.schema import Config, ConfigError, resolve_degrees
 from data.pack import Corpus
 from data.source import open_documents
 from recipes.plan import Plan
-from recipes.ranks import RunFailed
+from recipes.ranks import RunFailed, ranks_are_started
 
 DEFAULT_CPU_RANKS = 4
 GRACE_PERIOD_S = 2.0  # what the other ranks get to end by themselves after one has failed
+
+
+class Task(Protocol):
+    """What all ranks do once they are connected; travels to them, and is rank 0's for all."""
+
+    @property
+    def config(self) -> Config:
+        """What the ranks are started with: timeouts, determinism."""
+        ...
+
+    def run(self, run_dir: Path, console: TextIO) -> float:
+        """On one rank; rank 0's result is what `launch` returns.
+
+        Args:
+            console: where rank 0 writes what people see; other output goes to the rank's log.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class RecipeTask:
+    """Run the recipe that the configuration names."""
+
+    config: Config
+
+    def run(self, run_dir: Path, console: TextIO) -> float:
+        from recipes.report import Reporter
+
+        plan = shared_plan(self.config)
+        is_first = os.environ["RANK"] == "0"
+        if is_first:
+            OmegaConf.save(OmegaConf.structured(plan.config), run_dir / "config.yaml")
+        # the recipe NAME is the function NAME of the module recipes.NAME
+        name = self.config.recipe
+        recipe = getattr(importlib.import_module(f"recipes.{name}"), name)
+        with Reporter(plan, run_dir, console) if is_first else contextlib.nullcontext() as reporter:
+            return recipe(plan, run_dir, reporter)
 
 
 @dataclass(frozen=True)
@@ -53,11 +91,15 @@ class _Outcome:
 
 
 def count_ranks(config: Config) -> int:
-    """How many ranks `launch` would start on this machine.
+    """How many ranks there are, or `launch` would start on this machine.
 
     Raises:
         ConfigError: if the configuration does not fit them.
     """
+    if ranks_are_started():
+        num_ranks = int(os.environ["WORLD_SIZE"])
+        resolve_degrees(config, num_ranks)
+        return num_ranks
     num_gpus = torch.cuda.device_count()
     num_ranks = config.launch.num_ranks or num_gpus or DEFAULT_CPU_RANKS
     if num_gpus and num_ranks > num_gpus:
@@ -87,13 +129,36 @@ def make_plan(config: Config, num_ranks: int) -> Plan:
     return Plan(config, num_ranks, "cuda", properties.name, capability, ranks_per_host)
 
 
+def shared_plan(config: Config) -> Plan:
+    """Rank 0's plan, settled, for all: hosts may have unequal numbers of GPUs, or kinds. Every rank must call it."""
+    import deepspeed.comm as dist
+
+    plans = [make_plan(config, dist.get_world_size()) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(plans, src=0)
+    plan = plans[0]
+    assert plan is not None
+    plan.settle()
+    return plan
+
+
 def check_corpus(config: Config) -> None:
     """Raises CorpusError if the corpus cannot be read or is too short; reads no more of it than that takes."""
     Corpus(open_documents(config.data), config.data.sequence_length, config.data.validation_sequences).check()
 
 
-def launch(config: Config, num_ranks: int, run_dir: Path) -> float:
-    """Start `num_ranks` processes on this machine, run the recipe, and return rank 0's result.
+def start(task: Task, num_ranks: int, run_dir: Path) -> float:
+    """Run the task in ranks of our own, or as one of those that a launcher has started: rank 0's is used by all.
+
+    Raises:
+        RunFailed: if a rank that we started failed.
+    """
+    if ranks_are_started():
+        return _run_rank(task, run_dir, init_method=None)
+    return launch(task, num_ranks, run_dir)
+
+
+def launch(task: Task, num_ranks: int, run_dir: Path) -> float:
+    """Start `num_ranks` processes on this machine, run the task, and return rank 0's result.
 
     Raises:
         RunFailed: if a rank failed. No process is left then, nor on Ctrl-C.
@@ -106,7 +171,7 @@ def launch(config: Config, num_ranks: int, run_dir: Path) -> float:
         with _signals_deferred():
             context = mp.start_processes(
                 _launched_rank,
-                (os.getpid(), config, num_ranks, run_dir, meeting_dir, outcomes),
+                (os.getpid(), task, num_ranks, run_dir, meeting_dir, outcomes),
                 num_ranks,
                 join=False,
                 start_method="spawn",
@@ -149,7 +214,7 @@ def _signals_deferred() -> Iterator[None]:
 def _launched_rank(
     rank: int,
     parent_pid: int,
-    config: Config,
+    task: Task,
     num_ranks: int,
     run_dir: Path,
     meeting_dir: Path,
@@ -167,7 +232,7 @@ def _launched_rank(
         MASTER_ADDR="127.0.0.1",
     )
     try:
-        result = _run_rank(config, run_dir, f"file://{meeting_dir / 'meeting'}")
+        result = _run_rank(task, run_dir, f"file://{meeting_dir / 'meeting'}")
     except Exception as error:
         text = str(error) if isinstance(error, ConfigError) else traceback.format_exc()
         outcomes.put(_Outcome(rank, error=text[-20_000:]))  # more than a pipe holds would block
@@ -218,25 +283,8 @@ def _end(processes: list[BaseProcess]) -> None:
             process.join()
 
 
-def join(compose: Callable[[], tuple[Config, Path]]) -> float | None:
-    """Be one of the ranks that a launcher has started. Every rank must call it.
-
-    Args:
-        compose: this rank's configuration and run dir; rank 0's are used by all.
-    """
-    config, run_dir = compose()
-    num_ranks = int(os.environ["WORLD_SIZE"])
-    resolve_degrees(config, num_ranks)
-    if config.explain:
-        if os.environ["RANK"] == "0":
-            print(*make_plan(config, num_ranks).explanation(run_dir), sep="\n")
-        return None
-    check_corpus(config)
-    return _run_rank(config, run_dir, init_method=None)
-
-
-def _run_rank(config: Config, run_dir: Path, init_method: str | None) -> float:
-    """Run the recipe as the rank that the environment names."""
+def _run_rank(task: Task, run_dir: Path, init_method: str | None) -> float:
+    """Run the task as the rank that the environment names."""
     rank, num_ranks, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if num_local_ranks == num_ranks:  # one machine: nothing needs to be reached from outside
@@ -245,35 +293,22 @@ def _run_rank(config: Config, run_dir: Path, init_method: str | None) -> float:
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_local_ranks))
-    if config.engine.deterministic:
+    if task.config.engine.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS is deterministic only with a workspace of its own
 
     import deepspeed.comm as dist
 
     from recipes.engine import init_distributed
-    from recipes.report import Reporter
 
-    # the recipe NAME is the function NAME of the module recipes.NAME
-    recipe = getattr(importlib.import_module(f"recipes.{config.recipe}"), config.recipe)
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
-    init_distributed(init_method, config.launch.timeout_s)
-    shared = [config, run_dir]
+    init_distributed(init_method, task.config.launch.timeout_s)
+    shared = [task, run_dir]
     dist.broadcast_object_list(shared, src=0)
-    config, run_dir = shared
+    task, run_dir = shared
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     with _output_to(run_dir / "logs" / f"rank_{rank}.log") as console:
-        # rank 0's, for all: hosts may have unequal numbers of GPUs, or kinds
-        plans = [make_plan(config, num_ranks) if rank == 0 else None]
-        dist.broadcast_object_list(plans, src=0)
-        plan = plans[0]
-        assert plan is not None
-        config = plan.config
-        plan.settle()
-        if rank == 0:
-            OmegaConf.save(OmegaConf.structured(config), run_dir / "config.yaml")
-        with Reporter(plan, run_dir, console) if rank == 0 else contextlib.nullcontext() as reporter:
-            result = recipe(plan, run_dir, reporter)
+        result = task.run(run_dir, console)
         dist.destroy_process_group()
         return result
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+PARTS = ("attention", "merge", "exchange", "gemm", "optimizer", "data", "other", "idle")  # of a step's time
+
 # Dense bf16/fp16 peak, TFLOP/s, from the vendor's data sheets; matched against the start of the device's name.
 _PEAK_TFLOPS = {
     "NVIDIA H200": 989.4,
@@ -64,6 +66,17 @@ class Throughput:
         """Model FLOP utilisation against the data sheet's dense peak."""
         return None if self.peak_tflops is None else 100 * self.model_tflops_per_rank / self.peak_tflops
 
+    @property
+    def numbers(self) -> dict[str, float | None]:
+        """By name, for logs."""
+        return {
+            "tokens_per_s": self.tokens_per_s,
+            "tokens_per_s_per_rank": self.tokens_per_s_per_rank,
+            "tpot_ms": self.tpot_ms,
+            "model_tflops_per_rank": self.model_tflops_per_rank,
+            "mfu_pct": self.mfu_pct,
+        }
+
 
 class StepClock:
     """Durations of steps without making the host wait for the device: events on CUDA, the wall clock on the CPU."""
@@ -102,11 +115,7 @@ class StepClock:
 def speed(prefix: str, throughput: Throughput, recent_s: list[float], num_steps_left: int) -> dict[str, float | None]:
     """Throughput and times of the steps since the last log, named PREFIX/..., for logs."""
     return {
-        f"{prefix}/tokens_per_s": throughput.tokens_per_s,
-        f"{prefix}/tokens_per_s_per_rank": throughput.tokens_per_s_per_rank,
-        f"{prefix}/tpot_ms": throughput.tpot_ms,
-        f"{prefix}/model_tflops_per_rank": throughput.model_tflops_per_rank,
-        f"{prefix}/mfu_pct": throughput.mfu_pct,
+        **{f"{prefix}/{name}": value for name, value in throughput.numbers.items()},
         f"{prefix}/step_time_p50_s": percentile(recent_s, 50),
         f"{prefix}/step_time_p95_s": percentile(recent_s, 95),
         f"{prefix}/eta_s": throughput.step_time_s * num_steps_left,

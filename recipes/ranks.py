@@ -12,6 +12,11 @@ class RunFailed(RuntimeError):
     """A rank failed; the message names it, shows its error and says where its log is."""
 
 
+def ranks_are_started() -> bool:
+    """Whether this process is one of several ranks."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
 def adopt_external_ranks() -> bool:
     """Whether a launcher has started this process as one of several ranks; makes its variables look like torchrun's.
 
@@ -21,7 +26,7 @@ def adopt_external_ranks() -> bool:
         ConfigError: if RANK is there, but not what belongs to it.
     """
     environ = os.environ
-    if "RANK" in environ and "WORLD_SIZE" in environ:
+    if ranks_are_started():
         missing = [name for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environ]
         if missing:
             raise ConfigError(

@@ -7,6 +7,7 @@ import math
 import os
 import shlex
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -14,10 +15,47 @@ from typing import Any, TextIO
 import wandb
 from tqdm import tqdm
 
+from conf.schema import LoggingConfig
 from recipes.metrics import Throughput
 from recipes.plan import Plan
 
 METRICS_FILE = "metrics.jsonl"
+
+
+def start_wandb(logging: LoggingConfig, run_dir: Path, config: dict[str, Any], say: Callable[[str], None]) -> Any:
+    """A wandb run in `run_dir`, online or offline as `logging.wandb` says; `say` tells people where it had to choose."""
+    mode = logging.wandb
+    if mode == "auto":
+        mode = os.environ.get("WANDB_MODE", "")
+    if not mode:
+        try:
+            mode = "online" if wandb.login(prompt=False) else "offline"
+            return _init_wandb(logging, run_dir, config, mode)
+        except wandb.Error as error:  # a cluster without internet must not cost the run
+            say(f"wandb: offline, for its server cannot be reached or did not take the login ({error})")
+            mode = "offline"
+    return _init_wandb(logging, run_dir, config, mode)
+
+
+def _init_wandb(logging: LoggingConfig, run_dir: Path, config: dict[str, Any], mode: str) -> Any:
+    return wandb.init(
+        project=logging.project,
+        group=logging.group,
+        tags=logging.tags,
+        mode=mode,  # pyright: ignore[reportArgumentType]
+        dir=run_dir,
+        name=run_dir.name,
+        config=config,
+        settings=wandb.Settings(silent=True, console="off"),
+    )
+
+
+def how_to_look_at_wandb(run: Any) -> list[str]:
+    """Commands that show a wandb run."""
+    if run.settings.mode == "offline":
+        folder = shlex.quote(str(Path(run.dir).parent))
+        return [f"look at it here:       wandb leet {folder}", f"send it to wandb:      wandb sync {folder}"]
+    return [f"look at it:            {run.url}"] if run.settings.mode == "online" else []
 
 
 class Reporter:
@@ -33,7 +71,16 @@ class Reporter:
 
     def __enter__(self) -> Reporter:
         self._file = (self._run_dir / METRICS_FILE).open("a", encoding="utf-8")
-        self._wandb = self._init_wandb()
+        self._wandb = start_wandb(
+            self._config.logging,
+            self._run_dir,
+            {**asdict(self._config), "device": self._plan.device_name, "block": self._plan.block_choice()[0]},
+            self.say,
+        )
+        self._wandb.define_metric("step")
+        self._wandb.define_metric("*", step_metric="step")
+        self._wandb.define_metric("train/loss", step_metric="step", summary="last")
+        self._wandb.define_metric("validation/loss", step_metric="step", summary="min")
         self._bar = tqdm(
             total=self._config.num_steps,
             file=self._console,
@@ -47,36 +94,6 @@ class Reporter:
         self._bar.close()
         self._file.close()
         self._wandb.finish(exit_code=0 if kind is None else 1)
-
-    def _init_wandb(self) -> Any:
-        mode = self._config.logging.wandb
-        if mode != "auto":
-            return self._start_wandb(mode)
-        if "WANDB_MODE" in os.environ:
-            return self._start_wandb(os.environ["WANDB_MODE"])
-        try:
-            return self._start_wandb("online" if wandb.login(prompt=False) else "offline")
-        except wandb.Error as error:  # a cluster without internet must not cost the run
-            self.say(f"wandb: offline, for its server cannot be reached or did not take the login ({error})")
-            return self._start_wandb("offline")
-
-    def _start_wandb(self, mode: str) -> Any:
-        logging = self._config.logging
-        run = wandb.init(
-            project=logging.project,
-            group=logging.group,
-            tags=logging.tags,
-            mode=mode,  # pyright: ignore[reportArgumentType]
-            dir=self._run_dir,
-            name=self._run_dir.name,
-            config={**asdict(self._config), "device": self._plan.device_name, "block": self._plan.block_choice()[0]},
-            settings=wandb.Settings(silent=True, console="off"),
-        )
-        run.define_metric("step")
-        run.define_metric("*", step_metric="step")
-        run.define_metric("train/loss", step_metric="step", summary="last")
-        run.define_metric("validation/loss", step_metric="step", summary="min")
-        return run
 
     def say(self, *lines: str) -> None:
         """Lines for people, now."""
@@ -135,12 +152,7 @@ class Reporter:
         lines = [f"metrics as JSON lines: {self._run_dir / METRICS_FILE}"]
         if self._config.profile:
             lines.append(f"traces for Perfetto:   {self._run_dir / 'profile'}")
-        if self._wandb.settings.mode == "offline":
-            folder = Path(self._wandb.dir).parent
-            lines.append(f"look at it here:       wandb leet {shlex.quote(str(folder))}")
-            lines.append(f"send it to wandb:      wandb sync {shlex.quote(str(folder))}")
-        elif self._wandb.settings.mode == "online":
-            lines.append(f"look at it:            {self._wandb.url}")
+        lines += how_to_look_at_wandb(self._wandb)
         return lines
 
 

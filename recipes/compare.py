@@ -1,0 +1,290 @@
+"""Several configurations on the same hardware, in turns, and one table: who is faster, and by how much.
+
+Ranks build an entry's model, warm it up, time some steps and give everything back, again and again: each entry has its
+turn in every round, so that drift hits all alike. Before that each tries its micro-batch sizes and keeps the fastest.
+Every turn's result is a line of RUN_DIR/results.jsonl as soon as it is there. Where an entry ends its ranks, by running
+out of memory say, its failure is noted and new ranks go on with the rest; the same command with hydra.run.dir of an
+earlier comparison does what that one lacks.
+
+Above `launch`, whose task this is; `comparison` makes the table, the figure and the wandb run.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import json
+import os
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from conf.schema import Config, ConfigError, Degrees, resolve_degrees
+from data.pack import Corpus
+from data.source import open_documents
+from recipes import comparison, fit, launch
+from recipes.ranks import RunFailed, ranks_are_started
+
+RESULTS_FILE = "results.jsonl"
+TURN_FILE = "turn.json"  # the turn that is under way
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One entry's time on the ranks: a round from 1 on, or 0 to try a micro-batch size."""
+
+    entry: str
+    micro_batch_size: int
+    round: int
+
+
+def next_turn(sizes: dict[str, list[int]], rounds: int, results: list[dict[str, Any]]) -> Turn | None:
+    """What to do after `results`; None if all is done.
+
+    An entry that fails with a micro-batch size tries no larger one; one that fails in a round has no more turns.
+
+    Args:
+        sizes: by entry, the micro-batch sizes to try, ascending.
+    """
+    for entry, candidates in sizes.items():
+        if len(candidates) > 1:
+            for size in candidates:
+                tried = _of(results, entry, 0, size)
+                if not tried:
+                    return Turn(entry, size, 0)
+                if "error" in tried[0]:
+                    break
+    for number in range(1, rounds + 1):
+        for entry in sizes:
+            size = best_size(sizes[entry], entry, results)
+            failed = any("error" in row and row["round"] > 0 for row in results if row["entry"] == entry)
+            if size is not None and not failed and not _of(results, entry, number):
+                return Turn(entry, size, number)
+    return None
+
+
+def best_size(candidates: list[int], entry: str, results: list[dict[str, Any]]) -> int | None:
+    """The micro-batch size that was fastest; None if none worked."""
+    if len(candidates) == 1:
+        return candidates[0]
+    tried = {row["micro_batch_size"]: row for row in _of(results, entry, 0) if "error" not in row}
+    return max(tried, key=lambda size: tried[size]["tokens_per_s"], default=None)
+
+
+def _of(results: list[dict[str, Any]], entry: str, number: int, size: int | None = None) -> list[dict[str, Any]]:
+    return [
+        row
+        for row in results
+        if row["entry"] == entry and row["round"] == number and size in (None, row["micro_batch_size"])
+    ]
+
+
+@dataclass(frozen=True)
+class Turns:
+    """The entries of one number of ranks, as the task of these ranks.
+
+    Args:
+        entries: their configurations, by name.
+        sizes: see `next_turn`.
+    """
+
+    config: Config
+    entries: dict[str, Config]
+    sizes: dict[str, list[int]]
+
+    def run(self, run_dir: Path, console: TextIO) -> float:
+        """Take turns until none is left. Every rank must call it; rank 0 chooses, writes and speaks."""
+        import deepspeed.comm as dist
+
+        groups: dict[tuple[int, int], Any] = {}
+        while True:
+            turns = [next_turn(self.sizes, self.config.compare.rounds, read_results(run_dir))]
+            dist.broadcast_object_list(turns, src=0)
+            turn = turns[0]
+            if turn is None:
+                return float("nan")
+            if dist.get_rank() == 0:
+                (run_dir / TURN_FILE).write_text(json.dumps(dataclasses.asdict(turn)))
+            row = {**dataclasses.asdict(turn), **self._measure(turn, groups)}
+            if dist.get_rank() == 0:
+                append_result(run_dir, row)
+                (run_dir / TURN_FILE).unlink()
+                print(comparison.turn_line(row, self.config.compare.rounds), file=console, flush=True)
+            dist.barrier()  # none may read the results before they are written
+
+    def _measure(self, turn: Turn, groups: dict[tuple[int, int], Any]) -> dict[str, Any]:
+        from recipes import metrics
+        from recipes.build import build_engine, build_sharder
+        from recipes.parts import measure_parts
+        from ring_attention.groups import ParallelGroups
+
+        config = copy.deepcopy(self.entries[turn.entry])
+        config.engine.micro_batch_size = turn.micro_batch_size
+        plan, compare = launch.shared_plan(config), self.config.compare
+        degrees = (plan.degrees.data, plan.degrees.sequence)
+        if config.parallelism.method == "sequence" and degrees not in groups:
+            groups[degrees] = ParallelGroups(*degrees)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        engine = build_engine(plan, groups.get(degrees), forward_only=not plan.trains)
+        corpus = Corpus(open_documents(config.data), config.data.sequence_length, config.data.validation_sequences)
+        steps = build_sharder(plan, engine).steps(corpus.training(cursor=0), plan.accumulation_steps)
+        clock, losses, times_s = metrics.StepClock(), [], []
+        for step in range(1 + (compare.steps_per_round if turn.round else 1)):
+            micro_batches = next(steps)
+            losses.append(engine.train_step(micro_batches).loss if plan.trains else engine.mean_loss(micro_batches))
+            clock.tick()
+            if step == 0:
+                clock.take()  # warms up: kernels are chosen and compiled, and communicators connect
+                clock.restart()
+        times_s = clock.take()
+        row = {
+            "step_times_s": times_s,
+            **plan.throughput(statistics.median(times_s)).numbers,
+            # on the CPU, of the process: entries share it
+            "peak_memory_gib": engine.max_over_ranks(metrics.peak_memory_gib()) if torch.cuda.is_available() else None,
+            "losses": [loss.item() for loss in losses],
+            "sequences_per_step": plan.sequences_per_step,
+            "degrees": plan.degrees._asdict(),
+            "block": plan.block_choice()[0],
+            "device": plan.device_name,
+            "num_ranks": plan.num_ranks,
+        }
+        if turn.round == compare.rounds:
+            row |= measure_parts(plan, engine, lambda: next(steps)).metrics
+        engine.close()
+        del engine
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return row
+
+
+def read_results(run_dir: Path) -> list[dict[str, Any]]:
+    """The turns that are done, and those that failed."""
+    path = run_dir / RESULTS_FILE
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def append_result(run_dir: Path, row: dict[str, Any]) -> None:
+    with (run_dir / RESULTS_FILE).open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def compare(config: Config, entries: dict[str, Config], run_dir: Path) -> None:
+    """Measure the entries, then print the table and write RUN_DIR/comparison.{json,png,svg}.
+
+    Args:
+        entries: their configurations as composed, by name.
+
+    Raises:
+        ConfigError: if no entry fits this machine.
+        RunFailed: if ranks that a launcher has started failed, or ours before the first turn.
+    """
+    started = ranks_are_started()
+    is_first = os.environ.get("RANK", "0") == "0"
+    chosen, notes = choose(config, entries)
+    if is_first:
+        print(*notes, sep="\n", flush=True)
+    if config.explain:
+        if is_first:
+            for name, (entry, num_ranks) in chosen.items():
+                print(f"\n{name}", *launch.make_plan(entry, num_ranks).banner(run_dir)[:-1], sep="\n")
+        return
+    for entry, _ in chosen.values():
+        launch.check_corpus(entry)
+    for num_ranks in dict.fromkeys(ranks for _, ranks in chosen.values()):
+        own = {name: entry for name, (entry, ranks) in chosen.items() if ranks == num_ranks}
+        turns = Turns(config, own, {name: _sizes(config, entry, num_ranks) for name, entry in own.items()})
+        if started:
+            launch.start(turns, num_ranks, run_dir)
+        else:
+            _take_turns(turns, num_ranks, run_dir)
+    if is_first:
+        comparison.report(
+            config, {name: entry for name, (entry, _) in chosen.items()}, notes, read_results(run_dir), run_dir
+        )
+
+
+def _take_turns(turns: Turns, num_ranks: int, run_dir: Path) -> None:
+    """Start ranks again where a turn has ended them, until none is left."""
+    turn_file = run_dir / TURN_FILE
+    while next_turn(turns.sizes, turns.config.compare.rounds, read_results(run_dir)) is not None:
+        turn_file.unlink(missing_ok=True)
+        try:
+            launch.start(turns, num_ranks, run_dir)
+        except RunFailed as error:
+            if not turn_file.exists():
+                raise
+            row = {**json.loads(turn_file.read_text()), "error": str(error)}
+            append_result(run_dir, row)
+            print(comparison.turn_line(row, turns.config.compare.rounds), flush=True)
+    turn_file.unlink(missing_ok=True)
+
+
+def _sizes(config: Config, entry: Config, num_ranks: int) -> list[int]:
+    """The micro-batch sizes that divide the entry's batch."""
+    data_degree = resolve_degrees(entry, num_ranks).data
+    batch = entry.engine.train_batch_size
+    sizes = sorted(set(config.compare.micro_batch_sizes))
+    return [size for size in sizes if batch is None or batch % (data_degree * size) == 0] or [1]
+
+
+def choose(config: Config, entries: dict[str, Config]) -> tuple[dict[str, tuple[Config, int]], list[str]]:
+    """The entries that fit this machine, cut to it where compare.fit says so, with their numbers of ranks; and notes.
+
+    Raises:
+        ConfigError: if none fits.
+    """
+    on_gpu = torch.cuda.device_count() > 0
+    available = int(os.environ["WORLD_SIZE"]) if ranks_are_started() else torch.cuda.device_count()
+    chosen: dict[str, tuple[Config, int]] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    notes, left_out, cuts = [], [], {}
+    for name, composed in entries.items():
+        entry = copy.deepcopy(composed)
+        if config.compare.fit and not on_gpu:
+            fit.cut_to_cpu(entry)
+        wanted = entry.launch.num_ranks
+        if wanted is not None and available and wanted != available and (wanted > available or ranks_are_started()):
+            left_out.append(f"{name}: launch.num_ranks={wanted}, but there are {available}")
+            continue
+        try:
+            num_ranks = launch.count_ranks(entry)
+            degrees = resolve_degrees(entry, num_ranks)
+        except ConfigError as error:
+            left_out.append(f"{name}: {error}")
+            continue
+        same = (_kind(entry, degrees), degrees, num_ranks, entry.data.sequence_length)
+        if same in seen:
+            left_out.append(f"{name}: on {num_ranks} ranks the same as {seen[same]}")
+            continue
+        seen[same] = name
+        if config.compare.fit:
+            fit.cut_batch(entry, degrees.data, degrees.pipeline, num_ranks, on_gpu)
+            cuts[name] = fit.changes(composed, entry)
+        chosen[name] = (entry, num_ranks)
+    if not chosen:
+        raise ConfigError("none of the entries fits:\n" + "\n".join(left_out))
+    if config.compare.fit and not on_gpu:
+        notes += comparison.CPU_WARNING
+    for cut in dict.fromkeys(line for lines in cuts.values() for line in lines):
+        of = [name for name, lines in cuts.items() if cut in lines]
+        notes.append(f"cut: {cut}" + ("" if len(of) == len(cuts) else f" ({', '.join(of)})"))
+    notes += [f"left out: {line}" for line in left_out]
+    return chosen, notes
+
+
+def _kind(entry: Config, degrees: Degrees) -> str:
+    """Entries of equal kind and degrees compute alike: a hybrid with one of its degrees 1 is the other method."""
+    if entry.parallelism.method == "tensor_pipeline":
+        return "tensor_pipeline"
+    if degrees.sequence == 1:
+        return "local"
+    if entry.attention.method == "hybrid":
+        return "ring" if degrees.ulysses == 1 else "ulysses" if degrees.ring == 1 else "hybrid"
+    return entry.attention.method

@@ -1,0 +1,211 @@
+"""The table of a comparison, its figure and its wandb run, from the results of its turns. Needs no ranks."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import wandb
+
+from conf.schema import Config
+from recipes.breakdown import PARTS
+from recipes.report import how_to_look_at_wandb, start_wandb
+
+CPU_WARNING = [
+    "!!! ON THE CPU: sizes are cut until a laptop runs them, and ranks share its cores and memory.",
+    "!!! What follows shows that the command works. Its ratios say nothing of GPUs, nor of the paper's result.",
+]
+
+LOGGED = ("tokens_per_s", "tokens_per_s_per_rank", "tpot_ms", "change_pct", "mfu_pct", "peak_memory_gib")
+
+
+def turn_line(row: dict[str, Any], num_rounds: int) -> str:
+    """One turn, for people."""
+    where = f"round {row['round']}/{num_rounds}" if row["round"] else "trying"
+    head = f"{where} | {row['entry']}, micro-batch {row['micro_batch_size']}"
+    if "error" in row:
+        return f"{head} | FAILED: {row['error']}"
+    mfu = "" if row["mfu_pct"] is None else f" | MFU {row['mfu_pct']:.1f}%"
+    return (
+        f"{head} | {row['tokens_per_s']:,.0f} tok/s | {row['tokens_per_s_per_rank']:,.0f} tok/s/rank | "
+        f"TPOT {row['tpot_ms']:.4f} ms{mfu} | steps {', '.join(f'{s:.3f}' for s in row['step_times_s'])} s"
+    )
+
+
+def summarize(results: list[dict[str, Any]], entries: list[str], baseline: str) -> list[dict[str, Any]]:
+    """A row for each entry that had a turn: medians over all steps of all rounds, and their spread.
+
+    Args:
+        baseline: the entry that `change_pct` is against; None there if it has no throughput.
+    """
+    rows = []
+    for entry in entries:
+        own = [row for row in results if row["entry"] == entry]
+        rounds = [row for row in own if row["round"] and "error" not in row]
+        errors = [row["error"] for row in own if "error" in row]
+        if not rounds:
+            if errors:
+                rows.append({"entry": entry, "error": errors[-1]})
+            continue
+        last = rounds[-1]
+        scale = last["tokens_per_s"] * statistics.median(last["step_times_s"])  # tokens per step
+        speeds = sorted(scale / seconds for row in rounds for seconds in row["step_times_s"])
+        tokens_per_s = statistics.median(speeds)
+        per_token = last["tpot_ms"] * last["tokens_per_s"]
+        rows.append(
+            {
+                "entry": entry,
+                "grid": " x ".join(f"{n} {name}" for name, n in last["degrees"].items() if n > 1) or "1 rank",
+                "num_ranks": last["num_ranks"],
+                "micro_batch_size": last["micro_batch_size"],
+                "sequences_per_step": last["sequences_per_step"],
+                "tokens_per_s": tokens_per_s,
+                "tokens_per_s_min": speeds[0],
+                "tokens_per_s_max": speeds[-1],
+                "tokens_per_s_per_rank": tokens_per_s / last["num_ranks"],
+                "tpot_ms": per_token / tokens_per_s,
+                "model_tflops_per_rank": last["model_tflops_per_rank"] * tokens_per_s / last["tokens_per_s"],
+                "mfu_pct": last["mfu_pct"] and last["mfu_pct"] * tokens_per_s / last["tokens_per_s"],
+                "peak_memory_gib": last["peak_memory_gib"] and max(row["peak_memory_gib"] for row in rounds),
+                "exposed_communication_ms": last.get("parts/exposed_communication_ms"),
+                "step_time_ms": 1e3 * scale / tokens_per_s,
+                "shares_pct": {part: last[f"parts/{part}_pct"] for part in PARTS}
+                if f"parts/{PARTS[0]}_pct" in last
+                else None,
+                "first_loss": last["losses"][0],
+                "num_steps": len(speeds),
+                "block": last["block"],
+                "device": last["device"],
+                "tried": {row["micro_batch_size"]: row.get("tokens_per_s") for row in own if not row["round"]},
+                "errors": errors,
+            }
+        )
+    base = next((row["tokens_per_s"] for row in rows if row["entry"] == baseline and "error" not in row), None)
+    for row in rows:
+        if "error" not in row:
+            row["change_pct"] = None if base is None else 100 * (row["tokens_per_s"] / base - 1)
+    return rows
+
+
+def table(rows: list[dict[str, Any]], baseline: str) -> list[str]:
+    """The rows as lines of text."""
+    header = ["method", "grid", "micro", "TPS, median (min - max)", "TPS/rank", "TPOT ms", f"vs {baseline}"]
+    header += ["TFLOP/s/rank", "MFU", "peak GiB", "exposed ms", "of step ms", "loss"]
+    cells = [header]
+    for row in rows:
+        if "error" in row:
+            cells.append([row["entry"], "FAILED: " + row["error"].splitlines()[0]])
+            continue
+        cells.append(
+            [
+                row["entry"],
+                row["grid"],
+                str(row["micro_batch_size"]),
+                f"{row['tokens_per_s']:,.0f} ({row['tokens_per_s_min']:,.0f} - {row['tokens_per_s_max']:,.0f})",
+                f"{row['tokens_per_s_per_rank']:,.0f}",
+                f"{row['tpot_ms']:.4f}",
+                _or_na(row["change_pct"], "{:+.1f} %"),
+                f"{row['model_tflops_per_rank']:.3g}",
+                _or_na(row["mfu_pct"], "{:.1f} %"),
+                _or_na(row["peak_memory_gib"], "{:.1f}"),
+                _or_na(row["exposed_communication_ms"], "{:.2f}"),
+                f"{row['step_time_ms']:.1f}",
+                f"{row['first_loss']:.4f}",
+            ]
+        )
+    widths = [max(len(line[n]) for line in cells if len(line) == len(header)) for n in range(len(header))]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=False)).rstrip() for line in cells]
+
+
+def _or_na(value: float | None, form: str) -> str:
+    return "n/a" if value is None else form.format(value)
+
+
+def shares_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Where the time of a step goes, by method; those that were not measured are left out."""
+    lines = [f"{'time of a step, %':<20}" + "".join(f"{part:>11}" for part in PARTS)]
+    for row in rows:
+        if row.get("shares_pct"):
+            lines.append(f"{row['entry']:<20}" + "".join(f"{row['shares_pct'][part]:>11.1f}" for part in PARTS))
+    return lines if len(lines) > 1 else []
+
+
+def report(
+    config: Config, entries: dict[str, Config], notes: list[str], results: list[dict[str, Any]], run_dir: Path
+) -> None:
+    """Print the table, write RUN_DIR/comparison.{json,png,svg}, log to wandb."""
+    baseline = config.compare.baseline or next(iter(entries))
+    rows = summarize(results, list(entries), baseline)
+    print("", *table(rows, baseline), "", *shares_table(rows), sep="\n")
+    print("\nTPS: tokens per second of all ranks; TPOT: step time / sequence length, as the paper has it", flush=True)
+    first = next(iter(entries.values()))
+    whole = {
+        "recipe": config.compare.recipe,
+        "model": first.model.name,
+        "sequence_length": first.data.sequence_length,
+        "baseline": baseline,
+        "notes": notes,
+        "rows": rows,
+        "configs": {name: asdict(entry) for name, entry in entries.items()},
+        "turns": results,
+    }
+    path = run_dir / "comparison.json"
+    path.write_text(json.dumps(whole, indent=1) + "\n")
+    print(f"all numbers: {path}", flush=True)
+    figures = draw(config, rows, f"{first.model.name}, {config.compare.recipe}", notes, run_dir)
+    print(*(f"figure:      {figure}" for figure in figures), sep="\n", flush=True)
+    run = start_wandb(config.logging, run_dir, whole["configs"], lambda line: print(line, flush=True))
+    shown = [name for name, value in rows[0].items() if value is None or isinstance(value, (str, int, float))]
+    run.log(
+        {
+            "comparison": wandb.Table(shown, [[row.get(name) for name in shown] for row in rows]),
+            "figure": wandb.Image(str(figures[0])),
+            **{f"{row['entry']}/{name}": row[name] for row in rows for name in LOGGED if row.get(name) is not None},
+        }
+    )
+    print(*how_to_look_at_wandb(run), sep="\n", flush=True)
+    run.finish()
+
+
+def draw(config: Config, rows: list[dict[str, Any]], title: str, notes: list[str], run_dir: Path) -> list[Path]:
+    """Throughput as bars with their spread, or over the number of ranks beside what perfect scaling would give."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in rows if "error" not in row]
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    if config.compare.plot == "scaling":
+        series: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            series.setdefault(row["entry"].partition(" on ")[0], []).append(row)
+        for name, points in series.items():
+            ranks = [row["num_ranks"] for row in points]
+            axes.plot(ranks, [row["tokens_per_s"] for row in points], marker="o", label=name)
+        least = min(rows, key=lambda row: row["num_ranks"])
+        ranks = sorted({row["num_ranks"] for row in rows})
+        ideal = [least["tokens_per_s"] / least["num_ranks"] * n for n in ranks]
+        axes.plot(ranks, ideal, linestyle="--", color="gray", label=f"{least['entry']}, times ranks")
+        axes.set(xlabel="ranks", ylabel="tokens/s", xticks=ranks, ylim=(0, None))
+        axes.legend()
+    else:
+        names = [f"{row['entry']}\n{row['grid']}" for row in rows]
+        speeds = [row["tokens_per_s"] for row in rows]
+        spread = [
+            [row["tokens_per_s"] - row["tokens_per_s_min"] for row in rows],
+            [row["tokens_per_s_max"] - row["tokens_per_s"] for row in rows],
+        ]
+        axes.barh(names, speeds, xerr=spread, capsize=3)
+        axes.invert_yaxis()
+        axes.set(xlabel="tokens/s, all ranks: median, smallest and largest step")
+    on_cpu = "\nON THE CPU, CUT TO FIT: says nothing of GPUs" if CPU_WARNING[0] in notes else ""
+    axes.set_title(title + on_cpu)
+    paths = [run_dir / f"comparison.{kind}" for kind in ("png", "svg")]
+    for path in paths:
+        figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return paths
