@@ -11,7 +11,7 @@ from typing import Any
 import wandb
 
 from conf.schema import Config
-from recipes.breakdown import PARTS
+from recipes.metrics import PARTS
 from recipes.report import how_to_look_at_wandb, start_wandb
 
 CPU_WARNING = [
@@ -72,9 +72,7 @@ def summarize(results: list[dict[str, Any]], entries: list[str], baseline: str) 
                 "peak_memory_gib": last["peak_memory_gib"] and max(row["peak_memory_gib"] for row in rounds),
                 "exposed_communication_ms": last.get("parts/exposed_communication_ms"),
                 "step_time_ms": 1e3 * scale / tokens_per_s,
-                "shares_pct": {part: last[f"parts/{part}_pct"] for part in PARTS}
-                if f"parts/{PARTS[0]}_pct" in last
-                else None,
+                "shares_pct": {part: last[f"parts/{part}_pct"] for part in PARTS if f"parts/{part}_pct" in last},
                 "first_loss": last["losses"][0],
                 "num_steps": len(speeds),
                 "block": last["block"],
@@ -161,7 +159,7 @@ def report(
     shown = [name for name, value in rows[0].items() if value is None or isinstance(value, (str, int, float))]
     run.log(
         {
-            "comparison": wandb.Table(shown, [[row.get(name) for name in shown] for row in rows]),
+            "comparison": wandb.Table([*shown], [[row.get(name) for name in shown] for row in rows]),
             "figure": wandb.Image(str(figures[0])),
             **{f"{row['entry']}/{name}": row[name] for row in rows for name in LOGGED if row.get(name) is not None},
         }

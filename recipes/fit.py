@@ -1,8 +1,8 @@
 """Cuts a workload to the hardware there is, and says every cut. Pure arithmetic on configurations.
 
 On GPUs shapes and length stay, and the batch is cut so that a step takes a few seconds: throughput hardly depends on
-it. A pipeline is the exception, so it keeps enough micro-batches for a small bubble. On the CPU everything is cut, which
-shows that the command works and no more.
+it. A pipeline is the exception, so it keeps enough micro-batches for a small bubble. On the CPU everything is cut: that
+shows that the command works, and no more.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def cut_to_cpu(config: Config) -> None:
 
 
 def cut_batch(config: Config, data_degree: int, pipeline_degree: int, num_ranks: int, on_gpu: bool) -> None:
-    """Sequences per step: a power of two that takes about compare.step_time_s, and that all micro-batch sizes divide."""
+    """Sequences per step: about compare.step_time_s of them, a number that all micro-batch sizes divide."""
     trains = 3 if config.recipe == "pretrain" else 1
     length = config.data.sequence_length
     operations = trains * length * forward_flops_per_token(config.model, length)

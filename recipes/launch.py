@@ -1,9 +1,9 @@
 """Starts the ranks of a run, or joins those that a launcher has started, and ends them all together.
 
-What they do is a `Task`: a recipe, or the turns of `recipes.compare`. Under `python train.py` the parent has composed the
-configuration and starts one process per GPU, or a few on the CPU. Under torchrun, `deepspeed --no_local_rank` and srun
-rank 0's task and run dir are what all ranks use. Every rank's output, of libraries too, goes to RUN_DIR/logs/rank_N.log;
-the console shows rank 0's report.
+What they do is a `Task`: a recipe, or the turns of `recipes.compare`. Under `python train.py` the parent has composed
+the configuration and starts one process per GPU, or a few on the CPU. Under torchrun, `deepspeed --no_local_rank` and
+srun rank 0's task and run dir are what all ranks use. Every rank's output, of libraries too, goes to
+RUN_DIR/logs/rank_N.log; the console shows rank 0's report.
 
 The parent must not import DeepSpeed (seconds) nor touch a GPU (memory), so what needs them is imported by the ranks.
 """

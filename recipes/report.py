@@ -23,7 +23,7 @@ METRICS_FILE = "metrics.jsonl"
 
 
 def start_wandb(logging: LoggingConfig, run_dir: Path, config: dict[str, Any], say: Callable[[str], None]) -> Any:
-    """A wandb run in `run_dir`, online or offline as `logging.wandb` says; `say` tells people where it had to choose."""
+    """A wandb run in `run_dir`, online or offline as `logging.wandb` says; `say` tells people of a forced choice."""
     mode = logging.wandb
     if mode == "auto":
         mode = os.environ.get("WANDB_MODE", "")
