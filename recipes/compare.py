@@ -122,6 +122,7 @@ class Turns:
         from recipes.parts import measure_parts
         from ring_attention.groups import ParallelGroups
 
+        torch.compiler.reset()  # shapes of other entries would count as ones that change, which are slower
         config = copy.deepcopy(self.entries[turn.entry])
         config.engine.micro_batch_size = turn.micro_batch_size
         plan, compare = launch.shared_plan(config), self.config.compare

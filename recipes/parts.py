@@ -21,7 +21,7 @@ from recipes.plan import Plan
 from recipes.transformer import TokenBatch
 from ring_attention.trace import labelled
 
-FORWARD_MICRO_BATCHES = 8  # at most, of a forward pass: a whole batch may take a minute and a million kernels
+FORWARD_MICRO_BATCHES = 4  # at most, and of each pipeline stage: a whole batch may take a minute and a million kernels
 REPETITIONS = 3
 
 
@@ -58,10 +58,12 @@ def measure_parts(plan: Plan, engine: Engine, fetch: Callable[[], Sequence[Token
         fetch: this rank's micro-batches of a step.
     """
 
+    whole = plan.accumulation_steps
+    taken = whole if plan.trains else min(whole, FORWARD_MICRO_BATCHES * plan.degrees.pipeline)
+
     def batch() -> Sequence[TokenBatch]:
         with labelled("data"):
-            micro_batches = fetch()
-        return micro_batches if plan.trains else micro_batches[:FORWARD_MICRO_BATCHES]
+            return fetch()[:taken]
 
     def step() -> None:
         if plan.trains:
@@ -79,7 +81,7 @@ def measure_parts(plan: Plan, engine: Engine, fetch: Callable[[], Sequence[Token
                 with attention_communication_off() if silent else contextlib.nullcontext():
                     times_s[silent].append(engine.max_over_ranks(_passes_s(plan, engine, batch())))
         exposed_s = max(0.0, statistics.median(times_s[False][1:]) - statistics.median(times_s[True][1:]))
-    return Parts(profiled.shares, 1e3 * engine.max_over_ranks(exposed_s))
+    return Parts(profiled.shares, 1e3 * engine.max_over_ranks(exposed_s) * whole / taken)
 
 
 def _passes_s(plan: Plan, engine: TrainingEngine, micro_batches: Sequence[TokenBatch]) -> float:

@@ -163,15 +163,20 @@ def cut_layer_(layer: Layer, ranks: TensorRanks) -> Layer:
 
 
 def share_gradients_(module: nn.Module, ranks: TensorRanks) -> None:
-    """Sum the gradients of whole parameters over ranks that each saw some of the tokens; in fp32."""
-    if ranks.degree == 1 or not ranks.sequence_sharded:
-        return
+    """Make the gradients of whole parameters equal on all tensor ranks; in fp32.
 
-    def summed(gradient: Tensor) -> Tensor:
-        total = gradient.float() if gradient.dtype in (torch.float16, torch.bfloat16) else gradient.contiguous()
+    With sequence-sharded norms each rank saw some of the tokens: the sum. Else each saw all: the mean, or ranks would
+    drift apart where a kernel's order of summing is not fixed, as of an embedding on a GPU.
+    """
+    if ranks.degree == 1:
+        return
+    share = 1 if ranks.sequence_sharded else ranks.degree
+
+    def shared(gradient: Tensor) -> Tensor:
+        total = gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True).contiguous()
         dist.all_reduce(total, group=ranks.group)
-        return total.to(gradient.dtype)
+        return (total / share).to(gradient.dtype)
 
     for parameter in module.parameters():
         if not getattr(parameter, "tensor_model_parallel", False):
-            parameter.register_hook(summed)
+            parameter.register_hook(shared)

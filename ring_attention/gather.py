@@ -84,12 +84,12 @@ class GatherFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKE: Tensor, gathering: Gathering) -> Tensor:
         whole = gathering.gathered(KeysValues(k_BSKD, v_BSKE))
-        result = RunningAttention(q_BSHD, v_BSKE)
+        running = RunningAttention(q_BSHD, v_BSKE)
         keys = ((0, gathering.layout.padded_length),)
-        result.attend(gathering.block, gathering.scale, gathering.pairs, q_BSHD, whole, keys)
-        out_BSHE = result.out_BSHE.to(q_BSHD.dtype)
+        running.attend(gathering.block, gathering.scale, gathering.pairs, q_BSHD, whole, keys, is_last=True)
+        out_BSHE, lse_BHS = running.result()
         ctx.gathering = gathering
-        ctx.save_for_backward(q_BSHD, k_BSKD, v_BSKE, out_BSHE, result.lse_BHS)
+        ctx.save_for_backward(q_BSHD, k_BSKD, v_BSKE, out_BSHE, lse_BHS)
         return out_BSHE
 
     @staticmethod

@@ -20,7 +20,7 @@ from ring_attention.band import Rectangle
 from ring_attention.blocks import Block
 from ring_attention.exchange import Hop, P2PExchange
 from ring_attention.kv import KeysValues, offset
-from ring_attention.merge import merge_
+from ring_attention.merge import merge
 from ring_attention.schedule import BlockPair, Spans, Stage, num_tokens
 from ring_attention.trace import labelled
 
@@ -67,16 +67,17 @@ def ring_forward(ring: Ring, q_BSHD: Tensor, kv: KeysValues) -> tuple[Tensor, Te
     Every rank must call it. Returns out [B, S, H, E] in the input's dtype, cast once at the end, and lse [B, H, S] in
     fp32 (fp64 for fp64 input).
     """
-    result = RunningAttention(q_BSHD, kv.v_BTKE)
+    running = RunningAttention(q_BSHD, kv.v_BTKE)
+    last = max((step for step, stage in enumerate(ring.stages) if stage.pairs), default=0)
     here: KeysValues | None = kv
     for step, stage in enumerate(ring.stages):
         hop, incoming = ring.forward_keys(kv, here, step, "forward")  # flies while this block is computed
         if here is not None:
-            result.attend(ring.block, ring.scale, stage.pairs, q_BSHD, here, stage.keys)
+            running.attend(ring.block, ring.scale, stage.pairs, q_BSHD, here, stage.keys, step == last)
         if hop is not None:
             hop.wait()
         here = incoming
-    return result.out_BSHE.to(q_BSHD.dtype), result.lse_BHS
+    return running.result()
 
 
 def ring_backward(
@@ -151,14 +152,22 @@ def add_block(
 
 
 class RunningAttention:
-    """out [B, S, H, E] and lse [B, H, S] over the keys seen so far, in fp32 (fp64 for fp64 input)."""
+    """out [B, S, H, E] and lse [B, H, S] over the keys seen so far.
+
+    The first block's result is what its kernel gave; merged ones are fp32 (fp64 for fp64 input), the last in the dtype
+    of the input. So a single block is not touched, and two are merged in one pass.
+    """
 
     def __init__(self, q_BSHD: Tensor, v_BTKE: Tensor) -> None:
-        state_dtype = torch.promote_types(q_BSHD.dtype, torch.float32)
-        batch, tokens, heads, _ = q_BSHD.shape
-        self.out_BSHE = q_BSHD.new_empty(batch, tokens, heads, v_BTKE.shape[-1], dtype=state_dtype)
-        self.lse_BHS = q_BSHD.new_empty(batch, heads, tokens, dtype=state_dtype)
-        self._is_empty = True
+        self._shape = torch.Size((*q_BSHD.shape[:3], v_BTKE.shape[-1]))
+        self._dtype, self._state_dtype = q_BSHD.dtype, torch.promote_types(q_BSHD.dtype, torch.float32)
+        self._out: Tensor | None = None
+        self._lse: Tensor | None = None
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """out in the dtype of the input, lse in fp32 (fp64 for fp64 input)."""
+        assert self._out is not None and self._lse is not None, "no keys were seen"
+        return self._out.to(self._dtype), self._lse
 
     def attend(
         self,
@@ -168,26 +177,31 @@ class RunningAttention:
         q_BSHD: Tensor,
         here: KeysValues,
         keys: Spans,
+        is_last: bool,
     ) -> None:
-        """Merge in the attention of `pairs`, whose keys are `here`."""
-        for row, part in _tiles(block, pairs):
+        """Merge in the attention of `pairs`, whose keys are `here`; after the last ones nothing more comes."""
+        tiles = list(_tiles(block, pairs))
+        for number, (row, part) in enumerate(tiles, 1):
             queries = slice(part.q_start, part.q_stop)
             k_BTKD, v_BTKE = _keys_of(row, part, here, keys)
             with labelled("attention block"):
                 out, lse = block.forward(q_BSHD[row, queries], k_BTKD, v_BTKE, part.lower, part.upper, scale)
             with labelled("merge"):
-                self._merge(row, queries, out, lse)
+                ends = is_last and number == len(tiles)
+                self._merge(row, queries, out, lse, self._dtype if ends else self._state_dtype)
 
-    def _merge(self, row: slice, queries: slice, out: Tensor, lse: Tensor) -> None:
-        if self._is_empty and out.shape == self.out_BSHE.shape:
-            self.out_BSHE.copy_(out)
-            self.lse_BHS.copy_(lse)
-        else:
-            if self._is_empty:
-                self.out_BSHE.zero_()
-                self.lse_BHS.fill_(float("-inf"))
-            merge_(self.out_BSHE[row, queries], self.lse_BHS[row, :, queries], out, lse)
-        self._is_empty = False
+    def _merge(self, row: slice, queries: slice, out: Tensor, lse: Tensor, dtype: torch.dtype) -> None:
+        if self._out is None or self._lse is None:
+            if out.shape == self._shape:
+                self._out, self._lse = out, lse
+                return
+            self._out = out.new_zeros(self._shape, dtype=self._state_dtype)
+            self._lse = lse.new_full((self._shape[0], self._shape[2], self._shape[1]), float("-inf"))
+        target = self._out
+        if target.dtype != dtype:
+            target = out.new_empty(self._shape, dtype=dtype) if out.shape == self._shape else target.to(dtype)
+        merge(target[row, queries], self._out[row, queries], self._lse[row, :, queries], out, lse)
+        self._out = target
 
 
 def attend_backward(

@@ -10,7 +10,7 @@ from ring_attention.band import Rectangle
 from ring_attention.blocks import BLOCKS, BlockSpec, choose_block, flash_attn_4
 from ring_attention.blocks.base import band_mask, is_installed
 from ring_attention.kv import KeysValues
-from ring_attention.merge import merge_
+from ring_attention.merge import merge
 from ring_attention.ring import RunningAttention, attend_backward
 from ring_attention.schedule import BlockPair
 from tests.measure import Expected, assert_equal_attention, dense_attention, relative_error
@@ -55,11 +55,11 @@ def computed(
     rectangle = Rectangle(0, q.shape[1], 0, k.shape[1], lower, upper)
     assert rectangle.trimmed() == rectangle, "the test's band is not trimmed"
     pairs, keys, here = [BlockPair(None, rectangle)], ((0, k.shape[1]),), KeysValues(k, v)
-    result = RunningAttention(q, v)
-    result.attend(BLOCKS[name], SCALE, pairs, q, here, keys)
-    out = result.out_BSHE.to(q.dtype)
-    gradients = [torch.zeros_like(tensor, dtype=result.out_BSHE.dtype) for tensor in (q, k, v)]
-    for _, part, *block in attend_backward(BLOCKS[name], SCALE, pairs, keys, dout, q, here, out, result.lse_BHS):
+    running = RunningAttention(q, v)
+    running.attend(BLOCKS[name], SCALE, pairs, q, here, keys, is_last=True)
+    out, lse = running.result()
+    gradients = [torch.zeros_like(tensor, dtype=lse.dtype) for tensor in (q, k, v)]
+    for _, part, *block in attend_backward(BLOCKS[name], SCALE, pairs, keys, dout, q, here, out, lse):
         queries, columns = slice(part.q_start, part.q_stop), slice(part.k_start, part.k_stop)
         for gradient, piece, place in zip(gradients, block, (queries, columns, columns), strict=True):
             gradient[:, place] += piece
@@ -91,20 +91,20 @@ def test_merging_two_halves_equals_the_whole():
     block = BLOCKS["reference"]
     whole_out, whole_lse = block.forward(q, k, v, None, None, SCALE)
     out, lse = block.forward(q, k[:, :3], v[:, :3], None, None, SCALE)
-    merge_(out, lse, *block.forward(q, k[:, 3:], v[:, 3:], None, None, SCALE))
+    merge(out, out, lse, *block.forward(q, k[:, 3:], v[:, 3:], None, None, SCALE))
     assert relative_error(out, whole_out) < 1e-14
     assert relative_error(lse, whole_lse) < 1e-14
 
 
 def test_merging_into_a_row_that_has_seen_nothing_takes_the_block():
     out, lse = torch.zeros(1, 1, 1, 2), torch.full((1, 1, 1), float("-inf"))
-    merge_(out, lse, torch.full((1, 1, 1, 2), 3.0), torch.full((1, 1, 1), -5.0))
+    merge(out, out, lse, torch.full((1, 1, 1, 2), 3.0), torch.full((1, 1, 1), -5.0))
     assert (out.tolist(), lse.tolist()) == ([[[[3.0, 3.0]]]], [[[-5.0]]])
 
 
 def test_merging_survives_scores_far_apart():
     out, lse = torch.ones(1, 1, 1, 2), torch.full((1, 1, 1), -1e4)
-    merge_(out, lse, torch.full((1, 1, 1, 2), 3.0), torch.full((1, 1, 1), 1e4))
+    merge(out, out, lse, torch.full((1, 1, 1, 2), 3.0), torch.full((1, 1, 1), 1e4))
     assert out.tolist() == [[[[3.0, 3.0]]]]
     assert lse.tolist() == [[[1e4]]]
 

@@ -75,7 +75,7 @@ MISTAKES = [
     ("launch.timeout_s=inf", "launch.timeout_s=inf must be at least 1, and finite"),
     ("parallelism.data_degree=0", "parallelism.data_degree=0 must be at least 1"),
     ("num_steps=0", "num_steps=0 must be at least 1"),
-    ("recipe=bake", "recipe=bake is not known: use pretrain"),
+    ("recipe=bake", "recipe=bake is not known: use pretrain, forward, compare"),
     # several fields
     ("model.num_kv_heads=3", "model.num_kv_heads=3 does not divide model.num_heads=4: use one of [1, 2, 4]"),
     ("engine.dtype=fp16 engine.zero_stage=0", "engine.dtype=fp16 cannot go with engine.zero_stage=0, where DeepSpeed does not scale the loss but unscales the gradients: use engine.zero_stage=1"),

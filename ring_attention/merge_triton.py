@@ -1,0 +1,91 @@
+# pyright: reportMissingImports=false, reportIndexIssue=false
+"""`merge` on a GPU in one pass over both outs, whatever their dtypes: CUDA, lse in fp32."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_ELEMENTS = 4096  # of a program: rows of one head size each
+
+
+@triton.jit
+def _merge_kernel(
+    target,
+    out,
+    lse,
+    block_out,
+    block_lse,
+    target_b,
+    target_s,
+    target_h,
+    out_b,
+    out_s,
+    out_h,
+    lse_b,
+    lse_h,
+    lse_s,
+    block_out_b,
+    block_out_s,
+    block_out_h,
+    block_lse_b,
+    block_lse_h,
+    block_lse_s,
+    num_rows,
+    num_tokens,
+    num_heads: tl.constexpr,
+    head_dim: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)  # numbers rows as [B, S, H] does
+    is_row = row < num_rows
+    h, s, b = row % num_heads, row // num_heads % num_tokens, row // num_heads // num_tokens
+    column = tl.arange(0, COLUMNS)
+    mask = is_row[:, None] & (column < head_dim)[None, :]
+
+    at = lse + b * lse_b + h * lse_h + s * lse_s
+    lse_1 = tl.load(at, mask=is_row, other=0.0)
+    lse_2 = tl.load(block_lse + b * block_lse_b + h * block_lse_h + s * block_lse_s, mask=is_row, other=0.0)
+    weight = tl.sigmoid(lse_2 - lse_1)[:, None]
+    # logaddexp; of a row without keys lse_1 is -inf, and lse_2 comes out
+    merged_lse = tl.maximum(lse_1, lse_2) + tl.log(1.0 + tl.exp(-tl.abs(lse_1 - lse_2)))
+
+    rows_1 = (b * out_b + s * out_s + h * out_h)[:, None] + column[None, :]
+    rows_2 = (b * block_out_b + s * block_out_s + h * block_out_h)[:, None] + column[None, :]
+    out_1 = tl.load(out + rows_1, mask=mask, other=0.0).to(tl.float32)
+    out_2 = tl.load(block_out + rows_2, mask=mask, other=0.0).to(tl.float32)
+    merged = out_1 + weight * (out_2 - out_1)
+    rows = (b * target_b + s * target_s + h * target_h)[:, None] + column[None, :]
+    tl.store(target + rows, merged.to(target.dtype.element_ty), mask=mask)
+    tl.store(at, merged_lse, mask=is_row)
+
+
+def merge_on_gpu(
+    target_BSHE: Tensor, out_BSHE: Tensor, lse_BHS: Tensor, block_out_BSHE: Tensor, block_lse_BHS: Tensor
+) -> None:
+    """As `merge.merge`; elements of a head lie side by side in all three outs."""
+    for tensor in (target_BSHE, out_BSHE, block_out_BSHE):
+        assert tensor.stride(-1) == 1, tensor.stride()
+    batch, tokens, heads, head_dim = out_BSHE.shape
+    num_rows, columns = batch * tokens * heads, triton.next_power_of_2(head_dim)
+    rows = max(1, _ELEMENTS // columns)
+    _merge_kernel[(triton.cdiv(num_rows, rows),)](
+        target_BSHE,
+        out_BSHE,
+        lse_BHS,
+        block_out_BSHE,
+        block_lse_BHS,
+        *target_BSHE.stride()[:3],
+        *out_BSHE.stride()[:3],
+        *lse_BHS.stride(),
+        *block_out_BSHE.stride()[:3],
+        *block_lse_BHS.stride(),
+        num_rows,
+        tokens,
+        heads,
+        head_dim,
+        rows,
+        columns,
+    )

@@ -1,0 +1,32 @@
+"""The merge in one pass against the plain one on the CPU: dtypes, views, rows that have seen nothing."""
+
+import pytest
+import torch
+
+from ring_attention.merge import merge
+from tests.measure import relative_error
+
+pytestmark = pytest.mark.gpu
+LIMIT = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+
+
+@pytest.mark.parametrize("head_dim", [8, 40, 128, 512])
+@pytest.mark.parametrize("target", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("state", [torch.float32, torch.bfloat16], ids=str)
+def test_the_merge_equals_that_on_the_cpu(head_dim: int, target: torch.dtype, state: torch.dtype):
+    torch.manual_seed(0)
+    batch, tokens, heads = 2, 37, 3
+    out = torch.randn(batch, 2 * tokens, heads, head_dim, device="cuda").to(state)[:, tokens:]
+    lse = (5 * torch.randn(batch, heads, 2 * tokens, device="cuda"))[..., tokens:]
+    block_out = torch.randn(batch, heads, tokens, head_dim, device="cuda").bfloat16().transpose(1, 2)
+    block_lse = 5 * torch.randn(batch, tokens, heads, device="cuda").transpose(1, 2)
+    out[0, 3], lse[0, :, 3] = 0, float("-inf")
+    lse[1, :, 5], block_lse[1, :, 6] = 1e4, 1e4
+    expected_lse = lse.cpu().clone()
+    expected = torch.empty(out.shape)
+    merge(expected, out.cpu(), expected_lse, block_out.cpu(), block_lse.cpu())
+    got = out if target == state else torch.full(out.shape, float("nan"), device="cuda", dtype=target)
+    merge(got, out, lse, block_out, block_lse)
+    assert relative_error(got.cpu(), expected) < LIMIT[target]
+    assert relative_error(lse.cpu(), expected_lse) < 1e-6
+    assert torch.equal(got[0, 3].float(), block_out[0, 3].to(target).float())
