@@ -52,6 +52,7 @@ def execute(config: Config, overrides: list[str], run_dir: Path) -> float | None
         chosen = {
             name: to_config(hydra.compose("config", entry_overrides(overrides, own, config.compare.recipe)))
             for name, own in config.compare.entries.items()
+            if not config.compare.only or name in config.compare.only
         }
         return compare.compare(config, chosen, run_dir)
     num_ranks = launch.count_ranks(config)

@@ -256,6 +256,7 @@ class CompareConfig:
     """recipe=compare: several configurations on the same hardware, in turns, and one table."""
 
     entries: dict[str, list[str]] = field(default_factory=dict)  # name: what is overridden, such as [+experiment=dp]
+    only: list[str] = field(default_factory=list)  # of the entries; empty is all
     baseline: str = ""  # the entry that changes are against; empty is the first
     recipe: str = "forward"  # what is measured: forward | pretrain
     rounds: int = 3  # each entry has its turn in each, so that drift hits all alike
@@ -268,8 +269,10 @@ class CompareConfig:
     def __post_init__(self) -> None:
         _choice("compare.recipe", self.recipe, ("forward", "pretrain"))
         _choice("compare.plot", self.plot, ("bars", "scaling"))
-        if self.baseline and self.baseline not in self.entries:
-            raise ConfigError(f"compare.baseline={self.baseline} is no entry: use {', '.join(self.entries)}")
+        for name, values in (("baseline", [self.baseline] if self.baseline else []), ("only", self.only)):
+            for value in values:
+                if value not in self.entries:
+                    raise ConfigError(f"compare.{name}={value} is no entry: use {', '.join(self.entries)}")
         for name in ("rounds", "steps_per_round", "step_time_s"):
             _at_least(f"compare.{name}", getattr(self, name), 1)
         if not self.micro_batch_sizes:

@@ -155,7 +155,7 @@ class Turns:
             "device": plan.device_name,
             "num_ranks": plan.num_ranks,
         }
-        if turn.round == compare.rounds:
+        if self.config.breakdown and turn.round == compare.rounds:
             row |= measure_parts(plan, engine, lambda: next(steps)).metrics
         engine.close()
         del engine

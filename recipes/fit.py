@@ -14,17 +14,15 @@ from recipes.plan import forward_flops_per_token
 
 GPU_TFLOPS, CPU_TFLOPS = 500.0, 0.02  # attained, per GPU; by the whole machine
 PIPELINE_MICRO_BATCHES = 16  # per stage beside the first: a bubble of 1/17
-CPU_LENGTH = 2500  # at most
+CPU_LENGTH, CPU_HIDDEN_SIZE, CPU_HEADS = 2500, 128, 16  # the length at most
 
 
 def cut_to_cpu(config: Config) -> None:
-    """Sizes that a laptop does in a minute, with the proportions of the workload."""
+    """Sizes that a laptop does in a minute; still enough heads for the paper's 16 ranks."""
     model = config.model
-    model.hidden_size //= 64
-    model.mlp_size //= 64
-    model.num_heads = math.ceil(model.num_heads / 4)
-    model.num_kv_heads = math.ceil(model.num_kv_heads / 4)
-    model.head_dim = model.hidden_size // model.num_heads
+    model.mlp_size = model.mlp_size * CPU_HIDDEN_SIZE // model.hidden_size
+    model.num_heads = model.num_kv_heads = CPU_HEADS
+    model.hidden_size, model.head_dim = CPU_HIDDEN_SIZE, CPU_HIDDEN_SIZE // CPU_HEADS
     config.data.sequence_length = min(config.data.sequence_length // 8, CPU_LENGTH)
     config.data.validation_sequences = 1
     if config.engine.dtype == "fp16":

@@ -166,7 +166,8 @@ class RunningAttention:
 
     def result(self) -> tuple[Tensor, Tensor]:
         """out in the dtype of the input, lse in fp32 (fp64 for fp64 input)."""
-        assert self._out is not None and self._lse is not None, "no keys were seen"
+        assert self._out is not None, "no keys were seen"
+        assert self._lse is not None
         return self._out.to(self._dtype), self._lse
 
     def attend(
