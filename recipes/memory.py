@@ -44,19 +44,29 @@ def _embeddings(model: ModelConfig) -> int:
 
 
 class StateBytes(NamedTuple):
-    """Of the rank that holds most: a lower bound of what it needs, without activations and buckets."""
+    """Of the rank that holds most: a lower bound of what it needs, without activations and buckets.
+
+    Args:
+        built: the weights as they are built, in fp32, before DeepSpeed casts them and ZeRO cuts them; gone by then.
+    """
 
     weights: float
     gradients: float
     optimizer: float
+    built: float
 
     @property
     def total(self) -> float:
-        return sum(self)
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def needed(self) -> float:
+        return max(self.total, self.built)
 
     def __str__(self) -> str:
-        parts = " + ".join(f"{name} {gib(size)}" for name, size in self._asdict().items())
-        return f"{parts} = {gib(self.total)} GiB"
+        parts = f"weights {gib(self.weights)} + gradients {gib(self.gradients)} + optimizer {gib(self.optimizer)}"
+        before = f"; before that, to build them in fp32, {gib(self.built)} GiB" if self.built > self.total else ""
+        return f"{parts} = {gib(self.total)} GiB{before}"
 
 
 def gib(size: float) -> str:
@@ -85,15 +95,19 @@ def state_bytes(config: Config, degrees: Degrees) -> StateBytes:
         parameters = num_parameters(model)
         cuts = tuple(num_ranks if engine.zero_stage >= stage else 1 for stage in (3, 2, 1))
     if config.recipe == "forward":
-        return StateBytes(parameters * weight_size / cuts[0], 0, 0)
+        return StateBytes(parameters * weight_size / cuts[0], 0, 0, built=parameters * 4)
     sizes = (weight_size, gradient_size, optimizer_size)
-    return StateBytes(*(parameters * size / cut for size, cut in zip(sizes, cuts, strict=True)))
+    return StateBytes(*(parameters * size / cut for size, cut in zip(sizes, cuts, strict=True)), built=parameters * 4)
 
 
-def refusal(config: Config, degrees: Degrees, memory_bytes: int, ranks_per_host: int) -> str | None:
-    """Why ranks with `memory_bytes` cannot hold the model, and overrides with which they could; None if they can."""
+def refusal(config: Config, degrees: Degrees, memory_bytes: int, host_ranks: int | None) -> str | None:
+    """Why ranks with `memory_bytes` cannot hold the model, and overrides with which they could; None if they can.
+
+    Args:
+        host_ranks: how many ranks share a host's memory; None if each has its own, as on GPUs.
+    """
     state, num_ranks = state_bytes(config, degrees), math.prod(degrees)
-    if state.total <= memory_bytes:
+    if state.needed <= memory_bytes:
         return None
     grid = f"engine.zero_stage={config.engine.zero_stage} on {num_ranks} rank{'s' if num_ranks > 1 else ''}"
     if config.parallelism.method == "tensor_pipeline":
@@ -103,19 +117,22 @@ def refusal(config: Config, degrees: Degrees, memory_bytes: int, ranks_per_host:
             f"model {config.model.name} with {num_parameters(config.model) / 1e6:,.2f} M parameters does not fit: "
             f"{grid} needs, per rank and without activations,",
             f"  {state} > {gib(memory_bytes)} GiB, the memory of one rank",
-            *(_remedies(config, degrees, memory_bytes, ranks_per_host) or ["  use a smaller model"]),
+            *(
+                _remedies(config, degrees, memory_bytes, host_ranks)
+                or ["  nothing to type makes it fit: use a smaller model"]
+            ),
         ]
     )
 
 
-def _remedies(config: Config, degrees: Degrees, memory_bytes: int, ranks_per_host: int) -> list[str]:
+def _remedies(config: Config, degrees: Degrees, memory_bytes: int, host_ranks: int | None) -> list[str]:
     """What to type, each with what it would need: on these ranks if that is possible, else on more; a smaller model."""
     num_ranks = math.prod(degrees)
     for ranks in _doubled(num_ranks):
         fitting = [
             (changes, needed)
             for changes, trial_degrees in _layouts(config, ranks)
-            if (needed := state_bytes(changed(config, **changes), trial_degrees).total) <= memory_bytes
+            if (needed := state_bytes(changed(config, **changes), trial_degrees).needed) <= memory_bytes
         ]
         if fitting:
             changes, needed = fitting[0]
@@ -123,16 +140,17 @@ def _remedies(config: Config, degrees: Degrees, memory_bytes: int, ranks_per_hos
             if ranks == num_ranks:
                 lines = [f"  use {typed}: {gib(needed)} GiB"]
             else:
-                hosts = f" ({ranks // ranks_per_host} hosts like this one)" if ranks % ranks_per_host == 0 else ""
-                typed = f", with {typed}" if typed else ""
-                lines = [f"  use {ranks} ranks of as much memory each{hosts}{typed}: {gib(needed)} GiB"]
+                hosts = "" if host_ranks is None else f", on {math.ceil(ranks / host_ranks)} hosts like this one"
+                typed = f", and {typed}" if typed else ""
+                lines = [f"  use {ranks} ranks with as much memory each{hosts}{typed}: {gib(needed)} GiB"]
             break
     else:
         lines = []
     for num_layers in range(config.model.num_layers - 1, degrees.pipeline - 1, -1):
         smaller = changed(config, **{"model.num_layers": num_layers})
-        if (needed := state_bytes(smaller, degrees).total) <= memory_bytes:
-            return [*lines, f"  or a smaller model, such as model.num_layers={num_layers}: {gib(needed)} GiB"]
+        if (needed := state_bytes(smaller, degrees).needed) <= memory_bytes:
+            other = "or" if lines else "use"
+            return [*lines, f"  {other} a smaller model, such as model.num_layers={num_layers}: {gib(needed)} GiB"]
     return lines
 
 

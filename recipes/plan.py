@@ -250,7 +250,8 @@ class Plan:
         """Why the ranks' memory cannot hold the model; None if it can, or is not known."""
         if self.memory_bytes is None:
             return None
-        return refusal(self.config, self.degrees, self.memory_bytes, self.ranks_per_host)
+        host_ranks = self.ranks_per_host if self.device_type == "cpu" else None
+        return refusal(self.config, self.degrees, self.memory_bytes, host_ranks)
 
     def memory_lines(self) -> list[str]:
         """What the model takes of a rank's memory, and whether that is too much."""
