@@ -27,6 +27,8 @@ from conf.schema import Config, ConfigError, Degrees, resolve_degrees
 from data.pack import Corpus
 from data.source import open_documents
 from recipes import comparison, fit, launch
+from recipes.out_of_memory import out_of_memory_explained
+from recipes.plan import Plan
 from recipes.ranks import RunFailed, ranks_are_started
 
 RESULTS_FILE = "results.jsonl"
@@ -109,23 +111,25 @@ class Turns:
                 return float("nan")
             if dist.get_rank() == 0:
                 (run_dir / TURN_FILE).write_text(json.dumps(dataclasses.asdict(turn)))
-            row = {**dataclasses.asdict(turn), **self._measure(turn, groups)}
+            config = copy.deepcopy(self.entries[turn.entry])
+            config.engine.micro_batch_size = turn.micro_batch_size
+            plan = launch.shared_plan(config)
+            with out_of_memory_explained(plan, run_dir, compares=True):
+                row = {**dataclasses.asdict(turn), **self._measure(turn, plan, groups)}
             if dist.get_rank() == 0:
                 append_result(run_dir, row)
                 (run_dir / TURN_FILE).unlink()
                 print(comparison.turn_line(row, self.config.compare.rounds), file=console, flush=True)
             dist.barrier()  # none may read the results before they are written
 
-    def _measure(self, turn: Turn, groups: dict[tuple[int, int], Any]) -> dict[str, Any]:
+    def _measure(self, turn: Turn, plan: Plan, groups: dict[tuple[int, int], Any]) -> dict[str, Any]:
         from recipes import metrics
         from recipes.build import build_engine, build_sharder
         from recipes.parts import measure_parts
         from ring_attention.groups import ParallelGroups
 
         torch.compiler.reset()  # shapes of other entries would count as ones that change, which are slower
-        config = copy.deepcopy(self.entries[turn.entry])
-        config.engine.micro_batch_size = turn.micro_batch_size
-        plan, compare = launch.shared_plan(config), self.config.compare
+        config, compare = plan.config, self.config.compare
         degrees = (plan.degrees.data, plan.degrees.sequence)
         if config.parallelism.method == "sequence" and degrees not in groups:
             groups[degrees] = ParallelGroups(*degrees)
@@ -194,7 +198,8 @@ def compare(config: Config, entries: dict[str, Config], run_dir: Path) -> None:
     if config.explain:
         if is_first:
             for name, (entry, num_ranks) in chosen.items():
-                print(f"\n{name}", *launch.make_plan(entry, num_ranks).banner(run_dir)[:-1], sep="\n")
+                plan = launch.make_plan(entry, num_ranks)
+                print(f"\n{name}", *plan.banner(run_dir)[:-1], "", *plan.memory_lines(), sep="\n")
         return
     for entry, _ in chosen.values():
         launch.check_corpus(entry)

@@ -37,6 +37,7 @@ from tqdm import tqdm
 from conf.schema import Config, ConfigError, resolve_degrees
 from data.pack import Corpus
 from data.source import open_documents
+from recipes.out_of_memory import OutOfMemory, out_of_memory_explained
 from recipes.plan import Plan
 from recipes.ranks import RunFailed, ranks_are_started
 
@@ -77,17 +78,26 @@ class RecipeTask:
         # the recipe NAME is the function NAME of the module recipes.NAME
         name = self.config.recipe
         recipe = getattr(importlib.import_module(f"recipes.{name}"), name)
-        with Reporter(plan, run_dir, console) if is_first else contextlib.nullcontext() as reporter:
+        with (
+            out_of_memory_explained(plan, run_dir),
+            Reporter(plan, run_dir, console) if is_first else contextlib.nullcontext() as reporter,
+        ):
             return recipe(plan, run_dir, reporter)
 
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What a rank tells its parent: the recipe's result, or how it failed."""
+    """What a rank tells its parent: the recipe's result, or how it failed.
+
+    Args:
+        error: for people, whole: it names the rank, where that matters.
+        refused: whether the configuration is at fault, not this rank.
+    """
 
     rank: int
     result: float = float("nan")
     error: str = ""
+    refused: bool = False
 
 
 def count_ranks(config: Config) -> int:
@@ -123,19 +133,33 @@ def make_plan(config: Config, num_ranks: int) -> Plan:
     if not torch.cuda.is_available():
         if config.engine.dtype == "fp16":
             raise ConfigError("engine.dtype=fp16 needs a GPU: use engine.dtype=bf16 or engine.dtype=fp32 on the CPU")
-        return Plan(config, num_ranks, "cpu", "CPU", None, ranks_per_host)
+        memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks_per_host
+        return Plan(config, num_ranks, "cpu", "CPU", None, ranks_per_host, memory_bytes)
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     capability = (properties.major, properties.minor)
-    return Plan(config, num_ranks, "cuda", properties.name, capability, ranks_per_host)
+    return Plan(
+        config, num_ranks, "cuda", properties.name, capability, ranks_per_host, memory_bytes=properties.total_memory
+    )
 
 
 def shared_plan(config: Config) -> Plan:
-    """Rank 0's plan, settled, for all: hosts may have unequal numbers of GPUs, or kinds. Every rank must call it."""
+    """Rank 0's plan, settled, for all: hosts may have unequal numbers of GPUs, or kinds. Every rank must call it.
+
+    Raises:
+        ConfigError: on every rank, if the configuration does not fit rank 0's device.
+    """
     import deepspeed.comm as dist
 
-    plans = [make_plan(config, dist.get_world_size()) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(plans, src=0)
-    plan = plans[0]
+    shared: list[Plan | ConfigError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            shared = [make_plan(config, dist.get_world_size())]
+        except ConfigError as error:
+            shared = [error]
+    dist.broadcast_object_list(shared, src=0)
+    plan = shared[0]
+    if isinstance(plan, ConfigError):
+        raise plan
     assert plan is not None
     plan.settle()
     return plan
@@ -150,7 +174,7 @@ def start(task: Task, num_ranks: int, run_dir: Path) -> float:
     """Run the task in ranks of our own, or as one of those that a launcher has started: rank 0's is used by all.
 
     Raises:
-        RunFailed: if a rank that we started failed.
+        RunFailed: if a rank that we started failed, or this one ran out of memory.
     """
     if ranks_are_started():
         return _run_rank(task, run_dir, init_method=None)
@@ -234,8 +258,10 @@ def _launched_rank(
     try:
         result = _run_rank(task, run_dir, f"file://{meeting_dir / 'meeting'}")
     except Exception as error:
-        text = str(error) if isinstance(error, ConfigError) else traceback.format_exc()
-        outcomes.put(_Outcome(rank, error=text[-20_000:]))  # more than a pipe holds would block
+        explained = isinstance(error, (ConfigError, OutOfMemory))
+        text = str(error) if explained else f"rank {rank} failed:\n{traceback.format_exc()[-20_000:]}"
+        # more than a pipe holds would block
+        outcomes.put(_Outcome(rank, error=text, refused=isinstance(error, ConfigError)))
         os._exit(1)  # at once: NCCL's own end can wait for a peer that is gone
     outcomes.put(_Outcome(rank, result))
 
@@ -256,13 +282,16 @@ def _explain_failure(exit_codes: list[int], first_seen: int, received: list[_Out
     if exit_codes[first_seen] == -signal.SIGTERM:  # seen before we ended any: somebody else sent it
         ended.insert(0, first_seen)
     if ended:
-        rank, what = ended[0], f"was ended by {signal.Signals(-exit_codes[ended[0]]).name}"
+        rank = ended[0]
+        what = f"rank {rank} was ended by {signal.Signals(-exit_codes[rank]).name}"
     elif failed:
-        rank, what = failed[0].rank, f"failed:\n{failed[0].error.rstrip()}"
+        rank, what = failed[0].rank, failed[0].error.rstrip()
+        if failed[0].refused:
+            return what
     else:
-        rank, what = first_seen, f"exited with code {exit_codes[first_seen]}"
+        rank, what = first_seen, f"rank {first_seen} exited with code {exit_codes[first_seen]}"
     overdue = "".join(f"\n{line}" for line in _overdue_hops(run_dir)) if ended else ""
-    return f"rank {rank} {what}{overdue}\nthe other ranks were ended; its log: {run_dir / 'logs' / f'rank_{rank}.log'}"
+    return f"{what}{overdue}\nthe other ranks were ended; its log: {run_dir / 'logs' / f'rank_{rank}.log'}"
 
 
 def _overdue_hops(run_dir: Path) -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from conf.schema import Config, ConfigError, Degrees, ModelConfig, resolve_degrees
+from recipes.memory import StateBytes, gib, layer_matmul_parameters, num_parameters, refusal, state_bytes
 from recipes.metrics import Throughput, peak_tflops
 from ring_attention.blocks import BlockSpec, choose_block
 from ring_attention.choose import MESSAGE_LATENCY_MS, Candidate, Links, Workload, rank_methods
@@ -26,8 +27,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class Plan:
     """What follows from a configuration on `num_ranks` ranks of one kind of device.
 
+    Args:
+        memory_bytes: one rank's memory; None if it is not known, and then nothing is refused for want of it.
+
     Raises:
-        ConfigError: on construction, for degrees that do not fit the ranks.
+        ConfigError: on construction, for degrees that do not fit the ranks, and for a model that does not fit their
+            memory; with explain=true the explanation says that instead.
     """
 
     config: Config
@@ -36,9 +41,12 @@ class Plan:
     device_name: str
     capability: tuple[int, int] | None
     ranks_per_host: int
+    memory_bytes: int | None = None
 
     def __post_init__(self) -> None:
         _ = self.degrees, self.accumulation_steps, self.block_choice()
+        if self.refusal and not self.config.explain:
+            raise ConfigError(self.refusal)
 
     @functools.cached_property
     def candidates(self) -> list[Candidate]:
@@ -229,14 +237,31 @@ class Plan:
         parameters = num_parameters(config.model)
         lines += ["", f"parameters: {parameters:,}"]
         lines.append(f"FLOPs per token, forward: {self.forward_flops:,.0f}; backward is twice that")
-        lines += ["", "weights, gradients and optimizer state per rank: a lower bound, without activations and buckets"]
-        weights, gradients, states = self._state_bytes(parameters)
-        total = weights + gradients + states
-        lines.append(
-            f"  weights {weights / 2**20:,.1f} + gradients {gradients / 2**20:,.1f} + optimizer {states / 2**20:,.1f} "
-            f"= {total / 2**20:,.1f} MiB"
-        )
+        lines += ["", *self.memory_lines()]
         return lines
+
+    @property
+    def state(self) -> StateBytes:
+        """What the fullest rank holds before any activation."""
+        return state_bytes(self.config, self.degrees)
+
+    @property
+    def refusal(self) -> str | None:
+        """Why the ranks' memory cannot hold the model; None if it can, or is not known."""
+        if self.memory_bytes is None:
+            return None
+        host_ranks = self.ranks_per_host if self.device_type == "cpu" else None
+        return refusal(self.config, self.degrees, self.memory_bytes, host_ranks)
+
+    def memory_lines(self) -> list[str]:
+        """What the model takes of a rank's memory, and whether that is too much."""
+        if self.refusal:
+            return self.refusal.splitlines()
+        of = "" if self.memory_bytes is None else f" of {gib(self.memory_bytes)} GiB, the memory of one rank"
+        return [
+            "weights, gradients and optimizer state per rank: a lower bound, without activations and buckets",
+            f"  {self.state}{of}",
+        ]
 
     def _work_lines(self) -> list[str]:
         """What each ring rank computes and sends in one layer's attention."""
@@ -261,35 +286,6 @@ class Plan:
         lines.append(f"  imbalance (lockstep stages / mean rank) {imbalance(layout):.3f}")
         return lines
 
-    def _state_bytes(self, parameters: int) -> tuple[float, float, float]:
-        """Weights, gradients and optimizer state per rank in bytes; each ZeRO stage divides one more by all ranks."""
-        stage, ranks = self.config.engine.zero_stage, self.num_ranks
-        weight_size = 4 if self.config.engine.dtype == "fp32" else 2
-        master_size = (
-            8 if self.config.engine.dtype == "fp32" else 12
-        )  # two Adam moments and, in half precision, fp32 weights
-        return (
-            parameters * weight_size / (ranks if stage >= 3 else 1),
-            parameters * (4 if stage >= 1 else weight_size) / (ranks if stage >= 2 else 1),
-            parameters * master_size / (ranks if stage >= 1 else 1),
-        )
-
-
-def num_parameters(model: ModelConfig) -> int:
-    """Trainable parameters of `recipes.transformer.Transformer`."""
-    norm = model.hidden_size * (1 if model.norm == "rmsnorm" else 2)
-    biases = 0
-    if model.bias:
-        qkv_size = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-        biases = qkv_size + 2 * model.hidden_size + model.mlp_size * (2 if model.mlp == "swiglu" else 1)
-    embeddings = model.vocab_size * model.hidden_size * (1 if model.tied_head else 2)
-    return embeddings + norm + model.num_layers * (_layer_matmul_parameters(model) + biases + 2 * norm)
-
-
-def _layer_matmul_parameters(model: ModelConfig) -> int:
-    attention = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim * model.hidden_size
-    return attention + (3 if model.mlp == "swiglu" else 2) * model.mlp_size * model.hidden_size
-
 
 def forward_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
     """Floating-point operations of a forward pass per token, causal attention counted once.
@@ -297,6 +293,6 @@ def forward_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
     Matrix products cost 2 per weight. A query attends to (L + 1) / 2 keys on average, at 4 per head and dimension (two
     products of 2). Backward costs twice the forward.
     """
-    matmul = 2 * (model.num_layers * _layer_matmul_parameters(model) + model.vocab_size * model.hidden_size)
+    matmul = 2 * (model.num_layers * layer_matmul_parameters(model) + model.vocab_size * model.hidden_size)
     attention = 4 * model.num_layers * model.num_heads * model.head_dim * (sequence_length + 1) / 2
     return matmul + attention

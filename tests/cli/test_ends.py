@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.cli.program import ENDS_WITHIN_S, LONG, REPOSITORY, Running
+from tests.cli.program import ENDS_WITHIN_S, LONG, REPOSITORY, Finished, Program, Running
 
 
 def listening_addresses(running: Running) -> set[str]:
@@ -77,43 +77,104 @@ def test_a_killed_parent_takes_its_ranks_along(program, phase):
         running.assert_nothing_is_left()
 
 
+# what train.py does for two ranks of its own or a launcher's, but one of them raises once it trains
 RAISES = """
-import sys
+import os, runpy, sys
 from pathlib import Path
 import recipes.launch
-from conf.schema import Config
+from conf.schema import Config, ModelConfig
 
-def patched(rank, *arguments):
-    import recipes.pretrain
-    whole = recipes.pretrain.pretrain
-    def pretrain(*arguments):
-        if rank == 1:
-            raise RuntimeError("the sky is falling on this rank")
-        return whole(*arguments)
-    recipes.pretrain.pretrain = pretrain
-    launched(rank, *arguments)
+class Raises(recipes.launch.RecipeTask):
+    def run(self, run_dir, console):
+        import torch
+        import recipes.pretrain
+        whole = recipes.pretrain.pretrain
+        def pretrain(*arguments):
+            if os.environ["RANK"] == "1":
+                {statement}
+            return whole(*arguments)
+        recipes.pretrain.pretrain = pretrain
+        return super().run(run_dir, console)
 
-launched = recipes.launch._launched_rank
-recipes.launch._launched_rank = patched
 if __name__ == "__main__":
+    from raises import Raises  # under a name that other processes know it by
+    if "RANK" in os.environ:
+        recipes.launch.RecipeTask = Raises
+        sys.argv = ["train.py", "num_steps=1000000", "hydra.run.dir=" + sys.argv[1]]
+        sys.path[0] = {repository!r}
+        runpy.run_path({repository!r} + "/train.py", run_name="__main__")
+        sys.exit()
     try:
-        recipes.launch.launch(Config(num_steps=1000000), 2, Path(sys.argv[1]))
+        recipes.launch.launch(Raises(Config(num_steps=1000000{fields})), 2, Path(sys.argv[1]))
     except recipes.launch.RunFailed as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {{error}}")
 """
+NO_MEMORY = "torch.empty(2**58, dtype=torch.uint8)"  # PyTorch's own error, on any machine
+
+
+def raising(program: Program, statement: str, fields: str = "", launcher: list[str] | None = None) -> Finished:
+    """A run of two ranks of which one executes the statement; nothing of it is left."""
+    script = program.folder / "raises.py"
+    script.write_text(RAISES.format(statement=statement, fields=fields, repository=str(REPOSITORY)))
+    run_dir = program.folder / "run"
+    command = [*(launcher or [sys.executable]), str(script), str(run_dir)]
+    running = Running(command, program.environment(PYTHONPATH=f"{REPOSITORY}:{program.folder}"), run_dir)
+    try:
+        while running.process.poll() is None:
+            running.family()
+            time.sleep(0.05)
+        running.assert_nothing_is_left()
+        return running.finish()
+    finally:
+        running.end()
 
 
 def test_a_rank_that_raises_is_named_with_its_error_and_ends_the_run(program):
-    script = program.folder / "raises.py"
-    script.write_text(RAISES)
-    run_dir = program.folder / "run"
-    command = [sys.executable, str(script), str(run_dir)]
-    environment = program.environment(PYTHONPATH=str(REPOSITORY))
-    result = subprocess.run(command, env=environment, cwd=program.folder, capture_output=True, text=True, timeout=200)
-    assert result.returncode == 1
+    result = raising(program, 'raise RuntimeError("the sky is falling on this rank")')
+    assert result.exit_code == 1
     assert result.stderr.startswith("error: rank 1 failed:\nTraceback (most recent call last):\n")
-    log = run_dir / "logs" / "rank_1.log"
+    log = result.run_dir / "logs" / "rank_1.log"
     assert result.stderr.endswith(
         f"RuntimeError: the sky is falling on this rank\nthe other ranks were ended; its log: {log}\n"
     )
     assert "RuntimeError: the sky is falling on this rank" in log.read_text()
+
+
+def test_a_rank_out_of_memory_ends_the_run_with_the_plan_and_three_overrides(program):
+    result = raising(program, NO_MEMORY)
+    assert result.exit_code == 1
+    log = result.run_dir / "logs" / "rank_1.log"
+    lines = result.stderr.splitlines()
+    assert lines[0] == "error: rank 1 ran out of memory"
+    assert "DefaultCPUAllocator" in lines[1]
+    assert lines[2] == "           ranks  1 data x 2 ring, on CPU"
+    assert lines[-5:] == [
+        "3 overrides most likely to help, the first one first:",
+        "  engine.zero_stage=3  (weights, gradients and optimizer state lie over all 2 ranks)",
+        "  data.sequence_length=1024  (half as many tokens per rank)",
+        "  model.num_layers=1  (a smaller model)",
+        f"the other ranks were ended; its log: {log}",
+    ]
+    assert "Traceback" not in result.stdout + result.stderr
+    assert "Traceback" in log.read_text()
+    assert "DefaultCPUAllocator" in log.read_text()
+
+
+def test_a_launchers_rank_out_of_memory_says_so_once(program):
+    torchrun = str(Path(sys.executable).parent / "torchrun")
+    result = raising(program, NO_MEMORY, launcher=[torchrun, "--standalone", "--nproc-per-node=2"])
+    assert result.exit_code == 1
+    assert result.stderr.count("error: rank 1 ran out of memory\n") == 1
+    assert result.stderr.count("  engine.zero_stage=3  (weights") == 1
+    assert "DefaultCPUAllocator" in (result.run_dir / "logs" / "rank_1.log").read_text()
+
+
+def test_ranks_that_refuse_a_model_say_so_once(program):
+    """As on GPUs, which the parent leaves alone: their memory is first known to the ranks."""
+    result = raising(program, "pass", fields=", model=ModelConfig(hidden_size=2**20)")
+    assert result.exit_code == 1
+    lines = result.stderr.splitlines()
+    assert lines[0].startswith("error: model tiny with ")
+    assert lines[1].endswith("GiB, the memory of one rank")
+    assert result.stderr.count("does not fit") == 1
+    assert "Traceback" not in result.stdout + result.stderr

@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 
-from conf.schema import AttentionConfig, Config, ConfigError, EngineConfig, LaunchConfig
+from conf.schema import AttentionConfig, Config, ConfigError, EngineConfig, LaunchConfig, ModelConfig
 from recipes.launch import _explain_failure, _Outcome, _signals_deferred, count_ranks
 
 
@@ -65,11 +65,24 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
     ],
 )
 def test_the_rank_that_failed_first_is_blamed(tmp_path, exit_codes, first_seen, reported, blamed):
-    outcomes = [_Outcome(rank, error=error) for rank, error in reported]
+    outcomes = [_Outcome(rank, error=f"rank {rank} failed:\n{error}") for rank, error in reported]
     rank = blamed.split()[1]
     assert _explain_failure(exit_codes, first_seen, outcomes, tmp_path) == (
         f"{blamed}\nthe other ranks were ended; its log: {tmp_path / 'logs' / f'rank_{rank}.log'}"
     )
+
+
+def test_a_refusal_by_the_ranks_is_shown_alone(tmp_path):
+    refused = [_Outcome(rank, error="that does not fit", refused=True) for rank in (1, 0)]
+    assert _explain_failure([1, 1], 1, refused, tmp_path) == "that does not fit"
+
+
+def test_a_model_too_large_for_the_ranks_is_refused(monkeypatch):
+    pages = {"SC_PHYS_PAGES": 2**20, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr("recipes.launch.os.sysconf", pages.__getitem__)
+    large = Config(model=ModelConfig(hidden_size=4096, mlp_size=16384), launch=LaunchConfig(num_ranks=2))
+    with pytest.raises(ConfigError, match=r"> 2\.00 GiB, the memory of one rank"):
+        count_ranks(large)
 
 
 def test_overdue_hops_are_shown_where_the_watchdog_ended_a_rank(tmp_path):

@@ -1,0 +1,282 @@
+"""What a rank must hold, what is refused for want of memory, and what to type when a step runs out of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conf.schema import (
+    AttentionConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    Degrees,
+    EngineConfig,
+    ModelConfig,
+    ParallelismConfig,
+)
+from recipes.memory import StateBytes, num_parameters, state_bytes
+from recipes.out_of_memory import OutOfMemory, helpful_overrides, out_of_memory_cause, out_of_memory_explained
+from recipes.plan import Plan
+
+GIB = 2**30
+LARGE = ModelConfig("large", 32, 4096, 32, 8, 128, 14336, vocab_size=128256)
+NUM_LARGE = 8_030_261_248
+
+
+def tensor_pipeline(**degrees: Any) -> dict[str, Any]:
+    return {"attention": AttentionConfig("local"), "parallelism": ParallelismConfig("tensor_pipeline", **degrees)}
+
+
+def plan(memory_bytes: int | None = None, num_ranks: int = 8, device_type: str = "cuda", **fields: Any) -> Plan:
+    name, capability = ("NVIDIA H100 80GB HBM3", (9, 0)) if device_type == "cuda" else ("CPU", None)
+    config = Config(**{"model": LARGE, **fields})
+    return Plan(config, num_ranks, device_type, name, capability, num_ranks, memory_bytes)
+
+
+def refusal(*arguments: Any, **fields: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        plan(*arguments, **fields)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stage", "per_parameter"),
+    [
+        ("bf16", 0, (2, 2, 12)),
+        ("fp32", 0, (4, 4, 8)),
+        ("bf16", 1, (2, 4, 12 / 8)),
+        ("bf16", 2, (2, 4 / 8, 12 / 8)),
+        ("bf16", 3, (2 / 8, 4 / 8, 12 / 8)),
+        ("fp32", 3, (4 / 8, 4 / 8, 8 / 8)),
+    ],
+)
+def test_each_zero_stage_divides_one_more_by_all_ranks(dtype, stage, per_parameter):
+    config = Config(model=LARGE, engine=EngineConfig(dtype=dtype, zero_stage=stage))
+    expected = StateBytes(*(size * NUM_LARGE for size in per_parameter), built=4 * NUM_LARGE)
+    assert state_bytes(config, Degrees(data=2, ring=4, ulysses=1)) == expected
+
+
+@pytest.mark.parametrize(("stage", "weights"), [(0, 2), (1, 2), (2, 2), (3, 2 / 8)])
+def test_a_forward_pass_holds_weights_alone(stage, weights):
+    config = Config(model=LARGE, recipe="forward", engine=EngineConfig(zero_stage=stage))
+    state = state_bytes(config, Degrees(1, 8, 1))
+    assert state[:3] == (weights * NUM_LARGE, 0, 0)
+    assert state.needed == state.built == 4 * NUM_LARGE
+
+
+def test_tensor_and_pipeline_ranks_cut_the_layers_and_data_ranks_the_optimizer():
+    embedding = LARGE.vocab_size * LARGE.hidden_size
+    layers = NUM_LARGE - 2 * embedding - LARGE.hidden_size
+    on_a_rank = layers / 4 + embedding + LARGE.hidden_size
+    config = Config(model=LARGE, **tensor_pipeline())
+    state = state_bytes(config, Degrees(2, 1, 1, tensor=2, pipeline=2))
+    assert state[:3] == pytest.approx((2 * on_a_rank, 4 * on_a_rank, 6 * on_a_rank))
+    forward = state_bytes(Config(model=LARGE, recipe="forward", **tensor_pipeline()), Degrees(2, 1, 1, 2, 2))
+    assert forward[:3] == pytest.approx((2 * on_a_rank, 0, 0))
+    alone = state_bytes(config, Degrees(8, 1, 1))  # both ends on the one stage
+    assert alone.weights == 2 * NUM_LARGE
+
+
+def test_a_tensor_rank_holds_what_the_arithmetic_says_but_for_norms():
+    from recipes.tensor_parallel import TensorRanks, cut_layer_
+    from recipes.transformer import make_layer
+    from ring_attention import LocalAttention
+
+    model = ModelConfig()
+    layer = cut_layer_(make_layer(model, LocalAttention("auto"), 0, 0), TensorRanks(2, 0, True))
+    embeddings = 2 * model.vocab_size * model.hidden_size
+    counted = num_parameters(model) - embeddings - model.hidden_size
+    norms = 2 * model.hidden_size
+    assert sum(p.numel() for p in layer.parameters()) == counted / model.num_layers / 2 + norms / 2
+
+
+def test_a_model_that_fits_or_a_memory_that_is_not_known_is_not_refused():
+    plan()
+    plan(80 * GIB)
+    assert "= 56.09 GiB of 80.00 GiB, the memory of one rank" in "\n".join(plan(80 * GIB).explanation(Path("runs")))
+
+
+def test_what_zero_3_would_hold_is_refused_with_its_arithmetic_and_zero_3():
+    assert refusal(40 * GIB) == (
+        "model large with 8,030.26 M parameters does not fit: engine.zero_stage=1 on 8 ranks needs, per rank and "
+        "without activations,\n"
+        "  weights 14.96 + gradients 29.92 + optimizer 11.22 = 56.09 GiB > 40.00 GiB, the memory of one rank\n"
+        "  use engine.zero_stage=3: 29.92 GiB\n"
+        "  or a smaller model, such as model.num_layers=21: 39.33 GiB"
+    )
+
+
+def test_explain_shows_the_refusal_in_place_of_raising_it():
+    explained = plan(40 * GIB, explain=True).explanation(Path("runs"))
+    assert explained[-4:] == refusal(40 * GIB).splitlines()
+
+
+def test_more_ranks_are_counted_where_these_do_not_suffice():
+    text = refusal(80 * GIB, num_ranks=1)
+    assert "  use 2 ranks with as much memory each, and engine.zero_stage=3: 67.31 GiB\n" in text
+    text = refusal(48 * GIB, num_ranks=2, device_type="cpu")
+    assert "  use 4 ranks with as much memory each, on 2 hosts like this one, and engine.zero_stage=3: 33.65" in text
+
+
+def test_building_the_model_in_fp32_needs_memory_too():
+    assert "= 14.96 GiB; before that, to build them in fp32, 29.92 GiB > 20.00 GiB" in refusal(
+        20 * GIB, recipe="forward"
+    )
+
+
+@pytest.mark.parametrize("fields", [{}, {"recipe": "forward"}, tensor_pipeline(data_degree=4)])
+@pytest.mark.parametrize("memory_gib", [2, 6, 12, 24])
+def test_what_a_refusal_names_would_fit(fields, memory_gib):
+    """Each line's fields, on its ranks, are not refused."""
+    text = refusal(memory_gib * GIB, **fields)
+    for line in text.splitlines()[2:]:
+        changes = dict(word.rstrip(":").split("=") for word in line.split() if "=" in word)
+        num_ranks = int(line.split()[1]) if "ranks with" in line else 8
+        changed = Config(**{"model": ModelConfig(**vars(LARGE)), **fields})
+        changed.engine = EngineConfig(**vars(changed.engine))
+        changed.parallelism = ParallelismConfig(**vars(changed.parallelism))
+        for name, value in changes.items():
+            group, field = name.split(".")
+            setattr(getattr(changed, group), field, int(value))
+        if changes or num_ranks > 8:
+            Plan(changed, num_ranks, "cuda", "NVIDIA H100 80GB HBM3", (9, 0), 8, memory_gib * GIB)
+
+
+ALLOCATOR = "PYTORCH_ALLOC_CONF=expandable_segments:True"
+HALF = "data.sequence_length=1024"
+RING_8 = "parallelism.data_degree=1 parallelism.ring_degree=8"
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, ["engine.zero_stage=3", ALLOCATOR, HALF]),
+        ({"engine": EngineConfig(zero_stage=3)}, [ALLOCATOR, HALF, "model.num_layers=16"]),
+        (
+            {"engine": EngineConfig(micro_batch_size=4), "attention": AttentionConfig(block="reference")},
+            ["attention.block=auto", "engine.micro_batch_size=1 engine.train_batch_size=4", "engine.zero_stage=3"],
+        ),
+        (
+            {"engine": EngineConfig(micro_batch_size=4, gradient_accumulation_steps=2)},
+            [
+                "engine.micro_batch_size=1 engine.train_batch_size=8 engine.gradient_accumulation_steps=1",
+                "engine.zero_stage=3",
+                ALLOCATOR,
+            ],
+        ),
+        (
+            {"parallelism": ParallelismConfig(data_degree=2)},
+            [f"{RING_8} engine.train_batch_size=2", "engine.zero_stage=3", ALLOCATOR],
+        ),
+        (
+            {"attention": AttentionConfig("local")},
+            [
+                "attention=ring parallelism.data_degree=1 engine.train_batch_size=8",
+                "engine.zero_stage=3",
+                ALLOCATOR,
+            ],
+        ),
+        ({"attention": AttentionConfig("all_gather")}, ["attention=ring", "engine.zero_stage=3", ALLOCATOR]),
+        (
+            {
+                "attention": AttentionConfig("hybrid"),
+                "parallelism": ParallelismConfig(data_degree=2, ulysses_degree=2),
+            },
+            [
+                "parallelism.data_degree=1 parallelism.ring_degree=4 parallelism.ulysses_degree=2 "
+                "engine.train_batch_size=2",
+                "engine.zero_stage=3",
+                ALLOCATOR,
+            ],
+        ),
+        (
+            tensor_pipeline(),
+            ["parallelism.tensor_degree=8 parallelism.pipeline_degree=1 parallelism.data_degree=1", ALLOCATOR, HALF],
+        ),
+        (
+            tensor_pipeline(tensor_degree=2, pipeline_degree=1, sequence_sharded_norms=False),
+            [
+                "parallelism.sequence_sharded_norms=true",
+                "parallelism.tensor_degree=4 parallelism.pipeline_degree=1 parallelism.data_degree=2 "
+                "engine.train_batch_size=4",
+                ALLOCATOR,
+            ],
+        ),
+        (
+            {"num_ranks": 1, "device_type": "cpu", "recipe": "forward"},
+            [HALF, "model.num_layers=16", "model.mlp_size=7168"],
+        ),
+    ],
+)
+def test_three_overrides_that_apply(fields, expected):
+    assert [override.partition("  (")[0] for override in helpful_overrides(plan(**fields))] == expected
+
+
+def test_nothing_is_suggested_that_is_set_already():
+    overrides = helpful_overrides(plan(), allocator="expandable_segments:True")
+    assert not any("PYTORCH_ALLOC_CONF" in override for override in overrides)
+    assert any(
+        "PYTORCH_ALLOC_CONF=max_split_size_mb:64,expandable_segments:True " in override
+        for override in helpful_overrides(plan(), allocator="max_split_size_mb:64")
+    )
+
+
+def test_a_comparison_is_told_of_its_own_field():
+    overrides = helpful_overrides(plan(engine=EngineConfig(micro_batch_size=4)), compares=True)
+    assert overrides[0] == "compare.micro_batch_sizes=[1]  (now 4)"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"engine": EngineConfig(micro_batch_size=4, train_batch_size=64)},
+        {"parallelism": ParallelismConfig(data_degree=4), "engine": EngineConfig(gradient_accumulation_steps=3)},
+    ],
+)
+def test_the_batch_stays_as_it_is_also_after_the_plan_has_settled(fields):
+    """Which sets the accumulation steps, from the batch that was given; both must not be typed."""
+    settled = plan(**fields)
+    tokens = settled.tokens_per_step
+    settled.settle()
+    typed = helpful_overrides(settled)[0].partition("  (")[0].split()
+    values = {name.partition(".")[2]: int(value) for name, _, value in (word.partition("=") for word in typed)}
+    engine = {name: value for name, value in values.items() if name in EngineConfig.__dataclass_fields__}
+    grid: dict[str, Any] = {name: value for name, value in values.items() if name not in engine}
+    given = {name: value for name, value in vars(fields["engine"]).items() if name != "train_batch_size"}
+    again = plan(engine=EngineConfig(**{**given, **engine}), parallelism=ParallelismConfig(**grid))
+    assert again.tokens_per_step == tokens
+
+
+def test_errors_for_want_of_memory_are_recognised_also_behind_others():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**58, dtype=torch.uint8)
+    assert out_of_memory_cause(caught.value) is caught.value
+    known = torch.OutOfMemoryError("CUDA out of memory.")
+    behind = ValueError("while tidying up")
+    behind.__context__ = known
+    assert out_of_memory_cause(behind) is known
+    assert out_of_memory_cause(RuntimeError("shapes do not match")) is None
+
+
+def test_the_message_has_the_rank_the_error_the_plan_and_three_overrides(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    of = plan(data=DataConfig(sequence_length=4096))
+    with pytest.raises(OutOfMemory) as caught, out_of_memory_explained(of, tmp_path):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore of it")
+    assert str(caught.value).splitlines() == [
+        "rank 3 ran out of memory",
+        "CUDA out of memory. Tried to allocate 20.00 GiB.",
+        *of.banner(tmp_path),
+        "3 overrides most likely to help, the first one first:",
+        "  engine.zero_stage=3  (weights, gradients and optimizer state lie over all 8 ranks)",
+        f"  {ALLOCATOR}  (before the command: less is lost between allocations)",
+        "  data.sequence_length=2048  (half as many tokens per rank)",
+    ]
+    with pytest.raises(ValueError, match="other"), out_of_memory_explained(of, tmp_path):
+        raise ValueError("other")
