@@ -268,7 +268,7 @@ class CompareConfig:
     def __post_init__(self) -> None:
         _choice("compare.recipe", self.recipe, ("forward", "pretrain"))
         _choice("compare.plot", self.plot, ("bars", "scaling"))
-        if self.baseline and self.baseline not in self.entries:
+        if self.baseline and self.entries and self.baseline not in self.entries:
             raise ConfigError(f"compare.baseline={self.baseline} is no entry: use {', '.join(self.entries)}")
         for name in ("rounds", "steps_per_round", "step_time_s"):
             _at_least(f"compare.{name}", getattr(self, name), 1)
