@@ -203,6 +203,12 @@ class TestSummary:
         rows = comparison.summarize(RESULTS, ["c", "never"], "a")
         assert rows == [{"entry": "c", "error": RESULTS[4]["error"]}]
 
+    def test_an_entry_that_failed_in_a_later_round_keeps_its_numbers_and_the_error(self):
+        [before] = comparison.summarize(RESULTS, ["b"], "b")
+        [after] = comparison.summarize([*RESULTS, failed("b", 3)], ["b"], "b")
+        assert (before["errors"], after["errors"]) == ([], ["out of memory"])
+        assert after == before | {"errors": ["out of memory"]}
+
     def test_a_grid_of_one_rank_says_so(self):
         degrees = dict.fromkeys(("data", "ring", "ulysses", "tensor", "pipeline"), 1)
         one, four = turn("one", 1, [1.0], degrees=degrees), turn("four", 1, [1.0], degrees=degrees | {"tensor": 2})
