@@ -60,7 +60,7 @@ def explain(error: Exception) -> str:
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(error, MissingConfigException) and error.options:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
-        plus = "" if group in _GROUP_NAMES else "+"  # groups without a default are added
+        plus = "" if group in _DEFAULT_GROUPS else "+"  # groups without a default are added
         return (
             f"{plus}{group}={option} is not known: use {', '.join(f'{plus}{group}={name}' for name in error.options)}"
         )
@@ -84,6 +84,8 @@ def explain(error: Exception) -> str:
         return f"{group} has no default to replace: write +{group}=OPTION"
     if str(error).startswith("Multiple values for"):
         group = str(error).split()[3].rstrip(".")
+        if group not in _DEFAULT_GROUPS:
+            return f"+{group} is there twice: write +{group}=[ONE,OTHER]"
         return f"{group} has an option already, so it takes no +: write {group}=OPTION"
     if isinstance(error, OmegaConfBaseException) and error.full_key:
         return f"{error.full_key}: {str(error).splitlines()[0]}"
@@ -112,3 +114,4 @@ def _field_names(node: Any, prefix: str = "") -> Iterator[str]:
 _FREE = ("compare.entries",)  # dictionaries with keys of the user's own
 _FIELD_NAMES = list(_field_names(asdict(Config())))
 _GROUP_NAMES = {name.partition(".")[0] for name in _FIELD_NAMES if "." in name}
+_DEFAULT_GROUPS = {*_GROUP_NAMES, "workload"}  # those that conf/config.yaml lists

@@ -271,7 +271,7 @@ class CompareConfig:
         _choice("compare.plot", self.plot, ("bars", "scaling"))
         for name, values in (("baseline", [self.baseline] if self.baseline else []), ("only", self.only)):
             for value in values:
-                if value not in self.entries:
+                if self.entries and value not in self.entries:
                     raise ConfigError(f"compare.{name}={value} is no entry: use {', '.join(self.entries)}")
         for name in ("rounds", "steps_per_round", "step_time_s"):
             _at_least(f"compare.{name}", getattr(self, name), 1)
@@ -358,6 +358,25 @@ def resolve_degrees(config: Config, num_ranks: int, ranks_per_host: int | None =
         )
     _check_heads(config, num_ranks, degrees)
     return degrees
+
+
+def accumulation_steps(config: Config, degrees: Degrees) -> int:
+    """Micro-batches per step.
+
+    Raises:
+        ConfigError: if engine.train_batch_size is no multiple of what all data ranks take at once.
+    """
+    engine = config.engine
+    if engine.train_batch_size is None:
+        return engine.gradient_accumulation_steps
+    steps, rest = divmod(engine.train_batch_size, degrees.data * engine.micro_batch_size)
+    if rest:
+        raise ConfigError(
+            f"engine.train_batch_size={engine.train_batch_size} is no multiple of {degrees.data} data ranks x "
+            f"engine.micro_batch_size={engine.micro_batch_size}: use "
+            f"engine.train_batch_size={(steps + 1) * degrees.data * engine.micro_batch_size}"
+        )
+    return steps
 
 
 def _sequence_degrees(config: Config, num_ranks: int, ranks_per_host: int | None) -> Degrees:

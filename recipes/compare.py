@@ -249,7 +249,7 @@ def choose(config: Config, entries: dict[str, Config]) -> tuple[dict[str, tuple[
     on_gpu = torch.cuda.device_count() > 0
     available = int(os.environ["WORLD_SIZE"]) if ranks_are_started() else torch.cuda.device_count()
     chosen: dict[str, tuple[Config, int]] = {}
-    seen: dict[tuple[Any, ...], str] = {}
+    seen: dict[str, str] = {}
     notes, left_out, cuts = [], [], {}
     for name, composed in entries.items():
         entry = copy.deepcopy(composed)
@@ -260,18 +260,20 @@ def choose(config: Config, entries: dict[str, Config]) -> tuple[dict[str, tuple[
             left_out.append(f"{name}: launch.num_ranks={wanted}, but there are {available}")
             continue
         try:
-            num_ranks = launch.count_ranks(entry)
+            num_ranks = wanted or available or launch.DEFAULT_CPU_RANKS
             degrees = resolve_degrees(entry, num_ranks)
+            if config.compare.fit:
+                fit.cut_batch(entry, degrees.data, degrees.pipeline, num_ranks, on_gpu)
+            launch.count_ranks(entry)
         except ConfigError as error:
             left_out.append(f"{name}: {error}")
             continue
-        same = (_kind(entry, degrees), degrees, num_ranks, entry.data.sequence_length)
+        same = _what_runs(entry, degrees)
         if same in seen:
             left_out.append(f"{name}: on {num_ranks} ranks the same as {seen[same]}")
             continue
         seen[same] = name
         if config.compare.fit:
-            fit.cut_batch(entry, degrees.data, degrees.pipeline, num_ranks, on_gpu)
             cuts[name] = fit.changes(composed, entry)
         chosen[name] = (entry, num_ranks)
     if not chosen:
@@ -283,6 +285,14 @@ def choose(config: Config, entries: dict[str, Config]) -> tuple[dict[str, tuple[
         notes.append(f"cut: {cut}" + ("" if len(of) == len(cuts) else f" ({', '.join(of)})"))
     notes += [f"left out: {line}" for line in left_out]
     return chosen, notes
+
+
+def _what_runs(entry: Config, degrees: Degrees) -> str:
+    """Equal for entries that run the same: their settings, with the method and the degrees as they come out."""
+    settings = dataclasses.asdict(entry)
+    del settings["attention"]["method"], settings["launch"]
+    settings["parallelism"] = (_kind(entry, degrees), degrees, entry.parallelism.sequence_sharded_norms)
+    return repr(settings)
 
 
 def _kind(entry: Config, degrees: Degrees) -> str:

@@ -95,7 +95,7 @@ def table(rows: list[dict[str, Any]], baseline: str) -> list[str]:
     cells = [header]
     for row in rows:
         if "error" in row:
-            cells.append([row["entry"], "FAILED: " + row["error"].splitlines()[0]])
+            cells.append([row["entry"], f"FAILED: {_cause(row['error'])}"])
             continue
         cells.append(
             [
@@ -118,6 +118,12 @@ def table(rows: list[dict[str, Any]], baseline: str) -> list[str]:
     return ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=False)).rstrip() for line in cells]
 
 
+def _cause(error: str) -> str:
+    """One line of what RunFailed says: which rank, and the last line of its error, which is before that of the log."""
+    first, *more = error.splitlines()
+    return f"{first} {more[-2]}" if first.endswith(":") and len(more) > 1 else first
+
+
 def _or_na(value: float | None, form: str) -> str:
     return "n/a" if value is None else form.format(value)
 
@@ -138,6 +144,9 @@ def report(
     baseline = config.compare.baseline or next(iter(entries))
     rows = summarize(results, list(entries), baseline)
     print("", *table(rows, baseline), "", *shares_table(rows), sep="\n")
+    for row in rows:
+        if row.get("errors") and "error" not in row:
+            print(f"{row['entry']}: some turns failed, the last with: {_cause(row['errors'][-1])}")
     print("\nTPS: tokens per second of all ranks; TPOT: step time / sequence length, as the paper has it", flush=True)
     first = next(iter(entries.values()))
     whole = {
@@ -156,7 +165,8 @@ def report(
     figures = draw(config, rows, f"{first.model.name}, {config.compare.recipe}", notes, run_dir)
     print(*(f"figure:      {figure}" for figure in figures), sep="\n", flush=True)
     run = start_wandb(config.logging, run_dir, whole["configs"], lambda line: print(line, flush=True))
-    shown = [name for name, value in rows[0].items() if value is None or isinstance(value, (str, int, float))]
+    scalar = (str, int, float, type(None))
+    shown = dict.fromkeys(name for row in rows for name, value in row.items() if isinstance(value, scalar))
     run.log(
         {
             "comparison": wandb.Table([*shown], [[row.get(name) for name in shown] for row in rows]),
@@ -177,7 +187,7 @@ def draw(config: Config, rows: list[dict[str, Any]], title: str, notes: list[str
 
     rows = [row for row in rows if "error" not in row]
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    if config.compare.plot == "scaling":
+    if config.compare.plot == "scaling" and rows:
         series: dict[str, list[dict[str, Any]]] = {}
         for row in rows:
             series.setdefault(row["entry"].partition(" on ")[0], []).append(row)

@@ -37,9 +37,9 @@ def cut_batch(config: Config, data_degree: int, pipeline_degree: int, num_ranks:
     tflops = GPU_TFLOPS * num_ranks if on_gpu else CPU_TFLOPS
     affordable = config.compare.step_time_s * tflops * 1e12 / operations
     batch = 2 ** max(0, math.floor(math.log2(affordable)))
-    least = data_degree * max(config.compare.micro_batch_sizes)
+    least = data_degree * math.lcm(*config.compare.micro_batch_sizes)
     if pipeline_degree > 1:
-        least = max(least, data_degree * PIPELINE_MICRO_BATCHES * (pipeline_degree - 1))
+        least *= PIPELINE_MICRO_BATCHES * (pipeline_degree - 1)
     batch = math.ceil(max(batch, least) / least) * least
     config.engine.train_batch_size = min(batch, config.engine.train_batch_size or batch)
 

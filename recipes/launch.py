@@ -34,7 +34,7 @@ from omegaconf import OmegaConf
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 from tqdm import tqdm
 
-from conf.schema import Config, ConfigError, resolve_degrees
+from conf.schema import Config, ConfigError, accumulation_steps, resolve_degrees
 from data.pack import Corpus
 from data.source import open_documents
 from recipes.out_of_memory import OutOfMemory, out_of_memory_explained
@@ -108,7 +108,7 @@ def count_ranks(config: Config) -> int:
     """
     if ranks_are_started():
         num_ranks = int(os.environ["WORLD_SIZE"])
-        resolve_degrees(config, num_ranks)
+        accumulation_steps(config, resolve_degrees(config, num_ranks))
         return num_ranks
     num_gpus = torch.cuda.device_count()
     num_ranks = config.launch.num_ranks or num_gpus or DEFAULT_CPU_RANKS
@@ -117,7 +117,7 @@ def count_ranks(config: Config) -> int:
             f"launch.num_ranks={num_ranks} is more than the GPUs here: use launch.num_ranks={num_gpus} or fewer, "
             "or set CUDA_VISIBLE_DEVICES= (empty) to run on the CPU"
         )
-    resolve_degrees(config, num_ranks)
+    accumulation_steps(config, resolve_degrees(config, num_ranks))
     if not num_gpus or config.attention.block != "auto":  # the automatic choice cannot fail, and this takes GPU memory
         make_plan(config, num_ranks)
     return num_ranks

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from conf.schema import Config, ConfigError, Degrees, ModelConfig, resolve_degrees
+from conf.schema import Config, ConfigError, Degrees, ModelConfig, accumulation_steps, resolve_degrees
 from recipes.memory import StateBytes, gib, layer_matmul_parameters, num_parameters, refusal, state_bytes
 from recipes.metrics import Throughput, peak_tflops
 from ring_attention.blocks import BlockSpec, choose_block
@@ -106,17 +106,7 @@ class Plan:
     @property
     def accumulation_steps(self) -> int:
         """Micro-batches per step."""
-        engine, data_degree = self.config.engine, self.degrees.data
-        if engine.train_batch_size is None:
-            return engine.gradient_accumulation_steps
-        steps, rest = divmod(engine.train_batch_size, data_degree * engine.micro_batch_size)
-        if rest:
-            raise ConfigError(
-                f"engine.train_batch_size={engine.train_batch_size} is no multiple of {data_degree} data ranks x "
-                f"engine.micro_batch_size={engine.micro_batch_size}: use "
-                f"engine.train_batch_size={(steps + 1) * data_degree * engine.micro_batch_size}"
-            )
-        return steps
+        return accumulation_steps(self.config, self.degrees)
 
     @property
     def sequences_per_step(self) -> int:

@@ -45,6 +45,9 @@ MISTAKES = [
     ("engine=zero", "engine has no options to choose from, only fields: engine.FIELD=value"),
     ("+model=llama_1b", "model has an option already, so it takes no +: write model=OPTION"),
     ("experiment=ra_sp", "experiment has no default to replace: write +experiment=OPTION"),
+    ("+experiment=tp_pp +experiment=dp", "+experiment is there twice: write +experiment=[ONE,OTHER]"),
+    ("workload=paper", "workload=paper is not known: use workload=paper_100k, workload=paper_10k"),
+    ("+workload=paper_10k", "workload has an option already, so it takes no +: write workload=OPTION"),
     ("optimizer.lr=1e-3,3e-3", "optimizer.lr=1e-3,3e-3 has several values: for a sweep type python train.py -m, for a list optimizer.lr=[1e-3,3e-3]"),
     ("num_steps=${steps}", "num_steps: Interpolation key 'steps' not found"),
     ("num_steps", "num_steps is not of the form field=value (missing EQUAL at '<EOF>'): quote what the shell or Hydra takes apart, such as data.files='[a.txt,b.txt]'"),
@@ -76,11 +79,27 @@ MISTAKES = [
     ("parallelism.data_degree=0", "parallelism.data_degree=0 must be at least 1"),
     ("num_steps=0", "num_steps=0 must be at least 1"),
     ("recipe=bake", "recipe=bake is not known: use pretrain, forward, compare"),
+    ("parallelism.method=expert", "parallelism.method=expert is not known: use sequence, tensor_pipeline"),
+    ("engine.train_batch_size=0", "engine.train_batch_size=0 must be at least 1"),
+    ("compare.recipe=x", "compare.recipe=x is not known: use forward, pretrain"),
+    ("compare.plot=x", "compare.plot=x is not known: use bars, scaling"),
+    ("compare.rounds=0", "compare.rounds=0 must be at least 1"),
+    ("compare.steps_per_round=0", "compare.steps_per_round=0 must be at least 1"),
+    ("compare.step_time_s=inf", "compare.step_time_s=inf must be at least 1, and finite"),
+    ("compare.micro_batch_sizes=[]", "compare.micro_batch_sizes is empty: use compare.micro_batch_sizes=[1]"),
+    ("compare.micro_batch_sizes=[1,0]", "compare.micro_batch_sizes=0 must be at least 1"),
     # several fields
     ("model.num_kv_heads=3", "model.num_kv_heads=3 does not divide model.num_heads=4: use one of [1, 2, 4]"),
     ("engine.dtype=fp16 engine.zero_stage=0", "engine.dtype=fp16 cannot go with engine.zero_stage=0, where DeepSpeed does not scale the loss but unscales the gradients: use engine.zero_stage=1"),
     ("profile=true num_steps=3", "profile=true records steps 3 and 4, but num_steps=3: use num_steps=4"),
     ("data=hub", "data=hub needs a data set: data.name=OWNER/NAME or a local folder"),
+    ("compare.only=[dp,nosuch]", "compare.only=nosuch is no entry: use tp_pp, tp, pp, ra_sp, ulysses, hybrid, all_gather, dp"),
+    ("compare.baseline=nosuch", "compare.baseline=nosuch is no entry: use tp_pp, tp, pp, ra_sp, ulysses, hybrid, all_gather, dp"),
+    ("recipe=compare ~compare", "recipe=compare has nothing to compare: type recipe=compare +experiment=paper_table"),
+    ("recipe=compare ~compare compare.baseline=dp", "recipe=compare has nothing to compare: type recipe=compare +experiment=paper_table"),
+    ("engine.train_batch_size=8 engine.gradient_accumulation_steps=2", "engine.train_batch_size=8 gives the accumulation steps, so engine.gradient_accumulation_steps=2 must be left out"),
+    ("parallelism.tensor_degree=2", "parallelism.tensor_degree=2 needs parallelism=tensor_pipeline: type +experiment=tp_pp"),
+    ("parallelism.pipeline_degree=2", "parallelism.pipeline_degree=2 needs parallelism=tensor_pipeline: type +experiment=tp_pp"),
     ("data=text_files", "data=text_files needs files: data.files='texts/*.txt' or data.files=[a.txt,b.txt]"),
     ("data=text_files data.files=[]", "data=text_files needs files: data.files='texts/*.txt' or data.files=[a.txt,b.txt]"),
     ("data=text_files data.files=/no/*.txt", "data.files=/no/*.txt matches no file: give a path or a glob, from the folder you are in"),
@@ -98,6 +117,15 @@ MISTAKES = [
     ("attention=local parallelism.ulysses_degree=2", "attention=local sees only one rank's tokens, but parallelism.ulysses_degree=2: use attention=ulysses or parallelism.ulysses_degree=1"),
     ("attention=hybrid parallelism.data_degree=4 parallelism.ulysses_degree=2", "parallelism.data_degree=4 x parallelism.ulysses_degree=2 is 8 ranks, but there are 4: leave one of them unset, or launch.num_ranks=8"),
     ("attention=local parallelism.ring_degree=2", "attention=local sees only one rank's tokens, but parallelism.ring_degree=2: use attention=ring or parallelism.ring_degree=1"),
+    ("+experiment=tp_pp engine.zero_stage=3", "engine.zero_stage=3 cannot go with parallelism=tensor_pipeline: DeepSpeed's pipeline takes engine.zero_stage=1"),
+    ("+experiment=tp_pp attention=ring", "attention=ring cannot go with parallelism=tensor_pipeline, whose ranks hold whole sequences of some heads: use attention=local"),
+    ("+experiment=tp_pp parallelism.ring_degree=2", "parallelism.ring_degree=2 cannot go with parallelism=tensor_pipeline: leave it unset"),
+    ("+experiment=tp_pp parallelism.ulysses_degree=4", "parallelism.ulysses_degree=4 cannot go with parallelism=tensor_pipeline: leave it unset"),
+    ("+experiment=tp_pp parallelism.tensor_degree=4", "parallelism.tensor_degree=4 does not divide model.num_kv_heads=2: use parallelism.tensor_degree=2, or attention by +experiment=ra_sp, which cuts tokens"),
+    ("+experiment=tp_pp parallelism.tensor_degree=4 model.num_kv_heads=4 model.mlp_size=386", "parallelism.tensor_degree=4 does not divide model.mlp_size=386: use parallelism.tensor_degree=2, or attention by +experiment=ra_sp, which cuts tokens"),
+    ("+experiment=tp_pp parallelism.pipeline_degree=4", "parallelism.pipeline_degree=4 is more than model.num_layers=2: a stage has at least one layer, so use parallelism.pipeline_degree=2"),
+    ("+experiment=tp_pp parallelism=tp8_pp2", "parallelism.tensor_degree=8 does not divide the 4 ranks: use one of [1, 2, 4] (parallelism.tensor_degree=4) or another launch.num_ranks"),
+    ("+experiment=tp_pp parallelism.tensor_degree=2 parallelism.pipeline_degree=1 parallelism.data_degree=1", "parallelism.data_degree=1 x parallelism.tensor_degree=2 x parallelism.pipeline_degree=1 is 2 ranks, but there are 4: leave one of them unset, or launch.num_ranks=2"),
 ]  # fmt: skip
 
 
@@ -127,6 +155,30 @@ def test_a_mistake_says_the_value_the_rule_and_what_to_type(overrides, message):
 )
 def test_unset_degrees_fill_the_ranks(overrides, degrees):
     assert resolve_degrees(compose(*overrides.split()), 4) == (*degrees, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "overrides", "degrees"),
+    [
+        (1, "", (1, 1, 1)),
+        (2, "", (1, 2, 1)),
+        (4, "", (1, 2, 2)),
+        (8, "", (1, 4, 2)),
+        (16, "", (1, 8, 2)),
+        (16, "parallelism=tp8_pp2", (1, 8, 2)),
+        (32, "parallelism=tp8_pp2", (2, 8, 2)),
+        (16, "parallelism.data_degree=2", (2, 4, 2)),
+        (4, "parallelism.data_degree=2", (2, 2, 1)),
+        (8, "parallelism.tensor_degree=2", (4, 2, 1)),
+        (8, "parallelism.pipeline_degree=1", (1, 8, 1)),
+        (4, "parallelism.pipeline_degree=4", (1, 1, 4)),
+        (4, "parallelism.tensor_degree=1 parallelism.data_degree=1", (1, 1, 4)),
+    ],
+)
+def test_unset_degrees_of_tensor_and_pipeline_fill_the_ranks(num_ranks, overrides, degrees):
+    config = compose("+experiment=tp_pp", "model=paper_10k", *overrides.split())
+    data, tensor, pipeline = degrees
+    assert resolve_degrees(config, num_ranks) == (data, 1, 1, tensor, pipeline)
 
 
 def test_the_command_line_wins_over_the_choices_of_an_experiment():

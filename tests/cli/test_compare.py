@@ -1,0 +1,190 @@
+"""`recipe=compare`: entries in turns on the same ranks, one of which fails; and what is compared, each by itself."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipes.metrics import PARTS
+from tests.cli.program import Finished, Program
+
+SAME = [
+    "data.sequence_length=128", "data.validation_sequences=1", "launch.num_ranks=2", "engine.train_batch_size=2",
+    "engine.dtype=fp32", "logging.wandb=offline",
+]  # fmt: skip
+
+
+def comparison(corpus: Path) -> list[str]:
+    """Two rounds of three entries, of which one cannot read its data to the end."""
+    entries = {
+        "ring": ["+experiment=ra_sp"],
+        "broken": ["+experiment=ra_sp", "data=hub", f"data.name={corpus}"],
+        "tensor": ["+experiment=tp_pp"],
+    }
+    # ~compare takes the group's entries away; Python writes lists with the quotes that Hydra needs
+    own = [f"+compare.entries.{name}={overrides}" for name, overrides in entries.items()]
+    return ["recipe=compare", "~compare", *own, "compare.rounds=2", "compare.steps_per_round=1", *SAME]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Program:
+    """Where the comparison runs. Its corpus begins well, so that nothing is noticed before the broken entry's turn."""
+    folder = tmp_path_factory.mktemp("compare")
+    corpus = folder / "corpus"
+    corpus.mkdir()
+    (corpus / "a.jsonl").write_text(json.dumps({"text": "two sequences of text, " * 13}) + "\n")
+    (corpus / "b.jsonl").write_text('{"text": "cut of')
+    return Program(folder)
+
+
+@pytest.fixture(scope="module")
+def compared(place) -> Finished:
+    return place.run(*comparison(place.folder / "corpus"), HF_HUB_OFFLINE="1")
+
+
+@pytest.fixture(scope="module")
+def kept(compared) -> dict[str, Any]:
+    """RUN_DIR/comparison.json."""
+    return json.loads((compared.run_dir / "comparison.json").read_text())
+
+
+def turns(run: Finished) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run.run_dir / "results.jsonl").read_text().splitlines()]
+
+
+def table(run: Finished) -> list[str]:
+    """The lines of the table and of the shares."""
+    return run.stdout.partition("\nmethod")[2].partition("\nTPS: ")[0].splitlines()
+
+
+def test_it_succeeds_although_an_entry_fails(compared):
+    assert compared.exit_code == 0, compared.stderr
+    assert compared.stderr == ""
+
+
+def test_the_entries_take_turns_and_new_ranks_go_on_after_a_failure(compared):
+    rows = turns(compared)
+    assert [(row["entry"], row["round"], "error" in row) for row in rows] == [
+        ("ring", 1, False), ("broken", 1, True), ("tensor", 1, False), ("ring", 2, False), ("tensor", 2, False),
+    ]  # fmt: skip
+    assert compared.stdout.count("starting 2 ranks") == 2
+    assert [bool(row.get("parts/idle_pct")) for row in rows] == [False, False, False, True, True]
+    assert not (compared.run_dir / "turn.json").exists()
+
+
+def test_the_table_has_all_entries_and_equal_losses(compared):
+    header, *rows = table(compared)
+    assert re.split(r"  +", header.strip())[-1] == "loss"
+    ring, broken, tensor = rows[:3]
+    assert re.match(r"ring    2 ring    1      [\d,]+ \([\d,]+ - [\d,]+\) .* \+0\.0 % ", ring)
+    assert re.match(r"tensor  2 tensor  1      [\d,]+ \([\d,]+ - [\d,]+\) .* [+-]\d+\.\d % ", tensor)
+    assert re.match(r"broken  FAILED: rank [01] failed: data\.name=\S+/corpus cannot be read: ", broken)
+    assert float(ring.split()[-1]) == pytest.approx(float(tensor.split()[-1]), abs=1.5e-4)
+
+
+def test_the_table_of_shares_has_those_that_were_measured(compared):
+    header, ring, tensor = table(compared)[5:8]
+    assert header.split() == ["time", "of", "a", "step,", "%", *PARTS]
+    assert [ring.split()[0], tensor.split()[0]] == ["ring", "tensor"]
+    for line in (ring, tensor):
+        assert sum(map(float, line.split()[1:])) == pytest.approx(100, abs=0.5)
+
+
+def test_the_numbers_are_medians_of_the_turns_with_their_spread(compared, kept):
+    rows = {row["entry"]: row for row in kept["rows"]}
+    assert list(rows) == ["ring", "broken", "tensor"]
+    for name in ("ring", "tensor"):
+        times_s = [s for row in turns(compared) if row["entry"] == name for s in row["step_times_s"]]
+        speeds = [2 * 128 / time_s for time_s in times_s]
+        assert len(speeds) == rows[name]["num_steps"] == 2
+        assert rows[name]["tokens_per_s"] == pytest.approx(statistics.median(speeds))
+        assert rows[name]["tokens_per_s_min"] == pytest.approx(min(speeds))
+        assert rows[name]["tokens_per_s_max"] == pytest.approx(max(speeds))
+        assert rows[name]["tokens_per_s_per_rank"] == pytest.approx(statistics.median(speeds) / 2)
+    change = 100 * (rows["tensor"]["tokens_per_s"] / rows["ring"]["tokens_per_s"] - 1)
+    assert (rows["ring"]["change_pct"], rows["tensor"]["change_pct"]) == (0, pytest.approx(change))
+    assert rows["ring"]["first_loss"] == pytest.approx(rows["tensor"]["first_loss"], rel=1e-5)
+    assert "cannot be read" in rows["broken"]["error"]
+    assert (kept["recipe"], kept["baseline"], kept["sequence_length"]) == ("forward", "ring", 128)
+    assert kept["configs"]["tensor"]["parallelism"]["method"] == "tensor_pipeline"
+    assert kept["turns"] == turns(compared)
+
+
+def test_the_figure_is_there_as_png_and_svg(compared):
+    assert (compared.run_dir / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (compared.run_dir / "comparison.svg").read_text()
+
+
+def test_the_wandb_run_is_offline_and_has_the_table(compared, kept):
+    [run] = (compared.run_dir / "wandb").glob("offline-run-*")
+    assert f"wandb sync {run}\n" in compared.stdout
+    [path] = run.glob("files/media/table/*.json")
+    logged = json.loads(path.read_text())
+    rows = [dict(zip(logged["columns"], values, strict=True)) for values in logged["data"]]
+    assert [row["tokens_per_s"] for row in rows] == [row.get("tokens_per_s") for row in kept["rows"]]
+    assert [row["error"] for row in rows] == [row.get("error") for row in kept["rows"]]
+
+
+def test_the_same_command_again_measures_nothing_and_prints_the_same_table(compared, place):
+    before, result_lines = table(compared), (compared.run_dir / "results.jsonl").read_text()
+    again = place.run(*comparison(place.folder / "corpus"), HF_HUB_OFFLINE="1")
+    assert again.exit_code == 0, again.stderr
+    assert "starting" not in again.stdout
+    assert table(again) == before
+    assert (again.run_dir / "results.jsonl").read_text() == result_lines
+
+
+def test_explain_prints_the_plans_and_starts_nothing(place):
+    result = place.run(*comparison(place.folder / "corpus"), "explain=true", name="explained")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert re.findall(r"^(\w+)\n +ranks  (.*), on CPU$", result.stdout, re.MULTILINE) == [
+        ("ring", "1 data x 2 ring"),
+        ("broken", "1 data x 2 ring"),
+        ("tensor", "1 data x 2 tensor x 1 pipeline"),
+    ]
+    assert not result.ranks_were_started
+    assert not result.run_dir.exists()
+
+
+@pytest.fixture(scope="module")
+def trained(place) -> Finished:
+    """Tensor parallel, 3 steps."""
+    return place.run("+experiment=tp_pp", *SAME, "num_steps=3", "logging.every_n_steps=1", name="trained")
+
+
+def test_tensor_ranks_train(trained):
+    assert (trained.exit_code, trained.stderr) == (0, "")
+    assert "ranks  1 data x 2 tensor x 1 pipeline, on CPU\n" in trained.stdout
+    assert [line["step"] for line in trained.metrics] == [1, 2, 3]
+    losses = [line["train/loss"] for line in trained.metrics]
+    assert losses[2] < losses[0] < 6
+    assert trained.metrics[-1]["validation/loss"] < losses[0]
+    assert trained.metrics[-1]["train/tokens_seen"] == 3 * 2 * 128
+    assert sum(trained.metrics[-1][f"parts/{part}_pct"] for part in PARTS) == pytest.approx(100)
+
+
+def test_forward_passes_alone_have_the_loss_of_training_and_the_parts_of_a_step(place, trained):
+    result = place.run("recipe=forward", "+experiment=ra_sp", *SAME, "num_steps=3", name="forward")
+    assert (result.exit_code, result.stderr) == (0, "")
+    first, last = result.metrics
+    assert (first["step"], last["step"]) == (1, 3)
+    measured = {"step", "elapsed_s", "forward/loss", "forward/peak_memory_gib"} | {
+        f"forward/{name}"
+        for name in (
+            "tokens_per_s", "tokens_per_s_per_rank", "tpot_ms", "model_tflops_per_rank",
+            "step_time_p50_s", "step_time_p95_s", "eta_s",
+        )
+    }  # fmt: skip
+    assert set(first) == measured
+    assert set(last) == measured | {f"parts/{part}_pct" for part in PARTS} | {"parts/exposed_communication_ms"}
+    assert sum(last[f"parts/{part}_pct"] for part in PARTS) == pytest.approx(100)
+    assert last["forward/tokens_per_s"] == pytest.approx(2 * 128 / last["forward/step_time_p50_s"])
+    assert last["forward/tokens_per_s"] > 0
+    # the same model, seed and batch, on a ring and on tensor ranks
+    assert first["forward/loss"] == pytest.approx(trained.metrics[0]["train/loss"], rel=1e-5)
+    assert last["forward/loss"] != first["forward/loss"]  # of another batch

@@ -1,0 +1,470 @@
+"""recipe=compare without ranks: whose turn it is, what an entry is, what fits, and the arithmetic of the table."""
+
+# ruff: noqa: E501 - a line of the table is one line here, as it is on the console
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+from conf.compose import entry_overrides
+from conf.schema import Config, ConfigError, resolve_degrees
+from recipes import comparison, fit
+from recipes.compare import Turn, best_size, choose, next_turn
+from recipes.metrics import PARTS
+from tests.unit.test_schema import compose
+
+
+def done(entry: str, number: int, size: int = 1, tokens_per_s: float = 100.0) -> dict[str, Any]:
+    return {"entry": entry, "micro_batch_size": size, "round": number, "tokens_per_s": tokens_per_s}
+
+
+def failed(entry: str, number: int, size: int = 1) -> dict[str, Any]:
+    return {"entry": entry, "micro_batch_size": size, "round": number, "error": "out of memory"}
+
+
+def all_turns(
+    sizes: dict[str, list[int]], rounds: int, speeds: dict[tuple[str, int], float], results: list[dict[str, Any]]
+) -> list[tuple[str, int, int]]:
+    """The turns that follow `results`, as (entry, micro-batch size, round); one without a speed fails."""
+    results, turns = list(results), []
+    while (turn := next_turn(sizes, rounds, results)) is not None:
+        turns.append((turn.entry, turn.micro_batch_size, turn.round))
+        assert len(turns) < 100, "no end"
+        speed = speeds.get((turn.entry, turn.micro_batch_size))
+        given = turn.entry, turn.round, turn.micro_batch_size
+        results.append(failed(*given) if speed is None else done(*given, speed))
+    return turns
+
+
+class TestNextTurn:
+    def test_sizes_are_tried_first_and_the_rounds_alternate_with_the_fastest(self):
+        speeds = {("a", 1): 10.0, ("a", 2): 30.0, ("a", 4): 20.0, ("b", 1): 5.0, ("b", 2): 4.0, ("b", 4): 3.0}
+        assert all_turns({"a": [1, 2, 4], "b": [1, 2, 4]}, 2, speeds, []) == [
+            ("a", 1, 0), ("a", 2, 0), ("a", 4, 0), ("b", 1, 0), ("b", 2, 0), ("b", 4, 0),
+            ("a", 2, 1), ("b", 1, 1), ("a", 2, 2), ("b", 1, 2),
+        ]  # fmt: skip
+
+    def test_a_size_that_failed_stops_larger_ones_of_that_entry(self):
+        speeds = {("a", 1): 10.0, ("b", 1): 1.0, ("b", 2): 2.0, ("b", 4): 3.0}
+        assert all_turns({"a": [1, 2, 4], "b": [1, 2, 4]}, 1, speeds, []) == [
+            ("a", 1, 0), ("a", 2, 0), ("b", 1, 0), ("b", 2, 0), ("b", 4, 0), ("a", 1, 1), ("b", 4, 1),
+        ]  # fmt: skip
+
+    def test_an_entry_whose_smallest_size_failed_has_no_round(self):
+        turns = all_turns({"a": [1, 2], "b": [1, 2]}, 2, {("b", 1): 2.0, ("b", 2): 1.0}, [])
+        assert turns == [("a", 1, 0), ("b", 1, 0), ("b", 2, 0), ("b", 1, 1), ("b", 1, 2)]
+
+    def test_a_single_size_is_not_tried(self):
+        assert all_turns({"a": [4], "b": [1]}, 2, {("a", 4): 1.0, ("b", 1): 1.0}, []) == [
+            ("a", 4, 1), ("b", 1, 1), ("a", 4, 2), ("b", 1, 2),
+        ]  # fmt: skip
+
+    def test_an_entry_that_failed_in_a_round_has_no_more_turns(self):
+        assert all_turns({"a": [1], "b": [1], "c": [1]}, 3, {("a", 1): 1.0, ("c", 1): 1.0}, []) == [
+            ("a", 1, 1), ("b", 1, 1), ("c", 1, 1), ("a", 1, 2), ("c", 1, 2), ("a", 1, 3), ("c", 1, 3),
+        ]  # fmt: skip
+
+    def test_it_resumes_where_earlier_results_end(self):
+        speeds = {("a", 1): 10.0, ("a", 2): 30.0, ("b", 1): 5.0, ("b", 2): 4.0}
+        sizes = {"a": [1, 2], "b": [1, 2]}
+        whole = all_turns(sizes, 2, speeds, [])
+        for so_far in range(len(whole) + 1):
+            results = [done(entry, number, size, speeds[entry, size]) for entry, size, number in whole[:so_far]]
+            assert all_turns(sizes, 2, speeds, results) == whole[so_far:]
+
+    def test_more_rounds_and_a_new_entry_do_only_what_lacks(self):
+        results = [done("a", 1), done("a", 2)]
+        assert all_turns({"a": [1], "b": [1]}, 3, {("a", 1): 1.0, ("b", 1): 1.0}, results) == [
+            ("b", 1, 1), ("b", 1, 2), ("a", 1, 3), ("b", 1, 3),
+        ]  # fmt: skip
+
+    def test_nothing_is_left_when_all_is_done(self):
+        assert next_turn({"a": [1]}, 1, [done("a", 1)]) is None
+        assert next_turn({"a": [1]}, 2, [done("a", 1)]) == Turn("a", 1, 2)
+        assert next_turn({"a": [1]}, 2, [failed("a", 1)]) is None
+
+
+def test_the_best_size_is_the_fastest_that_was_tried_and_worked():
+    results = [done("a", 0, 1, 10.0), done("a", 0, 2, 30.0), failed("a", 0, 4), done("b", 0, 4, 99.0)]
+    assert best_size([1, 2, 4], "a", results) == 2
+    assert best_size([1, 2, 4], "a", [*results, done("a", 1, 1, 1000.0)]) == 2  # rounds do not count
+    assert best_size([8], "a", results) == 8
+    assert best_size([1, 2], "c", results) is None
+    assert best_size([1, 2], "d", [failed("d", 0, 1)]) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "own", "expected"),
+    [
+        ([], [], ["recipe=forward"]),
+        (
+            ["+experiment=paper_table", "recipe=compare"],
+            ["+experiment=tp_pp"],
+            ["+experiment=[paper_table,tp_pp]", "recipe=forward"],
+        ),
+        (
+            ["+experiment=[paper_table,dp]"],
+            ["+experiment=dp", "+experiment=[ra_sp]"],
+            ["+experiment=[paper_table,dp,ra_sp]", "recipe=forward"],
+        ),
+        (
+            ["model=tiny", "launch.num_ranks=2", "seed=1"],
+            ["launch.num_ranks=4"],
+            ["model=tiny", "launch.num_ranks=4", "seed=1", "recipe=forward"],
+        ),
+        (["data.files='a=b'"], ["data.files='c=d'"], ["data.files='c=d'", "recipe=forward"]),
+    ],
+)
+def test_an_entry_is_what_was_typed_where_its_own_overrides_do_not_replace_it(given, own, expected):
+    assert entry_overrides(given, own, "forward") == expected
+
+
+def test_the_overrides_of_an_entry_compose():
+    given = ["recipe=compare", "+experiment=paper_table", "parallelism.data_degree=2", "data.sequence_length=64"]
+    config = compose(*entry_overrides(given, ["+experiment=tp_pp", "parallelism.data_degree=1"], "pretrain"))
+    assert (config.recipe, config.model.name, config.data.sequence_length) == ("pretrain", "paper_10k", 64)
+    assert (config.parallelism.method, config.parallelism.data_degree) == ("tensor_pipeline", 1)
+
+
+def turn(entry: str, number: int, times_s: list[float], tokens: int = 100, **extra: Any) -> dict[str, Any]:
+    """A result on 2 ranks of `tokens` per step of sequences of 50, whose numbers are those of the median step."""
+    times = sorted(times_s)
+    middle = (times[(len(times) - 1) // 2] + times[len(times) // 2]) / 2
+    return {
+        **done(entry, number, tokens_per_s=tokens / middle),
+        "step_times_s": times_s,
+        "tokens_per_s_per_rank": tokens / middle / 2,
+        "tpot_ms": 1e3 * middle / 50,
+        "model_tflops_per_rank": 3.0 / middle,
+        "mfu_pct": 20.0 / middle,
+        "peak_memory_gib": 1.0 + number,
+        "losses": [5.5, 5.4],
+        "sequences_per_step": tokens // 50,
+        "degrees": {"data": 1, "ring": 2, "ulysses": 1, "tensor": 1, "pipeline": 1},
+        "block": "cudnn",
+        "device": "GPU",
+        "num_ranks": 2,
+        **extra,
+    }
+
+
+PARTS_OF_A: dict[str, Any] = {f"parts/{part}_pct": 12.5 for part in PARTS} | {"parts/exposed_communication_ms": 7.0}
+RESULTS = [
+    done("a", 0, 1, 100.0),
+    failed("a", 0, 2),
+    turn("a", 1, [1.0, 2.0]),
+    turn("b", 1, [2.0, 2.0], mfu_pct=None, peak_memory_gib=None),
+    failed("c", 1)
+    | {"error": "rank 1 failed:\nTraceback\nMemoryError: all of it\nthe other ranks were ended; its log"},
+    turn("a", 2, [10.0, 4.0], **PARTS_OF_A),  # times 1, 2, 4, 10: speeds 100, 50, 25, 10
+    turn("b", 2, [4.0, 5.0], mfu_pct=None, peak_memory_gib=None),  # times 2, 2, 4, 5: speeds 50, 50, 25, 20
+]
+
+
+class TestSummary:
+    def test_it_has_medians_over_the_steps_of_all_rounds_and_their_spread(self):
+        a = comparison.summarize(RESULTS, ["a"], "a")[0]
+        assert (a["tokens_per_s"], a["tokens_per_s_min"], a["tokens_per_s_max"]) == (37.5, 10.0, 100.0)
+        assert a["num_steps"] == 4
+        assert a["tokens_per_s_per_rank"] == 18.75
+        step_s = 100 / 37.5
+        assert a["step_time_ms"] == pytest.approx(1e3 * step_s)
+        assert a["tpot_ms"] == pytest.approx(1e3 * step_s / 50)
+        assert a["model_tflops_per_rank"] == pytest.approx(3.0 / step_s)
+        assert a["mfu_pct"] == pytest.approx(20.0 / step_s)
+
+    def test_it_keeps_the_peak_the_parts_the_first_loss_and_what_was_tried(self):
+        a, b = comparison.summarize(RESULTS, ["a", "b"], "a")
+        assert (a["peak_memory_gib"], b["peak_memory_gib"], b["mfu_pct"]) == (3.0, None, None)
+        assert (a["exposed_communication_ms"], b["exposed_communication_ms"]) == (7.0, None)
+        assert (a["shares_pct"], b["shares_pct"]) == (dict.fromkeys(PARTS, 12.5), {})
+        assert (a["first_loss"], a["grid"], a["sequences_per_step"]) == (5.5, "2 ring", 2)
+        assert (a["tried"], a["errors"]) == ({1: 100.0, 2: None}, ["out of memory"])
+
+    def test_the_change_is_in_percent_of_the_baseline(self):
+        rows = comparison.summarize(RESULTS, ["b", "a", "c"], "a")
+        assert [row["entry"] for row in rows] == ["b", "a", "c"]
+        assert [row.get("change_pct") for row in rows] == [0.0, 0.0, None]  # b's median is 37.5, too
+        faster = [*RESULTS, turn("d", 1, [2.0])]
+        assert comparison.summarize(faster, ["a", "d"], "a")[1]["change_pct"] == pytest.approx(100 * (50 / 37.5 - 1))
+        assert comparison.summarize(faster, ["a", "d"], "d")[0]["change_pct"] == pytest.approx(-25.0)
+
+    @pytest.mark.parametrize("baseline", ["c", "left out"])
+    def test_without_a_throughput_of_the_baseline_there_is_no_change(self, baseline):
+        rows = comparison.summarize(RESULTS, ["a", "b", "c"], baseline)
+        assert [row.get("change_pct") for row in rows] == [None, None, None]
+
+    def test_a_failure_is_a_row_and_an_entry_without_a_turn_is_none(self):
+        rows = comparison.summarize(RESULTS, ["c", "never"], "a")
+        assert rows == [{"entry": "c", "error": RESULTS[4]["error"]}]
+
+    def test_an_entry_that_failed_in_a_later_round_keeps_its_numbers_and_the_error(self):
+        [before] = comparison.summarize(RESULTS, ["b"], "b")
+        [after] = comparison.summarize([*RESULTS, failed("b", 3)], ["b"], "b")
+        assert (before["errors"], after["errors"]) == ([], ["out of memory"])
+        assert after == before | {"errors": ["out of memory"]}
+
+    def test_a_grid_of_one_rank_says_so(self):
+        degrees = dict.fromkeys(("data", "ring", "ulysses", "tensor", "pipeline"), 1)
+        one, four = turn("one", 1, [1.0], degrees=degrees), turn("four", 1, [1.0], degrees=degrees | {"tensor": 2})
+        four["degrees"]["pipeline"] = 2
+        rows = comparison.summarize([one, four], ["one", "four"], "one")
+        assert [row["grid"] for row in rows] == ["1 rank", "2 tensor x 2 pipeline"]
+
+
+def test_the_table_is_aligned_and_has_failures():
+    rows = comparison.summarize(RESULTS, ["a", "c", "b"], "a")
+    assert comparison.table(rows, "a") == [
+        "method  grid    micro  TPS, median (min - max)  TPS/rank  TPOT ms  vs a    TFLOP/s/rank  MFU    peak GiB  exposed ms  of step ms  loss",
+        "a       2 ring  1      38 (10 - 100)            19        53.3333  +0.0 %  1.12          7.5 %  3.0       7.00        2666.7      5.5000",
+        "c       FAILED: rank 1 failed: MemoryError: all of it",
+        "b       2 ring  1      38 (20 - 50)             19        53.3333  +0.0 %  1.12          n/a    n/a       n/a         2666.7      5.5000",
+    ]  # fmt: skip
+
+
+def test_a_failed_baseline_leaves_the_changes_open():
+    lines = comparison.table(comparison.summarize(RESULTS, ["c", "a"], "c"), "c")
+    assert lines[0].split("  ")[0] == "method"
+    assert " vs c " in lines[0]
+    assert lines[1] == "c       FAILED: rank 1 failed: MemoryError: all of it"
+    assert " 53.3333  n/a " in lines[2]
+
+
+def test_the_shares_are_those_of_the_entries_that_were_measured():
+    rows = comparison.summarize(RESULTS, ["a", "b", "c"], "a")
+    assert comparison.shares_table(rows) == [
+        "time of a step, %     attention      merge   exchange       gemm  optimizer       data      other       idle",
+        "a                          12.5       12.5       12.5       12.5       12.5       12.5       12.5       12.5",
+    ]
+    assert comparison.shares_table(comparison.summarize(RESULTS, ["b", "c"], "b")) == []
+
+
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        (RESULTS[2], "round 1/2 | a, micro-batch 1 | 67 tok/s | 33 tok/s/rank | TPOT 30.0000 ms | MFU 13.3% | steps 1.000, 2.000 s"),
+        (RESULTS[3], "round 1/2 | b, micro-batch 1 | 50 tok/s | 25 tok/s/rank | TPOT 40.0000 ms | steps 2.000, 2.000 s"),
+        (RESULTS[1], "trying | a, micro-batch 2 | FAILED: out of memory"),
+    ],
+)  # fmt: skip
+def test_a_turn_is_one_line(row, line):
+    assert comparison.turn_line(row, 2) == line
+
+
+@pytest.mark.parametrize("plot", ["bars", "scaling"])
+@pytest.mark.parametrize("entries", [["a", "c", "b"], ["c"]])
+def test_the_figure_is_drawn_also_of_failures_alone(plot, entries, tmp_path):
+    rows = comparison.summarize(RESULTS, entries, entries[0])
+    paths = comparison.draw(compose(f"compare.plot={plot}"), rows, "tiny", [], tmp_path)
+    assert [path.name for path in paths] == ["comparison.png", "comparison.svg"]
+    assert all(path.stat().st_size > 1000 for path in paths)
+
+
+_composed = functools.cache(compose)  # 0.1 s each
+
+
+def paper(workload: str, recipe: str = "forward") -> Config:
+    return copy.deepcopy(_composed("compare=paper_table", f"workload={workload}", f"recipe={recipe}"))
+
+
+class TestFit:
+    @pytest.mark.parametrize(
+        ("recipe", "num_ranks", "data_degree", "pipeline_degree", "batch"),
+        [
+            # a forward pass of a sequence is 6.5e13 operations, so 4 s of a GPU's 5e14 a second are 25 of them: 16
+            ("forward", 1, 1, 1, 16),
+            ("forward", 2, 1, 1, 32),
+            ("forward", 8, 8, 1, 128),
+            ("pretrain", 1, 1, 1, 8),  # three times the work
+            ("pretrain", 1, 1, 2, 16),
+            ("forward", 4, 1, 4, 96),
+            ("forward", 8, 2, 4, 192),
+            ("forward", 64, 1, 1, 1024),
+            ("forward", 256, 1, 1, 1024),  # never more than the workload's own
+        ],
+    )
+    def test_the_batch_on_gpus(self, recipe, num_ranks, data_degree, pipeline_degree, batch):
+        config = paper("paper_10k", recipe)
+        assert config.engine.train_batch_size == 1024
+        fit.cut_batch(config, data_degree, pipeline_degree, num_ranks, on_gpu=True)
+        assert config.engine.train_batch_size == batch
+        assert config.data.sequence_length == 10_000
+
+    @pytest.mark.parametrize("workload", ["paper_10k", "paper_100k"])
+    @pytest.mark.parametrize("recipe", ["forward", "pretrain"])
+    @pytest.mark.parametrize(
+        ("num_ranks", "data_degree", "pipeline_degree"),
+        [(1, 1, 1), (2, 2, 1), (2, 1, 2), (4, 1, 4), (8, 8, 1), (8, 2, 2), (16, 16, 1), (16, 1, 2)],
+    )
+    def test_all_micro_batch_sizes_divide_it_and_a_pipeline_is_kept_full(
+        self, workload, recipe, num_ranks, data_degree, pipeline_degree
+    ):
+        config = paper(workload, recipe)
+        own = config.engine.train_batch_size
+        assert own is not None
+        fit.cut_batch(config, data_degree, pipeline_degree, num_ranks, on_gpu=True)
+        batch = config.engine.train_batch_size
+        assert batch is not None
+        assert batch <= own
+        assert all(batch % (data_degree * size) == 0 for size in config.compare.micro_batch_sizes)
+        if pipeline_degree > 1:
+            assert batch // data_degree >= 16 * (pipeline_degree - 1)
+
+    def test_the_second_workload_is_cut_further(self):
+        config = paper("paper_100k")
+        fit.cut_batch(config, 1, 1, 8, on_gpu=True)
+        assert config.engine.train_batch_size == 32
+
+    def test_a_batch_without_a_size_gets_one(self):
+        config = compose("compare.micro_batch_sizes=[1]", "recipe=forward", "compare.step_time_s=1")
+        fit.cut_batch(config, 1, 1, 4, on_gpu=False)
+        length = config.data.sequence_length
+        per_sequence = length * fit.forward_flops_per_token(config.model, length)
+        batch = config.engine.train_batch_size
+        assert batch is not None
+        assert batch * per_sequence <= fit.CPU_TFLOPS * 1e12 < 2 * batch * per_sequence
+
+    @pytest.mark.parametrize(
+        ("workload", "cuts"),
+        [
+            ("paper_10k", [
+                "model.hidden_size 8192 -> 128", "model.num_heads 16 -> 4", "model.num_kv_heads 16 -> 4",
+                "model.head_dim 512 -> 32", "model.mlp_size 32768 -> 512", "data.sequence_length 10000 -> 1250",
+                "data.validation_sequences 8 -> 1", "engine.dtype fp16 -> bf16",
+            ]),
+            ("paper_100k", [
+                "model.hidden_size 4096 -> 64", "model.num_heads 32 -> 8", "model.num_kv_heads 32 -> 8",
+                "model.head_dim 128 -> 8", "model.mlp_size 16384 -> 256", "data.sequence_length 100000 -> 2500",
+                "data.validation_sequences 8 -> 1",
+            ]),
+        ],
+    )  # fmt: skip
+    def test_on_the_cpu_all_is_cut_and_every_cut_is_named(self, workload, cuts):
+        before, after = paper(workload), paper(workload)
+        assert fit.changes(before, after) == []
+        fit.cut_to_cpu(after)
+        assert fit.changes(before, after) == cuts
+        assert after.model.num_heads * after.model.head_dim == after.model.hidden_size
+
+
+class TestChoose:
+    @staticmethod
+    def entries(config: Config, *typed: str) -> dict[str, Config]:
+        return {
+            name: _composed(*entry_overrides([*typed], own, "forward")) for name, own in config.compare.entries.items()
+        }
+
+    @staticmethod
+    def gpus(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+        for name in ("RANK", "WORLD_SIZE"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: number)
+
+    def test_on_two_gpus_what_is_the_same_runs_once(self, monkeypatch):
+        self.gpus(monkeypatch, 2)
+        config = compose("+experiment=paper_table")
+        entries = self.entries(config, "+experiment=paper_table")
+        chosen, notes = choose(config, entries)
+        assert list(chosen) == ["tp_pp", "pp", "ra_sp", "ulysses", "all_gather", "dp"]
+        assert notes == [
+            "cut: engine.train_batch_size 1024 -> 32",
+            "left out: tp: on 2 ranks the same as tp_pp",
+            "left out: hybrid: on 2 ranks the same as ulysses",
+        ]
+        assert {(num_ranks, entry.engine.train_batch_size) for entry, num_ranks in chosen.values()} == {(2, 32)}
+        assert {entry.data.sequence_length for entry, _ in chosen.values()} == {10_000}
+        assert {entry.engine.train_batch_size for entry in entries.values()} == {1024}  # as composed
+        assert resolve_degrees(*chosen["pp"]) == (1, 1, 1, 1, 2)
+
+    def test_on_eight_gpus_a_pipeline_of_more_stages_than_layers_is_left_out(self, monkeypatch):
+        self.gpus(monkeypatch, 8)
+        config = compose("+experiment=paper_table")
+        chosen, notes = choose(config, self.entries(config, "+experiment=paper_table"))
+        assert list(chosen) == ["tp_pp", "tp", "ra_sp", "ulysses", "all_gather", "dp"]
+        assert (
+            "left out: pp: parallelism.pipeline_degree=8 is more than model.num_layers=4: a stage has at least one "
+            "layer, so use parallelism.pipeline_degree=4" in notes
+        )
+
+    def test_on_the_cpu_the_warning_comes_first_and_cuts_say_whose_they_are(self, monkeypatch):
+        self.gpus(monkeypatch, 0)
+        config = compose("+experiment=paper_table")
+        chosen, notes = choose(config, self.entries(config, "+experiment=paper_table"))
+        assert list(chosen) == ["tp_pp", "tp", "pp", "ra_sp", "ulysses", "all_gather", "dp"]
+        assert {num_ranks for _, num_ranks in chosen.values()} == {4}
+        assert notes[:2] == comparison.CPU_WARNING
+        assert "cut: data.sequence_length 10000 -> 1250" in notes
+        assert "cut: engine.train_batch_size 1024 -> 48 (pp)" in notes
+        assert "cut: engine.train_batch_size 1024 -> 16 (tp_pp, tp, ra_sp, ulysses, all_gather, dp)" in notes
+        assert notes[-1] == "left out: hybrid: on 4 ranks the same as ulysses"
+
+    def test_without_fit_nothing_is_cut_and_nothing_warns(self, monkeypatch):
+        self.gpus(monkeypatch, 0)
+        config = compose()
+        chosen, notes = choose(config, self.entries(config, "launch.num_ranks=2"))
+        assert notes == [
+            "left out: tp: on 2 ranks the same as tp_pp",
+            "left out: hybrid: on 2 ranks the same as ulysses",
+        ]
+        assert {entry.engine.train_batch_size for entry, _ in chosen.values()} == {None}
+
+    def test_entries_that_differ_in_any_setting_are_not_the_same(self, monkeypatch):
+        self.gpus(monkeypatch, 2)
+        entries = {
+            name: compose("+experiment=ra_sp", *overrides)
+            for name, overrides in {
+                "plain": [],
+                "again": ["parallelism.ring_degree=2"],
+                "contiguous": ["attention.layout=contiguous"],
+                "zero_3": ["engine.zero_stage=3"],
+                "longer": ["data.sequence_length=4096"],
+                "dp": ["attention=local"],
+                "dp of a ring": ["parallelism.ring_degree=1"],
+            }.items()
+        }
+        chosen, notes = choose(compose(), entries)
+        assert list(chosen) == ["plain", "contiguous", "zero_3", "longer", "dp"]
+        assert notes == [
+            "left out: again: on 2 ranks the same as plain",
+            "left out: dp of a ring: on 2 ranks the same as dp",
+        ]
+
+    def test_entries_of_more_ranks_than_there_are_gpus_are_left_out(self, monkeypatch):
+        self.gpus(monkeypatch, 2)
+        config = compose("+experiment=strong_scaling")
+        chosen, notes = choose(config, self.entries(config, "+experiment=strong_scaling"))
+        assert {name: num_ranks for name, (_, num_ranks) in chosen.items()} == {
+            "ra_sp on 1": 1,
+            "ra_sp on 2": 2,
+            "ulysses on 2": 2,
+        }
+        assert "left out: ra_sp on 4: launch.num_ranks=4, but there are 2" in notes
+
+    def test_in_ranks_of_a_launcher_only_entries_of_so_many_fit(self, monkeypatch):
+        self.gpus(monkeypatch, 1)
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        config = compose("+experiment=strong_scaling")
+        chosen, notes = choose(config, self.entries(config, "+experiment=strong_scaling"))
+        assert list(chosen) == ["ra_sp on 2", "ulysses on 2"]
+        assert "left out: ra_sp on 1: launch.num_ranks=1, but there are 2" in notes
+
+    def test_if_none_fits_the_error_says_why_of_each(self, monkeypatch):
+        self.gpus(monkeypatch, 2)
+        entries = {
+            "three": compose("launch.num_ranks=3"),
+            "ring": compose("parallelism.ring_degree=4"),
+        }
+        with pytest.raises(ConfigError) as caught:
+            choose(compose(), entries)
+        assert str(caught.value) == (
+            "none of the entries fits:\n"
+            "three: launch.num_ranks=3, but there are 2\n"
+            "ring: parallelism.ring_degree=4 does not divide the 2 ranks: use one of [1, 2] "
+            "(parallelism.ring_degree=2) or another launch.num_ranks"
+        )
