@@ -248,34 +248,41 @@ def choose(config: Config, entries: dict[str, Config]) -> tuple[dict[str, tuple[
     """
     on_gpu = torch.cuda.device_count() > 0
     available = int(os.environ["WORLD_SIZE"]) if ranks_are_started() else torch.cuda.device_count()
-    chosen: dict[str, tuple[Config, int]] = {}
+    fitting: dict[str, tuple[Config, int, Degrees]] = {}
     seen: dict[str, str] = {}
     notes, left_out, cuts = [], [], {}
     for name, composed in entries.items():
         entry = copy.deepcopy(composed)
-        if config.compare.fit and not on_gpu:
-            fit.cut_to_cpu(entry)
+        if config.compare.fit:
+            entry.engine.train_batch_size = None  # comes below
+            if not on_gpu:
+                fit.cut_to_cpu(entry)
         wanted = entry.launch.num_ranks
         if wanted is not None and available and wanted != available and (wanted > available or ranks_are_started()):
             left_out.append(f"{name}: launch.num_ranks={wanted}, but there are {available}")
             continue
         try:
-            num_ranks = wanted or available or launch.DEFAULT_CPU_RANKS
-            degrees = resolve_degrees(entry, num_ranks)
-            if config.compare.fit:
-                fit.cut_batch(entry, degrees.data, degrees.pipeline, num_ranks, on_gpu)
-            launch.count_ranks(entry)
+            num_ranks = launch.count_ranks(entry)
         except ConfigError as error:
             left_out.append(f"{name}: {error}")
             continue
+        degrees = resolve_degrees(entry, num_ranks)
         same = _what_runs(entry, degrees)
         if same in seen:
             left_out.append(f"{name}: on {num_ranks} ranks the same as {seen[same]}")
             continue
         seen[same] = name
-        if config.compare.fit:
-            cuts[name] = fit.changes(composed, entry)
-        chosen[name] = (entry, num_ranks)
+        fitting[name] = entry, num_ranks, degrees
+    if config.compare.fit:
+        for name, (entry, num_ranks, _) in fitting.items():
+            alike = [
+                (other, degrees)
+                for other, ranks, degrees in fitting.values()
+                if (ranks, other.data.sequence_length) == (num_ranks, entry.data.sequence_length)
+            ]
+            entry.engine.train_batch_size = fit.common_batch(alike, entries[name].engine.train_batch_size, on_gpu)
+        cuts = {name: fit.changes(entries[name], entry) for name, (entry, _, _) in fitting.items()}
+    chosen = {name: (entry, num_ranks) for name, (entry, num_ranks, _) in fitting.items()}
     if not chosen:
         raise ConfigError("none of the entries fits:\n" + "\n".join(left_out))
     if config.compare.fit and not on_gpu:

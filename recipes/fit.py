@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 
-from conf.schema import Config
+from conf.schema import Config, Degrees
 from recipes.plan import forward_flops_per_token
 
 GPU_TFLOPS, CPU_TFLOPS = 500.0, 0.02  # attained, per GPU; by the whole machine
 PIPELINE_MICRO_BATCHES = 16  # per stage beside the first: a bubble of 1/17
+CPU_PIPELINE_MICRO_BATCHES = 4
 CPU_LENGTH, CPU_HIDDEN_SIZE, CPU_HEADS = 2500, 128, 16  # the length at most
 
 
@@ -29,19 +30,26 @@ def cut_to_cpu(config: Config) -> None:
         config.engine.dtype = "bf16"
 
 
-def cut_batch(config: Config, data_degree: int, pipeline_degree: int, num_ranks: int, on_gpu: bool) -> None:
-    """Sequences per step: about compare.step_time_s of them, a number that all micro-batch sizes divide."""
-    trains = 3 if config.recipe == "pretrain" else 1
-    length = config.data.sequence_length
-    operations = trains * length * forward_flops_per_token(config.model, length)
+def common_batch(entries: list[tuple[Config, Degrees]], own: int | None, on_gpu: bool) -> int:
+    """Sequences per step for entries of equal length, alike for all: about compare.step_time_s of them.
+
+    Every micro-batch size of every entry divides it, and pipelines have enough micro-batches.
+
+    Args:
+        own: the workload's; more only where the micro-batches need it.
+    """
+    config = entries[0][0]
+    length, num_ranks = config.data.sequence_length, math.prod(entries[0][1])
+    operations = (3 if config.recipe == "pretrain" else 1) * length * forward_flops_per_token(config.model, length)
     tflops = GPU_TFLOPS * num_ranks if on_gpu else CPU_TFLOPS
-    affordable = config.compare.step_time_s * tflops * 1e12 / operations
-    batch = 2 ** max(0, math.floor(math.log2(affordable)))
-    least = data_degree * math.lcm(*config.compare.micro_batch_sizes)
-    if pipeline_degree > 1:
-        least *= PIPELINE_MICRO_BATCHES * (pipeline_degree - 1)
-    batch = math.ceil(max(batch, least) / least) * least
-    config.engine.train_batch_size = min(batch, config.engine.train_batch_size or batch)
+    affordable = 2 ** max(0, math.floor(math.log2(config.compare.step_time_s * tflops * 1e12 / operations)))
+    least = 1
+    for entry, degrees in entries:
+        micro_batches = 1
+        if degrees.pipeline > 1:
+            micro_batches = (PIPELINE_MICRO_BATCHES if on_gpu else CPU_PIPELINE_MICRO_BATCHES) * (degrees.pipeline - 1)
+        least = math.lcm(least, degrees.data * micro_batches * math.lcm(*entry.compare.micro_batch_sizes))
+    return math.ceil(min(affordable, own or affordable) / least) * least
 
 
 def changes(before: Config, after: Config) -> list[str]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from conf.compose import entry_overrides
-from conf.schema import Config, ConfigError, resolve_degrees
+from conf.schema import Config, ConfigError, Degrees, resolve_degrees
 from recipes import comparison, fit
 from recipes.compare import Turn, best_size, choose, next_turn
 from recipes.metrics import PARTS
@@ -274,72 +274,59 @@ def paper(workload: str, recipe: str = "forward") -> Config:
 
 class TestFit:
     @pytest.mark.parametrize(
-        ("recipe", "num_ranks", "data_degree", "pipeline_degree", "batch"),
+        ("recipe", "grids", "batch"),
         [
             # a forward pass of a sequence is 6.5e13 operations, so 4 s of a GPU's 5e14 a second are 25 of them: 16
-            ("forward", 1, 1, 1, 16),
-            ("forward", 2, 1, 1, 32),
-            ("forward", 8, 8, 1, 128),
-            ("pretrain", 1, 1, 1, 8),  # three times the work
-            ("pretrain", 1, 1, 2, 16),
-            ("forward", 4, 1, 4, 96),
-            ("forward", 8, 2, 4, 192),
-            ("forward", 64, 1, 1, 1024),
-            ("forward", 256, 1, 1, 1024),  # never more than the workload's own
+            ("forward", [(1, 1, 1)], 16),
+            ("forward", [(1, 2, 1)], 32),
+            ("forward", [(8, 1, 1)], 128),
+            ("pretrain", [(1, 1, 1)], 8),  # three times the work
+            ("forward", [(1, 2, 1), (1, 1, 1, 1, 2)], 64),  # 16 micro-batches of any size, for the pipeline's sake
+            ("forward", [(1, 64, 1)], 1024),
+            ("forward", [(1, 256, 1)], 1024),  # never more than the workload's own
+            ("forward", [(512, 1, 1)], 2048),  # but for the micro-batches
         ],
     )
-    def test_the_batch_on_gpus(self, recipe, num_ranks, data_degree, pipeline_degree, batch):
+    def test_the_batch_on_gpus(self, recipe, grids, batch):
         config = paper("paper_10k", recipe)
-        assert config.engine.train_batch_size == 1024
-        fit.cut_batch(config, data_degree, pipeline_degree, num_ranks, on_gpu=True)
-        assert config.engine.train_batch_size == batch
-        assert config.data.sequence_length == 10_000
+        entries = [(config, Degrees(*grid)) for grid in grids]
+        assert fit.common_batch(entries, config.engine.train_batch_size, on_gpu=True) == batch
 
     @pytest.mark.parametrize("workload", ["paper_10k", "paper_100k"])
     @pytest.mark.parametrize("recipe", ["forward", "pretrain"])
     @pytest.mark.parametrize(
-        ("num_ranks", "data_degree", "pipeline_degree"),
-        [(1, 1, 1), (2, 2, 1), (2, 1, 2), (4, 1, 4), (8, 8, 1), (8, 2, 2), (16, 16, 1), (16, 1, 2)],
+        "grids", [[(1, 1, 1)], [(2, 1, 1), (1, 1, 1, 1, 2)], [(8, 1, 1), (2, 1, 1, 2, 2)], [(16, 1, 1)]]
     )
-    def test_all_micro_batch_sizes_divide_it_and_a_pipeline_is_kept_full(
-        self, workload, recipe, num_ranks, data_degree, pipeline_degree
-    ):
+    def test_all_micro_batch_sizes_divide_it_and_a_pipeline_is_kept_full(self, workload, recipe, grids):
         config = paper(workload, recipe)
-        own = config.engine.train_batch_size
-        assert own is not None
-        fit.cut_batch(config, data_degree, pipeline_degree, num_ranks, on_gpu=True)
-        batch = config.engine.train_batch_size
-        assert batch is not None
-        assert batch <= own
-        assert all(batch % (data_degree * size) == 0 for size in config.compare.micro_batch_sizes)
-        if pipeline_degree > 1:
-            assert batch // data_degree >= 16 * (pipeline_degree - 1)
+        entries = [(config, Degrees(*grid)) for grid in grids]
+        batch = fit.common_batch(entries, config.engine.train_batch_size, on_gpu=True)
+        for degrees in (degrees for _, degrees in entries):
+            for size in config.compare.micro_batch_sizes:
+                micro_batches, rest = divmod(batch, degrees.data * size)
+                assert rest == 0
+                assert degrees.pipeline == 1 or micro_batches >= 16 * (degrees.pipeline - 1)
 
     def test_the_second_workload_is_cut_further(self):
-        config = paper("paper_100k")
-        fit.cut_batch(config, 1, 1, 8, on_gpu=True)
-        assert config.engine.train_batch_size == 32
+        assert fit.common_batch([(paper("paper_100k"), Degrees(1, 8, 1))], 128, on_gpu=True) == 32
 
     def test_a_batch_without_a_size_gets_one(self):
         config = compose("compare.micro_batch_sizes=[1]", "recipe=forward", "compare.step_time_s=1")
-        fit.cut_batch(config, 1, 1, 4, on_gpu=False)
+        batch = fit.common_batch([(config, Degrees(1, 4, 1))], None, on_gpu=False)
         length = config.data.sequence_length
         per_sequence = length * fit.forward_flops_per_token(config.model, length)
-        batch = config.engine.train_batch_size
-        assert batch is not None
         assert batch * per_sequence <= fit.CPU_TFLOPS * 1e12 < 2 * batch * per_sequence
 
     @pytest.mark.parametrize(
         ("workload", "cuts"),
         [
             ("paper_10k", [
-                "model.hidden_size 8192 -> 128", "model.num_heads 16 -> 4", "model.num_kv_heads 16 -> 4",
-                "model.head_dim 512 -> 32", "model.mlp_size 32768 -> 512", "data.sequence_length 10000 -> 1250",
+                "model.hidden_size 8192 -> 128", "model.head_dim 512 -> 8", "model.mlp_size 32768 -> 512", "data.sequence_length 10000 -> 1250",
                 "data.validation_sequences 8 -> 1", "engine.dtype fp16 -> bf16",
             ]),
             ("paper_100k", [
-                "model.hidden_size 4096 -> 64", "model.num_heads 32 -> 8", "model.num_kv_heads 32 -> 8",
-                "model.head_dim 128 -> 8", "model.mlp_size 16384 -> 256", "data.sequence_length 100000 -> 2500",
+                "model.hidden_size 4096 -> 128", "model.num_heads 32 -> 16", "model.num_kv_heads 32 -> 16",
+                "model.head_dim 128 -> 8", "model.mlp_size 16384 -> 512", "data.sequence_length 100000 -> 2500",
                 "data.validation_sequences 8 -> 1",
             ]),
         ],
@@ -372,11 +359,11 @@ class TestChoose:
         chosen, notes = choose(config, entries)
         assert list(chosen) == ["tp_pp", "pp", "ra_sp", "ulysses", "all_gather", "dp"]
         assert notes == [
-            "cut: engine.train_batch_size 1024 -> 32",
+            "cut: engine.train_batch_size 1024 -> 64",
             "left out: tp: on 2 ranks the same as tp_pp",
             "left out: hybrid: on 2 ranks the same as ulysses",
         ]
-        assert {(num_ranks, entry.engine.train_batch_size) for entry, num_ranks in chosen.values()} == {(2, 32)}
+        assert {(num_ranks, entry.engine.train_batch_size) for entry, num_ranks in chosen.values()} == {(2, 64)}
         assert {entry.data.sequence_length for entry, _ in chosen.values()} == {10_000}
         assert {entry.engine.train_batch_size for entry in entries.values()} == {1024}  # as composed
         assert resolve_degrees(*chosen["pp"]) == (1, 1, 1, 1, 2)
@@ -391,7 +378,7 @@ class TestChoose:
             "layer, so use parallelism.pipeline_degree=4" in notes
         )
 
-    def test_on_the_cpu_the_warning_comes_first_and_cuts_say_whose_they_are(self, monkeypatch):
+    def test_on_the_cpu_the_warning_comes_first(self, monkeypatch):
         self.gpus(monkeypatch, 0)
         config = compose("+experiment=paper_table")
         chosen, notes = choose(config, self.entries(config, "+experiment=paper_table"))
@@ -399,8 +386,7 @@ class TestChoose:
         assert {num_ranks for _, num_ranks in chosen.values()} == {4}
         assert notes[:2] == comparison.CPU_WARNING
         assert "cut: data.sequence_length 10000 -> 1250" in notes
-        assert "cut: engine.train_batch_size 1024 -> 48 (pp)" in notes
-        assert "cut: engine.train_batch_size 1024 -> 16 (tp_pp, tp, ra_sp, ulysses, all_gather, dp)" in notes
+        assert "cut: engine.train_batch_size 1024 -> 48" in notes
         assert notes[-1] == "left out: hybrid: on 4 ranks the same as ulysses"
 
     def test_without_fit_nothing_is_cut_and_nothing_warns(self, monkeypatch):
