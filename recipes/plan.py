@@ -18,6 +18,7 @@ from ring_attention.blocks import BlockSpec, choose_block
 from ring_attention.choose import MESSAGE_LATENCY_MS, Candidate, Links, Workload, rank_methods
 from ring_attention.layout import Layout
 from ring_attention.mask import CAUSAL
+from ring_attention.ring import gradient_dtype
 from ring_attention.schedule import imbalance, tokens_sent, work_per_rank
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -270,7 +271,8 @@ class Plan:
             if moves:
                 keys, gradients = tokens_sent(layout, CAUSAL, ring_rank)
                 forward = keys * per_token * DTYPES[engine.dtype].itemsize
-                backward = forward + gradients * per_token * 4  # gradients travel in fp32
+                dtype = gradient_dtype(DTYPES[engine.dtype], self.degrees.ring)
+                backward = forward + gradients * per_token * dtype.itemsize
                 line += f"; sends {forward / 2**20:.2f} MiB on the ring forward, {backward / 2**20:.2f} back"
             lines.append(line)
         lines.append(f"  imbalance (lockstep stages / mean rank) {imbalance(layout):.3f}")

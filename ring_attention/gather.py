@@ -21,7 +21,8 @@ from ring_attention.exchange import P2PExchange, all_gather, reduce_scatter
 from ring_attention.kv import KeysValues
 from ring_attention.layout import Layout, Run
 from ring_attention.mask import Mask
-from ring_attention.ring import RunningAttention, add_block, attend_backward
+from ring_attention.ring import add_block, attend_backward, attend_forward
+from ring_attention.running import RunningAttention, RunningSum
 from ring_attention.schedule import BlockPair, find_pairs
 
 
@@ -86,7 +87,7 @@ class GatherFunction(torch.autograd.Function):
         whole = gathering.gathered(KeysValues(k_BSKD, v_BSKE))
         running = RunningAttention(q_BSHD, v_BSKE)
         keys = ((0, gathering.layout.padded_length),)
-        running.attend(gathering.block, gathering.scale, gathering.pairs, q_BSHD, whole, keys, is_last=True)
+        attend_forward(running, gathering.block, gathering.scale, gathering.pairs, q_BSHD, whole, keys, is_last=True)
         out_BSHE, lse_BHS = running.result()
         ctx.gathering = gathering
         ctx.save_for_backward(q_BSHD, k_BSKD, v_BSKE, out_BSHE, lse_BHS)
@@ -100,11 +101,13 @@ class GatherFunction(torch.autograd.Function):
         kv = KeysValues(k_BSKD, v_BSKE)
         whole, keys = gathering.gathered(kv), ((0, gathering.layout.padded_length),)
         state_dtype = torch.promote_types(q_BSHD.dtype, torch.float32)
-        dq_BSHD = torch.zeros_like(q_BSHD, dtype=state_dtype)
+        dq = RunningSum(q_BSHD.shape, q_BSHD.dtype)
         gradients = KeysValues(*(torch.zeros_like(part, dtype=state_dtype) for part in (whole.k_BTKD, whole.v_BTKE)))
+        sums = [RunningSum(part.shape, state_dtype, part) for part in (gradients.k_BTKD, gradients.v_BTKE)]
         saved = (grad_outputs[0].contiguous(), q_BSHD, whole, out_BSHE, lse_BHS)
-        for row, part, *block in attend_backward(gathering.block, gathering.scale, gathering.pairs, keys, *saved):
-            add_block(dq_BSHD, gradients, keys, row, part, *block)
+        blocks = attend_backward(gathering.block, gathering.scale, gathering.pairs, keys, *saved)
+        for row, part, is_last, *block in blocks:
+            add_block(dq, sums, keys, row, part, (is_last, False), *block)
             del block
         reduced = gathering.reduced(gradients, kv)
-        return dq_BSHD.to(q_BSHD.dtype), reduced.k_BTKD.to(k_BSKD.dtype), reduced.v_BTKE.to(v_BSKE.dtype), None
+        return dq.result(), reduced.k_BTKD.to(k_BSKD.dtype), reduced.v_BTKE.to(v_BSKE.dtype), None

@@ -34,9 +34,13 @@ class KeysValues:
     def shapes(self) -> tuple[torch.Size, torch.Size]:
         return self.k_BTKD.shape, self.v_BTKE.shape
 
+    def shapes_of(self, tokens: int) -> list[torch.Size]:
+        """Of k and v of `tokens` tokens of the same kind."""
+        return [torch.Size((shape[0], tokens, *shape[2:])) for shape in self.shapes]
+
     def empty(self, tokens: int, dtype: torch.dtype | None = None) -> KeysValues:
         """Room for `tokens` tokens of the same kind, as a message."""
-        shapes = [torch.Size((shape[0], tokens, *shape[2:])) for shape in self.shapes]
+        shapes = self.shapes_of(tokens)
         return self.of_message(self.k_BTKD.new_empty(sum(shape.numel() for shape in shapes), dtype=dtype), shapes)
 
     def take(self, held: Spans, wanted: Spans) -> KeysValues:
@@ -50,15 +54,6 @@ class KeysValues:
             taken.v_BTKE[:, target] = self.v_BTKE[:, source : source + stop - start]
             position += stop - start
         return taken
-
-    def add_(self, held: Spans, other: KeysValues, others: Spans) -> None:
-        """Add what `other` has for its tokens to the same tokens here, in place."""
-        position = 0
-        for start, stop in others:
-            target, source = offset(held, start), slice(position, position + stop - start)
-            self.k_BTKD[:, target : target + stop - start] += other.k_BTKD[:, source]
-            self.v_BTKE[:, target : target + stop - start] += other.v_BTKE[:, source]
-            position += stop - start
 
 
 def offset(held: Spans, token: int) -> int:

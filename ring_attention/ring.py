@@ -20,7 +20,7 @@ from ring_attention.band import Rectangle
 from ring_attention.blocks import Block
 from ring_attention.exchange import Hop, P2PExchange
 from ring_attention.kv import KeysValues, offset
-from ring_attention.merge import merge
+from ring_attention.running import RunningAttention, RunningSum
 from ring_attention.schedule import BlockPair, Spans, Stage, num_tokens
 from ring_attention.trace import labelled
 
@@ -73,7 +73,7 @@ def ring_forward(ring: Ring, q_BSHD: Tensor, kv: KeysValues) -> tuple[Tensor, Te
     for step, stage in enumerate(ring.stages):
         hop, incoming = ring.forward_keys(kv, here, step, "forward")  # flies while this block is computed
         if here is not None:
-            running.attend(ring.block, ring.scale, stage.pairs, q_BSHD, here, stage.keys, step == last)
+            attend_forward(running, ring.block, ring.scale, stage.pairs, q_BSHD, here, stage.keys, step == last)
         if hop is not None:
             hop.wait()
         here = incoming
@@ -85,12 +85,14 @@ def ring_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the local q, k, v; out and lse are the merged ones, so each block's softmax is the global one.
 
-    Every rank must call it. K,V travel again; their gradients follow one stage behind, summed in fp32 (fp64 for fp64
-    input), and go home from the last rank that used them.
+    Every rank must call it. K,V travel again; their gradients follow one stage behind, as `gradient_dtype` says, and go
+    home from the last rank that used them.
     """
-    state_dtype = torch.promote_types(q_BSHD.dtype, torch.float32)
-    dq_BSHD = torch.zeros_like(q_BSHD, dtype=state_dtype)
-    own = KeysValues(*(torch.zeros_like(part, dtype=state_dtype) for part in (kv.k_BTKD, kv.v_BTKE)))
+    travel_dtype = gradient_dtype(kv.k_BTKD.dtype, len(ring.stages))
+    dq = RunningSum(q_BSHD.shape, q_BSHD.dtype)
+    own = [RunningSum(part.shape, part.dtype) for part in (kv.k_BTKD, kv.v_BTKE)]
+    last = max((step for step, stage in enumerate(ring.stages) if stage.pairs), default=0)
+    comes_home = any(stage.home is not None for stage in ring.stages)
     homecoming: list[tuple[KeysValues, Spans]] = []
     here: KeysValues | None = kv
     gradients: KeysValues | None = None  # of the keys that are here, as summed by the ranks before
@@ -98,35 +100,40 @@ def ring_backward(
     for step, stage in enumerate(ring.stages):
         hop, incoming = ring.forward_keys(kv, here, step, "backward")
         if step == 0:
-            target, spans = own, stage.keys
+            sums, spans, ends = own, stage.keys, not comes_home
+        elif gradients is not None:  # more is added in place
+            sums = [RunningSum(part.shape, travel_dtype, part) for part in (gradients.k_BTKD, gradients.v_BTKE)]
+            spans, ends = stage.gradients, False
         else:
-            target, spans = gradients, stage.gradients
-            if stage.gradients and stage.gradients_from is None:
-                target = kv.empty(num_tokens(stage.gradients), state_dtype)
-                _message(target).zero_()
+            spans, ends = stage.gradients, False
+            sums = [RunningSum(shape, travel_dtype) for shape in kv.shapes_of(num_tokens(spans))]
         if here is not None:
-            for row, part, *block in attend_backward(
+            blocks = attend_backward(
                 ring.block, ring.scale, stage.pairs, stage.keys, dout_BSHE, q_BSHD, here, out_BSHE, lse_BHS
-            ):
+            )
+            for row, part, is_last, *block in blocks:
                 if gradient_hop is not None:  # waited for after the first block, which it overlaps
                     gradient_hop.wait()
                     gradient_hop = None
-                assert target is not None
-                add_block(dq_BSHD, target, spans, row, part, *block)
+                add_block(dq, sums, spans, row, part, (is_last and step == last, is_last and ends), *block)
                 del block
         if gradient_hop is not None:
             gradient_hop.wait()
 
-        sends, receives, gradients = [], [], None
+        sends, receives = [], []
         if stage.gradients_to is not None:
-            assert target is not None
-            sends.append((target, stage.gradients_to))
+            if gradients is None:
+                gradients = kv.empty(num_tokens(spans), travel_dtype)
+                gradients.k_BTKD.copy_(sums[0].total)
+                gradients.v_BTKE.copy_(sums[1].total)
+            sends.append((gradients, stage.gradients_to))
+        gradients = None
         following = ring.stages[step + 1] if step + 1 < len(ring.stages) else None
         if following is not None and following.gradients_from is not None:
-            gradients = kv.empty(num_tokens(following.gradients), state_dtype)
+            gradients = kv.empty(num_tokens(following.gradients), travel_dtype)
             receives.append((gradients, following.gradients_from))
         if stage.home is not None:
-            homecoming.append((kv.empty(num_tokens(stage.home.spans), state_dtype), stage.home.spans))
+            homecoming.append((kv.empty(num_tokens(stage.home.spans), travel_dtype), stage.home.spans))
             receives.append((homecoming[-1][0], stage.home.peer))
         gradient_hop = ring.post(f"backward dK,dV after stage {step}", sends, receives)
         if hop is not None:
@@ -135,74 +142,68 @@ def ring_backward(
     if gradient_hop is not None:
         gradient_hop.wait()
     with labelled("merge"):
-        for come, spans in homecoming:
-            own.add_(ring.stages[0].keys, come, spans)
-    return dq_BSHD.to(q_BSHD.dtype), own.k_BTKD.to(kv.k_BTKD.dtype), own.v_BTKE.to(kv.v_BTKE.dtype)
+        _add_homecoming(own, ring.stages[0].keys, homecoming)
+        return dq.result(), own[0].result(), own[1].result()
+
+
+def gradient_dtype(dtype: torch.dtype, num_stages: int) -> torch.dtype:
+    """What dK,dV travel in: fp32 (fp64 for fp64 input), as ranks add to them on the way; of two stages as computed."""
+    return dtype if num_stages <= 2 else torch.promote_types(dtype, torch.float32)
+
+
+def _add_homecoming(own: list[RunningSum], keys: Spans, homecoming: list[tuple[KeysValues, Spans]]) -> None:
+    for number, (come, spans) in enumerate(homecoming, 1):
+        position = 0
+        for start, stop in spans:
+            here = slice(offset(keys, start), offset(keys, start) + stop - start)
+            there = slice(position, position := position + stop - start)
+            ends = number == len(homecoming) and (start, stop) == spans[-1]
+            for total, part in zip(own, (come.k_BTKD, come.v_BTKE), strict=True):
+                total.add(slice(None), here, part[:, there], ends)
 
 
 def add_block(
-    dq_BSHD: Tensor, target: KeysValues, spans: Spans, row: slice, part: Rectangle, dq: Tensor, dk: Tensor, dv: Tensor
+    dq_sum: RunningSum,
+    sums: list[RunningSum],
+    spans: Spans,
+    row: slice,
+    part: Rectangle,
+    ends: tuple[bool, bool],
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
 ) -> None:
-    """Add one block's gradients to those of its queries and, among `spans`, of its keys and values."""
+    """Add one block's gradients to those of its queries and, among `spans`, of its keys and values.
+
+    Args:
+        ends: whether nothing more comes: to dq, to dk and dv.
+    """
     keys = slice(start := offset(spans, part.k_start), start + part.num_keys)
     with labelled("merge"):
-        dq_BSHD[row, part.q_start : part.q_stop] += dq
-        target.k_BTKD[row, keys] += dk
-        target.v_BTKE[row, keys] += dv
+        dq_sum.add(row, slice(part.q_start, part.q_stop), dq, ends[0])
+        for total, gradient in zip(sums, (dk, dv), strict=True):
+            total.add(row, keys, gradient, ends[1])
 
 
-class RunningAttention:
-    """out [B, S, H, E] and lse [B, H, S] over the keys seen so far.
-
-    The first block's result is what its kernel gave; merged ones are fp32 (fp64 for fp64 input), the last in the dtype
-    of the input. So a single block is not touched, and two are merged in one pass.
-    """
-
-    def __init__(self, q_BSHD: Tensor, v_BTKE: Tensor) -> None:
-        self._shape = torch.Size((*q_BSHD.shape[:3], v_BTKE.shape[-1]))
-        self._dtype, self._state_dtype = q_BSHD.dtype, torch.promote_types(q_BSHD.dtype, torch.float32)
-        self._out: Tensor | None = None
-        self._lse: Tensor | None = None
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        """out in the dtype of the input, lse in fp32 (fp64 for fp64 input)."""
-        assert self._out is not None, "no keys were seen"
-        assert self._lse is not None
-        return self._out.to(self._dtype), self._lse
-
-    def attend(
-        self,
-        block: Block,
-        scale: float,
-        pairs: Iterable[BlockPair],
-        q_BSHD: Tensor,
-        here: KeysValues,
-        keys: Spans,
-        is_last: bool,
-    ) -> None:
-        """Merge in the attention of `pairs`, whose keys are `here`; after the last ones nothing more comes."""
-        tiles = list(_tiles(block, pairs))
-        for number, (row, part) in enumerate(tiles, 1):
-            queries = slice(part.q_start, part.q_stop)
-            k_BTKD, v_BTKE = _keys_of(row, part, here, keys)
-            with labelled("attention block"):
-                out, lse = block.forward(q_BSHD[row, queries], k_BTKD, v_BTKE, part.lower, part.upper, scale)
-            with labelled("merge"):
-                ends = is_last and number == len(tiles)
-                self._merge(row, queries, out, lse, self._dtype if ends else self._state_dtype)
-
-    def _merge(self, row: slice, queries: slice, out: Tensor, lse: Tensor, dtype: torch.dtype) -> None:
-        if self._out is None or self._lse is None:
-            if out.shape == self._shape:
-                self._out, self._lse = out, lse
-                return
-            self._out = out.new_zeros(self._shape, dtype=self._state_dtype)
-            self._lse = lse.new_full((self._shape[0], self._shape[2], self._shape[1]), float("-inf"))
-        target = self._out
-        if target.dtype != dtype:
-            target = out.new_empty(self._shape, dtype=dtype) if out.shape == self._shape else target.to(dtype)
-        merge(target[row, queries], self._out[row, queries], self._lse[row, :, queries], out, lse)
-        self._out = target
+def attend_forward(
+    running: RunningAttention,
+    block: Block,
+    scale: float,
+    pairs: Iterable[BlockPair],
+    q_BSHD: Tensor,
+    here: KeysValues,
+    keys: Spans,
+    is_last: bool,
+) -> None:
+    """Merge in the attention of `pairs`, whose keys are `here`; after the last ones nothing more comes."""
+    tiles = list(_tiles(block, pairs))
+    for number, (row, part) in enumerate(tiles, 1):
+        queries = slice(part.q_start, part.q_stop)
+        k_BTKD, v_BTKE = _keys_of(row, part, here, keys)
+        with labelled("attention block"):
+            out, lse = block.forward(q_BSHD[row, queries], k_BTKD, v_BTKE, part.lower, part.upper, scale)
+        with labelled("merge"):
+            running.add(row, queries, out, lse, is_last and number == len(tiles))
 
 
 def attend_backward(
@@ -215,9 +216,10 @@ def attend_backward(
     here: KeysValues,
     out_BSHE: Tensor,
     lse_BHS: Tensor,
-) -> Iterable[tuple[slice, Rectangle, Tensor, Tensor, Tensor]]:
-    """(rows, rectangle, dq, dk, dv) of each block."""
-    for row, part in _tiles(block, pairs):
+) -> Iterable[tuple[slice, Rectangle, bool, Tensor, Tensor, Tensor]]:
+    """(rows, rectangle, whether it is the last, dq, dk, dv) of each block."""
+    tiles = list(_tiles(block, pairs))
+    for number, (row, part) in enumerate(tiles, 1):
         queries = slice(part.q_start, part.q_stop)
         k_BTKD, v_BTKE = _keys_of(row, part, here, keys)
         with labelled("attention block"):
@@ -232,7 +234,7 @@ def attend_backward(
                 part.upper,
                 scale,
             )
-        yield (row, part, *gradients)
+        yield (row, part, number == len(tiles), *gradients)
 
 
 def _tiles(block: Block, pairs: Iterable[BlockPair]) -> Iterable[tuple[slice, Rectangle]]:

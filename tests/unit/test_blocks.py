@@ -11,7 +11,8 @@ from ring_attention.blocks import BLOCKS, BlockSpec, choose_block, flash_attn_4
 from ring_attention.blocks.base import band_mask, is_installed
 from ring_attention.kv import KeysValues
 from ring_attention.merge import merge
-from ring_attention.ring import RunningAttention, attend_backward
+from ring_attention.ring import attend_backward, attend_forward
+from ring_attention.running import RunningAttention, RunningSum
 from ring_attention.schedule import BlockPair
 from tests.measure import Expected, assert_equal_attention, dense_attention, relative_error
 
@@ -56,10 +57,10 @@ def computed(
     assert rectangle.trimmed() == rectangle, "the test's band is not trimmed"
     pairs, keys, here = [BlockPair(None, rectangle)], ((0, k.shape[1]),), KeysValues(k, v)
     running = RunningAttention(q, v)
-    running.attend(BLOCKS[name], SCALE, pairs, q, here, keys, is_last=True)
+    attend_forward(running, BLOCKS[name], SCALE, pairs, q, here, keys, is_last=True)
     out, lse = running.result()
     gradients = [torch.zeros_like(tensor, dtype=lse.dtype) for tensor in (q, k, v)]
-    for _, part, *block in attend_backward(BLOCKS[name], SCALE, pairs, keys, dout, q, here, out, lse):
+    for _, part, _, *block in attend_backward(BLOCKS[name], SCALE, pairs, keys, dout, q, here, out, lse):
         queries, columns = slice(part.q_start, part.q_stop), slice(part.k_start, part.k_stop)
         for gradient, piece, place in zip(gradients, block, (queries, columns, columns), strict=True):
             gradient[:, place] += piece
@@ -107,6 +108,28 @@ def test_merging_survives_scores_far_apart():
     merge(out, out, lse, torch.full((1, 1, 1, 2), 3.0), torch.full((1, 1, 1), 1e4))
     assert out.tolist() == [[[[3.0, 3.0]]]]
     assert lse.tolist() == [[[1e4]]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_a_running_sum_is_rounded_once(dtype):
+    """Parts of all and of some tokens, in any order: the exact sum, rounded to the dtype."""
+    whole, half, other = (torch.randn(2, n, 3, 4, dtype=torch.float64).to(dtype) for n in (6, 3, 3))
+    everything, first, last = slice(None), slice(0, 3), slice(3, 6)
+    exact = whole.double()
+    exact[:, first] += half.double()
+    exact[:, last] += other.double()
+    exact += whole.double()
+    total = RunningSum(whole.shape, dtype)
+    total.add(everything, everything, whole.clone(), False)
+    total.add(everything, first, half, False)
+    total.add(everything, everything, whole.clone(), False)
+    total.add(everything, last, other, True)
+    assert total.result().dtype == dtype
+    assert relative_error(total.result(), exact) < (1e-15 if dtype == torch.float64 else torch.finfo(dtype).eps / 2)
+    parts = RunningSum(whole.shape, dtype)
+    parts.add(everything, last, other, False)
+    parts.add(everything, first, half, True)
+    assert torch.equal(parts.result(), torch.cat((half, other), 1))
 
 
 @pytest.fixture
