@@ -115,7 +115,7 @@ def test_a_running_sum_is_rounded_once(dtype):
     """Parts of all and of some tokens, in any order: the exact sum, rounded to the dtype."""
     whole, half, other = (torch.randn(2, n, 3, 4, dtype=torch.float64).to(dtype) for n in (6, 3, 3))
     everything, first, last = slice(None), slice(0, 3), slice(3, 6)
-    exact = whole.double()
+    exact = whole.double().clone()
     exact[:, first] += half.double()
     exact[:, last] += other.double()
     exact += whole.double()
