@@ -52,20 +52,51 @@ def parity_table(name: str) -> str:
 
 
 def methods_table(name: str) -> str:
-    """The other methods: worst over ZeRO stages, and accumulation 1 at L = 29 and 2 at L = 32."""
+    """The other methods: worst over ZeRO stages, data degrees, models, accumulation and lengths."""
     cells = [cell for cell in json.loads((RESULTS / name).read_text())["cells"] if cell["method"] != "ring"]
-    lines = [
-        "| method | ring x ulysses | fp32, worst relative error | bf16, worst ratio | cells, failed |",
-        "|---" * 5 + "|",
-    ]
-    grids = dict.fromkeys((cell["method"], cell["ring_degree"], cell["ulysses_degree"]) for cell in cells)
-    for method, ring, ulysses in grids:
-        here = [c for c in cells if (c["method"], c["ring_degree"], c["ulysses_degree"]) == (method, ring, ulysses)]
+    kinds = ("ring", "ulysses", "tensor", "pipeline")
+    lines = ["| method | grid | fp32, worst relative error | bf16, worst ratio | cells, failed |", "|---" * 5 + "|"]
+
+    def grid(cell: dict) -> tuple[str, str]:
+        degrees = [f"{cell[f'{kind}_degree']} {kind}" for kind in kinds if cell.get(f"{kind}_degree", 1) > 1]
+        degrees += [] if cell.get("sequence_sharded_norms", True) else ["whole norms"]
+        return cell["method"], " x ".join(degrees) or "whole sequences"
+
+    for method, degrees in dict.fromkeys(grid(cell) for cell in cells):
+        here = [cell for cell in cells if grid(cell) == (method, degrees)]
         keys = ("loss", "grad_norm", "gradient", "parameter")
         fp32 = max(cell[key] for cell in here if cell["dtype"] == "fp32" for key in keys)
-        bf16 = max(cell["half_ratio"] for cell in here if cell["dtype"] == "bf16")
+        bf16 = max((f"{cell['half_ratio']:.2f}" for cell in here if cell["dtype"] == "bf16"), default="not run")
         failed = sum(not cell["passes"] for cell in here)
-        lines.append(f"| {method} | {ring} x {ulysses} | {fp32:.1e} | {bf16:.2f} | {len(here)}, {failed} |")
+        lines.append(f"| {method} | {degrees} | {fp32:.1e} | {bf16} | {len(here)}, {failed} |")
+    return "\n".join(lines)
+
+
+def comparison_table(name: str) -> str:
+    """What recipe=compare measured, and where its time went."""
+    comparison = json.loads((RESULTS / name).read_text())
+    baseline = comparison["baseline"]
+    lines = [
+        f"| method | grid | micro-batch | TPS, median (min - max) | TPS per GPU | TPOT ms | vs {baseline} "
+        "| TFLOP/s per GPU | MFU | peak GiB | exposed ms of step ms |",
+        "|---" * 11 + "|",
+    ]
+    rows = [row for row in comparison["rows"] if "error" not in row]
+    for row in rows:
+        exposed = row["exposed_communication_ms"]
+        lines.append(
+            f"| {row['entry']} | {row['grid']} | {row['micro_batch_size']} | {row['tokens_per_s']:,.0f} "
+            f"({row['tokens_per_s_min']:,.0f} - {row['tokens_per_s_max']:,.0f}) | {row['tokens_per_s_per_rank']:,.0f} "
+            f"| {row['tpot_ms']:.4f} | {row['change_pct']:+.1f} % | {row['model_tflops_per_rank']:.0f} "
+            f"| {row['mfu_pct']:.1f} % | {row['peak_memory_gib']:.1f} "
+            f"| {'n/a' if exposed is None else f'{exposed:.0f}'} of {row['step_time_ms']:,.0f} |"
+        )
+    if parts := list(rows[0]["shares_pct"]):
+        lines += ["", "| time of a step, % | " + " | ".join(parts) + " |", "|---" * (1 + len(parts)) + "|"]
+        lines += [
+            f"| {row['entry']} | " + " | ".join(f"{row['shares_pct'][part]:.1f}" for part in parts) + " |"
+            for row in rows
+        ]
     return "\n".join(lines)
 
 
@@ -168,6 +199,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "precision cpu": lambda: precision_table("precision_cpu.json"),
     "precision gpu": lambda: precision_table("precision_H200.json"),
     "fuzz": fuzz_table,
+    "paper 10k forward": lambda: comparison_table("paper_10k_forward_2xH200.json"),
+    "paper 10k pretrain": lambda: comparison_table("paper_10k_pretrain_2xH200.json"),
     "llama 1b": lambda: throughput_table(
         {"L = 32,768": "llama_1b_32768_2xH200.jsonl", "L = 65,536": "llama_1b_65536_2xH200.jsonl"}
     ),

@@ -1,7 +1,7 @@
 """What the model computes for each token beside matrix products: norms, rotary positions, SwiGLU, the loss.
 
 Below `transformer`. On a GPU each takes the fastest of plain PyTorch, torch.compile of that and Liger (the package
-liger-kernel, where it is installed), as docs/performance.md has them measured; everywhere else plain PyTorch, which is
+liger-kernel, where it is installed), as measured (docs/lab_notebook.md); everywhere else plain PyTorch, which is
 what the tests hold the others against:
 
     norms           plain PyTorch
