@@ -306,6 +306,10 @@ class Config:
         _at_least("num_steps", self.num_steps, 1)
         if self.recipe == "compare" and not self.compare.entries:
             raise ConfigError("recipe=compare has nothing to compare: type recipe=compare +experiment=paper_table")
+        if self.recipe == "compare" and self.profile:
+            raise ConfigError(
+                "profile=true is for single runs: leave it out, or type recipe=pretrain or recipe=forward"
+            )
         if self.profile and self.num_steps < 4:
             raise ConfigError(f"profile=true records steps 3 and 4, but num_steps={self.num_steps}: use num_steps=4")
         for name in ("ring_degree", "ulysses_degree"):

@@ -14,9 +14,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import hashlib
 import json
 import os
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -81,8 +83,19 @@ def _of(results: list[dict[str, Any]], entry: str, number: int, size: int | None
     return [
         row
         for row in results
-        if row["entry"] == entry and row["round"] == number and size in (None, row["micro_batch_size"])
+        if row["entry"] == entry
+        and row["round"] == number
+        and size in (None, row["micro_batch_size"])
+        and "parts" not in row
     ]
+
+
+def settings_of(entry: Config) -> str:
+    """A fingerprint of what an entry runs, kept with its results: no other configuration may take them for its own."""
+    settings = dataclasses.asdict(entry)
+    for name in ("launch", "logging", "compare", "explain", "breakdown", "profile", "num_steps"):
+        del settings[name]
+    return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -103,26 +116,38 @@ class Turns:
         import deepspeed.comm as dist
 
         groups: dict[tuple[int, int], Any] = {}
+        is_first = dist.get_rank() == 0
         while True:
-            turns = [next_turn(self.sizes, self.config.compare.rounds, read_results(run_dir))]
+            turns = [next_turn(self.sizes, self.config.compare.rounds, read_results(run_dir)) if is_first else None]
             dist.broadcast_object_list(turns, src=0)
             turn = turns[0]
             if turn is None:
                 return float("nan")
-            if dist.get_rank() == 0:
-                (run_dir / TURN_FILE).write_text(json.dumps(dataclasses.asdict(turn)))
+            head = {**dataclasses.asdict(turn), "settings": settings_of(self.entries[turn.entry])}
+
+            def keep(result: dict[str, Any], head: dict[str, Any] = head) -> None:
+                if is_first:
+                    append_result(run_dir, {**head, **result})
+
+            if is_first:
+                (run_dir / TURN_FILE).write_text(json.dumps(head))
             config = copy.deepcopy(self.entries[turn.entry])
             config.engine.micro_batch_size = turn.micro_batch_size
-            plan = launch.shared_plan(config)
-            with out_of_memory_explained(plan, run_dir, compares=True):
-                row = {**dataclasses.asdict(turn), **self._measure(turn, plan, groups)}
-            if dist.get_rank() == 0:
-                append_result(run_dir, row)
+            try:
+                plan = launch.shared_plan(config)
+            except ConfigError as error:  # of all ranks alike
+                keep({"error": str(error)})
+            else:
+                with out_of_memory_explained(plan, run_dir, compares=True):
+                    self._measure(turn, plan, groups, keep)
+            if is_first:
                 (run_dir / TURN_FILE).unlink()
+                row = next(row for row in reversed(read_results(run_dir)) if "parts" not in row)
                 print(comparison.turn_line(row, self.config.compare.rounds), file=console, flush=True)
-            dist.barrier()  # none may read the results before they are written
 
-    def _measure(self, turn: Turn, plan: Plan, groups: dict[tuple[int, int], Any]) -> dict[str, Any]:
+    def _measure(
+        self, turn: Turn, plan: Plan, groups: dict[tuple[int, int], Any], keep: Callable[[dict[str, Any]], None]
+    ) -> None:
         from recipes import metrics
         from recipes.build import build_engine, build_sharder
         from recipes.parts import measure_parts
@@ -133,12 +158,11 @@ class Turns:
         degrees = (plan.degrees.data, plan.degrees.sequence)
         if config.parallelism.method == "sequence" and degrees not in groups:
             groups[degrees] = ParallelGroups(*degrees)
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
         engine = build_engine(plan, groups.get(degrees), forward_only=not plan.trains)
+        metrics.restart_peak_memory()  # building took more: weights are made in fp32
         corpus = Corpus(open_documents(config.data), config.data.sequence_length, config.data.validation_sequences)
         steps = build_sharder(plan, engine).steps(corpus.training(cursor=0), plan.accumulation_steps)
-        clock, losses, times_s = metrics.StepClock(), [], []
+        clock, losses = metrics.StepClock(), []
         for step in range(1 + (compare.steps_per_round if turn.round else 1)):
             micro_batches = next(steps)
             losses.append(engine.train_step(micro_batches).loss if plan.trains else engine.mean_loss(micro_batches))
@@ -147,26 +171,29 @@ class Turns:
                 clock.take()  # warms up: kernels are chosen and compiled, and communicators connect
                 clock.restart()
         times_s = clock.take()
-        row = {
+        peak_gib = engine.max_over_ranks(metrics.peak_memory_gib())
+        result = {
             "step_times_s": times_s,
             **plan.throughput(statistics.median(times_s)).numbers,
+            "tokens_per_step": plan.tokens_per_step,
+            "sequence_length": plan.config.data.sequence_length,
             # on the CPU, of the process: entries share it
-            "peak_memory_gib": engine.max_over_ranks(metrics.peak_memory_gib()) if torch.cuda.is_available() else None,
-            "losses": [loss.item() for loss in losses],
+            "peak_memory_gib": peak_gib if torch.cuda.is_available() else None,
+            "losses": [loss.item() if loss.isfinite() else None for loss in losses],  # JSON has no nan
             "sequences_per_step": plan.sequences_per_step,
             "degrees": plan.degrees._asdict(),
             "block": plan.block_choice()[0],
             "device": plan.device_name,
             "num_ranks": plan.num_ranks,
         }
+        keep(result)
         if self.config.breakdown and turn.round == compare.rounds:
-            row |= measure_parts(plan, engine, lambda: next(steps)).metrics
+            keep({"parts": measure_parts(plan, engine, lambda: next(steps)).metrics})
         engine.close()
         del engine
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return row
 
 
 def read_results(run_dir: Path) -> list[dict[str, Any]]:
@@ -203,40 +230,58 @@ def compare(config: Config, entries: dict[str, Config], run_dir: Path) -> None:
         return
     for entry, _ in chosen.values():
         launch.check_corpus(entry)
+    for row in read_results(run_dir):
+        if row["entry"] in chosen and row["settings"] != settings_of(chosen[row["entry"]][0]):
+            raise ConfigError(
+                f"{run_dir} has results of {row['entry']} with another configuration: use another hydra.run.dir"
+            )
+    if is_first:
+        _note_failure(run_dir, "its ranks ended, and those of a launcher cannot be started again from here: see logs")
+    failure: RunFailed | None = None
     for num_ranks in dict.fromkeys(ranks for _, ranks in chosen.values()):
         own = {name: entry for name, (entry, ranks) in chosen.items() if ranks == num_ranks}
-        turns = Turns(config, own, {name: _sizes(config, entry, num_ranks) for name, entry in own.items()})
+        turns = Turns(config, own, {name: _sizes(entry, num_ranks) for name, entry in own.items()})
         if started:
             launch.start(turns, num_ranks, run_dir)
         else:
-            _take_turns(turns, num_ranks, run_dir)
-    if is_first:
-        comparison.report(
-            config, {name: entry for name, (entry, _) in chosen.items()}, notes, read_results(run_dir), run_dir
-        )
+            failure = _take_turns(turns, num_ranks, run_dir) or failure
+    if is_first and read_results(run_dir):
+        shown = {name: entry for name, (entry, _) in chosen.items()}
+        comparison.report(config, shown, notes, read_results(run_dir), run_dir)
+    if failure is not None:
+        raise failure
 
 
-def _take_turns(turns: Turns, num_ranks: int, run_dir: Path) -> None:
-    """Start ranks again where a turn has ended them, until none is left."""
-    turn_file = run_dir / TURN_FILE
-    while next_turn(turns.sizes, turns.config.compare.rounds, read_results(run_dir)) is not None:
-        turn_file.unlink(missing_ok=True)
+def _take_turns(turns: Turns, num_ranks: int, run_dir: Path) -> RunFailed | None:
+    """Start ranks again where a turn has ended them, until none is left; the failure, if they end without a turn."""
+    while next_turn(turns.sizes, turns.config.compare.rounds, results := read_results(run_dir)) is not None:
         try:
             launch.start(turns, num_ranks, run_dir)
         except RunFailed as error:
-            if not turn_file.exists():
-                raise
-            row = {**json.loads(turn_file.read_text()), "error": str(error)}
-            append_result(run_dir, row)
-            print(comparison.turn_line(row, turns.config.compare.rounds), flush=True)
-    turn_file.unlink(missing_ok=True)
+            row = _note_failure(run_dir, str(error))
+            if row is not None:
+                print(comparison.turn_line(row, turns.config.compare.rounds), flush=True)
+            elif len(read_results(run_dir)) == len(results):
+                return error
+    return None
 
 
-def _sizes(config: Config, entry: Config, num_ranks: int) -> list[int]:
+def _note_failure(run_dir: Path, error: str) -> dict[str, Any] | None:
+    """Make a row of the turn that was under way, if there is one."""
+    turn_file = run_dir / TURN_FILE
+    if not turn_file.exists():
+        return None
+    row = {**json.loads(turn_file.read_text()), "error": error}
+    append_result(run_dir, row)
+    turn_file.unlink()
+    return row
+
+
+def _sizes(entry: Config, num_ranks: int) -> list[int]:
     """The micro-batch sizes that divide the entry's batch."""
     data_degree = resolve_degrees(entry, num_ranks).data
     batch = entry.engine.train_batch_size
-    sizes = sorted(set(config.compare.micro_batch_sizes))
+    sizes = sorted(set(entry.compare.micro_batch_sizes))
     return [size for size in sizes if batch is None or batch % (data_degree * size) == 0] or [1]
 
 
@@ -250,13 +295,14 @@ def choose(config: Config, entries: dict[str, Config]) -> tuple[dict[str, tuple[
     available = int(os.environ["WORLD_SIZE"]) if ranks_are_started() else torch.cuda.device_count()
     fitting: dict[str, tuple[Config, int, Degrees]] = {}
     seen: dict[str, str] = {}
-    notes, left_out, cuts = [], [], {}
+    notes, left_out = ([] if on_gpu else list(comparison.CPU_WARNING)), []
+    longest = max(entry.data.sequence_length for entry in entries.values())
     for name, composed in entries.items():
         entry = copy.deepcopy(composed)
         if config.compare.fit:
             entry.engine.train_batch_size = None  # comes below
             if not on_gpu:
-                fit.cut_to_cpu(entry)
+                fit.cut_to_cpu(entry, longest)
         wanted = entry.launch.num_ranks
         if wanted is not None and available and wanted != available and (wanted > available or ranks_are_started()):
             left_out.append(f"{name}: launch.num_ranks={wanted}, but there are {available}")
@@ -273,23 +319,24 @@ def choose(config: Config, entries: dict[str, Config]) -> tuple[dict[str, tuple[
             continue
         seen[same] = name
         fitting[name] = entry, num_ranks, degrees
-    if config.compare.fit:
-        for name, (entry, num_ranks, _) in fitting.items():
-            alike = [
-                (other, degrees)
-                for other, ranks, degrees in fitting.values()
-                if (ranks, other.data.sequence_length) == (num_ranks, entry.data.sequence_length)
-            ]
+    for name, (entry, num_ranks, _) in fitting.items():
+        alike = [
+            (other, degrees)
+            for other, ranks, degrees in fitting.values()
+            if (ranks, other.data.sequence_length) == (num_ranks, entry.data.sequence_length)
+        ]
+        if config.compare.fit:
             entry.engine.train_batch_size = fit.common_batch(alike, entries[name].engine.train_batch_size, on_gpu)
-        cuts = {name: fit.changes(entries[name], entry) for name, (entry, _, _) in fitting.items()}
+        elif entry.engine.train_batch_size is None:
+            entry.engine.train_batch_size = fit.least_batch(alike, on_gpu) * entry.engine.gradient_accumulation_steps
+            entry.engine.gradient_accumulation_steps = 1
+    cuts = {name: fit.changes(entries[name], entry) for name, (entry, _, _) in fitting.items()}
     chosen = {name: (entry, num_ranks) for name, (entry, num_ranks, _) in fitting.items()}
     if not chosen:
         raise ConfigError("none of the entries fits:\n" + "\n".join(left_out))
-    if config.compare.fit and not on_gpu:
-        notes += comparison.CPU_WARNING
     for cut in dict.fromkeys(line for lines in cuts.values() for line in lines):
         of = [name for name, lines in cuts.items() if cut in lines]
-        notes.append(f"cut: {cut}" + ("" if len(of) == len(cuts) else f" ({', '.join(of)})"))
+        notes.append(f"changed: {cut}" + ("" if len(of) == len(cuts) else f" ({', '.join(of)})"))
     notes += [f"left out: {line}" for line in left_out]
     return chosen, notes
 

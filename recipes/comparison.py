@@ -44,17 +44,18 @@ def summarize(results: list[dict[str, Any]], entries: list[str], baseline: str) 
     rows = []
     for entry in entries:
         own = [row for row in results if row["entry"] == entry]
-        rounds = [row for row in own if row["round"] and "error" not in row]
+        rounds = [row for row in own if row["round"] and "step_times_s" in row]
         errors = [row["error"] for row in own if "error" in row]
         if not rounds:
             if errors:
                 rows.append({"entry": entry, "error": errors[-1]})
             continue
         last = rounds[-1]
-        scale = last["tokens_per_s"] * statistics.median(last["step_times_s"])  # tokens per step
-        speeds = sorted(scale / seconds for row in rounds for seconds in row["step_times_s"])
+        tokens = last["tokens_per_step"]
+        speeds = sorted(tokens / seconds for row in rounds for seconds in row["step_times_s"])
         tokens_per_s = statistics.median(speeds)
-        per_token = last["tpot_ms"] * last["tokens_per_s"]
+        faster = tokens_per_s / last["tokens_per_s"]  # than the last round, whose operations per second are known
+        parts = next((row["parts"] for row in reversed(own) if "parts" in row), {})
         rows.append(
             {
                 "entry": entry,
@@ -62,17 +63,18 @@ def summarize(results: list[dict[str, Any]], entries: list[str], baseline: str) 
                 "num_ranks": last["num_ranks"],
                 "micro_batch_size": last["micro_batch_size"],
                 "sequences_per_step": last["sequences_per_step"],
+                "sequence_length": last["sequence_length"],
                 "tokens_per_s": tokens_per_s,
                 "tokens_per_s_min": speeds[0],
                 "tokens_per_s_max": speeds[-1],
                 "tokens_per_s_per_rank": tokens_per_s / last["num_ranks"],
-                "tpot_ms": per_token / tokens_per_s,
-                "model_tflops_per_rank": last["model_tflops_per_rank"] * tokens_per_s / last["tokens_per_s"],
-                "mfu_pct": last["mfu_pct"] and last["mfu_pct"] * tokens_per_s / last["tokens_per_s"],
+                "tpot_ms": 1e3 * tokens / tokens_per_s / last["sequence_length"],
+                "model_tflops_per_rank": last["model_tflops_per_rank"] * faster,
+                "mfu_pct": last["mfu_pct"] and last["mfu_pct"] * faster,
                 "peak_memory_gib": last["peak_memory_gib"] and max(row["peak_memory_gib"] for row in rounds),
-                "exposed_communication_ms": last.get("parts/exposed_communication_ms"),
-                "step_time_ms": 1e3 * scale / tokens_per_s,
-                "shares_pct": {part: last[f"parts/{part}_pct"] for part in PARTS if f"parts/{part}_pct" in last},
+                "exposed_communication_ms": parts.get("parts/exposed_communication_ms"),
+                "step_time_ms": 1e3 * tokens / tokens_per_s,
+                "shares_pct": {part: parts[f"parts/{part}_pct"] for part in PARTS if f"parts/{part}_pct" in parts},
                 "first_loss": last["losses"][0],
                 "num_steps": len(speeds),
                 "block": last["block"],
@@ -111,7 +113,7 @@ def table(rows: list[dict[str, Any]], baseline: str) -> list[str]:
                 _or_na(row["peak_memory_gib"], "{:.1f}"),
                 _or_na(row["exposed_communication_ms"], "{:.2f}"),
                 f"{row['step_time_ms']:.1f}",
-                f"{row['first_loss']:.4f}",
+                _or_na(row["first_loss"], "{:.4f}"),
             ]
         )
     widths = [max(len(line[n]) for line in cells if len(line) == len(header)) for n in range(len(header))]
@@ -141,18 +143,30 @@ def report(
     config: Config, entries: dict[str, Config], notes: list[str], results: list[dict[str, Any]], run_dir: Path
 ) -> None:
     """Print the table, write RUN_DIR/comparison.{json,png,svg}, log to wandb."""
-    baseline = config.compare.baseline or next(iter(entries))
+    baseline = config.compare.baseline if config.compare.baseline in entries else next(iter(entries))
     rows = summarize(results, list(entries), baseline)
     print("", *table(rows, baseline), "", *shares_table(rows), sep="\n")
     for row in rows:
         if row.get("errors") and "error" not in row:
             print(f"{row['entry']}: some turns failed, the last with: {_cause(row['errors'][-1])}")
-    print("\nTPS: tokens per second of all ranks; TPOT: step time / sequence length, as the paper has it", flush=True)
+    kernels = {
+        row["block"]: [other["entry"] for other in rows if other.get("block") == row["block"]]
+        for row in rows
+        if "block" in row
+    }
+    print(
+        "",
+        "TPS: tokens per second of all ranks; TPOT: step time / sequence length, as the paper has it; micro: sequences",
+        "per micro-batch; exposed: where ranks share sequences, what a step takes longer than one in which attention's",
+        "messages move nothing, else, as exchange above, the time when communication runs and nothing else does",
+        *(f"block kernel {block}: {', '.join(names)}" for block, names in kernels.items()),
+        sep="\n",
+        flush=True,
+    )
     first = next(iter(entries.values()))
     whole = {
         "recipe": config.compare.recipe,
         "model": first.model.name,
-        "sequence_length": first.data.sequence_length,
         "baseline": baseline,
         "notes": notes,
         "rows": rows,

@@ -11,6 +11,7 @@ from recipes import metrics
 from recipes.build import build_engine, build_sharder
 from recipes.parts import measure_parts
 from recipes.plan import Plan
+from recipes.profiling import profiler
 from recipes.report import Reporter
 
 
@@ -24,37 +25,40 @@ def forward(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
     if reporter:
         reporter.say(*plan.banner(run_dir), "", "building the model ...")
     engine = build_engine(plan, forward_only=True)
+    metrics.restart_peak_memory()  # building took more: weights are made in fp32
     corpus = Corpus(open_documents(config.data), config.data.sequence_length, config.data.validation_sequences)
     steps = build_sharder(plan, engine).steps(corpus.training(cursor=0), plan.accumulation_steps)
 
     clock = metrics.StepClock()
     step_times_s: list[float] = []
-    for step in range(1, config.num_steps + 1):
-        loss = engine.mean_loss(next(steps))
-        clock.tick()
+    with profiler(config, run_dir) as profiler_step:
+        for step in range(1, config.num_steps + 1):
+            loss = engine.mean_loss(next(steps))
+            clock.tick()
+            profiler_step()
+            if reporter:
+                reporter.advance()
+            if step == 1 or step == config.num_steps or step % config.logging.every_n_steps == 0:
+                recent_s = clock.take()
+                step_times_s += recent_s
+                throughput = plan.throughput(statistics.median(recent_s))
+                values = {
+                    "forward/loss": loss.item(),
+                    **metrics.speed("forward", throughput, recent_s, config.num_steps - step),
+                    "forward/peak_memory_gib": engine.max_over_ranks(metrics.peak_memory_gib()),
+                }
+                if reporter:
+                    reporter.say(reporter.step_line(step, values))
+                if reporter:
+                    reporter.log(step, values)
+                clock.restart()
+    if config.breakdown:
         if reporter:
-            reporter.advance()
-        if step == 1 or step == config.num_steps or step % config.logging.every_n_steps == 0:
-            recent_s = clock.take()
-            step_times_s += recent_s
-            throughput = plan.throughput(statistics.median(recent_s))
-            values = {
-                "forward/loss": loss.item(),
-                **metrics.speed("forward", throughput, recent_s, config.num_steps - step),
-                "forward/peak_memory_gib": engine.max_over_ranks(metrics.peak_memory_gib()),
-            }
-            if reporter:
-                reporter.say(reporter.step_line(step, values))
-            if step == config.num_steps and config.breakdown:
-                if reporter:
-                    reporter.say("measuring where the time of a step goes ...")
-                parts = measure_parts(plan, engine, lambda: next(steps))
-                values |= parts.metrics
-                if reporter:
-                    reporter.say(str(parts))
-            if reporter:
-                reporter.log(step, values)
-            clock.restart()
+            reporter.say("measuring where the time of a step goes ...")
+        parts = measure_parts(plan, engine, lambda: next(steps))
+        if reporter:
+            reporter.say(str(parts))
+            reporter.conclude(parts.metrics)
 
     throughput = plan.throughput(statistics.median(step_times_s[1:] or step_times_s))  # the first step warms up
     if reporter:

@@ -324,6 +324,7 @@ def _run_rank(task: Task, run_dir: Path, init_method: str | None) -> float:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_local_ranks))
     if task.config.engine.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS is deterministic only with a workspace of its own
+        torch.use_deterministic_algorithms(True)
 
     import deepspeed.comm as dist
 

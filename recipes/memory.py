@@ -146,11 +146,15 @@ def _remedies(config: Config, degrees: Degrees, memory_bytes: int, host_ranks: i
             break
     else:
         lines = []
-    for num_layers in range(config.model.num_layers - 1, degrees.pipeline - 1, -1):
-        smaller = changed(config, **{"model.num_layers": num_layers})
-        if (needed := state_bytes(smaller, degrees).needed) <= memory_bytes:
-            other = "or" if lines else "use"
-            return [*lines, f"  {other} a smaller model, such as model.num_layers={num_layers}: {gib(needed)} GiB"]
+    fewer, more = degrees.pipeline, config.model.num_layers  # layers that might fit, and that do not
+    if state_bytes(changed(config, **{"model.num_layers": fewer}), degrees).needed <= memory_bytes:
+        while more - fewer > 1:
+            middle = (fewer + more) // 2
+            fits = state_bytes(changed(config, **{"model.num_layers": middle}), degrees).needed <= memory_bytes
+            fewer, more = (middle, more) if fits else (fewer, middle)
+        needed = state_bytes(changed(config, **{"model.num_layers": fewer}), degrees).needed
+        other = "or" if lines else "use"
+        return [*lines, f"  {other} a smaller model, such as model.num_layers={fewer}: {gib(needed)} GiB"]
     return lines
 
 

@@ -21,8 +21,8 @@ from recipes.plan import Plan
 from recipes.transformer import TokenBatch
 from ring_attention.trace import labelled
 
-FORWARD_MICRO_BATCHES = 4  # at most, and of each pipeline stage: a whole batch may take a minute and a million kernels
-REPETITIONS = 3
+FORWARD_MICRO_BATCHES = 4  # at most, where more are more of the same: a whole batch may take a minute
+REPETITIONS = 2
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ def measure_parts(plan: Plan, engine: Engine, fetch: Callable[[], Sequence[Token
     """
 
     whole = plan.accumulation_steps
-    taken = whole if plan.trains else min(whole, FORWARD_MICRO_BATCHES * plan.degrees.pipeline)
+    # a training step ends with an update, a pipeline's with a bubble
+    taken = whole if plan.trains or plan.degrees.pipeline > 1 else min(whole, FORWARD_MICRO_BATCHES)
 
     def batch() -> Sequence[TokenBatch]:
         with labelled("data"):
@@ -71,7 +72,14 @@ def measure_parts(plan: Plan, engine: Engine, fetch: Callable[[], Sequence[Token
         else:
             engine.mean_loss(batch())
 
-    profiled = step_breakdown(step)
+    with torch.autograd.set_detect_anomaly(False):  # garbage may be NaN
+        return _measured(plan, engine, batch, step, whole / taken)
+
+
+def _measured(
+    plan: Plan, engine: Engine, batch: Callable[[], Sequence[TokenBatch]], step: Callable[[], None], scale: float
+) -> Parts:
+    profiled = step_breakdown(step, num_steps=1)
     exposed_s = profiled.exposed_communication_s
     if plan.degrees.sequence > 1:
         assert isinstance(engine, TrainingEngine)
@@ -81,7 +89,7 @@ def measure_parts(plan: Plan, engine: Engine, fetch: Callable[[], Sequence[Token
                 with attention_communication_off() if silent else contextlib.nullcontext():
                     times_s[silent].append(engine.max_over_ranks(_passes_s(plan, engine, batch())))
         exposed_s = max(0.0, statistics.median(times_s[False][1:]) - statistics.median(times_s[True][1:]))
-    return Parts(profiled.shares, 1e3 * engine.max_over_ranks(exposed_s) * whole / taken)
+    return Parts(profiled.shares, 1e3 * engine.max_over_ranks(exposed_s) * scale)
 
 
 def _passes_s(plan: Plan, engine: TrainingEngine, micro_batches: Sequence[TokenBatch]) -> float:

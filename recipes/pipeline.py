@@ -184,6 +184,7 @@ class PipelinedEngine:
             dist.destroy_process_group(group)
 
     def _run(self, micro_batches: Sequence[TokenBatch], run: Any) -> Tensor:
+        self.deepspeed.reset_activation_shape()  # validation brings other micro-batches than training
         num_valid = torch.stack([batch.num_valid() for batch in micro_batches]).sum().to(self.device)
         dist.all_reduce(num_valid)
         # every stage has counted its tokens, and without sequence-sharded norms every tensor rank all of them

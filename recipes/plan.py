@@ -160,7 +160,7 @@ class Plan:
             self.tokens_per_step,
             self.config.data.sequence_length,
             self.num_ranks,
-            (3 if self.trains else 1) * self.forward_flops,
+            self.flops,
             peak_tflops(self.device_name, self.config.engine.dtype),
         )
 
@@ -173,11 +173,15 @@ class Plan:
             f"{degree} {name}" for name, degree in self.degrees._asdict().items() if name in shown or degree > 1
         )
         alone = "; one rank holds whole sequences" if self.degrees.sequence == self.degrees.tensor == 1 else ""
-        attention = f"{self.method}, layout {config.attention.layout}"
+        attention = f"{self.method}, layout {config.attention.layout}" if self.degrees.sequence > 1 else "local"
         attention += " (chosen by arithmetic: explain=true shows it)" if self.candidates else ""
         if self.degrees.sequence > 1:
             transport = f", transport {config.attention.transport}" if self.method in ("ring", "hybrid") else ","
             attention += f"{transport} over {'NCCL' if self.device_type == 'cuda' else 'gloo'}"
+        passes = "forward and backward" if self.trains else "forward"
+        state = f"ZeRO stage {config.engine.zero_stage}"
+        if not self.trains and config.engine.zero_stage < 3:
+            state = "whole weights, no optimizer"
         rows = [
             ("ranks", f"{grid}, on {self.device_name}{alone}"),
             (
@@ -191,13 +195,18 @@ class Plan:
                 f"{model.name}: {num_parameters(model) / 1e6:,.2f} M parameters, {model.num_layers} layers, "
                 f"{model.num_heads} heads x {model.head_dim}, {model.num_kv_heads} kv heads",
             ),
-            ("FLOPs per token", f"{3 * self.forward_flops / 1e6:,.1f} M forward and backward, causal counted once"),
+            ("FLOPs per token", f"{self.flops / 1e6:,.1f} M {passes}, causal counted once"),
             ("attention", attention),
             ("block kernel", f"{block} ({reason})"),
-            ("engine", f"ZeRO stage {config.engine.zero_stage}, {config.engine.dtype}"),
+            ("engine", f"{state}, {config.engine.dtype}"),
             ("run dir", str(run_dir)),
         ]
         return [f"{name:>16}  {value}" for name, value in rows]
+
+    @property
+    def flops(self) -> float:
+        """Per token of a step: training is three forward passes' operations."""
+        return (3 if self.trains else 1) * self.forward_flops
 
     @property
     def forward_flops(self) -> float:
@@ -224,7 +233,8 @@ class Plan:
                 f"{MESSAGE_LATENCY_MS} ms per message; the fastest is taken",
                 *(f"  {candidate}" for candidate in self.candidates),
             ]
-        lines += ["", *self._work_lines()]
+        if self.degrees.sequence > 1:
+            lines += ["", *self._work_lines()]
         parameters = num_parameters(config.model)
         lines += ["", f"parameters: {parameters:,}"]
         lines.append(f"FLOPs per token, forward: {self.forward_flops:,.0f}; backward is twice that")

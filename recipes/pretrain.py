@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import statistics
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import deepspeed.comm as dist
 import torch
 
-from conf.schema import Config
 from data.pack import Corpus
 from data.source import open_documents
 from recipes import metrics
 from recipes.build import build_engine, build_sharder
 from recipes.parts import measure_parts
 from recipes.plan import Plan
+from recipes.profiling import profiler
 from recipes.report import Reporter
 
 
@@ -27,8 +24,6 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
         reporter: rank 0's; None on all others.
     """
     config = plan.config
-    if config.engine.deterministic:
-        torch.use_deterministic_algorithms(True)
     torch.autograd.set_detect_anomaly(config.engine.detect_anomaly)
     if reporter:
         reporter.say(*plan.banner(run_dir), "", "building the model and the engine ...")
@@ -42,7 +37,7 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
     losses: list[float] = []  # of the logged steps
     step_times_s: list[float] = []
     validation_loss = float("nan")
-    with _profiler(config, run_dir, dist.get_rank()) as profiler_step:
+    with profiler(config, run_dir) as profiler_step:
         for step in range(1, config.num_steps + 1):
             micro_batches = first_batch if step == 1 or config.data.overfit_one_batch else next(steps)
             learning_rate = engine.learning_rate
@@ -77,17 +72,17 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
                 values["validation/loss"] = validation_loss
                 if reporter:
                     reporter.say(f"step {step}: validation loss {validation_loss:.4f}")
-            if is_last and config.breakdown:
-                if reporter:
-                    reporter.say("measuring where the time of a step goes ...")
-                parts = measure_parts(plan, engine, lambda: next(steps))
-                values |= parts.metrics
-                if reporter:
-                    reporter.say(str(parts))
             if values:
                 if reporter:
                     reporter.log(step, values)
                 clock.restart()
+            if is_last and config.breakdown:
+                if reporter:
+                    reporter.say("measuring where the time of a step goes ...")
+                parts = measure_parts(plan, engine, lambda: next(steps))
+                if reporter:
+                    reporter.say(str(parts))
+                    reporter.conclude(parts.metrics)
 
     if reporter:
         # the first step warms up
@@ -104,18 +99,3 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
 def _is_multiple(step: int, interval: int) -> bool:
     """Whether something due every `interval` steps is due; 0 is never."""
     return interval > 0 and step % interval == 0
-
-
-@contextlib.contextmanager
-def _profiler(config: Config, run_dir: Path, global_rank: int) -> Iterator[Callable[[], None]]:
-    """Yields what to call after each step; profile=true makes steps 3 and 4 a trace for Perfetto, on every rank."""
-    if not config.profile:
-        yield lambda: None
-        return
-    folder = run_dir / "profile"
-    folder.mkdir(exist_ok=True)
-    with torch.profiler.profile(
-        schedule=torch.profiler.schedule(wait=1, warmup=1, active=2, repeat=1),
-        on_trace_ready=lambda trace: trace.export_chrome_trace(str(folder / f"rank_{global_rank}.json")),
-    ) as profiler:
-        yield profiler.step

@@ -19,7 +19,7 @@ from conf.schema import LoggingConfig
 from recipes.metrics import Throughput
 from recipes.plan import Plan
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, SUMMARY_FILE = "metrics.jsonl", "summary.json"
 
 
 def start_wandb(logging: LoggingConfig, run_dir: Path, config: dict[str, Any], say: Callable[[str], None]) -> Any:
@@ -116,6 +116,12 @@ class Reporter:
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()  # a crash loses nothing
         self._wandb.log(known)
+
+    def conclude(self, numbers: dict[str, float | None]) -> None:
+        """Numbers of the run as a whole: to RUN_DIR/summary.json and to wandb's summary."""
+        known = {name: value for name, value in numbers.items() if value is not None}
+        (self._run_dir / SUMMARY_FILE).write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+        self._wandb.summary.update(known)
 
     def step_line(self, step: int, metrics: dict[str, float | None]) -> str:
         """The console's line of a logged step; the keys are those of the recipes, after their prefix."""

@@ -133,7 +133,7 @@ def is_installed(module: str) -> bool:
     """Whether a module is there, found without importing it: those of kernels take seconds."""
     try:
         return importlib.util.find_spec(module) is not None
-    except ImportError:  # find_spec imports what the module lies in
+    except ModuleNotFoundError:  # find_spec imports what the module lies in
         return False
 
 

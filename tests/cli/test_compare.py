@@ -69,11 +69,12 @@ def test_it_succeeds_although_an_entry_fails(compared):
 
 def test_the_entries_take_turns_and_new_ranks_go_on_after_a_failure(compared):
     rows = turns(compared)
-    assert [(row["entry"], row["round"], "error" in row) for row in rows] == [
-        ("ring", 1, False), ("broken", 1, True), ("tensor", 1, False), ("ring", 2, False), ("tensor", 2, False),
+    kinds = ("error", "parts", "step_times_s")
+    assert [(row["entry"], row["round"], next(kind for kind in kinds if kind in row)) for row in rows] == [
+        ("ring", 1, "step_times_s"), ("broken", 1, "error"), ("tensor", 1, "step_times_s"),
+        ("ring", 2, "step_times_s"), ("ring", 2, "parts"), ("tensor", 2, "step_times_s"), ("tensor", 2, "parts"),
     ]  # fmt: skip
     assert compared.stdout.count("starting 2 ranks") == 2
-    assert [bool(row.get("parts/idle_pct")) for row in rows] == [False, False, False, True, True]
     assert not (compared.run_dir / "turn.json").exists()
 
 
@@ -83,7 +84,7 @@ def test_the_table_has_all_entries_and_equal_losses(compared):
     ring, broken, tensor = rows[:3]
     assert re.match(r"ring    2 ring    1      [\d,]+ \([\d,]+ - [\d,]+\) .* \+0\.0 % ", ring)
     assert re.match(r"tensor  2 tensor  1      [\d,]+ \([\d,]+ - [\d,]+\) .* [+-]\d+\.\d % ", tensor)
-    assert re.match(r"broken  FAILED: rank [01] failed: data\.name=\S+/corpus cannot be read: ", broken)
+    assert re.match(r"broken  FAILED: data\.name=\S+/corpus cannot be read: ", broken)
     assert float(ring.split()[-1]) == pytest.approx(float(tensor.split()[-1]), abs=1.5e-4)
 
 
@@ -99,7 +100,7 @@ def test_the_numbers_are_medians_of_the_turns_with_their_spread(compared, kept):
     rows = {row["entry"]: row for row in kept["rows"]}
     assert list(rows) == ["ring", "broken", "tensor"]
     for name in ("ring", "tensor"):
-        times_s = [s for row in turns(compared) if row["entry"] == name for s in row["step_times_s"]]
+        times_s = [s for row in turns(compared) if row["entry"] == name for s in row.get("step_times_s", [])]
         speeds = [2 * 128 / time_s for time_s in times_s]
         assert len(speeds) == rows[name]["num_steps"] == 2
         assert rows[name]["tokens_per_s"] == pytest.approx(statistics.median(speeds))
@@ -110,7 +111,7 @@ def test_the_numbers_are_medians_of_the_turns_with_their_spread(compared, kept):
     assert (rows["ring"]["change_pct"], rows["tensor"]["change_pct"]) == (0, pytest.approx(change))
     assert rows["ring"]["first_loss"] == pytest.approx(rows["tensor"]["first_loss"], rel=1e-5)
     assert "cannot be read" in rows["broken"]["error"]
-    assert (kept["recipe"], kept["baseline"], kept["sequence_length"]) == ("forward", "ring", 128)
+    assert (kept["recipe"], kept["baseline"], rows["ring"]["sequence_length"]) == ("forward", "ring", 128)
     assert kept["configs"]["tensor"]["parallelism"]["method"] == "tensor_pipeline"
     assert kept["turns"] == turns(compared)
 
@@ -165,7 +166,8 @@ def test_tensor_ranks_train(trained):
     assert losses[2] < losses[0] < 6
     assert trained.metrics[-1]["validation/loss"] < losses[0]
     assert trained.metrics[-1]["train/tokens_seen"] == 3 * 2 * 128
-    assert sum(trained.metrics[-1][f"parts/{part}_pct"] for part in PARTS) == pytest.approx(100)
+    summary = json.loads((trained.run_dir / "summary.json").read_text())
+    assert sum(summary[f"parts/{part}_pct"] for part in PARTS) == pytest.approx(100)
 
 
 def test_forward_passes_alone_have_the_loss_of_training_and_the_parts_of_a_step(place, trained):
@@ -181,8 +183,10 @@ def test_forward_passes_alone_have_the_loss_of_training_and_the_parts_of_a_step(
         )
     }  # fmt: skip
     assert set(first) == measured
-    assert set(last) == measured | {f"parts/{part}_pct" for part in PARTS} | {"parts/exposed_communication_ms"}
-    assert sum(last[f"parts/{part}_pct"] for part in PARTS) == pytest.approx(100)
+    assert set(last) == measured
+    summary = json.loads((result.run_dir / "summary.json").read_text())
+    assert set(summary) == {f"parts/{part}_pct" for part in PARTS} | {"parts/exposed_communication_ms"}
+    assert sum(summary[f"parts/{part}_pct"] for part in PARTS) == pytest.approx(100)
     assert last["forward/tokens_per_s"] == pytest.approx(2 * 128 / last["forward/step_time_p50_s"])
     assert last["forward/tokens_per_s"] > 0
     # the same model, seed and batch, on a ring and on tensor ranks

@@ -6,13 +6,22 @@ import numpy as np
 import pytest
 import torch
 
-from conf.schema import EngineConfig, ModelConfig, OptimizerConfig
+from conf.schema import (
+    AttentionConfig,
+    Config,
+    DataConfig,
+    EngineConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelismConfig,
+)
 from data.shard import Sharder
+from recipes.plan import Plan
 from recipes.transformer import Transformer
 from ring_attention import LocalAttention, RingAttention
 from tests.pool import WorkerPool, parallel_groups
 
-MODEL = ModelConfig(hidden_size=32, num_heads=2, num_kv_heads=1, head_dim=16, mlp_size=64)
+MODEL = ModelConfig(hidden_size=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_size=64)
 LENGTH = 21
 SEQUENCES = np.random.default_rng(0).integers(0, 257, (3, LENGTH + 1))  # 3 over 2 data ranks
 
@@ -34,10 +43,45 @@ def validation_loss(data_degree: int, ring_degree: int, zero_stage: int) -> floa
     return engine.mean_loss(sharder.validation(SEQUENCES)).item()
 
 
+def one_process_loss() -> float:
+    whole = torch.from_numpy(SEQUENCES)
+    model = Transformer(MODEL, LocalAttention("auto"))
+    return model(whole[:, :-1], torch.arange(LENGTH).unsqueeze(0), whole[:, 1:]).item() / (3 * LENGTH)
+
+
 @pytest.mark.parametrize("zero_stage", [1, 3])
 def test_the_validation_loss_is_that_of_one_process(pool: WorkerPool, zero_stage: int):
-    model = Transformer(MODEL, LocalAttention("auto"))
-    whole = torch.from_numpy(SEQUENCES)
-    expected = model(whole[:, :-1], torch.arange(LENGTH).unsqueeze(0), whole[:, 1:]).item() / (3 * LENGTH)
     losses = pool.run(validation_loss, 2, 2, zero_stage, num_ranks=4)
-    assert losses == [pytest.approx(expected, rel=1e-5)] * 4
+    assert losses == [pytest.approx(one_process_loss(), rel=1e-5)] * 4
+
+
+def pipelined_validation_loss(tensor_degree: int, pipeline_degree: int) -> float:
+    """After a training step of larger micro-batches, at a learning rate of 0."""
+    from recipes.build import build_engine, build_sharder
+
+    config = Config(
+        model=MODEL,
+        attention=AttentionConfig(method="local"),
+        parallelism=ParallelismConfig(
+            "tensor_pipeline", tensor_degree=tensor_degree, pipeline_degree=pipeline_degree, data_degree=1
+        ),
+        engine=EngineConfig(dtype="fp32", micro_batch_size=2),
+        optimizer=OptimizerConfig(lr=0.0),
+        data=DataConfig(sequence_length=LENGTH),
+        num_steps=1,
+    )
+    num_ranks = tensor_degree * pipeline_degree
+    plan = Plan(config, num_ranks, "cpu", "CPU", None, ranks_per_host=num_ranks)
+    engine = build_engine(plan)
+    sharder = build_sharder(plan, engine)
+    engine.train_step([sharder.token_batch(SEQUENCES[:2])])
+    loss = engine.mean_loss(sharder.validation(SEQUENCES)).item()
+    engine.close()
+    return loss
+
+
+@pytest.mark.parametrize(("tensor_degree", "pipeline_degree"), [(1, 2), (2, 2)])
+def test_a_pipelines_validation_loss_is_that_of_one_process(pool: WorkerPool, tensor_degree: int, pipeline_degree: int):
+    num_ranks = tensor_degree * pipeline_degree
+    losses = pool.run(pipelined_validation_loss, tensor_degree, pipeline_degree, num_ranks=num_ranks)
+    assert losses == [pytest.approx(one_process_loss(), rel=1e-5)] * num_ranks

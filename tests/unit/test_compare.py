@@ -138,6 +138,8 @@ def turn(entry: str, number: int, times_s: list[float], tokens: int = 100, **ext
     return {
         **done(entry, number, tokens_per_s=tokens / middle),
         "step_times_s": times_s,
+        "tokens_per_step": tokens,
+        "sequence_length": 50,
         "tokens_per_s_per_rank": tokens / middle / 2,
         "tpot_ms": 1e3 * middle / 50,
         "model_tflops_per_rank": 3.0 / middle,
@@ -161,7 +163,8 @@ RESULTS = [
     turn("b", 1, [2.0, 2.0], mfu_pct=None, peak_memory_gib=None),
     failed("c", 1)
     | {"error": "rank 1 failed:\nTraceback\nMemoryError: all of it\nthe other ranks were ended; its log"},
-    turn("a", 2, [10.0, 4.0], **PARTS_OF_A),  # times 1, 2, 4, 10: speeds 100, 50, 25, 10
+    turn("a", 2, [10.0, 4.0]),  # times 1, 2, 4, 10: speeds 100, 50, 25, 10
+    {"entry": "a", "micro_batch_size": 1, "round": 2, "parts": PARTS_OF_A},
     turn("b", 2, [4.0, 5.0], mfu_pct=None, peak_memory_gib=None),  # times 2, 2, 4, 5: speeds 50, 50, 25, 20
 ]
 
@@ -323,18 +326,19 @@ class TestFit:
             ("paper_10k", [
                 "model.hidden_size 8192 -> 128", "model.head_dim 512 -> 8", "model.mlp_size 32768 -> 512", "data.sequence_length 10000 -> 1250",
                 "data.validation_sequences 8 -> 1", "engine.dtype fp16 -> bf16",
+                "compare.micro_batch_sizes [1, 2, 4] -> [1]",
             ]),
             ("paper_100k", [
                 "model.hidden_size 4096 -> 128", "model.num_heads 32 -> 16", "model.num_kv_heads 32 -> 16",
                 "model.head_dim 128 -> 8", "model.mlp_size 16384 -> 512", "data.sequence_length 100000 -> 2500",
-                "data.validation_sequences 8 -> 1",
+                "data.validation_sequences 8 -> 1", "compare.micro_batch_sizes [1, 2, 4] -> [1]",
             ]),
         ],
     )  # fmt: skip
     def test_on_the_cpu_all_is_cut_and_every_cut_is_named(self, workload, cuts):
         before, after = paper(workload), paper(workload)
         assert fit.changes(before, after) == []
-        fit.cut_to_cpu(after)
+        fit.cut_to_cpu(after, after.data.sequence_length)
         assert fit.changes(before, after) == cuts
         assert after.model.num_heads * after.model.head_dim == after.model.hidden_size
 
@@ -359,7 +363,7 @@ class TestChoose:
         chosen, notes = choose(config, entries)
         assert list(chosen) == ["tp_pp", "pp", "ra_sp", "ulysses", "all_gather", "dp"]
         assert notes == [
-            "cut: engine.train_batch_size 1024 -> 64",
+            "changed: engine.train_batch_size 1024 -> 64",
             "left out: tp: on 2 ranks the same as tp_pp",
             "left out: hybrid: on 2 ranks the same as ulysses",
         ]
@@ -385,19 +389,30 @@ class TestChoose:
         assert list(chosen) == ["tp_pp", "tp", "pp", "ra_sp", "ulysses", "all_gather", "dp"]
         assert {num_ranks for _, num_ranks in chosen.values()} == {4}
         assert notes[:2] == comparison.CPU_WARNING
-        assert "cut: data.sequence_length 10000 -> 1250" in notes
-        assert "cut: engine.train_batch_size 1024 -> 48" in notes
+        assert "changed: data.sequence_length 10000 -> 1250" in notes
+        assert "changed: engine.train_batch_size 1024 -> 24" in notes
         assert notes[-1] == "left out: hybrid: on 4 ranks the same as ulysses"
 
-    def test_without_fit_nothing_is_cut_and_nothing_warns(self, monkeypatch):
-        self.gpus(monkeypatch, 0)
-        config = compose()
-        chosen, notes = choose(config, self.entries(config, "launch.num_ranks=2"))
+    def test_without_fit_nothing_is_cut_but_all_have_one_batch(self, monkeypatch):
+        self.gpus(monkeypatch, 2)
+        config = compose("model.num_kv_heads=4")
+        chosen, notes = choose(config, self.entries(config, "model.num_kv_heads=4"))
         assert notes == [
+            "changed: engine.train_batch_size None -> 16",
             "left out: tp: on 2 ranks the same as tp_pp",
             "left out: hybrid: on 2 ranks the same as ulysses",
         ]
-        assert {entry.engine.train_batch_size for entry, _ in chosen.values()} == {None}
+        assert {entry.engine.train_batch_size for entry, _ in chosen.values()} == {16}
+
+    def test_a_batch_that_was_typed_stays(self, monkeypatch):
+        self.gpus(monkeypatch, 2)
+        config = compose()
+        chosen, notes = choose(config, self.entries(config, "engine.train_batch_size=3"))
+        assert {entry.engine.train_batch_size for entry, _ in chosen.values()} == {3}
+        assert (
+            "left out: dp: engine.train_batch_size=3 is no multiple of 2 data ranks x engine.micro_batch_size=1: use "
+            "engine.train_batch_size=4" in notes
+        )
 
     def test_entries_that_differ_in_any_setting_are_not_the_same(self, monkeypatch):
         self.gpus(monkeypatch, 2)
@@ -415,7 +430,7 @@ class TestChoose:
         }
         chosen, notes = choose(compose(), entries)
         assert list(chosen) == ["plain", "contiguous", "zero_3", "longer", "dp"]
-        assert notes == [
+        assert notes[-2:] == [
             "left out: again: on 2 ranks the same as plain",
             "left out: dp of a ring: on 2 ranks the same as dp",
         ]
