@@ -17,7 +17,7 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from conf.compose import entry_overrides, explain, to_config
+from conf.compose import compose_entries, explain, to_config
 from conf.schema import Config, ConfigError
 from recipes.ranks import RunFailed, adopt_external_ranks
 
@@ -46,15 +46,12 @@ def run(composed: DictConfig) -> float | None:
 
 def execute(config: Config, overrides: list[str], run_dir: Path) -> float | None:
     """Explain or run what the configuration names, in ranks of our own or as one of those that are there."""
-    from recipes import compare, launch  # torch takes seconds to import: a bad configuration was refused before
-
     if config.recipe == "compare":
-        chosen = {
-            name: to_config(hydra.compose("config", entry_overrides(overrides, own, config.compare.recipe)))
-            for name, own in config.compare.entries.items()
-            if not config.compare.only or name in config.compare.only
-        }
-        return compare.compare(config, chosen, run_dir)
+        from recipes import compare
+
+        return compare.compare(config, compose_entries(config, overrides), run_dir)
+    from recipes import launch  # torch takes seconds to import: a bad configuration was refused before
+
     num_ranks = launch.count_ranks(config)
     if config.explain:
         if os.environ.get("RANK", "0") == "0":

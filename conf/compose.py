@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+import hydra
 from hydra.errors import CompactHydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
@@ -32,6 +33,16 @@ def to_config(composed: DictConfig) -> Config:
         raise ConfigError(explain(error)) from error
     assert isinstance(config, Config)
     return config
+
+
+def compose_entries(config: Config, overrides: list[str]) -> dict[str, Config]:
+    """The configurations of a comparison's entries, by name, within Hydra's composition of what was typed."""
+    compare = config.compare
+    return {
+        name: to_config(hydra.compose("config", entry_overrides(overrides, own, compare.recipe)))
+        for name, own in compare.entries.items()
+        if not compare.only or name in compare.only
+    }
 
 
 def entry_overrides(given: list[str], own: list[str], recipe: str) -> list[str]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import gc
 import hashlib
 import json
@@ -161,7 +162,8 @@ class Turns:
         engine = build_engine(plan, groups.get(degrees), forward_only=not plan.trains)
         metrics.restart_peak_memory()  # building took more: weights are made in fp32
         corpus = Corpus(open_documents(config.data), config.data.sequence_length, config.data.validation_sequences)
-        steps = build_sharder(plan, engine).steps(corpus.training(cursor=0), plan.accumulation_steps)
+        sharder = build_sharder(plan, engine)
+        steps = sharder.steps(corpus.training(cursor=0), plan.accumulation_steps)
         clock, losses = metrics.StepClock(), []
         for step in range(1 + (compare.steps_per_round if turn.round else 1)):
             micro_batches = next(steps)
@@ -188,7 +190,8 @@ class Turns:
         }
         keep(result)
         if self.config.breakdown and turn.round == compare.rounds:
-            keep({"parts": measure_parts(plan, engine, lambda: next(steps)).metrics})
+            parts = measure_parts(plan, engine, functools.partial(sharder.steps, corpus.training(cursor=0)))
+            keep({"parts": parts.metrics})
         engine.close()
         del engine
         gc.collect()

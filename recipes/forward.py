@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from pathlib import Path
 
@@ -27,7 +28,8 @@ def forward(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
     engine = build_engine(plan, forward_only=True)
     metrics.restart_peak_memory()  # building took more: weights are made in fp32
     corpus = Corpus(open_documents(config.data), config.data.sequence_length, config.data.validation_sequences)
-    steps = build_sharder(plan, engine).steps(corpus.training(cursor=0), plan.accumulation_steps)
+    sharder = build_sharder(plan, engine)
+    steps = sharder.steps(corpus.training(cursor=0), plan.accumulation_steps)
 
     clock = metrics.StepClock()
     step_times_s: list[float] = []
@@ -55,7 +57,7 @@ def forward(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
     if config.breakdown:
         if reporter:
             reporter.say("measuring where the time of a step goes ...")
-        parts = measure_parts(plan, engine, lambda: next(steps))
+        parts = measure_parts(plan, engine, functools.partial(sharder.steps, corpus.training(cursor=0)))
         if reporter:
             reporter.say(str(parts))
             reporter.conclude(parts.metrics)

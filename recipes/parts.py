@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,22 +49,22 @@ class Parts:
         return f"time of a step: {shares}; exposed communication {self.exposed_communication_ms:.2f} ms"
 
 
-def measure_parts(plan: Plan, engine: Engine, fetch: Callable[[], Sequence[TokenBatch]]) -> Parts:
+def measure_parts(plan: Plan, engine: Engine, steps: Callable[[int], Iterator[list[TokenBatch]]]) -> Parts:
     """A few steps more, under a profiler and with attention's messages off. Every rank must call it.
 
     What is trained then is garbage: the run must be over.
 
     Args:
-        fetch: this rank's micro-batches of a step.
+        steps: this rank's steps of so many micro-batches.
     """
-
     whole = plan.accumulation_steps
     # a training step ends with an update, a pipeline's with a bubble
     taken = whole if plan.trains or plan.degrees.pipeline > 1 else min(whole, FORWARD_MICRO_BATCHES)
+    batches = steps(taken)
 
-    def batch() -> Sequence[TokenBatch]:
+    def batch() -> list[TokenBatch]:
         with labelled("data"):
-            return fetch()[:taken]
+            return next(batches)
 
     def step() -> None:
         if plan.trains:
@@ -77,18 +77,18 @@ def measure_parts(plan: Plan, engine: Engine, fetch: Callable[[], Sequence[Token
 
 
 def _measured(
-    plan: Plan, engine: Engine, batch: Callable[[], Sequence[TokenBatch]], step: Callable[[], None], scale: float
+    plan: Plan, engine: Engine, batch: Callable[[], list[TokenBatch]], step: Callable[[], None], scale: float
 ) -> Parts:
     profiled = step_breakdown(step, num_steps=1)
     exposed_s = profiled.exposed_communication_s
     if plan.degrees.sequence > 1:
         assert isinstance(engine, TrainingEngine)
         times_s: dict[bool, list[float]] = {True: [], False: []}
-        for _ in range(1 + REPETITIONS):
+        for _ in range(REPETITIONS):
             for silent in (False, True):
                 with attention_communication_off() if silent else contextlib.nullcontext():
                     times_s[silent].append(engine.max_over_ranks(_passes_s(plan, engine, batch())))
-        exposed_s = max(0.0, statistics.median(times_s[False][1:]) - statistics.median(times_s[True][1:]))
+        exposed_s = max(0.0, statistics.median(times_s[False]) - statistics.median(times_s[True]))
     return Parts(profiled.shares, 1e3 * engine.max_over_ranks(exposed_s) * scale)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
             if is_last and config.breakdown:
                 if reporter:
                     reporter.say("measuring where the time of a step goes ...")
-                parts = measure_parts(plan, engine, lambda: next(steps))
+                parts = measure_parts(plan, engine, functools.partial(sharder.steps, corpus.training(cursor=0)))
                 if reporter:
                     reporter.say(str(parts))
                     reporter.conclude(parts.metrics)
