@@ -26,7 +26,8 @@ from typing import Any, TextIO
 
 import torch
 
-from conf.schema import Config, ConfigError, Degrees, resolve_degrees
+from conf.degrees import resolve_degrees
+from conf.schema import Config, ConfigError, Degrees
 from data.pack import Corpus
 from data.source import open_documents
 from recipes import comparison, fit, launch

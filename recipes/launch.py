@@ -34,7 +34,8 @@ from omegaconf import OmegaConf
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 from tqdm import tqdm
 
-from conf.schema import Config, ConfigError, accumulation_steps, resolve_degrees
+from conf.degrees import accumulation_steps, resolve_degrees
+from conf.schema import Config, ConfigError
 from data.pack import Corpus
 from data.source import open_documents
 from recipes.out_of_memory import OutOfMemory, out_of_memory_explained

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from conf.schema import Config, ConfigError, Degrees, ModelConfig, accumulation_steps, resolve_degrees
+from conf.degrees import accumulation_steps, resolve_degrees
+from conf.schema import Config, ConfigError, Degrees, ModelConfig
 from recipes.memory import StateBytes, gib, layer_matmul_parameters, num_parameters, refusal, state_bytes
 from recipes.metrics import Throughput, peak_tflops
 from ring_attention.blocks import BlockSpec, choose_block

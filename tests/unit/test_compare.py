@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from conf.compose import entry_overrides
-from conf.schema import Config, ConfigError, Degrees, resolve_degrees
+from conf.degrees import resolve_degrees
+from conf.schema import Config, ConfigError, Degrees
 from recipes import comparison, fit
 from recipes.compare import Turn, best_size, choose, next_turn
 from recipes.metrics import PARTS

@@ -14,7 +14,8 @@ from omegaconf import OmegaConf
 
 import train  # registers the schema
 from conf.compose import explain, to_config
-from conf.schema import Config, ConfigError, resolve_degrees
+from conf.degrees import resolve_degrees
+from conf.schema import Config, ConfigError
 
 CONF = Path(train.__file__).parent / "conf"
 EXPERIMENTS = sorted(CONF.glob("experiment/*.yaml"))
