@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import gc
 import hashlib
 import json
 import os
@@ -195,9 +194,7 @@ class Turns:
             keep({"parts": parts.metrics})
         engine.close()
         del engine
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        metrics.restart_peak_memory()  # the next turn builds its model before it does this
 
 
 def read_results(run_dir: Path) -> list[dict[str, Any]]:
@@ -239,7 +236,7 @@ def compare(config: Config, entries: dict[str, Config], run_dir: Path) -> None:
             raise ConfigError(
                 f"{run_dir} has results of {row['entry']} with another configuration: use another hydra.run.dir"
             )
-    if is_first:
+    if is_first and started:  # ours that failed are noted at once; what else was under way was interrupted
         _note_failure(run_dir, "its ranks ended, and those of a launcher cannot be started again from here: see logs")
     failure: RunFailed | None = None
     for num_ranks in dict.fromkeys(ranks for _, ranks in chosen.values()):
@@ -258,6 +255,7 @@ def compare(config: Config, entries: dict[str, Config], run_dir: Path) -> None:
 
 def _take_turns(turns: Turns, num_ranks: int, run_dir: Path) -> RunFailed | None:
     """Start ranks again where a turn has ended them, until none is left; the failure, if they end without a turn."""
+    (run_dir / TURN_FILE).unlink(missing_ok=True)
     while next_turn(turns.sizes, turns.config.compare.rounds, results := read_results(run_dir)) is not None:
         try:
             launch.start(turns, num_ranks, run_dir)

@@ -131,7 +131,7 @@ def percentile(values: list[float], percent: int) -> float:
 
 
 def restart_peak_memory() -> None:
-    """What `peak_memory_gib` says on a GPU is of what comes from here on."""
+    """Free what nobody holds; what `peak_memory_gib` says on a GPU is then of what comes from here on."""
     if torch.cuda.is_available():
         gc.collect()
         torch.cuda.empty_cache()

@@ -142,6 +142,7 @@ class PipelinedEngine:
             **optimizer_arguments(self.model, settings, config.optimizer, num_steps),
         )[0]
         self._loss_factor: Tensor | float = 1.0
+        self._shape: torch.Size | None = None
 
     @property
     def sequence_rank(self) -> int:
@@ -184,7 +185,10 @@ class PipelinedEngine:
             dist.destroy_process_group(group)
 
     def _run(self, micro_batches: Sequence[TokenBatch], run: Any) -> Tensor:
-        self.deepspeed.reset_activation_shape()  # validation brings other micro-batches than training
+        shape = micro_batches[0].tokens_BS.shape
+        if shape != self._shape:  # validation brings other micro-batches than training, and DeepSpeed keeps its buffers
+            self.deepspeed.reset_activation_shape()
+            self._shape = shape
         num_valid = torch.stack([batch.num_valid() for batch in micro_batches]).sum().to(self.device)
         dist.all_reduce(num_valid)
         # every stage has counted its tokens, and without sequence-sharded norms every tensor rank all of them
