@@ -203,7 +203,7 @@ class TrainingEngine:
 
         After it the engine holds the reduced gradients; `update` applies them.
         """
-        assert len(micro_batches) == self.config.gradient_accumulation_steps
+        assert len(micro_batches) <= self.config.gradient_accumulation_steps
         self.deepspeed.train()
         num_valid = self._sum_over_ranks(torch.stack([batch.num_valid() for batch in micro_batches]).sum())
         loss_sum = torch.zeros((), device=self.device)
@@ -231,6 +231,7 @@ class TrainingEngine:
         return grad_norm
 
     def train_step(self, micro_batches: Sequence[TokenBatch]) -> StepResult:
+        assert len(micro_batches) == self.config.gradient_accumulation_steps
         loss = self.accumulate(micro_batches)
         return StepResult(loss, self.update())
 

@@ -46,23 +46,31 @@ def make_norm(config: ModelConfig) -> nn.RMSNorm | nn.LayerNorm:
     return norm(config.hidden_size, eps=config.norm_eps)
 
 
-def apply_rotary(q_BSHD: Tensor, k_BSKD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate the pairs (x_i, x_{i+D/2}) of queries and keys in fp32 (fp64 for fp64 input): RoPE (Su et al. 2021).
+def rotary_qkv(
+    qkv_BSND: Tensor, head_counts: tuple[int, int, int], cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Split the heads of one projection; rotate the pairs (x_i, x_{i+D/2}) of queries and keys: RoPE (Su et al. 2021).
+
+    Rotated in fp32 (fp64 for fp64 input), in one pass over all three.
 
     Args:
+        head_counts: of queries, keys and values, in this order along N.
         cos: [1, S, 1, D/2] in fp32.
         sin: the same.
 
     Returns:
-        (q, k) rotated, in their dtype, contiguous.
+        (q [B, S, H, D], k [B, S, K, D], v the same) in the input's dtype, contiguous; v lies right behind k in memory,
+        so that a ring sends both as one message without a copy.
     """
-    rotate = _compiled(_both_rotated) if q_BSHD.is_cuda else _both_rotated
-    return rotate(q_BSHD, k_BSKD, cos, sin)
+    function = _compiled(_rotary_qkv) if qkv_BSND.is_cuda else _rotary_qkv
+    q_BSHD, kv_2BSKD = function(qkv_BSND, head_counts, cos, sin)
+    k_BSKD, v_BSKD = kv_2BSKD.unbind(0)
+    return q_BSHD, k_BSKD, v_BSKD
 
 
-def _both_rotated(q_BSHD: Tensor, k_BSKD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """As one function, so that the heads of neither are a dynamic shape."""
-    return _rotated(q_BSHD, cos, sin), _rotated(k_BSKD, cos, sin)
+def _rotary_qkv(qkv_BSND: Tensor, head_counts: tuple[int, int, int], cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    q_BSHD, k_BSKD, v_BSKD = qkv_BSND.split(head_counts, dim=2)
+    return _rotated(q_BSHD, cos, sin), torch.stack((_rotated(k_BSKD, cos, sin), v_BSKD))
 
 
 def _rotated(x_BSHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from recipes.plan import Plan
 from recipes.transformer import TokenBatch
 from ring_attention.trace import labelled
 
-FORWARD_MICRO_BATCHES = 4  # at most, where more are more of the same: a whole batch may take a minute
+MOST_MICRO_BATCHES = 4  # where more are more of the same: a whole batch may take a minute
 REPETITIONS = 2
 
 
@@ -58,9 +58,10 @@ def measure_parts(plan: Plan, engine: Engine, steps: Callable[[int], Iterator[li
         steps: this rank's steps of so many micro-batches.
     """
     whole = plan.accumulation_steps
+    few = min(whole, MOST_MICRO_BATCHES)
     # a training step ends with an update, a pipeline's with a bubble
-    taken = whole if plan.trains or plan.degrees.pipeline > 1 else min(whole, FORWARD_MICRO_BATCHES)
-    batches = steps(taken)
+    profiled = whole if plan.trains or plan.degrees.pipeline > 1 else few
+    batches = steps(profiled)
 
     def batch() -> list[TokenBatch]:
         with labelled("data"):
@@ -73,38 +74,35 @@ def measure_parts(plan: Plan, engine: Engine, steps: Callable[[int], Iterator[li
             engine.mean_loss(batch())
 
     with torch.autograd.set_detect_anomaly(False):  # garbage may be NaN
-        return _measured(plan, engine, batch, step, whole / taken)
+        breakdown = step_breakdown(step, num_steps=1)
+        exposed_s = breakdown.exposed_communication_s * whole / profiled
+        if plan.degrees.sequence > 1:
+            exposed_s = _exposed_by_attention_s(plan, engine, lambda: batch()[:few]) * whole / few
+        return Parts(breakdown.shares, 1e3 * engine.max_over_ranks(exposed_s))
 
 
-def _measured(
-    plan: Plan, engine: Engine, batch: Callable[[], list[TokenBatch]], step: Callable[[], None], scale: float
-) -> Parts:
-    profiled = step_breakdown(step, num_steps=1)
-    exposed_s = profiled.exposed_communication_s
-    if plan.degrees.sequence > 1:
-        assert isinstance(engine, TrainingEngine)
-        times_s: dict[bool, list[float]] = {True: [], False: []}
-        for _ in range(REPETITIONS):
-            for silent in (False, True):
-                with attention_communication_off() if silent else contextlib.nullcontext():
-                    times_s[silent].append(engine.max_over_ranks(_passes_s(plan, engine, batch())))
-        exposed_s = max(0.0, statistics.median(times_s[False]) - statistics.median(times_s[True]))
-    return Parts(profiled.shares, 1e3 * engine.max_over_ranks(exposed_s) * scale)
+def _exposed_by_attention_s(plan: Plan, engine: Engine, batch: Callable[[], list[TokenBatch]]) -> float:
+    """What a batch's passes take longer than with attention's messages off."""
+    assert isinstance(engine, TrainingEngine)
+    times_s: dict[bool, list[float]] = {True: [], False: []}
+    for _ in range(REPETITIONS):
+        for silent in (False, True):
+            with attention_communication_off() if silent else contextlib.nullcontext():
+                times_s[silent].append(engine.max_over_ranks(_passes_s(plan, engine, batch())))
+    return max(0.0, statistics.median(times_s[False]) - statistics.median(times_s[True]))
 
 
 def _passes_s(plan: Plan, engine: TrainingEngine, micro_batches: Sequence[TokenBatch]) -> float:
-    """Seconds of a step's passes through the model, without the update: fp16 skips one whose gradients are garbage."""
+    """Seconds of passes through the model, without an update: fp16 skips one whose gradients are garbage."""
     _synchronize()
     started = time.perf_counter()
     if plan.trains:
+        engine.deepspeed.set_gradient_accumulation_boundary(False)
         engine.accumulate(micro_batches)
     else:
         engine.mean_loss(micro_batches)
     _synchronize()
-    seconds = time.perf_counter() - started
-    if plan.trains:
-        engine.update()
-    return seconds
+    return time.perf_counter() - started
 
 
 def _synchronize() -> None:

@@ -44,19 +44,23 @@ class TensorRanks:
 
 
 def _all_gather(x_BSE: Tensor, ranks: TensorRanks) -> Tensor:
-    """[B, S, E] -> [B, T * S, E]; with one sequence nothing is copied beside the transfer."""
+    """[B, S, E] -> [B, T * S, E], sequence by sequence: so nothing is copied beside the transfer."""
     batch, tokens, size = x_BSE.shape
-    gathered = x_BSE.new_empty(ranks.degree * tokens, batch, size)
-    dist.all_gather_into_tensor(gathered, x_BSE.transpose(0, 1).contiguous(), group=ranks.group)
-    return gathered.transpose(0, 1)
+    gathered = x_BSE.new_empty(batch, ranks.degree * tokens, size)
+    for whole, part in zip(gathered, x_BSE.contiguous(), strict=True):
+        dist.all_gather_into_tensor(whole, part, group=ranks.group)
+    return gathered
 
 
-def _reduce_scatter(x_BLE: Tensor, ranks: TensorRanks, async_op: bool = False) -> tuple[Tensor, Any]:
-    """[B, T * S, E] -> the sum over ranks of this rank's [B, S, E], and what to wait for."""
+def _reduce_scatter(x_BLE: Tensor, ranks: TensorRanks, async_op: bool = False) -> tuple[Tensor, list[Any]]:
+    """[B, T * S, E] -> the sum over ranks of this rank's [B, S, E], sequence by sequence, and what to wait for."""
     batch, tokens, size = x_BLE.shape
-    summed = x_BLE.new_empty(tokens // ranks.degree, batch, size)
-    work = dist.reduce_scatter_tensor(summed, x_BLE.transpose(0, 1).contiguous(), group=ranks.group, async_op=async_op)
-    return summed.transpose(0, 1), work
+    summed = x_BLE.new_empty(batch, tokens // ranks.degree, size)
+    works = [
+        dist.reduce_scatter_tensor(part, whole, group=ranks.group, async_op=async_op)
+        for part, whole in zip(summed, x_BLE.contiguous(), strict=True)
+    ]
+    return summed, works
 
 
 class _ColumnFunction(torch.autograd.Function):
@@ -75,15 +79,17 @@ class _ColumnFunction(torch.autograd.Function):
         ranks: TensorRanks = ctx.ranks
         dy = grad_outputs[0]
         dx = dy @ weight
+        works: list[Any]
         if ranks.sequence_sharded:
-            dx, work = _reduce_scatter(dx, ranks, async_op=True)
+            dx, works = _reduce_scatter(dx, ranks, async_op=True)
         else:
             dx = dx.contiguous()
-            work = dist.all_reduce(dx, group=ranks.group, async_op=True)
+            works = [dist.all_reduce(dx, group=ranks.group, async_op=True)]
         dy = dy.flatten(0, 1)
         dweight = dy.T @ x_BLE.flatten(0, 1)
         dbias = dy.sum(0) if ctx.has_bias else None
-        work.wait()  # pyright: ignore[reportOptionalMemberAccess]
+        for work in works:
+            work.wait()
         return dx, dweight, dbias, None
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conf.schema import ModelConfig
-from recipes.kernels import IGNORED_LABEL, apply_rotary, cross_entropy_sum, make_norm, swiglu
+from recipes.kernels import IGNORED_LABEL, cross_entropy_sum, make_norm, rotary_qkv, swiglu
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,8 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=config.bias)
 
     def forward(self, x_BSE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        qkv = self.qkv(x_BSE).unflatten(-1, (-1, self.head_dim))
-        q_BSHD, k_BSKD, v_BSKD = qkv.split(self.head_counts, dim=2)
-        q_BSHD, k_BSKD = apply_rotary(q_BSHD, k_BSKD, cos, sin)
+        qkv_BSND = self.qkv(x_BSE).unflatten(-1, (-1, self.head_dim))
+        q_BSHD, k_BSKD, v_BSKD = rotary_qkv(qkv_BSND, self.head_counts, cos, sin)
         out_BSHD = self.attention(q_BSHD, k_BSKD, v_BSKD, 0)
         return self.out(out_BSHD.flatten(2))
 

@@ -84,7 +84,7 @@ class GatherFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKE: Tensor, gathering: Gathering) -> Tensor:
-        whole = gathering.gathered(KeysValues(k_BSKD, v_BSKE))
+        whole = gathering.gathered(KeysValues.of_parts(k_BSKD, v_BSKE))
         running = RunningAttention(q_BSHD, v_BSKE)
         keys = ((0, gathering.layout.padded_length),)
         attend_forward(running, gathering.block, gathering.scale, gathering.pairs, q_BSHD, whole, keys, is_last=True)
@@ -98,7 +98,7 @@ class GatherFunction(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         gathering: Gathering = ctx.gathering
         q_BSHD, k_BSKD, v_BSKE, out_BSHE, lse_BHS = ctx.saved_tensors
-        kv = KeysValues(k_BSKD, v_BSKE)
+        kv = KeysValues.of_parts(k_BSKD, v_BSKE)
         whole, keys = gathering.gathered(kv), ((0, gathering.layout.padded_length),)
         state_dtype = torch.promote_types(q_BSHD.dtype, torch.float32)
         dq = RunningSum(q_BSHD.shape, q_BSHD.dtype)

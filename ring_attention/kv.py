@@ -23,6 +23,18 @@ class KeysValues:
     message: Tensor | None = None
 
     @classmethod
+    def of_parts(cls, k_BTKD: Tensor, v_BTKE: Tensor) -> KeysValues:
+        """k and v as they come: a message already, without a copy, where v lies right behind k in memory."""
+        adjacent = (
+            k_BTKD.is_contiguous()
+            and v_BTKE.is_contiguous()
+            and k_BTKD.untyped_storage().data_ptr() == v_BTKE.untyped_storage().data_ptr()
+            and v_BTKE.storage_offset() == k_BTKD.storage_offset() + k_BTKD.numel()
+        )
+        message = k_BTKD.as_strided((k_BTKD.numel() + v_BTKE.numel(),), (1,)) if adjacent else None
+        return cls(k_BTKD, v_BTKE, message)
+
+    @classmethod
     def of_message(cls, message: Tensor, shapes: Sequence[torch.Size]) -> KeysValues:
         """What a vector holds, given the shapes of k and v."""
         k, v = (

@@ -262,7 +262,7 @@ class RingFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKE: Tensor, ring: Ring) -> Tensor:
         everything, first = ring.stages[0].keys, ring.stages[0].forward
-        kv = KeysValues(k_BSKD, v_BSKE)
+        kv = KeysValues.of_parts(k_BSKD, v_BSKE)
         if first is not None and first.spans == everything:
             kv = kv.take(everything, everything)  # the message of the first hop, here and again in the backward pass
         out_BSHE, lse_BHS = ring_forward(ring, q_BSHD, kv)

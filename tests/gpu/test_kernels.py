@@ -17,8 +17,8 @@ def rotary() -> tuple[Callable, Tensor]:
     qkv, angles = torch.randn(2, 100, 8, 48), torch.randn(1, 100, 1, 24)  # 4 heads, 2 of keys, 2 of values
 
     def rotate(qkv: Tensor) -> Tensor:
-        q, k, v = qkv.split((4, 2, 2), dim=2)
-        return torch.cat((*kernels.apply_rotary(q, k, *(x.to(qkv.device) for x in (angles.cos(), angles.sin()))), v), 2)
+        cos, sin = (x.to(qkv.device) for x in (angles.cos(), angles.sin()))
+        return torch.cat(kernels.rotary_qkv(qkv, (4, 2, 2), cos, sin), 2)
 
     return rotate, qkv
 

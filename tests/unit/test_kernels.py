@@ -7,6 +7,7 @@ import torch
 
 from conf.schema import ModelConfig
 from recipes import kernels
+from ring_attention.kv import KeysValues
 from tests.measure import relative_error
 
 LIMIT = 1e-14
@@ -30,19 +31,25 @@ def test_norms(norm: str):
     assert relative_error(ours(x), expected) < LIMIT
 
 
-def test_rotary_turns_each_pair_by_its_angle():
-    q, k, angles = draw(2, 7, 4, 6), draw(2, 7, 2, 6), draw(1, 7, 1, 3)
-    given = q.clone()
-    for x, got in zip((q, k), kernels.apply_rotary(q, k, angles.cos(), angles.sin()), strict=True):
+def test_rotary_turns_each_pair_of_queries_and_keys_by_its_angle():
+    qkv, angles = draw(2, 7, 4 + 2 + 2, 6), draw(1, 7, 1, 3)
+    given = qkv.clone()
+    q, k, v = kernels.rotary_qkv(qkv, (4, 2, 2), angles.cos(), angles.sin())
+    for x, got in ((given[:, :, :4], q), (given[:, :, 4:6], k)):
         turned = torch.complex(x[..., :3], x[..., 3:]) * torch.exp(1j * angles)
         assert relative_error(got, torch.cat((turned.real, turned.imag), -1)) < LIMIT
-    assert torch.equal(q, given)
+    assert torch.equal(v, given[:, :, 6:])
+    assert torch.equal(qkv, given)
 
 
-def test_rotary_keeps_the_dtype():
-    q, k = (x.bfloat16() for x in (draw(1, 3, 2, 4), draw(1, 3, 1, 4)))
-    cos = sin = torch.full((1, 3, 1, 2), 0.5)
-    assert [x.dtype for x in kernels.apply_rotary(q, k, cos, sin)] == [torch.bfloat16, torch.bfloat16]
+def test_keys_and_values_leave_the_projection_as_one_message_in_its_dtype():
+    qkv, half = draw(1, 3, 2 + 1 + 1, 4).bfloat16(), torch.full((1, 3, 1, 2), 0.5)
+    q, k, v = kernels.rotary_qkv(qkv, (2, 1, 1), half, half)
+    assert q.dtype == k.dtype == v.dtype == torch.bfloat16
+    message = KeysValues.of_parts(k, v).message
+    assert message is not None
+    assert torch.equal(message, torch.cat((k.flatten(), v.flatten())))
+    assert KeysValues.of_parts(v, k).message is None
 
 
 def test_swiglu_is_the_silu_of_the_first_half_times_the_second():
