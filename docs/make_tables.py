@@ -72,30 +72,43 @@ def methods_table(name: str) -> str:
     return "\n".join(lines)
 
 
-def comparison_table(name: str) -> str:
-    """What recipe=compare measured, and where its time went."""
-    comparison = json.loads((RESULTS / name).read_text())
-    baseline = comparison["baseline"]
+def comparison_table(*names: str) -> str:
+    """What recipe=compare measured, how the micro-batch was chosen, and where the time went.
+
+    Of several files, the baseline is the first's: the others have entries that want another batch.
+    """
+    comparisons = [json.loads((RESULTS / name).read_text()) for name in names]
+    rows = [row for comparison in comparisons for row in comparison["rows"] if "error" not in row]
+    baseline = comparisons[0]["baseline"]
+    base = next(row["tokens_per_s"] for row in rows if row["entry"] == baseline)
     lines = [
-        f"| method | grid | micro-batch | TPS, median (min - max) | TPS per GPU | TPOT ms | vs {baseline} "
+        f"| method | grid | batch | micro-batch | TPS, median (min - max) | TPS per GPU | TPOT ms | vs {baseline} "
         "| TFLOP/s per GPU | MFU | peak GiB | exposed ms of step ms |",
-        "|---" * 11 + "|",
+        "|---" * 12 + "|",
     ]
-    rows = [row for row in comparison["rows"] if "error" not in row]
     for row in rows:
         exposed = row["exposed_communication_ms"]
         lines.append(
-            f"| {row['entry']} | {row['grid']} | {row['micro_batch_size']} | {row['tokens_per_s']:,.0f} "
-            f"({row['tokens_per_s_min']:,.0f} - {row['tokens_per_s_max']:,.0f}) | {row['tokens_per_s_per_rank']:,.0f} "
-            f"| {row['tpot_ms']:.4f} | {row['change_pct']:+.1f} % | {row['model_tflops_per_rank']:.0f} "
+            f"| {row['entry']} | {row['grid']} | {row['sequences_per_step']} | {row['micro_batch_size']} "
+            f"| {row['tokens_per_s']:,.0f} ({row['tokens_per_s_min']:,.0f} - {row['tokens_per_s_max']:,.0f}) "
+            f"| {row['tokens_per_s_per_rank']:,.0f} | {row['tpot_ms']:.4f} "
+            f"| {100 * (row['tokens_per_s'] / base - 1):+.1f} % | {row['model_tflops_per_rank']:.0f} "
             f"| {row['mfu_pct']:.1f} % | {row['peak_memory_gib']:.1f} "
             f"| {'n/a' if exposed is None else f'{exposed:.0f}'} of {row['step_time_ms']:,.0f} |"
         )
-    if parts := list(rows[0]["shares_pct"]):
+    if sizes := sorted({int(size) for row in rows for size in row["tried"]}):
+        lines += ["", "| TPS per GPU by micro-batch | " + " | ".join(map(str, sizes)) + " |"]
+        lines.append("|---" * (1 + len(sizes)) + "|")
+        for row in rows:
+            tried = [row["tried"].get(str(size)) for size in sizes]
+            cells = ["n/a" if speed is None else f"{speed / row['num_ranks']:,.0f}" for speed in tried]
+            lines.append(f"| {row['entry']} | " + " | ".join(cells) + " |")
+    if profiled := [row for row in rows if row["shares_pct"]]:
+        parts = list(profiled[0]["shares_pct"])
         lines += ["", "| time of a step, % | " + " | ".join(parts) + " |", "|---" * (1 + len(parts)) + "|"]
         lines += [
             f"| {row['entry']} | " + " | ".join(f"{row['shares_pct'][part]:.1f}" for part in parts) + " |"
-            for row in rows
+            for row in profiled
         ]
     return "\n".join(lines)
 
