@@ -50,7 +50,8 @@ class Turn:
 def next_turn(sizes: dict[str, list[int]], rounds: int, results: list[dict[str, Any]]) -> Turn | None:
     """What to do after `results`; None if all is done.
 
-    An entry that fails with a micro-batch size tries no larger one; one that fails in a round has no more turns.
+    An entry that fails with a micro-batch size tries no larger one; one that fails in a round goes on, from the first
+    round, with the size that was next fastest, if there is one.
 
     Args:
         sizes: by entry, the micro-batch sizes to try, ascending.
@@ -66,18 +67,18 @@ def next_turn(sizes: dict[str, list[int]], rounds: int, results: list[dict[str, 
     for number in range(1, rounds + 1):
         for entry in sizes:
             size = best_size(sizes[entry], entry, results)
-            failed = any("error" in row and row["round"] > 0 for row in results if row["entry"] == entry)
-            if size is not None and not failed and not _of(results, entry, number):
+            if size is not None and not _of(results, entry, number, size):
                 return Turn(entry, size, number)
     return None
 
 
 def best_size(candidates: list[int], entry: str, results: list[dict[str, Any]]) -> int | None:
-    """The micro-batch size that was fastest; None if none worked."""
+    """The micro-batch size that was fastest of those that never failed; None if all did."""
+    failed = {row["micro_batch_size"] for row in results if row["entry"] == entry and "error" in row}
     if len(candidates) == 1:
-        return candidates[0]
-    tried = {row["micro_batch_size"]: row for row in _of(results, entry, 0) if "error" not in row}
-    return max(tried, key=lambda size: tried[size]["tokens_per_s"], default=None)
+        return next((size for size in candidates if size not in failed), None)
+    speeds = {row["micro_batch_size"]: row["tokens_per_s"] for row in _of(results, entry, 0) if "error" not in row}
+    return max(speeds.keys() - failed, key=lambda size: speeds[size], default=None)
 
 
 def _of(results: list[dict[str, Any]], entry: str, number: int, size: int | None = None) -> list[dict[str, Any]]:

@@ -51,6 +51,9 @@ def summarize(results: list[dict[str, Any]], entries: list[str], baseline: str) 
                 rows.append({"entry": entry, "error": errors[-1]})
             continue
         last = rounds[-1]
+        rounds = [
+            row for row in rounds if row["micro_batch_size"] == last["micro_batch_size"]
+        ]  # a size may have failed
         tokens = last["tokens_per_step"]
         speeds = sorted(tokens / seconds for row in rounds for seconds in row["step_times_s"])
         tokens_per_s = statistics.median(speeds)

@@ -19,7 +19,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from conf.schema import Config, Degrees, ModelConfig
-from recipes.engine import StepResult, deepspeed_config, optimizer_arguments
+from recipes.engine import StepResult, deepspeed_config, destroy, optimizer_arguments
 from recipes.kernels import cross_entropy_sum, make_norm
 from recipes.tensor_parallel import TensorRanks, cut_layer_, share_gradients_
 from recipes.transformer import (
@@ -173,7 +173,7 @@ class PipelinedEngine:
 
     def close(self) -> None:
         """Give back what a later engine needs, and the process groups that PipelineModule makes anew each time."""
-        self.deepspeed.destroy()
+        destroy(self.deepspeed)
         grid = self.model.mpu()
         for group in (
             self.model.world_group,

@@ -70,6 +70,14 @@ class TestNextTurn:
             ("a", 1, 1), ("b", 1, 1), ("c", 1, 1), ("a", 1, 2), ("c", 1, 2), ("a", 1, 3), ("c", 1, 3),
         ]  # fmt: skip
 
+    def test_a_size_that_failed_in_a_round_gives_way_to_the_next_fastest_which_has_all_rounds(self):
+        sizes, speeds = {"a": [1, 2, 4], "b": [1]}, {("a", 1): 10.0, ("a", 2): 20.0, ("b", 1): 1.0}
+        tried = [done("a", 0, 1, 10.0), done("a", 0, 2, 20.0), done("a", 0, 4, 30.0)]
+        results = [*tried, done("a", 1, 4), done("b", 1), failed("a", 2, 4)]
+        assert all_turns(sizes, 2, speeds, results) == [("a", 2, 1), ("a", 2, 2), ("b", 1, 2)]
+        results = [*results, failed("a", 1, 2), failed("a", 1, 1)]
+        assert all_turns(sizes, 2, speeds, results) == [("b", 1, 2)]
+
     def test_it_resumes_where_earlier_results_end(self):
         speeds = {("a", 1): 10.0, ("a", 2): 30.0, ("b", 1): 5.0, ("b", 2): 4.0}
         sizes = {"a": [1, 2], "b": [1, 2]}
@@ -212,6 +220,11 @@ class TestSummary:
         [after] = comparison.summarize([*RESULTS, failed("b", 3)], ["b"], "b")
         assert (before["errors"], after["errors"]) == ([], ["out of memory"])
         assert after == before | {"errors": ["out of memory"]}
+
+    def test_only_the_rounds_of_the_size_that_came_through_count(self):
+        larger, smaller = (turn("one", 1, [time_s], micro_batch_size=size) for time_s, size in ((1.0, 2), (2.0, 1)))
+        [row] = comparison.summarize([larger, failed("one", 2, 2), smaller], ["one"], "one")
+        assert (row["micro_batch_size"], row["tokens_per_s_max"], row["errors"]) == (1, 50, ["out of memory"])
 
     def test_a_grid_of_one_rank_says_so(self):
         degrees = dict.fromkeys(("data", "ring", "ulysses", "tensor", "pipeline"), 1)

@@ -1,0 +1,81 @@
+"""An engine that is closed holds no memory: comparisons build one after another in the same processes."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+from conf.schema import AttentionConfig, Config, DataConfig, EngineConfig, ModelConfig, ParallelismConfig
+from data.pack import Corpus
+from recipes.plan import Plan
+from tests.pool import WorkerPool, parallel_groups
+
+LENGTH = 16
+WORDS = ["as many words as two steps and a validation take " * 8]
+
+
+def held_bytes() -> int:
+    """Of all tensors that Python knows of."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor) and not thing.is_meta:
+            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def left_by_an_engine(recipe: str, method: str, dtype: str, zero_stage: int) -> tuple[int, int]:
+    """(bytes held while there is one, bytes more than before once it is closed), after steps of two micro-batches."""
+    from recipes.build import build_engine, build_sharder
+
+    tensor_degree, pipeline_degree = {"tensor": (2, 1), "pipeline": (1, 2)}.get(method, (None, None))
+    config = Config(
+        model=ModelConfig(),
+        attention=AttentionConfig(method="ring" if method == "ring" else "local"),
+        parallelism=ParallelismConfig(
+            "sequence" if method == "ring" else "tensor_pipeline",
+            tensor_degree=tensor_degree,
+            pipeline_degree=pipeline_degree,
+            data_degree=1,
+        ),
+        engine=EngineConfig(dtype=dtype, zero_stage=zero_stage, gradient_accumulation_steps=2),
+        data=DataConfig(sequence_length=LENGTH),
+        recipe=recipe,
+        num_steps=2,
+    )
+    plan = Plan(config, 2, "cpu", "CPU", None, ranks_per_host=2)
+    groups = parallel_groups(1, 2) if method == "ring" else None
+    before = held_bytes()
+    engine = build_engine(plan, groups, forward_only=not plan.trains)
+    steps = build_sharder(plan, engine).steps(Corpus(WORDS, LENGTH, 1).training(cursor=0), plan.accumulation_steps)
+    for _ in range(2):
+        if plan.trains:
+            engine.train_step(next(steps))
+        else:
+            engine.mean_loss(next(steps))
+    during = held_bytes()
+    engine.close()
+    del engine, steps
+    return during - before, held_bytes() - before
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype", "zero_stage"),
+    [
+        ("ring", "fp32", 0),
+        ("ring", "fp32", 1),
+        ("ring", "bf16", 0),
+        ("ring", "bf16", 1),
+        ("ring", "bf16", 2),
+        ("ring", "bf16", 3),
+        ("tensor", "bf16", 1),
+        ("pipeline", "fp32", 1),
+    ],
+)
+@pytest.mark.parametrize("recipe", ["pretrain", "forward"])
+def test_a_closed_engine_holds_no_memory(pool: WorkerPool, recipe: str, method: str, dtype: str, zero_stage: int):
+    for during, after in pool.run(left_by_an_engine, recipe, method, dtype, zero_stage, num_ranks=2):
+        assert during > 100_000
+        assert after < 10_000  # scalars of libraries that come with the first
