@@ -113,6 +113,24 @@ def comparison_table(*names: str) -> str:
     return "\n".join(lines)
 
 
+def ceilings_table(*names: str) -> str:
+    """What a layer's matrix products and attention reach alone, and the tokens per second that they allow."""
+    measured = [json.loads((RESULTS / name).read_text()) for name in names]
+    lines = ["| workload | pass | matrix products, TFLOP/s | attention, TFLOP/s | tokens/s that these allow |"]
+    lines.append("|---" * 5 + "|")
+    for result in measured:
+        for kind in ("forward", "training"):
+            rows = result[kind]["parts"]
+            products = [row["tflops"] for row in rows if not row["part"].startswith("attention")]
+            attention = [f"{row['tflops']:.0f}" for row in rows if row["part"].startswith("attention")]
+            lines.append(
+                f"| {result['model']}, {result['dtype']}, L = {result['length']:,} | {kind} "
+                f"| {min(products):.0f} to {max(products):.0f} | {' forward, '.join(attention)}"
+                f"{' backward' if len(attention) > 1 else ''} | {result[kind]['tokens_per_s']:,.0f} |"
+            )
+    return "\n".join(lines)
+
+
 def throughput_table(runs: dict[str, str]) -> str:
     lines = [
         "| run | tok/s, median (min - max) | tok/s per GPU | step s | TPOT ms | MFU | peak GiB per GPU |",
@@ -213,7 +231,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "precision gpu": lambda: precision_table("precision_H200.json"),
     "fuzz": fuzz_table,
     "paper 10k forward": lambda: comparison_table("paper_10k_forward_2xH200.json"),
+    "paper 100k forward": lambda: comparison_table("paper_100k_forward_2xH200.json"),
     "paper 10k pretrain": lambda: comparison_table("paper_10k_pretrain_2xH200.json"),
+    "paper 100k pretrain": lambda: comparison_table("paper_100k_pretrain_2xH200.json"),
+    "ceilings": lambda: ceilings_table("ceilings_paper_10k_H200.json", "ceilings_paper_100k_H200.json"),
     "llama 1b": lambda: throughput_table(
         {"L = 32,768": "llama_1b_32768_2xH200.jsonl", "L = 65,536": "llama_1b_65536_2xH200.jsonl"}
     ),

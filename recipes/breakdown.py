@@ -18,6 +18,7 @@ from unittest.mock import patch
 
 import deepspeed.comm as dist
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from recipes.metrics import PARTS
@@ -251,22 +252,44 @@ def _synchronize() -> None:
 
 @contextlib.contextmanager
 def attention_communication_off() -> Iterator[None]:
-    """Within, messages of the attention modules move nothing: the difference in time is what they expose.
+    """Within, the attention modules' messages stay on their rank: the difference in time is what they expose.
 
-    For benchmarks only, and every rank must enter it. Buffers stay uninitialised, so what is computed within is
-    garbage, and a training step leaves garbage weights. Modules are made outside, for their groups are.
+    A rank receives what it sends, as far as it goes: with uninitialised buffers all that follows might be NaN, and a
+    GPU at its power limit multiplies those faster than numbers. For benchmarks only, and every rank must enter it. What
+    is computed within is garbage, and a training step leaves garbage weights. Modules are made outside, for their
+    groups are.
     """
     from deepspeed.sequence import layer  # takes seconds, and a ring alone does without
 
-    def arrived(*args: Any, **kwargs: Any) -> Hop:
+    def post(
+        self: P2PExchange, purpose: str, sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]]
+    ) -> Hop:
+        for number, (received, _) in enumerate(receives):
+            _stay(received, sends[number][0] if number < len(sends) else received[:0])
+        return Hop([], [], [], "")
+
+    def all_to_all_single(received: Tensor, sent: Tensor, *args: Any, **kwargs: Any) -> Hop:
+        _stay(received, sent)
         return Hop([], [], [], "")  # DeepSpeed waits for it as for a handle
 
-    without_all_to_all = SimpleNamespace(**vars(layer.dist) | {"all_to_all_single": arrived})
+    def all_gather(gathered: Tensor, sent: Tensor, **kwargs: Any) -> None:
+        for received in gathered.view(-1, sent.numel()):
+            _stay(received, sent)
+
+    without_all_to_all = SimpleNamespace(**vars(layer.dist) | {"all_to_all_single": all_to_all_single})
     with (
-        patch.object(P2PExchange, "connect", arrived),
-        patch.object(P2PExchange, "post", arrived),
-        patch.object(exchange, "_all_gather", arrived),
-        patch.object(exchange, "_reduce_scatter", arrived),
+        patch.object(P2PExchange, "connect", lambda *args: None),
+        patch.object(P2PExchange, "post", post),
+        patch.object(exchange, "_all_gather", all_gather),
+        patch.object(exchange, "_reduce_scatter", lambda scattered, sent, **kwargs: _stay(scattered, sent)),
         patch.object(layer, "dist", without_all_to_all),
     ):
         yield
+
+
+def _stay(received: Tensor, sent: Tensor) -> None:
+    """Fill `received` with what `sent` begins with, beyond its end with 0."""
+    received, sent = received.view(-1), sent.reshape(-1)
+    both = min(len(received), len(sent))
+    received[:both] = sent[:both]
+    received[both:] = 0

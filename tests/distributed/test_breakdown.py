@@ -48,7 +48,7 @@ CASES = [
 
 
 def alone(case: Case) -> list[list[int]] | None:
-    """Rank 0 runs forward and backward, and nobody else does; the shapes of out, dq, dk, dv."""
+    """Rank 0 runs forward and backward, and nobody else does; the shapes of out, dq, dk, dv, which are numbers."""
     from deepspeed.utils import groups
 
     attention: Any = build(case, group())
@@ -61,7 +61,9 @@ def alone(case: Case) -> list[list[int]] | None:
     with patch.object(groups, "mpu", mpu), attention_communication_off():
         out = attention(*leaves, case.batch_dim_idx)
         out.backward(dout)
-    return [list(tensor.shape) for tensor in (out, *(leaf.grad for leaf in leaves if leaf.grad is not None))]
+    results = [out, *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+    assert all(tensor.isfinite().all() for tensor in results)
+    return [list(tensor.shape) for tensor in results]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.method}-{case.num_kv_heads}")
