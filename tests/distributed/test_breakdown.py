@@ -58,9 +58,13 @@ def alone(case: Case) -> list[list[int]] | None:
     q, k, v, dout = (layout.shard(whole, 0, dim=1) for whole in draw(case))
     leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
     mpu = parallel_groups(data_degree=1, sequence_degree=2)  # for uneven heads
-    with patch.object(groups, "mpu", mpu), attention_communication_off():
-        out = attention(*leaves, case.batch_dim_idx)
-        out.backward(dout)
+    torch.use_deterministic_algorithms(True)  # then uninitialised memory is NaN
+    try:
+        with patch.object(groups, "mpu", mpu), attention_communication_off():
+            out = attention(*leaves, case.batch_dim_idx)
+            out.backward(dout)
+    finally:
+        torch.use_deterministic_algorithms(False)
     results = [out, *(leaf.grad for leaf in leaves if leaf.grad is not None)]
     assert all(tensor.isfinite().all() for tensor in results)
     return [list(tensor.shape) for tensor in results]
