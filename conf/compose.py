@@ -6,6 +6,7 @@ Its neighbours are `schema`, which has the fields and their checks, and `train.p
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -36,13 +37,19 @@ def to_config(composed: DictConfig) -> Config:
 
 
 def compose_entries(config: Config, overrides: list[str]) -> dict[str, Config]:
-    """The configurations of a comparison's entries, by name, within Hydra's composition of what was typed."""
-    compare = config.compare
-    return {
-        name: to_config(hydra.compose("config", entry_overrides(overrides, own, compare.recipe)))
-        for name, own in compare.entries.items()
-        if not compare.only or name in compare.only
-    }
+    """The configurations of a comparison's entries, by name, within Hydra's composition of what was typed.
+
+    Raises:
+        ConfigError: that names the entry, if it does not compose.
+    """
+    compare, entries = config.compare, {}
+    for name, own in compare.entries.items():
+        if not compare.only or name in compare.only:
+            try:
+                entries[name] = to_config(hydra.compose("config", entry_overrides(overrides, own, compare.recipe)))
+            except (ConfigError, CompactHydraException) as error:
+                raise ConfigError(f"compare.entries.{name}: {explain(error)}") from error
+    return entries
 
 
 def entry_overrides(given: list[str], own: list[str], recipe: str) -> list[str]:
@@ -75,10 +82,15 @@ def explain(error: Exception) -> str:
         return (
             f"{plus}{group}={option} is not known: use {', '.join(f'{plus}{group}={name}' for name in error.options)}"
         )
+    if isinstance(error, MissingConfigException) and (name := re.search("Could not load '(.+?)/(.+?)'", str(error))):
+        return f"{name[1]}={name[2]} is not known: python train.py --help lists what there is"
     if isinstance(error, OverrideParseException):
+        example = "data.files='[a.txt,b.txt]'"
+        if "compare.entries" in error.override:
+            example = "\"+compare.entries.mine=['+experiment=dp','engine.zero_stage=2']\""
         return (
             f"{error.override} is not of the form field=value ({error.message.splitlines()[-2]}): "
-            "quote what the shell or Hydra takes apart, such as data.files='[a.txt,b.txt]'"
+            f"quote what the shell or Hydra takes apart, such as {example}"
         )
     if isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
         return _unknown_field(str(cause.full_key))
@@ -86,6 +98,8 @@ def explain(error: Exception) -> str:
         if cause.full_key in _GROUP_NAMES:
             return f"{cause.full_key} has no options to choose from, only fields: {cause.full_key}.FIELD=value"
         setting = str(error).rpartition(" ")[2]  # Error merging override num_steps=abc
+        if "is not a ListConfig" in str(cause):
+            return f"{setting} must be a list: {_as_list(setting)}"
         return f"{setting} is refused: {cause.msg.splitlines()[0] if cause.msg else cause}"
     if str(error).startswith("Ambiguous value for argument"):
         setting = str(error).split("'")[1]
@@ -109,6 +123,8 @@ def _as_list(setting: str) -> str:
 
 
 def _unknown_field(name: str) -> str:
+    if name.startswith(tuple(f"{field}." for field in _FREE)):
+        return f"{name} is new, so it takes a +: write +{name}=[...]"
     alike = difflib.get_close_matches(name, _FIELD_NAMES, n=3)
     advice = f"did you mean {' or '.join(alike)}? " if alike else ""
     return f"there is no field {name}: {advice}python train.py --help lists all"

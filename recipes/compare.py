@@ -130,9 +130,14 @@ class Turns:
             def keep(result: dict[str, Any], head: dict[str, Any] = head) -> None:
                 if is_first:
                     append_result(run_dir, {**head, **result})
+                    if "parts" not in result:
+                        print(comparison.turn_result(result), file=console, flush=True)
 
             if is_first:
                 (run_dir / TURN_FILE).write_text(json.dumps(head))
+                number, num_turns = self.progress(read_results(run_dir))
+                begins = comparison.turn_head(head, number, num_turns, self.config.compare.rounds)
+                print(begins, end="", file=console, flush=True)
             config = copy.deepcopy(self.entries[turn.entry])
             config.engine.micro_batch_size = turn.micro_batch_size
             try:
@@ -141,15 +146,26 @@ class Turns:
                 keep({"error": str(error)})
             else:
                 with out_of_memory_explained(plan, run_dir, compares=True):
-                    self._measure(turn, plan, groups, keep)
+                    self._measure(turn, plan, groups, keep, console)
             if is_first:
                 (run_dir / TURN_FILE).unlink()
-                row = next(row for row in reversed(read_results(run_dir)) if "parts" not in row)
-                print(comparison.turn_line(row, self.config.compare.rounds), file=console, flush=True)
+
+    def progress(self, results: list[dict[str, Any]]) -> tuple[int, int]:
+        """The number of the next turn, from 1, and how many there are if none fails."""
+        tries = sum(len(candidates) for candidates in self.sizes.values() if len(candidates) > 1)
+        done = sum(row["entry"] in self.entries and "parts" not in row for row in results)
+        return done + 1, max(done + 1, tries + len(self.entries) * self.config.compare.rounds)
 
     def _measure(
-        self, turn: Turn, plan: Plan, groups: dict[tuple[int, int], Any], keep: Callable[[dict[str, Any]], None]
+        self,
+        turn: Turn,
+        plan: Plan,
+        groups: dict[tuple[int, int], Any],
+        keep: Callable[[dict[str, Any]], None],
+        console: TextIO,
     ) -> None:
+        import deepspeed.comm as dist
+
         from recipes import metrics
         from recipes.build import build_engine, build_sharder
         from recipes.parts import measure_parts
@@ -191,6 +207,8 @@ class Turns:
         }
         keep(result)
         if self.config.breakdown and turn.round == compare.rounds:
+            if dist.get_rank() == 0:
+                print(f"measuring where the time of {turn.entry} goes ...", file=console, flush=True)
             parts = measure_parts(plan, engine, functools.partial(sharder.steps, corpus.training(cursor=0)))
             keep({"parts": parts.metrics})
         engine.close()
@@ -222,21 +240,24 @@ def compare(config: Config, entries: dict[str, Config], run_dir: Path) -> None:
     started = ranks_are_started()
     is_first = os.environ.get("RANK", "0") == "0"
     chosen, notes = choose(config, entries)
-    if is_first:
-        print(*notes, sep="\n", flush=True)
     if config.explain:
         if is_first:
+            print(*notes, sep="\n")
             for name, (entry, num_ranks) in chosen.items():
                 plan = launch.make_plan(entry, num_ranks)
                 print(f"\n{name}", *plan.banner(run_dir)[:-1], "", *plan.memory_lines(), sep="\n")
         return
     for entry, _ in chosen.values():
         launch.check_corpus(entry)
-    for row in read_results(run_dir):
-        if row["entry"] in chosen and row["settings"] != settings_of(chosen[row["entry"]][0]):
+    results = read_results(run_dir)
+    for row in results:
+        if row["entry"] not in chosen or row["settings"] != settings_of(chosen[row["entry"]][0]):
             raise ConfigError(
-                f"{run_dir} has results of {row['entry']} with another configuration: use another hydra.run.dir"
+                f"{run_dir} has results of another comparison, of {row['entry']}: use another hydra.run.dir"
             )
+    if is_first:
+        num_done = sum("parts" not in row for row in results)
+        print(*notes, *([f"going on: {num_done} turns are done"] if num_done else []), sep="\n", flush=True)
     if is_first and started:  # ours that failed are noted at once; what else was under way was interrupted
         _note_failure(run_dir, "its ranks ended, and those of a launcher cannot be started again from here: see logs")
     failure: RunFailed | None = None
@@ -245,8 +266,12 @@ def compare(config: Config, entries: dict[str, Config], run_dir: Path) -> None:
         turns = Turns(config, own, {name: _sizes(entry, num_ranks) for name, entry in own.items()})
         if started:
             launch.start(turns, num_ranks, run_dir)
-        else:
+            continue
+        try:
             failure = _take_turns(turns, num_ranks, run_dir) or failure
+        except KeyboardInterrupt:
+            print(f"the same command with hydra.run.dir={run_dir} goes on from there", flush=True)
+            raise
     if is_first and read_results(run_dir):
         shown = {name: entry for name, (entry, _) in chosen.items()}
         comparison.report(config, shown, notes, read_results(run_dir), run_dir)
@@ -263,7 +288,7 @@ def _take_turns(turns: Turns, num_ranks: int, run_dir: Path) -> RunFailed | None
         except RunFailed as error:
             row = _note_failure(run_dir, str(error))
             if row is not None:
-                print(comparison.turn_line(row, turns.config.compare.rounds), flush=True)
+                print(comparison.turn_result(row), flush=True)
             elif len(read_results(run_dir)) == len(results):
                 return error
     return None
@@ -298,7 +323,7 @@ def choose(config: Config, entries: dict[str, Config]) -> tuple[dict[str, tuple[
     available = int(os.environ["WORLD_SIZE"]) if ranks_are_started() else torch.cuda.device_count()
     fitting: dict[str, tuple[Config, int, Degrees]] = {}
     seen: dict[str, str] = {}
-    notes, left_out = ([] if on_gpu else list(comparison.CPU_WARNING)), []
+    notes, left_out = ([] if on_gpu else [f"!!! {comparison.CPU_WARNING}"]), []
     longest = max(entry.data.sequence_length for entry in entries.values())
     for name, composed in entries.items():
         entry = copy.deepcopy(composed)
@@ -335,12 +360,17 @@ def choose(config: Config, entries: dict[str, Config]) -> tuple[dict[str, tuple[
             entry.engine.gradient_accumulation_steps = 1
     cuts = {name: fit.changes(entries[name], entry) for name, (entry, _, _) in fitting.items()}
     chosen = {name: (entry, num_ranks) for name, (entry, num_ranks, _) in fitting.items()}
-    if not chosen:
-        raise ConfigError("none of the entries fits:\n" + "\n".join(left_out))
+    if not chosen or any(name not in chosen for name in config.compare.only):
+        raise ConfigError(f"{'compare.only' if chosen else 'none of the entries fits'}:\n" + "\n".join(left_out))
     for cut in dict.fromkeys(line for lines in cuts.values() for line in lines):
         of = [name for name, lines in cuts.items() if cut in lines]
         notes.append(f"changed: {cut}" + ("" if len(of) == len(cuts) else f" ({', '.join(of)})"))
     notes += [f"left out: {line}" for line in left_out]
+    if config.compare.baseline and config.compare.baseline not in chosen:
+        notes.append(f"baseline: {next(iter(chosen))}, for {config.compare.baseline} is not there")
+    if not on_gpu:
+        plans = [launch.make_plan(entry, num_ranks) for entry, num_ranks in chosen.values()]
+        notes += list(dict.fromkeys(f"!!! {plan.slowness}" for plan in plans if plan.slowness))
     return chosen, notes
 
 

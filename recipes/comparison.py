@@ -14,23 +14,30 @@ from conf.schema import Config
 from recipes.metrics import PARTS
 from recipes.report import how_to_look_at_wandb, start_wandb
 
-CPU_WARNING = [
-    "!!! ON THE CPU: sizes are cut until a laptop runs them, and ranks share its cores and memory.",
-    "!!! What follows shows that the command works. Its ratios say nothing of GPUs, nor of the paper's result.",
-]
+CPU_WARNING = (
+    "ON THE CPU, where ranks share cores and memory: these ratios say nothing of GPUs, nor of the paper's result."
+)
 
 LOGGED = ("tokens_per_s", "tokens_per_s_per_rank", "tpot_ms", "change_pct", "mfu_pct", "peak_memory_gib")
 
 
-def turn_line(row: dict[str, Any], num_rounds: int) -> str:
-    """One turn, for people."""
-    where = f"round {row['round']}/{num_rounds}" if row["round"] else "trying"
-    head = f"{where} | {row['entry']}, micro-batch {row['micro_batch_size']}"
+def turn_head(turn: dict[str, Any], number: int, num_turns: int, num_rounds: int) -> str:
+    """What is said when a turn begins, without a new line: `turn_result` follows.
+
+    Args:
+        number: of the turn, from 1, of so many as there are if none fails.
+    """
+    where = f"round {turn['round']}/{num_rounds}" if turn["round"] else "trying"
+    return f"turn {number}/{num_turns} | {where} | {turn['entry']}, micro-batch {turn['micro_batch_size']} | "
+
+
+def turn_result(row: dict[str, Any]) -> str:
+    """What became of a turn."""
     if "error" in row:
-        return f"{head} | FAILED: {row['error']}"
+        return f"FAILED: {row['error']}"
     mfu = "" if row["mfu_pct"] is None else f" | MFU {row['mfu_pct']:.1f}%"
     return (
-        f"{head} | {row['tokens_per_s']:,.0f} tok/s | {row['tokens_per_s_per_rank']:,.0f} tok/s/rank | "
+        f"{row['tokens_per_s']:,.0f} tok/s | {row['tokens_per_s_per_rank']:,.0f} tok/s/rank | "
         f"TPOT {row['tpot_ms']:.4f} ms{mfu} | steps {', '.join(f'{s:.3f}' for s in row['step_times_s'])} s"
     )
 
@@ -94,33 +101,57 @@ def summarize(results: list[dict[str, Any]], entries: list[str], baseline: str) 
 
 
 def table(rows: list[dict[str, Any]], baseline: str) -> list[str]:
-    """The rows as lines of text."""
-    header = ["method", "grid", "micro", "TPS, median (min - max)", "TPS/rank", "TPOT ms", f"vs {baseline}"]
-    header += ["TFLOP/s/rank", "MFU", "peak GiB", "exposed ms", "of step ms", "loss"]
-    cells = [header]
-    for row in rows:
-        if "error" in row:
-            cells.append([row["entry"], f"FAILED: {_cause(row['error'])}"])
-            continue
-        cells.append(
+    """The rows as lines of text, under a line of what all have in common; columns that nobody has are left out."""
+    measured = [row for row in rows if "error" not in row]
+    columns: list[tuple[str, list[str]]] = [
+        ("grid", [row["grid"] for row in measured]),
+        ("L", [f"{row['sequence_length']:,}" for row in measured]),
+        ("batch", [str(row["sequences_per_step"]) for row in measured]),
+        ("micro", [str(row["micro_batch_size"]) for row in measured]),
+        (
+            "TPS, median (min - max)",
             [
-                row["entry"],
-                row["grid"],
-                str(row["micro_batch_size"]),
-                f"{row['tokens_per_s']:,.0f} ({row['tokens_per_s_min']:,.0f} - {row['tokens_per_s_max']:,.0f})",
-                f"{row['tokens_per_s_per_rank']:,.0f}",
-                f"{row['tpot_ms']:.4f}",
-                _or_na(row["change_pct"], "{:+.1f} %"),
-                f"{row['model_tflops_per_rank']:.3g}",
-                _or_na(row["mfu_pct"], "{:.1f} %"),
-                _or_na(row["peak_memory_gib"], "{:.1f}"),
-                _or_na(row["exposed_communication_ms"], "{:.2f}"),
-                f"{row['step_time_ms']:.1f}",
-                _or_na(row["first_loss"], "{:.4f}"),
-            ]
-        )
-    widths = [max(len(line[n]) for line in cells if len(line) == len(header)) for n in range(len(header))]
-    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=False)).rstrip() for line in cells]
+                f"{row['tokens_per_s']:,.0f} ({row['tokens_per_s_min']:,.0f} - {row['tokens_per_s_max']:,.0f})"
+                for row in measured
+            ],
+        ),
+        ("TPS/rank", [f"{row['tokens_per_s_per_rank']:,.0f}" for row in measured]),
+        ("TPOT ms", [f"{row['tpot_ms']:.4f}" for row in measured]),
+        (f"vs {baseline}", [_or_na(row["change_pct"], "{:+.1f} %") for row in measured]),
+        ("TFLOP/s/rank", [f"{row['model_tflops_per_rank']:.3g}" for row in measured]),
+        ("MFU", [_or_na(row["mfu_pct"], "{:.1f} %") for row in measured]),
+        ("peak GiB", [_or_na(row["peak_memory_gib"], "{:.1f}") for row in measured]),
+        ("exposed ms", [_or_na(row["exposed_communication_ms"], "{:.2f}") for row in measured]),
+        ("of step ms", [f"{row['step_time_ms']:.1f}" for row in measured]),
+        ("loss", [_or_na(row["first_loss"], "{:.4f}") for row in measured]),
+    ]
+    common = [
+        f"{name} {cells[0]}" for name, cells in columns if name in ("L", "batch") and cells and len(set(cells)) == 1
+    ]
+    shown = [
+        (name, cells)
+        for name, cells in columns
+        if set(cells) != {"n/a"} and not (name in ("L", "batch") and len(set(cells)) == 1)
+    ]
+    lines = [["method", *(name for name, _ in shown)]]
+    cells_of = iter(zip(*(cells for _, cells in shown), strict=True))
+    for row in rows:
+        failed = [f"FAILED: {_cause(row['error'])}"] if "error" in row else None
+        lines.append([row["entry"], *(failed or next(cells_of))])
+    widths = [max(len(line[n]) for line in lines if len(line) == len(lines[0])) for n in range(len(lines[0]))]
+    widths[0] = max(len(line[0]) for line in lines)
+    text = ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=False)).rstrip() for line in lines]
+    return ([", ".join(common)] if common else []) + text
+
+
+def agreement(rows: list[dict[str, Any]]) -> str | None:
+    """How far the first losses of rows with equal length and batch are apart, which compute the same; None of one."""
+    losses: dict[tuple[int, int], list[float]] = {}
+    for row in rows:
+        if row.get("first_loss") is not None:
+            losses.setdefault((row["sequence_length"], row["sequences_per_step"]), []).append(row["first_loss"])
+    apart = [max(alike) / min(alike) - 1 for alike in losses.values() if len(alike) > 1]
+    return f"the first losses on equal batches differ by {100 * max(apart):.2g} % at most" if apart else None
 
 
 def _cause(error: str) -> str:
@@ -157,12 +188,15 @@ def report(
         for row in rows
         if "block" in row
     }
+    on_cpu = any(CPU_WARNING in note for note in notes)
     print(
-        "",
-        "TPS: tokens per second of all ranks; TPOT: step time / sequence length, as the paper has it; micro: sequences",
-        "per micro-batch; exposed: where ranks share sequences, what a step takes longer than one in which attention's",
-        "messages move nothing, else, as exchange above, the time when communication runs and nothing else does",
+        *([""] if agreement(rows) is None else ["", agreement(rows)]),
+        "TPS: tokens per second of all ranks. TPOT: step time / sequence length, as the paper has it, to be compared",
+        "at one batch only. micro: sequences per micro-batch. exposed: communication that nothing hides; where ranks",
+        "share sequences, what a step takes longer than one whose messages stay on their rank, else, and as exchange",
+        "above, when communication runs and nothing else does.",
         *(f"block kernel {block}: {', '.join(names)}" for block, names in kernels.items()),
+        *([f"!!! {CPU_WARNING}"] if on_cpu else []),
         sep="\n",
         flush=True,
     )
@@ -179,7 +213,10 @@ def report(
     path = run_dir / "comparison.json"
     path.write_text(json.dumps(whole, indent=1) + "\n")
     print(f"all numbers: {path}", flush=True)
-    figures = draw(config, rows, f"{first.model.name}, {config.compare.recipe}", notes, run_dir)
+    lengths = {row["sequence_length"] for row in rows if "error" not in row}
+    ends = dict.fromkeys((min(lengths), max(lengths))) if lengths else ()
+    title = f"{first.model.name}, {config.compare.recipe}, L = {' to '.join(f'{length:,}' for length in ends)}"
+    figures = draw(config, rows, f"{title}\n{CPU_WARNING}" if on_cpu else title, run_dir)
     print(*(f"figure:      {figure}" for figure in figures), sep="\n", flush=True)
     run = start_wandb(config.logging, run_dir, whole["configs"], lambda line: print(line, flush=True))
     scalar = (str, int, float, type(None))
@@ -195,8 +232,11 @@ def report(
     run.finish()
 
 
-def draw(config: Config, rows: list[dict[str, Any]], title: str, notes: list[str], run_dir: Path) -> list[Path]:
-    """Throughput as bars with their spread, or over the number of ranks beside what perfect scaling would give."""
+def draw(config: Config, rows: list[dict[str, Any]], title: str, run_dir: Path) -> list[Path]:
+    """Throughput as bars with their spread; or over the number of ranks, beside the first entry's speed per rank.
+
+    That speed is in operations: where sequences grow with the ranks, so do the operations of a token.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -204,31 +244,38 @@ def draw(config: Config, rows: list[dict[str, Any]], title: str, notes: list[str
 
     rows = [row for row in rows if "error" not in row]
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    speeds = [row["tokens_per_s"] for row in rows]
+    spread = [
+        [row["tokens_per_s"] - row["tokens_per_s_min"] for row in rows],
+        [row["tokens_per_s_max"] - row["tokens_per_s"] for row in rows],
+    ]
     if config.compare.plot == "scaling" and rows:
-        series: dict[str, list[dict[str, Any]]] = {}
-        for row in rows:
-            series.setdefault(row["entry"].partition(" on ")[0], []).append(row)
-        for name, points in series.items():
-            ranks = [row["num_ranks"] for row in points]
-            axes.plot(ranks, [row["tokens_per_s"] for row in points], marker="o", label=name)
+        series: dict[str, list[int]] = {}
+        for index, row in enumerate(rows):
+            series.setdefault(row["entry"].partition(" on ")[0], []).append(index)
+        for name, own in series.items():
+            errors = [[side[index] for index in own] for side in spread]
+            axes.errorbar(
+                [rows[n]["num_ranks"] for n in own], [speeds[n] for n in own], errors, marker="o", capsize=3, label=name
+            )
         least = min(rows, key=lambda row: row["num_ranks"])
-        ranks = sorted({row["num_ranks"] for row in rows})
-        ideal = [least["tokens_per_s"] / least["num_ranks"] * n for n in ranks]
-        axes.plot(ranks, ideal, linestyle="--", color="gray", label=f"{least['entry']}, times ranks")
-        axes.set(xlabel="ranks", ylabel="tokens/s", xticks=ranks, ylim=(0, None))
+        ideal = {
+            row["num_ranks"]: row["tokens_per_s"] * least["model_tflops_per_rank"] / row["model_tflops_per_rank"]
+            for row in rows
+        }
+        ranks = sorted(ideal)
+        label = f"{least['entry']}: its operations/s on each rank"
+        axes.plot(ranks, [ideal[n] for n in ranks], linestyle="--", color="gray", label=label)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set(xlabel="ranks", ylabel="tokens/s, all ranks: median, smallest and largest step")
+        axes.set_xticks(ranks, [str(n) for n in ranks])
         axes.legend()
     else:
-        names = [f"{row['entry']}\n{row['grid']}" for row in rows]
-        speeds = [row["tokens_per_s"] for row in rows]
-        spread = [
-            [row["tokens_per_s"] - row["tokens_per_s_min"] for row in rows],
-            [row["tokens_per_s_max"] - row["tokens_per_s"] for row in rows],
-        ]
-        axes.barh(names, speeds, xerr=spread, capsize=3)
+        axes.barh([f"{row['entry']}\n{row['grid']}" for row in rows], speeds, xerr=spread, capsize=3)
         axes.invert_yaxis()
         axes.set(xlabel="tokens/s, all ranks: median, smallest and largest step")
-    on_cpu = "\nON THE CPU, CUT TO FIT: says nothing of GPUs" if CPU_WARNING[0] in notes else ""
-    axes.set_title(title + on_cpu)
+    axes.set_title(title, wrap=True)
     paths = [run_dir / f"comparison.{kind}" for kind in ("png", "svg")]
     for path in paths:
         figure.savefig(path, dpi=150)

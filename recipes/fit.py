@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 
 from conf.schema import Config, Degrees
-from recipes.plan import forward_flops_per_token
+from recipes.plan import CPU_TFLOPS, forward_flops_per_token
 
-GPU_TFLOPS, CPU_TFLOPS = 500.0, 0.02  # attained, per GPU; by the whole machine
+GPU_TFLOPS = 500.0  # attained, per GPU
 PIPELINE_MICRO_BATCHES = 16  # per stage beside the first: a bubble of 1/17
 CPU_PIPELINE_MICRO_BATCHES = 4
 CPU_LENGTH, CPU_HIDDEN_SIZE, CPU_HEADS = 2500, 128, 16  # the length at most

@@ -221,15 +221,20 @@ def launch(task: Task, num_ranks: int, run_dir: Path) -> float:
 
 @contextlib.contextmanager
 def _signals_deferred() -> Iterator[None]:
-    """Ctrl-C and SIGTERM act once the block is done: a process that is started halfway prints a traceback."""
+    """Ctrl-C and SIGTERM act once the block is done: a process that is started halfway prints a traceback.
+
+    Processes that are started in it have Ctrl-C blocked, until they say otherwise: imports would print one, too.
+    """
     received: list[int] = []
     handlers = {
         number: signal.signal(number, lambda number, _: received.append(number))
         for number in (signal.SIGINT, signal.SIGTERM)
     }
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         for number, handler in handlers.items():
             signal.signal(number, handler)
         for number in received:
@@ -246,6 +251,7 @@ def _launched_rank(
     outcomes: SimpleQueue[_Outcome],
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # sent when the parent dies; must end a rank stuck in a collective too
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     if os.getppid() != parent_pid:  # it died while this rank was starting
         return
     tqdm.set_lock(threading.RLock())  # its own is a semaphore; one that a killed rank leaves makes Python warn

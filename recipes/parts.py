@@ -22,7 +22,7 @@ from recipes.transformer import TokenBatch
 from ring_attention.trace import labelled
 
 MOST_MICRO_BATCHES = 4  # where more are more of the same: a whole batch may take a minute
-REPETITIONS = 2
+REPETITIONS = 3
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,15 @@ def measure_parts(plan: Plan, engine: Engine, steps: Callable[[int], Iterator[li
 
 
 def _exposed_by_attention_s(plan: Plan, engine: Engine, batch: Callable[[], list[TokenBatch]]) -> float:
-    """What a batch's passes take longer than with attention's messages off."""
+    """What a batch's passes take longer than with attention's messages off; the first of each kind warm up."""
     assert isinstance(engine, TrainingEngine)
     times_s: dict[bool, list[float]] = {True: [], False: []}
-    for _ in range(REPETITIONS):
-        for silent in (False, True):
+    for number in range(1 + REPETITIONS):
+        for silent in (False, True) if number % 2 else (True, False):
             with attention_communication_off() if silent else contextlib.nullcontext():
                 times_s[silent].append(engine.max_over_ranks(_passes_s(plan, engine, batch())))
-    return max(0.0, statistics.median(times_s[False]) - statistics.median(times_s[True]))
+    whole_s, silent_s = (statistics.median(times_s[silent][1:]) for silent in (False, True))
+    return max(0.0, whole_s - silent_s)
 
 
 def _passes_s(plan: Plan, engine: TrainingEngine, micro_batches: Sequence[TokenBatch]) -> float:

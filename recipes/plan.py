@@ -22,6 +22,9 @@ from ring_attention.mask import CAUSAL
 from ring_attention.ring import gradient_dtype
 from ring_attention.schedule import imbalance, tokens_sent, work_per_rank
 
+CPU_TFLOPS = 0.02  # attained by two cores
+SLOW_STEP_S = 600.0
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -72,7 +75,7 @@ class Plan:
             engine.micro_batch_size,
             DTYPES[engine.dtype].itemsize,
             # cuDNN reaches 0.6 of an H100's peak; assumed for what was not measured
-            0.6 * peak if peak else {"cpu": 0.02}.get(self.device_type, 200.0),
+            0.6 * peak if peak else {"cpu": CPU_TFLOPS}.get(self.device_type, 200.0),
             self.config.attention.layout,
         )
 
@@ -165,6 +168,18 @@ class Plan:
             peak_tflops(self.device_name, self.config.engine.dtype),
         )
 
+    @property
+    def slowness(self) -> str | None:
+        """A warning of steps that a CPU takes many minutes for."""
+        seconds = self.tokens_per_step * self.flops / (CPU_TFLOPS * 1e12)
+        if self.device_type != "cpu" or seconds < SLOW_STEP_S:
+            return None
+        return (
+            f"a step is {self.tokens_per_step * self.flops / 1e12:,.0f} TFLOP, which two CPU cores take about "
+            f"{seconds / 3600:,.1f} hours for: use GPUs, or less of model, data.sequence_length and "
+            "engine.train_batch_size"
+        )
+
     def banner(self, run_dir: Path) -> list[str]:
         config, model, layout = self.config, self.config.model, self.layout
         block, reason = self.block_choice()
@@ -200,6 +215,7 @@ class Plan:
             ("attention", attention),
             ("block kernel", f"{block} ({reason})"),
             ("engine", f"{state}, {config.engine.dtype}"),
+            *([("!!!", self.slowness)] if self.slowness else []),
             ("run dir", str(run_dir)),
         ]
         return [f"{name:>16}  {value}" for name, value in rows]

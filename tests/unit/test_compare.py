@@ -13,9 +13,9 @@ import torch
 
 from conf.compose import entry_overrides
 from conf.degrees import resolve_degrees
-from conf.schema import Config, ConfigError, Degrees
+from conf.schema import CompareConfig, Config, ConfigError, Degrees
 from recipes import comparison, fit
-from recipes.compare import Turn, best_size, choose, next_turn
+from recipes.compare import Turn, Turns, best_size, choose, next_turn
 from recipes.metrics import PARTS
 from tests.unit.test_schema import compose
 
@@ -237,6 +237,7 @@ class TestSummary:
 def test_the_table_is_aligned_and_has_failures():
     rows = comparison.summarize(RESULTS, ["a", "c", "b"], "a")
     assert comparison.table(rows, "a") == [
+        "L 50, batch 2",
         "method  grid    micro  TPS, median (min - max)  TPS/rank  TPOT ms  vs a    TFLOP/s/rank  MFU    peak GiB  exposed ms  of step ms  loss",
         "a       2 ring  1      38 (10 - 100)            19        53.3333  +0.0 %  1.12          7.5 %  3.0       7.00        2666.7      5.5000",
         "c       FAILED: rank 1 failed: MemoryError: all of it",
@@ -244,12 +245,31 @@ def test_the_table_is_aligned_and_has_failures():
     ]  # fmt: skip
 
 
+def test_what_rows_differ_in_is_a_column_and_what_none_has_is_not():
+    long = turn("longer", 1, [1.0], sequence_length=1000, mfu_pct=None)
+    rows = comparison.summarize([turn("a", 1, [1.0], mfu_pct=None), long], ["a", "longer"], "a")
+    common, header, *lines = comparison.table(rows, "a")
+    assert common == "batch 2"
+    assert header.split("  ")[0] == "method"
+    assert " L " in header
+    assert " MFU " not in header
+    assert [line.split()[3] for line in lines] == ["50", "1,000"]
+
+
 def test_a_failed_baseline_leaves_the_changes_open():
-    lines = comparison.table(comparison.summarize(RESULTS, ["c", "a"], "c"), "c")
-    assert lines[0].split("  ")[0] == "method"
-    assert " vs c " in lines[0]
-    assert lines[1] == "c       FAILED: rank 1 failed: MemoryError: all of it"
-    assert " 53.3333  n/a " in lines[2]
+    lines = comparison.table(comparison.summarize(RESULTS, ["c", "a", "b"], "c"), "c")
+    assert "vs c" not in lines[1]  # nobody has one
+    assert lines[2] == "c       FAILED: rank 1 failed: MemoryError: all of it"
+    only_failures = comparison.table(comparison.summarize(RESULTS, ["c"], "c"), "c")
+    assert only_failures[-1] == "c       FAILED: rank 1 failed: MemoryError: all of it"
+
+
+def test_losses_are_compared_where_batches_are_equal():
+    results = [turn("a", 1, [1.0], losses=[5.0]), turn("b", 1, [1.0], losses=[5.05])]
+    other = turn("c", 1, [1.0], losses=[9.0], sequences_per_step=4)
+    rows = comparison.summarize([*results, other], ["a", "b", "c"], "a")
+    assert comparison.agreement(rows) == "the first losses on equal batches differ by 1 % at most"
+    assert comparison.agreement(rows[1:]) is None
 
 
 def test_the_shares_are_those_of_the_entries_that_were_measured():
@@ -264,20 +284,28 @@ def test_the_shares_are_those_of_the_entries_that_were_measured():
 @pytest.mark.parametrize(
     ("row", "line"),
     [
-        (RESULTS[2], "round 1/2 | a, micro-batch 1 | 67 tok/s | 33 tok/s/rank | TPOT 30.0000 ms | MFU 13.3% | steps 1.000, 2.000 s"),
-        (RESULTS[3], "round 1/2 | b, micro-batch 1 | 50 tok/s | 25 tok/s/rank | TPOT 40.0000 ms | steps 2.000, 2.000 s"),
-        (RESULTS[1], "trying | a, micro-batch 2 | FAILED: out of memory"),
+        (RESULTS[2], "turn 3/9 | round 1/2 | a, micro-batch 1 | 67 tok/s | 33 tok/s/rank | TPOT 30.0000 ms | MFU 13.3% | steps 1.000, 2.000 s"),
+        (RESULTS[3], "turn 3/9 | round 1/2 | b, micro-batch 1 | 50 tok/s | 25 tok/s/rank | TPOT 40.0000 ms | steps 2.000, 2.000 s"),
+        (RESULTS[1], "turn 3/9 | trying | a, micro-batch 2 | FAILED: out of memory"),
     ],
 )  # fmt: skip
 def test_a_turn_is_one_line(row, line):
-    assert comparison.turn_line(row, 2) == line
+    assert comparison.turn_head(row, 3, 9, 2) + comparison.turn_result(row) == line
+
+
+def test_turns_are_counted_with_those_of_an_earlier_try():
+    turns = Turns(Config(compare=CompareConfig(rounds=2)), {"a": Config(), "b": Config()}, {"a": [1, 2], "b": [1]})
+    assert turns.progress([]) == (1, 2 + 4)
+    results = [done("a", 0, 1), {**done("a", 0, 1), "parts": {}}, done("a", 0, 2), done("elsewhere", 1)]
+    assert turns.progress(results) == (3, 6)
+    assert turns.progress([done("a", 1)] * 7) == (8, 8)  # a size that failed had rounds
 
 
 @pytest.mark.parametrize("plot", ["bars", "scaling"])
 @pytest.mark.parametrize("entries", [["a", "c", "b"], ["c"]])
 def test_the_figure_is_drawn_also_of_failures_alone(plot, entries, tmp_path):
     rows = comparison.summarize(RESULTS, entries, entries[0])
-    paths = comparison.draw(compose(f"compare.plot={plot}"), rows, "tiny", [], tmp_path)
+    paths = comparison.draw(compose(f"compare.plot={plot}"), rows, "tiny", tmp_path)
     assert [path.name for path in paths] == ["comparison.png", "comparison.svg"]
     assert all(path.stat().st_size > 1000 for path in paths)
 
@@ -402,7 +430,7 @@ class TestChoose:
         chosen, notes = choose(config, self.entries(config, "+experiment=paper_table"))
         assert list(chosen) == ["tp_pp", "tp", "pp", "ra_sp", "ulysses", "all_gather", "dp"]
         assert {num_ranks for _, num_ranks in chosen.values()} == {4}
-        assert notes[:2] == comparison.CPU_WARNING
+        assert notes[0] == f"!!! {comparison.CPU_WARNING}"
         assert "changed: data.sequence_length 10000 -> 1250" in notes
         assert "changed: engine.train_batch_size 1024 -> 24" in notes
         assert notes[-1] == "left out: hybrid: on 4 ranks the same as ulysses"
@@ -444,10 +472,25 @@ class TestChoose:
         }
         chosen, notes = choose(compose(), entries)
         assert list(chosen) == ["plain", "contiguous", "zero_3", "longer", "dp"]
-        assert notes[-2:] == [
+        assert notes[-3:] == [
             "left out: again: on 2 ranks the same as plain",
             "left out: dp of a ring: on 2 ranks the same as dp",
+            "baseline: plain, for tp_pp is not there",
         ]
+
+    def test_an_entry_that_was_asked_for_by_name_must_fit(self, monkeypatch):
+        self.gpus(monkeypatch, 2)
+        config = compose("+experiment=paper_table", "compare.only=[ra_sp,ulysses,hybrid]")
+        with pytest.raises(ConfigError, match=r"compare\.only:\n(.*\n)*hybrid: on 2 ranks the same as ulysses"):
+            choose(config, self.entries(config, "+experiment=paper_table", "compare.only=[ra_sp,ulysses,hybrid]"))
+
+    def test_on_the_cpu_a_step_of_hours_is_said_before(self, monkeypatch):
+        self.gpus(monkeypatch, 0)
+        typed = ("workload=paper_100k", "engine.zero_stage=3", "compare.only=[ra_sp]", "launch.num_ranks=1")
+        _, notes = choose(config := compose(*typed), self.entries(config, *typed))
+        assert notes[-1].startswith(
+            "!!! a step is 62,593 TFLOP, which two CPU cores take about 869.3 hours for: use GPUs"
+        )
 
     def test_entries_of_more_ranks_than_there_are_gpus_are_left_out(self, monkeypatch):
         self.gpus(monkeypatch, 2)
