@@ -179,7 +179,9 @@ def report(
     """Print the table, write RUN_DIR/comparison.{json,png,svg}, log to wandb."""
     baseline = config.compare.baseline if config.compare.baseline in entries else next(iter(entries))
     rows = summarize(results, list(entries), baseline)
-    print("", *table(rows, baseline), "", *shares_table(rows), sep="\n")
+    print("", *table(rows, baseline), sep="\n")
+    if shares := shares_table(rows):
+        print("", *shares, sep="\n")
     for row in rows:
         if row.get("errors") and "error" not in row:
             print(f"{row['entry']}: some turns failed, the last with: {_cause(row['errors'][-1])}")
@@ -190,7 +192,8 @@ def report(
     }
     on_cpu = any(CPU_WARNING in note for note in notes)
     print(
-        *([""] if agreement(rows) is None else ["", agreement(rows)]),
+        "",
+        *([line] if (line := agreement(rows)) else []),
         "TPS: tokens per second of all ranks. TPOT: step time / sequence length, as the paper has it, to be compared",
         "at one batch only. micro: sequences per micro-batch. exposed: communication that nothing hides; where ranks",
         "share sequences, what a step takes longer than one whose messages stay on their rank, else, and as exchange",
