@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Optional
 
 BLOCKS = ("auto", "flash_attn_4", "ffpa", "cudnn", "aten_flash", "mem_efficient", "cpu_flash", "reference")
 METHODS = ("ring", "ulysses", "hybrid", "all_gather", "local", "auto")
-RECIPES = ("pretrain", "forward", "compare")
+RECIPES = ("pretrain", "forward", "compare", "bench_attention")
 BYTE_VOCAB_SIZE = 257  # 256 byte values and the document separator
 
 
@@ -259,7 +259,7 @@ class CompareConfig:
     only: list[str] = field(default_factory=list)  # of the entries; empty is all
     baseline: str = ""  # the entry that changes are against; empty is the first
     recipe: str = "forward"  # what is measured: forward | pretrain
-    rounds: int = 3  # each entry has its turn in each, so that drift hits all alike
+    rounds: int = 3  # each entry has its turn in each, so that drift hits all alike; of recipe=bench_attention, too
     steps_per_round: int = 2  # timed, after one that warms up
     micro_batch_sizes: list[int] = field(default_factory=lambda: [1])  # tried first; each entry keeps its fastest
     fit: bool = False  # cut the batch to step_time_s per step, and on the CPU everything; the cuts are named
@@ -294,7 +294,7 @@ class Config:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
-    recipe: str = "pretrain"  # pretrain | forward (no gradients: throughput alone) | compare
+    recipe: str = "pretrain"  # pretrain | forward (no gradients: throughput alone) | compare | bench_attention
     explain: bool = False  # print the resolved plan and stop
     profile: bool = False  # record a torch profiler trace of steps 3 and 4 on every rank
     breakdown: bool = True  # after the last step: exposed communication and the share of time per part
@@ -306,7 +306,7 @@ class Config:
         _at_least("num_steps", self.num_steps, 1)
         if self.recipe == "compare" and not self.compare.entries:
             raise ConfigError("recipe=compare has nothing to compare: type recipe=compare +experiment=paper_table")
-        if self.recipe == "compare" and self.profile:
+        if self.recipe in ("compare", "bench_attention") and self.profile:
             raise ConfigError(
                 "profile=true is for single runs: leave it out, or type recipe=pretrain or recipe=forward"
             )

@@ -265,8 +265,8 @@ class Plan:
 
     @property
     def refusal(self) -> str | None:
-        """Why the ranks' memory cannot hold the model; None if it can, or is not known."""
-        if self.memory_bytes is None:
+        """Why the ranks' memory cannot hold the model; None if it can, is not known, or there is no model."""
+        if self.memory_bytes is None or self.config.recipe == "bench_attention":
             return None
         host_ranks = self.ranks_per_host if self.device_type == "cpu" else None
         return refusal(self.config, self.degrees, self.memory_bytes, host_ranks)

@@ -79,7 +79,7 @@ MISTAKES = [
     ("launch.timeout_s=inf", "launch.timeout_s=inf must be at least 1, and finite"),
     ("parallelism.data_degree=0", "parallelism.data_degree=0 must be at least 1"),
     ("num_steps=0", "num_steps=0 must be at least 1"),
-    ("recipe=bake", "recipe=bake is not known: use pretrain, forward, compare"),
+    ("recipe=bake", "recipe=bake is not known: use pretrain, forward, compare, bench_attention"),
     ("parallelism.method=expert", "parallelism.method=expert is not known: use sequence, tensor_pipeline"),
     ("engine.train_batch_size=0", "engine.train_batch_size=0 must be at least 1"),
     ("compare.recipe=x", "compare.recipe=x is not known: use forward, pretrain"),

@@ -1,0 +1,280 @@
+"""Attention alone, without a model: every method on the same ranks, beside one device's time over their number.
+
+That ideal is what a ring comes to whose messages, merges and smaller blocks cost nothing. Before anything is timed,
+each method's output is held against that of whole attention. On one rank nothing travels: instead, one rank of larger
+rings is simulated, which shows what cutting attention into blocks and merging them costs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed.comm as dist
+import torch
+from torch import Tensor
+
+from conf.schema import ConfigError
+from recipes.breakdown import attention_communication_off
+from recipes.build import build_attention
+from recipes.metrics import StepClock
+from recipes.plan import DTYPES, Plan
+from recipes.report import Reporter
+from ring_attention import CAUSAL, LocalAttention
+from ring_attention.blocks import BlockSpec, choose_block
+from ring_attention.groups import ParallelGroups
+from ring_attention.kv import KeysValues
+from ring_attention.layout import Layout
+from ring_attention.ring import Ring, ring_backward, ring_forward
+from ring_attention.schedule import ring_schedule
+
+RESULT_FILE = "bench_attention.json"
+METHODS = ("ring", "ulysses", "hybrid", "all_gather")
+SIMULATED_DEGREES = (2, 4, 8, 16, 32, 64)
+TIMED_S = 0.1  # of calls, at least, in each round
+MOST_ERROR = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 4e-3}  # of an output, relative: several roundings
+
+Shards = tuple[Tensor, Tensor, Tensor, Tensor]  # q, k, v, dout of [B, S, heads, D]
+
+
+@dataclass
+class Contender:
+    """What is timed: calls of no arguments, and how much of the whole each device computes.
+
+    Args:
+        sends: whether it exchanges messages, which can be turned off.
+    """
+
+    name: str
+    grid: str
+    forward: Callable[[], Any]
+    forward_backward: Callable[[], Any]
+    share: float
+    sends: bool = False
+
+
+def bench_attention(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
+    """Time all contenders in turns; returns TFLOP/s per rank of the first, forward and backward.
+
+    Every rank must call it.
+
+    Args:
+        reporter: rank 0's; None on all others.
+    """
+    say = reporter.say if reporter else (lambda *lines: None)
+    model, length, num_ranks = plan.config.model, plan.config.data.sequence_length, plan.num_ranks
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    whole = _draw(plan, device)
+    say(
+        f"attention of {plan.config.engine.micro_batch_size} x {length:,} tokens, {model.num_heads} heads and "
+        f"{model.num_kv_heads} kv heads x {model.head_dim}, {plan.config.engine.dtype}, causal; "
+        f"{num_ranks} rank{'s' if num_ranks > 1 else ''} on {plan.device_name}, block kernel {plan.block_choice()[0]}"
+    )
+    ideal = _of_module(LocalAttention(plan.config.attention.block), whole, "one device", "whole sequences", 1.0)
+    contenders = [ideal]
+    if num_ranks == 1:
+        contenders += [_simulated(plan, whole, degree) for degree in SIMULATED_DEGREES if 2 * degree <= length]
+    else:
+        expected = ideal.forward()
+        for method in METHODS:
+            try:
+                contender, error = _of_method(plan, method, whole, expected)
+            except ConfigError as refusal:
+                say(f"left out: {method}: {refusal}")
+                continue
+            error = _max_over_ranks(error, device)
+            assert error < MOST_ERROR[plan.config.engine.dtype], f"{method} is wrong: error {error:.1e}"
+            contenders.append(contender)
+    say("timing ...")
+    rows = _timed(contenders, plan, device)
+    say("", *_table(rows, num_ranks), "")
+    say(
+        "ms: of a call, the slowest rank's. TFLOP/s: per device, causal counted once, backward as two forward passes.",
+        "ideal: one device's time x the share that each computes. exposed: what a call takes longer than one whose",
+        "messages stay on their rank.",
+        *(["!!! ON THE CPU ranks share cores: these figures say nothing of GPUs"] if device.type == "cpu" else []),
+    )
+    if reporter:
+        result = {"device": plan.device_name, "num_ranks": num_ranks, "config": asdict(plan.config), "rows": rows}
+        (run_dir / RESULT_FILE).write_text(json.dumps(result, indent=1) + "\n")
+        reporter.conclude(
+            {
+                f"{row['name']}/{kind}/{name}": value
+                for row in rows
+                for kind in ("forward", "forward_backward")
+                for name, value in row[kind].items()
+            }
+        )
+        say(f"all numbers: {run_dir / RESULT_FILE}", *reporter.how_to_look()[1:])
+    first = rows[min(1, len(rows) - 1)]
+    return first["forward_backward"]["tflops"]
+
+
+def _draw(plan: Plan, device: torch.device) -> Shards:
+    """The same on all ranks."""
+    model, config = plan.config.model, plan.config
+    generator = torch.Generator(device).manual_seed(config.seed)
+    counts = (model.num_heads, model.num_kv_heads, model.num_kv_heads, model.num_heads)
+    q, k, v, dout = (
+        torch.randn(
+            config.engine.micro_batch_size,
+            config.data.sequence_length,
+            heads,
+            model.head_dim,
+            device=device,
+            generator=generator,
+        ).to(DTYPES[config.engine.dtype])
+        for heads in counts
+    )
+    return q, k, v, dout
+
+
+def _of_module(module: Any, shards: Shards, name: str, grid: str, share: float, sends: bool = False) -> Contender:
+    """A module with DistributedAttention's contract."""
+    q, k, v, dout = shards
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return module(q, k, v, 0)
+
+    def forward_backward() -> Any:
+        return torch.autograd.grad(module(*leaves, 0), leaves, dout)
+
+    return Contender(name, grid, forward, forward_backward, share, sends)
+
+
+def _of_method(plan: Plan, method: str, whole: Shards, expected: Tensor) -> tuple[Contender, float]:
+    """One of METHODS on all ranks, and the error of this rank's output.
+
+    Raises:
+        ConfigError: if the method cannot do this on so many ranks.
+    """
+    config = copy.deepcopy(plan.config)
+    config.attention.method = method
+    for name in ("data", "ring", "ulysses"):
+        setattr(config.parallelism, f"{name}_degree", 1 if name == "data" else None)
+    own = Plan(config, plan.num_ranks, plan.device_type, plan.device_name, plan.capability, plan.ranks_per_host)
+    if method == "hybrid" and 1 in (own.degrees.ring, own.degrees.ulysses):
+        raise ConfigError("on so many ranks the same as one of the others")
+    module = build_attention(own, ParallelGroups(own.degrees.data, own.degrees.sequence))
+    layout = own.layout
+    q, k, v, dout = (layout.shard(x, module.sequence_rank, dim=1) for x in whole)
+    # k and v as the recipes' model gives them: one message
+    k, v = torch.stack((k, v)).unbind(0)
+    grid = " x ".join(f"{n} {name}" for name, n in own.degrees._asdict().items() if n > 1)
+    contender = _of_module(module, (q, k, v, dout), method, grid, 1 / plan.num_ranks, sends=True)
+    valid = layout.positions(module.sequence_rank).to(q.device) < layout.length
+    got, wanted = contender.forward()[:, valid].float(), layout.shard(expected, module.sequence_rank, dim=1)[:, valid]
+    return contender, ((got - wanted.float()).norm() / wanted.float().norm()).item()
+
+
+class _Alone(Ring):
+    """A ring whose messages are this rank's own keys and values; no gradients travel."""
+
+    def forward_keys(self, own: KeysValues, here: KeysValues | None, step: int, way: str) -> Any:
+        return None, own if step + 1 < len(self.stages) else None
+
+    def post(self, purpose: str, sends: Any, receives: Any) -> None:
+        return None
+
+
+def _simulated(plan: Plan, whole: Shards, degree: int) -> Contender:
+    """Rank 0 of a larger ring."""
+    layout = Layout("zigzag", degree, plan.config.data.sequence_length)
+    q, k, v, dout = (layout.shard(x, 0, dim=1) for x in whole)
+    kv = KeysValues.of_message(torch.cat((k.flatten(), v.flatten())), (k.shape, v.shape))
+    block = choose_block(BlockSpec.of(q, k, v), plan.config.attention.block)[0]
+    ring = _Alone(ring_schedule(layout, CAUSAL, 0), None, block, plan.config.model.head_dim**-0.5)
+
+    def forward_backward() -> Any:
+        return ring_backward(ring, dout, q, kv, *ring_forward(ring, q, kv))
+
+    return Contender(
+        f"ring of {degree}",
+        f"{layout.local_length:,} tokens",
+        lambda: ring_forward(ring, q, kv),
+        forward_backward,
+        1 / degree,
+    )
+
+
+def _timed(contenders: list[Contender], plan: Plan, device: torch.device) -> list[dict[str, Any]]:
+    """Each contender in each round, so that drift hits all alike: a row each, times in ms."""
+    kinds = ("forward", "forward_backward")
+    times_s: dict[tuple[str, str, bool], list[float]] = {}
+    for number in range(1 + plan.config.compare.rounds):  # the first warms up
+        for contender in contenders:
+            for kind in kinds:
+                for silent in (False, True) if contender.sends else (False,):
+                    with attention_communication_off() if silent else contextlib.nullcontext():
+                        seconds = _seconds_of_a_call(getattr(contender, kind), device)
+                    if number:
+                        times_s.setdefault((contender.name, kind, silent), []).append(seconds)
+    config = plan.config
+    pairs = config.data.sequence_length * (config.data.sequence_length + 1) / 2
+    operations = 4.0 * config.engine.micro_batch_size * config.model.num_heads * config.model.head_dim * pairs
+    rows = []
+    for contender in contenders:
+        row: dict[str, Any] = {"name": contender.name, "grid": contender.grid}
+        for kind in kinds:
+            own = times_s[contender.name, kind, False]
+            median = statistics.median(own)
+            ideal = statistics.median(times_s[contenders[0].name, kind, False]) * contender.share
+            silent = times_s.get((contender.name, kind, True))
+            row[kind] = {
+                "ms": 1e3 * median,
+                "min_ms": 1e3 * min(own),
+                "max_ms": 1e3 * max(own),
+                "tflops": operations * contender.share * (3 if kind == "forward_backward" else 1) / median / 1e12,
+                "ideal_pct": 100 * ideal / median,
+                "exposed_ms": None if silent is None else max(0.0, 1e3 * (median - statistics.median(silent))),
+            }
+        rows.append(row)
+    return rows
+
+
+def _seconds_of_a_call(call: Callable[[], Any], device: torch.device) -> float:
+    """The slowest rank's mean over as many calls as take TIMED_S."""
+    clock = StepClock()
+
+    def seconds(number: int) -> float:
+        dist.barrier()
+        clock.restart()
+        for _ in range(number):
+            call()
+        clock.tick()
+        return _max_over_ranks(clock.take()[0] / number, device)
+
+    return seconds(max(1, round(TIMED_S / seconds(1))))
+
+
+def _max_over_ranks(value: float, device: torch.device) -> float:
+    tensor = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.item()
+
+
+def _table(rows: list[dict[str, Any]], num_ranks: int) -> list[str]:
+    kinds = {"forward": "forward", "forward_backward": "forward + backward"}
+    header = ["method", "grid"]
+    for title in kinds.values():
+        header += [f"{title} ms (min - max)", "TFLOP/s", "of ideal", *(["exposed ms"] if num_ranks > 1 else [])]
+    cells = [header]
+    for row in rows:
+        line = [row["name"], row["grid"]]
+        for kind in kinds:
+            own = row[kind]
+            line += [f"{own['ms']:.3f} ({own['min_ms']:.3f} - {own['max_ms']:.3f})", f"{own['tflops']:.3g}"]
+            line.append(f"{own['ideal_pct']:.1f} %")
+            if num_ranks > 1:
+                line.append("n/a" if own["exposed_ms"] is None else f"{own['exposed_ms']:.3f}")
+        cells.append(line)
+    widths = [max(len(line[n]) for line in cells) for n in range(len(header))]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]

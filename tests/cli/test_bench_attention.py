@@ -1,0 +1,57 @@
+"""`recipe=bench_attention` as people type it: on ranks, and on one, which simulates others."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.cli.program import Finished, Program
+
+SMALL = ["recipe=bench_attention", "data.sequence_length=250", "compare.rounds=2", "logging.wandb=offline"]
+KINDS = {"forward": 1, "forward_backward": 3}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> Finished:
+    return Program(tmp_path_factory.mktemp("bench")).run(*SMALL, "launch.num_ranks=2", "attention.layout=contiguous")
+
+
+def kept(run: Finished) -> dict[str, Any]:
+    return json.loads((run.run_dir / "bench_attention.json").read_text())
+
+
+def test_every_method_that_fits_is_timed_beside_one_device(two_ranks):
+    assert (two_ranks.exit_code, two_ranks.stderr) == (0, "")
+    assert [(row["name"], row["grid"]) for row in kept(two_ranks)["rows"]] == [
+        ("one device", "whole sequences"), ("ring", "2 ring"), ("ulysses", "2 ulysses"), ("all_gather", "2 ring"),
+    ]  # fmt: skip
+    assert "left out: hybrid: on so many ranks the same as one of the others" in two_ranks.stdout
+    table = two_ranks.stdout.partition("timing ...")[2].strip().splitlines()
+    assert [line.split("  ")[0] for line in table[1:5]] == ["one device", "ring", "ulysses", "all_gather"]
+    assert "say nothing of GPUs" in two_ranks.stdout
+
+
+def test_the_numbers_follow_from_the_times(two_ranks):
+    alone, *methods = kept(two_ranks)["rows"]
+    operations = 4 * 4 * 32 * 250 * 251 / 2  # 4 heads x 32
+    for row, share in ((alone, 1), *((row, 1 / 2) for row in methods)):
+        for kind, passes in KINDS.items():
+            own = row[kind]
+            assert own["min_ms"] <= own["ms"] <= own["max_ms"]
+            assert own["tflops"] == pytest.approx(passes * share * operations / own["ms"] / 1e9)
+            assert own["ideal_pct"] == pytest.approx(100 * share * alone[kind]["ms"] / own["ms"])
+            assert (own["exposed_ms"] is None) == (row is alone)
+    summary = json.loads((two_ranks.run_dir / "summary.json").read_text())
+    assert summary["ring/forward/ms"] == methods[0]["forward"]["ms"]
+
+
+def test_one_rank_simulates_larger_rings(program):
+    run = program.run(*SMALL, "launch.num_ranks=1", "engine.micro_batch_size=2")
+    assert (run.exit_code, run.stderr) == (0, "")
+    assert [row["name"] for row in kept(run)["rows"]] == [
+        "one device",
+        *(f"ring of {n}" for n in (2, 4, 8, 16, 32, 64)),
+    ]
+    assert all(row[kind]["ideal_pct"] > 0 for row in kept(run)["rows"] for kind in KINDS)
