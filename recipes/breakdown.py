@@ -255,7 +255,8 @@ def attention_communication_off() -> Iterator[None]:
     """Within, the attention modules' messages stay on their rank: the difference in time is what they expose.
 
     A rank receives what it sends, as far as it goes: with uninitialised buffers all that follows might be NaN, and a
-    GPU at its power limit multiplies those faster than numbers. For benchmarks only, and every rank must enter it. What
+    GPU at its power limit multiplies those faster than numbers. These copies take time of their own, some tenth of what
+    the messages take between GPUs, which the difference lacks. For benchmarks only, and every rank must enter it. What
     is computed within is garbage, and a training step leaves garbage weights. Modules are made outside, for their
     groups are.
     """

@@ -73,12 +73,22 @@ def next_turn(sizes: dict[str, list[int]], rounds: int, results: list[dict[str, 
 
 
 def best_size(candidates: list[int], entry: str, results: list[dict[str, Any]]) -> int | None:
-    """The micro-batch size that was fastest of those that never failed; None if all did."""
-    failed = {row["micro_batch_size"] for row in results if row["entry"] == entry and "error" in row}
+    """The micro-batch size that was fastest of those that never failed; None if all did.
+
+    A turn whose time was taken has not failed, whatever became of measuring its parts.
+    """
+    own = [row for row in results if row["entry"] == entry]
+    timed = {(row["round"], row["micro_batch_size"]) for row in own if "tokens_per_s" in row}
+    failed = {
+        row["micro_batch_size"]
+        for row in own
+        if "error" in row and (row["round"], row["micro_batch_size"]) not in timed
+    }
+    working = [size for size in candidates if size not in failed]
     if len(candidates) == 1:
-        return next((size for size in candidates if size not in failed), None)
-    speeds = {row["micro_batch_size"]: row["tokens_per_s"] for row in _of(results, entry, 0) if "error" not in row}
-    return max(speeds.keys() - failed, key=lambda size: speeds[size], default=None)
+        return next(iter(working), None)
+    speeds = {row["micro_batch_size"]: row["tokens_per_s"] for row in own if not row["round"] and "tokens_per_s" in row}
+    return max((size for size in working if size in speeds), key=lambda size: speeds[size], default=None)
 
 
 def _of(results: list[dict[str, Any]], entry: str, number: int, size: int | None = None) -> list[dict[str, Any]]:
@@ -234,7 +244,8 @@ def compare(config: Config, entries: dict[str, Config], run_dir: Path) -> None:
         entries: their configurations as composed, by name.
 
     Raises:
-        ConfigError: if no entry fits this machine.
+        ConfigError: if no entry fits this machine, or one that compare.only names does not; for a run dir with results
+            of another comparison.
         RunFailed: if ranks that a launcher has started failed, or ours before the first turn.
     """
     started = ranks_are_started()
@@ -317,7 +328,7 @@ def choose(config: Config, entries: dict[str, Config]) -> tuple[dict[str, tuple[
     """The entries that fit this machine, cut to it where compare.fit says so, with their numbers of ranks; and notes.
 
     Raises:
-        ConfigError: if none fits.
+        ConfigError: if none fits, or one that compare.only names does not.
     """
     on_gpu = torch.cuda.device_count() > 0
     available = int(os.environ["WORLD_SIZE"]) if ranks_are_started() else torch.cuda.device_count()
@@ -360,8 +371,13 @@ def choose(config: Config, entries: dict[str, Config]) -> tuple[dict[str, tuple[
             entry.engine.gradient_accumulation_steps = 1
     cuts = {name: fit.changes(entries[name], entry) for name, (entry, _, _) in fitting.items()}
     chosen = {name: (entry, num_ranks) for name, (entry, num_ranks, _) in fitting.items()}
-    if not chosen or any(name not in chosen for name in config.compare.only):
-        raise ConfigError(f"{'compare.only' if chosen else 'none of the entries fits'}:\n" + "\n".join(left_out))
+    if not chosen:
+        raise ConfigError("none of the entries fits:\n" + "\n".join(left_out))
+    if missing := [name for name in config.compare.only if name not in chosen]:
+        raise ConfigError(
+            f"compare.only has {', '.join(missing)}, which cannot run here: take it out, or use other ranks:\n"
+            + "\n".join(left_out)
+        )
     for cut in dict.fromkeys(line for lines in cuts.values() for line in lines):
         of = [name for name, lines in cuts.items() if cut in lines]
         notes.append(f"changed: {cut}" + ("" if len(of) == len(cuts) else f" ({', '.join(of)})"))

@@ -125,14 +125,9 @@ def table(rows: list[dict[str, Any]], baseline: str) -> list[str]:
         ("of step ms", [f"{row['step_time_ms']:.1f}" for row in measured]),
         ("loss", [_or_na(row["first_loss"], "{:.4f}") for row in measured]),
     ]
-    common = [
-        f"{name} {cells[0]}" for name, cells in columns if name in ("L", "batch") and cells and len(set(cells)) == 1
-    ]
-    shown = [
-        (name, cells)
-        for name, cells in columns
-        if set(cells) != {"n/a"} and not (name in ("L", "batch") and len(set(cells)) == 1)
-    ]
+    alike = [column for column in columns if column[0] in ("L", "batch") and len(set(column[1])) == 1]
+    shown = [column for column in columns if set(column[1]) != {"n/a"} and column not in alike]
+    common = [f"{name} {cells[0]}" for name, cells in alike]
     lines = [["method", *(name for name, _ in shown)]]
     cells_of = iter(zip(*(cells for _, cells in shown), strict=True))
     for row in rows:

@@ -32,7 +32,7 @@ class Parts:
     Args:
         shares: of a step's wall time, by name of `metrics.PARTS`; they sum to 1.
         exposed_communication_ms: of a step. Where ranks share sequences, of attention's messages: what a step takes
-            longer than one in which they move nothing. Else the time when communication runs and nothing else does.
+            longer than one in which they stay on their rank. Else when communication runs and nothing else does.
     """
 
     shares: dict[str, float]

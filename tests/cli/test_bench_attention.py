@@ -47,6 +47,13 @@ def test_the_numbers_follow_from_the_times(two_ranks):
     assert summary["ring/forward/ms"] == methods[0]["forward"]["ms"]
 
 
+def test_heads_that_a_method_cannot_cut_leave_it_out(program):
+    run = program.run(*SMALL, "launch.num_ranks=2", "model.num_heads=6", "model.num_kv_heads=3", "compare.rounds=1")
+    assert (run.exit_code, run.stderr) == (0, "")
+    assert [row["name"] for row in kept(run)["rows"]] == ["one device", "ring", "all_gather"]
+    assert "left out: ulysses: " in run.stdout
+
+
 def test_one_rank_simulates_larger_rings(program):
     run = program.run(*SMALL, "launch.num_ranks=1", "engine.micro_batch_size=2")
     assert (run.exit_code, run.stderr) == (0, "")

@@ -140,6 +140,24 @@ def test_the_same_command_again_measures_nothing_and_prints_the_same_table(compa
     assert (again.run_dir / "results.jsonl").read_text() == result_lines
 
 
+def test_results_of_another_comparison_are_refused_and_stay(place, compared, kept):
+    run = place.run("recipe=compare", "compare.only=[dp]", *SAME, f"hydra.run.dir={compared.run_dir}")
+    assert (run.exit_code, run.stderr) == (
+        1, f"error: {compared.run_dir} has results of another comparison, of ring: use another hydra.run.dir\n"
+    )  # fmt: skip
+    assert json.loads((compared.run_dir / "comparison.json").read_text()) == kept
+
+
+def test_a_mistake_in_an_entry_names_it(program):
+    run = program.run("recipe=compare", "+compare.entries.mine=['model.hiden_size=3']")
+    assert run.stderr.startswith("error: compare.entries.mine: there is no field model.hiden_size: did you mean")
+    assert run.stderr.count("\n") == 1
+    run = program.run("recipe=compare", "+compare.entries.mine=['+experiment=rings']")
+    assert run.stderr.startswith("error: compare.entries.mine: ")
+    assert "experiment=rings is not known" in run.stderr
+    assert run.stderr.count("\n") == 1
+
+
 def test_explain_prints_the_plans_and_starts_nothing(place):
     result = place.run(*comparison(place.folder / "corpus"), "explain=true", name="explained")
     assert (result.exit_code, result.stderr) == (0, "")

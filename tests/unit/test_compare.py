@@ -78,6 +78,16 @@ class TestNextTurn:
         results = [*results, failed("a", 1, 2), failed("a", 1, 1)]
         assert all_turns(sizes, 2, speeds, results) == [("b", 1, 2)]
 
+    def test_a_failure_after_the_time_was_taken_costs_only_the_parts(self):
+        tried = [done("a", 0, 1, 10.0), done("a", 0, 2, 20.0)]
+        results = [*tried, done("a", 1, 2), done("a", 2, 2), failed("a", 2, 2)]
+        assert next_turn({"a": [1, 2]}, 2, results) is None
+        assert best_size([1, 2], "a", results) == 2
+
+    def test_a_size_that_is_no_candidate_any_more_is_not_taken(self):
+        results = [done("a", 0, 1, 10.0), done("a", 0, 2, 20.0), done("a", 0, 4, 30.0)]
+        assert next_turn({"a": [1, 2]}, 1, results) == Turn("a", 2, 1)
+
     def test_it_resumes_where_earlier_results_end(self):
         speeds = {("a", 1): 10.0, ("a", 2): 30.0, ("b", 1): 5.0, ("b", 2): 4.0}
         sizes = {"a": [1, 2], "b": [1, 2]}
@@ -481,7 +491,10 @@ class TestChoose:
     def test_an_entry_that_was_asked_for_by_name_must_fit(self, monkeypatch):
         self.gpus(monkeypatch, 2)
         config = compose("+experiment=paper_table", "compare.only=[ra_sp,ulysses,hybrid]")
-        with pytest.raises(ConfigError, match=r"compare\.only:\n(.*\n)*hybrid: on 2 ranks the same as ulysses"):
+        with pytest.raises(
+            ConfigError,
+            match=r"compare\.only has hybrid, which cannot run here: .*:\n(.*\n)*hybrid: on 2 ranks the same",
+        ):
             choose(config, self.entries(config, "+experiment=paper_table", "compare.only=[ra_sp,ulysses,hybrid]"))
 
     def test_on_the_cpu_a_step_of_hours_is_said_before(self, monkeypatch):

@@ -52,6 +52,16 @@ def test_keys_and_values_leave_the_projection_as_one_message_in_its_dtype():
     assert KeysValues.of_parts(v, k).message is None
 
 
+def test_only_what_lies_one_behind_the_other_is_a_message():
+    memory = torch.arange(2 * 3 * 2 * 2 * 4).view(2, 3, 2, 2, 4)  # [k and v, S, B, K, D]
+    assert KeysValues.of_parts(*memory.unbind(0)).message is not None
+    assert KeysValues.of_parts(*memory.transpose(1, 2).unbind(0)).message is None  # [B, S, K, D] of [S, B, K, D]
+    assert KeysValues.of_parts(memory[0], memory[1].transpose(0, 1)).message is None
+    assert KeysValues.of_parts(memory[0].transpose(0, 1), memory[1]).message is None
+    assert KeysValues.of_parts(memory[0], memory.clone()[1]).message is None  # the right offset, elsewhere
+    assert KeysValues.of_parts(memory[0, :1], memory[1, :1]).message is None  # a gap between them
+
+
 def test_swiglu_is_the_silu_of_the_first_half_times_the_second():
     gate, up = draw(2, 5, 6), draw(2, 5, 6)
     got = kernels.swiglu(torch.cat((gate, up), -1))
