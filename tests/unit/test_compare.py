@@ -15,8 +15,9 @@ from conf.compose import entry_overrides
 from conf.degrees import resolve_degrees
 from conf.schema import CompareConfig, Config, ConfigError, Degrees
 from recipes import comparison, fit
-from recipes.compare import Turn, Turns, best_size, choose, next_turn
+from recipes.compare import Turns, choose
 from recipes.metrics import PARTS
+from recipes.turns import Turn, best_size, next_turn
 from tests.unit.test_schema import compose
 
 
