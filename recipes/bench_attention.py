@@ -23,8 +23,9 @@ from torch import Tensor
 from conf.schema import ConfigError
 from recipes.breakdown import attention_communication_off
 from recipes.build import build_attention
+from recipes.engine import max_over_ranks
 from recipes.metrics import StepClock
-from recipes.plan import DTYPES, Plan
+from recipes.plan import DTYPES, Plan, attention_flops_per_token
 from recipes.report import Reporter
 from ring_attention import CAUSAL, LocalAttention
 from ring_attention.blocks import BlockSpec, choose_block
@@ -91,7 +92,7 @@ def bench_attention(plan: Plan, run_dir: Path, reporter: Reporter | None) -> flo
             except ValueError as refusal:
                 say(f"left out: {method}: {refusal}")
                 continue
-            error = _max_over_ranks(error, device)
+            error = max_over_ranks(error, device)
             if not error < MOST_ERROR[plan.config.engine.dtype]:
                 raise RuntimeError(f"{method} does not compute what whole attention does: error {error:.1e}")
             contenders.append(contender)
@@ -224,8 +225,8 @@ def _timed(contenders: list[Contender], plan: Plan, device: torch.device) -> lis
                     if number:
                         times_s.setdefault((contender.name, kind, silent), []).append(seconds)
     config = plan.config
-    pairs = config.data.sequence_length * (config.data.sequence_length + 1) / 2
-    operations = 4.0 * config.engine.micro_batch_size * config.model.num_heads * config.model.head_dim * pairs
+    tokens = config.engine.micro_batch_size * config.data.sequence_length
+    operations = tokens * attention_flops_per_token(config.model, config.data.sequence_length)
     rows = []
     for contender in contenders:
         row: dict[str, Any] = {"name": contender.name, "grid": contender.grid}
@@ -256,15 +257,9 @@ def _seconds_of_a_call(call: Callable[[], Any], device: torch.device) -> float:
         for _ in range(number):
             call()
         clock.tick()
-        return _max_over_ranks(clock.take()[0] / number, device)
+        return max_over_ranks(clock.take()[0] / number, device)
 
     return seconds(max(1, round(TIMED_S / seconds(1))))
-
-
-def _max_over_ranks(value: float, device: torch.device) -> float:
-    tensor = torch.tensor(value, dtype=torch.float64, device=device)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return tensor.item()
 
 
 def _table(rows: list[dict[str, Any]], num_ranks: int) -> list[str]:

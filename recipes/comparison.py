@@ -58,20 +58,19 @@ def summarize(results: list[dict[str, Any]], entries: list[str], baseline: str) 
                 rows.append({"entry": entry, "error": errors[-1]})
             continue
         last = rounds[-1]
-        rounds = [
-            row for row in rounds if row["micro_batch_size"] == last["micro_batch_size"]
-        ]  # a size may have failed
+        size = last["micro_batch_size"]  # others may have failed after some rounds
+        rounds = [row for row in rounds if row["micro_batch_size"] == size]
         tokens = last["tokens_per_step"]
         speeds = sorted(tokens / seconds for row in rounds for seconds in row["step_times_s"])
         tokens_per_s = statistics.median(speeds)
         faster = tokens_per_s / last["tokens_per_s"]  # than the last round, whose operations per second are known
-        parts = next((row["parts"] for row in reversed(own) if "parts" in row), {})
+        parts = next((row["parts"] for row in reversed(own) if "parts" in row and row["micro_batch_size"] == size), {})
         rows.append(
             {
                 "entry": entry,
                 "grid": " x ".join(f"{n} {name}" for name, n in last["degrees"].items() if n > 1) or "1 rank",
                 "num_ranks": last["num_ranks"],
-                "micro_batch_size": last["micro_batch_size"],
+                "micro_batch_size": size,
                 "sequences_per_step": last["sequences_per_step"],
                 "sequence_length": last["sequence_length"],
                 "tokens_per_s": tokens_per_s,

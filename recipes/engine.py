@@ -151,6 +151,13 @@ def _undo_dummy_step(wrapper: FP16_UnfusedOptimizer) -> None:
             master.data.copy_(parameter.data)
 
 
+def max_over_ranks(value: float, device: torch.device) -> float:
+    """The largest of all ranks' values. Every rank must call it."""
+    tensor = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.item()
+
+
 def destroy(engine: Any) -> None:
     """End a DeepSpeed engine and let go of all that it holds.
 
@@ -263,9 +270,7 @@ class TrainingEngine:
 
     def max_over_ranks(self, value: float) -> float:
         """The largest of all ranks' values."""
-        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.groups.get_sequence_data_parallel_group())
-        return tensor.item()
+        return max_over_ranks(value, self.device)
 
     def close(self) -> None:
         """Give back the memory, which a later engine needs."""

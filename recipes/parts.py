@@ -84,6 +84,8 @@ def measure_parts(plan: Plan, engine: Engine, steps: Callable[[int], Iterator[li
 def _exposed_by_attention_s(plan: Plan, engine: Engine, batch: Callable[[], list[TokenBatch]]) -> float:
     """What a batch's passes take longer than with attention's messages off; the first of each kind warm up."""
     assert isinstance(engine, TrainingEngine)
+    if plan.trains:
+        engine.deepspeed.set_gradient_accumulation_boundary(False)  # no update: fp16 skips one of garbage
     times_s: dict[bool, list[float]] = {True: [], False: []}
     for number in range(1 + REPETITIONS):
         for silent in (False, True) if number % 2 else (True, False):
@@ -94,11 +96,10 @@ def _exposed_by_attention_s(plan: Plan, engine: Engine, batch: Callable[[], list
 
 
 def _passes_s(plan: Plan, engine: TrainingEngine, micro_batches: Sequence[TokenBatch]) -> float:
-    """Seconds of passes through the model, without an update: fp16 skips one whose gradients are garbage."""
+    """Seconds of passes through the model."""
     _synchronize()
     started = time.perf_counter()
     if plan.trains:
-        engine.deepspeed.set_gradient_accumulation_boundary(False)
         engine.accumulate(micro_batches)
     else:
         engine.mean_loss(micro_batches)

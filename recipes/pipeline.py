@@ -19,7 +19,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from conf.schema import Config, Degrees, ModelConfig
-from recipes.engine import StepResult, deepspeed_config, destroy, optimizer_arguments
+from recipes.engine import StepResult, deepspeed_config, destroy, max_over_ranks, optimizer_arguments
 from recipes.kernels import cross_entropy_sum, make_norm
 from recipes.tensor_parallel import TensorRanks, cut_layer_, share_gradients_
 from recipes.transformer import (
@@ -167,9 +167,7 @@ class PipelinedEngine:
 
     def max_over_ranks(self, value: float) -> float:
         """The largest of all ranks' values."""
-        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return tensor.item()
+        return max_over_ranks(value, self.device)
 
     def close(self) -> None:
         """Give back what a later engine needs, and the process groups that PipelineModule makes anew each time."""

@@ -309,9 +309,14 @@ class Plan:
 def forward_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
     """Floating-point operations of a forward pass per token, causal attention counted once.
 
-    Matrix products cost 2 per weight. A query attends to (L + 1) / 2 keys on average, at 4 per head and dimension (two
-    products of 2). Backward costs twice the forward.
+    Matrix products cost 2 per weight. Backward costs twice the forward.
     """
     matmul = 2 * (model.num_layers * layer_matmul_parameters(model) + model.vocab_size * model.hidden_size)
-    attention = 4 * model.num_layers * model.num_heads * model.head_dim * (sequence_length + 1) / 2
-    return matmul + attention
+    return matmul + model.num_layers * attention_flops_per_token(model, sequence_length)
+
+
+def attention_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
+    """Those of one layer's causal attention: a query attends to (L + 1) / 2 keys on average, at 4 per head and
+    dimension (two products of 2).
+    """
+    return 4 * model.num_heads * model.head_dim * (sequence_length + 1) / 2

@@ -39,7 +39,7 @@ def next_turn(sizes: dict[str, list[int]], rounds: int, results: list[dict[str, 
     for entry, candidates in sizes.items():
         if len(candidates) > 1:
             for size in candidates:
-                tried = _of(results, entry, 0, size)
+                tried = _results_of(results, entry, 0, size)
                 if not tried:
                     return Turn(entry, size, 0)
                 if "error" in tried[0]:
@@ -47,7 +47,7 @@ def next_turn(sizes: dict[str, list[int]], rounds: int, results: list[dict[str, 
     for number in range(1, rounds + 1):
         for entry in sizes:
             size = best_size(sizes[entry], entry, results)
-            if size is not None and not _of(results, entry, number, size):
+            if size is not None and not _results_of(results, entry, number, size):
                 return Turn(entry, size, number)
     return None
 
@@ -71,14 +71,11 @@ def best_size(candidates: list[int], entry: str, results: list[dict[str, Any]]) 
     return max((size for size in working if size in speeds), key=lambda size: speeds[size], default=None)
 
 
-def _of(results: list[dict[str, Any]], entry: str, number: int, size: int | None = None) -> list[dict[str, Any]]:
+def _results_of(results: list[dict[str, Any]], entry: str, number: int, size: int) -> list[dict[str, Any]]:
     return [
         row
         for row in results
-        if row["entry"] == entry
-        and row["round"] == number
-        and size in (None, row["micro_batch_size"])
-        and "parts" not in row
+        if (row["entry"], row["round"], row["micro_batch_size"]) == (entry, number, size) and "parts" not in row
     ]
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from conf.schema import ModelConfig
 from recipes.metrics import StepClock
-from recipes.plan import DTYPES
+from recipes.plan import DTYPES, attention_flops_per_token
 from ring_attention.blocks import BlockSpec, choose_block
 
 MODELS = Path(__file__).parent.parent / "conf" / "model"
@@ -45,7 +45,7 @@ def parts_of_a_layer(model: ModelConfig, length: int, dtype: torch.dtype, device
     )
     block, scale = choose_block(BlockSpec.of(q, k, v))[0], model.head_dim**-0.5
     out, lse = block.forward(q, k, v, None, 0, scale)
-    operations = 4.0 * model.num_heads * model.head_dim * length * (length + 1) / 2
+    operations = length * attention_flops_per_token(model, length)
     attention = [Part(f"attention ({block.name})", operations, lambda: block.forward(q, k, v, None, 0, scale))]
     gated = 2 if model.mlp == "swiglu" else 1
     sizes = {
