@@ -6,6 +6,12 @@ import torch
 from tests.pool import WorkerPool
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """What a test draws is the same alone and in every run: a failure can be repeated."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def pool() -> Iterator[WorkerPool]:
     """Ranks on the CPU."""
