@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Optional
 
 BLOCKS = ("auto", "flash_attn_4", "ffpa", "cudnn", "aten_flash", "mem_efficient", "cpu_flash", "reference")
 METHODS = ("ring", "ulysses", "hybrid", "all_gather", "local", "auto")
+TRANSPORTS = ("p2p", "copy_engine")
 RECIPES = ("pretrain", "forward", "compare", "bench_attention")
 BYTE_VOCAB_SIZE = 257  # 256 byte values and the document separator
 
@@ -71,15 +72,15 @@ class AttentionConfig:
 
     method: str = "ring"  # ring | ulysses | hybrid | all_gather | local | auto (chosen by arithmetic: explain=true)
     layout: str = "zigzag"  # zigzag | contiguous
-    transport: str = "p2p"  # how K,V travel
-    block: str = "auto"  # block kernel: auto | cudnn | aten_flash | mem_efficient | cpu_flash | reference
+    transport: str = "p2p"  # how K,V travel: p2p (NCCL or gloo) | copy_engine (GPUs of one host; p2p between hosts)
+    block: str = "auto"  # auto | flash_attn_4 | ffpa | cudnn | aten_flash | mem_efficient | cpu_flash | reference
     intra_host_gb_per_s: Optional[float] = None  # for auto: a rank's link within a host; unset: 280 (NVLink), CPU 2
     inter_host_gb_per_s: Optional[float] = None  # for auto: a rank's link between hosts; unset: 45 (400 Gb/s), CPU 1
 
     def __post_init__(self) -> None:
         _choice("attention.method", self.method, METHODS)
         _choice("attention.layout", self.layout, ("zigzag", "contiguous"))
-        _choice("attention.transport", self.transport, ("p2p",))
+        _choice("attention.transport", self.transport, TRANSPORTS)
         _choice("attention.block", self.block, BLOCKS)
         for name in ("intra_host_gb_per_s", "inter_host_gb_per_s"):
             speed = getattr(self, name)

@@ -32,7 +32,7 @@ from ring_attention.blocks import BlockSpec, choose_block
 from ring_attention.groups import ParallelGroups
 from ring_attention.kv import KeysValues
 from ring_attention.layout import Layout
-from ring_attention.ring import Ring, ring_backward, ring_forward
+from ring_attention.ring import Moving, Ring, ring_backward, ring_forward
 from ring_attention.schedule import ring_schedule
 
 RESULT_FILE = "bench_attention.json"
@@ -187,6 +187,9 @@ class _Alone(Ring):
 
     def forward_keys(self, own: KeysValues, here: KeysValues | None, step: int, way: str) -> Any:
         return None, own if step + 1 < len(self.stages) else None
+
+    def receive(self, like: KeysValues, tokens: int, peer: int, room: str, dtype: torch.dtype | None = None) -> Moving:
+        return Moving(like.empty(tokens, dtype), peer, room)
 
     def post(self, purpose: str, sends: Any, receives: Any) -> None:
         return None

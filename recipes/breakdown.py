@@ -22,8 +22,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from recipes.metrics import PARTS
-from ring_attention import exchange
-from ring_attention.exchange import Hop, P2PExchange
+from ring_attention.exchange import TRANSPORTS, Hop, Move, P2PExchange, collectives
 from ring_attention.trace import labelled
 
 COMPUTE = ("attention", "merge", "gemm", "optimizer", "other")
@@ -262,11 +261,9 @@ def attention_communication_off() -> Iterator[None]:
     """
     from deepspeed.sequence import layer  # takes seconds, and a ring alone does without
 
-    def post(
-        self: P2PExchange, purpose: str, sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]]
-    ) -> Hop:
-        for number, (received, _) in enumerate(receives):
-            _stay(received, sends[number][0] if number < len(sends) else received[:0])
+    def post(self: P2PExchange, purpose: str, sends: list[Move], receives: list[Move]) -> Hop:
+        for number, (received, *_) in enumerate(receives):
+            _stay(received, sends[number].tensor if number < len(sends) else received[:0])
         return Hop([], [], [], "")
 
     def all_to_all_single(received: Tensor, sent: Tensor, *args: Any, **kwargs: Any) -> Hop:
@@ -278,13 +275,15 @@ def attention_communication_off() -> Iterator[None]:
             _stay(received, sent)
 
     without_all_to_all = SimpleNamespace(**vars(layer.dist) | {"all_to_all_single": all_to_all_single})
-    with (
-        patch.object(P2PExchange, "connect", lambda *args: None),
-        patch.object(P2PExchange, "post", post),
-        patch.object(exchange, "_all_gather", all_gather),
-        patch.object(exchange, "_reduce_scatter", lambda scattered, sent, **kwargs: _stay(scattered, sent)),
+    patches = [
+        *[patch.object(transport, "post", post) for transport in TRANSPORTS.values()],
+        patch.object(collectives, "_all_gather", all_gather),
+        patch.object(collectives, "_reduce_scatter", lambda scattered, sent, **kwargs: _stay(scattered, sent)),
         patch.object(layer, "dist", without_all_to_all),
-    ):
+    ]
+    with contextlib.ExitStack() as stack:
+        for one in patches:
+            stack.enter_context(one)
         yield
 
 

@@ -134,6 +134,8 @@ def make_plan(config: Config, num_ranks: int) -> Plan:
     if not torch.cuda.is_available():
         if config.engine.dtype == "fp16":
             raise ConfigError("engine.dtype=fp16 needs a GPU: use engine.dtype=bf16 or engine.dtype=fp32 on the CPU")
+        if config.attention.transport == "copy_engine":
+            raise ConfigError("attention.transport=copy_engine needs GPUs: use attention.transport=p2p on the CPU")
         memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks_per_host
         return Plan(config, num_ranks, "cpu", "CPU", None, ranks_per_host, memory_bytes)
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ring_attention.exchange import mailbox_bytes
+
 PARTS = ("attention", "merge", "exchange", "gemm", "optimizer", "data", "other", "idle")  # of a step's time
 
 # Dense bf16/fp16 peak, TFLOP/s, from the vendor's data sheets; matched against the start of the device's name.
@@ -139,8 +141,8 @@ def restart_peak_memory() -> None:
 
 
 def peak_memory_gib() -> float:
-    """This rank's peak so far: what the allocator reserved on a GPU, the resident set of the process on the CPU."""
+    """This rank's peak so far: what it reserved on a GPU, mailboxes too; on the CPU the process's resident set."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_reserved() / 2**30
+        return (torch.cuda.max_memory_reserved() + mailbox_bytes()) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -193,7 +193,10 @@ class Plan:
         attention += " (chosen by arithmetic: explain=true shows it)" if self.candidates else ""
         if self.degrees.sequence > 1:
             transport = f", transport {config.attention.transport}" if self.method in ("ring", "hybrid") else ","
-            attention += f"{transport} over {'NCCL' if self.device_type == 'cuda' else 'gloo'}"
+            carrier = "NCCL" if self.device_type == "cuda" else "gloo"
+            if self.method in ("ring", "hybrid") and config.attention.transport == "copy_engine":
+                carrier = "symmetric memory" + ("" if self.degrees.ring <= self.ranks_per_host else f" and {carrier}")
+            attention += f"{transport} over {carrier}"
         passes = "forward and backward" if self.trains else "forward"
         state = f"ZeRO stage {config.engine.zero_stage}"
         if not self.trains and config.engine.zero_stage < 3:

@@ -50,10 +50,13 @@ class KeysValues:
         """Of k and v of `tokens` tokens of the same kind."""
         return [torch.Size((shape[0], tokens, *shape[2:])) for shape in self.shapes]
 
+    def numel(self, tokens: int) -> int:
+        """Of a message of `tokens` tokens of the same kind."""
+        return sum(shape.numel() for shape in self.shapes_of(tokens))
+
     def empty(self, tokens: int, dtype: torch.dtype | None = None) -> KeysValues:
         """Room for `tokens` tokens of the same kind, as a message."""
-        shapes = self.shapes_of(tokens)
-        return self.of_message(self.k_BTKD.new_empty(sum(shape.numel() for shape in shapes), dtype=dtype), shapes)
+        return self.of_message(self.k_BTKD.new_empty(self.numel(tokens), dtype=dtype), self.shapes_of(tokens))
 
     def take(self, held: Spans, wanted: Spans) -> KeysValues:
         """The `wanted` of the `held` tokens, as a message: itself if it is one and all are wanted, else a copy."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,11 +18,30 @@ from torch.autograd.function import once_differentiable
 
 from ring_attention.band import Rectangle
 from ring_attention.blocks import Block
-from ring_attention.exchange import Hop, P2PExchange
+from ring_attention.exchange import Hop, Move, P2PExchange
 from ring_attention.kv import KeysValues, offset
+from ring_attention.layout import Layout
+from ring_attention.mask import Mask
 from ring_attention.running import RunningAttention, RunningSum
-from ring_attention.schedule import BlockPair, Spans, Stage, num_tokens
+from ring_attention.schedule import (
+    BlockPair,
+    Spans,
+    Stage,
+    gradients_room,
+    home_room,
+    keys_room,
+    num_tokens,
+    tokens_in_rooms,
+)
 from ring_attention.trace import labelled
+
+
+class Moving(NamedTuple):
+    """K,V or their gradients, as a message to or from a ring rank; `room` is as in `exchange.Move`."""
+
+    what: KeysValues
+    peer: int
+    room: str
 
 
 @dataclass(frozen=True)
@@ -34,30 +53,35 @@ class Ring:
     block: Block
     scale: float
 
-    def post(
-        self, purpose: str, sends: list[tuple[KeysValues, int]], receives: list[tuple[KeysValues, int]]
-    ) -> Hop | None:
+    def post(self, purpose: str, sends: list[Moving], receives: list[Moving]) -> Hop | None:
         """Post a hop, if there is anything to move."""
         if not sends and not receives:
             return None
         assert self.exchange is not None, "several stages need an exchange"
-        out, into = ([(_message(keys_values), peer) for keys_values, peer in moves] for moves in (sends, receives))
+        out, into = ([Move(_message(moving.what), *moving[1:]) for moving in moves] for moves in (sends, receives))
         return self.exchange.post(purpose, out, into)
+
+    def receive(self, like: KeysValues, tokens: int, peer: int, room: str, dtype: torch.dtype | None = None) -> Moving:
+        """What will come from `peer`: so many tokens of the same kind."""
+        assert self.exchange is not None
+        k = like.k_BTKD
+        message = self.exchange.room(room, like.numel(tokens), dtype or k.dtype, k.device)
+        return Moving(KeysValues.of_message(message, like.shapes_of(tokens)), peer, room)
 
     def forward_keys(
         self, own: KeysValues, here: KeysValues | None, step: int, way: str
     ) -> tuple[Hop | None, KeysValues | None]:
         """Post the hop of K,V after stage `step`; returns what will be here once it is done."""
-        stage, sends, receives, incoming = self.stages[step], [], [], None
+        stage, room, sends, receives = self.stages[step], keys_room(step), [], []
         if stage.forward is not None:
             assert here is not None
-            sends.append((here.take(stage.keys, stage.forward.spans), stage.forward.peer))
+            sends.append(Moving(here.take(stage.keys, stage.forward.spans), stage.forward.peer, room))
         if stage.direct is not None:
-            sends.append((own.take(self.stages[0].keys, stage.direct.spans), stage.direct.peer))
+            sends.append(Moving(own.take(self.stages[0].keys, stage.direct.spans), stage.direct.peer, room))
         following = self.stages[step + 1] if step + 1 < len(self.stages) else None
         if following is not None and following.keys_from is not None:
-            incoming = own.empty(num_tokens(following.keys))
-            receives.append((incoming, following.keys_from))
+            receives.append(self.receive(own, num_tokens(following.keys), following.keys_from, room))
+        incoming = receives[0].what if receives else None
         return self.post(f"{way} K,V after stage {step}", sends, receives), incoming
 
 
@@ -92,15 +116,15 @@ def ring_backward(
     dq = RunningSum(q_BSHD.shape, q_BSHD.dtype)
     own = [RunningSum(part.shape, part.dtype) for part in (kv.k_BTKD, kv.v_BTKE)]
     last = max((step for step, stage in enumerate(ring.stages) if stage.pairs), default=0)
-    comes_home = any(stage.home is not None for stage in ring.stages)
-    homecoming: list[tuple[KeysValues, Spans]] = []
+    last_home = max((step for step, stage in enumerate(ring.stages) if stage.home is not None), default=None)
     here: KeysValues | None = kv
     gradients: KeysValues | None = None  # of the keys that are here, as summed by the ranks before
+    home: tuple[KeysValues, Spans, bool] | None = None  # of own keys, on their way; whether they are the last
     gradient_hop: Hop | None = None
     for step, stage in enumerate(ring.stages):
         hop, incoming = ring.forward_keys(kv, here, step, "backward")
         if step == 0:
-            sums, spans, ends = own, stage.keys, not comes_home
+            sums, spans, ends = own, stage.keys, last_home is None
         elif gradients is not None:  # more is added in place
             sums = [RunningSum(part.shape, travel_dtype, part) for part in (gradients.k_BTKD, gradients.v_BTKE)]
             spans, ends = stage.gradients, False
@@ -119,6 +143,8 @@ def ring_backward(
                 del block
         if gradient_hop is not None:
             gradient_hop.wait()
+        if home is not None:
+            _add_home(own, ring.stages[0].keys, *home)
 
         sends, receives = [], []
         if stage.gradients_to is not None:
@@ -126,23 +152,27 @@ def ring_backward(
                 gradients = kv.empty(num_tokens(spans), travel_dtype)
                 gradients.k_BTKD.copy_(sums[0].total)
                 gradients.v_BTKE.copy_(sums[1].total)
-            sends.append((gradients, stage.gradients_to))
-        gradients = None
+            room = home_room(step) if stage.gradients_to == stage.source else gradients_room(step)
+            sends.append(Moving(gradients, stage.gradients_to, room))
+        gradients = home = None
         following = ring.stages[step + 1] if step + 1 < len(ring.stages) else None
         if following is not None and following.gradients_from is not None:
-            gradients = kv.empty(num_tokens(following.gradients), travel_dtype)
-            receives.append((gradients, following.gradients_from))
+            tokens, room = num_tokens(following.gradients), gradients_room(step)
+            receives.append(ring.receive(kv, tokens, following.gradients_from, room, travel_dtype))
+            gradients = receives[-1].what
         if stage.home is not None:
-            homecoming.append((kv.empty(num_tokens(stage.home.spans), travel_dtype), stage.home.spans))
-            receives.append((homecoming[-1][0], stage.home.peer))
+            tokens, room = num_tokens(stage.home.spans), home_room(step)
+            receives.append(ring.receive(kv, tokens, stage.home.peer, room, travel_dtype))
+            home = receives[-1].what, stage.home.spans, step == last_home
         gradient_hop = ring.post(f"backward dK,dV after stage {step}", sends, receives)
         if hop is not None:
             hop.wait()
         here = incoming
     if gradient_hop is not None:
         gradient_hop.wait()
+    if home is not None:
+        _add_home(own, ring.stages[0].keys, *home)
     with labelled("merge"):
-        _add_homecoming(own, ring.stages[0].keys, homecoming)
         return dq.result(), own[0].result(), own[1].result()
 
 
@@ -151,15 +181,30 @@ def gradient_dtype(dtype: torch.dtype, num_stages: int) -> torch.dtype:
     return dtype if num_stages <= 2 else torch.promote_types(dtype, torch.float32)
 
 
-def _add_homecoming(own: list[RunningSum], keys: Spans, homecoming: list[tuple[KeysValues, Spans]]) -> None:
-    for number, (come, spans) in enumerate(homecoming, 1):
-        position = 0
+def _add_home(own: list[RunningSum], keys: Spans, come: KeysValues, spans: Spans, is_last: bool) -> None:
+    """Add gradients that came home to those of this rank's own keys; after the last ones nothing more comes."""
+    position = 0
+    with labelled("merge"):
         for start, stop in spans:
             here = slice(offset(keys, start), offset(keys, start) + stop - start)
             there = slice(position, position := position + stop - start)
-            ends = number == len(homecoming) and (start, stop) == spans[-1]
             for total, part in zip(own, (come.k_BTKD, come.v_BTKE), strict=True):
-                total.add(slice(None), here, part[:, there], ends)
+                total.add(slice(None), here, part[:, there], is_last and (start, stop) == spans[-1])
+
+
+def rooms_in_bytes(layout: Layout, mask: Mask, k_BSKD: Tensor, v_BSKE: Tensor, trains: bool) -> dict[str, int]:
+    """What `P2PExchange.connect` wants to know: the most that any rank receives in each room.
+
+    Args:
+        trains: whether there is a backward pass.
+    """
+    kv, rooms = KeysValues(k_BSKD, v_BSKE), {}
+    travel_dtype = gradient_dtype(k_BSKD.dtype, layout.ring_degree)
+    for room, tokens in tokens_in_rooms(layout, mask).items():
+        is_keys = room.startswith("keys")
+        if is_keys or trains:
+            rooms[room] = kv.numel(tokens) * (k_BSKD.dtype if is_keys else travel_dtype).itemsize
+    return rooms
 
 
 def add_block(

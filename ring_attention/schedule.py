@@ -152,6 +152,46 @@ def tokens_sent(layout: Layout, mask: Mask, ring_rank: int) -> tuple[int, int]:
     return sum(stage.keys_sent for stage in stages), sum(num_tokens(stage.gradients) for stage in stages)
 
 
+def keys_room(step: int) -> str:
+    """Where the K,V land whose receive is posted after a stage: while one room is computed with, the other fills."""
+    return f"keys{step % 2}"
+
+
+def gradients_room(step: int) -> str:
+    """As `keys_room`, for the dK,dV of other ranks' keys, on their way."""
+    return f"gradients{step % 2}"
+
+
+def home_room(step: int) -> str:
+    """As `keys_room`, for the dK,dV of a rank's own keys."""
+    return f"home{step % 2}"
+
+
+@functools.lru_cache(maxsize=16)
+def tokens_in_rooms(layout: Layout, mask: Mask) -> dict[str, int]:
+    """How many tokens at most any rank receives in each room: the same on all ranks. Packed documents count as one."""
+    tokens: dict[str, int] = {}
+
+    def need(room: str, spans: Spans) -> None:
+        # packs differ from step to step, and rooms should not
+        size = num_tokens(spans) if mask.documents is None else layout.ring_length
+        tokens[room] = max(tokens.get(room, 0), size)
+
+    for journey in _journeys(layout, mask):
+        gradients: Spans = ()
+        for hops, spans in enumerate(journey):
+            if not spans:
+                continue
+            need(keys_room(hops - 1), spans)
+            if journey[hops - 1]:
+                need(gradients_room(hops - 1), gradients)
+            else:
+                gradients = spans  # the first of a stretch sums for all that comes here
+            if hops + 1 == len(journey) or not journey[hops + 1]:
+                need(home_room(hops), gradients)
+    return tokens
+
+
 def find_pairs(
     query_runs: Sequence[Run], key_runs: Sequence[Run], mask: Mask, documents: list[list[tuple[int, int]]]
 ) -> tuple[BlockPair, ...]:

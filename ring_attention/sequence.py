@@ -21,7 +21,7 @@ from ring_attention.exchange import P2PExchange
 from ring_attention.layout import Layout
 from ring_attention.mask import Mask
 from ring_attention.recognize import Recognized
-from ring_attention.ring import Ring, RingFunction
+from ring_attention.ring import Ring, RingFunction, rooms_in_bytes
 from ring_attention.schedule import ring_schedule
 
 
@@ -151,7 +151,8 @@ class SequenceAttention(nn.Module):
         layout, ring_rank = self._layout_of(q_BSHD.shape[1]), 0
         mask = mask.within(layout.padded_length)
         if self._exchange is not None:
-            self._exchange.connect(q_BSHD)
+            trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BSHD, k_BSKD, v_BSKE))
+            self._exchange.connect(q_BSHD, rooms_in_bytes(layout, mask, k_BSKD, v_BSKE, trains))
             ring_rank = self._exchange.ring_rank
         block = self._block(q_BSHD, k_BSKD, v_BSKE, mask)
         ring = Ring(ring_schedule(layout, mask, ring_rank), self._exchange, block, scale)

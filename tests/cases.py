@@ -44,6 +44,7 @@ class Case:
     block: str = "auto"
     batch_dim_idx: int = 0
     contiguous: bool = True
+    transport: str = "p2p"
 
     @property
     def global_layout(self) -> Layout:
@@ -65,6 +66,8 @@ def draw(case: Case) -> list[Tensor]:
 
 def build(case: Case, group: object) -> nn.Module:
     options: dict = {"mask": case.mask, "layout": case.layout}
+    if case.method in ("ring", "hybrid"):
+        options["transport"] = case.transport
     if case.method == "hybrid":
         return HybridAttention(case.block, group, ulysses_degree=case.ulysses_degree, **options)
     kinds = {

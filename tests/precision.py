@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ring_attention import CAUSAL, Layout
 from ring_attention.blocks import BlockSpec, choose_block
+from ring_attention.exchange import Move
 from ring_attention.kv import KeysValues
 from ring_attention.ring import Ring, ring_backward, ring_forward
 from ring_attention.schedule import ring_schedule
@@ -45,10 +46,13 @@ class QueueExchange:
     def __init__(self, ring_rank: int, ring_degree: int, queues: dict[tuple[int, int], Any]) -> None:
         self.ring_rank, self.ring_degree, self._queues = ring_rank, ring_degree, queues
 
-    def post(self, purpose: str, sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]]) -> QueueHop:
-        for tensor, target in sends:
-            self._queues[self.ring_rank, target].put(tensor.clone())
-        return QueueHop([(buffer, self._queues[source, self.ring_rank]) for buffer, source in receives])
+    def room(self, name: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(numel, dtype=dtype, device=device)
+
+    def post(self, purpose: str, sends: list[Move], receives: list[Move]) -> QueueHop:
+        for move in sends:
+            self._queues[self.ring_rank, move.peer].put(move.tensor.clone())
+        return QueueHop([(move.tensor, self._queues[move.peer, self.ring_rank]) for move in receives])
 
 
 def simulated_ring(layout: Layout, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, scale: float) -> list[Tensor]:

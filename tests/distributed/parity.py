@@ -85,6 +85,7 @@ class Cell:
     tensor_degree: int = 1
     pipeline_degree: int = 1
     sequence_sharded_norms: bool = True
+    transport: str = "p2p"
 
     @property
     def num_ranks(self) -> int:
@@ -101,7 +102,7 @@ class Cell:
         return Plan(
             Config(
                 model=MODELS[self.model],
-                attention=AttentionConfig(method=self.attention_method, layout=self.layout),
+                attention=AttentionConfig(method=self.attention_method, layout=self.layout, transport=self.transport),
                 parallelism=ParallelismConfig(
                     "tensor_pipeline" if self.method == "tp_pp" else "sequence",
                     self.data_degree,
@@ -394,6 +395,7 @@ def run_cell(pool: WorkerPool, cell: Cell) -> Outcome:
         sequence_sharded_norms=True,
         layout="zigzag",
         method="ring",
+        transport="p2p",
     )
     expected = one_process(key, torch.float64, "cpu", pool.device)
     ranks = pool.run(train_on_ranks, cell, num_ranks=cell.num_ranks)

@@ -121,7 +121,7 @@ def numbers_sent(case: Case) -> tuple[int, int]:
     original = P2PExchange.post
 
     def counting(self, purpose, sends, receives):
-        sent[purpose.split()[0]] += sum(tensor.numel() for tensor, _ in sends)
+        sent[purpose.split()[0]] += sum(move.tensor.numel() for move in sends)
         return original(self, purpose, sends, receives)
 
     attention = build(case, dist.get_world_group())
@@ -228,7 +228,7 @@ def refusals() -> list[str]:
 
 def test_mistakes_are_refused_by_name(pool: WorkerPool):
     assert pool.run(refusals, num_ranks=2)[0] == [
-        "transport='carrier_pigeon' is unknown: use one of p2p",
+        "transport='carrier_pigeon' is unknown: use one of p2p, copy_engine",
         "layout='striped' is unknown: use one of zigzag, contiguous",
         "ulysses_degree=3 does not divide the 2 ranks: use one of [1, 2]",
         "3 tokens are not 2 equal chunks, which layout=zigzag needs on each rank of the ring: cut sequences with the "

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ring_attention import RingAttention
-from ring_attention.exchange import HopError, P2PExchange, group_timeout
+from ring_attention.exchange import HopError, Move, P2PExchange, group_timeout
 from tests.pool import RankError, WorkerPool, parallel_groups
 
 
@@ -23,7 +23,8 @@ def hop_with_a_dead_neighbour() -> str:
     rank, tensor = exchange.ring_rank, torch.zeros(4)
 
     def post(purpose: str) -> None:
-        exchange.post(purpose, [(tensor, (rank + 1) % 3)], [(torch.empty(4), (rank - 1) % 3)]).wait()
+        sends, receives = [Move(tensor, (rank + 1) % 3, "")], [Move(torch.empty(4), (rank - 1) % 3, "")]
+        exchange.post(purpose, sends, receives).wait()
 
     post("the first hop")  # connects
     if rank == 1:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from ring_attention import CAUSAL, FULL, Mask, RingAttention
+from ring_attention.exchange import TRANSPORTS, CopyEngineExchange, Hop, Move
 from tests.cases import Case, check, many_on_rank
 from tests.distributed.parity import Cell, run_cell
 from tests.distributed.test_attention import grid
@@ -29,7 +31,10 @@ MASKS = [
 ]
 
 
-@pytest.mark.parametrize("method", ["ring", "ulysses", "hybrid", "all_gather"])
+@pytest.mark.parametrize(
+    ("method", "transport"),
+    [("ring", "p2p"), ("ring", "copy_engine"), ("ulysses", "p2p"), ("hybrid", "p2p"), ("all_gather", "p2p")],
+)
 @pytest.mark.parametrize(
     ("dtype", "block"),
     [
@@ -41,19 +46,74 @@ MASKS = [
     ],
     ids=str,
 )
-def test_every_method_equals_whole_attention(gpu_pool: WorkerPool, method: str, dtype: torch.dtype, block: str):
+def test_every_method_equals_whole_attention(
+    gpu_pool: WorkerPool, method: str, transport: str, dtype: torch.dtype, block: str
+):
     """With every mask, layout and order of dims."""
+    if transport == "copy_engine" and NUM_RANKS < 2:
+        pytest.skip("needs two GPUs")
     cases = []
     for layout in ("zigzag", "contiguous"):
         for mask in MASKS:
             for batch_dim_idx in (0, 1):
                 case = Case(method, NUM_RANKS, 1, layout, mask, LENGTH, 2, 8, 4, 64, dtype=dtype, block=block)
+                case = replace(case, transport=transport)
                 cases.append(grid(replace(case, batch_dim_idx=batch_dim_idx, contiguous=batch_dim_idx == 0)))
     if None in cases:
         pytest.skip(f"{method} is not for {NUM_RANKS} ranks")
-    ranks = gpu_pool.run(many_on_rank, cases, "cuda", num_ranks=NUM_RANKS)
+    ranks = gpu_pool.run(many_with_poison, cases, num_ranks=NUM_RANKS)
     for case, shards in zip(cases, zip(*ranks, strict=True), strict=True):
         check(case, list(shards))
+
+
+def many_with_poison(cases: list[Case]) -> list[list[torch.Tensor]]:
+    """On each rank: results. What a room of a mailbox held is overwritten with NaN once its next receive is posted."""
+    post = CopyEngineExchange.post
+
+    def poisoning(self: CopyEngineExchange, purpose: str, sends: list[Move], receives: list[Move]) -> Hop:
+        assert self._mail is not None
+        self._mail.lane.follow()
+        with torch.cuda.stream(self._mail.lane._stream):
+            for move in receives:
+                move.tensor.fill_(float("nan"))
+        return post(self, purpose, sends, receives)
+
+    with patch.object(CopyEngineExchange, "post", poisoning):
+        return many_on_rank(cases, "cuda")
+
+
+@pytest.mark.skipif(NUM_RANKS < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_training_with_copies_equals_one_process(gpu_pool: WorkerPool, zero_stage, dtype):
+    cell = Cell(dtype, zero_stage, NUM_RANKS, 1, 2, 29, transport="copy_engine")
+    outcome = run_cell(gpu_pool, cell)
+    assert outcome.passes, outcome
+
+
+def attention_many_times(num_passes: int) -> tuple[int, int]:
+    """On each rank: how many outputs have the bits of the first, and how many do not, with all transports in turns."""
+    import deepspeed.comm as dist
+
+    generator = torch.Generator("cuda").manual_seed(dist.get_rank())
+    q, k, v, dout = (
+        torch.randn(1, 2048, 8, 64, device="cuda", dtype=torch.bfloat16, generator=generator) for _ in range(4)
+    )
+    modules = [RingAttention("aten_flash", dist.get_world_group(), layout="zigzag", transport=t) for t in TRANSPORTS]
+    outputs = []
+    for number in range(num_passes):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        outputs.append(modules[number % len(modules)](*leaves, 0))
+        outputs[-1].backward(dout)
+        if number % 3 == dist.get_rank() % 3:
+            time.sleep(5e-3)  # ranks drift apart
+    same = sum(torch.equal(output, outputs[0]) for output in outputs)
+    return same, num_passes - same
+
+
+@pytest.mark.skipif(NUM_RANKS < 2, reason="needs two GPUs")
+def test_copies_bring_what_messages_bring_however_ranks_drift(gpu_pool: WorkerPool):
+    assert gpu_pool.run(attention_many_times, 300, num_ranks=NUM_RANKS) == [(300, 0)] * NUM_RANKS
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
@@ -91,13 +151,13 @@ def test_a_tied_head_biases_and_layer_norms(gpu_pool: WorkerPool, zero_stage):
     assert outcome.passes, outcome
 
 
-def attention_beside_a_stalled_rank(stderr_path: str) -> None:
+def attention_beside_a_stalled_rank(stderr_path: str, transport: str) -> None:
     """Rank 0 makes one good pass, then stalls; the last rank's stderr goes to a file, for it will be ended."""
     import os
 
     import deepspeed.comm as dist
 
-    attention = RingAttention("auto", dist.get_world_group())
+    attention = RingAttention("auto", dist.get_world_group(), transport=transport)
     q = torch.randn(1, 64, 2, 64, device="cuda", dtype=torch.bfloat16)
     attention(q, q, q, 0)
     torch.cuda.synchronize()
@@ -112,10 +172,11 @@ def attention_beside_a_stalled_rank(stderr_path: str) -> None:
 
 
 @pytest.mark.skipif(NUM_RANKS < 2, reason="needs two GPUs")
-def test_a_stalled_neighbour_is_named_and_ends_the_rank_within_the_timeout_of_the_group(tmp_path):
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_stalled_neighbour_is_named_and_ends_the_rank_within_the_timeout_of_the_group(tmp_path, transport: str):
     own_pool, stderr_path = WorkerPool("cuda", timeout_s=10), tmp_path / "stderr"
     with pytest.raises(RankError, match="died"):
-        own_pool.run(attention_beside_a_stalled_rank, str(stderr_path), num_ranks=NUM_RANKS)
+        own_pool.run(attention_beside_a_stalled_rank, str(stderr_path), transport, num_ranks=NUM_RANKS)
     own_pool.close()
     posted, *lines = stderr_path.read_text().splitlines()
     peer = NUM_RANKS - 2

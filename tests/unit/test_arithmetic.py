@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from conf.schema import Config, ModelConfig, OptimizerConfig
+from conf.schema import AttentionConfig, Config, ModelConfig, OptimizerConfig
 from recipes.metrics import Throughput, peak_tflops, percentile
 from recipes.plan import Plan, forward_flops_per_token, num_parameters
 from recipes.transformer import Transformer, rotary_cos_sin
@@ -121,5 +121,9 @@ def test_the_plan_says_what_a_run_will_be(tmp_path):
     for part in ("1 data x 4 ring, on CPU", "512 per rank of 2,048 per sequence", "0.46 M parameters", "cpu_flash"):
         assert part in text
     assert "imbalance (lockstep stages / mean rank) 1.000" in text
+    copies = Config(attention=AttentionConfig(transport="copy_engine"))
+    for num_ranks, over in ((8, "symmetric memory"), (16, "symmetric memory and NCCL")):
+        banner = "\n".join(Plan(copies, num_ranks, "cuda", "NVIDIA H200", (9, 0), ranks_per_host=8).banner(tmp_path))
+        assert f"layout zigzag, transport copy_engine over {over}\n" in banner
     alone = Plan(Config(), num_ranks=1, device_type="cpu", device_name="CPU", capability=None, ranks_per_host=4)
     assert "one rank holds whole sequences" in "\n".join(alone.banner(tmp_path))

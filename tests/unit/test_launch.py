@@ -33,8 +33,12 @@ def test_four_ranks_are_the_default_on_the_cpu():
             Config(attention=AttentionConfig(block="cudnn")),
             "attention.block=cudnn cannot run here: it does not run on cpu; use attention.block=auto",
         ),
+        (
+            Config(attention=AttentionConfig(transport="copy_engine")),
+            "attention.transport=copy_engine needs GPUs: use attention.transport=p2p on the CPU",
+        ),
     ],
-    ids=["fp16", "cudnn"],
+    ids=["fp16", "cudnn", "copy_engine"],
 )
 def test_what_needs_a_gpu_is_refused_on_the_cpu(config, message):
     with pytest.raises(ConfigError) as caught:

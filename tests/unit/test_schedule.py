@@ -4,7 +4,20 @@ import torch
 from ring_attention import CAUSAL, FULL, Layout, Mask
 from ring_attention.band import Rectangle
 from ring_attention.layout import LAYOUTS
-from ring_attention.schedule import BlockPair, Message, Stage, imbalance, ring_schedule, tokens_sent, work_per_rank
+from ring_attention.schedule import (
+    BlockPair,
+    Message,
+    Stage,
+    gradients_room,
+    home_room,
+    imbalance,
+    keys_room,
+    num_tokens,
+    ring_schedule,
+    tokens_in_rooms,
+    tokens_sent,
+    work_per_rank,
+)
 
 ZIGZAG = Layout("zigzag", ring_degree=3, length=12)  # chunks of 2, 4 tokens a rank
 ALL, EARLY = ((0, 4),), ((0, 2),)
@@ -115,6 +128,28 @@ def test_what_is_sent_is_what_is_received_in_the_same_hop(name: str, ring_degree
         assert sorted(sent_gradients) == sorted(received_gradients)
         for messages in (sent, sent_gradients):
             assert len({(source, target) for source, target, _ in messages}) == len(messages)  # one per pair and hop
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("ring_degree", [2, 3, 4, 8])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_rooms_are_as_large_as_the_largest_message(name: str, ring_degree: int, mask: Mask):
+    layout = Layout(name, ring_degree, 23)
+    largest: dict[str, int] = {}
+    for rank in range(ring_degree):
+        stages = ring_schedule(layout, mask, rank)
+        for step, stage in enumerate(stages):
+            received = {home_room(step): stage.home.spans if stage.home else ()}
+            if step + 1 < ring_degree:
+                following = stages[step + 1]
+                received[keys_room(step)] = following.keys if following.keys_from is not None else ()
+                received[gradients_room(step)] = following.gradients if following.gradients_from is not None else ()
+            for room, spans in received.items():
+                largest[room] = max(largest.get(room, 0), num_tokens(spans))
+    largest = {room: tokens for room, tokens in largest.items() if tokens}
+    rooms = tokens_in_rooms(layout, mask)
+    assert rooms.keys() == largest.keys()
+    assert rooms == (largest if mask.documents is None else dict.fromkeys(largest, layout.ring_length))
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)

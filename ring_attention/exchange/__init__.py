@@ -1,0 +1,65 @@
+"""Moves tensors between the ranks that share a sequence. Knows nothing of attention; `ring` and `gather` decide what.
+
+The only package of the project that calls torch.distributed directly: DeepSpeed's wrapper has no batched isend/irecv
+and no symmetric memory, and its groups no timeout. One file per transport, one registry:
+
+    p2p          batched isend/irecv, on NCCL or gloo
+    copy_engine  copies into the neighbours' memory beside NCCL's kernels, by GPUs of one host; p2p between hosts
+
+All traffic of a ring goes in hops that all ranks post in one order, receives before sends: the first hop that is not
+done can always be completed, so nothing waits in a circle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.distributed as torch_dist
+
+from ring_attention.exchange.collectives import (
+    all_gather,
+    group_timeout,
+    rank_and_size,
+    reduce_scatter,
+    same_ranks,
+    subgroup,
+)
+from ring_attention.exchange.copy_engine import CopyEngineExchange, mailbox_bytes
+from ring_attention.exchange.p2p import Hop, HopError, Move, P2PExchange
+
+__all__ = [
+    "TRANSPORTS",
+    "CopyEngineExchange",
+    "Hop",
+    "HopError",
+    "Move",
+    "P2PExchange",
+    "all_gather",
+    "group_timeout",
+    "mailbox_bytes",
+    "make_exchange",
+    "rank_and_size",
+    "reduce_scatter",
+    "same_ranks",
+    "subgroup",
+]
+
+TRANSPORTS: dict[str, type[P2PExchange]] = {"p2p": P2PExchange, "copy_engine": CopyEngineExchange}
+
+
+def make_exchange(
+    transport: str,
+    group: torch_dist.ProcessGroup,
+    order: Sequence[int] | None = None,
+) -> P2PExchange:
+    """The named transport on `group`.
+
+    Args:
+        order: the group's ranks in ring order (`topology.ring_order`); None is their own order.
+
+    Raises:
+        ValueError: for a name that is no key of TRANSPORTS.
+    """
+    if transport not in TRANSPORTS:
+        raise ValueError(f"transport={transport!r} is unknown: use one of {', '.join(TRANSPORTS)}")
+    return TRANSPORTS[transport](group, order)

@@ -1,0 +1,82 @@
+"""Process groups of the ranks that share a sequence, and collectives over them, for `gather` and the transports."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+# named anew in torch 2.13
+_all_gather = getattr(torch_dist, "all_gather_single", None) or torch_dist.all_gather_into_tensor
+_reduce_scatter = getattr(torch_dist, "reduce_scatter_single", None) or torch_dist.reduce_scatter_tensor
+
+
+def all_gather(message: Tensor, group: torch_dist.ProcessGroup) -> Tensor:
+    """[N] -> [P, N]: the vectors of all ranks of `group`, which all must call it."""
+    gathered = message.new_empty(torch_dist.get_world_size(group), len(message))
+    _all_gather(gathered.flatten(), message, group=group)
+    return gathered
+
+
+def reduce_scatter(messages: Tensor, group: torch_dist.ProcessGroup) -> Tensor:
+    """[P, N] -> [N]: row r of the sum over ranks, on rank r. Every rank of `group` must call it."""
+    scattered = messages.new_empty(messages.shape[1])
+    _reduce_scatter(scattered, messages.flatten(), group=group)
+    return scattered
+
+
+def rank_and_size(group: torch_dist.ProcessGroup) -> tuple[int, int]:
+    """This rank's number in `group`, and how many there are.
+
+    Raises:
+        ValueError: for None, which is no group.
+    """
+    if group is None:
+        raise ValueError(
+            "the process group is None: pass one, such as ParallelGroups(...).get_sequence_parallel_group()"
+        )
+    return torch_dist.get_rank(group), torch_dist.get_world_size(group)
+
+
+def same_ranks(group: Any, other: Any) -> bool:
+    return torch_dist.get_process_group_ranks(group) == torch_dist.get_process_group_ranks(other)
+
+
+def group_timeout(group: torch_dist.ProcessGroup) -> timedelta:
+    """After which a collective of `group` that does not complete ends its rank."""
+    device = "cuda" if torch_dist.get_backend(group) == "nccl" else "cpu"
+    return group._get_backend(torch.device(device)).options._timeout  # has no public name
+
+
+_subgroups: dict[tuple[torch_dist.ProcessGroup, tuple[int, ...]], torch_dist.ProcessGroup] = {}
+
+
+def subgroup(group: Any, ranks: tuple[int, ...]) -> torch_dist.ProcessGroup:
+    """The process group of some ranks of `group`, with its timeout.
+
+    Its own ranks must call it, and on NCCL all others of the world as often, each for its own: DeepSpeed has torch
+    split groups off the world's communicator.
+
+    Built once, as long as it lives: a gloo group has a thread that wakes up a hundred times a second.
+    """
+    global_ranks = [torch_dist.get_global_rank(group, rank) for rank in ranks]
+    if global_ranks == torch_dist.get_process_group_ranks(group):
+        return group
+    for key, known in list(_subgroups.items()):
+        if not _exists(known):
+            del _subgroups[key]
+    if (group, ranks) not in _subgroups:
+        built = torch_dist.new_group(global_ranks, timeout=group_timeout(group), use_local_synchronization=True)
+        assert isinstance(built, torch_dist.ProcessGroup), "called by a rank outside"
+        _subgroups[group, ranks] = built
+    return _subgroups[group, ranks]
+
+
+def _exists(group: torch_dist.ProcessGroup) -> bool:
+    try:
+        return bool(torch_dist.get_process_group_ranks(group))
+    except (KeyError, ValueError):  # destroyed
+        return False

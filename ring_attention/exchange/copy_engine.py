@@ -1,0 +1,275 @@
+"""The transport `copy_engine`: ranks of one host copy straight into each other's memory; p2p goes between hosts.
+
+Copies are made by the GPU's copy engines and signalled by its front end, so that no kernel takes multiprocessors from
+the compute that the messages hide behind, and no host waits. Each rank owns a mailbox of symmetric memory with a few
+rooms, and every message says which room of the receiver's it goes to. A room serves one message at a time:
+
+    receiver    posts the receive; once all that it enqueued before is done, raises the flag `free` at the sender
+    sender      awaits and lowers `free`, copies into the room, raises the room's flag `full` at the receiver
+    receiver    awaits and lowers `full`, then computes with what is in the room, or sends it on
+
+A rank's lane does its part of all hops in the order in which they were posted, receives before sends, so nothing waits
+in a circle here either.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+from ring_attention.exchange.collectives import rank_and_size, subgroup
+from ring_attention.exchange.p2p import Hop, Move, P2PExchange
+from ring_attention.trace import labelled
+
+ROOMS = ("keys0", "keys1", "gradients0", "gradients1", "home0", "home1")
+_ALIGNMENT = 512  # bytes
+
+
+class CopyEngineExchange(P2PExchange):
+    """Hops by copies into symmetric memory among the ranks of a host, on NVIDIA GPUs.
+
+    All exchanges of a group share one mailbox: their hops must not overlap.
+    """
+
+    def __init__(self, group: torch_dist.ProcessGroup, order: Sequence[int] | None = None) -> None:
+        super().__init__(group, order)
+        self._mail: Mailboxes | None = None
+
+    def connect(self, tensor: Tensor, rooms: dict[str, int]) -> None:
+        """Make communicators and as much room as is asked for; waits for all ranks the first time, and to grow.
+
+        Raises:
+            ValueError: if this is no NVIDIA GPU, or one that cannot reach the memory of the others.
+        """
+        super().connect(tensor, rooms)
+        if self._mail is None:
+            self._mail = _mailboxes_of(self.group, tensor.device)
+        self._mail.grow(rooms)
+
+    def room(self, name: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        assert self._mail is not None, "connect comes first"
+        return self._mail.room(self._mail.rank, name, numel * dtype.itemsize).view(dtype)
+
+    def post(self, purpose: str, sends: list[Move], receives: list[Move]) -> Hop:
+        mail = self._mail
+        assert mail is not None, "connect comes first"
+        near = [mail.neighbours.get(rank) for rank in self.order]  # None is on another host
+        far = [[move for move in moves if near[move.peer] is None] for moves in (sends, receives)]
+        hops = [super().post(purpose, *far)] if any(far) else []
+        mail.lane.follow()
+        full = []
+        for move in receives:
+            if (peer := near[move.peer]) is not None:
+                mail.lane.raise_flag(mail.free(peer, mail.rank, move.room))
+                full.append(mail.full(mail.rank, move.room))
+        for move in sends:
+            if (peer := near[move.peer]) is not None:
+                message = move.tensor.view(torch.uint8)
+                mail.lane.await_flag(mail.free(mail.rank, peer, move.room))
+                mail.lane.copy(mail.room(peer, move.room, len(message)), message)
+                mail.lane.raise_flag(mail.full(peer, move.room))
+        names = ", ".join(self._names(sends, receives))
+        where = f"{purpose}: ring rank {self.ring_rank} of {self.ring_degree}, {names}"
+        return _CopyHop(mail.lane, hops, full, [move.tensor for move in sends], where, self._watch)
+
+
+class _CopyHop(Hop):
+    """Copies in flight, and what goes between hosts in the same hop."""
+
+    def __init__(self, lane: Lane, hops: list[Hop], full: list[Tensor], sent: list[Tensor], where: str, watch: Any):
+        super().__init__([], [], sent, where)
+        self._lane, self._hops, self._full, self._watch, self._copied = lane, hops, full, watch, lane.mark()
+
+    def wait(self) -> None:
+        for hop in self._hops:
+            hop.wait()
+        with labelled("exchange wait"):
+            arrived = self._lane.compute_awaits(self._full, self._copied)
+        if self._watch is not None:
+            self._watch.add([self._copied, arrived], self._where)
+        self._sent.clear()
+
+
+class Lane:
+    """What a GPU's copy engines and front end do, in order, beside the stream that computes. The host never waits.
+
+    Raises:
+        ValueError: for a device that is no NVIDIA GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        if device.type != "cuda":
+            raise ValueError(f"transport=copy_engine needs NVIDIA GPUs, but the tensors are on {device.type}: use p2p")
+        self._stream = torch.cuda.Stream(device, priority=-1)
+
+    def follow(self) -> None:
+        """What comes waits for all that was given to the computing stream so far."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+
+    def raise_flag(self, flag: Tensor) -> None:
+        _write(self._stream, flag, 1)
+
+    def await_flag(self, flag: Tensor) -> None:
+        _await(self._stream, flag)
+
+    def mark(self) -> _Mark:
+        return _Mark(self._stream)
+
+    @staticmethod
+    def rest() -> None:
+        """The host waits until the GPU has nothing to do."""
+        torch.cuda.synchronize()
+
+    @staticmethod
+    def compute_awaits(flags: list[Tensor], mark: _Mark) -> _Mark:
+        """The computing stream goes on once these flags are raised, which it lowers, and `mark` is reached."""
+        stream = torch.cuda.current_stream()
+        for flag in flags:
+            _await(stream, flag)
+        stream.wait_event(mark.event)
+        return _Mark(stream)
+
+
+class _Mark:
+    """A point in a stream."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self.event = stream.record_event()
+
+    def is_completed(self) -> bool:
+        return self.event.query()
+
+
+def _write(stream: torch.cuda.Stream, flag: Tensor, value: int) -> None:
+    from cuda.bindings import driver  # comes with PyTorch for CUDA  # pyright: ignore[reportMissingImports]
+
+    # 0: all that the stream did before is visible to whoever sees the value, the copies to another GPU too
+    _check(*driver.cuStreamWriteValue32(stream.cuda_stream, flag.data_ptr(), value, 0))
+
+
+def _await(stream: torch.cuda.Stream, flag: Tensor) -> None:
+    from cuda.bindings import driver  # pyright: ignore[reportMissingImports]
+
+    equal = driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_EQ.value
+    _check(*driver.cuStreamWaitValue32(stream.cuda_stream, flag.data_ptr(), 1, equal))
+    _write(stream, flag, 0)
+
+
+def _check(code: Any) -> None:
+    if int(code):
+        raise RuntimeError(f"CUDA driver: {code!r}")
+
+
+class Mailboxes:
+    """The mailboxes of a host's ranks of a group, and this rank's lane.
+
+    Args:
+        group: those of this host.
+        neighbours: by rank in the whole group, the rank in `group`.
+    """
+
+    def __init__(self, group: torch_dist.ProcessGroup, neighbours: dict[int, int], device: torch.device) -> None:
+        self.rank, self._degree = rank_and_size(group)
+        self.neighbours, self.lane = neighbours, Lane(device)
+        self._group, self._device = group, device
+        self._sizes: dict[str, int] = {}
+        self._memory: SymmetricMemory | None = None
+
+    def grow(self, rooms: dict[str, int]) -> None:
+        """Have at least so many bytes in each room. The same on all ranks, which wait for each other if it is more."""
+        wanted = {name: max(rooms.get(name, 0), self._sizes.get(name, 0)) for name in ROOMS}
+        if wanted == self._sizes:
+            return
+        self.lane.rest()
+        torch_dist.barrier(self._group)  # nobody writes to an old mailbox any more
+        self._memory, self._sizes = None, wanted
+        self._memory = SymmetricMemory(self._group, self.num_bytes, self._device)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of this rank's mailbox."""
+        return self._start_of(None) if self._sizes else 0
+
+    def _start_of(self, name: str | None) -> int:
+        """Of a room, in bytes; None is the end."""
+        position = _aligned(4 * len(ROOMS) * (1 + self._degree))
+        for other in ROOMS:
+            if other == name:
+                break
+            position += _aligned(self._sizes[other])
+        return position
+
+    def room(self, owner: int, name: str, num_bytes: int) -> Tensor:
+        """The first bytes of a room."""
+        assert num_bytes <= self._sizes[name], (name, num_bytes, self._sizes)
+        return self._bytes(owner, self._start_of(name), num_bytes)
+
+    def full(self, owner: int, room: str) -> Tensor:
+        """Raised by whoever has sent something into the owner's room."""
+        return self._flag(owner, ROOMS.index(room))
+
+    def free(self, owner: int, receiver: int, room: str) -> Tensor:
+        """Raised by the receiver, at the owner, who may now send something into the receiver's room."""
+        return self._flag(owner, len(ROOMS) * (1 + receiver) + ROOMS.index(room))
+
+    def _flag(self, owner: int, number: int) -> Tensor:
+        return self._bytes(owner, 4 * number, 4)
+
+    def _bytes(self, owner: int, start: int, num_bytes: int) -> Tensor:
+        assert self._memory is not None
+        return self._memory.of_ranks[owner][start : start + num_bytes]
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
+class SymmetricMemory:
+    """`of_ranks`: bytes of each rank of `group`, all 0, that every other can write to. Every rank must construct it."""
+
+    def __init__(self, group: torch_dist.ProcessGroup, num_bytes: int, device: torch.device) -> None:
+        import torch.distributed._symmetric_memory as symmetric_memory
+
+        self._own = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device).zero_()
+        torch.cuda.synchronize(device)
+        try:
+            self._handle = symmetric_memory.rendezvous(self._own, group)
+        except RuntimeError as error:
+            raise ValueError(
+                f"transport=copy_engine: the GPUs of this host cannot reach each other's memory ({error}): use p2p"
+            ) from error
+        ranks = range(self._handle.world_size)
+        # these own nothing: what they show lives as long as the two above
+        self.of_ranks = [self._handle.get_buffer(rank, (num_bytes,), torch.uint8) for rank in ranks]
+
+
+_mailboxes: dict[torch_dist.ProcessGroup, Mailboxes] = {}
+
+
+def _mailboxes_of(group: torch_dist.ProcessGroup, device: torch.device) -> Mailboxes:
+    if group not in _mailboxes:
+        _mailboxes[group] = Mailboxes(*neighbours_of(group), device)
+    return _mailboxes[group]
+
+
+def mailbox_bytes() -> int:
+    """Of this rank's mailboxes, which PyTorch's allocator does not count."""
+    return sum(mailboxes.num_bytes for mailboxes in _mailboxes.values())
+
+
+def neighbours_of(group: torch_dist.ProcessGroup) -> tuple[torch_dist.ProcessGroup, dict[int, int]]:
+    """The ranks of `group` on this host: as a group, and {rank in `group`: rank in that}. Every rank must call it."""
+    own_rank, degree = rank_and_size(group)
+    hosts: list[Any] = [None] * degree
+    torch_dist.all_gather_object(hosts, socket.gethostname(), group=group)
+    members = tuple(rank for rank in range(degree) if hosts[rank] == hosts[own_rank])
+    return subgroup(group, members), {rank: number for number, rank in enumerate(members)}

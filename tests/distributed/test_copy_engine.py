@@ -1,0 +1,207 @@
+"""The protocol of the transport `copy_engine` on the CPU: rooms and flags in shared memory, a thread for each lane.
+
+What only a GPU can show, that its copies and flags do as they are told, is in tests/gpu/test_ring.py.
+"""
+
+from __future__ import annotations
+
+import queue
+import random
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+from ring_attention import CAUSAL, RingAttention
+from ring_attention.exchange import CopyEngineExchange, Move, P2PExchange, copy_engine
+from tests.cases import Case, check, on_rank
+from tests.distributed.test_attention import LENGTH, MASKS, grid
+from tests.pool import WorkerPool
+
+PATIENCE_S = 30
+
+
+class SharedMemory:
+    """For `copy_engine.SymmetricMemory`."""
+
+    def __init__(self, group: torch_dist.ProcessGroup, num_bytes: int, device: torch.device) -> None:
+        folder: list[Any] = [tempfile.mkdtemp() if group.rank() == 0 else None]
+        torch_dist.broadcast_object_list(folder, group=group, group_src=0)
+        paths = [f"{folder[0]}/{rank}" for rank in range(group.size())]
+        self.of_ranks = [torch.from_file(path, True, num_bytes, dtype=torch.uint8) for path in paths]  # all 0
+        torch_dist.barrier(group)
+        Path(paths[group.rank()]).unlink()
+        torch_dist.barrier(group)
+        if group.rank() == 0:
+            Path(folder[0]).rmdir()
+
+
+class ThreadLane:
+    """For `copy_engine.Lane`; what computes is the thread of the rank itself. Now and then it is slow."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._jobs: queue.SimpleQueue[Callable[[], Any]] = queue.SimpleQueue()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        generator = random.Random(torch_dist.get_rank())
+        while True:
+            self._jobs.get()()
+            if generator.random() < 0.2:
+                time.sleep(generator.random() * 2e-3)
+
+    def follow(self) -> None:
+        pass  # the thread that computes has done all that it was given
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        self._jobs.put(lambda: target.copy_(source))
+
+    def raise_flag(self, flag: Tensor) -> None:
+        self._jobs.put(lambda: flag.view(torch.int32).fill_(1))
+
+    def await_flag(self, flag: Tensor) -> None:
+        self._jobs.put(lambda: take(flag))
+
+    def mark(self) -> threading.Event:
+        event = threading.Event()
+        self._jobs.put(event.set)
+        return event
+
+    def rest(self) -> None:
+        assert self.mark().wait(PATIENCE_S)
+
+    def compute_awaits(self, flags: list[Tensor], mark: threading.Event) -> None:
+        for flag in flags:
+            take(flag)
+        assert mark.wait(PATIENCE_S)
+
+    def poison(self, room: Tensor) -> None:
+        self._jobs.put(lambda: room.fill_(float("nan")))
+
+
+def take(flag: Tensor) -> None:
+    number = flag.view(torch.int32)
+    stop = time.monotonic() + PATIENCE_S
+    while number.item() != 1:
+        assert time.monotonic() < stop, "nobody raised the flag"
+        time.sleep(1e-5)
+    number.fill_(0)
+
+
+@contextmanager
+def emulated() -> Iterator[None]:
+    """Copy engines on the CPU. What a room held is gone once its next receive is posted: it is overwritten with NaN."""
+    post = CopyEngineExchange.post
+
+    def poisoning(self: CopyEngineExchange, purpose: str, sends: list[Move], receives: list[Move]) -> Any:
+        assert self._mail is not None
+        for move in receives:
+            if self.order[move.peer] in self._mail.neighbours:
+                self._mail.lane.poison(move.tensor)  # pyright: ignore[reportAttributeAccessIssue]
+        return post(self, purpose, sends, receives)
+
+    with ExitStack() as stack:
+        stack.callback(copy_engine._mailboxes.clear)
+        for owner, name, value in [
+            (copy_engine, "Lane", ThreadLane),
+            (copy_engine, "SymmetricMemory", SharedMemory),
+            (CopyEngineExchange, "post", poisoning),
+        ]:
+            stack.enter_context(patch.object(owner, name, value))
+        yield
+
+
+def many_on_rank(cases: list[Case], hosts: list[str] | None) -> tuple[list[list[Tensor]], int, int]:
+    """Results, and how many messages went as copies and over gloo.
+
+    Args:
+        hosts: where each rank is said to be.
+    """
+    counts = {"copies": 0, "p2p": 0}
+    copy, p2p_post = ThreadLane.copy, P2PExchange.post
+
+    def counting_copy(self: ThreadLane, target: Tensor, source: Tensor) -> None:
+        counts["copies"] += 1
+        copy(self, target, source)
+
+    def counting_post(self: P2PExchange, purpose: str, sends: list[Move], receives: list[Move]) -> Any:
+        counts["p2p"] += len(sends)
+        return p2p_post(self, purpose, sends, receives)
+
+    host = hosts[torch_dist.get_rank()] if hosts else "here"
+    with (
+        emulated(),
+        patch.object(copy_engine.socket, "gethostname", lambda: host),
+        patch.object(ThreadLane, "copy", counting_copy),
+        patch.object(P2PExchange, "post", counting_post),
+    ):
+        return [on_rank(case) for case in cases], counts["copies"], counts["p2p"]
+
+
+def cases_of(num_ranks: int, method: str = "ring") -> list[Case]:
+    return [
+        case
+        for layout in ("zigzag", "contiguous")
+        for mask in MASKS.values()
+        for dtype in (torch.float64, torch.bfloat16)[: 2 if mask == CAUSAL else 1]
+        if (
+            case := grid(
+                Case(method, num_ranks, 1, layout, mask, LENGTH, num_kv_heads=4, dtype=dtype, transport="copy_engine")
+            )
+        )
+    ]
+
+
+@pytest.mark.parametrize(("num_ranks", "method"), [(2, "ring"), (3, "ring"), (4, "ring"), (4, "hybrid")])
+def test_messages_by_copies_equal_whole_attention(pool: WorkerPool, num_ranks: int, method: str):
+    """With every mask and layout, several passes over the same rooms, which grow."""
+    cases = cases_of(num_ranks, method)
+    ranks = pool.run(many_on_rank, cases, None, num_ranks=num_ranks)
+    for case, *shards in zip(cases, *(results for results, _, _ in ranks), strict=True):
+        check(case, shards)
+    assert sum(copies for _, copies, _ in ranks) > 0
+    assert sum(p2p for _, _, p2p in ranks) == 0
+
+
+def test_between_hosts_messages_go_by_p2p(pool: WorkerPool):
+    cases = cases_of(4)
+    ranks = pool.run(many_on_rank, cases, ["a", "a", "b", "b"], num_ranks=4)
+    for case, *shards in zip(cases, *(results for results, _, _ in ranks), strict=True):
+        check(case, shards)
+    assert all(copies > 0 for _, copies, _ in ranks)
+    assert all(p2p > 0 for _, _, p2p in (ranks[1], ranks[3]))  # whose next rank is on the other host
+
+
+def refusal_on_the_cpu() -> str:
+    attention = RingAttention("auto", torch_dist.group.WORLD, transport="copy_engine")
+    q = torch.randn(1, 4, 2, 8)
+    with pytest.raises(ValueError, match="copy_engine") as raised:
+        attention(q, q, q, 0)
+    return str(raised.value)
+
+
+def test_without_a_gpu_it_is_refused(pool: WorkerPool):
+    expected = "transport=copy_engine needs NVIDIA GPUs, but the tensors are on cpu: use p2p"
+    assert pool.run(refusal_on_the_cpu, num_ranks=2) == [expected] * 2
+
+
+def test_a_room_that_is_shared_by_two_messages_at_once_would_be_seen(pool: WorkerPool):
+    """The poison works: with one room for all keys the results are not finite."""
+    case = replace(cases_of(4)[0], mask=CAUSAL)
+    ranks = pool.run(on_rank_with_one_room, case, num_ranks=4)
+    assert not all(part.isfinite().all() for shards in ranks for part in shards)
+
+
+def on_rank_with_one_room(case: Case) -> list[Tensor]:
+    with emulated(), patch("ring_attention.ring.keys_room", lambda step: "keys0"):
+        return on_rank(case)
