@@ -262,7 +262,8 @@ def attention_communication_off() -> Iterator[None]:
     from deepspeed.sequence import layer  # takes seconds, and a ring alone does without
 
     def post(self: P2PExchange, purpose: str, sends: list[Move], receives: list[Move]) -> Hop:
-        for number, (received, *_) in enumerate(receives):
+        for number, receive in enumerate(receives):
+            received = receive.tensor
             _stay(received, sends[number].tensor if number < len(sends) else received[:0])
         return Hop([], [], [], "")
 

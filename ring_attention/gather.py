@@ -1,6 +1,6 @@
 """The naive baseline: every rank gathers all keys and values, and attends with its own queries. O(L) memory.
 
-Its neighbours are `attention` above and `exchange`, `blocks` and `ring`'s block loops below. Keys are put into their
+Its neighbours are `attention` above and `exchange` and `attend` below. Keys are put into their
 global order, so a rank's queries meet them in one or two rectangles.
 
 Shapes: B batch, S local tokens, H query heads, K key-value heads, D head size, E value head size.
@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ring_attention.attend import attend_backward, attend_forward
 from ring_attention.blocks import Block
 from ring_attention.exchange import P2PExchange, all_gather, reduce_scatter
 from ring_attention.kv import KeysValues
 from ring_attention.layout import Layout, Run
 from ring_attention.mask import Mask
-from ring_attention.ring import add_block, attend_backward, attend_forward
 from ring_attention.running import RunningAttention, RunningSum
 from ring_attention.schedule import BlockPair, find_pairs
+from ring_attention.trace import labelled
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,12 @@ class GatherFunction(torch.autograd.Function):
         sums = [RunningSum(part.shape, state_dtype, part) for part in (gradients.k_BTKD, gradients.v_BTKE)]
         saved = (grad_outputs[0].contiguous(), q_BSHD, whole, out_BSHE, lse_BHS)
         blocks = attend_backward(gathering.block, gathering.scale, gathering.pairs, keys, *saved)
-        for row, part, is_last, *block in blocks:
-            add_block(dq, sums, keys, row, part, (is_last, False), *block)
+        for block in blocks:
+            part = block.part
+            with labelled("merge"):
+                dq.add(block.row, slice(part.q_start, part.q_stop), block.dq, block.is_last)
+                for total, gradient in zip(sums, (block.dk, block.dv), strict=True):
+                    total.add(block.row, slice(part.k_start, part.k_stop), gradient, False)
             del block
         reduced = gathering.reduced(gradients, kv)
         return dq.result(), reduced.k_BTKD.to(k_BSKD.dtype), reduced.v_BTKE.to(v_BSKE.dtype), None

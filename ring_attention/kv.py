@@ -43,6 +43,11 @@ class KeysValues:
         return cls(k, v, message)
 
     @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """The message, or the two vectors that make one: both are contiguous."""
+        return (self.k_BTKD.view(-1), self.v_BTKE.view(-1)) if self.message is None else (self.message,)
+
+    @property
     def shapes(self) -> tuple[torch.Size, torch.Size]:
         return self.k_BTKD.shape, self.v_BTKE.shape
 

@@ -1,4 +1,4 @@
-"""The online softmax: joins attention over disjoint sets of keys, in fp32 (fp64 for fp64 input).
+"""The online softmax: joins attention over disjoint sets of keys, in fp32 (fp64 for fp64 input); and sums.
 
     lse = log(exp(lse_1) + exp(lse_2))
     out = out_1 * exp(lse_1 - lse) + out_2 * exp(lse_2 - lse)
@@ -11,6 +11,27 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def add_up(target: Tensor, addends: list[Tensor]) -> None:
+    """The sum of [B, S, H, D] tensors of 16 bits or fp32, added in fp32 and rounded once.
+
+    `target` may be the first of them. Of two, PyTorch's own addition does that.
+    """
+    if len(addends) == 1:
+        if target.data_ptr() != addends[0].data_ptr():
+            target.copy_(addends[0])
+    elif len(addends) == 2:
+        torch.add(*addends, out=target)
+    elif target.is_cuda and len(addends) == 3:
+        from ring_attention.merge_triton import add_three_on_gpu  # needs Triton, which a CPU build of PyTorch lacks
+
+        add_three_on_gpu(target, *addends)
+    else:
+        total = addends[0].float()
+        for other in addends[1:]:
+            total = total + other
+        target.copy_(total)
 
 
 def merge(

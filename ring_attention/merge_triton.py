@@ -1,5 +1,5 @@
 # pyright: reportMissingImports=false, reportIndexIssue=false
-"""`merge` on a GPU in one pass over both outs, whatever their dtypes: CUDA, lse in fp32."""
+"""`merge` and `add_up` on a GPU, each in one pass over its tensors, whatever their dtypes; lse in fp32."""
 
 from __future__ import annotations
 
@@ -88,4 +88,57 @@ def merge_on_gpu(
         head_dim,
         rows,
         columns,
+    )
+
+
+@triton.jit
+def _add_three_kernel(
+    target,
+    one,
+    two,
+    three,
+    target_b,
+    target_s,
+    target_h,
+    one_b,
+    one_s,
+    one_h,
+    two_b,
+    two_s,
+    two_h,
+    three_b,
+    three_s,
+    three_h,
+    num_rows,
+    num_tokens,
+    num_heads: tl.constexpr,
+    head_dim: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)  # numbers rows as [B, S, H] does
+    h, s, b = row % num_heads, row // num_heads % num_tokens, row // num_heads // num_tokens
+    column = tl.arange(0, COLUMNS)
+    mask = (row < num_rows)[:, None] & (column < head_dim)[None, :]
+    at = (b * one_b + s * one_s + h * one_h)[:, None] + column[None, :]
+    total = tl.load(one + at, mask=mask, other=0.0).to(tl.float32)
+    at = (b * two_b + s * two_s + h * two_h)[:, None] + column[None, :]
+    total += tl.load(two + at, mask=mask, other=0.0).to(tl.float32)
+    at = (b * three_b + s * three_s + h * three_h)[:, None] + column[None, :]
+    total += tl.load(three + at, mask=mask, other=0.0).to(tl.float32)
+    at = (b * target_b + s * target_s + h * target_h)[:, None] + column[None, :]
+    tl.store(target + at, total.to(target.dtype.element_ty), mask=mask)
+
+
+def add_three_on_gpu(target: Tensor, one: Tensor, two: Tensor, three: Tensor) -> None:
+    """As `merge.add_up` of three; elements of a head lie side by side in all."""
+    tensors = (target, one, two, three)
+    for tensor in tensors:
+        assert tensor.stride(-1) == 1, tensor.stride()
+    batch, tokens, heads, head_dim = target.shape
+    num_rows, columns = batch * tokens * heads, triton.next_power_of_2(head_dim)
+    rows = max(1, _ELEMENTS // columns)
+    strides = [stride for tensor in tensors for stride in tensor.stride()[:3]]
+    _add_three_kernel[(triton.cdiv(num_rows, rows),)](
+        *tensors, *strides, num_rows, tokens, heads, head_dim, rows, columns
     )

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ring_attention.band import Rectangle
+from ring_attention.attend import BlockGradients, attend_backward, attend_forward
 from ring_attention.blocks import Block
 from ring_attention.exchange import Hop, Move, P2PExchange
 from ring_attention.kv import KeysValues, offset
 from ring_attention.layout import Layout
 from ring_attention.mask import Mask
-from ring_attention.running import RunningAttention, RunningSum
+from ring_attention.running import Parts, PiecewiseSum, RunningAttention, RunningSum
 from ring_attention.schedule import (
     BlockPair,
     Spans,
@@ -37,7 +37,7 @@ from ring_attention.trace import labelled
 
 
 class Moving(NamedTuple):
-    """K,V or their gradients, as a message to or from a ring rank; `room` is as in `exchange.Move`."""
+    """K,V or their gradients, to or from a ring rank; `room` is as in `exchange.Move`."""
 
     what: KeysValues
     peer: int
@@ -58,7 +58,7 @@ class Ring:
         if not sends and not receives:
             return None
         assert self.exchange is not None, "several stages need an exchange"
-        out, into = ([Move(_message(moving.what), *moving[1:]) for moving in moves] for moves in (sends, receives))
+        out, into = ([Move(moving.what.parts, *moving[1:]) for moving in moves] for moves in (sends, receives))
         return self.exchange.post(purpose, out, into)
 
     def receive(self, like: KeysValues, tokens: int, peer: int, room: str, dtype: torch.dtype | None = None) -> Moving:
@@ -110,86 +110,152 @@ def ring_backward(
     """Gradients of the local q, k, v; out and lse are the merged ones, so each block's softmax is the global one.
 
     Every rank must call it. K,V travel again; their gradients follow one stage behind, as `gradient_dtype` says, and go
-    home from the last rank that used them.
+    home from the last rank that used them. Part of the local block is left for when the last of them are on their way.
     """
-    travel_dtype = gradient_dtype(kv.k_BTKD.dtype, len(ring.stages))
-    dq = RunningSum(q_BSHD.shape, q_BSHD.dtype)
-    own = [RunningSum(part.shape, part.dtype) for part in (kv.k_BTKD, kv.v_BTKE)]
-    last = max((step for step, stage in enumerate(ring.stages) if stage.pairs), default=0)
-    last_home = max((step for step, stage in enumerate(ring.stages) if stage.home is not None), default=None)
-    here: KeysValues | None = kv
-    gradients: KeysValues | None = None  # of the keys that are here, as summed by the ranks before
-    home: tuple[KeysValues, Spans, bool] | None = None  # of own keys, on their way; whether they are the last
-    gradient_hop: Hop | None = None
-    for step, stage in enumerate(ring.stages):
-        hop, incoming = ring.forward_keys(kv, here, step, "backward")
-        if step == 0:
-            sums, spans, ends = own, stage.keys, last_home is None
-        elif gradients is not None:  # more is added in place
-            sums = [RunningSum(part.shape, travel_dtype, part) for part in (gradients.k_BTKD, gradients.v_BTKE)]
-            spans, ends = stage.gradients, False
-        else:
-            spans, ends = stage.gradients, False
-            sums = [RunningSum(shape, travel_dtype) for shape in kv.shapes_of(num_tokens(spans))]
-        if here is not None:
-            blocks = attend_backward(
-                ring.block, ring.scale, stage.pairs, stage.keys, dout_BSHE, q_BSHD, here, out_BSHE, lse_BHS
-            )
-            for row, part, is_last, *block in blocks:
-                if gradient_hop is not None:  # waited for after the first block, which it overlaps
-                    gradient_hop.wait()
-                    gradient_hop = None
-                add_block(dq, sums, spans, row, part, (is_last and step == last, is_last and ends), *block)
-                del block
-        if gradient_hop is not None:
-            gradient_hop.wait()
-        if home is not None:
-            _add_home(own, ring.stages[0].keys, *home)
+    return _Backward(ring, dout_BSHE, q_BSHD, kv, out_BSHE, lse_BHS).run()
 
-        sends, receives = [], []
+
+class _Backward:
+    """What `ring_backward` has so far."""
+
+    def __init__(
+        self, ring: Ring, dout_BSHE: Tensor, q_BSHD: Tensor, kv: KeysValues, out_BSHE: Tensor, lse_BHS: Tensor
+    ) -> None:
+        self._ring, self._kv = ring, kv
+        self._queries = dout_BSHE, q_BSHD, out_BSHE, lse_BHS
+        self._travel_dtype = gradient_dtype(kv.k_BTKD.dtype, len(ring.stages))
+        self._last_home = max((step for step, stage in enumerate(ring.stages) if stage.home is not None), default=None)
+        at_once, later = ring.stages[0].pairs, None
+        if self._last_home is not None:
+            at_once, later = split_queries(at_once)
+        self._at_once, self._later = at_once, later
+        self._last = max((step for step, stage in enumerate(ring.stages) if step and stage.pairs), default=0)
+        self._dq = PiecewiseSum(q_BSHD, () if later is None else (later.rectangle.q_stop,))
+        self._own = [RunningSum(part.shape, part.dtype) for part in (kv.k_BTKD, kv.v_BTKE)]
+        self._gradients: KeysValues | None = None  # of the keys that are here, as summed by the ranks before
+        self._home: tuple[KeysValues, Spans] | None = None  # of own keys, on their way
+        self._hop: Hop | None = None  # which brings both
+
+    def run(self) -> tuple[Tensor, Tensor, Tensor]:
+        ring, here = self._ring, self._kv
+        for step, stage in enumerate(ring.stages):
+            hop, incoming = ring.forward_keys(self._kv, here, step, "backward")
+            sums, spans = self._sums_of(step)
+            if here is not None:
+                for block in self._blocks(stage.pairs if step else self._at_once, here, stage.keys):
+                    self._arrive()  # waited for after the first block, which it overlaps
+                    self._add(block, step, sums, spans)
+                    del block
+            self._arrive()
+            for total, parts in zip(self._own, self._parts_from_home(), strict=True):
+                with labelled("merge"):
+                    total.add_several(parts, is_last=False)
+            self._post(step, sums, spans)
+            if hop is not None:
+                hop.wait()
+            here = incoming
+        return self._finish()
+
+    def _blocks(self, pairs: tuple[BlockPair, ...], here: KeysValues, keys: Spans) -> Iterable[BlockGradients]:
+        dout_BSHE, q_BSHD, out_BSHE, lse_BHS = self._queries
+        return attend_backward(
+            self._ring.block, self._ring.scale, pairs, keys, dout_BSHE, q_BSHD, here, out_BSHE, lse_BHS
+        )
+
+    def _sums_of(self, step: int) -> tuple[list[RunningSum], Spans]:
+        """Where dK,dV of the keys that are here are summed, and which tokens of their source these are."""
+        if step == 0:
+            return self._own, self._ring.stages[0].keys
+        spans, dtype = self._ring.stages[step].gradients, self._travel_dtype
+        if self._gradients is None:
+            return [RunningSum(shape, dtype) for shape in self._kv.shapes_of(num_tokens(spans))], spans
+        parts = (self._gradients.k_BTKD, self._gradients.v_BTKE)
+        return [RunningSum(part.shape, dtype, part) for part in parts], spans  # more is added in place
+
+    def _arrive(self) -> None:
+        if self._hop is not None:
+            self._hop.wait()
+            self._hop = None
+
+    def _add(self, block: BlockGradients, step: int, sums: list[RunningSum], spans: Spans) -> None:
+        """Add one block's gradients."""
+        part = block.part
+        keys = slice(start := offset(spans, part.k_start), start + part.num_keys)
+        dq_ends = block.is_last and step == self._last
+        own_ends = block.is_last and sums is self._own and self._last_home is None
+        with labelled("merge"):
+            pieces_end = (dq_ends,) if self._later is None else (False, dq_ends)
+            self._dq.add(block.row, slice(part.q_start, part.q_stop), block.dq, pieces_end)
+            for total, gradient in zip(sums, (block.dk, block.dv), strict=True):
+                total.add(block.row, keys, gradient, own_ends)
+
+    def _post(self, step: int, sums: list[RunningSum], spans: Spans) -> None:
+        """Send on what was summed in this stage, and receive what the next one adds to, and own gradients."""
+        ring, stage, kv, sends, receives = self._ring, self._ring.stages[step], self._kv, [], []
         if stage.gradients_to is not None:
-            if gradients is None:
-                gradients = kv.empty(num_tokens(spans), travel_dtype)
-                gradients.k_BTKD.copy_(sums[0].total)
-                gradients.v_BTKE.copy_(sums[1].total)
+            if self._gradients is None:
+                self._gradients = KeysValues(*(total.total.to(self._travel_dtype).contiguous() for total in sums))
             room = home_room(step) if stage.gradients_to == stage.source else gradients_room(step)
-            sends.append(Moving(gradients, stage.gradients_to, room))
-        gradients = home = None
+            sends.append(Moving(self._gradients, stage.gradients_to, room))
+        self._gradients = self._home = None
         following = ring.stages[step + 1] if step + 1 < len(ring.stages) else None
         if following is not None and following.gradients_from is not None:
             tokens, room = num_tokens(following.gradients), gradients_room(step)
-            receives.append(ring.receive(kv, tokens, following.gradients_from, room, travel_dtype))
-            gradients = receives[-1].what
+            receives.append(ring.receive(kv, tokens, following.gradients_from, room, self._travel_dtype))
+            self._gradients = receives[-1].what
         if stage.home is not None:
             tokens, room = num_tokens(stage.home.spans), home_room(step)
-            receives.append(ring.receive(kv, tokens, stage.home.peer, room, travel_dtype))
-            home = receives[-1].what, stage.home.spans, step == last_home
-        gradient_hop = ring.post(f"backward dK,dV after stage {step}", sends, receives)
-        if hop is not None:
-            hop.wait()
-        here = incoming
-    if gradient_hop is not None:
-        gradient_hop.wait()
-    if home is not None:
-        _add_home(own, ring.stages[0].keys, *home)
-    with labelled("merge"):
-        return dq.result(), own[0].result(), own[1].result()
+            receives.append(ring.receive(kv, tokens, stage.home.peer, room, self._travel_dtype))
+            self._home = receives[-1].what, stage.home.spans
+        self._hop = ring.post(f"backward dK,dV after stage {step}", sends, receives)
+
+    def _finish(self) -> tuple[Tensor, Tensor, Tensor]:
+        """With the last gradients on their way, compute what was left; then add them."""
+        left: tuple[Parts, Parts] = [], []  # of dK and of dV
+        if self._later is not None:
+            for block in self._blocks((self._later,), self._kv, self._ring.stages[0].keys):
+                part = block.part
+                with labelled("merge"):
+                    self._dq.add(block.row, slice(part.q_start, part.q_stop), block.dq, (block.is_last, False))
+                for parts, gradient in zip(left, (block.dk, block.dv), strict=True):
+                    parts.append((slice(part.k_start, part.k_stop), gradient))
+        self._arrive()
+        with labelled("merge"):
+            for total, parts, more in zip(self._own, left, self._parts_from_home(), strict=True):
+                total.add_several(parts + more, is_last=True)
+            return self._dq.result(), self._own[0].result(), self._own[1].result()
+
+    def _parts_from_home(self) -> tuple[Parts, Parts]:
+        """What came for dK and dV of this rank's own tokens."""
+        if self._home is None:
+            return [], []
+        keys, (come, spans), position = self._ring.stages[0].keys, self._home, 0
+        found: tuple[Parts, Parts] = [], []
+        for start, stop in spans:
+            here = slice(offset(keys, start), offset(keys, start) + stop - start)
+            for parts, gradient in zip(found, (come.k_BTKD, come.v_BTKE), strict=True):
+                parts.append((here, gradient[:, position : position + stop - start]))
+            position += stop - start
+        self._home = None
+        return found
+
+
+def split_queries(pairs: tuple[BlockPair, ...]) -> tuple[tuple[BlockPair, ...], BlockPair | None]:
+    """A local block in two: the late half of its queries, and the early one; one that is several is left whole."""
+    if len(pairs) != 1 or pairs[0].row is not None:
+        return pairs, None
+    whole = pairs[0].rectangle
+    middle = (whole.q_start + whole.q_stop) // 2
+    late = whole.part(middle, whole.q_stop, whole.k_start, whole.k_stop)
+    early = whole.part(whole.q_start, middle, whole.k_start, whole.k_stop)
+    if late is None or early is None:
+        return pairs, None
+    return (BlockPair(None, late),), BlockPair(None, early)
 
 
 def gradient_dtype(dtype: torch.dtype, num_stages: int) -> torch.dtype:
     """What dK,dV travel in: fp32 (fp64 for fp64 input), as ranks add to them on the way; of two stages as computed."""
     return dtype if num_stages <= 2 else torch.promote_types(dtype, torch.float32)
-
-
-def _add_home(own: list[RunningSum], keys: Spans, come: KeysValues, spans: Spans, is_last: bool) -> None:
-    """Add gradients that came home to those of this rank's own keys; after the last ones nothing more comes."""
-    position = 0
-    with labelled("merge"):
-        for start, stop in spans:
-            here = slice(offset(keys, start), offset(keys, start) + stop - start)
-            there = slice(position, position := position + stop - start)
-            for total, part in zip(own, (come.k_BTKD, come.v_BTKE), strict=True):
-                total.add(slice(None), here, part[:, there], is_last and (start, stop) == spans[-1])
 
 
 def rooms_in_bytes(layout: Layout, mask: Mask, k_BSKD: Tensor, v_BSKE: Tensor, trains: bool) -> dict[str, int]:
@@ -205,100 +271,6 @@ def rooms_in_bytes(layout: Layout, mask: Mask, k_BSKD: Tensor, v_BSKE: Tensor, t
         if is_keys or trains:
             rooms[room] = kv.numel(tokens) * (k_BSKD.dtype if is_keys else travel_dtype).itemsize
     return rooms
-
-
-def add_block(
-    dq_sum: RunningSum,
-    sums: list[RunningSum],
-    spans: Spans,
-    row: slice,
-    part: Rectangle,
-    ends: tuple[bool, bool],
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-) -> None:
-    """Add one block's gradients to those of its queries and, among `spans`, of its keys and values.
-
-    Args:
-        ends: whether nothing more comes: to dq, to dk and dv.
-    """
-    keys = slice(start := offset(spans, part.k_start), start + part.num_keys)
-    with labelled("merge"):
-        dq_sum.add(row, slice(part.q_start, part.q_stop), dq, ends[0])
-        for total, gradient in zip(sums, (dk, dv), strict=True):
-            total.add(row, keys, gradient, ends[1])
-
-
-def attend_forward(
-    running: RunningAttention,
-    block: Block,
-    scale: float,
-    pairs: Iterable[BlockPair],
-    q_BSHD: Tensor,
-    here: KeysValues,
-    keys: Spans,
-    is_last: bool,
-) -> None:
-    """Merge in the attention of `pairs`, whose keys are `here`; after the last ones nothing more comes."""
-    tiles = list(_tiles(block, pairs))
-    for number, (row, part) in enumerate(tiles, 1):
-        queries = slice(part.q_start, part.q_stop)
-        k_BTKD, v_BTKE = _keys_of(row, part, here, keys)
-        with labelled("attention block"):
-            out, lse = block.forward(q_BSHD[row, queries], k_BTKD, v_BTKE, part.lower, part.upper, scale)
-        with labelled("merge"):
-            running.add(row, queries, out, lse, is_last and number == len(tiles))
-
-
-def attend_backward(
-    block: Block,
-    scale: float,
-    pairs: Iterable[BlockPair],
-    keys: Spans,
-    dout_BSHE: Tensor,
-    q_BSHD: Tensor,
-    here: KeysValues,
-    out_BSHE: Tensor,
-    lse_BHS: Tensor,
-) -> Iterable[tuple[slice, Rectangle, bool, Tensor, Tensor, Tensor]]:
-    """(rows, rectangle, whether it is the last, dq, dk, dv) of each block."""
-    tiles = list(_tiles(block, pairs))
-    for number, (row, part) in enumerate(tiles, 1):
-        queries = slice(part.q_start, part.q_stop)
-        k_BTKD, v_BTKE = _keys_of(row, part, here, keys)
-        with labelled("attention block"):
-            gradients = block.backward(
-                dout_BSHE[row, queries],
-                q_BSHD[row, queries],
-                k_BTKD,
-                v_BTKE,
-                out_BSHE[row, queries],
-                lse_BHS[row, :, queries],
-                part.lower,
-                part.upper,
-                scale,
-            )
-        yield (row, part, number == len(tiles), *gradients)
-
-
-def _tiles(block: Block, pairs: Iterable[BlockPair]) -> Iterable[tuple[slice, Rectangle]]:
-    """Rows of the batch and rectangles, cut into what the kernel computes in one call."""
-    for pair in pairs:
-        row = slice(None) if pair.row is None else slice(pair.row, pair.row + 1)
-        for part in block.tiles(pair.rectangle):
-            yield row, part
-
-
-def _keys_of(row: slice, part: Rectangle, here: KeysValues, keys: Spans) -> tuple[Tensor, Tensor]:
-    start = offset(keys, part.k_start)
-    tokens = slice(start, start + part.num_keys)
-    return here.k_BTKD[row, tokens], here.v_BTKE[row, tokens]
-
-
-def _message(keys_values: KeysValues) -> Tensor:
-    assert keys_values.message is not None
-    return keys_values.message
 
 
 class RingFunction(torch.autograd.Function):

@@ -8,10 +8,12 @@ Shapes: B batch, S tokens, H heads, D head size, E value head size.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
-from ring_attention.merge import merge
+from ring_attention.merge import add_up, merge
 
 
 class RunningAttention:
@@ -47,6 +49,9 @@ class RunningAttention:
         self._out = target
 
 
+Parts = list[tuple[slice, Tensor]]  # tokens, and [B, those tokens, H, D]
+
+
 class RunningSum:
     """The sum of blocks' parts of a [B, S, H, D] tensor, which start as 0.
 
@@ -55,10 +60,13 @@ class RunningSum:
     Args:
         dtype: of the result.
         start: what is there already, in fp32 (fp64): it is added to in place.
+        target: where the result shall be; wherever it happens to be if not given.
     """
 
-    def __init__(self, shape: torch.Size, dtype: torch.dtype, start: Tensor | None = None) -> None:
-        self._shape, self._dtype, self._total = shape, dtype, start
+    def __init__(
+        self, shape: torch.Size, dtype: torch.dtype, start: Tensor | None = None, target: Tensor | None = None
+    ) -> None:
+        self._shape, self._dtype, self._total, self._target = shape, dtype, start, target
         self._state_dtype = torch.promote_types(dtype, torch.float32)
 
     @property
@@ -69,7 +77,9 @@ class RunningSum:
 
     def result(self) -> Tensor:
         """In `dtype`."""
-        return self.total.to(self._dtype)
+        if self._target is None or self._total is self._target:
+            return self.total.to(self._dtype)
+        return self._target.copy_(self.total)
 
     def add(self, row: slice, tokens: slice, part: Tensor, is_last: bool) -> None:
         if self._total is None:
@@ -77,11 +87,66 @@ class RunningSum:
                 self._total = part
                 return
             self._total = part.new_zeros(self._shape, dtype=self._state_dtype)
-        dtype = self._dtype if is_last else self._state_dtype
-        if dtype == self._state_dtype:
-            self._total = self._total.to(dtype)  # before, for PyTorch computes in the wider dtype of what it adds
-        target = self._total
-        if target.dtype != dtype:
-            target = part.new_empty(self._shape, dtype=dtype) if part.shape == self._shape else target.to(dtype)
+        if is_last and self._dtype != self._state_dtype:
+            target = self._room(part.shape == self._shape)
+        else:
+            # before, for PyTorch computes in the wider dtype of what it adds
+            target = self._total = self._total.to(self._state_dtype)
         torch.add(self._total[row, tokens], part, out=target[row, tokens])
         self._total = target
+
+    def add_several(self, parts: Parts, is_last: bool) -> None:
+        """Add parts of all rows, which may overlap; the last ones are rounded once, together."""
+        if not is_last or self._dtype == self._state_dtype:
+            for tokens, part in parts:
+                self.add(slice(None), tokens, part, False)
+            return
+        if not parts:
+            return
+        edges = sorted({0, self._shape[1], *(edge for tokens, _ in parts for edge in (tokens.start, tokens.stop))})
+        target = self._room(True)
+        for start, stop in itertools.pairwise(edges):
+            inside = [
+                part[:, start - tokens.start : stop - tokens.start]
+                for tokens, part in parts
+                if tokens.start <= start and stop <= tokens.stop
+            ]
+            add_up(target[:, start:stop], [self.total[:, start:stop], *inside])
+        self._total = target
+
+    def _room(self, all_is_written: bool) -> Tensor:
+        """For the result, which holds the total unless all of it will be written; the total itself where it serves."""
+        if self._target is None and self.total.dtype == self._dtype:
+            return self.total
+        target = self.total.new_empty(self._shape, dtype=self._dtype) if self._target is None else self._target
+        return target if all_is_written else target.copy_(self.total)
+
+
+class PiecewiseSum:
+    """As `RunningSum`, of dq, whose pieces, runs of tokens, are complete at different times.
+
+    Args:
+        like: a tensor like the result.
+        cuts: where one piece ends and the next starts.
+    """
+
+    def __init__(self, like: Tensor, cuts: tuple[int, ...]) -> None:
+        self._whole = torch.empty_like(like, memory_format=torch.contiguous_format) if cuts else None
+        self._runs = list(itertools.pairwise((0, *cuts, like.shape[1])))
+        self._pieces = []
+        for start, stop in self._runs:
+            target = None if self._whole is None else self._whole[:, start:stop]
+            shape = torch.Size((like.shape[0], stop - start, *like.shape[2:]))
+            self._pieces.append(RunningSum(shape, like.dtype, target=target))
+
+    def add(self, row: slice, tokens: slice, part: Tensor, is_last: tuple[bool, ...]) -> None:
+        """Add to the pieces that `tokens` are in; `is_last` says of each whether nothing more comes."""
+        for (start, stop), piece, piece_ends in zip(self._runs, self._pieces, is_last, strict=True):
+            first, last = max(start, tokens.start), min(stop, tokens.stop)
+            if first < last:
+                inside = part[:, first - tokens.start : last - tokens.start]
+                piece.add(row, slice(first - start, last - start), inside, piece_ends)
+
+    def result(self) -> Tensor:
+        results = [piece.result() for piece in self._pieces]
+        return results[0] if self._whole is None else self._whole

@@ -69,13 +69,15 @@ class CopyEngineExchange(P2PExchange):
                 full.append(mail.full(mail.rank, move.room))
         for move in sends:
             if (peer := near[move.peer]) is not None:
-                message = move.tensor.view(torch.uint8)
+                parts = [part.view(torch.uint8) for part in move.parts]
+                room = mail.room(peer, move.room, sum(map(len, parts)))
                 mail.lane.await_flag(mail.free(mail.rank, peer, move.room))
-                mail.lane.copy(mail.room(peer, move.room, len(message)), message)
+                for target, part in zip(room.split([*map(len, parts)]), parts, strict=True):
+                    mail.lane.copy(target, part)
                 mail.lane.raise_flag(mail.full(peer, move.room))
         names = ", ".join(self._names(sends, receives))
         where = f"{purpose}: ring rank {self.ring_rank} of {self.ring_degree}, {names}"
-        return _CopyHop(mail.lane, hops, full, [move.tensor for move in sends], where, self._watch)
+        return _CopyHop(mail.lane, hops, full, [part for move in sends for part in move.parts], where, self._watch)
 
 
 class _CopyHop(Hop):

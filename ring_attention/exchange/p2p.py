@@ -30,11 +30,16 @@ class HopError(RuntimeError):
 
 
 class Move(NamedTuple):
-    """A contiguous vector to or from a ring rank; it goes into that `room` of the receiver (`P2PExchange.room`)."""
+    """To or from a ring rank: vectors that arrive as one, in that `room` of the receiver (`P2PExchange.room`)."""
 
-    tensor: Tensor
+    parts: tuple[Tensor, ...]
     peer: int
     room: str
+
+    @property
+    def tensor(self) -> Tensor:
+        """One vector: a copy if there are several."""
+        return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
 
 
 class Hop:
@@ -103,20 +108,21 @@ class P2PExchange:
             purpose: what travels and at which stage, for the error that names it.
         """
         # receives first: no rank may fill its peer's queue before it offers a buffer itself
-        moves = [(torch_dist.irecv, move) for move in receives] + [(torch_dist.isend, move) for move in sends]
+        moves = [(torch_dist.irecv, move.tensor, move.peer) for move in receives]
+        moves += [(torch_dist.isend, move.tensor, move.peer) for move in sends]
         where, names = f"{purpose}: ring rank {self.ring_rank} of {self.ring_degree}", self._names(sends, receives)
         try:
             works = torch_dist.batch_isend_irecv(
                 [
-                    torch_dist.P2POp(function, move.tensor, self._global_ranks[move.peer], self.group)
-                    for function, move in moves
+                    torch_dist.P2POp(function, tensor, self._global_ranks[peer], self.group)
+                    for function, tensor, peer in moves
                 ]
             )
         except RuntimeError as error:
             raise HopError(f"{where}, {', '.join(names)}: {error}") from error
         if self._watch is not None:
             self._watch.add(works, f"{where}, {', '.join(names)}")
-        return Hop(works, names, [move.tensor for move in sends], where)
+        return Hop(works, names, [tensor for _, tensor, _ in moves[len(receives) :]], where)
 
     def _names(self, sends: list[Move], receives: list[Move]) -> list[str]:
         return [

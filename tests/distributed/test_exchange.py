@@ -23,7 +23,7 @@ def hop_with_a_dead_neighbour() -> str:
     rank, tensor = exchange.ring_rank, torch.zeros(4)
 
     def post(purpose: str) -> None:
-        sends, receives = [Move(tensor, (rank + 1) % 3, "")], [Move(torch.empty(4), (rank - 1) % 3, "")]
+        sends, receives = [Move((tensor,), (rank + 1) % 3, "")], [Move((torch.empty(4),), (rank - 1) % 3, "")]
         exchange.post(purpose, sends, receives).wait()
 
     post("the first hop")  # connects

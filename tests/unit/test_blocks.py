@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from ring_attention.attend import attend_backward, attend_forward
 from ring_attention.band import Rectangle
 from ring_attention.blocks import BLOCKS, BlockSpec, choose_block, flash_attn_4
 from ring_attention.blocks.base import band_mask, is_installed
 from ring_attention.kv import KeysValues
 from ring_attention.merge import merge
-from ring_attention.ring import attend_backward, attend_forward
-from ring_attention.running import RunningAttention, RunningSum
+from ring_attention.running import PiecewiseSum, RunningAttention, RunningSum
 from ring_attention.schedule import BlockPair
 from tests.measure import Expected, assert_equal_attention, dense_attention, relative_error
 
@@ -60,9 +60,10 @@ def computed(
     attend_forward(running, BLOCKS[name], SCALE, pairs, q, here, keys, is_last=True)
     out, lse = running.result()
     gradients = [torch.zeros_like(tensor, dtype=lse.dtype) for tensor in (q, k, v)]
-    for _, part, _, *block in attend_backward(BLOCKS[name], SCALE, pairs, keys, dout, q, here, out, lse):
+    for block in attend_backward(BLOCKS[name], SCALE, pairs, keys, dout, q, here, out, lse):
+        part, pieces = block.part, (block.dq, block.dk, block.dv)
         queries, columns = slice(part.q_start, part.q_stop), slice(part.k_start, part.k_stop)
-        for gradient, piece, place in zip(gradients, block, (queries, columns, columns), strict=True):
+        for gradient, piece, place in zip(gradients, pieces, (queries, columns, columns), strict=True):
             gradient[:, place] += piece
     return [out, *gradients]
 
@@ -132,6 +133,19 @@ def test_a_running_sum_is_rounded_once(dtype):
     parts.add(everything, last, other, False)
     parts.add(everything, first, half, True)
     assert torch.equal(parts.result(), torch.cat((half, other), 1))
+
+    at_once = RunningSum(whole.shape, dtype)
+    at_once.add(everything, everything, whole.clone(), False)
+    at_once.add_several([(first, half), (slice(0, 6), whole.clone()), (last, other)], True)
+    torch.testing.assert_close(at_once.result().double(), exact, rtol=rtol, atol=atol)
+
+    for cuts, third, fourth in (((), (False,), (True,)), ((3,), (True, False), (False, True))):
+        pieces = PiecewiseSum(whole, cuts)
+        pieces.add(everything, slice(0, 6), whole.clone(), (False,) * len(third))
+        pieces.add(everything, first, half, (False,) * len(third))
+        pieces.add(everything, slice(0, 6), whole.clone(), third)
+        pieces.add(everything, last, other, fourth)
+        torch.testing.assert_close(pieces.result().double(), exact, rtol=rtol, atol=atol)
 
 
 @pytest.fixture

@@ -1,0 +1,99 @@
+"""Attention of some block pairs, forward and backward: calls of a kernel, joined with the results so far.
+
+Between `ring` and `gather`, which say which pairs, and `blocks` and `running`.
+
+Shapes: B batch, S local tokens, T tokens of a source, H query heads, K key-value heads, D head size, E value head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ring_attention.band import Rectangle
+from ring_attention.blocks import Block
+from ring_attention.kv import KeysValues, offset
+from ring_attention.running import RunningAttention
+from ring_attention.schedule import BlockPair, Spans
+from ring_attention.trace import labelled
+
+
+@dataclass
+class BlockGradients:
+    """Of one block of some rows of the batch; `is_last` of those that were asked for."""
+
+    row: slice
+    part: Rectangle
+    is_last: bool
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+
+
+def attend_forward(
+    running: RunningAttention,
+    block: Block,
+    scale: float,
+    pairs: Iterable[BlockPair],
+    q_BSHD: Tensor,
+    here: KeysValues,
+    keys: Spans,
+    is_last: bool,
+) -> None:
+    """Merge in the attention of `pairs`, whose keys are `here`; after the last ones nothing more comes."""
+    tiles = list(_tiles(block, pairs))
+    for number, (row, part) in enumerate(tiles, 1):
+        queries = slice(part.q_start, part.q_stop)
+        k_BTKD, v_BTKE = _keys_of(row, part, here, keys)
+        with labelled("attention block"):
+            out, lse = block.forward(q_BSHD[row, queries], k_BTKD, v_BTKE, part.lower, part.upper, scale)
+        with labelled("merge"):
+            running.add(row, queries, out, lse, is_last and number == len(tiles))
+
+
+def attend_backward(
+    block: Block,
+    scale: float,
+    pairs: Iterable[BlockPair],
+    keys: Spans,
+    dout_BSHE: Tensor,
+    q_BSHD: Tensor,
+    here: KeysValues,
+    out_BSHE: Tensor,
+    lse_BHS: Tensor,
+) -> Iterable[BlockGradients]:
+    """Those of each block in turn; the caller lets go of one before it asks for the next."""
+    tiles = list(_tiles(block, pairs))
+    for number, (row, part) in enumerate(tiles, 1):
+        queries = slice(part.q_start, part.q_stop)
+        k_BTKD, v_BTKE = _keys_of(row, part, here, keys)
+        with labelled("attention block"):
+            gradients = block.backward(
+                dout_BSHE[row, queries],
+                q_BSHD[row, queries],
+                k_BTKD,
+                v_BTKE,
+                out_BSHE[row, queries],
+                lse_BHS[row, :, queries],
+                part.lower,
+                part.upper,
+                scale,
+            )
+        yield BlockGradients(row, part, number == len(tiles), *gradients)
+        del gradients
+
+
+def _tiles(block: Block, pairs: Iterable[BlockPair]) -> Iterable[tuple[slice, Rectangle]]:
+    """Rows of the batch and rectangles, cut into what the kernel computes in one call."""
+    for pair in pairs:
+        row = slice(None) if pair.row is None else slice(pair.row, pair.row + 1)
+        for part in block.tiles(pair.rectangle):
+            yield row, part
+
+
+def _keys_of(row: slice, part: Rectangle, here: KeysValues, keys: Spans) -> tuple[Tensor, Tensor]:
+    start = offset(keys, part.k_start)
+    tokens = slice(start, start + part.num_keys)
+    return here.k_BTKD[row, tokens], here.v_BTKE[row, tokens]
