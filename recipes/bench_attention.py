@@ -1,4 +1,4 @@
-"""Attention alone, without a model: every method on the same ranks, beside one device's time over their number.
+"""Attention alone, without a model: methods and peers on the same ranks, beside one device's time over their number.
 
 That ideal is what a ring comes to whose messages, merges and smaller blocks cost nothing. Before anything is timed,
 each method's output is held against that of whole attention. On one rank nothing travels: instead, one rank of larger
@@ -12,7 +12,9 @@ import copy
 import json
 import statistics
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,12 @@ from recipes.breakdown import attention_communication_off
 from recipes.build import build_attention
 from recipes.engine import max_over_ranks
 from recipes.metrics import StepClock
+from recipes.peers import PEERS
 from recipes.plan import DTYPES, Plan, attention_flops_per_token
 from recipes.report import Reporter
 from ring_attention import CAUSAL, LocalAttention
 from ring_attention.blocks import BlockSpec, choose_block
+from ring_attention.exchange import TRANSPORTS
 from ring_attention.groups import ParallelGroups
 from ring_attention.kv import KeysValues
 from ring_attention.layout import Layout
@@ -36,7 +40,7 @@ from ring_attention.ring import Moving, Ring, ring_backward, ring_forward
 from ring_attention.schedule import ring_schedule
 
 RESULT_FILE = "bench_attention.json"
-METHODS = ("ring", "ulysses", "hybrid", "all_gather")
+METHODS = ("ring", "ulysses", "hybrid", "all_gather")  # of ours; the ring with every transport
 SIMULATED_DEGREES = (2, 4, 8, 16, 32, 64)
 TIMED_S = 0.1  # of calls, at least, in each round
 MOST_ERROR = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 4e-3}  # of an output, relative: several roundings
@@ -50,6 +54,7 @@ class Contender:
 
     Args:
         sends: whether it exchanges messages, which can be turned off.
+        around: what calls must be within.
     """
 
     name: str
@@ -58,6 +63,7 @@ class Contender:
     forward_backward: Callable[[], Any]
     share: float
     sends: bool = False
+    around: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
 
 
 def bench_attention(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
@@ -85,16 +91,24 @@ def bench_attention(plan: Plan, run_dir: Path, reporter: Reporter | None) -> flo
     if num_ranks == 1:
         contenders += [_simulated(plan, whole, degree) for degree in SIMULATED_DEGREES if 2 * degree <= length]
     else:
-        expected, groups = ideal.forward(), ParallelGroups(1, num_ranks)
-        for method in METHODS:
+        groups = ParallelGroups(1, num_ranks)
+        transports = [name for name in TRANSPORTS if name != "copy_engine" or device.type == "cuda"]
+        ours = [(method, t) for method in METHODS for t in (transports if method == "ring" else ["p2p"])]
+        makers = {
+            method if transport == "p2p" else f"{method}, {transport}": partial(_of_method, plan, method, transport)
+            for method, transport in ours
+        }
+        makers |= {name: partial(_of_peer, name, length, model.num_kv_heads, device) for name in PEERS}
+        expected = ideal.forward()
+        for name, make in makers.items():
             try:
-                contender, error = _of_method(plan, groups, method, whole, expected)
+                contender, error = make(groups, whole, expected, name)
             except ValueError as refusal:
-                say(f"left out: {method}: {refusal}")
+                say(f"left out: {name}: {refusal}")
                 continue
             error = max_over_ranks(error, device)
             if not error < MOST_ERROR[plan.config.engine.dtype]:
-                raise RuntimeError(f"{method} does not compute what whole attention does: error {error:.1e}")
+                raise RuntimeError(f"{name} does not compute what whole attention does: error {error:.1e}")
             contenders.append(contender)
     say("timing ...")
     rows = _timed(contenders, plan, device)
@@ -156,7 +170,7 @@ def _of_module(module: Any, shards: Shards, name: str, grid: str, share: float, 
 
 
 def _of_method(
-    plan: Plan, groups: ParallelGroups, method: str, whole: Shards, expected: Tensor
+    plan: Plan, method: str, transport: str, groups: ParallelGroups, whole: Shards, expected: Tensor, name: str
 ) -> tuple[Contender, float]:
     """One of METHODS on all ranks, and the error of this rank's output.
 
@@ -164,22 +178,52 @@ def _of_method(
         ValueError: if the method cannot do this on so many ranks.
     """
     config = copy.deepcopy(plan.config)
-    config.attention.method, config.parallelism.method = method, "sequence"
-    for name in ("data", "ring", "ulysses"):
-        setattr(config.parallelism, f"{name}_degree", 1 if name == "data" else None)
+    config.attention.method, config.attention.transport, config.parallelism.method = method, transport, "sequence"
+    for kind in ("data", "ring", "ulysses"):
+        setattr(config.parallelism, f"{kind}_degree", 1 if kind == "data" else None)
     own = Plan(config, plan.num_ranks, plan.device_type, plan.device_name, plan.capability, plan.ranks_per_host)
     if method == "hybrid" and 1 in (own.degrees.ring, own.degrees.ulysses):
         raise ConfigError("on so many ranks the same as one of the others")
     module = build_attention(own, groups)
-    layout = own.layout
-    q, k, v, dout = (layout.shard(x, module.sequence_rank, dim=1) for x in whole)
+    rank, layout = module.sequence_rank, own.layout
+    q, k, v, dout = (layout.shard(x, rank, dim=1) for x in whole)
     # k and v as the recipes' model gives them: one message
     k, v = torch.stack((k, v)).unbind(0)
-    grid = " x ".join(f"{n} {name}" for name, n in own.degrees._asdict().items() if n > 1)
-    contender = _of_module(module, (q, k, v, dout), method, grid, 1 / plan.num_ranks, sends=True)
-    valid = layout.positions(module.sequence_rank).to(q.device) < layout.length
-    got, wanted = contender.forward()[:, valid].float(), layout.shard(expected, module.sequence_rank, dim=1)[:, valid]
-    return contender, ((got - wanted.float()).norm() / wanted.float().norm()).item()
+    grid = " x ".join(f"{n} {kind}" for kind, n in own.degrees._asdict().items() if n > 1)
+    contender = _of_module(module, (q, k, v, dout), name, grid, 1 / plan.num_ranks, sends=True)
+    return contender, _error(contender, layout, rank, expected)
+
+
+def _of_peer(
+    peer: str,
+    length: int,
+    num_kv_heads: int,
+    device: torch.device,
+    groups: ParallelGroups,
+    whole: Shards,
+    expected: Tensor,
+    name: str,
+) -> tuple[Contender, float]:
+    """One of PEERS on all ranks, and the error of this rank's output.
+
+    Raises:
+        ValueError: if it cannot run here.
+    """
+    other, rank = PEERS[peer](groups, length, num_kv_heads, device), groups.get_sequence_parallel_rank()
+    q, k, v, dout = (other.layout.shard(x, rank, dim=1).contiguous() for x in whole)
+    share = 1 / groups.sequence_degree
+    contender = _of_module(lambda q, k, v, _: other.attend(q, k, v), (q, k, v, dout), name, "", share)
+    contender.around = other.around
+    return contender, _error(contender, other.layout, rank, expected)
+
+
+def _error(contender: Contender, layout: Layout, rank: int, expected: Tensor) -> float:
+    """Of its output on this rank, padding left out."""
+    valid = layout.positions(rank).to(expected.device) < layout.length
+    with contender.around():
+        got = contender.forward()[:, valid].float()
+    wanted = layout.shard(expected, rank, dim=1)[:, valid].float()
+    return ((got - wanted).norm() / wanted.norm()).item()
 
 
 class _Alone(Ring):
@@ -223,7 +267,7 @@ def _timed(contenders: list[Contender], plan: Plan, device: torch.device) -> lis
         for contender in contenders:
             for kind in kinds:
                 for silent in (False, True) if contender.sends else (False,):
-                    with attention_communication_off() if silent else contextlib.nullcontext():
+                    with contender.around(), attention_communication_off() if silent else contextlib.nullcontext():
                         seconds = _seconds_of_a_call(getattr(contender, kind), device)
                     if number:
                         times_s.setdefault((contender.name, kind, silent), []).append(seconds)
