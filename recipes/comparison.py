@@ -11,7 +11,7 @@ from typing import Any
 import wandb
 
 from conf.schema import Config
-from recipes.metrics import PARTS
+from recipes.catalog import PARTS
 from recipes.report import how_to_look_at_wandb, start_wandb
 
 CPU_WARNING = (

@@ -22,7 +22,7 @@ from ring_attention.exchange import Hop, P2PExchange
 from ring_attention.kv import KeysValues, offset
 from ring_attention.running import RunningAttention, RunningSum
 from ring_attention.schedule import BlockPair, Spans, Stage, num_tokens
-from ring_attention.trace import labelled
+from ring_attention.trace import labelled, numbered
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def ring_forward(ring: Ring, q_BSHD: Tensor, kv: KeysValues) -> tuple[Tensor, Te
     running = RunningAttention(q_BSHD, kv.v_BTKE)
     last = max((step for step, stage in enumerate(ring.stages) if stage.pairs), default=0)
     here: KeysValues | None = kv
-    for step, stage in enumerate(ring.stages):
+    for step, stage in numbered("forward stage", ring.stages):
         hop, incoming = ring.forward_keys(kv, here, step, "forward")  # flies while this block is computed
         if here is not None:
             attend_forward(running, ring.block, ring.scale, stage.pairs, q_BSHD, here, stage.keys, step == last)
@@ -97,7 +97,7 @@ def ring_backward(
     here: KeysValues | None = kv
     gradients: KeysValues | None = None  # of the keys that are here, as summed by the ranks before
     gradient_hop: Hop | None = None
-    for step, stage in enumerate(ring.stages):
+    for step, stage in numbered("backward stage", ring.stages):
         hop, incoming = ring.forward_keys(kv, here, step, "backward")
         if step == 0:
             sums, spans, ends = own, stage.keys, not comes_home

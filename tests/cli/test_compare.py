@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from recipes.metrics import PARTS
+from recipes.catalog import PARTS
 from tests.cli.program import Finished, Program
 
 SAME = [
