@@ -18,8 +18,7 @@ from tqdm import tqdm
 from conf.schema import LoggingConfig
 from recipes.metrics import Throughput
 from recipes.plan import Plan
-
-METRICS_FILE, SUMMARY_FILE = "metrics.jsonl", "summary.json"
+from recipes.runs import METRICS_FILE, SUMMARY_FILE
 
 
 def start_wandb(logging: LoggingConfig, run_dir: Path, config: dict[str, Any], say: Callable[[str], None]) -> Any:

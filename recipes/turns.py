@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema import Config
+from recipes.runs import RESULTS_FILE
 
-RESULTS_FILE = "results.jsonl"
 TURN_FILE = "turn.json"  # the turn that is under way
 
 

@@ -55,7 +55,7 @@ class Watch:
         """The next step starts here: what passed since the last one, a validation say, belongs to none."""
         self._clock.restart()
 
-    def take(self, extremes_over_ranks: Extremes) -> tuple[list[float], dict[str, float | None]]:
+    def take(self, extremes_over_ranks: Extremes) -> tuple[list[float], dict[str, float]]:
         """(seconds of each step on this rank, numbers for logs) since the last call. Every rank must call it.
 
         Waits for the device. The numbers are of all ranks.
@@ -73,7 +73,7 @@ class Watch:
         self._data_wait_s, self._waits = 0.0, []
         extremes = extremes_over_ranks(own)
         fastest_ms, slowest_ms = extremes.pop("step_time_ms")
-        numbers: dict[str, float | None] = {"rank_spread_ms": slowest_ms - fastest_ms}
+        numbers = {"rank_spread_ms": slowest_ms - fastest_ms}
         if self._has_ring:
             numbers["exchange_wait_min_ms"], numbers["exchange_wait_max_ms"] = extremes.pop("exchange_wait_ms")
         return times_s, numbers | {name: largest for name, (_, largest) in extremes.items()}

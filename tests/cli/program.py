@@ -49,6 +49,10 @@ class Finished:
         return [json.loads(line) for line in (self.run_dir / "metrics.jsonl").read_text().splitlines()]
 
     @property
+    def summary(self) -> dict[str, Any]:
+        return json.loads((self.run_dir / "summary.json").read_text())
+
+    @property
     def ranks_were_started(self) -> bool:
         return "starting" in self.stdout or (self.run_dir / "logs").exists()
 
