@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from recipes import page
+from recipes import charts, page
 from recipes.catalog import PARTS
+from recipes.charts import COLORS
 from recipes.runs import Found, read
 from tests.unit.test_runs import write_run
 
@@ -81,37 +82,54 @@ def test_the_papers_table_is_a_view(found):
         assert values["method"] == row["entry"]
         assert values["TPS"] == f"{row['tokens_per_s']:,.0f}"
         assert values[f"vs {rows[0]['entry']} %"] == f"{row['change_pct']:+.1f}"
-    charts = figures(page.render(found))
-    assert [bar["x"] for bar in charts["throughput"]["data"]] == [[row["tokens_per_s"]] for row in rows]
+    plots = figures(page.render(found))
+    assert [bar["x"] for bar in plots["throughput"]["data"]] == [[row["tokens_per_s"]] for row in rows]
 
 
 def test_a_run_has_one_colour_and_every_axis_a_unit(found):
-    charts = figures(page.render(found))
-    assert {"loss", "validation loss", "throughput, all ranks", "peak memory, most of all ranks"} < set(charts)
-    assert "model FLOP utilisation" not in charts  # never logged
+    plots = figures(page.render(found))
+    assert {"loss", "validation loss", "throughput, all ranks", "peak memory, most of all ranks"} < set(plots)
+    assert "model FLOP utilisation" not in plots  # never logged
     colors: dict[int, set[str]] = {}
-    for figure in charts.values():
+    for figure in plots.values():
         for trace in figure["data"]:
             if "meta" in trace:
                 color = trace["line"]["color"] if trace["type"] == "scatter" else trace["marker"]["color"]
                 colors.setdefault(trace["meta"]["run"], set()).add(color)
-    assert colors == {0: {page.COLORS[0]}, 1: {page.COLORS[1]}}
-    loss = charts["loss"]
+    assert colors == {0: {COLORS[0]}, 1: {COLORS[1]}}
+    loss = plots["loss"]
     assert [trace["name"] for trace in loss["data"]] == ["0 lr=0.001", "1 lr=0.5"]
     assert loss["data"][1]["y"] == [4.5, 4.0, 3.5, 3.0]
     assert loss["layout"]["yaxis"]["title"]["text"] == "nats/token"
-    assert all(figure["layout"]["xaxis"]["title"]["text"] for figure in charts.values())
-    assert charts["perplexity"]["layout"]["yaxis"]["type"] == "log"
-    shares = charts["where the time of a step goes"]["data"]
+    assert all(figure["layout"]["xaxis"]["title"]["text"] for figure in plots.values())
+    assert plots["perplexity"]["layout"]["yaxis"]["type"] == "log"
+    shares = plots["where the time of a step goes"]["data"]
     assert [trace["name"] for trace in shares] == list(PARTS)
 
 
 def test_a_logarithmic_axis_of_decades_has_ticks_that_are_numbers():
-    assert page._decades([3, 5]) == page._decades([0]) == {"type": "log"}
-    assert page._decades([0.4, 20])["ticktext"] == [
+    assert charts.decades([3, 5]) == charts.decades([0]) == {"type": "log"}
+    assert charts.decades([0.4, 20])["ticktext"] == [
         "0.01", "0.02", "0.05", "0.1", "0.2", "0.5", "1", "2", "5", "10", "20", "50", "100", "200", "500",
     ]  # fmt: skip
-    assert len(page._decades([1e-3, 1e6])["tickvals"]) < 15
+    assert len(charts.decades([1e-3, 1e6])["tickvals"]) < 15
+
+
+def test_methods_have_one_colour_in_all_comparisons_and_a_scaling_is_a_line_over_ranks(tmp_path):
+    whole = json.loads(PAPER_TABLE.read_text())
+    first, second, *_ = whole["rows"]
+    scaling = [row | {"entry": f"{second['entry']} on {n}", "num_ranks": n} for n in (1, 2, 4) for row in (first,)]
+    for name, rows in (("a", [first, second]), ("b", [second]), ("c", scaling)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "comparison.json").write_text(json.dumps(whole | {"rows": rows}))
+    text = page.render(read([tmp_path]))
+    bars = [json.loads(found) for found in re.findall(r'<h3>throughput</h3>.*?json">(.*?)</script>', text, re.DOTALL)]
+    assert [[bar["marker"]["color"] for bar in figure["data"]] for figure in bars] == [
+        [COLORS[0], COLORS[1]],
+        [COLORS[1]],
+    ]
+    [line] = figures(text)["throughput over ranks"]["data"]
+    assert (line["name"], line["x"], line["line"]["color"]) == (second["entry"], [1, 2, 4], COLORS[1])
 
 
 def test_runs_beyond_the_colours_have_other_lines(tmp_path):
