@@ -20,6 +20,7 @@ COLORS = qualitative.T10  # can be told apart on white and on black
 DASHES = ("solid", "dash", "dot", "dashdot")  # for the next ten runs, and so on
 FEW_POINTS = 60  # that are drawn as such
 FEW_RUNS = 6  # whose numbers fit one hover box
+NAMES = {"type": "category", "dtick": 1, "autorange": "reversed"}  # of bars: jobs are called 0, 1
 ABOVE = {"orientation": "h", "y": 1, "yanchor": "bottom", "x": 0, "traceorder": "normal"}  # a plot, for its legend
 
 
@@ -116,7 +117,7 @@ def _at_the_end(metric: Metric, shown: list[Shown]) -> Chart | None:
             )
     if not figure.data:
         return None
-    figure.update_layout(xaxis={"title": metric.unit}, yaxis={"autorange": "reversed"}, showlegend=False)
+    figure.update_layout(xaxis={"title": metric.unit}, yaxis=NAMES, showlegend=False)
     return Chart(metric.title, _plain(figure), num_bars=len(shown))
 
 
@@ -138,7 +139,7 @@ def _shares(measured: dict[str, list[float | None]]) -> Chart | None:
     figure.update_layout(
         barmode="stack",
         xaxis={"title": "% of a step", "range": [0, 100]},
-        yaxis={"autorange": "reversed"},
+        yaxis=NAMES,
         legend=ABOVE,
     )
     return Chart("where the time of a step goes", _plain(figure), num_bars=len(rows))
@@ -188,7 +189,7 @@ def _bars(rows: list[dict[str, Any]], colors: dict[str, str]) -> Chart:
         )
     figure.update_layout(
         xaxis={"title": "tokens/s, all ranks: median, slowest and fastest step"},
-        yaxis={"autorange": "reversed"},
+        yaxis=NAMES,
         showlegend=False,
     )
     return Chart("throughput", _plain(figure), num_bars=2 * len(rows))

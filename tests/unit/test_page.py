@@ -103,6 +103,7 @@ def test_a_run_has_one_colour_and_every_axis_a_unit(found):
     assert loss["layout"]["yaxis"]["title"]["text"] == "nats/token"
     assert all(figure["layout"]["xaxis"]["title"]["text"] for figure in plots.values())
     assert plots["perplexity"]["layout"]["yaxis"]["type"] == "log"
+    assert plots["exposed communication per step"]["layout"]["yaxis"]["type"] == "category"  # a job's name is a number
     shares = plots["where the time of a step goes"]["data"]
     assert [trace["name"] for trace in shares] == list(PARTS)
 
