@@ -1,8 +1,9 @@
 """What logging costs: `python -m tests.logging_cost`, on two CPU ranks; some minutes, with nothing else on their cores.
 
 One run of the main job logs every 40 steps: blocks of 20 steps with a logged one in their middle, and in turns with
-them blocks without. Beside the difference, which the noise of a machine can hide, stands the time that rank 0 spends in
-what is called for a logged step alone, waiting for the other rank included.
+them blocks without. The difference is given of the wall clock and of rank 0's processor time, which depends less on
+what else runs; beside them the time that rank 0 spends in what is called for a logged step alone, waiting for the other
+rank included.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Measurement:
         from recipes.report import Reporter
         from recipes.watch import Watch
 
-        ends_s: list[float] = []
+        ends_s: list[tuple[float, float]] = []
         logging_s: list[float] = []
 
         def timed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -49,7 +50,7 @@ class Measurement:
             return run
 
         def advance(reporter: Reporter) -> None:
-            ends_s.append(time.perf_counter())
+            ends_s.append((time.perf_counter(), time.process_time()))
             if len(ends_s) == BLOCK // 2:
                 logging_s.clear()  # the first step's
 
@@ -79,17 +80,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         launch.launch(Measurement(config), 2, Path(folder))
         ends_s, logging_s = json.loads((Path(folder) / RESULT_FILE).read_text())
-    edges_s = ends_s[BLOCK // 2 - 1 :: BLOCK]
-    blocks_s = [stop - start for start, stop in itertools.pairwise(edges_s)]
-    without_s, with_s = blocks_s[::2], blocks_s[1::2]
-    assert len(with_s) == len(without_s) == options.pairs
-    changes = [100 * (one / other - 1) for one, other in zip(with_s, without_s, strict=True)]
-    low, middle, high = statistics.quantiles(changes, n=4)
-    step_ms = 1e3 * statistics.median(without_s) / BLOCK
-    print(f"a step takes {step_ms:.1f} ms; {options.pairs} pairs of {BLOCK} steps")
-    print(f"a block with a logged step takes {middle:+.2f} % (quartiles {low:+.2f} to {high:+.2f})")
+    print(f"{options.pairs} pairs of {BLOCK} steps")
+    for clock, times_s in zip(("the wall clock", "processor time"), zip(*ends_s, strict=True), strict=True):
+        edges_s = times_s[BLOCK // 2 - 1 :: BLOCK]
+        blocks_s = [stop - start for start, stop in itertools.pairwise(edges_s)]
+        without_s, with_s = blocks_s[::2], blocks_s[1::2]
+        changes = [100 * (one / other - 1) for one, other in zip(with_s, without_s, strict=True)]
+        low, middle, high = statistics.quantiles(changes, n=4)
+        print(
+            f"by {clock}: {1e3 * statistics.median(without_s) / BLOCK:.1f} ms a step, {middle:+.2f} % with a logged "
+            f"one among {BLOCK} (quartiles {low:+.2f} to {high:+.2f})"
+        )
+    blocks_s = [stop[0] - start[0] for start, stop in itertools.pairwise(ends_s[BLOCK // 2 - 1 :: BLOCK])]
     log_s = logging_s / (options.pairs + 1)  # the last step's, too
-    share_pct = 100 * log_s / statistics.mean(with_s)
+    share_pct = 100 * log_s / statistics.median(blocks_s)
     print(f"spent on each log: {1e3 * log_s:.2f} ms, {share_pct:.3f} % of {BLOCK} steps")
 
 
