@@ -40,7 +40,8 @@ def main(arguments: list[str]) -> None:
     if options.wandb is not None:
         from recipes import workspace
 
-        print(f"workspace: {workspace.create(options.wandb)}")
+        print(f"making a workspace in {options.wandb} ...", flush=True)
+        print(f"look at it here: {workspace.create(options.wandb)}")
         return
     if not options.run_dirs:
         raise ConfigError("there is no run to show: python -m recipes.dashboard outputs/DATE/TIME")

@@ -32,7 +32,9 @@ def create(path: str) -> str:
         try:
             has_login = wandb.login(prompt=False)
         except wandb.Error as error:
-            raise ConfigError(f"wandb did not take the login ({error}): type wandb login --relogin") from None
+            raise ConfigError(
+                f"wandb did not take the login ({error}): check the network, or type wandb login --relogin"
+            ) from None
     if not has_login:
         raise ConfigError("there is no wandb login: type wandb login, or set WANDB_API_KEY")
     try:

@@ -18,6 +18,8 @@ from typing import Any
 
 import psutil
 
+from recipes.catalog import METRICS
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 200.0  # of a whole run; far more than it takes, for a machine that is busy
 ENDS_WITHIN_S = 20.0  # for "a few seconds" on a busy machine
@@ -32,6 +34,18 @@ def clean_environment(home: Path, **extra: str) -> dict[str, str]:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NETRC"):
         kept.pop(name, None)
     return {**kept, "HOME": str(home), "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1", **extra}
+
+
+def logged_names(*prefixes: str, conditions: tuple[str, ...] = ()) -> set[str]:
+    """What a run logs over its steps, by the catalog.
+
+    Args:
+        prefixes: such as train and validation.
+        conditions: which of those hold that some metrics take.
+    """
+    metrics = [metric for metric in METRICS if metric.only in ("", *conditions)]
+    names = [name for metric in metrics for name in metric.logged_names]
+    return {name for name in names if name.rpartition("/")[0] in ("", *prefixes)}
 
 
 @dataclass
