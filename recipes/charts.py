@@ -188,11 +188,11 @@ def _bars(rows: list[dict[str, Any]], colors: dict[str, str]) -> Chart:
             hovertemplate="%{x:,.0f} tokens/s<extra>" + row["entry"] + "</extra>",
         )
     figure.update_layout(
-        xaxis={"title": "tokens/s, all ranks: median, slowest and fastest step"},
+        xaxis={"title": "tokens/s, all ranks"},
         yaxis=NAMES,
         showlegend=False,
     )
-    return Chart("throughput", _plain(figure), num_bars=2 * len(rows))
+    return Chart("throughput: median, slowest and fastest step", _plain(figure), num_bars=2 * len(rows))
 
 
 def _scaling(rows: list[dict[str, Any]], colors: dict[str, str]) -> Chart:

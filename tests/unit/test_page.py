@@ -83,7 +83,9 @@ def test_the_papers_table_is_a_view(found):
         assert values["TPS"] == f"{row['tokens_per_s']:,.0f}"
         assert values[f"vs {rows[0]['entry']} %"] == f"{row['change_pct']:+.1f}"
     plots = figures(page.render(found))
-    assert [bar["x"] for bar in plots["throughput"]["data"]] == [[row["tokens_per_s"]] for row in rows]
+    assert [bar["x"] for bar in plots["throughput: median, slowest and fastest step"]["data"]] == [
+        [row["tokens_per_s"]] for row in rows
+    ]
 
 
 def test_a_run_has_one_colour_and_every_axis_a_unit(found):
@@ -124,7 +126,9 @@ def test_methods_have_one_colour_in_all_comparisons_and_a_scaling_is_a_line_over
         (tmp_path / name).mkdir()
         (tmp_path / name / "comparison.json").write_text(json.dumps(whole | {"rows": rows}))
     text = page.render(read([tmp_path]))
-    bars = [json.loads(found) for found in re.findall(r'<h3>throughput</h3>.*?json">(.*?)</script>', text, re.DOTALL)]
+    bars = [
+        json.loads(found) for found in re.findall(r'<h3>throughput: median.*?json">(.*?)</script>', text, re.DOTALL)
+    ]
     assert [[bar["marker"]["color"] for bar in figure["data"]] for figure in bars] == [
         [COLORS[0], COLORS[1]],
         [COLORS[1]],
@@ -178,14 +182,20 @@ def test_a_browser_draws_it_and_a_click_hides_a_run(found, tmp_path):
         const heading = [...document.querySelectorAll("th")].filter((th) => th.textContent === "loss").pop();
         heading.click();
         const names = [...heading.closest("table").tBodies[0].rows].map((row) => row.cells[0].textContent.trim());
-        document.body.dataset.seen = JSON.stringify([...seen, names, plots.every((plot) => plot.scrollWidth > 100)]);
+        const alone = [1, 2].map(() => {
+            document.querySelectorAll("button.run")[1].dispatchEvent(new Event("dblclick"));
+            return loss.data.map((trace) => trace.visible);
+        });
+        const drawn = plots.every((plot) => plot.scrollWidth > 100);
+        document.body.dataset.seen = JSON.stringify([...seen, names, alone, drawn]);
     """
     text = page.render(found)
     dom = shown_by_browser(tmp_path, text, script)
     assert len(re.findall(r'<svg class="main-svg"[^>]*>', dom)) >= len(figures(text)) > 8
     [seen] = re.findall(r'data-seen="(.*?)"', dom)
-    before, after, names, drawn = json.loads(html.unescape(seen))
+    before, after, names, alone, drawn = json.loads(html.unescape(seen))
     assert before == [[True, True], [1, 2, 3, 4], "step"]
     assert after == [[False, True], [100, 200, 300, 400], "tokens"]
     assert names == ["1", "0", "2</script><b>"]  # what is not known comes last
+    assert alone == [[False, True], [True, True]]
     assert drawn
