@@ -120,7 +120,7 @@ def _replace(path: Path, text: str) -> None:
 def _need(*packages: str) -> None:
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
-        raise ConfigError(f'{", ".join(missing)} is not installed: pip install -e ".[dashboard]" -c constraints.txt')
+        raise ConfigError(f'{", ".join(missing)} must be installed: pip install -e ".[dashboard]" -c constraints.txt')
 
 
 if __name__ == "__main__":

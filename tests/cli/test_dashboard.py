@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import signal
 import subprocess
@@ -11,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from conf.schema import ConfigError
 from recipes.catalog import CONCLUSIONS, METRICS
+from recipes.dashboard import main
 from tests.cli.program import ENDS_WITHIN_S, REPOSITORY, Program, clean_environment, logged_names
 from tests.unit.test_runs import write_run
 
@@ -110,6 +113,13 @@ def test_a_mistake_ends_in_one_message(program, case):
     said = "making a workspace in someone/something ...\n" if "--wandb" in arguments else ""
     assert (result.returncode, result.stdout) == (1, said)
     assert result.stderr == f"error: {message.format(folder=program.folder)}"
+
+
+def test_without_its_packages_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    message = r'^plotly, wandb_workspaces must be installed: pip install -e "\.\[dashboard\]" -c constraints\.txt$'
+    with pytest.raises(ConfigError, match=message):
+        main(["outputs"])
 
 
 def test_what_is_broken_is_a_warning_and_the_rest_is_shown(program):
