@@ -297,7 +297,9 @@ class Config:
     compare: CompareConfig = field(default_factory=CompareConfig)
     recipe: str = "pretrain"  # pretrain | forward (no gradients: throughput alone) | compare | bench_attention
     explain: bool = False  # print the resolved plan and stop
-    profile: bool = False  # record a torch profiler trace of steps 3 and 4 on every rank
+    profile: bool = False  # record a torch profiler trace of the profile_steps on every rank
+    profile_steps: list[int] = field(default_factory=lambda: [3, 4])  # the first and the last of them
+    memory_snapshot: bool = False  # record what GPU memory is used for on every rank
     breakdown: bool = True  # after the last step: exposed communication and the share of time per part
     num_steps: int = 300  # optimizer steps, or forward passes over a batch
     seed: int = 0  # of the weights
@@ -307,12 +309,21 @@ class Config:
         _at_least("num_steps", self.num_steps, 1)
         if self.recipe == "compare" and not self.compare.entries:
             raise ConfigError("recipe=compare has nothing to compare: type recipe=compare +experiment=paper_table")
-        if self.recipe in ("compare", "bench_attention") and self.profile:
+        for name in ("profile", "memory_snapshot"):
+            if self.recipe in ("compare", "bench_attention") and getattr(self, name):
+                raise ConfigError(
+                    f"{name}=true is for single runs: leave it out, or type recipe=pretrain or recipe=forward"
+                )
+        if len(self.profile_steps) != 2 or not 2 <= self.profile_steps[0] <= self.profile_steps[1]:
             raise ConfigError(
-                "profile=true is for single runs: leave it out, or type recipe=pretrain or recipe=forward"
+                f"profile_steps={self.profile_steps} must be the first and the last step to record, from step 2 on: "
+                "use profile_steps=[3,4]"
             )
-        if self.profile and self.num_steps < 4:
-            raise ConfigError(f"profile=true records steps 3 and 4, but num_steps={self.num_steps}: use num_steps=4")
+        if self.profile and self.num_steps < self.profile_steps[1]:
+            raise ConfigError(
+                f"profile=true records steps {self.profile_steps[0]} to {self.profile_steps[1]}, but "
+                f"num_steps={self.num_steps}: use num_steps={self.profile_steps[1]}"
+            )
         for name in ("ring_degree", "ulysses_degree"):
             degree = getattr(self.parallelism, name)
             if self.attention.method == "auto" and degree is not None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from recipes.metrics import PARTS
+from recipes.catalog import PARTS
 from ring_attention.exchange import TRANSPORTS, Hop, Move, P2PExchange, collectives
 from ring_attention.trace import labelled
 

@@ -11,8 +11,9 @@ from typing import Any
 import wandb
 
 from conf.schema import Config
-from recipes.metrics import PARTS
+from recipes.catalog import PARTS
 from recipes.report import how_to_look_at_wandb, start_wandb
+from recipes.runs import COMPARISON_FILE
 
 CPU_WARNING = (
     "ON THE CPU, where ranks share cores and memory: these ratios say nothing of GPUs, nor of the paper's result."
@@ -207,7 +208,7 @@ def report(
         "configs": {name: asdict(entry) for name, entry in entries.items()},
         "turns": results,
     }
-    path = run_dir / "comparison.json"
+    path = run_dir / COMPARISON_FILE
     path.write_text(json.dumps(whole, indent=1) + "\n")
     print(f"all numbers: {path}", flush=True)
     lengths = {row["sequence_length"] for row in rows if "error" not in row}

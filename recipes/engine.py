@@ -151,11 +151,25 @@ def _undo_dummy_step(wrapper: FP16_UnfusedOptimizer) -> None:
             master.data.copy_(parameter.data)
 
 
+def extremes_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, tuple[float, float]]:
+    """(smallest, largest) of all ranks' values, in one collective. Every rank must call it, with the same names."""
+    own = torch.tensor([*values.values()], dtype=torch.float64)
+    extremes = torch.stack([-own, own]).to(device)
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    smallest, largest = extremes.tolist()
+    return {name: (-low, high) for name, low, high in zip(values, smallest, largest, strict=True)}
+
+
 def max_over_ranks(value: float, device: torch.device) -> float:
     """The largest of all ranks' values. Every rank must call it."""
-    tensor = torch.tensor(value, dtype=torch.float64, device=device)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return tensor.item()
+    return extremes_over_ranks({"value": value}, device)["value"][1]
+
+
+def loss_scaling(engine: Any, dtype: str) -> dict[str, float | None]:
+    """Of fp16, for logs: the loss scale, and the steps that were skipped so far, for gradients too large for it."""
+    if dtype != "fp16":
+        return {}
+    return {"loss_scale": float(engine.optimizer.cur_scale), "skipped_steps": engine.skipped_steps}
 
 
 def destroy(engine: Any) -> None:
@@ -267,6 +281,15 @@ class TrainingEngine:
             totals[1] += micro_batch.num_valid().to(self.device, non_blocking=True)
         loss_sum, num_valid = self._sum_over_ranks(totals)
         return loss_sum / num_valid.clamp(min=1)
+
+    @property
+    def loss_scaling(self) -> dict[str, float | None]:
+        """For logs; empty unless in fp16."""
+        return loss_scaling(self.deepspeed, self.config.dtype)
+
+    def extremes_over_ranks(self, values: dict[str, float]) -> dict[str, tuple[float, float]]:
+        """(smallest, largest) of all ranks' values, by name, in one collective."""
+        return extremes_over_ranks(values, self.device)
 
     def max_over_ranks(self, value: float) -> float:
         """The largest of all ranks' values."""

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from data.pack import Corpus
 from data.source import open_documents
-from recipes import metrics
 from recipes.build import build_engine, build_sharder
+from recipes.metrics import restart_peak_memory
 from recipes.parts import measure_parts
 from recipes.plan import Plan
 from recipes.profiling import profiler
 from recipes.report import Reporter
+from recipes.watch import Watch, named, speed
 
 
 def forward(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
@@ -26,34 +27,34 @@ def forward(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
     if reporter:
         reporter.say(*plan.banner(run_dir), "", "building the model ...")
     engine = build_engine(plan, forward_only=True)
-    metrics.restart_peak_memory()  # building took more: weights are made in fp32
+    restart_peak_memory()  # building took more: weights are made in fp32
     corpus = Corpus(open_documents(config.data), config.data.sequence_length, config.data.validation_sequences)
     sharder = build_sharder(plan, engine)
     steps = sharder.steps(corpus.training(cursor=0), plan.accumulation_steps)
 
-    clock = metrics.StepClock()
+    watch = Watch(plan.has_ring)
     step_times_s: list[float] = []
     with profiler(config, run_dir) as profiler_step:
         for step in range(1, config.num_steps + 1):
-            loss = engine.mean_loss(next(steps))
-            clock.tick()
+            is_logged = step == 1 or step == config.num_steps or step % config.logging.every_n_steps == 0
+            with watch.data():
+                micro_batches = next(steps)
+            with watch.step(is_logged):
+                loss = engine.mean_loss(micro_batches)
             profiler_step()
             if reporter:
                 reporter.advance()
-            if step == 1 or step == config.num_steps or step % config.logging.every_n_steps == 0:
-                recent_s = clock.take()
+            if is_logged:
+                recent_s, of_all_ranks = watch.take(engine.extremes_over_ranks)
                 step_times_s += recent_s
                 throughput = plan.throughput(statistics.median(recent_s))
-                values = {
-                    "forward/loss": loss.item(),
-                    **metrics.speed("forward", throughput, recent_s, config.num_steps - step),
-                    "forward/peak_memory_gib": engine.max_over_ranks(metrics.peak_memory_gib()),
-                }
+                numbers = {"loss": loss.item(), **speed(throughput, recent_s, config.num_steps - step), **of_all_ranks}
+                values = named("forward", numbers)
                 if reporter:
                     reporter.say(reporter.step_line(step, values))
                 if reporter:
                     reporter.log(step, values)
-                clock.restart()
+                watch.restart()
     if config.breakdown:
         if reporter:
             reporter.say("measuring where the time of a step goes ...")

@@ -41,6 +41,7 @@ from data.source import open_documents
 from recipes.out_of_memory import OutOfMemory, out_of_memory_explained
 from recipes.plan import Plan
 from recipes.ranks import RunFailed, ranks_are_started
+from recipes.runs import CONFIG_FILE
 
 DEFAULT_CPU_RANKS = 4
 GRACE_PERIOD_S = 2.0  # what the other ranks get to end by themselves after one has failed
@@ -75,7 +76,7 @@ class RecipeTask:
         plan = shared_plan(self.config)
         is_first = os.environ["RANK"] == "0"
         if is_first:
-            OmegaConf.save(OmegaConf.structured(plan.config), run_dir / "config.yaml")
+            OmegaConf.save(OmegaConf.structured(plan.config), run_dir / CONFIG_FILE)
         # the recipe NAME is the function NAME of the module recipes.NAME
         name = self.config.recipe
         recipe = getattr(importlib.import_module(f"recipes.{name}"), name)

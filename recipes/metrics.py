@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import resource
 import statistics
 import sys
@@ -13,8 +14,6 @@ from typing import Any
 import torch
 
 from ring_attention.exchange import mailbox_bytes
-
-PARTS = ("attention", "merge", "exchange", "gemm", "optimizer", "data", "other", "idle")  # of a step's time
 
 # Dense bf16/fp16 peak, TFLOP/s, from the vendor's data sheets; matched against the start of the device's name.
 _PEAK_TFLOPS = {
@@ -85,44 +84,45 @@ class StepClock:
     """Durations of steps without making the host wait for the device: events on CUDA, the wall clock on the CPU."""
 
     def __init__(self) -> None:
-        self._on_cuda = torch.cuda.is_available()
         self._spans: list[tuple[Any, Any]] = []
         self.restart()
 
     def restart(self) -> None:
         """A step starts here; what passed since the last tick (a validation, say) belongs to none."""
-        self._start = self._mark()
+        self._start = mark()
 
     def tick(self) -> None:
         """A step ends here, and the next one starts."""
-        end = self._mark()
+        end = mark()
         self._spans.append((self._start, end))
         self._start = end
 
     def take(self) -> list[float]:
         """Seconds of each step since the last call; waits for the device."""
         spans, self._spans = self._spans, []
-        if not self._on_cuda:
-            return [end - start for start, end in spans]
-        torch.cuda.synchronize()
-        return [start.elapsed_time(end) / 1e3 for start, end in spans]
-
-    def _mark(self) -> Any:
-        if not self._on_cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        return durations_s(spans)
 
 
-def speed(prefix: str, throughput: Throughput, recent_s: list[float], num_steps_left: int) -> dict[str, float | None]:
-    """Throughput and times of the steps since the last log, named PREFIX/..., for logs."""
-    return {
-        **{f"{prefix}/{name}": value for name, value in throughput.numbers.items()},
-        f"{prefix}/step_time_p50_s": percentile(recent_s, 50),
-        f"{prefix}/step_time_p95_s": percentile(recent_s, 95),
-        f"{prefix}/eta_s": throughput.step_time_s * num_steps_left,
-    }
+def mark() -> Any:
+    """Now: an event in the current stream on CUDA, the wall clock on the CPU."""
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def durations_s(spans: list[tuple[Any, Any]]) -> list[float]:
+    """Seconds from each first `mark` to its second; waits for the device."""
+    if not torch.cuda.is_available():
+        return [stop - start for start, stop in spans]
+    torch.cuda.synchronize()
+    return [start.elapsed_time(stop) / 1e3 for start, stop in spans]
+
+
+def perplexity(loss: float) -> float:
+    """Of a mean loss in nats per token: how many tokens one would have to guess among."""
+    return math.inf if loss > 700 else math.exp(loss)  # a float holds no more
 
 
 def percentile(values: list[float], percent: int) -> float:
@@ -146,3 +146,14 @@ def peak_memory_gib() -> float:
         return (torch.cuda.max_memory_reserved() + mailbox_bytes()) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def allocator() -> dict[str, float]:
+    """Of this rank's GPU: the peak of memory in use, and how often its cache had to be freed. Nothing on the CPU."""
+    if not torch.cuda.is_available():
+        return {}
+    of_cuda = torch.cuda.memory_stats()
+    return {
+        "peak_active_memory_gib": of_cuda["active_bytes.all.peak"] / 2**30,
+        "allocation_retries": of_cuda["num_alloc_retries"],
+    }

@@ -15,8 +15,8 @@ import torch
 
 from recipes.breakdown import attention_communication_off, step_breakdown
 from recipes.build import Engine
+from recipes.catalog import PARTS
 from recipes.engine import TrainingEngine
-from recipes.metrics import PARTS
 from recipes.plan import Plan
 from recipes.transformer import TokenBatch
 from ring_attention.trace import labelled
@@ -30,7 +30,7 @@ class Parts:
     """Of this rank, but for the exposed communication, which is that of the slowest.
 
     Args:
-        shares: of a step's wall time, by name of `metrics.PARTS`; they sum to 1.
+        shares: of a step's wall time, by name of `catalog.PARTS`; they sum to 1.
         exposed_communication_ms: of a step. Where ranks share sequences, of attention's messages: what a step takes
             longer than one in which they stay on their rank. Else when communication runs and nothing else does.
     """

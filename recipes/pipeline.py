@@ -19,7 +19,15 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from conf.schema import Config, Degrees, ModelConfig
-from recipes.engine import StepResult, deepspeed_config, destroy, max_over_ranks, optimizer_arguments
+from recipes.engine import (
+    StepResult,
+    deepspeed_config,
+    destroy,
+    extremes_over_ranks,
+    loss_scaling,
+    max_over_ranks,
+    optimizer_arguments,
+)
 from recipes.kernels import cross_entropy_sum, make_norm
 from recipes.tensor_parallel import TensorRanks, cut_layer_, share_gradients_
 from recipes.transformer import (
@@ -164,6 +172,15 @@ class PipelinedEngine:
         micro_batches = list(micro_batches)
         evaluate = functools.partial(self.deepspeed.eval_batch, num_micro_batches=len(micro_batches))
         return self._run(micro_batches, evaluate)
+
+    @property
+    def loss_scaling(self) -> dict[str, float | None]:
+        """For logs; empty unless in fp16."""
+        return loss_scaling(self.deepspeed, self.config.dtype)
+
+    def extremes_over_ranks(self, values: dict[str, float]) -> dict[str, tuple[float, float]]:
+        """(smallest, largest) of all ranks' values, by name, in one collective."""
+        return extremes_over_ranks(values, self.device)
 
     def max_over_ranks(self, value: float) -> float:
         """The largest of all ranks' values."""

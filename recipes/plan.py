@@ -126,6 +126,11 @@ class Plan:
     def tokens_per_step(self) -> int:
         return self.sequences_per_step * self.config.data.sequence_length
 
+    @property
+    def has_ring(self) -> bool:
+        """Whether ranks pass keys and values on."""
+        return self.degrees.ring > 1 and self.method in ("ring", "hybrid")
+
     def settle(self) -> None:
         """Write what the configuration left open into it, as it came out: for the record of a run."""
         for name, degree in self.degrees._asdict().items():

@@ -10,12 +10,13 @@ import torch
 
 from data.pack import Corpus
 from data.source import open_documents
-from recipes import metrics
 from recipes.build import build_engine, build_sharder
+from recipes.metrics import perplexity
 from recipes.parts import measure_parts
 from recipes.plan import Plan
 from recipes.profiling import profiler
 from recipes.report import Reporter
+from recipes.watch import Watch, named, speed
 
 
 def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
@@ -34,49 +35,56 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
     steps = sharder.steps(corpus.training(cursor=0), plan.accumulation_steps)
     first_batch = next(steps)
 
-    clock = metrics.StepClock()
+    watch = Watch(plan.has_ring)
     losses: list[float] = []  # of the logged steps
     step_times_s: list[float] = []
     validation_loss = float("nan")
     with profiler(config, run_dir) as profiler_step:
         for step in range(1, config.num_steps + 1):
-            micro_batches = first_batch if step == 1 or config.data.overfit_one_batch else next(steps)
+            is_last = step == config.num_steps
+            is_logged = step == 1 or is_last or step % config.logging.every_n_steps == 0
+            with watch.data():
+                micro_batches = first_batch if step == 1 or config.data.overfit_one_batch else next(steps)
             learning_rate = engine.learning_rate
-            result = engine.train_step(micro_batches)
-            clock.tick()
+            with watch.step(is_logged):
+                result = engine.train_step(micro_batches)
             profiler_step()
             if reporter:
                 reporter.advance()
 
-            is_last = step == config.num_steps
             values: dict[str, float | None] = {}
-            if step == 1 or is_last or step % config.logging.every_n_steps == 0:
-                recent_s = clock.take()
+            if is_logged:
+                recent_s, of_all_ranks = watch.take(engine.extremes_over_ranks)
                 step_times_s += recent_s
                 throughput = plan.throughput(statistics.median(recent_s))
                 losses.append(result.loss.item())
-                values |= {
-                    "train/loss": losses[-1],
-                    "train/grad_norm": float(result.grad_norm),
-                    "train/learning_rate": learning_rate,
-                    "train/tokens_seen": step * plan.tokens_per_step,
-                    "train/data_cursor": step * plan.data_tokens_per_step,
-                    "train/peak_memory_gib": engine.max_over_ranks(metrics.peak_memory_gib()),
-                    **metrics.speed("train", throughput, recent_s, config.num_steps - step),
-                }
+                values |= named(
+                    "train",
+                    {
+                        "loss": losses[-1],
+                        "perplexity": perplexity(losses[-1]),
+                        "grad_norm": float(result.grad_norm),
+                        "learning_rate": learning_rate,
+                        **engine.loss_scaling,
+                        "tokens_seen": step * plan.tokens_per_step,
+                        "data_cursor": step * plan.data_tokens_per_step,
+                        **speed(throughput, recent_s, config.num_steps - step),
+                        **of_all_ranks,
+                    },
+                )
                 if reporter:
                     reporter.say(reporter.step_line(step, values))
             if is_last or _is_multiple(step, config.logging.validate_every_n_steps):
                 if reporter:
                     reporter.say("validating ...")
                 validation_loss = engine.mean_loss(sharder.validation(corpus.validation())).item()
-                values["validation/loss"] = validation_loss
+                values |= named("validation", {"loss": validation_loss, "perplexity": perplexity(validation_loss)})
                 if reporter:
                     reporter.say(f"step {step}: validation loss {validation_loss:.4f}")
             if values:
                 if reporter:
                     reporter.log(step, values)
-                clock.restart()
+                watch.restart()
             if is_last and config.breakdown:
                 if reporter:
                     reporter.say("measuring where the time of a step goes ...")

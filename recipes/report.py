@@ -18,8 +18,7 @@ from tqdm import tqdm
 from conf.schema import LoggingConfig
 from recipes.metrics import Throughput
 from recipes.plan import Plan
-
-METRICS_FILE, SUMMARY_FILE = "metrics.jsonl", "summary.json"
+from recipes.runs import METRICS_FILE, SUMMARY_FILE
 
 
 def start_wandb(logging: LoggingConfig, run_dir: Path, config: dict[str, Any], say: Callable[[str], None]) -> Any:
@@ -155,9 +154,15 @@ class Reporter:
 
     def how_to_look(self) -> list[str]:
         """Commands that show the run that just ended."""
-        lines = [f"metrics as JSON lines: {self._run_dir / METRICS_FILE}"]
+        lines = [
+            f"metrics as JSON lines: {self._run_dir / METRICS_FILE}",
+            f"as a page of plots:    python -m recipes.dashboard {shlex.quote(str(self._run_dir))}",
+        ]
         if self._config.profile:
             lines.append(f"traces for Perfetto:   {self._run_dir / 'profile'}")
+        if self._config.memory_snapshot:
+            where = self._run_dir / "profile" if self._plan.device_type == "cuda" else "none, which is for GPUs"
+            lines.append(f"memory snapshots:      {where}")
         lines += how_to_look_at_wandb(self._wandb)
         return lines
 

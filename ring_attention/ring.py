@@ -33,7 +33,7 @@ from ring_attention.schedule import (
     num_tokens,
     tokens_in_rooms,
 )
-from ring_attention.trace import labelled
+from ring_attention.trace import labelled, numbered
 
 
 class Moving(NamedTuple):
@@ -94,7 +94,7 @@ def ring_forward(ring: Ring, q_BSHD: Tensor, kv: KeysValues) -> tuple[Tensor, Te
     running = RunningAttention(q_BSHD, kv.v_BTKE)
     last = max((step for step, stage in enumerate(ring.stages) if stage.pairs), default=0)
     here: KeysValues | None = kv
-    for step, stage in enumerate(ring.stages):
+    for step, stage in numbered("forward stage", ring.stages):
         hop, incoming = ring.forward_keys(kv, here, step, "forward")  # flies while this block is computed
         if here is not None:
             attend_forward(running, ring.block, ring.scale, stage.pairs, q_BSHD, here, stage.keys, step == last)
@@ -138,7 +138,7 @@ class _Backward:
 
     def run(self) -> tuple[Tensor, Tensor, Tensor]:
         ring, here = self._ring, self._kv
-        for step, stage in enumerate(ring.stages):
+        for step, stage in numbered("backward stage", ring.stages):
             hop, incoming = ring.forward_keys(self._kv, here, step, "backward")
             sums, spans = self._sums_of(step)
             if here is not None:
@@ -147,9 +147,10 @@ class _Backward:
                     self._add(block, step, sums, spans)
                     del block
             self._arrive()
-            for total, parts in zip(self._own, self._parts_from_home(), strict=True):
+            if self._home is not None:
                 with labelled("merge"):
-                    total.add_several(parts, is_last=False)
+                    for total, parts in zip(self._own, self._parts_from_home(), strict=True):
+                        total.add_several(parts, is_last=False)
             self._post(step, sums, spans)
             if hop is not None:
                 hop.wait()

@@ -18,6 +18,8 @@ from typing import Any
 
 import psutil
 
+from recipes.catalog import METRICS
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 200.0  # of a whole run; far more than it takes, for a machine that is busy
 ENDS_WITHIN_S = 20.0  # for "a few seconds" on a busy machine
@@ -34,6 +36,18 @@ def clean_environment(home: Path, **extra: str) -> dict[str, str]:
     return {**kept, "HOME": str(home), "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1", **extra}
 
 
+def logged_names(*prefixes: str, conditions: tuple[str, ...] = ()) -> set[str]:
+    """What a run logs over its steps, by the catalog.
+
+    Args:
+        prefixes: such as train and validation.
+        conditions: which of those hold that some metrics take.
+    """
+    metrics = [metric for metric in METRICS if metric.only in ("", *conditions)]
+    names = [name for metric in metrics for name in metric.logged_names]
+    return {name for name in names if name.rpartition("/")[0] in ("", *prefixes)}
+
+
 @dataclass
 class Finished:
     """A run that has ended."""
@@ -47,6 +61,10 @@ class Finished:
     @property
     def metrics(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.run_dir / "metrics.jsonl").read_text().splitlines()]
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return json.loads((self.run_dir / "summary.json").read_text())
 
     @property
     def ranks_were_started(self) -> bool:

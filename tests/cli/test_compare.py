@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from recipes.metrics import PARTS
-from tests.cli.program import Finished, Program
+from recipes.catalog import PARTS
+from tests.cli.program import Finished, Program, logged_names
 
 SAME = [
     "data.sequence_length=128", "data.validation_sequences=1", "launch.num_ranks=2", "engine.train_batch_size=2",
@@ -193,13 +193,7 @@ def test_forward_passes_alone_have_the_loss_of_training_and_the_parts_of_a_step(
     assert (result.exit_code, result.stderr) == (0, "")
     first, last = result.metrics
     assert (first["step"], last["step"]) == (1, 3)
-    measured = {"step", "elapsed_s", "forward/loss", "forward/peak_memory_gib"} | {
-        f"forward/{name}"
-        for name in (
-            "tokens_per_s", "tokens_per_s_per_rank", "tpot_ms", "model_tflops_per_rank",
-            "step_time_p50_s", "step_time_p95_s", "eta_s",
-        )
-    }  # fmt: skip
+    measured = logged_names("forward", conditions=("a ring",))
     assert set(first) == measured
     assert set(last) == measured
     summary = json.loads((result.run_dir / "summary.json").read_text())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import socket
 import sys
+from collections import Counter
 from pathlib import Path
 
 from tests.cli.program import SMALL, Finished, Program
@@ -26,10 +28,16 @@ def assert_one_run_of_two_ranks(result: Finished) -> None:
 
 
 def test_ranks_of_torchrun_are_one_run_and_profile_each_rank(program):
-    result = program.run("+experiment=ra_sp", "+debug=profile", *JOB, launcher=TORCHRUN)
+    result = program.run("+experiment=ra_sp", "+debug=profile", "profile_steps=[4,4]", *JOB, launcher=TORCHRUN)
     assert_one_run_of_two_ranks(result)
     assert sorted(path.name for path in (result.run_dir / "profile").iterdir()) == ["rank_0.json", "rank_1.json"]
-    assert "ProfilerStep#3" in (result.run_dir / "profile" / "rank_1.json").read_text()
+    events = json.loads((result.run_dir / "profile" / "rank_1.json").read_text())["traceEvents"]
+    names = Counter(event["name"] for event in events if event.get("ph") == "X")
+    assert [name for name in names if name.startswith("ProfilerStep")] == ["ProfilerStep#3"]  # counted from 0
+    stages = {name: count for name, count in names.items() if " stage " in name}
+    assert stages == {f"{way} stage {stage}": 2 for way in ("forward", "backward") for stage in (0, 1)}  # 2 layers
+    assert all(names[name] > 0 for name in ("attention block", "merge", "exchange wait", "optimizer", "data"))
+    assert "\nmemory snapshots:      none, which is for GPUs\n" in result.stdout
 
 
 def test_ranks_of_deepspeeds_launcher_are_one_run_and_overfit_one_batch(program):

@@ -15,8 +15,8 @@ from conf.compose import entry_overrides
 from conf.degrees import resolve_degrees
 from conf.schema import CompareConfig, Config, ConfigError, Degrees
 from recipes import comparison, fit
+from recipes.catalog import PARTS
 from recipes.compare import Turns, choose
-from recipes.metrics import PARTS
 from tests.unit.test_schema import compose
 from tests.unit.test_turns import done, failed
 

@@ -92,7 +92,11 @@ MISTAKES = [
     # several fields
     ("model.num_kv_heads=3", "model.num_kv_heads=3 does not divide model.num_heads=4: use one of [1, 2, 4]"),
     ("engine.dtype=fp16 engine.zero_stage=0", "engine.dtype=fp16 cannot go with engine.zero_stage=0, where DeepSpeed does not scale the loss but unscales the gradients: use engine.zero_stage=1"),
-    ("profile=true num_steps=3", "profile=true records steps 3 and 4, but num_steps=3: use num_steps=4"),
+    ("profile=true num_steps=3", "profile=true records steps 3 to 4, but num_steps=3: use num_steps=4"),
+    ("profile_steps=[1,4]", "profile_steps=[1, 4] must be the first and the last step to record, from step 2 on: use profile_steps=[3,4]"),
+    ("profile_steps=[4,3]", "profile_steps=[4, 3] must be the first and the last step to record, from step 2 on: use profile_steps=[3,4]"),
+    ("profile_steps=[3]", "profile_steps=[3] must be the first and the last step to record, from step 2 on: use profile_steps=[3,4]"),
+    ("recipe=bench_attention memory_snapshot=true", "memory_snapshot=true is for single runs: leave it out, or type recipe=pretrain or recipe=forward"),
     ("data=hub", "data=hub needs a data set: data.name=OWNER/NAME or a local folder"),
     ("compare.only=[dp,nosuch]", "compare.only=nosuch is no entry: use tp_pp, tp, pp, ra_sp, ulysses, hybrid, all_gather, dp"),
     ("compare.baseline=nosuch", "compare.baseline=nosuch is no entry: use tp_pp, tp, pp, ra_sp, ulysses, hybrid, all_gather, dp"),

@@ -1,0 +1,142 @@
+"""`python -m recipes.dashboard` as people call it: the page of a real run, one that is watched, and mistakes."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conf.schema import ConfigError
+from recipes.catalog import CONCLUSIONS, METRICS
+from recipes.dashboard import main
+from tests.cli.program import ENDS_WITHIN_S, REPOSITORY, Program, clean_environment, logged_names
+from tests.unit.test_runs import write_run
+
+COMMAND = [sys.executable, "-m", "recipes.dashboard"]
+
+
+def dashboard(program: Program, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [*COMMAND, *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=REPOSITORY, env=program.environment(), capture_output=True, text=True, timeout=100
+    )
+
+
+def test_the_page_of_a_real_run_has_all_that_it_logged(program, main_run):
+    output = program.folder / "page.html"
+    result = dashboard(program, main_run.run_dir, "--output", output)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == f"wrote {output}: 1 run, up to step 6\n"
+    shown = set(re.findall("<h3>(.*?)</h3>", output.read_text()))
+    prefixes = {"train", "validation"}
+    assert {
+        metric.title
+        for metric in METRICS
+        if metric.section and prefixes & {*metric.prefixes} and metric.only in ("", "a ring")
+    } <= shown
+    assert {"validation loss", "validation perplexity", "where the time of a step goes"} <= shown
+
+
+def test_a_run_logs_what_the_catalog_has_for_it(main_run):
+    logged = {name for line in main_run.metrics for name in line}
+    assert logged == logged_names("train", "validation", conditions=("a ring",))
+    assert set(main_run.summary) >= {name for metric in CONCLUSIONS for name in metric.logged_names}
+    assert {name for name in main_run.summary if "/" in name} <= {n for m in CONCLUSIONS for n in m.logged_names}
+    last = main_run.metrics[-1]
+    assert 0 < last["train/exchange_wait_min_ms"] <= last["train/exchange_wait_max_ms"]
+    assert last["train/exchange_wait_max_ms"] < 1e3 * last["train/step_time_max_s"]
+    assert 0 <= last["train/rank_spread_ms"] < 1e3 * last["train/step_time_max_s"]
+    assert 0 < last["train/data_wait_ms"] < 1e3 * last["train/step_time_max_s"]
+
+
+def test_a_watched_page_follows_its_runs_until_ctrl_c(program):
+    run_dir = write_run(program.folder / "run", num_rows=1, metrics="")
+    page, said = run_dir / "dashboard.html", program.folder / "said"
+
+    def wait_for(text: str) -> None:
+        deadline = time.monotonic() + ENDS_WITHIN_S
+        while text not in said.read_text():
+            assert process.poll() is None, said.read_text()
+            assert time.monotonic() < deadline, said.read_text()
+            time.sleep(0.05)
+
+    with said.open("w") as file:
+        process = subprocess.Popen(
+            [*COMMAND, str(run_dir), "--watch"], cwd=REPOSITORY, env=program.environment(), stdout=file, stderr=file
+        )
+    try:
+        wait_for(f"watching {run_dir}; Ctrl-C ends it\nwaiting: there is nothing to show:\n{run_dir}/metrics.jsonl has")
+        assert not page.exists()
+        for step in (1, 2):
+            with (run_dir / "metrics.jsonl").open("a") as metrics:
+                metrics.write(f'{{"step": {step}, "train/loss": 1.5}}\n')
+            wait_for(f"wrote {page}: 1 run, up to step {step}\n")
+            assert 'http-equiv="refresh"' in page.read_text()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(ENDS_WITHIN_S) == 0
+    finally:
+        process.kill()
+    assert "Traceback" not in said.read_text()
+    assert 'http-equiv="refresh"' not in page.read_text()
+    assert list(run_dir.glob("*.part")) + list(run_dir.glob(".*.part")) == []
+
+
+MISTAKES = {
+    "no run": ([], "there is no run to show: python -m recipes.dashboard outputs/DATE/TIME\n"),
+    "a folder that is not there": (
+        ["{folder}/gone"],
+        "there is nothing to show:\n"
+        "{folder}/gone is no folder: give a run dir, such as outputs/DATE/TIME, or a sweep's\n",
+    ),
+    "an output that cannot be written": (
+        ["{folder}/run", "--output", "{folder}/no/page.html"],
+        "--output {folder}/no/page.html: there is no folder {folder}/no; make it, or use another\n",
+    ),
+    "wandb without a login": (
+        ["--wandb", "someone/something"],
+        "there is no wandb login: type wandb login, or set WANDB_API_KEY\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_ends_in_one_message(program, case):
+    write_run(program.folder / "run")
+    arguments, message = MISTAKES[case]
+    result = dashboard(program, *(argument.format(folder=program.folder) for argument in arguments))
+    said = "making a workspace in someone/something ...\n" if "--wandb" in arguments else ""
+    assert (result.returncode, result.stdout) == (1, said)
+    assert result.stderr == f"error: {message.format(folder=program.folder)}"
+
+
+def test_without_its_packages_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    message = r'^plotly, wandb_workspaces must be installed: pip install -e "\.\[dashboard\]" -c constraints\.txt$'
+    with pytest.raises(ConfigError, match=message):
+        main(["outputs"])
+
+
+def test_what_is_broken_is_a_warning_and_the_rest_is_shown(program):
+    write_run(program.folder / "sweep" / "0")
+    broken = write_run(program.folder / "sweep" / "1", metrics='{"st')
+    result = dashboard(program, program.folder / "sweep")
+    assert result.returncode == 0
+    assert result.stderr == (
+        f"warning: {broken}/metrics.jsonl: line 1 is cut off or no log of a step: left out\n"
+        f"warning: {broken}/metrics.jsonl has no logged step yet\n"
+    )
+    assert (program.folder / "sweep" / "dashboard.html").exists()
+
+
+def test_it_imports_nothing_slow(program):
+    code = "import sys; from recipes import dashboard, page; print({'torch', 'deepspeed', 'wandb'} & set(sys.modules))"
+    command = [sys.executable, "-c", code]
+    environment = clean_environment(Path(program.folder))
+    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60)
+    assert result.stdout == "set()\n", result.stderr

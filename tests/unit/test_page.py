@@ -1,0 +1,201 @@
+"""The page of runs: its tables and plots, that it needs nothing from outside, and that a browser draws it."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipes import charts, page
+from recipes.catalog import PARTS
+from recipes.charts import COLORS
+from recipes.runs import Found, read
+from tests.unit.test_runs import write_run
+
+PAPER_TABLE = Path(__file__).parents[2] / "docs" / "results" / "paper_10k_forward_2xH200.json"
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def rows(lr: float, num_rows: int = 4) -> str:
+    lines: list[dict[str, Any]] = []
+    for step in range(1, num_rows + 1):
+        line = {"step": step, "elapsed_s": step / 4, "train/tokens_seen": 100 * step, "train/loss": 5 - lr * step}
+        line |= {"train/perplexity": 1000.0 / step, "train/tokens_per_s": 1000.0 * step, "train/peak_memory_gib": 2.5}
+        line |= {"train/exchange_wait_max_ms": 3.0, "train/mfu_pct": None}
+        lines.append(line)
+    lines[-1]["validation/loss"] = 4.5
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+@pytest.fixture
+def found(tmp_path) -> Found:
+    """Two runs, of which one has been measured to its end, a broken one, and a comparison."""
+    parts = {f"parts/{part}_pct": 12.5 for part in PARTS} | {"parts/exposed_communication_ms": 7.25}
+    write_run(tmp_path / "0", lr=1e-3, metrics=rows(1e-3), summary=json.dumps(parts))
+    write_run(tmp_path / "1", lr=0.5, metrics=rows(0.5))
+    write_run(tmp_path / "2</script><b>", lr=2, metrics='{"step": ')
+    folder = tmp_path / "paper"
+    folder.mkdir()
+    shutil.copy(PAPER_TABLE, folder / "comparison.json")
+    return read([tmp_path])
+
+
+def figures(text: str) -> dict[str, dict[str, Any]]:
+    """plotly's JSON by the heading of its plot."""
+    found = re.findall(r'<h3>(.*?)</h3>.*?<script type="application/json">(.*?)</script>', text, re.DOTALL)
+    return {html.unescape(title): json.loads(figure) for title, figure in found}
+
+
+def cells(text: str) -> list[list[str]]:
+    """Of all tables, the headings first."""
+    lines = re.findall(r"<tr.*?>(.*?)</tr>", text, re.DOTALL)
+    return [
+        [html.unescape(re.sub("<.*?>", "", cell)).strip() for cell in re.findall(r"<t[hd].*?</t[hd]>", line, re.DOTALL)]
+        for line in lines
+    ]
+
+
+def test_the_page_has_the_runs_with_what_differs_and_their_last_numbers(found):
+    text = page.render(found)
+    at = next(number for number, row in enumerate(cells(text)) if row[0] == "run")
+    assert cells(text)[at : at + 4] == [
+        ["run", "optimizer.lr", "last step", "loss", "validation loss", "best validation loss", "tokens/s", "peak GiB",
+         "exposed ms"],
+        ["0", "0.001", "4", "4.996", "4.5", "4.5", "3,000", "2.5", "7.25"],
+        ["1", "0.5", "4", "3", "4.5", "4.5", "3,000", "2.5", ""],
+        ["2</script><b>", "2", "", "", "", "", "", "", ""],
+    ]  # fmt: skip
+
+
+def test_the_papers_table_is_a_view(found):
+    rows = json.loads(PAPER_TABLE.read_text())["rows"]
+    heads, *shown = cells(page.render(found))[: len(rows) + 1]
+    assert heads[:3] == ["method", "grid", "L"]
+    for row, line in zip(rows, shown, strict=True):
+        values = dict(zip(heads, line, strict=True))
+        assert values["method"] == row["entry"]
+        assert values["TPS"] == f"{row['tokens_per_s']:,.0f}"
+        assert values[f"vs {rows[0]['entry']} %"] == f"{row['change_pct']:+.1f}"
+    plots = figures(page.render(found))
+    assert [bar["x"] for bar in plots["throughput: median, slowest and fastest step"]["data"]] == [
+        [row["tokens_per_s"]] for row in rows
+    ]
+
+
+def test_a_run_has_one_colour_and_every_axis_a_unit(found):
+    plots = figures(page.render(found))
+    assert {"loss", "validation loss", "throughput, all ranks", "peak memory, most of all ranks"} < set(plots)
+    assert "model FLOP utilisation" not in plots  # never logged
+    colors: dict[int, set[str]] = {}
+    for figure in plots.values():
+        for trace in figure["data"]:
+            if "meta" in trace:
+                color = trace["line"]["color"] if trace["type"] == "scatter" else trace["marker"]["color"]
+                colors.setdefault(trace["meta"]["run"], set()).add(color)
+    assert colors == {0: {COLORS[0]}, 1: {COLORS[1]}}
+    loss = plots["loss"]
+    assert [trace["name"] for trace in loss["data"]] == ["0 lr=0.001", "1 lr=0.5"]
+    assert loss["data"][1]["y"] == [4.5, 4.0, 3.5, 3.0]
+    assert loss["layout"]["yaxis"]["title"]["text"] == "nats/token"
+    assert all(figure["layout"]["xaxis"]["title"]["text"] for figure in plots.values())
+    assert plots["perplexity"]["layout"]["yaxis"]["type"] == "log"
+    assert plots["exposed communication per step"]["layout"]["yaxis"]["type"] == "category"  # a job's name is a number
+    shares = plots["where the time of a step goes"]["data"]
+    assert [trace["name"] for trace in shares] == list(PARTS)
+
+
+def test_a_logarithmic_axis_of_decades_has_ticks_that_are_numbers():
+    assert charts.decades([3, 5]) == charts.decades([0]) == {"type": "log"}
+    assert charts.decades([0.4, 20])["ticktext"] == [
+        "0.01", "0.02", "0.05", "0.1", "0.2", "0.5", "1", "2", "5", "10", "20", "50", "100", "200", "500",
+    ]  # fmt: skip
+    assert len(charts.decades([1e-3, 1e6])["tickvals"]) < 15
+
+
+def test_methods_have_one_colour_in_all_comparisons_and_a_scaling_is_a_line_over_ranks(tmp_path):
+    whole = json.loads(PAPER_TABLE.read_text())
+    first, second, *_ = whole["rows"]
+    scaling = [row | {"entry": f"{second['entry']} on {n}", "num_ranks": n} for n in (1, 2, 4) for row in (first,)]
+    for name, rows in (("a", [first, second]), ("b", [second]), ("c", scaling)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "comparison.json").write_text(json.dumps(whole | {"rows": rows}))
+    text = page.render(read([tmp_path]))
+    bars = [
+        json.loads(found) for found in re.findall(r'<h3>throughput: median.*?json">(.*?)</script>', text, re.DOTALL)
+    ]
+    assert [[bar["marker"]["color"] for bar in figure["data"]] for figure in bars] == [
+        [COLORS[0], COLORS[1]],
+        [COLORS[1]],
+    ]
+    [line] = figures(text)["throughput over ranks"]["data"]
+    assert (line["name"], line["x"], line["line"]["color"]) == (second["entry"], [1, 2, 4], COLORS[1])
+
+
+def test_runs_beyond_the_colours_have_other_lines(tmp_path):
+    for number in range(12):
+        write_run(tmp_path / str(number))
+    traces = figures(page.render(read([tmp_path])))["loss"]["data"]
+    assert len({(trace["line"]["color"], trace["line"]["dash"]) for trace in traces}) == 12
+
+
+def test_the_page_is_whole_by_itself_says_what_is_broken_and_loads_again_only_when_watched(found):
+    text = page.render(found)
+    assert "2&lt;/script&gt;&lt;b&gt;" in text  # names do not become elements
+    assert "2</script>" not in text
+    own = text.replace(page.get_plotlyjs(), "")
+    assert re.findall(r"""(?:src|href)=["'](?!data:)|https?://""", own) == []
+    assert "metrics.jsonl: line 1 is cut off or no log of a step: left out" in text
+    assert 'http-equiv="refresh"' not in text
+    assert '<meta http-equiv="refresh" content="10">' in page.render(found, reload_s=10)
+
+
+def shown_by_browser(folder: Path, text: str, script: str) -> str:
+    """The page's elements after `script`, as a browser has them; no error or warning may have been on its console."""
+    assert BROWSER is not None
+    (folder / "page.html").write_text(text.replace("</body>", f"<script>{script}</script></body>"))
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags += " --disable-component-update --disable-sync --enable-logging=stderr --window-size=1400,900"
+    command = [BROWSER, *flags.split(), "--virtual-time-budget=10000", f"--user-data-dir={folder / 'profile'}"]
+    result = subprocess.run(
+        [*command, "--dump-dom", f"file://{folder / 'page.html'}"], capture_output=True, text=True, timeout=120
+    )
+    assert [line for line in result.stderr.splitlines() if "CONSOLE" in line] == []
+    return result.stdout
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
+def test_a_browser_draws_it_and_a_click_hides_a_run(found, tmp_path):
+    script = """
+        const loss = plots.find((plot) => plot.previousElementSibling.textContent === "loss");
+        const first = () => [loss.data.map((trace) => trace.visible), loss.data[0].x, loss.layout.xaxis.title.text];
+        const seen = [first()];
+        document.querySelector("button.run").click();
+        select.value = "train/tokens_seen";
+        select.dispatchEvent(new Event("change"));
+        seen.push(first());
+        const heading = [...document.querySelectorAll("th")].filter((th) => th.textContent === "loss").pop();
+        heading.click();
+        const names = [...heading.closest("table").tBodies[0].rows].map((row) => row.cells[0].textContent.trim());
+        const alone = [1, 2].map(() => {
+            document.querySelectorAll("button.run")[1].dispatchEvent(new Event("dblclick"));
+            return loss.data.map((trace) => trace.visible);
+        });
+        const drawn = plots.every((plot) => plot.scrollWidth > 100);
+        document.body.dataset.seen = JSON.stringify([...seen, names, alone, drawn]);
+    """
+    text = page.render(found)
+    dom = shown_by_browser(tmp_path, text, script)
+    assert len(re.findall(r'<svg class="main-svg"[^>]*>', dom)) >= len(figures(text)) > 8
+    [seen] = re.findall(r'data-seen="(.*?)"', dom)
+    before, after, names, alone, drawn = json.loads(html.unescape(seen))
+    assert before == [[True, True], [1, 2, 3, 4], "step"]
+    assert after == [[False, True], [100, 200, 300, 400], "tokens"]
+    assert names == ["1", "0", "2</script><b>"]  # what is not known comes last
+    assert alone == [[False, True], [True, True]]
+    assert drawn
