@@ -37,6 +37,8 @@ def run(composed: DictConfig) -> float | None:
     except (ConfigError, RunFailed) as error:
         if not sweeps:
             sys.exit(f"error: {error}")
+        if HydraConfig.get().sweeper._target_ == "hydra_plugins.trials.Trials":
+            raise  # the sweep tells of it
         print(f"error: {error}", file=sys.stderr, flush=True)  # now, for the sweep goes on; Hydra raises at its end
         raise RunFailed(f"job {HydraConfig.get().job.num} of the sweep failed: see its message above") from None
     finally:

@@ -141,4 +141,4 @@ def _field_names(node: Any, prefix: str = "") -> Iterator[str]:
 _FREE = ("compare.entries",)  # dictionaries with keys of the user's own
 _FIELD_NAMES = list(_field_names(asdict(Config())))
 _GROUP_NAMES = {name.partition(".")[0] for name in _FIELD_NAMES if "." in name}
-_DEFAULT_GROUPS = {*_GROUP_NAMES, "workload"}  # those that conf/config.yaml lists
+_DEFAULT_GROUPS = {*_GROUP_NAMES, "workload"} - {"sweep"}  # those that conf/config.yaml lists
