@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from conf.compose import compose_entries, explain, to_config
 from conf.schema import Config, ConfigError
-from recipes.ranks import RunFailed, adopt_external_ranks
+from recipes.ranks import RunFailed, adopt_external_ranks, adopt_submitit_tasks
 
 ConfigStore.instance().store(name="schema", node=Config)
 
@@ -30,6 +30,8 @@ def run(composed: DictConfig) -> float | None:
     sweeps = HydraConfig.get().mode == RunMode.MULTIRUN
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     try:
+        if sweeps:
+            adopt_submitit_tasks()
         config = to_config(composed)
         if sweeps and config.logging.group is None:
             config.logging.group = f"sweep-{run_dir.parent.name}"

@@ -17,7 +17,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from conf.schema import ConfigError
+from conf.schema import ConfigError, SweepConfig
 
 # params are sweep overrides by field, such as {optimizer.lr: choice(1e-3,3e-3)}. Not a dataclass, which cannot be made
 # while Hydra imports this file: the module is not in sys.modules yet.
@@ -50,6 +50,7 @@ class Trials(Sweeper):
         assert self.config is not None
         assert self.hydra_context is not None
         settings = OmegaConf.to_object(self.config.sweep)
+        assert isinstance(settings, SweepConfig)
         if importlib.util.find_spec("optuna") is None:
             raise ConfigError('+sweep=... needs Optuna: type pip install -e ".[sweep]" -c constraints.txt')
         if settings.num_parallel > 1 and self.config.hydra.launcher._target_.endswith(".BasicLauncher"):

@@ -112,9 +112,13 @@ def draw(study: optuna.Study, objective: str, space: SearchSpace, folder: Path) 
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        warnings.filterwarnings("ignore", "Attempting to set identical")  # all trials have one value of a field
         axes = optuna.visualization.matplotlib.plot_parallel_coordinate(study, target_name=objective)
-    figure = axes.figure
-    figure.set_size_inches(3 + 2 * len(space.swept), 5)
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.set_size_inches(7 + 2 * len(space.swept), 5)
+    dark_is_best = {"minimize": "viridis", "maximize": "viridis_r"}[study.direction.name.lower()]
+    axes.collections[0].set_cmap(dark_is_best)  # its own ends in white
     axes.set_title(f"{folder.name}: {objective}")
     paths = [folder / f"sweep.{kind}" for kind in ("png", "svg")]
     for path in paths:

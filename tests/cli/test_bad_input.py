@@ -25,6 +25,15 @@ CASES = {
         "parallelism.ring_degree=3 does not divide the 4 ranks: use one of [1, 2, 4] (parallelism.ring_degree=4) "
         "or another launch.num_ranks",
     ),
+    "an objective that nobody measures": (
+        ["-m", "+sweep=lr_batch", "sweep.objective=accuracy"],
+        "sweep.objective=accuracy is not known: use validation_loss, tokens_per_s, model_tflops_per_rank",
+    ),
+    "trials side by side in one process": (
+        ["-m", "+sweep=lr_batch", "sweep.num_parallel=2"],
+        "sweep.num_parallel=2 needs jobs of their own, and this launcher runs one trial after the other: add "
+        "hydra/launcher=submitit_slurm or hydra/launcher=submitit_local",
+    ),
     "a data set that cannot be reached": (
         ["data=hub", "data.name=nobody/nothing"],
         "data.name=nobody/nothing cannot be opened (",
