@@ -109,10 +109,12 @@ def _distribution(override: Override) -> BaseDistribution:
         if len(numbers) > 1:
             kind = FloatDistribution if any(isinstance(number, float) for number in numbers) else IntDistribution
             return kind(numbers[0], numbers[-1], step=numbers[1] - numbers[0])
-    values = list(override.sweep_string_iterator())
-    if not values:
+    elements: list[Any] = list(override.sweep_iterator())
+    if not elements:
         raise ConfigError(f"{override.input_line} has no values: give at least one")
-    return CategoricalDistribution(values)
+    if all(type(element) in (int, float) for element in elements):
+        return CategoricalDistribution(elements)  # ordered as numbers in the figure
+    return CategoricalDistribution(list(override.sweep_string_iterator()))
 
 
 def _values(distribution: BaseDistribution) -> list[Any]:

@@ -262,12 +262,14 @@ class _Sweep:
             trial.set_user_attr(name, value)
         objective = self._settings.objective
         value = numbers.get(objective)
-        if error is None and value is not None and math.isfinite(value):
-            self._study.tell(trial, value)
-        else:
-            lacking = f"no {objective}: " + ("it is not a finite number" if objective in numbers else "not measured")
-            trial.set_user_attr("error", one_line(error) if error is not None else lacking)
-            self._study.tell(trial, state=TrialState.FAIL)
+        ended_well = value is not None and math.isfinite(value)
+        if error is None and not ended_well:
+            error = RunFailed(f"{objective} is not {'a finite number' if objective in numbers else 'measured'}")
+        if error is not None:  # of a run that ended well, too: something fell over afterwards
+            trial.set_user_attr("error", one_line(error))
+        if "\n" in str(error):  # the plan of a run out of memory, say, and what to type
+            trial.set_user_attr("error_in_full", str(error))
+        self._study.tell(trial, value if ended_well else None, state=None if ended_well else TrialState.FAIL)
         trial_report.write_files(self._study, objective, self._space, self._folder)
 
     def _progress(self, told: FrozenTrial) -> list[str]:

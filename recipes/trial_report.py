@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from recipes.search_space import SearchSpace, shown
 
-STATES = {TrialState.COMPLETE: "done", TrialState.FAIL: "failed", TrialState.RUNNING: "interrupted"}
+STATES = {TrialState.COMPLETE: "done", TrialState.FAIL: "failed", TrialState.RUNNING: "unfinished"}
 
 
 def report(study: optuna.Study, objective: str, space: SearchSpace, folder: Path) -> None:
@@ -45,7 +45,7 @@ def write_files(study: optuna.Study, objective: str, space: SearchSpace, folder:
     new.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     new.replace(folder / "sweep.json")
     flat = [{**row, **row["overrides"]} for row in rows]
-    names = dict.fromkeys(name for row in flat for name in row if name != "overrides")
+    names = dict.fromkeys(name for row in flat for name in row if name not in ("overrides", "error_in_full"))
     with new.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, [*names], extrasaction="ignore")
         writer.writeheader()

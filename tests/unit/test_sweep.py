@@ -16,15 +16,17 @@ import hydra
 import pytest
 from filelock import FileLock
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from conf.schema import ConfigError, SweepConfig
+from conf.schema import BLOCKS, ConfigError, SweepConfig
 from recipes.ranks import RunFailed
 from recipes.search_space import read_space
 from recipes.sweep import one_line, run_sweep
-from tests.unit.test_schema import CONF
+from ring_attention.exchange import TRANSPORTS
+from tests.unit.test_schema import CONF, compose
 
 GRID = ["+sweep=search", "sweep.sampler=grid", "optimizer.lr=1e-3,2e-3", "model.num_layers=range(1,3)"]
 SEARCH = ["+sweep=search", "optimizer.lr=tag(log,interval(1e-4,1e-2))", "sweep.num_trials=4"]
@@ -83,7 +85,7 @@ def test_a_grid_runs_in_hydras_order_and_ends_with_the_best_first(jobs, capsys):
     assert all(job["+experiment"] == "ra_sp" and job["+sweep"] == "search" for job in jobs.started)
     assert [row["trial"] for row in kept["trials"]] == [1, 2, 3, 4]
     assert [row["validation_loss"] for row in kept["trials"]] == [2, 3, 3, 4]
-    assert kept["trials"][0]["overrides"] == {"optimizer.lr": "0.001", "model.num_layers": 1}
+    assert kept["trials"][0]["overrides"] == {"optimizer.lr": 0.001, "model.num_layers": 1}
     assert kept["trials"][0]["tokens_per_s"] == 2000
     assert "parts/gemm_pct" not in kept["trials"][0]
     with (jobs.folder / "sweep.csv").open() as file:
@@ -100,7 +102,7 @@ def test_a_grid_runs_in_hydras_order_and_ends_with_the_best_first(jobs, capsys):
 def test_a_failed_trial_is_reported_and_the_sweep_goes_on(jobs, capsys):
     def result(lr: float, layers: int) -> float:
         if (lr, layers) == (1e-3, 1):
-            raise ConfigError("one layer is too few: use two")
+            raise ConfigError("one layer is too few: use two\nor three")
         if (lr, layers) == (1e-3, 2):
             raise RuntimeError("job lost")
         return float("nan") if layers == 1 else 1.5
@@ -112,7 +114,8 @@ def test_a_failed_trial_is_reported_and_the_sweep_goes_on(jobs, capsys):
         *((n, "failed") for n in (1, 2, 3)),
     ]
     errors = [row.get("error") for row in kept["trials"]]
-    nan = "no validation_loss: it is not a finite number"
+    assert kept["trials"][1]["error_in_full"] == "one layer is too few: use two\nor three"
+    nan = "validation_loss is not a finite number"
     assert errors == [None, "one layer is too few: use two", "RuntimeError: job lost", nan]
     shown, told = capsys.readouterr()
     assert "FAILED after 0 s | one layer is too few: use two | no best | 1 of 4 done, ETA 0:00\n" in shown
@@ -123,7 +126,7 @@ def test_a_failed_trial_is_reported_and_the_sweep_goes_on(jobs, capsys):
 
 def test_if_all_trials_fail_so_does_the_sweep(jobs, capsys):
     jobs.objective = "something_else"
-    with pytest.raises(RunFailed, match=r"^all 4 trials failed: no validation_loss: not measured$"):
+    with pytest.raises(RunFailed, match=r"^all 4 trials failed: validation_loss is not measured$"):
         jobs.sweep(*GRID)
     assert "trial  optimizer.lr  model.num_layers" in capsys.readouterr().out
 
@@ -242,7 +245,7 @@ def test_a_sweep_that_cannot_run_is_refused_before_any_trial(jobs, typed, messag
     ("typed", "distribution"),
     [
         ("attention=ring,ulysses", CategoricalDistribution(["ring", "ulysses"])),
-        ("optimizer.lr=choice(1e-3,3e-3)", CategoricalDistribution(["0.001", "0.003"])),
+        ("optimizer.lr=choice(1e-3,3e-3)", CategoricalDistribution([0.001, 0.003])),
         ("num_steps=range(10,50,10)", IntDistribution(10, 40, step=10)),
         ("optimizer.lr=range(0.25,1,0.25)", FloatDistribution(0.25, 0.75, step=0.25)),
         ("num_steps=int(interval(1,8))", IntDistribution(1, 8)),
@@ -274,3 +277,24 @@ def test_hydras_grammar_is_optunas_distribution(typed: str, distribution: BaseDi
 )  # fmt: skip
 def test_the_reason_of_a_failure_is_one_line(error: Exception, line: str):
     assert one_line(error) == line
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "sweep").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_ready_sweep_has_values_that_are_legal_alone(path):
+    """Which of them go together on so many ranks is for the trials to say."""
+    params = OmegaConf.select(OmegaConf.load(path), "hydra.sweeper.params", default={})
+    for name, values in params.items():
+        [override] = OverridesParser.create().parse_overrides([f"{name}={values}"])
+        swept = override.value()
+        for value in [swept.start] if isinstance(swept, IntervalSweep) else override.sweep_string_iterator():
+            config = compose(f"+sweep={path.stem}", f"{name}={value}")
+            assert config.sweep.sampler == ("grid" if path.stem in ("throughput", "kernels") else "tpe")
+    assert f"+sweep={path.stem}" in path.read_text().splitlines()[1]
+
+
+def test_the_sweep_of_kernels_has_all_kernels_and_transports():
+    params = OmegaConf.load(CONF / "sweep" / "kernels.yaml").hydra.sweeper.params
+    assert params == {
+        "attention.block": f"choice({', '.join(BLOCKS)})",
+        "attention.transport": f"choice({', '.join(TRANSPORTS)})",
+    }
