@@ -17,7 +17,7 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from conf.compose import compose_entries, explain, to_config
+from conf.compose import check_sweep_is_asked_for, compose_entries, explain, to_config
 from conf.schema import Config, ConfigError
 from recipes.ranks import RunFailed, adopt_external_ranks, adopt_submitit_tasks
 
@@ -32,6 +32,8 @@ def run(composed: DictConfig) -> float | None:
     try:
         if sweeps:
             adopt_submitit_tasks()
+        else:
+            check_sweep_is_asked_for(HydraConfig.get())
         config = to_config(composed)
         if sweeps and config.logging.group is None:
             config.logging.group = f"sweep-{run_dir.parent.name}"
@@ -75,6 +77,7 @@ def run_as_one_rank(arguments: list[str]) -> None:
             raise ConfigError(f"{flag} cannot be used in ranks that a launcher has started: use {advice}")
         with hydra.initialize(version_base="1.3", config_path="conf"):
             composed = hydra.compose("config", arguments, return_hydra_config=True)
+            check_sweep_is_asked_for(composed.hydra)
             run_dir = Path(composed.hydra.run.dir).absolute()
             OmegaConf.set_readonly(composed, False)
             OmegaConf.set_struct(composed, False)

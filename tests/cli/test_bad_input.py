@@ -29,6 +29,11 @@ CASES = {
         ["-m", "+sweep=lr_batch", "sweep.objective=accuracy"],
         "sweep.objective=accuracy is not known: use validation_loss, tokens_per_s, model_tflops_per_rank",
     ),
+    "a sweep without -m": (
+        ["+sweep=lr_batch", "optimizer.lr=1e-3"],
+        "this is one run, but engine.train_batch_size would be swept: type python train.py -m +sweep=lr_batch "
+        "optimizer.lr=1e-3",
+    ),
     "trials side by side in one process": (
         ["-m", "+sweep=lr_batch", "sweep.num_parallel=2"],
         "sweep.num_parallel=2 needs jobs of their own, and this launcher runs one trial after the other: add "
