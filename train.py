@@ -46,7 +46,8 @@ def run(composed: DictConfig) -> float | None:
         print(f"error: {error}", file=sys.stderr, flush=True)  # now, for the sweep goes on; Hydra raises at its end
         raise RunFailed(f"job {HydraConfig.get().job.num} of the sweep failed: see its message above") from None
     finally:
-        if not any(run_dir.iterdir()):  # Hydra has made it, and nothing was run
+        is_first = os.environ.get("RANK", "0") == "0"  # tasks of one job share the folder
+        if is_first and not any(run_dir.iterdir()):  # Hydra has made it, and nothing was run
             run_dir.rmdir()
 
 
