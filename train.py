@@ -17,9 +17,9 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from conf.compose import compose_entries, explain, to_config
+from conf.compose import check_sweep_is_asked_for, compose_entries, explain, to_config
 from conf.schema import Config, ConfigError
-from recipes.ranks import RunFailed, adopt_external_ranks
+from recipes.ranks import RunFailed, adopt_external_ranks, adopt_submitit_tasks
 
 ConfigStore.instance().store(name="schema", node=Config)
 
@@ -30,6 +30,10 @@ def run(composed: DictConfig) -> float | None:
     sweeps = HydraConfig.get().mode == RunMode.MULTIRUN
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     try:
+        if sweeps:
+            adopt_submitit_tasks()
+        else:
+            check_sweep_is_asked_for(HydraConfig.get())
         config = to_config(composed)
         if sweeps and config.logging.group is None:
             config.logging.group = f"sweep-{run_dir.parent.name}"
@@ -37,10 +41,13 @@ def run(composed: DictConfig) -> float | None:
     except (ConfigError, RunFailed) as error:
         if not sweeps:
             sys.exit(f"error: {error}")
+        if HydraConfig.get().sweeper._target_ == "hydra_plugins.trials.Trials":
+            raise  # the sweep tells of it
         print(f"error: {error}", file=sys.stderr, flush=True)  # now, for the sweep goes on; Hydra raises at its end
         raise RunFailed(f"job {HydraConfig.get().job.num} of the sweep failed: see its message above") from None
     finally:
-        if not any(run_dir.iterdir()):  # Hydra has made it, and nothing was run
+        is_first = os.environ.get("RANK", "0") == "0"  # tasks of one job share the folder
+        if is_first and not any(run_dir.iterdir()):  # Hydra has made it, and nothing was run
             run_dir.rmdir()
 
 
@@ -71,6 +78,7 @@ def run_as_one_rank(arguments: list[str]) -> None:
             raise ConfigError(f"{flag} cannot be used in ranks that a launcher has started: use {advice}")
         with hydra.initialize(version_base="1.3", config_path="conf"):
             composed = hydra.compose("config", arguments, return_hydra_config=True)
+            check_sweep_is_asked_for(composed.hydra)
             run_dir = Path(composed.hydra.run.dir).absolute()
             OmegaConf.set_readonly(composed, False)
             OmegaConf.set_struct(composed, False)

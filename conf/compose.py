@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 import hydra
+from hydra.conf import HydraConf
 from hydra.errors import CompactHydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
@@ -66,6 +67,17 @@ def entry_overrides(given: list[str], own: list[str], recipe: str) -> list[str]:
         else:
             kept[name] = override
     return [*([f"+experiment=[{','.join(experiments)}]"] if experiments else []), *kept.values()]
+
+
+def check_sweep_is_asked_for(hydra_config: HydraConf) -> None:
+    """Raises ConfigError for +sweep=NAME in a single run that leaves open what NAME sweeps: -m was forgotten."""
+    typed = [str(override) for override in hydra_config.overrides.task]
+    given = {override.partition("=")[0].lstrip("+") for override in typed}
+    swept = hydra_config.sweeper.get("params") or {}
+    if left := [name for name in swept if name.lstrip("+") not in given]:
+        raise ConfigError(
+            f"this is one run, but {' and '.join(left)} would be swept: type python train.py -m {' '.join(typed)}"
+        )
 
 
 def explain(error: Exception) -> str:
@@ -141,4 +153,4 @@ def _field_names(node: Any, prefix: str = "") -> Iterator[str]:
 _FREE = ("compare.entries",)  # dictionaries with keys of the user's own
 _FIELD_NAMES = list(_field_names(asdict(Config())))
 _GROUP_NAMES = {name.partition(".")[0] for name in _FIELD_NAMES if "." in name}
-_DEFAULT_GROUPS = {*_GROUP_NAMES, "workload"}  # those that conf/config.yaml lists
+_DEFAULT_GROUPS = {*_GROUP_NAMES, "workload"} - {"sweep"}  # those that conf/config.yaml lists

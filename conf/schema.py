@@ -15,6 +15,12 @@ BLOCKS = ("auto", "flash_attn_4", "ffpa", "cudnn", "aten_flash", "mem_efficient"
 METHODS = ("ring", "ulysses", "hybrid", "all_gather", "local", "auto")
 TRANSPORTS = ("p2p", "copy_engine")
 RECIPES = ("pretrain", "forward", "compare", "bench_attention")
+# what a sweep can look for, and which recipes measure it; names of RUN_DIR/summary.json
+OBJECTIVES = {
+    "validation_loss": ("minimize", ("pretrain",)),
+    "tokens_per_s": ("maximize", ("pretrain", "forward")),
+    "model_tflops_per_rank": ("maximize", ("pretrain", "forward")),
+}
 BYTE_VOCAB_SIZE = 257  # 256 byte values and the document separator
 
 
@@ -230,7 +236,7 @@ class LoggingConfig:
     validate_every_n_steps: int = 0  # 0: only at the end
     wandb: str = "auto"  # auto: online with a login, else offline | online | offline | disabled
     project: str = "ring-attention"
-    group: Optional[str] = None  # of wandb; a sweep sets its own
+    group: Optional[str] = None  # of wandb; a sweep that has none takes sweep-FOLDER
     tags: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -283,6 +289,22 @@ class CompareConfig:
 
 
 @dataclass
+class SweepConfig:
+    """python train.py -m +sweep=NAME: many runs, called trials, and which of them is the best."""
+
+    objective: str = "validation_loss"  # lowest | tokens_per_s | model_tflops_per_rank: highest, fair between lengths
+    sampler: str = "tpe"  # tpe: Optuna's search, which learns from earlier trials | grid: every combination
+    num_trials: int = 20  # of tpe, failed ones too; a grid is as large as it is
+    num_parallel: int = 1  # trials at a time; more than one needs hydra/launcher=submitit_slurm or submitit_local
+
+    def __post_init__(self) -> None:
+        _choice("sweep.objective", self.objective, tuple(OBJECTIVES))
+        _choice("sweep.sampler", self.sampler, ("tpe", "grid"))
+        _at_least("sweep.num_trials", self.num_trials, 1)
+        _at_least("sweep.num_parallel", self.num_parallel, 1)
+
+
+@dataclass
 class Config:
     """A run."""
 
@@ -295,6 +317,7 @@ class Config:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     recipe: str = "pretrain"  # pretrain | forward (no gradients: throughput alone) | compare | bench_attention
     explain: bool = False  # print the resolved plan and stop
     profile: bool = False  # record a torch profiler trace of the profile_steps on every rank

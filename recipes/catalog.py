@@ -75,6 +75,12 @@ METRICS = (
 """Over steps; charts stand in this order."""
 
 CONCLUSIONS = (
+    Metric("validation_loss", "validation loss at the end", "nats/token", "", ("",), only="recipe=pretrain"),
+    Metric("tokens_per_s", "median throughput, all ranks", "tokens/s", "", ("",)),
+    Metric("tokens_per_s_per_rank", "median throughput per rank", "tokens/s", "", ("",)),
+    Metric("tpot_ms", "median TPOT", "ms", "", ("",)),
+    Metric("model_tflops_per_rank", "median model operations per rank", "TFLOP/s", "", ("",)),
+    Metric("mfu_pct", "median model FLOP utilisation", "%", "", ("",), only="a GPU whose peak is known"),
     *(Metric(f"{part}_pct", f"time of a step: {part}", "%", "Communication", ("parts",)) for part in PARTS),
     Metric("exposed_communication_ms", "exposed communication per step", "ms", "Communication", ("parts",)),
 )

@@ -65,5 +65,6 @@ def forward(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
 
     throughput = plan.throughput(statistics.median(step_times_s[1:] or step_times_s))  # the first step warms up
     if reporter:
+        reporter.conclude(throughput.numbers)
         reporter.say("", f"done: {config.num_steps} steps", *reporter.summary(throughput))
     return throughput.tokens_per_s

@@ -96,6 +96,7 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
     if reporter:
         # the first step warms up
         throughput = plan.throughput(statistics.median(step_times_s[1:] or step_times_s))
+        reporter.conclude({"validation_loss": validation_loss, **throughput.numbers})
         reporter.say(
             "",
             f"done: {config.num_steps} steps, loss {losses[0]:.4f} -> {losses[-1]:.4f}, "

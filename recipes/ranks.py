@@ -52,6 +52,20 @@ def adopt_external_ranks() -> bool:
     return True
 
 
+def adopt_submitit_tasks() -> None:
+    """In a job of submitit's with several tasks, under Hydra's launcher for SLURM: each task is a rank of one run.
+
+    A job of one task, which is the default, starts ranks of its own, as on a laptop, one for each GPU that it is given.
+    """
+    if "SUBMITIT_EXECUTOR" not in os.environ:
+        return
+    from submitit import JobEnvironment
+    from submitit.helpers import TorchDistributedEnvironment
+
+    if JobEnvironment().num_tasks > 1:
+        TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+
+
 def _first_host(nodelist: str) -> str:
     """SLURM's node[003-007,9],gpu1 -> node003."""
     first = re.match(r"([^,\[]|\[[^\]]*\])+", nodelist)

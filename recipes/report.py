@@ -67,6 +67,7 @@ class Reporter:
     def __init__(self, plan: Plan, run_dir: Path, console: TextIO) -> None:
         self._plan, self._config, self._run_dir, self._console = plan, plan.config, run_dir, console
         self._started = time.perf_counter()
+        self._conclusions: dict[str, float | None] = {}
 
     def __enter__(self) -> Reporter:
         self._file = (self._run_dir / METRICS_FILE).open("a", encoding="utf-8")
@@ -117,9 +118,13 @@ class Reporter:
         self._wandb.log(known)
 
     def conclude(self, numbers: dict[str, float | None]) -> None:
-        """Numbers of the run as a whole: to RUN_DIR/summary.json and to wandb's summary."""
+        """Numbers of the run as a whole: to RUN_DIR/summary.json, beside earlier ones, and to wandb's summary."""
         known = {name: value for name, value in numbers.items() if value is not None}
-        (self._run_dir / SUMMARY_FILE).write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+        self._conclusions |= {name: value if math.isfinite(value) else None for name, value in known.items()}
+        path = self._run_dir / SUMMARY_FILE
+        new = path.with_suffix(".new")  # whole or not at all: a sweep takes the file for the end of the run
+        new.write_text(json.dumps(self._conclusions, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        new.replace(path)
         self._wandb.summary.update(known)
 
     def step_line(self, step: int, metrics: dict[str, float | None]) -> str:
@@ -138,7 +143,7 @@ class Reporter:
                 f"MFU {mfu}",
                 f"step p50 {value['step_time_p50_s']:.3f} p95 {value['step_time_p95_s']:.3f} s",
                 f"peak {value['peak_memory_gib']:.2f} GiB",
-                f"ETA {_minutes(value['eta_s'] or 0)}",
+                f"ETA {minutes(value['eta_s'] or 0)}",
             ]
         )
 
@@ -167,5 +172,6 @@ class Reporter:
         return lines
 
 
-def _minutes(seconds: float) -> str:
+def minutes(seconds: float) -> str:
+    """Such as 1:05."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

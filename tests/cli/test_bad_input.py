@@ -25,6 +25,20 @@ CASES = {
         "parallelism.ring_degree=3 does not divide the 4 ranks: use one of [1, 2, 4] (parallelism.ring_degree=4) "
         "or another launch.num_ranks",
     ),
+    "an objective that nobody measures": (
+        ["-m", "+sweep=lr_batch", "sweep.objective=accuracy"],
+        "sweep.objective=accuracy is not known: use validation_loss, tokens_per_s, model_tflops_per_rank",
+    ),
+    "a sweep without -m": (
+        ["+sweep=lr_batch", "optimizer.lr=1e-3"],
+        "this is one run, but engine.train_batch_size would be swept: type python train.py -m +sweep=lr_batch "
+        "optimizer.lr=1e-3",
+    ),
+    "trials side by side in one process": (
+        ["-m", "+sweep=lr_batch", "sweep.num_parallel=2"],
+        "sweep.num_parallel=2 needs jobs of their own, and this launcher runs one trial after the other: add "
+        "hydra/launcher=submitit_slurm or hydra/launcher=submitit_local",
+    ),
     "a data set that cannot be reached": (
         ["data=hub", "data.name=nobody/nothing"],
         "data.name=nobody/nothing cannot be opened (",

@@ -197,7 +197,9 @@ def test_forward_passes_alone_have_the_loss_of_training_and_the_parts_of_a_step(
     assert set(first) == measured
     assert set(last) == measured
     summary = json.loads((result.run_dir / "summary.json").read_text())
-    assert set(summary) == {f"parts/{part}_pct" for part in PARTS} | {"parts/exposed_communication_ms"}
+    parts = {f"parts/{part}_pct" for part in PARTS} | {"parts/exposed_communication_ms"}
+    whole = {"tokens_per_s", "tokens_per_s_per_rank", "tpot_ms", "model_tflops_per_rank"}
+    assert set(summary) == parts | whole
     assert sum(summary[f"parts/{part}_pct"] for part in PARTS) == pytest.approx(100)
     assert last["forward/tokens_per_s"] == pytest.approx(2 * 128 / last["forward/step_time_p50_s"])
     assert last["forward/tokens_per_s"] > 0

@@ -1,11 +1,25 @@
-"""`-m`: one run after the other, each with a run dir and a wandb run of its own, all in one wandb group."""
+"""`-m`: one run after the other, each with a run dir and a wandb run of its own, all in one wandb group.
+
+With +sweep=NAME they are trials, which may fail and be interrupted: tests/unit/test_sweep.py has what needs no ranks.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
+import pytest
+import yaml
 from omegaconf import OmegaConf
+from wandb.sdk.launch.sweeps import utils as wandb_agent
+
+from tests.cli.program import REPOSITORY, Finished
 
 ONE_RANK = ["launch.num_ranks=1", "data.sequence_length=64", "data.validation_sequences=1", "num_steps=2"]
 
@@ -48,3 +62,107 @@ def test_a_bad_job_is_told_does_not_stop_the_others_and_fails_the_sweep(program)
     assert "Traceback" not in result.stderr
     assert not (result.run_dir / "0" / "logs").exists()
     assert (result.run_dir / "1" / "metrics.jsonl").exists()
+
+
+TINY = [*ONE_RANK, "breakdown=false"]
+
+
+def kept(result: Finished) -> list[dict[str, Any]]:
+    return json.loads((result.run_dir / "sweep.json").read_text())["trials"]
+
+
+def test_a_sweep_that_was_killed_runs_what_is_missing(program):
+    """In its second trial; the third and the fourth cannot run."""
+    grid = ["sweep.sampler=grid", "parallelism.ring_degree=1,2", "optimizer.lr=1e-3,3e-3"]
+    arguments = ["-m", "+sweep=search", *TINY, *grid]
+    with program.started(*arguments, name="sweep") as sweep:
+        sweep.until(lambda: (sweep.run_dir / "2" / "logs").exists())  # seconds before its first step
+        first = (sweep.run_dir / "1" / "metrics.jsonl").read_bytes()
+        sweep.family()
+        sweep.process.send_signal(signal.SIGKILL)
+        sweep.process.wait()
+        sweep.assert_nothing_is_left()
+    result = program.run(*arguments, name="sweep")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert re.findall(r"^trial (\d)/4 starts", result.stdout, re.MULTILINE) == ["2", "3", "4"]
+    assert (result.run_dir / "1" / "metrics.jsonl").read_bytes() == first
+    assert (result.run_dir / "2.interrupted-1").is_dir()
+    assert [(row["trial"], row["state"]) for row in kept(result)[2:]] == [(3, "failed"), (4, "failed")]
+    best, other = kept(result)[:2]
+    assert best["validation_loss"] < other["validation_loss"]
+    for row in (best, other):
+        run_dir = Path(row["run_dir"])
+        last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+        assert (last["step"], last["validation/loss"]) == (2, row["validation_loss"])
+        assert OmegaConf.load(run_dir / "config.yaml").optimizer.lr == float(row["overrides"]["optimizer.lr"])
+        assert OmegaConf.load(run_dir / "config.yaml").logging.group == "sweep-sweep"
+    reason = "parallelism.ring_degree=2 does not divide the 1 ranks: use one of [1] (parallelism.ring_degree=1)"
+    assert f"trial 3/4 FAILED after 0 s | {reason} or another launch.num_ranks | best" in result.stdout
+    assert f"best: trial {best['trial']}, validation_loss" in result.stdout
+    assert (result.run_dir / "sweep.png").exists()
+
+
+def test_a_sweep_whose_trials_all_fail_fails(program):
+    result = program.run(
+        "-m", "+sweep=search", *TINY, "sweep.sampler=grid", "parallelism.ring_degree=2,3", name="sweep"
+    )
+    assert result.exit_code == 1
+    assert result.stderr == "error: all 2 trials failed\n"
+    assert [row["state"] for row in kept(result)] == ["failed", "failed"]
+    assert not (result.run_dir / "1" / "logs").exists()
+
+
+def test_jobs_of_submitit_with_two_tasks_are_runs_of_two_ranks(program):
+    """Of its local executor: tasks are ranks that join, as those of srun do."""
+    launcher = ["hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=2", "sweep.num_parallel=2"]
+    degrees = ["sweep.sampler=grid", "parallelism.ring_degree=2,3"]
+    result = program.run("-m", "+sweep=search", *TINY[1:], *degrees, *launcher, name="sweep")
+    assert (result.exit_code, result.stderr) == (0, "")
+    done, failed = kept(result)
+    assert (done["trial"], failed["trial"]) == (1, 2)
+    assert failed["error"].startswith("parallelism.ring_degree=3 does not divide the 2 ranks: use one of [1, 2]")
+    assert sorted(path.name for path in (result.run_dir / "1" / "logs").iterdir()) == ["rank_0.log", "rank_1.log"]
+    [log] = [
+        path for path in (result.run_dir / ".submitit").glob("*/*_0_log.out") if "done: 2 steps" in path.read_text()
+    ]
+    assert "ranks  1 data x 2 ring, on CPU" in log.read_text()
+    assert "starting" not in log.read_text()
+
+
+@pytest.mark.parametrize("name", ["lr_batch", "throughput"])
+def test_a_run_that_wandbs_agent_starts_is_one_of_its_sweep(program, name):
+    """The command is put together by the functions that the agent has for it."""
+    definition = yaml.safe_load((REPOSITORY / "wandb_sweeps" / f"{name}.yaml").read_text())
+    parameters = definition["parameters"].items()
+    drawn = {field: {"value": space["values"][0] if "values" in space else space["min"]} for field, space in parameters}
+    variables = {
+        **wandb_agent.create_sweep_command_args({"args": drawn}),
+        "env": ["/usr/bin/env"],
+        "interpreter": ["python"],
+        "program": [definition["program"]],
+    }
+    parts = wandb_agent.create_sweep_command(definition["command"])
+    env, interpreter, script, *arguments = [
+        word for part in parts for word in (variables[part[2:-1]] if part.startswith("${") else [part])
+    ]
+    assert script == "train.py"
+    (program.folder / "config-run7.yaml").write_text(yaml.safe_dump({"wandb_version": 1, **drawn}))
+    environment = {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "WANDB_MODE": "offline",
+        "WANDB_SWEEP_ID": "sweep3",
+        "WANDB_RUN_ID": "run7",
+        "WANDB_SWEEP_PARAM_PATH": str(program.folder / "config-run7.yaml"),
+    }
+    small = [*ONE_RANK, "data.sequence_length=64", "engine.train_batch_size=2"]
+    result = program.run(*arguments, *small, launcher=[env, interpreter], **environment)
+    assert (result.exit_code, result.stderr) == (0, "")
+    config = OmegaConf.load(result.run_dir / "config.yaml")
+    first = next(iter(drawn))
+    assert OmegaConf.select(config, first) == drawn[first]["value"]
+    [run] = (result.run_dir / "wandb").glob("offline-run-*-run7")
+    leet = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--summary", "--json", str(run)]
+    shown = subprocess.run(leet, env=program.environment(), capture_output=True, text=True, check=True).stdout
+    inspected = json.loads(shown)
+    assert isinstance(inspected["summary"][definition["metric"]["name"]], float)
+    assert inspected["config"][first] == drawn[first]["value"]

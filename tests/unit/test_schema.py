@@ -52,7 +52,13 @@ MISTAKES = [
     ("optimizer.lr=1e-3,3e-3", "optimizer.lr=1e-3,3e-3 has several values: for a sweep type python train.py -m, for a list optimizer.lr=[1e-3,3e-3]"),
     ("num_steps=${steps}", "num_steps: Interpolation key 'steps' not found"),
     ("num_steps", "num_steps is not of the form field=value (missing EQUAL at '<EOF>'): quote what the shell or Hydra takes apart, such as data.files='[a.txt,b.txt]'"),
+    ("+sweep=lr", "+sweep=lr is not known: use +sweep=kernels, +sweep=lr_batch, +sweep=search, +sweep=throughput"),
+    ("sweep=lr_batch", "sweep has no default to replace: write +sweep=OPTION"),
     # one field
+    ("sweep.objective=loss", "sweep.objective=loss is not known: use validation_loss, tokens_per_s, model_tflops_per_rank"),
+    ("sweep.sampler=random", "sweep.sampler=random is not known: use tpe, grid"),
+    ("sweep.num_trials=0", "sweep.num_trials=0 must be at least 1"),
+    ("sweep.num_parallel=0", "sweep.num_parallel=0 must be at least 1"),
     ("model.mlp=relu", "model.mlp=relu is not known: use swiglu, gelu"),
     ("model.norm=batchnorm", "model.norm=batchnorm is not known: use rmsnorm, layernorm"),
     ("model.num_layers=0", "model.num_layers=0 must be at least 1"),
@@ -207,7 +213,7 @@ def test_an_experiment_chooses_groups_and_sets_none_of_their_fields(path):
 @pytest.mark.parametrize("path", sorted(CONF.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_option_composes(path):
     group, option = path.parent.name, path.stem
-    plus = "+" if group in ("experiment", "debug") else ""
+    plus = "+" if group in ("experiment", "debug", "sweep") else ""
     extra = {"text_files": ["data.files=train.py"], "hub": ["data.name=owner/name"]}.get(option, [])
     config = compose(f"{plus}{group}={option}", *extra)
     assert group != "model" or config.model.name == option

@@ -1,0 +1,300 @@
+"""Sweeps with jobs that only pretend to run: what is tried, what a failure and an interruption leave, what is shown."""
+
+# ruff: noqa: E501 - a message is one line here, as it is on the console
+
+from __future__ import annotations
+
+import csv
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+from filelock import FileLock
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep
+from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import OmegaConf
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+
+from conf.schema import BLOCKS, ConfigError, SweepConfig
+from recipes.ranks import RunFailed
+from recipes.search_space import read_space
+from recipes.sweep import one_line, run_sweep
+from ring_attention.exchange import TRANSPORTS
+from tests.unit.test_schema import CONF, compose
+
+GRID = ["+sweep=search", "sweep.sampler=grid", "optimizer.lr=1e-3,2e-3", "model.num_layers=range(1,3)"]
+SEARCH = ["+sweep=search", "optimizer.lr=tag(log,interval(1e-4,1e-2))", "sweep.num_trials=4"]
+
+
+@dataclass
+class Jobs:
+    """In place of Hydra's launcher; `result` is what a run measures, by its learning rate and layers, or raises."""
+
+    folder: Path
+    result: Callable[[float, int], float] = lambda lr, layers: lr * 1e3 + layers
+    started: list[dict[str, str]] = field(default_factory=list)
+    objective: str = "validation_loss"
+
+    def run(self, overrides: list[str], number: int) -> JobReturn:
+        typed = dict(override.split("=", 1) for override in overrides)
+        assert typed["hydra.sweep.subdir"] == str(number)
+        self.started.append(typed)
+        run_dir = self.folder / str(number)
+        run_dir.mkdir()
+        (run_dir / "metrics.jsonl").write_text("{}\n")
+        try:
+            value = self.result(float(typed.get("optimizer.lr", 0)), int(typed.get("model.num_layers", 0)))
+        except ConfigError as error:
+            return JobReturn(status=JobStatus.FAILED, _return_value=error)
+        summary = {
+            self.objective: value if value == value else None,
+            "tokens_per_s": 1000 * value,
+            "parts/gemm_pct": 5.0,
+        }
+        (run_dir / "summary.json").write_text(json.dumps({n: v for n, v in summary.items() if v == v}))
+        return JobReturn(status=JobStatus.COMPLETED, _return_value=None)
+
+    def sweep(self, *typed: str) -> dict[str, Any]:
+        """What the sweep leaves in sweep.json."""
+        arguments = [*typed, f"hydra.sweep.dir={self.folder}"]
+        overrides = OverridesParser.create().parse_overrides([text for text in typed if not text.startswith("hydra.")])
+        common = [text for text, parsed in zip(typed, overrides, strict=True) if not parsed.is_sweep_override()]
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            master = hydra.compose("config", [*common, arguments[-1]], return_hydra_config=True)
+        settings = OmegaConf.to_object(master.sweep)
+        assert isinstance(settings, SweepConfig)
+        run_sweep(master, settings, overrides, self.run)
+        return json.loads((self.folder / "sweep.json").read_text())
+
+
+@pytest.fixture
+def jobs(tmp_path) -> Jobs:
+    return Jobs(tmp_path / "lr sweep")
+
+
+def test_a_grid_runs_in_hydras_order_and_ends_with_the_best_first(jobs, capsys):
+    kept = jobs.sweep(*GRID, "+experiment=ra_sp")
+    tried = [(job["optimizer.lr"], job["model.num_layers"]) for job in jobs.started]
+    assert tried == [("0.001", "1"), ("0.001", "2"), ("0.002", "1"), ("0.002", "2")]
+    assert all(job["+experiment"] == "ra_sp" and job["+sweep"] == "search" for job in jobs.started)
+    assert [row["trial"] for row in kept["trials"]] == [1, 2, 3, 4]
+    assert [row["validation_loss"] for row in kept["trials"]] == [2, 3, 3, 4]
+    assert kept["trials"][0]["overrides"] == {"optimizer.lr": 0.001, "model.num_layers": 1}
+    assert kept["trials"][0]["tokens_per_s"] == 2000
+    assert "parts/gemm_pct" not in kept["trials"][0]
+    with (jobs.folder / "sweep.csv").open() as file:
+        assert [row["optimizer.lr"] for row in csv.DictReader(file)] == ["0.001", "0.001", "0.002", "0.002"]
+    assert (jobs.folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert "model.num_layers" in (jobs.folder / "sweep.svg").read_text()
+    shown = capsys.readouterr().out
+    assert "trial 3/4 starts | optimizer.lr=0.002 model.num_layers=1\n" in shown
+    assert "| validation_loss 3 | 3,000 tok/s | best 2 (trial 1) | 3 of 4 done, ETA 0:00\n" in shown
+    assert "python train.py +sweep=search +experiment=ra_sp optimizer.lr=0.001 model.num_layers=1\n" in shown
+    assert f"best: trial 1, validation_loss 2; its run: {jobs.folder / '1'}\n" in shown
+
+
+def test_a_failed_trial_is_reported_and_the_sweep_goes_on(jobs, capsys):
+    def result(lr: float, layers: int) -> float:
+        if (lr, layers) == (1e-3, 1):
+            raise ConfigError("one layer is too few: use two\nor three")
+        if (lr, layers) == (1e-3, 2):
+            raise RuntimeError("job lost")
+        return float("nan") if layers == 1 else 1.5
+
+    jobs.result = result
+    kept = jobs.sweep(*GRID)
+    assert [(row["trial"], row["state"]) for row in kept["trials"]] == [
+        (4, "done"),
+        *((n, "failed") for n in (1, 2, 3)),
+    ]
+    errors = [row.get("error") for row in kept["trials"]]
+    assert kept["trials"][1]["error_in_full"] == "one layer is too few: use two\nor three"
+    nan = "validation_loss is not a finite number"
+    assert errors == [None, "one layer is too few: use two", "RuntimeError: job lost", nan]
+    shown, told = capsys.readouterr()
+    assert "FAILED after 0 s | one layer is too few: use two | no best | 1 of 4 done, ETA 0:00\n" in shown
+    assert "failed: RuntimeError: job lost\n" in shown
+    assert told.startswith("Traceback")  # of what nobody expected alone
+    assert "too few" not in told
+
+
+def test_if_all_trials_fail_so_does_the_sweep(jobs, capsys):
+    jobs.objective = "something_else"
+    with pytest.raises(RunFailed, match=r"^all 4 trials failed: validation_loss is not measured$"):
+        jobs.sweep(*GRID)
+    assert "trial  optimizer.lr  model.num_layers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("typed", [GRID, SEARCH], ids=["grid", "search"])
+def test_an_interrupted_sweep_runs_what_is_missing(jobs, capsys, typed):
+    def interrupted_in_the_third(lr: float, layers: int) -> float:
+        if len(jobs.started) == 3:
+            raise KeyboardInterrupt
+        return lr
+
+    jobs.result = interrupted_in_the_third
+    with pytest.raises(KeyboardInterrupt):
+        jobs.sweep(*typed)
+    assert f"the same command with hydra.sweep.dir='{jobs.folder}' runs what is missing" in capsys.readouterr().out
+    kept = jobs.sweep(*typed)
+    assert [job["hydra.sweep.subdir"] for job in jobs.started] == ["1", "2", "3", "3", "4"]
+    settings = [tuple(job.get(name) for name in ("optimizer.lr", "model.num_layers")) for job in jobs.started]
+    assert settings[2] == settings[3]
+    assert len(set(settings)) == 4  # none is tried twice
+    assert [row["state"] for row in kept["trials"]] == ["done"] * 4
+    assert [path.name for path in (jobs.folder / "3.interrupted-1").iterdir()] == ["metrics.jsonl"]
+    assert "going on: 3 interrupted\n" in capsys.readouterr().out
+    jobs.sweep(*typed)
+    assert len(jobs.started) == 5
+    if typed is SEARCH:  # more trials of the same are no other sweep
+        jobs.sweep(*typed, "sweep.num_trials=6")
+        assert [job["hydra.sweep.subdir"] for job in jobs.started[5:]] == ["5", "6"]
+
+
+def test_a_job_that_ended_well_while_nobody_watched_is_not_run_again(jobs):
+    """As a job of SLURM's does when its sweep has been killed."""
+
+    def killed_after_the_second(lr: float, layers: int) -> float:
+        if len(jobs.started) == 2:
+            (jobs.folder / "2" / "summary.json").write_text('{"validation_loss": 0.25}')
+            raise KeyboardInterrupt
+        return 1.0
+
+    jobs.result = killed_after_the_second
+    with pytest.raises(KeyboardInterrupt):
+        jobs.sweep(*GRID)
+    kept = jobs.sweep(*GRID)
+    assert len(jobs.started) == 4
+    assert (kept["trials"][0]["trial"], kept["trials"][0]["validation_loss"]) == (2, 0.25)
+
+
+def test_another_sweep_in_the_folder_is_refused(jobs):
+    jobs.sweep(*GRID)
+    for changed, differing in (
+        ("optimizer.lr=1e-3,5e-3", "optimizer.lr was 1e-3,2e-3 and is 1e-3,5e-3"),
+        ("sweep.objective=tokens_per_s", "sweep.objective was validation_loss and is tokens_per_s"),
+        ("num_steps=7", "num_steps was 300 and is 7"),
+        ("attention=ring,ulysses", "attention was not set and is ring,ulysses"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            jobs.sweep(*GRID, changed)
+        assert str(caught.value) == f"{jobs.folder} holds another sweep: {differing}: use another hydra.sweep.dir"
+    with (
+        FileLock(jobs.folder / "sweep.lock"),
+        pytest.raises(ConfigError, match=r"^a sweep is running in .*: wait for it"),
+    ):
+        jobs.sweep(*GRID)
+    assert len(jobs.started) == 4
+
+
+def test_the_highest_is_the_best_of_a_speed(jobs):
+    jobs.objective = "tokens_per_s"
+    kept = jobs.sweep(*SEARCH, "sweep.objective=tokens_per_s", "sweep.num_trials=15", "recipe=forward")
+    rates = [float(row["overrides"]["optimizer.lr"]) for row in kept["trials"]]
+    assert rates == sorted(rates, reverse=True)
+    assert all(1e-4 <= rate <= 1e-2 for rate in rates)
+    assert len(set(rates)) == 15
+    assert sum(rate > 1e-3 for rate in rates) > 9  # of chance half; Optuna learns
+
+
+def test_trials_run_side_by_side_if_asked(jobs):
+    both = threading.Barrier(2, timeout=20)  # breaks unless two wait at once
+
+    def result(lr: float, layers: int) -> float:
+        both.wait()
+        return lr
+
+    jobs.result = result
+    kept = jobs.sweep(*GRID, "sweep.num_parallel=2")
+    assert [row["state"] for row in kept["trials"]] == ["done"] * 4
+
+
+def test_explain_starts_nothing(jobs, capsys):
+    with pytest.raises(FileNotFoundError):
+        jobs.sweep(*GRID, "explain=true")
+    assert "sweep of 4 trials, every combination; the lowest validation_loss is the best\n" in capsys.readouterr().out
+    assert not jobs.folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        (["+sweep=search"], "nothing is swept: give a field several values, such as 'optimizer.lr=tag("),
+        ([*SEARCH, "sweep.sampler=grid"], "optimizer.lr=tag(log,interval(1e-4,1e-2)) has no end of values, so it cannot"),
+        ([*SEARCH, "recipe=forward"], "recipe=forward has no validation_loss for a sweep to look for: use sweep.objective=tokens_per_s"),
+        ([*SEARCH, "recipe=compare"], "recipe=compare has no validation_loss for a sweep to look for: use recipe=pretrain"),
+        (["+sweep=search", "optimizer.lr=interval(2,1)"], "optimizer.lr=interval(2,1) must rise"),
+        (["+sweep=search", "optimizer.lr=tag(log,interval(0,1))"], "optimizer.lr=tag(log,interval(0,1)) must rise, from above 0"),
+        (["+sweep=search", "num_steps=range(3,3)"], "num_steps=range(3,3) has no values: give at least one"),
+    ],
+)  # fmt: skip
+def test_a_sweep_that_cannot_run_is_refused_before_any_trial(jobs, typed, message):
+    with pytest.raises(ConfigError) as caught:
+        jobs.sweep(*typed)
+    assert str(caught.value).startswith(message)
+    assert not jobs.folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("typed", "distribution"),
+    [
+        ("attention=ring,ulysses", CategoricalDistribution(["ring", "ulysses"])),
+        ("optimizer.lr=choice(1e-3,3e-3)", CategoricalDistribution([0.001, 0.003])),
+        ("num_steps=range(10,50,10)", IntDistribution(10, 40, step=10)),
+        ("optimizer.lr=range(0.25,1,0.25)", FloatDistribution(0.25, 0.75, step=0.25)),
+        ("num_steps=int(interval(1,8))", IntDistribution(1, 8)),
+        ("num_steps=tag(log,int(interval(1,64)))", IntDistribution(1, 64, log=True)),
+        ("optimizer.lr=tag(log,interval(1e-4,1e-2))", FloatDistribution(1e-4, 1e-2, log=True)),
+    ],
+)
+def test_hydras_grammar_is_optunas_distribution(typed: str, distribution: BaseDistribution):
+    name = typed.partition("=")[0]
+    overrides = OverridesParser.create().parse_overrides([f"{name}=0,1", typed, "seed=3"])  # the last of a field counts
+    space = read_space(overrides, "tpe")
+    assert space.swept == {name: distribution}
+    assert space.overrides({name: "value"}) == ["seed=3", f"{name}=value"]
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ConfigError("a=1 is wrong: use 2"), "a=1 is wrong: use 2"),
+        (
+            RunFailed('rank 1 failed:\nTraceback (most recent call last):\n  File "x"\n    f()\nValueError: no\nthe other ranks were ended; its log: y'),
+            "rank 1 failed: ValueError: no",
+        ),
+        (RunFailed("rank 0 ran out of memory\nCUDA out of memory. Tried\n   ranks  1"), "rank 0 ran out of memory"),
+        (RunFailed("rank 0 was ended by SIGKILL\nthe other ranks were ended; its log: y"), "rank 0 was ended by SIGKILL"),
+        (RuntimeError("Job (task=0) failed with trace:\n-----\nTraceback (most recent call last):\nKeyError: 'x'\n\nYou can check"), "Job (task=0) failed with trace: KeyError: 'x'"),
+        (KeyError(), "KeyError"),
+    ],
+)  # fmt: skip
+def test_the_reason_of_a_failure_is_one_line(error: Exception, line: str):
+    assert one_line(error) == line
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "sweep").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_ready_sweep_has_values_that_are_legal_alone(path):
+    """Which of them go together on so many ranks is for the trials to say."""
+    params = OmegaConf.select(OmegaConf.load(path), "hydra.sweeper.params", default={})
+    for name, values in params.items():
+        [override] = OverridesParser.create().parse_overrides([f"{name}={values}"])
+        swept = override.value()
+        for value in [swept.start] if isinstance(swept, IntervalSweep) else override.sweep_string_iterator():
+            config = compose(f"+sweep={path.stem}", f"{name}={value}")
+            assert config.sweep.sampler == ("grid" if path.stem in ("throughput", "kernels") else "tpe")
+    assert f"+sweep={path.stem}" in path.read_text().splitlines()[1]
+
+
+def test_the_sweep_of_kernels_has_all_kernels_and_transports():
+    params = OmegaConf.load(CONF / "sweep" / "kernels.yaml").hydra.sweeper.params
+    assert params == {
+        "attention.block": f"choice({', '.join(BLOCKS)})",
+        "attention.transport": f"choice({', '.join(TRANSPORTS)})",
+    }
