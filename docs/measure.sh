@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# What docs/results is measured with, on a host with GPUs: docs/measure.sh OUT STAGE...
+#
+# Each stage has its time limit, says its last lines, and leaves JSON in OUT. A comparison that was cut off goes on where it was.
+#
+#   tests      kernels, sums, ring and transports on these GPUs           bench      attention alone at 16k, 64k and 128k tokens
+#   cells      the parity table, all cells for as many ranks              simulated  one rank of larger rings, on one GPU
+#   forward    the paper's table, forward passes, both workloads          blocks     each block kernel's speed, on one GPU
+#   training   the same, training                                         ceilings   matrix products and attention alone
+#   pipeline   its rows of PP=2                                           copies     RA+SP with both transports, in turns
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=$(realpath "$1"); shift
+mkdir -p "$out/runs"
+export WANDB_MODE=offline OMP_NUM_THREADS=4 NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1
+
+limited() { # limited SECONDS LINES NAME COMMAND...
+  local seconds=$1 lines=$2 name=$3 started=$SECONDS; shift 3
+  timeout -k 5 "$seconds" "$@" > "$out/$name.log" 2>&1
+  echo "== $name: exit $?, $((SECONDS - started)) s"
+  tail -n "$lines" "$out/$name.log" | cut -c1-200
+}
+compare() { # compare SECONDS NAME OVERRIDES...
+  local seconds=$1 name=$2; shift 2
+  limited "$seconds" 14 "$name" python3 train.py recipe=compare +experiment=paper_table compare.steps_per_round=1 \
+    hydra.run.dir="$out/runs/$name" "$@"
+  cp "$out/runs/$name/comparison.json" "$out/$name.json" 2> /dev/null
+}
+bench() { # bench SECONDS NAME LENGTH OVERRIDES...
+  local seconds=$1 name=$2 length=$3; shift 3
+  limited "$seconds" 14 "$name" python3 train.py recipe=bench_attention model=llama_8b model.num_kv_heads=32 \
+    data.sequence_length="$length" hydra.run.dir="$out/runs/$name" "$@"
+  cp "$out/runs/$name/bench_attention.json" "$out/$name.json" 2> /dev/null
+}
+
+for stage in "$@"; do
+  case $stage in
+    tests)
+      limited 60 4 test_merge python3 -m pytest -q -p no:cacheprovider tests/gpu/test_merge.py
+      limited 240 12 test_ring python3 -m pytest -q -x -p no:cacheprovider tests/gpu/test_ring.py -k "whole_attention or copies or drift or stalled"
+      limited 60 6 test_watch python3 -m pytest -q -p no:cacheprovider tests/gpu/test_watch.py ;;
+    cells) limited 540 6 parity python3 -m tests.distributed.parity --json "$out/parity.json" ;;
+    forward)
+      compare 420 forward_10k compare.micro_batch_sizes=[1,2]
+      compare 420 forward_100k workload=paper_100k compare.rounds=3 ;;
+    training)
+      compare 420 training_10k compare.recipe=pretrain compare.micro_batch_sizes=[1,2]
+      compare 420 training_100k compare.recipe=pretrain workload=paper_100k compare.rounds=2 ;;
+    pipeline)
+      compare 100 forward_100k_pp workload=paper_100k compare.only=[pp] compare.baseline=pp compare.rounds=2 breakdown=false
+      compare 170 training_100k_pp compare.recipe=pretrain workload=paper_100k compare.only=[pp] compare.baseline=pp compare.rounds=2 breakdown=false
+      compare 130 training_10k_pp compare.recipe=pretrain compare.only=[pp] compare.baseline=pp compare.micro_batch_sizes=[1,2] compare.rounds=2 breakdown=false ;;
+    copies)
+      for workload in paper_10k paper_100k; do
+        compare 150 "copies_$workload" workload=$workload compare.only=[ra_sp,ra_copies,dp] compare.baseline=dp compare.rounds=2 \
+          "+compare.entries.ra_copies=['+experiment=ra_sp','attention.transport=copy_engine']"
+      done ;;
+    bench)
+      bench 120 attention_16k 16384 compare.rounds=5
+      bench 120 attention_64k 65536
+      bench 150 attention_128k 131072 ;;
+    simulated) CUDA_VISIBLE_DEVICES=0 bench 150 simulated_64k 65536 launch.num_ranks=1 ;;
+    blocks) CUDA_VISIBLE_DEVICES=0 limited 300 22 blocks python3 -m tests.block_speeds --json "$out/block_speeds.json" ;;
+    ceilings)
+      limited 60 8 ceilings_10k python3 -m tests.ceilings --model paper_10k --dtype fp16 --length 10000 --json "$out/ceilings_10k.json"
+      limited 60 8 ceilings_100k python3 -m tests.ceilings --model paper_100k --length 100000 --json "$out/ceilings_100k.json" ;;
+    *) echo "unknown stage $stage"; exit 2 ;;
+  esac
+done
