@@ -271,6 +271,7 @@ class CompareConfig:
     micro_batch_sizes: list[int] = field(default_factory=lambda: [1])  # tried first; each entry keeps its fastest
     fit: bool = False  # cut the batch to step_time_s per step, and on the CPU everything; the cuts are named
     step_time_s: float = 4.0  # by arithmetic
+    parts_alone: bool = False  # also, in each round, what matrix products and attention alone allow on these ranks
     plot: str = "bars"  # bars | scaling: throughput over the number of ranks
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@
 #   forward    the paper's table, forward passes, both workloads          blocks     each block kernel's speed, on one GPU
 #   training   the same, training                                         ceilings   matrix products and attention alone
 #   pipeline   its rows of PP=2                                           copies     RA+SP with both transports, in turns
+#   step       training at L = 131,072 beside its parts
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(realpath "$1"); shift
@@ -61,9 +62,12 @@ for stage in "$@"; do
       bench 150 attention_128k 131072 ;;
     simulated) CUDA_VISIBLE_DEVICES=0 bench 150 simulated_64k 65536 launch.num_ranks=1 ;;
     blocks) CUDA_VISIBLE_DEVICES=0 limited 300 22 blocks python3 -m tests.block_speeds --json "$out/block_speeds.json" ;;
+    step)
+      limited 420 16 step python3 train.py recipe=compare +experiment=bench_step compare.steps_per_round=1 hydra.run.dir="$out/runs/step"
+      cp "$out/runs/step/comparison.json" "$out/step.json" ;;
     ceilings)
-      limited 60 8 ceilings_10k python3 -m tests.ceilings --model paper_10k --dtype fp16 --length 10000 --json "$out/ceilings_10k.json"
-      limited 60 8 ceilings_100k python3 -m tests.ceilings --model paper_100k --length 100000 --json "$out/ceilings_100k.json" ;;
+      limited 60 8 ceilings_10k python3 -m recipes.ceilings --model paper_10k --dtype fp16 --length 10000 --json "$out/ceilings_10k.json"
+      limited 60 8 ceilings_100k python3 -m recipes.ceilings --model paper_100k --length 100000 --json "$out/ceilings_100k.json" ;;
     *) echo "unknown stage $stage"; exit 2 ;;
   esac
 done

@@ -32,7 +32,7 @@ from recipes import comparison, fit, launch
 from recipes.out_of_memory import out_of_memory_explained
 from recipes.plan import Plan
 from recipes.ranks import RunFailed, ranks_are_started
-from recipes.turns import TURN_FILE, Turn, append_result, next_turn, read_results, settings_of
+from recipes.turns import PARTS_ALONE, TURN_FILE, Turn, append_result, next_turn, read_results, settings_of
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,10 @@ class Turns:
                 keep({"error": str(error)})
             else:
                 with out_of_memory_explained(plan, run_dir, compares=True):
-                    self._measure(turn, plan, groups, keep, console)
+                    if turn.entry == PARTS_ALONE:
+                        keep(_parts_alone(plan))
+                    else:
+                        self._measure(turn, plan, groups, keep, console)
             if is_first:
                 (run_dir / TURN_FILE).unlink()
 
@@ -127,18 +130,11 @@ class Turns:
         times_s = clock.take()
         peak_gib = engine.max_over_ranks(metrics.peak_memory_gib())
         result = {
-            "step_times_s": times_s,
-            **plan.throughput(statistics.median(times_s)).numbers,
-            "tokens_per_step": plan.tokens_per_step,
-            "sequence_length": plan.config.data.sequence_length,
+            **_result(plan, times_s),
             # on the CPU, of the process: entries share it
             "peak_memory_gib": peak_gib if torch.cuda.is_available() else None,
             "losses": [loss.item() if loss.isfinite() else None for loss in losses],  # JSON has no nan
-            "sequences_per_step": plan.sequences_per_step,
             "degrees": plan.degrees._asdict(),
-            "block": plan.block_choice()[0],
-            "device": plan.device_name,
-            "num_ranks": plan.num_ranks,
         }
         keep(result)
         if self.config.breakdown and turn.round == compare.rounds:
@@ -149,6 +145,31 @@ class Turns:
         engine.close()
         del engine
         metrics.restart_peak_memory()  # the next turn builds its model before it does this
+
+
+def _result(plan: Plan, step_times_s: list[float]) -> dict[str, Any]:
+    """What all turns have."""
+    return {
+        "step_times_s": step_times_s,
+        **plan.throughput(statistics.median(step_times_s)).numbers,
+        "tokens_per_step": plan.tokens_per_step,
+        "sequence_length": plan.config.data.sequence_length,
+        "sequences_per_step": plan.sequences_per_step,
+        "block": plan.block_choice()[0],
+        "device": plan.device_name,
+        "num_ranks": plan.num_ranks,
+    }
+
+
+def _parts_alone(plan: Plan) -> dict[str, Any]:
+    """A turn without a model: each rank by itself computes a layer's parts, all at once; the slowest counts."""
+    from recipes.ceilings import seconds_of_a_sequence
+    from recipes.engine import max_over_ranks
+
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    sequence_s = max_over_ranks(seconds_of_a_sequence(plan, str(device.type)), device)
+    step_time_s = plan.sequences_per_step * sequence_s / plan.num_ranks
+    return {**_result(plan, [step_time_s]), "peak_memory_gib": None, "losses": [None], "degrees": {}}
 
 
 def compare(config: Config, entries: dict[str, Config], run_dir: Path) -> None:
@@ -174,6 +195,8 @@ def compare(config: Config, entries: dict[str, Config], run_dir: Path) -> None:
         return
     for entry, _ in chosen.values():
         launch.check_corpus(entry)
+    if config.compare.parts_alone:
+        chosen[PARTS_ALONE] = parts_alone_of(chosen)
     results = read_results(run_dir)
     for row in results:
         if row["entry"] not in chosen or row["settings"] != settings_of(chosen[row["entry"]][0]):
@@ -228,6 +251,24 @@ def _note_failure(run_dir: Path, error: str) -> dict[str, Any] | None:
     append_result(run_dir, row)
     turn_file.unlink()
     return row
+
+
+def parts_alone_of(chosen: dict[str, tuple[Config, int]]) -> tuple[Config, int]:
+    """What `_parts_alone` needs to know.
+
+    Raises:
+        ConfigError: if entries differ in what it stands beside.
+    """
+    kinds = {(repr(entry.model), entry.data.sequence_length, ranks) for entry, ranks in chosen.values()}
+    if len(kinds) > 1:
+        raise ConfigError(
+            "compare.parts_alone=true stands beside entries of one model, one length and one number of ranks, which "
+            "these are not: leave it out, or name such entries in compare.only"
+        )
+    first, num_ranks = next(iter(chosen.values()))
+    entry = copy.deepcopy(first)
+    entry.compare.micro_batch_sizes = [entry.engine.micro_batch_size]
+    return entry, num_ranks
 
 
 def _sizes(entry: Config, num_ranks: int) -> list[int]:

@@ -14,9 +14,15 @@ from conf.schema import Config
 from recipes.catalog import PARTS
 from recipes.report import how_to_look_at_wandb, start_wandb
 from recipes.runs import COMPARISON_FILE
+from recipes.turns import PARTS_ALONE
 
 CPU_WARNING = (
     "ON THE CPU, where ranks share cores and memory: these ratios say nothing of GPUs, nor of the paper's result."
+)
+
+PARTS_NOTE = (
+    f"{PARTS_ALONE}: a layer's matrix products and attention on each rank by itself, over and over; of parts: the\n"
+    "share of that speed, which no method with these kernels exceeds."
 )
 
 LOGGED = ("tokens_per_s", "tokens_per_s_per_rank", "tpot_ms", "change_pct", "mfu_pct", "peak_memory_gib")
@@ -69,7 +75,8 @@ def summarize(results: list[dict[str, Any]], entries: list[str], baseline: str) 
         rows.append(
             {
                 "entry": entry,
-                "grid": " x ".join(f"{n} {name}" for name, n in last["degrees"].items() if n > 1) or "1 rank",
+                "grid": " x ".join(f"{n} {name}" for name, n in last["degrees"].items() if n > 1)
+                or ("each rank alone" if entry == PARTS_ALONE else "1 rank"),
                 "num_ranks": last["num_ranks"],
                 "micro_batch_size": size,
                 "sequences_per_step": last["sequences_per_step"],
@@ -94,9 +101,11 @@ def summarize(results: list[dict[str, Any]], entries: list[str], baseline: str) 
             }
         )
     base = next((row["tokens_per_s"] for row in rows if row["entry"] == baseline and "error" not in row), None)
+    alone = next((row["tokens_per_s"] for row in rows if row["entry"] == PARTS_ALONE and "error" not in row), None)
     for row in rows:
         if "error" not in row:
             row["change_pct"] = None if base is None else 100 * (row["tokens_per_s"] / base - 1)
+            row["of_parts_pct"] = None if alone is None else 100 * row["tokens_per_s"] / alone
     return rows
 
 
@@ -118,6 +127,7 @@ def table(rows: list[dict[str, Any]], baseline: str) -> list[str]:
         ("TPS/rank", [f"{row['tokens_per_s_per_rank']:,.0f}" for row in measured]),
         ("TPOT ms", [f"{row['tpot_ms']:.4f}" for row in measured]),
         (f"vs {baseline}", [_or_na(row["change_pct"], "{:+.1f} %") for row in measured]),
+        ("of parts", [_or_na(row["of_parts_pct"], "{:.1f} %") for row in measured]),
         ("TFLOP/s/rank", [f"{row['model_tflops_per_rank']:.3g}" for row in measured]),
         ("MFU", [_or_na(row["mfu_pct"], "{:.1f} %") for row in measured]),
         ("peak GiB", [_or_na(row["peak_memory_gib"], "{:.1f}") for row in measured]),
@@ -193,6 +203,7 @@ def report(
         "at one batch only. micro: sequences per micro-batch. exposed: communication that nothing hides; where ranks",
         "share sequences, what a step takes longer than one whose messages stay on their rank, else, and as exchange",
         "above, when communication runs and nothing else does.",
+        *([PARTS_NOTE] if any(row["entry"] == PARTS_ALONE for row in rows) else []),
         *(f"block kernel {block}: {', '.join(names)}" for block, names in kernels.items()),
         *([f"!!! {CPU_WARNING}"] if on_cpu else []),
         sep="\n",

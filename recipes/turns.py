@@ -16,6 +16,7 @@ from conf.schema import Config
 from recipes.runs import RESULTS_FILE
 
 TURN_FILE = "turn.json"  # the turn that is under way
+PARTS_ALONE = "parts alone"  # not an entry that anybody configures: what `ceilings` measures
 
 
 @dataclass(frozen=True)

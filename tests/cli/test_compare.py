@@ -206,3 +206,16 @@ def test_forward_passes_alone_have_the_loss_of_training_and_the_parts_of_a_step(
     # the same model, seed and batch, on a ring and on tensor ranks
     assert first["forward/loss"] == pytest.approx(trained.metrics[0]["train/loss"], rel=1e-5)
     assert last["forward/loss"] != first["forward/loss"]  # of another batch
+
+
+def test_methods_stand_beside_what_their_parts_alone_allow(place):
+    ring = "+compare.entries.ring=['+experiment=ra_sp']"
+    settings = ["compare.parts_alone=true", "compare.rounds=1", "compare.recipe=pretrain", "breakdown=false"]
+    run = place.run("recipe=compare", "~compare", ring, *settings, *SAME, name="parts_alone")
+    assert (run.exit_code, run.stderr) == (0, "")
+    ring, alone = json.loads((run.run_dir / "comparison.json").read_text())["rows"]
+    assert (ring["entry"], alone["entry"], alone["grid"]) == ("ring", "parts alone", "each rank alone")
+    assert ring["of_parts_pct"] == pytest.approx(100 * ring["tokens_per_s"] / alone["tokens_per_s"])
+    assert alone["of_parts_pct"] == 100
+    assert 0 < ring["tokens_per_s"] < alone["tokens_per_s"]
+    assert "parts alone  each rank alone" in run.stdout

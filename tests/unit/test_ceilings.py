@@ -1,10 +1,10 @@
-"""The parts whose speed `python -m tests.ceilings` measures are all that a layer's operations are counted for."""
+"""The parts whose speed `python -m recipes.ceilings` measures are all that a layer's operations are counted for."""
 
 import pytest
 
 from conf.schema import ModelConfig
+from recipes.ceilings import ceilings
 from recipes.plan import forward_flops_per_token
-from tests.ceilings import ceilings
 
 LENGTH = 48
 

@@ -16,9 +16,21 @@ from conf.degrees import resolve_degrees
 from conf.schema import CompareConfig, Config, ConfigError, Degrees
 from recipes import comparison, fit
 from recipes.catalog import PARTS
-from recipes.compare import Turns, choose
+from recipes.compare import Turns, choose, parts_alone_of
+from recipes.turns import PARTS_ALONE
 from tests.unit.test_schema import compose
 from tests.unit.test_turns import done, failed
+
+
+def test_the_parts_alone_stand_beside_entries_of_one_model_length_and_number_of_ranks():
+    a, b = Config(), Config()
+    b.compare.micro_batch_sizes = [1, 2]
+    entry, num_ranks = parts_alone_of({"b": (b, 2), "a": (a, 2)})
+    assert (entry.compare.micro_batch_sizes, num_ranks, b.compare.micro_batch_sizes) == ([1], 2, [1, 2])
+    b.data.sequence_length = 7
+    for others in ({"a": (a, 2), "b": (b, 2)}, {"a": (a, 2), "b": (Config(), 4)}):
+        with pytest.raises(ConfigError, match="parts_alone=true stands beside entries of one model, one length and"):
+            parts_alone_of(others)
 
 
 @pytest.mark.parametrize(
@@ -124,6 +136,15 @@ class TestSummary:
     def test_without_a_throughput_of_the_baseline_there_is_no_change(self, baseline):
         rows = comparison.summarize(RESULTS, ["a", "b", "c"], baseline)
         assert [row.get("change_pct") for row in rows] == [None, None, None]
+
+    def test_beside_the_parts_alone_each_row_is_a_share_of_their_speed(self):
+        alone = {**turn(PARTS_ALONE, 1, [1.0], tokens=200), "degrees": {}, "losses": [None]}
+        rows = comparison.summarize([turn("a", 1, [1.0]), alone], ["a", PARTS_ALONE], "a")
+        assert [(row["grid"], row["of_parts_pct"]) for row in rows] == [("2 ring", 50.0), ("each rank alone", 100.0)]
+        lines = comparison.table(rows, "a")
+        assert "  of parts  " in lines[1]
+        assert "  50.0 %  " in lines[2]
+        assert "of parts" not in "".join(comparison.table(comparison.summarize([turn("a", 1, [1.0])], ["a"], "a"), "a"))
 
     def test_a_failure_is_a_row_and_an_entry_without_a_turn_is_none(self):
         rows = comparison.summarize(RESULTS, ["c", "never"], "a")

@@ -47,7 +47,7 @@ MISTAKES = [
     ("+model=llama_1b", "model has an option already, so it takes no +: write model=OPTION"),
     ("experiment=ra_sp", "experiment has no default to replace: write +experiment=OPTION"),
     ("+experiment=tp_pp +experiment=dp", "+experiment is there twice: write +experiment=[ONE,OTHER]"),
-    ("workload=paper", "workload=paper is not known: use workload=paper_100k, workload=paper_10k"),
+    ("workload=paper", "workload=paper is not known: use workload=layers_8b, workload=paper_100k, workload=paper_10k"),
     ("+workload=paper_10k", "workload has an option already, so it takes no +: write workload=OPTION"),
     ("optimizer.lr=1e-3,3e-3", "optimizer.lr=1e-3,3e-3 has several values: for a sweep type python train.py -m, for a list optimizer.lr=[1e-3,3e-3]"),
     ("num_steps=${steps}", "num_steps: Interpolation key 'steps' not found"),

@@ -1,5 +1,6 @@
-"""What one device's matrix products and attention alone allow: `python -m tests.ceilings --model paper_10k --dtype fp16
---length 10000`.
+"""What one device's matrix products and attention alone allow, in a comparison or by itself:
+
+    python -m recipes.ceilings --model paper_10k --dtype fp16 --length 10000
 
 A layer's parts in their order, over and over for some seconds, nothing between them: a GPU at its power limit then has
 the clock that it would have in a model. No method that computes the same with the same kernels is faster.
@@ -22,9 +23,10 @@ from torch import Tensor
 
 from conf.schema import ModelConfig
 from recipes.metrics import StepClock
-from recipes.plan import DTYPES, attention_flops_per_token
+from recipes.plan import DTYPES, Plan, attention_flops_per_token
 from ring_attention.blocks import BlockSpec, choose_block
 
+MEASURED_S, CPU_MEASURED_S = 3.0, 0.2  # in a comparison
 MODELS = Path(__file__).parent.parent / "conf" / "model"
 
 
@@ -98,6 +100,15 @@ def measure(parts: list[Part], seconds: float) -> list[float]:
     number = max(2, round(seconds / sum(rounds(1))))
     times_s = rounds(number)[number // 2 * len(parts) :]
     return [statistics.median(times_s[index :: len(parts)]) for index in range(len(parts))]
+
+
+def seconds_of_a_sequence(plan: Plan, device: str) -> float:
+    """What all layers' parts of one sequence take on this device alone, embedding, head, loss and update left out."""
+    model, trains = plan.config.model, plan.trains
+    seconds = MEASURED_S if device == "cuda" else CPU_MEASURED_S
+    with torch.no_grad():
+        length, dtype = plan.config.data.sequence_length, DTYPES[plan.config.engine.dtype]
+        return model.num_layers * sum(measure(parts_of_a_layer(model, length, dtype, device, trains), seconds))
 
 
 def ceilings(
