@@ -26,15 +26,20 @@ def to_config(composed: DictConfig) -> Config:
     Raises:
         ConfigError: from the checks of `schema`, and for a field that it lacks: Hydra lets `+data.nosuch=1` pass.
     """
-    for name in _field_names(OmegaConf.to_container(composed)):
-        if name not in _FIELD_NAMES:
-            raise ConfigError(_unknown_field(name))
+    check_fields(composed)
     try:
         config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error)) from error
     assert isinstance(config, Config)
     return config
+
+
+def check_fields(composed: DictConfig) -> None:
+    """Raises ConfigError for a field that the schema lacks."""
+    for name in _field_names(OmegaConf.to_container(composed)):
+        if name not in _FIELD_NAMES:
+            raise ConfigError(_unknown_field(name))
 
 
 def compose_entries(config: Config, overrides: list[str]) -> dict[str, Config]:

@@ -343,6 +343,8 @@ class Config:
                 f"profile_steps={self.profile_steps} must be the first and the last step to record, from step 2 on: "
                 "use profile_steps=[3,4]"
             )
+        if self.profile_steps != [3, 4] and not self.profile:
+            raise ConfigError(f"profile_steps={self.profile_steps} says what profile=true records: add profile=true")
         if self.profile and self.num_steps < self.profile_steps[1]:
             raise ConfigError(
                 f"profile=true records steps {self.profile_steps[0]} to {self.profile_steps[1]}, but "

@@ -15,8 +15,9 @@ from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
+from conf.compose import check_fields
 from conf.schema import ConfigError, SweepConfig
 
 # params are sweep overrides by field, such as {optimizer.lr: choice(1e-3,3e-3)}. Not a dataclass, which cannot be made
@@ -62,7 +63,16 @@ class Trials(Sweeper):
 
         parser = OverridesParser.create(self.hydra_context.config_loader)
         typed = [*(f"{field}={values}" for field, values in self._params.items()), *arguments]
-        sweep.run_sweep(self.config, settings, parser.parse_overrides(typed), self._run_trial)
+        sweep.run_sweep(self.config, settings, parser.parse_overrides(typed), self._check, self._run_trial)
+
+    def _check(self, overrides: list[str]) -> None:
+        """Raises for a field or an option that there is not; what only some trials cannot do is a failure of theirs."""
+        assert self.hydra_context is not None
+        assert self.config is not None
+        composed = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
+        with open_dict(composed):
+            del composed["hydra"]
+        check_fields(composed)
 
     def _run_trial(self, overrides: list[str], number: int) -> JobReturn:
         self.validate_batch_is_legal([overrides])  # here, rather than in a job that has waited for its turn

@@ -96,18 +96,17 @@ def _breakable(heading: str) -> Markup:
     return Markup(re.sub(r"([._])", r"\1<wbr>", str(escape(heading))))
 
 
-# what the table of runs says at the end of each, over its logged steps
+# what the table of runs says of each
 FINAL: tuple[tuple[str, Callable[[Run], float | None]], ...] = (
     ("last step", lambda run: _last(run, "step")),
     ("loss", lambda run: _last(run, "train/loss", "forward/loss")),
     ("validation loss", lambda run: _last(run, "validation/loss")),
     ("best validation loss", lambda run: min(_known(run, "validation/loss"), default=None)),
-    ("tokens/s", lambda run: _median(run, "tokens_per_s")),
-    ("tokens/s per rank", lambda run: _median(run, "tokens_per_s_per_rank")),
-    ("TPOT ms", lambda run: _median(run, "tpot_ms")),
-    ("TFLOP/s per rank", lambda run: _median(run, "model_tflops_per_rank")),
-    ("MFU %", lambda run: _median(run, "mfu_pct")),
-    ("step s", lambda run: _median(run, "step_time_p50_s")),
+    ("tokens/s", lambda run: _of_the_whole(run, "tokens_per_s")),
+    ("tokens/s per rank", lambda run: _of_the_whole(run, "tokens_per_s_per_rank")),
+    ("TPOT ms", lambda run: _of_the_whole(run, "tpot_ms")),
+    ("TFLOP/s per rank", lambda run: _of_the_whole(run, "model_tflops_per_rank")),
+    ("MFU %", lambda run: _of_the_whole(run, "mfu_pct")),
     ("peak GiB", lambda run: max(_known(run, "train/peak_memory_gib", "forward/peak_memory_gib"), default=None)),
     ("exposed ms", lambda run: run.conclusions.get("parts/exposed_communication_ms")),
 )
@@ -121,8 +120,10 @@ def _last(run: Run, *names: str) -> float | None:
     return next(iter(reversed(_known(run, *names))), None)
 
 
-def _median(run: Run, name: str) -> float | None:
-    """Without the first logged step, which warms up."""
+def _of_the_whole(run: Run, name: str) -> float | None:
+    """As the run concluded; until then the median of what it logged, without the first step, which warms up."""
+    if (concluded := run.conclusions.get(name)) is not None:
+        return concluded
     values = _known(run, f"train/{name}", f"forward/{name}")
     return statistics.median(values[1:] or values) if values else None
 

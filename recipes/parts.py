@@ -46,7 +46,9 @@ class Parts:
 
     def __str__(self) -> str:
         shares = ", ".join(f"{part} {100 * self.shares[part]:.1f} %" for part in PARTS)
-        return f"time of a step: {shares}; exposed communication {self.exposed_communication_ms:.2f} ms"
+        exposed = self.exposed_communication_ms
+        said = f"{exposed:.2f} ms" if exposed else "less than its measure can tell"
+        return f"time of a step: {shares}; exposed communication {said}"
 
 
 def measure_parts(plan: Plan, engine: Engine, steps: Callable[[int], Iterator[list[TokenBatch]]]) -> Parts:

@@ -15,8 +15,11 @@ from typing import Any
 import yaml
 
 METRICS_FILE, SUMMARY_FILE, CONFIG_FILE = "metrics.jsonl", "summary.json", "config.yaml"
-COMPARISON_FILE, RESULTS_FILE = "comparison.json", "results.jsonl"
+COMPARISON_FILE, RESULTS_FILE, SWEEP_FILE = "comparison.json", "results.jsonl", "sweep.json"
 FILES = (METRICS_FILE, SUMMARY_FILE, CONFIG_FILE, COMPARISON_FILE, RESULTS_FILE)  # a folder with one of them is a run's
+
+# what runs of one experiment may differ in without being different
+NOT_COMPARED = ("sweep.", "logging.", "launch.", "compare.", "breakdown", "explain", "profile", "memory_snapshot")
 
 Row = dict[str, Any]
 
@@ -59,6 +62,7 @@ class Found:
     runs: list[Run] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    swept: set[str] = field(default_factory=set)
 
     @property
     def is_empty(self) -> bool:
@@ -66,10 +70,14 @@ class Found:
 
     @property
     def differing_settings(self) -> list[str]:
-        """Names of settings that are not the same in all runs, the config's own order; unreadable runs do not count."""
+        """Names of settings that are not the same in all runs; unreadable runs do not count.
+
+        Those that a sweep ranged over come first, else in the config's own order.
+        """
         readable = [run.settings for run in self.runs if run.settings]
-        names = dict.fromkeys(name for settings in readable for name in settings)
-        return [name for name in names if len({repr(settings.get(name)) for settings in readable}) > 1]
+        names = dict.fromkeys(name for settings in readable for name in settings if not name.startswith(NOT_COMPARED))
+        differing = [name for name in names if len({repr(settings.get(name)) for settings in readable}) > 1]
+        return sorted(differing, key=lambda name: name not in self.swept)
 
 
 def read(given: Iterable[Path]) -> Found:
@@ -84,6 +92,8 @@ def read(given: Iterable[Path]) -> Found:
             found.problems.append(f"{folder} has no run in it: there is none of {', '.join(FILES)}")
         folders += below
     folders = list({folder.resolve(): folder for folder in folders}.values())
+    for sweep in dict.fromkeys(folder for run in folders for folder in (run, run.parent)):
+        _read_sweep(sweep / SWEEP_FILE, found)
     common = Path(os.path.commonpath([folder.resolve().parent for folder in folders])) if folders else Path()
     for folder in folders:
         name = str(folder.resolve().relative_to(common))
@@ -99,7 +109,8 @@ def run_folders(folder: Path) -> Iterator[Path]:
     if not folder.is_dir():
         return
     children = sorted(
-        (child for child in folder.iterdir() if child.is_dir()),
+        # of a trial that was interrupted and run again a sweep keeps the first try under another name
+        (child for child in folder.iterdir() if child.is_dir() and ".interrupted-" not in child.name),
         key=lambda path: (not path.name.isdigit(), path.name.zfill(9)),
     )
     if _is_run(folder) and not any(_is_run(child) for child in children):  # a sweep may write files of such names
@@ -111,6 +122,17 @@ def run_folders(folder: Path) -> Iterator[Path]:
 
 def _is_run(folder: Path) -> bool:
     return any((folder / name).is_file() for name in FILES)
+
+
+def _read_sweep(path: Path, found: Found) -> None:
+    """What a sweep ranged over, and which of its trials failed."""
+    if not path.exists():
+        return
+    content = _read_json(path, found.problems)
+    found.swept.update(content.get("space", {}))
+    for trial in content.get("trials", []):
+        if trial.get("state") == "failed":
+            found.problems.append(f"{path.parent}: trial {trial.get('trial')} failed: {trial.get('error')}")
 
 
 def _read_run(name: str, folder: Path, found: Found) -> None:

@@ -7,6 +7,7 @@ numbers between two. Below `sweep`.
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,10 +35,26 @@ class SearchSpace:
     keys: dict[str, str]
     common: list[str]
 
+    @property
+    def num_combinations(self) -> int | None:
+        """None if an interval has no end of them."""
+        if any(isinstance(d, FloatDistribution) and d.step is None for d in self.swept.values()):
+            return None
+        return math.prod(len(_values(distribution)) for distribution in self.swept.values())
+
     def grid(self) -> list[dict[str, Any]]:
         """All combinations; the last field changes fastest, as in Hydra's own sweeps."""
         values = [_values(distribution) for distribution in self.swept.values()]
         return [dict(zip(self.swept, point, strict=True)) for point in itertools.product(*values)]
+
+    def first_overrides(self) -> list[str]:
+        """Of a trial with the first value of each field."""
+        return self.overrides(
+            {
+                name: distribution.choices[0] if isinstance(distribution, CategoricalDistribution) else distribution.low  # pyright: ignore[reportAttributeAccessIssue]
+                for name, distribution in self.swept.items()
+            }
+        )
 
     def overrides(self, values: dict[str, Any]) -> list[str]:
         """Everything that a trial is composed of."""

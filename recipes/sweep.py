@@ -58,12 +58,19 @@ class Ended:
     error: BaseException | None
 
 
-def run_sweep(master: DictConfig, settings: SweepConfig, overrides: list[Override], run_trial: RunTrial) -> None:
+def run_sweep(
+    master: DictConfig,
+    settings: SweepConfig,
+    overrides: list[Override],
+    check: Callable[[list[str]], None],
+    run_trial: RunTrial,
+) -> None:
     """Run all trials that the sweep's folder lacks, then print the table and write RUN_DIR/sweep.{json,csv,png,svg}.
 
     Args:
         master: Hydra's composition without what is swept.
         overrides: what is swept, and what all trials have in common; the last of a field counts.
+        check: raises if a trial's overrides name what there is not.
         run_trial: runs one with these overrides and this number, from 1.
 
     Raises:
@@ -71,21 +78,24 @@ def run_sweep(master: DictConfig, settings: SweepConfig, overrides: list[Overrid
         RunFailed: if all trials failed.
     """
     space = read_space(overrides, settings.sampler)
+    check(space.first_overrides())
     recipes = OBJECTIVES[settings.objective][1]
     if "recipe" not in space.swept and master.recipe not in recipes:
         others = [name for name, (_, own) in OBJECTIVES.items() if master.recipe in own]
         advice = f"sweep.objective={others[0]}" if others else f"recipe={recipes[0]}"
         raise ConfigError(f"recipe={master.recipe} has no {settings.objective} for a sweep to look for: use {advice}")
     folder = Path(master.hydra.sweep.dir).absolute()
-    num_trials = len(space.grid()) if settings.sampler == "grid" else settings.num_trials
-    print(*_banner(settings, space, num_trials), sep="\n", flush=True)
+    combinations = space.num_combinations
+    takes_all = combinations is not None and (settings.sampler == "grid" or combinations <= settings.num_trials)
+    num_trials = combinations if takes_all and combinations else settings.num_trials
+    print(*_banner(settings, space, num_trials, takes_all), sep="\n", flush=True)
     if master.explain:
         return
     goes_on = f"the same command with hydra.sweep.dir={shlex.quote(str(folder))} runs what is missing"
     print(f"folder: {folder}\nshould it be interrupted: {goes_on}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     with _only_one_here(folder):
-        study = _open_study(master, settings, space, folder)
+        study = _open_study(master, settings, space, folder, takes_all)
         sweep = _Sweep(study, settings, space, num_trials, folder, run_trial)
         try:
             sweep.run()
@@ -108,8 +118,10 @@ def _only_one_here(folder: Path) -> Iterator[None]:
         raise ConfigError(f"a sweep is running in {folder}: wait for it, or use another hydra.sweep.dir") from None
 
 
-def _open_study(master: DictConfig, settings: SweepConfig, space: SearchSpace, folder: Path) -> optuna.Study:
-    """The study in the folder, new or as it was left.
+def _open_study(
+    master: DictConfig, settings: SweepConfig, space: SearchSpace, folder: Path, takes_all: bool
+) -> optuna.Study:
+    """The study in the folder, new or as it was left; with every combination in its queue if it `takes_all`.
 
     Raises:
         ConfigError: if it was made with other settings; says which.
@@ -131,7 +143,7 @@ def _open_study(master: DictConfig, settings: SweepConfig, space: SearchSpace, f
     study.set_user_attr("settings", now)
     # a seed of its own for each start: the first trials after an interruption would repeat those before it
     study.sampler = optuna.samplers.TPESampler(seed=int(master.seed) + len(study.trials))
-    if settings.sampler == "grid":
+    if takes_all:
         for point in space.grid():
             study.enqueue_trial(point, skip_if_exists=True)
     return study
@@ -153,9 +165,9 @@ def _settings(master: DictConfig, space: SearchSpace) -> dict[str, Any]:
     return {name: value for name, value in common if not name.startswith(FREE)} | space.texts
 
 
-def _banner(settings: SweepConfig, space: SearchSpace, num_trials: int) -> list[str]:
+def _banner(settings: SweepConfig, space: SearchSpace, num_trials: int, takes_all: bool) -> list[str]:
     wanted = {"minimize": "lowest", "maximize": "highest"}[OBJECTIVES[settings.objective][0]]
-    how = {"grid": "every combination", "tpe": "chosen by Optuna"}[settings.sampler]
+    how = "every combination" if takes_all else "chosen by Optuna"
     width = max(len(name) for name in space.texts)
     return [
         f"sweep of {num_trials} trials, {how}; the {wanted} {settings.objective} is the best",

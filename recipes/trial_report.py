@@ -76,7 +76,7 @@ def summarize(study: optuna.Study, objective: str, space: SearchSpace, folder: P
                 objective: trial.value,
                 **{name: value for name, value in trial.user_attrs.items() if value == value and name != objective},
                 "command": shlex.join(["python", "train.py", *_alone(space, values)]),
-                "run_dir": str(folder / str(trial.number + 1)),
+                **({"run_dir": str(run_dir)} if (run_dir := folder / str(trial.number + 1)).exists() else {}),
             }
         )
     return rows

@@ -34,6 +34,11 @@ CASES = {
         "this is one run, but engine.train_batch_size would be swept: type python train.py -m +sweep=lr_batch "
         "optimizer.lr=1e-3",
     ),
+    "a swept field that there is not": (
+        ["-m", "+sweep=search", "optimizer.learning_rate=1e-3,3e-3"],
+        "there is no field optimizer.learning_rate: did you mean optimizer.min_lr_ratio or optimizer.lr or "
+        "optimizer.weight_decay? python train.py --help lists all",
+    ),
     "trials side by side in one process": (
         ["-m", "+sweep=lr_batch", "sweep.num_parallel=2"],
         "sweep.num_parallel=2 needs jobs of their own, and this launcher runs one trial after the other: add "

@@ -52,6 +52,19 @@ def test_a_sweep_is_its_jobs_in_their_order_and_what_differs_is_known(tmp_path):
     assert found.problems == []
 
 
+def test_a_sweeps_own_account_says_what_it_ranged_over_and_what_failed(tmp_path):
+    config = "attention:\n  method: ring\nlogging:\n  group: {lr}\nengine:\n  batch: {lr}\noptimizer:\n  lr: {lr}\n"
+    for job in (1, 2):
+        write_run(tmp_path / "sweep" / str(job), config=config.format(lr=job))
+    write_run(tmp_path / "sweep" / "2.interrupted-1", lr=7)
+    trials = [{"trial": 1, "state": "done"}, {"trial": 3, "state": "failed", "error": "too large"}]
+    (tmp_path / "sweep" / "sweep.json").write_text(json.dumps({"space": {"optimizer.lr": "1,2"}, "trials": trials}))
+    found = read([tmp_path / "sweep"])
+    assert [run.name for run in found.runs] == ["1", "2"]
+    assert found.differing_settings == ["optimizer.lr", "engine.batch"]  # what was swept first, groups of wandb never
+    assert found.problems == [f"{tmp_path / 'sweep'}: trial 3 failed: too large"]
+
+
 def test_runs_of_several_folders_have_names_that_differ_and_are_read_once(tmp_path):
     one, other = write_run(tmp_path / "one" / "0"), write_run(tmp_path / "other" / "0")
     found = read([one, other, tmp_path / "one"])

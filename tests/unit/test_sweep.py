@@ -39,6 +39,7 @@ class Jobs:
     folder: Path
     result: Callable[[float, int], float] = lambda lr, layers: lr * 1e3 + layers
     started: list[dict[str, str]] = field(default_factory=list)
+    checked: list[list[str]] = field(default_factory=list)
     objective: str = "validation_loss"
 
     def run(self, overrides: list[str], number: int) -> JobReturn:
@@ -69,7 +70,7 @@ class Jobs:
             master = hydra.compose("config", [*common, arguments[-1]], return_hydra_config=True)
         settings = OmegaConf.to_object(master.sweep)
         assert isinstance(settings, SweepConfig)
-        run_sweep(master, settings, overrides, self.run)
+        run_sweep(master, settings, overrides, self.checked.append, self.run)
         return json.loads((self.folder / "sweep.json").read_text())
 
 
@@ -97,6 +98,14 @@ def test_a_grid_runs_in_hydras_order_and_ends_with_the_best_first(jobs, capsys):
     assert "| validation_loss 3 | 3,000 tok/s | best 2 (trial 1) | 3 of 4 done, ETA 0:00\n" in shown
     assert "python train.py +sweep=search +experiment=ra_sp optimizer.lr=0.001 model.num_layers=1\n" in shown
     assert f"best: trial 1, validation_loss 2; its run: {jobs.folder / '1'}\n" in shown
+
+
+def test_fewer_combinations_than_trials_are_tried_once_each(jobs, capsys):
+    jobs.sweep("+sweep=search", "optimizer.lr=1e-3,2e-3", "model.num_layers=range(1,3)", "sweep.num_trials=9")
+    tried = [(job["optimizer.lr"], job["model.num_layers"]) for job in jobs.started]
+    assert tried == [("0.001", "1"), ("0.001", "2"), ("0.002", "1"), ("0.002", "2")]
+    assert "sweep of 4 trials, every combination;" in capsys.readouterr().out
+    assert jobs.checked == [["+sweep=search", "sweep.num_trials=9", "optimizer.lr=0.001", "model.num_layers=1"]]
 
 
 def test_a_failed_trial_is_reported_and_the_sweep_goes_on(jobs, capsys):
