@@ -31,6 +31,7 @@ _RANGES = {
     "attention block": "attention",
     "merge": "merge",
     "exchange wait": "exchange",
+    "exchange copy": "exchange",
     "optimizer": "optimizer",
     "data": "data",
 }

@@ -7,6 +7,7 @@ makes a workspace there instead (`workspace`). Imports neither torch nor DeepSpe
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import sys
 import time
@@ -36,7 +37,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--watch", action="store_true", help="write it anew whenever a run has logged, until Ctrl-C")
     parser.add_argument("--wandb", metavar="ENTITY/PROJECT", help="make a workspace there, which needs a login")
     options = parser.parse_args(arguments)
-    _need("plotly", "wandb_workspaces")
+    _need("plotly", "jinja2", *(["wandb_workspaces"] if options.wandb is not None else []))
     if options.wandb is not None:
         from recipes import workspace
 
@@ -92,6 +93,8 @@ def watch(run_dirs: list[Path], output: Path) -> None:
                 seen = now
                 try:
                     write(run_dirs, output, said, RELOAD_INTERVAL_S)
+                except FileNotFoundError:  # a sweep renames the folder of a trial that it runs again
+                    seen = None
                 except ConfigError as error:
                     if str(error) not in said:
                         print(f"waiting: {error}", flush=True)
@@ -106,8 +109,12 @@ def watch(run_dirs: list[Path], output: Path) -> None:
 def _stamp(run_dirs: list[Path]) -> Stamp:
     """What changes when a run writes."""
     files = [folder / name for given in run_dirs for folder in runs.run_folders(given) for name in runs.FILES]
-    stats = {path: path.stat() for path in files if path.is_file()}
-    return {path: (stat.st_mtime_ns, stat.st_size) for path, stat in stats.items()}
+    stamps: Stamp = {}
+    for path in files:
+        with contextlib.suppress(FileNotFoundError):  # not there yet, or just renamed
+            stat = path.stat()
+            stamps[path] = stat.st_mtime_ns, stat.st_size
+    return stamps
 
 
 def _replace(path: Path, text: str) -> None:

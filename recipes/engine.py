@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from conf.schema import EngineConfig, OptimizerConfig
 from recipes.transformer import TokenBatch
+from ring_attention.exchange import release_mailboxes
 from ring_attention.groups import ParallelGroups
 from ring_attention.trace import labelled
 
@@ -296,8 +297,9 @@ class TrainingEngine:
         return max_over_ranks(value, self.device)
 
     def close(self) -> None:
-        """Give back the memory, which a later engine needs."""
+        """Give back the memory, which a later engine needs. Every rank must call it."""
         destroy(self.deepspeed)
+        release_mailboxes()
 
     def _loss_sum(self, micro_batch: TokenBatch) -> Tensor:
         with labelled("data"):

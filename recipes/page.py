@@ -144,7 +144,8 @@ def _table(shown: list[Shown], differing: list[str]) -> Table:
 
 def _without_empty(columns: list[tuple[str, list[Any]]]) -> Table:
     kept = [(name, cells) for name, cells in columns if any(cell is not None for cell in cells)]
-    return Table([name for name, _ in kept], [list(row) for row in zip(*(cells for _, cells in kept), strict=True)])
+    num_rows = len(columns[0][1])
+    return Table([name for name, _ in kept], [[cells[row] for _, cells in kept] for row in range(num_rows)])
 
 
 def _comparison_table(comparison: Comparison) -> Table:

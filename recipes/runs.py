@@ -109,8 +109,7 @@ def run_folders(folder: Path) -> Iterator[Path]:
     if not folder.is_dir():
         return
     children = sorted(
-        # of a trial that was interrupted and run again a sweep keeps the first try under another name
-        (child for child in folder.iterdir() if child.is_dir() and ".interrupted-" not in child.name),
+        (child for child in folder.iterdir() if child.is_dir() and not _is_no_run(child.name)),
         key=lambda path: (not path.name.isdigit(), path.name.zfill(9)),
     )
     if _is_run(folder) and not any(_is_run(child) for child in children):  # a sweep may write files of such names
@@ -118,6 +117,11 @@ def run_folders(folder: Path) -> Iterator[Path]:
     else:
         for child in children:
             yield from run_folders(child)
+
+
+def _is_no_run(name: str) -> bool:
+    """What lies beside and in runs: first tries of trials that were run again, and wandb's files."""
+    return ".interrupted-" in name or name == "wandb"
 
 
 def _is_run(folder: Path) -> bool:

@@ -38,7 +38,7 @@ class SearchSpace:
     @property
     def num_combinations(self) -> int | None:
         """None if an interval has no end of them."""
-        if any(isinstance(d, FloatDistribution) and d.step is None for d in self.swept.values()):
+        if any(isinstance(distribution, FloatDistribution) for distribution in self.swept.values()):
             return None
         return math.prod(len(_values(distribution)) for distribution in self.swept.values())
 
@@ -105,9 +105,7 @@ def suggest(trial: Trial, name: str, distribution: BaseDistribution) -> Any:
                 name, distribution.low, distribution.high, step=distribution.step, log=distribution.log
             )
         case FloatDistribution():
-            return trial.suggest_float(
-                name, distribution.low, distribution.high, step=distribution.step, log=distribution.log
-            )
+            return trial.suggest_float(name, distribution.low, distribution.high, log=distribution.log)
     raise AssertionError(distribution)
 
 
@@ -123,15 +121,15 @@ def _distribution(override: Override) -> BaseDistribution:
         return kind(low, high, log="log" in value.tags)  # pyright: ignore[reportArgumentType]
     if isinstance(value, RangeSweep):
         numbers: list[Any] = sorted(override.sweep_iterator())
-        if len(numbers) > 1:
-            kind = FloatDistribution if any(isinstance(number, float) for number in numbers) else IntDistribution
-            return kind(numbers[0], numbers[-1], step=numbers[1] - numbers[0])
-    elements: list[Any] = list(override.sweep_iterator())
+        if len(numbers) > 1 and all(isinstance(number, int) for number in numbers):
+            return IntDistribution(numbers[0], numbers[-1], step=numbers[1] - numbers[0])
+        # steps of floats do not add up to the numbers that were typed
+    elements: list[Any] = list(dict.fromkeys(override.sweep_iterator()))
     if not elements:
         raise ConfigError(f"{override.input_line} has no values: give at least one")
     if all(type(element) in (int, float) for element in elements):
         return CategoricalDistribution(elements)  # ordered as numbers in the figure
-    return CategoricalDistribution(list(override.sweep_string_iterator()))
+    return CategoricalDistribution(list(dict.fromkeys(override.sweep_string_iterator())))
 
 
 def _values(distribution: BaseDistribution) -> list[Any]:
@@ -140,7 +138,4 @@ def _values(distribution: BaseDistribution) -> list[Any]:
             return list(distribution.choices)
         case IntDistribution():
             return list(range(distribution.low, distribution.high + 1, distribution.step))
-        case FloatDistribution(step=float(step)):
-            number = round((distribution.high - distribution.low) / step)
-            return [distribution.low + n * step for n in range(number + 1)]
     raise AssertionError(f"an interval has no values: {distribution}")

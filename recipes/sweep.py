@@ -142,7 +142,9 @@ def _open_study(
         raise ConfigError(f"{folder} holds another sweep: {'; '.join(differing)}: use another hydra.sweep.dir")
     study.set_user_attr("settings", now)
     # a seed of its own for each start: the first trials after an interruption would repeat those before it
-    study.sampler = optuna.samplers.TPESampler(seed=int(master.seed) + len(study.trials))
+    # trials that run side by side are kept apart
+    apart = settings.num_parallel > 1
+    study.sampler = optuna.samplers.TPESampler(seed=int(master.seed) + len(study.trials), constant_liar=apart)
     if takes_all:
         for point in space.grid():
             study.enqueue_trial(point, skip_if_exists=True)

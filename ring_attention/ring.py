@@ -24,11 +24,11 @@ from ring_attention.layout import Layout
 from ring_attention.mask import Mask
 from ring_attention.running import Parts, PiecewiseSum, RunningAttention, RunningSum
 from ring_attention.schedule import (
+    HOME_ROOM,
     BlockPair,
     Spans,
     Stage,
     gradients_room,
-    home_room,
     keys_room,
     num_tokens,
     tokens_in_rooms,
@@ -195,8 +195,8 @@ class _Backward:
         ring, stage, kv, sends, receives = self._ring, self._ring.stages[step], self._kv, [], []
         if stage.gradients_to is not None:
             if self._gradients is None:
-                self._gradients = KeysValues(*(total.total.to(self._travel_dtype).contiguous() for total in sums))
-            room = home_room(step) if stage.gradients_to == stage.source else gradients_room(step)
+                self._gradients = self._as_they_travel(sums, num_tokens(spans))
+            room = HOME_ROOM if stage.gradients_to == stage.source else gradients_room(step)
             sends.append(Moving(self._gradients, stage.gradients_to, room))
         self._gradients = self._home = None
         following = ring.stages[step + 1] if step + 1 < len(ring.stages) else None
@@ -205,10 +205,20 @@ class _Backward:
             receives.append(ring.receive(kv, tokens, following.gradients_from, room, self._travel_dtype))
             self._gradients = receives[-1].what
         if stage.home is not None:
-            tokens, room = num_tokens(stage.home.spans), home_room(step)
-            receives.append(ring.receive(kv, tokens, stage.home.peer, room, self._travel_dtype))
+            tokens = num_tokens(stage.home.spans)
+            receives.append(ring.receive(kv, tokens, stage.home.peer, HOME_ROOM, self._travel_dtype))
             self._home = receives[-1].what, stage.home.spans
         self._hop = ring.post(f"backward dK,dV after stage {step}", sends, receives)
+
+    def _as_they_travel(self, sums: list[RunningSum], tokens: int) -> KeysValues:
+        """Without a copy where they have the dtype already."""
+        dk, dv = (total.total for total in sums)
+        if dk.dtype == dv.dtype == self._travel_dtype:
+            return KeysValues(dk.contiguous(), dv.contiguous())
+        message = self._kv.empty(tokens, self._travel_dtype)
+        message.k_BTKD.copy_(dk)
+        message.v_BTKE.copy_(dv)
+        return message
 
     def _finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """With the last gradients on their way, compute what was left; then add them."""

@@ -8,7 +8,9 @@ Shapes: B batch, S tokens, H heads, D head size, E value head size.
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -60,13 +62,18 @@ class RunningSum:
     Args:
         dtype: of the result.
         start: what is there already, in fp32 (fp64): it is added to in place.
-        target: where the result shall be; wherever it happens to be if not given.
+        target: gives where the result shall be, once it is time; wherever it happens to be if not given.
     """
 
     def __init__(
-        self, shape: torch.Size, dtype: torch.dtype, start: Tensor | None = None, target: Tensor | None = None
+        self,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        start: Tensor | None = None,
+        target: Callable[[], Tensor] | None = None,
     ) -> None:
         self._shape, self._dtype, self._total, self._target = shape, dtype, start, target
+        self._is_in_place = False  # the total is where the result shall be
         self._state_dtype = torch.promote_types(dtype, torch.float32)
 
     @property
@@ -77,9 +84,9 @@ class RunningSum:
 
     def result(self) -> Tensor:
         """In `dtype`."""
-        if self._target is None or self._total is self._target:
+        if self._target is None or self._is_in_place:
             return self.total.to(self._dtype)
-        return self._target.copy_(self.total)
+        return self._target().copy_(self.total)
 
     def add(self, row: slice, tokens: slice, part: Tensor, is_last: bool) -> None:
         if self._total is None:
@@ -118,7 +125,8 @@ class RunningSum:
         """For the result, which holds the total unless all of it will be written; the total itself where it serves."""
         if self._target is None and self.total.dtype == self._dtype:
             return self.total
-        target = self.total.new_empty(self._shape, dtype=self._dtype) if self._target is None else self._target
+        target = self.total.new_empty(self._shape, dtype=self._dtype) if self._target is None else self._target()
+        self._is_in_place = True
         return target if all_is_written else target.copy_(self.total)
 
 
@@ -131,11 +139,11 @@ class PiecewiseSum:
     """
 
     def __init__(self, like: Tensor, cuts: tuple[int, ...]) -> None:
-        self._whole = torch.empty_like(like, memory_format=torch.contiguous_format) if cuts else None
+        self._like, self._whole = like, None
         self._runs = list(itertools.pairwise((0, *cuts, like.shape[1])))
         self._pieces = []
         for start, stop in self._runs:
-            target = None if self._whole is None else self._whole[:, start:stop]
+            target = functools.partial(self._piece_of_whole, start, stop) if cuts else None
             shape = torch.Size((like.shape[0], stop - start, *like.shape[2:]))
             self._pieces.append(RunningSum(shape, like.dtype, target=target))
 
@@ -146,6 +154,11 @@ class PiecewiseSum:
             if first < last:
                 inside = part[:, first - tokens.start : last - tokens.start]
                 piece.add(row, slice(first - start, last - start), inside, piece_ends)
+
+    def _piece_of_whole(self, start: int, stop: int) -> Tensor:
+        if self._whole is None:
+            self._whole = torch.empty_like(self._like, memory_format=torch.contiguous_format)
+        return self._whole[:, start:stop]
 
     def result(self) -> Tensor:
         results = [piece.result() for piece in self._pieces]

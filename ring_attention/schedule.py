@@ -162,9 +162,7 @@ def gradients_room(step: int) -> str:
     return f"gradients{step % 2}"
 
 
-def home_room(step: int) -> str:
-    """As `keys_room`, for the dK,dV of a rank's own keys."""
-    return f"home{step % 2}"
+HOME_ROOM = "home"  # for the dK,dV of a rank's own keys, which are added before more can come
 
 
 @functools.lru_cache(maxsize=16)
@@ -188,7 +186,7 @@ def tokens_in_rooms(layout: Layout, mask: Mask) -> dict[str, int]:
             else:
                 gradients = spans  # the first of a stretch sums for all that comes here
             if hops + 1 == len(journey) or not journey[hops + 1]:
-                need(home_room(hops), gradients)
+                need(HOME_ROOM, gradients)
     return tokens
 
 

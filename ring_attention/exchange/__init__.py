@@ -1,6 +1,6 @@
 """Moves tensors between the ranks that share a sequence. Knows nothing of attention; `ring` and `gather` decide what.
 
-The only package of the project that calls torch.distributed directly: DeepSpeed's wrapper has no batched isend/irecv
+The only package of the library that calls torch.distributed directly: DeepSpeed's wrapper has no batched isend/irecv
 and no symmetric memory, and its groups no timeout. One file per transport, one registry:
 
     p2p          batched isend/irecv, on NCCL or gloo
@@ -24,7 +24,7 @@ from ring_attention.exchange.collectives import (
     same_ranks,
     subgroup,
 )
-from ring_attention.exchange.copy_engine import CopyEngineExchange, mailbox_bytes
+from ring_attention.exchange.copy_engine import CopyEngineExchange, mailbox_bytes, release_mailboxes
 from ring_attention.exchange.p2p import Hop, HopError, Move, P2PExchange
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "make_exchange",
     "rank_and_size",
     "reduce_scatter",
+    "release_mailboxes",
     "same_ranks",
     "subgroup",
 ]

@@ -2,18 +2,21 @@
 
 Copies are made by the GPU's copy engines and signalled by its front end, so that no kernel takes multiprocessors from
 the compute that the messages hide behind, and no host waits. Each rank owns a mailbox of symmetric memory with a few
-rooms, and every message says which room of the receiver's it goes to. A room serves one message at a time:
+rooms, and every message says which room of the receiver's it goes to. Both ends count the messages from one to the
+other's room, and tell each other by flags, which hold such counts:
 
-    receiver    posts the receive; once all that it enqueued before is done, raises the flag `free` at the sender
-    sender      awaits and lowers `free`, copies into the room, raises the room's flag `full` at the receiver
-    receiver    awaits and lowers `full`, then computes with what is in the room, or sends it on
+    receiver    posts the receive; once all that it enqueued before is done, `free` at the sender says: so many may come
+    sender      waits for `free` to be its count, copies into the room, and `full` at the receiver says: so many came
+    receiver    waits for `full` to be its count, then computes with what is in the room, or sends it on
 
 A rank's lane does its part of all hops in the order in which they were posted, receives before sends, so nothing waits
-in a circle here either.
+in a circle here either. A hop that nobody waited for, after an exception, is counted all the same.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import socket
 from collections.abc import Sequence
 from typing import Any
@@ -22,12 +25,14 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from ring_attention.exchange.collectives import rank_and_size, subgroup
+from ring_attention.exchange.collectives import group_timeout, rank_and_size
 from ring_attention.exchange.p2p import Hop, Move, P2PExchange
 from ring_attention.trace import labelled
 
-ROOMS = ("keys0", "keys1", "gradients0", "gradients1", "home0", "home1")
+ROOMS = ("keys0", "keys1", "gradients0", "gradients1", "home")
 _ALIGNMENT = 512  # bytes
+
+Flags = list[tuple[Tensor, int]]  # with the count that each must come to
 
 
 class CopyEngineExchange(P2PExchange):
@@ -47,8 +52,7 @@ class CopyEngineExchange(P2PExchange):
             ValueError: if this is no NVIDIA GPU, or one that cannot reach the memory of the others.
         """
         super().connect(tensor, rooms)
-        if self._mail is None:
-            self._mail = _mailboxes_of(self.group, tensor.device)
+        self._mail = _mailboxes_of(self.group, tensor.device)  # a new one if they were released
         self._mail.grow(rooms)
 
     def room(self, name: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -65,16 +69,18 @@ class CopyEngineExchange(P2PExchange):
         full = []
         for move in receives:
             if (peer := near[move.peer]) is not None:
-                mail.lane.raise_flag(mail.free(peer, mail.rank, move.room))
-                full.append(mail.full(mail.rank, move.room))
+                count = mail.count(peer, mail.rank, move.room)
+                mail.lane.tell(mail.flag(peer, "free", mail.rank, move.room), count)
+                full.append((mail.flag(mail.rank, "full", peer, move.room), count))
         for move in sends:
             if (peer := near[move.peer]) is not None:
                 parts = [part.view(torch.uint8) for part in move.parts]
                 room = mail.room(peer, move.room, sum(map(len, parts)))
-                mail.lane.await_flag(mail.free(mail.rank, peer, move.room))
+                count = mail.count(mail.rank, peer, move.room)
+                mail.lane.await_flag(mail.flag(mail.rank, "free", peer, move.room), count)
                 for target, part in zip(room.split([*map(len, parts)]), parts, strict=True):
                     mail.lane.copy(target, part)
-                mail.lane.raise_flag(mail.full(peer, move.room))
+                mail.lane.tell(mail.flag(peer, "full", mail.rank, move.room), count)
         names = ", ".join(self._names(sends, receives))
         where = f"{purpose}: ring rank {self.ring_rank} of {self.ring_degree}, {names}"
         return _CopyHop(mail.lane, hops, full, [part for move in sends for part in move.parts], where, self._watch)
@@ -83,7 +89,7 @@ class CopyEngineExchange(P2PExchange):
 class _CopyHop(Hop):
     """Copies in flight, and what goes between hosts in the same hop."""
 
-    def __init__(self, lane: Lane, hops: list[Hop], full: list[Tensor], sent: list[Tensor], where: str, watch: Any):
+    def __init__(self, lane: Lane, hops: list[Hop], full: Flags, sent: list[Tensor], where: str, watch: Any):
         super().__init__([], [], sent, where)
         self._lane, self._hops, self._full, self._watch, self._copied = lane, hops, full, watch, lane.mark()
 
@@ -107,6 +113,8 @@ class Lane:
     def __init__(self, device: torch.device) -> None:
         if device.type != "cuda":
             raise ValueError(f"transport=copy_engine needs NVIDIA GPUs, but the tensors are on {device.type}: use p2p")
+        if importlib.util.find_spec("cuda") is None:
+            raise ValueError("transport=copy_engine needs PyTorch for CUDA, which brings cuda.bindings: use p2p")
         self._stream = torch.cuda.Stream(device, priority=-1)
 
     def follow(self) -> None:
@@ -114,14 +122,17 @@ class Lane:
         self._stream.wait_stream(torch.cuda.current_stream())
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream), labelled("exchange copy"):
             target.copy_(source, non_blocking=True)
 
-    def raise_flag(self, flag: Tensor) -> None:
-        _write(self._stream, flag, 1)
+    def tell(self, flag: Tensor, count: int) -> None:
+        from cuda.bindings import driver  # pyright: ignore[reportMissingImports]
 
-    def await_flag(self, flag: Tensor) -> None:
-        _await(self._stream, flag)
+        # 0: what the stream did before, copies to another GPU too, comes before this write
+        _check(*driver.cuStreamWriteValue32(self._stream.cuda_stream, flag.data_ptr(), count % 2**32, 0))
+
+    def await_flag(self, flag: Tensor, count: int) -> None:
+        _await(self._stream, flag, count)
 
     def mark(self) -> _Mark:
         return _Mark(self._stream)
@@ -132,11 +143,11 @@ class Lane:
         torch.cuda.synchronize()
 
     @staticmethod
-    def compute_awaits(flags: list[Tensor], mark: _Mark) -> _Mark:
-        """The computing stream goes on once these flags are raised, which it lowers, and `mark` is reached."""
+    def compute_awaits(flags: Flags, mark: _Mark) -> _Mark:
+        """The computing stream goes on once these flags have come to their counts, and `mark` is reached."""
         stream = torch.cuda.current_stream()
-        for flag in flags:
-            _await(stream, flag)
+        for flag, count in flags:
+            _await(stream, flag, count)
         stream.wait_event(mark.event)
         return _Mark(stream)
 
@@ -151,19 +162,23 @@ class _Mark:
         return self.event.query()
 
 
-def _write(stream: torch.cuda.Stream, flag: Tensor, value: int) -> None:
-    from cuda.bindings import driver  # comes with PyTorch for CUDA  # pyright: ignore[reportMissingImports]
-
-    # 0: all that the stream did before is visible to whoever sees the value, the copies to another GPU too
-    _check(*driver.cuStreamWriteValue32(stream.cuda_stream, flag.data_ptr(), value, 0))
-
-
-def _await(stream: torch.cuda.Stream, flag: Tensor) -> None:
+def _await(stream: torch.cuda.Stream, flag: Tensor, count: int) -> None:
     from cuda.bindings import driver  # pyright: ignore[reportMissingImports]
 
-    equal = driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_EQ.value
-    _check(*driver.cuStreamWaitValue32(stream.cuda_stream, flag.data_ptr(), 1, equal))
-    _write(stream, flag, 0)
+    flags = _wait_flags(stream.device_index)
+    _check(*driver.cuStreamWaitValue32(stream.cuda_stream, flag.data_ptr(), count % 2**32, flags))
+
+
+@functools.cache
+def _wait_flags(device_index: int) -> int:
+    """At least so much, counted around 2^32; and what other GPUs wrote before the flag is to be seen after it."""
+    from cuda.bindings import driver  # pyright: ignore[reportMissingImports]
+
+    kinds, attribute = driver.CUstreamWaitValue_flags, driver.CUdevice_attribute
+    code, can_flush = driver.cuDeviceGetAttribute(attribute.CU_DEVICE_ATTRIBUTE_CAN_FLUSH_REMOTE_WRITES, device_index)
+    _check(code)
+    flush = kinds.CU_STREAM_WAIT_VALUE_FLUSH.value if can_flush else 0  # else peers' writes arrive in order
+    return kinds.CU_STREAM_WAIT_VALUE_GEQ.value | flush
 
 
 def _check(code: Any) -> None:
@@ -184,6 +199,7 @@ class Mailboxes:
         self.neighbours, self.lane = neighbours, Lane(device)
         self._group, self._device = group, device
         self._sizes: dict[str, int] = {}
+        self._counts: dict[tuple[int, int, str], int] = {}
         self._memory: SymmetricMemory | None = None
 
     def grow(self, rooms: dict[str, int]) -> None:
@@ -191,39 +207,46 @@ class Mailboxes:
         wanted = {name: max(rooms.get(name, 0), self._sizes.get(name, 0)) for name in ROOMS}
         if wanted == self._sizes:
             return
+        self.release()
+        self._memory = SymmetricMemory(self._group, self._start_of(None, wanted), self._device)
+        self._sizes = wanted
+
+    def release(self) -> None:
+        """Give the memory back, once no rank uses it any more. All must call it."""
         self.lane.rest()
-        torch_dist.barrier(self._group)  # nobody writes to an old mailbox any more
-        self._memory, self._sizes = None, wanted
-        self._memory = SymmetricMemory(self._group, self.num_bytes, self._device)
+        torch_dist.barrier(self._group)
+        self._memory, self._sizes = None, {}
+        self._counts.clear()
+
+    def count(self, sender: int, receiver: int, room: str) -> int:
+        """The number of one more message from the sender to that room, from 1; both ends count alike."""
+        self._counts[sender, receiver, room] = 1 + self._counts.get((sender, receiver, room), 0)
+        return self._counts[sender, receiver, room]
 
     @property
     def num_bytes(self) -> int:
         """Of this rank's mailbox."""
-        return self._start_of(None) if self._sizes else 0
+        return self._start_of(None, self._sizes) if self._sizes else 0
 
-    def _start_of(self, name: str | None) -> int:
-        """Of a room, in bytes; None is the end."""
-        position = _aligned(4 * len(ROOMS) * (1 + self._degree))
+    def _start_of(self, name: str | None, sizes: dict[str, int]) -> int:
+        """Of a room, in bytes; None is the end. In front of them are the flags."""
+        position = _aligned(4 * 2 * self._degree * len(ROOMS))
         for other in ROOMS:
             if other == name:
                 break
-            position += _aligned(self._sizes[other])
+            position += _aligned(sizes[other])
         return position
 
     def room(self, owner: int, name: str, num_bytes: int) -> Tensor:
         """The first bytes of a room."""
         assert num_bytes <= self._sizes[name], (name, num_bytes, self._sizes)
-        return self._bytes(owner, self._start_of(name), num_bytes)
+        return self._bytes(owner, self._start_of(name, self._sizes), num_bytes)
 
-    def full(self, owner: int, room: str) -> Tensor:
-        """Raised by whoever has sent something into the owner's room."""
-        return self._flag(owner, ROOMS.index(room))
-
-    def free(self, owner: int, receiver: int, room: str) -> Tensor:
-        """Raised by the receiver, at the owner, who may now send something into the receiver's room."""
-        return self._flag(owner, len(ROOMS) * (1 + receiver) + ROOMS.index(room))
-
-    def _flag(self, owner: int, number: int) -> Tensor:
+    def flag(self, owner: int, kind: str, writer: int, room: str) -> Tensor:
+        """Of the owner's, what that writer says: of its room, that so many are in it ("full"); of the writer's own
+        room, that so many may come into it ("free").
+        """
+        number = (("full", "free").index(kind) * self._degree + writer) * len(ROOMS) + ROOMS.index(room)
         return self._bytes(owner, 4 * number, 4)
 
     def _bytes(self, owner: int, start: int, num_bytes: int) -> Tensor:
@@ -241,6 +264,7 @@ class SymmetricMemory:
     def __init__(self, group: torch_dist.ProcessGroup, num_bytes: int, device: torch.device) -> None:
         import torch.distributed._symmetric_memory as symmetric_memory
 
+        torch.cuda.empty_cache()  # it comes straight from the driver, which does not ask PyTorch for what it keeps
         self._own = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device).zero_()
         torch.cuda.synchronize(device)
         try:
@@ -263,6 +287,13 @@ def _mailboxes_of(group: torch_dist.ProcessGroup, device: torch.device) -> Mailb
     return _mailboxes[group]
 
 
+def release_mailboxes() -> None:
+    """Give the memory of all mailboxes back; `connect` makes new ones. All ranks that have one must call it."""
+    for mailboxes in _mailboxes.values():
+        mailboxes.release()
+    _mailboxes.clear()
+
+
 def mailbox_bytes() -> int:
     """Of this rank's mailboxes, which PyTorch's allocator does not count."""
     return sum(mailboxes.num_bytes for mailboxes in _mailboxes.values())
@@ -273,5 +304,13 @@ def neighbours_of(group: torch_dist.ProcessGroup) -> tuple[torch_dist.ProcessGro
     own_rank, degree = rank_and_size(group)
     hosts: list[Any] = [None] * degree
     torch_dist.all_gather_object(hosts, socket.gethostname(), group=group)
-    members = tuple(rank for rank in range(degree) if hosts[rank] == hosts[own_rank])
-    return subgroup(group, members), {rank: number for number, rank in enumerate(members)}
+    members = [rank for rank in range(degree) if hosts[rank] == hosts[own_rank]]
+    numbers = {rank: number for number, rank in enumerate(members)}
+    if len(members) == degree:
+        return group, numbers
+    # gloo's are made by their members alone; NCCL's would be split off the world's, whose ranks may do otherwise
+    global_ranks = [torch_dist.get_global_rank(group, rank) for rank in members]
+    timeout = group_timeout(group)
+    own = torch_dist.new_group(global_ranks, backend="gloo", timeout=timeout, use_local_synchronization=True)
+    assert isinstance(own, torch_dist.ProcessGroup)
+    return own, numbers

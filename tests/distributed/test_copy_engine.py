@@ -22,8 +22,9 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
+from recipes.breakdown import attention_communication_off
 from ring_attention import CAUSAL, RingAttention
-from ring_attention.exchange import CopyEngineExchange, Move, P2PExchange, copy_engine
+from ring_attention.exchange import CopyEngineExchange, Move, P2PExchange, copy_engine, mailbox_bytes, release_mailboxes
 from tests.cases import Case, check, on_rank
 from tests.distributed.test_attention import LENGTH, MASKS, grid
 from tests.pool import WorkerPool
@@ -66,11 +67,11 @@ class ThreadLane:
     def copy(self, target: Tensor, source: Tensor) -> None:
         self._jobs.put(lambda: target.copy_(source))
 
-    def raise_flag(self, flag: Tensor) -> None:
-        self._jobs.put(lambda: flag.view(torch.int32).fill_(1))
+    def tell(self, flag: Tensor, count: int) -> None:
+        self._jobs.put(lambda: flag.view(torch.int32).fill_(count))
 
-    def await_flag(self, flag: Tensor) -> None:
-        self._jobs.put(lambda: take(flag))
+    def await_flag(self, flag: Tensor, count: int) -> None:
+        self._jobs.put(lambda: await_flag(flag, count))
 
     def mark(self) -> threading.Event:
         event = threading.Event()
@@ -80,22 +81,21 @@ class ThreadLane:
     def rest(self) -> None:
         assert self.mark().wait(PATIENCE_S)
 
-    def compute_awaits(self, flags: list[Tensor], mark: threading.Event) -> None:
-        for flag in flags:
-            take(flag)
+    def compute_awaits(self, flags: copy_engine.Flags, mark: threading.Event) -> None:
+        for flag, count in flags:
+            await_flag(flag, count)
         assert mark.wait(PATIENCE_S)
 
     def poison(self, room: Tensor) -> None:
         self._jobs.put(lambda: room.fill_(float("nan")))
 
 
-def take(flag: Tensor) -> None:
+def await_flag(flag: Tensor, count: int) -> None:
     number = flag.view(torch.int32)
     stop = time.monotonic() + PATIENCE_S
-    while number.item() != 1:
-        assert time.monotonic() < stop, "nobody raised the flag"
+    while number.item() < count:
+        assert time.monotonic() < stop, "nobody said so"
         time.sleep(1e-5)
-    number.fill_(0)
 
 
 @contextmanager
@@ -111,7 +111,7 @@ def emulated() -> Iterator[None]:
         return post(self, purpose, sends, receives)
 
     with ExitStack() as stack:
-        stack.callback(copy_engine._mailboxes.clear)
+        stack.callback(release_mailboxes)
         for owner, name, value in [
             (copy_engine, "Lane", ThreadLane),
             (copy_engine, "SymmetricMemory", SharedMemory),
@@ -205,3 +205,39 @@ def test_a_room_that_is_shared_by_two_messages_at_once_would_be_seen(pool: Worke
 def on_rank_with_one_room(case: Case) -> list[Tensor]:
     with emulated(), patch("ring_attention.ring.keys_room", lambda step: "keys0"):
         return on_rank(case)
+
+
+def a_pass_after_one_that_was_abandoned(case: Case) -> tuple[list[Tensor], int, int]:
+    """All ranks' first pass ends with an exception while messages fly; results of the next, and bytes of mailboxes."""
+    with emulated():
+        with patch("ring_attention.ring.attend_forward", side_effect=MemoryError), pytest.raises(MemoryError):
+            on_rank(case)
+        results, num_bytes = on_rank(case), mailbox_bytes()
+    return results, num_bytes, mailbox_bytes()
+
+
+def test_a_pass_that_ended_in_the_middle_leaves_nothing_that_harms_the_next(pool: WorkerPool):
+    case = cases_of(4)[0]
+    ranks = pool.run(a_pass_after_one_that_was_abandoned, case, num_ranks=4)
+    check(case, [results for results, _, _ in ranks])
+    numbers = 2 * case.batch * case.num_kv_heads * case.head_dim * case.global_layout.ring_length
+    for _, before, after in ranks:  # two rooms of keys, two of gradients, one for those that come home; and flags
+        assert 5 * numbers * case.dtype.itemsize < before < 5 * numbers * case.dtype.itemsize + 8192
+        assert after == 0
+
+
+def copies_while_communication_is_off(case: Case) -> tuple[int, list[Tensor]]:
+    copied = []
+    with emulated(), patch.object(ThreadLane, "copy", lambda self, target, source: copied.append(target)):
+        with attention_communication_off():
+            on_rank(case)
+        num_copies = len(copied)
+    with emulated():
+        return num_copies, on_rank(case)
+
+
+def test_messages_can_be_kept_on_their_rank(pool: WorkerPool):
+    case = cases_of(2)[0]
+    ranks = pool.run(copies_while_communication_is_off, case, num_ranks=2)
+    assert [num_copies for num_copies, _ in ranks] == [0, 0]
+    check(case, [results for _, results in ranks])

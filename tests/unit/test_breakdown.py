@@ -123,6 +123,8 @@ def test_on_a_device_kernels_count_under_what_launched_them():
         Event("aten::copy_", 17, 18, 1, 9),
         Event("exchange wait", 20, 25, 1, 10),  # the host waits for nothing
         Event("aten::mul", 26, 27, 1, 11),
+        Event("exchange copy", 47, 49, 1, 12),
+        Event("aten::copy_", 47, 48, 1, 13),
         kernel("flash_bwd_kernel", 20, 30, 3),
         kernel("a kernel of CuTe's, launched past operators", 30, 31, 2),
         kernel("splitKreduce_kernel", 31, 32, 5),
@@ -130,6 +132,7 @@ def test_on_a_device_kernels_count_under_what_launched_them():
         kernel("ncclDevKernel_SendRecv(ncclDevKernelArgsStorage)", 20, 45, 6),
         kernel("Memcpy HtoD (Pinned -> Device)", 45, 46, 9),
         kernel("vectorized_elementwise_kernel", 46, 47, 11),
+        kernel("Memcpy PtoP (Device -> Device)", 48, 60, 13),
     ) == {
         (16, 19, "data"),
         (17, 18, "data"),
@@ -140,6 +143,7 @@ def test_on_a_device_kernels_count_under_what_launched_them():
         (20, 45, "exchange"),
         (45, 46, "data"),
         (46, 47, "other"),
+        (48, 60, "exchange"),
     }
 
 

@@ -14,6 +14,7 @@ from ring_attention.blocks import BLOCKS
 from ring_attention.kv import KeysValues
 from ring_attention.layout import Layout
 from ring_attention.ring import Ring, ring_backward, ring_forward, split_queries
+from ring_attention.running import PiecewiseSum
 from ring_attention.schedule import BlockPair, ring_schedule
 
 
@@ -121,3 +122,22 @@ def test_rows_that_differ_are_not_split():
     pairs = (BlockPair(0, Rectangle(0, 8, 0, 8, None, 0)), BlockPair(1, Rectangle(0, 8, 0, 8, None, 0)))
     assert split_queries(pairs) == (pairs, None)
     assert split_queries(pairs[:1]) == (pairs[:1], None)
+
+
+@pytest.mark.parametrize("ring_degree", [1, 2, 3, 4])
+def test_each_piece_of_dq_ends_with_its_last_part(ring_degree: int, monkeypatch: pytest.MonkeyPatch):
+    """So that it is rounded once."""
+    add, flags = PiecewiseSum.add, {}
+
+    def recording(self: PiecewiseSum, row: slice, tokens: slice, part: Tensor, is_last: tuple[bool, ...]) -> None:
+        for piece, ((start, stop), ends) in enumerate(zip(self._runs, is_last, strict=True)):
+            if max(start, tokens.start) < min(stop, tokens.stop):
+                flags.setdefault(piece, []).append(ends)
+        add(self, row, tokens, part, is_last)
+
+    monkeypatch.setattr(PiecewiseSum, "add", recording)
+    for ring_rank in range(ring_degree):
+        flags.clear()
+        events(ring_degree, ring_rank)
+        assert len(flags) == (1 if ring_degree == 1 else 2)
+        assert all(own[-1] and not any(own[:-1]) for own in flags.values()), flags

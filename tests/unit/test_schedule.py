@@ -5,11 +5,11 @@ from ring_attention import CAUSAL, FULL, Layout, Mask
 from ring_attention.band import Rectangle
 from ring_attention.layout import LAYOUTS
 from ring_attention.schedule import (
+    HOME_ROOM,
     BlockPair,
     Message,
     Stage,
     gradients_room,
-    home_room,
     imbalance,
     keys_room,
     num_tokens,
@@ -139,7 +139,7 @@ def test_rooms_are_as_large_as_the_largest_message(name: str, ring_degree: int, 
     for rank in range(ring_degree):
         stages = ring_schedule(layout, mask, rank)
         for step, stage in enumerate(stages):
-            received = {home_room(step): stage.home.spans if stage.home else ()}
+            received = {HOME_ROOM: stage.home.spans if stage.home else ()}
             if step + 1 < ring_degree:
                 following = stages[step + 1]
                 received[keys_room(step)] = following.keys if following.keys_from is not None else ()

@@ -256,7 +256,7 @@ def test_a_sweep_that_cannot_run_is_refused_before_any_trial(jobs, typed, messag
         ("attention=ring,ulysses", CategoricalDistribution(["ring", "ulysses"])),
         ("optimizer.lr=choice(1e-3,3e-3)", CategoricalDistribution([0.001, 0.003])),
         ("num_steps=range(10,50,10)", IntDistribution(10, 40, step=10)),
-        ("optimizer.lr=range(0.25,1,0.25)", FloatDistribution(0.25, 0.75, step=0.25)),
+        ("optimizer.lr=range(0.1,0.5,0.1)", CategoricalDistribution([0.1, 0.2, 0.30000000000000004, 0.4])),
         ("num_steps=int(interval(1,8))", IntDistribution(1, 8)),
         ("num_steps=tag(log,int(interval(1,64)))", IntDistribution(1, 64, log=True)),
         ("optimizer.lr=tag(log,interval(1e-4,1e-2))", FloatDistribution(1e-4, 1e-2, log=True)),
