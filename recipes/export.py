@@ -1,0 +1,120 @@
+"""python -m recipes.export RUN_OR_CHECKPOINT --output model.safetensors: the weights of a checkpoint, whole, in fp32.
+
+The names are those of `recipes.transformer.Transformer`, whose `load_state_dict` takes them; the configuration and the
+step are in the file's metadata. Needs no GPU and no ranks. Nothing is unpickled before the checkpoint's checksums
+match, and then only tensors and the classes in `checkpoint.KNOWN_CLASSES`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from conf.schema import ConfigError
+from recipes.checkpoint_files import (
+    CHECKPOINTS_DIR,
+    MANIFEST_FILE,
+    BrokenCheckpoint,
+    Manifest,
+    check_files,
+    newest_first,
+    read_manifest,
+)
+
+
+def find_checkpoint(given: Path) -> tuple[Path, Manifest]:
+    """The checkpoint that was named, or the newest of a run that is whole; prints which are broken.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    is_checkpoint = (given / MANIFEST_FILE).exists()
+    candidates = [given] if is_checkpoint else newest_first(given)
+    for folder in candidates:
+        print(f"reading {folder} ...", flush=True)
+        try:
+            manifest = read_manifest(folder)
+            check_files(folder, manifest, manifest.files)
+        except BrokenCheckpoint as error:
+            print(f"checkpoint {folder.name} is broken: {error}", file=sys.stderr, flush=True)
+        else:
+            return folder, manifest
+    if candidates:
+        raise ConfigError(f"{given} has no checkpoint that is whole")
+    raise ConfigError(
+        f"{given} has no {CHECKPOINTS_DIR}: give a run dir, such as outputs/DATE/TIME, or one checkpoint of it, such "
+        f"as outputs/DATE/TIME/{CHECKPOINTS_DIR}/step_00000100"
+    )
+
+
+def whole_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
+    """All weights by name, fp32, as the optimizer had them. The checkpoint's checksums must have been found right.
+
+    Raises:
+        ConfigError: for tensor x pipeline parallelism, whose ranks hold cut layers.
+    """
+    if manifest.config["parallelism"]["method"] == "tensor_pipeline":
+        raise ConfigError(
+            f"{folder} is of tensor x pipeline parallelism, whose layers lie cut in DeepSpeed's files: only runs with "
+            "parallelism=sequence can be exported"
+        )
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    from recipes.checkpoint import only_known_classes
+    from recipes.engine import MASTERS_OF
+
+    with only_known_classes():
+        if manifest.config["engine"]["zero_stage"] > 0:
+            with contextlib.redirect_stdout(None):  # it tells of every tensor
+                weights = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
+            assert weights is not None
+            return {name: tensor.detach().clone() for name, tensor in weights.items()}  # tied ones are one tensor
+        states = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu")
+    weights = {name: tensor.float() for name, tensor in states["module"].items()}
+    for names, masters in zip(states.get(MASTERS_OF, []), states["optimizer"].get("fp32_groups", []), strict=True):
+        weights |= dict(zip(names, masters, strict=True))
+    return {name: tensor.detach().clone() for name, tensor in weights.items()}
+
+
+def export(given: Path, output: Path) -> None:
+    """Write the weights of a run or checkpoint to a file, whole or not at all.
+
+    Raises:
+        ConfigError: if there is no whole checkpoint, or none that can be exported.
+    """
+    folder, manifest = find_checkpoint(given)
+    weights = whole_weights(folder, manifest)
+    metadata = {"format": "pt", "step": str(manifest.step), "config": json.dumps(manifest.config)}
+    new = output.with_name(f"{output.name}.new")
+    save_file(weights, new, metadata)
+    new.replace(output)
+    numbers = sum(tensor.numel() for tensor in weights.values())
+    print(f"{output}: {numbers:,} numbers in {len(weights)} tensors, fp32, after step {manifest.step}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m recipes.export", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("run_or_checkpoint", type=Path, help="a run dir, or a folder in its checkpoints/")
+    parser.add_argument("--output", type=Path, required=True, help="such as model.safetensors")
+    arguments = parser.parse_args()
+    try:
+        export(arguments.run_or_checkpoint, arguments.output)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.filename is None:
+            raise
+        sys.exit(f"error: {error.strerror}: {error.filename}")
+
+
+if __name__ == "__main__":
+    main()
