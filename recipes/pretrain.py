@@ -133,9 +133,10 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
                 reporter.conclude(parts.metrics)
 
     if reporter:
+        since = f", {config.num_steps - resumed.step} of them since the checkpoint" if resumed else ""
         reporter.say(
             "",
-            f"done: {config.num_steps} steps, loss {losses[0]:.4f} -> {losses[-1]:.4f}, "
+            f"done: {config.num_steps} steps{since}, loss {losses[0]:.4f} -> {losses[-1]:.4f}, "
             f"validation loss {validation_loss:.4f}",
             *reporter.summary(throughput),
         )

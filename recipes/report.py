@@ -54,7 +54,7 @@ def _init_wandb(logging: LoggingConfig, run_dir: Path, config: dict[str, Any], m
         name=run_dir.name,
         config=config,
         id=run_id,
-        resume="allow" if run_id and mode == "online" else None,  # offline runs of one id are joined when they are sent
+        resume="allow" if run_id else None,  # offline, each start has a folder; wandb joins them by the id
         settings=wandb.Settings(silent=True, console="off"),
     )
 
