@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from conf.compose import check_sweep_is_asked_for, compose_entries, explain, to_config
 from conf.schema import Config, ConfigError
-from recipes.ranks import RunFailed, adopt_external_ranks, adopt_submitit_tasks
+from recipes.ranks import Preempted, RunFailed, adopt_external_ranks, adopt_submitit_tasks
 
 ConfigStore.instance().store(name="schema", node=Config)
 
@@ -64,6 +64,8 @@ def execute(config: Config, overrides: list[str], run_dir: Path) -> float | None
         if os.environ.get("RANK", "0") == "0":
             print(*launch.make_plan(config, num_ranks).explanation(run_dir), sep="\n")
         return None
+    if config.recipe == "pretrain" and (loss := launch.ended_before(config, num_ranks, run_dir)) is not None:
+        return loss
     if config.recipe != "bench_attention":
         launch.check_corpus(config)
     return launch.start(launch.RecipeTask(config), num_ranks, run_dir)
@@ -91,13 +93,19 @@ def run_as_one_rank(arguments: list[str]) -> None:
         os._exit(1)  # at once: NCCL's own end can wait for a peer, which the launcher ends after this
 
 
+def _end(*_: object) -> None:
+    """Upon a signal, while no rank trains: unwinds, which ends the ranks."""
+    raise Preempted
+
+
 if __name__ == "__main__":
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print, so that one line says it here
     try:
         if adopt_external_ranks():
             run_as_one_rank(sys.argv[1:])
         else:
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # unwinds, which ends the ranks
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(number, _end)
             run()
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)

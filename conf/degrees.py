@@ -68,6 +68,15 @@ def accumulation_steps(config: Config, degrees: Degrees) -> int:
     return steps
 
 
+def settle(config: Config, degrees: Degrees, num_ranks: int) -> None:
+    """Write what the configuration left open into it, as it came out: for the record of a run."""
+    for name, degree in degrees._asdict().items():
+        setattr(config.parallelism, f"{name}_degree", degree)
+    engine = config.engine
+    engine.gradient_accumulation_steps, engine.train_batch_size = accumulation_steps(config, degrees), None
+    config.launch.num_ranks = num_ranks
+
+
 def _sequence_degrees(config: Config, num_ranks: int, ranks_per_host: int | None) -> Degrees:
     method, given, heads = config.attention.method, config.parallelism, config.model.num_kv_heads
     fixed = {

@@ -246,6 +246,18 @@ class LoggingConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    """What recipe=pretrain keeps in RUN_DIR/checkpoints. Its command with hydra.run.dir=RUN_DIR goes on from there."""
+
+    every_n_steps: int = 100  # 0: only after the last step, and when told to end (SIGTERM or SIGUSR1)
+    keep: int = 2  # so many, the newest; 0: none are written
+
+    def __post_init__(self) -> None:
+        _at_least("checkpoint.every_n_steps", self.every_n_steps, 0)
+        _at_least("checkpoint.keep", self.keep, 0)
+
+
+@dataclass
 class LaunchConfig:
     """Which ranks run; ignored where a launcher (torchrun, deepspeed, srun) has started them."""
 
@@ -316,6 +328,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)

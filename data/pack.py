@@ -30,13 +30,13 @@ class Corpus:
 
     def __init__(self, documents: Iterable[str], sequence_length: int, validation_sequences: int) -> None:
         self._documents = documents
-        self._sequence_tokens = sequence_length + 1
+        self.sequence_tokens = sequence_length + 1  # that a sequence takes of the corpus
         self._validation_sequences = validation_sequences
-        self._held_out_tokens = validation_sequences * self._sequence_tokens
+        self._held_out_tokens = validation_sequences * self.sequence_tokens
 
     def check(self) -> None:
         """Raises CorpusError unless there are tokens for validation and for one training sequence."""
-        needed, found = self._held_out_tokens + self._sequence_tokens, 0
+        needed, found = self._held_out_tokens + self.sequence_tokens, 0
         for document in self._documents:
             found += len(tokenize(document))
             if found >= needed:
@@ -80,8 +80,8 @@ class Corpus:
         for piece in pieces:
             parts.append(piece)
             num_tokens += len(piece)
-            if num_tokens >= self._sequence_tokens:
+            if num_tokens >= self.sequence_tokens:
                 joined = np.concatenate(parts)
-                num_whole = num_tokens // self._sequence_tokens * self._sequence_tokens
-                yield from joined[:num_whole].reshape(-1, self._sequence_tokens)
+                num_whole = num_tokens // self.sequence_tokens * self.sequence_tokens
+                yield from joined[:num_whole].reshape(-1, self.sequence_tokens)
                 parts, num_tokens = [joined[num_whole:]], num_tokens - num_whole

@@ -27,13 +27,19 @@ from ring_attention.exchange import release_mailboxes
 from ring_attention.groups import ParallelGroups
 from ring_attention.trace import labelled
 
+MASTERS_OF = "masters_of"  # in checkpoints of stage 0: the names of the master weights, group by group
+
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of one optimizer step, over all ranks: mean token loss (a device tensor) and gradient norm before clipping."""
+    """Of one optimizer step, over all ranks: mean token loss, gradient norm before clipping, ranks that wish to end.
+
+    All but the norm are device tensors: reading one waits for the step.
+    """
 
     loss: Tensor
     grad_norm: float | Tensor
+    num_wishes: Tensor
 
 
 def init_distributed(init_method: str | None, timeout_s: float) -> None:
@@ -235,10 +241,11 @@ class TrainingEngine:
         """Of the next step."""
         return self.deepspeed.get_lr()[0]
 
-    def accumulate(self, micro_batches: Sequence[TokenBatch]) -> Tensor:
+    def accumulate(self, micro_batches: Sequence[TokenBatch], wish: bool = False) -> tuple[Tensor, Tensor]:
         """Forward and backward of one step's micro-batches; returns the loss over the whole global batch.
 
-        After it the engine holds the reduced gradients; `update` applies them.
+        After it the engine holds the reduced gradients; `update` applies them. The second result is how many ranks
+        have called it with a `wish`: one message has both.
         """
         assert len(micro_batches) <= self.config.gradient_accumulation_steps
         self.deepspeed.train()
@@ -251,7 +258,8 @@ class TrainingEngine:
             self.deepspeed.backward(local_sum * (self._loss_multiplier / num_valid.clamp(min=1)))
             if micro_batch is not micro_batches[-1]:
                 self.deepspeed.step()  # counts the micro-batch; DeepSpeed updates at the boundary only
-        return self._sum_over_ranks(loss_sum) / num_valid.clamp(min=1)
+        loss_sum, num_wishes = self._sum_over_ranks(torch.stack([loss_sum, loss_sum.new_tensor(float(wish))]))
+        return loss_sum / num_valid.clamp(min=1), num_wishes
 
     def update(self) -> float | Tensor:
         """Clip, step the optimizer and the schedule; returns the gradient norm before clipping."""
@@ -267,10 +275,11 @@ class TrainingEngine:
         assert grad_norm is not None
         return grad_norm
 
-    def train_step(self, micro_batches: Sequence[TokenBatch]) -> StepResult:
+    def train_step(self, micro_batches: Sequence[TokenBatch], wish: bool = False) -> StepResult:
+        """One optimizer step; `wish` says that this rank wishes to end: see `StepResult`."""
         assert len(micro_batches) == self.config.gradient_accumulation_steps
-        loss = self.accumulate(micro_batches)
-        return StepResult(loss, self.update())
+        loss, num_wishes = self.accumulate(micro_batches, wish)
+        return StepResult(loss, self.update(), num_wishes)
 
     @torch.no_grad()
     def mean_loss(self, micro_batches: Iterable[TokenBatch]) -> Tensor:
@@ -282,6 +291,14 @@ class TrainingEngine:
             totals[1] += micro_batch.num_valid().to(self.device, non_blocking=True)
         loss_sum, num_valid = self._sum_over_ranks(totals)
         return loss_sum / num_valid.clamp(min=1)
+
+    @property
+    def client_state(self) -> dict[str, Any]:
+        """What a checkpoint needs beside what DeepSpeed puts there: on stage 0 whose the master weights are."""
+        if not isinstance(self.deepspeed.optimizer, FP16_UnfusedOptimizer):
+            return {}
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        return {MASTERS_OF: [[names[p] for p in group] for group in self.deepspeed.optimizer.fp16_groups]}
 
     @property
     def loss_scaling(self) -> dict[str, float | None]:

@@ -11,8 +11,10 @@ The parent must not import DeepSpeed (seconds) nor touch a GPU (memory), so what
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import importlib
-import logging
+import json
 import multiprocessing
 import os
 import shutil
@@ -23,28 +25,27 @@ import threading
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 import torch
 import torch.multiprocessing as mp
 from omegaconf import OmegaConf
-from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 from tqdm import tqdm
 
-from conf.degrees import accumulation_steps, resolve_degrees
+from conf.degrees import accumulation_steps, resolve_degrees, settle
 from conf.schema import Config, ConfigError
 from data.pack import Corpus
 from data.source import open_documents
-from recipes.out_of_memory import OutOfMemory, out_of_memory_explained
+from recipes.checkpoint_files import BrokenCheckpoint, check_same_run, newest_first, read_manifest
+from recipes.out_of_memory import out_of_memory_explained
 from recipes.plan import Plan
-from recipes.ranks import RunFailed, ranks_are_started
-from recipes.runs import CONFIG_FILE
+from recipes.processes import end_all, first_to_fail, signals_deferred, signals_passed_on
+from recipes.ranks import Preempted, RunFailed, ranks_are_started
+from recipes.runs import CONFIG_FILE, SUMMARY_FILE
 
 DEFAULT_CPU_RANKS = 4
-GRACE_PERIOD_S = 2.0  # what the other ranks get to end by themselves after one has failed
 
 
 class Task(Protocol):
@@ -75,14 +76,21 @@ class RecipeTask:
 
         plan = shared_plan(self.config)
         is_first = os.environ["RANK"] == "0"
+        resumed = None
+        if self.config.recipe == "pretrain":
+            from recipes.checkpoint import choose_checkpoint
+
+            resumed = choose_checkpoint(plan.config, run_dir, lambda line: print(line, file=console, flush=True))
         if is_first:
             OmegaConf.save(OmegaConf.structured(plan.config), run_dir / CONFIG_FILE)
         # the recipe NAME is the function NAME of the module recipes.NAME
         name = self.config.recipe
         recipe = getattr(importlib.import_module(f"recipes.{name}"), name)
+        if resumed:
+            recipe = functools.partial(recipe, resumed=resumed)
         with (
             out_of_memory_explained(plan, run_dir),
-            Reporter(plan, run_dir, console) if is_first else contextlib.nullcontext() as reporter,
+            Reporter(plan, run_dir, console, resumed) if is_first else contextlib.nullcontext() as reporter,
         ):
             return recipe(plan, run_dir, reporter)
 
@@ -169,6 +177,28 @@ def shared_plan(config: Config) -> Plan:
     return plan
 
 
+def ended_before(config: Config, num_ranks: int, run_dir: Path) -> float | None:
+    """The validation loss if the run dir has a run that went through all its steps; None if there is something to do.
+
+    Raises:
+        ConfigError: if its newest checkpoint is of another run. With attention=auto the ranks say so.
+    """
+    for folder in newest_first(run_dir):
+        with contextlib.suppress(BrokenCheckpoint):  # the ranks tell of it
+            manifest = read_manifest(folder)
+            if config.attention.method != "auto":
+                ranks_per_host = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
+                settled = copy.deepcopy(config)
+                settle(settled, resolve_degrees(config, num_ranks, ranks_per_host), num_ranks)
+                check_same_run(folder, manifest, settled)
+            if manifest.step < config.num_steps:
+                return None
+            if os.environ.get("RANK", "0") == "0":
+                print(f"all {manifest.step} steps of {run_dir} are done: to train anew use another hydra.run.dir")
+            return json.loads((run_dir / SUMMARY_FILE).read_text(encoding="utf-8"))["validation_loss"]
+    return None
+
+
 def check_corpus(config: Config) -> None:
     """Raises CorpusError if the corpus cannot be read or is too short; reads no more of it than that takes."""
     Corpus(open_documents(config.data), config.data.sequence_length, config.data.validation_sequences).check()
@@ -190,13 +220,14 @@ def launch(task: Task, num_ranks: int, run_dir: Path) -> float:
 
     Raises:
         RunFailed: if a rank failed. No process is left then, nor on Ctrl-C.
+        Preempted: if SIGTERM or SIGUSR1 told the run to end. Ranks that train save a checkpoint first; all others
+            end at once. After a second signal all do.
     """
     print(f"starting {num_ranks} rank{'s' if num_ranks > 1 else ''}; logs in {run_dir / 'logs'}", flush=True)
     meeting_dir = Path(tempfile.mkdtemp(prefix="ring_attention_"))  # not the run dir: a network disk may lack locks
     outcomes = mp.get_context("spawn").SimpleQueue()
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # RunFailed says it better
     try:
-        with _signals_deferred():
+        with signals_deferred():
             context = mp.start_processes(
                 _launched_rank,
                 (os.getpid(), task, num_ranks, run_dir, meeting_dir, outcomes),
@@ -205,43 +236,25 @@ def launch(task: Task, num_ranks: int, run_dir: Path) -> float:
                 start_method="spawn",
             )
         assert context is not None
-        try:
-            while not context.join(grace_period=GRACE_PERIOD_S):
-                pass
-        except (ProcessRaisedException, ProcessExitedException) as error:
-            exit_codes = [process.exitcode or 0 for process in context.processes]  # pyright: ignore[reportAttributeAccessIssue]
-            if exit_codes[error.error_index] == -signal.SIGINT:
-                raise KeyboardInterrupt from None  # Ctrl-C goes to all; this rank was faster than we
-            raise RunFailed(_explain_failure(exit_codes, error.error_index, _received(outcomes), run_dir)) from None
+        processes: Any = context.processes
+        with signals_passed_on(processes) as told:
+            failed = first_to_fail(processes)
+        exit_codes = [process.exitcode or 0 for process in processes]
+        if failed is not None:
+            if exit_codes[failed] == -signal.SIGINT:
+                raise KeyboardInterrupt  # Ctrl-C goes to all; this rank was faster than we
+            if not told or -told[0] not in exit_codes:
+                raise RunFailed(_explain_failure(exit_codes, failed, _received(outcomes), run_dir))
+            raise Preempted
+        if Preempted.EXIT_CODE in exit_codes:
+            raise Preempted
         return next(outcome.result for outcome in _received(outcomes) if outcome.rank == 0)
     except KeyboardInterrupt:
         print(f"\ninterrupted; what there is of the run: {run_dir}", flush=True)
         raise
     finally:
-        _end(multiprocessing.active_children())  # those of an interrupted start, too
+        end_all(multiprocessing.active_children())  # those of an interrupted start, too
         shutil.rmtree(meeting_dir, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _signals_deferred() -> Iterator[None]:
-    """Ctrl-C and SIGTERM act once the block is done: a process that is started halfway prints a traceback.
-
-    Processes that are started in it have Ctrl-C blocked, until they say otherwise: imports would print one, too.
-    """
-    received: list[int] = []
-    handlers = {
-        number: signal.signal(number, lambda number, _: received.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for number in received:
-            signal.raise_signal(number)
 
 
 def _launched_rank(
@@ -268,7 +281,7 @@ def _launched_rank(
     try:
         result = _run_rank(task, run_dir, f"file://{meeting_dir / 'meeting'}")
     except Exception as error:
-        explained = isinstance(error, (ConfigError, OutOfMemory))
+        explained = isinstance(error, (ConfigError, RunFailed))
         text = str(error) if explained else f"rank {rank} failed:\n{traceback.format_exc()[-20_000:]}"
         # more than a pipe holds would block
         outcomes.put(_Outcome(rank, error=text, refused=isinstance(error, ConfigError)))
@@ -284,13 +297,15 @@ def _received(outcomes: SimpleQueue[_Outcome]) -> list[_Outcome]:
 
 
 def _explain_failure(exit_codes: list[int], first_seen: int, received: list[_Outcome], run_dir: Path) -> str:
-    """Names the rank that failed first: one ended by a signal, else the first to report; others follow."""
+    """Names the rank that failed first: one ended by a signal, else the first to report; others follow.
+
+    Args:
+        exit_codes: when that was seen, before we ended any; 0 of those that still ran.
+    """
     failed = [outcome for outcome in received if outcome.error]
-    # survivors get SIGTERM from us; where a peer reported, they may also abort, as NCCL's watchdog does
-    following = {-signal.SIGTERM, -signal.SIGABRT} if failed else {-signal.SIGTERM}
+    # where a peer reported, survivors may abort, as NCCL's watchdog does
+    following = {-signal.SIGABRT} if failed else set()
     ended = [rank for rank, code in enumerate(exit_codes) if code < 0 and code not in following]
-    if exit_codes[first_seen] == -signal.SIGTERM:  # seen before we ended any: somebody else sent it
-        ended.insert(0, first_seen)
     if ended:
         rank = ended[0]
         what = f"rank {rank} was ended by {signal.Signals(-exit_codes[rank]).name}"
@@ -309,17 +324,6 @@ def _overdue_hops(run_dir: Path) -> list[str]:
     logs = sorted((run_dir / "logs").glob("rank_*.log"))
     lines = [line for log in logs for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
     return [line for line in lines if line.startswith("HopError: ")]
-
-
-def _end(processes: list[BaseProcess]) -> None:
-    """Leave no rank behind, however the parent got here."""
-    for process in processes:
-        process.terminate()
-    for process in processes:
-        process.join(GRACE_PERIOD_S)
-        if process.is_alive():
-            process.kill()
-            process.join()
 
 
 def _run_rank(task: Task, run_dir: Path, init_method: str | None) -> float:

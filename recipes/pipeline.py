@@ -151,6 +151,7 @@ class PipelinedEngine:
         )[0]
         self._loss_factor: Tensor | float = 1.0
         self._shape: torch.Size | None = None
+        self.client_state: dict[str, Any] = {}  # what a checkpoint needs beside what DeepSpeed puts there
 
     @property
     def sequence_rank(self) -> int:
@@ -162,16 +163,16 @@ class PipelinedEngine:
         """Of the next step."""
         return self.deepspeed.get_lr()[0]
 
-    def train_step(self, micro_batches: Sequence[TokenBatch]) -> StepResult:
-        """Forward and backward of one step's micro-batches, and the update."""
-        mean_loss = self._run(micro_batches, self.deepspeed.train_batch)
-        return StepResult(mean_loss, self.deepspeed.get_global_grad_norm())
+    def train_step(self, micro_batches: Sequence[TokenBatch], wish: bool = False) -> StepResult:
+        """Forward and backward of one step's micro-batches, and the update; `wish` is this rank's, to end."""
+        mean_loss, num_wishes = self._run(micro_batches, self.deepspeed.train_batch, wish)
+        return StepResult(mean_loss, self.deepspeed.get_global_grad_norm(), num_wishes)
 
     def mean_loss(self, micro_batches: Iterable[TokenBatch]) -> Tensor:
         """Mean token loss in nats over all ranks' micro-batches, a scalar; every rank must bring equally many."""
         micro_batches = list(micro_batches)
         evaluate = functools.partial(self.deepspeed.eval_batch, num_micro_batches=len(micro_batches))
-        return self._run(micro_batches, evaluate)
+        return self._run(micro_batches, evaluate)[0]
 
     @property
     def loss_scaling(self) -> dict[str, float | None]:
@@ -199,13 +200,13 @@ class PipelinedEngine:
         ):
             dist.destroy_process_group(group)
 
-    def _run(self, micro_batches: Sequence[TokenBatch], run: Any) -> Tensor:
+    def _run(self, micro_batches: Sequence[TokenBatch], run: Any, wish: bool = False) -> tuple[Tensor, Tensor]:
         shape = micro_batches[0].tokens_BS.shape
         if shape != self._shape:  # validation brings other micro-batches than training, and DeepSpeed keeps its buffers
             self.deepspeed.reset_activation_shape()
             self._shape = shape
-        num_valid = torch.stack([batch.num_valid() for batch in micro_batches]).sum().to(self.device)
-        dist.all_reduce(num_valid)
+        num_valid = torch.stack([batch.num_valid() for batch in micro_batches]).sum()
+        num_valid, num_wishes = self._sum_over_ranks(torch.stack([num_valid, num_valid.new_tensor(float(wish))]))
         # every stage has counted its tokens, and without sequence-sharded norms every tensor rank all of them
         copies = dist.get_world_size() // self.data_degree
         if self._ranks.sequence_sharded:
@@ -216,7 +217,12 @@ class PipelinedEngine:
         loss = run(iter([(batch.tokens_BS, batch.labels_BS) for batch in micro_batches]))
         if self._ranks.sequence_sharded:
             dist.all_reduce(loss, group=self._ranks.group)
-        return loss
+        return loss, num_wishes
+
+    def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.to(self.device)
+        dist.all_reduce(tensor)
+        return tensor
 
     def _scaled_loss(self, logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
         return cross_entropy_sum(logits_BSV, labels_BS) * self._loss_factor

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from conf.degrees import accumulation_steps, resolve_degrees
+from conf.degrees import accumulation_steps, resolve_degrees, settle
 from conf.schema import Config, ConfigError, Degrees, ModelConfig
 from recipes.memory import StateBytes, gib, layer_matmul_parameters, num_parameters, refusal, state_bytes
 from recipes.metrics import Throughput, peak_tflops
@@ -133,12 +133,9 @@ class Plan:
 
     def settle(self) -> None:
         """Write what the configuration left open into it, as it came out: for the record of a run."""
-        for name, degree in self.degrees._asdict().items():
-            setattr(self.config.parallelism, f"{name}_degree", degree)
-        self.config.attention.method = self.method
-        engine = self.config.engine
-        engine.gradient_accumulation_steps, engine.train_batch_size = self.accumulation_steps, None
-        self.config.launch.num_ranks = self.num_ranks
+        method, degrees = self.method, self.degrees
+        self.config.attention.method = method
+        settle(self.config, degrees, self.num_ranks)
 
     def block_choice(self) -> tuple[str, str]:
         """The block kernel's name and why it was chosen."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import statistics
+import time
 from pathlib import Path
 
 import torch
@@ -11,43 +12,63 @@ import torch
 from data.pack import Corpus
 from data.source import open_documents
 from recipes.build import build_engine, build_sharder
+from recipes.checkpoint import Checkpoints, EndRequest, TrainingData
+from recipes.checkpoint_files import Manifest
 from recipes.metrics import perplexity
 from recipes.parts import measure_parts
 from recipes.plan import Plan
 from recipes.profiling import profiler
+from recipes.ranks import Preempted
 from recipes.report import Reporter
 from recipes.watch import Watch, named, speed
 
 
-def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
+def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Manifest | None = None) -> float:
     """Train and return the final validation loss in nats per token. Every rank must call it.
 
     Args:
         reporter: rank 0's; None on all others.
+        resumed: the checkpoint to go on from.
+
+    Raises:
+        Preempted: on every rank, after a checkpoint, if a signal told one of them to end.
     """
     config = plan.config
     torch.autograd.set_detect_anomaly(config.engine.detect_anomaly)
     if reporter:
         reporter.say(*plan.banner(run_dir), "", "building the model and the engine ...")
     engine = build_engine(plan)
+    checkpoints = Checkpoints(config, run_dir, engine)
+    if resumed:
+        checkpoints.load(resumed)
     corpus = Corpus(open_documents(config.data), config.data.sequence_length, config.data.validation_sequences)
     sharder = build_sharder(plan, engine)
-    steps = sharder.steps(corpus.training(cursor=0), plan.accumulation_steps)
-    first_batch = next(steps)
+    data = TrainingData(corpus, resumed)
+    steps = sharder.steps(data, plan.accumulation_steps)
+    first_step, first_batch = resumed.step + 1 if resumed else 1, next(steps)
+
+    def save(step: int) -> None:
+        started = time.perf_counter()
+        cursor = 0 if config.data.overfit_one_batch else step * plan.data_tokens_per_step
+        elapsed_s, wandb_run_id = (reporter.elapsed_s, reporter.wandb_run_id) if reporter else (0.0, "")
+        checkpoints.save(step, cursor, data.last_sha256, elapsed_s, wandb_run_id)
+        if reporter:
+            reporter.say(f"step {step}: checkpoint in {time.perf_counter() - started:.2f} s")
 
     watch = Watch(plan.has_ring)
     losses: list[float] = []  # of the logged steps
     step_times_s: list[float] = []
     validation_loss = float("nan")
+    end = EndRequest() if checkpoints.are_kept else None
     with profiler(config, run_dir) as profiler_step:
-        for step in range(1, config.num_steps + 1):
+        for step in range(first_step, config.num_steps + 1):
             is_last = step == config.num_steps
             is_logged = step == 1 or is_last or step % config.logging.every_n_steps == 0
             with watch.data():
-                micro_batches = first_batch if step == 1 or config.data.overfit_one_batch else next(steps)
+                micro_batches = first_batch if step == first_step or config.data.overfit_one_batch else next(steps)
             learning_rate = engine.learning_rate
             with watch.step(is_logged):
-                result = engine.train_step(micro_batches)
+                result = engine.train_step(micro_batches, wish=end is not None and end.wanted)
             profiler_step()
             if reporter:
                 reporter.advance()
@@ -85,21 +106,37 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
                 if reporter:
                     reporter.log(step, values)
                 watch.restart()
-            if is_last and config.breakdown:
+            # the last checkpoint comes when the summary is written, so that a run that has it has ended
+            told_to_end = end is not None and end.agreed(result.num_wishes) and not is_last
+            if told_to_end or (checkpoints.are_due(step) and not is_last):
+                save(step)
+                watch.restart()
+            if told_to_end:
                 if reporter:
-                    reporter.say("measuring where the time of a step goes ...")
-                parts = measure_parts(plan, engine, functools.partial(sharder.steps, corpus.training(cursor=0)))
-                if reporter:
-                    reporter.say(str(parts))
-                    reporter.conclude(parts.metrics)
+                    reporter.say(
+                        f"told to end after step {step}: the same command with hydra.run.dir={run_dir} goes on"
+                    )
+                raise Preempted
 
-    if reporter:
         # the first step warms up
         throughput = plan.throughput(statistics.median(step_times_s[1:] or step_times_s))
-        reporter.conclude({"validation_loss": validation_loss, **throughput.numbers})
+        if reporter:
+            reporter.conclude({"validation_loss": validation_loss, **throughput.numbers})
+        if checkpoints.are_kept:
+            save(config.num_steps)
+        if config.breakdown:
+            if reporter:
+                reporter.say("measuring where the time of a step goes ...")
+            parts = measure_parts(plan, engine, functools.partial(sharder.steps, corpus.training(cursor=0)))
+            if reporter:
+                reporter.say(str(parts))
+                reporter.conclude(parts.metrics)
+
+    if reporter:
+        since = f", {config.num_steps - resumed.step} of them since the checkpoint" if resumed else ""
         reporter.say(
             "",
-            f"done: {config.num_steps} steps, loss {losses[0]:.4f} -> {losses[-1]:.4f}, "
+            f"done: {config.num_steps} steps{since}, loss {losses[0]:.4f} -> {losses[-1]:.4f}, "
             f"validation loss {validation_loss:.4f}",
             *reporter.summary(throughput),
         )

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 
 from conf.schema import ConfigError
 
 
 class RunFailed(RuntimeError):
     """A rank failed; the message names it, shows its error and says where its log is."""
+
+
+class Preempted(SystemExit):
+    """The run was told to end, by SIGTERM or SIGUSR1, and has: the same command with its run dir goes on.
+
+    The exit code is that of SIGTERM for both, which those who requeue take for "again", not for a failure.
+    """
+
+    EXIT_CODE = 128 + signal.SIGTERM
+
+    def __init__(self) -> None:
+        super().__init__(self.EXIT_CODE)
 
 
 def ranks_are_started() -> bool:

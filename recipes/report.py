@@ -16,27 +16,35 @@ import wandb
 from tqdm import tqdm
 
 from conf.schema import LoggingConfig
+from recipes.checkpoint_files import Manifest
 from recipes.metrics import Throughput
 from recipes.plan import Plan
+from recipes.ranks import Preempted
 from recipes.runs import METRICS_FILE, SUMMARY_FILE
 
 
-def start_wandb(logging: LoggingConfig, run_dir: Path, config: dict[str, Any], say: Callable[[str], None]) -> Any:
-    """A wandb run in `run_dir`, online or offline as `logging.wandb` says; `say` tells people of a forced choice."""
+def start_wandb(
+    logging: LoggingConfig, run_dir: Path, config: dict[str, Any], say: Callable[[str], None], run_id: str | None = None
+) -> Any:
+    """A wandb run in `run_dir`, online or offline as `logging.wandb` says; `say` tells people of a forced choice.
+
+    Args:
+        run_id: of an earlier one to go on with.
+    """
     mode = logging.wandb
     if mode == "auto":
         mode = os.environ.get("WANDB_MODE", "")
     if not mode:
         try:
             mode = "online" if wandb.login(prompt=False) else "offline"
-            return _init_wandb(logging, run_dir, config, mode)
+            return _init_wandb(logging, run_dir, config, mode, run_id)
         except wandb.Error as error:  # a cluster without internet must not cost the run
             say(f"wandb: offline, for its server cannot be reached or did not take the login ({error})")
             mode = "offline"
-    return _init_wandb(logging, run_dir, config, mode)
+    return _init_wandb(logging, run_dir, config, mode, run_id)
 
 
-def _init_wandb(logging: LoggingConfig, run_dir: Path, config: dict[str, Any], mode: str) -> Any:
+def _init_wandb(logging: LoggingConfig, run_dir: Path, config: dict[str, Any], mode: str, run_id: str | None) -> Any:
     return wandb.init(
         project=logging.project,
         group=logging.group,
@@ -45,6 +53,8 @@ def _init_wandb(logging: LoggingConfig, run_dir: Path, config: dict[str, Any], m
         dir=run_dir,
         name=run_dir.name,
         config=config,
+        id=run_id,
+        resume="allow" if run_id else None,  # offline, each start has a folder; wandb joins them by the id
         settings=wandb.Settings(silent=True, console="off"),
     )
 
@@ -52,8 +62,12 @@ def _init_wandb(logging: LoggingConfig, run_dir: Path, config: dict[str, Any], m
 def how_to_look_at_wandb(run: Any) -> list[str]:
     """Commands that show a wandb run."""
     if run.settings.mode == "offline":
-        folder = shlex.quote(str(Path(run.dir).parent))
-        return [f"look at it here:       wandb leet {folder}", f"send it to wandb:      wandb sync {folder}"]
+        folder = Path(run.dir).parent
+        of_this_run = sorted(str(path) for path in folder.parent.glob(f"offline-run-*-{run.id}"))
+        return [
+            f"look at it here:       wandb leet {shlex.quote(str(folder))}",
+            f"send it to wandb:      wandb sync {shlex.join(of_this_run)}",
+        ]
     return [f"look at it:            {run.url}"] if run.settings.mode == "online" else []
 
 
@@ -62,20 +76,26 @@ class Reporter:
 
     Args:
         console: where lines for people go; a progress bar is drawn only if it is a terminal.
+        resumed: the checkpoint that the run goes on from.
     """
 
-    def __init__(self, plan: Plan, run_dir: Path, console: TextIO) -> None:
+    def __init__(self, plan: Plan, run_dir: Path, console: TextIO, resumed: Manifest | None = None) -> None:
         self._plan, self._config, self._run_dir, self._console = plan, plan.config, run_dir, console
-        self._started = time.perf_counter()
+        self._resumed = resumed
+        self._started = time.perf_counter() - (resumed.elapsed_s if resumed else 0.0)
         self._conclusions: dict[str, float | None] = {}
 
     def __enter__(self) -> Reporter:
-        self._file = (self._run_dir / METRICS_FILE).open("a", encoding="utf-8")
+        path = self._run_dir / METRICS_FILE
+        if self._resumed and path.exists():
+            drop_rows_after(path, self._resumed.step)
+        self._file = path.open("a", encoding="utf-8")
         self._wandb = start_wandb(
             self._config.logging,
             self._run_dir,
             {**asdict(self._config), "device": self._plan.device_name, "block": self._plan.block_choice()[0]},
             self.say,
+            self._resumed.wandb_run_id if self._resumed else None,
         )
         self._wandb.define_metric("step")
         self._wandb.define_metric("*", step_metric="step")
@@ -83,6 +103,7 @@ class Reporter:
         self._wandb.define_metric("validation/loss", step_metric="step", summary="min")
         self._bar = tqdm(
             total=self._config.num_steps,
+            initial=self._resumed.step if self._resumed else 0,
             file=self._console,
             disable=not self._console.isatty(),
             unit="step",
@@ -93,7 +114,18 @@ class Reporter:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._bar.close()
         self._file.close()
+        if kind is Preempted:
+            self._wandb.mark_preempting()
         self._wandb.finish(exit_code=0 if kind is None else 1)
+
+    @property
+    def elapsed_s(self) -> float:
+        """Since the start, the time between an interruption and its checkpoint left out."""
+        return round(time.perf_counter() - self._started, 3)
+
+    @property
+    def wandb_run_id(self) -> str:
+        return self._wandb.id
 
     def say(self, *lines: str) -> None:
         """Lines for people, now."""
@@ -112,7 +144,7 @@ class Reporter:
         known = {"step": step, **{name: value for name, value in metrics.items() if value is not None}}
         # a loss that is no number is null: JSON has neither nan nor infinity
         line = {name: value if math.isfinite(value) else None for name, value in known.items()}
-        line["elapsed_s"] = round(time.perf_counter() - self._started, 3)
+        line["elapsed_s"] = self.elapsed_s
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()  # a crash loses nothing
         self._wandb.log(known)
@@ -170,6 +202,21 @@ class Reporter:
             lines.append(f"memory snapshots:      {where}")
         lines += how_to_look_at_wandb(self._wandb)
         return lines
+
+
+def drop_rows_after(path: Path, step: int) -> None:
+    """Of a metrics file, those of later steps and a last line that was cut off: they come again."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break  # a crash cut it off; what follows would be of a later start
+        if row["step"] <= step:
+            kept.append(line)
+    new = path.with_suffix(".new")
+    new.write_text("".join(kept), encoding="utf-8")
+    new.replace(path)
 
 
 def minutes(seconds: float) -> str:

@@ -140,7 +140,7 @@ def _read_sweep(path: Path, found: Found) -> None:
 
 
 def _read_run(name: str, folder: Path, found: Found) -> None:
-    settings = _flat(_read_settings(folder / CONFIG_FILE, found.problems))
+    settings = flat(_read_settings(folder / CONFIG_FILE, found.problems))
     conclusions = _read_json(folder / SUMMARY_FILE, found.problems) if (folder / SUMMARY_FILE).exists() else {}
     rows = _read_rows(folder / METRICS_FILE, found.problems)
     found.runs.append(Run(name, folder, settings, rows, conclusions))
@@ -210,12 +210,12 @@ def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:
     return content
 
 
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"optimizer": {"lr": 1}} -> {"optimizer.lr": 1}."""
-    flat: dict[str, Any] = {}
+    by_name: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
+            by_name |= flat(value, f"{prefix}{name}.")
         else:
-            flat[f"{prefix}{name}"] = value
-    return flat
+            by_name[f"{prefix}{name}"] = value
+    return by_name

@@ -44,7 +44,7 @@ from recipes.search_space import SearchSpace, read_space, suggest
 
 JOURNAL_FILE, LOCK_FILE = "sweep.journal", "sweep.lock"
 # fields that may differ when a sweep goes on: they change no trial's result
-FREE = ("logging.", "launch.timeout_s", "sweep.num_trials", "sweep.num_parallel", "breakdown")
+FREE = ("logging.", "checkpoint.", "launch.timeout_s", "sweep.num_trials", "sweep.num_parallel", "breakdown")
 
 RunTrial = Callable[[list[str], int], JobReturn]
 

@@ -83,7 +83,7 @@ def _results_of(results: list[dict[str, Any]], entry: str, number: int, size: in
 def settings_of(entry: Config) -> str:
     """A fingerprint of what an entry runs, kept with its results: no other configuration may take them for its own."""
     settings = dataclasses.asdict(entry)
-    unlike = ("launch", "logging", "compare", "sweep", "explain", "breakdown", "num_steps")
+    unlike = ("launch", "logging", "checkpoint", "compare", "sweep", "explain", "breakdown", "num_steps")
     for name in (*unlike, "profile", "profile_steps", "memory_snapshot"):
         del settings[name]
     return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 from unittest import mock
 
-from conf.schema import Config, DataConfig, LoggingConfig
+from conf.schema import CheckpointConfig, Config, DataConfig, LoggingConfig
 from recipes import launch
 
 BLOCK = 20
@@ -74,6 +74,7 @@ def main() -> None:
     config = Config(
         data=DataConfig(sequence_length=options.length, validation_sequences=1),
         logging=LoggingConfig(every_n_steps=2 * BLOCK, wandb="offline"),
+        checkpoint=CheckpointConfig(keep=0),
         breakdown=False,
         num_steps=BLOCK // 2 + 2 * BLOCK * options.pairs,
     )

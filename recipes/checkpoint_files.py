@@ -1,0 +1,183 @@
+"""The files of checkpoints: what each must hold, which is the newest that does, and which run it is of.
+
+RUN_DIR/checkpoints has a folder per checkpoint, named after its step, with DeepSpeed's files, the random states of the
+ranks, and a manifest of them all; and `latest`, which names the newest, for DeepSpeed's own tools. A folder that has
+its name is complete: it was written under `writing` and renamed. Pure files, no torch: the launcher's parent looks
+here. Above it is `checkpoint`, which writes and loads on all ranks, and `export`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from conf.schema import Config, ConfigError
+from recipes.runs import flat
+
+CHECKPOINTS_DIR, WRITING_DIR = "checkpoints", "writing"
+LATEST_FILE, MANIFEST_FILE = "latest", "manifest.json"
+# fields that may differ when a run goes on: they do not change what it computes
+FREE = (
+    "logging.",
+    "checkpoint.",
+    "compare.",
+    "sweep.",
+    "launch.timeout_s",
+    "engine.detect_anomaly",
+    "explain",
+    "profile",
+    "memory_snapshot",
+    "breakdown",
+)
+
+
+class BrokenCheckpoint(Exception):
+    """A checkpoint that is not as it was written; says what is wrong with which file."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a file must be."""
+
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A checkpoint in numbers: where the run stood, whose it is, and what its files must be.
+
+    Args:
+        data_cursor: number of the training token that comes next (`data.pack.Corpus.training`).
+        last_sequence_sha256: of the last sequence before it: the corpus must still have it there.
+        elapsed_s: of the run so far.
+        config: settled, as RUN_DIR/config.yaml has it.
+        versions: of what computes, by name.
+        files: by name in the checkpoint's folder.
+    """
+
+    step: int
+    data_cursor: int
+    last_sequence_sha256: str
+    elapsed_s: float
+    wandb_run_id: str
+    config: dict[str, Any]
+    versions: dict[str, str]
+    files: dict[str, Fingerprint]
+
+
+def step_name(step: int) -> str:
+    """Of the folder of a checkpoint."""
+    return f"step_{step:08d}"
+
+
+def newest_first(run_dir: Path) -> list[Path]:
+    """The folders of the run's checkpoints; none if it has no such folder."""
+    folder = run_dir / CHECKPOINTS_DIR
+    named = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
+    return sorted(named, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
+
+
+def fingerprint(path: Path) -> Fingerprint:
+    """Of the file as it is on the disk, once it is there for good."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return Fingerprint(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """With a checksum of its own."""
+    content = asdict(manifest)
+    text = json.dumps({**content, "sha256": _checksum(content)}, indent=1) + "\n"
+    with (folder / MANIFEST_FILE).open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises BrokenCheckpoint if it is not there or not what was written."""
+    path = folder / MANIFEST_FILE
+    try:
+        content = json.loads(path.read_bytes())
+        checksum = content.pop("sha256")
+        if checksum != _checksum(content):
+            raise BrokenCheckpoint(f"{path} is not what was written")
+        files = {name: Fingerprint(**numbers) for name, numbers in content.pop("files").items()}
+        return Manifest(**content, files=files)
+    except OSError as error:
+        raise BrokenCheckpoint(f"{path}: {error.strerror}") from error
+    except (ValueError, TypeError, AttributeError, KeyError) as error:  # no JSON, or JSON of something else
+        raise BrokenCheckpoint(f"{path} is not what was written") from error
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def check_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
+    """Raises BrokenCheckpoint if one of these files is not what the manifest says; reads them whole."""
+    for name in names:
+        path, expected = folder / name, manifest.files[name]
+        if not path.is_file():
+            raise BrokenCheckpoint(f"{path} is missing")
+        if path.stat().st_size != expected.num_bytes:
+            raise BrokenCheckpoint(f"{path} has {path.stat().st_size:,} bytes, not {expected.num_bytes:,}")
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected.sha256:
+                raise BrokenCheckpoint(f"{path} has another checksum than when it was written")
+
+
+def publish(run_dir: Path, step: int, keep: int) -> None:
+    """Give the complete checkpoint that lies in `writing` its name, move `latest`, and remove what is beyond `keep`.
+
+    Those of later steps go too: they were broken, or this run would have gone on from them.
+    """
+    folder, name = run_dir / CHECKPOINTS_DIR, step_name(step)
+    if (folder / name).exists():  # broken, too
+        shutil.rmtree(folder / name)
+    (folder / WRITING_DIR / name).rename(folder / name)
+    new = folder / f"{LATEST_FILE}.new"
+    new.write_text(name, encoding="utf-8")
+    _sync(folder)
+    new.replace(folder / LATEST_FILE)
+    _sync(folder)
+    shutil.rmtree(folder / WRITING_DIR)
+    checkpoints = newest_first(run_dir)
+    own = checkpoints.index(folder / name)
+    for path in [*checkpoints[:own], *checkpoints[own + keep :]]:
+        shutil.rmtree(path)
+
+
+def _sync(folder: Path) -> None:
+    """Have the names in the folder on the disk for good."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_same_run(folder: Path, manifest: Manifest, config: Config) -> None:
+    """Raises ConfigError, naming the fields, if the settled configuration would compute something else."""
+    before, now = flat(manifest.config), flat(asdict(config))
+    differing = [name for name in now if not name.startswith(FREE) and before.get(name) != now[name]]
+    if config.optimizer.decay == "constant" and config.optimizer.warmup_fraction == 0 and "num_steps" in differing:
+        differing.remove("num_steps")  # the learning rate does not depend on it
+    if not differing:
+        return
+    changes = "; ".join(f"{name} was {before.get(name)} and is {now[name]}" for name in differing)
+    schedule = ""
+    if "num_steps" in differing:
+        schedule = " (the schedule of the learning rate ends with num_steps)"
+    raise ConfigError(
+        f"{folder} is of another run: {changes}{schedule}: type what that one was started with, or use another "
+        "hydra.run.dir"
+    )

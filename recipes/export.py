@@ -1,0 +1,153 @@
+"""python -m recipes.export RUN_OR_CHECKPOINT --output model.safetensors: the weights of a checkpoint, whole, in fp32.
+
+The names are those of `recipes.transformer.Transformer`, whose `load_state_dict` takes them; the configuration and the
+step are in the file's metadata. Needs no GPU and no ranks. Nothing is unpickled before the checkpoint's checksums
+match, and then only tensors and the classes in `checkpoint.KNOWN_CLASSES`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from conf.schema import ConfigError
+from recipes.checkpoint_files import (
+    CHECKPOINTS_DIR,
+    MANIFEST_FILE,
+    BrokenCheckpoint,
+    Manifest,
+    check_files,
+    newest_first,
+    read_manifest,
+)
+
+
+def find_checkpoint(given: Path) -> tuple[Path, Manifest]:
+    """The checkpoint that was named, or the newest of a run that is whole; prints which are broken.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    is_checkpoint = (given / MANIFEST_FILE).exists()
+    candidates = [given] if is_checkpoint else newest_first(given)
+    for folder in candidates:
+        print(f"reading {folder} ...", flush=True)
+        try:
+            manifest = read_manifest(folder)
+            check_files(folder, manifest, manifest.files)
+        except BrokenCheckpoint as error:
+            print(f"checkpoint {folder.name} is broken: {error}", file=sys.stderr, flush=True)
+        else:
+            return folder, manifest
+    if candidates:
+        raise ConfigError(f"{given} has no checkpoint that is whole")
+    raise ConfigError(
+        f"{given} has no {CHECKPOINTS_DIR}: give a run dir, such as outputs/DATE/TIME, or one checkpoint of it, such "
+        f"as outputs/DATE/TIME/{CHECKPOINTS_DIR}/step_00000100"
+    )
+
+
+def whole_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
+    """All weights by name, fp32, as the optimizer had them. The checkpoint's checksums must have been found right.
+
+    Raises:
+        ConfigError: for tensor x pipeline parallelism, whose ranks hold cut layers.
+    """
+    if manifest.config["parallelism"]["method"] == "tensor_pipeline":
+        raise ConfigError(
+            f"{folder} is of tensor x pipeline parallelism, whose layers lie cut in DeepSpeed's files: only runs with "
+            "parallelism=sequence can be exported"
+        )
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from recipes.checkpoint import only_known_classes
+
+    zero_stage = manifest.config["engine"]["zero_stage"]
+    with only_known_classes():
+        if zero_stage == 3:
+            weights = _stage_3_weights(folder)
+        else:
+            states = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu")
+            weights = {name: tensor.float() for name, tensor in states["module"].items()}
+            weights |= _stage_0_masters(states) if zero_stage == 0 else _sliced_masters(folder, states)
+            if manifest.config["model"]["tied_head"]:  # masters have one of the two names
+                weights["head.weight"] = weights["embedding.weight"]
+        return {name: tensor.detach().clone() for name, tensor in weights.items()}  # no two of one storage
+
+
+def _stage_3_weights(folder: Path) -> dict[str, Tensor]:
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with contextlib.redirect_stdout(None):  # it tells of every tensor
+        weights = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
+    assert weights is not None
+    return weights
+
+
+def _stage_0_masters(states: dict[str, Any]) -> dict[str, Tensor]:
+    """The optimizer's fp32 weights in half precision; in fp32 it has none of its own."""
+    from recipes.engine import MASTERS_OF
+
+    if MASTERS_OF not in states:
+        return {}
+    names = itertools.chain.from_iterable(states[MASTERS_OF])
+    masters = itertools.chain.from_iterable(states["optimizer"]["fp32_groups"])
+    return dict(zip(names, masters, strict=True))
+
+
+def _sliced_masters(folder: Path, states: dict[str, Any]) -> dict[str, Tensor]:
+    """Stages 1 and 2: the ranks' flat parts, joined. DeepSpeed's own script does not know those of bf16 on stage 1."""
+    parts: dict[str, list[Tensor]] = {}
+    for rank in range(states["dp_world_size"]):
+        (path,) = folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+        optimizer = torch.load(path, map_location="cpu", mmap=True)["optimizer_state_dict"]
+        groups = zip(optimizer["single_partition_of_fp32_groups"], optimizer["param_slice_mappings"], strict=True)
+        for flat, slices in groups:
+            for name, at in slices.items():
+                parts.setdefault(name, []).append(flat[at.start : at.start + at.numel])
+    shapes = {name: shape for group in states["param_shapes"] for name, shape in group.items()}
+    return {name: torch.cat(parts[name]).view(shape) for name, shape in shapes.items()}
+
+
+def export(given: Path, output: Path) -> None:
+    """Write the weights of a run or checkpoint to a file, whole or not at all.
+
+    Raises:
+        ConfigError: if there is no whole checkpoint, or none that can be exported.
+    """
+    folder, manifest = find_checkpoint(given)
+    weights = whole_weights(folder, manifest)
+    metadata = {"format": "pt", "step": str(manifest.step), "config": json.dumps(manifest.config)}
+    new = output.with_name(f"{output.name}.new")
+    save_file(weights, new, metadata)
+    new.replace(output)
+    numbers = sum(tensor.numel() for tensor in weights.values())
+    print(f"{output}: {numbers:,} numbers in {len(weights)} tensors, fp32, after step {manifest.step}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m recipes.export", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("run_or_checkpoint", type=Path, help="a run dir, or a folder in its checkpoints/")
+    parser.add_argument("--output", type=Path, required=True, help="such as model.safetensors")
+    arguments = parser.parse_args()
+    try:
+        export(arguments.run_or_checkpoint, arguments.output)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.filename is None:
+            raise
+        sys.exit(f"error: {error.strerror}: {error.filename}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Rank processes that we have started: the signals they get, who of them fails first, and that none is left.
+
+Below `launch`, which starts them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing.connection
+import os
+import signal
+from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
+
+from recipes.ranks import Preempted
+
+END_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # schedulers send either some time before they kill
+
+
+@contextlib.contextmanager
+def signals_deferred() -> Iterator[None]:
+    """Ctrl-C, SIGTERM and SIGUSR1 act once the block is done: a process that is started halfway prints a traceback.
+
+    Processes that are started in it have Ctrl-C blocked, until they say otherwise: imports would print one, too.
+    """
+    received: list[int] = []
+    handlers = {
+        number: signal.signal(number, lambda number, _: received.append(number))
+        for number in (signal.SIGINT, *END_SIGNALS)
+    }
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in received:
+            signal.raise_signal(number)
+
+
+@contextlib.contextmanager
+def signals_passed_on(processes: list[BaseProcess]) -> Iterator[list[int]]:
+    """The first SIGTERM or SIGUSR1 goes to the ranks, and into the list; a later one acts as it did before."""
+    told: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in END_SIGNALS}
+
+    def pass_on(number: int, _: object) -> None:
+        told.append(number)
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
+        for process in processes:
+            if process.pid is not None and process.is_alive():
+                os.kill(process.pid, number)
+
+    for number in END_SIGNALS:
+        signal.signal(number, pass_on)
+    try:
+        yield told
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def first_to_fail(processes: list[BaseProcess]) -> int | None:
+    """Wait until all ranks have ended well, or as they were told to; or the number of the first that has not."""
+    left = {process.sentinel: rank for rank, process in enumerate(processes)}
+    while left:
+        for sentinel in multiprocessing.connection.wait(list(left)):
+            assert isinstance(sentinel, int)
+            rank = left.pop(sentinel)
+            processes[rank].join()
+            if processes[rank].exitcode not in (0, Preempted.EXIT_CODE):
+                return rank
+    return None
+
+
+def end_all(processes: list[BaseProcess]) -> None:
+    """Leave no rank behind, however the parent got here."""
+    for process in processes:
+        process.kill()  # a rank that trains takes SIGTERM for a wish
+    for process in processes:
+        process.join()

@@ -1,0 +1,95 @@
+"""A run that SIGTERM, kill -9 and a broken checkpoint have interrupted ends as one that nothing has: bit for bit."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from recipes.export import export
+from tests.cli.program import ENDS_WITHIN_S, SMALL, Finished, Program
+
+JOB = [
+    *SMALL,
+    "+experiment=ra_sp",
+    "engine.dtype=fp32",
+    "num_steps=40",
+    "logging.every_n_steps=5",
+    "checkpoint.every_n_steps=10",
+    "checkpoint.keep=3",
+    "breakdown=false",
+]
+# of a step's numbers, those that are not of the clock
+COMPUTED = ("step", "train/loss", "train/grad_norm", "train/learning_rate", "train/data_cursor", "validation/loss")
+
+
+def computed(finished: Finished) -> list[dict[str, Any]]:
+    return [{name: row.get(name) for name in COMPUTED} for row in finished.metrics]
+
+
+def checkpoints(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    output = run_dir.parent / f"{run_dir.name}.safetensors"
+    export(run_dir, output)
+    return load_file(output)
+
+
+def interrupted(program: Program, at: str, number: signal.Signals, *more: str) -> Finished:
+    """The job, sent a signal when it prints a line; nothing of it is left."""
+    with program.started(*JOB, *more, name="interrupted") as running:
+        running.until(lambda: re.search(at, running.stdout))
+        running.family()
+        running.process.send_signal(number)
+        finished = running.finish(ENDS_WITHIN_S)
+        running.assert_nothing_is_left()
+        return finished
+
+
+def test_interruptions_leave_no_trace(program: Program):
+    with program.started(*JOB, name="whole") as uninterrupted:  # beside the others
+        told = interrupted(program, "step +5/", signal.SIGTERM)
+        assert (told.exit_code, told.stderr) == (143, "")
+        stopped = re.search(rf"told to end after step (\d+): .* hydra.run.dir={told.run_dir} goes on\n$", told.stdout)
+        assert stopped is not None
+        last = int(stopped[1])
+        assert checkpoints(told.run_dir)[-2:] == ["latest", f"step_{last:08d}"]
+        assert (told.run_dir / "checkpoints" / "latest").read_text() == f"step_{last:08d}"
+
+        killed = interrupted(program, "step +35/", signal.SIGKILL, "launch.timeout_s=300")
+        assert f"going on after step {last}\n" in killed.stdout
+        assert "step_00000030" in checkpoints(killed.run_dir)
+        assert killed.metrics[-1]["step"] == 35
+
+        broken = killed.run_dir / "checkpoints" / "step_00000030" / "mp_rank_00_model_states.pt"
+        broken.write_bytes(broken.read_bytes()[:-1])
+        resumed = program.run(*JOB, name="interrupted")
+        assert resumed.exit_code == 0, resumed.stderr
+        assert "checkpoint step_00000030 is broken, so the one before it is tried: " in resumed.stdout
+        assert "going on after step 20\n" in resumed.stdout
+        assert "done: 40 steps, 20 of them since the checkpoint, loss " in resumed.stdout
+        assert checkpoints(resumed.run_dir) == ["latest", "step_00000020", "step_00000030", "step_00000040"]
+        whole = uninterrupted.finish()
+
+    assert whole.exit_code == 0, whole.stderr
+    assert [row["step"] for row in whole.metrics] == [1, 5, 10, 15, 20, 25, 30, 35, 40]
+    assert computed(resumed) == computed(whole)
+    elapsed_s = [row["elapsed_s"] for row in resumed.metrics]
+    assert elapsed_s == sorted(elapsed_s)
+    assert resumed.summary["validation_loss"] == whole.summary["validation_loss"]
+    expected, found = weights(whole.run_dir), weights(resumed.run_dir)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    # one wandb run in three parts
+    parts = [path.name.rpartition("-")[2] for path in (resumed.run_dir / "wandb").glob("offline-run-*")]
+    assert len(parts) == 3
+    assert len(set(parts)) == 1
+    manifest = json.loads((resumed.run_dir / "checkpoints" / "step_00000040" / "manifest.json").read_text())
+    assert manifest["wandb_run_id"] == parts[0]

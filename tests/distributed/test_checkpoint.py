@@ -1,0 +1,142 @@
+"""Through the engine, on every ZeRO stage: a run that goes on from a checkpoint is the run that was never interrupted,
+bit for bit, and an export is what training had.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from conf.schema import (
+    AttentionConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EngineConfig,
+    ModelConfig,
+    ParallelismConfig,
+)
+from data.pack import Corpus
+from recipes.checkpoint_files import newest_first
+from recipes.export import export, find_checkpoint
+from recipes.plan import Plan
+from recipes.transformer import Transformer
+from ring_attention import LocalAttention
+from tests.pool import WorkerPool, parallel_groups
+
+LENGTH, NUM_STEPS = 21, 4
+CORPUS = Corpus(["ring attention " * 40, "DeepSpeed " * 50], LENGTH, validation_sequences=1)
+
+
+def configuration(zero_stage: int, dtype: str, tied_head: bool) -> Config:
+    return Config(
+        model=ModelConfig(
+            hidden_size=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_size=64, tied_head=tied_head, bias=True
+        ),
+        engine=EngineConfig(dtype=dtype, zero_stage=zero_stage, gradient_accumulation_steps=2),
+        data=DataConfig(sequence_length=LENGTH),
+        checkpoint=CheckpointConfig(keep=3),
+        num_steps=NUM_STEPS,
+    )
+
+
+def two_starts(config: Config, run_dir: Path) -> tuple[list[str], list[list[float]], dict[str, Any]]:
+    """On a rank: train with checkpoints of steps 2 and 4, break that of 4, then go on and save it anew.
+
+    Returns:
+        What people were told, the losses of either start, and the weights at the end (on stage 3 none).
+    """
+    from recipes.build import build_engine, build_sharder
+    from recipes.checkpoint import Checkpoints, TrainingData, choose_checkpoint
+
+    plan = Plan(config, 2, "cpu", "CPU", None, ranks_per_host=2)
+    plan.settle()
+    groups = None if config.parallelism.method == "tensor_pipeline" else parallel_groups(1, 2)
+    told: list[str] = []
+    losses: list[list[float]] = []
+    weights: dict[str, Any] = {}
+    for _ in range(2):
+        resumed = choose_checkpoint(config, run_dir, told.append)
+        engine = build_engine(plan, groups)
+        checkpoints = Checkpoints(config, run_dir, engine)
+        if resumed:
+            checkpoints.load(resumed)
+        data = TrainingData(CORPUS, resumed)
+        steps = build_sharder(plan, engine).steps(data, plan.accumulation_steps)
+        losses.append([])
+        for step in range(resumed.step + 1 if resumed else 1, NUM_STEPS + 1):
+            losses[-1].append(engine.train_step(next(steps)).loss.item())
+            if step % 2 == 0:
+                checkpoints.save(step, step * plan.data_tokens_per_step, data.last_sha256, 0.0, "")
+        if config.engine.zero_stage < 3:
+            weights = {name: tensor.detach().clone() for name, tensor in engine.model.state_dict().items()}
+        engine.close()
+        newest = newest_first(run_dir)[0]
+        if not resumed and torch.distributed.get_rank() == 0:
+            export_or_keep(config, newest, run_dir)
+            flip_a_bit(max(newest.glob("*.pt"), key=lambda path: path.stat().st_size))
+        torch.distributed.barrier()
+    return told, losses, weights
+
+
+def export_or_keep(config: Config, newest: Path, run_dir: Path) -> None:
+    """The weights of the run that was not interrupted."""
+    if config.parallelism.method == "sequence":
+        export(newest, run_dir / "uninterrupted.safetensors")
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "dtype", "tied_head"),
+    [
+        (0, "bf16", True),
+        (1, "fp32", False),
+        (1, "bf16", True),
+        (2, "fp32", True),
+        (3, "bf16", True),
+        (3, "fp32", False),
+    ],
+)
+def test_going_on_is_never_having_stopped(pool: WorkerPool, tmp_path: Path, zero_stage, dtype, tied_head):
+    config = configuration(zero_stage, dtype, tied_head)
+    (told, losses, weights), (_, other_losses, _) = pool.run(two_starts, config, tmp_path, num_ranks=2)
+    assert losses == other_losses
+    assert len(losses[0]) == 4
+    assert losses[1] == losses[0][2:]
+    assert told[1].startswith("checkpoint step_00000004 is broken, so the one before it is tried: ")
+    assert told[1].endswith("has another checksum than when it was written")
+    assert told[3] == "going on after step 2"
+
+    find_checkpoint(newest_first(tmp_path)[0])  # written anew, and whole
+    export(tmp_path, tmp_path / "resumed.safetensors")
+    uninterrupted, resumed = (load_file(tmp_path / f"{name}.safetensors") for name in ("uninterrupted", "resumed"))
+    assert uninterrupted.keys() == resumed.keys()
+    assert all(torch.equal(uninterrupted[name], resumed[name]) for name in resumed)
+
+    model = Transformer(config.model, LocalAttention("auto"), seed=1)
+    model.load_state_dict(resumed)
+    if weights:  # what training computes with are these numbers in its dtype
+        trained = {name: tensor.to(weights[name].dtype) for name, tensor in model.state_dict().items()}
+        assert all(torch.equal(trained[name], weights[name]) for name in weights)
+    if dtype == "bf16":  # the optimizer's own are finer
+        assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in resumed.values())
+    with safe_open(tmp_path / "resumed.safetensors", "pt") as file:
+        assert file.metadata()["step"] == "4"
+
+
+def test_tensor_and_pipeline_ranks_go_on_too(pool: WorkerPool, tmp_path: Path):
+    config = configuration(1, "bf16", False)
+    config.attention = AttentionConfig(method="local")
+    config.parallelism = ParallelismConfig("tensor_pipeline", tensor_degree=2)
+    (_, losses, _), _ = pool.run(two_starts, config, tmp_path, num_ranks=2)
+    assert losses[1] == losses[0][2:]

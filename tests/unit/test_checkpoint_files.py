@@ -1,0 +1,164 @@
+"""What a checkpoint's files must be, which one is taken, which are kept, and which configuration may go on from it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from conf.degrees import resolve_degrees, settle
+from conf.schema import Config, ConfigError, LoggingConfig, ModelConfig, OptimizerConfig
+from recipes.checkpoint_files import (
+    CHECKPOINTS_DIR,
+    LATEST_FILE,
+    MANIFEST_FILE,
+    WRITING_DIR,
+    BrokenCheckpoint,
+    Manifest,
+    check_files,
+    check_same_run,
+    fingerprint,
+    newest_first,
+    publish,
+    read_manifest,
+    step_name,
+    write_manifest,
+)
+from recipes.launch import ended_before
+
+
+def settled(config: Config) -> Config:
+    settle(config, resolve_degrees(config, 2), 2)
+    return config
+
+
+def write(run_dir: Path, step: int, config: Config | None = None) -> Path:
+    """A checkpoint of two files, as it is before it is published."""
+    folder = run_dir / CHECKPOINTS_DIR / WRITING_DIR / step_name(step)
+    folder.mkdir(parents=True)
+    (folder / "a.pt").write_bytes(b"weights" * 100)
+    (folder / "b.pt").write_bytes(b"")
+    files = {name: fingerprint(folder / name) for name in ("a.pt", "b.pt")}
+    settings = asdict(config or settled(Config()))
+    write_manifest(folder, Manifest(step, 257 * step, "abc", 1.5, "id", settings, {"torch": "2"}, files))
+    return folder
+
+
+def published(run_dir: Path, step: int, keep: int = 2, config: Config | None = None) -> Path:
+    write(run_dir, step, config)
+    publish(run_dir, step, keep)
+    return run_dir / CHECKPOINTS_DIR / step_name(step)
+
+
+def test_a_manifest_is_read_as_it_was_written_and_its_files_are_whole(tmp_path):
+    folder = published(tmp_path, 5)
+    manifest = read_manifest(folder)
+    assert (manifest.step, manifest.data_cursor, manifest.wandb_run_id, manifest.elapsed_s) == (5, 1285, "id", 1.5)
+    assert manifest.config == asdict(settled(Config()))
+    assert manifest.files["a.pt"].num_bytes == 700
+    check_files(folder, manifest, manifest.files)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "a.pt has 0 bytes, not 700"),
+        (b"weights" * 99 + b"weightS", "a.pt has another checksum than when it was written"),
+        (None, "a.pt is missing"),
+    ],
+    ids=["truncated", "flipped", "missing"],
+)
+def test_a_file_that_changed_is_named(tmp_path, content, message):
+    folder = published(tmp_path, 5)
+    (folder / "a.pt").unlink() if content is None else (folder / "a.pt").write_bytes(content)
+    manifest = read_manifest(folder)
+    with pytest.raises(BrokenCheckpoint) as caught:
+        check_files(folder, manifest, manifest.files)
+    assert str(caught.value) == f"{folder}/{message}"
+    check_files(folder, manifest, ["b.pt"])  # another rank's share
+
+
+@pytest.mark.parametrize("damage", [lambda text: text[:-9], lambda text: text.replace('"step": 5', '"step": 6')])
+def test_a_manifest_that_changed_is_named(tmp_path, damage):
+    path = published(tmp_path, 5) / MANIFEST_FILE
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(BrokenCheckpoint) as caught:
+        read_manifest(path.parent)
+    assert str(caught.value) == f"{path} is not what was written"
+    path.unlink()
+    with pytest.raises(BrokenCheckpoint) as caught:
+        read_manifest(path.parent)
+    assert str(caught.value) == f"{path}: No such file or directory"
+
+
+def test_the_newest_are_kept_and_latest_names_the_last(tmp_path):
+    for step in (5, 90, 100_000_000):
+        published(tmp_path, step, keep=2)
+    assert [path.name for path in newest_first(tmp_path)] == ["step_100000000", "step_00000090"]
+    assert (tmp_path / CHECKPOINTS_DIR / LATEST_FILE).read_text() == "step_100000000"
+    assert not (tmp_path / CHECKPOINTS_DIR / WRITING_DIR).exists()
+
+
+def test_what_is_being_written_is_no_checkpoint_yet(tmp_path):
+    write(tmp_path, 5)
+    assert newest_first(tmp_path) == []
+
+
+def test_broken_ones_that_a_run_did_not_go_on_from_make_way(tmp_path):
+    for step in (10, 20, 30):
+        published(tmp_path, step, keep=3)
+    (tmp_path / CHECKPOINTS_DIR / step_name(20) / "a.pt").unlink()
+    folder = published(tmp_path, 20, keep=3)  # from 10 on, for 20 and 30 were broken
+    check_files(folder, read_manifest(folder), ["a.pt"])
+    assert [path.name for path in newest_first(tmp_path)] == [step_name(20), step_name(10)]
+    assert (tmp_path / CHECKPOINTS_DIR / LATEST_FILE).read_text() == step_name(20)
+
+
+def test_another_configuration_is_refused_with_its_fields(tmp_path):
+    folder = published(tmp_path, 5)
+    other = settled(Config(model=ModelConfig(num_layers=4), optimizer=OptimizerConfig(lr=1e-3), num_steps=600))
+    with pytest.raises(ConfigError) as caught:
+        check_same_run(folder, read_manifest(folder), other)
+    assert str(caught.value) == (
+        f"{folder} is of another run: model.num_layers was 2 and is 4; optimizer.lr was 0.003 and is 0.001; num_steps "
+        "was 300 and is 600 (the schedule of the learning rate ends with num_steps): type what that one was started "
+        "with, or use another hydra.run.dir"
+    )
+
+
+def test_what_changes_no_result_may_differ(tmp_path):
+    folder = published(tmp_path, 5)
+    other = settled(Config(logging=LoggingConfig(every_n_steps=7, tags=["x"]), breakdown=False, profile=True))
+    other.launch.timeout_s, other.checkpoint.keep = 30.0, 9
+    check_same_run(folder, read_manifest(folder), other)
+
+
+def test_a_schedule_without_an_end_may_be_longer(tmp_path):
+    config = settled(Config(optimizer=OptimizerConfig(decay="constant", warmup_fraction=0)))
+    folder = published(tmp_path, 5, config=config)
+    check_same_run(folder, read_manifest(folder), replace(config, num_steps=600))
+
+
+class TestBeforeRanksStart:
+    def test_there_is_something_to_do(self, tmp_path):
+        assert ended_before(Config(), 2, tmp_path) is None
+        published(tmp_path, 100)
+        assert ended_before(Config(), 2, tmp_path) is None
+
+    def test_a_broken_manifest_is_left_to_the_ranks(self, tmp_path):
+        (published(tmp_path, 300) / MANIFEST_FILE).write_text("{}")
+        assert ended_before(Config(), 2, tmp_path) is None
+
+    def test_other_ranks_are_refused(self, tmp_path):
+        published(tmp_path, 100)
+        with pytest.raises(ConfigError, match=r"parallelism.ring_degree was 2 and is 4; .*launch.num_ranks was 2 and"):
+            ended_before(Config(), 4, tmp_path)
+
+    def test_a_run_that_is_over_gives_its_result(self, tmp_path, capsys):
+        published(tmp_path, 300)
+        (tmp_path / "summary.json").write_text(json.dumps({"validation_loss": 2.5}))
+        assert ended_before(Config(), 2, tmp_path) == 2.5
+        said = f"all 300 steps of {tmp_path} are done: to train anew use another hydra.run.dir\n"
+        assert capsys.readouterr().out == said
