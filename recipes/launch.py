@@ -41,7 +41,15 @@ from data.source import open_documents
 from recipes.checkpoint_files import BrokenCheckpoint, check_same_run, newest_first, read_manifest
 from recipes.out_of_memory import out_of_memory_explained
 from recipes.plan import Plan
-from recipes.processes import end_all, first_to_fail, signals_deferred, signals_passed_on
+from recipes.processes import (
+    die_of_sigint,
+    end_all,
+    end_rank_0_last,
+    first_to_fail,
+    signals_deferred,
+    signals_passed_on,
+    unwind_on_sigint,
+)
 from recipes.ranks import Preempted, RunFailed, ranks_are_started
 from recipes.runs import CONFIG_FILE, SUMMARY_FILE
 
@@ -226,6 +234,7 @@ def launch(task: Task, num_ranks: int, run_dir: Path) -> float:
     print(f"starting {num_ranks} rank{'s' if num_ranks > 1 else ''}; logs in {run_dir / 'logs'}", flush=True)
     meeting_dir = Path(tempfile.mkdtemp(prefix="ring_attention_"))  # not the run dir: a network disk may lack locks
     outcomes = mp.get_context("spawn").SimpleQueue()
+    processes: Any = None
     try:
         with signals_deferred():
             context = mp.start_processes(
@@ -236,7 +245,7 @@ def launch(task: Task, num_ranks: int, run_dir: Path) -> float:
                 start_method="spawn",
             )
         assert context is not None
-        processes: Any = context.processes
+        processes = context.processes
         with signals_passed_on(processes) as told:
             failed = first_to_fail(processes)
         exit_codes = [process.exitcode or 0 for process in processes]
@@ -251,6 +260,8 @@ def launch(task: Task, num_ranks: int, run_dir: Path) -> float:
         return next(outcome.result for outcome in _received(outcomes) if outcome.rank == 0)
     except KeyboardInterrupt:
         print(f"\ninterrupted; what there is of the run: {run_dir}", flush=True)
+        if processes:
+            end_rank_0_last(processes)
         raise
     finally:
         end_all(multiprocessing.active_children())  # those of an interrupted start, too
@@ -266,8 +277,10 @@ def _launched_rank(
     meeting_dir: Path,
     outcomes: SimpleQueue[_Outcome],
 ) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # sent when the parent dies; must end a rank stuck in a collective too
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    # SIGINT is sent when the parent dies, too; it must end a rank that is stuck in a collective
+    if rank:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     if os.getppid() != parent_pid:  # it died while this rank was starting
         return
     tqdm.set_lock(threading.RLock())  # its own is a semaphore; one that a killed rank leaves makes Python warn
@@ -279,6 +292,8 @@ def _launched_rank(
         MASTER_ADDR="127.0.0.1",
     )
     try:
+        if rank == 0:
+            unwind_on_sigint()  # it has files and a wandb run to close
         result = _run_rank(task, run_dir, f"file://{meeting_dir / 'meeting'}")
     except Exception as error:
         explained = isinstance(error, (ConfigError, RunFailed))
@@ -286,6 +301,8 @@ def _launched_rank(
         # more than a pipe holds would block
         outcomes.put(_Outcome(rank, error=text, refused=isinstance(error, ConfigError)))
         os._exit(1)  # at once: NCCL's own end can wait for a peer that is gone
+    except KeyboardInterrupt:  # all is closed
+        die_of_sigint()
     outcomes.put(_Outcome(rank, result))
 
 

@@ -5,15 +5,20 @@ Below `launch`, which starts them.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import multiprocessing.connection
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
+from typing import NoReturn
 
 from recipes.ranks import Preempted
 
+UNWINDING_S = 10.0  # wandb's offline run takes one to four to close
 END_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # schedulers send either some time before they kill
 
 
@@ -73,6 +78,39 @@ def first_to_fail(processes: list[BaseProcess]) -> int | None:
             if processes[rank].exitcode not in (0, Preempted.EXIT_CODE):
                 return rank
     return None
+
+
+def unwind_on_sigint() -> None:
+    """In a rank: SIGINT, blocked so far, raises KeyboardInterrupt in the main thread, which has a few seconds to end.
+
+    A thread waits for the signal: one that is stuck in a collective runs no handler, and is ended all the same.
+    """
+
+    def wait() -> None:
+        signal.sigwait({signal.SIGINT})
+        _thread.interrupt_main()
+        time.sleep(UNWINDING_S)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Thread(target=wait, daemon=True, name="SIGINT").start()
+
+
+def die_of_sigint() -> NoReturn:
+    """In a rank that has unwound: end as one that does not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    signal.raise_signal(signal.SIGINT)
+    raise AssertionError("SIGINT ends a process")
+
+
+def end_rank_0_last(processes: list[BaseProcess]) -> None:
+    """After Ctrl-C: the others end at once, the first when it has closed its files and its wandb run."""
+    first, *others = processes
+    end_all(others)
+    if first.pid is not None and first.is_alive():
+        os.kill(first.pid, signal.SIGINT)  # one more than a terminal's, which nobody waits for
+        first.join(UNWINDING_S + 1)
 
 
 def end_all(processes: list[BaseProcess]) -> None:
