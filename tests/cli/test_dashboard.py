@@ -117,7 +117,7 @@ def test_a_mistake_ends_in_one_message(program, case):
 
 def test_without_its_packages_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    message = r'^plotly, wandb_workspaces must be installed: pip install -e "\.\[dashboard\]" -c constraints\.txt$'
+    message = r'^plotly, jinja2 must be installed: pip install -e "\.\[dashboard\]" -c constraints\.txt$'
     with pytest.raises(ConfigError, match=message):
         main(["outputs"])
 
