@@ -36,6 +36,13 @@ def clean_environment(home: Path, **extra: str) -> dict[str, str]:
     return {**kept, "HOME": str(home), "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1", **extra}
 
 
+def wandb(*arguments: str, home: Path) -> str:
+    command = [sys.executable, "-m", "wandb", *arguments]
+    result = subprocess.run(command, env=clean_environment(home), capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0, result.stderr
+    return result.stdout + result.stderr
+
+
 def logged_names(*prefixes: str, conditions: tuple[str, ...] = ()) -> set[str]:
     """What a run logs over its steps, by the catalog.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cli.program import ENDS_WITHIN_S, LONG, REPOSITORY, Finished, Program, Running
+from tests.cli.program import ENDS_WITHIN_S, LONG, REPOSITORY, Finished, Program, Running, wandb
 
 
 def listening_addresses(running: Running) -> set[str]:
@@ -44,14 +45,19 @@ def test_a_killed_rank_ends_the_run_which_until_then_listened_on_loopback_only(p
         running.assert_nothing_is_left()
 
 
-def test_ctrl_c_ends_a_training_run_without_a_traceback(program):
+@pytest.mark.parametrize("to_all", [True, False], ids=["as a terminal sends it", "to the parent"])
+def test_ctrl_c_ends_a_training_run_without_a_traceback_and_closes_its_wandb_run(program, to_all: bool):
     with program.started(*LONG) as running:
         running.until_it_trains()
-        os.killpg(running.process.pid, signal.SIGINT)  # a terminal sends it to all
+        (os.killpg if to_all else os.kill)(running.process.pid, signal.SIGINT)
         result = running.finish(ENDS_WITHIN_S)
         assert result.exit_code == 130
         assert result.stderr == ""
         running.assert_nothing_is_left()
+    [run] = result.run_dir.glob("wandb/offline-run-*")
+    shown = wandb("leet", "inspect", "--summary", str(run), home=program.folder)
+    assert re.search(r"^state +failed ", shown, re.MULTILINE)
+    assert re.search(rf"^ +step +{result.metrics[-1]['step']}$", shown, re.MULTILINE)
 
 
 def test_sigterm_to_the_parent_ends_a_starting_run_without_a_traceback(program):

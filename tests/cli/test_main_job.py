@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from conf.compose import to_config
 from conf.schema import Config
-from tests.cli.program import clean_environment
+from tests.cli.program import wandb
 
 NUMBER = r"[\d,]+(?:\.\d+)?"
 TRAINING_LINE = re.compile(
@@ -22,13 +20,6 @@ TRAINING_LINE = re.compile(
     rf"TPOT (?P<tpot_ms>{NUMBER}) ms \| MFU n/a \| step p50 (?P<step_time_p50_s>{NUMBER}) p95 "
     rf"(?P<step_time_p95_s>{NUMBER}) s \| peak (?P<peak_memory_gib>{NUMBER}) GiB \| ETA \d+:\d\d"
 )
-
-
-def wandb(*arguments: str, home: Path) -> str:
-    command = [sys.executable, "-m", "wandb", *arguments]
-    result = subprocess.run(command, env=clean_environment(home), capture_output=True, text=True, timeout=100)
-    assert result.returncode == 0, result.stderr
-    return result.stdout + result.stderr
 
 
 def command_after(text: str, words: str) -> str:
