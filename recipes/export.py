@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -122,8 +123,10 @@ def export(given: Path, output: Path) -> None:
     """Write the weights of a run or checkpoint to a file, whole or not at all.
 
     Raises:
-        ConfigError: if there is no whole checkpoint, or none that can be exported.
+        ConfigError: if there is no whole checkpoint, or none that can be exported, or no folder to write to.
     """
+    if not output.parent.is_dir():
+        raise ConfigError(f"--output {output} is in no folder that there is: make {output.parent} first")
     folder, manifest = find_checkpoint(given)
     weights = whole_weights(folder, manifest)
     metadata = {"format": "pt", "step": str(manifest.step), "config": json.dumps(manifest.config)}
@@ -141,12 +144,8 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         export(arguments.run_or_checkpoint, arguments.output)
-    except ConfigError as error:
+    except (ConfigError, SafetensorError) as error:  # of the latter: no room on the disk
         sys.exit(f"error: {error}")
-    except OSError as error:
-        if error.filename is None:
-            raise
-        sys.exit(f"error: {error.strerror}: {error.filename}")
 
 
 if __name__ == "__main__":

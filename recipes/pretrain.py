@@ -118,19 +118,19 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
                     )
                 raise Preempted
 
-        # the first step warms up
-        throughput = plan.throughput(statistics.median(step_times_s[1:] or step_times_s))
+    # the first step warms up
+    throughput = plan.throughput(statistics.median(step_times_s[1:] or step_times_s))
+    if reporter:
+        reporter.conclude({"validation_loss": validation_loss, **throughput.numbers})
+    if checkpoints.are_kept:
+        save(config.num_steps)
+    if config.breakdown:
         if reporter:
-            reporter.conclude({"validation_loss": validation_loss, **throughput.numbers})
-        if checkpoints.are_kept:
-            save(config.num_steps)
-        if config.breakdown:
-            if reporter:
-                reporter.say("measuring where the time of a step goes ...")
-            parts = measure_parts(plan, engine, functools.partial(sharder.steps, corpus.training(cursor=0)))
-            if reporter:
-                reporter.say(str(parts))
-                reporter.conclude(parts.metrics)
+            reporter.say("measuring where the time of a step goes ...")
+        parts = measure_parts(plan, engine, functools.partial(sharder.steps, corpus.training(cursor=0)))
+        if reporter:
+            reporter.say(str(parts))
+            reporter.conclude(parts.metrics)
 
     if reporter:
         since = f", {config.num_steps - resumed.step} of them since the checkpoint" if resumed else ""

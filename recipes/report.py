@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -87,8 +88,8 @@ class Reporter:
 
     def __enter__(self) -> Reporter:
         path = self._run_dir / METRICS_FILE
-        if self._resumed and path.exists():
-            drop_rows_after(path, self._resumed.step)
+        if path.exists() and path.stat().st_size:
+            self._begin_behind(path)
         self._file = path.open("a", encoding="utf-8")
         self._wandb = start_wandb(
             self._config.logging,
@@ -110,6 +111,15 @@ class Reporter:
             leave=False,
         )
         return self
+
+    def _begin_behind(self, path: Path) -> None:
+        """Go on with an earlier run's rows, up to the checkpoint; without one keep them apart from what comes."""
+        if self._resumed:
+            drop_rows_after(path, self._resumed.step)
+            return
+        aside = next(p for n in itertools.count(1) if not (p := path.with_name(f"metrics.earlier-{n}.jsonl")).exists())
+        path.rename(aside)
+        self.say(f"an earlier run here left no checkpoint to go on from; its {METRICS_FILE} is {aside.name} now")
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._bar.close()

@@ -15,7 +15,7 @@ from conf.schema import Config, ConfigError
 from data.pack import Corpus
 from recipes.checkpoint import EndRequest, TrainingData, only_known_classes, random_states, restore_random_states
 from recipes.checkpoint_files import Manifest
-from recipes.export import find_checkpoint, whole_weights
+from recipes.export import export, find_checkpoint, whole_weights
 from recipes.report import drop_rows_after
 
 LENGTH = 7
@@ -104,6 +104,13 @@ def test_there_must_be_something_to_export(tmp_path):
     folder.mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"has no checkpoint that is whole$"):
         find_checkpoint(tmp_path)
+
+
+def test_an_export_needs_a_folder(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        export(tmp_path, tmp_path / "no" / "x.safetensors")
+    output = tmp_path / "no" / "x.safetensors"
+    assert str(caught.value) == f"--output {output} is in no folder that there is: make {output.parent} first"
 
 
 def test_cut_layers_are_not_exported(tmp_path):

@@ -72,3 +72,15 @@ def test_a_failed_block_ends_the_wandb_run_as_failed(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="as it must"), reporter:
         raise RuntimeError("as it must")
     init.return_value.finish.assert_called_once_with(exit_code=1)
+
+
+def test_rows_of_an_earlier_run_are_not_mixed_with_those_of_another(tmp_path, monkeypatch):
+    for loss in (1.0, 2.0, 3.0):
+        reporter, console, _ = opened(tmp_path, monkeypatch)
+        with reporter:
+            reporter.log(1, {"train/loss": loss})
+    assert console.getvalue() == (
+        "an earlier run here left no checkpoint to go on from; its metrics.jsonl is metrics.earlier-2.jsonl now\n"
+    )
+    for name, loss in (("metrics.earlier-1", 1.0), ("metrics.earlier-2", 2.0), ("metrics", 3.0)):
+        assert json.loads((tmp_path / f"{name}.jsonl").read_text())["train/loss"] == loss
