@@ -244,12 +244,13 @@ class EndRequest:
     """SIGTERM and SIGUSR1 as a wish to end after a checkpoint, from when this is made on; before, they end a rank.
 
     Schedulers send them to one rank or to all, at no common step. So each step's message of the loss carries how many
-    ranks want to end, and the ranks look at what the step before brought: reading it then makes no host wait.
+    ranks want to end, and the ranks look at what the step before brought, which was sent to the host meanwhile: that
+    makes no host wait for the step that was just enqueued.
     """
 
     def __init__(self) -> None:
         self.wanted = False
-        self._before: Tensor | None = None
+        self._before: tuple[Tensor, torch.Event | None] | None = None
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._want)
 
@@ -262,5 +263,19 @@ class EndRequest:
         Args:
             num_wishes: of this step: `StepResult.num_wishes`.
         """
-        before, self._before = self._before, num_wishes
-        return before is not None and before.item() > 0
+        before, self._before = self._before, _sent_to_host(num_wishes)
+        if before is None:
+            return False
+        number, arrives = before
+        if arrives is not None:
+            arrives.synchronize()
+        return number.item() > 0
+
+
+def _sent_to_host(number: Tensor) -> tuple[Tensor, torch.Event | None]:
+    """Where it will be once the event is over: a device tensor's `item` waits for all that was enqueued after it."""
+    if not number.is_cuda:
+        return number, None
+    there = torch.empty_like(number, device="cpu", pin_memory=True)
+    there.copy_(number, non_blocking=True)
+    return there, torch.cuda.current_stream().record_event()

@@ -258,7 +258,8 @@ class TrainingEngine:
             self.deepspeed.backward(local_sum * (self._loss_multiplier / num_valid.clamp(min=1)))
             if micro_batch is not micro_batches[-1]:
                 self.deepspeed.step()  # counts the micro-batch; DeepSpeed updates at the boundary only
-        loss_sum, num_wishes = self._sum_over_ranks(torch.stack([loss_sum, loss_sum.new_tensor(float(wish))]))
+        # filled on the device: to copy a number there would make the host wait
+        loss_sum, num_wishes = self._sum_over_ranks(torch.stack([loss_sum, loss_sum.new_full((), float(wish))]))
         return loss_sum / num_valid.clamp(min=1), num_wishes
 
     def update(self) -> float | Tensor:

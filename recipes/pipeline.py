@@ -206,7 +206,7 @@ class PipelinedEngine:
             self.deepspeed.reset_activation_shape()
             self._shape = shape
         num_valid = torch.stack([batch.num_valid() for batch in micro_batches]).sum()
-        num_valid, num_wishes = self._sum_over_ranks(torch.stack([num_valid, num_valid.new_tensor(float(wish))]))
+        num_valid, num_wishes = self._sum_over_ranks(torch.stack([num_valid, num_valid.new_full((), float(wish))]))
         # every stage has counted its tokens, and without sequence-sharded norms every tensor rank all of them
         copies = dist.get_world_size() // self.data_degree
         if self._ranks.sequence_sharded:

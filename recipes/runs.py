@@ -19,7 +19,17 @@ COMPARISON_FILE, RESULTS_FILE, SWEEP_FILE = "comparison.json", "results.jsonl", 
 FILES = (METRICS_FILE, SUMMARY_FILE, CONFIG_FILE, COMPARISON_FILE, RESULTS_FILE)  # a folder with one of them is a run's
 
 # what runs of one experiment may differ in without being different
-NOT_COMPARED = ("sweep.", "logging.", "launch.", "compare.", "breakdown", "explain", "profile", "memory_snapshot")
+NOT_COMPARED = (
+    "checkpoint.",
+    "compare.",
+    "launch.",
+    "logging.",
+    "sweep.",
+    "breakdown",
+    "explain",
+    "memory_snapshot",
+    "profile",
+)
 
 Row = dict[str, Any]
 

@@ -124,9 +124,9 @@ class _Backward:
         self._ring, self._kv = ring, kv
         self._queries = dout_BSHE, q_BSHD, out_BSHE, lse_BHS
         self._travel_dtype = gradient_dtype(kv.k_BTKD.dtype, len(ring.stages))
-        self._last_home = max((step for step, stage in enumerate(ring.stages) if stage.home is not None), default=None)
+        self._comes_home = any(stage.home is not None for stage in ring.stages)
         at_once, later = ring.stages[0].pairs, None
-        if self._last_home is not None:
+        if self._comes_home:
             at_once, later = split_queries(at_once)
         self._at_once, self._later = at_once, later
         self._last = max((step for step, stage in enumerate(ring.stages) if step and stage.pairs), default=0)
@@ -183,7 +183,7 @@ class _Backward:
         part = block.part
         keys = slice(start := offset(spans, part.k_start), start + part.num_keys)
         dq_ends = block.is_last and step == self._last
-        own_ends = block.is_last and sums is self._own and self._last_home is None
+        own_ends = block.is_last and sums is self._own and not self._comes_home
         with labelled("merge"):
             pieces_end = (dq_ends,) if self._later is None else (False, dq_ends)
             self._dq.add(block.row, slice(part.q_start, part.q_stop), block.dq, pieces_end)
