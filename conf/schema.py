@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Optional
 
 BLOCKS = ("auto", "flash_attn_4", "ffpa", "cudnn", "aten_flash", "mem_efficient", "cpu_flash", "reference")
 METHODS = ("ring", "ulysses", "hybrid", "all_gather", "local", "auto")
-TRANSPORTS = ("p2p", "copy_engine")
+TRANSPORTS = ("auto", "p2p", "copy_engine")
 RECIPES = ("pretrain", "forward", "compare", "bench_attention")
 # what a sweep can look for, and which recipes measure it; names of RUN_DIR/summary.json
 OBJECTIVES = {
@@ -78,7 +78,9 @@ class AttentionConfig:
 
     method: str = "ring"  # ring | ulysses | hybrid | all_gather | local | auto (chosen by arithmetic: explain=true)
     layout: str = "zigzag"  # zigzag | contiguous
-    transport: str = "p2p"  # how K,V travel: p2p (NCCL or gloo) | copy_engine (GPUs of one host; p2p between hosts)
+    transport: str = (
+        "auto"  # p2p (NCCL, gloo) | copy_engine (NVIDIA GPUs of a host, p2p between) | auto: that where it can
+    )
     block: str = "auto"  # auto | flash_attn_4 | ffpa | cudnn | aten_flash | mem_efficient | cpu_flash | reference
     intra_host_gb_per_s: Optional[float] = None  # for auto: a rank's link within a host; unset: 280 (NVLink), CPU 2
     inter_host_gb_per_s: Optional[float] = None  # for auto: a rank's link between hosts; unset: 45 (400 Gb/s), CPU 1

@@ -53,8 +53,8 @@ for stage in "$@"; do
       compare 130 training_10k_pp compare.recipe=pretrain compare.only=[pp] compare.baseline=pp compare.micro_batch_sizes=[1,2] compare.rounds=2 breakdown=false ;;
     copies)
       for workload in paper_10k paper_100k; do
-        compare 150 "copies_$workload" workload=$workload compare.only=[ra_sp,ra_copies,dp] compare.baseline=dp compare.rounds=2 \
-          "+compare.entries.ra_copies=['+experiment=ra_sp','attention.transport=copy_engine']"
+        compare 150 "copies_$workload" workload=$workload compare.only=[ra_sp,ra_p2p,dp] compare.baseline=dp compare.rounds=2 \
+          "+compare.entries.ra_p2p=['+experiment=ra_sp','attention.transport=p2p']"
       done ;;
     bench)
       bench 120 attention_16k 16384 compare.rounds=5

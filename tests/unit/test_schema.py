@@ -66,7 +66,7 @@ MISTAKES = [
     ("model.head_dim=33", "model.head_dim=33 must be even: rotary positions turn pairs of numbers"),
     ("attention.method=star", "attention.method=star is not known: use ring, ulysses, hybrid, all_gather, local, auto"),
     ("attention.layout=striped", "attention.layout=striped is not known: use zigzag, contiguous"),
-    ("attention.transport=tcp", "attention.transport=tcp is not known: use p2p, copy_engine"),
+    ("attention.transport=tcp", "attention.transport=tcp is not known: use auto, p2p, copy_engine"),
     ("attention.block=fast", "attention.block=fast is not known: use auto, flash_attn_4, ffpa, cudnn, aten_flash, mem_efficient, cpu_flash, reference"),
     ("engine.dtype=int8", "engine.dtype=int8 is not known: use bf16, fp16, fp32"),
     ("engine.zero_stage=4", "engine.zero_stage=4 is not known: use 0, 1, 2, 3"),
