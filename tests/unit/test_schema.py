@@ -37,6 +37,7 @@ def mistake(*overrides: str) -> str:
 MISTAKES = [
     # Hydra's
     ("+data.sequence_lenght=8", "there is no field data.sequence_lenght: did you mean data.sequence_length? python train.py --help lists all"),
+    ("+wandb.api_key=planted", "there is no field wandb.api_key: python train.py --help lists all"),
     ("nosuch=1", "there is no field nosuch: python train.py --help lists all"),
     ("model.num_layers=2.5", "model.num_layers=2.5 is refused: Value '2.5' of type 'float' could not be converted to Integer"),
     ("explain=maybe", "explain=maybe is refused: Value 'maybe' is not a valid bool (type str)"),
