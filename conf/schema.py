@@ -63,6 +63,9 @@ class ModelConfig:
         _choice("model.norm", self.norm, ("rmsnorm", "layernorm"))
         for name in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "mlp_size"):
             _at_least(f"model.{name}", getattr(self, name), 1)
+        for name in ("norm_eps", "init_std"):
+            _at_least(f"model.{name}", getattr(self, name), 0)
+        _at_least("model.rope_theta", self.rope_theta, 1)
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"model.num_kv_heads={self.num_kv_heads} does not divide model.num_heads={self.num_heads}: "
