@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Optional
 
@@ -215,6 +216,12 @@ class DataConfig:
         _choice("data.source", self.source, ("stdlib", "text_files", "hub"))
         _at_least("data.sequence_length", self.sequence_length, 1)
         _at_least("data.validation_sequences", self.validation_sequences, 1)
+        for name in ("name", "files"):
+            if re.search(r"://[^/]*@", str(getattr(self, name))):  # not shown: it may hold a password
+                raise ConfigError(
+                    f"data.{name} holds a URL with a login, which would be kept with the run: leave the login out; "
+                    "private data sets of the hub take HF_TOKEN"
+                )
         if self.source == "text_files":
             self._check_files()
         if self.source == "hub" and not self.name:

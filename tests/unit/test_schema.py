@@ -125,6 +125,8 @@ MISTAKES = [
     ("data.source=disk", "data.source=disk is not known: use stdlib, text_files, hub"),
     ("profile_steps=[5,6]", "profile_steps=[5, 6] says what profile=true records: add profile=true"),
     ("engine.train_batch_size=3 parallelism.data_degree=2", "engine.train_batch_size=3 is no multiple of 2 data ranks x engine.micro_batch_size=1: use engine.train_batch_size=4"),
+    ("data=hub data.name=https://me:planted@host/set", "data.name holds a URL with a login, which would be kept with the run: leave the login out; private data sets of the hub take HF_TOKEN"),
+    ("data=text_files data.files=https://me:planted@host/set", "data.files holds a URL with a login, which would be kept with the run: leave the login out; private data sets of the hub take HF_TOKEN"),
     # several fields
     ("model.num_kv_heads=3", "model.num_kv_heads=3 does not divide model.num_heads=4: use one of [1, 2, 4]"),
     ("engine.dtype=fp16 engine.zero_stage=0", "engine.dtype=fp16 cannot go with engine.zero_stage=0, where DeepSpeed does not scale the loss but unscales the gradients: use engine.zero_stage=1"),
