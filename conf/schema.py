@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Optional
 
@@ -63,6 +64,9 @@ class ModelConfig:
         _choice("model.norm", self.norm, ("rmsnorm", "layernorm"))
         for name in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "mlp_size"):
             _at_least(f"model.{name}", getattr(self, name), 1)
+        for name in ("norm_eps", "init_std"):
+            _at_least(f"model.{name}", getattr(self, name), 0)
+        _at_least("model.rope_theta", self.rope_theta, 1)
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"model.num_kv_heads={self.num_kv_heads} does not divide model.num_heads={self.num_heads}: "
@@ -214,6 +218,12 @@ class DataConfig:
         _choice("data.source", self.source, ("stdlib", "text_files", "hub"))
         _at_least("data.sequence_length", self.sequence_length, 1)
         _at_least("data.validation_sequences", self.validation_sequences, 1)
+        for name in ("name", "files"):
+            if re.search(r"://[^/]*@", str(getattr(self, name))):  # not shown: it may hold a password
+                raise ConfigError(
+                    f"data.{name} holds a URL with a login, which would be kept with the run: leave the login out; "
+                    "private data sets of the hub take HF_TOKEN"
+                )
         if self.source == "text_files":
             self._check_files()
         if self.source == "hub" and not self.name:
