@@ -117,6 +117,11 @@ def _tensor_pipeline_degrees(config: Config, num_ranks: int) -> Degrees:
             f"engine.zero_stage={config.engine.zero_stage} cannot go with parallelism=tensor_pipeline: DeepSpeed's "
             "pipeline takes engine.zero_stage=1"
         )
+    if config.engine.recompute != "none":
+        raise ConfigError(
+            f"engine.recompute={config.engine.recompute} cannot go with parallelism=tensor_pipeline: use "
+            "engine.recompute=none"
+        )
     for name in ("ring", "ulysses"):
         if (degree := getattr(given, f"{name}_degree") or 1) > 1:
             raise ConfigError(

@@ -151,11 +151,13 @@ class EngineConfig:
     gradient_accumulation_steps: int = 1
     train_batch_size: Optional[int] = None  # sequences per step, all ranks; if set, it gives the accumulation steps
     gradient_clipping: float = 1.0  # largest gradient norm; 0 is off
+    recompute: str = "none"  # layers in the backward pass, for memory: none | selective (all but attention) | full
     deterministic: bool = False  # deterministic kernels only, at some cost
     detect_anomaly: bool = False  # name the forward operation whose gradient is NaN; slow
 
     def __post_init__(self) -> None:
         _choice("engine.dtype", self.dtype, ("bf16", "fp16", "fp32"))
+        _choice("engine.recompute", self.recompute, ("none", "selective", "full"))
         if self.zero_stage not in (0, 1, 2, 3):
             raise ConfigError(f"engine.zero_stage={self.zero_stage} is not known: use 0, 1, 2, 3")
         if self.dtype == "fp16" and self.zero_stage == 0:

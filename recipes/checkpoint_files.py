@@ -32,6 +32,7 @@ FREE = (
     "sweep.",
     "launch.timeout_s",
     "engine.detect_anomaly",
+    "engine.recompute",
     "explain",
     "profile",
     "memory_snapshot",

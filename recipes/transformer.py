@@ -13,9 +13,11 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from conf.schema import ModelConfig
 from recipes.kernels import IGNORED_LABEL, cross_entropy_sum, make_norm, rotary_qkv, swiglu
+from ring_attention.keep import keeping_attention
 
 
 @dataclass(frozen=True)
@@ -125,11 +127,12 @@ class Transformer(nn.Module):
     Args:
         attention: any module with DeepSpeed's DistributedAttention contract.
         seed: of the weights, which are drawn on the device that torch would allocate on.
+        recompute: EngineConfig's: what of each layer the backward pass computes again instead of keeping it.
     """
 
-    def __init__(self, config: ModelConfig, attention: nn.Module, seed: int = 0) -> None:
+    def __init__(self, config: ModelConfig, attention: nn.Module, seed: int = 0, recompute: str = "none") -> None:
         super().__init__()
-        self.config = config
+        self.config, self.recompute = config, recompute
         self.embedding = make_embedding(config, seed)
         self.layers = nn.ModuleList(make_layer(config, attention, seed, index) for index in range(config.num_layers))
         self.final_norm = make_norm(config)
@@ -142,8 +145,19 @@ class Transformer(nn.Module):
         cos, sin = rotary_cos_sin(positions_1S, self.config.head_dim, self.config.rope_theta)
         x_BSE = self.embedding(tokens_BS)
         for layer in self.layers:
-            x_BSE = layer(x_BSE, cos, sin)
+            x_BSE = self._through(layer, x_BSE, cos, sin)
         return self.head(self.final_norm(x_BSE))
+
+    def _through(self, layer: nn.Module, *inputs: Tensor) -> Tensor:
+        if self.recompute == "none" or not torch.is_grad_enabled():
+            return layer(*inputs)
+        return checkpoint(
+            layer,
+            *inputs,
+            use_reentrant=False,
+            context_fn=keeping_attention if self.recompute == "selective" else noop_context_fn,
+            preserve_rng_state=False,  # nothing is drawn at random
+        )
 
     def forward(self, tokens_BS: Tensor, positions_1S: Tensor, labels_BS: Tensor) -> Tensor:
         """The sum of what follows each token's cross-entropy in nats, fp32: see `TokenBatch`."""

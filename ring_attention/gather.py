@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from ring_attention.attend import attend_backward, attend_forward
 from ring_attention.blocks import Block
 from ring_attention.exchange import P2PExchange, all_gather, reduce_scatter
+from ring_attention.keep import kept
 from ring_attention.kv import KeysValues
 from ring_attention.layout import Layout, Run
 from ring_attention.mask import Mask
@@ -85,11 +86,16 @@ class GatherFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKE: Tensor, gathering: Gathering) -> Tensor:
-        whole = gathering.gathered(KeysValues.of_parts(k_BSKD, v_BSKE))
-        running = RunningAttention(q_BSHD, v_BSKE)
-        keys = ((0, gathering.layout.padded_length),)
-        attend_forward(running, gathering.block, gathering.scale, gathering.pairs, q_BSHD, whole, keys, is_last=True)
-        out_BSHE, lse_BHS = running.result()
+        def attend() -> tuple[Tensor, Tensor]:
+            whole = gathering.gathered(KeysValues.of_parts(k_BSKD, v_BSKE))
+            running = RunningAttention(q_BSHD, v_BSKE)
+            keys = ((0, gathering.layout.padded_length),)
+            attend_forward(
+                running, gathering.block, gathering.scale, gathering.pairs, q_BSHD, whole, keys, is_last=True
+            )
+            return running.result()
+
+        out_BSHE, lse_BHS = kept(attend)
         ctx.gathering = gathering
         ctx.save_for_backward(q_BSHD, k_BSKD, v_BSKE, out_BSHE, lse_BHS)
         return out_BSHE

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from ring_attention.attend import BlockGradients, attend_backward, attend_forward
 from ring_attention.blocks import Block
 from ring_attention.exchange import Hop, Move, P2PExchange
+from ring_attention.keep import kept
 from ring_attention.kv import KeysValues, offset
 from ring_attention.layout import Layout
 from ring_attention.mask import Mask
@@ -293,7 +294,7 @@ class RingFunction(torch.autograd.Function):
         kv = KeysValues.of_parts(k_BSKD, v_BSKE)
         if first is not None and first.spans == everything:
             kv = kv.take(everything, everything)  # the message of the first hop, here and again in the backward pass
-        out_BSHE, lse_BHS = ring_forward(ring, q_BSHD, kv)
+        out_BSHE, lse_BHS = kept(lambda: ring_forward(ring, q_BSHD, kv))
         ctx.ring, ctx.kv_shapes = ring, kv.shapes
         ctx.save_for_backward(
             q_BSHD, out_BSHE, lse_BHS, *(kv.k_BTKD, kv.v_BTKE) if kv.message is None else (kv.message,)

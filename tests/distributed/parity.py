@@ -86,6 +86,7 @@ class Cell:
     pipeline_degree: int = 1
     sequence_sharded_norms: bool = True
     transport: str = "p2p"
+    recompute: str = "none"
 
     @property
     def num_ranks(self) -> int:
@@ -118,6 +119,7 @@ class Cell:
                     micro_batch_size=MICRO_BATCH_SIZE,
                     gradient_accumulation_steps=self.accumulation_steps,
                     gradient_clipping=CLIPPING[self.model],
+                    recompute=self.recompute,
                 ),
                 optimizer=OPTIMIZER,
                 data=DataConfig(sequence_length=self.length),
@@ -396,6 +398,7 @@ def run_cell(pool: WorkerPool, cell: Cell) -> Outcome:
         layout="zigzag",
         method="ring",
         transport="p2p",
+        recompute="none",
     )
     expected = one_process(key, torch.float64, "cpu", pool.device)
     ranks = pool.run(train_on_ranks, cell, num_ranks=cell.num_ranks)
