@@ -88,6 +88,8 @@ def _without_loss(plan: Plan, allocator: str, compares: bool) -> Iterator[tuple[
         yield f"{shared} {_same_batch(plan)}", f"a sequence on all {plan.num_ranks} ranks, now on {degrees.sequence}"
     if plan.method == "all_gather" and degrees.sequence > 1:
         yield "attention=ring", "all_gather holds the keys and values of whole sequences"
+    if cuts_tokens and plan.trains and engine.recompute == "none":
+        yield "engine.recompute=selective", "the backward pass computes layers again, all but attention"
     if cuts_tokens and engine.zero_stage < 3 and plan.num_ranks > 1:
         cut = "weights, gradients and optimizer state" if plan.trains else "weights"
         yield "engine.zero_stage=3", f"{cut} lie over all {plan.num_ranks} ranks"

@@ -147,6 +147,7 @@ def test_what_a_refusal_names_would_fit(fields, memory_gib):
 
 
 ALLOCATOR = "PYTORCH_ALLOC_CONF=expandable_segments:True"
+RECOMPUTE = "engine.recompute=selective"
 HALF = "data.sequence_length=1024"
 RING_8 = "parallelism.data_degree=1 parallelism.ring_degree=8"
 
@@ -154,33 +155,33 @@ RING_8 = "parallelism.data_degree=1 parallelism.ring_degree=8"
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({}, ["engine.zero_stage=3", ALLOCATOR, HALF]),
-        ({"engine": EngineConfig(zero_stage=3)}, [ALLOCATOR, HALF, "model.num_layers=16"]),
+        ({}, [RECOMPUTE, "engine.zero_stage=3", ALLOCATOR]),
+        ({"engine": EngineConfig(zero_stage=3)}, [RECOMPUTE, ALLOCATOR, HALF]),
         (
             {"engine": EngineConfig(micro_batch_size=4), "attention": AttentionConfig(block="reference")},
-            ["attention.block=auto", "engine.micro_batch_size=1 engine.train_batch_size=4", "engine.zero_stage=3"],
+            ["attention.block=auto", "engine.micro_batch_size=1 engine.train_batch_size=4", RECOMPUTE],
         ),
         (
             {"engine": EngineConfig(micro_batch_size=4, gradient_accumulation_steps=2)},
             [
                 "engine.micro_batch_size=1 engine.train_batch_size=8 engine.gradient_accumulation_steps=1",
+                RECOMPUTE,
                 "engine.zero_stage=3",
-                ALLOCATOR,
             ],
         ),
         (
             {"parallelism": ParallelismConfig(data_degree=2)},
-            [f"{RING_8} engine.train_batch_size=2", "engine.zero_stage=3", ALLOCATOR],
+            [f"{RING_8} engine.train_batch_size=2", RECOMPUTE, "engine.zero_stage=3"],
         ),
         (
             {"attention": AttentionConfig("local")},
             [
                 "attention=ring parallelism.data_degree=1 engine.train_batch_size=8",
+                RECOMPUTE,
                 "engine.zero_stage=3",
-                ALLOCATOR,
             ],
         ),
-        ({"attention": AttentionConfig("all_gather")}, ["attention=ring", "engine.zero_stage=3", ALLOCATOR]),
+        ({"attention": AttentionConfig("all_gather")}, ["attention=ring", RECOMPUTE, "engine.zero_stage=3"]),
         (
             {
                 "attention": AttentionConfig("hybrid"),
@@ -189,8 +190,8 @@ RING_8 = "parallelism.data_degree=1 parallelism.ring_degree=8"
             [
                 "parallelism.data_degree=1 parallelism.ring_degree=4 parallelism.ulysses_degree=2 "
                 "engine.train_batch_size=2",
+                RECOMPUTE,
                 "engine.zero_stage=3",
-                ALLOCATOR,
             ],
         ),
         (
@@ -274,9 +275,9 @@ def test_the_message_has_the_rank_the_error_the_plan_and_three_overrides(tmp_pat
         "CUDA out of memory. Tried to allocate 20.00 GiB.",
         *of.banner(tmp_path),
         "3 overrides most likely to help, the first one first:",
+        f"  {RECOMPUTE}  (the backward pass computes layers again, all but attention)",
         "  engine.zero_stage=3  (weights, gradients and optimizer state lie over all 8 ranks)",
         f"  {ALLOCATOR}  (before the command: less is lost between allocations)",
-        "  data.sequence_length=2048  (half as many tokens per rank)",
     ]
     with pytest.raises(ValueError, match="other"), out_of_memory_explained(of, tmp_path):
         raise ValueError("other")

@@ -44,8 +44,7 @@ def kept_bytes(recompute: str, num_layers: int) -> int:
         loss = model(tokens, torch.arange(LENGTH).unsqueeze(0), tokens)
     num_bytes = storages.alive_bytes()
     loss.backward()
-    assert storages.alive_bytes() < num_bytes / 2  # the gradients are not counted: nothing was made within
-    return num_bytes
+    return num_bytes - storages.alive_bytes()  # what is alive still are weights, of which there were views
 
 
 def test_what_a_layer_keeps():
