@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,3 +114,14 @@ def test_a_signal_while_ranks_are_started_acts_when_they_are():
         start()
     assert steps == ["started"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize(("code", "said"), [(0, ""), (1, ""), (143, "requeue 7\n")])
+def test_the_batch_file_queues_again_only_what_was_told_to_end(tmp_path, code, said):
+    for name, script in (("srun", f"exit {code}"), ("scontrol", "echo $*")):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    script = Path(__file__).resolve().parents[2] / "scripts" / "slurm.sbatch"
+    result = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, timeout=10)
+    assert (result.returncode, result.stdout) == (code, said)
