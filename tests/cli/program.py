@@ -195,7 +195,9 @@ class Program:
         """The program under way; killed at the end of the block if it still runs."""
         run_dir = self.folder / name
         directory = f"hydra.sweep.dir={run_dir}" if "-m" in arguments else f"hydra.run.dir={run_dir}"
-        command = [*(launcher or [sys.executable]), "train.py", directory, *arguments]  # a test's own comes last
+        command = [*(launcher or [sys.executable]), "train.py", *arguments]
+        if not any(argument.startswith("hydra.run.dir=") for argument in arguments):
+            command.append(directory)
         running = Running(command, self.environment(**extra), run_dir)
         try:
             yield running
