@@ -4,8 +4,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
+from typing import Any
 
 import hydra
 import pytest
@@ -206,15 +206,21 @@ def test_a_mistake_in_an_entry_of_a_comparison_names_the_entry(own, message):
     [
         (["+sweep=lr_batch"], "optimizer.lr and engine.train_batch_size would be swept: type python train.py -m +sweep=lr_batch"),
         (["+sweep=lr_batch", "optimizer.lr=1e-3"], "engine.train_batch_size would be swept: type python train.py -m +sweep=lr_batch optimizer.lr=1e-3"),
-        (["+sweep=lr_batch", "optimizer.lr=1e-3", "engine.train_batch_size=8"], ""),
     ],
 )  # fmt: skip
 def test_a_sweep_without_m_says_what_would_be_swept(typed, told):
+    with pytest.raises(ConfigError) as caught:
+        check_sweep_is_asked_for(composed_for_hydra(*typed))
+    assert str(caught.value) == f"this is one run, but {told}"
+
+
+def test_what_a_sweep_sweeps_may_be_typed_for_one_run():
+    check_sweep_is_asked_for(composed_for_hydra("+sweep=lr_batch", "optimizer.lr=1e-3", "engine.train_batch_size=8"))
+
+
+def composed_for_hydra(*typed: str) -> Any:
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        composed = hydra.compose("config", typed, return_hydra_config=True)
-    with pytest.raises(ConfigError) if told else contextlib.nullcontext() as caught:
-        check_sweep_is_asked_for(composed.hydra)
-    assert not told or str(caught.value) == f"this is one run, but {told}"
+        return hydra.compose("config", [*typed], return_hydra_config=True).hydra
 
 
 @pytest.mark.parametrize(
