@@ -111,6 +111,10 @@ if __name__ == "__main__":
         sys.exit(128 + signal.SIGINT)
     except (ConfigError, RunFailed, CompactHydraException) as error:
         sys.exit(f"error: {explain(error)}")
+    except ValueError as error:
+        if not str(error).startswith("Config group override"):  # Hydra's, of model=null
+            raise
+        sys.exit(f"error: {error}: write GROUP=OPTION, such as model=tiny; python train.py --help lists all")
     except OSError as error:
         if error.filename is None:
             raise

@@ -15,7 +15,13 @@ import hydra
 from hydra.conf import HydraConf
 from hydra.errors import CompactHydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    ConfigTypeError,
+    OmegaConfBaseException,
+    ValidationError,
+)
 
 from conf.schema import Config, ConfigError
 
@@ -111,7 +117,9 @@ def explain(error: Exception) -> str:
         )
     if isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
         return _unknown_field(str(cause.full_key))
-    if isinstance(cause, ValidationError):
+    if str(error).startswith("Could not delete from config"):
+        return _unknown_field(str(error).split("'")[1])
+    if isinstance(cause, (ValidationError, ConfigTypeError)):
         if cause.full_key in _GROUP_NAMES:
             return f"{cause.full_key} has no options to choose from, only fields: {cause.full_key}.FIELD=value"
         setting = str(error).rpartition(" ")[2]  # Error merging override num_steps=abc

@@ -50,7 +50,7 @@ from recipes.processes import (
     signals_passed_on,
     unwind_on_sigint,
 )
-from recipes.ranks import Preempted, RunFailed, ranks_are_started
+from recipes.ranks import MEETING, Preempted, RunFailed, ranks_are_started
 from recipes.runs import CONFIG_FILE, SUMMARY_FILE
 
 DEFAULT_CPU_RANKS = 4
@@ -219,7 +219,12 @@ def start(task: Task, num_ranks: int, run_dir: Path) -> float:
         RunFailed: if a rank that we started failed, or this one ran out of memory.
     """
     if ranks_are_started():
-        return _run_rank(task, run_dir, init_method=None)
+        meeting = os.environ.get(MEETING)
+        try:
+            return _run_rank(task, run_dir, init_method=None)
+        finally:
+            if meeting:  # of this run alone, which is over if one rank's part is
+                shutil.rmtree(meeting, ignore_errors=True)
     return launch(task, num_ranks, run_dir)
 
 
@@ -363,6 +368,9 @@ def _run_rank(task: Task, run_dir: Path, init_method: str | None) -> float:
 
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
+    if meeting := os.environ.get(MEETING):
+        Path(meeting).mkdir(mode=0o700, exist_ok=True)
+        init_method = f"file://{meeting}/meeting"
     init_distributed(init_method, task.config.launch.timeout_s)
     shared = [task, run_dir]
     dist.broadcast_object_list(shared, src=0)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import re
 import signal
+import tempfile
+from pathlib import Path
 
 from conf.schema import ConfigError
+
+MEETING = "RING_ATTENTION_MEETING"  # the variable with the folder in which ranks meet, in place of MASTER_ADDR
 
 
 class RunFailed(RuntimeError):
@@ -33,7 +37,8 @@ def ranks_are_started() -> bool:
 def adopt_external_ranks() -> bool:
     """Whether a launcher has started this process as one of several ranks; makes its variables look like torchrun's.
 
-    `srun` is recognised by its step: a batch script or an interactive shell has the job's variables too.
+    `srun` is recognised by its step: a batch script or an interactive shell has the job's variables too. Its tasks on
+    one host meet in a file, unless MASTER_ADDR is set: torch's port would take connections from everywhere.
 
     Raises:
         ConfigError: if RANK is there, but not what belongs to it.
@@ -58,6 +63,10 @@ def adopt_external_ranks() -> bool:
         LOCAL_RANK=environ["SLURM_LOCALID"],
         LOCAL_WORLD_SIZE=environ["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0],  # 8(x2),4 -> 8
     )
+    if environ["LOCAL_WORLD_SIZE"] == environ["WORLD_SIZE"] and "MASTER_ADDR" not in environ:
+        start = [environ["SLURM_JOB_ID"], *(environ.get(f"SLURM_{name}", "0") for name in ("STEP_ID", "RESTART_COUNT"))]
+        # a name of its own for each start: what a killed one leaves would confuse the next
+        environ[MEETING] = str(Path(tempfile.gettempdir(), f"ring_attention_{os.getuid()}_{'_'.join(start)}"))
     environ.setdefault("MASTER_ADDR", _first_host(environ["SLURM_STEP_NODELIST"]))
     # a port of this step's own, below those that the kernel gives out
     step = 97 * int(environ["SLURM_JOB_ID"]) + int(environ.get("SLURM_STEP_ID", "0"))

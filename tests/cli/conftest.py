@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.cli.program import Finished, Program
+from tests.cli.program import PLAIN, Finished, Program
+from tests.cli.secrets import PLANTED
 
 
 @pytest.fixture
@@ -16,3 +17,9 @@ def main_run(tmp_path_factory) -> Finished:
     return Program(tmp_path_factory.mktemp("main")).run(
         "+experiment=ra_sp", "num_steps=6", "logging.every_n_steps=2", "data.sequence_length=256"
     )
+
+
+@pytest.fixture(scope="session")
+def plain_run(tmp_path_factory) -> Finished:
+    """The main job on two ranks of one host, with secrets in its environment: eight steps of the same learning rate."""
+    return Program(tmp_path_factory.mktemp("plain")).run(*PLAIN, "num_steps=8", launcher=None, **PLANTED)

@@ -25,6 +25,15 @@ TIMEOUT_S = 200.0  # of a whole run; far more than it takes, for a machine that 
 ENDS_WITHIN_S = 20.0  # for "a few seconds" on a busy machine
 SMALL = ["data.sequence_length=256", "data.validation_sequences=2", "launch.num_ranks=2"]
 LONG = [*SMALL, "num_steps=1000000", "logging.every_n_steps=2"]  # until it is ended
+# its steps do not depend on their number
+PLAIN = [
+    "+experiment=ra_sp",
+    *SMALL,
+    "logging.every_n_steps=1",
+    "breakdown=false",
+    "optimizer.decay=constant",
+    "optimizer.warmup_fraction=0",
+]
 
 
 def clean_environment(home: Path, **extra: str) -> dict[str, str]:
@@ -111,6 +120,15 @@ class Running:
             self._family |= {process.pid: process for process in [parent, *parent.children(recursive=True)]}
         return [process for process in self._family.values() if _lives(process)]
 
+    def listening_addresses(self) -> set[str]:
+        """On which its processes take connections."""
+        found = set()
+        for process in self.family():
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+                connections = process.net_connections("tcp")
+                found |= {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
+        return found
+
     def ranks(self) -> list[psutil.Process]:
         """The processes of its ranks, in their order."""
         children = psutil.Process(self.process.pid).children()
@@ -177,7 +195,9 @@ class Program:
         """The program under way; killed at the end of the block if it still runs."""
         run_dir = self.folder / name
         directory = f"hydra.sweep.dir={run_dir}" if "-m" in arguments else f"hydra.run.dir={run_dir}"
-        command = [*(launcher or [sys.executable]), "train.py", directory, *arguments]  # a test's own comes last
+        command = [*(launcher or [sys.executable]), "train.py", *arguments]
+        if not any(argument.startswith("hydra.run.dir=") for argument in arguments):
+            command.append(directory)
         running = Running(command, self.environment(**extra), run_dir)
         try:
             yield running

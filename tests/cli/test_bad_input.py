@@ -20,6 +20,11 @@ CASES = {
         ["attention=rings"],
         "attention=rings is not known: use attention=",
     ),
+    "a group's option that is none": (
+        ["model=null"],
+        "Config group override must be a string or a list. Got NoneType: write GROUP=OPTION, such as model=tiny; "
+        "python train.py --help lists all",
+    ),
     "degrees that do not divide the ranks": (
         ["parallelism.ring_degree=3"],
         "parallelism.ring_degree=3 does not divide the 4 ranks: use one of [1, 2, 4] (parallelism.ring_degree=4) "

@@ -9,15 +9,10 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.cli.program import ENDS_WITHIN_S, LONG, REPOSITORY, Finished, Program, Running, wandb
-
-
-def listening_addresses(running: Running) -> set[str]:
-    connections = [c for process in running.family() for c in process.net_connections("tcp")]
-    return {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
+from tests.cli.secrets import PLANTED, assert_no_secrets
 
 
 def has_wandb_core(running: Running) -> bool:
@@ -29,7 +24,7 @@ def test_a_killed_rank_ends_the_run_which_until_then_listened_on_loopback_only(p
         ranks = running.until_it_trains()
         assert len(ranks) == 2
         assert has_wandb_core(running)
-        addresses = listening_addresses(running)
+        addresses = running.listening_addresses()
         assert addresses
         assert addresses <= {"127.0.0.1", "::1"}
 
@@ -119,17 +114,19 @@ NO_MEMORY = "torch.empty(2**58, dtype=torch.uint8)"  # PyTorch's own error, on a
 
 
 def raising(program: Program, statement: str, fields: str = "", launcher: list[str] | None = None) -> Finished:
-    """A run of two ranks of which one executes the statement; nothing of it is left."""
+    """A run of two ranks of which one executes the statement; nothing of it is left, and no secret is told."""
     script = program.folder / "raises.py"
     script.write_text(RAISES.format(statement=statement, fields=fields, repository=str(REPOSITORY)))
     run_dir = program.folder / "run"
     command = [*(launcher or [sys.executable]), str(script), str(run_dir)]
-    running = Running(command, program.environment(PYTHONPATH=f"{REPOSITORY}:{program.folder}"), run_dir)
+    environment = program.environment(PYTHONPATH=f"{REPOSITORY}:{program.folder}", **PLANTED)
+    running = Running(command, environment, run_dir)
     try:
         while running.process.poll() is None:
             running.family()
             time.sleep(0.05)
         running.assert_nothing_is_left()
+        assert_no_secrets(program.folder)
         return running.finish()
     finally:
         running.end()

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 import re
 import socket
 import sys
+import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
-from tests.cli.program import SMALL, Finished, Program
+from tests.cli.program import SMALL, Finished, Program, Running
 
 BIN = Path(sys.executable).parent
 TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node=2"]
@@ -49,33 +52,49 @@ def test_ranks_of_deepspeeds_launcher_are_one_run_and_overfit_one_batch(program)
     assert losses[-1] == min(losses) < losses[0] - 1
 
 
-def srun(program: Program, *arguments: str) -> list[Finished]:
+@contextlib.contextmanager
+def srun(program: Program, *arguments: str) -> Iterator[list[Running]]:
     """What `srun --ntasks=2` does to its tasks; there is no SLURM here."""
+    job = str(random.randrange(10**9))
     with contextlib.ExitStack() as stack:
-        tasks = [
+        yield [
             stack.enter_context(
                 program.started(
                     *arguments,
                     name=f"task_{task}",
-                    SLURM_JOB_ID=str(free_port()),
+                    SLURM_JOB_ID=job,
                     SLURM_PROCID=str(task),
                     SLURM_LOCALID=str(task),
                     SLURM_STEP_NUM_TASKS="2",
                     SLURM_STEP_TASKS_PER_NODE="2",
                     SLURM_STEP_NODELIST="localhost",
-                    MASTER_PORT=str(port),
                 )
             )
-            for port in [free_port()]
             for task in range(2)
         ]
+    assert list(Path(tempfile.gettempdir()).glob(f"ring_attention_*{job}*")) == []
+
+
+def finished_by_srun(program: Program, *arguments: str) -> list[Finished]:
+    with srun(program, *arguments) as tasks:
         return [task.finish() for task in tasks]
 
 
-def test_tasks_of_srun_are_one_run_in_the_run_dir_of_the_first(program):
+def test_tasks_of_srun_are_one_run_in_the_run_dir_of_the_first_and_listen_on_loopback_only(program):
     """Each task composes a run dir of its own; with +debug=anomaly, whose only trace is a line per step."""
-    first, second = srun(program, "+debug=anomaly", *SMALL, "num_steps=2")
+    addresses = set()
+
+    def trains() -> bool:
+        for task in tasks:
+            addresses.update(task.listening_addresses())
+        return "step 1/" in tasks[0].stdout
+
+    with srun(program, "+debug=anomaly", *SMALL, "num_steps=2") as tasks:
+        tasks[0].until(trains)
+        first, second = [task.finish() for task in tasks]
     assert (first.exit_code, second.exit_code) == (0, 0), first.stderr + second.stderr
+    assert addresses
+    assert addresses <= {"127.0.0.1", "::1"}
     assert [line["step"] for line in first.metrics] == [1, 2]
     assert sorted(path.name for path in (first.run_dir / "logs").iterdir()) == ["rank_0.log", "rank_1.log"]
     assert not second.run_dir.exists()
@@ -90,7 +109,7 @@ def test_a_mistake_under_a_launcher_is_told_once(program):
         (["parallelism.ring_degree=3"], "parallelism.ring_degree=3 does not divide the 2 ranks"),
         (["data.sequence_lenght=8"], "there is no field data.sequence_lenght: did you mean data.sequence_length?"),
     ):
-        first, second = srun(program, *arguments)
+        first, second = finished_by_srun(program, *arguments)
         assert first.stderr.startswith(f"error: {message}")
         assert first.stderr.count("\n") == 1
         assert (first.stdout, second.stdout, second.stderr) == ("", "", "")
@@ -99,7 +118,7 @@ def test_a_mistake_under_a_launcher_is_told_once(program):
 
 
 def test_explain_under_a_launcher_prints_one_plan_for_its_ranks(program):
-    first, second = srun(program, "explain=true")
+    first, second = finished_by_srun(program, "explain=true")
     assert (first.exit_code, second.exit_code) == (0, 0), first.stderr + second.stderr
     assert "ranks  1 data x 2 ring, on CPU" in first.stdout
     assert second.stdout == ""

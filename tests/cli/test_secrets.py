@@ -1,23 +1,20 @@
-"""What the environment holds in confidence is in no file of a run, nor on its console."""
+"""What the environment holds in confidence is in no file of a run, nor on its console, nor on the page of it.
+
+Of runs that fail `test_ends` asks the same.
+"""
 
 from __future__ import annotations
 
-from tests.cli.program import SMALL
-
-SECRETS = {
-    "WANDB_API_KEY": "planted0wandb0" + "0" * 26,
-    "HF_TOKEN": "hf_planted0hub0token",
-    "HUGGING_FACE_HUB_TOKEN": "hf_planted0older0token",
-    "AWS_SECRET_ACCESS_KEY": "planted0aws0secret",
-}
+from recipes import dashboard
+from tests.cli.secrets import SECRETS, assert_no_secrets
 
 
-def test_secrets_of_the_environment_are_in_no_file_of_a_run(program):
-    result = program.run("+experiment=ra_sp", *SMALL, "num_steps=4", WANDB_MODE="offline", **SECRETS)
-    assert result.exit_code == 0, result.stderr
-    files = [path for path in program.folder.rglob("*") if path.is_file()]
-    kinds = {path.suffix for path in files}
-    assert {".yaml", ".log", ".pt", ".wandb", ".jsonl", ".json"} <= kinds
+def test_secrets_of_the_environment_are_in_no_file_of_a_run(plain_run, monkeypatch):
+    assert plain_run.exit_code == 0, plain_run.stderr
     for name, secret in SECRETS.items():
-        found = [path for path in files if secret.encode() in path.read_bytes()]
-        assert not found, f"{name} is in {found}"
+        monkeypatch.setenv(name, secret)
+    dashboard.main([str(plain_run.run_dir)])
+    files = assert_no_secrets(plain_run.run_dir.parent)
+    assert {".yaml", ".log", ".pt", ".wandb", ".jsonl", ".json", ".html", ".stdout", ".stderr"} <= {
+        path.suffix for path in files
+    }

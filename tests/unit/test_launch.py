@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,8 +89,14 @@ def test_a_model_too_large_for_the_ranks_is_refused(monkeypatch):
     pages = {"SC_PHYS_PAGES": 2**20, "SC_PAGE_SIZE": 4096}
     monkeypatch.setattr("recipes.launch.os.sysconf", pages.__getitem__)
     large = Config(model=ModelConfig(hidden_size=4096, mlp_size=16384), launch=LaunchConfig(num_ranks=2))
-    with pytest.raises(ConfigError, match=r"> 2\.00 GiB, the memory of one rank"):
+    with pytest.raises(ConfigError) as caught:
         count_ranks(large)
+    assert str(caught.value) == (
+        "model tiny with 407.92 M parameters does not fit: engine.zero_stage=1 on 2 ranks needs, per rank and without "
+        "activations,\n"
+        "  weights 0.76 + gradients 1.52 + optimizer 2.28 = 4.56 GiB > 2.00 GiB, the memory of one rank\n"
+        "  use 4 ranks with as much memory each, on 2 hosts like this one, and engine.zero_stage=3: 1.71 GiB"
+    )
 
 
 def test_overdue_hops_are_shown_where_the_watchdog_ended_a_rank(tmp_path):
@@ -111,3 +120,14 @@ def test_a_signal_while_ranks_are_started_acts_when_they_are():
         start()
     assert steps == ["started"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize(("code", "said"), [(0, ""), (1, ""), (143, "requeue 7\n")])
+def test_the_batch_file_queues_again_only_what_was_told_to_end(tmp_path, code, said):
+    for name, script in (("srun", f"exit {code}"), ("scontrol", "echo $*")):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    script = Path(__file__).resolve().parents[2] / "scripts" / "slurm.sbatch"
+    result = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, timeout=10)
+    assert (result.returncode, result.stdout) == (code, said)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from unittest import mock
 
 import pytest
 
 from conf.schema import ConfigError
-from recipes.ranks import adopt_external_ranks
+from recipes.ranks import MEETING, adopt_external_ranks
 
 STEP = {
     "SLURM_JOB_ID": "1234567",
@@ -49,6 +50,21 @@ def test_a_step_on_one_node_knows_its_local_ranks():
     environment = adopted(STEP | {"SLURM_STEP_TASKS_PER_NODE": "8"})
     assert environment is not None
     assert environment["LOCAL_WORLD_SIZE"] == "8"
+
+
+def test_a_step_on_one_node_meets_in_a_file_of_this_start_and_elsewhere_where_the_user_says():
+    step = STEP | {"SLURM_STEP_TASKS_PER_NODE": "8", "TMPDIR": "/tmp"}
+    first, again, told = (
+        adopted(step),
+        adopted(step | {"SLURM_RESTART_COUNT": "1"}),
+        adopted(step | {"MASTER_ADDR": "a"}),
+    )
+    assert first is not None
+    assert again is not None
+    assert told is not None
+    assert re.fullmatch(r"/.+/ring_attention_\d+_1234567_2_0", first[MEETING])
+    assert again[MEETING] == first[MEETING][:-1] + "1"
+    assert MEETING not in told
 
 
 @pytest.mark.parametrize(

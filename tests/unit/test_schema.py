@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import hydra
 import pytest
@@ -13,9 +14,9 @@ from hydra.errors import CompactHydraException
 from omegaconf import OmegaConf
 
 import train  # registers the schema
-from conf.compose import explain, to_config
+from conf.compose import check_sweep_is_asked_for, compose_entries, explain, to_config
 from conf.degrees import accumulation_steps, resolve_degrees
-from conf.schema import Config, ConfigError
+from conf.schema import CompareConfig, Config, ConfigError
 
 CONF = Path(train.__file__).parent / "conf"
 EXPERIMENTS = sorted(CONF.glob("experiment/*.yaml"))
@@ -60,6 +61,11 @@ MISTAKES = [
     ("num_steps", "num_steps is not of the form field=value (missing EQUAL at '<EOF>'): quote what the shell or Hydra takes apart, such as data.files='[a.txt,b.txt]'"),
     ("+sweep=lr", "+sweep=lr is not known: use +sweep=kernels, +sweep=lr_batch, +sweep=search, +sweep=throughput"),
     ("sweep=lr_batch", "sweep has no default to replace: write +sweep=OPTION"),
+    ("~num_stepz", "there is no field num_stepz: did you mean num_steps? python train.py --help lists all"),
+    ("profile_steps={a:1}", "profile_steps={a:1} is refused: Cannot merge DictConfig with ListConfig"),
+    ("num_steps=null", "num_steps=null is refused: field 'num_steps' is not Optional"),
+    ("+experiment=[ra_sp,nosuch]", "experiment=nosuch is not known: python train.py --help lists what there is"),
+    ("+nosuch@model=x", "Override +nosuch@model=x looks like a config group override, but config group 'nosuch' does not exist."),
     # one field
     ("sweep.objective=loss", "sweep.objective=loss is not known: use validation_loss, tokens_per_s, model_tflops_per_rank"),
     ("sweep.sampler=random", "sweep.sampler=random is not known: use tpe, grid"),
@@ -180,6 +186,43 @@ MISTAKES = [
 @pytest.mark.parametrize(("overrides", "message"), MISTAKES)
 def test_a_mistake_says_the_value_the_rule_and_what_to_type(overrides, message):
     assert mistake(*overrides.split()) == message
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ("model.hiden_size=3", "there is no field model.hiden_size: did you mean model.hidden_size or model.mlp_size or model.vocab_size? python train.py --help lists all"),
+        ("+experiment=rings", "experiment=rings is not known: python train.py --help lists what there is"),
+        ("num_steps=0", "num_steps=0 must be at least 1"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_an_entry_of_a_comparison_names_the_entry(own, message):
+    config = Config(compare=CompareConfig(entries={"mine": [own]}))
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)), pytest.raises(ConfigError) as caught:
+        compose_entries(config, [])
+    assert str(caught.value) == f"compare.entries.mine: {message}"
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        (["+sweep=lr_batch"], "optimizer.lr and engine.train_batch_size would be swept: type python train.py -m +sweep=lr_batch"),
+        (["+sweep=lr_batch", "optimizer.lr=1e-3"], "engine.train_batch_size would be swept: type python train.py -m +sweep=lr_batch optimizer.lr=1e-3"),
+    ],
+)  # fmt: skip
+def test_a_sweep_without_m_says_what_would_be_swept(typed, told):
+    with pytest.raises(ConfigError) as caught:
+        check_sweep_is_asked_for(composed_for_hydra(*typed))
+    assert str(caught.value) == f"this is one run, but {told}"
+
+
+def test_what_a_sweep_sweeps_may_be_typed_for_one_run():
+    check_sweep_is_asked_for(composed_for_hydra("+sweep=lr_batch", "optimizer.lr=1e-3", "engine.train_batch_size=8"))
+
+
+def composed_for_hydra(*typed: str) -> Any:
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return hydra.compose("config", [*typed], return_hydra_config=True).hydra
 
 
 @pytest.mark.parametrize(
