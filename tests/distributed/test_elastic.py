@@ -53,7 +53,7 @@ class Grid:
         method = {ULYSSES: "ulysses", DATA: "local" if self.num_ranks == 2 else "ring"}.get(self.arrangement, "ring")
         layout = "contiguous" if self.arrangement == CONTIGUOUS else "zigzag"
         return Config(
-            # a bias has mlp_size numbers: on stage 3 the last rank's part of it is padded
+            # a bias has 66 numbers, which 4 ranks do not divide: stage 3 pads it
             model=ModelConfig(hidden_size=36, num_heads=4, num_kv_heads=4, head_dim=8, mlp_size=33, bias=True),
             attention=AttentionConfig(method=method, layout=layout),
             parallelism=ParallelismConfig(data_degree=self.data_degree),
