@@ -37,6 +37,7 @@ from recipes.checkpoint_files import (
     check_files,
     check_same_run,
     fingerprint,
+    is_cut_otherwise,
     newest_first,
     publish,
     read_manifest,
@@ -44,6 +45,7 @@ from recipes.checkpoint_files import (
     write_manifest,
 )
 from recipes.ranks import RunFailed
+from recipes.whole import WholeStates, put_into_engine
 
 # all that DeepSpeed 0.19.8 puts into its files beside tensors and plain values
 KNOWN_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
@@ -207,14 +209,22 @@ class Checkpoints:
     def load(self, manifest: Manifest) -> None:
         """Put the engine, which must be new, and this rank's random states where they were.
 
+        On another number of ranks or another ZeRO stage every rank puts its part together from the files of all.
+
         Args:
             manifest: of `choose_checkpoint`, which has checked the files.
         """
         folder, name = self._run_dir / CHECKPOINTS_DIR, step_name(manifest.step)
         with only_known_classes():
-            path, _ = self._engine.deepspeed.load_checkpoint(folder, tag=name)
-            assert path is not None, f"DeepSpeed has not loaded {folder / name}"
-            restore_random_states(torch.load(folder / name / _random_states_file(dist.get_rank())))
+            if is_cut_otherwise(manifest, self._config):
+                states = WholeStates(folder / name, manifest.config["engine"]["zero_stage"])
+                put_into_engine(states, self._engine.deepspeed, dict(self._engine.model.named_parameters()))
+            else:
+                path, _ = self._engine.deepspeed.load_checkpoint(folder, tag=name)
+                assert path is not None, f"DeepSpeed has not loaded {folder / name}"
+            # other ranks keep their own: nothing is drawn after the weights are made
+            if manifest.config["launch"]["num_ranks"] == self._config.launch.num_ranks:
+                restore_random_states(torch.load(folder / name / _random_states_file(dist.get_rank())))
 
 
 def _random_states_file(rank: int) -> str:

@@ -38,8 +38,8 @@ FREE = (
     "memory_snapshot",
     "breakdown",
 )
-# fields that say who computes what: on as many ranks and the same ZeRO stage they leave DeepSpeed's files as they are,
-# for it cuts states over all data x sequence ranks; sums come in another order, so results differ by rounding
+# fields that say who computes what: sums come in another order, so results differ by rounding. All but the last two
+# leave DeepSpeed's files as they are, for it cuts states over all data x sequence ranks
 ARRANGEMENT = (
     "attention.",
     "parallelism.data_degree",
@@ -47,6 +47,8 @@ ARRANGEMENT = (
     "parallelism.ulysses_degree",
     "engine.micro_batch_size",
     "engine.gradient_accumulation_steps",
+    "engine.zero_stage",
+    "launch.num_ranks",
 )
 
 
@@ -177,6 +179,13 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
+def is_cut_otherwise(manifest: Manifest, config: Config) -> bool:
+    """Whether the ranks' parts of the states are others, so that DeepSpeed cannot load its own files."""
+    before, stage = manifest.config, config.engine.zero_stage
+    other_ranks = before["launch"]["num_ranks"] != config.launch.num_ranks
+    return before["engine"]["zero_stage"] != stage or (stage > 0 and other_ranks)  # on stage 0 each rank has them all
+
+
 def check_same_run(folder: Path, manifest: Manifest, config: Config) -> list[str]:
     """What is arranged otherwise, such as "attention.method ring -> ulysses", which changes rounding alone.
 
@@ -191,6 +200,7 @@ def check_same_run(folder: Path, manifest: Manifest, config: Config) -> list[str
     rearranged = [name for name in differing if name.startswith(ARRANGEMENT)]
     if config.parallelism.method == "sequence" and rearranged == differing:
         _check_batch(folder, before, now)
+        _check_zero_stage(folder, before, now)
         return [f"{name} {before[name]} -> {now[name]}" for name in rearranged]
     if not differing:
         return []
@@ -202,6 +212,17 @@ def check_same_run(folder: Path, manifest: Manifest, config: Config) -> list[str
         f"{folder} is of another run: {changes}{schedule}: type what that one was started with, or use another "
         "hydra.run.dir"
     )
+
+
+def _check_zero_stage(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises ConfigError for what neither DeepSpeed nor `whole` can cut anew."""
+    old, new = before["engine.zero_stage"], now["engine.zero_stage"]
+    if old != new and 0 in (old, new):
+        raise ConfigError(
+            f"{folder} is of engine.zero_stage={old}, and this would go on with {new}: from stages 1, 2 and 3 a run "
+            f"goes on with any of the three, from stage 0 with 0 alone: type engine.zero_stage={old}, or use another "
+            "hydra.run.dir"
+        )
 
 
 def _check_batch(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ match, and then only tensors and the classes in `checkpoint.KNOWN_CLASSES`.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import os
@@ -71,27 +70,19 @@ def whole_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
         )
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from recipes.checkpoint import only_known_classes
+    from recipes.whole import MASTER, WholeStates
 
     zero_stage = manifest.config["engine"]["zero_stage"]
     with only_known_classes():
-        if zero_stage == 3:
-            weights = _stage_3_weights(folder)
-        else:
+        if zero_stage == 0:
             states = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu")
-            weights = {name: tensor.float() for name, tensor in states["module"].items()}
-            weights |= _stage_0_masters(states) if zero_stage == 0 else _sliced_masters(folder, states)
-            if manifest.config["model"]["tied_head"]:  # masters have one of the two names
-                weights["head.weight"] = weights["embedding.weight"]
+            weights = {name: tensor.float() for name, tensor in states["module"].items()} | _stage_0_masters(states)
+        else:
+            whole = WholeStates(folder, zero_stage)
+            weights = {name: whole.tensor(name, MASTER) for name in whole.names}
+        if manifest.config["model"]["tied_head"]:  # masters have one of the two names
+            weights["head.weight"] = weights["embedding.weight"]
         return {name: tensor.detach().clone() for name, tensor in weights.items()}  # no two of one storage
-
-
-def _stage_3_weights(folder: Path) -> dict[str, Tensor]:
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    with contextlib.redirect_stdout(None):  # it tells of every tensor
-        weights = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
-    assert weights is not None
-    return weights
 
 
 def _stage_0_masters(states: dict[str, Any]) -> dict[str, Tensor]:
@@ -103,20 +94,6 @@ def _stage_0_masters(states: dict[str, Any]) -> dict[str, Tensor]:
     names = itertools.chain.from_iterable(states[MASTERS_OF])
     masters = itertools.chain.from_iterable(states["optimizer"]["fp32_groups"])
     return dict(zip(names, masters, strict=True))
-
-
-def _sliced_masters(folder: Path, states: dict[str, Any]) -> dict[str, Tensor]:
-    """Stages 1 and 2: the ranks' flat parts, joined. DeepSpeed's own script does not know those of bf16 on stage 1."""
-    parts: dict[str, list[Tensor]] = {}
-    for rank in range(states["dp_world_size"]):
-        (path,) = folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
-        optimizer = torch.load(path, map_location="cpu", mmap=True)["optimizer_state_dict"]
-        groups = zip(optimizer["single_partition_of_fp32_groups"], optimizer["param_slice_mappings"], strict=True)
-        for flat, slices in groups:
-            for name, at in slices.items():
-                parts.setdefault(name, []).append(flat[at.start : at.start + at.numel])
-    shapes = {name: shape for group in states["param_shapes"] for name, shape in group.items()}
-    return {name: torch.cat(parts[name]).view(shape) for name, shape in shapes.items()}
 
 
 def export(given: Path, output: Path) -> None:

@@ -13,7 +13,7 @@ from data.pack import Corpus
 from data.source import open_documents
 from recipes.build import build_engine, build_sharder
 from recipes.checkpoint import Checkpoints, EndRequest, TrainingData
-from recipes.checkpoint_files import Manifest
+from recipes.checkpoint_files import Manifest, is_cut_otherwise
 from recipes.metrics import perplexity
 from recipes.parts import measure_parts
 from recipes.plan import Plan
@@ -40,6 +40,8 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
     engine = build_engine(plan)
     checkpoints = Checkpoints(config, run_dir, engine)
     if resumed:
+        if reporter and is_cut_otherwise(resumed, config):
+            reporter.say("putting weights and moments together for these ranks ...")
         checkpoints.load(resumed)
     corpus = Corpus(open_documents(config.data), config.data.sequence_length, config.data.validation_sequences)
     sharder = build_sharder(plan, engine)

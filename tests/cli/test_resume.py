@@ -95,7 +95,7 @@ def test_interruptions_leave_no_trace(program: Program):
     assert manifest["wandb_run_id"] == parts[0]
 
 
-def test_another_arrangement_of_the_ranks_goes_on_with_the_batch_that_was(program: Program):
+def test_other_ranks_and_another_stage_go_on_with_the_batch_that_was(program: Program):
     told = interrupted(program, "step +5/", signal.SIGTERM, "parallelism.data_degree=2")
     assert told.exit_code == 143
     refused = program.run(*JOB, "attention.layout=contiguous", name="interrupted")
@@ -104,9 +104,14 @@ def test_another_arrangement_of_the_ranks_goes_on_with_the_batch_that_was(progra
         refused.stderr
     )
     assert refused.stdout == ""  # no ranks were started
-    resumed = program.run(*JOB, "attention.layout=contiguous", "engine.train_batch_size=2", name="interrupted")
+    other = ["attention.layout=contiguous", "engine.train_batch_size=2", "engine.zero_stage=3", "launch.num_ranks=1"]
+    resumed = program.run(*JOB, *other, name="interrupted")
     assert resumed.exit_code == 0, resumed.stderr
     assert "arranged otherwise: attention.layout zigzag -> contiguous, parallelism.data_degree 2 -> 1" in resumed.stdout
+    assert "engine.zero_stage 1 -> 3" in resumed.stdout
+    assert "launch.num_ranks 2 -> 1" in resumed.stdout
+    assert "\nputting weights and moments together for these ranks ...\n" in resumed.stdout
+    assert resumed.summary["validation_loss"] < resumed.metrics[0]["train/loss"]  # it learns on
     tokens_per_step = resumed.metrics[0]["train/data_cursor"]
     assert [row["train/data_cursor"] for row in resumed.metrics] == [
         row["step"] * tokens_per_step for row in resumed.metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from recipes.checkpoint_files import (
     check_files,
     check_same_run,
     fingerprint,
+    is_cut_otherwise,
     newest_first,
     publish,
     read_manifest,
@@ -38,8 +40,9 @@ from recipes.checkpoint_files import (
 from recipes.launch import ended_before
 
 
-def settled(config: Config) -> Config:
-    settle(config, resolve_degrees(config, 2), 2)
+def settled(config: Config, num_ranks: int = 2) -> Config:
+    config = copy.deepcopy(config)
+    settle(config, resolve_degrees(config, num_ranks), num_ranks)
     return config
 
 
@@ -163,12 +166,41 @@ def test_another_arrangement_on_as_many_ranks_goes_on_if_the_batch_is_kept(tmp_p
     )
 
 
-@pytest.mark.parametrize("zero_stage", [0, 2, 3])
-def test_another_zero_stage_is_refused_whatever_else_is_arranged(tmp_path, zero_stage):
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_other_ranks_and_zero_stages_go_on(tmp_path, zero_stage):
     folder = published(tmp_path, 5)
-    other = settled(Config(attention=AttentionConfig(layout="contiguous"), engine=EngineConfig(zero_stage=zero_stage)))
-    with pytest.raises(ConfigError, match=f"engine.zero_stage was 1 and is {zero_stage}"):
-        check_same_run(folder, read_manifest(folder), other)
+    other = settled(Config(engine=EngineConfig(zero_stage=zero_stage)), num_ranks=4)
+    assert check_same_run(folder, read_manifest(folder), other) == [
+        "parallelism.ring_degree 2 -> 4",
+        f"engine.zero_stage 1 -> {zero_stage}",
+        "launch.num_ranks 2 -> 4",
+    ]
+
+
+@pytest.mark.parametrize(("zero_stage", "num_ranks", "expected"), [(1, 2, False), (1, 4, True), (3, 2, True)])
+def test_ranks_and_stage_say_how_states_are_cut(tmp_path, zero_stage, num_ranks, expected):
+    manifest = read_manifest(published(tmp_path, 5))
+    config = settled(Config(engine=EngineConfig(zero_stage=zero_stage)), num_ranks)
+    assert is_cut_otherwise(manifest, config) == expected
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 1), (3, 0)])
+def test_stage_0_goes_on_with_itself_alone(tmp_path, before, after):
+    folder = published(tmp_path, 5, config=settled(Config(engine=EngineConfig(zero_stage=before))))
+    with pytest.raises(ConfigError) as caught:
+        check_same_run(folder, read_manifest(folder), settled(Config(engine=EngineConfig(zero_stage=after))))
+    assert str(caught.value) == (
+        f"{folder} is of engine.zero_stage={before}, and this would go on with {after}: from stages 1, 2 and 3 a run "
+        f"goes on with any of the three, from stage 0 with 0 alone: type engine.zero_stage={before}, or use another "
+        "hydra.run.dir"
+    )
+
+
+def test_tensor_and_pipeline_ranks_go_on_as_they_were_alone(tmp_path):
+    config = Config(attention=AttentionConfig(method="local"), parallelism=ParallelismConfig("tensor_pipeline"))
+    folder = published(tmp_path, 5, config=settled(config))
+    with pytest.raises(ConfigError, match=r"is of another run: .*launch.num_ranks was 2 and is 4"):
+        check_same_run(folder, read_manifest(folder), settled(config, num_ranks=4))
 
 
 def test_a_schedule_without_an_end_may_be_longer(tmp_path):
@@ -187,10 +219,14 @@ class TestBeforeRanksStart:
         (published(tmp_path, 300) / MANIFEST_FILE).write_text("{}")
         assert ended_before(Config(), 2, tmp_path) is None
 
-    def test_other_ranks_are_refused(self, tmp_path):
+    def test_other_ranks_go_on(self, tmp_path):
         published(tmp_path, 100)
-        with pytest.raises(ConfigError, match=r"parallelism.ring_degree was 2 and is 4; .*launch.num_ranks was 2 and"):
-            ended_before(Config(), 4, tmp_path)
+        assert ended_before(Config(), 4, tmp_path) is None
+
+    def test_another_run_is_refused(self, tmp_path):
+        published(tmp_path, 100)
+        with pytest.raises(ConfigError, match=r"num_layers was 2 and is 4: .*hydra.run.dir"):
+            ended_before(Config(model=ModelConfig(num_layers=4)), 2, tmp_path)
 
     def test_a_run_that_is_over_gives_its_result(self, tmp_path, capsys):
         published(tmp_path, 300)
