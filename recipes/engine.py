@@ -25,7 +25,7 @@ from conf.schema import EngineConfig, OptimizerConfig
 from recipes.transformer import TokenBatch
 from ring_attention.exchange import release_mailboxes
 from ring_attention.groups import ParallelGroups
-from ring_attention.trace import labelled
+from ring_attention.trace import labelled, tell
 
 MASTERS_OF = "masters_of"  # in checkpoints of stage 0: the names of the master weights, group by group
 
@@ -34,12 +34,14 @@ MASTERS_OF = "masters_of"  # in checkpoints of stage 0: the names of the master 
 class StepResult:
     """Of one optimizer step, over all ranks: mean token loss, gradient norm before clipping, ranks that wish to end.
 
-    All but the norm are device tensors: reading one waits for the step.
+    These but the norm are device tensors: reading one waits for the step. Where the gradients are not finite, which they
+    are not with such a loss, nothing is applied, on no rank: parameters, optimizer and schedule are as before.
     """
 
     loss: Tensor
     grad_norm: float | Tensor
     num_wishes: Tensor
+    applied: bool
 
 
 def init_distributed(init_method: str | None, timeout_s: float) -> None:
@@ -48,6 +50,9 @@ def init_distributed(init_method: str | None, timeout_s: float) -> None:
     Args:
         init_method: where ranks meet, for example file:///tmp/meeting; None takes MASTER_ADDR and MASTER_PORT.
     """
+    # what the watchdog shows of a step that does not end
+    for variable in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):  # its name from torch 2.12 on, and before
+        os.environ.setdefault(variable, "2000")
     # else DeepSpeed compiles a C++ extension for 25 s on the CPU, which only its inference uses
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
@@ -252,23 +257,32 @@ class TrainingEngine:
         num_valid = self._sum_over_ranks(torch.stack([batch.num_valid() for batch in micro_batches]).sum())
         loss_sum = torch.zeros((), device=self.device)
         for micro_batch in micro_batches:
+            tell("part", "forward")
             local_sum = self._loss_sum(micro_batch)
             loss_sum += local_sum.detach()
+            tell("part", "backward")
             # a batch without a single valid token has loss and gradient 0
             self.deepspeed.backward(local_sum * (self._loss_multiplier / num_valid.clamp(min=1)))
             if micro_batch is not micro_batches[-1]:
                 self.deepspeed.step()  # counts the micro-batch; DeepSpeed updates at the boundary only
+        tell("part", "sum of the loss over ranks")
+        self._own_loss = loss_sum
         # filled on the device: to copy a number there would make the host wait
         loss_sum, num_wishes = self._sum_over_ranks(torch.stack([loss_sum, loss_sum.new_full((), float(wish))]))
         return loss_sum / num_valid.clamp(min=1), num_wishes
 
     def update(self) -> float | Tensor:
         """Clip, step the optimizer and the schedule; returns the gradient norm before clipping."""
+        tell("part", "optimizer")
         grad_norm = None
         if self.config.zero_stage == 0 and self.config.dtype == "fp32":
             # the one case in which DeepSpeed keeps no norm; gradients are whole on every rank
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             grad_norm = torch.nn.utils.get_total_norm(gradients)
+            # nor does it look whether they are finite; Adam leaves out what has none, and the schedule waits
+            self.deepspeed.optimizer.overflow = not grad_norm.isfinite().item()
+            if self.deepspeed.optimizer.overflow:
+                self.deepspeed.zero_grad()
         with labelled("optimizer"):
             self.deepspeed.step()
         if grad_norm is None:
@@ -280,7 +294,15 @@ class TrainingEngine:
         """One optimizer step; `wish` says that this rank wishes to end: see `StepResult`."""
         assert len(micro_batches) == self.config.gradient_accumulation_steps
         loss, num_wishes = self.accumulate(micro_batches, wish)
-        return StepResult(loss, self.update(), num_wishes)
+        grad_norm = self.update()
+        return StepResult(loss, grad_norm, num_wishes, self.deepspeed.was_step_applied())
+
+    def ranks_of_bad_loss(self) -> list[int]:
+        """Those whose own part of the last step's loss is not finite. Every rank must call it."""
+        bad = torch.zeros(dist.get_world_size(), device=self.device)
+        bad[dist.get_rank()] = ~self._own_loss.isfinite()
+        dist.all_reduce(bad)
+        return bad.nonzero().flatten().tolist()
 
     @torch.no_grad()
     def mean_loss(self, micro_batches: Iterable[TokenBatch]) -> Tensor:

@@ -10,7 +10,15 @@ from conf.schema import ConfigError
 
 
 class RunFailed(RuntimeError):
-    """A rank failed; the message names it, shows its error and says where its log is."""
+    """A rank failed; the message names it, shows its error and says where its log is.
+
+    Args:
+        of_all_ranks: whether all of them raise it, so that one is enough to tell.
+    """
+
+    def __init__(self, message: str, of_all_ranks: bool = False) -> None:
+        super().__init__(message)
+        self.of_all_ranks = of_all_ranks
 
 
 class Preempted(SystemExit):

@@ -18,6 +18,7 @@ import torch.distributed as torch_dist
 
 from ring_attention.exchange.collectives import (
     all_gather,
+    flight_record,
     group_timeout,
     rank_and_size,
     reduce_scatter,
@@ -35,6 +36,7 @@ __all__ = [
     "Move",
     "P2PExchange",
     "all_gather",
+    "flight_record",
     "group_timeout",
     "mailbox_bytes",
     "make_exchange",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import timedelta
 from typing import Any
 
@@ -49,6 +50,21 @@ def group_timeout(group: torch_dist.ProcessGroup) -> timedelta:
     """After which a collective of `group` that does not complete ends its rank."""
     device = "cuda" if torch_dist.get_backend(group) == "nccl" else "cpu"
     return group._get_backend(torch.device(device)).options._timeout  # has no public name
+
+
+def flight_record() -> tuple[bytes, list[str]]:
+    """What torch's flight recorder has of this process's collectives and messages.
+
+    Returns (the pickle that `torchfrtrace` reads, a line for each that has not ended).
+    """
+    c10d = torch._C._distributed_c10d
+    suffix = "nccl_trace" if torch.cuda.is_available() else "fr_trace"
+    everything = getattr(c10d, f"_dump_{suffix}")(True, True, False)
+    active = json.loads(getattr(c10d, f"_dump_{suffix}_json")(True, True)).get("entries", [])
+    return everything, [
+        f"{entry['profiling_name']} of group {entry['process_group'][1]}, {entry['state']}, sizes {entry['input_sizes']}"
+        for entry in active
+    ]
 
 
 _subgroups: dict[tuple[torch_dist.ProcessGroup, tuple[int, ...]], torch_dist.ProcessGroup] = {}
