@@ -39,7 +39,7 @@ class BadSteps:
         self._in_a_row += 1
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradients of a loss of {loss:.4f} are not finite"
         if ranks := self._engine.ranks_of_bad_loss():
-            what += f", on rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} first"
+            what += f", that of the tokens of rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
         tokens = self._plan.data_tokens_per_step
         first = 0 if config.data.overfit_one_batch else (step - 1) * tokens
         text = (

@@ -21,7 +21,7 @@ import torch
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor, nn
 
-from conf.schema import EngineConfig, OptimizerConfig
+from conf.schema import ConfigError, EngineConfig, OptimizerConfig
 from recipes.transformer import TokenBatch
 from ring_attention.exchange import release_mailboxes
 from ring_attention.groups import ParallelGroups
@@ -49,22 +49,31 @@ def init_distributed(init_method: str | None, timeout_s: float) -> None:
 
     Args:
         init_method: where ranks meet, for example file:///tmp/meeting; None takes MASTER_ADDR and MASTER_PORT.
+
+    Raises:
+        ConfigError: on rank 0, if another program listens on the port.
     """
-    # what the watchdog shows of a step that does not end
-    for variable in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):  # its name from torch 2.12 on, and before
-        os.environ.setdefault(variable, "2000")
     # else DeepSpeed compiles a C++ extension for 25 s on the CPU, which only its inference uses
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend="nccl" if torch.cuda.is_available() else "gloo",
-        auto_mpi_discovery=False,
-        init_method=init_method,
-        timeout=timedelta(seconds=timeout_s),
-        dist_init_required=True,
-        verbose=False,
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
-    )
+    try:
+        deepspeed.init_distributed(
+            dist_backend="nccl" if torch.cuda.is_available() else "gloo",
+            auto_mpi_discovery=False,
+            init_method=init_method,
+            timeout=timedelta(seconds=timeout_s),
+            dist_init_required=True,
+            verbose=False,
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+        )
+    except RuntimeError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+        raise ConfigError(
+            f"MASTER_PORT={port} is taken on {address}, where rank 0 is to listen: end what uses it (ss -ltnp shows it), "
+            f"or set another, such as MASTER_PORT={int(port) % 60000 + 1024}, for all ranks"
+        ) from error
 
 
 def loss_multiplier(zero_stage: int, data_degree: int, sequence_degree: int, accumulation_steps: int) -> int:
@@ -93,14 +102,25 @@ def learning_rate_factor(config: OptimizerConfig, num_steps: int) -> Callable[[i
     return factor
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+class SkippingAdamW(torch.optim.AdamW):
+    """Does nothing in a step that has an `overflow`, which is where DeepSpeed looks whether a step was applied."""
+
+    overflow = False
+
+    def step(self, closure: Any = None) -> Any:
+        return None if self.overflow else super().step(closure)
+
+
+def make_optimizer(
+    model: nn.Module, config: OptimizerConfig, kind: type[torch.optim.AdamW] = torch.optim.AdamW
+) -> torch.optim.AdamW:
     """AdamW whose weight decay spares norms, biases (one dimension) and embeddings."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     decayed, spared = [], []
     for parameter in model.parameters():
         (spared if parameter.dim() < 2 or id(parameter) in embeddings else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": spared, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
+    return kind(
         groups,
         lr=config.lr,
         betas=(config.beta1, config.beta2),
@@ -145,9 +165,12 @@ def optimizer_arguments(
             settings.pop("data_types", None)
         return {"config": settings}
     factor = learning_rate_factor(config, num_steps)
+    is_half = settings["bf16"]["enabled"] or settings["fp16"]["enabled"]
+    # all others skip steps by themselves, and ZeRO takes only classes that it knows
+    kind = torch.optim.AdamW if is_half or settings["zero_optimization"]["stage"] else SkippingAdamW
     return {
         "config": settings,
-        "optimizer": make_optimizer(model, config),
+        "optimizer": make_optimizer(model, config, kind),
         "lr_scheduler": lambda wrapped: torch.optim.lr_scheduler.LambdaLR(wrapped, factor),
     }
 
@@ -279,10 +302,8 @@ class TrainingEngine:
             # the one case in which DeepSpeed keeps no norm; gradients are whole on every rank
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             grad_norm = torch.nn.utils.get_total_norm(gradients)
-            # nor does it look whether they are finite; Adam leaves out what has none, and the schedule waits
+            # nor does it look whether they are finite
             self.deepspeed.optimizer.overflow = not grad_norm.isfinite().item()
-            if self.deepspeed.optimizer.overflow:
-                self.deepspeed.zero_grad()
         with labelled("optimizer"):
             self.deepspeed.step()
         if grad_norm is None:

@@ -114,18 +114,21 @@ def place_of(run_dir: Path, rank: int) -> Place | None:
 
 
 def all_places(run_dir: Path, num_ranks: int, now: float) -> list[str]:
-    """A line per rank: where it is, since when, and what is wrong with it; the first to stand still is marked.
+    """A line per rank: where it is, since when, and what is wrong with it.
+
+    Where no process is seen to be in trouble and ranks are not all at the same point, the one that has been where it is
+    for longest is marked: those that wait for it came further, or later.
 
     Args:
         now: seconds since the epoch.
     """
-    places = [place_of(run_dir, rank) for rank in range(num_ranks)]
-    first = min((place.since for place in places if place), default=0.0)
+    places = [place for rank in range(num_ranks) if (place := place_of(run_dir, rank))]
+    first = None
+    if len({(place.step, place.part, place.stage) for place in places}) > 1 and not any(p.trouble for p in places):
+        first = min(places, key=lambda place: place.since)
     return [
-        f"rank {rank} has said nothing"
-        if place is None
-        else f"rank {rank} (process {place.pid} on {place.host}): {place}, for {now - place.since:.1f} s"
-        + (f"; {place.trouble}" if place.trouble else "")
-        + (" <- the first to stand still" if place.since == first else "")
-        for rank, place in enumerate(places)
+        f"rank {place.rank} (process {place.pid} on {place.host}): {place}, for {now - place.since:.1f} s"
+        + (f" <- {place.trouble}" if place.trouble else "")
+        + (" <- the first to stand still" if place is first else "")
+        for place in places
     ]

@@ -64,6 +64,7 @@ def flight_record() -> tuple[bytes, list[str]]:
     return everything, [
         f"{entry['profiling_name']} of group {entry['process_group'][1]}, {entry['state']}, sizes {entry['input_sizes']}"
         for entry in active
+        if not entry["retired"]  # gloo's never leave the state that they were scheduled in
     ]
 
 
