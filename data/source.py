@@ -71,8 +71,8 @@ def open_documents(config: DataConfig) -> Documents:
         if "shared memory" not in str(error):
             raise
         raise CorpusError(
-            f"there is no shared memory left, which reading data needs a little of ({error}): remove what fills /dev/shm, "
-            "or give the container more (docker run --shm-size=1g)"
+            f"there is no shared memory left, which reading data needs a little of ({error}): remove what fills "
+            "/dev/shm, or give the container more (docker run --shm-size=1g)"
         ) from error
 
 

@@ -37,26 +37,28 @@ class BadSteps:
             self._in_a_row = 0
             return None
         self._in_a_row += 1
-        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradients of a loss of {loss:.4f} are not finite"
+        what = f"the loss is {loss}"
+        if math.isfinite(loss):
+            what = f"the gradients of a loss of {loss:.4f} are not finite"
         if ranks := self._engine.ranks_of_bad_loss():
             what += f", that of the tokens of rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
         tokens = self._plan.data_tokens_per_step
         first = 0 if config.data.overfit_one_batch else (step - 1) * tokens
         text = (
-            f"step {step}: {what}; its batch: training tokens {first:,} to {first + tokens - 1:,}, the last sequence with "
-            f"SHA-256 {last_sha256}"
+            f"step {step}: {what}; its batch: training tokens {first:,} to {first + tokens - 1:,}, the last sequence "
+            f"with SHA-256 {last_sha256}"
         )
         print(text, flush=True)  # the rank's log
         if config.engine.on_bad_step == "stop":
             raise RunFailed(
-                f"{text}\nnothing of it was applied, and checkpoints are of before: the same command goes on from there, "
-                "and with engine.on_bad_step=skip leaves such batches out",
+                f"{text}\nnothing of it was applied, and checkpoints are of before: the same command goes on from "
+                "there, and with engine.on_bad_step=skip leaves such batches out",
                 of_all_ranks=True,
             )
         if self._in_a_row == MOST_IN_A_ROW:
             raise RunFailed(
-                f"{text}\n{MOST_IN_A_ROW} steps in a row were skipped, so it is not the batch: a smaller optimizer.lr, or "
-                "+debug=anomaly, which names the operation that makes the first NaN",
+                f"{text}\n{MOST_IN_A_ROW} steps in a row were skipped, so it is not the batch: try a smaller "
+                "optimizer.lr, or +debug=anomaly, which names the operation that makes the first NaN",
                 of_all_ranks=True,
             )
         return f"{text}: skipped"

@@ -34,8 +34,8 @@ MASTERS_OF = "masters_of"  # in checkpoints of stage 0: the names of the master 
 class StepResult:
     """Of one optimizer step, over all ranks: mean token loss, gradient norm before clipping, ranks that wish to end.
 
-    These but the norm are device tensors: reading one waits for the step. Where the gradients are not finite, which they
-    are not with such a loss, nothing is applied, on no rank: parameters, optimizer and schedule are as before.
+    Loss and wishes are device tensors: reading one waits for the step. Where gradients are not finite, as they are not
+    with such a loss, nothing is `applied` on any rank: parameters, optimizer and schedule are as before.
     """
 
     loss: Tensor
@@ -71,8 +71,8 @@ def init_distributed(init_method: str | None, timeout_s: float) -> None:
             raise
         address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
         raise ConfigError(
-            f"MASTER_PORT={port} is taken on {address}, where rank 0 is to listen: end what uses it (ss -ltnp shows it), "
-            f"or set another, such as MASTER_PORT={int(port) % 60000 + 1024}, for all ranks"
+            f"MASTER_PORT={port} is taken on {address}, where rank 0 is to listen: end what uses it (ss -ltnp shows "
+            f"it), or set another, such as MASTER_PORT={int(port) % 60000 + 1024}, for all ranks"
         ) from error
 
 
@@ -303,7 +303,8 @@ class TrainingEngine:
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             grad_norm = torch.nn.utils.get_total_norm(gradients)
             # nor does it look whether they are finite
-            self.deepspeed.optimizer.overflow = not grad_norm.isfinite().item()
+            optimizer: Any = self.deepspeed.optimizer
+            optimizer.overflow = not grad_norm.isfinite().item()
         with labelled("optimizer"):
             self.deepspeed.step()
         if grad_norm is None:

@@ -34,10 +34,10 @@ def full_disk_explained(run_dir: Path, rank: int) -> Iterator[None]:
         place = place_of(run_dir, rank)
         whole = [folder.name for folder in newest_first(run_dir)[:1]]
         kept = f"{whole[0]} is whole, and the same command goes on from it" if whole else "there is no checkpoint yet"
-        where = f" in {place}" if place else ""
+        where = f" ({place})" if place else ""
         raise RunFailed(
-            f"rank {rank} could not write{where}: {reason}\n{kept}: make room first, for checkpoint.keep + 1 checkpoints, "
-            "or use hydra.run.dir on another disk"
+            f"rank {rank} could not write{where}: {reason}\n{kept}: make room first, for checkpoint.keep + 1 "
+            "checkpoints, or use hydra.run.dir on another disk"
         ) from error
 
 

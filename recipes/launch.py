@@ -331,7 +331,7 @@ def _explain_failure(exit_codes: list[int], first_seen: int, received: list[_Out
     if ended:
         rank = ended[0]
         place = place_of(run_dir, rank)
-        what = f"rank {rank} was ended by {signal.Signals(-exit_codes[rank]).name}{f' in {place}' if place else ''}"
+        what = f"rank {rank} was ended by {signal.Signals(-exit_codes[rank]).name}{f' ({place})' if place else ''}"
     elif failed:
         rank, what = failed[0].rank, failed[0].error.rstrip()
         if failed[0].refused:

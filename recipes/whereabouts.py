@@ -37,27 +37,36 @@ class Whereabouts:
         finally:
             os.close(descriptor)
         self._owner = f"{os.getpid()}\t{socket.gethostname()}"
-        self._now = dict.fromkeys(KINDS, "")
+        self._now: dict[str, str] = dict.fromkeys(KINDS, "")
+        self._progress = 0
         self.tell("part", "starting")
 
     def tell(self, kind: str, text: str) -> None:
         """From now on the rank is there."""
         now = self._now
         now[kind] = text
+        if kind != "wait":
+            self._progress += 1
         if kind in ("step", "part"):
             now["stage"] = now["wait"] = ""
-        line = "\t".join((self._owner, f"{time.time():.6f}", *now.values()))
+        line = "\t".join((self._owner, f"{time.time():.6f}", str(self._progress), *now.values()))
         self._bytes[:] = line.encode()[: _RECORD_BYTES - 1].ljust(_RECORD_BYTES - 1) + b"\n"
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank is, or was last; `since` is in seconds since the epoch, by its host's clock."""
+    """Where a rank is, or was last.
+
+    Args:
+        since: in seconds since the epoch, by its host's clock.
+        progress: how many steps, parts and stages it has come through; all ranks come through the same.
+    """
 
     rank: int
     pid: int
     host: str
     since: float
+    progress: int
     step: str
     part: str
     stage: str
@@ -107,28 +116,23 @@ def place_of(run_dir: Path, rank: int) -> Place | None:
         fields = record_path(run_dir, rank).read_text(encoding="utf-8", errors="replace").rstrip().split("\t")
     except FileNotFoundError:
         return None
-    if len(fields) < 3:  # made, but not written yet
+    if len(fields) < 4:  # made, but not written yet
         return None
-    pid, host, since, *told = [*fields, *[""] * len(KINDS)][: 3 + len(KINDS)]
-    return Place(rank, int(pid), host, float(since), *told)
+    pid, host, since, progress, *told = [*fields, *[""] * len(KINDS)][: 4 + len(KINDS)]
+    return Place(rank, int(pid), host, float(since), int(progress), *told)
 
 
 def all_places(run_dir: Path, num_ranks: int, now: float) -> list[str]:
-    """A line per rank: where it is, since when, and what is wrong with it.
-
-    Where no process is seen to be in trouble and ranks are not all at the same point, the one that has been where it is
-    for longest is marked: those that wait for it came further, or later.
+    """A line per rank: where it is, since when, what is wrong with it, and whether it is behind others.
 
     Args:
         now: seconds since the epoch.
     """
     places = [place for rank in range(num_ranks) if (place := place_of(run_dir, rank))]
-    first = None
-    if len({(place.step, place.part, place.stage) for place in places}) > 1 and not any(p.trouble for p in places):
-        first = min(places, key=lambda place: place.since)
+    furthest, last = (choose((place.progress for place in places), default=0) for choose in (max, min))
     return [
         f"rank {place.rank} (process {place.pid} on {place.host}): {place}, for {now - place.since:.1f} s"
+        + (" <- behind" if last == place.progress < furthest else "")
         + (f" <- {place.trouble}" if place.trouble else "")
-        + (" <- the first to stand still" if place is first else "")
         for place in places
     ]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
+from torch._C import _distributed_c10d  # the flight recorder has no public name
 
 # named anew in torch 2.13
 _all_gather = getattr(torch_dist, "all_gather_single", None) or torch_dist.all_gather_into_tensor
@@ -57,12 +58,11 @@ def flight_record() -> tuple[bytes, list[str]]:
 
     Returns (the pickle that `torchfrtrace` reads, a line for each that has not ended).
     """
-    c10d = torch._C._distributed_c10d
-    suffix = "nccl_trace" if torch.cuda.is_available() else "fr_trace"
-    everything = getattr(c10d, f"_dump_{suffix}")(True, True, False)
-    active = json.loads(getattr(c10d, f"_dump_{suffix}_json")(True, True)).get("entries", [])
+    name = "_dump_nccl_trace" if torch.cuda.is_available() else "_dump_fr_trace"
+    everything = getattr(_distributed_c10d, name)(True, True, False)
+    active = json.loads(getattr(_distributed_c10d, f"{name}_json")(True, True)).get("entries", [])
     return everything, [
-        f"{entry['profiling_name']} of group {entry['process_group'][1]}, {entry['state']}, sizes {entry['input_sizes']}"
+        f"{entry['profiling_name']} of {entry['process_group'][1]}, {entry['state']}, sizes {entry['input_sizes']}"
         for entry in active
         if not entry["retired"]  # gloo's never leave the state that they were scheduled in
     ]
