@@ -56,7 +56,9 @@ class Documents:
             raise
         # pyarrow's are ValueErrors; of compressed files that are cut off or damaged
         except (OSError, ValueError, DatasetsError, EOFError, zlib.error, lzma.LZMAError) as error:
-            raise CorpusError(f"{self.description} cannot be read: {error}") from error
+            # of a file that is gone since it was listed `datasets` says the name alone
+            reason = "no such file: " if isinstance(error, FileNotFoundError) and error.errno is None else ""
+            raise CorpusError(f"{self.description} cannot be read: {reason}{error}") from error
 
 
 def open_documents(config: DataConfig) -> Documents:

@@ -22,6 +22,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -53,9 +54,10 @@ from recipes.processes import (
 )
 from recipes.ranks import Preempted, RunFailed, ranks_are_started
 from recipes.runs import CONFIG_FILE, SUMMARY_FILE
-from recipes.whereabouts import LOGS_DIR, STALL_FILE, forget, place_of
+from recipes.whereabouts import LOGS_DIR, STALL_FILE, all_places, forget, place_of
 
 DEFAULT_CPU_RANKS = 4
+TIMED_OUT = "Timed out waiting"  # gloo's words
 
 
 class Task(Protocol):
@@ -338,7 +340,12 @@ def _explain_failure(exit_codes: list[int], first_seen: int, received: list[_Out
             return what
     else:
         rank, what = first_seen, f"rank {first_seen} exited with code {exit_codes[first_seen]}"
-    overdue = "".join(f"\n{line}" for line in _overdue_hops(run_dir)) if ended else ""
+    overdue = _overdue_hops(run_dir) if ended else []
+    if TIMED_OUT in what:  # the log has the traceback
+        what = f"rank {rank} failed: {what.splitlines()[-1]}"
+    if overdue or TIMED_OUT in what:
+        overdue += all_places(run_dir, len(exit_codes), time.time())
+    overdue = "".join(f"\n{line}" for line in overdue)
     return f"{what}{overdue}\nthe other ranks were ended; its log: {run_dir / LOGS_DIR / f'rank_{rank}.log'}"
 
 

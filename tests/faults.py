@@ -1,8 +1,8 @@
 """What can go wrong in a run, done to it, and that it ends as it should: one clear error in time, and nothing lost.
 
 `python -m tests.faults` goes through all of it; `--seed N` draws other ranks, moments, files and bits; `--only NAME`
-takes one; `--json FILE` keeps the table. Each fault is a function of a `Case`, which raises AssertionError. Full disks and
-a full /dev/shm are little ones that are mounted for the run alone, which takes root.
+takes one; `--json FILE` keeps the table. Each fault is a function of a `Case`, which raises AssertionError. The full
+disk and the full /dev/shm are little ones, mounted for the run alone, which takes root.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import psutil
 from recipes.checkpoint_files import BrokenCheckpoint, check_files, newest_first, read_manifest
 from tests.cli.program import Finished, Program, Running
 
-STALL_S = 3.0
+STALL_S, TIMEOUT_S = 3.0, 30.0  # of a step, and of a collective where there is no step
 LATE_S = 15.0  # how much later than it should a run may be over, on a busy machine
 JOB = [
     "+experiment=ra_sp",
@@ -44,6 +44,7 @@ JOB = [
     "checkpoint.keep=3",
     "breakdown=false",
     f"launch.stall_s={STALL_S}",
+    f"launch.timeout_s={TIMEOUT_S}",
 ]
 SHORT = [*JOB, "launch.num_ranks=2", "num_steps=20"]
 ENDLESS = [*JOB, "launch.num_ranks=3", "num_steps=100000"]
@@ -183,9 +184,10 @@ def stall(case: Case) -> None:
         time.sleep(case.random.uniform(0, 1))
         rank = case.random.randrange(len(ranks))
         ranks[rank].send_signal(signal.SIGSTOP)
-        error = case.failed(case.ends(running, STALL_S + 3))
-    assert re.match(r"error: step \d+ was not done after \d+\.\d s, which is ", error), error
+        error = case.failed(case.ends(running, TIMEOUT_S))
     lines = error.splitlines()
+    in_step = r"error: step \d+ was not done after [3-6]\.\d s, which is "
+    assert re.match(rf"{in_step}|error: rank \d failed: .*Timed out waiting {TIMEOUT_S * 1e3:.0f}ms ", lines[0]), error
     assert [bool(re.match(rf"rank {number} \(", line)) for number, line in enumerate(lines[1:4])] == [True] * 3, error
     stopped = [number for number, line in enumerate(lines[1:4]) if line.endswith("its process is stopped by a signal")]
     assert stopped == [rank], error
@@ -206,7 +208,9 @@ def disk_full(case: Case) -> None:
             error,
         ), error
         filler.unlink()
-        goes_on(case, reference("whole"))
+        finished = case.program.run(*SHORT)
+        assert finished.exit_code == 0, finished.stderr
+        assert "going on after step 5\n" in finished.stdout or "going on after step 10\n" in finished.stdout
 
 
 def damaged_checkpoint(case: Case) -> None:
