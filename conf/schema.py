@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import glob
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Optional
 
 BLOCKS = ("auto", "flash_attn_4", "ffpa", "cudnn", "aten_flash", "mem_efficient", "cpu_flash", "reference")
 METHODS = ("ring", "ulysses", "hybrid", "all_gather", "local", "auto")
-TRANSPORTS = ("p2p", "copy_engine")
+TRANSPORTS = ("auto", "p2p", "copy_engine")
 RECIPES = ("pretrain", "forward", "compare", "bench_attention")
 # what a sweep can look for, and which recipes measure it; names of RUN_DIR/summary.json
 OBJECTIVES = {
@@ -63,6 +64,9 @@ class ModelConfig:
         _choice("model.norm", self.norm, ("rmsnorm", "layernorm"))
         for name in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "mlp_size"):
             _at_least(f"model.{name}", getattr(self, name), 1)
+        for name in ("norm_eps", "init_std"):
+            _at_least(f"model.{name}", getattr(self, name), 0)
+        _at_least("model.rope_theta", self.rope_theta, 1)
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"model.num_kv_heads={self.num_kv_heads} does not divide model.num_heads={self.num_heads}: "
@@ -78,7 +82,9 @@ class AttentionConfig:
 
     method: str = "ring"  # ring | ulysses | hybrid | all_gather | local | auto (chosen by arithmetic: explain=true)
     layout: str = "zigzag"  # zigzag | contiguous
-    transport: str = "p2p"  # how K,V travel: p2p (NCCL or gloo) | copy_engine (GPUs of one host; p2p between hosts)
+    transport: str = (
+        "auto"  # p2p (NCCL, gloo) | copy_engine (NVIDIA GPUs of a host, p2p between) | auto: that where it can
+    )
     block: str = "auto"  # auto | flash_attn_4 | ffpa | cudnn | aten_flash | mem_efficient | cpu_flash | reference
     intra_host_gb_per_s: Optional[float] = None  # for auto: a rank's link within a host; unset: 280 (NVLink), CPU 2
     inter_host_gb_per_s: Optional[float] = None  # for auto: a rank's link between hosts; unset: 45 (400 Gb/s), CPU 1
@@ -214,6 +220,12 @@ class DataConfig:
         _choice("data.source", self.source, ("stdlib", "text_files", "hub"))
         _at_least("data.sequence_length", self.sequence_length, 1)
         _at_least("data.validation_sequences", self.validation_sequences, 1)
+        for name in ("name", "files"):
+            if re.search(r"://[^/]*@", str(getattr(self, name))):  # not shown: it may hold a password
+                raise ConfigError(
+                    f"data.{name} holds a URL with a login, which would be kept with the run: leave the login out; "
+                    "private data sets of the hub take HF_TOKEN"
+                )
         if self.source == "text_files":
             self._check_files()
         if self.source == "hub" and not self.name:

@@ -1,7 +1,7 @@
 """Writes the tables of docs/performance.md from the raw results in docs/results.
 
-python docs/make_tables.py            rewrites what stands between the markers <!-- NAME --> and <!-- end NAME -->
-python docs/make_tables.py --check    only says whether the file is up to date
+python -m docs.make_tables            rewrites what stands between the markers <!-- NAME --> and <!-- end NAME -->
+python -m docs.make_tables --check    only says whether the file is up to date
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from conf.schema import ModelConfig
+from recipes.comparison import summarize
+from recipes.plan import attention_flops_per_token, forward_flops_per_token
 from ring_attention import CAUSAL, FULL, Layout, Mask
 from ring_attention.schedule import imbalance, ring_schedule, tokens_sent, work_per_rank
 
@@ -110,6 +113,75 @@ def comparison_table(*names: str) -> str:
             f"| {row['entry']} | " + " | ".join(f"{row['shares_pct'][part]:.1f}" for part in parts) + " |"
             for row in profiled
         ]
+    return "\n".join(lines)
+
+
+def turns_table(name: str, entries: list[str], baseline: str) -> str:
+    """Of a comparison that was cut off, from its turns."""
+    turns = [json.loads(line) for line in (RESULTS / name).read_text().splitlines()]
+    rows = summarize(turns, entries, baseline)
+    lines = [
+        f"| method | micro-batch | TPS, median (min - max) | TPS per GPU | vs {baseline} | TFLOP/s per GPU | peak GiB |"
+    ]
+    lines.append("|---" * 7 + "|")
+    for row in rows:
+        lines.append(
+            f"| {row['entry']} | {row['micro_batch_size']} "
+            f"| {row['tokens_per_s']:,.0f} ({row['tokens_per_s_min']:,.0f} - {row['tokens_per_s_max']:,.0f}) "
+            f"| {row['tokens_per_s_per_rank']:,.0f} | {row['change_pct']:+.1f} % "
+            f"| {row['model_tflops_per_rank']:.0f} | {row['peak_memory_gib']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def attention_table(names: dict[str, str]) -> str:
+    """What recipe=bench_attention measured."""
+    lines = [
+        "| L | contender | forward: ms (min - max) | TFLOP/s per GPU | of ideal | exposed ms "
+        "| with backward: ms (min - max) | TFLOP/s per GPU | of ideal | exposed ms |",
+        "|---" * 10 + "|",
+    ]
+    for length, name in names.items():
+        for row in json.loads((RESULTS / name).read_text())["rows"]:
+            cells = [length, row["name"]]
+            for kind in ("forward", "forward_backward"):
+                at = row[kind]
+                exposed = "n/a" if at["exposed_ms"] is None else f"{at['exposed_ms']:.2f}"
+                cells.append(f"{at['ms']:.2f} ({at['min_ms']:.2f} - {at['max_ms']:.2f})")
+                cells += [f"{at['tflops']:.0f}", f"{at['ideal_pct']:.1f} %", exposed]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def steps_table(name: str) -> str:
+    """What +experiment=bench_step measured, also with causal attention counted in full."""
+    comparison = json.loads((RESULTS / name).read_text())
+    lines = [
+        "| method | TPS, median (min - max) | of its parts | TFLOP/s per GPU, causal once | causal in full | MFU "
+        "| peak GiB | exposed ms of step ms |",
+        "|---" * 8 + "|",
+    ]
+    rows = comparison["rows"]
+    config = comparison["configs"][rows[0]["entry"]]
+    model = ModelConfig(**config["model"])
+    once = forward_flops_per_token(model, rows[0]["sequence_length"])
+    attention = model.num_layers * attention_flops_per_token(model, rows[0]["sequence_length"])
+    for row in rows:
+        tflops, exposed = row["model_tflops_per_rank"], row["exposed_communication_ms"]
+        lines.append(
+            f"| {row['entry']} | {row['tokens_per_s']:,.0f} ({row['tokens_per_s_min']:,.0f} - "
+            f"{row['tokens_per_s_max']:,.0f}) | {row['of_parts_pct']:.1f} % | {tflops:.0f} "
+            f"| {tflops * (once + attention) / once:.0f} | {row['mfu_pct']:.1f} % "
+            f"| {'n/a' if row['peak_memory_gib'] is None else format(row['peak_memory_gib'], '.1f')} "
+            f"| {'n/a' if exposed is None else format(exposed, '.0f')} of {row['step_time_ms']:,.0f} |"
+        )
+    parts = list(rows[0]["shares_pct"])
+    lines += ["", "| time of a step, % | " + " | ".join(parts) + " |", "|---" * (1 + len(parts)) + "|"]
+    lines += [
+        f"| {row['entry']} | " + " | ".join(f"{row['shares_pct'][part]:.1f}" for part in parts) + " |"
+        for row in rows
+        if row["shares_pct"]
+    ]
     return "\n".join(lines)
 
 
@@ -234,6 +306,19 @@ TABLES: dict[str, Callable[[], str]] = {
     "paper 100k forward": lambda: comparison_table("paper_100k_forward_2xH200.json"),
     "paper 10k pretrain": lambda: comparison_table("paper_10k_pretrain_2xH200.json"),
     "paper 100k pretrain": lambda: comparison_table("paper_100k_pretrain_2xH200.json"),
+    "attention": lambda: attention_table(
+        {
+            "16,384": "attention_16384_2xH200.json",
+            "65,536": "attention_65536_2xH200.json",
+            "131,072": "attention_131072_2xH200.json",
+        }
+    ),
+    "transports 10k": lambda: comparison_table("transports_10k_forward_2xH200.json"),
+    "transports 100k": lambda: turns_table(
+        "transports_100k_forward_2xH200.jsonl", ["ra_sp", "ra_copies", "dp"], baseline="dp"
+    ),
+    "pp 10k pretrain": lambda: turns_table("pp_10k_pretrain_2xH200.jsonl", ["pp"], baseline="pp"),
+    "steps": lambda: steps_table("layers_8b_131072_pretrain_2xH200.json"),
     "ceilings": lambda: ceilings_table("ceilings_paper_10k_H200.json", "ceilings_paper_100k_H200.json"),
     "llama 1b": lambda: throughput_table(
         {"L = 32,768": "llama_1b_32768_2xH200.jsonl", "L = 65,536": "llama_1b_65536_2xH200.jsonl"}
@@ -252,7 +337,7 @@ def main() -> None:
         assert count == 1, f"performance.md has no place for the table {name}"
     if "--check" in sys.argv:
         sys.exit(
-            "docs/performance.md is not what docs/results give: run python docs/make_tables.py" if new != old else 0
+            "docs/performance.md is not what docs/results give: run python -m docs.make_tables" if new != old else 0
         )
     path.write_text(new, encoding="utf-8")
 

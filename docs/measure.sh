@@ -38,7 +38,7 @@ for stage in "$@"; do
   case $stage in
     tests)
       limited 60 4 test_merge python3 -m pytest -q -p no:cacheprovider tests/gpu/test_merge.py
-      limited 240 12 test_ring python3 -m pytest -q -x -p no:cacheprovider tests/gpu/test_ring.py -k "whole_attention or copies or drift or stalled"
+      limited 360 12 test_ring python3 -m pytest -q -x -p no:cacheprovider tests/gpu/test_ring.py -k "whole_attention or copies or drift or stalled"
       limited 60 6 test_watch python3 -m pytest -q -p no:cacheprovider tests/gpu/test_watch.py ;;
     cells) limited 540 6 parity python3 -m tests.distributed.parity --json "$out/parity.json" ;;
     forward)
@@ -48,13 +48,13 @@ for stage in "$@"; do
       compare 420 training_10k compare.recipe=pretrain compare.micro_batch_sizes=[1,2]
       compare 420 training_100k compare.recipe=pretrain workload=paper_100k compare.rounds=2 ;;
     pipeline)
-      compare 100 forward_100k_pp workload=paper_100k compare.only=[pp] compare.baseline=pp compare.rounds=2 breakdown=false
-      compare 170 training_100k_pp compare.recipe=pretrain workload=paper_100k compare.only=[pp] compare.baseline=pp compare.rounds=2 breakdown=false
-      compare 130 training_10k_pp compare.recipe=pretrain compare.only=[pp] compare.baseline=pp compare.micro_batch_sizes=[1,2] compare.rounds=2 breakdown=false ;;
+      compare 120 forward_100k_pp workload=paper_100k compare.micro_batch_sizes=[1] compare.only=[pp] compare.baseline=pp compare.rounds=2 breakdown=false
+      compare 170 training_100k_pp compare.recipe=pretrain workload=paper_100k compare.micro_batch_sizes=[1] compare.only=[pp] compare.baseline=pp compare.rounds=2 breakdown=false
+      compare 170 training_10k_pp compare.recipe=pretrain compare.only=[pp] compare.baseline=pp compare.micro_batch_sizes=[1,2] compare.rounds=2 breakdown=false ;;
     copies)
       for workload in paper_10k paper_100k; do
-        compare 150 "copies_$workload" workload=$workload compare.only=[ra_sp,ra_copies,dp] compare.baseline=dp compare.rounds=2 \
-          "+compare.entries.ra_copies=['+experiment=ra_sp','attention.transport=copy_engine']"
+        compare 200 "copies_$workload" workload=$workload compare.only=[ra_sp,ra_p2p,dp] compare.baseline=dp compare.rounds=2 \
+          "+compare.entries.ra_p2p=['+experiment=ra_sp','attention.transport=p2p']"
       done ;;
     bench)
       bench 120 attention_16k 16384 compare.rounds=5

@@ -32,7 +32,6 @@ from recipes.plan import DTYPES, Plan, attention_flops_per_token
 from recipes.report import Reporter
 from ring_attention import CAUSAL, LocalAttention
 from ring_attention.blocks import BlockSpec, choose_block
-from ring_attention.exchange import TRANSPORTS
 from ring_attention.groups import ParallelGroups
 from ring_attention.kv import KeysValues
 from ring_attention.layout import Layout
@@ -40,7 +39,7 @@ from ring_attention.ring import Moving, Ring, ring_backward, ring_forward
 from ring_attention.schedule import ring_schedule
 
 RESULT_FILE = "bench_attention.json"
-METHODS = ("ring", "ulysses", "hybrid", "all_gather")  # of ours; the ring with every transport
+METHODS = ("ring", "ulysses", "hybrid", "all_gather")  # of ours
 SIMULATED_DEGREES = (2, 4, 8, 16, 32, 64)
 TIMED_S = 0.1  # of calls, at least, in each round
 MOST_ERROR = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 4e-3}  # of an output, relative: several roundings
@@ -92,12 +91,9 @@ def bench_attention(plan: Plan, run_dir: Path, reporter: Reporter | None) -> flo
         contenders += [_simulated(plan, whole, degree) for degree in SIMULATED_DEGREES if 2 * degree <= length]
     else:
         groups = ParallelGroups(1, num_ranks)
-        transports = [name for name in TRANSPORTS if name != "copy_engine" or device.type == "cuda"]
-        ours = [(method, t) for method in METHODS for t in (transports if method == "ring" else ["p2p"])]
-        makers = {
-            method if transport == "p2p" else f"{method}, {transport}": partial(_of_method, plan, method, transport)
-            for method, transport in ours
-        }
+        makers = {method: partial(_of_method, plan, method, plan.transport) for method in METHODS}
+        if plan.transport != "p2p":
+            makers |= {"ring, p2p": partial(_of_method, plan, "ring", "p2p")}
         makers |= {name: partial(_of_peer, name, length, model.num_kv_heads, device) for name in PEERS}
         expected = ideal.forward()
         for name, make in makers.items():

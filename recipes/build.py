@@ -26,7 +26,7 @@ def build_attention(plan: Plan, groups: ParallelGroups) -> SequenceAttention:
     """The plan's attention module on the ranks of this one's sequence. A new method is one entry here."""
     config, group = plan.config.attention, groups.get_sequence_parallel_group()
     common: dict[str, Any] = {"layout": config.layout}
-    spread = {"transport": config.transport, "hosts": groups.hosts}
+    spread = {"transport": plan.transport, "hosts": groups.hosts}
     match plan.method:
         case "ring":
             return RingAttention(config.block, group, **common, **spread)

@@ -93,9 +93,10 @@ def choose_checkpoint(config: Config, run_dir: Path, say: Callable[[str], None])
         problem = next(filter(None, problems), None)
         if problem is None:
             assert manifest is not None
-            check_same_run(folder, manifest, config)
+            rearranged = check_same_run(folder, manifest, config)
             if is_first:
-                say(f"going on after step {manifest.step}{_other_versions(manifest)}")
+                otherwise = f", arranged otherwise: {', '.join(rearranged)}" if rearranged else ""
+                say(f"going on after step {manifest.step}{otherwise}{_other_versions(manifest)}")
             return manifest
         if is_first:
             say(f"checkpoint {folder.name} is broken, so the one before it is tried: {problem}")

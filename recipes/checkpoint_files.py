@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -38,6 +39,16 @@ FREE = (
     "profile",
     "memory_snapshot",
     "breakdown",
+)
+# fields that say who computes what: on as many ranks and the same ZeRO stage they leave DeepSpeed's files as they are,
+# for it cuts states over all data x sequence ranks; sums come in another order, so results differ by rounding
+ARRANGEMENT = (
+    "attention.",
+    "parallelism.data_degree",
+    "parallelism.ring_degree",
+    "parallelism.ulysses_degree",
+    "engine.micro_batch_size",
+    "engine.gradient_accumulation_steps",
 )
 
 
@@ -168,14 +179,23 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def check_same_run(folder: Path, manifest: Manifest, config: Config) -> None:
-    """Raises ConfigError, naming the fields, if the settled configuration would compute something else."""
+def check_same_run(folder: Path, manifest: Manifest, config: Config) -> list[str]:
+    """What is arranged otherwise, such as "attention.method ring -> ulysses", which changes rounding alone.
+
+    Raises:
+        ConfigError: naming the fields, if the settled configuration would compute something else, or if a step would
+            take another number of sequences.
+    """
     before, now = flat(manifest.config), flat(asdict(config))
     differing = [name for name in now if not name.startswith(FREE) and before.get(name) != now[name]]
     if config.optimizer.decay == "constant" and config.optimizer.warmup_fraction == 0 and "num_steps" in differing:
         differing.remove("num_steps")  # the learning rate does not depend on it
+    rearranged = [name for name in differing if name.startswith(ARRANGEMENT)]
+    if config.parallelism.method == "sequence" and rearranged == differing:
+        _check_batch(folder, before, now)
+        return [f"{name} {before[name]} -> {now[name]}" for name in rearranged]
     if not differing:
-        return
+        return []
     changes = "; ".join(f"{name} was {before.get(name)} and is {now[name]}" for name in differing)
     schedule = ""
     if "num_steps" in differing:
@@ -184,3 +204,16 @@ def check_same_run(folder: Path, manifest: Manifest, config: Config) -> None:
         f"{folder} is of another run: {changes}{schedule}: type what that one was started with, or use another "
         "hydra.run.dir"
     )
+
+
+def _check_batch(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises ConfigError unless a step takes as many sequences as before: the corpus's cursor counts in steps."""
+    factors = ("parallelism.data_degree", "engine.micro_batch_size", "engine.gradient_accumulation_steps")
+    old, new = (math.prod(settings[name] for name in factors) for settings in (before, now))
+    if old != new:
+        sums = [" x ".join(str(settings[name]) for name in factors) for settings in (before, now)]
+        raise ConfigError(
+            f"{folder} has {old} sequences per step (data ranks x micro-batch x accumulation: {sums[0]}), and this "
+            f"would have {new} ({sums[1]}): type engine.train_batch_size={old}, and a parallelism.data_degree and an "
+            f"engine.micro_batch_size whose product divides {old}"
+        )

@@ -33,6 +33,7 @@ from recipes.out_of_memory import out_of_memory_explained
 from recipes.plan import Plan
 from recipes.ranks import RunFailed, ranks_are_started
 from recipes.turns import PARTS_ALONE, TURN_FILE, Turn, append_result, next_turn, read_results, settings_of
+from ring_attention.exchange import choose_transport
 
 
 @dataclass(frozen=True)
@@ -348,6 +349,8 @@ def choose(config: Config, entries: dict[str, Config]) -> tuple[dict[str, tuple[
 def _what_runs(entry: Config, degrees: Degrees) -> str:
     """Equal for entries that run the same: their settings, with the method and the degrees as they come out."""
     settings = dataclasses.asdict(entry)
+    if entry.attention.transport == "auto":
+        settings["attention"]["transport"] = choose_transport("cuda" if torch.cuda.device_count() else "cpu")
     del settings["attention"]["method"], settings["launch"]
     settings["parallelism"] = (_kind(entry, degrees), degrees, entry.parallelism.sequence_sharded_norms)
     return repr(settings)

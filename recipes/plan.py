@@ -17,6 +17,7 @@ from recipes.memory import StateBytes, gib, layer_matmul_parameters, num_paramet
 from recipes.metrics import Throughput, peak_tflops
 from ring_attention.blocks import BlockSpec, choose_block
 from ring_attention.choose import MESSAGE_LATENCY_MS, Candidate, Links, Workload, rank_methods
+from ring_attention.exchange import choose_transport
 from ring_attention.layout import Layout
 from ring_attention.mask import CAUSAL
 from ring_attention.ring import gradient_dtype
@@ -101,6 +102,12 @@ class Plan:
         return Degrees(self.num_ranks // best.ring_degree // best.ulysses_degree, best.ring_degree, best.ulysses_degree)
 
     @property
+    def transport(self) -> str:
+        """How keys and values travel on a ring, never auto."""
+        given = self.config.attention.transport
+        return choose_transport(self.device_type) if given == "auto" else given
+
+    @property
     def layout(self) -> Layout:
         """How a sequence's tokens lie over its ranks; of tensor ranks, between their matrices."""
         length, parallelism = self.config.data.sequence_length, self.config.parallelism
@@ -134,7 +141,7 @@ class Plan:
     def settle(self) -> None:
         """Write what the configuration left open into it, as it came out: for the record of a run."""
         method, degrees = self.method, self.degrees
-        self.config.attention.method = method
+        self.config.attention.method, self.config.attention.transport = method, self.transport
         settle(self.config, degrees, self.num_ranks)
 
     def block_choice(self) -> tuple[str, str]:
@@ -194,9 +201,9 @@ class Plan:
         attention = f"{self.method}, layout {config.attention.layout}" if self.degrees.sequence > 1 else "local"
         attention += " (chosen by arithmetic: explain=true shows it)" if self.candidates else ""
         if self.degrees.sequence > 1:
-            transport = f", transport {config.attention.transport}" if self.method in ("ring", "hybrid") else ","
+            transport = f", transport {self.transport}" if self.method in ("ring", "hybrid") else ","
             carrier = "NCCL" if self.device_type == "cuda" else "gloo"
-            if self.method in ("ring", "hybrid") and config.attention.transport == "copy_engine":
+            if self.method in ("ring", "hybrid") and self.transport == "copy_engine":
                 carrier = "symmetric memory" + ("" if self.degrees.ring <= self.ranks_per_host else f" and {carrier}")
             attention += f"{transport} over {carrier}"
         passes = "forward and backward" if self.trains else "forward"

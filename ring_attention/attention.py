@@ -39,7 +39,7 @@ class RingAttention(SequenceAttention):
         sp_stream, num_kv_heads: DistributedAttention's; they have no meaning here.
         mask: which keys a query sees; causal if not given.
         layout: "contiguous" or "zigzag": how the caller cuts sequences (`Layout.shard`).
-        transport: how K,V travel, a key of `ring_attention.exchange.TRANSPORTS`.
+        transport: how K,V travel, a key of `ring_attention.exchange.TRANSPORTS`; "auto" for the faster one here.
         hosts: the host of each rank of the group, where they are not in the order of hosts (`topology.ring_order`).
 
     Raises:
@@ -57,7 +57,7 @@ class RingAttention(SequenceAttention):
         *,
         mask: Mask = CAUSAL,
         layout: str = "contiguous",
-        transport: str = "p2p",
+        transport: str = "auto",
         hosts: Sequence[Hashable] | None = None,
     ) -> None:
         order = None if hosts is None else ring_order(hosts)
@@ -90,7 +90,7 @@ class HybridAttention(SequenceAttention):
         ulysses_degree: int,
         mask: Mask = CAUSAL,
         layout: str = "contiguous",
-        transport: str = "p2p",
+        transport: str = "auto",
         hosts: Sequence[Hashable] | None = None,
     ) -> None:
         # takes seconds, and a ring alone does without

@@ -4,7 +4,7 @@ The only package of the library that calls torch.distributed directly: DeepSpeed
 and no symmetric memory, and its groups no timeout. One file per transport, one registry:
 
     p2p          batched isend/irecv, on NCCL or gloo
-    copy_engine  copies into the neighbours' memory beside NCCL's kernels, by GPUs of one host; p2p between hosts
+    copy_engine  copies into the neighbours' memory instead of NCCL's kernels, by GPUs of one host; p2p between hosts
 
 All traffic of a ring goes in hops that all ranks post in one order, receives before sends: the first hop that is not
 done can always be completed, so nothing waits in a circle.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.distributed as torch_dist
 
 from ring_attention.exchange.collectives import (
@@ -36,6 +37,7 @@ __all__ = [
     "Move",
     "P2PExchange",
     "all_gather",
+    "choose_transport",
     "flight_record",
     "group_timeout",
     "mailbox_bytes",
@@ -50,6 +52,11 @@ __all__ = [
 TRANSPORTS: dict[str, type[P2PExchange]] = {"p2p": P2PExchange, "copy_engine": CopyEngineExchange}
 
 
+def choose_transport(device_type: str) -> str:
+    """The faster one: copies on NVIDIA GPUs (docs/performance.md)."""
+    return "copy_engine" if device_type == "cuda" and torch.version.cuda else "p2p"
+
+
 def make_exchange(
     transport: str,
     group: torch_dist.ProcessGroup,
@@ -58,11 +65,14 @@ def make_exchange(
     """The named transport on `group`.
 
     Args:
+        transport: a key of TRANSPORTS, or "auto".
         order: the group's ranks in ring order (`topology.ring_order`); None is their own order.
 
     Raises:
-        ValueError: for a name that is no key of TRANSPORTS.
+        ValueError: for an unknown name.
     """
+    if transport == "auto":
+        transport = choose_transport("cuda" if torch_dist.get_backend(group) == "nccl" else "cpu")
     if transport not in TRANSPORTS:
-        raise ValueError(f"transport={transport!r} is unknown: use one of {', '.join(TRANSPORTS)}")
+        raise ValueError(f"transport={transport!r} is unknown: use one of auto, {', '.join(TRANSPORTS)}")
     return TRANSPORTS[transport](group, order)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import socket
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,32 +37,35 @@ Flags = list[tuple[Tensor, int]]  # with the count that each must come to
 
 
 class CopyEngineExchange(P2PExchange):
-    """Hops by copies into symmetric memory among the ranks of a host, on NVIDIA GPUs.
+    """Hops by copies into symmetric memory among the ranks of a host whose NVIDIA GPUs reach each other's memory.
 
     All exchanges of a group share one mailbox: their hops must not overlap.
     """
 
     def __init__(self, group: torch_dist.ProcessGroup, order: Sequence[int] | None = None) -> None:
         super().__init__(group, order)
-        self._mail: Mailboxes | None = None
+        self._mail: Mailboxes | None = None  # as long as no rank is near
 
     def connect(self, tensor: Tensor, rooms: dict[str, int]) -> None:
         """Make communicators and as much room as is asked for; waits for all ranks the first time, and to grow.
 
         Raises:
-            ValueError: if this is no NVIDIA GPU, or one that cannot reach the memory of the others.
+            ValueError: if this is no NVIDIA GPU.
         """
         super().connect(tensor, rooms)
         self._mail = _mailboxes_of(self.group, tensor.device)  # a new one if they were released
-        self._mail.grow(rooms)
+        if self._mail is not None:
+            self._mail.grow(rooms)
 
     def room(self, name: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        assert self._mail is not None, "connect comes first"
+        if self._mail is None:
+            return super().room(name, numel, dtype, device)
         return self._mail.room(self._mail.rank, name, numel * dtype.itemsize).view(dtype)
 
     def post(self, purpose: str, sends: list[Move], receives: list[Move]) -> Hop:
         mail = self._mail
-        assert mail is not None, "connect comes first"
+        if mail is None:
+            return super().post(purpose, sends, receives)
         near = [mail.neighbours.get(rank) for rank in self.order]  # None is on another host
         far = [[move for move in moves if near[move.peer] is None] for moves in (sends, receives)]
         hops = [super().post(purpose, *far)] if any(far) else []
@@ -104,18 +108,26 @@ class _CopyHop(Hop):
 
 
 class Lane:
-    """What a GPU's copy engines and front end do, in order, beside the stream that computes. The host never waits.
-
-    Raises:
-        ValueError: for a device that is no NVIDIA GPU.
-    """
+    """What a GPU's copy engines and front end do, in order, beside the stream that computes. The host never waits."""
 
     def __init__(self, device: torch.device) -> None:
-        if device.type != "cuda":
+        self._stream = torch.cuda.Stream(device, priority=-1)
+
+    @staticmethod
+    def obstacle(device: torch.device) -> str | None:
+        """Why this process cannot copy into the memory of all other GPUs that it sees; None if it can.
+
+        Raises:
+            ValueError: for a device that is no NVIDIA GPU.
+        """
+        if device.type != "cuda" or torch.version.cuda is None:
             raise ValueError(f"transport=copy_engine needs NVIDIA GPUs, but the tensors are on {device.type}: use p2p")
         if importlib.util.find_spec("cuda") is None:
-            raise ValueError("transport=copy_engine needs PyTorch for CUDA, which brings cuda.bindings: use p2p")
-        self._stream = torch.cuda.Stream(device, priority=-1)
+            return "the package cuda.bindings is not installed"
+        others = {*range(torch.cuda.device_count())} - {device.index}
+        if unreached := [other for other in sorted(others) if not torch.cuda.can_device_access_peer(device, other)]:
+            return f"GPU {device.index} cannot access the memory of GPU {', '.join(map(str, unreached))}"
+        return None
 
     def follow(self) -> None:
         """What comes waits for all that was given to the computing stream so far."""
@@ -267,50 +279,61 @@ class SymmetricMemory:
         torch.cuda.empty_cache()  # it comes straight from the driver, which does not ask PyTorch for what it keeps
         self._own = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device).zero_()
         torch.cuda.synchronize(device)
-        try:
-            self._handle = symmetric_memory.rendezvous(self._own, group)
-        except RuntimeError as error:
-            raise ValueError(
-                f"transport=copy_engine: the GPUs of this host cannot reach each other's memory ({error}): use p2p"
-            ) from error
+        self._handle = symmetric_memory.rendezvous(self._own, group)
         ranks = range(self._handle.world_size)
         # these own nothing: what they show lives as long as the two above
         self.of_ranks = [self._handle.get_buffer(rank, (num_bytes,), torch.uint8) for rank in ranks]
 
 
-_mailboxes: dict[torch_dist.ProcessGroup, Mailboxes] = {}
+_mailboxes: dict[torch_dist.ProcessGroup, Mailboxes | None] = {}
 
 
-def _mailboxes_of(group: torch_dist.ProcessGroup, device: torch.device) -> Mailboxes:
+def _mailboxes_of(group: torch_dist.ProcessGroup, device: torch.device) -> Mailboxes | None:
+    """Every rank must call it. None if there is no rank of `group` that copies could go to."""
     if group not in _mailboxes:
-        _mailboxes[group] = Mailboxes(*neighbours_of(group), device)
+        own_group, neighbours = neighbours_of(group, device)
+        _mailboxes[group] = Mailboxes(own_group, neighbours, device) if own_group else None
     return _mailboxes[group]
 
 
 def release_mailboxes() -> None:
     """Give the memory of all mailboxes back; `connect` makes new ones. All ranks that have one must call it."""
-    for mailboxes in _mailboxes.values():
+    for mailboxes in filter(None, _mailboxes.values()):
         mailboxes.release()
     _mailboxes.clear()
 
 
 def mailbox_bytes() -> int:
     """Of this rank's mailboxes, which PyTorch's allocator does not count."""
-    return sum(mailboxes.num_bytes for mailboxes in _mailboxes.values())
+    return sum(mailboxes.num_bytes for mailboxes in filter(None, _mailboxes.values()))
 
 
-def neighbours_of(group: torch_dist.ProcessGroup) -> tuple[torch_dist.ProcessGroup, dict[int, int]]:
-    """The ranks of `group` on this host: as a group, and {rank in `group`: rank in that}. Every rank must call it."""
+def neighbours_of(
+    group: torch_dist.ProcessGroup, device: torch.device
+) -> tuple[torch_dist.ProcessGroup | None, dict[int, int]]:
+    """The ranks of `group` that this one can exchange copies with: as a group, and {rank in `group`: rank in that}.
+
+    Those of this host, itself included, if every GPU there reaches the others; else none. Every rank must call it.
+    """
     own_rank, degree = rank_and_size(group)
-    hosts: list[Any] = [None] * degree
-    torch_dist.all_gather_object(hosts, socket.gethostname(), group=group)
-    members = [rank for rank in range(degree) if hosts[rank] == hosts[own_rank]]
-    numbers = {rank: number for number, rank in enumerate(members)}
-    if len(members) == degree:
-        return group, numbers
-    # gloo's are made by their members alone; NCCL's would be split off the world's, whose ranks may do otherwise
-    global_ranks = [torch_dist.get_global_rank(group, rank) for rank in members]
-    timeout = group_timeout(group)
-    own = torch_dist.new_group(global_ranks, backend="gloo", timeout=timeout, use_local_synchronization=True)
-    assert isinstance(own, torch_dist.ProcessGroup)
-    return own, numbers
+    infos: list[Any] = [None] * degree
+    torch_dist.all_gather_object(infos, (socket.gethostname(), device.index, Lane.obstacle(device)), group=group)
+    members = [rank for rank in range(degree) if infos[rank][0] == infos[own_rank][0]]
+    own = group
+    if len(members) < degree:
+        # by every rank, also where it is of no use: their names have the number of a rank's groups in them.
+        # gloo's are made by their members alone; NCCL's would be split off the world's, whose ranks may do otherwise
+        global_ranks = [torch_dist.get_global_rank(group, rank) for rank in members]
+        timeout = group_timeout(group)
+        own = torch_dist.new_group(global_ranks, backend="gloo", timeout=timeout, use_local_synchronization=True)
+        assert isinstance(own, torch_dist.ProcessGroup)
+    if len(members) == 1:
+        return None, {}
+    devices, obstacles = ([infos[rank][number] for rank in members] for number in (1, 2))
+    if device.index is not None and len({*devices}) < len(members):
+        obstacles.append("its ranks do not see all of its GPUs (CUDA_VISIBLE_DEVICES)")
+    if why := next(filter(None, obstacles), None):
+        if own_rank == members[0]:
+            warnings.warn(f"transport=copy_engine: on this host messages go by p2p, for {why}", stacklevel=2)
+        return None, {}
+    return own, {rank: number for number, rank in enumerate(members)}

@@ -177,7 +177,7 @@ class Program:
         """The program under way; killed at the end of the block if it still runs."""
         run_dir = self.folder / name
         directory = f"hydra.sweep.dir={run_dir}" if "-m" in arguments else f"hydra.run.dir={run_dir}"
-        command = [*(launcher or [sys.executable]), "train.py", *arguments, directory]
+        command = [*(launcher or [sys.executable]), "train.py", directory, *arguments]  # a test's own comes last
         running = Running(command, self.environment(**extra), run_dir)
         try:
             yield running

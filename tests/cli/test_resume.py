@@ -93,3 +93,21 @@ def test_interruptions_leave_no_trace(program: Program):
     assert len(set(parts)) == 1
     manifest = json.loads((resumed.run_dir / "checkpoints" / "step_00000040" / "manifest.json").read_text())
     assert manifest["wandb_run_id"] == parts[0]
+
+
+def test_another_arrangement_of_the_ranks_goes_on_with_the_batch_that_was(program: Program):
+    told = interrupted(program, "step +5/", signal.SIGTERM, "parallelism.data_degree=2")
+    assert told.exit_code == 143
+    refused = program.run(*JOB, "attention.layout=contiguous", name="interrupted")
+    assert refused.exit_code == 1
+    assert "has 2 sequences per step (data ranks x micro-batch x accumulation: 2 x 1 x 1), and this would have 1" in (
+        refused.stderr
+    )
+    assert refused.stdout == ""  # no ranks were started
+    resumed = program.run(*JOB, "attention.layout=contiguous", "engine.train_batch_size=2", name="interrupted")
+    assert resumed.exit_code == 0, resumed.stderr
+    assert "arranged otherwise: attention.layout zigzag -> contiguous, parallelism.data_degree 2 -> 1" in resumed.stdout
+    tokens_per_step = resumed.metrics[0]["train/data_cursor"]
+    assert [row["train/data_cursor"] for row in resumed.metrics] == [
+        row["step"] * tokens_per_step for row in resumed.metrics
+    ]

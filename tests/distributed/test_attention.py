@@ -228,7 +228,7 @@ def refusals() -> list[str]:
 
 def test_mistakes_are_refused_by_name(pool: WorkerPool):
     assert pool.run(refusals, num_ranks=2)[0] == [
-        "transport='carrier_pigeon' is unknown: use one of p2p, copy_engine",
+        "transport='carrier_pigeon' is unknown: use one of auto, p2p, copy_engine",
         "layout='striped' is unknown: use one of zigzag, contiguous",
         "ulysses_degree=3 does not divide the 2 ranks: use one of [1, 2]",
         "3 tokens are not 2 equal chunks, which layout=zigzag needs on each rank of the ring: cut sequences with the "

@@ -10,6 +10,7 @@ import random
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -24,7 +25,15 @@ from torch import Tensor
 
 from recipes.breakdown import attention_communication_off
 from ring_attention import CAUSAL, RingAttention
-from ring_attention.exchange import CopyEngineExchange, Move, P2PExchange, copy_engine, mailbox_bytes, release_mailboxes
+from ring_attention.exchange import (
+    CopyEngineExchange,
+    Move,
+    P2PExchange,
+    copy_engine,
+    mailbox_bytes,
+    release_mailboxes,
+    subgroup,
+)
 from tests.cases import Case, check, on_rank
 from tests.distributed.test_attention import LENGTH, MASKS, grid
 from tests.pool import WorkerPool
@@ -60,6 +69,10 @@ class ThreadLane:
             self._jobs.get()()
             if generator.random() < 0.2:
                 time.sleep(generator.random() * 2e-3)
+
+    @staticmethod
+    def obstacle(device: torch.device) -> str | None:
+        return None
 
     def follow(self) -> None:
         pass  # the thread that computes has done all that it was given
@@ -104,9 +117,8 @@ def emulated() -> Iterator[None]:
     post = CopyEngineExchange.post
 
     def poisoning(self: CopyEngineExchange, purpose: str, sends: list[Move], receives: list[Move]) -> Any:
-        assert self._mail is not None
         for move in receives:
-            if self.order[move.peer] in self._mail.neighbours:
+            if self._mail is not None and self.order[move.peer] in self._mail.neighbours:
                 self._mail.lane.poison(move.tensor)  # pyright: ignore[reportAttributeAccessIssue]
         return post(self, purpose, sends, receives)
 
@@ -121,11 +133,14 @@ def emulated() -> Iterator[None]:
         yield
 
 
-def many_on_rank(cases: list[Case], hosts: list[str] | None) -> tuple[list[list[Tensor]], int, int]:
+def many_on_rank(
+    cases: list[Case], hosts: list[str] | None, without_access: str | None = None
+) -> tuple[list[list[Tensor]], int, int]:
     """Results, and how many messages went as copies and over gloo.
 
     Args:
         hosts: where each rank is said to be.
+        without_access: the host whose GPUs are said not to reach each other.
     """
     counts = {"copies": 0, "p2p": 0}
     copy, p2p_post = ThreadLane.copy, P2PExchange.post
@@ -142,6 +157,7 @@ def many_on_rank(cases: list[Case], hosts: list[str] | None) -> tuple[list[list[
     with (
         emulated(),
         patch.object(copy_engine.socket, "gethostname", lambda: host),
+        patch.object(ThreadLane, "obstacle", lambda device: "no access" if host == without_access else None),
         patch.object(ThreadLane, "copy", counting_copy),
         patch.object(P2PExchange, "post", counting_post),
     ):
@@ -180,6 +196,29 @@ def test_between_hosts_messages_go_by_p2p(pool: WorkerPool):
         check(case, shards)
     assert all(copies > 0 for _, copies, _ in ranks)
     assert all(p2p > 0 for _, _, p2p in (ranks[1], ranks[3]))  # whose next rank is on the other host
+
+
+def test_on_a_host_whose_gpus_do_not_reach_each_other_messages_go_by_p2p(pool: WorkerPool):
+    cases = cases_of(4)
+    ranks = pool.run(many_on_rank, cases, ["a", "a", "b", "b"], "a", num_ranks=4)
+    for case, *shards in zip(cases, *(results for results, _, _ in ranks), strict=True):
+        check(case, shards)
+    assert [copies > 0 for _, copies, _ in ranks] == [False, False, True, True]
+    assert all(p2p > 0 for _, _, p2p in (ranks[0], ranks[1], ranks[3]))
+
+
+def warned_for_one_gpu_that_each_rank_sees() -> tuple[bool, list[str]]:
+    with emulated(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        world = subgroup(torch_dist.group.WORLD, (0, 1))
+        group, neighbours = copy_engine.neighbours_of(world, torch.device("cuda", 0))
+    return group is None and not neighbours, [str(warning.message) for warning in caught]
+
+
+def test_ranks_that_see_one_gpu_each_are_told_of_it(pool: WorkerPool):
+    why = "its ranks do not see all of its GPUs (CUDA_VISIBLE_DEVICES)"
+    expected = f"transport=copy_engine: on this host messages go by p2p, for {why}"
+    assert pool.run(warned_for_one_gpu_that_each_rank_sees, num_ranks=2) == [(True, [expected]), (True, [])]
 
 
 def refusal_on_the_cpu() -> str:

@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 
 from conf.degrees import resolve_degrees, settle
-from conf.schema import Config, ConfigError, LoggingConfig, ModelConfig, OptimizerConfig
+from conf.schema import (
+    AttentionConfig,
+    Config,
+    ConfigError,
+    EngineConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelismConfig,
+)
 from recipes.checkpoint_files import (
     CHECKPOINTS_DIR,
     LATEST_FILE,
@@ -133,6 +142,33 @@ def test_what_changes_no_result_may_differ(tmp_path):
     other = settled(Config(logging=LoggingConfig(every_n_steps=7, tags=["x"]), breakdown=False, profile=True))
     other.launch.timeout_s, other.checkpoint.keep = 30.0, 9
     check_same_run(folder, read_manifest(folder), other)
+
+
+def test_another_arrangement_on_as_many_ranks_goes_on_if_the_batch_is_kept(tmp_path):
+    ring = settled(Config(engine=EngineConfig(gradient_accumulation_steps=2)))
+    folder = published(tmp_path, 5, config=ring)
+    replicas = settled(Config(parallelism=ParallelismConfig(data_degree=2)))
+    assert check_same_run(folder, read_manifest(folder), replicas) == [
+        "parallelism.data_degree 1 -> 2",
+        "parallelism.ring_degree 2 -> 1",
+        "engine.gradient_accumulation_steps 2 -> 1",
+    ]
+    replicas.engine.micro_batch_size = 3
+    with pytest.raises(ConfigError) as caught:
+        check_same_run(folder, read_manifest(folder), replicas)
+    assert str(caught.value) == (
+        f"{folder} has 2 sequences per step (data ranks x micro-batch x accumulation: 1 x 1 x 2), and this would have "
+        "6 (2 x 3 x 1): type engine.train_batch_size=2, and a parallelism.data_degree and an engine.micro_batch_size "
+        "whose product divides 2"
+    )
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_another_zero_stage_is_refused_whatever_else_is_arranged(tmp_path, zero_stage):
+    folder = published(tmp_path, 5)
+    other = settled(Config(attention=AttentionConfig(layout="contiguous"), engine=EngineConfig(zero_stage=zero_stage)))
+    with pytest.raises(ConfigError, match=f"engine.zero_stage was 1 and is {zero_stage}"):
+        check_same_run(folder, read_manifest(folder), other)
 
 
 def test_a_schedule_without_an_end_may_be_longer(tmp_path):

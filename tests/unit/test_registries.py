@@ -11,7 +11,7 @@ from ring_attention.layout import LAYOUTS
 
 
 @pytest.mark.parametrize(
-    ("field", "names"), [("layout", [*LAYOUTS]), ("transport", [*TRANSPORTS]), ("block", ["auto", *BLOCKS])]
+    ("field", "names"), [("layout", [*LAYOUTS]), ("transport", ["auto", *TRANSPORTS]), ("block", ["auto", *BLOCKS])]
 )
 def test_the_schema_knows_exactly_what_is_registered(field: str, names: list[str]):
     attention = AttentionConfig()

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 import train  # registers the schema
 from conf.compose import explain, to_config
-from conf.degrees import resolve_degrees
+from conf.degrees import accumulation_steps, resolve_degrees
 from conf.schema import Config, ConfigError
 
 CONF = Path(train.__file__).parent / "conf"
@@ -26,10 +26,15 @@ def compose(*overrides: str) -> Config:
         return to_config(hydra.compose("config", list(overrides)))
 
 
+def check_for_four_ranks(*overrides: str) -> None:
+    config = compose(*overrides)
+    accumulation_steps(config, resolve_degrees(config, 4))
+
+
 def mistake(*overrides: str) -> str:
     """What `train.py` says after "error: ": of the composition, of the schema, or of 4 ranks."""
     with pytest.raises((CompactHydraException, ConfigError)) as caught:
-        resolve_degrees(compose(*overrides), 4)
+        check_for_four_ranks(*overrides)
     error = caught.value
     return str(error) if isinstance(error, ConfigError) else explain(error)
 
@@ -37,6 +42,7 @@ def mistake(*overrides: str) -> str:
 MISTAKES = [
     # Hydra's
     ("+data.sequence_lenght=8", "there is no field data.sequence_lenght: did you mean data.sequence_length? python train.py --help lists all"),
+    ("+wandb.api_key=planted", "there is no field wandb.api_key: python train.py --help lists all"),
     ("nosuch=1", "there is no field nosuch: python train.py --help lists all"),
     ("model.num_layers=2.5", "model.num_layers=2.5 is refused: Value '2.5' of type 'float' could not be converted to Integer"),
     ("explain=maybe", "explain=maybe is refused: Value 'maybe' is not a valid bool (type str)"),
@@ -66,7 +72,7 @@ MISTAKES = [
     ("model.head_dim=33", "model.head_dim=33 must be even: rotary positions turn pairs of numbers"),
     ("attention.method=star", "attention.method=star is not known: use ring, ulysses, hybrid, all_gather, local, auto"),
     ("attention.layout=striped", "attention.layout=striped is not known: use zigzag, contiguous"),
-    ("attention.transport=tcp", "attention.transport=tcp is not known: use p2p, copy_engine"),
+    ("attention.transport=tcp", "attention.transport=tcp is not known: use auto, p2p, copy_engine"),
     ("attention.block=fast", "attention.block=fast is not known: use auto, flash_attn_4, ffpa, cudnn, aten_flash, mem_efficient, cpu_flash, reference"),
     ("engine.dtype=int8", "engine.dtype=int8 is not known: use bf16, fp16, fp32"),
     ("engine.zero_stage=4", "engine.zero_stage=4 is not known: use 0, 1, 2, 3"),
@@ -99,6 +105,32 @@ MISTAKES = [
     ("compare.step_time_s=inf", "compare.step_time_s=inf must be at least 1, and finite"),
     ("compare.micro_batch_sizes=[]", "compare.micro_batch_sizes is empty: use compare.micro_batch_sizes=[1]"),
     ("compare.micro_batch_sizes=[1,0]", "compare.micro_batch_sizes=0 must be at least 1"),
+    ("model.hidden_size=0", "model.hidden_size=0 must be at least 1"),
+    ("parallelism.ring_degree=0", "parallelism.ring_degree=0 must be at least 1"),
+    ("parallelism.ulysses_degree=0", "parallelism.ulysses_degree=0 must be at least 1"),
+    ("parallelism.tensor_degree=0", "parallelism.tensor_degree=0 must be at least 1"),
+    ("parallelism.pipeline_degree=0", "parallelism.pipeline_degree=0 must be at least 1"),
+    ("model.num_heads=0", "model.num_heads=0 must be at least 1"),
+    ("model.num_kv_heads=0", "model.num_kv_heads=0 must be at least 1"),
+    ("model.head_dim=0", "model.head_dim=0 must be at least 1"),
+    ("model.mlp_size=0", "model.mlp_size=0 must be at least 1"),
+    ("engine.gradient_accumulation_steps=0", "engine.gradient_accumulation_steps=0 must be at least 1"),
+    ("model.norm_eps=-1", "model.norm_eps=-1.0 must be at least 0"),
+    ("model.init_std=-1", "model.init_std=-1.0 must be at least 0"),
+    ("optimizer.eps=-1", "optimizer.eps=-1.0 must be at least 0"),
+    ("optimizer.weight_decay=-1", "optimizer.weight_decay=-1.0 must be at least 0"),
+    ("model.rope_theta=0", "model.rope_theta=0.0 must be at least 1"),
+    ("logging.validate_every_n_steps=-1", "logging.validate_every_n_steps=-1 must be at least 0"),
+    ("checkpoint.every_n_steps=-1", "checkpoint.every_n_steps=-1 must be at least 0"),
+    ("checkpoint.keep=-1", "checkpoint.keep=-1 must be at least 0"),
+    ("optimizer.beta1=1", "optimizer.beta1=1.0 must be in [0, 1)"),
+    ("optimizer.warmup_fraction=1", "optimizer.warmup_fraction=1.0 must be in [0, 1)"),
+    ("attention.inter_host_gb_per_s=inf", "attention.inter_host_gb_per_s=inf must be above 0, and finite"),
+    ("data.source=disk", "data.source=disk is not known: use stdlib, text_files, hub"),
+    ("profile_steps=[5,6]", "profile_steps=[5, 6] says what profile=true records: add profile=true"),
+    ("engine.train_batch_size=3 parallelism.data_degree=2", "engine.train_batch_size=3 is no multiple of 2 data ranks x engine.micro_batch_size=1: use engine.train_batch_size=4"),
+    ("data=hub data.name=https://me:planted@host/set", "data.name holds a URL with a login, which would be kept with the run: leave the login out; private data sets of the hub take HF_TOKEN"),
+    ("data=text_files data.files=https://me:planted@host/set", "data.files holds a URL with a login, which would be kept with the run: leave the login out; private data sets of the hub take HF_TOKEN"),
     # several fields
     ("model.num_kv_heads=3", "model.num_kv_heads=3 does not divide model.num_heads=4: use one of [1, 2, 4]"),
     ("engine.dtype=fp16 engine.zero_stage=0", "engine.dtype=fp16 cannot go with engine.zero_stage=0, where DeepSpeed does not scale the loss but unscales the gradients: use engine.zero_stage=1"),
