@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -110,7 +111,7 @@ _references: dict[str, Path] = {}
 def reference(kind: str) -> Path:
     """A run dir, made once: of the job as it ends by itself ("whole"), or killed with checkpoints ("killed")."""
     if kind not in _references:
-        program = Program(Path(tempfile.mkdtemp(prefix="faults_", dir=_folder())))
+        program = Program(Path(tempfile.mkdtemp(dir=_folder().name)))
         with program.started(*SHORT) as running:
             if kind == "killed":
                 running.until(lambda: "step 15: checkpoint" in running.stdout)
@@ -124,10 +125,10 @@ def reference(kind: str) -> Path:
     return _references[kind]
 
 
-def _folder() -> Path:
-    folder = Path(tempfile.gettempdir()) / f"faults.{os.getpid()}"
-    folder.mkdir(exist_ok=True)
-    return folder
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    """Of all runs; removed when this process ends."""
+    return tempfile.TemporaryDirectory(prefix="faults_")
 
 
 def killed_copy(case: Case) -> Path:
@@ -358,7 +359,7 @@ def run_fault(name: str, seed: int, tries: int | None = None) -> dict[str, Any]:
     if fault.needs_root and os.geteuid():
         return {**row, "errors": ["not tried: needs root"]}
     for number in range(tries):
-        with tempfile.TemporaryDirectory(dir=_folder()) as folder:
+        with tempfile.TemporaryDirectory(dir=_folder().name) as folder:
             case = Case(random.Random(f"{seed} {name} {number}"), Program(Path(folder)))
             row["tried"] += fault.times
             try:
@@ -385,12 +386,9 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the table to this file")
     options = parser.parse_args()
     started, table = time.monotonic(), []
-    try:
-        for name in [options.only] if options.only else FAULTS:
-            print(f"{time.monotonic() - started:5.0f} s: {FAULTS[name].what}", flush=True)
-            table.append(run_fault(name, options.seed))
-    finally:
-        shutil.rmtree(_folder())
+    for name in [options.only] if options.only else FAULTS:
+        print(f"{time.monotonic() - started:5.0f} s: {FAULTS[name].what}", flush=True)
+        table.append(run_fault(name, options.seed))
     print(f"\n{'fault':32} tried survived lost  seconds to the end: median, longest")
     for row in table:
         ends = sorted(row["end_s"])
