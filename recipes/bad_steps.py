@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 from recipes.build import Engine
+from recipes.checkpoint import TrainingData
 from recipes.engine import StepResult
 from recipes.plan import Plan
 from recipes.ranks import RunFailed
@@ -22,11 +23,11 @@ class BadSteps:
     def __init__(self, plan: Plan, engine: Engine) -> None:
         self._plan, self._engine, self._in_a_row = plan, engine, 0
 
-    def check(self, step: int, result: StepResult, last_sha256: str) -> str | None:
+    def check(self, step: int, result: StepResult, data: TrainingData) -> str | None:
         """What to tell people of a step that was skipped; None if it was good. Waits for the device if there is doubt.
 
         Args:
-            last_sha256: of the step's last sequence.
+            data: which has just given the step's last sequence.
 
         Raises:
             RunFailed: on every rank, if the run is to stop.
@@ -46,7 +47,7 @@ class BadSteps:
         first = 0 if config.data.overfit_one_batch else (step - 1) * tokens
         text = (
             f"step {step}: {what}; its batch: training tokens {first:,} to {first + tokens - 1:,}, the last sequence "
-            f"with SHA-256 {last_sha256}"
+            f"with SHA-256 {data.last_sha256}"
         )
         print(text, flush=True)  # the rank's log
         if config.engine.on_bad_step == "stop":

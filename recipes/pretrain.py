@@ -78,7 +78,7 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
             learning_rate = engine.learning_rate
             with watch.step(is_logged):
                 result = engine.train_step(micro_batches, wish=end is not None and end.wanted)
-            skipped = bad_steps.check(step, result, data.last_sha256) if not result.applied else None
+            skipped = bad_steps.check(step, result, data)
             tell("step")
             tell("part", f"between steps {step} and {step + 1}")
             profiler_step()
