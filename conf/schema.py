@@ -152,12 +152,14 @@ class EngineConfig:
     train_batch_size: Optional[int] = None  # sequences per step, all ranks; if set, it gives the accumulation steps
     gradient_clipping: float = 1.0  # largest gradient norm; 0 is off
     recompute: str = "none"  # layers in the backward pass, for memory: none | selective (all but attention) | full
+    on_bad_step: str = "stop"  # loss or gradients are not finite: stop | skip, which goes on with the next batch
     deterministic: bool = False  # deterministic kernels only, at some cost
     detect_anomaly: bool = False  # name the forward operation whose gradient is NaN; slow
 
     def __post_init__(self) -> None:
         _choice("engine.dtype", self.dtype, ("bf16", "fp16", "fp32"))
         _choice("engine.recompute", self.recompute, ("none", "selective", "full"))
+        _choice("engine.on_bad_step", self.on_bad_step, ("stop", "skip"))
         if self.zero_stage not in (0, 1, 2, 3):
             raise ConfigError(f"engine.zero_stage={self.zero_stage} is not known: use 0, 1, 2, 3")
         if self.dtype == "fp16" and self.zero_stage == 0:
@@ -277,11 +279,20 @@ class LaunchConfig:
 
     num_ranks: Optional[int] = None  # all GPUs, or 4 on the CPU
     timeout_s: float = 600.0  # a collective that takes longer ends the run
+    stall_factor: float = 20.0  # so does a step that takes so many times the median of those before; 0 is off
+    stall_s: float = 60.0  # but only after so long
 
     def __post_init__(self) -> None:
         if self.num_ranks is not None:
             _at_least("launch.num_ranks", self.num_ranks, 1)
         _at_least("launch.timeout_s", self.timeout_s, 1)
+        _at_least("launch.stall_factor", self.stall_factor, 0)
+        if 0 < self.stall_factor < 2:
+            raise ConfigError(
+                f"launch.stall_factor={self.stall_factor} would end steps that are hardly slower than others: use at "
+                "least 2, or launch.stall_factor=0, which never ends any"
+            )
+        _at_least("launch.stall_s", self.stall_s, 1)
 
 
 @dataclass

@@ -7,9 +7,11 @@ gives the same documents in the same order.
 from __future__ import annotations
 
 import glob
+import lzma
 import os
 import random
 import sysconfig
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -52,16 +54,31 @@ class Documents:
                     )
         except CorpusError:
             raise
-        except (OSError, ValueError, DatasetsError) as error:  # pyarrow's are ValueErrors
-            raise CorpusError(f"{self.description} cannot be read: {error}") from error
+        # pyarrow's are ValueErrors; of compressed files that are cut off or damaged
+        except (OSError, ValueError, DatasetsError, EOFError, zlib.error, lzma.LZMAError) as error:
+            # of a file that is gone since it was listed `datasets` says the name alone
+            reason = "no such file: " if isinstance(error, FileNotFoundError) and error.errno is None else ""
+            raise CorpusError(f"{self.description} cannot be read: {reason}{error}") from error
 
 
 def open_documents(config: DataConfig) -> Documents:
     """The documents of the configured source, in a fixed order.
 
     Raises:
-        CorpusError: if there is nothing to open.
+        CorpusError: if there is nothing to open, or no shared memory, a few bytes of which `datasets` takes.
     """
+    try:
+        return _open(config)
+    except RuntimeError as error:
+        if "shared memory" not in str(error):
+            raise
+        raise CorpusError(
+            f"there is no shared memory left, which reading data needs a little of ({error}): remove what fills "
+            "/dev/shm, or give the container more (docker run --shm-size=1g)"
+        ) from error
+
+
+def _open(config: DataConfig) -> Documents:
     if config.source == "hub":
         return _open_hub(config)
     if config.source == "stdlib":

@@ -21,11 +21,11 @@ import torch
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor, nn
 
-from conf.schema import EngineConfig, OptimizerConfig
+from conf.schema import ConfigError, EngineConfig, OptimizerConfig
 from recipes.transformer import TokenBatch
 from ring_attention.exchange import release_mailboxes
 from ring_attention.groups import ParallelGroups
-from ring_attention.trace import labelled
+from ring_attention.trace import labelled, tell
 
 MASTERS_OF = "masters_of"  # in checkpoints of stage 0: the names of the master weights, group by group
 
@@ -34,12 +34,14 @@ MASTERS_OF = "masters_of"  # in checkpoints of stage 0: the names of the master 
 class StepResult:
     """Of one optimizer step, over all ranks: mean token loss, gradient norm before clipping, ranks that wish to end.
 
-    All but the norm are device tensors: reading one waits for the step.
+    Loss and wishes are device tensors: reading one waits for the step. Where gradients are not finite, as they are not
+    with such a loss, nothing is `applied` on any rank: parameters, optimizer and schedule are as before.
     """
 
     loss: Tensor
     grad_norm: float | Tensor
     num_wishes: Tensor
+    applied: bool
 
 
 def init_distributed(init_method: str | None, timeout_s: float) -> None:
@@ -47,19 +49,31 @@ def init_distributed(init_method: str | None, timeout_s: float) -> None:
 
     Args:
         init_method: where ranks meet, for example file:///tmp/meeting; None takes MASTER_ADDR and MASTER_PORT.
+
+    Raises:
+        ConfigError: on rank 0, if another program listens on the port.
     """
     # else DeepSpeed compiles a C++ extension for 25 s on the CPU, which only its inference uses
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend="nccl" if torch.cuda.is_available() else "gloo",
-        auto_mpi_discovery=False,
-        init_method=init_method,
-        timeout=timedelta(seconds=timeout_s),
-        dist_init_required=True,
-        verbose=False,
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
-    )
+    try:
+        deepspeed.init_distributed(
+            dist_backend="nccl" if torch.cuda.is_available() else "gloo",
+            auto_mpi_discovery=False,
+            init_method=init_method,
+            timeout=timedelta(seconds=timeout_s),
+            dist_init_required=True,
+            verbose=False,
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+        )
+    except RuntimeError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+        raise ConfigError(
+            f"MASTER_PORT={port} is taken on {address}, where rank 0 is to listen: end what uses it (ss -ltnp shows "
+            f"it), or set another, such as MASTER_PORT={int(port) % 60000 + 1024}, for all ranks"
+        ) from error
 
 
 def loss_multiplier(zero_stage: int, data_degree: int, sequence_degree: int, accumulation_steps: int) -> int:
@@ -88,14 +102,25 @@ def learning_rate_factor(config: OptimizerConfig, num_steps: int) -> Callable[[i
     return factor
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+class SkippingAdamW(torch.optim.AdamW):
+    """Does nothing in a step that has an `overflow`, which is where DeepSpeed looks whether a step was applied."""
+
+    overflow = False
+
+    def step(self, closure: Any = None) -> Any:
+        return None if self.overflow else super().step(closure)
+
+
+def make_optimizer(
+    model: nn.Module, config: OptimizerConfig, kind: type[torch.optim.AdamW] = torch.optim.AdamW
+) -> torch.optim.AdamW:
     """AdamW whose weight decay spares norms, biases (one dimension) and embeddings."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     decayed, spared = [], []
     for parameter in model.parameters():
         (spared if parameter.dim() < 2 or id(parameter) in embeddings else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": spared, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
+    return kind(
         groups,
         lr=config.lr,
         betas=(config.beta1, config.beta2),
@@ -140,9 +165,12 @@ def optimizer_arguments(
             settings.pop("data_types", None)
         return {"config": settings}
     factor = learning_rate_factor(config, num_steps)
+    is_half = settings["bf16"]["enabled"] or settings["fp16"]["enabled"]
+    # all others skip steps by themselves, and ZeRO takes only classes that it knows
+    kind = torch.optim.AdamW if is_half or settings["zero_optimization"]["stage"] else SkippingAdamW
     return {
         "config": settings,
-        "optimizer": make_optimizer(model, config),
+        "optimizer": make_optimizer(model, config, kind),
         "lr_scheduler": lambda wrapped: torch.optim.lr_scheduler.LambdaLR(wrapped, factor),
     }
 
@@ -252,23 +280,31 @@ class TrainingEngine:
         num_valid = self._sum_over_ranks(torch.stack([batch.num_valid() for batch in micro_batches]).sum())
         loss_sum = torch.zeros((), device=self.device)
         for micro_batch in micro_batches:
+            tell("part", "forward")
             local_sum = self._loss_sum(micro_batch)
             loss_sum += local_sum.detach()
+            tell("part", "backward")
             # a batch without a single valid token has loss and gradient 0
             self.deepspeed.backward(local_sum * (self._loss_multiplier / num_valid.clamp(min=1)))
             if micro_batch is not micro_batches[-1]:
                 self.deepspeed.step()  # counts the micro-batch; DeepSpeed updates at the boundary only
+        tell("part", "sum of the loss over ranks")
+        self._own_loss = loss_sum
         # filled on the device: to copy a number there would make the host wait
         loss_sum, num_wishes = self._sum_over_ranks(torch.stack([loss_sum, loss_sum.new_full((), float(wish))]))
         return loss_sum / num_valid.clamp(min=1), num_wishes
 
     def update(self) -> float | Tensor:
         """Clip, step the optimizer and the schedule; returns the gradient norm before clipping."""
+        tell("part", "optimizer")
         grad_norm = None
         if self.config.zero_stage == 0 and self.config.dtype == "fp32":
             # the one case in which DeepSpeed keeps no norm; gradients are whole on every rank
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             grad_norm = torch.nn.utils.get_total_norm(gradients)
+            # nor does it look whether they are finite
+            optimizer: Any = self.deepspeed.optimizer
+            optimizer.overflow = not grad_norm.isfinite().item()
         with labelled("optimizer"):
             self.deepspeed.step()
         if grad_norm is None:
@@ -280,7 +316,15 @@ class TrainingEngine:
         """One optimizer step; `wish` says that this rank wishes to end: see `StepResult`."""
         assert len(micro_batches) == self.config.gradient_accumulation_steps
         loss, num_wishes = self.accumulate(micro_batches, wish)
-        return StepResult(loss, self.update(), num_wishes)
+        grad_norm = self.update()
+        return StepResult(loss, grad_norm, num_wishes, self.deepspeed.was_step_applied())
+
+    def ranks_of_bad_loss(self) -> list[int]:
+        """Those whose own part of the last step's loss is not finite. Every rank must call it."""
+        bad = torch.zeros(dist.get_world_size(), device=self.device)
+        bad[dist.get_rank()] = ~self._own_loss.isfinite()
+        dist.all_reduce(bad)
+        return bad.nonzero().flatten().tolist()
 
     @torch.no_grad()
     def mean_loss(self, micro_batches: Iterable[TokenBatch]) -> Tensor:

@@ -22,6 +22,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from conf.schema import Config, ConfigError
 from data.pack import Corpus
 from data.source import open_documents
 from recipes.checkpoint_files import BrokenCheckpoint, check_same_run, newest_first, read_manifest
+from recipes.full_disk import full_disk_explained
 from recipes.out_of_memory import out_of_memory_explained
 from recipes.plan import Plan
 from recipes.processes import (
@@ -52,8 +54,10 @@ from recipes.processes import (
 )
 from recipes.ranks import MEETING, Preempted, RunFailed, ranks_are_started
 from recipes.runs import CONFIG_FILE, SUMMARY_FILE
+from recipes.whereabouts import LOGS_DIR, STALL_FILE, all_places, forget, place_of
 
 DEFAULT_CPU_RANKS = 4
+TIMED_OUT = "Timed out waiting"  # gloo's words
 
 
 class Task(Protocol):
@@ -236,7 +240,8 @@ def launch(task: Task, num_ranks: int, run_dir: Path) -> float:
         Preempted: if SIGTERM or SIGUSR1 told the run to end. Ranks that train save a checkpoint first; all others
             end at once. After a second signal all do.
     """
-    print(f"starting {num_ranks} rank{'s' if num_ranks > 1 else ''}; logs in {run_dir / 'logs'}", flush=True)
+    print(f"starting {num_ranks} rank{'s' if num_ranks > 1 else ''}; logs in {run_dir / LOGS_DIR}", flush=True)
+    forget(run_dir)
     meeting_dir = Path(tempfile.mkdtemp(prefix="ring_attention_"))  # not the run dir: a network disk may lack locks
     outcomes = mp.get_context("spawn").SimpleQueue()
     processes: Any = None
@@ -324,26 +329,34 @@ def _explain_failure(exit_codes: list[int], first_seen: int, received: list[_Out
     Args:
         exit_codes: when that was seen, before we ended any; 0 of those that still ran.
     """
+    with contextlib.suppress(FileNotFoundError):  # which it is unless the watchdog has ended the run
+        return (run_dir / LOGS_DIR / STALL_FILE).read_text(encoding="utf-8").rstrip()
     failed = [outcome for outcome in received if outcome.error]
     # where a peer reported, survivors may abort, as NCCL's watchdog does
     following = {-signal.SIGABRT} if failed else set()
     ended = [rank for rank, code in enumerate(exit_codes) if code < 0 and code not in following]
     if ended:
         rank = ended[0]
-        what = f"rank {rank} was ended by {signal.Signals(-exit_codes[rank]).name}"
+        place = place_of(run_dir, rank)
+        what = f"rank {rank} was ended by {signal.Signals(-exit_codes[rank]).name}{f' ({place})' if place else ''}"
     elif failed:
         rank, what = failed[0].rank, failed[0].error.rstrip()
         if failed[0].refused:
             return what
     else:
         rank, what = first_seen, f"rank {first_seen} exited with code {exit_codes[first_seen]}"
-    overdue = "".join(f"\n{line}" for line in _overdue_hops(run_dir)) if ended else ""
-    return f"{what}{overdue}\nthe other ranks were ended; its log: {run_dir / 'logs' / f'rank_{rank}.log'}"
+    overdue = _overdue_hops(run_dir) if ended else []
+    if TIMED_OUT in what:  # the log has the traceback
+        what = f"rank {rank} failed: {what.splitlines()[-1]}"
+    if overdue or TIMED_OUT in what:
+        overdue += all_places(run_dir, len(exit_codes), time.time())
+    overdue = "".join(f"\n{line}" for line in overdue)
+    return f"{what}{overdue}\nthe other ranks were ended; its log: {run_dir / LOGS_DIR / f'rank_{rank}.log'}"
 
 
 def _overdue_hops(run_dir: Path) -> list[str]:
     """What ranks on NCCL said before they aborted themselves: `ring_attention.exchange`."""
-    logs = sorted((run_dir / "logs").glob("rank_*.log"))
+    logs = sorted((run_dir / LOGS_DIR).glob("rank_*.log"))
     lines = [line for log in logs for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
     return [line for line in lines if line.startswith("HopError: ")]
 
@@ -365,6 +378,7 @@ def _run_rank(task: Task, run_dir: Path, init_method: str | None) -> float:
     import deepspeed.comm as dist
 
     from recipes.engine import init_distributed
+    from recipes.watchdog import watched
 
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
@@ -375,8 +389,13 @@ def _run_rank(task: Task, run_dir: Path, init_method: str | None) -> float:
     shared = [task, run_dir]
     dist.broadcast_object_list(shared, src=0)
     task, run_dir = shared
-    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    with _output_to(run_dir / "logs" / f"rank_{rank}.log") as console:
+    (run_dir / LOGS_DIR).mkdir(parents=True, exist_ok=True)
+    launch = task.config.launch
+    with (
+        _output_to(run_dir / LOGS_DIR / f"rank_{rank}.log") as console,
+        full_disk_explained(run_dir, rank),
+        watched(launch, run_dir, rank, num_ranks, console=console if init_method is None else None),
+    ):
         result = task.run(run_dir, console)
         dist.destroy_process_group()
         return result

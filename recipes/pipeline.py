@@ -38,6 +38,7 @@ from recipes.transformer import (
     make_layer,
     rotary_cos_sin,
 )
+from ring_attention.trace import tell
 
 
 class _Embedding(nn.Module):
@@ -165,8 +166,15 @@ class PipelinedEngine:
 
     def train_step(self, micro_batches: Sequence[TokenBatch], wish: bool = False) -> StepResult:
         """Forward and backward of one step's micro-batches, and the update; `wish` is this rank's, to end."""
+        tell("part", "micro-batches through the pipeline, and the optimizer")
         mean_loss, num_wishes = self._run(micro_batches, self.deepspeed.train_batch, wish)
-        return StepResult(mean_loss, self.deepspeed.get_global_grad_norm(), num_wishes)
+        return StepResult(
+            mean_loss, self.deepspeed.get_global_grad_norm(), num_wishes, self.deepspeed.was_step_applied()
+        )
+
+    def ranks_of_bad_loss(self) -> list[int]:
+        """None: the last stage has all of the loss."""
+        return []
 
     def mean_loss(self, micro_batches: Iterable[TokenBatch]) -> Tensor:
         """Mean token loss in nats over all ranks' micro-batches, a scalar; every rank must bring equally many."""

@@ -11,6 +11,7 @@ import torch
 
 from data.pack import Corpus
 from data.source import open_documents
+from recipes.bad_steps import BadSteps
 from recipes.build import build_engine, build_sharder
 from recipes.checkpoint import Checkpoints, EndRequest, TrainingData
 from recipes.checkpoint_files import Manifest, is_cut_otherwise
@@ -21,6 +22,7 @@ from recipes.profiling import profiler
 from recipes.ranks import Preempted
 from recipes.report import Reporter
 from recipes.watch import Watch, named, speed
+from ring_attention.trace import tell
 
 
 def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Manifest | None = None) -> float:
@@ -32,17 +34,21 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
 
     Raises:
         Preempted: on every rank, after a checkpoint, if a signal told one of them to end.
+        RunFailed: on every rank, if the loss is not finite (`bad_steps`).
     """
     config = plan.config
     torch.autograd.set_detect_anomaly(config.engine.detect_anomaly)
     if reporter:
         reporter.say(*plan.banner(run_dir), "", "building the model and the engine ...")
+    tell("part", "building the model and the engine")
     engine = build_engine(plan)
     checkpoints = Checkpoints(config, run_dir, engine)
     if resumed:
         if reporter and is_cut_otherwise(resumed, config):
             reporter.say("putting weights and moments together for these ranks ...")
+        tell("part", "reading the checkpoint")
         checkpoints.load(resumed)
+    tell("part", "reading data")
     corpus = Corpus(open_documents(config.data), config.data.sequence_length, config.data.validation_sequences)
     sharder = build_sharder(plan, engine)
     data = TrainingData(corpus, resumed)
@@ -50,6 +56,7 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
     first_step, first_batch = resumed.step + 1 if resumed else 1, next(steps)
 
     def save(step: int) -> None:
+        tell("part", f"checkpoint of step {step}")
         started = time.perf_counter()
         cursor = 0 if config.data.overfit_one_batch else step * plan.data_tokens_per_step
         elapsed_s, wandb_run_id = (reporter.elapsed_s, reporter.wandb_run_id) if reporter else (0.0, "")
@@ -57,7 +64,7 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
         if reporter:
             reporter.say(f"step {step}: checkpoint in {time.perf_counter() - started:.2f} s")
 
-    watch = Watch(plan.has_ring)
+    watch, bad_steps = Watch(plan.has_ring), BadSteps(plan, engine)
     losses: list[float] = []  # of the logged steps
     step_times_s: list[float] = []
     validation_loss = float("nan")
@@ -66,14 +73,21 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
         for step in range(first_step, config.num_steps + 1):
             is_last = step == config.num_steps
             is_logged = step == 1 or is_last or step % config.logging.every_n_steps == 0
+            tell("step", str(step))
+            tell("part", "data")
             with watch.data():
                 micro_batches = first_batch if step == first_step or config.data.overfit_one_batch else next(steps)
             learning_rate = engine.learning_rate
             with watch.step(is_logged):
                 result = engine.train_step(micro_batches, wish=end is not None and end.wanted)
+            skipped = bad_steps.check(step, result, data)
+            tell("step")
+            tell("part", f"between steps {step} and {step + 1}")
             profiler_step()
             if reporter:
                 reporter.advance()
+                if skipped:
+                    reporter.say(skipped)
 
             values: dict[str, float | None] = {}
             if is_logged:
@@ -98,6 +112,7 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
                 if reporter:
                     reporter.say(reporter.step_line(step, values))
             if is_last or _is_multiple(step, config.logging.validate_every_n_steps):
+                tell("part", f"validation after step {step}")
                 if reporter:
                     reporter.say("validating ...")
                 validation_loss = engine.mean_loss(sharder.validation(corpus.validation())).item()
@@ -127,6 +142,7 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
     if checkpoints.are_kept:
         save(config.num_steps)
     if config.breakdown:
+        tell("part", "measuring where the time of a step goes")
         if reporter:
             reporter.say("measuring where the time of a step goes ...")
         parts = measure_parts(plan, engine, functools.partial(sharder.steps, corpus.training(cursor=0)))

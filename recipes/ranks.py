@@ -14,7 +14,15 @@ MEETING = "RING_ATTENTION_MEETING"  # the variable with the folder in which rank
 
 
 class RunFailed(RuntimeError):
-    """A rank failed; the message names it, shows its error and says where its log is."""
+    """A rank failed; the message names it, shows its error and says where its log is.
+
+    Args:
+        of_all_ranks: whether all of them raise it, so that one is enough to tell.
+    """
+
+    def __init__(self, message: str, of_all_ranks: bool = False) -> None:
+        super().__init__(message)
+        self.of_all_ranks = of_all_ranks
 
 
 class Preempted(SystemExit):

@@ -4,7 +4,8 @@ Used by `ring` and `exchange`; `recipes.breakdown` reads the names. Outside a pr
 torch.profiler.record_function, for the same entry in the trace, 5 us. It also counts as an operator, so that a kernel
 which is launched past torch's operators, from Triton or CuTe, is linked to the range that it was launched in.
 
-Who wants to know how long ranges of one name take, without a profiler, has them `observed`.
+Who wants to know how long ranges of one name take, without a profiler, has them `observed`; who wants to know where
+the process is, for when it stands still, is told by `tell`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch._C._profiler import _RecordFunctionFast  # torch's compiler labels it
 T = TypeVar("T")
 
 _observers: dict[str, Callable[[], None]] = {}
+_follower: Callable[[str, str], None] | None = None
 
 
 def labelled(name: str) -> contextlib.AbstractContextManager[None]:
@@ -36,11 +38,31 @@ def observed(name: str, note: Callable[[], None]) -> Iterator[None]:
         del _observers[name]
 
 
+def follow(follower: Callable[[str, str], None] | None) -> None:
+    """From here on `tell` calls `follower`, on whatever thread; None ends that."""
+    global _follower
+    _follower = follower
+
+
+def tell(kind: str, text: str = "") -> None:
+    """Say where this process is to who follows it: nothing else is done, and nothing where nobody does.
+
+    Args:
+        kind: "stage", which is a stage of a ring, or "wait", which is who is waited for; callers may have others.
+        text: empty once that is over.
+    """
+    if _follower is not None:
+        _follower(kind, text)
+
+
 def numbered(name: str, items: Iterable[T]) -> Iterator[tuple[int, T]]:
-    """`enumerate`, with what is done with each item labelled "NAME NUMBER"."""
+    """`enumerate`, with what is done with each item labelled and told as the stage "NAME NUMBER"."""
     for number, item in enumerate(items):
-        with labelled(f"{name} {number}"):
+        stage = f"{name} {number}"
+        tell("stage", stage)
+        with labelled(stage):
             yield number, item
+    tell("stage")
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ import torch.distributed as torch_dist
 
 from ring_attention.exchange.collectives import (
     all_gather,
+    flight_record,
     group_timeout,
     rank_and_size,
     reduce_scatter,
@@ -37,6 +38,7 @@ __all__ = [
     "P2PExchange",
     "all_gather",
     "choose_transport",
+    "flight_record",
     "group_timeout",
     "mailbox_bytes",
     "make_exchange",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
+from torch._C import _distributed_c10d  # the flight recorder has no public name
 
 # named anew in torch 2.13
 _all_gather = getattr(torch_dist, "all_gather_single", None) or torch_dist.all_gather_into_tensor
@@ -49,6 +51,21 @@ def group_timeout(group: torch_dist.ProcessGroup) -> timedelta:
     """After which a collective of `group` that does not complete ends its rank."""
     device = "cuda" if torch_dist.get_backend(group) == "nccl" else "cpu"
     return group._get_backend(torch.device(device)).options._timeout  # has no public name
+
+
+def flight_record() -> tuple[bytes, list[str]]:
+    """What torch's flight recorder has of this process's collectives and messages.
+
+    Returns (the pickle that `torchfrtrace` reads, a line for each that has not ended).
+    """
+    name = "_dump_nccl_trace" if torch.cuda.is_available() else "_dump_fr_trace"
+    everything = getattr(_distributed_c10d, name)(True, True, False)
+    active = json.loads(getattr(_distributed_c10d, f"{name}_json")(True, True)).get("entries", [])
+    return everything, [
+        f"{entry['profiling_name']} of {entry['process_group'][1]}, {entry['state']}, sizes {entry['input_sizes']}"
+        for entry in active
+        if not entry["retired"]  # gloo's never leave the state that they were scheduled in
+    ]
 
 
 _subgroups: dict[tuple[torch_dist.ProcessGroup, tuple[int, ...]], torch_dist.ProcessGroup] = {}

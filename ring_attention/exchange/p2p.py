@@ -16,7 +16,7 @@ import torch.distributed as torch_dist
 from torch import Tensor
 
 from ring_attention.exchange.collectives import group_timeout, rank_and_size
-from ring_attention.trace import labelled
+from ring_attention.trace import labelled, tell
 
 _WATCH_INTERVAL_S = 1.0
 
@@ -56,11 +56,13 @@ class Hop:
     def wait(self) -> None:
         with labelled("exchange wait"):
             for index, work in enumerate(self._works):
+                move = self._moves[index] if len(self._works) == len(self._moves) else ", ".join(self._moves)
+                tell("wait", f"{self._where}, {move}")
                 try:
                     work.wait()
                 except RuntimeError as error:
-                    move = self._moves[index] if len(self._works) == len(self._moves) else ", ".join(self._moves)
                     raise HopError(f"{self._where}, {move}: {error}") from error
+            tell("wait")
         self._sent.clear()
 
 

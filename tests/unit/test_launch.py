@@ -13,6 +13,7 @@ import torch
 from conf.schema import AttentionConfig, Config, ConfigError, EngineConfig, LaunchConfig, ModelConfig
 from recipes.launch import _explain_failure, _Outcome, count_ranks
 from recipes.processes import signals_deferred
+from recipes.whereabouts import Whereabouts
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +79,15 @@ def test_the_rank_that_failed_first_is_blamed(tmp_path, exit_codes, first_seen, 
     assert _explain_failure(exit_codes, first_seen, outcomes, tmp_path) == (
         f"{blamed}\nthe other ranks were ended; its log: {tmp_path / 'logs' / f'rank_{rank}.log'}"
     )
+
+
+def test_a_killed_rank_is_named_with_where_it_was_and_a_stall_with_all_ranks(tmp_path):
+    (tmp_path / "logs").mkdir()
+    Whereabouts(tmp_path, 1).tell("part", "validation after step 4")
+    message = _explain_failure([0, -9], 1, [], tmp_path)
+    assert message.startswith("rank 1 was ended by SIGKILL (validation after step 4)\nthe other ranks were ended;")
+    (tmp_path / "logs" / "stall.txt").write_text("step 7 was not done\nrank 0\nrank 1\n")
+    assert _explain_failure([0, 1], 1, [], tmp_path) == "step 7 was not done\nrank 0\nrank 1"
 
 
 def test_a_refusal_by_the_ranks_is_shown_alone(tmp_path):

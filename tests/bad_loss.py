@@ -1,0 +1,45 @@
+"""train.py with a loss that is NaN in one step, on one rank: `tests/bad_loss.py BAD_STEP train.py ARGUMENTS...`."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+from unittest import mock
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
+
+from recipes import launch  # noqa: E402
+
+BAD_STEP, BAD_RANK = "BAD_STEP", "1"
+
+
+@dataclass(frozen=True)
+class BadLossTask(launch.RecipeTask):
+    def run(self, run_dir: Path, console: TextIO) -> float:
+        from torch import Tensor
+
+        from recipes.engine import TrainingEngine
+        from recipes.transformer import TokenBatch
+
+        whole = TrainingEngine._loss_sum
+
+        def loss_sum(engine: TrainingEngine, micro_batch: TokenBatch) -> Tensor:
+            is_bad = engine.deepspeed.global_steps + 1 == int(os.environ[BAD_STEP]) and os.environ["RANK"] == BAD_RANK
+            return whole(engine, micro_batch) * (float("nan") if is_bad else 1.0)
+
+        with mock.patch.object(TrainingEngine, "_loss_sum", loss_sum):
+            return super().run(run_dir, console)
+
+
+if __name__ == "__main__":
+    from tests.bad_loss import BadLossTask as Task  # under a name that other processes know it by
+
+    os.environ[BAD_STEP] = sys.argv.pop(1)
+    launch.RecipeTask = Task
+    del sys.argv[0]
+    runpy.run_path(str(REPOSITORY / "train.py"), run_name="__main__")

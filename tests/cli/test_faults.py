@@ -1,0 +1,18 @@
+"""Some of `python -m tests.faults`, which does all, and more often."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tests.faults import FAULTS, run_fault
+
+
+@pytest.mark.parametrize("name", ["stall", "loss", "disk", "shm", "port"])
+def test_a_fault_ends_the_run_with_one_error_and_nothing_is_lost(name: str):
+    fault = FAULTS[name]
+    if fault.needs_root and os.geteuid():
+        pytest.skip("mounts little disks, which takes root")
+    row = run_fault(name, seed=0, tries=1)
+    assert row["survived"] == row["tried"] == fault.times, row["errors"]

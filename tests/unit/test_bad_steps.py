@@ -1,0 +1,60 @@
+"""What a step that was not applied means, and what people are told."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+
+from conf.schema import Config, EngineConfig
+from recipes.bad_steps import MOST_IN_A_ROW, BadSteps
+from recipes.engine import StepResult
+from recipes.ranks import RunFailed
+
+DATA = mock.Mock(last_sha256="abc")
+
+
+def result(loss: float, applied: bool) -> StepResult:
+    return StepResult(torch.tensor(loss), 1.0, torch.tensor(0.0), applied)
+
+
+def bad_steps(policy: str, dtype: str = "bf16", ranks: tuple[int, ...] = (1, 2)) -> BadSteps:
+    plan = mock.Mock(config=Config(engine=EngineConfig(dtype=dtype, on_bad_step=policy)), data_tokens_per_step=1000)
+    return BadSteps(plan, mock.Mock(**{"ranks_of_bad_loss.return_value": list(ranks)}))
+
+
+def test_a_run_stops_with_the_identity_of_the_batch():
+    with pytest.raises(RunFailed) as caught:
+        bad_steps("stop").check(3, result(float("nan"), applied=False), DATA)
+    assert caught.value.of_all_ranks
+    assert str(caught.value) == (
+        "step 3: the loss is nan, that of the tokens of ranks 1, 2; its batch: training tokens 2,000 to 2,999, the "
+        "last sequence with SHA-256 abc\nnothing of it was applied, and checkpoints are of before: the same command "
+        "goes on from there, and with engine.on_bad_step=skip leaves such batches out"
+    )
+
+
+def test_gradients_alone_can_be_bad():
+    told = bad_steps("skip", ranks=()).check(1, result(2.5, applied=False), DATA)
+    assert told is not None
+    assert told.startswith("step 1: the gradients of a loss of 2.5000 are not finite; its batch: training tokens 0 to ")
+    assert told.endswith(": skipped")
+
+
+def test_steps_that_fp16_skips_to_find_its_scale_are_good_unless_their_loss_is_bad():
+    steps = bad_steps("stop", dtype="fp16")
+    assert steps.check(1, result(2.5, applied=False), DATA) is None
+    with pytest.raises(RunFailed, match="the loss is inf"):
+        steps.check(2, result(float("inf"), applied=False), DATA)
+
+
+def test_so_many_in_a_row_are_not_the_batch():
+    steps, bad = bad_steps("skip"), result(float("nan"), applied=False)
+    for step in range(1, MOST_IN_A_ROW):
+        assert steps.check(step, bad, DATA)
+    assert steps.check(MOST_IN_A_ROW, result(1.0, applied=True), DATA) is None
+    for step in range(1, MOST_IN_A_ROW):
+        assert steps.check(step, bad, DATA)
+    with pytest.raises(RunFailed, match="10 steps in a row were skipped, so it is not the batch"):
+        steps.check(MOST_IN_A_ROW, bad, DATA)
