@@ -129,8 +129,9 @@ def _set_own_part(states: WholeStates, name: str, parameter: Any) -> None:
         padded = torch.nn.functional.pad(whole, (0, numel * dist.get_world_size() - whole.numel()))
         return padded[numel * dist.get_rank() :][:numel]
 
-    safe_set_local_fp32_param(parameter, own_part(MASTER))
-    parameter.ds_tensor.copy_(own_part(MASTER))
+    master = own_part(MASTER)
+    safe_set_local_fp32_param(parameter, master)
+    parameter.ds_tensor.copy_(master)
     for kind in MOMENTS if states.num_updates else ():
         safe_set_local_optimizer_state(parameter, own_part(kind), kind)
 

@@ -97,7 +97,6 @@ def train(grid: Grid, dtype: str, run_dir: Path) -> tuple[list[str], list[float]
     [
         # DeepSpeed's own files
         (Grid(RING, 2, 1), Grid(ULYSSES, 2, 1), "fp32"),
-        (Grid(DATA, 2, 3), Grid(CONTIGUOUS, 2, 3), "fp32"),
         (Grid(ULYSSES, 2, 0), Grid(DATA, 4, 0), "fp32"),
         (Grid(RING, 4, 0), Grid(DATA, 2, 0), "bf16"),
         # another number of ranks
