@@ -36,6 +36,7 @@ FREE = (
     "engine.on_bad_step",
     "engine.detect_anomaly",
     "engine.recompute",
+    "attention.transport",
     "explain",
     "profile",
     "memory_snapshot",
