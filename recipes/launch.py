@@ -314,6 +314,7 @@ def _launched_rank(
     except KeyboardInterrupt:  # all is closed
         die_of_sigint()
     outcomes.put(_Outcome(rank, result))
+    os._exit(0)  # all is closed; libraries' threads that live on while Python ends can abort it (apache/arrow#45214)
 
 
 def _received(outcomes: SimpleQueue[_Outcome]) -> list[_Outcome]:

@@ -97,13 +97,15 @@ def watched(config: LaunchConfig, run_dir: Path, rank: int, num_ranks: int, cons
             if complaint:
                 _end(complaint, run_dir, rank, num_ranks, console)
 
-    threading.Thread(target=look, daemon=True, name="watchdog").start()
+    thread = threading.Thread(target=look, daemon=True, name="watchdog")
+    thread.start()
     trace.follow(follow)
     try:
         yield
     finally:
         trace.follow(None)
         ended.set()
+        thread.join()  # one that lived on while Python ends could abort the process
     record_path(run_dir, rank).unlink()  # there is nothing to explain
 
 
