@@ -43,7 +43,7 @@ def full_disk_explained(run_dir: Path, rank: int) -> Iterator[None]:
 
 def _reason(error: BaseException) -> str | None:
     """Of an error that says it itself."""
-    if "shared memory" in str(error) or "/dev/shm" in str(error):
+    if any(words in str(error) for words in ("/dev/shm", "shared memory object", "shared memory(shm)")):
         return f"/dev/shm has no room: {error}"
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         return f"{error.strerror}{f': {error.filename}' if error.filename else ''}"

@@ -383,10 +383,13 @@ def _run_rank(task: Task, run_dir: Path, init_method: str | None) -> float:
 
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
+    has_parent = init_method is not None  # of ours, which tells people how ranks have ended
     if meeting := os.environ.get(MEETING):
         Path(meeting).mkdir(mode=0o700, exist_ok=True)
         init_method = f"file://{meeting}/meeting"
     init_distributed(init_method, task.config.launch.timeout_s)
+    if rank == 0:
+        forget(run_dir)  # a launcher that is not ours does not
     shared = [task, run_dir]
     dist.broadcast_object_list(shared, src=0)
     task, run_dir = shared
@@ -395,7 +398,7 @@ def _run_rank(task: Task, run_dir: Path, init_method: str | None) -> float:
     with (
         _output_to(run_dir / LOGS_DIR / f"rank_{rank}.log") as console,
         full_disk_explained(run_dir, rank),
-        watched(launch, run_dir, rank, num_ranks, console=console if init_method is None else None),
+        watched(launch, run_dir, rank, num_ranks, console=None if has_parent else console),
     ):
         result = task.run(run_dir, console)
         dist.destroy_process_group()

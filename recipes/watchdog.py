@@ -30,6 +30,7 @@ NUM_STEPS_OF_MEDIAN = 50
 MIN_STEPS = 5  # before a median says anything; the first step, which compiles and allocates, is not among them
 _LOOK_INTERVAL_S = 0.5
 _LAST_WORDS_S = 2.0  # for the other ranks to write their own logs
+_MOST_WORDS_S = 15.0
 
 
 class StepTimer:
@@ -111,6 +112,17 @@ def watched(config: LaunchConfig, run_dir: Path, rank: int, num_ranks: int, cons
 
 def _end(complaint: str, run_dir: Path, rank: int, num_ranks: int, console: TextIO | None) -> None:
     """Write down what is known, and leave: a thread that is stuck in a collective can raise nothing."""
+    # also if the disk that the words go to is what stands still
+    last_resort = threading.Timer(_MOST_WORDS_S, os._exit, (1,))
+    last_resort.daemon = True
+    last_resort.start()
+    try:
+        _say(complaint, run_dir, rank, num_ranks, console)
+    finally:
+        os._exit(1)
+
+
+def _say(complaint: str, run_dir: Path, rank: int, num_ranks: int, console: TextIO | None) -> None:
     lines = [complaint, *all_places(run_dir, num_ranks, time.time())]
     text = "\n".join([*lines, f"stacks of all threads and pending collectives are in {run_dir / LOGS_DIR}/rank_*.log"])
     try:
@@ -127,4 +139,3 @@ def _end(complaint: str, run_dir: Path, rank: int, num_ranks: int, console: Text
     if is_first and console:
         print(f"error: {text}", file=console, flush=True)
     time.sleep(_LAST_WORDS_S if is_first else 2 * _LAST_WORDS_S)  # who leaves makes the launcher end all
-    os._exit(1)

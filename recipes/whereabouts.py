@@ -7,6 +7,7 @@ parent looks here when a rank has died. `watchdog` writes the records, and looks
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import socket
@@ -33,7 +34,12 @@ class Whereabouts:
         try:
             # a write through the map of a byte that the disk has no room for would kill the rank (SIGBUS)
             os.posix_fallocate(descriptor, 0, _RECORD_BYTES)
-            self._bytes = mmap.mmap(descriptor, _RECORD_BYTES)
+            try:
+                self._bytes = mmap.mmap(descriptor, _RECORD_BYTES)
+            except OSError as error:
+                if error.errno != errno.ENODEV:
+                    raise
+                self._bytes = mmap.mmap(-1, _RECORD_BYTES)  # a file system without shared maps: nobody else sees it
         finally:
             os.close(descriptor)
         self._owner = f"{os.getpid()}\t{socket.gethostname()}"
@@ -90,7 +96,7 @@ class Place:
             return ""
         try:
             state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except FileNotFoundError:
+        except (FileNotFoundError, ProcessLookupError):
             return "its process is gone"
         return {
             "T": "its process is stopped by a signal",

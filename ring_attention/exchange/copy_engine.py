@@ -16,7 +16,7 @@ in a circle here either. A hop that nobody waited for, after an exception, is co
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib
 import socket
 import warnings
 from collections.abc import Sequence
@@ -122,8 +122,10 @@ class Lane:
         """
         if device.type != "cuda" or torch.version.cuda is None:
             raise ValueError(f"transport=copy_engine needs NVIDIA GPUs, but the tensors are on {device.type}: use p2p")
-        if importlib.util.find_spec("cuda") is None:
-            return "the package cuda.bindings is not installed"
+        try:
+            importlib.import_module("cuda.bindings.driver")
+        except ImportError as error:
+            return f"cuda.bindings, which PyTorch for CUDA brings, cannot be imported ({error})"
         others = {*range(torch.cuda.device_count())} - {device.index}
         if unreached := [other for other in sorted(others) if not torch.cuda.can_device_access_peer(device, other)]:
             return f"GPU {device.index} cannot access the memory of GPU {', '.join(map(str, unreached))}"
@@ -279,7 +281,13 @@ class SymmetricMemory:
         torch.cuda.empty_cache()  # it comes straight from the driver, which does not ask PyTorch for what it keeps
         self._own = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device).zero_()
         torch.cuda.synchronize(device)
-        self._handle = symmetric_memory.rendezvous(self._own, group)
+        try:
+            self._handle = symmetric_memory.rendezvous(self._own, group)
+        except RuntimeError as error:
+            raise ValueError(
+                f"transport=copy_engine: ranks of this host cannot share GPU memory ({error}): use p2p "
+                "(attention.transport=p2p)"
+            ) from error
         ranks = range(self._handle.world_size)
         # these own nothing: what they show lives as long as the two above
         self.of_ranks = [self._handle.get_buffer(rank, (num_bytes,), torch.uint8) for rank in ranks]
