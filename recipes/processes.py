@@ -107,10 +107,11 @@ def die_of_sigint() -> NoReturn:
 def end_rank_0_last(processes: list[BaseProcess]) -> None:
     """After Ctrl-C: the others end at once, the first when it has closed its files and its wandb run."""
     first, *others = processes
-    end_all(others)
+    # before the others end: the first, whose collective fails then, would be interrupted while it closes all that
     if first.pid is not None and first.is_alive():
         os.kill(first.pid, signal.SIGINT)  # one more than a terminal's, which nobody waits for
-        first.join(UNWINDING_S + 1)
+    end_all(others)
+    first.join(UNWINDING_S + 1)
 
 
 def end_all(processes: list[BaseProcess]) -> None:
