@@ -82,9 +82,7 @@ class AttentionConfig:
 
     method: str = "ring"  # ring | ulysses | hybrid | all_gather | local | auto (chosen by arithmetic: explain=true)
     layout: str = "zigzag"  # zigzag | contiguous
-    transport: str = (
-        "auto"  # p2p (NCCL, gloo) | copy_engine (NVIDIA GPUs of a host, p2p between) | auto: that where it can
-    )
+    transport: str = "auto"  # p2p (NCCL, gloo) | copy_engine (NVIDIA GPUs; p2p between hosts) | auto: by the device
     block: str = "auto"  # auto | flash_attn_4 | ffpa | cudnn | aten_flash | mem_efficient | cpu_flash | reference
     intra_host_gb_per_s: Optional[float] = None  # for auto: a rank's link within a host; unset: 280 (NVLink), CPU 2
     inter_host_gb_per_s: Optional[float] = None  # for auto: a rank's link between hosts; unset: 45 (400 Gb/s), CPU 1
