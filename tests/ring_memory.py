@@ -89,7 +89,7 @@ def measure_ring(num_layers: int, local_length: int, dtype: torch.dtype, num_ran
         for _ in range(num_layers):
             k, v = torch.stack((out[:, :, :NUM_KV_HEADS], out[:, :, NUM_KV_HEADS:])).unbind(0)
             out = attention.forward(out, k, v, 0)  # MemTracker takes no second call of a module
-        del k, v
+            del k, v
         kept, forward_peak = total(tracker, "current"), total(tracker, "peak")
         out.backward(torch.ones_like(out))
         peak = total(tracker, "peak")
@@ -99,7 +99,9 @@ def measure_ring(num_layers: int, local_length: int, dtype: torch.dtype, num_ran
 
 def fullest_of(ranks: list[RingMemory]) -> RingMemory:
     """The largest of each number."""
-    largest = {name: max(getattr(rank, name) for rank in ranks) for name in ("kept", "forward_peak", "peak", "keys_received")}
+    largest = {
+        name: max(getattr(rank, name) for rank in ranks) for name in ("kept", "forward_peak", "peak", "keys_received")
+    }
     return replace(ranks[0], **largest)
 
 
