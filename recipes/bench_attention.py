@@ -95,7 +95,7 @@ def bench_attention(plan: Plan, run_dir: Path, reporter: Reporter | None) -> flo
         makers = {method: partial(_of_method, plan, method, plan.transport) for method in METHODS}
         if plan.transport != "p2p":
             makers |= {"ring, p2p": partial(_of_method, plan, "ring", "p2p")}
-        makers |= {name: partial(_of_peer, name, length, model.num_kv_heads, device) for name in PEERS}
+        makers |= {name: partial(_of_peer, name, length) for name in PEERS}
         expected = ideal.forward()
         for name, make in makers.items():
             try:
@@ -195,8 +195,6 @@ def _of_method(
 def _of_peer(
     peer: str,
     length: int,
-    num_kv_heads: int,
-    device: torch.device,
     groups: ParallelGroups,
     whole: Shards,
     expected: Tensor,
@@ -207,7 +205,7 @@ def _of_peer(
     Raises:
         ValueError: if it cannot run here.
     """
-    other, rank = PEERS[peer](groups, length, num_kv_heads, device), groups.get_sequence_parallel_rank()
+    other, rank = PEERS[peer](groups, length, BlockSpec.of(*whole[:3])), groups.get_sequence_parallel_rank()
     q, k, v, dout = (other.layout.shard(x, rank, dim=1).contiguous() for x in whole)
     share = 1 / groups.sequence_degree
     contender = _of_module(lambda q, k, v, _: other.attend(q, k, v), (q, k, v, dout), name, "", share)
