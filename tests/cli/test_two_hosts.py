@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.cli.program import ENDS_WITHIN_S, PLAIN, Finished, Program, Running
@@ -56,14 +57,19 @@ def by_torchrun(program: Program, hosts: Hosts, *arguments: str) -> Iterator[lis
         ]
 
 
-# A stand-in, for there is no SLURM here: what srun does with one task on each host, and its exit code.
+# A stand-in, for there is no SLURM here: what srun does with one task on each host, and its exit code. The first task
+# that ends badly makes it kill the other, at once, which is as hard as it can be.
 SRUN = """#!/bin/bash
 [ "$1" = --kill-on-bad-exit=1 ] || exit 2
 export SLURM_LOCALID=0 SLURM_STEP_NUM_TASKS=2 SLURM_STEP_TASKS_PER_NODE="1(x2)" SLURM_STEP_NODELIST={nodes}
 SLURM_PROCID=0 ip netns exec {first} "${{@:2}}" & tasks=$!
 SLURM_PROCID=1 ip netns exec {second} "${{@:2}}" & tasks="$tasks $!"
 worst=0
-for task in $tasks; do wait $task; code=$?; [ $code -gt $worst ] && worst=$code; done
+for task in $tasks; do
+    wait -n $tasks; code=$?
+    [ $code -gt $worst ] && worst=$code
+    [ $code -gt 0 ] && kill -9 $tasks 2>/dev/null
+done
 exit $worst
 """
 SCONTROL = '#!/bin/bash\necho "scontrol $*"\n'
@@ -130,16 +136,29 @@ def test_torchruns_two_hosts_compute_as_one_and_end_when_their_cable_is_cut_and_
     assert re.search(f"^going on after step {last}$", ended[0].stdout, re.MULTILINE)
 
 
+def tasks(running: Running) -> list[psutil.Process]:
+    """The ranks that srun has started."""
+    lines = [(process, process.cmdline()) for process in running.family()]
+    return [process for process, line in lines if "train.py" in line and "python" in line[0]]
+
+
 def test_two_hosts_of_slurm_compute_as_one_and_a_job_told_to_end_saves_and_is_queued_again(program, hosts, plain_run):
     with by_sbatch(program, hosts, *JOB) as running:
         running.until(lambda: len(losses(running.run_dir)) >= 8)
-        for process in running.family():
-            if "train.py" in process.cmdline() and "python" in process.cmdline()[0]:
-                process.send_signal(signal.SIGUSR1)
+        for task in tasks(running):
+            task.send_signal(signal.SIGUSR1)
         result = running.finish()
         running.assert_nothing_is_left()
     assert "2 ring" in result.stdout
     assert_first_losses_are_of_one_host(result.run_dir, plain_run)
-    assert result.exit_code == 143, result.stderr
+    assert result.exit_code in (143, 137), result.stderr  # whether srun had to kill the second
     assert result.stdout.endswith("scontrol requeue 77\n")
     assert list((result.run_dir / "checkpoints").glob("step_*"))
+
+    with by_sbatch(program, hosts, *JOB) as running:
+        for task in running.until(lambda: len(found := tasks(running)) == 2 and found):
+            task.send_signal(signal.SIGTERM)  # before it trains
+        result = running.finish()
+        running.assert_nothing_is_left()
+    assert result.exit_code in (143, 137), result.stderr
+    assert "scontrol" not in result.stdout
