@@ -64,7 +64,7 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
         if reporter:
             reporter.say(f"step {step}: checkpoint in {time.perf_counter() - started:.2f} s")
 
-    watch, bad_steps = Watch(plan.has_ring), BadSteps(plan, engine)
+    watch, bad_steps = Watch(plan.has_ring), BadSteps(plan, engine, run_dir)
     losses: list[float] = []  # of the logged steps
     step_times_s: list[float] = []
     validation_loss = float("nan")
