@@ -220,8 +220,8 @@ def start(task: Task, num_ranks: int, run_dir: Path) -> float:
     """Run the task in ranks of our own, or as one of those that a launcher has started: rank 0's is used by all.
 
     Raises:
-        RunFailed: if a rank that we started failed, or this one of a launcher's. If all of a launcher's raise it, rank 0
-            has told people.
+        RunFailed: if a rank that we started failed, or this one of a launcher's. If all of those raise it, rank 0
+            has told people of it.
     """
     if ranks_are_started():
         meeting = os.environ.get(MEETING)

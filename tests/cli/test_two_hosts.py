@@ -1,7 +1,8 @@
-"""The main job over two hosts, by torchrun and as srun starts it; the cable between them is cut, and it goes on."""
+"""The main job over two hosts, by torchrun, DeepSpeed's launcher and srun; their cable is cut, and it goes on."""
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -9,7 +10,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -31,9 +32,24 @@ def hosts() -> Iterator[Hosts]:
         yield made
 
 
+def torchrun(hosts: Hosts, host: int) -> list[str]:
+    address = f"--master-addr={hosts.addresses[0]}"
+    return [TORCHRUN, "--nnodes=2", f"--node-rank={host}", "--nproc-per-node=1", address, "--master-port=29500"]
+
+
+def deepspeed(hosts: Hosts, host: int) -> list[str]:
+    """What `deepspeed --hostfile=FILE --no_local_rank` has pdsh start on each host: DeepSpeed's PDSHRunner."""
+    world = base64.urlsafe_b64encode(json.dumps({name: [0] for name in hosts.names}).encode()).decode()
+    to_each = [f"--world_info={world}", f"--node_rank={host}"]
+    address = [f"--master_addr={hosts.addresses[0]}", "--master_port=29500"]
+    return [sys.executable, "-u", "-m", "deepspeed.launcher.launch", *to_each, *address, "--no_local_rank"]
+
+
 @contextlib.contextmanager
-def by_torchrun(program: Program, hosts: Hosts, *arguments: str) -> Iterator[list[Running]]:
-    """torchrun on both hosts; the run dir is on a disk that they share."""
+def on_both(
+    program: Program, hosts: Hosts, launcher: Callable[[Hosts, int], list[str]], *arguments: str
+) -> Iterator[list[Running]]:
+    """The launcher on both hosts; the run dir is on a disk that they share."""
     with contextlib.ExitStack() as stack:
         yield [
             stack.enter_context(
@@ -41,16 +57,9 @@ def by_torchrun(program: Program, hosts: Hosts, *arguments: str) -> Iterator[lis
                     *arguments,
                     f"hydra.run.dir={program.folder / 'shared'}",
                     name=f"host_{host}",
-                    launcher=hosts.command(
-                        host,
-                        TORCHRUN,
-                        "--nnodes=2",
-                        f"--node-rank={host}",
-                        "--nproc-per-node=1",
-                        f"--master-addr={hosts.addresses[0]}",
-                        "--master-port=29500",
-                    ),
+                    launcher=hosts.command(host, *launcher(hosts, host)),
                     GLOO_SOCKET_IFNAME=CABLE,
+                    DS_ACCELERATOR="cpu",
                 )
             )
             for host in (0, 1)
@@ -110,7 +119,7 @@ def losses(run_dir: Path) -> list[float]:
 
 def test_torchruns_two_hosts_compute_as_one_and_end_when_their_cable_is_cut_and_go_on(program, hosts, plain_run):
     shared = program.folder / "shared"
-    with by_torchrun(program, hosts, *JOB, f"launch.timeout_s={TIMEOUT_S}") as both:
+    with on_both(program, hosts, torchrun, *JOB, f"launch.timeout_s={TIMEOUT_S}") as both:
         both[0].until(lambda: len(losses(shared)) >= 8 and (shared / "checkpoints" / "step_00000005").exists())
         for running in both:
             running.family()
@@ -130,10 +139,18 @@ def test_torchruns_two_hosts_compute_as_one_and_end_when_their_cable_is_cut_and_
         assert re.search(rf"Timed out waiting {TIMEOUT_S}000ms for|HopError", result.stderr)
     assert seconds < 2 * TIMEOUT_S + ENDS_WITHIN_S
     last = max(int(path.name[5:]) for path in (shared / "checkpoints").glob("step_*"))
-    with by_torchrun(program, hosts, *JOB, f"num_steps={last + 2}") as both:
+    with on_both(program, hosts, torchrun, *JOB, f"num_steps={last + 2}") as both:
         ended = [running.finish() for running in both]
     assert [result.exit_code for result in ended] == [0, 0], ended[0].stderr + ended[1].stderr
     assert re.search(f"^going on after step {last}$", ended[0].stdout, re.MULTILINE)
+
+
+def test_two_hosts_of_deepspeeds_launcher_compute_as_one(program, hosts, plain_run):
+    with on_both(program, hosts, deepspeed, *PLAIN, "num_steps=8") as both:
+        ended = [running.finish() for running in both]
+    assert [result.exit_code for result in ended] == [0, 0], ended[0].stderr + ended[1].stderr
+    assert "2 ring" in ended[0].stdout
+    assert_first_losses_are_of_one_host(program.folder / "shared", plain_run)
 
 
 def tasks(running: Running) -> list[psutil.Process]:
