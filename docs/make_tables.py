@@ -280,6 +280,26 @@ def precision_table(name: str) -> str:
     return "\n".join(lines)
 
 
+def ring_memory_table() -> str:
+    """Of attention alone, by the number of ranks; layers and ranks leave what one layer works with as it is."""
+    rows = json.loads((RESULTS / "ring_memory_cpu.json").read_text())
+    lines = [
+        "| ranks | L | dtype | kept, 1 / 4 layers, KiB | beyond it, forward, KiB | and backward, 1 / 4 layers, KiB | "
+        "received K,V alive, blocks |",
+        "|---" * 7 + "|",
+    ]
+    for one, four in zip(rows[::3], rows[2::3], strict=True):  # layers: 1, 2, 4
+        beyond = [(row["peak"] - row["kept"]) / 1024 for row in (one, four)]
+        num_ranks, dtype = one["num_ranks"], one["dtype"].removeprefix("torch.")
+        lines.append(
+            f"| {num_ranks} | {num_ranks * one['local_length']:,} | {dtype} | "
+            f"{one['kept'] / 1024:,.0f} / {four['kept'] / 1024:,.0f} | "
+            f"{(four['forward_peak'] - four['kept']) / 1024:,.0f} | {beyond[0]:,.0f} / {beyond[1]:,.0f} | "
+            f"{four['keys_received'] / four['block']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
 def fuzz_table() -> str:
     summary = json.loads((RESULTS / "fuzz_cpu.json").read_text())
     lines = [
@@ -302,6 +322,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "precision cpu": lambda: precision_table("precision_cpu.json"),
     "precision gpu": lambda: precision_table("precision_H200.json"),
     "fuzz": fuzz_table,
+    "ring memory": ring_memory_table,
     "paper 10k forward": lambda: comparison_table("paper_10k_forward_2xH200.json"),
     "paper 100k forward": lambda: comparison_table("paper_100k_forward_2xH200.json"),
     "paper 10k pretrain": lambda: comparison_table("paper_10k_pretrain_2xH200.json"),
