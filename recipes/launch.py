@@ -220,16 +220,30 @@ def start(task: Task, num_ranks: int, run_dir: Path) -> float:
     """Run the task in ranks of our own, or as one of those that a launcher has started: rank 0's is used by all.
 
     Raises:
-        RunFailed: if a rank that we started failed, or this one ran out of memory.
+        RunFailed: if a rank that we started failed, or this one of a launcher's. If all of those raise it, rank 0
+            has told people of it.
     """
     if ranks_are_started():
         meeting = os.environ.get(MEETING)
         try:
             return _run_rank(task, run_dir, init_method=None)
+        except RunFailed as error:
+            if error.of_all_ranks:
+                _told_by_the_first(error)
+            raise
         finally:
             if meeting:  # of this run alone, which is over if one rank's part is
                 shutil.rmtree(meeting, ignore_errors=True)
     return launch(task, num_ranks, run_dir)
+
+
+def _told_by_the_first(error: RunFailed) -> None:
+    """No rank goes before rank 0, which has had files to close, has told people: the launcher would end it."""
+    import deepspeed.comm as dist
+
+    if dist.get_rank() == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    dist.barrier()
 
 
 def launch(task: Task, num_ranks: int, run_dir: Path) -> float:
