@@ -42,8 +42,8 @@ FREE = (
     "memory_snapshot",
     "breakdown",
 )
-# fields that say who computes what, and how much at once: sums come in another order, so results differ by rounding. All but the last two
-# leave DeepSpeed's files as they are, for it cuts states over all data x sequence ranks
+# fields that say who computes what, and how much at once: sums come in another order, so results differ by rounding.
+# All but the last two leave DeepSpeed's files as they are, for it cuts states over all data x sequence ranks
 ARRANGEMENT = (
     "attention.",
     "parallelism.data_degree",

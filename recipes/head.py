@@ -41,8 +41,9 @@ class Head(nn.Linear):
 def tiled_cross_entropy_sum(x_BSE: Tensor, weight_VE: Tensor, labels_BS: Tensor, tile_tokens: int) -> Tensor:
     """`cross_entropy_sum` of the logits x W^T, which exist for `tile_tokens` tokens at a time, forward and backward.
 
-    The gradients are computed at once, in the forward pass: the logits would else have to be computed again. The
-    weight's is summed over tiles in fp32 (fp64 in fp64) and rounded once, as that of one product would be.
+    The gradients are computed at once, in the forward pass: the logits would else have to be computed again. Until
+    the backward pass brings the factor they stay in fp32 (fp64 in fp64), the weight's as the sum over tiles; then they
+    are rounded once, as those of all logits are.
 
     Args:
         x_BSE: in the weight's dtype.
@@ -58,13 +59,13 @@ class _TiledCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, x_TE: Tensor, weight_VE: Tensor, labels_T: Tensor, tile_tokens: int) -> Tensor:
         sum_dtype = torch.promote_types(weight_VE.dtype, torch.float32)
         loss = x_TE.new_zeros((), dtype=sum_dtype)
-        dx_TE = torch.empty_like(x_TE) if ctx.needs_input_grad[0] else None
+        dx_TE = torch.zeros_like(x_TE, dtype=sum_dtype) if ctx.needs_input_grad[0] else None
         dweight_VE = torch.zeros_like(weight_VE, dtype=sum_dtype) if ctx.needs_input_grad[1] else None
         for start in range(0, len(x_TE), tile_tokens):
             tile = slice(start, start + tile_tokens)
             loss += _tile(x_TE[tile], weight_VE, labels_T[tile], None if dx_TE is None else dx_TE[tile], dweight_VE)
         ctx.save_for_backward(dx_TE, dweight_VE)
-        ctx.weight_dtype = weight_VE.dtype
+        ctx.dtype = weight_VE.dtype
         return loss
 
     @staticmethod
@@ -73,15 +74,15 @@ class _TiledCrossEntropy(torch.autograd.Function):
         dx_TE, dweight_VE = ctx.saved_tensors
         factor = grad_outputs[0]
         return (
-            None if dx_TE is None else _scaled(dx_TE, factor, dx_TE.dtype),
-            None if dweight_VE is None else _scaled(dweight_VE, factor, ctx.weight_dtype),
+            None if dx_TE is None else _scaled(dx_TE, factor, ctx.dtype),
+            None if dweight_VE is None else _scaled(dweight_VE, factor, ctx.dtype),
             None,
             None,
         )
 
 
 def _tile(x_TE: Tensor, weight_VE: Tensor, labels_T: Tensor, dx_TE: Tensor | None, dweight_VE: Tensor | None) -> Tensor:
-    """The loss of one tile, a scalar; writes its `dx_TE`, and adds to `dweight_VE`.
+    """The loss of one tile, a scalar; adds to `dx_TE`, which is the tile's own, and to `dweight_VE`.
 
     A function of its own, so that its logits are gone before the next tile's come.
     """
@@ -92,7 +93,7 @@ def _tile(x_TE: Tensor, weight_VE: Tensor, labels_T: Tensor, dx_TE: Tensor | Non
         loss = cross_entropy_sum(logits_TV.requires_grad_(), labels_T)
     (dlogits_TV,) = torch.autograd.grad(loss, logits_TV)
     if dx_TE is not None:
-        torch.mm(dlogits_TV, weight_VE, out=dx_TE)
+        _add_product_(dx_TE, dlogits_TV, weight_VE)
     if dweight_VE is not None:
         _add_product_(dweight_VE, dlogits_TV.T, x_TE)
     return loss.detach()
@@ -103,9 +104,9 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
     if a.is_cuda and a.dtype != total.dtype:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)  # pyright: ignore[reportCallIssue]
     else:  # the CPU has no such product
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), out=total)
 
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * factor, rounded to `dtype` once; a factor without dims would be rounded itself before."""
+    """gradient * factor, rounded to `dtype` once."""
     return torch.mul(gradient, factor.reshape(1), out=torch.empty_like(gradient, dtype=dtype))
