@@ -76,7 +76,8 @@ def test_tiles_cost_no_precision(dtype: torch.dtype):
     exact = loss_and_gradients(x.double(), weight.double(), labels, 0)
     tiled, whole = (loss_and_gradients(x, weight, labels, tokens) for tokens in (1, 0))
     assert [tensor.dtype for tensor in tiled] == [torch.float32, dtype, dtype]
-    for ours, one_product, expected in zip(tiled, whole, exact, strict=True):
+    assert relative_error(tiled[0], exact[0]) < 1e-4
+    for ours, one_product, expected in zip(tiled[1:], whole[1:], exact[1:], strict=True):
         assert relative_error(ours, expected) < 1.05 * relative_error(one_product, expected)
 
 
