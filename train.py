@@ -89,7 +89,7 @@ def run_as_one_rank(arguments: list[str]) -> None:
     except (ConfigError, CompactHydraException) as error:
         sys.exit(f"error: {explain(error)}" if os.environ["LOCAL_RANK"] == "0" else 1)
     except RunFailed as error:
-        if not error.of_all_ranks or os.environ["RANK"] == "0":
+        if not error.of_all_ranks:  # that is told
             print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(1)  # at once: NCCL's own end can wait for a peer, which the launcher ends after this
 

@@ -153,6 +153,41 @@ def attention_table(names: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
+def host_table(names: dict[str, str]) -> str:
+    """What recipe=bench_attention measured, and how much of it until the host had issued the calls."""
+    lines = [
+        "| L | contender | forward: ms (min - max) | host ms | of ideal | with backward: ms (min - max) | host ms "
+        "| of ideal |",
+        "|---" * 8 + "|",
+    ]
+    for length, name in names.items():
+        for row in json.loads((RESULTS / name).read_text())["rows"]:
+            cells = [length, row["name"]]
+            for kind in ("forward", "forward_backward"):
+                at = row[kind]
+                cells.append(f"{at['ms']:.2f} ({at['min_ms']:.2f} - {at['max_ms']:.2f})")
+                cells += [f"{at['host_ms']:.2f}", f"{at['ideal_pct']:.1f} %"]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def block_speeds_table() -> str:
+    """What tests.block_speeds measured: TFLOP/s forward / backward."""
+    rows = json.loads((RESULTS / "block_speeds_H200.json").read_text())["rows"]
+    kernels = list(dict.fromkeys(row["kernel"] for row in rows))
+    lines = ["| head size | tokens | " + " | ".join(kernels) + " |", "|---" * (2 + len(kernels)) + "|"]
+    for head_dim, length in dict.fromkeys((row["head_dim"], row["length"]) for row in rows):
+        speeds = {
+            row["kernel"]: f"{row['forward']['tflops']:.0f} / {row['backward']['tflops']:.0f}"
+            for row in rows
+            if (row["head_dim"], row["length"]) == (head_dim, length)
+        }
+        lines.append(
+            f"| {head_dim} | {length:,} | " + " | ".join(speeds.get(name, "refuses") for name in kernels) + " |"
+        )
+    return "\n".join(lines)
+
+
 def steps_table(name: str) -> str:
     """What +experiment=bench_step measured, also with causal attention counted in full."""
     comparison = json.loads((RESULTS / name).read_text())
@@ -280,6 +315,26 @@ def precision_table(name: str) -> str:
     return "\n".join(lines)
 
 
+def ring_memory_table() -> str:
+    """Of attention alone, by the number of ranks; layers and ranks leave what one layer works with as it is."""
+    rows = json.loads((RESULTS / "ring_memory_cpu.json").read_text())
+    lines = [
+        "| ranks | L | dtype | kept, 1 / 4 layers, KiB | beyond it, forward, KiB | and backward, 1 / 4 layers, KiB | "
+        "received K,V alive, blocks |",
+        "|---" * 7 + "|",
+    ]
+    for one, four in zip(rows[::3], rows[2::3], strict=True):  # layers: 1, 2, 4
+        beyond = [(row["peak"] - row["kept"]) / 1024 for row in (one, four)]
+        num_ranks, dtype = one["num_ranks"], one["dtype"].removeprefix("torch.")
+        lines.append(
+            f"| {num_ranks} | {num_ranks * one['local_length']:,} | {dtype} | "
+            f"{one['kept'] / 1024:,.0f} / {four['kept'] / 1024:,.0f} | "
+            f"{(four['forward_peak'] - four['kept']) / 1024:,.0f} | {beyond[0]:,.0f} / {beyond[1]:,.0f} | "
+            f"{four['keys_received'] / four['block']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
 def fuzz_table() -> str:
     summary = json.loads((RESULTS / "fuzz_cpu.json").read_text())
     lines = [
@@ -302,6 +357,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "precision cpu": lambda: precision_table("precision_cpu.json"),
     "precision gpu": lambda: precision_table("precision_H200.json"),
     "fuzz": fuzz_table,
+    "ring memory": ring_memory_table,
     "paper 10k forward": lambda: comparison_table("paper_10k_forward_2xH200.json"),
     "paper 100k forward": lambda: comparison_table("paper_100k_forward_2xH200.json"),
     "paper 10k pretrain": lambda: comparison_table("paper_10k_pretrain_2xH200.json"),
@@ -317,7 +373,15 @@ TABLES: dict[str, Callable[[], str]] = {
     "transports 100k": lambda: turns_table(
         "transports_100k_forward_2xH200.jsonl", ["ra_sp", "ra_copies", "dp"], baseline="dp"
     ),
-    "pp 10k pretrain": lambda: turns_table("pp_10k_pretrain_2xH200.jsonl", ["pp"], baseline="pp"),
+    "rivals 10k forward": lambda: comparison_table("rivals_10k_forward_2xH200.json"),
+    "rivals 100k forward": lambda: comparison_table("rivals_100k_forward_2xH200.json"),
+    "rivals 10k pretrain": lambda: comparison_table("rivals_10k_pretrain_2xH200.json"),
+    "rivals 100k pretrain": lambda: turns_table(
+        "rivals_100k_pretrain_2xH200.jsonl", ["tp_pp", "pp", "ra_sp", "dp"], baseline="tp_pp"
+    ),
+    "short": lambda: host_table({f"{n:,}": f"attention_{n}_2xH200.json" for n in (2048, 4096, 8192)}),
+    "simulated": lambda: host_table({"65,536": "simulated_65536_H200.json"}),
+    "block speeds": block_speeds_table,
     "steps": lambda: steps_table("layers_8b_131072_pretrain_2xH200.json"),
     "ceilings": lambda: ceilings_table("ceilings_paper_10k_H200.json", "ceilings_paper_100k_H200.json"),
     "llama 1b": lambda: throughput_table(

@@ -8,7 +8,10 @@
 #   forward    the paper's table, forward passes, both workloads          blocks     each block kernel's speed, on one GPU
 #   training   the same, training                                         ceilings   matrix products and attention alone
 #   pipeline   its rows of PP=2                                           copies     RA+SP with both transports, in turns
-#   step       training at L = 131,072 beside its parts
+#   step       training at L = 131,072 beside its parts                   short      attention alone at 2k to 8k tokens
+#   rivals_10k, rivals_100k: RA+SP, TP=2, PP=2 and DP, both recipes       sanitizer  memory and races of our kernels, on one GPU
+#   faults     a stopped rank                                             heads_512  attention alone with heads of 512
+#   parts_10k  where training on paper_10k goes, by ring attention and DP
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(realpath "$1"); shift
@@ -26,6 +29,10 @@ compare() { # compare SECONDS NAME OVERRIDES...
   limited "$seconds" 14 "$name" python3 train.py recipe=compare +experiment=paper_table compare.steps_per_round=1 \
     hydra.run.dir="$out/runs/$name" "$@"
   cp "$out/runs/$name/comparison.json" "$out/$name.json" 2> /dev/null
+}
+rivals() { # rivals SECONDS RECIPE WORKLOAD MICRO_BATCH_SIZES ROUNDS
+  compare "$1" "rivals_$3_$2" compare.recipe="$2" workload="$3" compare.micro_batch_sizes="$4" compare.rounds="$5" \
+    compare.only=[tp_pp,pp,ra_sp,dp] breakdown=false
 }
 bench() { # bench SECONDS NAME LENGTH OVERRIDES...
   local seconds=$1 name=$2 length=$3; shift 3
@@ -47,10 +54,15 @@ for stage in "$@"; do
     training)
       compare 420 training_10k compare.recipe=pretrain compare.micro_batch_sizes=[1,2]
       compare 420 training_100k compare.recipe=pretrain workload=paper_100k compare.rounds=2 ;;
-    pipeline)
-      compare 120 forward_100k_pp workload=paper_100k compare.micro_batch_sizes=[1] compare.only=[pp] compare.baseline=pp compare.rounds=2 breakdown=false
-      compare 170 training_100k_pp compare.recipe=pretrain workload=paper_100k compare.micro_batch_sizes=[1] compare.only=[pp] compare.baseline=pp compare.rounds=2 breakdown=false
-      compare 170 training_10k_pp compare.recipe=pretrain compare.only=[pp] compare.baseline=pp compare.micro_batch_sizes=[1,2] compare.rounds=2 breakdown=false ;;
+    rivals_10k)
+      rivals 200 forward paper_10k [1,2] 2
+      rivals 380 pretrain paper_10k [1,2] 2 ;;
+    rivals_100k)
+      rivals 190 forward paper_100k [1] 2
+      rivals 400 pretrain paper_100k [1] 2 ;;
+    parts_10k) # where RA+SP's training step goes, beside DP's, and the kernel for heads of 512 on its blocks
+      compare 240 parts_10k compare.recipe=pretrain compare.only=[ra_sp,dp] compare.baseline=dp compare.rounds=1 compare.micro_batch_sizes=[2,4]
+      CUDA_VISIBLE_DEVICES=${GPU:-0} limited 100 8 heads_512_blocks python3 -m tests.block_speeds --dtype fp16 --head-dims 512 --lengths 2500 5000 10000 --json "$out/heads_512_blocks.json" ;;
     copies)
       for workload in paper_10k paper_100k; do
         compare 200 "copies_$workload" workload=$workload compare.only=[ra_sp,ra_p2p,dp] compare.baseline=dp compare.rounds=2 \
@@ -60,8 +72,17 @@ for stage in "$@"; do
       bench 120 attention_16k 16384 compare.rounds=5
       bench 120 attention_64k 65536
       bench 150 attention_128k 131072 ;;
-    simulated) CUDA_VISIBLE_DEVICES=0 bench 150 simulated_64k 65536 launch.num_ranks=1 ;;
-    blocks) CUDA_VISIBLE_DEVICES=0 limited 300 22 blocks python3 -m tests.block_speeds --json "$out/block_speeds.json" ;;
+    short)
+      for length in 2048 4096 8192; do bench 60 "attention_$length" $length; done ;;
+    heads_512) bench 90 heads_512 32768 model=paper_10k model.num_kv_heads=16 engine.dtype=fp16 ;;
+    simulated) CUDA_VISIBLE_DEVICES=${GPU:-0} bench 150 simulated_64k 65536 launch.num_ranks=1 ;;
+    blocks) CUDA_VISIBLE_DEVICES=${GPU:-0} limited 300 22 blocks python3 -m tests.block_speeds --json "$out/block_speeds.json" ;;
+    faults) limited 120 6 watchdog python3 -m pytest -q -p no:cacheprovider tests/gpu/test_watchdog.py ;;
+    sanitizer)
+      for tool in memcheck racecheck synccheck initcheck; do
+        CUDA_VISIBLE_DEVICES=${GPU:-0} PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited 150 4 "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 \
+          --kernel-regex kns=_kernel python3 -m pytest -q -x -p no:cacheprovider tests/gpu/test_merge.py -k "40 or 512"
+      done ;;
     step)
       limited 420 16 step python3 train.py recipe=compare +experiment=bench_step compare.steps_per_round=1 hydra.run.dir="$out/runs/step"
       cp "$out/runs/step/comparison.json" "$out/step.json" ;;

@@ -7,9 +7,11 @@ so there a finite loss makes a step good. Between the engine and the training lo
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 from recipes.build import Engine
 from recipes.checkpoint import TrainingData
+from recipes.checkpoint_files import way_on
 from recipes.engine import StepResult
 from recipes.plan import Plan
 from recipes.ranks import RunFailed
@@ -20,8 +22,8 @@ MOST_IN_A_ROW = 10  # then it is not the batch
 class BadSteps:
     """Every rank must make one, and call `check` after each step."""
 
-    def __init__(self, plan: Plan, engine: Engine) -> None:
-        self._plan, self._engine, self._in_a_row = plan, engine, 0
+    def __init__(self, plan: Plan, engine: Engine, run_dir: Path) -> None:
+        self._plan, self._engine, self._run_dir, self._in_a_row = plan, engine, run_dir, 0
 
     def check(self, step: int, result: StepResult, data: TrainingData) -> str | None:
         """What to tell people of a step that was skipped; None if it was good. Waits for the device if there is doubt.
@@ -52,8 +54,8 @@ class BadSteps:
         print(text, flush=True)  # the rank's log
         if config.engine.on_bad_step == "stop":
             raise RunFailed(
-                f"{text}\nnothing of it was applied, and checkpoints are of before: the same command goes on from "
-                "there, and with engine.on_bad_step=skip leaves such batches out",
+                f"{text}\nnothing of it was applied; {way_on(self._run_dir)}: with engine.on_bad_step=skip it leaves "
+                "such batches out",
                 of_all_ranks=True,
             )
         if self._in_a_row == MOST_IN_A_ROW:

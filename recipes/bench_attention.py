@@ -11,6 +11,7 @@ import contextlib
 import copy
 import json
 import statistics
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -94,7 +95,7 @@ def bench_attention(plan: Plan, run_dir: Path, reporter: Reporter | None) -> flo
         makers = {method: partial(_of_method, plan, method, plan.transport) for method in METHODS}
         if plan.transport != "p2p":
             makers |= {"ring, p2p": partial(_of_method, plan, "ring", "p2p")}
-        makers |= {name: partial(_of_peer, name, length, model.num_kv_heads, device) for name in PEERS}
+        makers |= {name: partial(_of_peer, name, length) for name in PEERS}
         expected = ideal.forward()
         for name, make in makers.items():
             try:
@@ -110,7 +111,8 @@ def bench_attention(plan: Plan, run_dir: Path, reporter: Reporter | None) -> flo
     rows = _timed(contenders, plan, device)
     say("", *_table(rows, num_ranks), "")
     say(
-        "ms: of a call, the slowest rank's. TFLOP/s: per device, causal counted once, backward as two forward passes.",
+        "ms: of a call, the slowest rank's; host: of that, until its host has issued it: where they are equal the GPU",
+        "may wait for the host. TFLOP/s: per device, causal counted once, backward as two forward passes.",
         "ideal: one device's time x the share that each computes. exposed: what a call takes longer than one whose",
         "messages stay on their rank.",
         *(["!!! ON THE CPU ranks share cores: these figures say nothing of GPUs"] if device.type == "cpu" else []),
@@ -193,8 +195,6 @@ def _of_method(
 def _of_peer(
     peer: str,
     length: int,
-    num_kv_heads: int,
-    device: torch.device,
     groups: ParallelGroups,
     whole: Shards,
     expected: Tensor,
@@ -205,7 +205,7 @@ def _of_peer(
     Raises:
         ValueError: if it cannot run here.
     """
-    other, rank = PEERS[peer](groups, length, num_kv_heads, device), groups.get_sequence_parallel_rank()
+    other, rank = PEERS[peer](groups, length, BlockSpec.of(*whole[:3])), groups.get_sequence_parallel_rank()
     q, k, v, dout = (other.layout.shard(x, rank, dim=1).contiguous() for x in whole)
     share = 1 / groups.sequence_degree
     contender = _of_module(lambda q, k, v, _: other.attend(q, k, v), (q, k, v, dout), name, "", share)
@@ -259,14 +259,17 @@ def _timed(contenders: list[Contender], plan: Plan, device: torch.device) -> lis
     """Each contender in each round, so that drift hits all alike: a row each, times in ms."""
     kinds = ("forward", "forward_backward")
     times_s: dict[tuple[str, str, bool], list[float]] = {}
+    host_s: dict[tuple[str, str], list[float]] = {}
     for number in range(1 + plan.config.compare.rounds):  # the first warms up
         for contender in contenders:
             for kind in kinds:
                 for silent in (False, True) if contender.sends else (False,):
                     with contender.around(), attention_communication_off() if silent else contextlib.nullcontext():
-                        seconds = _seconds_of_a_call(getattr(contender, kind), device)
+                        seconds, until_issued = _seconds_of_a_call(getattr(contender, kind), device)
                     if number:
                         times_s.setdefault((contender.name, kind, silent), []).append(seconds)
+                        if not silent:
+                            host_s.setdefault((contender.name, kind), []).append(until_issued)
     config = plan.config
     tokens = config.engine.micro_batch_size * config.data.sequence_length
     operations = tokens * attention_flops_per_token(config.model, config.data.sequence_length)
@@ -282,6 +285,7 @@ def _timed(contenders: list[Contender], plan: Plan, device: torch.device) -> lis
                 "ms": 1e3 * median,
                 "min_ms": 1e3 * min(own),
                 "max_ms": 1e3 * max(own),
+                "host_ms": 1e3 * statistics.median(host_s[contender.name, kind]),
                 "tflops": operations * contender.share * (3 if kind == "forward_backward" else 1) / median / 1e12,
                 "ideal_pct": 100 * ideal / median,
                 "exposed_ms": None if silent is None else max(0.0, 1e3 * (median - statistics.median(silent))),
@@ -290,33 +294,35 @@ def _timed(contenders: list[Contender], plan: Plan, device: torch.device) -> lis
     return rows
 
 
-def _seconds_of_a_call(call: Callable[[], Any], device: torch.device) -> float:
-    """The slowest rank's mean over as many calls as take TIMED_S."""
+def _seconds_of_a_call(call: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+    """The slowest rank's mean over as many calls as take TIMED_S, and the slowest host's until all were issued."""
     clock = StepClock()
 
-    def seconds(number: int) -> float:
+    def seconds(number: int) -> tuple[float, float]:
         dist.barrier()
         clock.restart()
+        started = time.perf_counter()
         for _ in range(number):
             call()
+        until_issued = time.perf_counter() - started
         clock.tick()
-        return max_over_ranks(clock.take()[0] / number, device)
+        return max_over_ranks(clock.take()[0] / number, device), max_over_ranks(until_issued / number, device)
 
-    return seconds(max(1, round(TIMED_S / seconds(1))))
+    return seconds(max(1, round(TIMED_S / seconds(1)[0])))
 
 
 def _table(rows: list[dict[str, Any]], num_ranks: int) -> list[str]:
     kinds = {"forward": "forward", "forward_backward": "forward + backward"}
     header = ["method", "grid"]
     for title in kinds.values():
-        header += [f"{title} ms (min - max)", "TFLOP/s", "of ideal", *(["exposed ms"] if num_ranks > 1 else [])]
+        header += [f"{title} ms (min - max)", "host", "TFLOP/s", "of ideal", *(["exposed ms"] if num_ranks > 1 else [])]
     cells = [header]
     for row in rows:
         line = [row["name"], row["grid"]]
         for kind in kinds:
             own = row[kind]
-            line += [f"{own['ms']:.3f} ({own['min_ms']:.3f} - {own['max_ms']:.3f})", f"{own['tflops']:.3g}"]
-            line.append(f"{own['ideal_pct']:.1f} %")
+            line += [f"{own['ms']:.3f} ({own['min_ms']:.3f} - {own['max_ms']:.3f})", f"{own['host_ms']:.3f}"]
+            line += [f"{own['tflops']:.3g}", f"{own['ideal_pct']:.1f} %"]
             if num_ranks > 1:
                 line.append("n/a" if own["exposed_ms"] is None else f"{own['exposed_ms']:.3f}")
         cells.append(line)

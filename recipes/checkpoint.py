@@ -45,6 +45,7 @@ from recipes.checkpoint_files import (
     write_manifest,
 )
 from recipes.ranks import RunFailed
+from recipes.whereabouts import LOGS_DIR, TOLD_FILE
 from recipes.whole import WholeStates, put_into_engine
 
 # all that DeepSpeed 0.19.8 puts into its files beside tensors and plain values
@@ -173,8 +174,20 @@ class Checkpoints:
         every = self._config.checkpoint.every_n_steps
         return self.are_kept and every > 0 and step % every == 0
 
-    def save(self, step: int, data_cursor: int, last_sequence_sha256: str, elapsed_s: float, wandb_run_id: str) -> None:
-        """Write one aside, verify it, give it its name. Arguments are rank 0's and as in `Manifest`."""
+    def save(
+        self,
+        step: int,
+        data_cursor: int,
+        last_sequence_sha256: str,
+        elapsed_s: float,
+        wandb_run_id: str,
+        told_to_end: bool = False,
+    ) -> None:
+        """Write one aside, verify it, give it its name. Arguments are rank 0's and as in `Manifest`.
+
+        Args:
+            told_to_end: by a signal, and the run ends after it: RUN_DIR/logs/told_to_end says so from then on.
+        """
         writing, name, rank = self._run_dir / CHECKPOINTS_DIR / WRITING_DIR, step_name(step), dist.get_rank()
         folder = writing / name
         if rank == 0:
@@ -204,6 +217,8 @@ class Checkpoints:
                 Manifest(step, data_cursor, last_sequence_sha256, elapsed_s, wandb_run_id, config, versions, files),
             )
             publish(self._run_dir, step, self._config.checkpoint.keep)
+            if told_to_end:
+                (self._run_dir / LOGS_DIR / TOLD_FILE).write_text(f"{name}\n", encoding="utf-8")
         dist.barrier()  # a rank that ended before would make launchers end the others
 
     def load(self, manifest: Manifest) -> None:

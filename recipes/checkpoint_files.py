@@ -104,6 +104,16 @@ def newest_first(run_dir: Path) -> list[Path]:
     return sorted(named, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
 
 
+def way_on(run_dir: Path) -> str:
+    """For people: what there is to go on from."""
+    checkpoints = newest_first(run_dir)
+    return (
+        f"{checkpoints[0].name} is whole, and the same command goes on from it"
+        if checkpoints
+        else "there is no checkpoint yet"
+    )
+
+
 def fingerprint(path: Path) -> Fingerprint:
     """Of the file as it is on the disk, once it is there for good."""
     with path.open("rb") as file:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from recipes.checkpoint_files import newest_first
+from recipes.checkpoint_files import way_on
 from recipes.ranks import RunFailed
 from recipes.whereabouts import place_of
 
@@ -32,12 +32,10 @@ def full_disk_explained(run_dir: Path, rank: int) -> Iterator[None]:
         if isinstance(error, RunFailed) or reason is None:
             raise
         place = place_of(run_dir, rank)
-        whole = [folder.name for folder in newest_first(run_dir)[:1]]
-        kept = f"{whole[0]} is whole, and the same command goes on from it" if whole else "there is no checkpoint yet"
         where = f" ({place})" if place else ""
         raise RunFailed(
-            f"rank {rank} could not write{where}: {reason}\n{kept}: make room first, for checkpoint.keep + 1 "
-            "checkpoints, or use hydra.run.dir on another disk"
+            f"rank {rank} could not write{where}: {reason}\n{way_on(run_dir)}: make room first, for "
+            "checkpoint.keep + 1 checkpoints, or use hydra.run.dir on another disk"
         ) from error
 
 

@@ -24,11 +24,10 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 import torch
 import torch.multiprocessing as mp
@@ -40,7 +39,7 @@ from conf.schema import Config, ConfigError
 from data.pack import Corpus
 from data.source import open_documents
 from recipes.checkpoint_files import BrokenCheckpoint, check_same_run, newest_first, read_manifest
-from recipes.full_disk import full_disk_explained
+from recipes.one_rank import Task, run_rank
 from recipes.out_of_memory import out_of_memory_explained
 from recipes.plan import Plan
 from recipes.processes import (
@@ -58,23 +57,6 @@ from recipes.whereabouts import LOGS_DIR, STALL_FILE, all_places, forget, place_
 
 DEFAULT_CPU_RANKS = 4
 TIMED_OUT = "Timed out waiting"  # gloo's words
-
-
-class Task(Protocol):
-    """What all ranks do once they are connected; travels to them, and is rank 0's for all."""
-
-    @property
-    def config(self) -> Config:
-        """What the ranks are started with: timeouts, determinism."""
-        ...
-
-    def run(self, run_dir: Path, console: TextIO) -> float:
-        """On one rank; rank 0's result is what `launch` returns.
-
-        Args:
-            console: where rank 0 writes what people see; other output goes to the rank's log.
-        """
-        ...
 
 
 @dataclass(frozen=True)
@@ -220,16 +202,30 @@ def start(task: Task, num_ranks: int, run_dir: Path) -> float:
     """Run the task in ranks of our own, or as one of those that a launcher has started: rank 0's is used by all.
 
     Raises:
-        RunFailed: if a rank that we started failed, or this one ran out of memory.
+        RunFailed: if a rank that we started failed, or this one of a launcher's. If all of those raise it, rank 0
+            has told people of it.
     """
     if ranks_are_started():
         meeting = os.environ.get(MEETING)
         try:
-            return _run_rank(task, run_dir, init_method=None)
+            return run_rank(task, run_dir, init_method=None)
+        except RunFailed as error:
+            if error.of_all_ranks:
+                _told_by_the_first(error)
+            raise
         finally:
             if meeting:  # of this run alone, which is over if one rank's part is
                 shutil.rmtree(meeting, ignore_errors=True)
     return launch(task, num_ranks, run_dir)
+
+
+def _told_by_the_first(error: RunFailed) -> None:
+    """No rank goes before rank 0, which has had files to close, has told people: the launcher would end it."""
+    import deepspeed.comm as dist
+
+    if dist.get_rank() == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    dist.barrier()
 
 
 def launch(task: Task, num_ranks: int, run_dir: Path) -> float:
@@ -304,7 +300,7 @@ def _launched_rank(
     try:
         if rank == 0:
             unwind_on_sigint()  # it has files and a wandb run to close
-        result = _run_rank(task, run_dir, f"file://{meeting_dir / 'meeting'}")
+        result = run_rank(task, run_dir, f"file://{meeting_dir / 'meeting'}")
     except Exception as error:
         explained = isinstance(error, (ConfigError, RunFailed))
         text = str(error) if explained else f"rank {rank} failed:\n{traceback.format_exc()[-20_000:]}"
@@ -360,68 +356,3 @@ def _overdue_hops(run_dir: Path) -> list[str]:
     logs = sorted((run_dir / LOGS_DIR).glob("rank_*.log"))
     lines = [line for log in logs for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
     return [line for line in lines if line.startswith("HopError: ")]
-
-
-def _run_rank(task: Task, run_dir: Path, init_method: str | None) -> float:
-    """Run the task as the rank that the environment names."""
-    rank, num_ranks, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if num_local_ranks == num_ranks:  # one machine: nothing needs to be reached from outside
-        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            os.environ.setdefault(variable, "lo")
-    if not torch.cuda.is_available():
-        os.environ["DS_ACCELERATOR"] = "cpu"
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_local_ranks))
-    if task.config.engine.deterministic:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS is deterministic only with a workspace of its own
-        torch.use_deterministic_algorithms(True)
-
-    import deepspeed.comm as dist
-
-    from recipes.engine import init_distributed
-    from recipes.watchdog import watched
-
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
-    has_parent = init_method is not None  # of ours, which tells people how ranks have ended
-    if meeting := os.environ.get(MEETING):
-        Path(meeting).mkdir(mode=0o700, exist_ok=True)
-        init_method = f"file://{meeting}/meeting"
-    init_distributed(init_method, task.config.launch.timeout_s)
-    if rank == 0:
-        forget(run_dir)  # a launcher that is not ours does not
-    shared = [task, run_dir]
-    dist.broadcast_object_list(shared, src=0)
-    task, run_dir = shared
-    (run_dir / LOGS_DIR).mkdir(parents=True, exist_ok=True)
-    launch = task.config.launch
-    with (
-        _output_to(run_dir / LOGS_DIR / f"rank_{rank}.log") as console,
-        full_disk_explained(run_dir, rank),
-        watched(launch, run_dir, rank, num_ranks, console=None if has_parent else console),
-    ):
-        result = task.run(run_dir, console)
-        dist.destroy_process_group()
-        return result
-
-
-@contextlib.contextmanager
-def _output_to(log_path: Path) -> Iterator[TextIO]:
-    """Send this process's stdout and stderr, of C++ libraries too, to a file; yields the console as it was."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    kept = [os.dup(1), os.dup(2)]
-    with log_path.open("a", encoding="utf-8") as log, os.fdopen(os.dup(1), "w", encoding="utf-8") as console:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-        try:
-            yield console
-        except Exception:
-            traceback.print_exc()  # into the log; the caller shows it to people
-            raise
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            for descriptor, target in zip(kept, (1, 2), strict=True):
-                os.dup2(descriptor, target)
-                os.close(descriptor)

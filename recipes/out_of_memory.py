@@ -15,6 +15,7 @@ import torch
 from recipes.memory import changed, tile_tokens
 from recipes.plan import Plan
 from recipes.ranks import RunFailed
+from recipes.whereabouts import LOGS_DIR, place_of
 
 NUM_OVERRIDES = 3
 # of errors that are no torch.OutOfMemoryError: PyTorch's allocator for the CPU, CUDA and NCCL calls
@@ -40,14 +41,33 @@ def out_of_memory_explained(plan: Plan, run_dir: Path, compares: bool = False) -
         if cause is None:
             raise
         allocator = next((os.environ[name] for name in ALLOCATOR_VARIABLES if name in os.environ), "")
+        rank = int(os.environ["RANK"])
+        place = place_of(run_dir, rank)
         lines = [
-            f"rank {os.environ['RANK']} ran out of memory",
+            f"rank {rank} ran out of memory" + (f" ({place})" if place else ""),
             *str(cause).strip().splitlines()[:1],
+            *(_snapshot(run_dir, rank) if torch.cuda.is_available() else []),
             *plan.banner(run_dir),
+            *plan.memory_lines(),
             f"{NUM_OVERRIDES} overrides most likely to help, the first one first:",
             *(f"  {override}" for override in helpful_overrides(plan, allocator, compares)),
         ]
         raise OutOfMemory("\n".join(lines)) from error
+
+
+def _snapshot(run_dir: Path, rank: int) -> list[str]:
+    """Write what this rank's GPU holds to a file; returns what to say of it.
+
+    What the failed step holds is there still, for the error's frames hold it. Where allocations were not recorded
+    (memory_snapshot=true), the file has sizes and places of blocks, not who made them.
+    """
+    path = run_dir / LOGS_DIR / f"memory_rank_{rank}.pickle"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.cuda.memory._dump_snapshot(str(path))
+    except OSError as error:  # the disk is full, too: said beside what is the matter, not in its place
+        return [f"no snapshot of its memory: {error}"]
+    return [f"what its memory held: {path}, for https://docs.pytorch.org/memory_viz"]
 
 
 def out_of_memory_cause(error: BaseException | None) -> BaseException | None:

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from conf.schema import ConfigError
+from ring_attention.blocks import BLOCKS, BlockSpec
 from ring_attention.groups import ParallelGroups
 from ring_attention.layout import Layout
 
@@ -38,18 +39,25 @@ class Peer:
     around: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
 
 
-def torch_context_parallel(groups: ParallelGroups, length: int, num_kv_heads: int, device: torch.device) -> Peer:
+def _refuse_without_cudnn(spec: BlockSpec) -> None:
+    refusal = BLOCKS["cudnn"].supports(spec)
+    if refusal is not None:
+        raise ConfigError(f"PyTorch's fastest kernel for it, cuDNN's, {refusal}")
+
+
+def torch_context_parallel(groups: ParallelGroups, length: int, spec: BlockSpec) -> Peer:
     """torch.distributed.tensor.experimental.context_parallel, which gathers or passes K,V on, with cuDNN's attention.
 
     Raises:
-        ConfigError: without a GPU, and for a length that its balanced layout cannot cut.
+        ConfigError: without a GPU, for what cuDNN refuses, and for a length that its balanced layout cannot cut.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.experimental import context_parallel
 
     degree = groups.sequence_degree
-    if device.type != "cuda":
+    if spec.device_type != "cuda":
         raise ConfigError("it has no kernel for the CPU")
+    _refuse_without_cudnn(spec)
     if length % (2 * degree):
         raise ConfigError(f"{length} tokens are not a multiple of {2 * degree}, twice the ranks")
     mesh = init_device_mesh("cuda", (degree,))
@@ -58,7 +66,7 @@ def torch_context_parallel(groups: ParallelGroups, length: int, num_kv_heads: in
     def around() -> Any:
         # it wants to cut something; our shards are cut
         with (
-            context_parallel(mesh, buffers=[torch.zeros(length, device=device)], buffer_seq_dims=[0]),
+            context_parallel(mesh, buffers=[torch.zeros(length, device="cuda")], buffer_seq_dims=[0]),
             sdpa_kernel(SDPBackend.CUDNN_ATTENTION),
         ):
             yield
@@ -73,17 +81,21 @@ def torch_context_parallel(groups: ParallelGroups, length: int, num_kv_heads: in
     return Peer("torch context_parallel", Layout("zigzag", degree, length), attend, around)
 
 
-def deepspeed_ulysses(groups: ParallelGroups, length: int, num_kv_heads: int, device: torch.device) -> Peer:
+def deepspeed_ulysses(groups: ParallelGroups, length: int, spec: BlockSpec) -> Peer:
     """deepspeed.sequence.layer.DistributedAttention around PyTorch's attention.
 
     Raises:
-        ConfigError: for a length or a number of key-value heads that the ranks do not divide.
+        ConfigError: for a length or a number of key-value heads that the ranks do not divide, and on GPUs for what
+            cuDNN refuses.
     """
     from deepspeed.sequence.layer import DistributedAttention
 
     degree = groups.sequence_degree
-    if length % degree or num_kv_heads % degree:
-        raise ConfigError(f"{length} tokens or {num_kv_heads} kv heads are not a multiple of the {degree} ranks")
+    if length % degree or spec.num_kv_heads % degree:
+        raise ConfigError(f"{length} tokens or {spec.num_kv_heads} kv heads are not a multiple of the {degree} ranks")
+    on_gpu = spec.device_type == "cuda"
+    if on_gpu:
+        _refuse_without_cudnn(spec)
 
     def local(q_BGHD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q_BGHD, k_BGKD, v_BGKD))
@@ -91,7 +103,7 @@ def deepspeed_ulysses(groups: ParallelGroups, length: int, num_kv_heads: int, de
         return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
 
     attention = DistributedAttention(local, groups.get_sequence_parallel_group(), scatter_idx=2, gather_idx=1)  # pyright: ignore[reportArgumentType]
-    around = (lambda: sdpa_kernel(SDPBackend.CUDNN_ATTENTION)) if device.type == "cuda" else contextlib.nullcontext
+    around = (lambda: sdpa_kernel(SDPBackend.CUDNN_ATTENTION)) if on_gpu else contextlib.nullcontext
     layout = Layout("contiguous", degree, length)
     return Peer("DeepSpeed Ulysses", layout, lambda q, k, v: attention(q, k, v, 0), around)
 

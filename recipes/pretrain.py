@@ -55,16 +55,16 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
     steps = sharder.steps(data, plan.accumulation_steps)
     first_step, first_batch = resumed.step + 1 if resumed else 1, next(steps)
 
-    def save(step: int) -> None:
+    def save(step: int, told_to_end: bool = False) -> None:
         tell("part", f"checkpoint of step {step}")
         started = time.perf_counter()
         cursor = 0 if config.data.overfit_one_batch else step * plan.data_tokens_per_step
         elapsed_s, wandb_run_id = (reporter.elapsed_s, reporter.wandb_run_id) if reporter else (0.0, "")
-        checkpoints.save(step, cursor, data.last_sha256, elapsed_s, wandb_run_id)
+        checkpoints.save(step, cursor, data.last_sha256, elapsed_s, wandb_run_id, told_to_end)
         if reporter:
             reporter.say(f"step {step}: checkpoint in {time.perf_counter() - started:.2f} s")
 
-    watch, bad_steps = Watch(plan.has_ring), BadSteps(plan, engine)
+    watch, bad_steps = Watch(plan.has_ring), BadSteps(plan, engine, run_dir)
     losses: list[float] = []  # of the logged steps
     step_times_s: list[float] = []
     validation_loss = float("nan")
@@ -126,7 +126,7 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
             # the last checkpoint comes when the summary is written, so that a run that has it has ended
             told_to_end = end is not None and end.agreed(result.num_wishes) and not is_last
             if told_to_end or (checkpoints.are_due(step) and not is_last):
-                save(step)
+                save(step, told_to_end)
                 watch.restart()
             if told_to_end:
                 if reporter:

@@ -17,7 +17,7 @@ class RunFailed(RuntimeError):
     """A rank failed; the message names it, shows its error and says where its log is.
 
     Args:
-        of_all_ranks: whether all of them raise it, so that one is enough to tell.
+        of_all_ranks: whether all of them raise it, so that rank 0 is enough to tell, and all can wait for that.
     """
 
     def __init__(self, message: str, of_all_ranks: bool = False) -> None:

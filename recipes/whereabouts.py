@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LOGS_DIR, STALL_FILE = "logs", "stall.txt"
+TOLD_FILE = "told_to_end"  # there once a checkpoint is saved because of a signal: what scripts/slurm.sbatch asks
 KINDS = ("step", "part", "stage", "wait")  # the coarse first: a new one ends the finer ones
 _RECORD_BYTES = 1024
 
@@ -112,7 +113,8 @@ def record_path(run_dir: Path, rank: int) -> Path:
 
 def forget(run_dir: Path) -> None:
     """Remove what an earlier start in the run dir has left."""
-    for path in [run_dir / LOGS_DIR / STALL_FILE, *(run_dir / LOGS_DIR).glob("rank_*.state")]:
+    logs = run_dir / LOGS_DIR
+    for path in [logs / STALL_FILE, logs / TOLD_FILE, *logs.glob("rank_*.state")]:
         path.unlink(missing_ok=True)
 
 

@@ -139,11 +139,11 @@ class PiecewiseSum:
     """
 
     def __init__(self, like: Tensor, cuts: tuple[int, ...]) -> None:
-        self._like, self._whole = like, None
+        self._whole = _LazyTensor(like)
         self._runs = list(itertools.pairwise((0, *cuts, like.shape[1])))
         self._pieces = []
         for start, stop in self._runs:
-            target = functools.partial(self._piece_of_whole, start, stop) if cuts else None
+            target = functools.partial(self._whole.tokens, start, stop) if cuts else None
             shape = torch.Size((like.shape[0], stop - start, *like.shape[2:]))
             self._pieces.append(RunningSum(shape, like.dtype, target=target))
 
@@ -155,11 +155,20 @@ class PiecewiseSum:
                 inside = part[:, first - tokens.start : last - tokens.start]
                 piece.add(row, slice(first - start, last - start), inside, piece_ends)
 
-    def _piece_of_whole(self, start: int, stop: int) -> Tensor:
-        if self._whole is None:
-            self._whole = torch.empty_like(self._like, memory_format=torch.contiguous_format)
-        return self._whole[:, start:stop]
-
     def result(self) -> Tensor:
         results = [piece.result() for piece in self._pieces]
-        return results[0] if self._whole is None else self._whole
+        return results[0] if self._whole.tensor is None else self._whole.tensor
+
+
+class _LazyTensor:
+    """Made when first asked for. Knows nothing of who asks: in a cycle with them it would outlive its layer, until
+    Python collects garbage.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self._like, self.tensor = like, None
+
+    def tokens(self, start: int, stop: int) -> Tensor:
+        if self.tensor is None:
+            self.tensor = torch.empty_like(self._like, memory_format=torch.contiguous_format)
+        return self.tensor[:, start:stop]

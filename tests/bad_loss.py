@@ -1,13 +1,17 @@
-"""train.py with a loss that is NaN in one step, on one rank: `tests/bad_loss.py BAD_STEP train.py ARGUMENTS...`."""
+"""train.py with a loss that is NaN in one step, on one rank: `tests/bad_loss.py BAD_STEP train.py ARGUMENTS...`.
+
+Rank 0 takes seconds to close its wandb run, as it does over a slow network.
+"""
 
 from __future__ import annotations
 
 import os
 import runpy
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 from unittest import mock
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -16,6 +20,7 @@ sys.path.insert(0, str(REPOSITORY))
 from recipes import launch  # noqa: E402
 
 BAD_STEP, BAD_RANK = "BAD_STEP", "1"
+CLOSING_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,7 @@ class BadLossTask(launch.RecipeTask):
         from torch import Tensor
 
         from recipes.engine import TrainingEngine
+        from recipes.report import Reporter
         from recipes.transformer import TokenBatch
 
         whole = TrainingEngine._loss_sum
@@ -32,7 +38,16 @@ class BadLossTask(launch.RecipeTask):
             is_bad = engine.deepspeed.global_steps + 1 == int(os.environ[BAD_STEP]) and os.environ["RANK"] == BAD_RANK
             return whole(engine, micro_batch) * (float("nan") if is_bad else 1.0)
 
-        with mock.patch.object(TrainingEngine, "_loss_sum", loss_sum):
+        close = Reporter.__exit__
+
+        def close_slowly(*arguments: Any) -> None:
+            time.sleep(CLOSING_S)
+            close(*arguments)
+
+        with (
+            mock.patch.object(TrainingEngine, "_loss_sum", loss_sum),
+            mock.patch.object(Reporter, "__exit__", close_slowly),
+        ):
             return super().run(run_dir, console)
 
 

@@ -28,10 +28,15 @@ TIMED_S, ROUNDS = 0.05, 3
 SLOW = ("reference",)  # not where the faster ones can: its memory is O(L^2)
 
 
+def num_heads(head_dim: int) -> int:
+    """Of about HIDDEN_SIZE in all."""
+    return 4 * max(1, HIDDEN_SIZE // head_dim // 4)
+
+
 def kernels(head_dim: int, length: int, dtype: str, device: str) -> dict[str, tuple[Callable[[], Any], ...]]:
     """By kernel that can do it: its forward and its backward pass over one sequence, whose results were compared."""
-    heads = max(4, HIDDEN_SIZE // head_dim)
-    counts = (heads, max(1, heads // 4), max(1, heads // 4), heads)
+    heads = num_heads(head_dim)
+    counts = (heads, heads // 4, heads // 4, heads)
     q, k, v, dout = (torch.randn(1, length, n, head_dim, device=device).to(DTYPES[dtype]) for n in counts)
     spec, scale = BlockSpec.of(q, k, v), head_dim**-0.5
     found: dict[str, tuple[Callable[[], Any], ...]] = {}
@@ -79,7 +84,7 @@ def measure(head_dim: int, length: int, dtype: str, device: str) -> list[dict[st
     for _ in range(ROUNDS):
         for (name, index), number in numbers.items():
             times.setdefault((name, index), []).append(seconds(found[name][index], number))
-    operations = 4 * max(4, HIDDEN_SIZE // head_dim) * head_dim * length * (length + 1) / 2
+    operations = 4 * num_heads(head_dim) * head_dim * length * (length + 1) / 2
     rows = []
     for name in found:
         row: dict[str, Any] = {"kernel": name, "head_dim": head_dim, "length": length, "dtype": dtype}

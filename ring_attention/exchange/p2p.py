@@ -63,6 +63,7 @@ class Hop:
                 except RuntimeError as error:
                     raise HopError(f"{self._where}, {move}: {error}") from error
             tell("wait")
+        self._works = []  # they hold what was moved
         self._sent.clear()
 
 

@@ -43,6 +43,7 @@ def test_the_numbers_follow_from_the_times(two_ranks):
         for kind, passes in KINDS.items():
             own = row[kind]
             assert own["min_ms"] <= own["ms"] <= own["max_ms"]
+            assert 0 < own["host_ms"] <= own["max_ms"]
             assert own["tflops"] == pytest.approx(passes * share * operations / own["ms"] / 1e9)
             assert own["ideal_pct"] == pytest.approx(100 * share * alone[kind]["ms"] / own["ms"])
             assert (own["exposed_ms"] is None) == (row["name"] in ("one device", "DeepSpeed Ulysses"))

@@ -150,7 +150,7 @@ def test_a_rank_out_of_memory_ends_the_run_with_the_plan_and_three_overrides(pro
     assert result.exit_code == 1
     log = result.run_dir / "logs" / "rank_1.log"
     lines = result.stderr.splitlines()
-    assert lines[0] == "error: rank 1 ran out of memory"
+    assert lines[0] == "error: rank 1 ran out of memory (starting)"
     assert "DefaultCPUAllocator" in lines[1]
     assert lines[2] == "           ranks  1 data x 2 ring, on CPU"
     assert lines[-5:] == [
@@ -169,7 +169,7 @@ def test_a_launchers_rank_out_of_memory_says_so_once(program):
     torchrun = str(Path(sys.executable).parent / "torchrun")
     result = raising(program, NO_MEMORY, launcher=[torchrun, "--standalone", "--nproc-per-node=2"])
     assert result.exit_code == 1
-    assert result.stderr.count("error: rank 1 ran out of memory\n") == 1
+    assert result.stderr.count("error: rank 1 ran out of memory (starting)\n") == 1
     assert result.stderr.count("  engine.zero_stage=3  (weights") == 1
     assert "DefaultCPUAllocator" in (result.run_dir / "logs" / "rank_1.log").read_text()
 

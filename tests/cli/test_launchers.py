@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.cli.program import SMALL, Finished, Program, Running
+from tests.cli.program import SMALL, Finished, Program, Running, wandb
 
 BIN = Path(sys.executable).parent
 TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node=2"]
@@ -50,6 +50,18 @@ def test_ranks_of_deepspeeds_launcher_are_one_run_and_overfit_one_batch(program)
     assert_one_run_of_two_ranks(result)
     losses = [line["train/loss"] for line in result.metrics]
     assert losses[-1] == min(losses) < losses[0] - 1
+
+
+def test_torchruns_first_rank_closes_its_run_and_says_what_all_have_failed_with_before_another_ends(program):
+    """Nothing keeps it from dying of torchrun's SIGTERM where there are no checkpoints to save."""
+    launcher = [*TORCHRUN, "tests/bad_loss.py", "3"]
+    result = program.run(*SMALL, "num_steps=6", "checkpoint.keep=0", launcher=launcher)
+    assert result.exit_code == 1
+    assert result.stderr.count("error: step 3: the loss is nan, that of the tokens of rank 1; its batch: ") == 1
+    assert "\nnothing of it was applied; there is no checkpoint yet: with engine.on_bad_step=skip" in result.stderr
+    [run] = result.run_dir.glob("wandb/offline-run-*")
+    shown = wandb("leet", "inspect", "--summary", str(run), home=program.folder)
+    assert re.search(r"^state +failed ", shown, re.MULTILINE)
 
 
 @contextlib.contextmanager

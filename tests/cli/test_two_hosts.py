@@ -1,7 +1,8 @@
-"""The main job over two hosts, by torchrun and as srun starts it; the cable between them is cut, and it goes on."""
+"""The main job over two hosts, by torchrun, DeepSpeed's launcher and srun; their cable is cut, and it goes on."""
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -9,9 +10,10 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.cli.program import ENDS_WITHIN_S, PLAIN, Finished, Program, Running
@@ -30,9 +32,24 @@ def hosts() -> Iterator[Hosts]:
         yield made
 
 
+def torchrun(hosts: Hosts, host: int) -> list[str]:
+    address = f"--master-addr={hosts.addresses[0]}"
+    return [TORCHRUN, "--nnodes=2", f"--node-rank={host}", "--nproc-per-node=1", address, "--master-port=29500"]
+
+
+def deepspeed(hosts: Hosts, host: int) -> list[str]:
+    """What `deepspeed --hostfile=FILE --no_local_rank` has pdsh start on each host: DeepSpeed's PDSHRunner."""
+    world = base64.urlsafe_b64encode(json.dumps({name: [0] for name in hosts.names}).encode()).decode()
+    to_each = [f"--world_info={world}", f"--node_rank={host}"]
+    address = [f"--master_addr={hosts.addresses[0]}", "--master_port=29500"]
+    return [sys.executable, "-u", "-m", "deepspeed.launcher.launch", *to_each, *address, "--no_local_rank"]
+
+
 @contextlib.contextmanager
-def by_torchrun(program: Program, hosts: Hosts, *arguments: str) -> Iterator[list[Running]]:
-    """torchrun on both hosts; the run dir is on a disk that they share."""
+def on_both(
+    program: Program, hosts: Hosts, launcher: Callable[[Hosts, int], list[str]], *arguments: str
+) -> Iterator[list[Running]]:
+    """The launcher on both hosts; the run dir is on a disk that they share."""
     with contextlib.ExitStack() as stack:
         yield [
             stack.enter_context(
@@ -40,30 +57,28 @@ def by_torchrun(program: Program, hosts: Hosts, *arguments: str) -> Iterator[lis
                     *arguments,
                     f"hydra.run.dir={program.folder / 'shared'}",
                     name=f"host_{host}",
-                    launcher=hosts.command(
-                        host,
-                        TORCHRUN,
-                        "--nnodes=2",
-                        f"--node-rank={host}",
-                        "--nproc-per-node=1",
-                        f"--master-addr={hosts.addresses[0]}",
-                        "--master-port=29500",
-                    ),
+                    launcher=hosts.command(host, *launcher(hosts, host)),
                     GLOO_SOCKET_IFNAME=CABLE,
+                    DS_ACCELERATOR="cpu",
                 )
             )
             for host in (0, 1)
         ]
 
 
-# A stand-in, for there is no SLURM here: what srun does with one task on each host, and its exit code.
+# A stand-in, for there is no SLURM here: what srun does with one task on each host, and its exit code. The first task
+# that ends badly makes it kill the other, at once, which is as hard as it can be.
 SRUN = """#!/bin/bash
 [ "$1" = --kill-on-bad-exit=1 ] || exit 2
 export SLURM_LOCALID=0 SLURM_STEP_NUM_TASKS=2 SLURM_STEP_TASKS_PER_NODE="1(x2)" SLURM_STEP_NODELIST={nodes}
 SLURM_PROCID=0 ip netns exec {first} "${{@:2}}" & tasks=$!
 SLURM_PROCID=1 ip netns exec {second} "${{@:2}}" & tasks="$tasks $!"
 worst=0
-for task in $tasks; do wait $task; code=$?; [ $code -gt $worst ] && worst=$code; done
+for task in $tasks; do
+    wait -n $tasks; code=$?
+    [ $code -gt $worst ] && worst=$code
+    [ $code -gt 0 ] && kill -9 $tasks 2>/dev/null
+done
 exit $worst
 """
 SCONTROL = '#!/bin/bash\necho "scontrol $*"\n'
@@ -104,7 +119,7 @@ def losses(run_dir: Path) -> list[float]:
 
 def test_torchruns_two_hosts_compute_as_one_and_end_when_their_cable_is_cut_and_go_on(program, hosts, plain_run):
     shared = program.folder / "shared"
-    with by_torchrun(program, hosts, *JOB, f"launch.timeout_s={TIMEOUT_S}") as both:
+    with on_both(program, hosts, torchrun, *JOB, f"launch.timeout_s={TIMEOUT_S}") as both:
         both[0].until(lambda: len(losses(shared)) >= 8 and (shared / "checkpoints" / "step_00000005").exists())
         for running in both:
             running.family()
@@ -124,22 +139,43 @@ def test_torchruns_two_hosts_compute_as_one_and_end_when_their_cable_is_cut_and_
         assert re.search(rf"Timed out waiting {TIMEOUT_S}000ms for|HopError", result.stderr)
     assert seconds < 2 * TIMEOUT_S + ENDS_WITHIN_S
     last = max(int(path.name[5:]) for path in (shared / "checkpoints").glob("step_*"))
-    with by_torchrun(program, hosts, *JOB, f"num_steps={last + 2}") as both:
+    with on_both(program, hosts, torchrun, *JOB, f"num_steps={last + 2}") as both:
         ended = [running.finish() for running in both]
     assert [result.exit_code for result in ended] == [0, 0], ended[0].stderr + ended[1].stderr
     assert re.search(f"^going on after step {last}$", ended[0].stdout, re.MULTILINE)
 
 
+def test_two_hosts_of_deepspeeds_launcher_compute_as_one(program, hosts, plain_run):
+    with on_both(program, hosts, deepspeed, *PLAIN, "num_steps=8") as both:
+        ended = [running.finish() for running in both]
+    assert [result.exit_code for result in ended] == [0, 0], ended[0].stderr + ended[1].stderr
+    assert "2 ring" in ended[0].stdout
+    assert_first_losses_are_of_one_host(program.folder / "shared", plain_run)
+
+
+def tasks(running: Running) -> list[psutil.Process]:
+    """The ranks that srun has started."""
+    lines = [(process, process.cmdline()) for process in running.family()]
+    return [process for process, line in lines if "train.py" in line and "python" in line[0]]
+
+
 def test_two_hosts_of_slurm_compute_as_one_and_a_job_told_to_end_saves_and_is_queued_again(program, hosts, plain_run):
     with by_sbatch(program, hosts, *JOB) as running:
         running.until(lambda: len(losses(running.run_dir)) >= 8)
-        for process in running.family():
-            if "train.py" in process.cmdline() and "python" in process.cmdline()[0]:
-                process.send_signal(signal.SIGUSR1)
+        for task in tasks(running):
+            task.send_signal(signal.SIGUSR1)
         result = running.finish()
         running.assert_nothing_is_left()
     assert "2 ring" in result.stdout
     assert_first_losses_are_of_one_host(result.run_dir, plain_run)
-    assert result.exit_code == 143, result.stderr
+    assert result.exit_code in (143, 137), result.stderr  # whether srun had to kill the second
     assert result.stdout.endswith("scontrol requeue 77\n")
     assert list((result.run_dir / "checkpoints").glob("step_*"))
+
+    with by_sbatch(program, hosts, *JOB) as running:
+        for task in running.until(lambda: len(found := tasks(running)) == 2 and found):
+            task.send_signal(signal.SIGTERM)  # before it trains
+        result = running.finish()
+        running.assert_nothing_is_left()
+    assert result.exit_code in (143, 137), result.stderr
+    assert "scontrol" not in result.stdout

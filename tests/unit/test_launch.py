@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 from pathlib import Path
@@ -132,12 +133,31 @@ def test_a_signal_while_ranks_are_started_acts_when_they_are():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-@pytest.mark.parametrize(("code", "said"), [(0, ""), (1, ""), (143, "requeue 7\n")])
-def test_the_batch_file_queues_again_only_what_was_told_to_end(tmp_path, code, said):
-    for name, script in (("srun", f"exit {code}"), ("scontrol", "echo $*")):
+@pytest.mark.parametrize("typed", [[], ["hydra.run.dir=my run"]], ids=["its own run dir", "one that is typed"])
+@pytest.mark.parametrize("left", [False, True], ids=["first start", "after one that saved"])
+@pytest.mark.parametrize(
+    ("saves", "code", "said"),
+    [
+        (False, 0, ""),
+        (False, 1, ""),
+        (False, 143, ""),  # ended by SIGTERM before it trained
+        (True, 143, "requeue 7\n"),
+        (True, 137, "requeue 7\n"),  # the first to end made srun kill the others
+    ],
+)
+def test_the_batch_file_queues_again_only_what_has_saved_because_it_was_told_to_end(
+    tmp_path, typed, left, saves, code, said
+):
+    marker = tmp_path / ("my run" if typed else "runs/7") / "logs" / "told_to_end"
+    marker.parent.mkdir(parents=True)
+    if left:
+        marker.touch()
+    srun = f"{f'touch {shlex.quote(str(marker))}; ' if saves else ''}exit {code}"
+    for name, script in (("srun", srun), ("scontrol", "echo $*")):
         (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
         (tmp_path / name).chmod(0o755)
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
     script = Path(__file__).resolve().parents[2] / "scripts" / "slurm.sbatch"
-    result = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, timeout=10)
+    command = ["bash", script, *typed]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=10)
     assert (result.returncode, result.stdout) == (code, said)

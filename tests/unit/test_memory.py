@@ -21,6 +21,7 @@ from conf.schema import (
 from recipes.memory import StateBytes, num_parameters, state_bytes, tile_tokens
 from recipes.out_of_memory import OutOfMemory, helpful_overrides, out_of_memory_cause, out_of_memory_explained
 from recipes.plan import Plan
+from recipes.whereabouts import Whereabouts
 
 GIB = 2**30
 LARGE = ModelConfig("large", 32, 4096, 32, 8, 128, 14336, vocab_size=128256)
@@ -315,6 +316,7 @@ def test_the_message_has_the_rank_the_error_the_plan_and_three_overrides(tmp_pat
         "rank 3 ran out of memory",
         "CUDA out of memory. Tried to allocate 20.00 GiB.",
         *of.banner(tmp_path),
+        *of.memory_lines(),
         "3 overrides most likely to help, the first one first:",
         f"  {RECOMPUTE}  (the backward pass computes layers again, all but attention)",
         "  engine.zero_stage=3  (weights, gradients and optimizer state lie over all 8 ranks)",
@@ -322,3 +324,35 @@ def test_the_message_has_the_rank_the_error_the_plan_and_three_overrides(tmp_pat
     ]
     with pytest.raises(ValueError, match="other"), out_of_memory_explained(of, tmp_path):
         raise ValueError("other")
+
+
+def fails_for_want_of_memory(run_dir: Path) -> list[str]:
+    with pytest.raises(OutOfMemory) as caught, out_of_memory_explained(plan(), run_dir):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    return str(caught.value).splitlines()
+
+
+def test_the_message_names_the_part_that_failed(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    (tmp_path / "logs").mkdir()
+    whereabouts = Whereabouts(tmp_path, 3)
+    for kind, text in (("step", "7"), ("part", "backward"), ("stage", "backward stage 1")):
+        whereabouts.tell(kind, text)
+    assert fails_for_want_of_memory(tmp_path)[0] == "rank 3 ran out of memory (step 7, backward, backward stage 1)"
+
+
+def test_on_a_gpu_what_memory_held_is_written_and_a_full_disk_does_not_hide_the_rest(tmp_path, monkeypatch):
+    def disk_is_full(path: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: Path(path).write_bytes(b"held"))
+    path = tmp_path / "logs" / "memory_rank_3.pickle"
+    line = f"what its memory held: {path}, for https://docs.pytorch.org/memory_viz"
+    assert fails_for_want_of_memory(tmp_path)[2] == line
+    assert path.read_bytes() == b"held"
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", disk_is_full)
+    lines = fails_for_want_of_memory(tmp_path)
+    assert lines[2] == "no snapshot of its memory: [Errno 28] No space left on device"
+    assert any("overrides most likely to help" in line for line in lines)
