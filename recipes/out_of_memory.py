@@ -66,7 +66,7 @@ def _snapshot(run_dir: Path, rank: int) -> list[str]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.cuda.memory._dump_snapshot(str(path))
-    except OSError as error:  # the disk is full, too: said beside what is the matter, not in its place
+    except Exception as error:  # a full disk, a CUDA error: said beside what is the matter, not in its place
         return [f"no snapshot of its memory: {error}"]
     return [f"what its memory held: {path}, for https://docs.pytorch.org/memory_viz"]
 
