@@ -201,8 +201,8 @@ def max_length(config: Config, run_dir: Path) -> float:
     length = fit.longest(layers, limit_gib, search.multiple)
     if not length:
         raise ConfigError(
-            f"no length fits: {layers} layers without any token take {fit.without_tokens_gib(layers):.2f} GiB per rank "
-            f"by prediction, and {limit_gib:.2f} GiB are there: use fewer layers (model.num_layers), more ranks, or "
+            f"no length of {search.multiple:,} tokens or more fits: {layers} layers without any take "
+            f"{fit.without_tokens_gib(layers):.2f} GiB per rank by prediction, and {limit_gib:.2f} GiB are there: use fewer layers (model.num_layers), more ranks, or "
             "engine.zero_stage=3"
         )
     flops_per_s = longest_probe["flops"] / longest_probe["step_time_s"]
@@ -287,7 +287,7 @@ def _table(result: dict[str, Any], layers: int, asked_gib: float | None) -> list
     limit += ", max_length.memory_gib" if asked_gib else f", its memory less {100 * MARGIN:g} %"
     lines = [
         "",
-        f"{layers} layers on {result['num_ranks']} ranks of {result['device']}; {limit}",
+        f"{layers} layers on {result['num_ranks']} x {result['device']}; {limit}",
         f"{'L':>12} {'GiB per rank':>13} {'= states etc.':>14} {'+ layers':>9} {'+ embedding, logits':>20}",
     ]
     lines += [

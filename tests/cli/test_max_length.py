@@ -7,8 +7,6 @@ import re
 
 import pytest
 
-from tests.cli.program import Program
-
 TINY = [
     "recipe=max_length", "+experiment=ra_sp", "launch.num_ranks=1", "engine.micro_batch_size=4", "model.num_layers=3",
 ]  # fmt: skip
