@@ -202,8 +202,8 @@ def max_length(config: Config, run_dir: Path) -> float:
     if not length:
         raise ConfigError(
             f"no length of {search.multiple:,} tokens or more fits: {layers} layers without any take "
-            f"{fit.without_tokens_gib(layers):.2f} GiB per rank by prediction, and {limit_gib:.2f} GiB are there: use fewer layers (model.num_layers), more ranks, or "
-            "engine.zero_stage=3"
+            f"{fit.without_tokens_gib(layers):.2f} GiB per rank by prediction, and {limit_gib:.2f} GiB are there: "
+            "use fewer layers (model.num_layers), more ranks, or engine.zero_stage=3"
         )
     flops_per_s = longest_probe["flops"] / longest_probe["step_time_s"]
     predicted_s = NUM_STEPS * _flops(trained, num_ranks, length) / flops_per_s
