@@ -48,6 +48,7 @@ def out_of_memory_explained(plan: Plan, run_dir: Path, compares: bool = False) -
             *(_snapshot(run_dir, rank) if torch.cuda.is_available() else []),
             *plan.banner(run_dir),
             *plan.memory_lines(),
+            *plan.step_memory_lines(),
             f"{NUM_OVERRIDES} overrides most likely to help, the first one first:",
             *(f"  {override}" for override in helpful_overrides(plan, allocator, compares)),
         ]

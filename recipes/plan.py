@@ -13,6 +13,7 @@ import torch
 
 from conf.degrees import accumulation_steps, resolve_degrees, settle
 from conf.schema import Config, ConfigError, Degrees, ModelConfig
+from recipes import memory_report
 from recipes.memory import StateBytes, gib, layer_matmul_parameters, num_parameters, refusal, state_bytes
 from recipes.metrics import Throughput, peak_tflops
 from ring_attention.blocks import BlockSpec, choose_block
@@ -267,7 +268,7 @@ class Plan:
         parameters = num_parameters(config.model)
         lines += ["", f"parameters: {parameters:,}"]
         lines.append(f"FLOPs per token, forward: {self.forward_flops:,.0f}; backward is twice that")
-        lines += ["", *self.memory_lines()]
+        lines += ["", *self.memory_lines(), *self.step_memory_lines()]
         return lines
 
     @property
@@ -292,6 +293,14 @@ class Plan:
             "weights, gradients and optimizer state per rank: a lower bound, without activations and buckets",
             f"  {self.state}{of}",
         ]
+
+    def step_memory_lines(self) -> list[str]:
+        """Where a rank's memory goes in a step; nothing where the model alone is too much."""
+        if self.refusal or self.config.recipe == "bench_attention":
+            return []
+        tokens = self.config.engine.micro_batch_size * self.layout.local_length
+        on_gpu = self.device_type == "cuda"
+        return memory_report.lines(self.config, self.degrees, self.method, tokens, self.memory_bytes, on_gpu)
 
     def _work_lines(self) -> list[str]:
         """What each ring rank computes and sends in one layer's attention."""

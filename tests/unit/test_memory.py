@@ -276,6 +276,7 @@ def test_the_message_has_the_rank_the_error_the_plan_and_three_overrides(tmp_pat
         "CUDA out of memory. Tried to allocate 20.00 GiB.",
         *of.banner(tmp_path),
         *of.memory_lines(),
+        *of.step_memory_lines(),
         "3 overrides most likely to help, the first one first:",
         f"  {RECOMPUTE}  (the backward pass computes layers again, all but attention)",
         "  engine.zero_stage=3  (weights, gradients and optimizer state lie over all 8 ranks)",

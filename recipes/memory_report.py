@@ -1,0 +1,209 @@
+"""Where a rank's memory goes in a training step, by arithmetic: what it holds when it may be fullest.
+
+Below `plan`. What tensors there are is read off the model, the engine and what autograd keeps of each operation, and
+counted in the tests, which hold this against the real engine (`python -m tests.memory`). Not in it: what kernels
+allocate inside, what the allocator loses between blocks, and attention's backward pass with its messages, which is the
+fullest moment where queries are wider than the MLP: 9 % more was counted with twice its width. Sizes in bytes.
+
+Shapes: E hidden size, M MLP size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from conf.schema import Config, Degrees, ModelConfig
+from recipes.memory import changed, gib, num_parameters
+
+BUCKET = 500_000_000  # numbers that DeepSpeed reduces at once, at most: `engine.deepspeed_config`
+PERSISTENT = 100_000  # ZeRO-3 keeps smaller parameters whole: DeepSpeed's stage3_param_persistence_threshold
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What a rank holds at one moment, by part."""
+
+    name: str
+    parts: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+def refused(config: Config) -> str | None:
+    """Why a step's memory is not predicted; None if it is."""
+    if config.recipe != "pretrain":
+        return f"a step of recipe={config.recipe} is not predicted"
+    if config.parallelism.method != "sequence":
+        return "the layers of tensor and pipeline ranks are not predicted"
+    if config.engine.gradient_accumulation_steps > 1 or config.engine.train_batch_size is not None:
+        return "steps of several micro-batches are not predicted"
+    if config.engine.dtype == "fp16":
+        return "fp16 is not predicted"
+    return None
+
+
+def moments(config: Config, degrees: Degrees, method: str, local_tokens: int) -> list[Moment]:
+    """The moments of a step that can be the fullest; `refused` says for which configurations.
+
+    Args:
+        method: the attention method, never auto.
+        local_tokens: of this rank, padding included, of all sequences of a micro-batch.
+    """
+    model, engine = config.model, config.engine
+    num_ranks, size = math.prod(degrees), 4 if engine.dtype == "fp32" else 2
+    held, buckets, at_end = _engine_bytes(model, engine.dtype, engine.zero_stage, num_ranks)
+    layer = sum(_layer_bytes(model, size, method).values())
+    norm = _norm_bytes(model, size)
+    angles = 4 * model.head_dim  # cos and sin of the positions, which all layers share
+    attention = size * model.num_heads * model.head_dim + 4 * model.num_heads  # out and lse
+    if engine.recompute == "none":
+        kept, again = model.num_layers * layer, 0
+    else:
+        keeps_attention = engine.recompute == "selective"
+        kept = model.num_layers * (size * model.hidden_size + (attention if keeps_attention else 0))
+        again = layer - (attention if keeps_attention else 0)
+        if model.norm == "layernorm" or size == 4:
+            again -= size * model.hidden_size  # the layer's input, which its norm keeps: it is kept already
+    kept, again, norm = (per_token * local_tokens for per_token in (kept + angles, again, norm))
+    # the gradients of the MLP's product and of one factor, and of the layer's output
+    gradients = (2 if model.mlp == "swiglu" else 1) * size * model.mlp_size + size * model.hidden_size
+    # half precision on stages 0 and 1: gradients in the model's dtype, before they are summed in fp32
+    matrices = size * (model.vocab_size + model.mlp_size) * model.hidden_size if not buckets else 0
+    state = {"weights, optimizer state, standing buffers": held}
+    return [
+        Moment(
+            "the loss, backward",
+            {
+                **state,
+                "kept for the backward pass": kept,
+                "final norm": norm,
+                "logits and two gradients of theirs, fp32": 12.0 * model.vocab_size * local_tokens,
+            },
+        ),
+        Moment(
+            "the last layer, backward",
+            {
+                **state,
+                "kept for the backward pass": kept,
+                "the layer computed again": again,
+                "its gradients": gradients * local_tokens + matrices,
+                "gradient buckets": buckets,
+            },
+        ),
+        Moment("the end of the step", {**state, "gradients, buckets and the optimizer's temporaries": at_end}),
+    ]
+
+
+def _norm_bytes(model: ModelConfig, size: int) -> float:
+    """Per token: input, output and statistics; RMSNorm has its input, and that normalised, in fp32."""
+    hidden = model.hidden_size
+    return 2 * size * hidden + 2 * size if model.norm == "layernorm" else 8 * hidden + 4 + size * hidden
+
+
+def _layer_bytes(model: ModelConfig, size: int, method: str) -> dict[str, float]:
+    """Per token: what one layer keeps for its backward pass, by part."""
+    queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    attention = size * (2 * queries + 2 * keys) + 4 * model.num_heads  # q, out, k and v, lse
+    if method in ("ulysses", "hybrid"):
+        attention += size * 2 * keys  # k and v as they were sent, too
+    # gate and up, silu(gate), their product; GELU's input and output
+    mlp = size * model.mlp_size * (4 if model.mlp == "swiglu" else 2)
+    return {"norms": 2 * _norm_bytes(model, size), "attention": attention, "MLP": mlp}
+
+
+def _engine_bytes(model: ModelConfig, dtype: str, stage: int, num_ranks: int) -> tuple[float, float, float]:
+    """What DeepSpeed 0.19.8 and Adam hold: always; in buckets while gradients come; and beyond the first at the end."""
+    parameters = num_parameters(model)
+    bucket = min(BUCKET, parameters)
+    matrices = parameters - _outside_matrices(
+        model
+    )  # Adam takes these, which decay, in one pass, the others after them
+    parted = num_ranks > 1
+    if stage == 0:
+        size = 4 if dtype == "fp32" else 2
+        # at the end the gradients, those in one piece, and in half precision that in fp32
+        return parameters * (12 if size == 4 else 14), 0, parameters * 8
+    cut = parameters / num_ranks
+    temporaries = 4 * matrices / num_ranks  # of Adam, each
+    if stage == 3:
+        size = 4 if dtype == "fp32" else 2
+        held = cut * (20 if size == 4 else 18) + 4 * bucket + (size * _small(model) if parted else 0)
+        return held, 0, max(8 * bucket if parted else 0, 3 * temporaries)
+    if dtype == "fp32":
+        reduced = 8 * bucket + (4 * bucket if parted else 0)
+        return 4 * parameters + 12 * cut, 8 * bucket, max(reduced, 4 * bucket + 3 * temporaries)
+    if stage == 1:
+        return 6 * parameters + 12 * cut, 0, 2 * parameters + max(4 * bucket if parted else 0, 2 * temporaries)
+    return 2 * parameters + 12 * cut, 4 * bucket, 10 * bucket + 4 * matrices / num_ranks
+
+
+def _small(model: ModelConfig) -> int:
+    """Numbers in parameters that ZeRO-3 keeps whole."""
+    sizes = [model.num_heads * model.head_dim * model.hidden_size]
+    sizes.append((model.num_heads + 2 * model.num_kv_heads) * model.head_dim * model.hidden_size)
+    sizes.append(model.mlp_size * (2 if model.mlp == "swiglu" else 1) * model.hidden_size)
+    sizes.append(model.mlp_size * model.hidden_size)
+    ends = model.vocab_size * model.hidden_size
+    whole = sum(size for size in sizes if size < PERSISTENT) * model.num_layers
+    whole += ends * (1 if model.tied_head else 2) if ends < PERSISTENT else 0
+    return whole + num_parameters(model) - model.num_layers * sum(sizes) - ends * (1 if model.tied_head else 2)
+
+
+def _outside_matrices(model: ModelConfig) -> int:
+    """Numbers in parameters that do not decay: the embedding, norms and biases."""
+    hidden = model.hidden_size
+    heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim * hidden
+    layer = heads + (3 if model.mlp == "swiglu" else 2) * model.mlp_size * hidden
+    head = 0 if model.tied_head else model.vocab_size * hidden
+    return num_parameters(model) - model.num_layers * layer - head
+
+
+def lines(
+    config: Config, degrees: Degrees, method: str, local_tokens: int, memory_bytes: int | None, on_gpu: bool
+) -> list[str]:
+    """The fullest moment, part by part, and the longest sequences that fit."""
+    reason = refused(config)
+    if reason:
+        return [f"memory of a step: {reason}"]
+    found = moments(config, degrees, method, local_tokens)
+    fullest = max(found, key=lambda moment: moment.total)
+    size = 4 if config.engine.dtype == "fp32" else 2
+    layer = _layer_bytes(config.model, size, method)
+    kernels = "by what plain PyTorch keeps; a GPU's kernels keep less" if on_gpu else "by what PyTorch keeps"
+    text = [
+        f"memory of a step, per rank: {gib(fullest.total)} GiB when fullest, which is at: {fullest.name}",
+        *(f"  {gib(size):>8} GiB  {name}" for name, size in fullest.parts.items()),
+        *(f"  {gib(moment.total):>8} GiB at: {moment.name}" for moment in found if moment is not fullest),
+        "  bytes per token and layer, all kept: "
+        + ", ".join(f"{name} {number:,.0f}" for name, number in layer.items()),
+        f"  {kernels}; without what they allocate inside, and messages in flight",
+    ]
+    if memory_bytes is not None:
+        others = ["none", "selective"] if config.engine.recompute == "none" else [config.engine.recompute]
+        for recompute in others:
+            longest = longest_length(changed(config, **{"engine.recompute": recompute}), degrees, method, memory_bytes)
+            text.append(
+                f"  {gib(memory_bytes)} GiB hold sequences of {longest:,} tokens with engine.recompute={recompute}"
+            )
+    return text
+
+
+def longest_length(config: Config, degrees: Degrees, method: str, memory_bytes: int) -> int:
+    """Tokens of a sequence, a multiple of its ranks, with which every moment fits; 0 if none does."""
+
+    def fits(local_length: int) -> bool:
+        tokens = local_length * config.engine.micro_batch_size
+        return all(moment.total <= memory_bytes for moment in moments(config, degrees, method, tokens))
+
+    if not fits(1):
+        return 0
+    fitting, too_long = 1, 2
+    while fits(too_long):
+        fitting, too_long = too_long, 2 * too_long
+    while too_long - fitting > 1:
+        middle = (fitting + too_long) // 2
+        fitting, too_long = (middle, too_long) if fits(middle) else (fitting, middle)
+    return fitting * degrees.sequence
