@@ -13,16 +13,16 @@ TINY = [
 
 
 def test_it_finds_the_longest_length_and_trains_it(program):
-    run = program.run(*TINY, "max_length.memory_gib=0.9", "max_length.confirm_s=120")
+    run = program.run(*TINY, "max_length.memory_gib=0.7", "max_length.confirm_s=120")
     assert (run.exit_code, run.stderr) == (0, "")
     found = json.loads((run.run_dir / "max_length.json").read_text())
     length = found["predicted_length"]
     assert length % 256 == 0
-    assert found["predicted_peak_gib"] <= found["limit_gib"] == 0.9
+    assert found["predicted_peak_gib"] <= found["limit_gib"] == 0.7
     assert [(row["num_layers"], row["length"]) for row in found["probes"]][-1] == (3, length)
     assert {row["num_layers"] for row in found["probes"][:-1]} == {1, 2}
     # of the process: libraries take 0.5 GiB of it, and pages come and go
-    assert found["confirmed"]["peak_gib"] == pytest.approx(found["predicted_peak_gib"], rel=0.15)
+    assert found["confirmed"]["peak_gib"] == pytest.approx(found["predicted_peak_gib"], rel=0.08)
     assert found["longest_by_layers"]["3"] == found["curve"][-1]["length"] == length
     assert "say nothing of GPUs" in run.stdout
     assert re.search(
