@@ -57,6 +57,10 @@ def execute(config: Config, overrides: list[str], run_dir: Path) -> float | None
         from recipes import compare
 
         return compare.compare(config, compose_entries(config, overrides), run_dir)
+    if config.recipe == "max_length":
+        from recipes import max_length
+
+        return max_length.max_length(config, run_dir)
     from recipes import launch  # torch takes seconds to import: a bad configuration was refused before
 
     num_ranks = launch.count_ranks(config)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Optional
 BLOCKS = ("auto", "flash_attn_4", "ffpa", "cudnn", "aten_flash", "mem_efficient", "cpu_flash", "reference")
 METHODS = ("ring", "ulysses", "hybrid", "all_gather", "local", "auto")
 TRANSPORTS = ("auto", "p2p", "copy_engine")
-RECIPES = ("pretrain", "forward", "compare", "bench_attention")
+RECIPES = ("pretrain", "forward", "compare", "bench_attention", "max_length")
 # what a sweep can look for, and which recipes measure it; names of RUN_DIR/summary.json
 OBJECTIVES = {
     "validation_loss": ("minimize", ("pretrain",)),
@@ -328,6 +328,19 @@ class CompareConfig:
 
 
 @dataclass
+class MaxLengthConfig:
+    """recipe=max_length: the longest sequence that this configuration can train."""
+
+    memory_gib: Optional[float] = None  # that a rank may use; unset: its device's less a tenth, or its part of the host
+    confirm_s: float = 600.0  # try the length found if its two steps should take no longer; 0 never does
+
+    def __post_init__(self) -> None:
+        if self.memory_gib is not None and not 0 < self.memory_gib < math.inf:
+            raise ConfigError(f"max_length.memory_gib={self.memory_gib} must be above 0, and finite")
+        _at_least("max_length.confirm_s", self.confirm_s, 0)
+
+
+@dataclass
 class SweepConfig:
     """python train.py -m +sweep=NAME: many runs, called trials, and which of them is the best."""
 
@@ -357,8 +370,11 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
+    max_length: MaxLengthConfig = field(default_factory=MaxLengthConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
-    recipe: str = "pretrain"  # pretrain | forward (no gradients: throughput alone) | compare | bench_attention
+    recipe: str = (
+        "pretrain"  # pretrain | forward (no gradients: throughput alone) | compare | bench_attention | max_length
+    )
     explain: bool = False  # print the resolved plan and stop
     profile: bool = False  # record a torch profiler trace of the profile_steps on every rank
     profile_steps: list[int] = field(default_factory=lambda: [3, 4])  # the first and the last of them
@@ -373,10 +389,17 @@ class Config:
         if self.recipe == "compare" and not self.compare.entries:
             raise ConfigError("recipe=compare has nothing to compare: type recipe=compare +experiment=paper_table")
         for name in ("profile", "memory_snapshot"):
-            if self.recipe in ("compare", "bench_attention") and getattr(self, name):
+            if self.recipe in ("compare", "bench_attention", "max_length") and getattr(self, name):
                 raise ConfigError(
                     f"{name}=true is for single runs: leave it out, or type recipe=pretrain or recipe=forward"
                 )
+        if self.recipe == "max_length" and self.attention.method == "auto":
+            raise ConfigError(
+                "attention=auto may choose another method at another length, so recipe=max_length predicts nothing: "
+                "use attention=ring"
+            )
+        if self.recipe == "max_length" and self.parallelism.method == "tensor_pipeline":
+            raise ConfigError("recipe=max_length probes one layer, which has no pipeline stages: use +experiment=ra_sp")
         if len(self.profile_steps) != 2 or not 2 <= self.profile_steps[0] <= self.profile_steps[1]:
             raise ConfigError(
                 f"profile_steps={self.profile_steps} must be the first and the last step to record, from step 2 on: "

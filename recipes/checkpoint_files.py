@@ -29,6 +29,7 @@ FREE = (
     "logging.",
     "checkpoint.",
     "compare.",
+    "max_length.",
     "sweep.",
     "launch.timeout_s",
     "launch.stall_factor",

@@ -148,6 +148,13 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
+def peak_memory_in_use_gib() -> float:
+    """This rank's peak without what the allocator's cache held besides, mailboxes too; on the CPU `peak_memory_gib`."""
+    if torch.cuda.is_available():
+        return (torch.cuda.max_memory_allocated() + mailbox_bytes()) / 2**30
+    return peak_memory_gib()
+
+
 def allocator() -> dict[str, float]:
     """Of this rank's GPU: the peak of memory in use, and how often its cache had to be freed. Nothing on the CPU."""
     if not torch.cuda.is_available():

@@ -83,8 +83,8 @@ def _results_of(results: list[dict[str, Any]], entry: str, number: int, size: in
 def settings_of(entry: Config) -> str:
     """A fingerprint of what an entry runs, kept with its results: no other configuration may take them for its own."""
     settings = dataclasses.asdict(entry)
-    unlike = ("launch", "logging", "checkpoint", "compare", "sweep", "explain", "breakdown", "num_steps")
-    for name in (*unlike, "profile", "profile_steps", "memory_snapshot"):
+    unlike = ("launch", "logging", "checkpoint", "compare", "max_length", "sweep", "explain", "breakdown")
+    for name in (*unlike, "num_steps", "profile", "profile_steps", "memory_snapshot"):
         del settings[name]
     return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
 
