@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,12 +45,11 @@ def search(monkeypatch, tmp_path):
         )  # fmt: skip
         return max_length(config, tmp_path), json.loads((tmp_path / "max_length.json").read_text())
 
-    run.tried = tried
-    return run
+    return SimpleNamespace(run=run, tried=tried)
 
 
 def test_five_probes_and_one_try(search):
-    length, found = search(line_gib)
+    length, found = search.run(line_gib)
     # (9 - 0.5 - 8 x 0.25) GiB / 25e-4 GiB per token = 2600, in whole tiles of both ranks
     assert length == found["predicted_length"] == 2560
     assert found["limit_gib"] == 9.0
@@ -59,26 +59,26 @@ def test_five_probes_and_one_try(search):
 
 
 def test_a_step_that_takes_too_long_is_not_tried(search, capsys):
-    length, found = search(line_gib, confirm_s=0.0)
+    length, found = search.run(line_gib, confirm_s=0.0)
     assert (length, found["confirmed"], search.tried[-1]) == (2560, None, (2, 4096))
     assert "not tried: 2 steps should take" in capsys.readouterr().out
 
 
 def test_probes_that_have_no_memory_are_made_shorter(search):
-    length, _ = search(line_gib, capacity_gib=2.5, memory_gib=4.0, confirm_s=0.0)
+    length, _ = search.run(line_gib, capacity_gib=2.5, memory_gib=4.0, confirm_s=0.0)
     assert search.tried == [(1, 1024), (1, 2048), (1, 4096), (2, 2048), (2, 4096), (1, 512), (2, 1024)]
     assert length == 512  # (4 - 0.5 - 8 x 0.25) GiB / 25e-4 GiB per token = 600
 
 
 def test_memory_that_does_not_follow_the_line_is_probed_further_then_given_up(search, capsys):
     with pytest.raises(RunFailed, match="no length can be predicted: L = 8,192 and 16,384 peak at"):
-        search(lambda layers, length: 1 + layers * length**2 / 1e8)
+        search.run(lambda layers, length: 1 + layers * length**2 / 1e8)
     assert (1, 32768) in search.tried
     assert "so longer ones are probed" in capsys.readouterr().out
 
 
 def test_a_try_without_memory_is_made_once_more_and_shorter(search, capsys):
-    length, found = search(line_gib, capacity_gib=8.5, memory_gib=9.0)
+    length, found = search.run(line_gib, capacity_gib=8.5, memory_gib=9.0)
     assert (length, search.tried[-2:]) == (2048, [(8, 2560), (8, 2048)])
     assert found["confirmed"]["length"] == 2048
     assert "L = 2,560 does not fit: the prediction was too high; trying 5 % less" in capsys.readouterr().out
@@ -88,7 +88,7 @@ def test_a_model_that_fits_at_no_length_is_refused(search):
     with pytest.raises(
         ConfigError, match=r"no length of 512 tokens or more fits: 8 layers without any take 2\.50 GiB per rank"
     ):
-        search(line_gib, memory_gib=2.5)
+        search.run(line_gib, memory_gib=2.5)
 
 
 def test_only_want_of_memory_is_a_probes_result(monkeypatch, tmp_path):
