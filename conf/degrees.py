@@ -122,6 +122,11 @@ def _tensor_pipeline_degrees(config: Config, num_ranks: int) -> Degrees:
             f"engine.recompute={config.engine.recompute} cannot go with parallelism=tensor_pipeline: use "
             "engine.recompute=none"
         )
+    if config.engine.tile_tokens:
+        raise ConfigError(
+            f"engine.tile_tokens={config.engine.tile_tokens} cannot go with parallelism=tensor_pipeline, whose last "
+            "stage hands all logits of a micro-batch to the loss: use engine.tile_tokens=0"
+        )
     for name in ("ring", "ulysses"):
         if (degree := getattr(given, f"{name}_degree") or 1) > 1:
             raise ConfigError(

@@ -150,6 +150,7 @@ class EngineConfig:
     train_batch_size: Optional[int] = None  # sequences per step, all ranks; if set, it gives the accumulation steps
     gradient_clipping: float = 1.0  # largest gradient norm; 0 is off
     recompute: str = "none"  # layers in the backward pass, for memory: none | selective (all but attention) | full
+    tile_tokens: Optional[int] = None  # tokens of which logits exist at once; 0: all of a micro-batch; unset: 1 GiB's
     on_bad_step: str = "stop"  # loss or gradients are not finite: stop | skip, which goes on with the next batch
     deterministic: bool = False  # deterministic kernels only, at some cost
     detect_anomaly: bool = False  # name the forward operation whose gradient is NaN; slow
@@ -168,6 +169,8 @@ class EngineConfig:
         _at_least("engine.micro_batch_size", self.micro_batch_size, 1)
         _at_least("engine.gradient_accumulation_steps", self.gradient_accumulation_steps, 1)
         _at_least("engine.gradient_clipping", self.gradient_clipping, 0)
+        if self.tile_tokens is not None:
+            _at_least("engine.tile_tokens", self.tile_tokens, 0)
         if self.train_batch_size is not None:
             _at_least("engine.train_batch_size", self.train_batch_size, 1)
             if self.gradient_accumulation_steps != 1:

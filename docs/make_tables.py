@@ -347,6 +347,21 @@ def fuzz_table() -> str:
     return "\n".join(lines)
 
 
+def memory_table() -> str:
+    """What tests.memory counted, and what was predicted."""
+    rows = json.loads((RESULTS / "memory_cpu.json").read_text())
+    lines = ["| setting | fullest at | predicted, MiB | counted, MiB | error |", "|---" * 5 + "|"]
+    for row in rows:
+        setting = [row["dtype"], f"ZeRO-{row['zero_stage']}", f"{row['num_ranks']} ranks, {row['method']}"]
+        setting += [f"{row['local_length']:,} tokens x {row['micro_batch_size']}", f"recompute {row['recompute']}"]
+        setting += [f"tiles of {row['tile_tokens']}"] if row["tile_tokens"] else []
+        setting += [f"{name} {value}" for name, value in row["model"].items()]
+        sizes = [f"{row[name] / 2**20:.2f}" for name in ("predicted", "counted")]
+        cells = [", ".join(setting), row["moment"], *sizes, f"{row['error_pct']:+.2f} %"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "main job": main_job_table,
     "parity cpu": lambda: parity_table("parity_cpu.json"),
@@ -357,6 +372,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "precision cpu": lambda: precision_table("precision_cpu.json"),
     "precision gpu": lambda: precision_table("precision_H200.json"),
     "fuzz": fuzz_table,
+    "memory": memory_table,
     "ring memory": ring_memory_table,
     "paper 10k forward": lambda: comparison_table("paper_10k_forward_2xH200.json"),
     "paper 100k forward": lambda: comparison_table("paper_100k_forward_2xH200.json"),

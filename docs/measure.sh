@@ -7,7 +7,7 @@
 #   cells      the parity table, all cells for as many ranks              simulated  one rank of larger rings, on one GPU
 #   forward    the paper's table, forward passes, both workloads          blocks     each block kernel's speed, on one GPU
 #   training   the same, training                                         ceilings   matrix products and attention alone
-#   pipeline   its rows of PP=2                                           copies     RA+SP with both transports, in turns
+#   copies     RA+SP with both transports, in turns
 #   step       training at L = 131,072 beside its parts                   short      attention alone at 2k to 8k tokens
 #   rivals_10k, rivals_100k: RA+SP, TP=2, PP=2 and DP, both recipes       sanitizer  memory and races of our kernels, on one GPU
 #   faults     a stopped rank                                             heads_512  attention alone with heads of 512
@@ -61,7 +61,8 @@ for stage in "$@"; do
       rivals 190 forward paper_100k [1] 2
       rivals 400 pretrain paper_100k [1] 2 ;;
     parts_10k) # where RA+SP's training step goes, beside DP's, and the kernel for heads of 512 on its blocks
-      compare 240 parts_10k compare.recipe=pretrain compare.only=[ra_sp,dp] compare.baseline=dp compare.rounds=1 compare.micro_batch_sizes=[2,4]
+      compare 330 parts_10k compare.recipe=pretrain compare.only=[ra_sp,ra_p2p,dp] compare.baseline=dp compare.rounds=1 compare.micro_batch_sizes=[2,4] \
+        "+compare.entries.ra_p2p=['+experiment=ra_sp','attention.transport=p2p']"
       CUDA_VISIBLE_DEVICES=${GPU:-0} limited 100 8 heads_512_blocks python3 -m tests.block_speeds --dtype fp16 --head-dims 512 --lengths 2500 5000 10000 --json "$out/heads_512_blocks.json" ;;
     copies)
       for workload in paper_10k paper_100k; do

@@ -54,7 +54,7 @@ class BadSteps:
         print(text, flush=True)  # the rank's log
         if config.engine.on_bad_step == "stop":
             raise RunFailed(
-                f"{text}\nnothing of it was applied; {way_on(self._run_dir)}: with engine.on_bad_step=skip it leaves "
+                f"{text}\nnothing of it was applied; {way_on(self._run_dir)}: engine.on_bad_step=skip leaves "
                 "such batches out",
                 of_all_ranks=True,
             )

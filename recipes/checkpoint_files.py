@@ -43,8 +43,8 @@ FREE = (
     "memory_snapshot",
     "breakdown",
 )
-# fields that say who computes what: sums come in another order, so results differ by rounding. All but the last two
-# leave DeepSpeed's files as they are, for it cuts states over all data x sequence ranks
+# fields that say who computes what, and how much at once: sums come in another order, so results differ by rounding.
+# All but the last two leave DeepSpeed's files as they are, for it cuts states over all data x sequence ranks
 ARRANGEMENT = (
     "attention.",
     "parallelism.data_degree",
@@ -52,6 +52,7 @@ ARRANGEMENT = (
     "parallelism.ulysses_degree",
     "engine.micro_batch_size",
     "engine.gradient_accumulation_steps",
+    "engine.tile_tokens",
     "engine.zero_stage",
     "launch.num_ranks",
 )
@@ -216,7 +217,7 @@ def check_same_run(folder: Path, manifest: Manifest, config: Config) -> list[str
     if config.parallelism.method == "sequence" and rearranged == differing:
         _check_batch(folder, before, now)
         _check_zero_stage(folder, before, now)
-        return [f"{name} {before[name]} -> {now[name]}" for name in rearranged]
+        return [f"{name} {before.get(name)} -> {now[name]}" for name in rearranged]
     if not differing:
         return []
     changes = "; ".join(f"{name} was {before.get(name)} and is {now[name]}" for name in differing)

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 from conf.schema import Config, Degrees, ModelConfig
 
 MOST_RANKS = 2**16  # that are thought of
+LOGITS_BYTES = 2**30  # that exist at once, if nothing is said
+TILE_MULTIPLE = 256  # tokens: matrix products like round numbers
 
 
 def num_parameters(model: ModelConfig) -> int:
@@ -67,6 +69,17 @@ class StateBytes(NamedTuple):
         parts = f"weights {gib(self.weights)} + gradients {gib(self.gradients)} + optimizer {gib(self.optimizer)}"
         before = f"; before that, to build them in fp32, {gib(self.built)} GiB" if self.built > self.total else ""
         return f"{parts} = {gib(self.total)} GiB{before}"
+
+
+def tile_tokens(config: Config, local_tokens: int) -> int:
+    """Of how many of a rank's `local_tokens` tokens per micro-batch logits exist at once, where not of all; else 0."""
+    if config.parallelism.method == "tensor_pipeline":
+        return 0
+    tokens = config.engine.tile_tokens
+    if tokens is None:
+        most = LOGITS_BYTES // (4 * config.model.vocab_size)  # the loss has them in fp32
+        tokens = max(1, most // TILE_MULTIPLE * TILE_MULTIPLE or most)
+    return tokens if tokens < local_tokens else 0
 
 
 def gib(size: float) -> str:

@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 
 from conf.schema import Config, Degrees, ModelConfig
-from recipes.memory import changed, gib, num_parameters
+from recipes.memory import changed, gib, num_parameters, tile_tokens
 
 BUCKET = 500_000_000  # numbers that DeepSpeed reduces at once, at most: `engine.deepspeed_config`
 PERSISTENT = 100_000  # ZeRO-3 keeps smaller parameters whole: DeepSpeed's stage3_param_persistence_threshold
@@ -80,7 +80,7 @@ def moments(config: Config, degrees: Degrees, method: str, local_tokens: int) ->
                 **state,
                 "kept for the backward pass": kept,
                 "final norm": norm,
-                "logits and two gradients of theirs, fp32": 12.0 * model.vocab_size * local_tokens,
+                **_loss_bytes(config, size, local_tokens),
             },
         ),
         Moment(
@@ -95,6 +95,22 @@ def moments(config: Config, degrees: Degrees, method: str, local_tokens: int) ->
         ),
         Moment("the end of the step", {**state, "gradients, buckets and the optimizer's temporaries": at_end}),
     ]
+
+
+def _loss_bytes(config: Config, size: int, local_tokens: int) -> dict[str, float]:
+    """What the loss works with: fp32 logits and two gradients of theirs, of all tokens or of a tile's."""
+    vocab_size, hidden_size = config.model.vocab_size, config.model.hidden_size
+    tile = tile_tokens(config, local_tokens)
+    if not tile:
+        return {"logits and two gradients of theirs, fp32": 12.0 * vocab_size * local_tokens}
+    # the logits beside these; or, in half precision, then those and their gradient, which the CPU casts with the weight
+    casts = 4 * vocab_size * (tile + hidden_size) if size == 2 else 0
+    return {
+        "logits of a tile and their gradients": max(
+            (12 + size) * vocab_size * tile, 2 * size * vocab_size * tile + casts
+        ),
+        "gradients of the loss, fp32": 4.0 * hidden_size * (local_tokens + vocab_size),
+    }
 
 
 def _norm_bytes(model: ModelConfig, size: int) -> float:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from recipes.memory import changed, tile_tokens
 from recipes.plan import Plan
 from recipes.ranks import RunFailed
 from recipes.whereabouts import LOGS_DIR, place_of
@@ -65,7 +66,7 @@ def _snapshot(run_dir: Path, rank: int) -> list[str]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.cuda.memory._dump_snapshot(str(path))
-    except OSError as error:  # the disk is full, too: said beside what is the matter, not in its place
+    except Exception as error:  # a full disk, a CUDA error: said beside what is the matter, not in its place
         return [f"no snapshot of its memory: {error}"]
     return [f"what its memory held: {path}, for https://docs.pytorch.org/memory_viz"]
 
@@ -109,6 +110,8 @@ def _without_loss(plan: Plan, allocator: str, compares: bool) -> Iterator[tuple[
         yield f"{shared} {_same_batch(plan)}", f"a sequence on all {plan.num_ranks} ranks, now on {degrees.sequence}"
     if plan.method == "all_gather" and degrees.sequence > 1:
         yield "attention=ring", "all_gather holds the keys and values of whole sequences"
+    if cuts_tokens and engine.tile_tokens == 0 and _would_tile(plan):
+        yield "engine.tile_tokens=null", "the loss tile by tile: logits of all tokens never exist"
     if cuts_tokens and plan.trains and engine.recompute == "none":
         yield "engine.recompute=selective", "the backward pass computes layers again, all but attention"
     if cuts_tokens and engine.zero_stage < 3 and plan.num_ranks > 1:
@@ -133,6 +136,11 @@ def _smaller_jobs(plan: Plan) -> Iterator[tuple[str, str]]:
     if model.mlp_size % (2 * degrees.tensor) == 0:
         yield f"model.mlp_size={model.mlp_size // 2}", "a smaller model"
     yield f"model.hidden_size={max(1, model.hidden_size // 2)}", "a smaller model"
+
+
+def _would_tile(plan: Plan) -> bool:
+    """Whether a tile's usual size is less than all tokens."""
+    return tile_tokens(changed(plan.config, **{"engine.tile_tokens": None}), plan.local_tokens) > 0
 
 
 def _same_batch(plan: Plan) -> str:

@@ -14,7 +14,7 @@ import torch
 from conf.degrees import accumulation_steps, resolve_degrees, settle
 from conf.schema import Config, ConfigError, Degrees, ModelConfig
 from recipes import memory_report
-from recipes.memory import StateBytes, gib, layer_matmul_parameters, num_parameters, refusal, state_bytes
+from recipes.memory import StateBytes, gib, layer_matmul_parameters, num_parameters, refusal, state_bytes, tile_tokens
 from recipes.metrics import Throughput, peak_tflops
 from ring_attention.blocks import BlockSpec, choose_block
 from ring_attention.choose import MESSAGE_LATENCY_MS, Candidate, Links, Workload, rank_methods
@@ -135,6 +135,16 @@ class Plan:
         return self.sequences_per_step * self.config.data.sequence_length
 
     @property
+    def local_tokens(self) -> int:
+        """Of one micro-batch on one rank, padding included."""
+        return self.config.engine.micro_batch_size * self.layout.local_length
+
+    @property
+    def tile_tokens(self) -> int:
+        """Of how many of them logits exist at once; 0: of all."""
+        return tile_tokens(self.config, self.local_tokens)
+
+    @property
     def has_ring(self) -> bool:
         """Whether ranks pass keys and values on."""
         return self.degrees.ring > 1 and self.method in ("ring", "hybrid")
@@ -228,10 +238,17 @@ class Plan:
             ("attention", attention),
             ("block kernel", f"{block} ({reason})"),
             ("engine", f"{state}, {config.engine.dtype}"),
+            *self._tile_rows(),
             *([("!!!", self.slowness)] if self.slowness else []),
             ("run dir", str(run_dir)),
         ]
         return [f"{name:>16}  {value}" for name, value in rows]
+
+    def _tile_rows(self) -> list[tuple[str, str]]:
+        tile = self.tile_tokens
+        if not tile or self.config.recipe == "bench_attention":  # which has no logits
+            return []
+        return [("loss", f"logits of {tile:,} tokens at a time, of {self.local_tokens:,} per rank and micro-batch")]
 
     @property
     def flops(self) -> float:
@@ -298,9 +315,8 @@ class Plan:
         """Where a rank's memory goes in a step; nothing where the model alone is too much."""
         if self.refusal or self.config.recipe == "bench_attention":
             return []
-        tokens = self.config.engine.micro_batch_size * self.layout.local_length
         on_gpu = self.device_type == "cuda"
-        return memory_report.lines(self.config, self.degrees, self.method, tokens, self.memory_bytes, on_gpu)
+        return memory_report.lines(self.config, self.degrees, self.method, self.local_tokens, self.memory_bytes, on_gpu)
 
     def _work_lines(self) -> list[str]:
         """What each ring rank computes and sends in one layer's attention."""

@@ -28,7 +28,7 @@ class RunFailed(RuntimeError):
 class Preempted(SystemExit):
     """The run was told to end, by SIGTERM or SIGUSR1, and has: the same command with its run dir goes on.
 
-    The exit code is that of SIGTERM for both, which those who requeue take for "again", not for a failure.
+    The exit code is that of SIGTERM for both, which is no failure; `logs/told_to_end` says whether it has saved.
     """
 
     EXIT_CODE = 128 + signal.SIGTERM

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from conf.schema import ModelConfig
-from recipes.kernels import IGNORED_LABEL, cross_entropy_sum, make_norm, rotary_qkv, swiglu
+from recipes.head import Head
+from recipes.kernels import IGNORED_LABEL, make_norm, rotary_qkv, swiglu
 from ring_attention.keep import keeping_attention
 
 
@@ -115,8 +116,8 @@ def make_layer(config: ModelConfig, attention: nn.Module, seed: int, index: int)
     return layer
 
 
-def make_head(config: ModelConfig, seed: int) -> nn.Linear:
-    head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+def make_head(config: ModelConfig, seed: int, tile_tokens: int = 0) -> Head:
+    head = Head(config.hidden_size, config.vocab_size, tile_tokens)
     draw_weights_(head, config, seed, 1 + config.num_layers)
     return head
 
@@ -128,25 +129,36 @@ class Transformer(nn.Module):
         attention: any module with DeepSpeed's DistributedAttention contract.
         seed: of the weights, which are drawn on the device that torch would allocate on.
         recompute: EngineConfig's: what of each layer the backward pass computes again instead of keeping it.
+        tile_tokens: of how many tokens `forward` has logits at once; 0: of all.
     """
 
-    def __init__(self, config: ModelConfig, attention: nn.Module, seed: int = 0, recompute: str = "none") -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        attention: nn.Module,
+        seed: int = 0,
+        recompute: str = "none",
+        tile_tokens: int = 0,
+    ) -> None:
         super().__init__()
         self.config, self.recompute = config, recompute
         self.embedding = make_embedding(config, seed)
         self.layers = nn.ModuleList(make_layer(config, attention, seed, index) for index in range(config.num_layers))
         self.final_norm = make_norm(config)
-        self.head = make_head(config, seed)
+        self.head = make_head(config, seed, tile_tokens)
         if config.tied_head:
             self.head.weight = self.embedding.weight
 
     def logits(self, tokens_BS: Tensor, positions_1S: Tensor) -> Tensor:
         """[B, S, V] for tokens [B, S] at global positions [1, S]."""
+        return self.head(self._hidden(tokens_BS, positions_1S))
+
+    def _hidden(self, tokens_BS: Tensor, positions_1S: Tensor) -> Tensor:
         cos, sin = rotary_cos_sin(positions_1S, self.config.head_dim, self.config.rope_theta)
         x_BSE = self.embedding(tokens_BS)
         for layer in self.layers:
             x_BSE = self._through(layer, x_BSE, cos, sin)
-        return self.head(self.final_norm(x_BSE))
+        return self.final_norm(x_BSE)
 
     def _through(self, layer: nn.Module, *inputs: Tensor) -> Tensor:
         if self.recompute == "none" or not torch.is_grad_enabled():
@@ -161,4 +173,4 @@ class Transformer(nn.Module):
 
     def forward(self, tokens_BS: Tensor, positions_1S: Tensor, labels_BS: Tensor) -> Tensor:
         """The sum of what follows each token's cross-entropy in nats, fp32: see `TokenBatch`."""
-        return cross_entropy_sum(self.logits(tokens_BS, positions_1S), labels_BS)
+        return self.head(self._hidden(tokens_BS, positions_1S), labels_BS)

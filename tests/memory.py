@@ -44,6 +44,7 @@ class Setting:
     method: str = "ring"
     recompute: str = "none"
     micro_batch_size: int = 1
+    tile_tokens: int | None = None
     model: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -56,6 +57,7 @@ class Setting:
                 zero_stage=self.zero_stage,
                 recompute=self.recompute,
                 micro_batch_size=self.micro_batch_size,
+                tile_tokens=self.tile_tokens,
             ),
             data=DataConfig(sequence_length=self.num_ranks * self.local_length),
         )
@@ -65,8 +67,9 @@ class Setting:
     def predicted(self) -> tuple[str, float]:
         """The fullest moment, and bytes."""
         plan = self.plan
-        tokens = self.micro_batch_size * plan.layout.local_length
-        fullest = max(moments(plan.config, plan.degrees, plan.method, tokens), key=lambda moment: moment.total)
+        fullest = max(
+            moments(plan.config, plan.degrees, plan.method, plan.local_tokens), key=lambda moment: moment.total
+        )
         return fullest.name, fullest.total
 
 
@@ -85,6 +88,8 @@ SETTINGS = [
     Setting("bf16", 1, recompute="full"),
     Setting("bf16", 2, num_ranks=2, recompute="selective"),
     Setting("bf16", 2, local_length=64, model={"hidden_size": 256}),
+    Setting("bf16", 1, tile_tokens=256, model={"vocab_size": 4096}),
+    Setting("fp32", 1, num_ranks=2, tile_tokens=128, model={"vocab_size": 4096}),
     Setting("bf16", 3, num_ranks=2, method="ulysses", model={"num_layers": 6}),
     Setting("bf16", 3, num_ranks=2, local_length=64, model={"hidden_size": 256, "num_layers": 4, "mlp_size": 1024}),
 ]

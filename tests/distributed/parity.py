@@ -87,6 +87,7 @@ class Cell:
     sequence_sharded_norms: bool = True
     transport: str = "p2p"
     recompute: str = "none"
+    tile_tokens: int = 0
 
     @property
     def num_ranks(self) -> int:
@@ -120,6 +121,7 @@ class Cell:
                     gradient_accumulation_steps=self.accumulation_steps,
                     gradient_clipping=CLIPPING[self.model],
                     recompute=self.recompute,
+                    tile_tokens=self.tile_tokens,
                 ),
                 optimizer=OPTIMIZER,
                 data=DataConfig(sequence_length=self.length),
@@ -399,6 +401,7 @@ def run_cell(pool: WorkerPool, cell: Cell) -> Outcome:
         method="ring",
         transport="p2p",
         recompute="none",
+        tile_tokens=0,
     )
     expected = one_process(key, torch.float64, "cpu", pool.device)
     ranks = pool.run(train_on_ranks, cell, num_ranks=cell.num_ranks)

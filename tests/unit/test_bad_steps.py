@@ -38,7 +38,7 @@ def test_a_run_stops_with_the_identity_of_the_batch(tmp_path, step, goes_on):
     assert caught.value.of_all_ranks
     assert str(caught.value) == (
         "step 3: the loss is nan, that of the tokens of ranks 1, 2; its batch: training tokens 2,000 to 2,999, the "
-        f"last sequence with SHA-256 abc\nnothing of it was applied; {goes_on}: with engine.on_bad_step=skip it leaves "
+        f"last sequence with SHA-256 abc\nnothing of it was applied; {goes_on}: engine.on_bad_step=skip leaves "
         "such batches out"
     )
 

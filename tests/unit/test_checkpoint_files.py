@@ -166,6 +166,14 @@ def test_another_arrangement_on_as_many_ranks_goes_on_if_the_batch_is_kept(tmp_p
     )
 
 
+def test_tiles_of_the_loss_may_differ_also_from_a_run_that_knew_none(tmp_path):
+    folder = published(tmp_path, 5)
+    manifest, other = read_manifest(folder), settled(Config(engine=EngineConfig(tile_tokens=64)))
+    assert check_same_run(folder, manifest, other) == ["engine.tile_tokens None -> 64"]
+    del manifest.config["engine"]["tile_tokens"]
+    assert check_same_run(folder, manifest, other) == ["engine.tile_tokens None -> 64"]
+
+
 @pytest.mark.parametrize("zero_stage", [2, 3])
 def test_other_ranks_and_zero_stages_go_on(tmp_path, zero_stage):
     folder = published(tmp_path, 5)

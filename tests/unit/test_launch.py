@@ -133,7 +133,11 @@ def test_a_signal_while_ranks_are_started_acts_when_they_are():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-@pytest.mark.parametrize("typed", [[], ["hydra.run.dir=my run"]], ids=["its own run dir", "one that is typed"])
+@pytest.mark.parametrize(
+    "typed",
+    [[], ["hydra.run.dir=my run"], ["++hydra.run.dir='my run'"]],
+    ids=["its own run dir", "one that is typed", "one in quotes"],
+)
 @pytest.mark.parametrize("left", [False, True], ids=["first start", "after one that saved"])
 @pytest.mark.parametrize(
     ("saves", "code", "said"),

@@ -18,7 +18,7 @@ from conf.schema import (
     ModelConfig,
     ParallelismConfig,
 )
-from recipes.memory import StateBytes, num_parameters, state_bytes
+from recipes.memory import StateBytes, num_parameters, state_bytes, tile_tokens
 from recipes.out_of_memory import OutOfMemory, helpful_overrides, out_of_memory_cause, out_of_memory_explained
 from recipes.plan import Plan
 from recipes.whereabouts import Whereabouts
@@ -147,6 +147,38 @@ def test_what_a_refusal_names_would_fit(fields, memory_gib):
             Plan(changed, num_ranks, "cuda", "NVIDIA H100 80GB HBM3", (9, 0), 8, memory_gib * GIB)
 
 
+@pytest.mark.parametrize(
+    ("vocab_size", "given", "local_tokens", "expected"),
+    [
+        (257, None, 2**19, 0),  # all at once
+        (257, None, 2**21, 1044480),  # below 2^30 bytes / 4 / 257 = 1044495.5
+        (128256, None, 2048, 0),
+        (128256, None, 2049, 2048),
+        (2**21, None, 1000, 128),  # less than a multiple of 256
+        (2**29, None, 1000, 1),  # a token has more than that
+        (257, 64, 65, 64),
+        (257, 64, 64, 0),
+        (128256, 0, 2**20, 0),
+    ],
+)
+def test_as_many_tokens_have_logits_as_fit_a_gib_or_as_were_said(vocab_size, given, local_tokens, expected):
+    config = Config(model=ModelConfig(vocab_size=vocab_size), engine=EngineConfig(tile_tokens=given))
+    assert tile_tokens(config, local_tokens) == expected
+
+
+def test_a_pipelines_last_stage_has_all_logits():
+    assert tile_tokens(Config(model=LARGE, **tensor_pipeline()), 2**20) == 0
+
+
+def test_the_banner_says_how_many_tokens_have_logits_only_if_not_all_do():
+    assert "loss" not in "\n".join(plan().banner(Path("runs")))
+    long = DataConfig(sequence_length=2**17)
+    engine = EngineConfig(micro_batch_size=2)
+    (line,) = [line for line in plan(data=long, engine=engine).banner(Path("runs")) if "logits" in line]
+    assert line == "            loss  logits of 2,048 tokens at a time, of 32,768 per rank and micro-batch"
+    assert "logits" not in "\n".join(plan(data=long, recipe="bench_attention").banner(Path("runs")))
+
+
 ALLOCATOR = "PYTORCH_ALLOC_CONF=expandable_segments:True"
 RECOMPUTE = "engine.recompute=selective"
 HALF = "data.sequence_length=1024"
@@ -158,6 +190,15 @@ RING_8 = "parallelism.data_degree=1 parallelism.ring_degree=8"
     [
         ({}, [RECOMPUTE, "engine.zero_stage=3", ALLOCATOR]),
         ({"engine": EngineConfig(zero_stage=3)}, [RECOMPUTE, ALLOCATOR, HALF]),
+        ({"engine": EngineConfig(tile_tokens=0)}, [RECOMPUTE, "engine.zero_stage=3", ALLOCATOR]),  # 256 tokens per rank
+        (
+            {"engine": EngineConfig(tile_tokens=0), "data": DataConfig(sequence_length=2**17)},
+            ["engine.tile_tokens=null", RECOMPUTE, "engine.zero_stage=3"],
+        ),
+        (
+            {"engine": EngineConfig(tile_tokens=4096), "data": DataConfig(sequence_length=2**17)},
+            [RECOMPUTE, "engine.zero_stage=3", ALLOCATOR],
+        ),
         (
             {"engine": EngineConfig(micro_batch_size=4), "attention": AttentionConfig(block="reference")},
             ["attention.block=auto", "engine.micro_batch_size=1 engine.train_batch_size=4", RECOMPUTE],

@@ -1,0 +1,135 @@
+"""The loss tile by tile against the loss of all logits: equal, and without them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from conf.schema import ModelConfig
+from recipes.head import Head
+from recipes.kernels import IGNORED_LABEL
+from recipes.transformer import Transformer
+from ring_attention import LocalAttention
+from tests.measure import relative_error
+
+BATCH, LENGTH, HIDDEN, VOCABULARY, TILE, NUM_TILES = 2, 11, 12, 50, 4, 6  # 22 tokens: the last tile has two
+LIMIT = 1e-14
+aten = torch.ops.aten
+
+
+def inputs(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x, the head's weight and labels."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(BATCH, LENGTH, HIDDEN, generator=generator, dtype=torch.float64)
+    weight = torch.randn(VOCABULARY, HIDDEN, generator=generator, dtype=torch.float64)
+    labels = torch.randint(VOCABULARY, (BATCH, LENGTH), generator=generator)
+    labels[:, ::3] = IGNORED_LABEL
+    return x.to(dtype), weight.to(dtype), labels
+
+
+def loss_and_gradients(
+    x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, tile_tokens: int, factor: float = 1 / 3
+) -> list[torch.Tensor]:
+    head = Head(HIDDEN, VOCABULARY, tile_tokens).to(x.dtype)
+    head.load_state_dict({"weight": weight})
+    x = x.clone().requires_grad_()
+    loss = head(x, labels)
+    (loss * factor).backward()
+    assert x.grad is not None
+    assert head.weight.grad is not None
+    return [loss.detach(), x.grad, head.weight.grad]
+
+
+@pytest.mark.parametrize("tile_tokens", [1, TILE, 21])
+def test_loss_and_gradients_are_those_of_all_logits(tile_tokens: int):
+    x, weight, labels = inputs()
+    tiled, whole = (loss_and_gradients(x, weight, labels, tokens) for tokens in (tile_tokens, 0))
+    for ours, expected in zip(tiled, whole, strict=True):
+        assert ours.dtype == expected.dtype
+        assert relative_error(ours, expected) < LIMIT
+
+
+def test_a_tile_that_holds_all_tokens_changes_no_bit():
+    x, weight, labels = inputs(torch.bfloat16)
+    tiled, whole = (loss_and_gradients(x, weight, labels, tokens) for tokens in (BATCH * LENGTH, 0))
+    assert all(torch.equal(ours, expected) for ours, expected in zip(tiled, whole, strict=True))
+
+
+def test_without_a_label_that_counts_loss_and_gradients_are_0():
+    x, weight, labels = inputs()
+    for tensor in loss_and_gradients(x, weight, torch.full_like(labels, IGNORED_LABEL), TILE):
+        assert not tensor.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tiles_cost_no_precision(dtype: torch.dtype):
+    """1024 tiles of a token against one product."""
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(1, 1024, HIDDEN, generator=generator, dtype=torch.float64) + 1
+    weight = torch.randn(VOCABULARY, HIDDEN, generator=generator, dtype=torch.float64) / 8
+    labels = torch.randint(VOCABULARY, (1, 1024), generator=generator)
+    x, weight = x.to(dtype), weight.to(dtype)
+    exact = loss_and_gradients(x.double(), weight.double(), labels, 0)
+    tiled, whole = (loss_and_gradients(x, weight, labels, tokens) for tokens in (1, 0))
+    assert [tensor.dtype for tensor in tiled] == [torch.float32, dtype, dtype]
+    assert relative_error(tiled[0], exact[0]) < 1e-4
+    for ours, one_product, expected in zip(tiled[1:], whole[1:], exact[1:], strict=True):
+        assert relative_error(ours, expected) < 1.05 * relative_error(one_product, expected)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_learns_the_same_with_a_head_of_its_own_or_the_embeddings(tied: bool):
+    config = ModelConfig(num_layers=1, hidden_size=32, num_heads=2, num_kv_heads=2, head_dim=16, mlp_size=32)
+    config.tied_head = tied
+    tokens = torch.randint(257, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(7))
+    gradients = []
+    for tile_tokens in (TILE, 0):
+        model = Transformer(config, LocalAttention("reference"), tile_tokens=tile_tokens).double()
+        loss = model(tokens[:, :-1], torch.arange(LENGTH).unsqueeze(0), tokens[:, 1:])
+        loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    tiled, whole = gradients
+    assert tiled.keys() == whole.keys()
+    assert ("head.weight" in tiled) != tied
+    for name, gradient in whole.items():
+        assert relative_error(tiled[name], gradient) < 1e-12, name
+
+
+class Operators(TorchDispatchMode):
+    """Matrix products, and how many tokens had logits in one tensor at most."""
+
+    num_products = tokens = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        self.num_products += func.overloadpacket in (aten.mm, aten.addmm)
+        for output in tree_leaves(outputs):
+            if isinstance(output, torch.Tensor) and VOCABULARY in output.shape and HIDDEN not in output.shape:
+                self.tokens = max(self.tokens, output.numel() // VOCABULARY)
+        return outputs
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("tile_tokens", "tokens", "num_products"), [(TILE, TILE, 3 * NUM_TILES), (0, BATCH * LENGTH, 3)]
+)
+def test_logits_exist_for_one_tile_at_a_time(tile_tokens: int, tokens: int, num_products: int, dtype: torch.dtype):
+    with Operators() as operators:
+        loss_and_gradients(*inputs(dtype), tile_tokens)
+    assert (operators.tokens, operators.num_products) == (tokens, num_products)
+
+
+def test_gradients_are_computed_only_where_they_are_wanted():
+    x, _, labels = inputs()
+    head = Head(HIDDEN, VOCABULARY, TILE).double()
+    with Operators() as operators, torch.no_grad():
+        loss = head(x.requires_grad_(), labels)
+    assert not loss.requires_grad
+    assert operators.num_products == NUM_TILES
+    with Operators() as operators:
+        head.requires_grad_(False)(x, labels).backward()
+    assert operators.num_products == 2 * NUM_TILES
