@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,14 +22,9 @@ def line_gib(layers: int, length: int) -> float:
 
 
 @pytest.fixture
-def tried() -> list[tuple[int, int]]:
-    """What `search` has probed: (layers, length)."""
-    return []
-
-
-@pytest.fixture
-def search(monkeypatch, tmp_path, tried):
+def search(monkeypatch, tmp_path):
     """Run the recipe where a probe peaks at peak_gib(layers, length), and has no memory beyond capacity_gib."""
+    tried: list[tuple[int, int]] = []
 
     def run(peak_gib, capacity_gib=100.0, **settings):
         def start(task, num_ranks, run_dir):
@@ -49,41 +45,41 @@ def search(monkeypatch, tmp_path, tried):
         )  # fmt: skip
         return max_length(config, tmp_path), json.loads((tmp_path / "max_length.json").read_text())
 
-    return run
+    return SimpleNamespace(run=run, tried=tried)
 
 
-def test_five_probes_and_one_try(search, tried):
-    length, found = search(line_gib)
+def test_five_probes_and_one_try(search):
+    length, found = search.run(line_gib)
     # (9 - 0.5 - 8 x 0.25) GiB / 25e-4 GiB per token = 2600, in whole tiles of both ranks
     assert length == found["predicted_length"] == 2560
     assert found["limit_gib"] == 9.0
-    assert tried == [(1, 1024), (1, 2048), (1, 4096), (2, 2048), (2, 4096), (8, 2560)]
+    assert search.tried == [(1, 1024), (1, 2048), (1, 4096), (2, 2048), (2, 4096), (8, 2560)]
     assert found["confirmed"]["length"] == 2560
     assert found["longest_by_layers"] == {"1": 20480, "2": 11264, "4": 5632, "8": 2560}
 
 
-def test_a_step_that_takes_too_long_is_not_tried(search, tried, capsys):
-    length, found = search(line_gib, confirm_s=0.0)
-    assert (length, found["confirmed"], tried[-1]) == (2560, None, (2, 4096))
+def test_a_step_that_takes_too_long_is_not_tried(search, capsys):
+    length, found = search.run(line_gib, confirm_s=0.0)
+    assert (length, found["confirmed"], search.tried[-1]) == (2560, None, (2, 4096))
     assert "not tried: 2 steps should take" in capsys.readouterr().out
 
 
-def test_probes_that_have_no_memory_are_made_shorter(search, tried):
-    length, _ = search(line_gib, capacity_gib=2.5, memory_gib=4.0, confirm_s=0.0)
-    assert tried == [(1, 1024), (1, 2048), (1, 4096), (2, 2048), (2, 4096), (1, 512), (2, 1024)]
+def test_probes_that_have_no_memory_are_made_shorter(search):
+    length, _ = search.run(line_gib, capacity_gib=2.5, memory_gib=4.0, confirm_s=0.0)
+    assert search.tried == [(1, 1024), (1, 2048), (1, 4096), (2, 2048), (2, 4096), (1, 512), (2, 1024)]
     assert length == 512  # (4 - 0.5 - 8 x 0.25) GiB / 25e-4 GiB per token = 600
 
 
-def test_memory_that_does_not_follow_the_line_is_probed_further_then_given_up(search, tried, capsys):
+def test_memory_that_does_not_follow_the_line_is_probed_further_then_given_up(search, capsys):
     with pytest.raises(RunFailed, match="no length can be predicted: L = 8,192 and 16,384 peak at"):
-        search(lambda layers, length: 1 + layers * length**2 / 1e8)
-    assert (1, 32768) in tried
+        search.run(lambda layers, length: 1 + layers * length**2 / 1e8)
+    assert (1, 32768) in search.tried
     assert "so longer ones are probed" in capsys.readouterr().out
 
 
-def test_a_try_without_memory_is_made_once_more_and_shorter(search, tried, capsys):
-    length, found = search(line_gib, capacity_gib=8.5, memory_gib=9.0)
-    assert (length, tried[-2:]) == (2048, [(8, 2560), (8, 2048)])
+def test_a_try_without_memory_is_made_once_more_and_shorter(search, capsys):
+    length, found = search.run(line_gib, capacity_gib=8.5, memory_gib=9.0)
+    assert (length, search.tried[-2:]) == (2048, [(8, 2560), (8, 2048)])
     assert found["confirmed"]["length"] == 2048
     assert "L = 2,560 does not fit: the prediction was too high; trying 5 % less" in capsys.readouterr().out
 
@@ -92,7 +88,7 @@ def test_a_model_that_fits_at_no_length_is_refused(search):
     with pytest.raises(
         ConfigError, match=r"no length of 512 tokens or more fits: 8 layers without any take 2\.50 GiB per rank"
     ):
-        search(line_gib, memory_gib=2.5)
+        search.run(line_gib, memory_gib=2.5)
 
 
 def test_only_want_of_memory_is_a_probes_result(monkeypatch, tmp_path):
