@@ -195,7 +195,7 @@ def lines(
         *(f"  {gib(moment.total):>8} GiB at: {moment.name}" for moment in found if moment is not fullest),
         "  bytes per token and layer, all kept: "
         + ", ".join(f"{name} {number:,.0f}" for name, number in layer.items()),
-        f"  {kernels}; without what they allocate inside, and messages in flight",
+        f"  {kernels}; without what kernels allocate inside, and messages in flight",
     ]
     if memory_bytes is not None:
         others = ["none", "selective"] if config.engine.recompute == "none" else [config.engine.recompute]
