@@ -372,9 +372,7 @@ class Config:
     compare: CompareConfig = field(default_factory=CompareConfig)
     max_length: MaxLengthConfig = field(default_factory=MaxLengthConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
-    recipe: str = (
-        "pretrain"  # pretrain | forward (no gradients: throughput alone) | compare | bench_attention | max_length
-    )
+    recipe: str = "pretrain"  # pretrain | forward (no gradients) | compare | bench_attention | max_length
     explain: bool = False  # print the resolved plan and stop
     profile: bool = False  # record a torch profiler trace of the profile_steps on every rank
     profile_steps: list[int] = field(default_factory=lambda: [3, 4])  # the first and the last of them

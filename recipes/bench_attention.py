@@ -26,7 +26,7 @@ from torch import Tensor
 from conf.schema import ConfigError
 from recipes.breakdown import attention_communication_off
 from recipes.build import build_attention
-from recipes.engine import max_over_ranks
+from recipes.engine import extremes_over_ranks, max_over_ranks
 from recipes.metrics import StepClock
 from recipes.peers import PEERS
 from recipes.plan import DTYPES, Plan, attention_flops_per_token
@@ -306,7 +306,9 @@ def _seconds_of_a_call(call: Callable[[], Any], device: torch.device) -> tuple[f
             call()
         until_issued = time.perf_counter() - started
         clock.tick()
-        return max_over_ranks(clock.take()[0] / number, device), max_over_ranks(until_issued / number, device)
+        own = {"whole": clock.take()[0] / number, "issued": until_issued / number}
+        slowest = extremes_over_ranks(own, device)
+        return slowest["whole"][1], slowest["issued"][1]
 
     return seconds(max(1, round(TIMED_S / seconds(1)[0])))
 

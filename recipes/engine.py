@@ -22,6 +22,7 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor, nn
 
 from conf.schema import ConfigError, EngineConfig, OptimizerConfig
+from recipes.memory import bucket_size
 from recipes.transformer import TokenBatch
 from ring_attention.exchange import release_mailboxes
 from ring_attention.groups import ParallelGroups
@@ -131,7 +132,7 @@ def make_optimizer(
 
 def deepspeed_config(config: EngineConfig, num_parameters: int) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`."""
-    bucket = min(500_000_000, num_parameters)  # DeepSpeed allocates whole buckets, also for a small model
+    bucket = bucket_size(num_parameters)
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,

@@ -71,6 +71,11 @@ class StateBytes(NamedTuple):
         return f"{parts} = {gib(self.total)} GiB{before}"
 
 
+def bucket_size(num_parameters: int) -> int:
+    """Numbers that DeepSpeed reduces at once. It allocates whole buckets, also for a small model."""
+    return min(500_000_000, num_parameters)
+
+
 def tile_tokens(config: Config, local_tokens: int) -> int:
     """Of how many of a rank's `local_tokens` tokens per micro-batch logits exist at once, where not of all; else 0."""
     if config.parallelism.method == "tensor_pipeline":

@@ -14,9 +14,8 @@ import math
 from dataclasses import dataclass
 
 from conf.schema import Config, Degrees, ModelConfig
-from recipes.memory import changed, gib, num_parameters, tile_tokens
+from recipes.memory import bucket_size, changed, gib, layer_matmul_parameters, num_parameters, tile_tokens
 
-BUCKET = 500_000_000  # numbers that DeepSpeed reduces at once, at most: `engine.deepspeed_config`
 PERSISTENT = 100_000  # ZeRO-3 keeps smaller parameters whole: DeepSpeed's stage3_param_persistence_threshold
 
 
@@ -54,7 +53,7 @@ def moments(config: Config, degrees: Degrees, method: str, local_tokens: int) ->
     """
     model, engine = config.model, config.engine
     num_ranks, size = math.prod(degrees), 4 if engine.dtype == "fp32" else 2
-    held, buckets, at_end = _engine_bytes(model, engine.dtype, engine.zero_stage, num_ranks)
+    held, buckets, at_end = _engine_bytes(model, size, engine.zero_stage, num_ranks)
     layer = sum(_layer_bytes(model, size, method).values())
     norm = _norm_bytes(model, size)
     angles = 4 * model.head_dim  # cos and sin of the positions, which all layers share
@@ -130,25 +129,23 @@ def _layer_bytes(model: ModelConfig, size: int, method: str) -> dict[str, float]
     return {"norms": 2 * _norm_bytes(model, size), "attention": attention, "MLP": mlp}
 
 
-def _engine_bytes(model: ModelConfig, dtype: str, stage: int, num_ranks: int) -> tuple[float, float, float]:
+def _engine_bytes(model: ModelConfig, size: int, stage: int, num_ranks: int) -> tuple[float, float, float]:
     """What DeepSpeed 0.19.8 and Adam hold: always; in buckets while gradients come; and beyond the first at the end."""
     parameters = num_parameters(model)
-    bucket = min(BUCKET, parameters)
-    matrices = parameters - _outside_matrices(
-        model
-    )  # Adam takes these, which decay, in one pass, the others after them
+    bucket = bucket_size(parameters)
+    # which decay: Adam takes them in one pass, the others after them
+    matrices = model.num_layers * layer_matmul_parameters(model)
+    matrices += 0 if model.tied_head else model.vocab_size * model.hidden_size
     parted = num_ranks > 1
     if stage == 0:
-        size = 4 if dtype == "fp32" else 2
         # at the end the gradients, those in one piece, and in half precision that in fp32
         return parameters * (12 if size == 4 else 14), 0, parameters * 8
     cut = parameters / num_ranks
     temporaries = 4 * matrices / num_ranks  # of Adam, each
     if stage == 3:
-        size = 4 if dtype == "fp32" else 2
         held = cut * (20 if size == 4 else 18) + 4 * bucket + (size * _small(model) if parted else 0)
         return held, 0, max(8 * bucket if parted else 0, 3 * temporaries)
-    if dtype == "fp32":
+    if size == 4:
         reduced = 8 * bucket + (4 * bucket if parted else 0)
         return 4 * parameters + 12 * cut, 8 * bucket, max(reduced, 4 * bucket + 3 * temporaries)
     if stage == 1:
@@ -157,24 +154,12 @@ def _engine_bytes(model: ModelConfig, dtype: str, stage: int, num_ranks: int) ->
 
 
 def _small(model: ModelConfig) -> int:
-    """Numbers in parameters that ZeRO-3 keeps whole."""
-    sizes = [model.num_heads * model.head_dim * model.hidden_size]
-    sizes.append((model.num_heads + 2 * model.num_kv_heads) * model.head_dim * model.hidden_size)
-    sizes.append(model.mlp_size * (2 if model.mlp == "swiglu" else 1) * model.hidden_size)
-    sizes.append(model.mlp_size * model.hidden_size)
-    ends = model.vocab_size * model.hidden_size
-    whole = sum(size for size in sizes if size < PERSISTENT) * model.num_layers
-    whole += ends * (1 if model.tied_head else 2) if ends < PERSISTENT else 0
-    return whole + num_parameters(model) - model.num_layers * sum(sizes) - ends * (1 if model.tied_head else 2)
-
-
-def _outside_matrices(model: ModelConfig) -> int:
-    """Numbers in parameters that do not decay: the embedding, norms and biases."""
-    hidden = model.hidden_size
-    heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim * hidden
-    layer = heads + (3 if model.mlp == "swiglu" else 2) * model.mlp_size * hidden
-    head = 0 if model.tied_head else model.vocab_size * hidden
-    return num_parameters(model) - model.num_layers * layer - head
+    """Numbers in parameters that ZeRO-3 keeps whole: all but the large matrices."""
+    hidden, heads, kv_heads = model.hidden_size, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    up = model.mlp_size * (2 if model.mlp == "swiglu" else 1)
+    of_layer = [width * hidden for width in (heads + 2 * kv_heads, heads, up, model.mlp_size)]
+    ends = [model.vocab_size * hidden] * (1 if model.tied_head else 2)
+    return num_parameters(model) - sum(size for size in of_layer * model.num_layers + ends if size >= PERSISTENT)
 
 
 def lines(

@@ -96,10 +96,7 @@ SETTINGS = [
 
 
 class StorageCount(TorchDispatchMode):
-    """Bytes of the CPU's storages that are alive, and the most that were.
-
-    Args of the counts: those there were before included.
-    """
+    """Bytes of the CPU's storages that are alive, and the most that were; those from before it are counted, too."""
 
     def __init__(self) -> None:
         super().__init__()
