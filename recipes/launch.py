@@ -312,7 +312,7 @@ def _launched_rank(
     except Preempted:
         os._exit(Preempted.EXIT_CODE)  # as at the end
     outcomes.put(_Outcome(rank, result))
-    # all is closed; Python's own end takes seconds, and libraries' threads that live on can abort it (apache/arrow#45214)
+    # all is closed; Python's own end takes seconds, and threads that libraries leave can abort it (apache/arrow#45214)
     os._exit(0)
 
 
