@@ -362,6 +362,34 @@ def memory_table() -> str:
     return "\n".join(lines)
 
 
+def faults_table() -> str:
+    """What tests.faults did to runs."""
+    summary = json.loads((RESULTS / "faults_cpu.json").read_text())
+    lines = [
+        "| fault | tried | survived | lost | seconds until all ranks were gone: median, longest |",
+        "|---" * 5 + "|",
+    ]
+    for row in summary["faults"]:
+        ends = row["end_s"]
+        seconds = f"{statistics.median_high(ends):.2f}, {max(ends):.2f}" if ends else ""
+        lines.append(f"| {row['fault']} | {row['tried']} | {row['survived']} | {row['lost']} | {seconds} |")
+    return "\n".join(lines)
+
+
+def elastic_table() -> str:
+    """What tests.elastic measured."""
+    lines = [
+        "| from | to | dtype | largest difference of the losses after it | reading the checkpoint, s |",
+        "|---" * 5 + "|",
+    ]
+    for row in json.loads((RESULTS / "elastic_cpu.json").read_text()):
+        lines.append(
+            f"| {row['before']} | {row['after']} | {row['dtype']} | {row['difference']:.1e} of {row['loss']:.1f} "
+            f"| {row['load_s']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "main job": main_job_table,
     "parity cpu": lambda: parity_table("parity_cpu.json"),
@@ -373,6 +401,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "precision gpu": lambda: precision_table("precision_H200.json"),
     "fuzz": fuzz_table,
     "memory": memory_table,
+    "faults": faults_table,
+    "elastic": elastic_table,
     "ring memory": ring_memory_table,
     "paper 10k forward": lambda: comparison_table("paper_10k_forward_2xH200.json"),
     "paper 100k forward": lambda: comparison_table("paper_100k_forward_2xH200.json"),
