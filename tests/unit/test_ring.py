@@ -102,7 +102,7 @@ def test_on_a_longer_ring_gradients_follow_one_stage_behind():
 @pytest.mark.parametrize("mask", [CAUSAL, FULL.packed([0, 32]), Mask(left=31), Mask(left=5)])
 def test_the_halves_of_a_local_block_are_all_of_it(mask: Mask):
     pairs = ring_schedule(Layout("zigzag", 2, 32), mask, 0)[0].pairs
-    at_once, later = split_queries(pairs)
+    at_once, later = split_queries(pairs, BLOCKS["reference"])
     halves = [*at_once, *([later] if later else [])]
     assert sum(pair.rectangle.work for pair in halves) == sum(pair.rectangle.work for pair in pairs)
     if len(pairs) > 1:
@@ -113,15 +113,21 @@ def test_the_halves_of_a_local_block_are_all_of_it(mask: Mask):
 
 
 def test_a_causal_square_is_split_into_all_that_late_queries_see_and_a_smaller_square():
-    at_once, later = split_queries((BlockPair(None, Rectangle(0, 8, 0, 8, None, 0)),))
+    at_once, later = split_queries((BlockPair(None, Rectangle(0, 8, 0, 8, None, 0)),), BLOCKS["reference"])
     assert at_once == (BlockPair(None, Rectangle(4, 8, 0, 8, None, 4)),)
     assert later == BlockPair(None, Rectangle(0, 4, 0, 4, None, 0))
 
 
+def test_a_kernel_that_needs_several_calls_for_a_half_gets_the_whole():
+    pairs = (BlockPair(None, Rectangle(0, 8, 0, 8, None, 0)),)
+    assert len(BLOCKS["ffpa"].tiles(Rectangle(4, 8, 0, 8, None, 4))) == 2
+    assert split_queries(pairs, BLOCKS["ffpa"]) == (pairs, None)
+
+
 def test_rows_that_differ_are_not_split():
     pairs = (BlockPair(0, Rectangle(0, 8, 0, 8, None, 0)), BlockPair(1, Rectangle(0, 8, 0, 8, None, 0)))
-    assert split_queries(pairs) == (pairs, None)
-    assert split_queries(pairs[:1]) == (pairs[:1], None)
+    assert split_queries(pairs, BLOCKS["reference"]) == (pairs, None)
+    assert split_queries(pairs[:1], BLOCKS["reference"]) == (pairs[:1], None)
 
 
 @pytest.mark.parametrize("ring_degree", [1, 2, 3, 4])
