@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from dataclasses import replace
@@ -14,7 +15,7 @@ from ring_attention import CAUSAL, FULL, Mask, RingAttention
 from ring_attention.exchange import TRANSPORTS, CopyEngineExchange, Hop, Move
 from tests.cases import Case, check, many_on_rank
 from tests.distributed.parity import Cell, run_cell
-from tests.distributed.test_attention import grid
+from tests.distributed.test_attention import batches, grid
 from tests.pool import RankError, WorkerPool
 
 pytestmark = pytest.mark.gpu
@@ -60,8 +61,8 @@ def test_every_method_equals_whole_attention(
         for mask in MASKS:
             if block in ("cudnn", "ffpa", "mem_efficient") and (mask.left, mask.right) not in ((None, 0), (None, None)):
                 continue  # has no sliding window
-            for batch_dim_idx in (0, 1):
-                case = Case(method, NUM_RANKS, 1, layout, mask, LENGTH, 2, 8, 4, head_dim, dtype=dtype, block=block)
+            for batch, batch_dim_idx in itertools.product(batches(mask), (0, 1)):
+                case = Case(method, NUM_RANKS, 1, layout, mask, LENGTH, batch, 8, 4, head_dim, dtype=dtype, block=block)
                 case = replace(case, transport=transport)
                 cases.append(grid(replace(case, batch_dim_idx=batch_dim_idx, contiguous=batch_dim_idx == 0)))
     if None in cases:
