@@ -395,6 +395,14 @@ TABLES: dict[str, Callable[[], str]] = {
     "rivals 100k pretrain": lambda: turns_table(
         "rivals_100k_pretrain_2xH200.jsonl", ["tp_pp", "pp", "ra_sp", "dp"], baseline="tp_pp"
     ),
+    "parts 10k pretrain": lambda: comparison_table("parts_10k_pretrain_2xH200.json"),
+    "halves": lambda: attention_table(
+        {
+            "10,000, cut by queries": "attention_10000_heads_512_halved_2xH200.json",
+            "10,000, whole": "attention_10000_heads_512_whole_2xH200.json",
+        }
+    ),
+    "heads 512": lambda: attention_table({"32,768": "attention_32768_heads_512_2xH200.json"}),
     "short": lambda: host_table({f"{n:,}": f"attention_{n}_2xH200.json" for n in (2048, 4096, 8192)}),
     "simulated": lambda: host_table({"65,536": "simulated_65536_H200.json"}),
     "block speeds": block_speeds_table,
