@@ -12,6 +12,7 @@
 #   rivals_10k, rivals_100k: RA+SP, TP=2, PP=2 and DP, both recipes       sanitizer  memory and races of our kernels, on one GPU
 #   faults     a stopped rank                                             heads_512  attention alone with heads of 512
 #   parts_10k  where training on paper_10k goes, by ring attention and DP
+#   ring_blocks  each kernel call of a ring of two by itself, on one GPU
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(realpath "$1"); shift
@@ -78,6 +79,10 @@ for stage in "$@"; do
     heads_512) bench 90 heads_512 32768 model=paper_10k model.num_kv_heads=16 engine.dtype=fp16 ;;
     simulated) CUDA_VISIBLE_DEVICES=${GPU:-0} bench 150 simulated_64k 65536 launch.num_ranks=1 ;;
     blocks) CUDA_VISIBLE_DEVICES=${GPU:-0} limited 300 22 blocks python3 -m tests.block_speeds --json "$out/block_speeds.json" ;;
+    ring_blocks)
+      for length in 16384 65536 131072; do
+        CUDA_VISIBLE_DEVICES=${GPU:-0} limited 60 13 "ring_blocks_$length" python3 -m tests.ring_blocks --length $length --json "$out/ring_blocks_$length.json"
+      done ;;
     faults) limited 120 6 watchdog python3 -m pytest -q -p no:cacheprovider tests/gpu/test_watchdog.py ;;
     sanitizer)
       for tool in memcheck racecheck synccheck initcheck; do
