@@ -48,11 +48,11 @@ class Call(NamedTuple):
 
 def calls(layout: Layout, rank: int, kernel: Block, batch: int) -> Counter[Call]:
     """What a rank asks of the kernel in one forward and one backward pass, causal."""
-    stages = ring_schedule(layout, CAUSAL, rank)
-    local = split(stages[0].pairs, kernel, batch) if len(stages) > 1 else LocalBlock(Part(stages[0].pairs))
+    first, *later_stages = ring_schedule(layout, CAUSAL, rank)
+    local = split(first.pairs, kernel, batch) if later_stages else LocalBlock(Part(first.pairs))
     later = [] if local.later is None else [local.later]
-    others = [Part(stage.pairs) for stage in stages[1:]]
-    parts = {"forward": [Part(stages[0].pairs), *others], "backward": [local.at_once, *others, *later]}
+    others = [Part(stage.pairs) for stage in later_stages]
+    parts = {"forward": [Part(first.pairs), *others], "backward": [local.at_once, *others, *later]}
     return Counter(
         Call(kind, len(range(batch)[part.rows]), tile.num_queries, tile.num_keys, tile.upper)
         for kind in KINDS
