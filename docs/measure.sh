@@ -31,9 +31,10 @@ compare() { # compare SECONDS NAME OVERRIDES...
     hydra.run.dir="$out/runs/$name" "$@"
   cp "$out/runs/$name/comparison.json" "$out/$name.json" 2> /dev/null
 }
-rivals() { # rivals SECONDS RECIPE WORKLOAD MICRO_BATCH_SIZES ROUNDS
-  compare "$1" "rivals_$3_$2" compare.recipe="$2" workload="$3" compare.micro_batch_sizes="$4" compare.rounds="$5" \
-    compare.only=[tp_pp,pp,ra_sp,dp] breakdown=false
+rivals() { # rivals SECONDS RECIPE WORKLOAD MICRO_BATCH_SIZES ROUNDS OVERRIDES...
+  local seconds=$1 recipe=$2 workload=$3 sizes=$4 rounds=$5; shift 5
+  compare "$seconds" "rivals_${workload}_$recipe" compare.recipe="$recipe" workload="$workload" compare.micro_batch_sizes="$sizes" \
+    compare.rounds="$rounds" compare.only=[tp_pp,pp,ra_sp,dp] breakdown=false "$@"
 }
 bench() { # bench SECONDS NAME LENGTH OVERRIDES...
   local seconds=$1 name=$2 length=$3; shift 3
@@ -57,7 +58,8 @@ for stage in "$@"; do
       compare 420 training_100k compare.recipe=pretrain workload=paper_100k compare.rounds=2 ;;
     rivals_10k)
       rivals 200 forward paper_10k [1,2] 2
-      rivals 430 pretrain paper_10k [2,4] 2 ;; # 1 was slower for all but PP=2, by 0.9 % there
+      # the batch by hand: a multiple of 4 sequences in each of a pipeline's 16 micro-batches makes steps of 13 s
+      rivals 430 pretrain paper_10k [1,2,4] 2 compare.fit=false engine.train_batch_size=32 ;;
     rivals_100k)
       rivals 190 forward paper_100k [1] 2
       rivals 400 pretrain paper_100k [1] 2 ;;
