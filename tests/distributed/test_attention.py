@@ -38,16 +38,23 @@ def grid(case: Case) -> Case | None:
     return case
 
 
+def batches(mask: Mask) -> tuple[int, ...]:
+    """Batch sizes: backward passes halve the queries of one row, or the rows of several."""
+    rows = len(mask.documents or ())
+    return (rows,) if rows > 1 else (1, 3)
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_method_equals_whole_attention(pool: WorkerPool, num_ranks: int, method: str, dtype: torch.dtype):
-    """With every mask and layout."""
+    """With every mask and layout, for one row and for several."""
     cases = [
         case
         for layout in ("zigzag", "contiguous")
         for mask in MASKS.values()
-        if (case := grid(Case(method, num_ranks, 1, layout, mask, LENGTH, num_kv_heads=4, dtype=dtype)))
+        for batch in batches(mask)
+        if (case := grid(Case(method, num_ranks, 1, layout, mask, LENGTH, batch, num_kv_heads=4, dtype=dtype)))
     ]
     if not cases:
         pytest.skip(f"{method} is not for {num_ranks} ranks")
