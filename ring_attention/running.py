@@ -1,7 +1,8 @@
 """What a loop over blocks has so far: attention's output with its lse, and sums of gradients.
 
 Between `ring` and `gather`, which loop, and `merge`. Both take over a first block that is the whole, and add to it in
-place, and write the last result in the dtype of the input: one block or two cost no copy, and are rounded once.
+place, and write the last result in the dtype of the input: one block or two cost no copy, and are rounded once. Only
+pieces that their last part does not write are copied to where they belong.
 
 Shapes: B batch, S tokens, H heads, D head size, E value head size.
 """
@@ -52,7 +53,7 @@ class RunningAttention:
 
 
 Parts = list[tuple[slice, slice, Tensor]]  # rows, tokens, and [those rows, those tokens, H, D]
-Run = tuple[int, int]  # from, and up to
+Interval = tuple[int, int]  # from, and up to
 
 
 class RunningSum:
@@ -118,6 +119,7 @@ class RunningSum:
         edges = sorted({0, self._shape[1], *(edge for _, tokens, _ in parts for edge in (tokens.start, tokens.stop))})
         target = self._room(True)
         for start, stop in itertools.pairwise(edges):
+            assert all(len(part) == self._shape[0] for _, _, part in parts), "parts are of all rows"
             inside = [
                 part[:, start - tokens.start : stop - tokens.start]
                 for _, tokens, part in parts
@@ -176,13 +178,15 @@ class PiecewiseSum:
         return results[0] if self._whole.tensor is None else self._whole.tensor
 
 
-def _within(region: tuple[Run, Run], row: slice, tokens: slice, part: Tensor) -> tuple[slice, slice, Tensor] | None:
+def _within(
+    region: tuple[Interval, Interval], row: slice, tokens: slice, part: Tensor
+) -> tuple[slice, slice, Tensor] | None:
     """What a region has of a part, numbered as in the region."""
     own, others = [], []
     for (start, stop), taken, size in zip(region, (row, tokens), part.shape[:2], strict=True):
         offset = taken.start or 0  # a slice of all rows has none
         first, last = max(start, offset), min(stop, offset + size)
-        if first >= last:
+        if first >= last and size:  # of an empty batch, all has a part
             return None
         own.append(slice(first - start, last - start))
         others.append(slice(first - offset, last - offset))
@@ -197,7 +201,7 @@ class _LazyTensor:
     def __init__(self, like: Tensor) -> None:
         self._like, self.tensor = like, None
 
-    def region(self, rows: Run, tokens: Run) -> Tensor:
+    def region(self, rows: Interval, tokens: Interval) -> Tensor:
         if self.tensor is None:
             self.tensor = torch.empty_like(self._like, memory_format=torch.contiguous_format)
         return self.tensor[slice(*rows), slice(*tokens)]

@@ -64,6 +64,16 @@ def test_every_method_equals_whole_attention(pool: WorkerPool, num_ranks: int, m
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_one_token_per_rank(pool: WorkerPool, method: str, batch: int):
+    num_ranks = 1 if method == "local" else 2
+    for layout in ("zigzag", "contiguous"):
+        case = grid(Case(method, num_ranks, 1, layout, length=num_ranks, batch=batch))
+        if case is not None:
+            check(case, pool.run(on_rank, case, num_ranks=num_ranks))
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (8, 4), (6, 2), (5, 1)])
 @pytest.mark.parametrize("head_dim", [8, 96, 512])
 def test_heads_and_their_sizes(pool: WorkerPool, method: str, num_heads: int, num_kv_heads: int, head_dim: int):

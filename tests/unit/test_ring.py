@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ring_attention import CAUSAL, FULL, Mask
+from ring_attention import CAUSAL, FULL, LocalAttention, Mask
 from ring_attention.band import Rectangle
 from ring_attention.blocks import BLOCKS
 from ring_attention.kv import KeysValues
@@ -134,9 +134,29 @@ def test_a_kernel_that_needs_several_calls_for_a_half_gets_the_whole():
     assert split((square(),), BLOCKS["ffpa"], batch=1) == LocalBlock(Part((square(),)))
 
 
+@pytest.mark.parametrize("ring_degree", range(2, 9))
+def test_in_a_causal_zigzag_all_gradients_come_home_after_the_last_stage(ring_degree: int):
+    """So that half of the local block is left for then."""
+    layout = Layout("zigzag", ring_degree, 16 * ring_degree)
+    for ring_rank in range(ring_degree):
+        stages = ring_schedule(layout, CAUSAL, ring_rank)
+        assert [stage.home is not None for stage in stages] == [False] * (ring_degree - 1) + [True]
+
+
+def test_one_query_is_not_split():
+    pairs = (BlockPair(None, Rectangle(0, 1, 0, 1, None, 0)),)
+    assert split(pairs, BLOCKS["reference"], batch=2) == LocalBlock(Part(pairs))
+
+
 def test_rows_that_differ_are_not_split():
     for pairs in ((square(0), square(1)), (square(0),)):
         assert split(pairs, BLOCKS["reference"], batch=2) == LocalBlock(Part(pairs))
+
+
+def test_no_sequences_at_all_have_gradients():
+    leaves = [torch.empty(0, 8, 2, 16, requires_grad=True) for _ in range(3)]
+    LocalAttention("reference")(*leaves, 0).sum().backward()
+    assert all(leaf.grad is not None and leaf.grad.shape == leaf.shape for leaf in leaves)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
