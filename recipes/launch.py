@@ -204,14 +204,15 @@ def start(task: Task, num_ranks: int, run_dir: Path) -> float:
     Raises:
         RunFailed: if a rank that we started failed, or this one of a launcher's. If all of those raise it, rank 0
             has told people of it.
+        Preempted: as `launch`; if all ranks of a launcher raise it, rank 0 has closed all.
     """
     if ranks_are_started():
         meeting = os.environ.get(MEETING)
         try:
             return run_rank(task, run_dir, init_method=None)
-        except RunFailed as error:
+        except (RunFailed, Preempted) as error:
             if error.of_all_ranks:
-                _told_by_the_first(error)
+                _after_the_first(error)
             raise
         finally:
             if meeting:  # of this run alone, which is over if one rank's part is
@@ -219,11 +220,11 @@ def start(task: Task, num_ranks: int, run_dir: Path) -> float:
     return launch(task, num_ranks, run_dir)
 
 
-def _told_by_the_first(error: RunFailed) -> None:
+def _after_the_first(error: RunFailed | Preempted) -> None:
     """No rank goes before rank 0, which has had files to close, has told people: the launcher would end it."""
     import deepspeed.comm as dist
 
-    if dist.get_rank() == 0:
+    if dist.get_rank() == 0 and isinstance(error, RunFailed):
         print(f"error: {error}", file=sys.stderr, flush=True)
     dist.barrier()
 

@@ -45,7 +45,7 @@ def run_rank(task: Task, run_dir: Path, init_method: str | None) -> float:
         init_method: where ranks that we started meet; None: where the launcher's variables say.
 
     Raises:
-        RunFailed: for any error, where there is no parent of ours that tells people.
+        RunFailed: for any error of the task, where there is no parent of ours that tells people.
     """
     rank, num_ranks, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -88,16 +88,14 @@ def run_rank(task: Task, run_dir: Path, init_method: str | None) -> float:
             result = task.run(run_dir, console)
             dist.destroy_process_group()
             return result
-    except (ConfigError, RunFailed):
-        raise
     except Exception as error:
-        if has_parent:
+        if has_parent or isinstance(error, (ConfigError, RunFailed)):
             raise
         place = place_of(run_dir, rank)
         what = "".join(traceback.format_exception_only(error)).rstrip()
         raise RunFailed(
-            f"rank {rank} failed{f' ({place})' if place else ''}: {what}\nif another failed first, the launcher names "
-            f"it below; this one's log: {log_path}"
+            f"rank {rank} failed{f' ({place})' if place else ''}: {what}\nif another failed first, torchrun names it "
+            f"below; this one's log: {log_path}"
         ) from error
 
 

@@ -133,7 +133,7 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
                     reporter.say(
                         f"told to end after step {step}: the same command with hydra.run.dir={run_dir} goes on"
                     )
-                raise Preempted
+                raise Preempted(of_all_ranks=True)
 
     # the first step warms up
     throughput = plan.throughput(statistics.median(step_times_s[1:] or step_times_s))

@@ -29,12 +29,16 @@ class Preempted(SystemExit):
     """The run was told to end, by SIGTERM or SIGUSR1, and has: the same command with its run dir goes on.
 
     The exit code is that of SIGTERM for both, which is no failure; `logs/told_to_end` says whether it has saved.
+
+    Args:
+        of_all_ranks: as `RunFailed`'s.
     """
 
     EXIT_CODE = 128 + signal.SIGTERM
 
-    def __init__(self) -> None:
+    def __init__(self, of_all_ranks: bool = False) -> None:
         super().__init__(self.EXIT_CODE)
+        self.of_all_ranks = of_all_ranks
 
 
 def ranks_are_started() -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +55,7 @@ class Grid:
     def __str__(self) -> str:
         ring_degree = self.num_ranks // self.data_degree
         of_data = f"data 2 x ring {ring_degree}" if ring_degree > 1 else "data 2"
-        who = of_data if self.arrangement == DATA else self.arrangement
+        who = {DATA: of_data, CONTIGUOUS: "ring, contiguous"}.get(self.arrangement, self.arrangement)
         return f"{self.num_ranks} rank{'s' if self.num_ranks > 1 else ''}, {who}, stage {self.zero_stage}"
 
     def config(self, dtype: str) -> Config:
@@ -96,11 +95,11 @@ TRANSITIONS = [
 ]
 
 
-def train(grid: Grid, dtype: str, run_dir: Path) -> tuple[list[str], list[float], float]:
+def train(grid: Grid, dtype: str, run_dir: Path) -> tuple[list[str], list[float]]:
     """On a rank: all steps, from the newest checkpoint on; saves after SAVED, or, where it goes on from it, at once.
 
     Returns:
-        what it was told of checkpoints, its losses, and the seconds that it took to read one.
+        what it was told of checkpoints, and its losses.
     """
     from recipes.build import build_engine, build_sharder
     from recipes.checkpoint import Checkpoints, TrainingData, choose_checkpoint
@@ -113,11 +112,8 @@ def train(grid: Grid, dtype: str, run_dir: Path) -> tuple[list[str], list[float]
     engine = build_engine(plan, parallel_groups(grid.data_degree, num_ranks // grid.data_degree))
     checkpoints = Checkpoints(config, run_dir, engine)
     data = TrainingData(CORPUS, resumed)
-    load_s = 0.0
     if resumed:
-        started = time.perf_counter()
         checkpoints.load(resumed)
-        load_s = time.perf_counter() - started
         checkpoints.save(SAVED, resumed.data_cursor, resumed.last_sequence_sha256, 0.0, "")
     steps = build_sharder(plan, engine).steps(data, plan.accumulation_steps)
     losses: list[float] = []
@@ -126,31 +122,33 @@ def train(grid: Grid, dtype: str, run_dir: Path) -> tuple[list[str], list[float]
         if step == SAVED:
             checkpoints.save(step, step * plan.data_tokens_per_step, data.last_sha256, 0.0, "")
     engine.close()
-    return told, losses, load_s
+    return told, losses
 
 
 def go_on(pool: WorkerPool, run_dir: Path, before: Grid, after: Grid, dtype: str) -> dict[str, Any]:
     """One way of going on, as a row of the table.
 
     Raises:
-        AssertionError: if it does not begin with the parameters that were saved, bit for bit.
+        AssertionError: if it does not begin with the parameters that were saved, bit for bit, or if its losses differ
+            by more than TOLERANCE from those of the run that was never interrupted.
     """
-    (_, uninterrupted, _), *_ = pool.run(train, before, dtype, run_dir, num_ranks=before.num_ranks)
+    (_, uninterrupted), *_ = pool.run(train, before, dtype, run_dir, num_ranks=before.num_ranks)
     export(run_dir, run_dir / "saved.safetensors")
     ended = pool.run(train, after, dtype, run_dir, num_ranks=after.num_ranks)
-    told, losses, _ = ended[0]
+    told, losses = ended[0]
     assert told[-1].startswith(f"going on after step {SAVED}, arranged otherwise: ")
     export(run_dir, run_dir / "loaded.safetensors")
     saved, loaded = (load_file(run_dir / f"{name}.safetensors") for name in ("saved", "loaded"))
     assert saved.keys() == loaded.keys()
     assert all(torch.equal(saved[name], loaded[name]) for name in saved)
+    difference = max(abs(a - b) for a, b in zip(losses, uninterrupted[SAVED:], strict=True))
+    assert difference <= TOLERANCE[dtype], f"{before} -> {after}, {dtype}: losses differ by {difference}"
     return {
         "before": str(before),
         "after": str(after),
         "dtype": dtype,
-        "difference": max(abs(a - b) for a, b in zip(losses, uninterrupted[SAVED:], strict=True)),
+        "difference": difference,
         "loss": losses[-1],
-        "load_s": max(load_s for _, _, load_s in ended),
     }
 
 
@@ -159,11 +157,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the table to this file")
     options = parser.parse_args()
     pool, rows = WorkerPool("cpu"), []
-    for before, after, dtype in TRANSITIONS:
-        with tempfile.TemporaryDirectory() as folder:
-            rows.append(go_on(pool, Path(folder), before, after, dtype))
-        print(*rows[-1].values(), sep="; ", flush=True)
-    pool.close()
+    try:
+        for before, after, dtype in TRANSITIONS:
+            with tempfile.TemporaryDirectory() as folder:
+                rows.append(go_on(pool, Path(folder), before, after, dtype))
+            print("{before} -> {after}, {dtype}: losses of {loss:.1f} differ by {difference:.1e}".format(**rows[-1]))
+    finally:
+        pool.close()
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -9,7 +9,7 @@ import pytest
 from tests.faults import FAULTS, run_fault
 
 
-@pytest.mark.parametrize("name", ["stall", "loss", "disk", "shm", "port"])
+@pytest.mark.parametrize("name", ["stall", "loss", "disk", "shm", "port", "all_damaged"])
 def test_a_fault_ends_the_run_with_one_error_and_nothing_is_lost(name: str):
     fault = FAULTS[name]
     if fault.needs_root and os.geteuid():

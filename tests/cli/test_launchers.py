@@ -6,6 +6,7 @@ import contextlib
 import json
 import random
 import re
+import signal
 import socket
 import sys
 import tempfile
@@ -80,7 +81,7 @@ def test_a_rank_of_torchruns_that_loses_another_says_where_it_was_in_a_line(prog
 
 
 @contextlib.contextmanager
-def srun(program: Program, *arguments: str) -> Iterator[list[Running]]:
+def srun(program: Program, *arguments: str, launcher: list[str] | None = None) -> Iterator[list[Running]]:
     """What `srun --ntasks=2` does to its tasks; there is no SLURM here."""
     job = str(random.randrange(10**9))
     with contextlib.ExitStack() as stack:
@@ -89,6 +90,7 @@ def srun(program: Program, *arguments: str) -> Iterator[list[Running]]:
                 program.started(
                     *arguments,
                     name=f"task_{task}",
+                    launcher=launcher,
                     SLURM_JOB_ID=job,
                     SLURM_PROCID=str(task),
                     SLURM_LOCALID=str(task),
@@ -126,6 +128,20 @@ def test_tasks_of_srun_are_one_run_in_the_run_dir_of_the_first_and_listen_on_loo
     assert sorted(path.name for path in (first.run_dir / "logs").iterdir()) == ["rank_0.log", "rank_1.log"]
     assert not second.run_dir.exists()
     assert second.stdout == ""
+
+
+def test_no_task_of_srun_that_is_told_to_end_ends_before_the_first_has_closed_its_run(program):
+    """Which `srun --kill-on-bad-exit=1` would end then."""
+    slow_to_close = [sys.executable, "tests/bad_loss.py", "1000000"]
+    with srun(program, *LONG, launcher=slow_to_close) as (first, second):
+        first.until(lambda: re.search(r"step +4/", first.stdout))
+        second.process.send_signal(signal.SIGUSR1)
+        assert second.finish().exit_code == 143
+        [run] = first.run_dir.glob("wandb/offline-run-*")
+        shown = wandb("leet", "inspect", "--summary", str(run), home=program.folder)
+        result = first.finish()
+    assert result.exit_code == 143
+    assert re.search(rf"^ +step +{result.metrics[-1]['step']}$", shown, re.MULTILINE), shown
 
 
 def test_a_mistake_under_a_launcher_is_told_once(program):

@@ -67,8 +67,9 @@ def test_so_many_in_a_row_are_not_the_batch(tmp_path):
         assert steps.check(step, bad, DATA)
     (tmp_path / "checkpoints" / step_name(2)).mkdir(parents=True)
     not_the_batch = (
-        "10 steps in a row were skipped, so it is not the batch\n"
-        "step_00000002 is whole, and the same command goes on from it: with "
+        "10 steps in a row were skipped, so it is not the batch: +debug=anomaly names the operation that makes the "
+        "first NaN, and a run with a smaller optimizer.lr, and a hydra.run.dir of its own, may make none\n"
+        "step_00000002 is whole, and the same command goes on from it"
     )
     with pytest.raises(RunFailed, match=re.escape(not_the_batch)):
         steps.check(MOST_IN_A_ROW, bad, DATA)
