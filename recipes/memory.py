@@ -14,6 +14,7 @@ from conf.schema import Config, Degrees, ModelConfig
 
 MOST_RANKS = 2**16  # that are thought of
 LOGITS_BYTES = 2**30  # that exist at once, if nothing is said
+MLP_BYTES = 2**31  # of an MLP's hidden activations and their gradients that exist at once, if nothing is said
 TILE_MULTIPLE = 256  # tokens: matrix products like round numbers
 
 
@@ -78,11 +79,32 @@ def bucket_size(num_parameters: int) -> int:
 
 def tile_tokens(config: Config, local_tokens: int) -> int:
     """Of how many of a rank's `local_tokens` tokens per micro-batch logits exist at once, where not of all; else 0."""
+    return _tile(config, local_tokens, LOGITS_BYTES // (4 * config.model.vocab_size))  # the loss has them in fp32
+
+
+def mlp_tile_tokens(config: Config, local_tokens: int) -> int:
+    """Of how many of them an MLP's hidden activations exist at once, where not of all; else 0.
+
+    Tiles are computed again in the backward pass. Where layers are computed again anyway, and in forward passes, that
+    takes no product more: there it is done past a size if nothing is said.
+    """
+    if config.engine.tile_tokens is None and config.recipe == "pretrain" and config.engine.recompute == "none":
+        return 0
+    return _tile(config, local_tokens, MLP_BYTES // mlp_bytes(config))
+
+
+def mlp_bytes(config: Config) -> int:
+    """Per token: an MLP's hidden activations and their gradients."""
+    widths = 6 if config.model.mlp == "swiglu" else 4  # gate, up and their product; what goes into GELU and comes out
+    return widths * config.model.mlp_size * (4 if config.engine.dtype == "fp32" else 2)
+
+
+def _tile(config: Config, local_tokens: int, most: int) -> int:
+    """What was said, else a round number of at most `most` tokens; 0 for all of them."""
     if config.parallelism.method == "tensor_pipeline":
         return 0
     tokens = config.engine.tile_tokens
     if tokens is None:
-        most = LOGITS_BYTES // (4 * config.model.vocab_size)  # the loss has them in fp32
         tokens = max(1, most // TILE_MULTIPLE * TILE_MULTIPLE or most)
     return tokens if tokens < local_tokens else 0
 

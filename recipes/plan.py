@@ -14,7 +14,16 @@ import torch
 from conf.degrees import accumulation_steps, resolve_degrees, settle
 from conf.schema import Config, ConfigError, Degrees, ModelConfig
 from recipes import memory_report
-from recipes.memory import StateBytes, gib, layer_matmul_parameters, num_parameters, refusal, state_bytes, tile_tokens
+from recipes.memory import (
+    StateBytes,
+    gib,
+    layer_matmul_parameters,
+    mlp_tile_tokens,
+    num_parameters,
+    refusal,
+    state_bytes,
+    tile_tokens,
+)
 from recipes.metrics import Throughput, peak_tflops
 from ring_attention.blocks import BlockSpec, choose_block
 from ring_attention.choose import MESSAGE_LATENCY_MS, Candidate, Links, Workload, rank_methods
@@ -143,6 +152,11 @@ class Plan:
     def tile_tokens(self) -> int:
         """Of how many of them logits exist at once; 0: of all."""
         return tile_tokens(self.config, self.local_tokens)
+
+    @property
+    def mlp_tile_tokens(self) -> int:
+        """Of how many of them an MLP's hidden activations exist at once; 0: of all."""
+        return mlp_tile_tokens(self.config, self.local_tokens)
 
     @property
     def has_ring(self) -> bool:
