@@ -150,7 +150,7 @@ class EngineConfig:
     train_batch_size: Optional[int] = None  # sequences per step, all ranks; if set, it gives the accumulation steps
     gradient_clipping: float = 1.0  # largest gradient norm; 0 is off
     recompute: str = "none"  # layers in the backward pass, for memory: none | selective (all but attention) | full
-    tile_tokens: Optional[int] = None  # tokens of which logits exist at once; 0: all of a micro-batch; unset: 1 GiB's
+    tile_tokens: Optional[int] = None  # that have logits, or hidden MLP activations, at once; 0: all; unset: by memory
     on_bad_step: str = "stop"  # loss or gradients are not finite: stop | skip, which goes on with the next batch
     deterministic: bool = False  # deterministic kernels only, at some cost
     detect_anomaly: bool = False  # name the forward operation whose gradient is NaN; slow

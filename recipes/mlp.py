@@ -71,7 +71,7 @@ class _TiledForward(torch.autograd.Function):
 
 
 class _TiledBackward(torch.autograd.Function):
-    """x as it is; in the backward pass, from the gradient of the MLP's OUTPUT, the gradients of x and of the parameters.
+    """x as it is; in the backward pass, from the gradient of the MLP's OUTPUT, those of x and of the parameters.
 
     A function of its own, before the one that computes the output, so that the tensors it needs are kept before
     anything is computed: a layer that is computed again (`torch.utils.checkpoint`) stops at the last tensor that it

@@ -18,6 +18,7 @@ from recipes.memory import (
     StateBytes,
     gib,
     layer_matmul_parameters,
+    mlp_bytes,
     mlp_tile_tokens,
     num_parameters,
     refusal,
@@ -259,10 +260,17 @@ class Plan:
         return [f"{name:>16}  {value}" for name, value in rows]
 
     def _tile_rows(self) -> list[tuple[str, str]]:
-        tile = self.tile_tokens
-        if not tile or self.config.recipe == "bench_attention":  # which has no logits
+        if self.config.recipe == "bench_attention":  # which has neither logits nor MLPs
             return []
-        return [("loss", f"logits of {tile:,} tokens at a time, of {self.local_tokens:,} per rank and micro-batch")]
+        given, of = self.config.engine.tile_tokens, f"at a time, of {self.local_tokens:,} per rank and micro-batch"
+        rows = []
+        if tile := self.tile_tokens:
+            rows.append(("loss", f"logits of {tile:,} tokens {of}"))
+        if tile := self.mlp_tile_tokens:
+            whole = f"those of all would take {gib(mlp_bytes(self.config) * self.local_tokens)} GiB"
+            reason = f"{whole} with their gradients" if given is None else f"engine.tile_tokens={given}"
+            rows.append(("MLP", f"hidden activations of {tile:,} tokens {of} ({reason})"))
+        return rows
 
     @property
     def flops(self) -> float:
