@@ -110,10 +110,10 @@ def _tile_backward(
     x_TE: Tensor,
     dx_TE: Tensor,
     parameters: list[Tensor],
-    sums: list[Tensor | None],
+    sums: list[Any],
     gated: bool,
 ) -> None:
-    """Writes `dx_TE` of one tile, and adds to the sums for (up, its bias, down, its bias).
+    """Writes `dx_TE` of one tile, and adds to the sums for (up, its bias, down, its bias), None where there is no bias.
 
     A function of its own, so that its activations are gone before the next tile's come. The product with `down` is not
     computed again, for no gradient needs it.
@@ -127,6 +127,6 @@ def _tile_backward(
     (dhidden_TU,) = torch.autograd.grad(active_TF, hidden_TU, dout_TE @ down_EF)
     add_product_(dup_UE, dhidden_TU.T, x_TE)
     torch.mm(dhidden_TU, up_UE, out=dx_TE)
-    if dup_bias_U is not None and ddown_bias_E is not None:
+    if up_bias_U is not None:
         dup_bias_U += dhidden_TU.sum(0, dtype=dup_bias_U.dtype)
         ddown_bias_E += dout_TE.sum(0, dtype=ddown_bias_E.dtype)
