@@ -150,6 +150,7 @@ class EngineConfig:
     train_batch_size: Optional[int] = None  # sequences per step, all ranks; if set, it gives the accumulation steps
     gradient_clipping: float = 1.0  # largest gradient norm; 0 is off
     recompute: str = "none"  # layers in the backward pass, for memory: none | selective (all but attention) | full
+    offload_activations: bool = False  # what recompute keeps lies in the host's memory meanwhile; copies overlap
     tile_tokens: Optional[int] = None  # that have logits, or hidden MLP activations, at once; 0: all; unset: by memory
     on_bad_step: str = "stop"  # loss or gradients are not finite: stop | skip, which goes on with the next batch
     deterministic: bool = False  # deterministic kernels only, at some cost
@@ -158,6 +159,11 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _choice("engine.dtype", self.dtype, ("bf16", "fp16", "fp32"))
         _choice("engine.recompute", self.recompute, ("none", "selective", "full"))
+        if self.offload_activations and self.recompute == "none":
+            raise ConfigError(
+                "engine.offload_activations=true moves what is kept of layers that are computed again: use "
+                "engine.recompute=selective, or full"
+            )
         _choice("engine.on_bad_step", self.on_bad_step, ("stop", "skip"))
         if self.zero_stage not in (0, 1, 2, 3):
             raise ConfigError(f"engine.zero_stage={self.zero_stage} is not known: use 0, 1, 2, 3")

@@ -57,7 +57,13 @@ def build_engine(plan: Plan, groups: ParallelGroups | None = None, forward_only:
     attention = build_attention(plan, groups)
     return TrainingEngine(
         lambda: Transformer(
-            config.model, attention, config.seed, config.engine.recompute, plan.tile_tokens, plan.mlp_tile_tokens
+            config.model,
+            attention,
+            config.seed,
+            config.engine.recompute,
+            plan.tile_tokens,
+            plan.mlp_tile_tokens,
+            config.engine.offload_activations,
         ),
         groups,
         attention.sequence_rank,

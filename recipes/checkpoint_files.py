@@ -36,6 +36,7 @@ FREE = (
     "launch.stall_s",
     "engine.on_bad_step",
     "engine.detect_anomaly",
+    "engine.offload_activations",
     "attention.transport",
     "explain",
     "profile",

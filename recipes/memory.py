@@ -99,6 +99,30 @@ def mlp_bytes(config: Config) -> int:
     return widths * config.model.mlp_size * (4 if config.engine.dtype == "fp32" else 2)
 
 
+def kept_layer_bytes(config: Config) -> int:
+    """Per token: what is kept of a layer that is computed again: its input, and attention's output and lse."""
+    model, size = config.model, 4 if config.engine.dtype == "fp32" else 2
+    attention = size * model.num_heads * model.head_dim + 4 * model.num_heads
+    return size * model.hidden_size + (attention if config.engine.recompute == "selective" else 0)
+
+
+def banner_rows(config: Config, local_tokens: int) -> list[tuple[str, str]]:
+    """What is done in tiles, and what is moved to the host, as rows of a banner."""
+    given, of = config.engine.tile_tokens, f"at a time, of {local_tokens:,} per rank and micro-batch"
+    rows = []
+    if tile := tile_tokens(config, local_tokens):
+        rows.append(("loss", f"logits of {tile:,} tokens {of}"))
+    if tile := mlp_tile_tokens(config, local_tokens):
+        whole = f"those of all would take {gib(mlp_bytes(config) * local_tokens)} GiB with their gradients"
+        reason = whole if given is None else f"engine.tile_tokens={given}"
+        rows.append(("MLP", f"hidden activations of {tile:,} tokens {of} ({reason})"))
+    if config.engine.offload_activations and config.recipe == "pretrain":
+        num_bytes = config.model.num_layers * kept_layer_bytes(config) * local_tokens
+        what = "layers' inputs" + (" and attention's results" if config.engine.recompute == "selective" else "")
+        rows.append(("offload", f"{what} of a micro-batch: {gib(num_bytes)} GiB per rank of the host's memory"))
+    return rows
+
+
 def _tile(config: Config, local_tokens: int, most: int) -> int:
     """What was said, else a round number of at most `most` tokens; 0 for all of them."""
     if config.parallelism.method == "tensor_pipeline":

@@ -18,6 +18,7 @@ from recipes.memory import (
     bucket_size,
     changed,
     gib,
+    kept_layer_bytes,
     layer_matmul_parameters,
     mlp_tile_tokens,
     num_parameters,
@@ -72,9 +73,9 @@ def moments(config: Config, degrees: Degrees, method: str, local_tokens: int) ->
     if engine.recompute == "none":
         kept, again = model.num_layers * sum(layer.values()), 0
     else:
-        keeps_attention = engine.recompute == "selective"
-        kept = model.num_layers * (hidden + (attention if keeps_attention else 0))
-        again = sum(layer.values()) - (attention if keeps_attention else 0)
+        on_device = min(2, model.num_layers) if engine.offload_activations else model.num_layers  # `recipes.offload`
+        kept = on_device * kept_layer_bytes(config)
+        again = sum(layer.values()) - (attention if engine.recompute == "selective" else 0)
         if model.norm == "layernorm" or size == 4:
             again -= hidden  # the layer's input, which its norm keeps: it is kept already
     kept += angles

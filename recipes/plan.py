@@ -16,9 +16,9 @@ from conf.schema import Config, ConfigError, Degrees, ModelConfig
 from recipes import memory_report
 from recipes.memory import (
     StateBytes,
+    banner_rows,
     gib,
     layer_matmul_parameters,
-    mlp_bytes,
     mlp_tile_tokens,
     num_parameters,
     refusal,
@@ -253,24 +253,11 @@ class Plan:
             ("attention", attention),
             ("block kernel", f"{block} ({reason})"),
             ("engine", f"{state}, {config.engine.dtype}"),
-            *self._tile_rows(),
+            *([] if config.recipe == "bench_attention" else banner_rows(config, self.local_tokens)),
             *([("!!!", self.slowness)] if self.slowness else []),
             ("run dir", str(run_dir)),
         ]
         return [f"{name:>16}  {value}" for name, value in rows]
-
-    def _tile_rows(self) -> list[tuple[str, str]]:
-        if self.config.recipe == "bench_attention":  # which has neither logits nor MLPs
-            return []
-        given, of = self.config.engine.tile_tokens, f"at a time, of {self.local_tokens:,} per rank and micro-batch"
-        rows = []
-        if tile := self.tile_tokens:
-            rows.append(("loss", f"logits of {tile:,} tokens {of}"))
-        if tile := self.mlp_tile_tokens:
-            whole = f"those of all would take {gib(mlp_bytes(self.config) * self.local_tokens)} GiB"
-            reason = f"{whole} with their gradients" if given is None else f"engine.tile_tokens={given}"
-            rows.append(("MLP", f"hidden activations of {tile:,} tokens {of} ({reason})"))
-        return rows
 
     @property
     def flops(self) -> float:

@@ -8,6 +8,8 @@ Shapes: B batch, S local tokens, E hidden size, H query heads, K key-value heads
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +20,7 @@ from conf.schema import ModelConfig
 from recipes.head import Head
 from recipes.kernels import IGNORED_LABEL, make_norm, rotary_qkv
 from recipes.mlp import MLP
+from recipes.offload import ActivationOffload
 from ring_attention.keep import keeping_attention
 
 
@@ -119,6 +122,7 @@ class Transformer(nn.Module):
         recompute: EngineConfig's: what of each layer the backward pass computes again instead of keeping it.
         tile_tokens: of how many tokens `forward` has logits at once; 0: of all.
         mlp_tile_tokens: of how many tokens an MLP has hidden activations at once; 0: of all.
+        offload: whether what is kept of layers that are computed again lies in the host's memory meanwhile.
     """
 
     def __init__(
@@ -129,9 +133,11 @@ class Transformer(nn.Module):
         recompute: str = "none",
         tile_tokens: int = 0,
         mlp_tile_tokens: int = 0,
+        offload: bool = False,
     ) -> None:
         super().__init__()
         self.config, self.recompute = config, recompute
+        self._offload = ActivationOffload() if offload else None
         self.embedding = make_embedding(config, seed)
         self.layers = nn.ModuleList(
             make_layer(config, attention, seed, index, mlp_tile_tokens) for index in range(config.num_layers)
@@ -155,13 +161,18 @@ class Transformer(nn.Module):
     def _through(self, layer: nn.Module, *inputs: Tensor) -> Tensor:
         if self.recompute == "none" or not torch.is_grad_enabled():
             return layer(*inputs)
-        return checkpoint(
-            layer,
-            *inputs,
-            use_reentrant=False,
-            context_fn=keeping_attention if self.recompute == "selective" else noop_context_fn,
-            preserve_rng_state=False,  # nothing is drawn at random
-        )
+        offload, context_fn = self._offload, noop_context_fn
+        if self.recompute == "selective":
+            packing = () if offload is None else (offload.pack, offload.unpack)
+            context_fn = functools.partial(keeping_attention, *packing)
+        with contextlib.nullcontext() if offload is None else offload.layer():
+            return checkpoint(
+                layer,
+                *inputs,
+                use_reentrant=False,
+                context_fn=context_fn,
+                preserve_rng_state=False,  # nothing is drawn at random
+            )
 
     def forward(self, tokens_BS: Tensor, positions_1S: Tensor, labels_BS: Tensor) -> Tensor:
         """The sum of what follows each token's cross-entropy in nats, fp32: see `TokenBatch`."""

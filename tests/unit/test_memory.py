@@ -209,6 +209,22 @@ def test_the_banner_says_in_what_tiles_mlps_come_and_why():
         assert re.fullmatch(pattern + expected, line), line
 
 
+@pytest.mark.parametrize(
+    ("recompute", "per_token", "what"),
+    [
+        ("selective", 2 * 128 + 2 * 128 + 4 * 4, "layers' inputs and attention's results"),
+        ("full", 2 * 128, "layers' inputs"),
+    ],
+)
+def test_the_banner_says_what_is_moved_to_the_host(recompute, per_token, what):
+    engine = EngineConfig(recompute=recompute, offload_activations=True)
+    model = ModelConfig(num_layers=4, hidden_size=128, num_heads=4, head_dim=32)
+    offloading = plan(model=model, engine=engine, data=DataConfig(sequence_length=2**23))
+    (line,) = [line for line in offloading.banner(Path("runs")) if "host's memory" in line]
+    expected = f"{4 * per_token * 2**20 / 2**30:.2f} GiB"
+    assert line == f"         offload  {what} of a micro-batch: {expected} per rank of the host's memory"
+
+
 ALLOCATOR = "PYTORCH_ALLOC_CONF=expandable_segments:True"
 RECOMPUTE = "engine.recompute=selective"
 HALF = "data.sequence_length=1024"

@@ -82,6 +82,7 @@ MISTAKES = [
     ("attention.block=fast", "attention.block=fast is not known: use auto, flash_attn_4, ffpa, cudnn, aten_flash, mem_efficient, cpu_flash, reference"),
     ("engine.dtype=int8", "engine.dtype=int8 is not known: use bf16, fp16, fp32"),
     ("engine.recompute=some", "engine.recompute=some is not known: use none, selective, full"),
+    ("engine.offload_activations=true", "engine.offload_activations=true moves what is kept of layers that are computed again: use engine.recompute=selective, or full"),
     ("engine.tile_tokens=-1", "engine.tile_tokens=-1 must be at least 0"),
     ("engine.zero_stage=4", "engine.zero_stage=4 is not known: use 0, 1, 2, 3"),
     ("engine.micro_batch_size=0", "engine.micro_batch_size=0 must be at least 1"),
