@@ -151,6 +151,8 @@ class EngineConfig:
     gradient_clipping: float = 1.0  # largest gradient norm; 0 is off
     recompute: str = "none"  # layers in the backward pass, for memory: none | selective (all but attention) | full
     offload_activations: bool = False  # what recompute keeps lies in the host's memory meanwhile; copies overlap
+    offload_optimizer: bool = False  # its state and its step on the host (ZeRO-Offload); ZeRO stages 1 to 3
+    offload_parameters: bool = False  # weights on the host but where they are needed; ZeRO stage 3
     tile_tokens: Optional[int] = None  # that have logits, or hidden MLP activations, at once; 0: all; unset: by memory
     on_bad_step: str = "stop"  # loss or gradients are not finite: stop | skip, which goes on with the next batch
     deterministic: bool = False  # deterministic kernels only, at some cost
@@ -163,6 +165,15 @@ class EngineConfig:
             raise ConfigError(
                 "engine.offload_activations=true moves what is kept of layers that are computed again: use "
                 "engine.recompute=selective, or full"
+            )
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ConfigError(
+                "engine.offload_optimizer=true cannot go with engine.zero_stage=0: use engine.zero_stage=1, 2 or 3"
+            )
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ConfigError(
+                f"engine.offload_parameters=true cannot go with engine.zero_stage={self.zero_stage}, which leaves "
+                "weights whole: use engine.zero_stage=3"
             )
         _choice("engine.on_bad_step", self.on_bad_step, ("stop", "skip"))
         if self.zero_stage not in (0, 1, 2, 3):

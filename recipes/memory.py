@@ -116,7 +116,13 @@ def banner_rows(config: Config, local_tokens: int) -> list[tuple[str, str]]:
         whole = f"those of all would take {gib(mlp_bytes(config) * local_tokens)} GiB with their gradients"
         reason = whole if given is None else f"engine.tile_tokens={given}"
         rows.append(("MLP", f"hidden activations of {tile:,} tokens {of} ({reason})"))
-    if config.engine.offload_activations and config.recipe == "pretrain":
+    if config.engine.offload_parameters:
+        rows.append(("offload", "weights on the host but where they are needed"))
+    if config.recipe != "pretrain":
+        return rows
+    if config.engine.offload_optimizer:
+        rows.append(("offload", "the optimizer's state and its step on the host"))
+    if config.engine.offload_activations:
         num_bytes = config.model.num_layers * kept_layer_bytes(config) * local_tokens
         what = "layers' inputs" + (" and attention's results" if config.engine.recompute == "selective" else "")
         rows.append(("offload", f"{what} of a micro-batch: {gib(num_bytes)} GiB per rank of the host's memory"))
@@ -140,7 +146,7 @@ def gib(size: float) -> str:
 
 
 def state_bytes(config: Config, degrees: Degrees) -> StateBytes:
-    """Weights, gradients and optimizer state per rank.
+    """Weights, gradients and optimizer state per rank, without those that lie on the host.
 
     Each ZeRO stage divides one more of them by all ranks: the optimizer state, the gradients, the weights. Tensor and
     pipeline ranks cut the layers, but not the embedding and the head, of which a stage that is not the only one has one
@@ -158,6 +164,10 @@ def state_bytes(config: Config, degrees: Degrees) -> StateBytes:
     else:
         parameters = num_parameters(model)
         cuts = tuple(num_ranks if engine.zero_stage >= stage else 1 for stage in (3, 2, 1))
+    if engine.offload_optimizer:  # gradients are summed on the host, too
+        gradient_size = optimizer_size = 0
+    if engine.offload_parameters:
+        weight_size = 0
     if config.recipe == "forward":
         return StateBytes(parameters * weight_size / cuts[0], 0, 0, built=parameters * 4)
     sizes = (weight_size, gradient_size, optimizer_size)

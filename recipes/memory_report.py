@@ -49,6 +49,8 @@ def refused(config: Config) -> str | None:
         return "the layers of tensor and pipeline ranks are not predicted"
     if config.engine.gradient_accumulation_steps > 1 or config.engine.train_batch_size is not None:
         return "steps of several micro-batches are not predicted"
+    if config.engine.offload_optimizer or config.engine.offload_parameters:
+        return "steps with the optimizer or weights on the host are not predicted"
     if config.engine.dtype == "fp16":
         return "fp16 is not predicted"
     return None

@@ -17,6 +17,7 @@ from recipes import memory_report
 from recipes.memory import (
     StateBytes,
     banner_rows,
+    changed,
     gib,
     layer_matmul_parameters,
     mlp_tile_tokens,
@@ -189,6 +190,13 @@ class Plan:
         return block.name, reason
 
     @property
+    def _one_memory(self) -> Config:
+        """The configuration, on the CPU with all in its memory: what lies on the host lies there, too."""
+        if self.device_type != "cpu":
+            return self.config
+        return changed(self.config, **{"engine.offload_optimizer": False, "engine.offload_parameters": False})
+
+    @property
     def trains(self) -> bool:
         return self.config.recipe == "pretrain"
 
@@ -300,7 +308,7 @@ class Plan:
     @property
     def state(self) -> StateBytes:
         """What the fullest rank holds before any activation."""
-        return state_bytes(self.config, self.degrees)
+        return state_bytes(self._one_memory, self.degrees)
 
     @property
     def refusal(self) -> str | None:
@@ -308,7 +316,7 @@ class Plan:
         if self.memory_bytes is None or self.config.recipe == "bench_attention":
             return None
         host_ranks = self.ranks_per_host if self.device_type == "cpu" else None
-        return refusal(self.config, self.degrees, self.memory_bytes, host_ranks)
+        return refusal(self._one_memory, self.degrees, self.memory_bytes, host_ranks)
 
     def memory_lines(self) -> list[str]:
         """What the model takes of a rank's memory, and whether that is too much."""

@@ -90,6 +90,8 @@ class Cell:
     recompute: str = "none"
     tile_tokens: int = 0
     offload_activations: bool = False
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
 
     @property
     def num_ranks(self) -> int:
@@ -125,6 +127,8 @@ class Cell:
                     recompute=self.recompute,
                     tile_tokens=self.tile_tokens,
                     offload_activations=self.offload_activations,
+                    offload_optimizer=self.offload_optimizer,
+                    offload_parameters=self.offload_parameters,
                 ),
                 optimizer=OPTIMIZER,
                 data=DataConfig(sequence_length=self.length),
@@ -406,6 +410,8 @@ def run_cell(pool: WorkerPool, cell: Cell) -> Outcome:
         recompute="none",
         tile_tokens=0,
         offload_activations=False,
+        offload_optimizer=False,
+        offload_parameters=False,
     )
     expected = one_process(key, torch.float64, "cpu", pool.device)
     ranks = pool.run(train_on_ranks, cell, num_ranks=cell.num_ranks)

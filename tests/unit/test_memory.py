@@ -62,6 +62,23 @@ def test_each_zero_stage_divides_one_more_by_all_ranks(dtype, stage, per_paramet
     assert state_bytes(config, Degrees(data=2, ring=4, ulysses=1)) == expected
 
 
+@pytest.mark.parametrize(
+    ("engine", "per_parameter"),
+    [
+        ({"zero_stage": 1, "offload_optimizer": True}, (2, 0, 0)),
+        ({"zero_stage": 3, "offload_optimizer": True}, (2 / 8, 0, 0)),
+        ({"zero_stage": 3, "offload_parameters": True}, (0, 4 / 8, 12 / 8)),
+    ],
+)
+def test_what_lies_on_the_host_is_not_held_by_a_gpu_but_by_a_cpu(engine, per_parameter):
+    config = Config(model=LARGE, engine=EngineConfig(**engine))
+    degrees = Degrees(data=2, ring=4, ulysses=1)
+    assert state_bytes(config, degrees)[:3] == tuple(size * NUM_LARGE for size in per_parameter)
+    on_cpu = Plan(config, 8, "cpu", "CPU", None, ranks_per_host=8)
+    stage_alone = Config(model=LARGE, engine=EngineConfig(zero_stage=engine["zero_stage"]))
+    assert on_cpu.state == state_bytes(stage_alone, on_cpu.degrees)
+
+
 @pytest.mark.parametrize(("stage", "weights"), [(0, 2), (1, 2), (2, 2), (3, 2 / 8)])
 def test_a_forward_pass_holds_weights_alone(stage, weights):
     config = Config(model=LARGE, recipe="forward", engine=EngineConfig(zero_stage=stage))
@@ -223,6 +240,15 @@ def test_the_banner_says_what_is_moved_to_the_host(recompute, per_token, what):
     (line,) = [line for line in offloading.banner(Path("runs")) if "host's memory" in line]
     expected = f"{4 * per_token * 2**20 / 2**30:.2f} GiB"
     assert line == f"         offload  {what} of a micro-batch: {expected} per rank of the host's memory"
+
+
+def test_the_banner_says_which_states_are_on_the_host():
+    engine = EngineConfig(zero_stage=3, offload_optimizer=True, offload_parameters=True)
+    rows = [line.strip() for line in plan(engine=engine).banner(Path("runs")) if line.strip().startswith("offload")]
+    assert rows == [
+        "offload  weights on the host but where they are needed",
+        "offload  the optimizer's state and its step on the host",
+    ]
 
 
 ALLOCATOR = "PYTORCH_ALLOC_CONF=expandable_segments:True"
