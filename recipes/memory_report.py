@@ -167,8 +167,10 @@ def _attention_bytes(model: ModelConfig, size: int, method: str, ring_degree: in
     queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     # the output's gradient, keys and values and three gradients for all heads
     block = 6 * size * queries
-    if method in ("ring", "hybrid") and ring_degree > 1:  # half of a block at first; sums in fp32, messages
-        return block + 3 * size * keys + (8 if ring_degree == 2 else 28) * keys
+    if method in ("ring", "hybrid") and ring_degree > 1:
+        # half of a block at first; sums in fp32 and messages, as counted with 2 and with 4 ranks
+        sums = 8 if ring_degree == 2 else 28 if keys == queries else 40
+        return block + (3 * size + sums) * keys
     return block + (2 * size * keys if keys < queries else 0)
 
 
@@ -234,7 +236,7 @@ def lines(
         *(f"  {gib(moment.total):>8} GiB at: {moment.name}" for moment in found if moment is not fullest),
         "  bytes per token and layer, all kept: "
         + ", ".join(f"{name} {number:,.0f}" for name, number in layer.items()),
-        f"  {kernels}; without what kernels allocate inside, and messages in flight",
+        f"  {kernels}; without what kernels allocate inside",
     ]
     if memory_bytes is not None:
         others = ["none", "selective"] if config.engine.recompute == "none" else [config.engine.recompute]
