@@ -92,6 +92,8 @@ def run_as_one_rank(arguments: list[str]) -> None:
             execute(to_config(composed), arguments, run_dir)
     except (ConfigError, CompactHydraException) as error:
         sys.exit(f"error: {explain(error)}" if os.environ["LOCAL_RANK"] == "0" else 1)
+    except Preempted:
+        os._exit(Preempted.EXIT_CODE)  # all is closed, and Python's own end takes seconds
     except RunFailed as error:
         if not error.of_all_ranks:  # that is told
             print(f"error: {error}", file=sys.stderr, flush=True)

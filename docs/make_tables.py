@@ -6,6 +6,7 @@ python -m docs.make_tables --check    only says whether the file is up to date
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import statistics
@@ -17,6 +18,7 @@ from conf.schema import ModelConfig
 from recipes.comparison import summarize
 from recipes.plan import attention_flops_per_token, forward_flops_per_token
 from ring_attention import CAUSAL, FULL, Layout, Mask
+from ring_attention.choose import Links, Workload, rank_methods
 from ring_attention.schedule import imbalance, ring_schedule, tokens_sent, work_per_rank
 
 DOCS = Path(__file__).parent
@@ -185,6 +187,21 @@ def block_speeds_table() -> str:
         lines.append(
             f"| {head_dim} | {length:,} | " + " | ".join(speeds.get(name, "refuses") for name in kernels) + " |"
         )
+    return "\n".join(lines)
+
+
+def auto_table() -> str:
+    """What attention=auto expects of one layer's forward attention on hosts of 8 H200s, and what it takes."""
+    shapes = {"16 x 512": (16, 16, 512), "32 x 128": (32, 32, 128), "32 x 128, 8 kv": (32, 8, 128)}
+    lines = ["| heads | L | ranks | block, ms | a hop, ms | ring, ms | taken | ms |", "|---" * 8 + "|"]
+    for (heads, shape), length, ranks in itertools.product(shapes.items(), (10_000, 32_768, 131_072), (8, 16)):
+        # as recipes.plan: 0.6 of the data sheet's peak; GB/s within and between hosts
+        candidates = rank_methods(Workload(*shape, length, 1, 2, 0.6 * 989), Links(8, 280.0, 45.0), ranks)
+        ring, taken = next(one for one in candidates if one.ulysses_degree == 1), candidates[0]
+        grid = f"ring {taken.ring_degree} x Ulysses {taken.ulysses_degree}"
+        times = (ring.compute_ms / ranks, ring.hop_ms, ring.total_ms)
+        cells = [heads, f"{length:,}", f"{ranks}", *(f"{time:.2f}" for time in times)]
+        lines.append("| " + " | ".join([*cells, grid, f"{taken.total_ms:.2f}"]) + " |")
     return "\n".join(lines)
 
 
@@ -362,6 +379,34 @@ def memory_table() -> str:
     return "\n".join(lines)
 
 
+def faults_table() -> str:
+    """What tests.faults did to runs."""
+    summary = json.loads((RESULTS / "faults_cpu.json").read_text())
+    lines = [
+        "| fault | tried | survived | lost | seconds until all ranks were gone: median, longest |",
+        "|---" * 5 + "|",
+    ]
+    for row in summary["faults"]:
+        ends = row["end_s"]
+        seconds = f"{statistics.median_high(ends):.2f}, {max(ends):.2f}" if ends else ""
+        lines.append(f"| {row['fault']} | {row['tried']} | {row['survived']} | {row['lost']} | {seconds} |")
+    return "\n".join(lines)
+
+
+def elastic_table() -> str:
+    """What tests.elastic measured."""
+    lines = [
+        "| from | to | dtype | largest difference of the losses after it | reading the checkpoint, s |",
+        "|---" * 5 + "|",
+    ]
+    for row in json.loads((RESULTS / "elastic_cpu.json").read_text()):
+        lines.append(
+            f"| {row['before']} | {row['after']} | {row['dtype']} | {row['difference']:.1e} of {row['loss']:.1f} "
+            f"| {row['load_s']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "main job": main_job_table,
     "parity cpu": lambda: parity_table("parity_cpu.json"),
@@ -373,6 +418,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "precision gpu": lambda: precision_table("precision_H200.json"),
     "fuzz": fuzz_table,
     "memory": memory_table,
+    "faults": faults_table,
+    "elastic": elastic_table,
     "ring memory": ring_memory_table,
     "paper 10k forward": lambda: comparison_table("paper_10k_forward_2xH200.json"),
     "paper 100k forward": lambda: comparison_table("paper_100k_forward_2xH200.json"),
@@ -395,8 +442,17 @@ TABLES: dict[str, Callable[[], str]] = {
     "rivals 100k pretrain": lambda: turns_table(
         "rivals_100k_pretrain_2xH200.jsonl", ["tp_pp", "pp", "ra_sp", "dp"], baseline="tp_pp"
     ),
+    "parts 10k pretrain": lambda: comparison_table("parts_10k_pretrain_2xH200.json"),
+    "halves": lambda: attention_table(
+        {
+            "10,000, cut by queries": "attention_10000_heads_512_halved_2xH200.json",
+            "10,000, whole": "attention_10000_heads_512_whole_2xH200.json",
+        }
+    ),
+    "heads 512": lambda: attention_table({"32,768": "attention_32768_heads_512_2xH200.json"}),
     "short": lambda: host_table({f"{n:,}": f"attention_{n}_2xH200.json" for n in (2048, 4096, 8192)}),
     "simulated": lambda: host_table({"65,536": "simulated_65536_H200.json"}),
+    "auto": auto_table,
     "block speeds": block_speeds_table,
     "steps": lambda: steps_table("layers_8b_131072_pretrain_2xH200.json"),
     "ceilings": lambda: ceilings_table("ceilings_paper_10k_H200.json", "ceilings_paper_100k_H200.json"),

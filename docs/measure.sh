@@ -12,6 +12,7 @@
 #   rivals_10k, rivals_100k: RA+SP, TP=2, PP=2 and DP, both recipes       sanitizer  memory and races of our kernels, on one GPU
 #   faults     a stopped rank                                             heads_512  attention alone with heads of 512
 #   parts_10k  where training on paper_10k goes, by ring attention and DP
+#   ring_blocks  each kernel call of a ring of two by itself, on one GPU
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(realpath "$1"); shift
@@ -30,9 +31,10 @@ compare() { # compare SECONDS NAME OVERRIDES...
     hydra.run.dir="$out/runs/$name" "$@"
   cp "$out/runs/$name/comparison.json" "$out/$name.json" 2> /dev/null
 }
-rivals() { # rivals SECONDS RECIPE WORKLOAD MICRO_BATCH_SIZES ROUNDS
-  compare "$1" "rivals_$3_$2" compare.recipe="$2" workload="$3" compare.micro_batch_sizes="$4" compare.rounds="$5" \
-    compare.only=[tp_pp,pp,ra_sp,dp] breakdown=false
+rivals() { # rivals SECONDS RECIPE WORKLOAD MICRO_BATCH_SIZES ROUNDS OVERRIDES...
+  local seconds=$1 recipe=$2 workload=$3 sizes=$4 rounds=$5; shift 5
+  compare "$seconds" "rivals_${workload}_$recipe" compare.recipe="$recipe" workload="$workload" compare.micro_batch_sizes="$sizes" \
+    compare.rounds="$rounds" compare.only=[tp_pp,pp,ra_sp,dp] breakdown=false "$@"
 }
 bench() { # bench SECONDS NAME LENGTH OVERRIDES...
   local seconds=$1 name=$2 length=$3; shift 3
@@ -56,7 +58,8 @@ for stage in "$@"; do
       compare 420 training_100k compare.recipe=pretrain workload=paper_100k compare.rounds=2 ;;
     rivals_10k)
       rivals 200 forward paper_10k [1,2] 2
-      rivals 380 pretrain paper_10k [1,2] 2 ;;
+      # the batch by hand: a multiple of 4 sequences in each of a pipeline's 16 micro-batches makes steps of 13 s
+      rivals 430 pretrain paper_10k [1,2,4] 2 compare.fit=false engine.train_batch_size=32 ;;
     rivals_100k)
       rivals 190 forward paper_100k [1] 2
       rivals 400 pretrain paper_100k [1] 2 ;;
@@ -78,6 +81,10 @@ for stage in "$@"; do
     heads_512) bench 90 heads_512 32768 model=paper_10k model.num_kv_heads=16 engine.dtype=fp16 ;;
     simulated) CUDA_VISIBLE_DEVICES=${GPU:-0} bench 150 simulated_64k 65536 launch.num_ranks=1 ;;
     blocks) CUDA_VISIBLE_DEVICES=${GPU:-0} limited 300 22 blocks python3 -m tests.block_speeds --json "$out/block_speeds.json" ;;
+    ring_blocks)
+      for length in 16384 65536 131072; do
+        CUDA_VISIBLE_DEVICES=${GPU:-0} limited 60 13 "ring_blocks_$length" python3 -m tests.ring_blocks --length $length --json "$out/ring_blocks_$length.json"
+      done ;;
     faults) limited 120 6 watchdog python3 -m pytest -q -p no:cacheprovider tests/gpu/test_watchdog.py ;;
     sanitizer)
       for tool in memcheck racecheck synccheck initcheck; do

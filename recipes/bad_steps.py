@@ -60,8 +60,9 @@ class BadSteps:
             )
         if self._in_a_row == MOST_IN_A_ROW:
             raise RunFailed(
-                f"{text}\n{MOST_IN_A_ROW} steps in a row were skipped, so it is not the batch: try a smaller "
-                "optimizer.lr, or +debug=anomaly, which names the operation that makes the first NaN",
+                f"{text}\n{MOST_IN_A_ROW} steps in a row were skipped, so it is not the batch\n"
+                f"{way_on(self._run_dir)}: with +debug=anomaly it names the operation that makes the first NaN; a "
+                "smaller optimizer.lr wants another hydra.run.dir",
                 of_all_ranks=True,
             )
         return f"{text}: skipped"

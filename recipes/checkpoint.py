@@ -102,7 +102,8 @@ def choose_checkpoint(config: Config, run_dir: Path, say: Callable[[str], None])
                 say(f"going on after step {manifest.step}{otherwise}{_other_versions(manifest)}")
             return manifest
         if is_first:
-            say(f"checkpoint {folder.name} is broken, so the one before it is tried: {problem}")
+            next_one = ", so the one before it is tried" if folder != shared[0][-1] else ""
+            say(f"checkpoint {folder.name} is broken{next_one}: {problem}")
     if shared[0]:
         raise ConfigError(
             f"no checkpoint in {run_dir / CHECKPOINTS_DIR} is whole: to start from the beginning delete that folder, "

@@ -309,8 +309,11 @@ def _launched_rank(
         os._exit(1)  # at once: NCCL's own end can wait for a peer that is gone
     except KeyboardInterrupt:  # all is closed
         die_of_sigint()
+    except Preempted:
+        os._exit(Preempted.EXIT_CODE)  # as at the end
     outcomes.put(_Outcome(rank, result))
-    os._exit(0)  # all is closed; libraries' threads that live on while Python ends can abort it (apache/arrow#45214)
+    # all is closed; Python's own end takes seconds, and threads that libraries leave can abort it (apache/arrow#45214)
+    os._exit(0)
 
 
 def _received(outcomes: SimpleQueue[_Outcome]) -> list[_Outcome]:

@@ -15,10 +15,10 @@ from typing import Protocol, TextIO
 
 import torch
 
-from conf.schema import Config
+from conf.schema import Config, ConfigError
 from recipes.full_disk import full_disk_explained
-from recipes.ranks import MEETING
-from recipes.whereabouts import LOGS_DIR, forget
+from recipes.ranks import MEETING, RunFailed
+from recipes.whereabouts import LOGS_DIR, forget, place_of
 
 
 class Task(Protocol):
@@ -43,6 +43,9 @@ def run_rank(task: Task, run_dir: Path, init_method: str | None) -> float:
 
     Args:
         init_method: where ranks that we started meet; None: where the launcher's variables say.
+
+    Raises:
+        RunFailed: for any error, where there is no parent of ours that tells people.
     """
     rank, num_ranks, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -75,14 +78,27 @@ def run_rank(task: Task, run_dir: Path, init_method: str | None) -> float:
     task, run_dir = shared
     (run_dir / LOGS_DIR).mkdir(parents=True, exist_ok=True)
     launch = task.config.launch
-    with (
-        _output_to(run_dir / LOGS_DIR / f"rank_{rank}.log") as console,
-        full_disk_explained(run_dir, rank),
-        watched(launch, run_dir, rank, num_ranks, console=None if has_parent else console),
-    ):
-        result = task.run(run_dir, console)
-        dist.destroy_process_group()
-        return result
+    log_path = run_dir / LOGS_DIR / f"rank_{rank}.log"
+    try:
+        with (
+            _output_to(log_path) as console,
+            full_disk_explained(run_dir, rank),
+            watched(launch, run_dir, rank, num_ranks, console=None if has_parent else console),
+        ):
+            result = task.run(run_dir, console)
+            dist.destroy_process_group()
+            return result
+    except (ConfigError, RunFailed):
+        raise
+    except Exception as error:
+        if has_parent:
+            raise
+        place = place_of(run_dir, rank)
+        what = "".join(traceback.format_exception_only(error)).rstrip()
+        raise RunFailed(
+            f"rank {rank} failed{f' ({place})' if place else ''}: {what}\nif another failed first, the launcher names "
+            f"it below; this one's log: {log_path}"
+        ) from error
 
 
 @contextlib.contextmanager

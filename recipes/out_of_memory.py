@@ -15,6 +15,7 @@ import torch
 from recipes.memory import changed, tile_tokens
 from recipes.plan import Plan
 from recipes.ranks import RunFailed
+from recipes.runs import PROFILE_DIR
 from recipes.whereabouts import LOGS_DIR, place_of
 
 NUM_OVERRIDES = 3
@@ -34,6 +35,10 @@ def out_of_memory_explained(plan: Plan, run_dir: Path, compares: bool = False) -
     Args:
         compares: whether this is an entry's turn in a comparison.
     """
+    rank = int(os.environ["RANK"])
+    recorded = run_dir / PROFILE_DIR / f"memory_rank_{rank}.pickle" if plan.config.memory_snapshot else None
+    if recorded:
+        recorded.unlink(missing_ok=True)  # an earlier start's
     try:
         yield
     except Exception as error:
@@ -41,12 +46,11 @@ def out_of_memory_explained(plan: Plan, run_dir: Path, compares: bool = False) -
         if cause is None:
             raise
         allocator = next((os.environ[name] for name in ALLOCATOR_VARIABLES if name in os.environ), "")
-        rank = int(os.environ["RANK"])
         place = place_of(run_dir, rank)
         lines = [
             f"rank {rank} ran out of memory" + (f" ({place})" if place else ""),
             *str(cause).strip().splitlines()[:1],
-            *(_snapshot(run_dir, rank) if torch.cuda.is_available() else []),
+            *(_snapshot(run_dir, rank, recorded) if torch.cuda.is_available() else []),
             *plan.banner(run_dir),
             *plan.memory_lines(),
             *plan.step_memory_lines(),
@@ -56,19 +60,29 @@ def out_of_memory_explained(plan: Plan, run_dir: Path, compares: bool = False) -
         raise OutOfMemory("\n".join(lines)) from error
 
 
-def _snapshot(run_dir: Path, rank: int) -> list[str]:
+def _snapshot(run_dir: Path, rank: int, recorded: Path | None) -> list[str]:
     """Write what this rank's GPU holds to a file; returns what to say of it.
 
-    What the failed step holds is there still, for the error's frames hold it. Where allocations were not recorded
-    (memory_snapshot=true), the file has sizes and places of blocks, not who made them.
+    What the failed step holds is there still, for the error's frames hold it. The file has sizes and places of blocks,
+    not who made them.
+
+    Args:
+        recorded: the file with that, too, which `profiling` has written on the way here if it had begun; None without
+            memory_snapshot=true.
     """
+    if recorded and recorded.exists():
+        return [_held(recorded)]
     path = run_dir / LOGS_DIR / f"memory_rank_{rank}.pickle"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.cuda.memory._dump_snapshot(str(path))
     except Exception as error:  # a full disk, a CUDA error: said beside what is the matter, not in its place
         return [f"no snapshot of its memory: {error}"]
-    return [f"what its memory held: {path}, for https://docs.pytorch.org/memory_viz"]
+    return [_held(path)]
+
+
+def _held(path: Path) -> str:
+    return f"what its memory held: {path}, for https://docs.pytorch.org/memory_viz"
 
 
 def out_of_memory_cause(error: BaseException | None) -> BaseException | None:

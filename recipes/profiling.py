@@ -10,8 +10,8 @@ import deepspeed.comm as dist
 import torch
 
 from conf.schema import Config
+from recipes.runs import PROFILE_DIR
 
-PROFILE_DIR = "profile"
 MOST_ALLOCATIONS = 100_000  # the last ones are kept: some tens of MB
 
 

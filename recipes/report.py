@@ -21,7 +21,7 @@ from recipes.checkpoint_files import Manifest
 from recipes.metrics import Throughput
 from recipes.plan import Plan
 from recipes.ranks import Preempted
-from recipes.runs import METRICS_FILE, SUMMARY_FILE
+from recipes.runs import METRICS_FILE, PROFILE_DIR, SUMMARY_FILE
 
 
 def start_wandb(
@@ -206,9 +206,9 @@ class Reporter:
             f"as a page of plots:    python -m recipes.dashboard {shlex.quote(str(self._run_dir))}",
         ]
         if self._config.profile:
-            lines.append(f"traces for Perfetto:   {self._run_dir / 'profile'}")
+            lines.append(f"traces for Perfetto:   {self._run_dir / PROFILE_DIR}")
         if self._config.memory_snapshot:
-            where = self._run_dir / "profile" if self._plan.device_type == "cuda" else "none, which is for GPUs"
+            where = self._run_dir / PROFILE_DIR if self._plan.device_type == "cuda" else "none, which is for GPUs"
             lines.append(f"memory snapshots:      {where}")
         lines += how_to_look_at_wandb(self._wandb)
         return lines

@@ -19,6 +19,8 @@ from ring_attention.running import RunningAttention
 from ring_attention.schedule import BlockPair, Spans
 from ring_attention.trace import labelled
 
+ALL_ROWS = slice(None)
+
 
 @dataclass
 class BlockGradients:
@@ -63,9 +65,14 @@ def attend_backward(
     here: KeysValues,
     out_BSHE: Tensor,
     lse_BHS: Tensor,
+    rows: slice = ALL_ROWS,
 ) -> Iterable[BlockGradients]:
-    """Those of each block in turn; the caller lets go of one before it asks for the next."""
-    tiles = list(_tiles(block, pairs))
+    """Those of each block in turn; the caller lets go of one before it asks for the next.
+
+    Args:
+        rows: to which `pairs` that do not name a row are limited.
+    """
+    tiles = list(_tiles(block, pairs, rows))
     for number, (row, part) in enumerate(tiles, 1):
         queries = slice(part.q_start, part.q_stop)
         k_BTKD, v_BTKE = _keys_of(row, part, here, keys)
@@ -85,10 +92,10 @@ def attend_backward(
         del gradients
 
 
-def _tiles(block: Block, pairs: Iterable[BlockPair]) -> Iterable[tuple[slice, Rectangle]]:
+def _tiles(block: Block, pairs: Iterable[BlockPair], rows: slice = ALL_ROWS) -> Iterable[tuple[slice, Rectangle]]:
     """Rows of the batch and rectangles, cut into what the kernel computes in one call."""
     for pair in pairs:
-        row = slice(None) if pair.row is None else slice(pair.row, pair.row + 1)
+        row = rows if pair.row is None else slice(pair.row, pair.row + 1)
         for part in block.tiles(pair.rectangle):
             yield row, part
 

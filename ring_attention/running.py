@@ -1,7 +1,8 @@
 """What a loop over blocks has so far: attention's output with its lse, and sums of gradients.
 
 Between `ring` and `gather`, which loop, and `merge`. Both take over a first block that is the whole, and add to it in
-place, and write the last result in the dtype of the input: one block or two cost no copy, and are rounded once.
+place, and write the last result in the dtype of the input: one block or two cost no copy, and are rounded once. Only
+pieces that their last part does not write are copied to where they belong.
 
 Shapes: B batch, S tokens, H heads, D head size, E value head size.
 """
@@ -51,7 +52,8 @@ class RunningAttention:
         self._out = target
 
 
-Parts = list[tuple[slice, Tensor]]  # tokens, and [B, those tokens, H, D]
+Parts = list[tuple[slice, slice, Tensor]]  # rows, tokens, and [those rows, those tokens, H, D]
+Interval = tuple[int, int]  # from, and up to
 
 
 class RunningSum:
@@ -104,18 +106,23 @@ class RunningSum:
 
     def add_several(self, parts: Parts, is_last: bool) -> None:
         """Add parts of all rows, which may overlap; the last ones are rounded once, together."""
+        if self._total is None and parts:
+            # the first one as it is, if it is the whole
+            self.add(*parts[0], False)
+            parts = parts[1:]
         if not is_last or self._dtype == self._state_dtype:
-            for tokens, part in parts:
-                self.add(slice(None), tokens, part, False)
+            for part in parts:
+                self.add(*part, False)
             return
         if not parts:
             return
-        edges = sorted({0, self._shape[1], *(edge for tokens, _ in parts for edge in (tokens.start, tokens.stop))})
+        edges = sorted({0, self._shape[1], *(edge for _, tokens, _ in parts for edge in (tokens.start, tokens.stop))})
         target = self._room(True)
         for start, stop in itertools.pairwise(edges):
+            assert all(len(part) == self._shape[0] for _, _, part in parts), "parts are of all rows"
             inside = [
                 part[:, start - tokens.start : stop - tokens.start]
-                for tokens, part in parts
+                for _, tokens, part in parts
                 if tokens.start <= start and stop <= tokens.stop
             ]
             add_up(target[:, start:stop], [self.total[:, start:stop], *inside])
@@ -131,33 +138,59 @@ class RunningSum:
 
 
 class PiecewiseSum:
-    """As `RunningSum`, of dq, whose pieces, runs of tokens, are complete at different times.
+    """As `RunningSum`, in pieces, the first half of which are complete later than the others.
+
+    A piece is some rows and a run of their tokens: what a kernel gives for just these is taken over as it is.
 
     Args:
         like: a tensor like the result.
-        cuts: where one piece ends and the next starts.
+        row_cuts, token_cuts: where one piece ends and the next starts.
     """
 
-    def __init__(self, like: Tensor, cuts: tuple[int, ...]) -> None:
+    def __init__(self, like: Tensor, row_cuts: tuple[int, ...] = (), token_cuts: tuple[int, ...] = ()) -> None:
         self._whole = _LazyTensor(like)
-        self._runs = list(itertools.pairwise((0, *cuts, like.shape[1])))
+        row_runs = itertools.pairwise((0, *row_cuts, like.shape[0]))
+        token_runs = itertools.pairwise((0, *token_cuts, like.shape[1]))
+        self._regions = list(itertools.product(row_runs, token_runs))
         self._pieces = []
-        for start, stop in self._runs:
-            target = functools.partial(self._whole.tokens, start, stop) if cuts else None
-            shape = torch.Size((like.shape[0], stop - start, *like.shape[2:]))
+        for rows, tokens in self._regions:
+            target = functools.partial(self._whole.region, rows, tokens) if len(self._regions) > 1 else None
+            shape = torch.Size((rows[1] - rows[0], tokens[1] - tokens[0], *like.shape[2:]))
             self._pieces.append(RunningSum(shape, like.dtype, target=target))
 
-    def add(self, row: slice, tokens: slice, part: Tensor, is_last: tuple[bool, ...]) -> None:
-        """Add to the pieces that `tokens` are in; `is_last` says of each whether nothing more comes."""
-        for (start, stop), piece, piece_ends in zip(self._runs, self._pieces, is_last, strict=True):
-            first, last = max(start, tokens.start), min(stop, tokens.stop)
-            if first < last:
-                inside = part[:, first - tokens.start : last - tokens.start]
-                piece.add(row, slice(first - start, last - start), inside, piece_ends)
+    def add(self, row: slice, tokens: slice, part: Tensor, is_last: bool, later: bool = False) -> None:
+        """Add to the pieces that it meets.
+
+        Args:
+            is_last: whether nothing more comes to those that are complete `later`, or to the others.
+        """
+        for number, (piece, region) in enumerate(zip(self._pieces, self._regions, strict=True)):
+            if inside := _within(region, row, tokens, part):
+                piece.add(*inside, is_last and later == (number < len(self._pieces) // 2))
+
+    def add_several(self, parts: Parts, is_last: bool) -> None:
+        """As `RunningSum`'s; each is of all rows of the pieces that it meets."""
+        for piece, region in zip(self._pieces, self._regions, strict=True):
+            piece.add_several([inside for part in parts if (inside := _within(region, *part))], is_last)
 
     def result(self) -> Tensor:
         results = [piece.result() for piece in self._pieces]
         return results[0] if self._whole.tensor is None else self._whole.tensor
+
+
+def _within(
+    region: tuple[Interval, Interval], row: slice, tokens: slice, part: Tensor
+) -> tuple[slice, slice, Tensor] | None:
+    """What a region has of a part, numbered as in the region."""
+    own, others = [], []
+    for (start, stop), taken, size in zip(region, (row, tokens), part.shape[:2], strict=True):
+        offset = taken.start or 0  # a slice of all rows has none
+        first, last = max(start, offset), min(stop, offset + size)
+        if first >= last and size:  # of an empty batch, all has a part
+            return None
+        own.append(slice(first - start, last - start))
+        others.append(slice(first - offset, last - offset))
+    return own[0], own[1], part[others[0], others[1]]
 
 
 class _LazyTensor:
@@ -168,7 +201,7 @@ class _LazyTensor:
     def __init__(self, like: Tensor) -> None:
         self._like, self.tensor = like, None
 
-    def tokens(self, start: int, stop: int) -> Tensor:
+    def region(self, rows: Interval, tokens: Interval) -> Tensor:
         if self.tensor is None:
             self.tensor = torch.empty_like(self._like, memory_format=torch.contiguous_format)
-        return self.tensor[:, start:stop]
+        return self.tensor[slice(*rows), slice(*tokens)]

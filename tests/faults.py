@@ -245,6 +245,7 @@ def all_checkpoints_damaged(case: Case) -> None:
     case.error = finished.stderr
     assert finished.exit_code == 1
     assert re.match(r"error: no checkpoint in .* is whole: to start from the beginning delete", finished.stderr)
+    assert "\ncheckpoint step_00000005 is broken: " in finished.stdout, finished.stdout
 
 
 def another_model(case: Case) -> None:

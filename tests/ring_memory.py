@@ -26,6 +26,7 @@ from ring_attention.exchange import P2PExchange
 from tests.pool import WorkerPool, parallel_groups
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 4, 2, 16
+BATCH = 2  # of several rows half are left for last in the backward pass
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def measure_ring(num_layers: int, local_length: int, dtype: torch.dtype, num_ran
     """On each rank: layers of attention, each on the output of the one before. Every rank must call it."""
     group = parallel_groups(1, num_ranks).get_sequence_parallel_group()
     attention = RingAttention("auto", group, layout="zigzag")
-    x = torch.randn(1, local_length, NUM_HEADS, HEAD_DIM, dtype=dtype, requires_grad=True)
+    x = torch.randn(BATCH, local_length, NUM_HEADS, HEAD_DIM, dtype=dtype, requires_grad=True)
     keys = KeysReceived()
     received = partialmethod(lambda exchange, *arguments: keys.room(exchange, *arguments))
     with patch.object(P2PExchange, "room", received), MemTracker() as tracker:
@@ -93,7 +94,7 @@ def measure_ring(num_layers: int, local_length: int, dtype: torch.dtype, num_ran
         kept, forward_peak = total(tracker, "current"), total(tracker, "peak")
         out.backward(torch.ones_like(out))
         peak = total(tracker, "peak")
-    block = 2 * local_length * NUM_KV_HEADS * HEAD_DIM * dtype.itemsize
+    block = 2 * BATCH * local_length * NUM_KV_HEADS * HEAD_DIM * dtype.itemsize
     return RingMemory(num_ranks, num_layers, str(dtype), local_length, kept, forward_peak, peak, block, keys.most)
 
 

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.cli.program import SMALL, Finished, Program, Running, wandb
+from tests.cli.program import LONG, SMALL, Finished, Program, Running, wandb
 
 BIN = Path(sys.executable).parent
 TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node=2"]
@@ -62,6 +62,21 @@ def test_torchruns_first_rank_closes_its_run_and_says_what_all_have_failed_with_
     [run] = result.run_dir.glob("wandb/offline-run-*")
     shown = wandb("leet", "inspect", "--summary", str(run), home=program.folder)
     assert re.search(r"^state +failed ", shown, re.MULTILINE)
+
+
+def test_a_rank_of_torchruns_that_loses_another_says_where_it_was_in_a_line(program):
+    with program.started(*LONG, launcher=TORCHRUN) as running:
+        running.until(lambda: re.search(r"step +4/", running.stdout))
+        ranks = [process for process in running.family() if "train.py" in process.cmdline()]
+        [first] = [process for process in ranks if process.environ().get("RANK") == "0"]
+        first.kill()
+        result = running.finish()
+        running.assert_nothing_is_left()
+    assert result.exit_code == 1
+    place = r"step \d+, \w+(, [\w ]+)*"
+    assert re.search(rf"^error: rank 1 failed \({place}.*\): (\w+\.)*\w*Error: .*$", result.stderr, re.MULTILINE)
+    assert f"this one's log: {result.run_dir}/logs/rank_1.log\n" in result.stderr
+    assert "[rank1]: Traceback" not in result.stderr
 
 
 @contextlib.contextmanager

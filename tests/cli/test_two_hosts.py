@@ -168,7 +168,7 @@ def test_two_hosts_of_slurm_compute_as_one_and_a_job_told_to_end_saves_and_is_qu
         running.assert_nothing_is_left()
     assert "2 ring" in result.stdout
     assert_first_losses_are_of_one_host(result.run_dir, plain_run)
-    assert result.exit_code in (143, 137), result.stderr  # whether srun had to kill the second
+    assert result.exit_code == 143, result.stderr  # the largest: that of a task which srun kills is 137
     assert result.stdout.endswith("scontrol requeue 77\n")
     assert list((result.run_dir / "checkpoints").glob("step_*"))
 
@@ -177,5 +177,5 @@ def test_two_hosts_of_slurm_compute_as_one_and_a_job_told_to_end_saves_and_is_qu
             task.send_signal(signal.SIGTERM)  # before it trains
         result = running.finish()
         running.assert_nothing_is_left()
-    assert result.exit_code in (143, 137), result.stderr
+    assert result.exit_code == 143, result.stderr
     assert "scontrol" not in result.stdout

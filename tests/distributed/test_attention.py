@@ -38,22 +38,39 @@ def grid(case: Case) -> Case | None:
     return case
 
 
+def batches(mask: Mask) -> tuple[int, ...]:
+    """Batch sizes: backward passes halve the queries of one row, or the rows of several."""
+    rows = len(mask.documents or ())
+    return (rows,) if rows > 1 else (1, 3)
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_method_equals_whole_attention(pool: WorkerPool, num_ranks: int, method: str, dtype: torch.dtype):
-    """With every mask and layout."""
+    """With every mask and layout, for one row and for several."""
     cases = [
         case
         for layout in ("zigzag", "contiguous")
         for mask in MASKS.values()
-        if (case := grid(Case(method, num_ranks, 1, layout, mask, LENGTH, num_kv_heads=4, dtype=dtype)))
+        for batch in batches(mask)
+        if (case := grid(Case(method, num_ranks, 1, layout, mask, LENGTH, batch, num_kv_heads=4, dtype=dtype)))
     ]
     if not cases:
         pytest.skip(f"{method} is not for {num_ranks} ranks")
     ranks = pool.run(many_on_rank, cases, num_ranks=num_ranks)
     for case, shards in zip(cases, zip(*ranks, strict=True), strict=True):
         check(case, list(shards))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_one_token_per_rank(pool: WorkerPool, method: str, batch: int):
+    num_ranks = 1 if method == "local" else 2
+    for layout in ("zigzag", "contiguous"):
+        case = grid(Case(method, num_ranks, 1, layout, length=num_ranks, batch=batch))
+        if case is not None:
+            check(case, pool.run(on_rank, case, num_ranks=num_ranks))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -24,7 +24,7 @@ import torch.distributed as torch_dist
 from torch import Tensor
 
 from recipes.breakdown import attention_communication_off
-from ring_attention import CAUSAL, RingAttention
+from ring_attention import CAUSAL, FULL, Mask, RingAttention
 from ring_attention.exchange import (
     CopyEngineExchange,
     Move,
@@ -187,6 +187,16 @@ def test_messages_by_copies_equal_whole_attention(pool: WorkerPool, num_ranks: i
         check(case, shards)
     assert sum(copies for _, copies, _ in ranks) > 0
     assert sum(p2p for _, _, p2p in ranks) == 0
+
+
+@pytest.mark.parametrize(
+    ("layout", "mask"), [("contiguous", Mask(8, 8)), ("zigzag", FULL.packed([0, 8, 28, 32]))], ids=["window", "packed"]
+)
+def test_gradients_that_come_home_twice_are_not_kept_where_they_arrive(pool: WorkerPool, layout: str, mask: Mask):
+    """Of all of a rank's tokens at once, before the last stage: the room is written to again in the same pass."""
+    case = Case("ring", 4, 1, layout, mask, 32, 2, dtype=torch.float64, transport="copy_engine")
+    ranks = pool.run(many_on_rank, [case], None, num_ranks=4)
+    check(case, [results[0] for results, _, _ in ranks])
 
 
 def test_between_hosts_messages_go_by_p2p(pool: WorkerPool):

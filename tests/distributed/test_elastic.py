@@ -6,123 +6,16 @@ was never interrupted, up to rounding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from conf.schema import (
-    AttentionConfig,
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    EngineConfig,
-    ModelConfig,
-    ParallelismConfig,
-)
-from data.pack import Corpus
-from recipes.export import export
-from recipes.plan import Plan
-from tests.pool import WorkerPool, parallel_groups
-
-LENGTH, SAVED, NUM_STEPS = 21, 2, 5
-CORPUS = Corpus(["ring attention " * 40, "DeepSpeed " * 50], LENGTH, validation_sequences=1)
-# losses of 3 steps are about 5. fp32: 8 units in the last place (2^-21 each from 4 to 8), which Adam's division of
-# rounded gradients by their own size may make larger than the 1 or 2 that a single forward pass is off. bf16 rounds
-# activations in other places: 2.7e-4 is the most that was seen, and this is 4 times that
-TOLERANCE = {"fp32": 8 * 2**-21, "bf16": 1.1e-3}
-
-RING, CONTIGUOUS, ULYSSES, DATA = "ring", "contiguous", "ulysses", "data"
+from tests.elastic import TOLERANCE, TRANSITIONS, Grid, go_on
+from tests.pool import WorkerPool
 
 
-@dataclass(frozen=True)
-class Grid:
-    """Who computes what; DATA has two data ranks."""
-
-    arrangement: str
-    num_ranks: int
-    zero_stage: int
-
-    @property
-    def data_degree(self) -> int:
-        return 2 if self.arrangement == DATA else 1
-
-    def config(self, dtype: str) -> Config:
-        method = {ULYSSES: "ulysses", DATA: "local" if self.num_ranks == 2 else "ring"}.get(self.arrangement, "ring")
-        layout = "contiguous" if self.arrangement == CONTIGUOUS else "zigzag"
-        return Config(
-            # a bias has 66 numbers, which 4 ranks do not divide: stage 3 pads it
-            model=ModelConfig(hidden_size=36, num_heads=4, num_kv_heads=4, head_dim=8, mlp_size=33, bias=True),
-            attention=AttentionConfig(method=method, layout=layout),
-            parallelism=ParallelismConfig(data_degree=self.data_degree),
-            engine=EngineConfig(
-                dtype=dtype, zero_stage=self.zero_stage, gradient_accumulation_steps=2 // self.data_degree
-            ),
-            data=DataConfig(sequence_length=LENGTH),
-            checkpoint=CheckpointConfig(keep=3),
-            num_steps=NUM_STEPS,
-        )
-
-
-def train(grid: Grid, dtype: str, run_dir: Path) -> tuple[list[str], list[float]]:
-    """On a rank: all steps, from the newest checkpoint on; saves after SAVED, or, where it goes on from it, at once."""
-    from recipes.build import build_engine, build_sharder
-    from recipes.checkpoint import Checkpoints, TrainingData, choose_checkpoint
-
-    config, num_ranks = grid.config(dtype), grid.num_ranks
-    plan = Plan(config, num_ranks, "cpu", "CPU", None, ranks_per_host=num_ranks)
-    plan.settle()
-    told: list[str] = []
-    resumed = choose_checkpoint(config, run_dir, told.append)
-    engine = build_engine(plan, parallel_groups(grid.data_degree, num_ranks // grid.data_degree))
-    checkpoints = Checkpoints(config, run_dir, engine)
-    data = TrainingData(CORPUS, resumed)
-    if resumed:
-        checkpoints.load(resumed)
-        checkpoints.save(SAVED, resumed.data_cursor, resumed.last_sequence_sha256, 0.0, "")
-    steps = build_sharder(plan, engine).steps(data, plan.accumulation_steps)
-    losses: list[float] = []
-    for step in range(resumed.step + 1 if resumed else 1, NUM_STEPS + 1):
-        losses.append(engine.train_step(next(steps)).loss.item())
-        if step == SAVED:
-            checkpoints.save(step, step * plan.data_tokens_per_step, data.last_sha256, 0.0, "")
-    engine.close()
-    return told, losses
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "dtype"),
-    [
-        # DeepSpeed's own files
-        (Grid(RING, 2, 1), Grid(ULYSSES, 2, 1), "fp32"),
-        (Grid(ULYSSES, 2, 0), Grid(DATA, 4, 0), "fp32"),
-        (Grid(RING, 4, 0), Grid(DATA, 2, 0), "bf16"),
-        # another number of ranks
-        (Grid(RING, 1, 1), Grid(RING, 2, 1), "fp32"),
-        (Grid(DATA, 4, 3), Grid(RING, 2, 3), "fp32"),
-        (Grid(RING, 2, 3), Grid(RING, 4, 3), "fp32"),
-        # another stage
-        (Grid(RING, 2, 1), Grid(RING, 2, 3), "fp32"),
-        (Grid(RING, 2, 3), Grid(CONTIGUOUS, 2, 2), "fp32"),
-        (Grid(DATA, 2, 2), Grid(RING, 2, 1), "fp32"),
-        # both, in half precision
-        (Grid(RING, 4, 1), Grid(DATA, 2, 3), "bf16"),
-        (Grid(DATA, 2, 3), Grid(ULYSSES, 4, 1), "bf16"),
-        (Grid(RING, 2, 1), Grid(ULYSSES, 4, 2), "bf16"),
-    ],
-)
+@pytest.mark.parametrize(("before", "after", "dtype"), TRANSITIONS)
 def test_another_grid_goes_on_where_the_other_was(
     pool: WorkerPool, tmp_path: Path, before: Grid, after: Grid, dtype: str
 ):
-    (_, uninterrupted), *_ = pool.run(train, before, dtype, tmp_path, num_ranks=before.num_ranks)
-    export(tmp_path, tmp_path / "saved.safetensors")
-    (told, losses), *_ = pool.run(train, after, dtype, tmp_path, num_ranks=after.num_ranks)
-    assert told[-1].startswith(f"going on after step {SAVED}, arranged otherwise: ")
-    export(tmp_path, tmp_path / "loaded.safetensors")
-    saved, loaded = (load_file(tmp_path / f"{name}.safetensors") for name in ("saved", "loaded"))
-    assert saved.keys() == loaded.keys()
-    assert all(torch.equal(saved[name], loaded[name]) for name in saved)
-    difference = max(abs(a - b) for a, b in zip(losses, uninterrupted[SAVED:], strict=True))
-    assert difference <= TOLERANCE[dtype]
+    assert go_on(pool, tmp_path, before, after, dtype)["difference"] <= TOLERANCE[dtype]

@@ -9,7 +9,7 @@ import pytest
 from conf.schema import Config
 from tests.distributed.parity import Cell, run_cell
 from tests.distributed.test_checkpoint import configuration, two_starts
-from tests.distributed.test_elastic import RING, SAVED, TOLERANCE, Grid, train
+from tests.elastic import RING, TOLERANCE, Grid, go_on
 from tests.pool import WorkerPool
 
 
@@ -44,7 +44,5 @@ class OffloadedGrid(Grid):
 
 
 def test_states_on_the_host_go_on_on_other_ranks_and_another_stage(pool: WorkerPool, tmp_path: Path):
-    (_, uninterrupted), *_ = pool.run(train, OffloadedGrid(RING, 2, 1), "fp32", tmp_path, num_ranks=2)
-    (told, losses), *_ = pool.run(train, OffloadedGrid(RING, 4, 3), "fp32", tmp_path, num_ranks=4)
-    assert told[-1].startswith(f"going on after step {SAVED}, arranged otherwise: ")
-    assert max(abs(a - b) for a, b in zip(losses, uninterrupted[SAVED:], strict=True)) <= TOLERANCE["fp32"]
+    before, after = OffloadedGrid(RING, 2, 1), OffloadedGrid(RING, 4, 3)
+    assert go_on(pool, tmp_path, before, after, "fp32")["difference"] <= TOLERANCE["fp32"]

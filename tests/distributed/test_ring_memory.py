@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.pool import WorkerPool
-from tests.ring_memory import HEAD_DIM, NUM_HEADS, fullest_of, measure_ring
+from tests.ring_memory import BATCH, HEAD_DIM, NUM_HEADS, fullest_of, measure_ring
 
 LENGTH = 512  # per rank
 
@@ -18,8 +18,8 @@ def test_layers_add_what_autograd_keeps_and_nothing_else(pool: WorkerPool, dtype
         fullest_of(pool.run(measure_ring, num_layers, LENGTH, dtype, num_ranks, num_ranks=num_ranks))
         for num_layers in (1, 2, 4)
     )
-    queries = LENGTH * NUM_HEADS * HEAD_DIM * dtype.itemsize
-    layer = queries + one.block + LENGTH * NUM_HEADS * 4  # out, which is the next one's q; K,V; lse in fp32
+    queries = BATCH * LENGTH * NUM_HEADS * HEAD_DIM * dtype.itemsize
+    layer = queries + one.block + BATCH * LENGTH * NUM_HEADS * 4  # out, which is the next one's q; K,V; lse in fp32
     for more, num_more in ((two, 1), (four, 3)):
         assert more.kept - one.kept == num_more * layer
         assert more.forward_peak - one.forward_peak == num_more * layer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from dataclasses import replace
@@ -14,7 +15,7 @@ from ring_attention import CAUSAL, FULL, Mask, RingAttention
 from ring_attention.exchange import TRANSPORTS, CopyEngineExchange, Hop, Move
 from tests.cases import Case, check, many_on_rank
 from tests.distributed.parity import Cell, run_cell
-from tests.distributed.test_attention import grid
+from tests.distributed.test_attention import batches, grid
 from tests.pool import RankError, WorkerPool
 
 pytestmark = pytest.mark.gpu
@@ -41,6 +42,9 @@ MASKS = [
         (torch.float64, "reference"),
         (torch.float32, "auto"),
         (torch.bfloat16, "aten_flash"),
+        (torch.bfloat16, "cudnn"),
+        (torch.bfloat16, "mem_efficient"),
+        (torch.bfloat16, "ffpa"),
         (torch.bfloat16, "auto"),
         (torch.float16, "auto"),
     ],
@@ -49,14 +53,16 @@ MASKS = [
 def test_every_method_equals_whole_attention(
     gpu_pool: WorkerPool, method: str, transport: str, dtype: torch.dtype, block: str
 ):
-    """With every mask, layout and order of dims."""
+    """With every mask that the kernel knows, layout and order of dims."""
     if transport == "copy_engine" and NUM_RANKS < 2:
         pytest.skip("needs two GPUs")
-    cases = []
+    head_dim, cases = 512 if block == "ffpa" else 64, []
     for layout in ("zigzag", "contiguous"):
         for mask in MASKS:
-            for batch_dim_idx in (0, 1):
-                case = Case(method, NUM_RANKS, 1, layout, mask, LENGTH, 2, 8, 4, 64, dtype=dtype, block=block)
+            if block in ("cudnn", "ffpa", "mem_efficient") and (mask.left, mask.right) not in ((None, 0), (None, None)):
+                continue  # has no sliding window
+            for batch, batch_dim_idx in itertools.product(batches(mask), (0, 1)):
+                case = Case(method, NUM_RANKS, 1, layout, mask, LENGTH, batch, 8, 4, head_dim, dtype=dtype, block=block)
                 case = replace(case, transport=transport)
                 cases.append(grid(replace(case, batch_dim_idx=batch_dim_idx, contiguous=batch_dim_idx == 0)))
     if None in cases:

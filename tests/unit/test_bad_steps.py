@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from unittest import mock
 
@@ -64,5 +65,10 @@ def test_so_many_in_a_row_are_not_the_batch(tmp_path):
     assert steps.check(MOST_IN_A_ROW, result(1.0, applied=True), DATA) is None
     for step in range(1, MOST_IN_A_ROW):
         assert steps.check(step, bad, DATA)
-    with pytest.raises(RunFailed, match="10 steps in a row were skipped, so it is not the batch"):
+    (tmp_path / "checkpoints" / step_name(2)).mkdir(parents=True)
+    not_the_batch = (
+        "10 steps in a row were skipped, so it is not the batch\n"
+        "step_00000002 is whole, and the same command goes on from it: with "
+    )
+    with pytest.raises(RunFailed, match=re.escape(not_the_batch)):
         steps.check(MOST_IN_A_ROW, bad, DATA)

@@ -1,5 +1,6 @@
 """The block kernels that run here against a dense softmax in fp64, and the registry's choices."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -136,16 +137,36 @@ def test_a_running_sum_is_rounded_once(dtype):
 
     at_once = RunningSum(whole.shape, dtype)
     at_once.add(everything, everything, whole.clone(), False)
-    at_once.add_several([(first, half), (slice(0, 6), whole.clone()), (last, other)], True)
+    parts = [(everything, first, half), (everything, slice(0, 6), whole.clone()), (everything, last, other)]
+    at_once.add_several(parts, True)
     torch.testing.assert_close(at_once.result().double(), exact, rtol=rtol, atol=atol)
 
-    for cuts, third, fourth in (((), (False,), (True,)), ((3,), (True, False), (False, True))):
-        pieces = PiecewiseSum(whole, cuts)
-        pieces.add(everything, slice(0, 6), whole.clone(), (False,) * len(third))
-        pieces.add(everything, first, half, (False,) * len(third))
-        pieces.add(everything, slice(0, 6), whole.clone(), third)
-        pieces.add(everything, last, other, fourth)
-        torch.testing.assert_close(pieces.result().double(), exact, rtol=rtol, atol=atol)
+    started = RunningSum(whole.shape, dtype)  # by the first of several
+    started.add_several([(everything, slice(0, 6), whole.clone()), *parts], True)
+    torch.testing.assert_close(started.result().double(), exact, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("cuts", [((), ()), ((), (3,)), ((1,), ()), ((1,), (3,))], ids=str)
+def test_each_piece_of_a_sum_is_rounded_once(cuts, dtype):
+    """The first half of the pieces ends later; parts are of all and of some rows and tokens."""
+    whole, half, other = (torch.randn(2, n, 3, 4, dtype=torch.float64).to(dtype) for n in (6, 3, 3))
+    everything, first, last = slice(None), slice(0, 3), slice(3, 6)
+    exact = 2 * whole.double()
+    exact[:, first] += half.double()
+    exact[:, last] += other.double()
+    pieces = PiecewiseSum(whole, *cuts)
+    pieces.add(slice(1, 2), slice(0, 6), whole[1:].clone(), False)
+    pieces.add(everything, last, other, False)
+    pieces.add(everything, slice(0, 6), whole.clone(), False)
+    by_parts = copy.deepcopy(pieces)
+    pieces.add(everything, first, half, cuts != ((), ()))
+    pieces.add(slice(0, 1), slice(0, 6), whole[:1].clone(), True, later=True)
+    rtol, atol = {torch.float64: (1e-15, 1e-14), torch.float32: (2e-7, 2e-6), torch.bfloat16: (2.0**-8, 2e-6)}[dtype]
+    torch.testing.assert_close(pieces.result().double(), exact, rtol=rtol, atol=atol)
+    if cuts[0]:  # else not all rows of the piece come with the last part
+        by_parts.add_several([(everything, first, half), (slice(0, 1), slice(0, 6), whole[:1])], True)
+        torch.testing.assert_close(by_parts.result().double(), exact, rtol=rtol, atol=atol)
 
 
 @pytest.fixture

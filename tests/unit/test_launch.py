@@ -146,7 +146,7 @@ def test_a_signal_while_ranks_are_started_acts_when_they_are():
         (False, 1, ""),
         (False, 143, ""),  # ended by SIGTERM before it trained
         (True, 143, "requeue 7\n"),
-        (True, 137, "requeue 7\n"),  # the first to end made srun kill the others
+        (True, 137, "requeue 7\n"),  # SLURM killed what was left of it
     ],
 )
 def test_the_batch_file_queues_again_only_what_has_saved_because_it_was_told_to_end(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -403,6 +404,33 @@ def fails_for_want_of_memory(run_dir: Path) -> list[str]:
     with pytest.raises(OutOfMemory) as caught, out_of_memory_explained(plan(), run_dir):
         raise torch.OutOfMemoryError("CUDA out of memory.")
     return str(caught.value).splitlines()
+
+
+def fails_while_recording(run_dir: Path, record: Callable[[], None]) -> list[str]:
+    def fail() -> None:
+        with out_of_memory_explained(of, run_dir):
+            record()
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    of = plan()
+    of.config.memory_snapshot = True
+    with pytest.raises(OutOfMemory) as caught:
+        fail()
+    return str(caught.value).splitlines()
+
+
+def test_the_recorded_snapshot_of_memory_is_named_in_place_of_another(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: Path(path).write_bytes(b"held"))
+    recorded = tmp_path / "profile" / "memory_rank_3.pickle"
+    recorded.parent.mkdir()
+    recorded.touch()  # an earlier start's, which says nothing of this one
+    assert not fails_while_recording(tmp_path, lambda: None)[2].startswith(f"what its memory held: {recorded}, ")
+    assert not recorded.exists()
+    (tmp_path / "logs" / "memory_rank_3.pickle").unlink()
+    assert fails_while_recording(tmp_path, recorded.touch)[2].startswith(f"what its memory held: {recorded}, ")
+    assert not (tmp_path / "logs" / "memory_rank_3.pickle").exists()
 
 
 def test_the_message_names_the_part_that_failed(tmp_path, monkeypatch):

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from ring_attention import CAUSAL, FULL, Mask
+from ring_attention import CAUSAL, FULL, LocalAttention, Mask
 from ring_attention.band import Rectangle
 from ring_attention.blocks import BLOCKS
 from ring_attention.kv import KeysValues
 from ring_attention.layout import Layout
-from ring_attention.ring import Ring, ring_backward, ring_forward, split_queries
-from ring_attention.running import PiecewiseSum
+from ring_attention.ring import LocalBlock, Part, Ring, ring_backward, ring_forward, split
+from ring_attention.running import PiecewiseSum, RunningSum
 from ring_attention.schedule import BlockPair, ring_schedule
 
 
@@ -50,9 +50,9 @@ class Recorder:
         return self._block.backward(dout, q, k, *rest)
 
 
-def events(ring_degree: int, ring_rank: int) -> list[str]:
+def events(ring_degree: int, ring_rank: int, batch: int = 1) -> list[str]:
     layout, recorder = Layout("zigzag", ring_degree, 8 * ring_degree), Recorder()
-    q, k, v, dout = torch.randn(4, 1, 8, 2, 16)
+    q, k, v, dout = torch.randn(4, batch, 8, 2, 16)
     fake: Any = recorder
     ring = Ring(ring_schedule(layout, CAUSAL, ring_rank), fake, fake, 0.25)
     out, lse = ring_forward(ring, q, KeysValues(k, v))
@@ -99,45 +99,93 @@ def test_on_a_longer_ring_gradients_follow_one_stage_behind():
     ]
 
 
+def square(row: int | None = None) -> BlockPair:
+    return BlockPair(row, Rectangle(0, 8, 0, 8, None, 0))
+
+
 @pytest.mark.parametrize("mask", [CAUSAL, FULL.packed([0, 32]), Mask(left=31), Mask(left=5)])
 def test_the_halves_of_a_local_block_are_all_of_it(mask: Mask):
     pairs = ring_schedule(Layout("zigzag", 2, 32), mask, 0)[0].pairs
-    at_once, later = split_queries(pairs)
-    halves = [*at_once, *([later] if later else [])]
+    local = split(pairs, BLOCKS["reference"], batch=1)
+    halves = [*local.at_once.pairs, *(local.later.pairs if local.later else ())]
     assert sum(pair.rectangle.work for pair in halves) == sum(pair.rectangle.work for pair in pairs)
     if len(pairs) > 1:
-        assert later is None
+        assert local.later is None
     else:
         assert [pair.rectangle.q_start for pair in halves] == [8, 0]
         assert [pair.rectangle.q_stop for pair in halves] == [16, 8]
 
 
 def test_a_causal_square_is_split_into_all_that_late_queries_see_and_a_smaller_square():
-    at_once, later = split_queries((BlockPair(None, Rectangle(0, 8, 0, 8, None, 0)),))
-    assert at_once == (BlockPair(None, Rectangle(4, 8, 0, 8, None, 4)),)
-    assert later == BlockPair(None, Rectangle(0, 4, 0, 4, None, 0))
+    local = split((square(),), BLOCKS["reference"], batch=1)
+    assert local.at_once == Part((BlockPair(None, Rectangle(4, 8, 0, 8, None, 4)),))
+    assert local.later == Part((BlockPair(None, Rectangle(0, 4, 0, 4, None, 0)),))
+
+
+@pytest.mark.parametrize("kernel", ["reference", "ffpa"])
+def test_of_several_rows_half_is_computed_later(kernel: str):
+    local = split((square(),), BLOCKS[kernel], batch=5)
+    assert local.at_once == Part((square(),), slice(2, 5))
+    assert local.later == Part((square(),), slice(0, 2))
+
+
+def test_a_kernel_that_needs_several_calls_for_a_half_gets_the_whole():
+    assert len(BLOCKS["ffpa"].tiles(Rectangle(4, 8, 0, 8, None, 4))) == 2
+    assert split((square(),), BLOCKS["ffpa"], batch=1) == LocalBlock(Part((square(),)))
+
+
+@pytest.mark.parametrize("ring_degree", range(2, 9))
+def test_in_a_causal_zigzag_all_gradients_come_home_after_the_last_stage(ring_degree: int):
+    """So that half of the local block is left for then."""
+    layout = Layout("zigzag", ring_degree, 16 * ring_degree)
+    for ring_rank in range(ring_degree):
+        stages = ring_schedule(layout, CAUSAL, ring_rank)
+        assert [stage.home is not None for stage in stages] == [False] * (ring_degree - 1) + [True]
+
+
+def test_one_query_is_not_split():
+    pairs = (BlockPair(None, Rectangle(0, 1, 0, 1, None, 0)),)
+    assert split(pairs, BLOCKS["reference"], batch=2) == LocalBlock(Part(pairs))
 
 
 def test_rows_that_differ_are_not_split():
-    pairs = (BlockPair(0, Rectangle(0, 8, 0, 8, None, 0)), BlockPair(1, Rectangle(0, 8, 0, 8, None, 0)))
-    assert split_queries(pairs) == (pairs, None)
-    assert split_queries(pairs[:1]) == (pairs[:1], None)
+    for pairs in ((square(0), square(1)), (square(0),)):
+        assert split(pairs, BLOCKS["reference"], batch=2) == LocalBlock(Part(pairs))
 
 
+def test_no_sequences_at_all_have_gradients():
+    leaves = [torch.empty(0, 8, 2, 16, requires_grad=True) for _ in range(3)]
+    LocalAttention("reference")(*leaves, 0).sum().backward()
+    assert all(leaf.grad is not None and leaf.grad.shape == leaf.shape for leaf in leaves)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("ring_degree", [1, 2, 3, 4])
-def test_each_piece_of_dq_ends_with_its_last_part(ring_degree: int, monkeypatch: pytest.MonkeyPatch):
-    """So that it is rounded once."""
-    add, flags = PiecewiseSum.add, {}
+def test_each_piece_of_dq_ends_with_its_last_part(ring_degree: int, batch: int, monkeypatch: pytest.MonkeyPatch):
+    """So that it is written once. Of several rows, early queries that are computed at once may end before the last
+    block, which has none of them.
+    """
+    make, add = PiecewiseSum.__init__, RunningSum.add
+    made: list[PiecewiseSum] = []  # of which dq is the first
+    flags: dict[RunningSum, list[bool]] = {}
 
-    def recording(self: PiecewiseSum, row: slice, tokens: slice, part: Tensor, is_last: tuple[bool, ...]) -> None:
-        for piece, ((start, stop), ends) in enumerate(zip(self._runs, is_last, strict=True)):
-            if max(start, tokens.start) < min(stop, tokens.stop):
-                flags.setdefault(piece, []).append(ends)
+    def making(self: PiecewiseSum, *args: Any) -> None:
+        make(self, *args)
+        made.append(self)
+
+    def adding(self: RunningSum, row: slice, tokens: slice, part: Tensor, is_last: bool) -> None:
+        flags.setdefault(self, []).append(is_last)
         add(self, row, tokens, part, is_last)
 
-    monkeypatch.setattr(PiecewiseSum, "add", recording)
+    monkeypatch.setattr(PiecewiseSum, "__init__", making)
+    monkeypatch.setattr(RunningSum, "add", adding)
     for ring_rank in range(ring_degree):
-        flags.clear()
-        events(ring_degree, ring_rank)
-        assert len(flags) == (1 if ring_degree == 1 else 2)
-        assert all(own[-1] and not any(own[:-1]) for own in flags.values()), flags
+        made.clear()
+        events(ring_degree, ring_rank, batch)
+        of_pieces = [flags[piece] for piece in made[0]._pieces]
+        assert len(of_pieces) == (1 if ring_degree == 1 else 2 * batch)
+        assert not any(any(own[:-1]) for own in of_pieces), of_pieces
+        ends = [own[-1] for own in of_pieces]
+        if len(ends) == 4:
+            del ends[2]
+        assert all(ends), of_pieces
