@@ -122,6 +122,11 @@ def _tensor_pipeline_degrees(config: Config, num_ranks: int) -> Degrees:
             f"engine.recompute={config.engine.recompute} cannot go with parallelism=tensor_pipeline: use "
             "engine.recompute=none"
         )
+    if config.engine.offload_optimizer:
+        raise ConfigError(
+            "engine.offload_optimizer=true cannot go with parallelism=tensor_pipeline: use "
+            "engine.offload_optimizer=false"
+        )
     if config.engine.tile_tokens:
         raise ConfigError(
             f"engine.tile_tokens={config.engine.tile_tokens} cannot go with parallelism=tensor_pipeline, whose last "

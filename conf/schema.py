@@ -150,7 +150,10 @@ class EngineConfig:
     train_batch_size: Optional[int] = None  # sequences per step, all ranks; if set, it gives the accumulation steps
     gradient_clipping: float = 1.0  # largest gradient norm; 0 is off
     recompute: str = "none"  # layers in the backward pass, for memory: none | selective (all but attention) | full
-    tile_tokens: Optional[int] = None  # tokens of which logits exist at once; 0: all of a micro-batch; unset: 1 GiB's
+    offload_activations: bool = False  # what recompute keeps lies in the host's memory meanwhile; copies overlap
+    offload_optimizer: bool = False  # its state and its step on the host (ZeRO-Offload); ZeRO stages 1 to 3
+    offload_parameters: bool = False  # weights on the host but where they are needed; ZeRO stage 3
+    tile_tokens: Optional[int] = None  # that have logits, or hidden MLP activations, at once; 0: all; unset: by memory
     on_bad_step: str = "stop"  # loss or gradients are not finite: stop | skip, which goes on with the next batch
     deterministic: bool = False  # deterministic kernels only, at some cost
     detect_anomaly: bool = False  # name the forward operation whose gradient is NaN; slow
@@ -158,6 +161,20 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _choice("engine.dtype", self.dtype, ("bf16", "fp16", "fp32"))
         _choice("engine.recompute", self.recompute, ("none", "selective", "full"))
+        if self.offload_activations and self.recompute == "none":
+            raise ConfigError(
+                "engine.offload_activations=true moves what is kept of layers that are computed again: use "
+                "engine.recompute=selective, or full"
+            )
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ConfigError(
+                "engine.offload_optimizer=true cannot go with engine.zero_stage=0: use engine.zero_stage=1, 2 or 3"
+            )
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ConfigError(
+                f"engine.offload_parameters=true cannot go with engine.zero_stage={self.zero_stage}, which leaves "
+                "weights whole: use engine.zero_stage=3"
+            )
         _choice("engine.on_bad_step", self.on_bad_step, ("stop", "skip"))
         if self.zero_stage not in (0, 1, 2, 3):
             raise ConfigError(f"engine.zero_stage={self.zero_stage} is not known: use 0, 1, 2, 3")

@@ -56,7 +56,15 @@ def build_engine(plan: Plan, groups: ParallelGroups | None = None, forward_only:
     groups = groups or ParallelGroups(plan.degrees.data, plan.degrees.sequence)
     attention = build_attention(plan, groups)
     return TrainingEngine(
-        lambda: Transformer(config.model, attention, config.seed, config.engine.recompute, plan.tile_tokens),
+        lambda: Transformer(
+            config.model,
+            attention,
+            config.seed,
+            config.engine.recompute,
+            plan.tile_tokens,
+            plan.mlp_tile_tokens,
+            config.engine.offload_activations,
+        ),
         groups,
         attention.sequence_rank,
         config.engine,

@@ -36,7 +36,7 @@ FREE = (
     "launch.stall_s",
     "engine.on_bad_step",
     "engine.detect_anomaly",
-    "engine.recompute",
+    "engine.offload_activations",
     "attention.transport",
     "explain",
     "profile",
@@ -52,6 +52,7 @@ ARRANGEMENT = (
     "parallelism.ulysses_degree",
     "engine.micro_batch_size",
     "engine.gradient_accumulation_steps",
+    "engine.recompute",  # MLPs may come in tiles then
     "engine.tile_tokens",
     "engine.zero_stage",
     "launch.num_ranks",

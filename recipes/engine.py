@@ -113,7 +113,10 @@ class SkippingAdamW(torch.optim.AdamW):
 
 
 def make_optimizer(
-    model: nn.Module, config: OptimizerConfig, kind: type[torch.optim.AdamW] = torch.optim.AdamW
+    model: nn.Module,
+    config: OptimizerConfig,
+    kind: type[torch.optim.AdamW] = torch.optim.AdamW,
+    is_on_host: bool = False,
 ) -> torch.optim.AdamW:
     """AdamW whose weight decay spares norms, biases (one dimension) and embeddings."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -126,7 +129,7 @@ def make_optimizer(
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
-        fused=torch.cuda.is_available(),
+        fused=torch.cuda.is_available() or is_on_host,
     )
 
 
@@ -149,7 +152,14 @@ def deepspeed_config(config: EngineConfig, num_parameters: int) -> dict[str, Any
         "communication_data_type": "fp32",
         "seq_parallel_communication_data_type": "fp32",
         "steps_per_print": 2**31,
+        # the optimizer is torch's, whose fused AdamW is no slower on the CPU than DeepSpeed's, which must be compiled
+        "zero_force_ds_cpu_optimizer": False,
     }
+    on_host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if config.offload_optimizer:
+        settings["zero_optimization"]["offload_optimizer"] = on_host
+    if config.offload_parameters:
+        settings["zero_optimization"]["offload_param"] = on_host
     if config.zero_stage > 0:  # on stage 0 DeepSpeed accumulates in the model's dtype and refuses another
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return settings
@@ -160,9 +170,10 @@ def optimizer_arguments(
 ) -> dict[str, Any]:
     """For `deepspeed.initialize`: its `config`, and where there are steps to train, the optimizer and its schedule."""
     if num_steps is None:
-        stage = settings["zero_optimization"]["stage"]
-        if stage < 3:  # there is nothing to cut up but weights, which stage 3 does
-            settings = {**settings, "zero_optimization": {"stage": 0}}
+        zero = {name: value for name, value in settings["zero_optimization"].items() if name != "offload_optimizer"}
+        settings = {**settings, "zero_optimization": zero}
+        if zero["stage"] < 3:  # there is nothing to cut up but weights, which stage 3 does
+            settings["zero_optimization"] = {"stage": 0}
             settings.pop("data_types", None)
         return {"config": settings}
     factor = learning_rate_factor(config, num_steps)
@@ -171,7 +182,7 @@ def optimizer_arguments(
     kind = torch.optim.AdamW if is_half or settings["zero_optimization"]["stage"] else SkippingAdamW
     return {
         "config": settings,
-        "optimizer": make_optimizer(model, config, kind),
+        "optimizer": make_optimizer(model, config, kind, "offload_optimizer" in settings["zero_optimization"]),
         "lr_scheduler": lambda wrapped: torch.optim.lr_scheduler.LambdaLR(wrapped, factor),
     }
 

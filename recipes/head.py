@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from recipes.kernels import cross_entropy_sum
+from recipes.tiles import add_product_, tiles, zeros_to_sum
 
 
 class Head(nn.Linear):
@@ -57,12 +58,10 @@ def tiled_cross_entropy_sum(x_BSE: Tensor, weight_VE: Tensor, labels_BS: Tensor,
 class _TiledCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TE: Tensor, weight_VE: Tensor, labels_T: Tensor, tile_tokens: int) -> Tensor:
-        sum_dtype = torch.promote_types(weight_VE.dtype, torch.float32)
-        loss = x_TE.new_zeros((), dtype=sum_dtype)
-        dx_TE = torch.zeros_like(x_TE, dtype=sum_dtype) if ctx.needs_input_grad[0] else None
-        dweight_VE = torch.zeros_like(weight_VE, dtype=sum_dtype) if ctx.needs_input_grad[1] else None
-        for start in range(0, len(x_TE), tile_tokens):
-            tile = slice(start, start + tile_tokens)
+        loss = zeros_to_sum(x_TE.new_empty(()))
+        dx_TE = zeros_to_sum(x_TE) if ctx.needs_input_grad[0] else None
+        dweight_VE = zeros_to_sum(weight_VE) if ctx.needs_input_grad[1] else None
+        for tile in tiles(len(x_TE), tile_tokens):
             loss += _tile(x_TE[tile], weight_VE, labels_T[tile], None if dx_TE is None else dx_TE[tile], dweight_VE)
         ctx.save_for_backward(dx_TE, dweight_VE)
         ctx.dtype = weight_VE.dtype
@@ -93,18 +92,10 @@ def _tile(x_TE: Tensor, weight_VE: Tensor, labels_T: Tensor, dx_TE: Tensor | Non
         loss = cross_entropy_sum(logits_TV.requires_grad_(), labels_T)
     (dlogits_TV,) = torch.autograd.grad(loss, logits_TV)
     if dx_TE is not None:
-        _add_product_(dx_TE, dlogits_TV, weight_VE)
+        add_product_(dx_TE, dlogits_TV, weight_VE)
     if dweight_VE is not None:
-        _add_product_(dweight_VE, dlogits_TV.T, x_TE)
+        add_product_(dweight_VE, dlogits_TV.T, x_TE)
     return loss.detach()
-
-
-def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, for half-precision factors too without rounding the product to their dtype."""
-    if a.is_cuda and a.dtype != total.dtype:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)  # pyright: ignore[reportCallIssue]
-    else:  # the CPU has no such product
-        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), out=total)
 
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -23,6 +23,7 @@ import torch
 from conf.degrees import resolve_degrees
 from conf.schema import Config, ConfigError
 from recipes import launch
+from recipes.memory import mlp_tile_tokens, tile_tokens
 from recipes.memory_fit import MemoryFit, NoFit, check_line
 from recipes.out_of_memory import out_of_memory_cause
 from recipes.ranks import RunFailed, ranks_are_started
@@ -96,6 +97,17 @@ def _random_sequences(config: Config) -> Iterator[np.ndarray]:
         yield generator.integers(0, config.model.vocab_size, config.data.sequence_length + 1)
 
 
+def first_tokens(config: Config, on_gpu: bool) -> int:
+    """Per rank, of the shortest probe: so many that what comes in tiles at somewhat longer ones does so in all."""
+    first, per_sequence = FIRST_TOKENS_PER_RANK["cuda" if on_gpu else "cpu"], config.engine.micro_batch_size
+    for tokens in (first << doublings for doublings in reversed(range(MOST_DOUBLINGS + 1))):
+        longest = tokens * per_sequence
+        tiles = tile_tokens(config, longest), mlp_tile_tokens(config, longest)
+        if any(longest // 2 <= tile for tile in tiles):  # with half as many, they would not
+            return tokens
+    return first
+
+
 class Search:
     """Probes of one configuration, each done once."""
 
@@ -151,7 +163,7 @@ class Search:
             RunFailed: if no lengths that fit lie on a line.
         """
         few, more = PROBED_LAYERS
-        tokens, too_long, doublings = FIRST_TOKENS_PER_RANK["cuda" if torch.cuda.is_available() else "cpu"], False, 0
+        tokens, too_long, doublings = first_tokens(self.config, torch.cuda.is_available()), False, 0
         while tokens >= FEWEST_TOKENS_PER_RANK:
             lengths = [tokens * factor * self.degree for factor in (1, 2, 4)]
             pairs = [(few, length) for length in lengths] + [(more, length) for length in lengths[1:]]

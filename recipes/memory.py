@@ -14,6 +14,7 @@ from conf.schema import Config, Degrees, ModelConfig
 
 MOST_RANKS = 2**16  # that are thought of
 LOGITS_BYTES = 2**30  # that exist at once, if nothing is said
+MLP_BYTES = 2**31  # of an MLP's hidden activations and their gradients that exist at once, if nothing is said
 TILE_MULTIPLE = 256  # tokens: matrix products like round numbers
 
 
@@ -78,11 +79,62 @@ def bucket_size(num_parameters: int) -> int:
 
 def tile_tokens(config: Config, local_tokens: int) -> int:
     """Of how many of a rank's `local_tokens` tokens per micro-batch logits exist at once, where not of all; else 0."""
+    return _tile(config, local_tokens, LOGITS_BYTES // (4 * config.model.vocab_size))  # the loss has them in fp32
+
+
+def mlp_tile_tokens(config: Config, local_tokens: int) -> int:
+    """Of how many of them an MLP's hidden activations exist at once, where not of all; else 0.
+
+    Tiles are computed again in the backward pass. Where layers are computed again anyway, and in forward passes, that
+    takes no product more: there it is done past a size if nothing is said.
+    """
+    if config.engine.tile_tokens is None and config.recipe == "pretrain" and config.engine.recompute == "none":
+        return 0
+    return _tile(config, local_tokens, MLP_BYTES // mlp_bytes(config))
+
+
+def mlp_bytes(config: Config) -> int:
+    """Per token: an MLP's hidden activations and their gradients."""
+    widths = 6 if config.model.mlp == "swiglu" else 4  # gate, up and their product; what goes into GELU and comes out
+    return widths * config.model.mlp_size * (4 if config.engine.dtype == "fp32" else 2)
+
+
+def kept_layer_bytes(config: Config) -> int:
+    """Per token: what is kept of a layer that is computed again: its input, and attention's output and lse."""
+    model, size = config.model, 4 if config.engine.dtype == "fp32" else 2
+    attention = size * model.num_heads * model.head_dim + 4 * model.num_heads
+    return size * model.hidden_size + (attention if config.engine.recompute == "selective" else 0)
+
+
+def banner_rows(config: Config, local_tokens: int) -> list[tuple[str, str]]:
+    """What is done in tiles, and what is moved to the host, as rows of a banner."""
+    given, of = config.engine.tile_tokens, f"at a time, of {local_tokens:,} per rank and micro-batch"
+    rows = []
+    if tile := tile_tokens(config, local_tokens):
+        rows.append(("loss", f"logits of {tile:,} tokens {of}"))
+    if tile := mlp_tile_tokens(config, local_tokens):
+        whole = f"those of all would take {gib(mlp_bytes(config) * local_tokens)} GiB with their gradients"
+        reason = whole if given is None else f"engine.tile_tokens={given}"
+        rows.append(("MLP", f"hidden activations of {tile:,} tokens {of} ({reason})"))
+    if config.engine.offload_parameters:
+        rows.append(("offload", "weights on the host but where they are needed"))
+    if config.recipe != "pretrain":
+        return rows
+    if config.engine.offload_optimizer:
+        rows.append(("offload", "the optimizer's state and its step on the host"))
+    if config.engine.offload_activations:
+        num_bytes = config.model.num_layers * kept_layer_bytes(config) * local_tokens
+        what = "layers' inputs" + (" and attention's results" if config.engine.recompute == "selective" else "")
+        rows.append(("offload", f"{what} of a micro-batch: {gib(num_bytes)} GiB per rank of the host's memory"))
+    return rows
+
+
+def _tile(config: Config, local_tokens: int, most: int) -> int:
+    """What was said, else a round number of at most `most` tokens; 0 for all of them."""
     if config.parallelism.method == "tensor_pipeline":
         return 0
     tokens = config.engine.tile_tokens
     if tokens is None:
-        most = LOGITS_BYTES // (4 * config.model.vocab_size)  # the loss has them in fp32
         tokens = max(1, most // TILE_MULTIPLE * TILE_MULTIPLE or most)
     return tokens if tokens < local_tokens else 0
 
@@ -94,7 +146,7 @@ def gib(size: float) -> str:
 
 
 def state_bytes(config: Config, degrees: Degrees) -> StateBytes:
-    """Weights, gradients and optimizer state per rank.
+    """Weights, gradients and optimizer state per rank, without those that lie on the host.
 
     Each ZeRO stage divides one more of them by all ranks: the optimizer state, the gradients, the weights. Tensor and
     pipeline ranks cut the layers, but not the embedding and the head, of which a stage that is not the only one has one
@@ -112,6 +164,10 @@ def state_bytes(config: Config, degrees: Degrees) -> StateBytes:
     else:
         parameters = num_parameters(model)
         cuts = tuple(num_ranks if engine.zero_stage >= stage else 1 for stage in (3, 2, 1))
+    if engine.offload_optimizer:  # gradients are summed on the host, too
+        gradient_size = optimizer_size = 0
+    if engine.offload_parameters:
+        weight_size = 0
     if config.recipe == "forward":
         return StateBytes(parameters * weight_size / cuts[0], 0, 0, built=parameters * 4)
     sizes = (weight_size, gradient_size, optimizer_size)

@@ -2,8 +2,8 @@
 
 Below `plan`. What tensors there are is read off the model, the engine and what autograd keeps of each operation, and
 counted in the tests, which hold this against the real engine (`python -m tests.memory`). Not in it: what kernels
-allocate inside, what the allocator loses between blocks, and attention's backward pass with its messages, which is the
-fullest moment where queries are wider than the MLP: 9 % more was counted with twice its width. Sizes in bytes.
+allocate inside, what the allocator loses between blocks, and the gradients of all keys under attention=all_gather.
+Sizes in bytes.
 
 Shapes: E hidden size, M MLP size, V vocabulary.
 """
@@ -14,8 +14,18 @@ import math
 from dataclasses import dataclass
 
 from conf.schema import Config, Degrees, ModelConfig
-from recipes.memory import bucket_size, changed, gib, layer_matmul_parameters, num_parameters, tile_tokens
+from recipes.memory import (
+    bucket_size,
+    changed,
+    gib,
+    kept_layer_bytes,
+    layer_matmul_parameters,
+    mlp_tile_tokens,
+    num_parameters,
+    tile_tokens,
+)
 
+MAX_LIVE = 1_000_000_000  # parameters that ZeRO-3 has gathered at most: DeepSpeed's stage3_max_live_parameters
 PERSISTENT = 100_000  # ZeRO-3 keeps smaller parameters whole: DeepSpeed's stage3_param_persistence_threshold
 
 
@@ -39,6 +49,8 @@ def refused(config: Config) -> str | None:
         return "the layers of tensor and pipeline ranks are not predicted"
     if config.engine.gradient_accumulation_steps > 1 or config.engine.train_batch_size is not None:
         return "steps of several micro-batches are not predicted"
+    if config.engine.offload_optimizer or config.engine.offload_parameters:
+        return "steps with the optimizer or weights on the host are not predicted"
     if config.engine.dtype == "fp16":
         return "fp16 is not predicted"
     return None
@@ -54,46 +66,68 @@ def moments(config: Config, degrees: Degrees, method: str, local_tokens: int) ->
     model, engine = config.model, config.engine
     num_ranks, size = math.prod(degrees), 4 if engine.dtype == "fp32" else 2
     held, buckets, at_end = _engine_bytes(model, size, engine.zero_stage, num_ranks)
-    layer = sum(_layer_bytes(model, size, method).values())
+    mlp_tile = mlp_tile_tokens(config, local_tokens)
+    # per token: what a layer keeps, what all do, and what the last one then computes again
+    layer, hidden = _layer_bytes(model, size, method, mlp_tile), size * model.hidden_size
     norm = _norm_bytes(model, size)
     angles = 4 * model.head_dim  # cos and sin of the positions, which all layers share
     attention = size * model.num_heads * model.head_dim + 4 * model.num_heads  # out and lse
     if engine.recompute == "none":
-        kept, again = model.num_layers * layer, 0
+        kept, again = model.num_layers * sum(layer.values()), 0
     else:
-        keeps_attention = engine.recompute == "selective"
-        kept = model.num_layers * (size * model.hidden_size + (attention if keeps_attention else 0))
-        again = layer - (attention if keeps_attention else 0)
+        on_device = min(2, model.num_layers) if engine.offload_activations else model.num_layers  # `recipes.offload`
+        kept = on_device * kept_layer_bytes(config)
+        again = sum(layer.values()) - (attention if engine.recompute == "selective" else 0)
         if model.norm == "layernorm" or size == 4:
-            again -= size * model.hidden_size  # the layer's input, which its norm keeps: it is kept already
-    kept, again, norm = (per_token * local_tokens for per_token in (kept + angles, again, norm))
-    # the gradients of the MLP's product and of one factor, and of the layer's output
-    gradients = (2 if model.mlp == "swiglu" else 1) * size * model.mlp_size + size * model.hidden_size
+            again -= hidden  # the layer's input, which its norm keeps: it is kept already
+    kept += angles
+    standing = {"weights, optimizer state, standing buffers": held}
+    state = dict(standing)
+    if engine.zero_stage == 3 and num_ranks > 1:
+        state["gathered weights"] = size * min(num_parameters(model) - _small(model), MAX_LIVE)
     # half precision on stages 0 and 1: gradients in the model's dtype, before they are summed in fp32
-    matrices = size * (model.vocab_size + model.mlp_size) * model.hidden_size if not buckets else 0
-    state = {"weights, optimizer state, standing buffers": held}
-    return [
+    half_gradients = 0 if buckets else size * model.vocab_size * model.hidden_size
+
+    def backward_of(name: str, again: float, gradients: float, more: float = 0) -> Moment:
+        return Moment(
+            f"{name}, backward",
+            {
+                **state,
+                "kept for the backward pass": (kept + min(again, 0)) * local_tokens,
+                "the layer computed again": max(again, 0) * local_tokens,
+                "gradients and what makes them": gradients * local_tokens + more + half_gradients,
+                "gradient buckets": buckets,
+            },
+        )
+
+    if mlp_tile:
+        of_mlp = backward_of("the last layer's MLP", again, 2 * hidden, _tiled_mlp_bytes(model, size, mlp_tile))
+    else:  # gradients of the MLP's product and of one factor, and of the layer's output
+        widths, down = 2 if model.mlp == "swiglu" else 1, 0 if buckets else size * model.mlp_size * model.hidden_size
+        of_mlp = backward_of("the last layer's MLP", again, widths * size * model.mlp_size + hidden, down)
+    left = again - layer["MLP"]  # of the layer, from here on
+    found = [
         Moment(
             "the loss, backward",
             {
                 **state,
-                "kept for the backward pass": kept,
-                "final norm": norm,
+                "kept for the backward pass": kept * local_tokens,
+                "final norm": norm * local_tokens,
                 **_loss_bytes(config, size, local_tokens),
             },
         ),
-        Moment(
-            "the last layer, backward",
-            {
-                **state,
-                "kept for the backward pass": kept,
-                "the layer computed again": again,
-                "its gradients": gradients * local_tokens + matrices,
-                "gradient buckets": buckets,
-            },
+        of_mlp,
+        backward_of(
+            "the last layer's attention", left - norm, _attention_bytes(model, size, method, degrees.ring) + hidden
         ),
-        Moment("the end of the step", {**state, "gradients, buckets and the optimizer's temporaries": at_end}),
+        Moment("the end of the step", {**standing, "gradients, buckets and the optimizer's temporaries": at_end}),
     ]
+    if model.norm == "rmsnorm":  # five tensors in fp32; of the final norm its input, too
+        if engine.recompute == "none":
+            found.append(backward_of("the final norm", 0, 24 * model.hidden_size))
+        else:
+            found.append(backward_of("the last layer's second norm", left, 16 * model.hidden_size + hidden))
+    return found
 
 
 def _loss_bytes(config: Config, size: int, local_tokens: int) -> dict[str, float]:
@@ -118,14 +152,36 @@ def _norm_bytes(model: ModelConfig, size: int) -> float:
     return 2 * size * hidden + 2 * size if model.norm == "layernorm" else 8 * hidden + 4 + size * hidden
 
 
-def _layer_bytes(model: ModelConfig, size: int, method: str) -> dict[str, float]:
+def _tiled_mlp_bytes(model: ModelConfig, size: int, tile: int) -> float:
+    """What the backward pass of tiles works with: fp32 sums of the weights' gradients, and a tile's tensors."""
+    gated, width = model.mlp == "swiglu", model.mlp_size
+    # what goes up, the product, and gradients: of both, of one factor, of silu; in half precision without the last
+    # two, but the CPU casts the gradient of what goes up, and the input
+    half = (18 if gated else 10) * width + 4 * model.hidden_size
+    per_token = 4 * (8 if gated else 4) * width if size == 4 else half
+    return 4 * (3 if gated else 2) * width * model.hidden_size + per_token * tile
+
+
+def _attention_bytes(model: ModelConfig, size: int, method: str, ring_degree: int) -> float:
+    """Per token: what attention's backward pass works with, as the CPU's kernel, which copies keys to all heads."""
+    queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    # the output's gradient, keys and values and three gradients for all heads
+    block = 6 * size * queries
+    if method in ("ring", "hybrid") and ring_degree > 1:
+        # half of a block at first; sums in fp32 and messages, as counted with 2 and with 4 ranks
+        sums = 8 if ring_degree == 2 else 28 if keys == queries else 40
+        return block + (3 * size + sums) * keys
+    return block + (2 * size * keys if keys < queries else 0)
+
+
+def _layer_bytes(model: ModelConfig, size: int, method: str, mlp_tile: int) -> dict[str, float]:
     """Per token: what one layer keeps for its backward pass, by part."""
     queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     attention = size * (2 * queries + 2 * keys) + 4 * model.num_heads  # q, out, k and v, lse
     if method in ("ulysses", "hybrid"):
         attention += size * 2 * keys  # k and v as they were sent, too
     # gate and up, silu(gate), their product; GELU's input and output
-    mlp = size * model.mlp_size * (4 if model.mlp == "swiglu" else 2)
+    mlp = 0 if mlp_tile else size * model.mlp_size * (4 if model.mlp == "swiglu" else 2)
     return {"norms": 2 * _norm_bytes(model, size), "attention": attention, "MLP": mlp}
 
 
@@ -172,7 +228,7 @@ def lines(
     found = moments(config, degrees, method, local_tokens)
     fullest = max(found, key=lambda moment: moment.total)
     size = 4 if config.engine.dtype == "fp32" else 2
-    layer = _layer_bytes(config.model, size, method)
+    layer = _layer_bytes(config.model, size, method, mlp_tile_tokens(config, local_tokens))
     kernels = "by what plain PyTorch keeps; a GPU's kernels keep less" if on_gpu else "by what PyTorch keeps"
     text = [
         f"memory of a step, per rank: {gib(fullest.total)} GiB when fullest, which is at: {fullest.name}",
@@ -180,7 +236,7 @@ def lines(
         *(f"  {gib(moment.total):>8} GiB at: {moment.name}" for moment in found if moment is not fullest),
         "  bytes per token and layer, all kept: "
         + ", ".join(f"{name} {number:,.0f}" for name, number in layer.items()),
-        f"  {kernels}; without what kernels allocate inside, and messages in flight",
+        f"  {kernels}; without what kernels allocate inside",
     ]
     if memory_bytes is not None:
         others = ["none", "selective"] if config.engine.recompute == "none" else [config.engine.recompute]

@@ -14,7 +14,18 @@ import torch
 from conf.degrees import accumulation_steps, resolve_degrees, settle
 from conf.schema import Config, ConfigError, Degrees, ModelConfig
 from recipes import memory_report
-from recipes.memory import StateBytes, gib, layer_matmul_parameters, num_parameters, refusal, state_bytes, tile_tokens
+from recipes.memory import (
+    StateBytes,
+    banner_rows,
+    changed,
+    gib,
+    layer_matmul_parameters,
+    mlp_tile_tokens,
+    num_parameters,
+    refusal,
+    state_bytes,
+    tile_tokens,
+)
 from recipes.metrics import Throughput, peak_tflops
 from ring_attention.blocks import BlockSpec, choose_block
 from ring_attention.choose import MESSAGE_LATENCY_MS, Candidate, Links, Workload, rank_methods
@@ -145,6 +156,11 @@ class Plan:
         return tile_tokens(self.config, self.local_tokens)
 
     @property
+    def mlp_tile_tokens(self) -> int:
+        """Of how many of them an MLP's hidden activations exist at once; 0: of all."""
+        return mlp_tile_tokens(self.config, self.local_tokens)
+
+    @property
     def has_ring(self) -> bool:
         """Whether ranks pass keys and values on."""
         return self.degrees.ring > 1 and self.method in ("ring", "hybrid")
@@ -172,6 +188,13 @@ class Plan:
         except ValueError as error:
             raise ConfigError(f"attention.{error}".replace("use block", "use attention.block")) from error
         return block.name, reason
+
+    @property
+    def _one_memory(self) -> Config:
+        """The configuration, on the CPU with all in its memory: what lies on the host lies there, too."""
+        if self.device_type != "cpu":
+            return self.config
+        return changed(self.config, **{"engine.offload_optimizer": False, "engine.offload_parameters": False})
 
     @property
     def trains(self) -> bool:
@@ -238,17 +261,11 @@ class Plan:
             ("attention", attention),
             ("block kernel", f"{block} ({reason})"),
             ("engine", f"{state}, {config.engine.dtype}"),
-            *self._tile_rows(),
+            *([] if config.recipe == "bench_attention" else banner_rows(config, self.local_tokens)),
             *([("!!!", self.slowness)] if self.slowness else []),
             ("run dir", str(run_dir)),
         ]
         return [f"{name:>16}  {value}" for name, value in rows]
-
-    def _tile_rows(self) -> list[tuple[str, str]]:
-        tile = self.tile_tokens
-        if not tile or self.config.recipe == "bench_attention":  # which has no logits
-            return []
-        return [("loss", f"logits of {tile:,} tokens at a time, of {self.local_tokens:,} per rank and micro-batch")]
 
     @property
     def flops(self) -> float:
@@ -291,7 +308,7 @@ class Plan:
     @property
     def state(self) -> StateBytes:
         """What the fullest rank holds before any activation."""
-        return state_bytes(self.config, self.degrees)
+        return state_bytes(self._one_memory, self.degrees)
 
     @property
     def refusal(self) -> str | None:
@@ -299,7 +316,7 @@ class Plan:
         if self.memory_bytes is None or self.config.recipe == "bench_attention":
             return None
         host_ranks = self.ranks_per_host if self.device_type == "cpu" else None
-        return refusal(self.config, self.degrees, self.memory_bytes, host_ranks)
+        return refusal(self._one_memory, self.degrees, self.memory_bytes, host_ranks)
 
     def memory_lines(self) -> list[str]:
         """What the model takes of a rank's memory, and whether that is too much."""

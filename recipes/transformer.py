@@ -8,16 +8,19 @@ Shapes: B batch, S local tokens, E hidden size, H query heads, K key-value heads
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from conf.schema import ModelConfig
 from recipes.head import Head
-from recipes.kernels import IGNORED_LABEL, make_norm, rotary_qkv, swiglu
+from recipes.kernels import IGNORED_LABEL, make_norm, rotary_qkv
+from recipes.mlp import MLP
+from recipes.offload import ActivationOffload
 from ring_attention.keep import keeping_attention
 
 
@@ -80,23 +83,11 @@ class SelfAttention(nn.Module):
         return self.out(out_BSHD.flatten(2))
 
 
-class MLP(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.gated = config.mlp == "swiglu"
-        self.up = nn.Linear(config.hidden_size, config.mlp_size * (2 if self.gated else 1), bias=config.bias)
-        self.down = nn.Linear(config.mlp_size, config.hidden_size, bias=config.bias)
-
-    def forward(self, x_BSE: Tensor) -> Tensor:
-        hidden = self.up(x_BSE)
-        return self.down(swiglu(hidden) if self.gated else F.gelu(hidden))
-
-
 class Layer(nn.Module):
-    def __init__(self, config: ModelConfig, attention: nn.Module) -> None:
+    def __init__(self, config: ModelConfig, attention: nn.Module, mlp_tile_tokens: int = 0) -> None:
         super().__init__()
         self.attention_norm, self.attention = make_norm(config), SelfAttention(config, attention)
-        self.mlp_norm, self.mlp = make_norm(config), MLP(config)
+        self.mlp_norm, self.mlp = make_norm(config), MLP(config, mlp_tile_tokens)
 
     def forward(self, x_BSE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x_BSE = x_BSE + self.attention(self.attention_norm(x_BSE), cos, sin)
@@ -109,9 +100,9 @@ def make_embedding(config: ModelConfig, seed: int) -> nn.Embedding:
     return embedding
 
 
-def make_layer(config: ModelConfig, attention: nn.Module, seed: int, index: int) -> Layer:
+def make_layer(config: ModelConfig, attention: nn.Module, seed: int, index: int, mlp_tile_tokens: int = 0) -> Layer:
     """Layer `index`, counted from 0."""
-    layer = Layer(config, attention)
+    layer = Layer(config, attention, mlp_tile_tokens)
     draw_weights_(layer, config, seed, 1 + index)
     return layer
 
@@ -130,6 +121,8 @@ class Transformer(nn.Module):
         seed: of the weights, which are drawn on the device that torch would allocate on.
         recompute: EngineConfig's: what of each layer the backward pass computes again instead of keeping it.
         tile_tokens: of how many tokens `forward` has logits at once; 0: of all.
+        mlp_tile_tokens: of how many tokens an MLP has hidden activations at once; 0: of all.
+        offload: whether what is kept of layers that are computed again lies in the host's memory meanwhile.
     """
 
     def __init__(
@@ -139,11 +132,16 @@ class Transformer(nn.Module):
         seed: int = 0,
         recompute: str = "none",
         tile_tokens: int = 0,
+        mlp_tile_tokens: int = 0,
+        offload: bool = False,
     ) -> None:
         super().__init__()
         self.config, self.recompute = config, recompute
+        self._offload = ActivationOffload() if offload else None
         self.embedding = make_embedding(config, seed)
-        self.layers = nn.ModuleList(make_layer(config, attention, seed, index) for index in range(config.num_layers))
+        self.layers = nn.ModuleList(
+            make_layer(config, attention, seed, index, mlp_tile_tokens) for index in range(config.num_layers)
+        )
         self.final_norm = make_norm(config)
         self.head = make_head(config, seed, tile_tokens)
         if config.tied_head:
@@ -163,13 +161,18 @@ class Transformer(nn.Module):
     def _through(self, layer: nn.Module, *inputs: Tensor) -> Tensor:
         if self.recompute == "none" or not torch.is_grad_enabled():
             return layer(*inputs)
-        return checkpoint(
-            layer,
-            *inputs,
-            use_reentrant=False,
-            context_fn=keeping_attention if self.recompute == "selective" else noop_context_fn,
-            preserve_rng_state=False,  # nothing is drawn at random
-        )
+        offload, context_fn = self._offload, noop_context_fn
+        if self.recompute == "selective":
+            packing = () if offload is None else (offload.pack, offload.unpack)
+            context_fn = functools.partial(keeping_attention, *packing)
+        with contextlib.nullcontext() if offload is None else offload.layer():
+            return checkpoint(
+                layer,
+                *inputs,
+                use_reentrant=False,
+                context_fn=context_fn,
+                preserve_rng_state=False,  # nothing is drawn at random
+            )
 
     def forward(self, tokens_BS: Tensor, positions_1S: Tensor, labels_BS: Tensor) -> Tensor:
         """The sum of what follows each token's cross-entropy in nats, fp32: see `TokenBatch`."""

@@ -2,6 +2,7 @@
 
     torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, context_fn=keeping_attention)
 
+Given `pack` and `unpack`, as autograd's `saved_tensors_hooks` takes them, they may be kept elsewhere, as on the host.
 Attention is most of a long sequence's operations and all of its messages, while what is kept of it is O(L/P): the
 output and a number per query and head. Keys, values and queries are computed again.
 """
@@ -12,6 +13,7 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from typing import Any
 
 from torch import Tensor
 
@@ -25,16 +27,27 @@ def kept(compute: Callable[[], Result]) -> Result:
     return compute() if _how is None else _how(compute)
 
 
-def keeping_attention() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def keeping_attention(
+    pack: Callable[[Tensor], Any] = _as_it_is, unpack: Callable[[Any], Tensor] = _as_it_is
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """For `checkpoint`'s context_fn: what to be in while a layer is computed, and while it is computed again."""
-    results: deque[Result] = deque()
+    results: deque[tuple[Any, Any]] = deque()
 
     def keep(compute: Callable[[], Result]) -> Result:
         out, lse = compute()
-        results.append((out.detach(), lse))  # detached: autograd makes `out` its own, with all that it came from
+        # detached: autograd makes `out` its own, with all that it came from
+        results.append((pack(out.detach()), pack(lse)))
         return out, lse
 
-    return _within(keep), _within(lambda compute: results.popleft())
+    def give_back(compute: Callable[[], Result]) -> Result:
+        out, lse = results.popleft()
+        return unpack(out), unpack(lse)
+
+    return _within(keep), _within(give_back)
 
 
 @contextlib.contextmanager

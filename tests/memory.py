@@ -90,6 +90,14 @@ SETTINGS = [
     Setting("bf16", 2, local_length=64, model={"hidden_size": 256}),
     Setting("bf16", 1, tile_tokens=256, model={"vocab_size": 4096}),
     Setting("fp32", 1, num_ranks=2, tile_tokens=128, model={"vocab_size": 4096}),
+    Setting("bf16", 1, tile_tokens=128, local_length=2048, model={"mlp_size": 1536}),
+    Setting(
+        "fp32", 3, num_ranks=2, recompute="selective", tile_tokens=512, local_length=2048, model={"mlp_size": 1536}
+    ),
+    Setting("bf16", 1, num_ranks=2, recompute="full", tile_tokens=128, local_length=2048),
+    Setting("fp32", 2, num_ranks=2, recompute="selective", tile_tokens=128, local_length=2048, model=GPT),
+    Setting("fp32", 1, num_ranks=2, model={"num_heads": 8, "mlp_size": 128}),
+    Setting("bf16", 1, num_ranks=4, recompute="selective", tile_tokens=128),
     Setting("bf16", 3, num_ranks=2, method="ulysses", model={"num_layers": 6}),
     Setting("bf16", 3, num_ranks=2, local_length=64, model={"hidden_size": 256, "num_layers": 4, "mlp_size": 1024}),
 ]

@@ -63,7 +63,8 @@ MODELS = {
         tied_head=True,
     ),
 }
-CLIPPING = {"llama": 0.5, "gpt": 0.0}  # below the norms that occur, so that it acts; off
+MODELS["deep"] = replace(MODELS["llama"], num_layers=5)
+CLIPPING = {"llama": 0.5, "gpt": 0.0, "deep": 0.5}  # below the norms that occur, so that it acts; off
 # Adam's eps is large, so that an update is a smooth function of the gradient. At 1e-8 an element whose gradient is 0
 # but for rounding moves by lr in a random direction: fp32 on one rank is 7e-5 away from fp64 after 3 steps, too.
 OPTIMIZER = OptimizerConfig(lr=1e-2, warmup_fraction=0.0, eps=1e-2)
@@ -88,6 +89,9 @@ class Cell:
     transport: str = "p2p"
     recompute: str = "none"
     tile_tokens: int = 0
+    offload_activations: bool = False
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
 
     @property
     def num_ranks(self) -> int:
@@ -122,6 +126,9 @@ class Cell:
                     gradient_clipping=CLIPPING[self.model],
                     recompute=self.recompute,
                     tile_tokens=self.tile_tokens,
+                    offload_activations=self.offload_activations,
+                    offload_optimizer=self.offload_optimizer,
+                    offload_parameters=self.offload_parameters,
                 ),
                 optimizer=OPTIMIZER,
                 data=DataConfig(sequence_length=self.length),
@@ -402,6 +409,9 @@ def run_cell(pool: WorkerPool, cell: Cell) -> Outcome:
         transport="p2p",
         recompute="none",
         tile_tokens=0,
+        offload_activations=False,
+        offload_optimizer=False,
+        offload_parameters=False,
     )
     expected = one_process(key, torch.float64, "cpu", pool.device)
     ranks = pool.run(train_on_ranks, cell, num_ranks=cell.num_ranks)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 
+from recipes.offload import ActivationOffload
 from ring_attention import gather, ring
 from tests.distributed.parity import NUM_STEPS, Cell, Trained, train_on_ranks
 from tests.pool import WorkerPool
@@ -50,3 +52,29 @@ def test_gradients_are_bit_equal_and_selective_computes_attention_once(pool: Wor
                 assert torch.equal(other.parameters[name], parameter), name
         once = NUM_STEPS * cell.accumulation_steps * NUM_LAYERS
         assert counts == [once, once, 2 * once]
+
+
+def trained_with_and_without_offload(cell: Cell) -> tuple[list[Trained], int]:
+    """On each rank: what came out, and how many tensors came back from the host."""
+    copy, numbers = ActivationOffload._copy, []
+
+    def counted_copy(self: ActivationOffload, layer: Any, targets: list[torch.Tensor], sources: Any) -> None:
+        numbers.append(len(targets))  # no mock: it would hold what it was called with
+        copy(self, layer, targets, sources)
+
+    with patch.object(ActivationOffload, "_copy", counted_copy):
+        results = [train_on_ranks(replace(cell, offload_activations=offload)) for offload in (False, True)]
+    return results, sum(number for number in numbers if number > 1)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_what_lay_on_the_host_comes_back_as_it_was(pool: WorkerPool, zero_stage: int):
+    cell = Cell("fp32", zero_stage, 2, 1, 2, 29, model="deep", recompute="selective")
+    for (kept, offloaded), num_back in pool.run(trained_with_and_without_offload, cell, num_ranks=cell.num_ranks):
+        assert (offloaded.losses, offloaded.grad_norms) == (kept.losses, kept.grad_norms)
+        for name, gradient in kept.gradients.items():
+            assert torch.equal(offloaded.gradients[name], gradient), name
+        for name, parameter in kept.parameters.items():
+            assert torch.equal(offloaded.parameters[name], parameter), name
+        # of all layers but the last two: the input, attention's output and lse
+        assert num_back == NUM_STEPS * cell.accumulation_steps * (5 - 2) * 3

@@ -1,15 +1,17 @@
-"""Training with the loss tile by tile equals one process that has all logits: every ZeRO stage, a ring of two."""
+"""Training with loss and MLPs tile by tile equals one process without tiles: every ZeRO stage, a ring of two."""
 
 from __future__ import annotations
 
 from unittest.mock import patch
 
 import pytest
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
-from recipes import head
-from tests.distributed.parity import NUM_STEPS, Cell, Trained, run_cell, train_on_ranks
+from recipes import head, mlp
+from tests.distributed.parity import NUM_STEPS, Cell, run_cell, train_on_ranks
 from tests.pool import WorkerPool
 
+NUM_LAYERS = 2  # of parity's models
 TILE = 12  # of 2 x 16 tokens on each of two ranks: the last tile has 8
 
 
@@ -20,21 +22,32 @@ TILE = 12  # of 2 x 16 tokens on each of two ranks: the last tile has 8
         *(Cell("fp32", stage, 2, 1, 1, 29, model="gpt", tile_tokens=TILE) for stage in (1, 3)),  # the tied head
         Cell("bf16", 3, 2, 1, 1, 29, tile_tokens=TILE),
         Cell("bf16", 0, 2, 1, 2, 29, model="gpt", tile_tokens=TILE),
+        Cell("fp32", 3, 2, 1, 2, 29, tile_tokens=TILE, recompute="selective"),
+        Cell("bf16", 1, 2, 1, 1, 29, tile_tokens=TILE, recompute="full"),
     ],
     ids=str,
 )
-def test_training_tile_by_tile_equals_one_process_with_all_logits(pool: WorkerPool, cell: Cell):
+def test_training_tile_by_tile_equals_one_process(pool: WorkerPool, cell: Cell):
     outcome = run_cell(pool, cell)
     assert outcome.passes, outcome
 
 
-def tiles_of(cell: Cell) -> tuple[Trained, int]:
-    """On each rank: what came out, and how many tiles were computed."""
-    with patch.object(head, "_tile", wraps=head._tile) as tile:
-        return train_on_ranks(cell), tile.call_count
+def counts_of(cell: Cell) -> tuple[int, int, int]:
+    """On each rank: how many tiles of the loss and of MLPs were computed, and how often ZeRO-3 gathered weights."""
+    with (
+        patch.object(head, "_tile", wraps=head._tile) as tile,
+        patch.object(mlp, "_tile_backward", wraps=mlp._tile_backward) as mlp_tile,
+        patch.object(PartitionedParameterCoordinator, "fetch_sub_module", autospec=True,
+                     side_effect=PartitionedParameterCoordinator.fetch_sub_module) as fetch,
+    ):  # fmt: skip
+        train_on_ranks(cell)
+    return tile.call_count, mlp_tile.call_count, fetch.call_count
 
 
-def test_each_micro_batch_comes_in_tiles(pool: WorkerPool):
-    cell = Cell("fp32", 3, 2, 1, 2, 29, tile_tokens=TILE)
-    for _, num_tiles in pool.run(tiles_of, cell, num_ranks=cell.num_ranks):
-        assert num_tiles == NUM_STEPS * cell.accumulation_steps * 3
+def test_each_micro_batch_comes_in_tiles_and_zero_3_gathers_once_for_all(pool: WorkerPool):
+    few, many = (Cell("fp32", 3, 2, 1, 2, 29, tile_tokens=tokens) for tokens in (TILE, TILE // 3))
+    (few_counts, others), (many_counts, _) = (pool.run(counts_of, cell, num_ranks=2) for cell in (few, many))
+    assert few_counts == others
+    micro_batches = NUM_STEPS * few.accumulation_steps
+    assert few_counts[:2] == (micro_batches * 3, micro_batches * NUM_LAYERS * 3)
+    assert many_counts == (micro_batches * 8, micro_batches * NUM_LAYERS * 8, few_counts[2])

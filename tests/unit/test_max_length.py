@@ -9,9 +9,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from conf.schema import AttentionConfig, Config, ConfigError, DataConfig, LaunchConfig, MaxLengthConfig, ModelConfig
+from conf.schema import (
+    AttentionConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    EngineConfig,
+    LaunchConfig,
+    MaxLengthConfig,
+    ModelConfig,
+)
 from recipes import launch
-from recipes.max_length import NO_MEMORY_FILE, PROBE_FILE, Probe, max_length
+from recipes.max_length import NO_MEMORY_FILE, PROBE_FILE, Probe, first_tokens, max_length
 from recipes.ranks import RunFailed
 
 TOKEN_GIB, LAYER_TOKEN_GIB, FIXED_GIB, LAYER_GIB = 1e-4, 3e-4, 0.5, 0.25
@@ -108,3 +117,17 @@ def test_only_want_of_memory_is_a_probes_result(monkeypatch, tmp_path):
     with pytest.raises(RunFailed, match="a probe ran out of memory: CUDA out of memory"):
         probe.run(tmp_path, io.StringIO())
     assert (tmp_path / NO_MEMORY_FILE).read_text() == "CUDA out of memory. Tried to allocate 2 GiB"
+
+
+@pytest.mark.parametrize(
+    ("engine", "expected"),
+    [
+        ({"recompute": "selective"}, 16384),  # MLPs come in tiles of 12,288 tokens
+        ({"recompute": "selective", "micro_batch_size": 2}, 8192),
+        ({}, 4096),  # the loss in tiles of 2,048
+        ({"tile_tokens": 0}, 4096),
+    ],
+)
+def test_the_shortest_probe_has_the_tiles_that_longer_ones_have(engine, expected):
+    config = Config(model=ModelConfig(mlp_size=14336, vocab_size=128256), engine=EngineConfig(**engine))
+    assert first_tokens(config, on_gpu=True) == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from conf.schema import (
     ModelConfig,
     ParallelismConfig,
 )
-from recipes.memory import StateBytes, num_parameters, state_bytes, tile_tokens
+from recipes.memory import StateBytes, mlp_tile_tokens, num_parameters, state_bytes, tile_tokens
 from recipes.out_of_memory import OutOfMemory, helpful_overrides, out_of_memory_cause, out_of_memory_explained
 from recipes.plan import Plan
 from recipes.whereabouts import Whereabouts
@@ -59,6 +60,23 @@ def test_each_zero_stage_divides_one_more_by_all_ranks(dtype, stage, per_paramet
     config = Config(model=LARGE, engine=EngineConfig(dtype=dtype, zero_stage=stage))
     expected = StateBytes(*(size * NUM_LARGE for size in per_parameter), built=4 * NUM_LARGE)
     assert state_bytes(config, Degrees(data=2, ring=4, ulysses=1)) == expected
+
+
+@pytest.mark.parametrize(
+    ("engine", "per_parameter"),
+    [
+        ({"zero_stage": 1, "offload_optimizer": True}, (2, 0, 0)),
+        ({"zero_stage": 3, "offload_optimizer": True}, (2 / 8, 0, 0)),
+        ({"zero_stage": 3, "offload_parameters": True}, (0, 4 / 8, 12 / 8)),
+    ],
+)
+def test_what_lies_on_the_host_is_not_held_by_a_gpu_but_by_a_cpu(engine, per_parameter):
+    config = Config(model=LARGE, engine=EngineConfig(**engine))
+    degrees = Degrees(data=2, ring=4, ulysses=1)
+    assert state_bytes(config, degrees)[:3] == tuple(size * NUM_LARGE for size in per_parameter)
+    on_cpu = Plan(config, 8, "cpu", "CPU", None, ranks_per_host=8)
+    stage_alone = Config(model=LARGE, engine=EngineConfig(zero_stage=engine["zero_stage"]))
+    assert on_cpu.state == state_bytes(stage_alone, on_cpu.degrees)
 
 
 @pytest.mark.parametrize(("stage", "weights"), [(0, 2), (1, 2), (2, 2), (3, 2 / 8)])
@@ -166,8 +184,26 @@ def test_as_many_tokens_have_logits_as_fit_a_gib_or_as_were_said(vocab_size, giv
     assert tile_tokens(config, local_tokens) == expected
 
 
-def test_a_pipelines_last_stage_has_all_logits():
-    assert tile_tokens(Config(model=LARGE, **tensor_pipeline()), 2**20) == 0
+@pytest.mark.parametrize(
+    ("recipe", "mlp", "engine", "local_tokens", "expected"),
+    [
+        ("pretrain", "swiglu", {"recompute": "selective"}, 12289, 12288),  # below 2^31 bytes / 2 / 6 / 14336 = 12483
+        ("pretrain", "swiglu", {"recompute": "selective"}, 12288, 0),
+        ("pretrain", "gelu", {"recompute": "full", "dtype": "fp32"}, 2**20, 9216),  # 2^31 / 4 / 4 / 14336 = 9362
+        ("pretrain", "swiglu", {}, 2**20, 0),  # where layers are kept tiles would take products
+        ("forward", "swiglu", {}, 2**20, 12288),
+        ("pretrain", "swiglu", {"tile_tokens": 64}, 65, 64),
+        ("pretrain", "swiglu", {"tile_tokens": 0, "recompute": "full"}, 2**20, 0),
+    ],
+)
+def test_mlps_come_in_tiles_where_that_takes_no_product_or_was_said(recipe, mlp, engine, local_tokens, expected):
+    config = Config(recipe=recipe, model=ModelConfig(mlp_size=14336, mlp=mlp), engine=EngineConfig(**engine))
+    assert mlp_tile_tokens(config, local_tokens) == expected
+
+
+def test_a_pipeline_has_no_tiles():
+    config = Config(model=LARGE, recipe="forward", **tensor_pipeline())
+    assert tile_tokens(config, 2**20) == mlp_tile_tokens(config, 2**20) == 0
 
 
 def test_the_banner_says_how_many_tokens_have_logits_only_if_not_all_do():
@@ -177,6 +213,42 @@ def test_the_banner_says_how_many_tokens_have_logits_only_if_not_all_do():
     (line,) = [line for line in plan(data=long, engine=engine).banner(Path("runs")) if "logits" in line]
     assert line == "            loss  logits of 2,048 tokens at a time, of 32,768 per rank and micro-batch"
     assert "logits" not in "\n".join(plan(data=long, recipe="bench_attention").banner(Path("runs")))
+
+
+def test_the_banner_says_in_what_tiles_mlps_come_and_why():
+    long = DataConfig(sequence_length=2**21)
+    for engine, expected in (
+        (EngineConfig(recompute="selective"), r"\(those of all would take [\d.,]+ GiB with their gradients\)"),
+        (EngineConfig(tile_tokens=512), r"\(engine.tile_tokens=512\)"),
+    ):
+        (line,) = [line for line in plan(data=long, engine=engine).banner(Path("runs")) if "hidden activations" in line]
+        pattern = r" +MLP  hidden activations of [\d,]+ tokens at a time, of 262,144 per rank and micro-batch "
+        assert re.fullmatch(pattern + expected, line), line
+
+
+@pytest.mark.parametrize(
+    ("recompute", "per_token", "what"),
+    [
+        ("selective", 2 * 128 + 2 * 128 + 4 * 4, "layers' inputs and attention's results"),
+        ("full", 2 * 128, "layers' inputs"),
+    ],
+)
+def test_the_banner_says_what_is_moved_to_the_host(recompute, per_token, what):
+    engine = EngineConfig(recompute=recompute, offload_activations=True)
+    model = ModelConfig(num_layers=4, hidden_size=128, num_heads=4, head_dim=32)
+    offloading = plan(model=model, engine=engine, data=DataConfig(sequence_length=2**23))
+    (line,) = [line for line in offloading.banner(Path("runs")) if "host's memory" in line]
+    expected = f"{4 * per_token * 2**20 / 2**30:.2f} GiB"
+    assert line == f"         offload  {what} of a micro-batch: {expected} per rank of the host's memory"
+
+
+def test_the_banner_says_which_states_are_on_the_host():
+    engine = EngineConfig(zero_stage=3, offload_optimizer=True, offload_parameters=True)
+    rows = [line.strip() for line in plan(engine=engine).banner(Path("runs")) if line.strip().startswith("offload")]
+    assert rows == [
+        "offload  weights on the host but where they are needed",
+        "offload  the optimizer's state and its step on the host",
+    ]
 
 
 ALLOCATOR = "PYTORCH_ALLOC_CONF=expandable_segments:True"

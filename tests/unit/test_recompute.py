@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
+from unittest.mock import patch
 
+import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from conf.schema import ModelConfig
+from recipes import offload
 from recipes.transformer import Transformer
 from ring_attention import LocalAttention
 
@@ -55,3 +59,29 @@ def test_what_a_layer_keeps():
     assert per_token["full"] == 64  # its input
     assert per_token["selective"] == 64 + 4 * 16 + 4  # and attention's output and lse
     assert per_token["none"] > 10 * 64
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_two_layers_are_on_the_device_whatever_their_number(recompute: str):
+    """After a forward pass, and whenever a layer is computed again."""
+    num_layers, kind, seen = 6, offload._Layer, []
+    config = ModelConfig(num_layers=num_layers, hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, mlp_size=192)
+    model = Transformer(config, LocalAttention("auto"), recompute=recompute, offload=True)
+    layers: list[Any] = []  # what each has kept
+
+    def on_device() -> list[int]:
+        return [index for index, kept in enumerate(layers) if (layer := kept()) and layer.on_device]
+
+    def make(*arguments: Any) -> offload._Layer:
+        layers.append(weakref.ref(made := kind(*arguments)))
+        return made
+
+    tokens = torch.randint(0, 257, (1, LENGTH))
+    with patch.object(offload, "_Layer", side_effect=make):
+        loss = model(tokens, torch.arange(LENGTH).unsqueeze(0), tokens)
+    assert on_device() == [4, 5]
+    for index, layer in enumerate(model.layers):
+        layer.register_forward_pre_hook(lambda *_, index=index: seen.append((index, on_device())))
+    loss.backward()
+    assert seen == [(5, [4, 5]), (4, [3, 4]), (3, [2, 3]), (2, [1, 2]), (1, [0, 1]), (0, [0])]
+    assert on_device() == []

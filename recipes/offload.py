@@ -1,0 +1,124 @@
+"""What layers keep for the backward pass, in the host's memory meanwhile: copied there and back beside the computing.
+
+Below `transformer`, which says where a layer starts, and gives `pack` and `unpack` to what keeps tensors: torch's
+checkpoint, by its hooks, and `ring_attention.keep`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+
+@dataclass(eq=False)
+class _Layer:
+    """What one layer keeps: on the device, on the host or, while it is copied, on both.
+
+    Args:
+        before: the layer computed before this one, whose turn is next in the backward pass.
+    """
+
+    before: weakref.ref[_Layer] | None
+    on_host: list[Tensor] = field(default_factory=list)
+    on_device: list[Tensor] | None = field(default_factory=list)
+    copied: torch.Event | None = None  # all that was begun last, there or back
+
+
+class _Handle(NamedTuple):
+    layer: _Layer
+    number: int
+
+
+class ActivationOffload:
+    """Copies in pinned memory, on a stream of their own.
+
+    Two layers' tensors are on the device at any time, whatever the number of layers: in the forward pass those of the
+    layer that is computed and of the one before, which are copied meanwhile; in the backward pass those of the layer
+    that is computed and of the next one, which come back meanwhile. The stream that computes waits for copies before
+    it lets go of a tensor, or uses it, and copies wait for what was computed before them. So all memory belongs to the
+    stream that computes and is free again in its order: `record_stream` would have it wait until the host has seen the
+    copy's end, and the host runs whole layers ahead.
+
+    On the CPU, where nothing is won, tensors are copied all the same.
+    """
+
+    def __init__(self) -> None:
+        self._copies: torch.cuda.Stream | None = None  # None on the CPU
+        self._device: torch.device | None = None
+        self._last: weakref.ref[_Layer] | None = None  # that was started; what a layer keeps holds it
+        self._current: _Layer | None = None
+
+    @contextmanager
+    def layer(self) -> Iterator[None]:
+        """To be in while a layer is computed under `torch.utils.checkpoint`, whose input is kept on the host then."""
+        before = _alive(self._last)
+        two_before = before and _alive(before.before)
+        if two_before is not None and two_before.on_device is not None:
+            self._wait_for(two_before)
+            two_before.on_device = None
+        self._current = _Layer(self._last)
+        self._last = weakref.ref(self._current)
+        try:
+            with saved_tensors_hooks(self._pack_input, self.unpack):
+                yield
+        finally:
+            self._current = None
+
+    def pack(self, tensor: Tensor) -> _Handle:
+        """Begin to copy a tensor of the layer that is computed. It must not be written to any more."""
+        layer, tensor = self._current, tensor.detach()
+        assert layer is not None
+        assert layer.on_device is not None
+        if tensor.is_cuda and self._copies is None:
+            self._copies = torch.cuda.Stream(tensor.device)
+        self._device = tensor.device
+        on_host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        self._copy(layer, [on_host], [tensor])
+        layer.on_host.append(on_host)
+        layer.on_device.append(tensor)
+        return _Handle(layer, len(layer.on_host) - 1)
+
+    def unpack(self, kept: Tensor | _Handle) -> Tensor:
+        """What was packed, on its device again; begins to bring back what the layer before has packed."""
+        if isinstance(kept, Tensor):
+            return kept
+        on_device = self._brought_back(kept.layer)
+        self._wait_for(kept.layer)
+        if (before := _alive(kept.layer.before)) is not None:
+            self._brought_back(before)
+        return on_device[kept.number]
+
+    def _pack_input(self, tensor: Tensor) -> Tensor | _Handle:
+        """Of what checkpoint keeps, all but the angles of the positions, without gradients: layers share them."""
+        return self.pack(tensor) if tensor.requires_grad else tensor
+
+    def _brought_back(self, layer: _Layer) -> list[Tensor]:
+        if layer.on_device is None:
+            layer.on_device = [torch.empty_like(tensor, device=self._device) for tensor in layer.on_host]
+            self._copy(layer, layer.on_device, layer.on_host)
+        return layer.on_device
+
+    def _copy(self, layer: _Layer, targets: list[Tensor], sources: list[Tensor]) -> None:
+        """When all that was begun so far has been computed."""
+        if self._copies is not None:
+            self._copies.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._copies):  # of None nothing changes
+            for target, source in zip(targets, sources, strict=True):
+                target.copy_(source, non_blocking=True)
+        if self._copies is not None:
+            layer.copied = self._copies.record_event()
+
+    def _wait_for(self, layer: _Layer) -> None:
+        if layer.copied is not None:
+            torch.cuda.current_stream().wait_event(layer.copied)
+
+
+def _alive(layer: weakref.ref[_Layer] | None) -> _Layer | None:
+    return None if layer is None else layer()

@@ -1,0 +1,48 @@
+"""ZeRO-Offload: optimizer state, or weights too, on the host; equal to one process that has all in one place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from conf.schema import Config
+from tests.distributed.parity import Cell, run_cell
+from tests.distributed.test_checkpoint import configuration, two_starts
+from tests.elastic import RING, TOLERANCE, Grid, go_on
+from tests.pool import WorkerPool
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        *(Cell("fp32", stage, 2, 1, 2, 29, offload_optimizer=True) for stage in (1, 2)),
+        Cell("fp32", 3, 2, 1, 2, 29, offload_optimizer=True, offload_parameters=True),
+        Cell("bf16", 1, 2, 1, 2, 29, offload_optimizer=True),
+        Cell("bf16", 3, 2, 1, 1, 29, offload_optimizer=True, offload_parameters=True),
+    ],
+    ids=str,
+)
+def test_training_with_states_on_the_host_equals_one_process(pool: WorkerPool, cell: Cell):
+    outcome = run_cell(pool, cell)
+    assert outcome.passes, outcome
+
+
+def test_states_on_the_host_are_saved_and_loaded(pool: WorkerPool, tmp_path: Path):
+    config = configuration(3, "bf16", tied_head=False)
+    config.engine.offload_optimizer = config.engine.offload_parameters = True
+    (told, losses, _), *_ = pool.run(two_starts, config, tmp_path, num_ranks=2)
+    assert told[3] == "going on after step 2"
+    assert losses[1] == losses[0][2:]
+
+
+class OffloadedGrid(Grid):
+    def config(self, dtype: str) -> Config:
+        config = super().config(dtype)
+        config.engine.offload_optimizer = True
+        return config
+
+
+def test_states_on_the_host_go_on_on_other_ranks_and_another_stage(pool: WorkerPool, tmp_path: Path):
+    before, after = OffloadedGrid(RING, 2, 1), OffloadedGrid(RING, 4, 3)
+    assert go_on(pool, tmp_path, before, after, "fp32")["difference"] <= TOLERANCE["fp32"]
