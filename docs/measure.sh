@@ -12,6 +12,7 @@
 #   rivals_10k, rivals_100k: RA+SP, TP=2, PP=2 and DP, both recipes       sanitizer  memory and races of our kernels, on one GPU
 #   faults     a stopped rank                                             heads_512  attention alone with heads of 512
 #   parts_10k  where training on paper_10k goes, by ring attention and DP
+#   memory     steps' peaks, predicted and measured         million, half_million, two_million: one step with 8B-shaped layers
 #   ring_blocks  each kernel call of a ring of two by itself, on one GPU
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -42,6 +43,8 @@ bench() { # bench SECONDS NAME LENGTH OVERRIDES...
     data.sequence_length="$length" hydra.run.dir="$out/runs/$name" "$@"
   cp "$out/runs/$name/bench_attention.json" "$out/$name.json" 2> /dev/null
 }
+
+long="model=llama_8b model.num_layers=8 engine.recompute=selective engine.offload_activations=true engine.offload_optimizer=true"
 
 for stage in "$@"; do
   case $stage in
@@ -85,6 +88,18 @@ for stage in "$@"; do
       for length in 16384 65536 131072; do
         CUDA_VISIBLE_DEVICES=${GPU:-0} limited 60 13 "ring_blocks_$length" python3 -m tests.ring_blocks --length $length --json "$out/ring_blocks_$length.json"
       done ;;
+    memory) # predicted and measured: one rank, then all
+      for ranks in 1 2; do
+        settings=()
+        for more in "" "engine.recompute=full" "engine.recompute=selective" "engine.recompute=selective engine.tile_tokens=4096" \
+          "engine.zero_stage=3 engine.recompute=selective" "model.mlp=gelu model.norm=layernorm engine.recompute=full" "engine.dtype=fp32" "data.sequence_length=4096 engine.zero_stage=2"; do
+          settings+=("model=llama_1b data.sequence_length=16384 launch.num_ranks=$ranks model.num_layers=4 $more")
+        done
+        limited 300 8 "memory_$ranks" python3 -m tests.long_step --json "$out/memory_$ranks.json" "${settings[@]}"
+      done ;;
+    million) limited 590 2 million python3 -m tests.long_step --json "$out/million.json" "$long data.sequence_length=1000000 launch.num_ranks=1" ;;
+    half_million) limited 300 2 half_million python3 -m tests.long_step --json "$out/half_million.json" "$long data.sequence_length=524288 launch.num_ranks=1" ;;
+    two_million) limited 400 2 two_million python3 -m tests.long_step --json "$out/two_million.json" "$long model.num_layers=2 data.sequence_length=2097152 launch.num_ranks=2" ;;
     faults) limited 120 6 watchdog python3 -m pytest -q -p no:cacheprovider tests/gpu/test_watchdog.py ;;
     sanitizer)
       for tool in memcheck racecheck synccheck initcheck; do

@@ -43,7 +43,9 @@ CPU_WARNING = "ON THE CPU memory is that of whole processes, libraries too: thes
 
 @dataclass(frozen=True)
 class Probe:
-    """Training steps on random tokens, as the task of the ranks; rank 0 writes what they took to the run dir."""
+    """The configured number of training steps on random tokens, as the task of the ranks; rank 0 writes to the run dir
+    what they took.
+    """
 
     config: Config
 
@@ -70,7 +72,7 @@ class Probe:
         sharder = build_sharder(plan, engine)
         batches = sharder.steps(_random_sequences(plan.config), plan.accumulation_steps)
         clock = metrics.StepClock()
-        for micro_batches in (next(batches) for _ in range(NUM_STEPS)):
+        for micro_batches in (next(batches) for _ in range(plan.config.num_steps)):
             clock.restart()
             engine.train_step(micro_batches)
             clock.tick()

@@ -1,0 +1,70 @@
+"""What single training steps take, time and memory, beside what was predicted, on random tokens.
+
+    python -m tests.long_step --json FILE "model=llama_8b model.num_layers=8 data.sequence_length=1048576" "..."
+
+takes the overrides of one setting in each argument, and starts its ranks anew. One step unless num_steps says more; the
+fastest counts. Peaks are what PyTorch's allocator gave out; on the CPU the process's own. `recipe=max_length` makes
+the same probes, and looks for the longest sequence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+
+import train  # noqa: F401 - registers the schema
+from conf.compose import to_config
+from conf.schema import Config
+from recipes import launch, memory_report
+from recipes.max_length import NO_MEMORY_FILE, PROBE_FILE, Probe
+from recipes.ranks import RunFailed
+
+
+def step(config: Config) -> dict[str, Any]:
+    """Of one setting: what it took, or `error` if it ran out of memory; and `predicted_gib` where it is predicted."""
+    num_ranks = launch.count_ranks(config)
+    plan = launch.make_plan(config, num_ranks)
+    row: dict[str, Any] = {"num_ranks": num_ranks}
+    if memory_report.refused(config) is None:
+        found = memory_report.moments(config, plan.degrees, plan.method, plan.local_tokens)
+        fullest = max(found, key=lambda moment: moment.total)
+        row |= {"predicted_gib": fullest.total / 2**30, "fullest_at": fullest.name}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            launch.start(Probe(config), num_ranks, Path(folder))
+        except RunFailed:
+            failed = Path(folder, NO_MEMORY_FILE)
+            if not failed.exists():
+                raise
+            return {**row, "error": failed.read_text(encoding="utf-8")}
+        return {**row, **json.loads(Path(folder, PROBE_FILE).read_text(encoding="utf-8"))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What single training steps take, on random tokens.")
+    parser.add_argument("settings", nargs="+", help="overrides of train.py's, of one setting each")
+    parser.add_argument("--json", type=Path, help="also write the table to this file")
+    options = parser.parse_args()
+    rows = []
+    for setting in options.settings:
+        with hydra.initialize(version_base="1.3", config_path="../conf"):
+            config = to_config(hydra.compose("config", ["num_steps=1", *shlex.split(setting)]))
+        rows.append({"setting": setting, "torch": torch.__version__, **step(config)})
+        found = "out of memory"
+        if "error" not in rows[-1]:
+            found = "peak {peak_gib:.2f} GiB, step {step_time_s:.2f} s, {tokens_per_s:,.0f} tokens/s".format(**rows[-1])
+        predicted = "{predicted_gib:.2f} GiB predicted".format(**rows[-1]) if "predicted_gib" in rows[-1] else ""
+        print(f"{setting}: {found}; {predicted}", flush=True)
+        if options.json:  # a crash loses nothing
+            options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
