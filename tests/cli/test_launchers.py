@@ -14,6 +14,9 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
+from recipes.checkpoint_files import newest_first, read_manifest
 from tests.cli.program import LONG, SMALL, Finished, Program, Running, wandb
 
 BIN = Path(sys.executable).parent
@@ -78,6 +81,20 @@ def test_a_rank_of_torchruns_that_loses_another_says_where_it_was_in_a_line(prog
     assert re.search(rf"^error: rank 1 failed \({place}.*\): (\w+\.)*\w*Error: .*$", result.stderr, re.MULTILINE)
     assert f"this one's log: {result.run_dir}/logs/rank_1.log\n" in result.stderr
     assert "[rank1]: Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(("launcher", "number"), [(None, signal.SIGUSR1), (TORCHRUN, signal.SIGTERM)])
+def test_a_signal_to_the_program_that_was_started_saves(program, launcher: list[str] | None, number: int):
+    with program.started(*LONG, launcher=launcher) as running:
+        running.until(lambda: re.search(r"step +4/", running.stdout))
+        running.family()
+        running.process.send_signal(number)
+        result = running.finish()
+        running.assert_nothing_is_left()
+    assert result.exit_code == 143 or launcher
+    assert (result.run_dir / "logs" / "told_to_end").exists()
+    [checkpoint] = newest_first(result.run_dir)
+    assert f"told to end after step {read_manifest(checkpoint).step}: the same command " in result.stdout
 
 
 @contextlib.contextmanager
