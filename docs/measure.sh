@@ -97,7 +97,8 @@ for stage in "$@"; do
         done
         limited 300 8 "memory_$ranks" python3 -m tests.long_step --json "$out/memory_$ranks.json" "${settings[@]}"
       done ;;
-    million) limited 590 2 million python3 -m tests.long_step --json "$out/million.json" "$long data.sequence_length=1000000 launch.num_ranks=1" ;;
+    million) # takes 130 GiB of the host
+      limited 590 2 million python3 -m tests.long_step --json "$out/million.json" "$long data.sequence_length=1000000 launch.num_ranks=1" ;;
     half_million) limited 300 2 half_million python3 -m tests.long_step --json "$out/half_million.json" "$long data.sequence_length=524288 launch.num_ranks=1" ;;
     two_million) limited 400 2 two_million python3 -m tests.long_step --json "$out/two_million.json" "$long model.num_layers=2 data.sequence_length=2097152 launch.num_ranks=2" ;;
     faults) limited 120 6 watchdog python3 -m pytest -q -p no:cacheprovider tests/gpu/test_watchdog.py ;;

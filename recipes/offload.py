@@ -93,11 +93,13 @@ class ActivationOffload:
         self._wait_for(kept.layer)
         if (before := _alive(kept.layer.before)) is not None:
             self._brought_back(before)
-        return on_device[kept.number]
+        return on_device[kept.number].detach()  # autograd makes what it gets its own, with all that it came from
 
     def _pack_input(self, tensor: Tensor) -> Tensor | _Handle:
-        """Of what checkpoint keeps, all but the angles of the positions, without gradients: layers share them."""
-        return self.pack(tensor) if tensor.requires_grad else tensor
+        """Of what checkpoint keeps, the layer's input: not the angles of the positions, which layers share, nor the
+        empty leaf that older PyTorches keep.
+        """
+        return self.pack(tensor) if tensor.grad_fn is not None else tensor
 
     def _brought_back(self, layer: _Layer) -> list[Tensor]:
         if layer.on_device is None:

@@ -76,12 +76,19 @@ def test_two_layers_are_on_the_device_whatever_their_number(recompute: str):
         layers.append(weakref.ref(made := kind(*arguments)))
         return made
 
+    def kept_with_graphs() -> int:
+        alive = [layer for kept in layers if (layer := kept())]
+        return sum(tensor.grad_fn is not None for layer in alive for tensor in layer.on_device or [])
+
+    graphs: list[int] = []  # once attention is there: what else would live as long as what is kept
     tokens = torch.randint(0, 257, (1, LENGTH))
     with patch.object(offload, "_Layer", side_effect=make):
         loss = model(tokens, torch.arange(LENGTH).unsqueeze(0), tokens)
     assert on_device() == [4, 5]
     for index, layer in enumerate(model.layers):
         layer.register_forward_pre_hook(lambda *_, index=index: seen.append((index, on_device())))
+        layer.get_submodule("attention.out").register_forward_pre_hook(lambda *_: graphs.append(kept_with_graphs()))
     loss.backward()
     assert seen == [(5, [4, 5]), (4, [3, 4]), (3, [2, 3]), (2, [1, 2]), (1, [0, 1]), (0, [0])]
+    assert graphs == [0] * num_layers
     assert on_device() == []
