@@ -71,13 +71,12 @@ def moments(config: Config, degrees: Degrees, method: str, local_tokens: int) ->
     layer, hidden = _layer_bytes(model, size, method, mlp_tile), size * model.hidden_size
     norm = _norm_bytes(model, size)
     angles = 4 * model.head_dim  # cos and sin of the positions, which all layers share
-    attention = size * model.num_heads * model.head_dim + 4 * model.num_heads  # out and lse
     if engine.recompute == "none":
         kept, again = model.num_layers * sum(layer.values()), 0
     else:
         on_device = min(2, model.num_layers) if engine.offload_activations else model.num_layers  # `recipes.offload`
         kept = on_device * kept_layer_bytes(config)
-        again = sum(layer.values()) - (attention if engine.recompute == "selective" else 0)
+        again = sum(layer.values()) - (kept_layer_bytes(config) - hidden)  # attention's results are kept, if selective
         if model.norm == "layernorm" or size == 4:
             again -= hidden  # the layer's input, which its norm keeps: it is kept already
     kept += angles

@@ -107,8 +107,7 @@ class RunningSum:
     def add_several(self, parts: Parts, is_last: bool) -> None:
         """Add parts of all rows, which may overlap; the last ones are rounded once, together."""
         if self._total is None and parts:
-            # the first one as it is, if it is the whole
-            self.add(*parts[0], False)
+            self.add(*parts[0], False)  # as it is, if it is the whole
             parts = parts[1:]
         if not is_last or self._dtype == self._state_dtype:
             for part in parts:
@@ -116,10 +115,10 @@ class RunningSum:
             return
         if not parts:
             return
+        assert all(len(part) == self._shape[0] for _, _, part in parts), "parts are of all rows"
         edges = sorted({0, self._shape[1], *(edge for _, tokens, _ in parts for edge in (tokens.start, tokens.stop))})
         target = self._room(True)
         for start, stop in itertools.pairwise(edges):
-            assert all(len(part) == self._shape[0] for _, _, part in parts), "parts are of all rows"
             inside = [
                 part[:, start - tokens.start : stop - tokens.start]
                 for _, tokens, part in parts

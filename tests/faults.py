@@ -18,6 +18,7 @@ import re
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -394,8 +395,8 @@ def main() -> int:
         table.append(run_fault(name, options.seed))
     print(f"\n{'fault':32} tried survived lost  seconds to the end: median, longest")
     for row in table:
-        ends = sorted(row["end_s"])
-        seconds = f"{ends[len(ends) // 2]:6.2f} {ends[-1]:6.2f}" if ends else ""
+        ends = row["end_s"]
+        seconds = f"{statistics.median(ends):6.2f} {max(ends):6.2f}" if ends else ""
         print(f"{row['fault']:32} {row['tried']:5} {row['survived']:8} {row['lost']:4}  {seconds}")
     if options.json:
         summary = {
