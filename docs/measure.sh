@@ -9,11 +9,13 @@
 #   training   the same, training                                         ceilings   matrix products and attention alone
 #   copies     RA+SP with both transports, in turns
 #   step       training at L = 131,072 beside its parts                   short      attention alone at 2k to 8k tokens
-#   rivals_10k, rivals_100k: RA+SP, TP=2, PP=2 and DP, both recipes       sanitizer  memory and races of our kernels, on one GPU
-#   faults     a stopped rank                                             heads_512  attention alone with heads of 512
+#   rivals_forward_10k, rivals_forward_100k, rivals_training_10k, rivals_training_100k: RA+SP, TP=2, PP=2 and DP
+#   sanitizer  memory and races of our kernels, on one GPU
+#   faults     a stopped rank                                             heads_512, heads_512_10k  attention alone with heads of 512
 #   parts_10k  where training on paper_10k goes, by ring attention and DP
-#   memory     steps' peaks, predicted and measured         million, half_million, two_million: one step with 8B-shaped layers
+#   memory_1, memory_2  steps' peaks, predicted and measured    million, half_million, two_million: one step with 8B-shaped layers
 #   ring_blocks  each kernel call of a ring of two by itself, on one GPU
+#   On more than two GPUs: wide_cells, wide_bench, wide_forward_10k, wide_forward_100k, wide_training_10k, wide_training_100k; scaling
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(realpath "$1"); shift
@@ -37,6 +39,11 @@ rivals() { # rivals SECONDS RECIPE WORKLOAD MICRO_BATCH_SIZES ROUNDS OVERRIDES..
   compare "$seconds" "rivals_${workload}_$recipe" compare.recipe="$recipe" workload="$workload" compare.micro_batch_sizes="$sizes" \
     compare.rounds="$rounds" compare.only=[tp_pp,pp,ra_sp,dp] breakdown=false "$@"
 }
+wide() { # wide SECONDS RECIPE WORKLOAD MICRO_BATCH_SIZES OVERRIDES...
+  local seconds=$1 recipe=$2 workload=$3 sizes=$4; shift 4
+  compare "$seconds" "wide_${workload}_$recipe" compare.recipe="$recipe" workload="$workload" compare.micro_batch_sizes="$sizes" \
+    compare.rounds=2 compare.only=[tp_pp,tp,ra_sp,hybrid,ulysses,all_gather,dp] breakdown=false "$@"
+}
 bench() { # bench SECONDS NAME LENGTH OVERRIDES...
   local seconds=$1 name=$2 length=$3; shift 3
   limited "$seconds" 14 "$name" python3 train.py recipe=bench_attention model=llama_8b model.num_kv_heads=32 \
@@ -59,13 +66,11 @@ for stage in "$@"; do
     training)
       compare 420 training_10k compare.recipe=pretrain compare.micro_batch_sizes=[1,2]
       compare 420 training_100k compare.recipe=pretrain workload=paper_100k compare.rounds=2 ;;
-    rivals_10k)
-      rivals 200 forward paper_10k [1,2] 2
-      # the batch by hand: a multiple of 4 sequences in each of a pipeline's 16 micro-batches makes steps of 13 s
-      rivals 430 pretrain paper_10k [1,2,4] 2 compare.fit=false engine.train_batch_size=32 ;;
-    rivals_100k)
-      rivals 190 forward paper_100k [1] 2
-      rivals 400 pretrain paper_100k [1] 2 ;;
+    rivals_forward_10k) rivals 200 forward paper_10k [1,2] 2 ;;
+    rivals_forward_100k) rivals 190 forward paper_100k [1] 2 ;;
+    # the batch by hand: a multiple of 4 sequences in each of a pipeline's 16 micro-batches makes steps of 13 s
+    rivals_training_10k) rivals 430 pretrain paper_10k [1,2,4] 2 compare.fit=false engine.train_batch_size=32 ;;
+    rivals_training_100k) rivals 400 pretrain paper_100k [1] 2 ;;
     parts_10k) # where RA+SP's training step goes, beside DP's, and the kernel for heads of 512 on its blocks
       compare 330 parts_10k compare.recipe=pretrain compare.only=[ra_sp,ra_p2p,dp] compare.baseline=dp compare.rounds=1 compare.micro_batch_sizes=[2,4] \
         "+compare.entries.ra_p2p=['+experiment=ra_sp','attention.transport=p2p']"
@@ -82,25 +87,42 @@ for stage in "$@"; do
     short)
       for length in 2048 4096 8192; do bench 60 "attention_$length" $length; done ;;
     heads_512) bench 90 heads_512 32768 model=paper_10k model.num_kv_heads=16 engine.dtype=fp16 ;;
+    heads_512_10k) bench 120 heads_512_10k 10000 model=paper_10k model.num_kv_heads=16 engine.dtype=fp16 engine.micro_batch_size=4 compare.rounds=4 ;;
     simulated) CUDA_VISIBLE_DEVICES=${GPU:-0} bench 150 simulated_64k 65536 launch.num_ranks=1 ;;
     blocks) CUDA_VISIBLE_DEVICES=${GPU:-0} limited 300 22 blocks python3 -m tests.block_speeds --json "$out/block_speeds.json" ;;
     ring_blocks)
       for length in 16384 65536 131072; do
         CUDA_VISIBLE_DEVICES=${GPU:-0} limited 60 13 "ring_blocks_$length" python3 -m tests.ring_blocks --length $length --json "$out/ring_blocks_$length.json"
       done ;;
-    memory) # predicted and measured: one rank, then all
-      for ranks in 1 2; do
-        settings=()
-        for more in "" "engine.recompute=full" "engine.recompute=selective" "engine.recompute=selective engine.tile_tokens=4096" \
-          "engine.zero_stage=3 engine.recompute=selective" "model.mlp=gelu model.norm=layernorm engine.recompute=full" "engine.dtype=fp32" "data.sequence_length=4096 engine.zero_stage=2"; do
-          settings+=("model=llama_1b data.sequence_length=16384 launch.num_ranks=$ranks model.num_layers=4 $more")
-        done
-        limited 300 8 "memory_$ranks" python3 -m tests.long_step --json "$out/memory_$ranks.json" "${settings[@]}"
-      done ;;
-    million) # takes 130 GiB of the host
-      limited 590 2 million python3 -m tests.long_step --json "$out/million.json" "$long data.sequence_length=1000000 launch.num_ranks=1" ;;
+    memory_*) # predicted and measured
+      ranks=${stage#memory_}
+      settings=()
+      for more in "" "engine.recompute=full" "engine.recompute=selective" "engine.recompute=selective engine.tile_tokens=4096" \
+        "engine.zero_stage=3 engine.recompute=selective" "model.mlp=gelu model.norm=layernorm engine.recompute=full" "engine.dtype=fp32" "data.sequence_length=4096 engine.zero_stage=2"; do
+        settings+=("model=llama_1b data.sequence_length=16384 launch.num_ranks=$ranks model.num_layers=4 $more")
+      done
+      limited 300 8 "memory_$ranks" python3 -m tests.long_step --json "$out/memory_$ranks.json" "${settings[@]}" ;;
+    million) # takes 96 GiB of the host, and the optimizer's 42
+      limited 570 2 million python3 -m tests.long_step --json "$out/million.json" "$long data.sequence_length=1000000 launch.num_ranks=1" ;;
     half_million) limited 300 2 half_million python3 -m tests.long_step --json "$out/half_million.json" "$long data.sequence_length=524288 launch.num_ranks=1" ;;
     two_million) limited 400 2 two_million python3 -m tests.long_step --json "$out/two_million.json" "$long model.num_layers=2 data.sequence_length=2097152 launch.num_ranks=2" ;;
+    wide_cells) # only the host is slow, so in parts at once
+      for part in 0 1 2 3; do
+        limited 400 2 "parity_part_$part" python3 -m tests.distributed.parity --least-ranks "$(nvidia-smi -L | wc -l)" --part $part 4 --json "$out/parity_part_$part.json" &
+      done
+      wait ;;
+    wide_bench) for length in 32768 65536 131072; do bench 120 "attention_$length" $length; done ;;
+    wide_forward_10k) wide 440 forward paper_10k [1,2,4] ;;
+    wide_forward_100k) wide 300 forward paper_100k [1] ;;
+    # the batch by hand: see rivals_10k
+    wide_training_10k) wide 550 pretrain paper_10k [1,2,4] compare.fit=false engine.train_batch_size=32 ;;
+    wide_training_100k) wide 400 pretrain paper_100k [1] ;;
+    scaling)
+      for kind in strong weak; do
+        limited 300 14 "${kind}_scaling" python3 train.py recipe=compare +experiment=${kind}_scaling compare.steps_per_round=1 compare.rounds=2 breakdown=false \
+          hydra.run.dir="$out/runs/${kind}_scaling"
+        cp "$out/runs/${kind}_scaling/comparison.json" "$out/${kind}_scaling.json" 2> /dev/null
+      done ;;
     faults) limited 120 6 watchdog python3 -m pytest -q -p no:cacheprovider tests/gpu/test_watchdog.py ;;
     sanitizer)
       for tool in memcheck racecheck synccheck initcheck; do

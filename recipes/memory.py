@@ -15,6 +15,7 @@ from conf.schema import Config, Degrees, ModelConfig
 MOST_RANKS = 2**16  # that are thought of
 LOGITS_BYTES = 2**30  # that exist at once, if nothing is said
 MLP_BYTES = 2**31  # of an MLP's hidden activations and their gradients that exist at once, if nothing is said
+LAYERS_ON_DEVICE = 2  # whose kept tensors are there at any time with engine.offload_activations: see `recipes.offload`
 TILE_MULTIPLE = 256  # tokens: matrix products like round numbers
 
 
@@ -100,10 +101,21 @@ def mlp_bytes(config: Config) -> int:
 
 
 def kept_layer_bytes(config: Config) -> int:
-    """Per token: what is kept of a layer that is computed again: its input, and attention's output and lse."""
+    """Per token: what is kept of a layer that is computed again."""
+    return sum(_kept_tensors(config))
+
+
+def host_bytes(config: Config, local_tokens: int) -> int:
+    """What engine.offload_activations moves of a micro-batch: pinned memory comes in powers of two."""
+    tensors = [2 ** math.ceil(math.log2(per_token * local_tokens)) for per_token in _kept_tensors(config)]
+    return max(0, config.model.num_layers - LAYERS_ON_DEVICE) * sum(tensors)
+
+
+def _kept_tensors(config: Config) -> list[int]:
+    """Per token: a layer's input and, if recompute is selective, attention's output and lse."""
     model, size = config.model, 4 if config.engine.dtype == "fp32" else 2
-    attention = size * model.num_heads * model.head_dim + 4 * model.num_heads
-    return size * model.hidden_size + (attention if config.engine.recompute == "selective" else 0)
+    attention = [size * model.num_heads * model.head_dim, 4 * model.num_heads]
+    return [size * model.hidden_size, *(attention if config.engine.recompute == "selective" else [])]
 
 
 def banner_rows(config: Config, local_tokens: int) -> list[tuple[str, str]]:
@@ -123,9 +135,9 @@ def banner_rows(config: Config, local_tokens: int) -> list[tuple[str, str]]:
     if config.engine.offload_optimizer:
         rows.append(("offload", "the optimizer's state and its step on the host"))
     if config.engine.offload_activations:
-        num_bytes = config.model.num_layers * kept_layer_bytes(config) * local_tokens
         what = "layers' inputs" + (" and attention's results" if config.engine.recompute == "selective" else "")
-        rows.append(("offload", f"{what} of a micro-batch: {gib(num_bytes)} GiB per rank of the host's memory"))
+        moved = gib(host_bytes(config, local_tokens))
+        rows.append(("offload", f"{what} of a micro-batch: {moved} GiB per rank of the host's memory"))
     return rows
 
 

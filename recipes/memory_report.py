@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from conf.schema import Config, Degrees, ModelConfig
 from recipes.memory import (
+    LAYERS_ON_DEVICE,
     bucket_size,
     changed,
     gib,
@@ -74,7 +75,7 @@ def moments(config: Config, degrees: Degrees, method: str, local_tokens: int) ->
     if engine.recompute == "none":
         kept, again = model.num_layers * sum(layer.values()), 0
     else:
-        on_device = min(2, model.num_layers) if engine.offload_activations else model.num_layers  # `recipes.offload`
+        on_device = min(LAYERS_ON_DEVICE, model.num_layers) if engine.offload_activations else model.num_layers
         kept = on_device * kept_layer_bytes(config)
         again = sum(layer.values()) - (kept_layer_bytes(config) - hidden)  # attention's results are kept, if selective
         if model.norm == "layernorm" or size == 4:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from recipes.memory import LAYERS_ON_DEVICE
+
 
 @dataclass(eq=False)
 class _Layer:
@@ -23,9 +25,11 @@ class _Layer:
 
     Args:
         before: the layer computed before this one, whose turn is next in the backward pass.
+        stays: on the device alone.
     """
 
     before: weakref.ref[_Layer] | None
+    stays: bool
     on_host: list[Tensor] = field(default_factory=list)
     on_device: list[Tensor] | None = field(default_factory=list)
     copied: torch.Event | None = None  # all that was begun last, there or back
@@ -41,10 +45,10 @@ class ActivationOffload:
 
     Two layers' tensors are on the device at any time, whatever the number of layers: in the forward pass those of the
     layer that is computed and of the one before, which are copied meanwhile; in the backward pass those of the layer
-    that is computed and of the next one, which come back meanwhile. The stream that computes waits for copies before
-    it lets go of a tensor, or uses it, and copies wait for what was computed before them. So all memory belongs to the
-    stream that computes and is free again in its order: `record_stream` would have it wait until the host has seen the
-    copy's end, and the host runs whole layers ahead.
+    that is computed and of the next one, which come back meanwhile. So the last two layers' are never copied. The
+    stream that computes waits for copies before it lets go of a tensor, or uses it, and copies wait for what was
+    computed before them. So all memory belongs to the stream that computes and is free again in its order:
+    `record_stream` would have it wait until the host has seen the copy's end, and the host runs whole layers ahead.
 
     On the CPU, where nothing is won, tensors are copied all the same.
     """
@@ -56,14 +60,18 @@ class ActivationOffload:
         self._current: _Layer | None = None
 
     @contextmanager
-    def layer(self) -> Iterator[None]:
-        """To be in while a layer is computed under `torch.utils.checkpoint`, whose input is kept on the host then."""
+    def layer(self, num_after: int) -> Iterator[None]:
+        """To be in while a layer is computed under `torch.utils.checkpoint`, whose input is kept on the host then.
+
+        Args:
+            num_after: how many layers of this forward pass are computed after it.
+        """
         before = _alive(self._last)
         two_before = before and _alive(before.before)
         if two_before is not None and two_before.on_device is not None:
             self._wait_for(two_before)
             two_before.on_device = None
-        self._current = _Layer(self._last)
+        self._current = _Layer(self._last, num_after < LAYERS_ON_DEVICE)
         self._last = weakref.ref(self._current)
         try:
             with saved_tensors_hooks(self._pack_input, self.unpack):
@@ -79,11 +87,12 @@ class ActivationOffload:
         if tensor.is_cuda and self._copies is None:
             self._copies = torch.cuda.Stream(tensor.device)
         self._device = tensor.device
-        on_host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        self._copy(layer, [on_host], [tensor])
-        layer.on_host.append(on_host)
+        if not layer.stays:
+            on_host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._copy(layer, [on_host], [tensor])
+            layer.on_host.append(on_host)
         layer.on_device.append(tensor)
-        return _Handle(layer, len(layer.on_host) - 1)
+        return _Handle(layer, len(layer.on_device) - 1)
 
     def unpack(self, kept: Tensor | _Handle) -> Tensor:
         """What was packed, on its device again; begins to bring back what the layer before has packed."""

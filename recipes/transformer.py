@@ -154,18 +154,18 @@ class Transformer(nn.Module):
     def _hidden(self, tokens_BS: Tensor, positions_1S: Tensor) -> Tensor:
         cos, sin = rotary_cos_sin(positions_1S, self.config.head_dim, self.config.rope_theta)
         x_BSE = self.embedding(tokens_BS)
-        for layer in self.layers:
-            x_BSE = self._through(layer, x_BSE, cos, sin)
+        for index, layer in enumerate(self.layers):
+            x_BSE = self._through(layer, index, x_BSE, cos, sin)
         return self.final_norm(x_BSE)
 
-    def _through(self, layer: nn.Module, *inputs: Tensor) -> Tensor:
+    def _through(self, layer: nn.Module, index: int, *inputs: Tensor) -> Tensor:
         if self.recompute == "none" or not torch.is_grad_enabled():
             return layer(*inputs)
         offload, context_fn = self._offload, noop_context_fn
         if self.recompute == "selective":
             packing = () if offload is None else (offload.pack, offload.unpack)
             context_fn = functools.partial(keeping_attention, *packing)
-        with contextlib.nullcontext() if offload is None else offload.layer():
+        with contextlib.nullcontext() if offload is None else offload.layer(self.config.num_layers - 1 - index):
             return checkpoint(
                 layer,
                 *inputs,

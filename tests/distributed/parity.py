@@ -142,7 +142,8 @@ class Cell:
         )
 
 
-def full_table() -> list[Cell]:
+def full_table(device: str) -> list[Cell]:
+    """Of a kind of device; on GPUs rings have copies beside messages."""
     cells = [
         Cell(dtype, stage, ring, data, accumulation, length)
         for ring, data, dtype, stage, accumulation, length in itertools.product(
@@ -150,9 +151,16 @@ def full_table() -> list[Cell]:
         )
     ]
     cells += [
-        Cell(dtype, stage, ring, 1, accumulation, length, method=method, ulysses_degree=ulysses)
-        for (method, ring, ulysses), dtype, stage, (accumulation, length) in itertools.product(
-            (("ulysses", 1, 2), ("hybrid", 2, 2), ("all_gather", 2, 1), ("all_gather", 4, 1)),
+        # Ulysses cuts key-value heads, of which the other model has more
+        Cell(dtype, stage, ring, 1, accumulation, length, method=method, ulysses_degree=ulysses, model=model)
+        for (method, ring, ulysses, model), dtype, stage, (accumulation, length) in itertools.product(
+            (
+                ("ulysses", 1, 2, "llama"),
+                ("ulysses", 1, 4, "gpt"),
+                ("hybrid", 2, 2, "llama"),
+                ("all_gather", 2, 1, "llama"),
+                ("all_gather", 4, 1, "llama"),
+            ),
             ("fp32", "bf16"),
             (0, 1, 2, 3),
             ((1, 29), (2, 32)),
@@ -182,6 +190,12 @@ def full_table() -> list[Cell]:
         )
         if sharded or tensor > 1
     ]
+    if device == "cuda":
+        cells += [
+            replace(cell, transport="copy_engine")
+            for cell in cells
+            if cell.method in ("ring", "hybrid") and cell.ring_degree > 1 and cell.data_degree == 1
+        ]
     return sorted(cells, key=lambda cell: cell.num_ranks)
 
 
@@ -435,19 +449,23 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="also write the table to this file")
     parser.add_argument("--ranks", type=int, default=8, help="leave out cells that need more ranks")
+    parser.add_argument("--least-ranks", type=int, default=1, help="leave out cells that need fewer ranks")
+    parser.add_argument(
+        "--part", type=int, nargs=2, default=(0, 1), metavar=("N", "OF"), help="of the rest take cells N, N + OF, ..."
+    )
     options = parser.parse_args()
     device = "cuda" if torch.cuda.device_count() >= 2 else "cpu"
     most_ranks = min(options.ranks, torch.cuda.device_count()) if device == "cuda" else options.ranks
     pool, rows = WorkerPool(device), []
-    print("method     dtype zero ring uly ten pip data accum    L |    loss    norm  gradient parameter  bf16 ratio |")
-    for cell in full_table():
-        if cell.num_ranks > most_ranks:
-            continue
+    print("method     transport   dtype zero ring uly ten pip data accum    L |", end="")
+    print("    loss    norm  gradient parameter  bf16 ratio |")
+    cells = [cell for cell in full_table(device) if options.least_ranks <= cell.num_ranks <= most_ranks]
+    for cell in cells[options.part[0] :: options.part[1]]:
         outcome = run_cell(pool, cell)
         ratio = "" if outcome.half_ratio is None else f"{outcome.half_ratio:.2f}"
         print(
-            f"{cell.method:10} {cell.dtype:5} {cell.zero_stage:4} {cell.ring_degree:4} {cell.ulysses_degree:3} "
-            f"{cell.tensor_degree:3} {cell.pipeline_degree:3} {cell.data_degree:4} "
+            f"{cell.method:10} {cell.transport:11} {cell.dtype:5} {cell.zero_stage:4} {cell.ring_degree:4} "
+            f"{cell.ulysses_degree:3} {cell.tensor_degree:3} {cell.pipeline_degree:3} {cell.data_degree:4} "
             f"{cell.accumulation_steps:5} {cell.length:4} | {outcome.loss:.1e} {outcome.grad_norm:.1e}   "
             f"{outcome.gradient:.1e}   {outcome.parameter:.1e} {ratio:>11} | {'ok' if outcome.passes else 'FAILED'}",
             flush=True,

@@ -51,4 +51,6 @@ def test_training_on_ranks_equals_one_process(pool: WorkerPool, cell: Cell):
 
 def test_the_full_table_holds_every_combination():
     tensor_pipeline = (6 + 4) * 2 * 2 * 2  # grids, with and without sharded norms; lengths; dtypes; models
-    assert len(set(full_table())) == 3 * 2 * 2 * 4 * 2 * 2 + 4 * 2 * 4 * 2 + 2 * 4 + tensor_pipeline
+    on_cpu = 3 * 2 * 2 * 4 * 2 * 2 + 5 * 2 * 4 * 2 + 2 * 4 + tensor_pipeline
+    assert len(set(full_table("cpu"))) == on_cpu
+    assert len(set(full_table("cuda"))) == on_cpu + (2 * 2 * 4 * 2 * 2 + 2 * 4 * 2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -58,6 +60,12 @@ def test_gradients_are_bit_equal_and_the_peak_is_lower(recompute: str):
 def test_zero_offload_equals_one_process(gpu_pool: WorkerPool, zero_stage: int):
     cell = Cell("bf16", zero_stage, 1, 1, 2, 29, offload_optimizer=True, offload_parameters=zero_stage == 3)
     outcome = run_cell(gpu_pool, cell)
+    assert outcome.passes, outcome
+
+
+def test_all_that_stretches_memory_together_equals_one_process(gpu_pool: WorkerPool):
+    cell = Cell("bf16", 3, 1, 1, 2, 29, model="deep", recompute="selective", offload_activations=True, tile_tokens=16)
+    outcome = run_cell(gpu_pool, replace(cell, offload_optimizer=True))
     assert outcome.passes, outcome
 
 

@@ -85,6 +85,7 @@ def test_two_layers_are_on_the_device_whatever_their_number(recompute: str):
     with patch.object(offload, "_Layer", side_effect=make):
         loss = model(tokens, torch.arange(LENGTH).unsqueeze(0), tokens)
     assert on_device() == [4, 5]
+    assert [bool(layer.on_host) for kept in layers if (layer := kept())] == [True] * 4 + [False] * 2
     for index, layer in enumerate(model.layers):
         layer.register_forward_pre_hook(lambda *_, index=index: seen.append((index, on_device())))
         layer.get_submodule("attention.out").register_forward_pre_hook(lambda *_: graphs.append(kept_with_graphs()))
