@@ -20,17 +20,20 @@ KEPT_BYTES = {"full": 2 * HIDDEN * LENGTH, "selective": (4 * HIDDEN + 4 * 8) * L
 
 
 def train(recompute: str, offload: bool) -> tuple[list[torch.Tensor], int, list[int]]:
-    """Gradients after three steps, each with micro-batches of two lengths; peak, and what is left after each step."""
+    """Gradients after three steps, each with micro-batches of two lengths; the peak of the last two, whose weights have
+    gradients all along, and what is left after each.
+    """
     config = ModelConfig(
         num_layers=NUM_LAYERS, hidden_size=HIDDEN, num_heads=8, num_kv_heads=8, head_dim=128, mlp_size=2048
     )
     with torch.device("cuda"):
         model = Transformer(config, LocalAttention("auto"), recompute=recompute, offload=offload).bfloat16()
     generator = torch.Generator().manual_seed(1)
-    torch.cuda.reset_peak_memory_stats()
     left = []
-    for _ in range(3):
-        model.zero_grad()
+    for step in range(3):
+        model.zero_grad(set_to_none=False)
+        if step == 1:
+            torch.cuda.reset_peak_memory_stats()
         for length in (LENGTH, LENGTH // 2):
             tokens = torch.randint(257, (1, length), generator=generator).cuda()
             loss = model(tokens, torch.arange(length, device="cuda").unsqueeze(0), tokens)
