@@ -42,7 +42,8 @@ rivals() { # rivals SECONDS RECIPE WORKLOAD MICRO_BATCH_SIZES ROUNDS OVERRIDES..
 wide() { # wide SECONDS RECIPE WORKLOAD MICRO_BATCH_SIZES OVERRIDES...
   local seconds=$1 recipe=$2 workload=$3 sizes=$4; shift 4
   compare "$seconds" "wide_${workload}_$recipe" compare.recipe="$recipe" workload="$workload" compare.micro_batch_sizes="$sizes" \
-    compare.rounds=2 compare.only=[tp_pp,tp,ra_sp,hybrid,ulysses,all_gather,dp] breakdown=false "$@"
+    compare.rounds=2 compare.only=[tp_pp,tp,ra_sp,hybrid,ulysses,all_gather,dp] breakdown=false \
+    "compare.entries.hybrid=['+experiment=hybrid','parallelism.ulysses_degree=2']" "$@"
 }
 bench() { # bench SECONDS NAME LENGTH OVERRIDES...
   local seconds=$1 name=$2 length=$3; shift 3
@@ -112,8 +113,8 @@ for stage in "$@"; do
       done
       wait ;;
     wide_bench) for length in 32768 65536 131072; do bench 120 "attention_$length" $length; done ;;
-    wide_forward_10k) wide 440 forward paper_10k [1,2,4] ;;
-    wide_forward_100k) wide 300 forward paper_100k [1] ;;
+    wide_forward_10k) wide 300 forward paper_10k [1,4] ;;
+    wide_forward_100k) wide 240 forward paper_100k [1] ;;
     # the batch by hand: see rivals_10k
     wide_training_10k) wide 550 pretrain paper_10k [1,2,4] compare.fit=false engine.train_batch_size=32 ;;
     wide_training_100k) wide 400 pretrain paper_100k [1] ;;
