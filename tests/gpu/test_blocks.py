@@ -115,3 +115,18 @@ def test_keys_that_are_the_values_and_dims_that_are_transposed(name, head_dim):
     if refusal := BLOCKS[name].supports(BlockSpec.of(q, k, k)):
         pytest.skip(refusal)
     assert_equal_attention(computed(name, q, k, k, dout, None, 0), oracle(q, k, k, dout, None, 0), torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_out_and_its_gradient_may_lie_otherwise_than_in_the_call_before(name):
+    q, k, v, dout = draw(256, 256, 8, 8, 64, 64, torch.bfloat16)
+    block = BLOCKS[name]
+    if refusal := block.supports(BlockSpec.of(q, k, v)):
+        pytest.skip(refusal)
+    out, lse = block.forward(q, k, v, None, 0, SCALE)
+    expected = block.backward(dout, q, k, v, out, lse, None, 0, SCALE)
+    by_heads = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (dout, out)]
+    for got, wanted in zip(
+        block.backward(by_heads[0], q, k, v, by_heads[1], lse, None, 0, SCALE), expected, strict=True
+    ):
+        torch.testing.assert_close(got, wanted)
