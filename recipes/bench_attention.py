@@ -228,8 +228,8 @@ class _Alone(Ring):
     def forward_keys(self, own: KeysValues, here: KeysValues | None, step: int, way: str) -> Any:
         return None, own if step + 1 < len(self.stages) else None
 
-    def receive(self, like: KeysValues, tokens: int, peer: int, room: str, dtype: torch.dtype | None = None) -> Moving:
-        return Moving(like.empty(tokens, dtype), peer, room)
+    def receive(self, like: KeysValues, tokens: int, peer: int, room: str) -> Moving:
+        return Moving(like.empty(tokens), peer, room)
 
     def post(self, purpose: str, sends: Any, receives: Any) -> None:
         return None

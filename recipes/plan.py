@@ -32,7 +32,6 @@ from ring_attention.choose import MESSAGE_LATENCY_MS, Candidate, Links, Workload
 from ring_attention.exchange import choose_transport
 from ring_attention.layout import Layout
 from ring_attention.mask import CAUSAL
-from ring_attention.ring import gradient_dtype
 from ring_attention.schedule import imbalance, tokens_sent, work_per_rank
 
 CPU_TFLOPS = 0.02  # attained by two cores
@@ -352,8 +351,7 @@ class Plan:
             if moves:
                 keys, gradients = tokens_sent(layout, CAUSAL, ring_rank)
                 forward = keys * per_token * DTYPES[engine.dtype].itemsize
-                dtype = gradient_dtype(DTYPES[engine.dtype], self.degrees.ring)
-                backward = forward + gradients * per_token * dtype.itemsize
+                backward = forward + gradients * per_token * DTYPES[engine.dtype].itemsize
                 line += f"; sends {forward / 2**20:.2f} MiB on the ring forward, {backward / 2**20:.2f} back"
             lines.append(line)
         lines.append(f"  imbalance (lockstep stages / mean rank) {imbalance(layout):.3f}")

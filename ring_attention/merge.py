@@ -9,29 +9,31 @@ al. 2022, section 3.1.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 
 def add_up(target: Tensor, addends: list[Tensor]) -> None:
-    """The sum of [B, S, H, D] tensors of 16 bits or fp32, added in fp32 and rounded once.
+    """The sum of [B, S, H, D] tensors, added in fp32 (fp64 for fp64 ones) and rounded once, to `target`'s dtype.
 
-    `target` may be the first of them. Of two, PyTorch's own addition does that.
+    `target` may be the first of them.
     """
+    dtype = functools.reduce(torch.promote_types, [addend.dtype for addend in addends], torch.float32)
     if len(addends) == 1:
-        if target.data_ptr() != addends[0].data_ptr():
-            target.copy_(addends[0])
-    elif len(addends) == 2:
-        torch.add(*addends, out=target)
-    elif target.is_cuda and len(addends) == 3:
+        target.copy_(addends[0])
+    elif target.is_cuda and len(addends) == 3 and dtype == torch.float32:
         from ring_attention.merge_triton import add_three_on_gpu  # needs Triton, which a CPU build of PyTorch lacks
 
         add_three_on_gpu(target, *addends)
     else:
-        total = addends[0].float()
-        for other in addends[1:]:
+        total = addends[0]
+        if len(addends) > 2 or target.dtype == dtype:  # else there is one addition, which PyTorch does in fp32 anyway
+            total = total.to(dtype)
+        for other in addends[1:-1]:
             total = total + other
-        target.copy_(total)
+        torch.add(total, addends[-1], out=target)
 
 
 def merge(

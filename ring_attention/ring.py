@@ -25,11 +25,10 @@ from ring_attention.layout import Layout
 from ring_attention.mask import Mask
 from ring_attention.running import Parts, PiecewiseSum, RunningAttention, RunningSum
 from ring_attention.schedule import (
-    HOME_ROOM,
     BlockPair,
     Spans,
     Stage,
-    gradients_room,
+    home_room,
     keys_room,
     num_tokens,
     tokens_in_rooms,
@@ -62,11 +61,11 @@ class Ring:
         out, into = ([Move(moving.what.parts, *moving[1:]) for moving in moves] for moves in (sends, receives))
         return self.exchange.post(purpose, out, into)
 
-    def receive(self, like: KeysValues, tokens: int, peer: int, room: str, dtype: torch.dtype | None = None) -> Moving:
+    def receive(self, like: KeysValues, tokens: int, peer: int, room: str) -> Moving:
         """What will come from `peer`: so many tokens of the same kind."""
         assert self.exchange is not None
         k = like.k_BTKD
-        message = self.exchange.room(room, like.numel(tokens), dtype or k.dtype, k.device)
+        message = self.exchange.room(room, like.numel(tokens), k.dtype, k.device)
         return Moving(KeysValues.of_message(message, like.shapes_of(tokens)), peer, room)
 
     def forward_keys(
@@ -132,11 +131,19 @@ def ring_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the local q, k, v; out and lse are the merged ones, so each block's softmax is the global one.
 
-    Every rank must call it. K,V travel again; their gradients follow one stage behind, as `gradient_dtype` says, and go
-    home from the last rank that used them. Where all come home after the last stage, part of the local block is left
-    for when they are on their way (`split`).
+    Every rank must call it. K,V travel again. Each stage's dK,dV go straight home, as the kernel gives them, in the
+    input's dtype, and are summed there in fp32. Where some come home after the last stage, part of the local block is
+    left for when they are on their way (`split`).
     """
     return _Backward(ring, dout_BSHE, q_BSHD, kv, out_BSHE, lse_BHS).run()
+
+
+class _ComingHome(NamedTuple):
+    """dK,dV of own tokens, from the rank that had the keys in stage `step`."""
+
+    step: int
+    what: KeysValues
+    spans: Spans
 
 
 class _Backward:
@@ -147,19 +154,16 @@ class _Backward:
     ) -> None:
         self._ring, self._kv = ring, kv
         self._queries = dout_BSHE, q_BSHD, out_BSHE, lse_BHS
-        self._travel_dtype = gradient_dtype(kv.k_BTKD.dtype, len(ring.stages))
-        homes = [step for step, stage in enumerate(ring.stages) if stage.home is not None]
-        self._comes_home = bool(homes)
+        self._comes_home = any(stage.home is not None for stage in ring.stages)
         local = ring.stages[0].pairs
-        # earlier ones are added to own sums, which must not be empty then: they would keep the room itself
-        is_last = homes == [len(ring.stages) - 1]
+        is_last = ring.stages[-1].home is not None
         self._local = split(local, ring.block, len(q_BSHD)) if is_last else LocalBlock(Part(local))
         self._last = max((step for step, stage in enumerate(ring.stages) if step and stage.pairs), default=0)
         self._dq = PiecewiseSum(q_BSHD, self._local.row_cuts, self._local.query_cuts)
         self._own = [PiecewiseSum(part, self._local.row_cuts) for part in (kv.k_BTKD, kv.v_BTKE)]
-        self._gradients: KeysValues | None = None  # of the keys that are here, as summed by the ranks before
-        self._home: tuple[KeysValues, Spans] | None = None  # of own keys, on their way
-        self._hop: Hop | None = None  # which brings both
+        self._hop: Hop | None = None  # which takes gradients home
+        self._coming: _ComingHome | None = None  # with it
+        self._came: list[_ComingHome] = []  # and was not added yet
 
     def run(self) -> tuple[Tensor, Tensor, Tensor]:
         ring, here = self._ring, self._kv
@@ -168,14 +172,12 @@ class _Backward:
             sums, spans = self._sums_of(step)
             if here is not None:
                 for block in self._blocks(Part(stage.pairs) if step else self._local.at_once, here, stage.keys):
-                    self._arrive()  # waited for after the first block, which it overlaps
                     self._add(block, step, sums, spans)
                     del block
-            self._arrive()
-            if self._home is not None:
-                with labelled("merge"):
-                    for total, parts in zip(self._own, self._parts_from_home(), strict=True):
-                        total.add_several(parts, is_last=False)
+            self._arrive()  # which this stage's blocks overlapped
+            if self._came and self._came[0].step < step - 1:  # its room is wanted; two are added in one pass
+                self._add_own(self._came)
+                self._came = []
             self._post(step, sums)
             if hop is not None:
                 hop.wait()
@@ -192,46 +194,39 @@ class _Backward:
         """Where dK,dV of the keys that are here are summed, and which tokens of their source these are."""
         if step == 0:
             return self._own, self._ring.stages[0].keys
-        spans, dtype = self._ring.stages[step].gradients, self._travel_dtype
-        if self._gradients is None:
-            return [RunningSum(shape, dtype) for shape in self._kv.shapes_of(num_tokens(spans))], spans
-        parts = (self._gradients.k_BTKD, self._gradients.v_BTKE)
-        return [RunningSum(part.shape, dtype, part) for part in parts], spans  # more is added in place
+        spans = self._ring.stages[step].gradients
+        shapes = self._kv.shapes_of(num_tokens(spans))
+        return [RunningSum(shape, self._kv.k_BTKD.dtype) for shape in shapes], spans
 
     def _arrive(self) -> None:
         if self._hop is not None:
             self._hop.wait()
             self._hop = None
+        if self._coming is not None:
+            self._came.append(self._coming)
+            self._coming = None
 
     def _add(self, block: BlockGradients, step: int, sums: Sums, spans: Spans) -> None:
         """Add one block's gradients."""
         part = block.part
         keys = slice(start := offset(spans, part.k_start), start + part.num_keys)
         dq_ends = block.is_last and step == self._last
-        own_ends = block.is_last and sums is self._own and not self._comes_home
+        ends = block.is_last and (sums is not self._own or not self._comes_home)
         with labelled("merge"):
             self._dq.add(block.row, slice(part.q_start, part.q_stop), block.dq, dq_ends)
             for total, gradient in zip(sums, (block.dk, block.dv), strict=True):
-                total.add(block.row, keys, gradient, own_ends)
+                total.add(block.row, keys, gradient, ends)
 
     def _post(self, step: int, sums: Sums) -> None:
-        """Send on what was summed in this stage, and receive what the next one adds to, and own gradients."""
-        ring, stage, kv, sends, receives = self._ring, self._ring.stages[step], self._kv, [], []
-        if stage.gradients_to is not None:
-            if self._gradients is None:
-                self._gradients = KeysValues(*(total.result().contiguous() for total in sums))
-            room = HOME_ROOM if stage.gradients_to == stage.source else gradients_room(step)
-            sends.append(Moving(self._gradients, stage.gradients_to, room))
-        self._gradients = self._home = None
-        following = ring.stages[step + 1] if step + 1 < len(ring.stages) else None
-        if following is not None and following.gradients_from is not None:
-            tokens, room = num_tokens(following.gradients), gradients_room(step)
-            receives.append(ring.receive(kv, tokens, following.gradients_from, room, self._travel_dtype))
-            self._gradients = receives[-1].what
+        """Send the gradients of this stage's keys home, and receive those of own ones."""
+        ring, stage, sends, receives = self._ring, self._ring.stages[step], [], []
+        if stage.gradients:
+            gradients = KeysValues(*(total.result().contiguous() for total in sums))
+            sends.append(Moving(gradients, stage.source, home_room(step)))
         if stage.home is not None:
-            tokens = num_tokens(stage.home.spans)
-            receives.append(ring.receive(kv, tokens, stage.home.peer, HOME_ROOM, self._travel_dtype))
-            self._home = receives[-1].what, stage.home.spans
+            peer, spans = stage.home.peer, stage.home.spans
+            receives.append(ring.receive(self._kv, num_tokens(spans), peer, home_room(step)))
+            self._coming = _ComingHome(step, receives[-1].what, spans)
         self._hop = ring.post(f"backward dK,dV after stage {step}", sends, receives)
 
     def _finish(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -244,24 +239,29 @@ class _Backward:
                     self._dq.add(block.row, slice(part.q_start, part.q_stop), block.dq, block.is_last, later=True)
                 for parts, gradient in zip(left, (block.dk, block.dv), strict=True):
                     parts.append((block.row, slice(part.k_start, part.k_stop), gradient))
+        if self._coming is not None:
+            self._add_own(self._came)
+            self._came = []
         self._arrive()
+        self._add_own(self._came, left, is_last=True)
         with labelled("merge"):
-            for total, parts, more in zip(self._own, left, self._parts_from_home(), strict=True):
-                total.add_several(parts + more, is_last=True)
             return self._dq.result(), self._own[0].result(), self._own[1].result()
 
-    def _parts_from_home(self) -> tuple[Parts, Parts]:
-        """What came for dK and dV of this rank's own tokens."""
-        if self._home is None:
-            return [], []
-        keys, (come, spans), position = self._ring.stages[0].keys, self._home, 0
+    def _add_own(self, came: list[_ComingHome], left: tuple[Parts, Parts] = ([], []), is_last: bool = False) -> None:
+        """Add what came home, and what was left of the local block, to dK and dV of this rank's own tokens."""
+        with labelled("merge"):
+            for total, parts, number in zip(self._own, left, (0, 1), strict=True):
+                total.add_several([*parts, *(part for each in came for part in self._parts(each)[number])], is_last)
+
+    def _parts(self, came: _ComingHome) -> tuple[Parts, Parts]:
+        """What came for dK and for dV, by run of this rank's tokens."""
+        keys, position = self._ring.stages[0].keys, 0
         found: tuple[Parts, Parts] = [], []
-        for start, stop in spans:
+        for start, stop in came.spans:
             here = slice(offset(keys, start), offset(keys, start) + stop - start)
-            for parts, gradient in zip(found, (come.k_BTKD, come.v_BTKE), strict=True):
+            for parts, gradient in zip(found, (came.what.k_BTKD, came.what.v_BTKE), strict=True):
                 parts.append((ALL_ROWS, here, gradient[:, position : position + stop - start]))
             position += stop - start
-        self._home = None
         return found
 
 
@@ -289,24 +289,18 @@ def split(pairs: tuple[BlockPair, ...], kernel: Block, batch: int) -> LocalBlock
     return LocalBlock(Part((BlockPair(None, late),)), Part((BlockPair(None, early),)), (), (middle,))
 
 
-def gradient_dtype(dtype: torch.dtype, num_stages: int) -> torch.dtype:
-    """What dK,dV travel in: fp32 (fp64 for fp64 input), as ranks add to them on the way; of two stages as computed."""
-    return dtype if num_stages <= 2 else torch.promote_types(dtype, torch.float32)
-
-
 def rooms_in_bytes(layout: Layout, mask: Mask, k_BSKD: Tensor, v_BSKE: Tensor, trains: bool) -> dict[str, int]:
     """What `P2PExchange.connect` wants to know: the most that any rank receives in each room.
 
     Args:
         trains: whether there is a backward pass.
     """
-    kv, rooms = KeysValues(k_BSKD, v_BSKE), {}
-    travel_dtype = gradient_dtype(k_BSKD.dtype, layout.ring_degree)
-    for room, tokens in tokens_in_rooms(layout, mask).items():
-        is_keys = room.startswith("keys")
-        if is_keys or trains:
-            rooms[room] = kv.numel(tokens) * (k_BSKD.dtype if is_keys else travel_dtype).itemsize
-    return rooms
+    kv = KeysValues(k_BSKD, v_BSKE)
+    return {
+        room: kv.numel(tokens) * k_BSKD.dtype.itemsize
+        for room, tokens in tokens_in_rooms(layout, mask).items()
+        if trains or room.startswith("keys")
+    }
 
 
 class RingFunction(torch.autograd.Function):

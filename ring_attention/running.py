@@ -78,26 +78,22 @@ class RunningSum:
         self._is_in_place = False  # the total is where the result shall be
         self._state_dtype = torch.promote_types(dtype, torch.float32)
 
-    @property
-    def total(self) -> Tensor:
-        """So far."""
-        assert self._total is not None, "nothing was added"
-        return self._total
-
     def result(self) -> Tensor:
         """In `dtype`."""
+        assert self._total is not None, "nothing was added"
         if self._target is None or self._is_in_place:
-            return self.total.to(self._dtype)
-        return self._target().copy_(self.total)
+            return self._total.to(self._dtype)
+        return self._target().copy_(self._total)
 
     def add(self, row: slice, tokens: slice, part: Tensor, is_last: bool) -> None:
+        """Add one part, which is kept if it is the first and the whole."""
         if self._total is None:
             if part.shape == self._shape:
                 self._total = part
                 return
             self._total = part.new_zeros(self._shape, dtype=self._state_dtype)
         if is_last and self._dtype != self._state_dtype:
-            target = self._room(part.shape == self._shape)
+            target = self._room(self._total, part.shape == self._shape)
         else:
             # before, for PyTorch computes in the wider dtype of what it adds
             target = self._total = self._total.to(self._state_dtype)
@@ -105,35 +101,37 @@ class RunningSum:
         self._total = target
 
     def add_several(self, parts: Parts, is_last: bool) -> None:
-        """Add parts of all rows, which may overlap; the last ones are rounded once, together."""
-        if self._total is None and parts:
-            self.add(*parts[0], False)  # as it is, if it is the whole
-            parts = parts[1:]
-        if not is_last or self._dtype == self._state_dtype:
-            for part in parts:
-                self.add(*part, False)
-            return
+        """Add parts of all rows, which may overlap, in one pass; keeps none of them."""
         if not parts:
             return
         assert all(len(part) == self._shape[0] for _, _, part in parts), "parts are of all rows"
         edges = sorted({0, self._shape[1], *(edge for _, tokens, _ in parts for edge in (tokens.start, tokens.stop))})
-        target = self._room(True)
+        like = parts[0][2] if self._total is None else self._total
+        if is_last and self._dtype != self._state_dtype:
+            target = self._room(like, True)
+        else:
+            is_there = self._total is not None and self._total.dtype == self._state_dtype
+            target = like if is_there else like.new_empty(self._shape, dtype=self._state_dtype)
         for start, stop in itertools.pairwise(edges):
             inside = [
                 part[:, start - tokens.start : stop - tokens.start]
                 for _, tokens, part in parts
                 if tokens.start <= start and stop <= tokens.stop
             ]
-            add_up(target[:, start:stop], [self.total[:, start:stop], *inside])
+            before = [] if self._total is None else [self._total[:, start:stop]]
+            if before + inside:
+                add_up(target[:, start:stop], before + inside)
+            else:
+                target[:, start:stop].zero_()
         self._total = target
 
-    def _room(self, all_is_written: bool) -> Tensor:
+    def _room(self, like: Tensor, all_is_written: bool) -> Tensor:
         """For the result, which holds the total unless all of it will be written; the total itself where it serves."""
-        if self._target is None and self.total.dtype == self._dtype:
-            return self.total
-        target = self.total.new_empty(self._shape, dtype=self._dtype) if self._target is None else self._target()
+        if self._target is None and self._total is not None and self._total.dtype == self._dtype:
+            return self._total
+        target = like.new_empty(self._shape, dtype=self._dtype) if self._target is None else self._target()
         self._is_in_place = True
-        return target if all_is_written else target.copy_(self.total)
+        return target if all_is_written else target.copy_(like)
 
 
 class PiecewiseSum:

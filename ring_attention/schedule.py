@@ -2,9 +2,9 @@
 
 At stage t, ring rank r works with keys and values of rank (r - t) mod R, its source. Only ranks that need some of a
 source's keys get any: neighbours among them hand on what they and those behind them need, and where a stretch of
-ranks needs none, the source itself sends to the first rank behind it. Gradients of K,V start at the first rank of
-each such stretch, follow the keys, and go home from its last. With a causal mask and zigzag all ranks need all
-sources, and every stage is one kernel call:
+ranks needs none, the source itself sends to the first rank behind it. Gradients of K,V go straight home after each
+stage, where they are summed. With a causal mask and zigzag all ranks need all sources, and every stage is one kernel
+call:
 
     source == r     both chunks against both: a causal square
     source <  r     all queries see the source's early chunk, none its late one
@@ -53,9 +53,7 @@ class Stage:
         keys_from: the rank that sent them; None if none did.
         forward: which of them go on, for the next rank's next stage.
         direct: which of this rank's own go straight to a rank further on, for its next stage.
-        gradients: for which of the source's tokens dK,dV are summed on the way; () at stage 0 and where no keys are.
-        gradients_from: the rank whose sums come with them; None for the first of a stretch.
-        gradients_to: where they go after this stage: on, or home to the source; None at stage 0 and where no keys are.
+        gradients: of which of the source's tokens dK,dV go home after this stage; () at stage 0 and without pairs.
         home: which of this rank's own dK,dV come home after this stage.
     """
 
@@ -66,8 +64,6 @@ class Stage:
     forward: Message | None
     direct: Message | None
     gradients: Spans
-    gradients_from: int | None
-    gradients_to: int | None
     home: Message | None
 
     @property
@@ -89,38 +85,28 @@ def ring_schedule(layout: Layout, mask: Mask, ring_rank: int) -> tuple[Stage, ..
         ValueError: if the mask's documents reach beyond the layout's padded length.
     """
     degree = layout.ring_degree
-    journeys, documents = _journeys(layout, mask), mask.spans(layout.padded_length)
+    needs, journeys, documents = _needs(layout, mask), _journeys(layout, mask), mask.spans(layout.padded_length)
 
     def carried(source: int, hops: int) -> Spans:
         """Tokens of `source` that travel to the rank so many hops on."""
         return journeys[source][hops] if 0 < hops < degree else ()
 
-    def first_hops(source: int, hops: int) -> int:
-        """Where the stretch of ranks begins that the rank so many hops on is in."""
-        while carried(source, hops - 1):
-            hops -= 1
-        return hops
-
     stages = []
     for step in range(degree):
         source, following = (ring_rank - step) % degree, (ring_rank + 1) % degree
         keys, further = carried(source, step), carried(source, step + 1)
-        is_first, is_last = not carried(source, step - 1), not further
         own, own_further = carried(ring_rank, step), carried(ring_rank, step + 1)
+        come_from = (ring_rank - 1) % degree if carried(source, step - 1) else source
         stages.append(
             Stage(
                 source,
                 find_pairs(layout.runs(ring_rank), layout.runs(source), mask, documents),
                 keys if step else ((0, layout.ring_length),),
-                (source if is_first else (ring_rank - 1) % degree) if keys else None,
+                come_from if keys else None,
                 Message(following, further) if further and (keys or step == 0) else None,
                 Message((ring_rank + step + 1) % degree, own_further) if step and own_further and not own else None,
-                carried(source, first_hops(source, step)) if keys else (),
-                None if is_first or not keys else (ring_rank - 1) % degree,
-                (source if is_last else following) if keys else None,
-                Message((ring_rank + step) % degree, carried(ring_rank, first_hops(ring_rank, step)))
-                if own and not own_further
-                else None,
+                needs[source][step],
+                Message((ring_rank + step) % degree, needs[ring_rank][step]) if needs[ring_rank][step] else None,
             )
         )
     return tuple(stages)
@@ -157,12 +143,9 @@ def keys_room(step: int) -> str:
     return f"keys{step % 2}"
 
 
-def gradients_room(step: int) -> str:
-    """As `keys_room`, for the dK,dV of other ranks' keys, on their way."""
-    return f"gradients{step % 2}"
-
-
-HOME_ROOM = "home"  # for the dK,dV of a rank's own keys, which are added before more can come
+def home_room(step: int) -> str:
+    """Where the dK,dV of a rank's own keys land after a stage: while one room waits to be added, the other fills."""
+    return f"home{step % 2}"
 
 
 @functools.lru_cache(maxsize=16)
@@ -175,18 +158,11 @@ def tokens_in_rooms(layout: Layout, mask: Mask) -> dict[str, int]:
         size = num_tokens(spans) if mask.documents is None else layout.ring_length
         tokens[room] = max(tokens.get(room, 0), size)
 
-    for journey in _journeys(layout, mask):
-        gradients: Spans = ()
-        for hops, spans in enumerate(journey):
-            if not spans:
-                continue
-            need(keys_room(hops - 1), spans)
-            if journey[hops - 1]:
-                need(gradients_room(hops - 1), gradients)
-            else:
-                gradients = spans  # the first of a stretch sums for all that comes here
-            if hops + 1 == len(journey) or not journey[hops + 1]:
-                need(HOME_ROOM, gradients)
+    for journey, needed in zip(_journeys(layout, mask), _needs(layout, mask), strict=True):
+        for hops in range(1, layout.ring_degree):
+            if journey[hops]:
+                need(keys_room(hops - 1), journey[hops])
+                need(home_room(hops), needed[hops])
     return tokens
 
 
@@ -209,21 +185,31 @@ def find_pairs(
 
 
 @functools.lru_cache(maxsize=8)
+def _needs(layout: Layout, mask: Mask) -> list[list[Spans]]:
+    """``needs[source][hops]``: which of a source's tokens the rank so many hops on attends to; () for itself."""
+    degree = layout.ring_degree
+    documents, runs = mask.spans(layout.padded_length), [layout.runs(rank) for rank in range(degree)]
+    needs = []
+    for source in range(degree):
+        needs.append([()] * degree)
+        for hops in range(1, degree):
+            pairs = find_pairs(runs[(source + hops) % degree], runs[source], mask, documents)
+            needs[-1][hops] = _union((pair.rectangle.k_start, pair.rectangle.k_stop) for pair in pairs)
+    return needs
+
+
+@functools.lru_cache(maxsize=8)
 def _journeys(layout: Layout, mask: Mask) -> list[list[Spans]]:
     """``journeys[source][hops]``: which of a source's tokens travel to the rank so many hops on.
 
     Those that it needs itself or, if it needs any, that its neighbours behind it need, up to the first that needs none.
     """
-    degree = layout.ring_degree
-    documents, runs = mask.spans(layout.padded_length), [layout.runs(rank) for rank in range(degree)]
     journeys = []
-    for source in range(degree):
-        journey: list[Spans] = [()] * degree
-        for hops in range(degree - 1, 0, -1):
-            pairs = find_pairs(runs[(source + hops) % degree], runs[source], mask, documents)
-            if pairs:
-                needed = [(pair.rectangle.k_start, pair.rectangle.k_stop) for pair in pairs]
-                journey[hops] = _union([*needed, *(journey[hops + 1] if hops + 1 < degree else ())])
+    for needed in _needs(layout, mask):
+        journey: list[Spans] = [()] * len(needed)
+        for hops in reversed(range(1, len(needed))):
+            if needed[hops]:
+                journey[hops] = _union([*needed[hops], *(journey[hops + 1] if hops + 1 < len(needed) else ())])
         journeys.append(journey)
     return journeys
 

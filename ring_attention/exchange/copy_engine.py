@@ -30,7 +30,7 @@ from ring_attention.exchange.collectives import group_timeout, rank_and_size
 from ring_attention.exchange.p2p import Hop, Move, P2PExchange
 from ring_attention.trace import labelled
 
-ROOMS = ("keys0", "keys1", "gradients0", "gradients1", "home")
+ROOMS = ("keys0", "keys1", "home0", "home1")
 _ALIGNMENT = 512  # bytes
 
 Flags = list[tuple[Tensor, int]]  # with the count that each must come to

@@ -5,11 +5,10 @@ from ring_attention import CAUSAL, FULL, Layout, Mask
 from ring_attention.band import Rectangle
 from ring_attention.layout import LAYOUTS
 from ring_attention.schedule import (
-    HOME_ROOM,
     BlockPair,
     Message,
     Stage,
-    gradients_room,
+    home_room,
     imbalance,
     keys_room,
     num_tokens,
@@ -27,16 +26,16 @@ LATE_QUERIES = (BlockPair(None, Rectangle(2, 4, 0, 4)),)
 
 
 def test_zigzag_on_three_ranks():
-    """Nobody sees rank 0's late chunk; all keys make two hops, and their gradients come home from there."""
+    """Nobody sees rank 0's late chunk; all keys make two hops, and their gradients come home after each."""
     assert ring_schedule(ZIGZAG, CAUSAL, 0) == (
-        Stage(0, SQUARE, ALL, None, Message(1, EARLY), None, (), None, None, None),
-        Stage(2, LATE_QUERIES, ALL, 2, Message(1, ALL), None, ALL, None, 1, None),
-        Stage(1, LATE_QUERIES, ALL, 2, None, None, ALL, 2, 1, Message(2, EARLY)),
+        Stage(0, SQUARE, ALL, None, Message(1, EARLY), None, (), None),
+        Stage(2, LATE_QUERIES, ALL, 2, Message(1, ALL), None, ALL, Message(1, EARLY)),
+        Stage(1, LATE_QUERIES, ALL, 2, None, None, ALL, Message(2, EARLY)),
     )
     assert ring_schedule(ZIGZAG, CAUSAL, 1) == (
-        Stage(1, SQUARE, ALL, None, Message(2, ALL), None, (), None, None, None),
-        Stage(0, EARLY_KEYS, EARLY, 0, Message(2, EARLY), None, EARLY, None, 2, None),
-        Stage(2, LATE_QUERIES, ALL, 0, None, None, ALL, 0, 2, Message(0, ALL)),
+        Stage(1, SQUARE, ALL, None, Message(2, ALL), None, (), None),
+        Stage(0, EARLY_KEYS, EARLY, 0, Message(2, EARLY), None, EARLY, Message(2, EARLY)),
+        Stage(2, LATE_QUERIES, ALL, 0, None, None, ALL, Message(0, ALL)),
     )
 
 
@@ -44,14 +43,14 @@ def test_contiguous_keys_go_no_further_than_the_last_rank():
     layout = Layout("contiguous", ring_degree=3, length=12)
     full = (BlockPair(None, Rectangle(0, 4, 0, 4)),)
     assert ring_schedule(layout, CAUSAL, 0) == (
-        Stage(0, SQUARE, ALL, None, Message(1, ALL), None, (), None, None, None),
-        Stage(2, (), (), None, None, None, (), None, None, None),
-        Stage(1, (), (), None, None, None, (), None, None, Message(2, ALL)),
+        Stage(0, SQUARE, ALL, None, Message(1, ALL), None, (), None),
+        Stage(2, (), (), None, None, None, (), Message(1, ALL)),
+        Stage(1, (), (), None, None, None, (), Message(2, ALL)),
     )
     assert ring_schedule(layout, CAUSAL, 2) == (
-        Stage(2, SQUARE, ALL, None, None, None, (), None, None, None),
-        Stage(1, full, ALL, 1, None, None, ALL, None, 1, None),
-        Stage(0, full, ALL, 1, None, None, ALL, 1, 0, None),
+        Stage(2, SQUARE, ALL, None, None, None, (), None),
+        Stage(1, full, ALL, 1, None, None, ALL, None),
+        Stage(0, full, ALL, 1, None, None, ALL, None),
     )
 
 
@@ -116,12 +115,10 @@ def test_what_is_sent_is_what_is_received_in_the_same_hop(name: str, ring_degree
         for rank, stages in enumerate(schedules):
             stage, following = stages[step], stages[step + 1] if step + 1 < ring_degree else None
             sent += [(rank, m.peer, m.spans) for m in (stage.forward, stage.direct) if m]
-            if stage.gradients_to is not None:
-                sent_gradients.append((rank, stage.gradients_to, stage.gradients))
+            if stage.gradients:
+                sent_gradients.append((rank, stage.source, stage.gradients))
             if following is not None and following.keys_from is not None:
                 received.append((following.keys_from, rank, following.keys))
-            if following is not None and following.gradients_from is not None:
-                received_gradients.append((following.gradients_from, rank, following.gradients))
             if stage.home is not None:
                 received_gradients.append((stage.home.peer, rank, stage.home.spans))
         assert sorted(sent) == sorted(received)
@@ -139,11 +136,10 @@ def test_rooms_are_as_large_as_the_largest_message(name: str, ring_degree: int, 
     for rank in range(ring_degree):
         stages = ring_schedule(layout, mask, rank)
         for step, stage in enumerate(stages):
-            received = {HOME_ROOM: stage.home.spans if stage.home else ()}
+            received = {home_room(step): stage.home.spans if stage.home else ()}
             if step + 1 < ring_degree:
                 following = stages[step + 1]
                 received[keys_room(step)] = following.keys if following.keys_from is not None else ()
-                received[gradients_room(step)] = following.gradients if following.gradients_from is not None else ()
             for room, spans in received.items():
                 largest[room] = max(largest.get(room, 0), num_tokens(spans))
     largest = {room: tokens for room, tokens in largest.items() if tokens}
