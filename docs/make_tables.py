@@ -121,7 +121,7 @@ def sparsity_table() -> str:
             lines.append(
                 f"| {label} | {name} | {100 * pairs:.1f} % | {min(blocks)} to {max(blocks)} "
                 f"| {imbalance(layout, mask):.2f} | {sum(keys) / degree * mib:.1f}, {max(keys) * mib:.1f} "
-                f"| {2 * sum(gradients) / degree * mib:.1f}, {2 * max(gradients) * mib:.1f} |"
+                f"| {sum(gradients) / degree * mib:.1f}, {max(gradients) * mib:.1f} |"
             )
     return "\n".join(lines)
 
