@@ -248,6 +248,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "transports 100k": lambda: turns_table(
         "transports_100k_forward_2xH200.jsonl", ["ra_sp", "ra_copies", "dp"], baseline="dp"
     ),
+    "wide 10k forward": lambda: comparison_table("wide_10k_forward_4xH200.json"),
     "rivals 10k forward": lambda: comparison_table("rivals_10k_forward_2xH200.json"),
     "rivals 100k forward": lambda: comparison_table("rivals_100k_forward_2xH200.json"),
     "rivals 10k pretrain": lambda: comparison_table("rivals_10k_pretrain_2xH200.json"),
