@@ -58,6 +58,7 @@ class ActivationOffload:
         self._device: torch.device | None = None
         self._last: weakref.ref[_Layer] | None = None  # that was started; what a layer keeps holds it
         self._current: _Layer | None = None
+        self._free: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}  # on the host
 
     @contextmanager
     def layer(self, num_after: int) -> Iterator[None]:
@@ -68,7 +69,7 @@ class ActivationOffload:
         """
         before = _alive(self._last)
         two_before = before and _alive(before.before)
-        if two_before is not None and two_before.on_device is not None:
+        if two_before is not None and two_before.on_device is not None and not two_before.stays:
             self._wait_for(two_before)
             two_before.on_device = None
         self._current = _Layer(self._last, num_after < LAYERS_ON_DEVICE)
@@ -88,7 +89,7 @@ class ActivationOffload:
             self._copies = torch.cuda.Stream(tensor.device)
         self._device = tensor.device
         if not layer.stays:
-            on_host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            on_host = self._room_for(tensor)
             self._copy(layer, [on_host], [tensor])
             layer.on_host.append(on_host)
         layer.on_device.append(tensor)
@@ -114,7 +115,17 @@ class ActivationOffload:
         if layer.on_device is None:
             layer.on_device = [torch.empty_like(tensor, device=self._device) for tensor in layer.on_host]
             self._copy(layer, layer.on_device, layer.on_host)
+            for tensor in layer.on_host:
+                self._free.setdefault((tensor.shape, tensor.dtype), []).append(tensor)
+            layer.on_host = []
         return layer.on_device
+
+    def _room_for(self, tensor: Tensor) -> Tensor:
+        """On the host. What was begun to be copied back from it before is done first, on the same stream: PyTorch's
+        allocator, which waits for the host to see that, would give out as much again to the next micro-batch.
+        """
+        free = self._free.get((tensor.shape, tensor.dtype))
+        return free.pop() if free else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
 
     def _copy(self, layer: _Layer, targets: list[Tensor], sources: list[Tensor]) -> None:
         """When all that was begun so far has been computed."""

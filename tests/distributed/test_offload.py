@@ -18,6 +18,7 @@ from tests.pool import WorkerPool
     [
         *(Cell("fp32", stage, 2, 1, 2, 29, offload_optimizer=True) for stage in (1, 2)),
         Cell("fp32", 3, 2, 1, 2, 29, offload_optimizer=True, offload_parameters=True),
+        Cell("fp32", 3, 2, 1, 2, 29, offload_parameters=True),
         Cell("bf16", 1, 2, 1, 2, 29, offload_optimizer=True),
         Cell("bf16", 3, 2, 1, 1, 29, offload_optimizer=True, offload_parameters=True),
     ],

@@ -66,6 +66,11 @@ def test_zero_offload_equals_one_process(gpu_pool: WorkerPool, zero_stage: int):
     assert outcome.passes, outcome
 
 
+def test_weights_alone_on_the_host_equal_one_process(gpu_pool: WorkerPool):
+    outcome = run_cell(gpu_pool, Cell("bf16", 3, 1, 1, 2, 29, offload_parameters=True))
+    assert outcome.passes, outcome
+
+
 def test_all_that_stretches_memory_together_equals_one_process(gpu_pool: WorkerPool):
     cell = Cell("bf16", 3, 1, 1, 2, 29, model="deep", recompute="selective", offload_activations=True, tile_tokens=16)
     outcome = run_cell(gpu_pool, replace(cell, offload_optimizer=True))

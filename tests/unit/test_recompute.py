@@ -93,3 +93,37 @@ def test_two_layers_are_on_the_device_whatever_their_number(recompute: str):
     assert seen == [(5, [4, 5]), (4, [3, 4]), (3, [2, 3]), (2, [1, 2]), (1, [0, 1]), (0, [0])]
     assert graphs == [0] * num_layers
     assert on_device() == []
+
+
+def test_micro_batches_share_their_room_on_the_host():
+    config = ModelConfig(num_layers=5, hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, mlp_size=192)
+    model = Transformer(config, LocalAttention("auto"), recompute="selective", offload=True)
+    rooms: set[int] = set()
+    room_for = offload.ActivationOffload._room_for
+
+    def noted(self: offload.ActivationOffload, tensor: torch.Tensor) -> torch.Tensor:
+        room = room_for(self, tensor)
+        rooms.add(room.data_ptr())
+        return room
+
+    with patch.object(offload.ActivationOffload, "_room_for", noted):
+        for _ in range(3):
+            tokens = torch.randint(0, 257, (1, LENGTH))
+            model(tokens, torch.arange(LENGTH).unsqueeze(0), tokens).backward()
+    assert len(rooms) == 3 * 3  # of three layers: input, out and lse
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_two_forward_passes_may_come_before_their_backward_passes(recompute: str):
+    config = ModelConfig(num_layers=3, hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, mlp_size=192)
+    gradients = []
+    for moves in (False, True):
+        torch.manual_seed(1)
+        model = Transformer(config, LocalAttention("auto"), recompute=recompute, offload=moves)
+        tokens = torch.randint(0, 257, (2, 1, LENGTH))
+        losses = [model(row, torch.arange(LENGTH).unsqueeze(0), row) for row in tokens]
+        sum(losses, torch.zeros(())).backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for got, expected in zip(*gradients, strict=True):
+        assert got is not None
+        assert torch.equal(got, expected)
