@@ -14,6 +14,7 @@
 #   faults     a stopped rank                                             heads_512, heads_512_10k  attention alone with heads of 512
 #   parts_10k  where training on paper_10k goes, by ring attention and DP
 #   memory_1, memory_2  steps' peaks, predicted and measured    million, half_million, two_million: one step with 8B-shaped layers
+#   tools      what each way to save memory costs, on one GPU         longest_two  1,500,000 tokens on two GPUs
 #   ring_blocks  each kernel call of a ring of two by itself, on one GPU
 #   On more than two GPUs: wide_cells, wide_bench, wide_forward_10k, wide_forward_100k, wide_training_10k, wide_training_100k; scaling
 set -uo pipefail
@@ -107,6 +108,15 @@ for stage in "$@"; do
       limited 570 2 million python3 -m tests.long_step --json "$out/million.json" "$long data.sequence_length=1000000 launch.num_ranks=1" ;;
     half_million) limited 300 2 half_million python3 -m tests.long_step --json "$out/half_million.json" "$long data.sequence_length=524288 launch.num_ranks=1" ;;
     two_million) limited 400 2 two_million python3 -m tests.long_step --json "$out/two_million.json" "$long model.num_layers=2 data.sequence_length=2097152 launch.num_ranks=2" ;;
+    longest_two) limited 595 2 longest_two python3 -m tests.long_step --json "$out/longest_two.json" "$long data.sequence_length=1500000 launch.num_ranks=2" ;;
+    tools)
+      settings=()
+      for more in "" "engine.tile_tokens=8192" "engine.recompute=selective" "engine.recompute=full" "engine.recompute=selective engine.offload_activations=true" \
+        "engine.offload_optimizer=true" "engine.zero_stage=3 engine.offload_optimizer=true engine.offload_parameters=true" \
+        "engine.recompute=selective engine.offload_activations=true engine.offload_optimizer=true"; do
+        settings+=("model=llama_8b model.num_layers=4 data.sequence_length=65536 launch.num_ranks=1 num_steps=3 $more")
+      done
+      CUDA_VISIBLE_DEVICES=${GPU:-0} limited 420 8 tools python3 -m tests.long_step --json "$out/tools.json" "${settings[@]}" ;;
     wide_cells) # only the host is slow, so in parts at once
       for part in 0 1 2 3; do
         limited 400 2 "parity_part_$part" python3 -m tests.distributed.parity --least-ranks "$(nvidia-smi -L | wc -l)" --part $part 4 --json "$out/parity_part_$part.json" &
