@@ -32,8 +32,9 @@ def step(config: Config) -> dict[str, Any]:
     num_ranks = launch.count_ranks(config)
     plan = launch.make_plan(config, num_ranks)
     row: dict[str, Any] = {"num_ranks": num_ranks}
-    if memory_report.refused(config) is None:
-        found = memory_report.moments(config, plan.degrees, plan.method, plan.local_tokens)
+    on_gpu = plan.device_type == "cuda"
+    if memory_report.refused(config, on_gpu) is None:
+        found = memory_report.moments(config, plan.degrees, plan.method, plan.local_tokens, on_gpu)
         fullest = max(found, key=lambda moment: moment.total)
         row |= {"predicted_gib": fullest.total / 2**30, "fullest_at": fullest.name}
     with tempfile.TemporaryDirectory() as folder:
