@@ -192,7 +192,7 @@ def memory_table() -> str:
 def gpu_memory_table(*names: str) -> str:
     """What a step took at most on a GPU, as tests.long_step measured it, and what is predicted now."""
     lines = ["| setting | fullest at | predicted, GiB | measured, GiB | error |", "|---" * 5 + "|"]
-    for row in itertools.chain.from_iterable(json.loads((RESULTS / name).read_text()) for name in names):
+    for row in [row for name in names for row in json.loads((RESULTS / name).read_text())]:
         now, peak_gib = predicted_again(row), row["peak_gib"]
         overrides = dict(word.split("=") for word in row["setting"].split())  # a later one counts
         setting = " ".join(f"{name}={value}" for name, value in overrides.items())

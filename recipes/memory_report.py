@@ -115,12 +115,13 @@ def moments(config: Config, degrees: Degrees, method: str, local_tokens: int, on
     state = {"weights, optimizer state, standing buffers": standing}
     if engine.zero_stage == 3 and num_ranks > 1:
         state["gathered weights"] = size * min(num_parameters(model) - _small(model), MAX_LIVE)
-    # of the head: in the model's dtype where gradients are summed later, or with the embedding's
+    # of the head: in the model's dtype where gradients are summed later, or where the embedding's is added to it
     of_head = size * model.vocab_size * model.hidden_size
-    is_alone = engine.zero_stage == 3 or states.buckets > 0
-    have_come = of_head if (model.tied_head or not is_alone if on_gpu else not states.buckets) else 0
-    if on_gpu and engine.offload_activations:  # no layer keeps more than another: the first one's gradients come last
-        have_come = states.gradients + (of_head if model.tied_head and is_alone else 0)
+    is_summed = states.buckets > 0 or (on_gpu and engine.zero_stage == 3)  # as it comes
+    is_shared = on_gpu and model.tied_head
+    have_come = of_head if is_shared or not is_summed else 0
+    if on_gpu and engine.offload_activations:  # no layer keeps more than another, and the last ones' are there, too
+        have_come = states.gradients + (of_head if is_shared and is_summed else 0)
 
     def backward_of(name: str, again: float, gradients: float, more: float = 0) -> Moment:
         return Moment(
