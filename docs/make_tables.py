@@ -29,6 +29,7 @@ from docs.tables_speed import (
 )
 from ring_attention import CAUSAL, FULL, Layout, Mask
 from ring_attention.schedule import imbalance, ring_schedule, tokens_sent, work_per_rank
+from tests.long_step import predicted_again
 
 DOCS = Path(__file__).parent
 
@@ -188,6 +189,19 @@ def memory_table() -> str:
     return "\n".join(lines)
 
 
+def gpu_memory_table(*names: str) -> str:
+    """What a step took at most on a GPU, as tests.long_step measured it, and what is predicted now."""
+    lines = ["| setting | fullest at | predicted, GiB | measured, GiB | error |", "|---" * 5 + "|"]
+    for row in [row for name in names for row in json.loads((RESULTS / name).read_text())]:
+        now, peak_gib = predicted_again(row), row["peak_gib"]
+        overrides = dict(word.split("=") for word in row["setting"].split())  # a later one counts
+        setting = " ".join(f"{name}={value}" for name, value in overrides.items())
+        error = f"{100 * (now['predicted_gib'] / peak_gib - 1):+.2f} %"
+        cells = [f"`{setting}`", now["fullest_at"], f"{now['predicted_gib']:.2f}", f"{peak_gib:.2f}", error]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def faults_table() -> str:
     """What tests.faults did to runs."""
     summary = json.loads((RESULTS / "faults_cpu.json").read_text())
@@ -228,6 +242,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "precision gpu": lambda: precision_table("precision_H200.json"),
     "fuzz": fuzz_table,
     "memory": memory_table,
+    "memory gpu": lambda: gpu_memory_table("memory_H200.json", "million_H200.json"),
     "faults": faults_table,
     "elastic": elastic_table,
     "ring memory": ring_memory_table,

@@ -160,10 +160,10 @@ def gib(size: float) -> str:
 def state_bytes(config: Config, degrees: Degrees) -> StateBytes:
     """Weights, gradients and optimizer state per rank, without those that lie on the host.
 
-    Each ZeRO stage divides one more of them by all ranks: the optimizer state, the gradients, the weights. Tensor and
-    pipeline ranks cut the layers, but not the embedding and the head, of which a stage that is not the only one has one
-    (norms and biases are counted as if cut); their optimizer state is divided by the data ranks (ZeRO-1). Without
-    training there are weights alone.
+    Each ZeRO stage divides one more of them by all ranks: the optimizer state (where that is on the host, the gradients
+    with it), the gradients, the weights. Tensor and pipeline ranks cut the layers, but not the embedding and the head,
+    of which a stage that is not the only one has one (norms and biases are counted as if cut); their optimizer state is
+    divided by the data ranks (ZeRO-1). Without training there are weights alone.
     """
     model, engine, num_ranks = config.model, config.engine, math.prod(degrees)
     weight_size = 4 if engine.dtype == "fp32" else 2
@@ -175,9 +175,12 @@ def state_bytes(config: Config, degrees: Degrees) -> StateBytes:
         parameters, cuts = layers + _norm(model) + ends, (1, 1, degrees.data)
     else:
         parameters = num_parameters(model)
-        cuts = tuple(num_ranks if engine.zero_stage >= stage else 1 for stage in (3, 2, 1))
-    if engine.offload_optimizer:  # gradients are summed on the host, too
-        gradient_size = optimizer_size = 0
+        first_stages = 3, 1 if engine.offload_optimizer else 2, 1  # that divide weights, gradients, optimizer state
+        cuts = tuple(num_ranks if engine.zero_stage >= stage else 1 for stage in first_stages)
+    if engine.offload_optimizer:
+        optimizer_size = 0
+        if engine.zero_stage == 3 or engine.dtype == "fp32":  # else DeepSpeed 0.19.8 sums gradients on the device
+            gradient_size = 0
     if engine.offload_parameters:
         weight_size = 0
     if config.recipe == "forward":
@@ -213,7 +216,7 @@ def refusal(config: Config, degrees: Degrees, memory_bytes: int, host_ranks: int
 
 def _remedies(config: Config, degrees: Degrees, memory_bytes: int, host_ranks: int | None) -> list[str]:
     """What to type, each with what it would need: on these ranks if that is possible, else on more; a smaller model."""
-    num_ranks = math.prod(degrees)
+    num_ranks, lines, on_these = math.prod(degrees), [], False
     for ranks in _doubled(num_ranks):
         fitting = [
             (changes, needed)
@@ -222,16 +225,17 @@ def _remedies(config: Config, degrees: Degrees, memory_bytes: int, host_ranks: i
         ]
         if fitting:
             changes, needed = fitting[0]
-            typed = " ".join(f"{name}={value}" for name, value in changes.items())
-            if ranks == num_ranks:
+            typed = _typed(changes)
+            on_these = ranks == num_ranks
+            if on_these:
                 lines = [f"  use {typed}: {gib(needed)} GiB"]
             else:
                 hosts = "" if host_ranks is None else f", on {math.ceil(ranks / host_ranks)} hosts like this one"
                 typed = f", and {typed}" if typed else ""
                 lines = [f"  use {ranks} ranks with as much memory each{hosts}{typed}: {gib(needed)} GiB"]
             break
-    else:
-        lines = []
+    if host_ranks is None and not on_these:
+        lines += _on_host(config, degrees, memory_bytes, "or" if lines else "use")
     fewer, more = degrees.pipeline, config.model.num_layers  # layers that might fit, and that do not
     if state_bytes(changed(config, **{"model.num_layers": fewer}), degrees).needed <= memory_bytes:
         while more - fewer > 1:
@@ -242,6 +246,24 @@ def _remedies(config: Config, degrees: Degrees, memory_bytes: int, host_ranks: i
         other = "or" if lines else "use"
         return [*lines, f"  {other} a smaller model, such as model.num_layers={fewer}: {gib(needed)} GiB"]
     return lines
+
+
+def _on_host(config: Config, degrees: Degrees, memory_bytes: int, use: str) -> Iterator[str]:
+    """A line that says how these ranks would do with the optimizer's state on the host, if they would."""
+    engine = config.engine
+    if config.recipe != "pretrain" or config.parallelism.method != "sequence" or engine.offload_optimizer:
+        return
+    for stage in range(max(1, engine.zero_stage), 4):
+        changes: dict[str, Any] = {} if stage == engine.zero_stage else {"engine.zero_stage": stage}
+        changes["engine.offload_optimizer"] = True
+        needed = state_bytes(changed(config, **changes), degrees).needed
+        if needed <= memory_bytes:
+            yield f"  {use} {_typed(changes)}, the optimizer's state on the host: {gib(needed)} GiB"
+            return
+
+
+def _typed(changes: dict[str, Any]) -> str:
+    return " ".join(f"{name}={str(value).lower()}" for name, value in changes.items())
 
 
 def _doubled(num_ranks: int) -> Iterator[int]:

@@ -1,9 +1,11 @@
 """Where a rank's memory goes in a training step, by arithmetic: what it holds when it may be fullest.
 
-Below `plan`. What tensors there are is read off the model, the engine and what autograd keeps of each operation, and
-counted in the tests, which hold this against the real engine (`python -m tests.memory`). Not in it: what kernels
-allocate inside, what the allocator loses between blocks, and the gradients of all keys under attention=all_gather.
-Sizes in bytes.
+Below `plan`. What tensors there are is read off the model, the engine and what autograd keeps of each operation. On the
+CPU, where all is plain PyTorch, they are counted in the tests, through the real engine (`python -m tests.memory`). On a
+GPU other kernels keep and make other tensors: those of `recipes.kernels` with Liger, PyTorch's norms in one kernel,
+flash-attn-4 in half precision and memory-efficient attention in fp32, the fused Adam; peaks that were measured are in
+docs/performance.md. Not in it: what kernels allocate inside (cuBLAS 64 MiB on Hopper), what the allocator loses between
+blocks, and the gradients of all keys under attention=all_gather. Sizes in bytes.
 
 Shapes: E hidden size, M MLP size, V vocabulary.
 """
@@ -11,7 +13,9 @@ Shapes: E hidden size, M MLP size, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from conf.schema import Config, Degrees, ModelConfig
 from recipes.memory import (
@@ -20,7 +24,7 @@ from recipes.memory import (
     changed,
     gib,
     kept_layer_bytes,
-    layer_matmul_parameters,
+    mlp_bytes,
     mlp_tile_tokens,
     num_parameters,
     tile_tokens,
@@ -28,6 +32,7 @@ from recipes.memory import (
 
 MAX_LIVE = 1_000_000_000  # parameters that ZeRO-3 has gathered at most: DeepSpeed's stage3_max_live_parameters
 PERSISTENT = 100_000  # ZeRO-3 keeps smaller parameters whole: DeepSpeed's stage3_param_persistence_threshold
+ALL_REDUCED = 500_000_000  # gradients that DeepSpeed reduces at once, or one parameter more: MEMORY_OPT_ALLREDUCE_SIZE
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,25 @@ class Moment:
         return sum(self.parts.values())
 
 
-def refused(config: Config) -> str | None:
+class _Engine(NamedTuple):
+    """What DeepSpeed and Adam hold.
+
+    Args:
+        held: always, gradients aside.
+        adam: of it, Adam's moments, which the first step makes at its end.
+        buckets: while gradients come.
+        gradients: those of all layers, when the last ones come: where they are not in `held`.
+        at_end: beyond `held`, at most.
+    """
+
+    held: float
+    adam: float
+    buckets: float
+    gradients: float
+    at_end: float
+
+
+def refused(config: Config, on_gpu: bool) -> str | None:
     """Why a step's memory is not predicted; None if it is."""
     if config.recipe != "pretrain":
         return f"a step of recipe={config.recipe} is not predicted"
@@ -50,15 +73,22 @@ def refused(config: Config) -> str | None:
         return "the layers of tensor and pipeline ranks are not predicted"
     if config.engine.gradient_accumulation_steps > 1 or config.engine.train_batch_size is not None:
         return "steps of several micro-batches are not predicted"
-    if config.engine.offload_optimizer or config.engine.offload_parameters:
-        return "steps with the optimizer or weights on the host are not predicted"
+    if config.engine.offload_parameters:
+        return "steps with weights on the host are not predicted"
+    if config.engine.offload_optimizer:
+        if not on_gpu:
+            return "the optimizer on the host is predicted for GPUs only"
+        if config.engine.zero_stage == 3 or config.engine.dtype == "fp32":
+            return "the optimizer on the host is predicted for bf16 on ZeRO stages 1 and 2 only"
     if config.engine.dtype == "fp16":
         return "fp16 is not predicted"
     return None
 
 
-def moments(config: Config, degrees: Degrees, method: str, local_tokens: int) -> list[Moment]:
+def moments(config: Config, degrees: Degrees, method: str, local_tokens: int, on_gpu: bool) -> list[Moment]:
     """The moments of a step that can be the fullest; `refused` says for which configurations.
+
+    Of the only step where num_steps is 1, else of a later one: then Adam's moments are there all along.
 
     Args:
         method: the attention method, never auto.
@@ -66,11 +96,11 @@ def moments(config: Config, degrees: Degrees, method: str, local_tokens: int) ->
     """
     model, engine = config.model, config.engine
     num_ranks, size = math.prod(degrees), 4 if engine.dtype == "fp32" else 2
-    held, buckets, at_end = _engine_bytes(model, size, engine.zero_stage, num_ranks)
+    states = _gpu_engine_bytes(config, num_ranks) if on_gpu else _engine_bytes(config, num_ranks)
     mlp_tile = mlp_tile_tokens(config, local_tokens)
     # per token: what a layer keeps, what all do, and what the last one then computes again
-    layer, hidden = _layer_bytes(model, size, method, mlp_tile), size * model.hidden_size
-    norm = _norm_bytes(model, size)
+    layer, hidden = _layer_bytes(model, size, method, mlp_tile, on_gpu), size * model.hidden_size
+    norm = _norm_bytes(model, size, on_gpu)
     angles = 4 * model.head_dim  # cos and sin of the positions, which all layers share
     if engine.recompute == "none":
         kept, again = model.num_layers * sum(layer.values()), 0
@@ -78,15 +108,20 @@ def moments(config: Config, degrees: Degrees, method: str, local_tokens: int) ->
         on_device = min(LAYERS_ON_DEVICE, model.num_layers) if engine.offload_activations else model.num_layers
         kept = on_device * kept_layer_bytes(config)
         again = sum(layer.values()) - (kept_layer_bytes(config) - hidden)  # attention's results are kept, if selective
-        if model.norm == "layernorm" or size == 4:
+        if on_gpu or model.norm == "layernorm" or size == 4:
             again -= hidden  # the layer's input, which its norm keeps: it is kept already
     kept += angles
-    standing = {"weights, optimizer state, standing buffers": held}
-    state = dict(standing)
+    standing = states.held - (states.adam if config.num_steps == 1 else 0)
+    state = {"weights, optimizer state, standing buffers": standing}
     if engine.zero_stage == 3 and num_ranks > 1:
         state["gathered weights"] = size * min(num_parameters(model) - _small(model), MAX_LIVE)
-    # half precision on stages 0 and 1: gradients in the model's dtype, before they are summed in fp32
-    half_gradients = 0 if buckets else size * model.vocab_size * model.hidden_size
+    # of the head: in the model's dtype where gradients are summed later, or where the embedding's is added to it
+    of_head = size * model.vocab_size * model.hidden_size
+    is_summed = states.buckets > 0 or (on_gpu and engine.zero_stage == 3)  # as it comes
+    is_shared = on_gpu and model.tied_head
+    have_come = of_head if is_shared or not is_summed else 0
+    if on_gpu and engine.offload_activations:  # no layer keeps more than another, and the last ones' are there, too
+        have_come = states.gradients + (of_head if is_shared and is_summed else 0)
 
     def backward_of(name: str, again: float, gradients: float, more: float = 0) -> Moment:
         return Moment(
@@ -95,17 +130,19 @@ def moments(config: Config, degrees: Degrees, method: str, local_tokens: int) ->
                 **state,
                 "kept for the backward pass": (kept + min(again, 0)) * local_tokens,
                 "the layer computed again": max(again, 0) * local_tokens,
-                "gradients and what makes them": gradients * local_tokens + more + half_gradients,
-                "gradient buckets": buckets,
+                "gradients and what makes them": gradients * local_tokens + more + have_come,
+                "gradient buckets": states.buckets,
             },
         )
 
     if mlp_tile:
-        of_mlp = backward_of("the last layer's MLP", again, 2 * hidden, _tiled_mlp_bytes(model, size, mlp_tile))
+        of_mlp = backward_of("the last layer's MLP", again, 2 * hidden, _tiled_mlp_bytes(config, mlp_tile, on_gpu))
     else:  # gradients of the MLP's product and of one factor, and of the layer's output
-        widths, down = 2 if model.mlp == "swiglu" else 1, 0 if buckets else size * model.mlp_size * model.hidden_size
+        widths = 2 if model.mlp == "swiglu" else 1
+        down = 0 if states.buckets else size * model.mlp_size * model.hidden_size
         of_mlp = backward_of("the last layer's MLP", again, widths * size * model.mlp_size + hidden, down)
     left = again - layer["MLP"]  # of the layer, from here on
+    of_attention = _attention_bytes(model, size, method, degrees.ring, on_gpu)
     found = [
         Moment(
             "the loss, backward",
@@ -113,16 +150,20 @@ def moments(config: Config, degrees: Degrees, method: str, local_tokens: int) ->
                 **state,
                 "kept for the backward pass": kept * local_tokens,
                 "final norm": norm * local_tokens,
-                **_loss_bytes(config, size, local_tokens),
+                **_loss_bytes(config, size, local_tokens, on_gpu),
             },
         ),
         of_mlp,
-        backward_of(
-            "the last layer's attention", left - norm, _attention_bytes(model, size, method, degrees.ring) + hidden
+        backward_of("the last layer's attention", left - norm, of_attention + hidden),
+        Moment(
+            "the end of the step",
+            {
+                "weights, optimizer state, standing buffers": states.held,
+                "gradients, buckets and the optimizer's temporaries": states.at_end,
+            },
         ),
-        Moment("the end of the step", {**standing, "gradients, buckets and the optimizer's temporaries": at_end}),
     ]
-    if model.norm == "rmsnorm":  # five tensors in fp32; of the final norm its input, too
+    if model.norm == "rmsnorm" and not on_gpu:  # five tensors in fp32; of the final norm its input, too
         if engine.recompute == "none":
             found.append(backward_of("the final norm", 0, 24 * model.hidden_size))
         else:
@@ -130,10 +171,22 @@ def moments(config: Config, degrees: Degrees, method: str, local_tokens: int) ->
     return found
 
 
-def _loss_bytes(config: Config, size: int, local_tokens: int) -> dict[str, float]:
-    """What the loss works with: fp32 logits and two gradients of theirs, of all tokens or of a tile's."""
+def _loss_bytes(config: Config, size: int, local_tokens: int, on_gpu: bool) -> dict[str, float]:
+    """What the loss works with: fp32 logits and two gradients of theirs, of all tokens or of a tile's.
+
+    On a GPU logits and one gradient in the model's dtype: fp32 is in the compiled kernels only.
+    """
     vocab_size, hidden_size = config.model.vocab_size, config.model.hidden_size
     tile = tile_tokens(config, local_tokens)
+    if on_gpu:
+        if not tile:  # with both, or with the gradient and what it gives: that of the weight
+            most = max(2 * local_tokens, local_tokens + hidden_size)
+            return {"logits and their gradient": float(size * vocab_size * most)}
+        sums = hidden_size * (local_tokens + vocab_size)
+        return {  # in the forward pass a tile beside the sums; in the backward pass these rounded beside them
+            "logits of a tile and their gradient, or rounded sums": max(2 * size * vocab_size * tile, size * sums),
+            "gradients of the loss, fp32": 4.0 * sums,
+        }
     if not tile:
         return {"logits and two gradients of theirs, fp32": 12.0 * vocab_size * local_tokens}
     # the logits beside these; or, in half precision, then those and their gradient, which the CPU casts with the weight
@@ -146,90 +199,197 @@ def _loss_bytes(config: Config, size: int, local_tokens: int) -> dict[str, float
     }
 
 
-def _norm_bytes(model: ModelConfig, size: int) -> float:
-    """Per token: input, output and statistics; RMSNorm has its input, and that normalised, in fp32."""
+def _norm_bytes(model: ModelConfig, size: int, on_gpu: bool) -> float:
+    """Per token: input, output and statistics; on the CPU RMSNorm has its input, and that normalised, in fp32."""
     hidden = model.hidden_size
+    if on_gpu:
+        return 2 * size * hidden + (8 if model.norm == "layernorm" else 4)
     return 2 * size * hidden + 2 * size if model.norm == "layernorm" else 8 * hidden + 4 + size * hidden
 
 
-def _tiled_mlp_bytes(model: ModelConfig, size: int, tile: int) -> float:
+def _tiled_mlp_bytes(config: Config, tile: int, on_gpu: bool) -> float:
     """What the backward pass of tiles works with: fp32 sums of the weights' gradients, and a tile's tensors."""
+    model, size = config.model, 4 if config.engine.dtype == "fp32" else 2
     gated, width = model.mlp == "swiglu", model.mlp_size
+    weights = (3 if gated else 2) * width * model.hidden_size
+    if on_gpu:  # a tile's activations and their gradients; in half precision at last the sums, rounded
+        return 4 * weights + max(mlp_bytes(config) * tile, 2 * weights if size == 2 else 0)
     # what goes up, the product, and gradients: of both, of one factor, of silu; in half precision without the last
     # two, but the CPU casts the gradient of what goes up, and the input
     half = (18 if gated else 10) * width + 4 * model.hidden_size
     per_token = 4 * (8 if gated else 4) * width if size == 4 else half
-    return 4 * (3 if gated else 2) * width * model.hidden_size + per_token * tile
+    return 4 * weights + per_token * tile
 
 
-def _attention_bytes(model: ModelConfig, size: int, method: str, ring_degree: int) -> float:
-    """Per token: what attention's backward pass works with, as the CPU's kernel, which copies keys to all heads."""
+def _attention_bytes(model: ModelConfig, size: int, method: str, ring_degree: int, on_gpu: bool) -> float:
+    """Per token: what attention's backward pass works with.
+
+    On the CPU, and in fp32 on GPUs, keys are copied to all heads; else as flash-attn-4 does it, which sums dq in fp32
+    and, where query heads share keys, dk and dv.
+    """
     queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    has_ring = method in ("ring", "hybrid") and ring_degree > 1
+    if on_gpu and size == 2:
+        of_rows = 8 * model.num_heads  # lse and the sums of dout * out
+        shared = 8 * keys if keys < queries else 0
+        if not has_ring:  # the output's gradient, three gradients, dq in fp32
+            return of_rows + 8 * queries + 4 * keys + shared
+        if ring_degree == 2:  # half of the local block, with dq in fp32, beside all there is, while gradients come home
+            return of_rows / 2 + 9 * queries + 14 * keys + shared / 2
+        # own gradients, K,V twice, gradients in fp32 as they are sent and received; and a block's, or a third time
+        return max(of_rows + 10 * queries + 32 * keys + shared, 6 * queries + 38 * keys)
     # the output's gradient, keys and values and three gradients for all heads
     block = 6 * size * queries
-    if method in ("ring", "hybrid") and ring_degree > 1:
+    if has_ring:
         # half of a block at first; sums in fp32 and messages, as counted with 2 and with 4 ranks
         sums = 8 if ring_degree == 2 else 28 if keys == queries else 40
         return block + (3 * size + sums) * keys
     return block + (2 * size * keys if keys < queries else 0)
 
 
-def _layer_bytes(model: ModelConfig, size: int, method: str, mlp_tile: int) -> dict[str, float]:
+def _layer_bytes(model: ModelConfig, size: int, method: str, mlp_tile: int, on_gpu: bool) -> dict[str, float]:
     """Per token: what one layer keeps for its backward pass, by part."""
     queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     attention = size * (2 * queries + 2 * keys) + 4 * model.num_heads  # q, out, k and v, lse
     if method in ("ulysses", "hybrid"):
         attention += size * 2 * keys  # k and v as they were sent, too
-    # gate and up, silu(gate), their product; GELU's input and output
-    mlp = 0 if mlp_tile else size * model.mlp_size * (4 if model.mlp == "swiglu" else 2)
-    return {"norms": 2 * _norm_bytes(model, size), "attention": attention, "MLP": mlp}
+    # gate and up, silu(gate), which Liger does not keep, and their product; GELU's input and output
+    widths = (3 if on_gpu else 4) if model.mlp == "swiglu" else 2
+    mlp = 0 if mlp_tile else size * model.mlp_size * widths
+    return {"norms": 2 * _norm_bytes(model, size, on_gpu), "attention": attention, "MLP": mlp}
 
 
-def _engine_bytes(model: ModelConfig, size: int, stage: int, num_ranks: int) -> tuple[float, float, float]:
-    """What DeepSpeed 0.19.8 and Adam hold: always; in buckets while gradients come; and beyond the first at the end."""
+def _engine_bytes(config: Config, num_ranks: int) -> _Engine:
+    """What DeepSpeed 0.19.8 and Adam hold on the CPU."""
+    model, stage, size = config.model, config.engine.zero_stage, 4 if config.engine.dtype == "fp32" else 2
     parameters = num_parameters(model)
     bucket = bucket_size(parameters)
-    # which decay: Adam takes them in one pass, the others after them
-    matrices = model.num_layers * layer_matmul_parameters(model)
-    matrices += 0 if model.tied_head else model.vocab_size * model.hidden_size
     parted = num_ranks > 1
     if stage == 0:
         # at the end the gradients, those in one piece, and in half precision that in fp32
-        return parameters * (12 if size == 4 else 14), 0, parameters * 8
+        held, buckets, at_end = parameters * (12 if size == 4 else 14), 0, parameters * 8
+        return _Engine(held, 8 * parameters, buckets, 0, at_end)
     cut = parameters / num_ranks
-    temporaries = 4 * matrices / num_ranks  # of Adam, each
+    temporaries = 4 * _decayed(model) / num_ranks  # of Adam, each
     if stage == 3:
         held = cut * (20 if size == 4 else 18) + 4 * bucket + (size * _small(model) if parted else 0)
-        return held, 0, max(8 * bucket if parted else 0, 3 * temporaries)
-    if size == 4:
+        buckets, at_end = 0, max(8 * bucket if parted else 0, 3 * temporaries)
+    elif size == 4:
         reduced = 8 * bucket + (4 * bucket if parted else 0)
-        return 4 * parameters + 12 * cut, 8 * bucket, max(reduced, 4 * bucket + 3 * temporaries)
-    if stage == 1:
-        return 6 * parameters + 12 * cut, 0, 2 * parameters + max(4 * bucket if parted else 0, 2 * temporaries)
-    return 2 * parameters + 12 * cut, 4 * bucket, 10 * bucket + 4 * matrices / num_ranks
+        held, buckets = 4 * parameters + 12 * cut, 8 * bucket
+        at_end = max(reduced, 4 * bucket + 3 * temporaries)
+    elif stage == 1:
+        held, buckets = 6 * parameters + 12 * cut, 0
+        at_end = 2 * parameters + max(4 * bucket if parted else 0, 2 * temporaries)
+    else:
+        held, buckets = 2 * parameters + 12 * cut, 4 * bucket
+        at_end = 10 * bucket + 4 * _decayed(model) / num_ranks
+    return _Engine(held, 8 * cut, buckets, 0, at_end)
+
+
+def _gpu_engine_bytes(config: Config, num_ranks: int) -> _Engine:
+    """What DeepSpeed 0.19.8 and the fused Adam, which has no temporaries, hold on a GPU."""
+    model, engine = config.model, config.engine
+    stage, size = engine.zero_stage, 4 if engine.dtype == "fp32" else 2
+    parameters = num_parameters(model)
+    cut = parameters / num_ranks if stage else parameters
+    bucket, parted, is_first = bucket_size(parameters), num_ranks > 1, config.num_steps == 1
+    adam = 0 if engine.offload_optimizer else 8 * cut
+    not_yet = adam if is_first else 0
+    # Adam takes the parameters that decay first: in the first step the others have no moments by then
+    decayed = _decayed(model) / parameters * cut
+    spared = cut - decayed
+    later = 8 * spared if is_first else 0
+
+    if stage == 0 or (stage == 1 and size == 2 and not engine.offload_optimizer):
+        # gradients in the model's dtype, of all parameters; on stage 1 their fp32 sums stand, on stage 0 they are made
+        held = size * parameters + (4 * cut if size == 2 else 0) + (4 * parameters if stage else 0) + adam
+        in_fp32 = 4 * parameters if size == 2 and not stage else 0
+        # in one piece, and that in fp32
+        reduced = _all_reduced(model) * (4 if stage or size == 4 else 6)
+        at_end = size * parameters + max(reduced - not_yet, in_fp32)
+        return _Engine(held, adam, 0, size * parameters, at_end)
+
+    if stage == 3:
+        held = cut * (20 if size == 4 else 18) + 4 * bucket + (size * _small(model) if parted else 0)
+        # of some gradients at once: what is sent and what comes; of the parameters that Adam takes: in one piece
+        reduced = max(8 * filled for filled, _ in _reductions(model, bucket))
+        return _Engine(held, adam, 0, 0, max(reduced - not_yet, 4 * decayed - later, 4 * spared))
+
+    held = size * parameters + (0 if engine.offload_optimizer else 4 * cut) + adam
+    staged = 4 if size == 4 or stage == 1 else 2  # per gradient in each of two buckets
+    buckets, partition = 2 * staged * bucket, 4 * cut
+    # of a bucket that is reduced: its gradients in one piece, which one rank in fp32 has as it is, and that in fp32
+    message = (4 if parted else 0) if size == 4 else 4 if staged == 4 else 6
+    reductions = list(_reductions(model, bucket))
+    reduced = max(
+        message * filled + staged * waiting + (partition if size == 2 or number else 0)  # fp32 makes it afterwards
+        for number, (filled, waiting) in enumerate(reductions)
+    )
+    gradients = partition if len(reductions) > 1 else 0
+    if engine.offload_optimizer:  # a parameter's gradient as it goes to the host; its norm is taken in fp64
+        largest = max(_matrices(model))
+        held += size * largest
+        at_end = max(buckets + reduced, buckets + partition + 8 * largest)
+    else:
+        in_turn = max(4 * decayed - later, 4 * spared)  # fp32 has what Adam takes in one piece, too
+        stepping = partition + in_turn if size == 4 else max(partition - later, 4 * spared)
+        at_end = max(buckets + max(reduced, partition) - not_yet, stepping)
+    return _Engine(held, adam, buckets, gradients, at_end)
+
+
+def _matrices(model: ModelConfig) -> list[int]:
+    """Numbers in each, in the order in which the model has them: all parameters but norms and biases."""
+    hidden, heads, kv_heads = model.hidden_size, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    up = model.mlp_size * (2 if model.mlp == "swiglu" else 1)
+    of_layer = [width * hidden for width in (heads + 2 * kv_heads, heads, up, model.mlp_size)]
+    end = [model.vocab_size * hidden]
+    return end + of_layer * model.num_layers + ([] if model.tied_head else end)
+
+
+def _decayed(model: ModelConfig) -> int:
+    """Numbers in matrices but the embedding: Adam takes them in one pass, the others after them."""
+    return sum(_matrices(model)[1:])
+
+
+def _all_reduced(model: ModelConfig) -> int:
+    """The most gradients that are reduced at once where DeepSpeed's engine does it, after the backward pass."""
+    most = filled = 0
+    for size in _matrices(model):
+        filled += size
+        most = max(most, filled)
+        filled = 0 if filled > ALL_REDUCED else filled
+    return most
+
+
+def _reductions(model: ModelConfig, bucket: int) -> Iterator[tuple[int, int]]:
+    """Of each reduction in a backward pass: gradients in the bucket, and those of the parameter that waits for it."""
+    filled = 0
+    for size in reversed(_matrices(model)):
+        if filled and filled + size > bucket:
+            yield filled, size
+            filled = 0
+        filled += size
+    yield filled, 0
 
 
 def _small(model: ModelConfig) -> int:
     """Numbers in parameters that ZeRO-3 keeps whole: all but the large matrices."""
-    hidden, heads, kv_heads = model.hidden_size, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    up = model.mlp_size * (2 if model.mlp == "swiglu" else 1)
-    of_layer = [width * hidden for width in (heads + 2 * kv_heads, heads, up, model.mlp_size)]
-    ends = [model.vocab_size * hidden] * (1 if model.tied_head else 2)
-    return num_parameters(model) - sum(size for size in of_layer * model.num_layers + ends if size >= PERSISTENT)
+    return num_parameters(model) - sum(size for size in _matrices(model) if size >= PERSISTENT)
 
 
 def lines(
     config: Config, degrees: Degrees, method: str, local_tokens: int, memory_bytes: int | None, on_gpu: bool
 ) -> list[str]:
     """The fullest moment, part by part, and the longest sequences that fit."""
-    reason = refused(config)
+    reason = refused(config, on_gpu)
     if reason:
         return [f"memory of a step: {reason}"]
-    found = moments(config, degrees, method, local_tokens)
+    found = moments(config, degrees, method, local_tokens, on_gpu)
     fullest = max(found, key=lambda moment: moment.total)
     size = 4 if config.engine.dtype == "fp32" else 2
-    layer = _layer_bytes(config.model, size, method, mlp_tile_tokens(config, local_tokens))
-    kernels = "by what plain PyTorch keeps; a GPU's kernels keep less" if on_gpu else "by what PyTorch keeps"
+    layer = _layer_bytes(config.model, size, method, mlp_tile_tokens(config, local_tokens), on_gpu)
+    kernels = "by what kernels keep, Liger's among them" if on_gpu else "by what PyTorch keeps"
     text = [
         f"memory of a step, per rank: {gib(fullest.total)} GiB when fullest, which is at: {fullest.name}",
         *(f"  {gib(size):>8} GiB  {name}" for name, size in fullest.parts.items()),
@@ -241,19 +401,20 @@ def lines(
     if memory_bytes is not None:
         others = ["none", "selective"] if config.engine.recompute == "none" else [config.engine.recompute]
         for recompute in others:
-            longest = longest_length(changed(config, **{"engine.recompute": recompute}), degrees, method, memory_bytes)
+            trial = changed(config, **{"engine.recompute": recompute})
+            longest = longest_length(trial, degrees, method, memory_bytes, on_gpu)
             text.append(
                 f"  {gib(memory_bytes)} GiB hold sequences of {longest:,} tokens with engine.recompute={recompute}"
             )
     return text
 
 
-def longest_length(config: Config, degrees: Degrees, method: str, memory_bytes: int) -> int:
+def longest_length(config: Config, degrees: Degrees, method: str, memory_bytes: int, on_gpu: bool) -> int:
     """Tokens of a sequence, a multiple of its ranks, with which every moment fits; 0 if none does."""
 
     def fits(local_length: int) -> bool:
         tokens = local_length * config.engine.micro_batch_size
-        return all(moment.total <= memory_bytes for moment in moments(config, degrees, method, tokens))
+        return all(moment.total <= memory_bytes for moment in moments(config, degrees, method, tokens, on_gpu))
 
     if not fits(1):
         return 0

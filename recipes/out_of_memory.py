@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from recipes.memory import changed, tile_tokens
+from recipes.memory import changed, gib, host_bytes, tile_tokens
 from recipes.plan import Plan
 from recipes.ranks import RunFailed
 from recipes.whereabouts import LOGS_DIR, place_of
@@ -98,7 +98,7 @@ def helpful_overrides(plan: Plan, allocator: str = "", compares: bool = False) -
 def _without_loss(plan: Plan, allocator: str, compares: bool) -> Iterator[tuple[str, str]]:
     """Overrides, and why they help, that train the same model on the same batches."""
     engine, attention, degrees = plan.config.engine, plan.config.attention, plan.degrees
-    cuts_tokens = plan.config.parallelism.method == "sequence"
+    cuts_tokens, on_gpu = plan.config.parallelism.method == "sequence", plan.device_type == "cuda"
     if attention.block == "reference":
         yield "attention.block=auto", "the reference kernel holds every score"
     if engine.micro_batch_size > 1:
@@ -114,6 +114,12 @@ def _without_loss(plan: Plan, allocator: str, compares: bool) -> Iterator[tuple[
         yield "engine.tile_tokens=null", "the loss tile by tile: logits of all tokens never exist"
     if cuts_tokens and plan.trains and engine.recompute == "none":
         yield "engine.recompute=selective", "the backward pass computes layers again, all but attention"
+    elif _would_move_activations(plan):
+        moved = gib(host_bytes(plan.config, plan.local_tokens))
+        yield (
+            "engine.offload_activations=true",
+            f"what layers keep, {moved} GiB, in the host's memory meanwhile",
+        )
     if cuts_tokens and engine.zero_stage < 3 and plan.num_ranks > 1:
         cut = "weights, gradients and optimizer state" if plan.trains else "weights"
         yield "engine.zero_stage=3", f"{cut} lie over all {plan.num_ranks} ranks"
@@ -121,9 +127,12 @@ def _without_loss(plan: Plan, allocator: str, compares: bool) -> Iterator[tuple[
         yield "parallelism.sequence_sharded_norms=true", "tokens between the matrices lie over the tensor ranks"
     if not cuts_tokens and (larger := _more_tensor_ranks(plan)):
         yield larger, "each layer's weights and activations on more ranks"
-    if plan.device_type == "cuda" and "expandable_segments" not in allocator:
+    if on_gpu and "expandable_segments" not in allocator:
         joined = ",".join([*filter(None, [allocator]), "expandable_segments:True"])
         yield f"PYTORCH_ALLOC_CONF={joined}", "before the command: less is lost between allocations"
+    if on_gpu and cuts_tokens and plan.trains and not engine.offload_optimizer:
+        stage = "" if engine.zero_stage else "engine.zero_stage=1 "
+        yield f"{stage}engine.offload_optimizer=true", "the optimizer's state and its step on the host, which is slower"
 
 
 def _smaller_jobs(plan: Plan) -> Iterator[tuple[str, str]]:
@@ -141,6 +150,12 @@ def _smaller_jobs(plan: Plan) -> Iterator[tuple[str, str]]:
 def _would_tile(plan: Plan) -> bool:
     """Whether a tile's usual size is less than all tokens."""
     return tile_tokens(changed(plan.config, **{"engine.tile_tokens": None}), plan.local_tokens) > 0
+
+
+def _would_move_activations(plan: Plan) -> bool:
+    """Whether layers keep anything that could lie in the host's memory, which a GPU does not use anyway."""
+    moves = plan.device_type == "cuda" and plan.trains and plan.config.parallelism.method == "sequence"
+    return moves and not plan.config.engine.offload_activations and host_bytes(plan.config, plan.local_tokens) > 0
 
 
 def _same_batch(plan: Plan) -> str:

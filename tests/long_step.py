@@ -24,18 +24,36 @@ from conf.compose import to_config
 from conf.schema import Config
 from recipes import launch, memory_report
 from recipes.max_length import NO_MEMORY_FILE, PROBE_FILE, Probe
+from recipes.plan import Plan
 from recipes.ranks import RunFailed
+
+
+def composed(setting: str) -> Config:
+    """Of one setting's overrides."""
+    with hydra.initialize(version_base="1.3", config_path="../conf"):
+        return to_config(hydra.compose("config", ["num_steps=1", *shlex.split(setting)]))
+
+
+def predicted(plan: Plan) -> dict[str, Any]:
+    """`predicted_gib`, and when that is; nothing where it is not predicted."""
+    config, on_gpu = plan.config, plan.device_type == "cuda"
+    if memory_report.refused(config, on_gpu):
+        return {}
+    found = memory_report.moments(config, plan.degrees, plan.method, plan.local_tokens, on_gpu)
+    fullest = max(found, key=lambda moment: moment.total)
+    return {"predicted_gib": fullest.total / 2**30, "fullest_at": fullest.name}
+
+
+def predicted_again(row: dict[str, Any]) -> dict[str, Any]:
+    """Of a row that a GPU gave, by present code."""
+    num_ranks = row["num_ranks"]
+    return predicted(Plan(composed(row["setting"]), num_ranks, "cuda", row["device"], None, num_ranks))
 
 
 def step(config: Config) -> dict[str, Any]:
     """Of one setting: what it took, or `error` if it ran out of memory; and `predicted_gib` where it is predicted."""
     num_ranks = launch.count_ranks(config)
-    plan = launch.make_plan(config, num_ranks)
-    row: dict[str, Any] = {"num_ranks": num_ranks}
-    if memory_report.refused(config) is None:
-        found = memory_report.moments(config, plan.degrees, plan.method, plan.local_tokens)
-        fullest = max(found, key=lambda moment: moment.total)
-        row |= {"predicted_gib": fullest.total / 2**30, "fullest_at": fullest.name}
+    row: dict[str, Any] = {"num_ranks": num_ranks, **predicted(launch.make_plan(config, num_ranks))}
     with tempfile.TemporaryDirectory() as folder:
         try:
             launch.start(Probe(config), num_ranks, Path(folder))
@@ -54,9 +72,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     for setting in options.settings:
-        with hydra.initialize(version_base="1.3", config_path="../conf"):
-            config = to_config(hydra.compose("config", ["num_steps=1", *shlex.split(setting)]))
-        rows.append({"setting": setting, "torch": torch.__version__, **step(config)})
+        rows.append({"setting": setting, "torch": torch.__version__, **step(composed(setting))})
         found = "out of memory"
         if "error" not in rows[-1]:
             found = "peak {peak_gib:.2f} GiB, step {step_time_s:.2f} s, {tokens_per_s:,.0f} tokens/s".format(**rows[-1])

@@ -68,7 +68,8 @@ class Setting:
         """The fullest moment, and bytes."""
         plan = self.plan
         fullest = max(
-            moments(plan.config, plan.degrees, plan.method, plan.local_tokens), key=lambda moment: moment.total
+            moments(plan.config, plan.degrees, plan.method, plan.local_tokens, on_gpu=False),
+            key=lambda moment: moment.total,
         )
         return fullest.name, fullest.total
 

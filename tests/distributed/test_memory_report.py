@@ -36,14 +36,14 @@ def test_each_moment_is_the_fullest_of_some_setting():
 def test_the_longest_sequence_fits_and_one_token_more_per_rank_does_not():
     plan = Setting("bf16", 1, num_ranks=4).plan
     memory_bytes = 2**30
-    length = longest_length(plan.config, plan.degrees, plan.method, memory_bytes)
+    length = longest_length(plan.config, plan.degrees, plan.method, memory_bytes, False)
     assert length % 4 == 0
 
     def fullest(local_length: int) -> float:
-        return max(moment.total for moment in moments(plan.config, plan.degrees, plan.method, local_length))
+        return max(moment.total for moment in moments(plan.config, plan.degrees, plan.method, local_length, False))
 
     assert fullest(length // 4) <= memory_bytes < fullest(length // 4 + 1)
-    assert longest_length(plan.config, plan.degrees, plan.method, 1000) == 0
+    assert longest_length(plan.config, plan.degrees, plan.method, 1000, False) == 0
 
 
 def test_the_report_adds_up():

@@ -65,7 +65,9 @@ def test_each_zero_stage_divides_one_more_by_all_ranks(dtype, stage, per_paramet
 @pytest.mark.parametrize(
     ("engine", "per_parameter"),
     [
-        ({"zero_stage": 1, "offload_optimizer": True}, (2, 0, 0)),
+        ({"zero_stage": 1, "offload_optimizer": True}, (2, 4 / 8, 0)),  # the gradients' sums are not
+        ({"zero_stage": 2, "offload_optimizer": True}, (2, 4 / 8, 0)),
+        ({"zero_stage": 1, "offload_optimizer": True, "dtype": "fp32"}, (4, 0, 0)),
         ({"zero_stage": 3, "offload_optimizer": True}, (2 / 8, 0, 0)),
         ({"zero_stage": 3, "offload_parameters": True}, (0, 4 / 8, 12 / 8)),
     ],
@@ -75,7 +77,8 @@ def test_what_lies_on_the_host_is_not_held_by_a_gpu_but_by_a_cpu(engine, per_par
     degrees = Degrees(data=2, ring=4, ulysses=1)
     assert state_bytes(config, degrees)[:3] == tuple(size * NUM_LARGE for size in per_parameter)
     on_cpu = Plan(config, 8, "cpu", "CPU", None, ranks_per_host=8)
-    stage_alone = Config(model=LARGE, engine=EngineConfig(zero_stage=engine["zero_stage"]))
+    on_device = {name: value for name, value in engine.items() if not name.startswith("offload")}
+    stage_alone = Config(model=LARGE, engine=EngineConfig(**on_device))
     assert on_cpu.state == state_bytes(stage_alone, on_cpu.degrees)
 
 
@@ -137,8 +140,12 @@ def test_explain_shows_the_refusal_in_place_of_raising_it():
 def test_more_ranks_are_counted_where_these_do_not_suffice():
     text = refusal(80 * GIB, num_ranks=1)
     assert "  use 2 ranks with as much memory each, and engine.zero_stage=3: 67.31 GiB\n" in text
+    assert "  or engine.offload_optimizer=true, the optimizer's state on the host: 44.87 GiB\n" in text
+    text = refusal(32 * GIB, num_ranks=1)
+    assert "  or engine.zero_stage=3 engine.offload_optimizer=true, the optimizer's state on the host: 29.92" in text
     text = refusal(48 * GIB, num_ranks=2, device_type="cpu")
     assert "  use 4 ranks with as much memory each, on 2 hosts like this one, and engine.zero_stage=3: 33.65" in text
+    assert "offload" not in text  # its memory is the host's
 
 
 def test_building_the_model_in_fp32_needs_memory_too():
@@ -153,14 +160,14 @@ def test_what_a_refusal_names_would_fit(fields, memory_gib):
     """Each line's fields, on its ranks, are not refused."""
     text = refusal(memory_gib * GIB, **fields)
     for line in text.splitlines()[2:]:
-        changes = dict(word.rstrip(":").split("=") for word in line.split() if "=" in word)
+        changes = dict(word.rstrip(":,").split("=") for word in line.split() if "=" in word)
         num_ranks = int(line.split()[1]) if "ranks with" in line else 8
         changed = Config(**{"model": ModelConfig(**vars(LARGE)), **fields})
         changed.engine = EngineConfig(**vars(changed.engine))
         changed.parallelism = ParallelismConfig(**vars(changed.parallelism))
         for name, value in changes.items():
             group, field = name.split(".")
-            setattr(getattr(changed, group), field, int(value))
+            setattr(getattr(changed, group), field, value == "true" or int(value))
         if changes or num_ranks > 8:
             Plan(changed, num_ranks, "cuda", "NVIDIA H100 80GB HBM3", (9, 0), 8, memory_gib * GIB)
 
@@ -253,6 +260,7 @@ def test_the_banner_says_which_states_are_on_the_host():
 
 ALLOCATOR = "PYTORCH_ALLOC_CONF=expandable_segments:True"
 RECOMPUTE = "engine.recompute=selective"
+HOST = "engine.offload_optimizer=true"
 HALF = "data.sequence_length=1024"
 RING_8 = "parallelism.data_degree=1 parallelism.ring_degree=8"
 
@@ -261,7 +269,20 @@ RING_8 = "parallelism.data_degree=1 parallelism.ring_degree=8"
     ("fields", "expected"),
     [
         ({}, [RECOMPUTE, "engine.zero_stage=3", ALLOCATOR]),
-        ({"engine": EngineConfig(zero_stage=3)}, [RECOMPUTE, ALLOCATOR, HALF]),
+        ({"engine": EngineConfig(zero_stage=3)}, [RECOMPUTE, ALLOCATOR, HOST]),
+        ({"engine": EngineConfig(zero_stage=3, offload_optimizer=True)}, [RECOMPUTE, ALLOCATOR, HALF]),
+        (
+            {"engine": EngineConfig(zero_stage=3, recompute="selective")},
+            ["engine.offload_activations=true", ALLOCATOR, HOST],
+        ),
+        (
+            {"engine": EngineConfig(zero_stage=0, recompute="full", offload_activations=True), "num_ranks": 1},
+            [ALLOCATOR, f"engine.zero_stage=1 {HOST}", HALF],
+        ),
+        (  # its memory is the host's
+            {"engine": EngineConfig(zero_stage=3, recompute="full"), "device_type": "cpu"},
+            [HALF, "model.num_layers=16", "model.mlp_size=7168"],
+        ),
         ({"engine": EngineConfig(tile_tokens=0)}, [RECOMPUTE, "engine.zero_stage=3", ALLOCATOR]),  # 256 tokens per rank
         (
             {"engine": EngineConfig(tile_tokens=0), "data": DataConfig(sequence_length=2**17)},
