@@ -136,18 +136,25 @@ def banner_rows(config: Config, local_tokens: int) -> list[tuple[str, str]]:
         rows.append(("offload", "the optimizer's state and its step on the host"))
     if config.engine.offload_activations:
         what = "layers' inputs" + (" and attention's results" if config.engine.recompute == "selective" else "")
-        moved = gib(host_bytes(config, local_tokens))
-        rows.append(("offload", f"{what} of a micro-batch: {moved} GiB per rank of the host's memory"))
+        moved = f"{gib(host_bytes(config, local_tokens))} GiB per rank of the host's memory"
+        if config.model.num_layers <= LAYERS_ON_DEVICE:
+            moved = f"none, for those of the last {LAYERS_ON_DEVICE} layers stay on the device"
+        rows.append(("offload", f"{what} of a micro-batch: {moved}"))
     return rows
 
 
 def _tile(config: Config, local_tokens: int, most: int) -> int:
-    """What was said, else a round number of at most `most` tokens; 0 for all of them."""
+    """What was said, else a round number of at most `most` tokens, and of half of them; 0 for all of them.
+
+    A tile of nearly all would have its own tensors beside what is kept of all, and save nothing.
+    """
     if config.parallelism.method == "tensor_pipeline":
         return 0
     tokens = config.engine.tile_tokens
     if tokens is None:
         tokens = max(1, most // TILE_MULTIPLE * TILE_MULTIPLE or most)
+        if tokens < local_tokens:
+            tokens = min(tokens, math.ceil(local_tokens / 2 / TILE_MULTIPLE) * TILE_MULTIPLE)
     return tokens if tokens < local_tokens else 0
 
 

@@ -236,14 +236,14 @@ def _attention_bytes(model: ModelConfig, size: int, method: str, ring_degree: in
             return of_rows + 8 * queries + 4 * keys + shared
         if ring_degree == 2:  # half of the local block, with dq in fp32, beside all there is, while gradients come home
             return of_rows / 2 + 9 * queries + 14 * keys + shared / 2
-        # own gradients, K,V twice, gradients in fp32 as they are sent and received; and a block's, or a third time
+        # own gradients in fp32, K,V, gradients as they are sent and received; and a block's; not held against a GPU
         return max(of_rows + 10 * queries + 32 * keys + shared, 6 * queries + 38 * keys)
     # the output's gradient, keys and values and three gradients for all heads
     block = 6 * size * queries
     if has_ring:
-        # half of a block at first; sums in fp32 and messages, as counted with 2 and with 4 ranks
-        sums = 8 if ring_degree == 2 else 28 if keys == queries else 40
-        return block + (3 * size + sums) * keys
+        # half of a block at first; sums in fp32 and messages, as counted with 2, 3, 4 and 6 ranks
+        counted = (8, 40, 40, 40) if keys < queries else (5, 12, 17, 25) if size == 2 else (8, 18, 26, 30)
+        return block + (3 * size + counted[min(ring_degree, 5) - 2]) * keys
     return block + (2 * size * keys if keys < queries else 0)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 def add_up(target: Tensor, addends: list[Tensor]) -> None:
     """The sum of [B, S, H, D] tensors, added in fp32 (fp64 for fp64 ones) and rounded once, to `target`'s dtype.
 
-    `target` may be the first of them.
+    `target` may be the first of them. It is of their dtype, of fp32, or of fp64 for fp64 ones.
     """
     dtype = functools.reduce(torch.promote_types, [addend.dtype for addend in addends], torch.float32)
     if len(addends) == 1:
@@ -27,13 +27,15 @@ def add_up(target: Tensor, addends: list[Tensor]) -> None:
         from ring_attention.merge_triton import add_three_on_gpu  # needs Triton, which a CPU build of PyTorch lacks
 
         add_three_on_gpu(target, *addends)
-    else:
-        total = addends[0]
-        if len(addends) > 2 or target.dtype == dtype:  # else there is one addition, which PyTorch does in fp32 anyway
-            total = total.to(dtype)
+    elif len(addends) > 2:
+        total = addends[0].to(dtype)
         for other in addends[1:-1]:
             total = total + other
         torch.add(total, addends[-1], out=target)
+    else:  # PyTorch computes in the wider dtype of the two, or in fp32, and rounds to that
+        if target.dtype == dtype != addends[0].dtype:
+            addends = [target.copy_(addends[0]), addends[1]]
+        torch.add(*addends, out=target)
 
 
 def merge(

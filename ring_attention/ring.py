@@ -179,6 +179,7 @@ class _Backward:
                 self._add_own(self._came)
                 self._came = []
             self._post(step, sums)
+            del sums  # else they outlive their hop
             if hop is not None:
                 hop.wait()
             here = incoming

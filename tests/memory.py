@@ -101,6 +101,14 @@ SETTINGS = [
     Setting("bf16", 1, num_ranks=4, recompute="selective", tile_tokens=128),
     Setting("bf16", 3, num_ranks=2, method="ulysses", model={"num_layers": 6}),
     Setting("bf16", 3, num_ranks=2, local_length=64, model={"hidden_size": 256, "num_layers": 4, "mlp_size": 1024}),
+    Setting(
+        "bf16",
+        1,
+        num_ranks=4,
+        recompute="selective",
+        tile_tokens=64,
+        model={"num_heads": 16, "num_kv_heads": 16, "mlp_size": 128},
+    ),
 ]
 
 

@@ -65,7 +65,7 @@ class CudnnBlock(Block):
     ) -> tuple[Tensor, Tensor, Tensor]:
         if q_BSHD.shape[1] == k_BTKD.shape[1] == 1:
             return _REFERENCE.backward(dout_BSHE, q_BSHD, k_BTKD, v_BTKE, out_BSHE, lse_BHS, lower, upper, scale)
-        dout_BSHE, out_BSHE = (_strided_like(q_BSHD, x) for x in (dout_BSHE, out_BSHE))
+        q_BSHD, out_BSHE, dout_BSHE = _with_equal_strides(q_BSHD, out_BSHE, dout_BSHE)
         num_heads, num_kv_heads = q_BSHD.shape[2], k_BTKD.shape[2]
         k, v = (expand_kv_heads(x, num_heads).transpose(1, 2) for x in (k_BTKD, v_BTKE))
         no_dropout_state = torch.empty((), dtype=torch.int64, device=q_BSHD.device)
@@ -91,10 +91,9 @@ class CudnnBlock(Block):
         return dq.transpose(1, 2), dk, dv
 
 
-def _strided_like(q: Tensor, x: Tensor) -> Tensor:
-    """`x`, of q's shape, with q's strides. PyTorch 2.11 keeps cuDNN's graphs by the shapes and strides of q, k, v
-    alone, and computes on any other out and dout as if they had the strides of those that it built the graph for.
+def _with_equal_strides(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Of one shape: as they are, or all contiguous. PyTorch 2.11 keeps cuDNN's graphs by the shapes and strides of q, k
+    and v alone, and computes on any other out and dout as if they had the strides of those it built the graph for.
     """
-    if all(size == 1 or stride == of_q for size, stride, of_q in zip(x.shape, x.stride(), q.stride(), strict=True)):
-        return x
-    return torch.empty_strided(q.shape, q.stride(), dtype=x.dtype, device=x.device).copy_(x)
+    first, *others = ([n for n, size in zip(x.stride(), x.shape, strict=True) if size > 1] for x in tensors)
+    return tensors if all(strides == first for strides in others) else tuple(x.contiguous() for x in tensors)

@@ -14,7 +14,7 @@ from tests.memory import SETTINGS, Setting, count_step
 from tests.pool import WorkerPool
 
 LIMIT = 0.05
-COVERING = [SETTINGS[number] for number in (1, 2, 4, 5, 8, 11, 13, 14, 15, 16, 17, 18, 19, 20, 22, 23)]
+COVERING = [SETTINGS[number] for number in (1, 2, 4, 5, 8, 11, 13, 14, 15, 16, 17, 18, 19, 20, 22, 23, 24)]
 
 
 @pytest.mark.parametrize("setting", COVERING, ids=lambda s: f"{s.dtype}-zero{s.zero_stage}-{s.recompute}-{s.num_ranks}")

@@ -37,12 +37,12 @@ def test_the_merge_equals_that_on_the_cpu(head_dim: int, target: torch.dtype, st
 @pytest.mark.parametrize("first", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("num_addends", [1, 2, 3, 4])
 def test_sums_are_rounded_once(head_dim: int, dtype: torch.dtype, first: torch.dtype, num_addends: int):
-    """Into the first itself and beside it, of views."""
+    """Into the first itself and beside it, there in fp32 too, of views."""
     addends = [torch.randn(2, 3, 74, head_dim, device="cuda").to(dtype).transpose(1, 2)[:, 37:] for _ in range(4)]
     addends = [torch.randn(2, 37, 3, head_dim, device="cuda").to(first), *addends][:num_addends]
     exact = sum(addend.double() for addend in addends)
     beside = torch.full((2, 74, 3, head_dim), float("nan"), device="cuda", dtype=dtype)[:, 37:]
-    for target in (beside, addends[0]):
+    for target in (beside, beside.float(), addends[0]):
         add_up(target, addends)
         rtol = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[target.dtype]
         torch.testing.assert_close(target.double(), exact, rtol=rtol, atol=2e-6)

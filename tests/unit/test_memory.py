@@ -178,7 +178,7 @@ def test_what_a_refusal_names_would_fit(fields, memory_gib):
         (257, None, 2**19, 0),  # all at once
         (257, None, 2**21, 1044480),  # below 2^30 bytes / 4 / 257 = 1044495.5
         (128256, None, 2048, 0),
-        (128256, None, 2049, 2048),
+        (128256, None, 2049, 1280),  # half of them, and no more
         (2**21, None, 1000, 128),  # less than a multiple of 256
         (2**29, None, 1000, 1),  # a token has more than that
         (257, 64, 65, 64),
@@ -194,7 +194,8 @@ def test_as_many_tokens_have_logits_as_fit_a_gib_or_as_were_said(vocab_size, giv
 @pytest.mark.parametrize(
     ("recipe", "mlp", "engine", "local_tokens", "expected"),
     [
-        ("pretrain", "swiglu", {"recompute": "selective"}, 12289, 12288),  # below 2^31 bytes / 2 / 6 / 14336 = 12483
+        ("pretrain", "swiglu", {"recompute": "selective"}, 12289, 6400),  # half of them, and no more
+        ("pretrain", "swiglu", {"recompute": "selective"}, 30000, 12288),  # below 2^31 bytes / 2 / 6 / 14336 = 12483
         ("pretrain", "swiglu", {"recompute": "selective"}, 12288, 0),
         ("pretrain", "gelu", {"recompute": "full", "dtype": "fp32"}, 2**20, 9216),  # 2^31 / 4 / 4 / 14336 = 9362
         ("pretrain", "swiglu", {}, 2**20, 0),  # where layers are kept tiles would take products
@@ -247,6 +248,13 @@ def test_the_banner_says_what_is_moved_to_the_host(recompute, per_token, what):
     (line,) = [line for line in offloading.banner(Path("runs")) if "host's memory" in line]
     expected = f"{2 * per_token * 2**20 / 2**30:.3g} GiB"  # two of the four layers'; all powers of two
     assert line == f"         offload  {what} of a micro-batch: {expected} per rank of the host's memory"
+
+
+def test_the_banner_says_that_two_layers_move_nothing():
+    engine = EngineConfig(recompute="full", offload_activations=True)
+    rows = plan(model=ModelConfig(num_layers=2), engine=engine).banner(Path("runs"))
+    (line,) = [line for line in rows if "offload" in line]
+    assert line.endswith("layers' inputs of a micro-batch: none, for those of the last 2 layers stay on the device")
 
 
 def test_the_banner_says_which_states_are_on_the_host():

@@ -189,3 +189,43 @@ def test_each_piece_of_dq_ends_with_its_last_part(ring_degree: int, batch: int, 
         if len(ends) == 4:
             del ends[2]
         assert all(ends), of_pieces
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_what_comes_home_is_added_in_fp32_until_the_last(dtype: torch.dtype, is_kept: bool):
+    """Two halves of a unit in the last place, which no sum in 16 bits would see."""
+    unit = 2 / torch.finfo(dtype).eps
+    everything, tokens = slice(None), slice(0, 2)
+    big, one = (torch.full((1, 2, 1, 4), x, dtype=dtype) for x in (unit, 1.0))
+    total = RunningSum(big.shape, dtype)
+    if is_kept:
+        total.add(everything, tokens, big, False)
+        total.add_several([(everything, tokens, one)], False)
+    else:
+        total.add_several([(everything, tokens, big), (everything, tokens, one)], False)
+    total.add_several([(everything, tokens, one)], True)
+    assert torch.equal(total.result(), big + 2)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("ring_degree", [2, 3, 4, 5, 6])
+def test_own_gradients_are_rounded_with_the_last_and_added_two_stages_at_a_time(
+    ring_degree: int, batch: int, monkeypatch: pytest.MonkeyPatch
+):
+    add_several = RunningSum.add_several
+    calls: list[tuple[RunningSum, int, bool]] = []
+
+    def adding(self: RunningSum, parts: Any, is_last: bool) -> None:
+        calls.append((self, len(parts), is_last))
+        add_several(self, parts, is_last)
+
+    monkeypatch.setattr(RunningSum, "add_several", adding)
+    for ring_rank in range(ring_degree):
+        calls.clear()
+        events(ring_degree, ring_rank, batch)
+        for total in {call[0] for call in calls}:
+            own = [call[1:] for call in calls if call[0] is total]
+            assert [is_last for _, is_last in own] == [False] * (len(own) - 1) + [True]
+            early = [num_parts for num_parts, _ in own[:-1] if num_parts]
+            assert all(num_parts == 2 for num_parts in early[:-1])
