@@ -14,15 +14,10 @@ import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-
-import datasets
-import huggingface_hub
-from datasets.exceptions import DatasetsError
-from huggingface_hub.errors import HTTPError  # what its client raises; not an OSError
+from typing import Any
 
 from conf.schema import ConfigError, DataConfig
 
-datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # a CorpusError says it
 _NOT_LIBRARY_CODE = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 
 
@@ -37,6 +32,8 @@ class Documents:
         self._dataset, self._text_field, self.description = dataset, text_field, description
 
     def __iter__(self) -> Iterator[str]:
+        from datasets.exceptions import DatasetsError
+
         try:
             for row in self._dataset:
                 if self._text_field not in row:
@@ -78,6 +75,14 @@ def open_documents(config: DataConfig) -> Documents:
         ) from error
 
 
+def _datasets() -> Any:
+    """The library, whose import takes a second: an error that needs no data shall not wait for it."""
+    import datasets
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # a CorpusError says it
+    return datasets
+
+
 def _open(config: DataConfig) -> Documents:
     if config.source == "hub":
         return _open_hub(config)
@@ -91,7 +96,7 @@ def _open(config: DataConfig) -> Documents:
     if not files:
         raise CorpusError(f"{description} has no file to read: use data=text_files data.files='texts/*.txt'")
     random.Random(config.shuffle_seed).shuffle(files)
-    dataset = datasets.load_dataset(
+    dataset = _datasets().load_dataset(
         "text",
         data_files=[glob.escape(name) for name in files],
         sample_by="document",
@@ -112,6 +117,11 @@ def stdlib_files() -> list[str]:
 
 
 def _open_hub(config: DataConfig) -> Documents:
+    datasets = _datasets()
+    import huggingface_hub
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HTTPError  # what its client raises; not an OSError
+
     description, name = f"data.name={config.name}", str(config.name)
     try:
         if not Path(name).exists() and not huggingface_hub.constants.HF_HUB_OFFLINE:
