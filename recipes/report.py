@@ -13,7 +13,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-import wandb
 from tqdm import tqdm
 
 from conf.schema import LoggingConfig
@@ -32,6 +31,8 @@ def start_wandb(
     Args:
         run_id: of an earlier one to go on with.
     """
+    import wandb  # takes a second, which an error before any run shall not wait for
+
     mode = logging.wandb
     if mode == "auto":
         mode = os.environ.get("WANDB_MODE", "")
@@ -46,6 +47,8 @@ def start_wandb(
 
 
 def _init_wandb(logging: LoggingConfig, run_dir: Path, config: dict[str, Any], mode: str, run_id: str | None) -> Any:
+    import wandb
+
     return wandb.init(
         project=logging.project,
         group=logging.group,
