@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from conf.schema import ConfigError
-from recipes.breakdown import attention_communication_off
+from recipes.breakdown import attention_communication_off, step_breakdown
 from recipes.build import build_attention
+from recipes.catalog import PARTS
 from recipes.engine import extremes_over_ranks, max_over_ranks
 from recipes.metrics import StepClock
 from recipes.peers import PEERS
@@ -110,11 +111,17 @@ def bench_attention(plan: Plan, run_dir: Path, reporter: Reporter | None) -> flo
     say("timing ...")
     rows = _timed(contenders, plan, device)
     say("", *_table(rows, num_ranks), "")
+    if plan.config.breakdown:
+        say("profiling ...")
+        for row, contender in zip(rows, contenders, strict=True):
+            row["parts_ms"] = _parts_ms(contender, device)
+        say("", *_parts_table(rows), "")
     say(
         "ms: of a call, the slowest rank's; host: of that, until its host has issued it: where they are equal the GPU",
         "may wait for the host. TFLOP/s: per device, causal counted once, backward as two forward passes.",
         "ideal: one device's time x the share that each computes. exposed: what a call takes longer than one whose",
         "messages stay on their rank.",
+        *(["parts: of a call with its backward pass, under the profiler."] if plan.config.breakdown else []),
         *(["!!! ON THE CPU ranks share cores: these figures say nothing of GPUs"] if device.type == "cpu" else []),
     )
     if reporter:
@@ -313,6 +320,23 @@ def _seconds_of_a_call(call: Callable[[], Any], device: torch.device) -> tuple[f
     return seconds(max(1, round(TIMED_S / seconds(1)[0])))
 
 
+def _parts_ms(contender: Contender, device: torch.device) -> dict[str, tuple[float, float]]:
+    """Where a call goes with its backward pass, under the profiler: the least and the most of all ranks, in ms."""
+    with contender.around():
+        breakdown = step_breakdown(contender.forward_backward)
+    parts = {part: 1e3 * share * breakdown.step_time_s for part, share in breakdown.shares.items()}
+    return extremes_over_ranks(parts, device)
+
+
+def _parts_table(rows: list[dict[str, Any]]) -> list[str]:
+    parts = [part for part in PARTS if any(row["parts_ms"][part][1] for row in rows)]
+    cells = [["parts, ms (least - most of all ranks)", *parts]]
+    for row in rows:
+        spans = [row["parts_ms"][part] for part in parts]
+        cells.append([row["name"], *(f"{least:.3f} - {most:.3f}" for least, most in spans)])
+    return _aligned(cells)
+
+
 def _table(rows: list[dict[str, Any]], num_ranks: int) -> list[str]:
     kinds = {"forward": "forward", "forward_backward": "forward + backward"}
     header = ["method", "grid"]
@@ -328,5 +352,9 @@ def _table(rows: list[dict[str, Any]], num_ranks: int) -> list[str]:
             if num_ranks > 1:
                 line.append("n/a" if own["exposed_ms"] is None else f"{own['exposed_ms']:.3f}")
         cells.append(line)
-    widths = [max(len(line[n]) for line in cells) for n in range(len(header))]
+    return _aligned(cells)
+
+
+def _aligned(cells: list[list[str]]) -> list[str]:
+    widths = [max(len(line[n]) for line in cells) for n in range(len(cells[0]))]
     return ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]

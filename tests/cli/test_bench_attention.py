@@ -36,6 +36,20 @@ def test_every_method_that_fits_is_timed_beside_one_device(two_ranks):
     assert "say nothing of GPUs" in two_ranks.stdout
 
 
+def test_the_parts_of_a_call_are_those_of_its_kind(two_ranks):
+    rows = {row["name"]: row["parts_ms"] for row in kept(two_ranks)["rows"]}
+    for parts in rows.values():
+        assert all(0 <= least <= most for least, most in parts.values())
+        assert parts["attention"][0] > 0
+    assert rows["one device"]["exchange"] == [0, 0]
+    assert rows["ring"]["exchange"][0] > 0
+    assert rows["ring"]["merge"][0] > 0
+    printed = two_ranks.stdout.partition("profiling ...")[2].strip().splitlines()
+    assert printed[0].split()[-6:] == ["attention", "merge", "exchange", "gemm", "other", "idle"]
+    assert printed[2].startswith("ring")
+    assert printed[2].split("  ")[-1].strip().split(" - ")[1] == f"{rows['ring']['idle'][1]:.3f}"
+
+
 def test_the_numbers_follow_from_the_times(two_ranks):
     alone, *methods = kept(two_ranks)["rows"]
     operations = 4 * 4 * 32 * 250 * 251 / 2  # 4 heads x 32
@@ -52,8 +66,11 @@ def test_the_numbers_follow_from_the_times(two_ranks):
 
 
 def test_heads_that_a_method_cannot_cut_leave_it_out(program):
-    run = program.run(*SMALL, "launch.num_ranks=2", "model.num_heads=6", "model.num_kv_heads=3", "compare.rounds=1")
+    run = program.run(
+        *SMALL, "launch.num_ranks=2", "model.num_heads=6", "model.num_kv_heads=3", "compare.rounds=1", "breakdown=false"
+    )
     assert (run.exit_code, run.stderr) == (0, "")
+    assert "profiling" not in run.stdout
     assert [row["name"] for row in kept(run)["rows"]] == ["one device", "ring", "all_gather"]
     assert "left out: ulysses: " in run.stdout
     assert "left out: DeepSpeed Ulysses: 250 tokens or 3 kv heads are not a multiple of the 2 ranks" in run.stdout
