@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from recipes.breakdown import attention_communication_off, step_breakdown
 from recipes.build import build_attention
 from recipes.catalog import PARTS
 from recipes.engine import extremes_over_ranks, max_over_ranks
-from recipes.metrics import StepClock
+from recipes.metrics import StepClock, durations_s, mark
 from recipes.peers import PEERS
 from recipes.plan import DTYPES, Plan, attention_flops_per_token
 from recipes.report import Reporter
@@ -44,6 +45,7 @@ RESULT_FILE = "bench_attention.json"
 METHODS = ("ring", "ulysses", "hybrid", "all_gather")  # of ours
 SIMULATED_DEGREES = (2, 4, 8, 16, 32, 64)
 TIMED_S = 0.1  # of calls, at least, in each round
+AT_LENGTH_S = 3.0  # of calls, for what they take of the energy that a GPU may use
 MOST_ERROR = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 4e-3}  # of an output, relative: several roundings
 
 Shards = tuple[Tensor, Tensor, Tensor, Tensor]  # q, k, v, dout of [B, S, heads, D]
@@ -116,12 +118,22 @@ def bench_attention(plan: Plan, run_dir: Path, reporter: Reporter | None) -> flo
         for row, contender in zip(rows, contenders, strict=True):
             row["parts_ms"] = _parts_ms(contender, device)
         say("", *_parts_table(rows), "")
+    if joules := _energy_counter(device):
+        say("at length ...")
+        for row, contender in zip(rows, contenders, strict=True):
+            row["at_length"] = _at_length(contender, device, joules)
+        say("", *_at_length_table(rows), "")
     say(
         "ms: of a call, the slowest rank's; host: of that, until its host has issued it: where they are equal the GPU",
         "may wait for the host. TFLOP/s: per device, causal counted once, backward as two forward passes.",
         "ideal: one device's time x the share that each computes. exposed: what a call takes longer than one whose",
         "messages stay on their rank.",
         *(["parts: of a call with its backward pass, under the profiler."] if plan.config.breakdown else []),
+        *(
+            [f"at length: calls for {AT_LENGTH_S:g} s, and what the GPUs take, the least and the most of them."]
+            if joules
+            else []
+        ),
         *(["!!! ON THE CPU ranks share cores: these figures say nothing of GPUs"] if device.type == "cpu" else []),
     )
     if reporter:
@@ -334,6 +346,49 @@ def _parts_table(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         spans = [row["parts_ms"][part] for part in parts]
         cells.append([row["name"], *(f"{least:.3f} - {most:.3f}" for least, most in spans)])
+    return _aligned(cells)
+
+
+def _energy_counter(device: torch.device) -> Callable[[], float] | None:
+    """Joules that this rank's GPU took since its driver was loaded, renewed some times in a second; None where nothing
+    counts them.
+    """
+    if device.type != "cuda" or not find_spec("pynvml"):
+        return None
+    import pynvml  # pyright: ignore[reportMissingImports]
+
+    pynvml.nvmlInit()
+    gpu = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+    return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1e3
+
+
+def _at_length(contender: Contender, device: torch.device, joules: Callable[[], float]) -> dict[str, Any]:
+    """Calls with their backward passes, one after the other for AT_LENGTH_S: `ms` of one, the slowest rank's; and the
+    `watts` and the `joules` of one call, the least and the most of all ranks.
+    """
+
+    def measure(number: int) -> dict[str, float]:
+        dist.barrier()
+        before, started = joules(), mark()
+        for _ in range(number):
+            contender.forward_backward()
+        seconds = durations_s([(started, mark())])[0]
+        spent = joules() - before
+        return {"ms": 1e3 * seconds / number, "joules": spent / number, "watts": spent / seconds}
+
+    with contender.around():
+        number = max(1, round(AT_LENGTH_S / (max_over_ranks(measure(2)["ms"], device) / 1e3)))
+        own = measure(number)
+    extremes = extremes_over_ranks(own, device)
+    return {"calls": number, "ms": extremes["ms"][1], "joules": extremes["joules"], "watts": extremes["watts"]}
+
+
+def _at_length_table(rows: list[dict[str, Any]]) -> list[str]:
+    cells = [["forward + backward, at length", "calls", "ms", "joules per call", "watts"]]
+    for row in rows:
+        own = row["at_length"]
+        spans = [f"{own[name][0]:.1f} - {own[name][1]:.1f}" for name in ("joules", "watts")]
+        cells.append([row["name"], f"{own['calls']}", f"{own['ms']:.3f}", *spans])
     return _aligned(cells)
 
 

@@ -45,7 +45,7 @@ def test_the_parts_of_a_call_are_those_of_its_kind(two_ranks):
     assert rows["ring"]["exchange"][0] > 0
     assert rows["ring"]["merge"][0] > 0
     printed = two_ranks.stdout.partition("profiling ...")[2].strip().splitlines()
-    assert printed[0].split()[-6:] == ["attention", "merge", "exchange", "gemm", "other", "idle"]
+    assert printed[0].split()[-5:] == ["attention", "merge", "exchange", "other", "idle"]
     assert printed[2].startswith("ring")
     assert printed[2].split("  ")[-1].strip().split(" - ")[1] == f"{rows['ring']['idle'][1]:.3f}"
 
