@@ -15,13 +15,16 @@ from pathlib import Path
 
 from docs.tables_speed import (
     RESULTS,
+    at_length_table,
     attention_table,
     auto_table,
     block_speeds_table,
     ceilings_table,
     comparison_table,
+    final,
     host_table,
     long_steps_table,
+    parts_table,
     ring_blocks_table,
     steps_table,
     throughput_table,
@@ -194,10 +197,15 @@ def gpu_memory_table(*names: str) -> str:
     lines = ["| setting | fullest at | predicted, GiB | measured, GiB | error |", "|---" * 5 + "|"]
     for row in [row for name in names for row in json.loads((RESULTS / name).read_text())]:
         now, peak_gib = predicted_again(row), row["peak_gib"]
-        overrides = dict(word.split("=") for word in row["setting"].split())  # a later one counts
-        setting = " ".join(f"{name}={value}" for name, value in overrides.items())
         error = f"{100 * (now['predicted_gib'] / peak_gib - 1):+.2f} %"
-        cells = [f"`{setting}`", now["fullest_at"], f"{now['predicted_gib']:.2f}", f"{peak_gib:.2f}", error]
+        sizes = [f"{size:.2f}" for size in (now["predicted_gib"], peak_gib)]
+        cells = [f"`{final(row['setting'])}`", now["fullest_at"], *sizes, error]
+            f"`{final(row['setting'])}`",
+            now["fullest_at"],
+            f"{now['predicted_gib']:.2f}",
+            f"{peak_gib:.2f}",
+            error,
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -242,7 +250,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "precision gpu": lambda: precision_table("precision_H200.json"),
     "fuzz": fuzz_table,
     "memory": memory_table,
-    "memory gpu": lambda: gpu_memory_table("memory_H200.json", "million_H200.json"),
+    "memory gpu": lambda: gpu_memory_table("memory_H200.json", "million_H200.json", "long_steps_2xH200.json"),
     "faults": faults_table,
     "elastic": elastic_table,
     "ring memory": ring_memory_table,
@@ -259,11 +267,24 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "ring blocks": ring_blocks_table,
     "attention four": lambda: attention_table({f"{n:,}": f"attention_{n}_4xH200.json" for n in (32768, 65536, 131072)}),
+    "parts four": lambda: parts_table(
+        {f"{n:,}": f"attention_{n}_4xH200.json" for n in (32768, 65536, 131072)},
+        ("one device", "ring", "ulysses", "ring, p2p"),
+    ),
+    "parts two": lambda: parts_table(
+        {f"{n:,}": f"attention_{n}_2xH200.json" for n in (16384, 65536, 131072)}, ("one device", "ring", "ulysses")
+    ),
+    "parts simulated": lambda: parts_table(
+        {"65,536": "simulated_65536_H200.json"},
+        ("one device", *(f"ring of {n}" for n in (2, 4, 8, 16, 32, 64))),
+    ),
+    "at length four": lambda: at_length_table("attention_131072_at_length_4xH200.json"),
     "transports 10k": lambda: comparison_table("transports_10k_forward_2xH200.json"),
     "transports 100k": lambda: turns_table(
         "transports_100k_forward_2xH200.jsonl", ["ra_sp", "ra_copies", "dp"], baseline="dp"
     ),
     "wide 10k forward": lambda: comparison_table("wide_10k_forward_4xH200.json"),
+    "wide 100k forward": lambda: comparison_table("wide_100k_forward_4xH200.json"),
     "rivals 10k forward": lambda: comparison_table("rivals_10k_forward_2xH200.json"),
     "rivals 100k forward": lambda: comparison_table("rivals_100k_forward_2xH200.json"),
     "rivals 10k pretrain": lambda: comparison_table("rivals_10k_pretrain_2xH200.json"),
@@ -284,7 +305,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "block speeds": block_speeds_table,
     "steps": lambda: steps_table("layers_8b_131072_pretrain_2xH200.json"),
     "ceilings": lambda: ceilings_table("ceilings_paper_10k_H200.json", "ceilings_paper_100k_H200.json"),
-    "million": lambda: long_steps_table("million_H200.json"),
+    "million": lambda: long_steps_table("million_H200.json", "long_steps_2xH200.json"),
     "llama 1b": lambda: throughput_table(
         {"L = 32,768": "llama_1b_32768_2xH200.jsonl", "L = 65,536": "llama_1b_65536_2xH200.jsonl"}
     ),

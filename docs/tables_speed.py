@@ -94,6 +94,36 @@ def attention_table(names: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
+def parts_table(names: dict[str, str], contenders: tuple[str, ...]) -> str:
+    """Where a call goes with its backward pass, as recipe=bench_attention's profiles have it: least - most of ranks."""
+    parts = ("attention", "merge", "exchange", "other", "idle")
+    lines = ["| L | contender | " + ", ms | ".join(parts) + ", ms |", "|---" * (2 + len(parts)) + "|"]
+    for length, name in names.items():
+        result = json.loads((RESULTS / name).read_text())
+        for row in result["rows"]:
+            if row["name"] not in contenders:
+                continue
+            of = result["num_ranks"] if row["name"] == "one device" else 1
+            label = row["name"] + (f" / {of}" if of > 1 else "")
+            spans = [[f"{ms / of:.2f}" for ms in row["parts_ms"][part]] for part in parts]
+            cells = [span[0] if span[0] == span[1] else " - ".join(span) for span in spans]
+            lines.append("| " + " | ".join([length, label, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def at_length_table(name: str) -> str:
+    """What recipe=bench_attention measured in calls for seconds: time, and energy and power of the GPUs."""
+    result = json.loads((RESULTS / name).read_text())
+    alone = result["rows"][0]["at_length"]["ms"] / result["num_ranks"]
+    lines = ["| contender | calls | ms | of ideal | joules per call and GPU | watts |", "|---" * 6 + "|"]
+    for row in result["rows"]:
+        own, of = row["at_length"], result["num_ranks"] if row["name"] == "one device" else 1
+        cells = [row["name"] + (f" / {of}" if of > 1 else ""), f"{own['calls']}", f"{own['ms'] / of:.1f}"]
+        cells += [f"{100 * alone / own['ms'] * of:.1f} %", f"{own['joules'][0] / of:.1f} - {own['joules'][1] / of:.1f}"]
+        lines.append("| " + " | ".join([*cells, f"{own['watts'][0]:.0f} - {own['watts'][1]:.0f}"]) + " |")
+    return "\n".join(lines)
+
+
 def host_table(names: dict[str, str]) -> str:
     """What recipe=bench_attention measured, and how much of it until the host had issued the calls."""
     lines = [
@@ -135,17 +165,23 @@ def ring_blocks_table() -> str:
     return "\n".join(lines)
 
 
-def long_steps_table(name: str) -> str:
+def final(setting: str) -> str:
+    """Of overrides the later ones, which count."""
+    overrides = dict(word.split("=") for word in setting.split())
+    return " ".join(f"{name}={value}" for name, value in overrides.items())
+
+
+def long_steps_table(*names: str) -> str:
     """What tests.long_step measured, in bf16."""
     lines = [
         "| setting | step s | tokens/s | model TFLOP/s per GPU | MFU | peak GiB | reserved by PyTorch, GiB |",
         "|---" * 7 + "|",
     ]
-    for row in json.loads((RESULTS / name).read_text()):
+    for row in [row for name in names for row in json.loads((RESULTS / name).read_text())]:
         tflops = row["flops"] / row["step_time_s"] / row["num_ranks"] / 1e12
         mfu_pct = 100 * tflops / peak_tflops(row["device"], "bf16")
         lines.append(
-            f"| `{row['setting']}` | {row['step_time_s']:.0f} | {row['tokens_per_s']:,.0f} | {tflops:.0f} "
+            f"| `{final(row['setting'])}` | {row['step_time_s']:.0f} | {row['tokens_per_s']:,.0f} | {tflops:.0f} "
             f"| {mfu_pct:.1f} % | {row['peak_gib']:.1f} | {row['peak_reserved_gib']:.1f} |"
         )
     return "\n".join(lines)
