@@ -200,12 +200,6 @@ def gpu_memory_table(*names: str) -> str:
         error = f"{100 * (now['predicted_gib'] / peak_gib - 1):+.2f} %"
         sizes = [f"{size:.2f}" for size in (now["predicted_gib"], peak_gib)]
         cells = [f"`{final(row['setting'])}`", now["fullest_at"], *sizes, error]
-            f"`{final(row['setting'])}`",
-            now["fullest_at"],
-            f"{now['predicted_gib']:.2f}",
-            f"{peak_gib:.2f}",
-            error,
-        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

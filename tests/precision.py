@@ -8,8 +8,10 @@ tensor; the goal is at most 1.2 times that of one rank.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import queue
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -55,11 +57,22 @@ class QueueExchange:
         return QueueHop([(move.tensor, self._queues[move.peer, self.ring_rank]) for move in receives])
 
 
+def in_turn(call: Callable[..., Any], turn: threading.Lock) -> Callable[..., Any]:
+    def called(*arguments: Any) -> Any:
+        with turn:
+            return call(*arguments)
+
+    return called
+
+
 def simulated_ring(layout: Layout, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, scale: float) -> list[Tensor]:
     """out, dq, dk, dv of whole sequences, computed by simulated ranks."""
     degree = layout.ring_degree
     queues = {(source, target): queue.Queue() for source in range(degree) for target in range(degree)}
-    block = choose_block(BlockSpec.of(q, k, v))[0]
+    block = copy.copy(choose_block(BlockSpec.of(q, k, v))[0])
+    turn = threading.Lock()  # flash-attn-4 compiles in its first call, and that is not for several threads
+    for name in ("forward", "backward"):
+        setattr(block, name, in_turn(getattr(block, name), turn))
 
     def rank(ring_rank: int) -> list[Tensor]:
         exchange: Any = QueueExchange(ring_rank, degree, queues)
