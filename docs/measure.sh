@@ -16,6 +16,7 @@
 #   memory_1, memory_2  steps' peaks, predicted and measured    million, half_million, two_million: one step with 8B-shaped layers
 #   tools      what each way to save memory costs, on one GPU         longest_two  1,500,000 tokens on two GPUs
 #   ring_blocks  each kernel call of a ring of two by itself, on one GPU
+#   bench_gqa  attention alone with a quarter of the heads for keys and values
 #   On more than two GPUs: wide_cells, wide_bench, wide_forward_10k, wide_forward_100k, wide_training_10k, wide_training_100k; scaling
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -123,6 +124,7 @@ for stage in "$@"; do
       done
       wait ;;
     wide_bench) for length in 32768 65536 131072; do bench 120 "attention_$length" $length; done ;;
+    bench_gqa) for length in 32768 65536 131072; do bench 120 "attention_gqa_$length" $length model.num_kv_heads=8; done ;;
     wide_forward_10k) wide 300 forward paper_10k [1,4] ;;
     wide_forward_100k) wide 240 forward paper_100k [1] ;;
     # the batch by hand: see rivals_10k
