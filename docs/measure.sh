@@ -14,6 +14,7 @@
 #   faults     a stopped rank                                             heads_512, heads_512_10k  attention alone with heads of 512
 #   parts_10k  where training on paper_10k goes, by ring attention and DP
 #   memory_1, memory_2  steps' peaks, predicted and measured    million, half_million, two_million: one step with 8B-shaped layers
+#   flat       peaks of steps with as many tokens per rank on 1, 2 and 4 GPUs
 #   tools      what each way to save memory costs, on one GPU         longest_two  1,500,000 tokens on two GPUs
 #   ring_blocks  each kernel call of a ring of two by itself, on one GPU
 #   bench_gqa  attention alone with a quarter of the heads for keys and values
@@ -105,6 +106,13 @@ for stage in "$@"; do
         settings+=("model=llama_1b data.sequence_length=16384 launch.num_ranks=$ranks model.num_layers=4 $more")
       done
       limited 300 8 "memory_$ranks" python3 -m tests.long_step --json "$out/memory_$ranks.json" "${settings[@]}" ;;
+    flat) # as many tokens per rank on 1, 2 and 4 ranks
+      settings=()
+      for ranks in 1 2 4; do
+        [ "$ranks" -le "$(nvidia-smi -L | wc -l)" ] || continue
+        settings+=("model=llama_1b model.num_layers=4 data.sequence_length=$((32768 * ranks)) launch.num_ranks=$ranks engine.recompute=selective")
+      done
+      limited 200 4 flat python3 -m tests.long_step --json "$out/flat.json" "${settings[@]}" ;;
     million) # takes 96 GiB of the host, and the optimizer's 42
       limited 570 2 million python3 -m tests.long_step --json "$out/million.json" "$long data.sequence_length=1000000 launch.num_ranks=1" ;;
     half_million) limited 300 2 half_million python3 -m tests.long_step --json "$out/half_million.json" "$long data.sequence_length=524288 launch.num_ranks=1" ;;
