@@ -137,7 +137,7 @@ for stage in "$@"; do
     wide_forward_100k) wide 240 forward paper_100k [1] ;;
     # the batch by hand: see rivals_10k
     wide_training_10k) wide 550 pretrain paper_10k [1,2,4] compare.fit=false engine.train_batch_size=32 ;;
-    wide_training_100k) wide 400 pretrain paper_100k [1] ;;
+    wide_training_100k) wide 440 pretrain paper_100k [1] ;;
     scaling)
       for kind in strong weak; do
         limited 300 14 "${kind}_scaling" python3 train.py recipe=compare +experiment=${kind}_scaling compare.steps_per_round=1 compare.rounds=2 breakdown=false \
