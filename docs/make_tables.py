@@ -28,6 +28,7 @@ from docs.tables_speed import (
     ring_blocks_table,
     steps_table,
     throughput_table,
+    tools_table,
     turns_table,
 )
 from ring_attention import CAUSAL, FULL, Layout, Mask
@@ -196,7 +197,10 @@ def gpu_memory_table(*names: str) -> str:
     """What a step took at most on a GPU, as tests.long_step measured it, and what is predicted now."""
     lines = ["| setting | fullest at | predicted, GiB | measured, GiB | error |", "|---" * 5 + "|"]
     for row in [row for name in names for row in json.loads((RESULTS / name).read_text())]:
-        now, peak_gib = predicted_again(row), row["peak_gib"]
+        now = {} if "error" in row else predicted_again(row)
+        if not now:
+            continue
+        peak_gib = row["peak_gib"]
         error = f"{100 * (now['predicted_gib'] / peak_gib - 1):+.2f} %"
         sizes = [f"{size:.2f}" for size in (now["predicted_gib"], peak_gib)]
         cells = [f"`{final(row['setting'])}`", now["fullest_at"], *sizes, error]
@@ -231,6 +235,8 @@ def elastic_table() -> str:
     return "\n".join(lines)
 
 
+WIDE = ["tp_pp", "tp", "ra_sp", "hybrid", "ulysses", "all_gather", "dp"]
+
 TABLES: dict[str, Callable[[], str]] = {
     "main job": main_job_table,
     "parity cpu": lambda: parity_table("parity_cpu.json"),
@@ -241,10 +247,17 @@ TABLES: dict[str, Callable[[], str]] = {
     "parity methods four": lambda: methods_table("parity_4xH200.json"),
     "sparsity": sparsity_table,
     "precision cpu": lambda: precision_table("precision_cpu.json"),
-    "precision gpu": lambda: precision_table("precision_H200.json"),
+    "precision gpu": lambda: precision_table("precision_H100.json"),
     "fuzz": fuzz_table,
     "memory": memory_table,
-    "memory gpu": lambda: gpu_memory_table("memory_H200.json", "million_H200.json", "long_steps_2xH200.json"),
+    "memory gpu": lambda: gpu_memory_table(
+        "memory_H200.json",
+        "million_H200.json",
+        "long_steps_2xH200.json",
+        "half_million_H100.json",
+        "flat_2xH100.json",
+        "tools_H100.json",
+    ),
     "faults": faults_table,
     "elastic": elastic_table,
     "ring memory": ring_memory_table,
@@ -272,6 +285,7 @@ TABLES: dict[str, Callable[[], str]] = {
         {"65,536": "simulated_65536_H200.json"},
         ("one device", *(f"ring of {n}" for n in (2, 4, 8, 16, 32, 64))),
     ),
+    "at length two": lambda: at_length_table("attention_65536_gqa_2xH100.json"),
     "at length four": lambda: at_length_table("attention_131072_at_length_4xH200.json"),
     "transports 10k": lambda: comparison_table("transports_10k_forward_2xH200.json"),
     "transports 100k": lambda: turns_table(
@@ -279,6 +293,11 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "wide 10k forward": lambda: comparison_table("wide_10k_forward_4xH200.json"),
     "wide 100k forward": lambda: comparison_table("wide_100k_forward_4xH200.json"),
+    "wide 10k pretrain": lambda: turns_table("wide_10k_pretrain_4xH100.jsonl", WIDE, baseline="tp_pp"),
+    "wide 100k pretrain": lambda: turns_table("wide_100k_pretrain_4xH100.jsonl", WIDE, baseline="tp_pp"),
+    "strong scaling": lambda: turns_table(
+        "strong_scaling_4xH100.jsonl", ["ra_sp on 1", "ra_sp on 2", "ulysses on 2", "ra_sp on 4"], baseline="ra_sp on 1"
+    ),
     "rivals 10k forward": lambda: comparison_table("rivals_10k_forward_2xH200.json"),
     "rivals 100k forward": lambda: comparison_table("rivals_100k_forward_2xH200.json"),
     "rivals 10k pretrain": lambda: comparison_table("rivals_10k_pretrain_2xH200.json"),
@@ -299,7 +318,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "block speeds": block_speeds_table,
     "steps": lambda: steps_table("layers_8b_131072_pretrain_2xH200.json"),
     "ceilings": lambda: ceilings_table("ceilings_paper_10k_H200.json", "ceilings_paper_100k_H200.json"),
-    "million": lambda: long_steps_table("million_H200.json", "long_steps_2xH200.json"),
+    "million": lambda: long_steps_table("million_H200.json", "long_steps_2xH200.json", "half_million_H100.json"),
+    "tools": lambda: tools_table("tools_H100.json"),
     "llama 1b": lambda: throughput_table(
         {"L = 32,768": "llama_1b_32768_2xH200.jsonl", "L = 65,536": "llama_1b_65536_2xH200.jsonl"}
     ),

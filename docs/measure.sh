@@ -106,11 +106,11 @@ for stage in "$@"; do
         settings+=("model=llama_1b data.sequence_length=16384 launch.num_ranks=$ranks model.num_layers=4 $more")
       done
       limited 300 8 "memory_$ranks" python3 -m tests.long_step --json "$out/memory_$ranks.json" "${settings[@]}" ;;
-    flat) # as many tokens per rank on 1, 2 and 4 ranks
+    flat) # as many tokens per rank on 1, 2 and 4 ranks, so many that the optimizer's state is the lesser part
       settings=()
       for ranks in 1 2 4; do
         [ "$ranks" -le "$(nvidia-smi -L | wc -l)" ] || continue
-        settings+=("model=llama_1b model.num_layers=4 data.sequence_length=$((32768 * ranks)) launch.num_ranks=$ranks engine.recompute=selective")
+        settings+=("model=llama_1b model.num_layers=4 data.sequence_length=$((131072 * ranks)) launch.num_ranks=$ranks engine.recompute=selective")
       done
       limited 200 4 flat python3 -m tests.long_step --json "$out/flat.json" "${settings[@]}" ;;
     million) # takes 96 GiB of the host, and the optimizer's 42
@@ -118,14 +118,19 @@ for stage in "$@"; do
     half_million) limited 300 2 half_million python3 -m tests.long_step --json "$out/half_million.json" "$long data.sequence_length=524288 launch.num_ranks=1" ;;
     two_million) limited 400 2 two_million python3 -m tests.long_step --json "$out/two_million.json" "$long model.num_layers=2 data.sequence_length=2097152 launch.num_ranks=2" ;;
     longest_two) limited 595 2 longest_two python3 -m tests.long_step --json "$out/longest_two.json" "$long data.sequence_length=1500000 launch.num_ranks=2" ;;
-    tools)
+    tools) # 49,152 tokens: with none of them, too, in an H100's memory; shared out among the GPUs
       settings=()
       for more in "" "engine.tile_tokens=8192" "engine.recompute=selective" "engine.recompute=full" "engine.recompute=selective engine.offload_activations=true" \
         "engine.offload_optimizer=true" "engine.zero_stage=3 engine.offload_optimizer=true engine.offload_parameters=true" \
         "engine.recompute=selective engine.offload_activations=true engine.offload_optimizer=true"; do
-        settings+=("model=llama_8b model.num_layers=4 data.sequence_length=65536 launch.num_ranks=1 num_steps=3 $more")
+        settings+=("model=llama_8b model.num_layers=4 data.sequence_length=49152 launch.num_ranks=1 num_steps=3 $more")
       done
-      CUDA_VISIBLE_DEVICES=${GPU:-0} limited 420 8 tools python3 -m tests.long_step --json "$out/tools.json" "${settings[@]}" ;;
+      gpus=$(nvidia-smi -L | wc -l)
+      for gpu in $(seq 0 $((gpus - 1))); do
+        own=(); for i in "${!settings[@]}"; do [ $((i % gpus)) -eq "$gpu" ] && own+=("${settings[i]}"); done
+        CUDA_VISIBLE_DEVICES=$gpu limited 420 "${#own[@]}" "tools_$gpu" python3 -m tests.long_step --json "$out/tools_$gpu.json" "${own[@]}" &
+      done
+      wait ;;
     wide_cells) # only the host is slow, so in parts at once
       for part in 0 1 2 3; do
         limited 400 2 "parity_part_$part" python3 -m tests.distributed.parity --least-ranks "$(nvidia-smi -L | wc -l)" --part $part 4 --json "$out/parity_part_$part.json" &
@@ -138,10 +143,10 @@ for stage in "$@"; do
     # the batch by hand: see rivals_10k
     wide_training_10k) wide 550 pretrain paper_10k [1,2,4] compare.fit=false engine.train_batch_size=32 ;;
     wide_training_100k) wide 440 pretrain paper_100k [1] ;;
-    scaling)
+    scaling) # small batches by hand: there is no pipeline, and one GPU takes 3 s for a sequence of 100,000
       for kind in strong weak; do
-        limited 300 14 "${kind}_scaling" python3 train.py recipe=compare +experiment=${kind}_scaling compare.steps_per_round=1 compare.rounds=2 breakdown=false \
-          hydra.run.dir="$out/runs/${kind}_scaling"
+        limited 200 14 "${kind}_scaling" python3 train.py recipe=compare +experiment=${kind}_scaling compare.steps_per_round=1 compare.rounds=2 breakdown=false \
+          compare.fit=false engine.train_batch_size=4 hydra.run.dir="$out/runs/${kind}_scaling"
         cp "$out/runs/${kind}_scaling/comparison.json" "$out/${kind}_scaling.json" 2> /dev/null
       done ;;
     faults) limited 120 6 watchdog python3 -m pytest -q -p no:cacheprovider tests/gpu/test_watchdog.py ;;

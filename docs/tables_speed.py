@@ -187,6 +187,25 @@ def long_steps_table(*names: str) -> str:
     return "\n".join(lines)
 
 
+def tools_table(name: str) -> str:
+    """What tests.long_step measured of one model and length, with what saves memory: what differs, and what it costs."""
+    rows = json.loads((RESULTS / name).read_text())
+    shared = set.intersection(*(set(row["setting"].split()) for row in rows))
+    lines = ["| setting | step s | tokens/s | MFU | peak GiB | reserved by PyTorch, GiB |", "|---" * 6 + "|"]
+    for row in rows:
+        own = " ".join(word for word in row["setting"].split() if word not in shared)
+        cells = [f"`{own}`" if own else "none"]
+        if "error" in row:
+            cells += ["out of memory", "", "", "", ""]
+        else:
+            tflops = row["flops"] / row["step_time_s"] / row["num_ranks"] / 1e12
+            cells += [f"{row['step_time_s']:.2f}", f"{row['tokens_per_s']:,.0f}"]
+            cells += [f"{100 * tflops / peak_tflops(row['device'], 'bf16'):.1f} %"]
+            cells += [f"{row['peak_gib']:.1f}", f"{row['peak_reserved_gib']:.1f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def block_speeds_table() -> str:
     """What tests.block_speeds measured: TFLOP/s forward / backward."""
     rows = json.loads((RESULTS / "block_speeds_H200.json").read_text())["rows"]

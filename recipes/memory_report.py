@@ -123,24 +123,32 @@ def moments(config: Config, degrees: Degrees, method: str, local_tokens: int, on
     if on_gpu and engine.offload_activations:  # no layer keeps more than another, and the last ones' are there, too
         have_come = states.gradients + (of_head if is_shared and is_summed else 0)
 
-    def backward_of(name: str, again: float, gradients: float, more: float = 0) -> Moment:
+    # fp32 sums of all gradients stand from a backward pass's first reduction on, and some come with each
+    sums_stand = on_gpu and size == 2 and states.buckets > 0 and not engine.offload_activations
+    mlp_up = model.mlp_size * model.hidden_size * (2 if model.mlp == "swiglu" else 1)
+    after_down = (0 if model.tied_head else model.vocab_size * model.hidden_size) + model.mlp_size * model.hidden_size
+    after_attention = after_down + mlp_up + model.num_heads * model.head_dim * model.hidden_size
+
+    def backward_of(name: str, again: float, gradients: float, more: float = 0, num_come: int = 0) -> Moment:
+        sums = states.gradients if sums_stand and num_come > bucket_size(num_parameters(model)) else 0
         return Moment(
             f"{name}, backward",
             {
                 **state,
                 "kept for the backward pass": (kept + min(again, 0)) * local_tokens,
                 "the layer computed again": max(again, 0) * local_tokens,
-                "gradients and what makes them": gradients * local_tokens + more + have_come,
+                "gradients and what makes them": gradients * local_tokens + more + have_come + sums,
                 "gradient buckets": states.buckets,
             },
         )
 
     if mlp_tile:
-        of_mlp = backward_of("the last layer's MLP", again, 2 * hidden, _tiled_mlp_bytes(config, mlp_tile, on_gpu))
+        of_tiles = _tiled_mlp_bytes(config, mlp_tile, on_gpu)
+        of_mlp = backward_of("the last layer's MLP", again, 2 * hidden, of_tiles, after_down)
     else:  # gradients of the MLP's product and of one factor, and of the layer's output
         widths = 2 if model.mlp == "swiglu" else 1
         down = 0 if states.buckets else size * model.mlp_size * model.hidden_size
-        of_mlp = backward_of("the last layer's MLP", again, widths * size * model.mlp_size + hidden, down)
+        of_mlp = backward_of("the last layer's MLP", again, widths * size * model.mlp_size + hidden, down, after_down)
     left = again - layer["MLP"]  # of the layer, from here on
     of_attention = _attention_bytes(model, size, method, degrees.ring, on_gpu)
     found = [
@@ -154,7 +162,7 @@ def moments(config: Config, degrees: Degrees, method: str, local_tokens: int, on
             },
         ),
         of_mlp,
-        backward_of("the last layer's attention", left - norm, of_attention + hidden),
+        backward_of("the last layer's attention", left - norm, of_attention + hidden, num_come=after_attention),
         Moment(
             "the end of the step",
             {

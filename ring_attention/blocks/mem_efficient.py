@@ -75,7 +75,7 @@ class MemEfficientBlock(Block):
             k,
             v,
             None,
-            out_BSHE,
+            out_BSHE.contiguous(),  # the kernel takes its rows to be heads x head size apart, whatever its strides say
             None,
             None,
             num_queries,

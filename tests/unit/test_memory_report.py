@@ -11,16 +11,26 @@ from conf.schema import Config, EngineConfig
 from recipes.memory_report import refused
 from tests.long_step import predicted_again
 
-LIMIT = 0.02
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
+LIMITS = {  # the goal is 10 %
+    "memory_H200.json": 0.02,
+    "million_H200.json": 0.01,
+    "half_million_H100.json": 0.01,
+    "long_steps_2xH200.json": 0.02,
+    "flat_2xH100.json": 0.03,
+    "tools_H100.json": 0.05,
+}
 MEASURED = [
-    row for name in ("memory_H200.json", "million_H200.json") for row in json.loads((RESULTS / name).read_text())
+    pytest.param(row, limit, id=f"{row['device']}: {row['setting']}")
+    for name, limit in LIMITS.items()
+    for row in json.loads((RESULTS / name).read_text())
+    if "error" not in row and "offload_parameters" not in row["setting"]  # of which nothing is predicted
 ]
 
 
-@pytest.mark.parametrize("row", MEASURED, ids=lambda row: row["setting"])
-def test_a_step_took_what_was_predicted(row):
-    assert predicted_again(row)["predicted_gib"] == pytest.approx(row["peak_gib"], rel=LIMIT)
+@pytest.mark.parametrize(("row", "limit"), MEASURED)
+def test_a_step_took_what_was_predicted(row, limit):
+    assert predicted_again(row)["predicted_gib"] == pytest.approx(row["peak_gib"], rel=limit)
 
 
 @pytest.mark.parametrize(
