@@ -188,7 +188,7 @@ def long_steps_table(*names: str) -> str:
 
 
 def tools_table(name: str) -> str:
-    """What tests.long_step measured of one model and length, with what saves memory: what differs, and what it costs."""
+    """What tests.long_step measured of one model and length, by the overrides in which settings differ."""
     rows = json.loads((RESULTS / name).read_text())
     shared = set.intersection(*(set(row["setting"].split()) for row in rows))
     lines = ["| setting | step s | tokens/s | MFU | peak GiB | reserved by PyTorch, GiB |", "|---" * 6 + "|"]
