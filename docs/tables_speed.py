@@ -6,6 +6,7 @@ import itertools
 import json
 import statistics
 from pathlib import Path
+from typing import Any
 
 from conf.schema import ModelConfig
 from recipes.comparison import summarize
@@ -94,6 +95,13 @@ def attention_table(names: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
+def _shared_out(row: dict[str, Any], num_ranks: int) -> tuple[str, int]:
+    """The label of a contender of recipe=bench_attention, and what its call is divided by: that of one device is."""
+    return (
+        (f"one device / {num_ranks}", num_ranks) if row["name"] == "one device" and num_ranks > 1 else (row["name"], 1)
+    )
+
+
 def parts_table(names: dict[str, str], contenders: tuple[str, ...]) -> str:
     """Where a call goes with its backward pass, as recipe=bench_attention's profiles have it: least - most of ranks."""
     parts = ("attention", "merge", "exchange", "other", "idle")
@@ -103,8 +111,7 @@ def parts_table(names: dict[str, str], contenders: tuple[str, ...]) -> str:
         for row in result["rows"]:
             if row["name"] not in contenders:
                 continue
-            of = result["num_ranks"] if row["name"] == "one device" else 1
-            label = row["name"] + (f" / {of}" if of > 1 else "")
+            label, of = _shared_out(row, result["num_ranks"])
             spans = [[f"{ms / of:.2f}" for ms in row["parts_ms"][part]] for part in parts]
             cells = [span[0] if span[0] == span[1] else " - ".join(span) for span in spans]
             lines.append("| " + " | ".join([length, label, *cells]) + " |")
@@ -117,8 +124,8 @@ def at_length_table(name: str) -> str:
     alone = result["rows"][0]["at_length"]["ms"] / result["num_ranks"]
     lines = ["| contender | calls | ms | of ideal | joules per call and GPU | watts |", "|---" * 6 + "|"]
     for row in result["rows"]:
-        own, of = row["at_length"], result["num_ranks"] if row["name"] == "one device" else 1
-        cells = [row["name"] + (f" / {of}" if of > 1 else ""), f"{own['calls']}", f"{own['ms'] / of:.1f}"]
+        own, (label, of) = row["at_length"], _shared_out(row, result["num_ranks"])
+        cells = [label, f"{own['calls']}", f"{own['ms'] / of:.1f}"]
         cells += [f"{100 * alone / own['ms'] * of:.1f} %", f"{own['joules'][0] / of:.1f} - {own['joules'][1] / of:.1f}"]
         lines.append("| " + " | ".join([*cells, f"{own['watts'][0]:.0f} - {own['watts'][1]:.0f}"]) + " |")
     return "\n".join(lines)

@@ -8,13 +8,11 @@ rings is simulated, which shows what cutting attention into blocks and merging t
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,51 +20,22 @@ from typing import Any
 
 import deepspeed.comm as dist
 import torch
-from torch import Tensor
 
-from conf.schema import ConfigError
 from recipes.breakdown import attention_communication_off, step_breakdown
-from recipes.build import build_attention
 from recipes.catalog import PARTS
+from recipes.contenders import METHODS, SIMULATED_DEGREES, Contender, draw, of_method, of_module, of_peer, simulated
 from recipes.engine import extremes_over_ranks, max_over_ranks
 from recipes.metrics import StepClock, durations_s, mark
 from recipes.peers import PEERS
-from recipes.plan import DTYPES, Plan, attention_flops_per_token
+from recipes.plan import Plan, attention_flops_per_token
 from recipes.report import Reporter
-from ring_attention import CAUSAL, LocalAttention
-from ring_attention.blocks import BlockSpec, choose_block
+from ring_attention import LocalAttention
 from ring_attention.groups import ParallelGroups
-from ring_attention.kv import KeysValues
-from ring_attention.layout import Layout
-from ring_attention.ring import Moving, Ring, ring_backward, ring_forward
-from ring_attention.schedule import ring_schedule
 
 RESULT_FILE = "bench_attention.json"
-METHODS = ("ring", "ulysses", "hybrid", "all_gather")  # of ours
-SIMULATED_DEGREES = (2, 4, 8, 16, 32, 64)
 TIMED_S = 0.1  # of calls, at least, in each round
 AT_LENGTH_S = 3.0  # of calls, for what they take of the energy that a GPU may use
 MOST_ERROR = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 4e-3}  # of an output, relative: several roundings
-
-Shards = tuple[Tensor, Tensor, Tensor, Tensor]  # q, k, v, dout of [B, S, heads, D]
-
-
-@dataclass
-class Contender:
-    """What is timed: calls of no arguments, and how much of the whole each device computes.
-
-    Args:
-        sends: whether it exchanges messages, which can be turned off.
-        around: what calls must be within.
-    """
-
-    name: str
-    grid: str
-    forward: Callable[[], Any]
-    forward_backward: Callable[[], Any]
-    share: float
-    sends: bool = False
-    around: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
 
 
 def bench_attention(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
@@ -83,22 +52,22 @@ def bench_attention(plan: Plan, run_dir: Path, reporter: Reporter | None) -> flo
     say = reporter.say if reporter else (lambda *lines: None)
     model, length, num_ranks = plan.config.model, plan.config.data.sequence_length, plan.num_ranks
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    whole = _draw(plan, device)
+    whole = draw(plan, device)
     say(
         f"attention of {plan.config.engine.micro_batch_size} x {length:,} tokens, {model.num_heads} heads and "
         f"{model.num_kv_heads} kv heads x {model.head_dim}, {plan.config.engine.dtype}, causal; "
         f"{num_ranks} rank{'s' if num_ranks > 1 else ''} on {plan.device_name}, block kernel {plan.block_choice()[0]}"
     )
-    ideal = _of_module(LocalAttention(plan.config.attention.block), whole, "one device", "whole sequences", 1.0)
+    ideal = of_module(LocalAttention(plan.config.attention.block), whole, "one device", "whole sequences", 1.0)
     contenders = [ideal]
     if num_ranks == 1:
-        contenders += [_simulated(plan, whole, degree) for degree in SIMULATED_DEGREES if 2 * degree <= length]
+        contenders += [simulated(plan, whole, degree) for degree in SIMULATED_DEGREES if 2 * degree <= length]
     else:
         groups = ParallelGroups(1, num_ranks)
-        makers = {method: partial(_of_method, plan, method, plan.transport) for method in METHODS}
+        makers = {method: partial(of_method, plan, method, plan.transport) for method in METHODS}
         if plan.transport != "p2p":
-            makers |= {"ring, p2p": partial(_of_method, plan, "ring", "p2p")}
-        makers |= {name: partial(_of_peer, name, length) for name in PEERS}
+            makers |= {"ring, p2p": partial(of_method, plan, "ring", "p2p")}
+        makers |= {name: partial(of_peer, name, length) for name in PEERS}
         expected = ideal.forward()
         for name, make in makers.items():
             try:
@@ -150,128 +119,6 @@ def bench_attention(plan: Plan, run_dir: Path, reporter: Reporter | None) -> flo
         say(f"all numbers: {run_dir / RESULT_FILE}", *reporter.how_to_look()[1:])
     first = rows[min(1, len(rows) - 1)]
     return first["forward_backward"]["tflops"]
-
-
-def _draw(plan: Plan, device: torch.device) -> Shards:
-    """The same on all ranks."""
-    model, config = plan.config.model, plan.config
-    generator = torch.Generator(device).manual_seed(config.seed)
-    counts = (model.num_heads, model.num_kv_heads, model.num_kv_heads, model.num_heads)
-    q, k, v, dout = (
-        torch.randn(
-            config.engine.micro_batch_size,
-            config.data.sequence_length,
-            heads,
-            model.head_dim,
-            device=device,
-            generator=generator,
-        ).to(DTYPES[config.engine.dtype])
-        for heads in counts
-    )
-    return q, k, v, dout
-
-
-def _of_module(module: Any, shards: Shards, name: str, grid: str, share: float, sends: bool = False) -> Contender:
-    """A module with DistributedAttention's contract."""
-    q, k, v, dout = shards
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return module(q, k, v, 0)
-
-    def forward_backward() -> Any:
-        return torch.autograd.grad(module(*leaves, 0), leaves, dout)
-
-    return Contender(name, grid, forward, forward_backward, share, sends)
-
-
-def _of_method(
-    plan: Plan, method: str, transport: str, groups: ParallelGroups, whole: Shards, expected: Tensor, name: str
-) -> tuple[Contender, float]:
-    """One of METHODS on all ranks, and the error of this rank's output.
-
-    Raises:
-        ValueError: if the method cannot do this on so many ranks.
-    """
-    config = copy.deepcopy(plan.config)
-    config.attention.method, config.attention.transport, config.parallelism.method = method, transport, "sequence"
-    for kind in ("data", "ring", "ulysses"):
-        setattr(config.parallelism, f"{kind}_degree", 1 if kind == "data" else None)
-    own = Plan(config, plan.num_ranks, plan.device_type, plan.device_name, plan.capability, plan.ranks_per_host)
-    if method == "hybrid" and 1 in (own.degrees.ring, own.degrees.ulysses):
-        raise ConfigError("on so many ranks the same as one of the others")
-    module = build_attention(own, groups)
-    rank, layout = module.sequence_rank, own.layout
-    q, k, v, dout = (layout.shard(x, rank, dim=1) for x in whole)
-    # k and v as the recipes' model gives them: one message
-    k, v = torch.stack((k, v)).unbind(0)
-    grid = " x ".join(f"{n} {kind}" for kind, n in own.degrees._asdict().items() if n > 1)
-    contender = _of_module(module, (q, k, v, dout), name, grid, 1 / plan.num_ranks, sends=True)
-    return contender, _error(contender, layout, rank, expected)
-
-
-def _of_peer(
-    peer: str,
-    length: int,
-    groups: ParallelGroups,
-    whole: Shards,
-    expected: Tensor,
-    name: str,
-) -> tuple[Contender, float]:
-    """One of PEERS on all ranks, and the error of this rank's output.
-
-    Raises:
-        ValueError: if it cannot run here.
-    """
-    other, rank = PEERS[peer](groups, length, BlockSpec.of(*whole[:3])), groups.get_sequence_parallel_rank()
-    q, k, v, dout = (other.layout.shard(x, rank, dim=1).contiguous() for x in whole)
-    share = 1 / groups.sequence_degree
-    contender = _of_module(lambda q, k, v, _: other.attend(q, k, v), (q, k, v, dout), name, "", share)
-    contender.around = other.around
-    return contender, _error(contender, other.layout, rank, expected)
-
-
-def _error(contender: Contender, layout: Layout, rank: int, expected: Tensor) -> float:
-    """Of its output on this rank, padding left out."""
-    valid = layout.positions(rank).to(expected.device) < layout.length
-    with contender.around():
-        got = contender.forward()[:, valid].float()
-    wanted = layout.shard(expected, rank, dim=1)[:, valid].float()
-    return ((got - wanted).norm() / wanted.norm()).item()
-
-
-class _Alone(Ring):
-    """A ring whose messages are this rank's own keys and values; no gradients travel."""
-
-    def forward_keys(self, own: KeysValues, here: KeysValues | None, step: int, way: str) -> Any:
-        return None, own if step + 1 < len(self.stages) else None
-
-    def receive(self, like: KeysValues, tokens: int, peer: int, room: str) -> Moving:
-        return Moving(like.empty(tokens), peer, room)
-
-    def post(self, purpose: str, sends: Any, receives: Any) -> None:
-        return None
-
-
-def _simulated(plan: Plan, whole: Shards, degree: int) -> Contender:
-    """Rank 0 of a larger ring."""
-    layout = Layout(plan.config.attention.layout, degree, plan.config.data.sequence_length)
-    q, k, v, dout = (layout.shard(x, 0, dim=1) for x in whole)
-    kv = KeysValues.of_message(torch.cat((k.flatten(), v.flatten())), (k.shape, v.shape))
-    block = choose_block(BlockSpec.of(q, k, v), plan.config.attention.block)[0]
-    ring = _Alone(ring_schedule(layout, CAUSAL, 0), None, block, plan.config.model.head_dim**-0.5)
-
-    def forward_backward() -> Any:
-        return ring_backward(ring, dout, q, kv, *ring_forward(ring, q, kv))
-
-    return Contender(
-        f"ring of {degree}",
-        f"{layout.local_length:,} tokens",
-        lambda: ring_forward(ring, q, kv),
-        forward_backward,
-        1 / degree,
-    )
 
 
 def _timed(contenders: list[Contender], plan: Plan, device: torch.device) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from recipes import bench_attention
-from recipes.bench_attention import Contender
+from recipes.contenders import Contender
 from tests.pool import WorkerPool
 
 CALL_S, JOULES = 0.02, 5.0
