@@ -18,8 +18,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from conf.compose import check_sweep_is_asked_for, compose_entries, explain, to_config
+from conf.degrees import accumulation_steps, resolve_degrees
 from conf.schema import Config, ConfigError
-from recipes.ranks import Preempted, RunFailed, adopt_external_ranks, adopt_submitit_tasks
+from data.source import is_local
+from recipes.checkpoint_files import steps_done
+from recipes.ranks import Preempted, RunFailed, adopt_external_ranks, adopt_submitit_tasks, ranks_given
 
 ConfigStore.instance().store(name="schema", node=Config)
 
@@ -61,17 +64,25 @@ def execute(config: Config, overrides: list[str], run_dir: Path) -> float | None
         from recipes import max_length
 
         return max_length.max_length(config, run_dir)
-    from recipes import launch  # torch takes seconds to import: a bad configuration was refused before
+    if (given := ranks_given(config)) is not None:
+        accumulation_steps(config, resolve_degrees(config, given))
+    is_over = config.recipe == "pretrain" and steps_done(run_dir) >= config.num_steps  # its data may be gone
+    reads_data = config.recipe != "bench_attention" and not is_over
+    from data.pack import open_corpus  # NumPy
+
+    if reads_data and not config.explain:
+        open_corpus(config.data).check()
+    from recipes import launch  # torch takes seconds to import: bad settings and bad data were refused before
 
     num_ranks = launch.count_ranks(config)
     if config.explain:
         if os.environ.get("RANK", "0") == "0":
-            print(*launch.make_plan(config, num_ranks).explanation(run_dir), sep="\n")
+            print(*launch.make_plan(config, num_ranks).explanation(run_dir), sep="\n", flush=True)
+        if reads_data and is_local(config.data):
+            open_corpus(config.data).check()
         return None
     if config.recipe == "pretrain" and (loss := launch.ended_before(config, num_ranks, run_dir)) is not None:
         return loss
-    if config.recipe != "bench_attention":
-        launch.check_corpus(config)
     return launch.start(launch.RecipeTask(config), num_ranks, run_dir)
 
 

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from data.source import CorpusError
+from conf.schema import DataConfig
+from data.source import CorpusError, open_documents
 
 SEPARATOR = 256  # the token after each document; bytes are 0..255
 Tokens = np.ndarray
@@ -85,3 +86,12 @@ class Corpus:
                 num_whole = num_tokens // self.sequence_tokens * self.sequence_tokens
                 yield from joined[:num_whole].reshape(-1, self.sequence_tokens)
                 parts, num_tokens = [joined[num_whole:]], num_tokens - num_whole
+
+
+def open_corpus(config: DataConfig) -> Corpus:
+    """The configured one.
+
+    Raises:
+        CorpusError: if there is nothing to open.
+    """
+    return Corpus(open_documents(config), config.sequence_length, config.validation_sequences)

@@ -25,6 +25,11 @@ class CorpusError(ConfigError):
     """The corpus cannot be opened or is too short."""
 
 
+def is_local(config: DataConfig) -> bool:
+    """Whether the corpus lies on this machine, so that reading it downloads nothing."""
+    return config.source != "hub" or Path(str(config.name)).exists()
+
+
 class Documents:
     """The documents of a data set, as often as wanted; turns a failure to read into a CorpusError."""
 
@@ -62,28 +67,8 @@ def open_documents(config: DataConfig) -> Documents:
     """The documents of the configured source, in a fixed order.
 
     Raises:
-        CorpusError: if there is nothing to open, or no shared memory, a few bytes of which `datasets` takes.
+        CorpusError: if there is nothing to open.
     """
-    try:
-        return _open(config)
-    except RuntimeError as error:
-        if "shared memory" not in str(error):
-            raise
-        raise CorpusError(
-            f"there is no shared memory left, which reading data needs a little of ({error}): remove what fills "
-            "/dev/shm, or give the container more (docker run --shm-size=1g)"
-        ) from error
-
-
-def _datasets() -> Any:
-    """The library, whose import takes a second: an error that needs no data shall not wait for it."""
-    import datasets
-
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # a CorpusError says it
-    return datasets
-
-
-def _open(config: DataConfig) -> Documents:
     if config.source == "hub":
         return _open_hub(config)
     if config.source == "stdlib":
@@ -107,6 +92,16 @@ def _open(config: DataConfig) -> Documents:
     return Documents(dataset, "text", description)
 
 
+def _datasets() -> Any:
+    """The library, whose import takes a second: an error that needs no data shall not wait for it."""
+    import datasets.config
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # a CorpusError says it
+    # it would import torch, for DataLoader's sake: seconds before an error of the data
+    datasets.config.TORCH_AVAILABLE = False
+    return datasets
+
+
 def stdlib_files() -> list[str]:
     """The running interpreter's own library, without tests and installed packages, sorted."""
     files = []
@@ -124,7 +119,7 @@ def _open_hub(config: DataConfig) -> Documents:
 
     description, name = f"data.name={config.name}", str(config.name)
     try:
-        if not Path(name).exists() and not huggingface_hub.constants.HF_HUB_OFFLINE:
+        if not is_local(config) and not huggingface_hub.constants.HF_HUB_OFFLINE:
             huggingface_hub.HfApi().dataset_info(name, timeout=10)  # load_dataset tries for half a minute
         dataset = datasets.load_dataset(name, config.subset, split=config.split, streaming=True)
     except (OSError, ValueError, HTTPError, DatasetsError) as error:

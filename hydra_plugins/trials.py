@@ -59,7 +59,7 @@ class Trials(Sweeper):
                 f"sweep.num_parallel={settings.num_parallel} needs jobs of their own, and this launcher runs one trial "
                 "after the other: add hydra/launcher=submitit_slurm or hydra/launcher=submitit_local"
             )
-        from recipes import sweep  # Optuna, matplotlib and torch: a bad configuration was refused before
+        from recipes import sweep  # Optuna and matplotlib: a bad configuration was refused before
 
         parser = OverridesParser.create(self.hydra_context.config_loader)
         typed = [*(f"{field}={values}" for field, values in self._params.items()), *arguments]

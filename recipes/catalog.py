@@ -85,3 +85,8 @@ CONCLUSIONS = (
     Metric("exposed_communication_ms", "exposed communication per step", "ms", "Communication", ("parts",)),
 )
 """Once, at the end: summary.json."""
+
+
+def minutes(seconds: float) -> str:
+    """Such as 1:05."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

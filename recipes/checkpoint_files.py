@@ -8,6 +8,7 @@ here. Above it is `checkpoint`, which writes and loads on all ranks, and `export
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -147,6 +148,20 @@ def read_manifest(folder: Path) -> Manifest:
         raise BrokenCheckpoint(f"{path}: {error.strerror}") from error
     except (ValueError, TypeError, AttributeError, KeyError) as error:  # no JSON, or JSON of something else
         raise BrokenCheckpoint(f"{path} is not what was written") from error
+
+
+def newest_readable(run_dir: Path) -> tuple[Path, Manifest] | None:
+    """The newest checkpoint whose manifest is what was written, its files unread; None if there is none."""
+    for folder in newest_first(run_dir):
+        with contextlib.suppress(BrokenCheckpoint):  # the ranks tell of it
+            return folder, read_manifest(folder)
+    return None
+
+
+def steps_done(run_dir: Path) -> int:
+    """Of the run, by its newest readable checkpoint; 0 without one."""
+    newest = newest_readable(run_dir)
+    return newest[1].step if newest else 0
 
 
 def _checksum(content: dict[str, Any]) -> str:

@@ -26,12 +26,12 @@ import torch
 
 from conf.degrees import resolve_degrees
 from conf.schema import Config, ConfigError, Degrees
-from data.pack import Corpus
-from data.source import open_documents
+from data.pack import open_corpus
+from data.source import is_local
 from recipes import comparison, fit, launch
 from recipes.out_of_memory import out_of_memory_explained
 from recipes.plan import Plan
-from recipes.ranks import RunFailed, ranks_are_started
+from recipes.ranks import Preempted, RunFailed, ranks_are_started
 from recipes.turns import PARTS_ALONE, TURN_FILE, Turn, append_result, next_turn, read_results, settings_of
 from ring_attention.exchange import choose_transport
 
@@ -117,7 +117,7 @@ class Turns:
             groups[degrees] = ParallelGroups(*degrees)
         engine = build_engine(plan, groups.get(degrees), forward_only=not plan.trains)
         metrics.restart_peak_memory()  # building took more: weights are made in fp32
-        corpus = Corpus(open_documents(config.data), config.data.sequence_length, config.data.validation_sequences)
+        corpus = open_corpus(config.data)
         sharder = build_sharder(plan, engine)
         steps = sharder.steps(corpus.training(cursor=0), plan.accumulation_steps)
         clock, losses = metrics.StepClock(), []
@@ -183,19 +183,23 @@ def compare(config: Config, entries: dict[str, Config], run_dir: Path) -> None:
         ConfigError: if no entry fits this machine, or one that compare.only names does not; for a run dir with results
             of another comparison.
         RunFailed: if ranks that a launcher has started failed, or ours before the first turn.
+        Preempted: if SIGTERM or SIGUSR1 told it to end; as on Ctrl-C, the same command goes on.
     """
     started = ranks_are_started()
     is_first = os.environ.get("RANK", "0") == "0"
     chosen, notes = choose(config, entries)
+    # no sooner: which entries there are, and how long their sequences, depends on the GPUs
+    corpora = {repr(entry.data): entry.data for entry, _ in chosen.values()}.values()
+    if config.explain and is_first:
+        print(*notes, sep="\n")
+        for name, (entry, num_ranks) in chosen.items():
+            plan = launch.make_plan(entry, num_ranks)
+            print(f"\n{name}", *plan.banner(run_dir)[:-1], "", *plan.memory_lines(), sep="\n", flush=True)
+    for data in corpora:
+        if not config.explain or is_local(data):
+            open_corpus(data).check()
     if config.explain:
-        if is_first:
-            print(*notes, sep="\n")
-            for name, (entry, num_ranks) in chosen.items():
-                plan = launch.make_plan(entry, num_ranks)
-                print(f"\n{name}", *plan.banner(run_dir)[:-1], "", *plan.memory_lines(), sep="\n")
         return
-    for entry, _ in chosen.values():
-        launch.check_corpus(entry)
     if config.compare.parts_alone:
         chosen[PARTS_ALONE] = parts_alone_of(chosen)
     results = read_results(run_dir)
@@ -218,8 +222,8 @@ def compare(config: Config, entries: dict[str, Config], run_dir: Path) -> None:
             continue
         try:
             failure = _take_turns(turns, num_ranks, run_dir) or failure
-        except KeyboardInterrupt:
-            print(f"the same command with hydra.run.dir={run_dir} goes on from there", flush=True)
+        except (KeyboardInterrupt, Preempted):
+            print(f"\nthe same command with hydra.run.dir={run_dir} goes on from there", flush=True)
             raise
     if is_first and read_results(run_dir):
         shown = {name: entry for name, (entry, _) in chosen.items()}
@@ -290,9 +294,16 @@ def choose(config: Config, entries: dict[str, Config]) -> tuple[dict[str, tuple[
     available = int(os.environ["WORLD_SIZE"]) if ranks_are_started() else torch.cuda.device_count()
     fitting: dict[str, tuple[Config, int, Degrees]] = {}
     seen: dict[str, str] = {}
-    notes, left_out = ([] if on_gpu else [f"!!! {comparison.CPU_WARNING}"]), []
-    longest = max(entry.data.sequence_length for entry in entries.values())
-    for name, composed in entries.items():
+    notes = [] if on_gpu else [f"!!! {comparison.CPU_WARNING}"]
+    most = None if ranks_are_started() else config.launch.num_ranks  # entries may have their own
+    compared = {name: entry for name, entry in entries.items() if not most or (entry.launch.num_ranks or 0) <= most}
+    left_out = [
+        f"{name}: its launch.num_ranks={entry.launch.num_ranks} is more than launch.num_ranks={most}"
+        for name, entry in entries.items()
+        if name not in compared
+    ]
+    longest = max((entry.data.sequence_length for entry in compared.values()), default=0)
+    for name, composed in compared.items():
         entry = copy.deepcopy(composed)
         if config.compare.fit:
             entry.engine.train_batch_size = None  # comes below
@@ -337,6 +348,8 @@ def choose(config: Config, entries: dict[str, Config]) -> tuple[dict[str, tuple[
     for cut in dict.fromkeys(line for lines in cuts.values() for line in lines):
         of = [name for name, lines in cuts.items() if cut in lines]
         notes.append(f"changed: {cut}" + ("" if len(of) == len(cuts) else f" ({', '.join(of)})"))
+    if config.compare.fit and any(cuts.values()):
+        notes.append("compare.fit=false cuts nothing: sizes stay as typed, or as the workload has them")
     notes += [f"left out: {line}" for line in left_out]
     if config.compare.baseline and config.compare.baseline not in chosen:
         notes.append(f"baseline: {next(iter(chosen))}, for {config.compare.baseline} is not there")

@@ -6,8 +6,7 @@ import functools
 import statistics
 from pathlib import Path
 
-from data.pack import Corpus
-from data.source import open_documents
+from data.pack import open_corpus
 from recipes.build import build_engine, build_sharder
 from recipes.metrics import restart_peak_memory
 from recipes.parts import measure_parts
@@ -28,7 +27,7 @@ def forward(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
         reporter.say(*plan.banner(run_dir), "", "building the model ...")
     engine = build_engine(plan, forward_only=True)
     restart_peak_memory()  # building took more: weights are made in fp32
-    corpus = Corpus(open_documents(config.data), config.data.sequence_length, config.data.validation_sequences)
+    corpus = open_corpus(config.data)
     sharder = build_sharder(plan, engine)
     steps = sharder.steps(corpus.training(cursor=0), plan.accumulation_steps)
 

@@ -36,9 +36,7 @@ from tqdm import tqdm
 
 from conf.degrees import accumulation_steps, resolve_degrees, settle
 from conf.schema import Config, ConfigError
-from data.pack import Corpus
-from data.source import open_documents
-from recipes.checkpoint_files import BrokenCheckpoint, check_same_run, newest_first, read_manifest
+from recipes.checkpoint_files import check_same_run, newest_readable
 from recipes.one_rank import Task, run_rank
 from recipes.out_of_memory import out_of_memory_explained
 from recipes.plan import Plan
@@ -177,25 +175,20 @@ def ended_before(config: Config, num_ranks: int, run_dir: Path) -> float | None:
     Raises:
         ConfigError: if its newest checkpoint is of another run. With attention=auto the ranks say so.
     """
-    for folder in newest_first(run_dir):
-        with contextlib.suppress(BrokenCheckpoint):  # the ranks tell of it
-            manifest = read_manifest(folder)
-            if config.attention.method != "auto":
-                ranks_per_host = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
-                settled = copy.deepcopy(config)
-                settle(settled, resolve_degrees(config, num_ranks, ranks_per_host), num_ranks)
-                check_same_run(folder, manifest, settled)
-            if manifest.step < config.num_steps:
-                return None
-            if os.environ.get("RANK", "0") == "0":
-                print(f"all {manifest.step} steps of {run_dir} are done: to train anew use another hydra.run.dir")
-            return json.loads((run_dir / SUMMARY_FILE).read_text(encoding="utf-8"))["validation_loss"]
-    return None
-
-
-def check_corpus(config: Config) -> None:
-    """Raises CorpusError if the corpus cannot be read or is too short; reads no more of it than that takes."""
-    Corpus(open_documents(config.data), config.data.sequence_length, config.data.validation_sequences).check()
+    newest = newest_readable(run_dir)
+    if newest is None:
+        return None
+    folder, manifest = newest
+    if config.attention.method != "auto":
+        ranks_per_host = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
+        settled = copy.deepcopy(config)
+        settle(settled, resolve_degrees(config, num_ranks, ranks_per_host), num_ranks)
+        check_same_run(folder, manifest, settled)
+    if manifest.step < config.num_steps:
+        return None
+    if os.environ.get("RANK", "0") == "0":
+        print(f"all {manifest.step} steps of {run_dir} are done: to train anew use another hydra.run.dir")
+    return json.loads((run_dir / SUMMARY_FILE).read_text(encoding="utf-8"))["validation_loss"]
 
 
 def start(task: Task, num_ranks: int, run_dir: Path) -> float:
@@ -239,8 +232,14 @@ def launch(task: Task, num_ranks: int, run_dir: Path) -> float:
     """
     print(f"starting {num_ranks} rank{'s' if num_ranks > 1 else ''}; logs in {run_dir / LOGS_DIR}", flush=True)
     forget(run_dir)
+    try:
+        outcomes = mp.get_context("spawn").SimpleQueue()
+    except OSError as error:  # its lock is a file there
+        raise RunFailed(
+            f"there is no shared memory left, which starting ranks needs a little of ({error}): remove what fills "
+            "/dev/shm, or give the container more (docker run --shm-size=1g)"
+        ) from error
     meeting_dir = Path(tempfile.mkdtemp(prefix="ring_attention_"))  # not the run dir: a network disk may lack locks
-    outcomes = mp.get_context("spawn").SimpleQueue()
     processes: Any = None
     try:
         with signals_deferred():

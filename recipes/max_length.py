@@ -110,6 +110,11 @@ def first_tokens(config: Config, on_gpu: bool) -> int:
     return first
 
 
+def _lengths(tokens: int, degree: int) -> list[int]:
+    """Those that are probed, from the tokens per rank of the shortest; the ranks that share a sequence."""
+    return [tokens * factor * degree for factor in (1, 2, 4)]
+
+
 class Search:
     """Probes of one configuration, each done once."""
 
@@ -167,7 +172,7 @@ class Search:
         few, more = PROBED_LAYERS
         tokens, too_long, doublings = first_tokens(self.config, torch.cuda.is_available()), False, 0
         while tokens >= FEWEST_TOKENS_PER_RANK:
-            lengths = [tokens * factor * self.degree for factor in (1, 2, 4)]
+            lengths = _lengths(tokens, self.degree)
             pairs = [(few, length) for length in lengths] + [(more, length) for length in lengths[1:]]
             if any("error" in self.probe(*pair) for pair in pairs):  # ends with the first that has one
                 tokens, too_long = tokens // 2, True
@@ -202,10 +207,10 @@ def max_length(config: Config, run_dir: Path) -> float:
     trained = copy.deepcopy(config)
     trained.recipe = "pretrain"
     num_ranks = launch.count_ranks(trained)
-    if config.explain:
-        print(*launch.make_plan(trained, num_ranks).explanation(run_dir), sep="\n")
-        return float("nan")
     on_gpu, asked_gib = torch.cuda.device_count() > 0, config.max_length.memory_gib
+    if config.explain:
+        print(*_explanation(trained, num_ranks, on_gpu), sep="\n")
+        return float("nan")
     if not on_gpu:
         print(f"!!! {CPU_WARNING}", flush=True)
     search, layers = Search(trained, num_ranks, run_dir), config.model.num_layers
@@ -244,6 +249,29 @@ def max_length(config: Config, run_dir: Path) -> float:
         _write(run_dir, result)
     print(f"all numbers: {run_dir / RESULT_FILE}", flush=True)
     return float(length)
+
+
+def _explanation(config: Config, num_ranks: int, on_gpu: bool) -> list[str]:
+    """What the search would do, which is known before its first probe."""
+    (few, more), asked_gib = PROBED_LAYERS, config.max_length.memory_gib
+    lengths = _lengths(first_tokens(config, on_gpu), resolve_degrees(config, num_ranks).sequence)
+    memory = (
+        f"{asked_gib:g} GiB per rank, max_length.memory_gib"
+        if asked_gib
+        else f"a rank's memory less {100 * MARGIN:g} %; max_length.memory_gib sets it"
+    )
+    return [
+        f"a search for the longest sequence that {config.model.name} trains on {num_ranks} "
+        f"rank{'s' if num_ranks > 1 else ''}; data.sequence_length is not used",
+        f"  probes    {NUM_STEPS} steps of {few} layer at L = {', '.join(f'{length:,}' for length in lengths)} and of "
+        f"{more} layers at {' and '.join(f'{length:,}' for length in lengths[1:])}, each in ranks of its own;",
+        f"            shorter ones where there is no memory, up to {2**MOST_DOUBLINGS} times longer ones where peaks "
+        "do not lie on a line",
+        f"  predicts  the longest L of {config.model.num_layers} layers from their peaks",
+        f"  memory    {memory}",
+        f"  confirms  {NUM_STEPS} whole steps there, if they should take no more than max_length.confirm_s="
+        f"{config.max_length.confirm_s:g} s",
+    ]
 
 
 def _confirm(search: Search, fit: MemoryFit, layers: int, length: int) -> int:

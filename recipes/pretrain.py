@@ -9,8 +9,7 @@ from pathlib import Path
 
 import torch
 
-from data.pack import Corpus
-from data.source import open_documents
+from data.pack import open_corpus
 from recipes.bad_steps import BadSteps
 from recipes.build import build_engine, build_sharder
 from recipes.checkpoint import Checkpoints, EndRequest, TrainingData
@@ -49,7 +48,7 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
         tell("part", "reading the checkpoint")
         checkpoints.load(resumed)
     tell("part", "reading data")
-    corpus = Corpus(open_documents(config.data), config.data.sequence_length, config.data.validation_sequences)
+    corpus = open_corpus(config.data)
     sharder = build_sharder(plan, engine)
     data = TrainingData(corpus, resumed)
     steps = sharder.steps(data, plan.accumulation_steps)

@@ -8,7 +8,7 @@ import signal
 import tempfile
 from pathlib import Path
 
-from conf.schema import ConfigError
+from conf.schema import Config, ConfigError
 
 MEETING = "RING_ATTENTION_MEETING"  # the variable with the folder in which ranks meet, in place of MASTER_ADDR
 
@@ -44,6 +44,11 @@ class Preempted(SystemExit):
 def ranks_are_started() -> bool:
     """Whether this process is one of several ranks."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def ranks_given(config: Config) -> int | None:
+    """How many a launcher has started or the configuration asks for; None: that depends on the GPUs there are."""
+    return int(os.environ["WORLD_SIZE"]) if ranks_are_started() else config.launch.num_ranks
 
 
 def adopt_external_ranks() -> bool:

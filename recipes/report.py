@@ -16,6 +16,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from conf.schema import LoggingConfig
+from recipes.catalog import minutes
 from recipes.checkpoint_files import Manifest
 from recipes.metrics import Throughput
 from recipes.plan import Plan
@@ -230,8 +231,3 @@ def drop_rows_after(path: Path, step: int) -> None:
     new = path.with_suffix(".new")
     new.write_text("".join(kept), encoding="utf-8")
     new.replace(path)
-
-
-def minutes(seconds: float) -> str:
-    """Such as 1:05."""
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

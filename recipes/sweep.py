@@ -38,8 +38,9 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from conf.compose import explain
 from conf.schema import OBJECTIVES, ConfigError, SweepConfig
 from recipes import trial_report
+from recipes.catalog import minutes
 from recipes.ranks import RunFailed
-from recipes.report import SUMMARY_FILE, minutes
+from recipes.runs import SUMMARY_FILE
 from recipes.search_space import SearchSpace, read_space, suggest
 
 JOURNAL_FILE, LOCK_FILE = "sweep.journal", "sweep.lock"

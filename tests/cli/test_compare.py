@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import statistics
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from recipes.catalog import PARTS
-from tests.cli.program import Finished, Program, logged_names
+from tests.cli.program import ENDS_WITHIN_S, Finished, Program, logged_names
 
 SAME = [
     "data.sequence_length=128", "data.validation_sequences=1", "launch.num_ranks=2", "engine.train_batch_size=2",
@@ -170,6 +171,16 @@ def test_explain_prints_the_plans_and_starts_nothing(place):
     assert not result.run_dir.exists()
 
 
+def test_explain_says_that_a_corpus_is_too_short(place):
+    result = place.run(
+        "recipe=compare", "compare.only=[ra_sp]", *SAME, "data.validation_sequences=1000000", "explain=true"
+    )
+    assert "\nra_sp\n" in result.stdout
+    assert re.match(
+        r"error: the corpus has \d+ tokens, but 1000000 validation sequences and one to train on need", result.stderr
+    )
+
+
 @pytest.fixture(scope="module")
 def trained(place) -> Finished:
     """Tensor parallel, 3 steps."""
@@ -206,6 +217,19 @@ def test_forward_passes_alone_have_the_loss_of_training_and_the_parts_of_a_step(
     # the same model, seed and batch, on a ring and on tensor ranks
     assert first["forward/loss"] == pytest.approx(trained.metrics[0]["train/loss"], rel=1e-5)
     assert last["forward/loss"] != first["forward/loss"]  # of another batch
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
+def test_a_comparison_that_is_told_to_end_names_the_folder_with_which_it_goes_on(place, number, code):
+    entries = ["~compare", "+compare.entries.ring=['+experiment=ra_sp']", "compare.rounds=1000", "breakdown=false"]
+    with place.started("recipe=compare", *entries, *SAME, name=f"told_{code}") as running:
+        running.until(lambda: "turn 1/1000" in running.stdout)
+        running.family()
+        running.process.send_signal(number)
+        result = running.finish(ENDS_WITHIN_S)
+        running.assert_nothing_is_left()
+    assert (result.exit_code, result.stderr) == (code, "")
+    assert result.stdout.endswith(f"\nthe same command with hydra.run.dir={result.run_dir} goes on from there\n")
 
 
 def test_methods_stand_beside_what_their_parts_alone_allow(place):

@@ -343,6 +343,7 @@ class TestChoose:
         assert list(chosen) == ["tp_pp", "pp", "ra_sp", "ulysses", "all_gather", "dp"]
         assert notes == [
             "changed: engine.train_batch_size 1024 -> 64",
+            "compare.fit=false cuts nothing: sizes stay as typed, or as the workload has them",
             "left out: tp: on 2 ranks the same as tp_pp",
             "left out: hybrid: on 2 ranks the same as ulysses",
         ]
@@ -371,6 +372,22 @@ class TestChoose:
         assert "changed: data.sequence_length 10000 -> 1250" in notes
         assert "changed: engine.train_batch_size 1024 -> 24" in notes
         assert notes[-1] == "left out: hybrid: on 4 ranks the same as ulysses"
+
+    def test_on_the_cpu_sizes_that_were_typed_are_cut_unless_fit_is_off_which_is_said(self, monkeypatch):
+        self.gpus(monkeypatch, 0)
+        typed = ["+experiment=paper_table", "data.sequence_length=800", "engine.dtype=bf16", "model.head_dim=32"]
+        typed += ["model.hidden_size=512", "model.mlp_size=512", "engine.train_batch_size=8", "launch.num_ranks=1"]
+        typed += ["compare.micro_batch_sizes=[1]"]
+        said = "compare.fit=false cuts nothing: sizes stay as typed, or as the workload has them"
+        chosen, notes = choose(config := compose(*typed), self.entries(config, *typed))
+        assert {entry.data.sequence_length for entry, _ in chosen.values()} == {100}
+        assert "changed: data.sequence_length 800 -> 100" in notes
+        assert said in notes
+        typed += ["compare.fit=false"]
+        entries = self.entries(config := compose(*typed), *typed)
+        chosen, notes = choose(config, entries)
+        assert {name: entry for name, (entry, _) in chosen.items()} == {name: entries[name] for name in chosen}
+        assert said not in notes
 
     def test_without_fit_nothing_is_cut_but_all_have_one_batch(self, monkeypatch):
         self.gpus(monkeypatch, 2)
@@ -443,12 +460,31 @@ class TestChoose:
         }
         assert "left out: ra_sp on 4: launch.num_ranks=4, but there are 2" in notes
 
+    @pytest.mark.parametrize("gpus", [0, 8])
+    def test_entries_of_more_ranks_than_were_asked_for_are_left_out(self, monkeypatch, gpus):
+        self.gpus(monkeypatch, gpus)
+        typed = ["+experiment=weak_scaling", "launch.num_ranks=2"]
+        chosen, notes = choose(config := compose(*typed), self.entries(config, *typed))
+        assert {name: num_ranks for name, (_, num_ranks) in chosen.items()} == {
+            "ra_sp on 1": 1,
+            "ra_sp on 2": 2,
+            "ulysses on 2": 2,
+        }
+        assert "left out: ra_sp on 4: its launch.num_ranks=4 is more than launch.num_ranks=2" in notes
+        lengths = {entry.data.sequence_length for entry, _ in chosen.values()}
+        assert lengths == ({16384, 32768} if gpus else {1250, 2500})  # cut by the longest of those that run
+        four = {"ra_sp on 4": self.entries(config, *typed)["ra_sp on 4"]}
+        with pytest.raises(
+            ConfigError, match=r"^none of the entries fits:\nra_sp on 4: its launch\.num_ranks=4 is more"
+        ):
+            choose(config, four)
+
     def test_in_ranks_of_a_launcher_only_entries_of_so_many_fit(self, monkeypatch):
         self.gpus(monkeypatch, 1)
         monkeypatch.setenv("RANK", "0")
         monkeypatch.setenv("WORLD_SIZE", "2")
-        config = compose("+experiment=strong_scaling")
-        chosen, notes = choose(config, self.entries(config, "+experiment=strong_scaling"))
+        typed = ["+experiment=strong_scaling", "launch.num_ranks=1"]  # which is ignored there
+        chosen, notes = choose(config := compose(*typed), self.entries(config, *typed))
         assert list(chosen) == ["ra_sp on 2", "ulysses on 2"]
         assert "left out: ra_sp on 1: launch.num_ranks=1, but there are 2" in notes
 

@@ -67,6 +67,26 @@ def test_five_probes_and_one_try(search):
     assert found["longest_by_layers"] == {"1": 20480, "2": 11264, "4": 5632, "8": 2560}
 
 
+def test_explain_says_what_would_be_searched_and_starts_nothing(search, tmp_path, capsys):
+    search.run(line_gib)
+    probes = list(search.tried)
+    capsys.readouterr()
+    config = Config(
+        recipe="max_length", explain=True, model=ModelConfig(num_layers=8), launch=LaunchConfig(num_ranks=2),
+        max_length=MaxLengthConfig(memory_gib=40.0, confirm_s=60.0),
+    )  # fmt: skip
+    max_length(config, tmp_path)
+    assert search.tried == probes
+    said = capsys.readouterr().out
+    assert said.startswith("a search for the longest sequence that tiny trains on 2 ranks")
+    few, more = ([length for layers, length in probes[:5] if layers == n] for n in (1, 2))
+    assert f"of 1 layer at L = {', '.join(f'{length:,}' for length in few)} " in said
+    assert f"of 2 layers at {' and '.join(f'{length:,}' for length in more)}," in said
+    for part in ("the longest L of 8 layers", "40 GiB per rank, max_length.memory_gib", "max_length.confirm_s=60 s"):
+        assert part in said
+    assert "tokens per step" not in said  # of training
+
+
 def test_a_step_that_takes_too_long_is_not_tried(search, capsys):
     length, found = search.run(line_gib, confirm_s=0.0)
     assert (length, found["confirmed"], search.tried[-1]) == (2560, None, (2, 4096))

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from conf.schema import Config, DataConfig
+from conf.schema import DataConfig
+from data.pack import open_corpus
 from data.source import CorpusError, open_documents, stdlib_files
-from recipes.launch import check_corpus
 
 
 def rows(folder, *values: object) -> str:
@@ -19,7 +19,7 @@ def rows(folder, *values: object) -> str:
 
 def corpus_mistake(**data) -> str:
     with pytest.raises(CorpusError) as caught:
-        check_corpus(Config(data=DataConfig(**data)))
+        open_corpus(DataConfig(**data)).check()
     return str(caught.value)
 
 

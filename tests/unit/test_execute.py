@@ -1,0 +1,93 @@
+"""`train.execute`: what it says, and before which import, when no rank needs to be started."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from conf.schema import Config, DataConfig, LaunchConfig
+from data.source import CorpusError
+from tests.unit.test_checkpoint_files import published, settled
+
+ROOT = Path(train.__file__).parent
+TOO_SHORT = "the corpus has 6 tokens, but 8 validation sequences and one to train on need "
+TWO_RANKS = LaunchConfig(num_ranks=2)
+
+
+@pytest.fixture(autouse=True)
+def _no_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def tiny(tmp_path) -> DataConfig:
+    """A corpus of 6 tokens."""
+    (tmp_path / "tiny.txt").write_text("tiny\n")
+    return DataConfig(source="text_files", files=str(tmp_path / "tiny.txt"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("data=DataConfig(source='text_files', files='tiny.txt')", TOO_SHORT),
+        ("recipe='forward', data=DataConfig(source='text_files', files='tiny.txt')", TOO_SHORT),
+        ("data=DataConfig(source='text_files', files='.')", "data.files=. has no file to read"),
+        ("data=DataConfig(source='hub', name='nobody/nothing')", "data.name=nobody/nothing cannot be opened"),
+        ("launch=LaunchConfig(num_ranks=4), parallelism=ParallelismConfig(ring_degree=3)", "parallelism.ring_degree=3"),
+    ],
+)
+def test_settings_and_data_are_refused_before_torch_is_imported(tmp_path, settings, message):
+    (tmp_path / "tiny.txt").write_text("tiny\n")
+    code = f"""
+import sys
+from pathlib import Path
+from conf.schema import Config, ConfigError, DataConfig, LaunchConfig, ParallelismConfig
+from train import execute
+try:
+    execute(Config({settings}), [], Path("run"))
+except ConfigError as error:
+    print("torch" in sys.modules, error)
+"""
+    environment = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.stdout.startswith(f"False {message}"), result.stdout + result.stderr
+
+
+def test_a_run_that_is_over_does_not_need_its_data_any_more(tmp_path, tiny):
+    config = Config(data=tiny, launch=TWO_RANKS)
+    published(tmp_path, config.num_steps, config=settled(config))
+    (tmp_path / "summary.json").write_text(json.dumps({"validation_loss": 2.5}))
+    (tmp_path / "tiny.txt").unlink()
+    assert train.execute(config, [], tmp_path) == 2.5
+
+
+@pytest.mark.parametrize("recipe", ["pretrain", "forward"])
+def test_explain_ends_with_what_is_wrong_with_the_corpus(tmp_path, tiny, capsys, recipe):
+    config = Config(data=tiny, launch=TWO_RANKS, explain=True, recipe=recipe)
+    with pytest.raises(CorpusError, match=TOO_SHORT):
+        train.execute(config, [], tmp_path)
+    assert "FLOPs per token, forward" in capsys.readouterr().out
+
+
+def test_explain_reads_no_data_that_it_would_have_to_download(tmp_path, capsys):
+    config = Config(data=DataConfig(source="hub", name="nobody/nothing"), launch=TWO_RANKS, explain=True)
+    assert train.execute(config, [], tmp_path) is None
+    assert "FLOPs per token, forward" in capsys.readouterr().out
+    config.data.name = str(tmp_path / "set")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "rows.jsonl").write_text('{"text": "tiny\\n"}\n')
+    with pytest.raises(CorpusError, match=TOO_SHORT):
+        train.execute(config, [], tmp_path)
+
+
+def test_explain_of_attention_alone_reads_no_data(tmp_path, tiny, capsys):
+    train.execute(Config(data=tiny, launch=TWO_RANKS, explain=True, recipe="bench_attention"), [], tmp_path)
+    assert "block kernel" in capsys.readouterr().out
