@@ -8,6 +8,7 @@ Two of DeepSpeed's routes to sequence parallelism are not used, because sequence
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -45,6 +46,17 @@ class StepResult:
     applied: bool
 
 
+def _import_muon() -> None:
+    """DeepSpeed does it for every optimizer, to know Muon's class; here it does not import PyTorch's inductor, for 2 s.
+
+    Three functions of Muon are to be compiled, and asking for that imports the backend. Nothing here calls them.
+    """
+    if hasattr(torch.compiler, "set_default_backend"):  # since PyTorch 2.13
+        torch.compiler.set_default_backend("eager")
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+        torch.compiler.set_default_backend(None)
+
+
 def init_distributed(init_method: str | None, timeout_s: float) -> None:
     """Join the process group that RANK and WORLD_SIZE name: NCCL on GPUs, gloo on the CPU. Every rank must call it.
 
@@ -56,6 +68,7 @@ def init_distributed(init_method: str | None, timeout_s: float) -> None:
     """
     # else DeepSpeed compiles a C++ extension for 25 s on the CPU, which only its inference uses
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _import_muon()
     try:
         deepspeed.init_distributed(
             dist_backend="nccl" if torch.cuda.is_available() else "gloo",

@@ -6,6 +6,7 @@ Below `launch`.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 import traceback
@@ -63,6 +64,8 @@ def run_rank(task: Task, run_dir: Path, init_method: str | None) -> float:
 
     from recipes.engine import init_distributed
     from recipes.watchdog import watched
+
+    gc.freeze()  # what was imported stays: no looking for garbage in it, as DeepSpeed does six times at its start
 
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)

@@ -1,6 +1,7 @@
 """The import contract of docs/architecture.md."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -47,3 +48,19 @@ def test_nothing_imports_train():
 def test_the_launchers_parent_does_not_import_deepspeed():
     code = "import sys, recipes.launch; sys.exit('deepspeed' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120).returncode == 0
+
+
+def test_knowing_muons_class_imports_no_inductor():
+    """DeepSpeed asks for it, on every rank."""
+    code = """
+import sys, torch
+from recipes.engine import _import_muon
+_import_muon()
+assert "deepspeed.runtime.zero.muon.muon_optimizer" in sys.modules
+assert "torch._inductor.compile_fx" not in sys.modules
+assert torch.compiler.get_default_backend() == "inductor"
+"""
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
