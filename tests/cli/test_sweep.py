@@ -54,7 +54,7 @@ def test_jobs_are_runs_of_one_wandb_group_and_the_sweeper_gets_their_final_valid
 
 
 def test_a_bad_job_is_told_does_not_stop_the_others_and_fails_the_sweep(program):
-    result = program.run("-m", *ONE_RANK, "parallelism.ring_degree=2,1", name="sweep")
+    result = program.run("-m", *ONE_RANK, "logging.wandb=disabled", "parallelism.ring_degree=2,1", name="sweep")
     assert result.exit_code == 1
     lines = result.stderr.splitlines()
     assert lines[0].startswith("error: parallelism.ring_degree=2 does not divide the 1 ranks")
@@ -64,7 +64,7 @@ def test_a_bad_job_is_told_does_not_stop_the_others_and_fails_the_sweep(program)
     assert (result.run_dir / "1" / "metrics.jsonl").exists()
 
 
-TINY = [*ONE_RANK, "breakdown=false"]
+TINY = [*ONE_RANK, "breakdown=false", "logging.wandb=disabled"]
 
 
 def kept(result: Finished) -> list[dict[str, Any]]:
