@@ -235,8 +235,6 @@ def elastic_table() -> str:
     return "\n".join(lines)
 
 
-WIDE = ["tp_pp", "tp", "ra_sp", "hybrid", "ulysses", "all_gather", "dp"]
-
 TABLES: dict[str, Callable[[], str]] = {
     "main job": main_job_table,
     "parity cpu": lambda: parity_table("parity_cpu.json"),
@@ -255,7 +253,7 @@ TABLES: dict[str, Callable[[], str]] = {
         "million_H200.json",
         "long_steps_2xH200.json",
         "half_million_H100.json",
-        "flat_2xH100.json",
+        "flat_4xH100.json",
         "tools_H100.json",
     ),
     "faults": faults_table,
@@ -293,11 +291,10 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "wide 10k forward": lambda: comparison_table("wide_10k_forward_4xH200.json"),
     "wide 100k forward": lambda: comparison_table("wide_100k_forward_4xH200.json"),
-    "wide 10k pretrain": lambda: turns_table("wide_10k_pretrain_4xH100.jsonl", WIDE, baseline="tp_pp"),
-    "wide 100k pretrain": lambda: turns_table("wide_100k_pretrain_4xH100.jsonl", WIDE, baseline="tp_pp"),
-    "strong scaling": lambda: turns_table(
-        "strong_scaling_4xH100.jsonl", ["ra_sp on 1", "ra_sp on 2", "ulysses on 2", "ra_sp on 4"], baseline="ra_sp on 1"
-    ),
+    "wide 10k pretrain": lambda: comparison_table("wide_10k_pretrain_4xH100.json"),
+    "wide 100k pretrain": lambda: comparison_table("wide_100k_pretrain_4xH100.json"),
+    "strong scaling": lambda: comparison_table("strong_scaling_4xH100.json"),
+    "weak scaling": lambda: comparison_table("weak_scaling_4xH100.json"),
     "rivals 10k forward": lambda: comparison_table("rivals_10k_forward_2xH200.json"),
     "rivals 100k forward": lambda: comparison_table("rivals_100k_forward_2xH200.json"),
     "rivals 10k pretrain": lambda: comparison_table("rivals_10k_pretrain_2xH200.json"),

@@ -115,6 +115,9 @@ def moments(config: Config, degrees: Degrees, method: str, local_tokens: int, on
     state = {"weights, optimizer state, standing buffers": standing}
     if engine.zero_stage == 3 and num_ranks > 1:
         state["gathered weights"] = size * min(num_parameters(model) - _small(model), MAX_LIVE)
+    mailbox = _mailbox_bytes(config, size, method, degrees.ring) if on_gpu else 0
+    if mailbox:
+        state["the ring's mailboxes"] = mailbox * local_tokens
     # of the head: in the model's dtype where gradients are summed later, or where the embedding's is added to it
     of_head = size * model.vocab_size * model.hidden_size
     is_summed = states.buckets > 0 or (on_gpu and engine.zero_stage == 3)  # as it comes
@@ -150,7 +153,7 @@ def moments(config: Config, degrees: Degrees, method: str, local_tokens: int, on
         down = 0 if states.buckets else size * model.mlp_size * model.hidden_size
         of_mlp = backward_of("the last layer's MLP", again, widths * size * model.mlp_size + hidden, down, after_down)
     left = again - layer["MLP"]  # of the layer, from here on
-    of_attention = _attention_bytes(model, size, method, degrees.ring, on_gpu)
+    of_attention = _attention_bytes(model, size, method, degrees.ring, on_gpu) - mailbox
     found = [
         Moment(
             "the loss, backward",
@@ -229,14 +232,26 @@ def _tiled_mlp_bytes(config: Config, tile: int, on_gpu: bool) -> float:
     return 4 * weights + per_token * tile
 
 
+def _has_ring(method: str, ring_degree: int) -> bool:
+    return method in ("ring", "hybrid") and ring_degree > 1
+
+
+def _mailbox_bytes(config: Config, size: int, method: str, ring_degree: int) -> float:
+    """Per token: what K,V and their gradients are copied into, which stands from the first layer on."""
+    if not _has_ring(method, ring_degree) or config.attention.transport == "p2p":
+        return 0
+    rooms = 2 if ring_degree == 2 else 4
+    return rooms * 2 * size * config.model.num_kv_heads * config.model.head_dim
+
+
 def _attention_bytes(model: ModelConfig, size: int, method: str, ring_degree: int, on_gpu: bool) -> float:
-    """Per token: what attention's backward pass works with.
+    """Per token: what attention's backward pass works with, messages and where they are received included.
 
     On the CPU, and in fp32 on GPUs, keys are copied to all heads; else as flash-attn-4 does it, which sums dq in fp32
     and, where query heads share keys, dk and dv.
     """
     queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    has_ring = method in ("ring", "hybrid") and ring_degree > 1
+    has_ring = _has_ring(method, ring_degree)
     if on_gpu and size == 2:
         of_rows = 8 * model.num_heads  # lse and the sums of dout * out
         shared = 8 * keys if keys < queries else 0
@@ -244,7 +259,7 @@ def _attention_bytes(model: ModelConfig, size: int, method: str, ring_degree: in
             return of_rows + 8 * queries + 4 * keys + shared
         if ring_degree == 2:  # half of the local block, with dq in fp32, beside all there is, while gradients come home
             return of_rows / 2 + 9 * queries + 14 * keys + shared / 2
-        # own gradients in fp32, K,V, gradients as they are sent and received; and a block's; not held against a GPU
+        # own gradients in fp32, K,V, gradients as they are sent and received; and a block's
         return max(of_rows + 10 * queries + 32 * keys + shared, 6 * queries + 38 * keys)
     # the output's gradient, keys and values and three gradients for all heads
     block = 6 * size * queries

@@ -17,7 +17,7 @@ LIMITS = {  # the goal is 10 %
     "million_H200.json": 0.01,
     "half_million_H100.json": 0.01,
     "long_steps_2xH200.json": 0.02,
-    "flat_2xH100.json": 0.03,
+    "flat_4xH100.json": 0.01,
     "tools_H100.json": 0.05,
 }
 MEASURED = [
