@@ -15,7 +15,7 @@
 #   parts_10k  where training on paper_10k goes, by ring attention and DP
 #   memory_1, memory_2  steps' peaks, predicted and measured    million, half_million, two_million: one step with 8B-shaped layers
 #   flat       peaks of steps with as many tokens per rank on 1, 2 and 4 GPUs
-#   tools      what each way to save memory costs, on one GPU         longest_two  1,500,000 tokens on two GPUs
+#   tools      what each way to save memory costs, all GPUs at once   longest_two  1,500,000 tokens on two GPUs
 #   ring_blocks  each kernel call of a ring of two by itself, on one GPU
 #   bench_gqa  attention alone with a quarter of the heads for keys and values
 #   On more than two GPUs: wide_cells, wide_bench, wide_forward_10k, wide_forward_100k, wide_training_10k, wide_training_100k; scaling
@@ -118,7 +118,7 @@ for stage in "$@"; do
     half_million) limited 300 2 half_million python3 -m tests.long_step --json "$out/half_million.json" "$long data.sequence_length=524288 launch.num_ranks=1" ;;
     two_million) limited 400 2 two_million python3 -m tests.long_step --json "$out/two_million.json" "$long model.num_layers=2 data.sequence_length=2097152 launch.num_ranks=2" ;;
     longest_two) limited 595 2 longest_two python3 -m tests.long_step --json "$out/longest_two.json" "$long data.sequence_length=1500000 launch.num_ranks=2" ;;
-    tools) # 49,152 tokens: with none of them, too, in an H100's memory; shared out among the GPUs
+    tools) # 49,152 tokens: with none of them, too, in an H100's memory; shared out among the GPUs, whose files have the settings in turns
       settings=()
       for more in "" "engine.tile_tokens=8192" "engine.recompute=selective" "engine.recompute=full" "engine.recompute=selective engine.offload_activations=true" \
         "engine.offload_optimizer=true" "engine.zero_stage=3 engine.offload_optimizer=true engine.offload_parameters=true" \
@@ -143,7 +143,7 @@ for stage in "$@"; do
     # the batch by hand: see rivals_10k
     wide_training_10k) wide 550 pretrain paper_10k [1,2,4] compare.fit=false engine.train_batch_size=32 ;;
     wide_training_100k) wide 440 pretrain paper_100k [1] ;;
-    scaling) # small batches by hand: there is no pipeline, and one GPU takes 3 s for a sequence of 100,000
+    scaling) # small batches by hand: there is no pipeline, and one GPU takes 3 s for four sequences of 100,000
       for kind in strong weak; do
         limited 200 14 "${kind}_scaling" python3 train.py recipe=compare +experiment=${kind}_scaling compare.steps_per_round=1 compare.rounds=2 breakdown=false \
           compare.fit=false engine.train_batch_size=4 hydra.run.dir="$out/runs/${kind}_scaling"

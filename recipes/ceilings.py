@@ -119,6 +119,7 @@ def ceilings(
     result["device"] = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     for kind in ("forward", "training"):
         parts = parts_of_a_layer(model, length, DTYPES[dtype], device, kind == "training")
+        say(f"{kind}: rounds of {sum(part.operations for part in parts) / 1e12:,.3g} TFLOP on {result['device']} ...")
         times_s = measure(parts, seconds)
         tokens_per_s = length / (model.num_layers * sum(times_s))
         rows = [

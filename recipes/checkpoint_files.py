@@ -236,6 +236,8 @@ def check_same_run(folder: Path, manifest: Manifest, config: Config) -> list[str
         return [f"{name} {before.get(name)} -> {now[name]}" for name in rearranged]
     if not differing:
         return []
+    if config.parallelism.method == "sequence":
+        differing = [name for name in differing if name not in rearranged]
     changes = "; ".join(f"{name} was {before.get(name)} and is {now[name]}" for name in differing)
     schedule = ""
     if "num_steps" in differing:

@@ -95,7 +95,7 @@ def of_method(
     for kind in ("data", "ring", "ulysses"):
         setattr(config.parallelism, f"{kind}_degree", 1 if kind == "data" else None)
     heads = config.model.num_kv_heads
-    if method == "ulysses" and heads % plan.num_ranks:  # fewer than ranks cannot be cut; DeepSpeed would cut others
+    if method == "ulysses" and heads % plan.num_ranks:  # unequal parts need DeepSpeed's mpu, which only an engine gives
         raise ConfigError(f"{heads} kv heads are not a multiple of the {plan.num_ranks} ranks")
     own = Plan(config, plan.num_ranks, plan.device_type, plan.device_name, plan.capability, plan.ranks_per_host)
     if method == "hybrid" and 1 in (own.degrees.ring, own.degrees.ulysses):

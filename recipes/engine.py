@@ -51,9 +51,12 @@ def _import_muon() -> None:
 
     Three functions of Muon are to be compiled, and asking for that imports the backend. Nothing here calls them.
     """
-    if hasattr(torch.compiler, "set_default_backend"):  # since PyTorch 2.13
-        torch.compiler.set_default_backend("eager")
+    if not hasattr(torch.compiler, "set_default_backend"):  # since PyTorch 2.13
+        return
+    torch.compiler.set_default_backend("eager")
+    try:
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
         torch.compiler.set_default_backend(None)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
 import functools
 import importlib
 import json
@@ -234,9 +235,11 @@ def launch(task: Task, num_ranks: int, run_dir: Path) -> float:
     forget(run_dir)
     try:
         outcomes = mp.get_context("spawn").SimpleQueue()
-    except OSError as error:  # its lock is a file there
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
         raise RunFailed(
-            f"there is no shared memory left, which starting ranks needs a little of ({error}): remove what fills "
+            f"there is no shared memory left, where the queue's lock is a file ({error}): remove what fills "
             "/dev/shm, or give the container more (docker run --shm-size=1g)"
         ) from error
     meeting_dir = Path(tempfile.mkdtemp(prefix="ring_attention_"))  # not the run dir: a network disk may lack locks
@@ -323,6 +326,11 @@ def _received(outcomes: SimpleQueue[_Outcome]) -> list[_Outcome]:
     return received
 
 
+_HINTS = {  # by exit code
+    -signal.SIGKILL: "\nif nobody did that, the host's memory ran out: see dmesg and explain=true"
+}
+
+
 def _explain_failure(exit_codes: list[int], first_seen: int, received: list[_Outcome], run_dir: Path) -> str:
     """Names the rank that failed first: one ended by a signal, else the first to report; others follow.
 
@@ -351,7 +359,8 @@ def _explain_failure(exit_codes: list[int], first_seen: int, received: list[_Out
     if overdue or TIMED_OUT in what:
         overdue += all_places(run_dir, len(exit_codes), time.time())
     overdue = "".join(f"\n{line}" for line in overdue)
-    return f"{what}{overdue}\nthe other ranks were ended; its log: {run_dir / LOGS_DIR / f'rank_{rank}.log'}"
+    log = run_dir / LOGS_DIR / f"rank_{rank}.log"
+    return f"{what}{overdue}\nthe other ranks were ended; its log: {log}{_HINTS.get(exit_codes[rank], '')}"
 
 
 def _overdue_hops(run_dir: Path) -> list[str]:

@@ -243,9 +243,9 @@ def max_length(config: Config, run_dir: Path) -> float:
         )
     else:
         print(f"trying L = {length:,}: {NUM_STEPS} steps, {predicted_s:.0f} s by the speed of the probes", flush=True)
-        length = _confirm(search, fit, layers, length)
-        confirmed = search.probe(layers, length)
-        result["confirmed"] = None if "error" in confirmed else confirmed
+        tried = _confirm(search, fit, layers, length, limit_gib)
+        length = tried["length"]
+        result["confirmed"] = tried if _fits(tried, limit_gib) else None
         _write(run_dir, result)
     print(f"all numbers: {run_dir / RESULT_FILE}", flush=True)
     return float(length)
@@ -253,7 +253,7 @@ def max_length(config: Config, run_dir: Path) -> float:
 
 def _explanation(config: Config, num_ranks: int, on_gpu: bool) -> list[str]:
     """What the search would do, which is known before its first probe."""
-    (few, more), asked_gib = PROBED_LAYERS, config.max_length.memory_gib
+    (few, more), asked_gib, layers = PROBED_LAYERS, config.max_length.memory_gib, config.model.num_layers
     lengths = _lengths(first_tokens(config, on_gpu), resolve_degrees(config, num_ranks).sequence)
     memory = (
         f"{asked_gib:g} GiB per rank, max_length.memory_gib"
@@ -267,32 +267,44 @@ def _explanation(config: Config, num_ranks: int, on_gpu: bool) -> list[str]:
         f"{more} layers at {' and '.join(f'{length:,}' for length in lengths[1:])}, each in ranks of its own;",
         f"            shorter ones where there is no memory, up to {2**MOST_DOUBLINGS} times longer ones where peaks "
         "do not lie on a line",
-        f"  predicts  the longest L of {config.model.num_layers} layers from their peaks",
+        f"  predicts  the longest L of {layers} layer{'s' if layers > 1 else ''} from their peaks",
         f"  memory    {memory}",
         f"  confirms  {NUM_STEPS} whole steps there, if they should take no more than max_length.confirm_s="
         f"{config.max_length.confirm_s:g} s",
     ]
 
 
-def _confirm(search: Search, fit: MemoryFit, layers: int, length: int) -> int:
-    """Whole steps at this length and, if it runs out of memory, once at a shorter one; the length tried last."""
+def _confirm(search: Search, fit: MemoryFit, layers: int, length: int, limit_gib: float) -> dict[str, Any]:
+    """Whole steps at this length and, if they take too much memory, once at a shorter one; what was tried last."""
     row = search.probe(layers, length)
-    if "error" in row:
-        shorter = max(1, int((1 - STEP_DOWN) * length) // search.multiple) * search.multiple
+    if not _fits(row, limit_gib):
         print(
-            f"L = {length:,} does not fit: the prediction was too high; trying {100 * STEP_DOWN:g} % less", flush=True
+            f"L = {length:,} does not fit{_peak(row)}: the prediction was too high; trying {100 * STEP_DOWN:g} % less",
+            flush=True,
         )
-        length, row = shorter, search.probe(layers, shorter)
-    if "error" in row:
-        print(f"L = {length:,} does not fit either: the prediction does not hold for this configuration", flush=True)
-        return length
+        length = max(1, int((1 - STEP_DOWN) * length) // search.multiple) * search.multiple
+        row = search.probe(layers, length)
+    if not _fits(row, limit_gib):
+        print(
+            f"L = {length:,} does not fit either{_peak(row)}: the prediction does not hold for this configuration",
+            flush=True,
+        )
+        return row
     predicted = fit.peak_gib(layers, length)
     print(
         f"confirmed: L = {length:,} trains, {row['tokens_per_s']:,.0f} tok/s, peak {row['peak_gib']:.3f} GiB; "
         f"predicted {predicted:.3f}, {100 * (predicted / row['peak_gib'] - 1):+.1f} %",
         flush=True,
     )
-    return length
+    return row
+
+
+def _fits(row: dict[str, Any], limit_gib: float) -> bool:
+    return "error" not in row and row["peak_gib"] <= limit_gib
+
+
+def _peak(row: dict[str, Any]) -> str:
+    return "" if "error" in row else f", it peaks at {row['peak_gib']:.3f} GiB"
 
 
 def _flops(config: Config, num_ranks: int, length: int) -> float:

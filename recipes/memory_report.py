@@ -24,6 +24,7 @@ from recipes.memory import (
     changed,
     gib,
     kept_layer_bytes,
+    layer_matmul_parameters,
     mlp_bytes,
     mlp_tile_tokens,
     num_parameters,
@@ -54,8 +55,9 @@ class _Engine(NamedTuple):
         held: always, gradients aside.
         adam: of it, Adam's moments, which the first step makes at its end.
         buckets: while gradients come.
-        gradients: those of all layers, when the last ones come: where they are not in `held`.
+        gradients: fp32 sums of all that are made as they come.
         at_end: beyond `held`, at most.
+        for_head: beyond `held` and `buckets`, while a head is reduced that has more than a bucket.
     """
 
     held: float
@@ -63,6 +65,7 @@ class _Engine(NamedTuple):
     buckets: float
     gradients: float
     at_end: float
+    for_head: float = 0
 
 
 def refused(config: Config, on_gpu: bool) -> str | None:
@@ -118,40 +121,45 @@ def moments(config: Config, degrees: Degrees, method: str, local_tokens: int, on
     mailbox = _mailbox_bytes(config, size, method, degrees.ring) if on_gpu else 0
     if mailbox:
         state["the ring's mailboxes"] = mailbox * local_tokens
-    # of the head: in the model's dtype where gradients are summed later, or where the embedding's is added to it
-    of_head = size * model.vocab_size * model.hidden_size
-    is_summed = states.buckets > 0 or (on_gpu and engine.zero_stage == 3)  # as it comes
-    is_shared = on_gpu and model.tied_head
-    have_come = of_head if is_shared or not is_summed else 0
-    if on_gpu and engine.offload_activations:  # no layer keeps more than another, and the last ones' are there, too
-        have_come = states.gradients + (of_head if is_shared and is_summed else 0)
+    # numbers whose gradients have come when the backward pass of the layer begins at which most is held
+    head = model.vocab_size * model.hidden_size
+    before = head
+    if on_gpu and engine.offload_activations:  # not the last: no layer keeps more, until none is brought back any more
+        before += max(0, model.num_layers - LAYERS_ON_DEVICE) * layer_matmul_parameters(model)
+    mlp_down = model.mlp_size * model.hidden_size
+    mlp = mlp_down * (3 if model.mlp == "swiglu" else 2)
+    is_summed = states.buckets > 0 or (on_gpu and engine.zero_stage == 3)  # as they come
 
-    # fp32 sums of all gradients stand from a backward pass's first reduction on, and some come with each
-    sums_stand = on_gpu and size == 2 and states.buckets > 0 and not engine.offload_activations
-    mlp_up = model.mlp_size * model.hidden_size * (2 if model.mlp == "swiglu" else 1)
-    after_down = (0 if model.tied_head else model.vocab_size * model.hidden_size) + model.mlp_size * model.hidden_size
-    after_attention = after_down + mlp_up + model.num_heads * model.head_dim * model.hidden_size
+    def have_come(num_come: int) -> float:
+        if not is_summed:
+            return size * num_come
+        if not on_gpu:
+            return 0
+        if model.tied_head:  # its gradient waits for the embedding's
+            return size * head + _sums(model, size, states.gradients, num_come - head)
+        return _sums(model, size, states.gradients, num_come)
 
-    def backward_of(name: str, again: float, gradients: float, more: float = 0, num_come: int = 0) -> Moment:
-        sums = states.gradients if sums_stand and num_come > bucket_size(num_parameters(model)) else 0
+    def backward_of(name: str, again: float, gradients: float, num_come: int, more: float = 0) -> Moment:
         return Moment(
             f"{name}, backward",
             {
                 **state,
                 "kept for the backward pass": (kept + min(again, 0)) * local_tokens,
                 "the layer computed again": max(again, 0) * local_tokens,
-                "gradients and what makes them": gradients * local_tokens + more + have_come + sums,
+                "gradients and what makes them": gradients * local_tokens + more + have_come(num_come),
                 "gradient buckets": states.buckets,
             },
         )
 
     if mlp_tile:
         of_tiles = _tiled_mlp_bytes(config, mlp_tile, on_gpu)
-        of_mlp = backward_of("the last layer's MLP", again, 2 * hidden, of_tiles, after_down)
+        of_mlp = backward_of("the last layer's MLP", again, 2 * hidden, before, of_tiles)
     else:  # gradients of the MLP's product and of one factor, and of the layer's output
         widths = 2 if model.mlp == "swiglu" else 1
-        down = 0 if states.buckets else size * model.mlp_size * model.hidden_size
-        of_mlp = backward_of("the last layer's MLP", again, widths * size * model.mlp_size + hidden, down, after_down)
+        down = size * mlp_down if is_summed and not states.buckets else 0  # ZeRO-3 reduces it next
+        of_mlp = backward_of(
+            "the last layer's MLP", again, widths * size * model.mlp_size + hidden, before + mlp_down, down
+        )
     left = again - layer["MLP"]  # of the layer, from here on
     of_attention = _attention_bytes(model, size, method, degrees.ring, on_gpu) - mailbox
     found = [
@@ -165,7 +173,7 @@ def moments(config: Config, degrees: Degrees, method: str, local_tokens: int, on
             },
         ),
         of_mlp,
-        backward_of("the last layer's attention", left - norm, of_attention + hidden, num_come=after_attention),
+        backward_of("the last layer's attention", left - norm, of_attention + hidden, before + mlp),
         Moment(
             "the end of the step",
             {
@@ -176,10 +184,48 @@ def moments(config: Config, degrees: Degrees, method: str, local_tokens: int, on
     ]
     if model.norm == "rmsnorm" and not on_gpu:  # five tensors in fp32; of the final norm its input, too
         if engine.recompute == "none":
-            found.append(backward_of("the final norm", 0, 24 * model.hidden_size))
+            found.append(backward_of("the final norm", 0, 24 * model.hidden_size, head))
         else:
-            found.append(backward_of("the last layer's second norm", left, 16 * model.hidden_size + hidden))
+            found.append(
+                backward_of("the last layer's second norm", left, 16 * model.hidden_size + hidden, before + mlp)
+            )
+    if states.for_head:
+        found.append(
+            Moment(
+                "the reduction of the head's gradient",
+                {
+                    **state,
+                    "kept for the backward pass": kept * local_tokens,
+                    "gradients and what makes them": hidden * local_tokens,
+                    "gradient buckets and what is reduced": states.buckets + states.for_head,
+                },
+            )
+        )
     return found
+
+
+def _sums(model: ModelConfig, size: int, of_all: float, num_come: int) -> float:
+    """Of gradients, in fp32: those of a group of Adam's stand from the first bucket on that has one of the group's.
+
+    fp32 has both groups' with the first.
+
+    Args:
+        of_all: bytes of all parameters'.
+        num_come: numbers whose gradients have come, the last ones of the model first.
+    """
+    bucket, reduced = bucket_size(num_parameters(model)), []
+    for filled, _ in _reductions(model, bucket):
+        least = (
+            sum(reduced) + filled + (filled <= bucket)
+        )  # more than a bucket does not wait for a matrix: a norm will do
+        if num_come < least:
+            break
+        reduced.append(filled)
+    if not reduced:
+        return 0
+    if size == 2 and reduced == [model.vocab_size * model.hidden_size]:  # the head alone, no norm
+        return of_all * _decayed(model) / num_parameters(model)
+    return of_all
 
 
 def _loss_bytes(config: Config, size: int, local_tokens: int, on_gpu: bool) -> dict[str, float]:
@@ -193,10 +239,11 @@ def _loss_bytes(config: Config, size: int, local_tokens: int, on_gpu: bool) -> d
         if not tile:  # with both, or with the gradient and what it gives: that of the weight
             most = max(2 * local_tokens, local_tokens + hidden_size)
             return {"logits and their gradient": float(size * vocab_size * most)}
-        sums = hidden_size * (local_tokens + vocab_size)
-        return {  # in the forward pass a tile beside the sums; in the backward pass these rounded beside them
-            "logits of a tile and their gradient, or rounded sums": max(2 * size * vocab_size * tile, size * sums),
-            "gradients of the loss, fp32": 4.0 * sums,
+        # in the forward pass a tile beside the sums; in the backward pass these rounded, that of the norm's output in
+        # its place
+        return {
+            "logits of a tile and their gradient, or rounded sums": size * vocab_size * max(2.0 * tile, hidden_size),
+            "gradients of the loss, fp32": 4.0 * hidden_size * (local_tokens + vocab_size),
         }
     if not tile:
         return {"logits and two gradients of theirs, fp32": 12.0 * vocab_size * local_tokens}
@@ -257,10 +304,11 @@ def _attention_bytes(model: ModelConfig, size: int, method: str, ring_degree: in
         shared = 8 * keys if keys < queries else 0
         if not has_ring:  # the output's gradient, three gradients, dq in fp32
             return of_rows + 8 * queries + 4 * keys + shared
-        if ring_degree == 2:  # half of the local block, with dq in fp32, beside all there is, while gradients come home
-            return of_rows / 2 + 9 * queries + 14 * keys + shared / 2
-        # own gradients in fp32, K,V, gradients as they are sent and received; and a block's
-        return max(of_rows + 10 * queries + 32 * keys + shared, 6 * queries + 38 * keys)
+        # half of the local block, with dq in fp32, beside all there is, while gradients come home; on more ranks own
+        # gradients in fp32, K,V, gradients as they are sent and received; and a block's. Keys' terms as measured
+        if ring_degree == 2:
+            return of_rows / 2 + 9 * queries + 16 * keys + shared / 2
+        return max(of_rows + 10 * queries + 28 * keys + shared, 6 * queries + 38 * keys)
     # the output's gradient, keys and values and three gradients for all heads
     block = 6 * size * queries
     if has_ring:
@@ -331,7 +379,7 @@ def _gpu_engine_bytes(config: Config, num_ranks: int) -> _Engine:
         # in one piece, and that in fp32
         reduced = _all_reduced(model) * (4 if stage or size == 4 else 6)
         at_end = size * parameters + max(reduced - not_yet, in_fp32)
-        return _Engine(held, adam, 0, size * parameters, at_end)
+        return _Engine(held, adam, 0, 0, at_end)
 
     if stage == 3:
         held = cut * (20 if size == 4 else 18) + 4 * bucket + (size * _small(model) if parted else 0)
@@ -349,16 +397,18 @@ def _gpu_engine_bytes(config: Config, num_ranks: int) -> _Engine:
         message * filled + staged * waiting + (partition if size == 2 or number else 0)  # fp32 makes it afterwards
         for number, (filled, waiting) in enumerate(reductions)
     )
-    gradients = partition if len(reductions) > 1 else 0
+    head = model.vocab_size * model.hidden_size
+    for_head = 0 if model.tied_head or head <= bucket else message * head + (4 * decayed if size == 2 else 0)
     if engine.offload_optimizer:  # a parameter's gradient as it goes to the host; its norm is taken in fp64
         largest = max(_matrices(model))
         held += size * largest
         at_end = max(buckets + reduced, buckets + partition + 8 * largest)
+        for_head += 8 * head if for_head else 0
     else:
         in_turn = max(4 * decayed - later, 4 * spared)  # fp32 has what Adam takes in one piece, too
         stepping = partition + in_turn if size == 4 else max(partition - later, 4 * spared)
         at_end = max(buckets + max(reduced, partition) - not_yet, stepping)
-    return _Engine(held, adam, buckets, gradients, at_end)
+    return _Engine(held, adam, buckets, partition, at_end, for_head)
 
 
 def _matrices(model: ModelConfig) -> list[int]:
@@ -401,6 +451,13 @@ def _small(model: ModelConfig) -> int:
     return num_parameters(model) - sum(size for size in _matrices(model) if size >= PERSISTENT)
 
 
+def fullest(config: Config, degrees: Degrees, method: str, local_tokens: int, on_gpu: bool) -> Moment | None:
+    """When a step takes most; None if it is not predicted."""
+    if refused(config, on_gpu):
+        return None
+    return max(moments(config, degrees, method, local_tokens, on_gpu), key=lambda moment: moment.total)
+
+
 def lines(
     config: Config, degrees: Degrees, method: str, local_tokens: int, memory_bytes: int | None, on_gpu: bool
 ) -> list[str]:
@@ -409,14 +466,14 @@ def lines(
     if reason:
         return [f"memory of a step: {reason}"]
     found = moments(config, degrees, method, local_tokens, on_gpu)
-    fullest = max(found, key=lambda moment: moment.total)
+    most = max(found, key=lambda moment: moment.total)
     size = 4 if config.engine.dtype == "fp32" else 2
     layer = _layer_bytes(config.model, size, method, mlp_tile_tokens(config, local_tokens), on_gpu)
     kernels = "by what kernels keep, Liger's among them" if on_gpu else "by what PyTorch keeps"
     text = [
-        f"memory of a step, per rank: {gib(fullest.total)} GiB when fullest, which is at: {fullest.name}",
-        *(f"  {gib(size):>8} GiB  {name}" for name, size in fullest.parts.items()),
-        *(f"  {gib(moment.total):>8} GiB at: {moment.name}" for moment in found if moment is not fullest),
+        f"memory of a step, per rank: {gib(most.total)} GiB when fullest, which is at: {most.name}",
+        *(f"  {gib(size):>8} GiB  {name}" for name, size in most.parts.items()),
+        *(f"  {gib(moment.total):>8} GiB at: {moment.name}" for moment in found if moment is not most),
         "  bytes per token and layer, all kept: "
         + ", ".join(f"{name} {number:,.0f}" for name, number in layer.items()),
         f"  {kernels}; without what kernels allocate inside",
@@ -426,9 +483,8 @@ def lines(
         for recompute in others:
             trial = changed(config, **{"engine.recompute": recompute})
             longest = longest_length(trial, degrees, method, memory_bytes, on_gpu)
-            text.append(
-                f"  {gib(memory_bytes)} GiB hold sequences of {longest:,} tokens with engine.recompute={recompute}"
-            )
+            held = f"hold sequences of {longest:,} tokens" if longest else "hold no sequence"
+            text.append(f"  {gib(memory_bytes)} GiB {held} with engine.recompute={recompute}")
     return text
 
 

@@ -222,6 +222,22 @@ class Plan:
             "engine.train_batch_size"
         )
 
+    @property
+    def fullest(self) -> memory_report.Moment | None:
+        """When a training step takes most of a rank's memory; None if it is not predicted."""
+        on_gpu = self.device_type == "cuda"
+        return memory_report.fullest(self.config, self.degrees, self.method, self.local_tokens, on_gpu)
+
+    @property
+    def shortage(self) -> str | None:
+        """A warning of steps that take more memory than there is, by a prediction that is some percent off."""
+        if self.memory_bytes is None or self.refusal or self.fullest is None or self.fullest.total <= self.memory_bytes:
+            return None
+        return (
+            f"a step should take {gib(self.fullest.total)} GiB per rank, and there are {gib(self.memory_bytes)}: "
+            "explain=true shows of what, and what length fits"
+        )
+
     def banner(self, run_dir: Path) -> list[str]:
         config, model, layout = self.config, self.config.model, self.layout
         block, reason = self.block_choice()
@@ -261,7 +277,7 @@ class Plan:
             ("block kernel", f"{block} ({reason})"),
             ("engine", f"{state}, {config.engine.dtype}"),
             *([] if config.recipe == "bench_attention" else banner_rows(config, self.local_tokens)),
-            *([("!!!", self.slowness)] if self.slowness else []),
+            *(("!!!", warning) for warning in (self.slowness, self.shortage) if warning),
             ("run dir", str(run_dir)),
         ]
         return [f"{name:>16}  {value}" for name, value in rows]

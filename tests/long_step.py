@@ -22,7 +22,7 @@ import torch
 import train  # noqa: F401 - registers the schema
 from conf.compose import to_config
 from conf.schema import Config
-from recipes import launch, memory_report
+from recipes import launch
 from recipes.max_length import NO_MEMORY_FILE, PROBE_FILE, Probe
 from recipes.plan import Plan
 from recipes.ranks import RunFailed
@@ -36,12 +36,8 @@ def composed(setting: str) -> Config:
 
 def predicted(plan: Plan) -> dict[str, Any]:
     """`predicted_gib`, and when that is; nothing where it is not predicted."""
-    config, on_gpu = plan.config, plan.device_type == "cuda"
-    if memory_report.refused(config, on_gpu):
-        return {}
-    found = memory_report.moments(config, plan.degrees, plan.method, plan.local_tokens, on_gpu)
-    fullest = max(found, key=lambda moment: moment.total)
-    return {"predicted_gib": fullest.total / 2**30, "fullest_at": fullest.name}
+    fullest = plan.fullest
+    return {} if fullest is None else {"predicted_gib": fullest.total / 2**30, "fullest_at": fullest.name}
 
 
 def predicted_again(row: dict[str, Any]) -> dict[str, Any]:

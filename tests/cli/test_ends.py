@@ -36,7 +36,8 @@ def test_a_killed_rank_ends_the_run_which_until_then_listened_on_loopback_only(p
         log = re.escape(str(running.run_dir / "logs" / "rank_1.log"))
         place = r"(step \d+, [^)]+(\(global rank 0\))?|between steps \d+ and \d+)"
         assert re.fullmatch(
-            rf"error: rank 1 was ended by SIGKILL \({place}\)\nthe other ranks were ended; its log: {log}\n",
+            rf"error: rank 1 was ended by SIGKILL \({place}\)\nthe other ranks were ended; its log: {log}\n"
+            "if nobody did that, the host's memory ran out: see dmesg and explain=true\n",
             result.stderr,
         ), result.stderr
         running.assert_nothing_is_left()

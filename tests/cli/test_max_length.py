@@ -19,15 +19,18 @@ def test_it_finds_the_longest_length_and_trains_it(program):
     length = found["predicted_length"]
     assert length % 256 == 0
     assert found["predicted_peak_gib"] <= found["limit_gib"] == 0.7
-    assert [(row["num_layers"], row["length"]) for row in found["probes"]][-1] == (3, length)
-    assert {row["num_layers"] for row in found["probes"][:-1]} == {1, 2}
-    # of the process: libraries take 0.5 GiB of it, and pages come and go
-    assert found["confirmed"]["peak_gib"] == pytest.approx(found["predicted_peak_gib"], rel=0.08)
+    tries = [row for row in found["probes"] if row["num_layers"] == 3]
+    assert tries[0]["length"] == length
+    assert {row["num_layers"] for row in found["probes"][: -len(tries)]} == {1, 2}
+    # of the process: libraries take 0.4 GiB of it, and pages come and go, so that the try may take more than the limit
+    assert tries[0]["peak_gib"] == pytest.approx(found["predicted_peak_gib"], rel=0.08)
+    *too_much, last = tries
+    assert all(row["peak_gib"] > 0.7 for row in too_much)
+    assert found["confirmed"] == (last if last["peak_gib"] <= 0.7 else None)
     assert found["longest_by_layers"]["3"] == found["curve"][-1]["length"] == length
     assert "say nothing of GPUs" in run.stdout
-    assert re.search(
-        rf"confirmed: L = {length:,} trains, [\d,]+ tok/s, peak 0\.\d+ GiB; predicted 0\.\d+, [+-]", run.stdout
-    )
+    confirmed = rf"confirmed: L = {last['length']:,} trains, [\d,]+ tok/s, peak 0\.\d+ GiB; predicted 0\.\d+, [+-]"
+    assert re.search(confirmed if found["confirmed"] else rf"L = {last['length']:,} does not fit either", run.stdout)
 
 
 def test_in_ranks_of_a_launcher_it_says_what_to_type(program):

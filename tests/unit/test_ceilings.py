@@ -23,4 +23,4 @@ def test_the_parts_have_a_layers_operations_and_allow_what_their_times_sum_to(ml
         assert model.num_layers * (operations - extra) == pytest.approx(factor * expected)
         seconds = sum(row["ms"] for row in rows) / 1e3
         assert result[kind]["tokens_per_s"] == pytest.approx(LENGTH / (model.num_layers * seconds))
-    assert len(said) == 2 + len(result["forward"]["parts"]) + len(result["training"]["parts"])
+    assert len(said) == 4 + len(result["forward"]["parts"]) + len(result["training"]["parts"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import signal
@@ -10,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 
 from conf.schema import AttentionConfig, Config, ConfigError, EngineConfig, LaunchConfig, ModelConfig
-from recipes.launch import _explain_failure, _Outcome, count_ranks
+from recipes.launch import RecipeTask, _explain_failure, _Outcome, count_ranks, launch
 from recipes.processes import signals_deferred
+from recipes.ranks import RunFailed
 from recipes.whereabouts import Whereabouts
 
 
@@ -62,6 +65,17 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
     )
 
 
+@pytest.mark.parametrize(("number", "expected"), [(errno.ENOSPC, RunFailed), (errno.EMFILE, OSError)])
+def test_only_want_of_space_is_want_of_shared_memory(monkeypatch, tmp_path, number, expected):
+    def fails(self):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(type(mp.get_context("spawn")), "SimpleQueue", fails)
+    with pytest.raises(expected, match=os.strerror(number)) as caught:
+        launch(RecipeTask(Config()), 1, tmp_path)
+    assert ("no shared memory left" in str(caught.value)) == (expected is RunFailed)
+
+
 @pytest.mark.parametrize(
     ("exit_codes", "first_seen", "reported", "blamed"),
     [
@@ -77,8 +91,10 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
 def test_the_rank_that_failed_first_is_blamed(tmp_path, exit_codes, first_seen, reported, blamed):
     outcomes = [_Outcome(rank, error=f"rank {rank} failed:\n{error}") for rank, error in reported]
     rank = blamed.split()[1]
+    hint = "\nif nobody did that, the host's memory ran out: see dmesg and explain=true"
     assert _explain_failure(exit_codes, first_seen, outcomes, tmp_path) == (
         f"{blamed}\nthe other ranks were ended; its log: {tmp_path / 'logs' / f'rank_{rank}.log'}"
+        f"{hint if 'SIGKILL' in blamed else ''}"
     )
 
 

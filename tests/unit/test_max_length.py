@@ -113,6 +113,16 @@ def test_a_try_without_memory_is_made_once_more_and_shorter(search, capsys):
     assert "L = 2,560 does not fit: the prediction was too high; trying 5 % less" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("more", [1.02, 1.2])
+def test_steps_that_take_more_than_was_given_are_not_confirmed(search, capsys, more):
+    length, found = search.run(lambda layers, length: line_gib(layers, length) * (more if layers == 8 else 1))
+    assert (length, search.tried[-2:]) == (2048, [(8, 2560), (8, 2048)])
+    assert (found["confirmed"] is not None) == (more * line_gib(8, 2048) <= 9.0)
+    said = capsys.readouterr().out
+    assert f"L = 2,560 does not fit, it peaks at {more * line_gib(8, 2560):.3f} GiB: the prediction" in said
+    assert ("L = 2,048 does not fit either" in said) == (found["confirmed"] is None)
+
+
 def test_a_model_that_fits_at_no_length_is_refused(search):
     with pytest.raises(
         ConfigError, match=r"no length of 512 tokens or more fits: 8 layers without any take 2\.50 GiB per rank"

@@ -137,6 +137,15 @@ def test_explain_shows_the_refusal_in_place_of_raising_it():
     assert explained[-4:] == refusal(40 * GIB).splitlines()
 
 
+def test_steps_that_take_more_than_there_is_are_warned_of():
+    longer = DataConfig(sequence_length=1_000_000)
+    [row] = [row for row in plan(80 * GIB, data=longer).banner(Path("runs")) if "!!!" in row]
+    found = plan(80 * GIB, data=longer).fullest
+    assert found is not None
+    assert f"a step should take {found.total / GIB:.2f} GiB per rank, and there are 80.00: explain=true" in row
+    assert not any("!!!" in row for row in plan(80 * GIB, data=DataConfig(sequence_length=1024)).banner(Path("runs")))
+
+
 def test_more_ranks_are_counted_where_these_do_not_suffice():
     text = refusal(80 * GIB, num_ranks=1)
     assert "  use 2 ranks with as much memory each, and engine.zero_stage=3: 67.31 GiB\n" in text
