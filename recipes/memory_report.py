@@ -127,7 +127,8 @@ def moments(config: Config, degrees: Degrees, method: str, local_tokens: int, on
     if on_gpu and engine.offload_activations:  # not the last: no layer keeps more, until none is brought back any more
         before += max(0, model.num_layers - LAYERS_ON_DEVICE) * layer_matmul_parameters(model)
     mlp_down = model.mlp_size * model.hidden_size
-    mlp = mlp_down * (3 if model.mlp == "swiglu" else 2)
+    # the CPU's bytes per token of attention were counted with the MLP's gradients
+    mlp = mlp_down * (3 if model.mlp == "swiglu" else 2) if on_gpu else 0
     is_summed = states.buckets > 0 or (on_gpu and engine.zero_stage == 3)  # as they come
 
     def have_come(num_come: int) -> float:
