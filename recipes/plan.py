@@ -231,10 +231,11 @@ class Plan:
     @property
     def shortage(self) -> str | None:
         """A warning of steps that take more memory than there is, by a prediction that is some percent off."""
-        if self.memory_bytes is None or self.refusal or self.fullest is None or self.fullest.total <= self.memory_bytes:
+        fullest = self.fullest
+        if self.memory_bytes is None or self.refusal or fullest is None or fullest.total <= self.memory_bytes:
             return None
         return (
-            f"a step should take {gib(self.fullest.total)} GiB per rank, and there are {gib(self.memory_bytes)}: "
+            f"a step should take {gib(fullest.total)} GiB per rank, and there are {gib(self.memory_bytes)}: "
             "explain=true shows of what, and what length fits"
         )
 
