@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -72,7 +71,6 @@ class Finished:
     stdout: str
     stderr: str
     run_dir: Path
-    cpu_s: float  # of its processes that have ended: unlike the wall clock it hardly depends on what else runs
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -87,18 +85,12 @@ class Finished:
         return "starting" in self.stdout or (self.run_dir / "logs").exists()
 
 
-def _cpu_s_of_children() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
-
-
 class Running:
     """A program under way, in a session of its own, with its output in files."""
 
     def __init__(self, command: list[str], environment: dict[str, str], run_dir: Path) -> None:
         self.run_dir = run_dir
         self._outputs = [run_dir.parent / f"{run_dir.name}.{name}" for name in ("stdout", "stderr")]
-        self._cpu_s_before = _cpu_s_of_children()
         with self._outputs[0].open("w") as stdout, self._outputs[1].open("w") as stderr:
             self.process = subprocess.Popen(
                 command, cwd=REPOSITORY, env=environment, stdout=stdout, stderr=stderr, start_new_session=True
@@ -153,8 +145,7 @@ class Running:
 
     def finish(self, timeout_s: float = TIMEOUT_S) -> Finished:
         exit_code = self.process.wait(timeout_s)
-        cpu_s = _cpu_s_of_children() - self._cpu_s_before
-        return Finished(exit_code, self.stdout, self.stderr, self.run_dir, cpu_s)
+        return Finished(exit_code, self.stdout, self.stderr, self.run_dir)
 
     def assert_nothing_is_left(self) -> None:
         deadline = time.monotonic() + ENDS_WITHIN_S
