@@ -8,29 +8,29 @@ import re
 import pytest
 
 TINY = [
-    "recipe=max_length", "+experiment=ra_sp", "launch.num_ranks=1", "engine.micro_batch_size=4", "model.num_layers=3",
+    "recipe=max_length", "+experiment=ra_sp", "launch.num_ranks=1", "engine.micro_batch_size=2", "model.num_layers=3",
 ]  # fmt: skip
 
 
 def test_it_finds_the_longest_length_and_trains_it(program):
-    run = program.run(*TINY, "max_length.memory_gib=0.7", "max_length.confirm_s=120")
+    # glibc gives back what is freed, so that the process's peak follows its tensors', not the order of its allocations
+    given_back = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    run = program.run(*TINY, "max_length.memory_gib=0.5", "max_length.confirm_s=120", **given_back)
     assert (run.exit_code, run.stderr) == (0, "")
     found = json.loads((run.run_dir / "max_length.json").read_text())
     length = found["predicted_length"]
     assert length % 256 == 0
-    assert found["predicted_peak_gib"] <= found["limit_gib"] == 0.7
-    tries = [row for row in found["probes"] if row["num_layers"] == 3]
-    assert tries[0]["length"] == length
-    assert {row["num_layers"] for row in found["probes"][: -len(tries)]} == {1, 2}
-    # of the process: libraries take 0.4 GiB of it, and pages come and go, so that the try may take more than the limit
-    assert tries[0]["peak_gib"] == pytest.approx(found["predicted_peak_gib"], rel=0.08)
-    *too_much, last = tries
-    assert all(row["peak_gib"] > 0.7 for row in too_much)
-    assert found["confirmed"] == (last if last["peak_gib"] <= 0.7 else None)
+    assert found["predicted_peak_gib"] <= found["limit_gib"] == 0.5
+    *probes, tried = found["probes"]
+    assert {row["num_layers"] for row in probes} == {1, 2}
+    assert (tried["num_layers"], tried["length"]) == (3, length)
+    assert tried["peak_gib"] == pytest.approx(found["predicted_peak_gib"], rel=0.02)
+    assert found["confirmed"] == tried
     assert found["longest_by_layers"]["3"] == found["curve"][-1]["length"] == length
     assert "say nothing of GPUs" in run.stdout
-    confirmed = rf"confirmed: L = {last['length']:,} trains, [\d,]+ tok/s, peak 0\.\d+ GiB; predicted 0\.\d+, [+-]"
-    assert re.search(confirmed if found["confirmed"] else rf"L = {last['length']:,} does not fit either", run.stdout)
+    assert re.search(
+        rf"confirmed: L = {length:,} trains, [\d,]+ tok/s, peak 0\.\d+ GiB; predicted 0\.\d+, [+-]", run.stdout
+    )
 
 
 def test_in_ranks_of_a_launcher_it_says_what_to_type(program):
