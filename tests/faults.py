@@ -150,7 +150,7 @@ def kill(case: Case, running: Running, ranks: list[psutil.Process]) -> Finished:
 def kills(case: Case, tries: int) -> None:
     """One run, again and again: at last its numbers are those of one that nothing has happened to."""
     for number in range(tries):
-        with case.program.started(*ENDLESS) as running:
+        with case.program.started(*ENDLESS, wandb=True) as running:
             if case.random.random() < 0.25:  # while it starts
                 running.until(lambda: len(running.ranks()) == 3)
                 ranks = running.ranks()
@@ -164,7 +164,7 @@ def kills(case: Case, tries: int) -> None:
             kill(case, running, ranks)
         gone = f"all gone after {case.seconds[-1]:.2f} s"
         print(f"    kill {number + 1} of {tries}: {gone}; {_first_line(case.error)}", flush=True)
-    with case.program.started(*ENDLESS) as running:
+    with case.program.started(*ENDLESS, wandb=True) as running:
         running.until(lambda: re.search(r"^step ", running.stdout, re.MULTILINE))
         running.family()
         running.process.terminate()
@@ -182,7 +182,7 @@ def kills(case: Case, tries: int) -> None:
 
 def stall(case: Case) -> None:
     """SIGSTOP of a rank."""
-    with case.program.started(*ENDLESS) as running:
+    with case.program.started(*ENDLESS, wandb=True) as running:
         ranks = running.until_it_trains()
         running.until(lambda: re.search(r"step +9/", running.stdout))
         time.sleep(case.random.uniform(0, 1))
@@ -201,7 +201,7 @@ def disk_full(case: Case) -> None:
     """Another program fills the disk; once it is gone the same command goes on."""
     with mounted(case.program.folder / "run", "40m") as disk:  # where the run dir is, and what we see of it is not
         filler = disk / "filler"
-        with case.program.started(*SHORT) as running:
+        with case.program.started(*SHORT, wandb=True) as running:
             running.until(lambda: "step 5: checkpoint" in running.stdout)
             running.family()
             filler.write_bytes(bytes(max(0, shutil.disk_usage(disk).free - case.random.randrange(2**20, 4 * 2**20))))
@@ -212,7 +212,7 @@ def disk_full(case: Case) -> None:
             error,
         ), error
         filler.unlink()
-        finished = case.program.run(*SHORT)
+        finished = case.program.run(*SHORT, wandb=True)
         assert finished.exit_code == 0, finished.stderr
         assert "going on after step 5\n" in finished.stdout or "going on after step 10\n" in finished.stdout
 

@@ -15,11 +15,11 @@ def program(tmp_path) -> Program:
 def main_run(tmp_path_factory) -> Finished:
     """The main job, shortened, on its default of 4 CPU ranks."""
     return Program(tmp_path_factory.mktemp("main")).run(
-        "+experiment=ra_sp", "num_steps=6", "logging.every_n_steps=2", "data.sequence_length=256"
+        "+experiment=ra_sp", "num_steps=6", "logging.every_n_steps=2", "data.sequence_length=256", wandb=True
     )
 
 
 @pytest.fixture(scope="session")
 def plain_run(tmp_path_factory) -> Finished:
     """The main job on two ranks of one host, with secrets in its environment: eight steps of the same learning rate."""
-    return Program(tmp_path_factory.mktemp("plain")).run(*PLAIN, "num_steps=8", launcher=None, **PLANTED)
+    return Program(tmp_path_factory.mktemp("plain")).run(*PLAIN, "num_steps=8", launcher=None, wandb=True, **PLANTED)

@@ -9,7 +9,7 @@ import pytest
 
 from tests.cli.program import Finished, Program
 
-SMALL = ["recipe=bench_attention", "data.sequence_length=250", "compare.rounds=2", "logging.wandb=offline"]
+SMALL = ["recipe=bench_attention", "data.sequence_length=250", "compare.rounds=2"]
 KINDS = {"forward": 1, "forward_backward": 3}
 
 

@@ -16,7 +16,7 @@ from tests.cli.program import ENDS_WITHIN_S, Finished, Program, logged_names
 
 SAME = [
     "data.sequence_length=128", "data.validation_sequences=1", "launch.num_ranks=2", "engine.train_batch_size=2",
-    "engine.dtype=fp32", "logging.wandb=offline",
+    "engine.dtype=fp32",
 ]  # fmt: skip
 
 
@@ -29,7 +29,15 @@ def comparison(corpus: Path) -> list[str]:
     }
     # ~compare takes the group's entries away; Python writes lists with the quotes that Hydra needs
     own = [f"+compare.entries.{name}={overrides}" for name, overrides in entries.items()]
-    return ["recipe=compare", "~compare", *own, "compare.rounds=2", "compare.steps_per_round=1", *SAME]
+    return [
+        "recipe=compare",
+        "~compare",
+        *own,
+        "compare.rounds=2",
+        "compare.steps_per_round=1",
+        "logging.wandb=offline",
+        *SAME,
+    ]
 
 
 @pytest.fixture(scope="module")

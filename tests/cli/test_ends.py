@@ -20,7 +20,7 @@ def has_wandb_core(running: Running) -> bool:
 
 
 def test_a_killed_rank_ends_the_run_which_until_then_listened_on_loopback_only(program):
-    with program.started(*LONG) as running:
+    with program.started(*LONG, wandb=True) as running:
         ranks = running.until_it_trains()
         assert len(ranks) == 2
         assert has_wandb_core(running)
@@ -45,7 +45,7 @@ def test_a_killed_rank_ends_the_run_which_until_then_listened_on_loopback_only(p
 
 @pytest.mark.parametrize("to_all", [True, False], ids=["as a terminal sends it", "to the parent"])
 def test_ctrl_c_ends_a_training_run_without_a_traceback_and_closes_its_wandb_run(program, to_all: bool):
-    with program.started(*LONG) as running:
+    with program.started(*LONG, wandb=True) as running:
         running.until_it_trains()
         (os.killpg if to_all else os.kill)(running.process.pid, signal.SIGINT)
         result = running.finish(ENDS_WITHIN_S)
@@ -71,7 +71,7 @@ def test_sigterm_to_the_parent_ends_a_starting_run_without_a_traceback(program):
 
 @pytest.mark.parametrize("phase", ["starting", "training"])
 def test_a_killed_parent_takes_its_ranks_along(program, phase):
-    with program.started(*LONG) as running:
+    with program.started(*LONG, wandb=True) as running:
         if phase == "training":
             running.until_it_trains()
         else:
@@ -122,7 +122,7 @@ def raising(program: Program, statement: str, fields: str = "", launcher: list[s
     script.write_text(RAISES.format(statement=statement, fields=fields, repository=str(REPOSITORY)))
     run_dir = program.folder / "run"
     command = [*(launcher or [sys.executable]), str(script), str(run_dir)]
-    environment = program.environment(PYTHONPATH=f"{REPOSITORY}:{program.folder}", **PLANTED)
+    environment = program.environment(wandb=True, PYTHONPATH=f"{REPOSITORY}:{program.folder}", **PLANTED)
     running = Running(command, environment, run_dir)
     try:
         while running.process.poll() is None:

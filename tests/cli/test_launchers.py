@@ -35,7 +35,8 @@ def assert_one_run_of_two_ranks(result: Finished) -> None:
 
 
 def test_ranks_of_torchrun_are_one_run_and_profile_each_rank(program):
-    result = program.run("+experiment=ra_sp", "+debug=profile", "profile_steps=[4,4]", *JOB, launcher=TORCHRUN)
+    profiled = ["+debug=profile", "profile_steps=[4,4]"]
+    result = program.run("+experiment=ra_sp", *profiled, *JOB, launcher=TORCHRUN, wandb=True)
     assert_one_run_of_two_ranks(result)
     assert sorted(path.name for path in (result.run_dir / "profile").iterdir()) == ["rank_0.json", "rank_1.json"]
     events = json.loads((result.run_dir / "profile" / "rank_1.json").read_text())["traceEvents"]
@@ -50,7 +51,7 @@ def test_ranks_of_torchrun_are_one_run_and_profile_each_rank(program):
 def test_ranks_of_deepspeeds_launcher_are_one_run_and_overfit_one_batch(program):
     launcher = [str(BIN / "deepspeed"), "--num_gpus=2", "--no_local_rank", "--master_port", str(free_port())]
     environment = {"DS_ACCELERATOR": "cpu", "PATH": f"{BIN}:/usr/bin:/bin"}
-    result = program.run("+debug=overfit", *JOB, launcher=launcher, **environment)
+    result = program.run("+debug=overfit", *JOB, launcher=launcher, wandb=True, **environment)
     assert_one_run_of_two_ranks(result)
     losses = [line["train/loss"] for line in result.metrics]
     assert losses[-1] == min(losses) < losses[0] - 1
@@ -59,7 +60,7 @@ def test_ranks_of_deepspeeds_launcher_are_one_run_and_overfit_one_batch(program)
 def test_torchruns_first_rank_closes_its_run_and_says_what_all_have_failed_with_before_another_ends(program):
     """Nothing keeps it from dying of torchrun's SIGTERM where there are no checkpoints to save."""
     launcher = [*TORCHRUN, "tests/bad_loss.py", "3"]
-    result = program.run(*SMALL, "num_steps=6", "checkpoint.keep=0", launcher=launcher)
+    result = program.run(*SMALL, "num_steps=6", "checkpoint.keep=0", launcher=launcher, wandb=True)
     assert result.exit_code == 1
     assert result.stderr.count("error: step 3: the loss is nan, that of the tokens of rank 1; its batch: ") == 1
     assert "\nnothing of it was applied; there is no checkpoint yet: engine.on_bad_step=skip leaves " in result.stderr
@@ -114,6 +115,7 @@ def srun(program: Program, *arguments: str, launcher: list[str] | None = None) -
                     SLURM_STEP_NUM_TASKS="2",
                     SLURM_STEP_TASKS_PER_NODE="2",
                     SLURM_STEP_NODELIST="localhost",
+                    wandb=True,
                 )
             )
             for task in range(2)

@@ -44,7 +44,7 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
 
 def interrupted(program: Program, at: str, number: signal.Signals, *more: str) -> Finished:
     """The job, sent a signal when it prints a line; nothing of it is left."""
-    with program.started(*JOB, *more, name="interrupted") as running:
+    with program.started(*JOB, *more, name="interrupted", wandb=True) as running:
         running.until(lambda: re.search(at, running.stdout))
         running.family()
         running.process.send_signal(number)
@@ -72,7 +72,7 @@ def test_interruptions_leave_no_trace(program: Program):
 
         broken = killed.run_dir / "checkpoints" / "step_00000030" / "mp_rank_00_model_states.pt"
         broken.write_bytes(broken.read_bytes()[:-1])
-        resumed = program.run(*JOB, name="interrupted")
+        resumed = program.run(*JOB, name="interrupted", wandb=True)
         assert resumed.exit_code == 0, resumed.stderr
         assert "checkpoint step_00000030 is broken, so the one before it is tried: " in resumed.stdout
         assert "going on after step 20\n" in resumed.stdout
