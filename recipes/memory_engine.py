@@ -36,14 +36,14 @@ class EngineBytes(NamedTuple):
 
 
 def engine_bytes(config: Config, num_ranks: int, on_gpu: bool) -> EngineBytes:
-    """Of one rank."""
+    """What one of `num_ranks` ranks holds."""
     return _on_gpu(config, num_ranks) if on_gpu else _on_cpu(config, num_ranks)
 
 
-def sums(model: ModelConfig, size: int, of_all: float, num_come: int) -> float:
-    """Of gradients, in fp32: those of a group of Adam's stand from the first bucket on that has one of the group's.
+def gradient_sum_bytes(model: ModelConfig, size: int, of_all: float, num_come: int) -> float:
+    """The fp32 sums of gradients that stand: a group of Adam's from the first bucket on that has one of the group's.
 
-    fp32 has both groups' with the first.
+    Training in fp32 has both groups' with the first.
 
     Args:
         of_all: bytes of all parameters'.
@@ -63,6 +63,11 @@ def sums(model: ModelConfig, size: int, of_all: float, num_come: int) -> float:
     return of_all
 
 
+def num_persistent_parameters(model: ModelConfig) -> int:
+    """Numbers in parameters that ZeRO-3 keeps whole: all but the large matrices."""
+    return num_parameters(model) - sum(size for size in _matrices(model) if size >= PERSISTENT)
+
+
 def _on_cpu(config: Config, num_ranks: int) -> EngineBytes:
     """With PyTorch's Adam and its temporaries."""
     model, stage, size = config.model, config.engine.zero_stage, 4 if config.engine.dtype == "fp32" else 2
@@ -76,7 +81,7 @@ def _on_cpu(config: Config, num_ranks: int) -> EngineBytes:
     cut = parameters / num_ranks
     temporaries = 4 * _decayed(model) / num_ranks  # of Adam, each
     if stage == 3:
-        held = cut * (20 if size == 4 else 18) + 4 * bucket + (size * small(model) if parted else 0)
+        held = cut * (20 if size == 4 else 18) + 4 * bucket + (size * num_persistent_parameters(model) if parted else 0)
         buckets, at_end = 0, max(8 * bucket if parted else 0, 3 * temporaries)
     elif size == 4:
         reduced = 8 * bucket + (4 * bucket if parted else 0)
@@ -115,7 +120,7 @@ def _on_gpu(config: Config, num_ranks: int) -> EngineBytes:
         return EngineBytes(held, adam, 0, 0, at_end)
 
     if stage == 3:
-        held = cut * (20 if size == 4 else 18) + 4 * bucket + (size * small(model) if parted else 0)
+        held = cut * (20 if size == 4 else 18) + 4 * bucket + (size * num_persistent_parameters(model) if parted else 0)
         # of some gradients at once: what is sent and what comes; of the parameters that Adam takes: in one piece
         reduced = max(8 * filled for filled, _ in _reductions(model, bucket))
         return EngineBytes(held, adam, 0, 0, max(reduced - not_yet, 4 * decayed - later, 4 * spared))
@@ -177,8 +182,3 @@ def _reductions(model: ModelConfig, bucket: int) -> Iterator[tuple[int, int]]:
             filled = 0
         filled += size
     yield filled, 0
-
-
-def small(model: ModelConfig) -> int:
-    """Numbers in parameters that ZeRO-3 keeps whole: all but the large matrices."""
-    return num_parameters(model) - sum(size for size in _matrices(model) if size >= PERSISTENT)

@@ -28,7 +28,7 @@ from recipes.memory import (
     num_parameters,
     tile_tokens,
 )
-from recipes.memory_engine import engine_bytes, small, sums
+from recipes.memory_engine import engine_bytes, gradient_sum_bytes, num_persistent_parameters
 
 MAX_LIVE = 1_000_000_000  # parameters that ZeRO-3 has gathered at most: DeepSpeed's stage3_max_live_parameters
 
@@ -94,7 +94,7 @@ def moments(config: Config, degrees: Degrees, method: str, local_tokens: int, on
     standing = states.held - (states.adam if config.num_steps == 1 else 0)
     state = {"weights, optimizer state, standing buffers": standing}
     if engine.zero_stage == 3 and num_ranks > 1:
-        state["gathered weights"] = size * min(num_parameters(model) - small(model), MAX_LIVE)
+        state["gathered weights"] = size * min(num_parameters(model) - num_persistent_parameters(model), MAX_LIVE)
     mailbox = _mailbox_bytes(config, size, method, degrees.ring) if on_gpu else 0
     if mailbox:
         state["the ring's mailboxes"] = mailbox * local_tokens
@@ -114,8 +114,8 @@ def moments(config: Config, degrees: Degrees, method: str, local_tokens: int, on
         if not on_gpu:
             return 0
         if model.tied_head:  # its gradient waits for the embedding's
-            return size * head + sums(model, size, states.gradients, num_come - head)
-        return sums(model, size, states.gradients, num_come)
+            return size * head + gradient_sum_bytes(model, size, states.gradients, num_come - head)
+        return gradient_sum_bytes(model, size, states.gradients, num_come)
 
     def backward_of(name: str, again: float, gradients: float, num_come: int, more: float = 0) -> Moment:
         return Moment(

@@ -22,4 +22,4 @@ def main_run(tmp_path_factory) -> Finished:
 @pytest.fixture(scope="session")
 def plain_run(tmp_path_factory) -> Finished:
     """The main job on two ranks of one host, with secrets in its environment: eight steps of the same learning rate."""
-    return Program(tmp_path_factory.mktemp("plain")).run(*PLAIN, "num_steps=8", launcher=None, wandb=True, **PLANTED)
+    return Program(tmp_path_factory.mktemp("plain")).run(*PLAIN, "num_steps=8", launcher=None, wandb=False, **PLANTED)

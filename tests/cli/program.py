@@ -178,7 +178,8 @@ class Program:
         """With `wandb` as people have it who have not logged in; else it is off, for it takes 5 s a run on 2 cores."""
         home = self.folder / "home"
         home.mkdir(exist_ok=True)
-        return clean_environment(home, **{**({} if wandb else {"WANDB_MODE": "disabled"}), **extra})
+        mode = {} if wandb else {"WANDB_MODE": "disabled"}
+        return clean_environment(home, **(mode | extra))
 
     @contextlib.contextmanager
     def started(

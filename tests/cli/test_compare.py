@@ -29,15 +29,7 @@ def comparison(corpus: Path) -> list[str]:
     }
     # ~compare takes the group's entries away; Python writes lists with the quotes that Hydra needs
     own = [f"+compare.entries.{name}={overrides}" for name, overrides in entries.items()]
-    return [
-        "recipe=compare",
-        "~compare",
-        *own,
-        "compare.rounds=2",
-        "compare.steps_per_round=1",
-        "logging.wandb=offline",
-        *SAME,
-    ]
+    return ["recipe=compare", "~compare", *own, "compare.rounds=2", "compare.steps_per_round=1", *SAME]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +45,7 @@ def place(tmp_path_factory) -> Program:
 
 @pytest.fixture(scope="module")
 def compared(place) -> Finished:
-    return place.run(*comparison(place.folder / "corpus"), HF_HUB_OFFLINE="1")
+    return place.run(*comparison(place.folder / "corpus"), wandb=True, HF_HUB_OFFLINE="1")
 
 
 @pytest.fixture(scope="module")

@@ -23,9 +23,8 @@ COMMAND = [sys.executable, "-m", "recipes.dashboard"]
 
 def dashboard(program: Program, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [*COMMAND, *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=REPOSITORY, env=program.environment(), capture_output=True, text=True, timeout=100
-    )
+    environment = program.environment(wandb=True)
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=100)
 
 
 def test_the_page_of_a_real_run_has_all_that_it_logged(program, main_run):

@@ -122,7 +122,7 @@ def raising(program: Program, statement: str, fields: str = "", launcher: list[s
     script.write_text(RAISES.format(statement=statement, fields=fields, repository=str(REPOSITORY)))
     run_dir = program.folder / "run"
     command = [*(launcher or [sys.executable]), str(script), str(run_dir)]
-    environment = program.environment(wandb=True, PYTHONPATH=f"{REPOSITORY}:{program.folder}", **PLANTED)
+    environment = program.environment(wandb=False, PYTHONPATH=f"{REPOSITORY}:{program.folder}", **PLANTED)
     running = Running(command, environment, run_dir)
     try:
         while running.process.poll() is None:

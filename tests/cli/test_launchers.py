@@ -70,7 +70,7 @@ def test_torchruns_first_rank_closes_its_run_and_says_what_all_have_failed_with_
 
 
 def test_a_rank_of_torchruns_that_loses_another_says_where_it_was_in_a_line(program):
-    with program.started(*LONG, launcher=TORCHRUN) as running:
+    with program.started(*LONG, launcher=TORCHRUN, wandb=True) as running:
         running.until(lambda: re.search(r"step +4/", running.stdout))
         ranks = [process for process in running.family() if "train.py" in process.cmdline()]
         [first] = [process for process in ranks if process.environ().get("RANK") == "0"]
@@ -86,7 +86,7 @@ def test_a_rank_of_torchruns_that_loses_another_says_where_it_was_in_a_line(prog
 
 @pytest.mark.parametrize(("launcher", "number"), [(None, signal.SIGUSR1), (TORCHRUN, signal.SIGTERM)])
 def test_a_signal_to_the_program_that_was_started_saves(program, launcher: list[str] | None, number: int):
-    with program.started(*LONG, launcher=launcher) as running:
+    with program.started(*LONG, launcher=launcher, wandb=True) as running:
         running.until(lambda: re.search(r"step +4/", running.stdout))
         running.family()
         running.process.send_signal(number)

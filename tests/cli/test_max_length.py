@@ -21,16 +21,15 @@ def test_it_finds_the_longest_length_and_trains_it(program):
     length = found["predicted_length"]
     assert length % 256 == 0
     assert found["predicted_peak_gib"] <= found["limit_gib"] == 0.5
-    *probes, tried = found["probes"]
-    assert {row["num_layers"] for row in probes} == {1, 2}
-    assert (tried["num_layers"], tried["length"]) == (3, length)
-    assert tried["peak_gib"] == pytest.approx(found["predicted_peak_gib"], rel=0.02)
-    assert found["confirmed"] == tried
+    tries = [row for row in found["probes"] if row["num_layers"] == 3]
+    assert {row["num_layers"] for row in found["probes"][: -len(tries)]} == {1, 2}
+    assert tries[0]["length"] == length
+    assert tries[0]["peak_gib"] == pytest.approx(found["predicted_peak_gib"], rel=0.02)
+    assert found["confirmed"] == tries[-1]  # a second one, 5 % shorter, where the prediction leaves less than its error
     assert found["longest_by_layers"]["3"] == found["curve"][-1]["length"] == length
     assert "say nothing of GPUs" in run.stdout
-    assert re.search(
-        rf"confirmed: L = {length:,} trains, [\d,]+ tok/s, peak 0\.\d+ GiB; predicted 0\.\d+, [+-]", run.stdout
-    )
+    confirmed = rf"confirmed: L = {tries[-1]['length']:,} trains, [\d,]+ tok/s, peak 0\.\d+ GiB; predicted 0\.\d+, [+-]"
+    assert re.search(confirmed, run.stdout)
 
 
 def test_in_ranks_of_a_launcher_it_says_what_to_type(program):

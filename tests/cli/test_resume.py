@@ -98,8 +98,7 @@ def test_interruptions_leave_no_trace(program: Program):
 
 
 def test_other_ranks_and_another_stage_go_on_with_the_batch_that_was(program: Program):
-    quiet = "logging.wandb=disabled"
-    told = interrupted(program, "step +5/", signal.SIGTERM, "parallelism.data_degree=2", quiet)
+    told = interrupted(program, "step +5/", signal.SIGTERM, "parallelism.data_degree=2")
     assert told.exit_code == 143
     refused = program.run(*JOB, "attention.layout=contiguous", name="interrupted")
     assert refused.exit_code == 1
@@ -108,7 +107,7 @@ def test_other_ranks_and_another_stage_go_on_with_the_batch_that_was(program: Pr
     )
     assert refused.stdout == ""  # no ranks were started
     other = ["attention.layout=contiguous", "engine.train_batch_size=2", "engine.zero_stage=3", "launch.num_ranks=1"]
-    resumed = program.run(*JOB, *other, quiet, name="interrupted")
+    resumed = program.run(*JOB, *other, name="interrupted")
     assert resumed.exit_code == 0, resumed.stderr
     assert "arranged otherwise: attention.layout zigzag -> contiguous, parallelism.data_degree 2 -> 1" in resumed.stdout
     assert "engine.zero_stage 1 -> 3" in resumed.stdout

@@ -58,6 +58,7 @@ def on_both(
                     f"hydra.run.dir={program.folder / 'shared'}",
                     name=f"host_{host}",
                     launcher=hosts.command(host, *launcher(hosts, host)),
+                    wandb=True,
                     GLOO_SOCKET_IFNAME=CABLE,
                     DS_ACCELERATOR="cpu",
                 )
@@ -97,6 +98,7 @@ def by_sbatch(program: Program, hosts: Hosts, *arguments: str) -> Iterator[Runni
         *arguments,
         name="shared",
         launcher=["bash", "-c", 'shift; exec bash scripts/slurm.sbatch "$@"', "sbatch"],  # it names train.py itself
+        wandb=True,
         PATH=f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         GLOO_SOCKET_IFNAME=CABLE,
         SLURM_JOB_ID="77",

@@ -9,7 +9,7 @@ import pytest
 
 from conf.schema import Config, EngineConfig, ParallelismConfig
 from recipes.memory import num_parameters
-from recipes.memory_engine import small
+from recipes.memory_engine import num_persistent_parameters
 from recipes.memory_report import lines, longest_length, moments
 from tests.memory import SETTINGS, Setting, count_step
 from tests.pool import WorkerPool
@@ -81,4 +81,4 @@ def test_what_is_not_predicted_is_said(config: Config, reason: str):
 def test_parameters_that_zero_3_keeps_whole_are_told_by_their_size():
     model = dataclasses.replace(Setting("bf16", 3).plan.config.model, mlp_size=1024)  # up is 262,144, down 131,072
     matrices = model.num_layers * 3 * 1024 * model.hidden_size
-    assert small(model) == num_parameters(model) - matrices
+    assert num_persistent_parameters(model) == num_parameters(model) - matrices
