@@ -23,8 +23,9 @@ from conf.compose import check_sweep_is_asked_for, compose_entries, explain, to_
 from conf.degrees import accumulation_steps, resolve_degrees
 from conf.schema import Config, ConfigError
 from data.source import is_local
-from recipes.checkpoint_files import steps_done
-from recipes.ranks import Preempted, RunFailed, adopt_external_ranks, adopt_submitit_tasks, ranks_given
+from recipes.checkpoint.manifest import steps_done
+from recipes.launch.environment import adopt_external_ranks, adopt_submitit_tasks, ranks_given
+from recipes.run.errors import Preempted, RunFailed
 
 ConfigStore.instance().store(name="schema", node=Config)
 
@@ -59,11 +60,11 @@ def run(composed: DictConfig) -> float | None:
 def execute(config: Config, overrides: list[str], run_dir: Path) -> float | None:
     """Explain or run what the configuration names, in ranks of our own or as one of those that are there."""
     if config.recipe == "compare":
-        from recipes import compare
+        from recipes.benchmark import compare
 
         return compare.compare(config, compose_entries(config, overrides), run_dir)
     if config.recipe == "max_length":
-        from recipes import max_length
+        from recipes.benchmark import max_length
 
         return max_length.max_length(config, run_dir)
     if (given := ranks_given(config)) is not None:
@@ -74,18 +75,19 @@ def execute(config: Config, overrides: list[str], run_dir: Path) -> float | None
 
     if reads_data and not config.explain:
         open_corpus(config.data).check()
-    from recipes import launch  # torch takes seconds to import: bad settings and bad data were refused before
+    from recipes import registry  # torch takes seconds to import: bad settings and bad data were refused before
+    from recipes.launch import launcher
 
-    num_ranks = launch.count_ranks(config)
+    num_ranks = launcher.count_ranks(config)
     if config.explain:
         if os.environ.get("RANK", "0") == "0":
-            print(*launch.make_plan(config, num_ranks).explanation(run_dir), sep="\n", flush=True)
+            print(*launcher.make_plan(config, num_ranks).explanation(run_dir), sep="\n", flush=True)
         if reads_data and is_local(config.data):
             open_corpus(config.data).check()
         return None
-    if config.recipe == "pretrain" and (loss := launch.ended_before(config, num_ranks, run_dir)) is not None:
+    if config.recipe == "pretrain" and (loss := launcher.ended_before(config, num_ranks, run_dir)) is not None:
         return loss
-    return launch.start(launch.RecipeTask(config), num_ranks, run_dir)
+    return launcher.start(registry.RecipeTask(config), num_ranks, run_dir)
 
 
 def run_as_one_rank(arguments: list[str]) -> None:

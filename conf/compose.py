@@ -150,6 +150,8 @@ def _as_list(setting: str) -> str:
 def _unknown_field(name: str) -> str:
     if name.startswith(tuple(f"{field}." for field in _FREE)):
         return f"{name} is new, so it takes a +: write +{name}=[...]"
+    if name in RENAMED:
+        return f"{name} is now {RENAMED[name]}: type {RENAMED[name]}=..."
     alike = difflib.get_close_matches(name, _FIELD_NAMES, n=3)
     advice = f"did you mean {' or '.join(alike)}? " if alike else ""
     return f"there is no field {name}: {advice}python train.py --help lists all"
@@ -163,6 +165,11 @@ def _field_names(node: Any, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{key}"
 
 
+RENAMED = {
+    "attention.block": "attention.kernel",
+    "compare.fit": "compare.downscale",
+    "compare.parts_alone": "compare.roofline",
+}
 _FREE = ("compare.entries",)  # dictionaries with keys of the user's own
 _FIELD_NAMES = list(_field_names(asdict(Config())))
 _GROUP_NAMES = {name.partition(".")[0] for name in _FIELD_NAMES if "." in name}

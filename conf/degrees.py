@@ -14,7 +14,7 @@ def resolve_degrees(config: Config, num_ranks: int, ranks_per_host: int | None =
     """The grid of `num_ranks`: what is unset fills the ranks, those that share a sequence or a model first.
 
     A hybrid's Ulysses degree, if unset, is the largest that the key-value heads and a host's ranks allow. For auto, of
-    which `recipes.plan` makes another method, the ring takes all. Of tensor_pipeline, two stages where there are four
+    which `recipes.planning.plan` makes another method, the ring takes all. Of tensor_pipeline, two stages where there are four
     ranks or more, and tensor ranks for the rest.
 
     Raises:
@@ -68,7 +68,7 @@ def accumulation_steps(config: Config, degrees: Degrees) -> int:
     return steps
 
 
-def settle(config: Config, degrees: Degrees, num_ranks: int) -> None:
+def resolve_config(config: Config, degrees: Degrees, num_ranks: int) -> None:
     """Write what the configuration left open into it, as it came out: for the record of a run."""
     for name, degree in degrees._asdict().items():
         setattr(config.parallelism, f"{name}_degree", degree)

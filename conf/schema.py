@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Optional
 
-BLOCKS = ("auto", "flash_attn_4", "ffpa", "cudnn", "aten_flash", "mem_efficient", "cpu_flash", "reference")
+KERNELS = ("auto", "flash_attn_4", "ffpa", "cudnn", "aten_flash", "mem_efficient", "cpu_flash", "reference")
 METHODS = ("ring", "ulysses", "hybrid", "all_gather", "local", "auto")
 TRANSPORTS = ("auto", "p2p", "copy_engine")
 RECIPES = ("pretrain", "forward", "compare", "bench_attention", "max_length")
@@ -83,7 +83,7 @@ class AttentionConfig:
     method: str = "ring"  # ring | ulysses | hybrid | all_gather | local | auto (chosen by arithmetic: explain=true)
     layout: str = "zigzag"  # zigzag | contiguous
     transport: str = "auto"  # p2p (NCCL, gloo) | copy_engine (NVIDIA GPUs; p2p between hosts) | auto: by the device
-    block: str = "auto"  # auto | flash_attn_4 | ffpa | cudnn | aten_flash | mem_efficient | cpu_flash | reference
+    kernel: str = "auto"  # auto | flash_attn_4 | ffpa | cudnn | aten_flash | mem_efficient | cpu_flash | reference
     intra_host_gb_per_s: Optional[float] = None  # for auto: a rank's link within a host; unset: 280 (NVLink), CPU 2
     inter_host_gb_per_s: Optional[float] = None  # for auto: a rank's link between hosts; unset: 45 (400 Gb/s), CPU 1
 
@@ -91,7 +91,7 @@ class AttentionConfig:
         _choice("attention.method", self.method, METHODS)
         _choice("attention.layout", self.layout, ("zigzag", "contiguous"))
         _choice("attention.transport", self.transport, TRANSPORTS)
-        _choice("attention.block", self.block, BLOCKS)
+        _choice("attention.kernel", self.kernel, KERNELS)
         for name in ("intra_host_gb_per_s", "inter_host_gb_per_s"):
             speed = getattr(self, name)
             if speed is not None and not 0 < speed < math.inf:
@@ -324,9 +324,9 @@ class CompareConfig:
     rounds: int = 3  # each entry has its turn in each, so that drift hits all alike; of recipe=bench_attention, too
     steps_per_round: int = 2  # timed, after one that warms up
     micro_batch_sizes: list[int] = field(default_factory=lambda: [1])  # tried first; each entry keeps its fastest
-    fit: bool = False  # cut the batch to step_time_s per step, and on the CPU everything; the cuts are named
+    downscale: bool = False  # cut the batch to step_time_s per step, and on the CPU everything; the cuts are named
     step_time_s: float = 4.0  # by arithmetic
-    parts_alone: bool = False  # also, in each round, what matrix products and attention alone allow on these ranks
+    roofline: bool = False  # also, in each round, what matrix products and attention alone allow on these ranks
     plot: str = "bars"  # bars | scaling: throughput over the number of ranks
 
     def __post_init__(self) -> None:
@@ -442,3 +442,14 @@ class Config:
 
 def divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optimizer": {"lr": 1}} -> {"optimizer.lr": 1}."""
+    by_name: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            by_name |= flatten(value, f"{prefix}{name}.")
+        else:
+            by_name[f"{prefix}{name}"] = value
+    return by_name

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from recipes.kernels import IGNORED_LABEL
-from recipes.transformer import TokenBatch
+from data.batch import IGNORED_LABEL, TokenBatch
 from ring_attention.layout import Layout
 
 

@@ -1,4 +1,4 @@
-"""Hydra's door to `recipes.sweep`: the sweeper that `+sweep=NAME` chooses (conf/sweep/search.yaml) for `-m`.
+"""Hydra's door to `recipes.sweep.runner`: the sweeper that `+sweep=NAME` chooses (conf/sweep/search.yaml) for `-m`.
 
 It lies in this folder because Hydra 1.3 takes sweepers from `hydra_plugins` alone, and imports all that is there at
 every start: nothing slow here. The folder has no __init__.py, since installed plugins have parts of that package, too.
@@ -27,7 +27,7 @@ ConfigStore.instance().store(group="hydra/sweeper", name="trials", node=CONFIG, 
 
 
 class Trials(Sweeper):
-    """Runs trials through the launcher that Hydra is configured with; what to run is `recipes.sweep`'s to say."""
+    """Runs trials through the launcher that Hydra is configured with; what to run is `recipes.sweep.runner`'s to say."""
 
     def __init__(self, params: dict[str, str] | None) -> None:
         self._params = params or {}
@@ -56,14 +56,14 @@ class Trials(Sweeper):
             raise ConfigError('+sweep=... needs Optuna: type pip install -e ".[sweep]" -c constraints.txt')
         if settings.num_parallel > 1 and self.config.hydra.launcher._target_.endswith(".BasicLauncher"):
             raise ConfigError(
-                f"sweep.num_parallel={settings.num_parallel} needs jobs of their own, and this launcher runs one trial "
+                f"runner.num_parallel={settings.num_parallel} needs jobs of their own, and this launcher runs one trial "
                 "after the other: add hydra/launcher=submitit_slurm or hydra/launcher=submitit_local"
             )
-        from recipes import sweep  # Optuna and matplotlib: a bad configuration was refused before
+        from recipes.sweep import runner  # Optuna and matplotlib: a bad configuration was refused before
 
         parser = OverridesParser.create(self.hydra_context.config_loader)
         typed = [*(f"{field}={values}" for field, values in self._params.items()), *arguments]
-        sweep.run_sweep(self.config, settings, parser.parse_overrides(typed), self._check, self._run_trial)
+        runner.run_sweep(self.config, settings, parser.parse_overrides(typed), self._check, self._run_trial)
 
     def _check(self, overrides: list[str]) -> None:
         """Raises for a field or an option that there is not; what only some trials cannot do is a failure of theirs."""

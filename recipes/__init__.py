@@ -1,1 +1,4 @@
-"""What can be run, and what runs need: launch, engine, model, metrics, report."""
+"""The recipes: what a person runs (`pretrain`, `forward`, `export`), and a folder for each thing they are made of.
+
+May import conf, data and ring_attention. Imports point downward; pyproject.toml lists the layers.
+"""

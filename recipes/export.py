@@ -1,6 +1,6 @@
 """python -m recipes.export RUN_OR_CHECKPOINT --output model.safetensors: the weights of a checkpoint, whole, in fp32.
 
-The names are those of `recipes.transformer.Transformer`, whose `load_state_dict` takes them; the configuration and the
+The names are those of `recipes.model.transformer.Transformer`, whose `load_state_dict` takes them; the configuration and the
 step are in the file's metadata. Needs no GPU and no ranks. Nothing is unpickled before the checkpoint's checksums
 match, and then only tensors and the classes in `checkpoint.KNOWN_CLASSES`.
 """
@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from conf.schema import ConfigError
-from recipes.checkpoint_files import (
+from recipes.checkpoint.manifest import (
     CHECKPOINTS_DIR,
     MANIFEST_FILE,
     BrokenCheckpoint,
@@ -57,7 +57,7 @@ def find_checkpoint(given: Path) -> tuple[Path, Manifest]:
     )
 
 
-def whole_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
+def consolidated_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
     """All weights by name, fp32, as the optimizer had them. The checkpoint's checksums must have been found right.
 
     Raises:
@@ -69,8 +69,8 @@ def whole_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
             "parallelism=sequence can be exported"
         )
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from recipes.checkpoint import only_known_classes
-    from recipes.whole import MASTER, WholeStates
+    from recipes.checkpoint.manager import only_known_classes
+    from recipes.checkpoint.resharding import MASTER, ConsolidatedState
 
     zero_stage = manifest.config["engine"]["zero_stage"]
     with only_known_classes():
@@ -78,7 +78,7 @@ def whole_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
             states = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu")
             weights = {name: tensor.float() for name, tensor in states["module"].items()} | _stage_0_masters(states)
         else:
-            whole = WholeStates(folder, zero_stage)
+            whole = ConsolidatedState(folder, zero_stage)
             weights = {name: whole.tensor(name, MASTER) for name in whole.names}
         if manifest.config["model"]["tied_head"]:  # masters have one of the two names
             weights["head.weight"] = weights["embedding.weight"]
@@ -87,7 +87,7 @@ def whole_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
 
 def _stage_0_masters(states: dict[str, Any]) -> dict[str, Tensor]:
     """The optimizer's fp32 weights in half precision; in fp32 it has none of its own."""
-    from recipes.engine import MASTERS_OF
+    from recipes.engine.deepspeed_engine import MASTERS_OF
 
     if MASTERS_OF not in states:
         return {}
@@ -105,7 +105,7 @@ def export(given: Path, output: Path) -> None:
     if not output.parent.is_dir():
         raise ConfigError(f"--output {output} is in no folder that there is: make {output.parent} first")
     folder, manifest = find_checkpoint(given)
-    weights = whole_weights(folder, manifest)
+    weights = consolidated_weights(folder, manifest)
     metadata = {"format": "pt", "step": str(manifest.step), "config": json.dumps(manifest.config)}
     new = output.with_name(f"{output.name}.new")
     save_file(weights, new, metadata)

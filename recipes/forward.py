@@ -7,13 +7,13 @@ import statistics
 from pathlib import Path
 
 from data.pack import open_corpus
-from recipes.build import build_engine, build_sharder
-from recipes.metrics import restart_peak_memory
-from recipes.parts import measure_parts
-from recipes.plan import Plan
-from recipes.profiling import profiler
-from recipes.report import Reporter
-from recipes.watch import Watch, named, speed
+from recipes.engine.build import build_engine, build_sharder
+from recipes.monitor.device_metrics import restart_peak_memory
+from recipes.monitor.profiling import profiler
+from recipes.monitor.reporter import Reporter
+from recipes.monitor.step_timer import StepTimer, named, speed
+from recipes.monitor.time_breakdown import measure_time_breakdown
+from recipes.planning.plan import Plan
 
 
 def forward(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
@@ -31,7 +31,7 @@ def forward(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
     sharder = build_sharder(plan, engine)
     steps = sharder.steps(corpus.training(cursor=0), plan.accumulation_steps)
 
-    watch = Watch(plan.has_ring)
+    watch = StepTimer(plan.has_ring)
     step_times_s: list[float] = []
     with profiler(config, run_dir) as profiler_step:
         for step in range(1, config.num_steps + 1):
@@ -57,7 +57,7 @@ def forward(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
     if config.breakdown:
         if reporter:
             reporter.say("measuring where the time of a step goes ...")
-        parts = measure_parts(plan, engine, functools.partial(sharder.steps, corpus.training(cursor=0)))
+        parts = measure_time_breakdown(plan, engine, functools.partial(sharder.steps, corpus.training(cursor=0)))
         if reporter:
             reporter.say(str(parts))
             reporter.conclude(parts.metrics)

@@ -10,18 +10,18 @@ from pathlib import Path
 import torch
 
 from data.pack import open_corpus
-from recipes.bad_steps import BadSteps
-from recipes.build import build_engine, build_sharder
-from recipes.checkpoint import Checkpoints, EndRequest, TrainingData
-from recipes.checkpoint_files import Manifest, is_cut_otherwise
-from recipes.metrics import perplexity
-from recipes.parts import measure_parts
-from recipes.plan import Plan
-from recipes.profiling import profiler
-from recipes.ranks import Preempted
-from recipes.report import Reporter
-from recipes.watch import Watch, named, speed
-from ring_attention.trace import tell
+from recipes.checkpoint.manager import Checkpoints, StopRequest, TrainingData
+from recipes.checkpoint.manifest import Manifest, is_resharded
+from recipes.engine.build import build_engine, build_sharder
+from recipes.launch.bad_steps import BadSteps
+from recipes.monitor.device_metrics import perplexity
+from recipes.monitor.profiling import profiler
+from recipes.monitor.reporter import Reporter
+from recipes.monitor.step_timer import StepTimer, named, speed
+from recipes.monitor.time_breakdown import measure_time_breakdown
+from recipes.planning.plan import Plan
+from recipes.run.errors import Preempted
+from ring_attention.trace import report_status
 
 
 def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Manifest | None = None) -> float:
@@ -39,49 +39,49 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
     torch.autograd.set_detect_anomaly(config.engine.detect_anomaly)
     if reporter:
         reporter.say(*plan.banner(run_dir), "", "building the model and the engine ...")
-    tell("part", "building the model and the engine")
+    report_status("part", "building the model and the engine")
     engine = build_engine(plan)
     checkpoints = Checkpoints(config, run_dir, engine)
     if resumed:
-        if reporter and is_cut_otherwise(resumed, config):
+        if reporter and is_resharded(resumed, config):
             reporter.say("putting weights and moments together for these ranks ...")
-        tell("part", "reading the checkpoint")
+        report_status("part", "reading the checkpoint")
         checkpoints.load(resumed)
-    tell("part", "reading data")
+    report_status("part", "reading data")
     corpus = open_corpus(config.data)
     sharder = build_sharder(plan, engine)
     data = TrainingData(corpus, resumed)
     steps = sharder.steps(data, plan.accumulation_steps)
     first_step, first_batch = resumed.step + 1 if resumed else 1, next(steps)
 
-    def save(step: int, told_to_end: bool = False) -> None:
-        tell("part", f"checkpoint of step {step}")
+    def save(step: int, preempted: bool = False) -> None:
+        report_status("part", f"checkpoint of step {step}")
         started = time.perf_counter()
         cursor = 0 if config.data.overfit_one_batch else step * plan.data_tokens_per_step
         elapsed_s, wandb_run_id = (reporter.elapsed_s, reporter.wandb_run_id) if reporter else (0.0, "")
-        checkpoints.save(step, cursor, data.last_sha256, elapsed_s, wandb_run_id, told_to_end)
+        checkpoints.save(step, cursor, data.last_sha256, elapsed_s, wandb_run_id, preempted)
         if reporter:
             reporter.say(f"step {step}: checkpoint in {time.perf_counter() - started:.2f} s")
 
-    watch, bad_steps = Watch(plan.has_ring), BadSteps(plan, engine, run_dir)
+    watch, bad_steps = StepTimer(plan.has_ring), BadSteps(plan, engine, run_dir)
     losses: list[float] = []  # of the logged steps
     step_times_s: list[float] = []
     validation_loss = float("nan")
-    end = EndRequest() if checkpoints.are_kept else None
+    end = StopRequest() if checkpoints.are_kept else None
     with profiler(config, run_dir) as profiler_step:
         for step in range(first_step, config.num_steps + 1):
             is_last = step == config.num_steps
             is_logged = step == 1 or is_last or step % config.logging.every_n_steps == 0
-            tell("step", str(step))
-            tell("part", "data")
+            report_status("step", str(step))
+            report_status("part", "data")
             with watch.data():
                 micro_batches = first_batch if step == first_step or config.data.overfit_one_batch else next(steps)
             learning_rate = engine.learning_rate
             with watch.step(is_logged):
                 result = engine.train_step(micro_batches, wish=end is not None and end.wanted)
             skipped = bad_steps.check(step, result, data)
-            tell("step")
-            tell("part", f"between steps {step} and {step + 1}")
+            report_status("step")
+            report_status("part", f"between steps {step} and {step + 1}")
             profiler_step()
             if reporter:
                 reporter.advance()
@@ -111,7 +111,7 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
                 if reporter:
                     reporter.say(reporter.step_line(step, values))
             if is_last or _is_multiple(step, config.logging.validate_every_n_steps):
-                tell("part", f"validation after step {step}")
+                report_status("part", f"validation after step {step}")
                 if reporter:
                     reporter.say("validating ...")
                 validation_loss = engine.mean_loss(sharder.validation(corpus.validation())).item()
@@ -123,11 +123,11 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
                     reporter.log(step, values)
                 watch.restart()
             # the last checkpoint comes when the summary is written, so that a run that has it has ended
-            told_to_end = end is not None and end.agreed(result.num_wishes) and not is_last
-            if told_to_end or (checkpoints.are_due(step) and not is_last):
-                save(step, told_to_end)
+            preempted = end is not None and end.agreed(result.num_stop_requests) and not is_last
+            if preempted or (checkpoints.are_due(step) and not is_last):
+                save(step, preempted)
                 watch.restart()
-            if told_to_end:
+            if preempted:
                 if reporter:
                     reporter.say(
                         f"told to end after step {step}: the same command with hydra.run.dir={run_dir} goes on"
@@ -141,10 +141,10 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
     if checkpoints.are_kept:
         save(config.num_steps)
     if config.breakdown:
-        tell("part", "measuring where the time of a step goes")
+        report_status("part", "measuring where the time of a step goes")
         if reporter:
             reporter.say("measuring where the time of a step goes ...")
-        parts = measure_parts(plan, engine, functools.partial(sharder.steps, corpus.training(cursor=0)))
+        parts = measure_time_breakdown(plan, engine, functools.partial(sharder.steps, corpus.training(cursor=0)))
         if reporter:
             reporter.say(str(parts))
             reporter.conclude(parts.metrics)

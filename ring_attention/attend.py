@@ -12,22 +12,22 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ring_attention.band import Rectangle
-from ring_attention.blocks import Block
+from ring_attention.accumulators import OnlineSoftmaxAccumulator
+from ring_attention.kernels import AttentionKernel
 from ring_attention.kv import KeysValues, offset
-from ring_attention.running import RunningAttention
-from ring_attention.schedule import BlockPair, Spans
-from ring_attention.trace import labelled
+from ring_attention.masked_block import MaskedBlock
+from ring_attention.schedule import AttentionTile, Spans
+from ring_attention.trace import profiler_range
 
 ALL_ROWS = slice(None)
 
 
 @dataclass
-class BlockGradients:
+class TileGradients:
     """Of one block of some rows of the batch; `is_last` of those that were asked for."""
 
     row: slice
-    part: Rectangle
+    part: MaskedBlock
     is_last: bool
     dq: Tensor
     dk: Tensor
@@ -35,10 +35,10 @@ class BlockGradients:
 
 
 def attend_forward(
-    running: RunningAttention,
-    block: Block,
+    running: OnlineSoftmaxAccumulator,
+    block: AttentionKernel,
     scale: float,
-    pairs: Iterable[BlockPair],
+    pairs: Iterable[AttentionTile],
     q_BSHD: Tensor,
     here: KeysValues,
     keys: Spans,
@@ -49,16 +49,16 @@ def attend_forward(
     for number, (row, part) in enumerate(tiles, 1):
         queries = slice(part.q_start, part.q_stop)
         k_BTKD, v_BTKE = _keys_of(row, part, here, keys)
-        with labelled("attention block"):
+        with profiler_range("attention block"):
             out, lse = block.forward(q_BSHD[row, queries], k_BTKD, v_BTKE, part.lower, part.upper, scale)
-        with labelled("merge"):
+        with profiler_range("merge"):
             running.add(row, queries, out, lse, is_last and number == len(tiles))
 
 
 def attend_backward(
-    block: Block,
+    block: AttentionKernel,
     scale: float,
-    pairs: Iterable[BlockPair],
+    pairs: Iterable[AttentionTile],
     keys: Spans,
     dout_BSHE: Tensor,
     q_BSHD: Tensor,
@@ -66,7 +66,7 @@ def attend_backward(
     out_BSHE: Tensor,
     lse_BHS: Tensor,
     rows: slice = ALL_ROWS,
-) -> Iterable[BlockGradients]:
+) -> Iterable[TileGradients]:
     """Those of each block in turn; the caller lets go of one before it asks for the next.
 
     Args:
@@ -76,7 +76,7 @@ def attend_backward(
     for number, (row, part) in enumerate(tiles, 1):
         queries = slice(part.q_start, part.q_stop)
         k_BTKD, v_BTKE = _keys_of(row, part, here, keys)
-        with labelled("attention block"):
+        with profiler_range("attention block"):
             gradients = block.backward(
                 dout_BSHE[row, queries],
                 q_BSHD[row, queries],
@@ -88,11 +88,13 @@ def attend_backward(
                 part.upper,
                 scale,
             )
-        yield BlockGradients(row, part, number == len(tiles), *gradients)
+        yield TileGradients(row, part, number == len(tiles), *gradients)
         del gradients
 
 
-def _tiles(block: Block, pairs: Iterable[BlockPair], rows: slice = ALL_ROWS) -> Iterable[tuple[slice, Rectangle]]:
+def _tiles(
+    block: AttentionKernel, pairs: Iterable[AttentionTile], rows: slice = ALL_ROWS
+) -> Iterable[tuple[slice, MaskedBlock]]:
     """Rows of the batch and rectangles, cut into what the kernel computes in one call."""
     for pair in pairs:
         row = rows if pair.row is None else slice(pair.row, pair.row + 1)
@@ -100,7 +102,7 @@ def _tiles(block: Block, pairs: Iterable[BlockPair], rows: slice = ALL_ROWS) -> 
             yield row, part
 
 
-def _keys_of(row: slice, part: Rectangle, here: KeysValues, keys: Spans) -> tuple[Tensor, Tensor]:
+def _keys_of(row: slice, part: MaskedBlock, here: KeysValues, keys: Spans) -> tuple[Tensor, Tensor]:
     start = offset(keys, part.k_start)
     tokens = slice(start, start + part.num_keys)
     return here.k_BTKD[row, tokens], here.v_BTKE[row, tokens]

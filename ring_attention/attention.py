@@ -18,12 +18,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ring_attention.blocks import Block
-from ring_attention.exchange import make_exchange, rank_and_size, same_ranks, subgroup
 from ring_attention.gather import GatherFunction, Gathering
+from ring_attention.kernels import AttentionKernel
 from ring_attention.mask import CAUSAL, Mask
-from ring_attention.sequence import SequenceAttention, batch_first
+from ring_attention.sequence_attention import SequenceAttention, batch_first
 from ring_attention.topology import hybrid_split, ring_order
+from ring_attention.transport import make_transport, rank_and_size, same_ranks, subgroup
 
 
 class RingAttention(SequenceAttention):
@@ -39,7 +39,7 @@ class RingAttention(SequenceAttention):
         sp_stream, num_kv_heads: DistributedAttention's; they have no meaning here.
         mask: which keys a query sees; causal if not given.
         layout: "contiguous" or "zigzag": how the caller cuts sequences (`Layout.shard`).
-        transport: how K,V travel, a key of `ring_attention.exchange.TRANSPORTS`; "auto" for the faster one here.
+        transport: how K,V travel, a key of `ring_attention.transport.TRANSPORTS`; "auto" for the faster one here.
         hosts: the host of each rank of the group, where they are not in the order of hosts (`topology.ring_order`).
 
     Raises:
@@ -48,7 +48,7 @@ class RingAttention(SequenceAttention):
 
     def __init__(
         self,
-        local_attention: Block | str | Callable,
+        local_attention: AttentionKernel | str | Callable,
         sequence_process_group: Any,
         scatter_idx: int = 2,
         gather_idx: int = 0,
@@ -61,7 +61,7 @@ class RingAttention(SequenceAttention):
         hosts: Sequence[Hashable] | None = None,
     ) -> None:
         order = None if hosts is None else ring_order(hosts)
-        exchange = make_exchange(transport, sequence_process_group, order)
+        exchange = make_transport(transport, sequence_process_group, order)
         super().__init__(local_attention, mask, layout, exchange, (scatter_idx, gather_idx))
 
 
@@ -80,7 +80,7 @@ class HybridAttention(SequenceAttention):
 
     def __init__(
         self,
-        local_attention: Block | str | Callable,
+        local_attention: AttentionKernel | str | Callable,
         sequence_process_group: Any,
         scatter_idx: int = 2,
         gather_idx: int = 0,
@@ -104,7 +104,7 @@ class HybridAttention(SequenceAttention):
             ranks = split.ring(ulysses_rank)
             members = tuple(sorted(ranks))
             order = [members.index(rank) for rank in ranks]
-            exchange = make_exchange(transport, subgroup(sequence_process_group, members), order)
+            exchange = make_transport(transport, subgroup(sequence_process_group, members), order)
         dims = (scatter_idx, gather_idx)
         super().__init__(local_attention, mask, layout, exchange, dims, ulysses_degree, ulysses_rank)
         ulysses_group = subgroup(sequence_process_group, split.grid[ring_rank])
@@ -154,7 +154,7 @@ class UlyssesAttention(HybridAttention):
 
     def __init__(
         self,
-        local_attention: Block | str | Callable,
+        local_attention: AttentionKernel | str | Callable,
         sequence_process_group: Any,
         scatter_idx: int = 2,
         gather_idx: int = 0,
@@ -185,7 +185,7 @@ class AllGatherAttention(SequenceAttention):
 
     def __init__(
         self,
-        local_attention: Block | str | Callable,
+        local_attention: AttentionKernel | str | Callable,
         sequence_process_group: Any,
         scatter_idx: int = 2,
         gather_idx: int = 0,
@@ -197,7 +197,7 @@ class AllGatherAttention(SequenceAttention):
         hosts: Sequence[Hashable] | None = None,
     ) -> None:
         order = None if hosts is None else ring_order(hosts)
-        exchange = make_exchange("p2p", sequence_process_group, order)
+        exchange = make_transport("p2p", sequence_process_group, order)
         super().__init__(local_attention, mask, layout, exchange, (scatter_idx, gather_idx))
 
     def _attend(
@@ -221,7 +221,7 @@ class LocalAttention(SequenceAttention):
 
     def __init__(
         self,
-        local_attention: Block | str | Callable,
+        local_attention: AttentionKernel | str | Callable,
         sequence_process_group: Any = None,
         scatter_idx: int = 2,
         gather_idx: int = 0,

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ring_attention.accumulators import GradientAccumulator, OnlineSoftmaxAccumulator
 from ring_attention.attend import attend_backward, attend_forward
-from ring_attention.blocks import Block
-from ring_attention.exchange import P2PExchange, all_gather, reduce_scatter
-from ring_attention.keep import kept
+from ring_attention.checkpointing import saved_or_computed
+from ring_attention.kernels import AttentionKernel
 from ring_attention.kv import KeysValues
 from ring_attention.layout import Layout, Run
 from ring_attention.mask import Mask
-from ring_attention.running import RunningAttention, RunningSum
-from ring_attention.schedule import BlockPair, find_pairs
-from ring_attention.trace import labelled
+from ring_attention.schedule import AttentionTile, find_tiles
+from ring_attention.trace import profiler_range
+from ring_attention.transport import P2PTransport, all_gather, reduce_scatter
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class Gathering:
 
     layout: Layout
     mask: Mask
-    exchange: P2PExchange
-    block: Block
+    exchange: P2PTransport
+    block: AttentionKernel
     scale: float
 
     @property
-    def pairs(self) -> tuple[BlockPair, ...]:
-        return gathered_pairs(self.layout, self.mask, self.exchange.ring_rank)
+    def pairs(self) -> tuple[AttentionTile, ...]:
+        return gathered_tiles(self.layout, self.mask, self.exchange.ring_rank)
 
     def gathered(self, kv: KeysValues) -> KeysValues:
         """All ranks' keys and values in the order of their positions. Every rank must call it."""
@@ -75,10 +75,10 @@ class Gathering:
 
 
 @lru_cache(maxsize=16)
-def gathered_pairs(layout: Layout, mask: Mask, ring_rank: int) -> tuple[BlockPair, ...]:
+def gathered_tiles(layout: Layout, mask: Mask, ring_rank: int) -> tuple[AttentionTile, ...]:
     """A rank's queries against all keys in the order of their positions."""
     length = layout.padded_length
-    return find_pairs(layout.runs(ring_rank), (Run(0, 0, length),), mask, mask.spans(length))
+    return find_tiles(layout.runs(ring_rank), (Run(0, 0, length),), mask, mask.spans(length))
 
 
 class GatherFunction(torch.autograd.Function):
@@ -88,14 +88,14 @@ class GatherFunction(torch.autograd.Function):
     def forward(ctx: Any, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKE: Tensor, gathering: Gathering) -> Tensor:
         def attend() -> tuple[Tensor, Tensor]:
             whole = gathering.gathered(KeysValues.of_parts(k_BSKD, v_BSKE))
-            running = RunningAttention(q_BSHD, v_BSKE)
+            running = OnlineSoftmaxAccumulator(q_BSHD, v_BSKE)
             keys = ((0, gathering.layout.padded_length),)
             attend_forward(
                 running, gathering.block, gathering.scale, gathering.pairs, q_BSHD, whole, keys, is_last=True
             )
             return running.result()
 
-        out_BSHE, lse_BHS = kept(attend)
+        out_BSHE, lse_BHS = saved_or_computed(attend)
         ctx.gathering = gathering
         ctx.save_for_backward(q_BSHD, k_BSKD, v_BSKE, out_BSHE, lse_BHS)
         return out_BSHE
@@ -108,14 +108,14 @@ class GatherFunction(torch.autograd.Function):
         kv = KeysValues.of_parts(k_BSKD, v_BSKE)
         whole, keys = gathering.gathered(kv), ((0, gathering.layout.padded_length),)
         state_dtype = torch.promote_types(q_BSHD.dtype, torch.float32)
-        dq = RunningSum(q_BSHD.shape, q_BSHD.dtype)
+        dq = GradientAccumulator(q_BSHD.shape, q_BSHD.dtype)
         gradients = KeysValues(*(torch.zeros_like(part, dtype=state_dtype) for part in (whole.k_BTKD, whole.v_BTKE)))
-        sums = [RunningSum(part.shape, state_dtype, part) for part in (gradients.k_BTKD, gradients.v_BTKE)]
+        sums = [GradientAccumulator(part.shape, state_dtype, part) for part in (gradients.k_BTKD, gradients.v_BTKE)]
         saved = (grad_outputs[0].contiguous(), q_BSHD, whole, out_BSHE, lse_BHS)
         blocks = attend_backward(gathering.block, gathering.scale, gathering.pairs, keys, *saved)
         for block in blocks:
             part = block.part
-            with labelled("merge"):
+            with profiler_range("merge"):
                 dq.add(block.row, slice(part.q_start, part.q_stop), block.dq, block.is_last)
                 for total, gradient in zip(sums, (block.dk, block.dv), strict=True):
                     total.add(block.row, slice(part.k_start, part.k_stop), gradient, False)

@@ -16,8 +16,8 @@ from typing import Any
 
 import deepspeed.comm as dist
 
-from ring_attention.exchange import subgroup
 from ring_attention.topology import ring_order
+from ring_attention.transport import subgroup
 
 
 class ParallelGroups:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ring_attention.blocks import BlockSpec, choose_block
+from ring_attention.kernels import KernelSpec, choose_kernel
 from ring_attention.mask import CAUSAL, FULL, Mask
 
 _MAX_TOKENS = 32768
@@ -75,7 +75,7 @@ def _recognize(
         raise ValueError(_refusal(module, f"its output is not shaped like the query, {list(q.shape)}"))
     if batch_dim_idx == 1:
         q, k, v, got = (tensor.transpose(0, 1) for tensor in (q, k, v, got))
-    block, errors = choose_block(BlockSpec.of(q, k, v))[0], {}
+    block, errors = choose_kernel(KernelSpec.of(q, k, v))[0], {}
     for name, mask in (("causal", CAUSAL), ("full", FULL)):
         upper = mask.right if num_tokens > 1 else None  # with one token they are the same
         with torch.no_grad():

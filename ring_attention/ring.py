@@ -16,28 +16,28 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ring_attention.attend import ALL_ROWS, BlockGradients, attend_backward, attend_forward
-from ring_attention.blocks import Block
-from ring_attention.exchange import Hop, Move, P2PExchange
-from ring_attention.keep import kept
+from ring_attention.accumulators import GradientAccumulator, OnlineSoftmaxAccumulator, PiecewiseSum, TimeBreakdown
+from ring_attention.attend import ALL_ROWS, TileGradients, attend_backward, attend_forward
+from ring_attention.checkpointing import saved_or_computed
+from ring_attention.kernels import AttentionKernel
 from ring_attention.kv import KeysValues, offset
 from ring_attention.layout import Layout
 from ring_attention.mask import Mask
-from ring_attention.running import Parts, PiecewiseSum, RunningAttention, RunningSum
 from ring_attention.schedule import (
-    BlockPair,
+    AttentionTile,
     Spans,
     Stage,
-    home_room,
-    keys_room,
+    buffer_tokens,
+    gradient_buffer,
+    keys_buffer,
     num_tokens,
-    tokens_in_rooms,
 )
-from ring_attention.trace import labelled, numbered
+from ring_attention.trace import numbered, profiler_range
+from ring_attention.transport import P2PMessage, P2PTransport, Transfer
 
 
 class Moving(NamedTuple):
-    """K,V or their gradients, to or from a ring rank; `room` is as in `exchange.Move`."""
+    """K,V or their gradients, to or from a ring rank; `room` is as in `exchange.P2PMessage`."""
 
     what: KeysValues
     peer: int
@@ -49,16 +49,16 @@ class Ring:
     """Everything a ring needs beside its tensors: what to compute and send, with which kernel, and how K,V move."""
 
     stages: tuple[Stage, ...]
-    exchange: P2PExchange | None  # None where there is one stage
-    block: Block
+    exchange: P2PTransport | None  # None where there is one stage
+    block: AttentionKernel
     scale: float
 
-    def post(self, purpose: str, sends: list[Moving], receives: list[Moving]) -> Hop | None:
+    def post(self, purpose: str, sends: list[Moving], receives: list[Moving]) -> Transfer | None:
         """Post a hop, if there is anything to move."""
         if not sends and not receives:
             return None
         assert self.exchange is not None, "several stages need an exchange"
-        out, into = ([Move(moving.what.parts, *moving[1:]) for moving in moves] for moves in (sends, receives))
+        out, into = ([P2PMessage(moving.what.parts, *moving[1:]) for moving in moves] for moves in (sends, receives))
         return self.exchange.post(purpose, out, into)
 
     def receive(self, like: KeysValues, tokens: int, peer: int, room: str) -> Moving:
@@ -70,9 +70,9 @@ class Ring:
 
     def forward_keys(
         self, own: KeysValues, here: KeysValues | None, step: int, way: str
-    ) -> tuple[Hop | None, KeysValues | None]:
+    ) -> tuple[Transfer | None, KeysValues | None]:
         """Post the hop of K,V after stage `step`; returns what will be here once it is done."""
-        stage, room, sends, receives = self.stages[step], keys_room(step), [], []
+        stage, room, sends, receives = self.stages[step], keys_buffer(step), [], []
         if stage.forward is not None:
             assert here is not None
             sends.append(Moving(here.take(stage.keys, stage.forward.spans), stage.forward.peer, room))
@@ -91,7 +91,7 @@ def ring_forward(ring: Ring, q_BSHD: Tensor, kv: KeysValues) -> tuple[Tensor, Te
     Every rank must call it. Returns out [B, S, H, E] in the input's dtype, cast once at the end, and lse [B, H, S] in
     fp32 (fp64 for fp64 input).
     """
-    running = RunningAttention(q_BSHD, kv.v_BTKE)
+    running = OnlineSoftmaxAccumulator(q_BSHD, kv.v_BTKE)
     last = max((step for step, stage in enumerate(ring.stages) if stage.pairs), default=0)
     here: KeysValues | None = kv
     for step, stage in numbered("forward stage", ring.stages):
@@ -107,7 +107,7 @@ def ring_forward(ring: Ring, q_BSHD: Tensor, kv: KeysValues) -> tuple[Tensor, Te
 class Part(NamedTuple):
     """What is computed in one go: of these rows, if a pair names none."""
 
-    pairs: tuple[BlockPair, ...]
+    pairs: tuple[AttentionTile, ...]
     rows: slice = ALL_ROWS
 
 
@@ -123,7 +123,7 @@ class LocalBlock(NamedTuple):
     query_cuts: tuple[int, ...] = ()
 
 
-Sums = list[RunningSum] | list[PiecewiseSum]
+Sums = list[GradientAccumulator] | list[PiecewiseSum]
 
 
 def ring_backward(
@@ -161,7 +161,7 @@ class _Backward:
         self._last = max((step for step, stage in enumerate(ring.stages) if step and stage.pairs), default=0)
         self._dq = PiecewiseSum(q_BSHD, self._local.row_cuts, self._local.query_cuts)
         self._own = [PiecewiseSum(part, self._local.row_cuts) for part in (kv.k_BTKD, kv.v_BTKE)]
-        self._hop: Hop | None = None  # which takes gradients home
+        self._hop: Transfer | None = None  # which takes gradients home
         self._coming: _ComingHome | None = None  # with it
         self._came: list[_ComingHome] = []  # and was not added yet
 
@@ -185,7 +185,7 @@ class _Backward:
             here = incoming
         return self._finish()
 
-    def _blocks(self, part: Part, here: KeysValues, keys: Spans) -> Iterable[BlockGradients]:
+    def _blocks(self, part: Part, here: KeysValues, keys: Spans) -> Iterable[TileGradients]:
         dout_BSHE, q_BSHD, out_BSHE, lse_BHS = self._queries
         return attend_backward(
             self._ring.block, self._ring.scale, part.pairs, keys, dout_BSHE, q_BSHD, here, out_BSHE, lse_BHS, part.rows
@@ -197,7 +197,7 @@ class _Backward:
             return self._own, self._ring.stages[0].keys
         spans = self._ring.stages[step].gradients
         shapes = self._kv.shapes_of(num_tokens(spans))
-        return [RunningSum(shape, self._kv.k_BTKD.dtype) for shape in shapes], spans
+        return [GradientAccumulator(shape, self._kv.k_BTKD.dtype) for shape in shapes], spans
 
     def _arrive(self) -> None:
         if self._hop is not None:
@@ -207,13 +207,13 @@ class _Backward:
             self._came.append(self._coming)
             self._coming = None
 
-    def _add(self, block: BlockGradients, step: int, sums: Sums, spans: Spans) -> None:
+    def _add(self, block: TileGradients, step: int, sums: Sums, spans: Spans) -> None:
         """Add one block's gradients."""
         part = block.part
         keys = slice(start := offset(spans, part.k_start), start + part.num_keys)
         dq_ends = block.is_last and step == self._last
         ends = block.is_last and (sums is not self._own or not self._comes_home)
-        with labelled("merge"):
+        with profiler_range("merge"):
             self._dq.add(block.row, slice(part.q_start, part.q_stop), block.dq, dq_ends)
             for total, gradient in zip(sums, (block.dk, block.dv), strict=True):
                 total.add(block.row, keys, gradient, ends)
@@ -223,20 +223,20 @@ class _Backward:
         ring, stage, sends, receives = self._ring, self._ring.stages[step], [], []
         if stage.gradients:
             gradients = KeysValues(*(total.result().contiguous() for total in sums))
-            sends.append(Moving(gradients, stage.source, home_room(step)))
+            sends.append(Moving(gradients, stage.source, gradient_buffer(step)))
         if stage.home is not None:
             peer, spans = stage.home.peer, stage.home.spans
-            receives.append(ring.receive(self._kv, num_tokens(spans), peer, home_room(step)))
+            receives.append(ring.receive(self._kv, num_tokens(spans), peer, gradient_buffer(step)))
             self._coming = _ComingHome(step, receives[-1].what, spans)
         self._hop = ring.post(f"backward dK,dV after stage {step}", sends, receives)
 
     def _finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """With the last gradients on their way, compute what was left; then add them."""
-        left: tuple[Parts, Parts] = [], []  # of dK and of dV
+        left: tuple[TimeBreakdown, TimeBreakdown] = [], []  # of dK and of dV
         if self._local.later is not None:
             for block in self._blocks(self._local.later, self._kv, self._ring.stages[0].keys):
                 part = block.part
-                with labelled("merge"):
+                with profiler_range("merge"):
                     self._dq.add(block.row, slice(part.q_start, part.q_stop), block.dq, block.is_last, later=True)
                 for parts, gradient in zip(left, (block.dk, block.dv), strict=True):
                     parts.append((block.row, slice(part.k_start, part.k_stop), gradient))
@@ -245,19 +245,21 @@ class _Backward:
             self._came = []
         self._arrive()
         self._add_own(self._came, left, is_last=True)
-        with labelled("merge"):
+        with profiler_range("merge"):
             return self._dq.result(), self._own[0].result(), self._own[1].result()
 
-    def _add_own(self, came: list[_ComingHome], left: tuple[Parts, Parts] = ([], []), is_last: bool = False) -> None:
+    def _add_own(
+        self, came: list[_ComingHome], left: tuple[TimeBreakdown, TimeBreakdown] = ([], []), is_last: bool = False
+    ) -> None:
         """Add what came home, and what was left of the local block, to dK and dV of this rank's own tokens."""
-        with labelled("merge"):
+        with profiler_range("merge"):
             for total, parts, number in zip(self._own, left, (0, 1), strict=True):
                 total.add_several([*parts, *(part for each in came for part in self._parts(each)[number])], is_last)
 
-    def _parts(self, came: _ComingHome) -> tuple[Parts, Parts]:
+    def _parts(self, came: _ComingHome) -> tuple[TimeBreakdown, TimeBreakdown]:
         """What came for dK and for dV, by run of this rank's tokens."""
         keys, position = self._ring.stages[0].keys, 0
-        found: tuple[Parts, Parts] = [], []
+        found: tuple[TimeBreakdown, TimeBreakdown] = [], []
         for start, stop in came.spans:
             here = slice(offset(keys, start), offset(keys, start) + stop - start)
             for parts, gradient in zip(found, (came.what.k_BTKD, came.what.v_BTKE), strict=True):
@@ -266,7 +268,7 @@ class _Backward:
         return found
 
 
-def split(pairs: tuple[BlockPair, ...], kernel: Block, batch: int) -> LocalBlock:
+def split(pairs: tuple[AttentionTile, ...], kernel: AttentionKernel, batch: int) -> LocalBlock:
     """A local block in two: half of its rows each, or of a single one the late half of its queries and the early half.
 
     Left whole if it is several already, as with windows and documents, or if the kernel needs several calls for half
@@ -287,11 +289,11 @@ def split(pairs: tuple[BlockPair, ...], kernel: Block, batch: int) -> LocalBlock
         return LocalBlock(Part(pairs, slice(rows, batch)), Part(pairs, slice(0, rows)), (rows,), (middle,))
     if any(len(kernel.tiles(half)) > 1 for half in (late, early)):
         return whole
-    return LocalBlock(Part((BlockPair(None, late),)), Part((BlockPair(None, early),)), (), (middle,))
+    return LocalBlock(Part((AttentionTile(None, late),)), Part((AttentionTile(None, early),)), (), (middle,))
 
 
-def rooms_in_bytes(layout: Layout, mask: Mask, k_BSKD: Tensor, v_BSKE: Tensor, trains: bool) -> dict[str, int]:
-    """What `P2PExchange.connect` wants to know: the most that any rank receives in each room.
+def buffer_bytes(layout: Layout, mask: Mask, k_BSKD: Tensor, v_BSKE: Tensor, trains: bool) -> dict[str, int]:
+    """What `P2PTransport.connect` wants to know: the most that any rank receives in each room.
 
     Args:
         trains: whether there is a backward pass.
@@ -299,7 +301,7 @@ def rooms_in_bytes(layout: Layout, mask: Mask, k_BSKD: Tensor, v_BSKE: Tensor, t
     kv = KeysValues(k_BSKD, v_BSKE)
     return {
         room: kv.numel(tokens) * k_BSKD.dtype.itemsize
-        for room, tokens in tokens_in_rooms(layout, mask).items()
+        for room, tokens in buffer_tokens(layout, mask).items()
         if trains or room.startswith("keys")
     }
 
@@ -313,7 +315,7 @@ class RingFunction(torch.autograd.Function):
         kv = KeysValues.of_parts(k_BSKD, v_BSKE)
         if first is not None and first.spans == everything:
             kv = kv.take(everything, everything)  # the message of the first hop, here and again in the backward pass
-        out_BSHE, lse_BHS = kept(lambda: ring_forward(ring, q_BSHD, kv))
+        out_BSHE, lse_BHS = saved_or_computed(lambda: ring_forward(ring, q_BSHD, kv))
         ctx.ring, ctx.kv_shapes = ring, kv.shapes
         ctx.save_for_backward(
             q_BSHD, out_BSHE, lse_BHS, *(kv.k_BTKD, kv.v_BTKE) if kv.message is None else (kv.message,)

@@ -19,19 +19,19 @@ import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ring_attention.band import Rectangle
 from ring_attention.layout import Layout, Run
 from ring_attention.mask import CAUSAL, Mask
+from ring_attention.masked_block import MaskedBlock
 
 Spans = tuple[tuple[int, int], ...]  # tokens of one rank as [start, stop), rising and apart
 
 
 @dataclass(frozen=True, slots=True)
-class BlockPair:
+class AttentionTile:
     """A block of attention: which row of the batch (None: all), and which local queries meet which source's keys."""
 
     row: int | None
-    rectangle: Rectangle
+    rectangle: MaskedBlock
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Stage:
     """
 
     source: int
-    pairs: tuple[BlockPair, ...]
+    pairs: tuple[AttentionTile, ...]
     keys: Spans
     keys_from: int | None
     forward: Message | None
@@ -85,11 +85,11 @@ def ring_schedule(layout: Layout, mask: Mask, ring_rank: int) -> tuple[Stage, ..
         ValueError: if the mask's documents reach beyond the layout's padded length.
     """
     degree = layout.ring_degree
-    needs, journeys, documents = _needs(layout, mask), _journeys(layout, mask), mask.spans(layout.padded_length)
+    needs, routes, documents = _required_keys(layout, mask), _routes(layout, mask), mask.spans(layout.padded_length)
 
     def carried(source: int, hops: int) -> Spans:
         """Tokens of `source` that travel to the rank so many hops on."""
-        return journeys[source][hops] if 0 < hops < degree else ()
+        return routes[source][hops] if 0 < hops < degree else ()
 
     stages = []
     for step in range(degree):
@@ -100,7 +100,7 @@ def ring_schedule(layout: Layout, mask: Mask, ring_rank: int) -> tuple[Stage, ..
         stages.append(
             Stage(
                 source,
-                find_pairs(layout.runs(ring_rank), layout.runs(source), mask, documents),
+                find_tiles(layout.runs(ring_rank), layout.runs(source), mask, documents),
                 keys if step else ((0, layout.ring_length),),
                 come_from if keys else None,
                 Message(following, further) if further and (keys or step == 0) else None,
@@ -138,18 +138,18 @@ def tokens_sent(layout: Layout, mask: Mask, ring_rank: int) -> tuple[int, int]:
     return sum(stage.keys_sent for stage in stages), sum(num_tokens(stage.gradients) for stage in stages)
 
 
-def keys_room(step: int) -> str:
+def keys_buffer(step: int) -> str:
     """Where the K,V land whose receive is posted after a stage: while one room is computed with, the other fills."""
     return f"keys{step % 2}"
 
 
-def home_room(step: int) -> str:
+def gradient_buffer(step: int) -> str:
     """Where the dK,dV of a rank's own keys land after a stage: while one room waits to be added, the other fills."""
     return f"home{step % 2}"
 
 
 @functools.lru_cache(maxsize=16)
-def tokens_in_rooms(layout: Layout, mask: Mask) -> dict[str, int]:
+def buffer_tokens(layout: Layout, mask: Mask) -> dict[str, int]:
     """How many tokens at most any rank receives in each room: the same on all ranks. Packed documents count as one."""
     tokens: dict[str, int] = {}
 
@@ -158,17 +158,17 @@ def tokens_in_rooms(layout: Layout, mask: Mask) -> dict[str, int]:
         size = num_tokens(spans) if mask.documents is None else layout.ring_length
         tokens[room] = max(tokens.get(room, 0), size)
 
-    for journey, needed in zip(_journeys(layout, mask), _needs(layout, mask), strict=True):
+    for journey, needed in zip(_routes(layout, mask), _required_keys(layout, mask), strict=True):
         for hops in range(1, layout.ring_degree):
             if journey[hops]:
-                need(keys_room(hops - 1), journey[hops])
-                need(home_room(hops), needed[hops])
+                need(keys_buffer(hops - 1), journey[hops])
+                need(gradient_buffer(hops), needed[hops])
     return tokens
 
 
-def find_pairs(
+def find_tiles(
     query_runs: Sequence[Run], key_runs: Sequence[Run], mask: Mask, documents: list[list[tuple[int, int]]]
-) -> tuple[BlockPair, ...]:
+) -> tuple[AttentionTile, ...]:
     """The block pairs of local queries and keys at these runs of a sequence; `documents` are `mask.spans(length)`."""
     pairs = []
     for row, spans in enumerate(documents):
@@ -180,12 +180,12 @@ def find_pairs(
                     for keys in _clipped(key_runs, start, stop)
                     if (piece := _band_of(queries, keys, mask)) is not None
                 ]
-                pairs += [BlockPair(row if len(documents) > 1 else None, piece) for piece in _join(pieces)]
+                pairs += [AttentionTile(row if len(documents) > 1 else None, piece) for piece in _join(pieces)]
     return tuple(pairs)
 
 
 @functools.lru_cache(maxsize=8)
-def _needs(layout: Layout, mask: Mask) -> list[list[Spans]]:
+def _required_keys(layout: Layout, mask: Mask) -> list[list[Spans]]:
     """``needs[source][hops]``: which of a source's tokens the rank so many hops on attends to; () for itself."""
     degree = layout.ring_degree
     documents, runs = mask.spans(layout.padded_length), [layout.runs(rank) for rank in range(degree)]
@@ -193,25 +193,25 @@ def _needs(layout: Layout, mask: Mask) -> list[list[Spans]]:
     for source in range(degree):
         needs.append([()] * degree)
         for hops in range(1, degree):
-            pairs = find_pairs(runs[(source + hops) % degree], runs[source], mask, documents)
+            pairs = find_tiles(runs[(source + hops) % degree], runs[source], mask, documents)
             needs[-1][hops] = _union((pair.rectangle.k_start, pair.rectangle.k_stop) for pair in pairs)
     return needs
 
 
 @functools.lru_cache(maxsize=8)
-def _journeys(layout: Layout, mask: Mask) -> list[list[Spans]]:
-    """``journeys[source][hops]``: which of a source's tokens travel to the rank so many hops on.
+def _routes(layout: Layout, mask: Mask) -> list[list[Spans]]:
+    """``routes[source][hops]``: which of a source's tokens travel to the rank so many hops on.
 
     Those that it needs itself or, if it needs any, that its neighbours behind it need, up to the first that needs none.
     """
-    journeys = []
-    for needed in _needs(layout, mask):
+    routes = []
+    for needed in _required_keys(layout, mask):
         journey: list[Spans] = [()] * len(needed)
         for hops in reversed(range(1, len(needed))):
             if needed[hops]:
                 journey[hops] = _union([*needed[hops], *(journey[hops + 1] if hops + 1 < len(needed) else ())])
-        journeys.append(journey)
-    return journeys
+        routes.append(journey)
+    return routes
 
 
 def _union(spans: Iterable[tuple[int, int]]) -> Spans:
@@ -259,9 +259,9 @@ def _clipped(runs: Sequence[Run], start: int, stop: int) -> list[Run]:
     return clipped
 
 
-def _band_of(queries: Run, keys: Run, mask: Mask) -> Rectangle | None:
+def _band_of(queries: Run, keys: Run, mask: Mask) -> MaskedBlock | None:
     offset = queries.position - keys.position
-    return Rectangle(
+    return MaskedBlock(
         queries.local_start,
         queries.local_start + queries.length,
         keys.local_start,
@@ -271,7 +271,7 @@ def _band_of(queries: Run, keys: Run, mask: Mask) -> Rectangle | None:
     ).trimmed()
 
 
-def _join(pieces: list[Rectangle]) -> list[Rectangle]:
+def _join(pieces: list[MaskedBlock]) -> list[MaskedBlock]:
     """As few rectangles as pairwise joining gives, so as few kernel calls."""
     for index, piece in enumerate(pieces):
         for other_index in range(index + 1, len(pieces)):

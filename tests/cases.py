@@ -20,7 +20,7 @@ from ring_attention import (
     RingAttention,
     UlyssesAttention,
 )
-from tests.measure import Expected, assert_equal_attention, dense_attention
+from tests.tools.measure import Expected, assert_equal_attention, dense_attention
 
 METHODS = ("ring", "ulysses", "hybrid", "all_gather", "local")
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from recipes.catalog import METRICS
+from recipes.monitor.metric_registry import METRICS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 200.0  # of a whole run; far more than it takes, for a machine that is busy

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from recipes.catalog import PARTS
+from recipes.monitor.metric_registry import PARTS
 from tests.cli.program import ENDS_WITHIN_S, Finished, Program, logged_names
 
 SAME = [
@@ -234,8 +234,8 @@ def test_a_comparison_that_is_told_to_end_names_the_folder_with_which_it_goes_on
 
 def test_methods_stand_beside_what_their_parts_alone_allow(place):
     ring = "+compare.entries.ring=['+experiment=ra_sp']"
-    settings = ["compare.parts_alone=true", "compare.rounds=1", "compare.recipe=pretrain", "breakdown=false"]
-    run = place.run("recipe=compare", "~compare", ring, *settings, *SAME, name="parts_alone")
+    settings = ["compare.roofline=true", "compare.rounds=1", "compare.recipe=pretrain", "breakdown=false"]
+    run = place.run("recipe=compare", "~compare", ring, *settings, *SAME, name="roofline")
     assert (run.exit_code, run.stderr) == (0, "")
     ring, alone = json.loads((run.run_dir / "comparison.json").read_text())["rows"]
     assert (ring["entry"], alone["entry"], alone["grid"]) == ("ring", "parts alone", "each rank alone")

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from conf.schema import ConfigError
-from recipes.catalog import CONCLUSIONS, METRICS
-from recipes.dashboard import main
+from recipes.dashboard.cli import main
+from recipes.monitor.metric_registry import CONCLUSIONS, METRICS
 from tests.cli.program import ENDS_WITHIN_S, REPOSITORY, Program, clean_environment, logged_names
-from tests.unit.test_runs import write_run
+from tests.unit.test_run_dir import write_run
 
 COMMAND = [sys.executable, "-m", "recipes.dashboard"]
 

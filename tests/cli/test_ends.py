@@ -85,10 +85,11 @@ def test_a_killed_parent_takes_its_ranks_along(program, phase):
 RAISES = """
 import os, runpy, sys
 from pathlib import Path
-import recipes.launch
+import recipes.launch.launcher
+import recipes.registry
 from conf.schema import Config, ModelConfig
 
-class Raises(recipes.launch.RecipeTask):
+class Raises(recipes.registry.RecipeTask):
     def run(self, run_dir, console):
         import torch
         import recipes.pretrain
@@ -103,14 +104,14 @@ class Raises(recipes.launch.RecipeTask):
 if __name__ == "__main__":
     from raises import Raises  # under a name that other processes know it by
     if "RANK" in os.environ:
-        recipes.launch.RecipeTask = Raises
+        recipes.registry.RecipeTask = Raises
         sys.argv = ["train.py", "num_steps=1000000", "hydra.run.dir=" + sys.argv[1]]
         sys.path[0] = {repository!r}
         runpy.run_path({repository!r} + "/train.py", run_name="__main__")
         sys.exit()
     try:
-        recipes.launch.launch(Raises(Config(num_steps=1000000{fields})), 2, Path(sys.argv[1]))
-    except recipes.launch.RunFailed as error:
+        recipes.launch.launcher.launch(Raises(Config(num_steps=1000000{fields})), 2, Path(sys.argv[1]))
+    except recipes.launch.launcher.RunFailed as error:
         sys.exit(f"error: {{error}}")
 """
 NO_MEMORY = "torch.empty(2**58, dtype=torch.uint8)"  # PyTorch's own error, on any machine

@@ -1,4 +1,4 @@
-"""Some of `python -m tests.faults`, which does all, and more often."""
+"""Some of `python -m tests.tools.faults`, which does all, and more often."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from tests.faults import FAULTS, run_fault
+from tests.tools.faults import FAULTS, run_fault
 
 
 @pytest.mark.parametrize("name", ["stall", "loss", "disk", "shm", "port", "all_damaged"])

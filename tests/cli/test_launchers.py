@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes.checkpoint_files import newest_first, read_manifest
+from recipes.checkpoint.manifest import newest_first, read_manifest
 from tests.cli.program import LONG, SMALL, Finished, Program, Running, wandb
 
 BIN = Path(sys.executable).parent
@@ -59,7 +59,7 @@ def test_ranks_of_deepspeeds_launcher_are_one_run_and_overfit_one_batch(program)
 
 def test_torchruns_first_rank_closes_its_run_and_says_what_all_have_failed_with_before_another_ends(program):
     """Nothing keeps it from dying of torchrun's SIGTERM where there are no checkpoints to save."""
-    launcher = [*TORCHRUN, "tests/bad_loss.py", "3"]
+    launcher = [*TORCHRUN, "tests/tools/bad_loss.py", "3"]
     result = program.run(*SMALL, "num_steps=6", "checkpoint.keep=0", launcher=launcher, wandb=True)
     assert result.exit_code == 1
     assert result.stderr.count("error: step 3: the loss is nan, that of the tokens of rank 1; its batch: ") == 1
@@ -93,7 +93,7 @@ def test_a_signal_to_the_program_that_was_started_saves(program, launcher: list[
         result = running.finish()
         running.assert_nothing_is_left()
     assert result.exit_code == 143 or launcher
-    assert (result.run_dir / "logs" / "told_to_end").exists()
+    assert (result.run_dir / "logs" / "preempted").exists()
     [checkpoint] = newest_first(result.run_dir)
     assert f"told to end after step {read_manifest(checkpoint).step}: the same command " in result.stdout
 
@@ -151,7 +151,7 @@ def test_tasks_of_srun_are_one_run_in_the_run_dir_of_the_first_and_listen_on_loo
 
 def test_no_task_of_srun_that_is_told_to_end_ends_before_the_first_has_closed_its_run(program):
     """Which `srun --kill-on-bad-exit=1` would end then."""
-    slow_to_close = [sys.executable, "tests/bad_loss.py", "1000000"]
+    slow_to_close = [sys.executable, "tests/tools/bad_loss.py", "1000000"]
     with srun(program, *LONG, launcher=slow_to_close) as (first, second):
         first.until(lambda: re.search(r"step +4/", first.stdout))
         second.process.send_signal(signal.SIGUSR1)

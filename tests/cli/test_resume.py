@@ -62,13 +62,13 @@ def test_interruptions_leave_no_trace(program: Program):
         last = int(stopped[1])
         assert checkpoints(told.run_dir)[-1] == f"step_{last:08d}"
         assert (told.run_dir / "checkpoints" / "latest").read_text() == f"step_{last:08d}"
-        assert (told.run_dir / "logs" / "told_to_end").read_text() == f"step_{last:08d}\n"
+        assert (told.run_dir / "logs" / "preempted").read_text() == f"step_{last:08d}\n"
 
         killed = interrupted(program, "step +35/", signal.SIGKILL, "launch.timeout_s=300")
         assert f"going on after step {last}\n" in killed.stdout
         assert "step_00000030" in checkpoints(killed.run_dir)
         assert killed.metrics[-1]["step"] == 35
-        assert not (killed.run_dir / "logs" / "told_to_end").exists()  # of the start before
+        assert not (killed.run_dir / "logs" / "preempted").exists()  # of the start before
 
         broken = killed.run_dir / "checkpoints" / "step_00000030" / "mp_rank_00_model_states.pt"
         broken.write_bytes(broken.read_bytes()[:-1])

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from tests.cli.program import ENDS_WITHIN_S, PLAIN, Finished, Program, Running
-from tests.two_hosts import CABLE, Hosts, two_hosts, why_not
+from tests.tools.two_hosts import CABLE, Hosts, two_hosts, why_not
 
 pytestmark = pytest.mark.skipif(bool(reason := why_not()), reason=reason)
 
@@ -138,7 +138,7 @@ def test_torchruns_two_hosts_compute_as_one_and_end_when_their_cable_is_cut_and_
     assert_first_losses_are_of_one_host(shared, plain_run)
     for result in ended:  # whichever message was on its way
         assert result.exit_code == 1
-        assert re.search(rf"Timed out waiting {TIMEOUT_S}000ms for|HopError", result.stderr)
+        assert re.search(rf"Timed out waiting {TIMEOUT_S}000ms for|TransferError", result.stderr)
     assert seconds < 2 * TIMEOUT_S + ENDS_WITHIN_S
     last = max(int(path.name[5:]) for path in (shared / "checkpoints").glob("step_*"))
     with on_both(program, hosts, torchrun, *JOB, f"num_steps={last + 2}") as both:

@@ -34,12 +34,12 @@ from conf.schema import (
     OptimizerConfig,
     ParallelismConfig,
 )
-from recipes.kernels import IGNORED_LABEL
-from recipes.plan import DTYPES, Plan
-from recipes.transformer import TokenBatch, Transformer
+from data.batch import IGNORED_LABEL, TokenBatch
+from recipes.model.transformer import Transformer
+from recipes.planning.plan import DTYPES, Plan
 from ring_attention import LocalAttention
-from tests.measure import relative_error
 from tests.pool import WorkerPool, parallel_groups
+from tests.tools.measure import relative_error
 
 NUM_STEPS = 3
 FP32_LIMIT = 1e-5
@@ -277,7 +277,7 @@ def train_on_ranks(cell: Cell) -> Trained:
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
-    from recipes.build import build_engine
+    from recipes.engine.build import build_engine
 
     plan = cell.plan
     layout, pipelined = plan.layout, cell.method == "tp_pp"

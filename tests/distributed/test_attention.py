@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ring_attention import CAUSAL, FULL, HybridAttention, LocalAttention, Mask, RingAttention, UlyssesAttention
-from ring_attention.blocks import BLOCKS
-from ring_attention.exchange import P2PExchange
+from ring_attention.kernels import KERNELS
 from ring_attention.schedule import num_tokens, ring_schedule, tokens_sent
+from ring_attention.transport import P2PTransport
 from tests.cases import METHODS, Case, attend, build, check, draw, many_on_rank, on_rank
 from tests.pool import WorkerPool, parallel_groups
 
@@ -135,18 +135,18 @@ def numbers_sent(case: Case) -> tuple[int, int]:
     import deepspeed.comm as dist
 
     sent = {"forward": 0, "backward": 0}
-    original = P2PExchange.post
+    original = P2PTransport.post
 
     def counting(self, purpose, sends, receives):
         sent[purpose.split()[0]] += sum(move.tensor.numel() for move in sends)
         return original(self, purpose, sends, receives)
 
     attention = build(case, dist.get_world_group())
-    P2PExchange.post = counting
+    P2PTransport.post = counting
     try:
         attend(case, attention, draw(case))
     finally:
-        P2PExchange.post = original
+        P2PTransport.post = original
     return sent["forward"], sent["backward"]
 
 
@@ -228,7 +228,7 @@ def refusals() -> list[str]:
         lambda: ring(tensor, tensor, tensor, 0, mask=CAUSAL.packed([[0, 1], [0, 2]])),
         lambda: ring(tensor, tensor[:, :, :0], tensor[:, :, :0], 0),
         lambda: RingAttention("cpu_flash", world)(tensor, tensor, tensor[..., :4], 0),
-        lambda: RingAttention(BLOCKS["cudnn"], world)(tensor, tensor, tensor, 0),
+        lambda: RingAttention(KERNELS["cudnn"], world)(tensor, tensor, tensor, 0),
         lambda: LocalAttention("auto", world, 2, 0)(tensor, tensor, tensor, 0, mask=CAUSAL.packed([0, 4])),
         lambda: UlyssesAttention("auto", world)(tensor, tensor[:, :, :1], tensor[:, :, :1], 0),
     ]
@@ -276,8 +276,8 @@ def test_mistakes_are_refused_by_name(pool: WorkerPool):
         "the documents end at 7, but the sequence has 6 tokens over all ranks",
         "the mask has documents for 2 rows, the batch has 1: give one set of boundaries for all rows, or one per row",
         "key has shape [1, 3, 0, 8], value [1, 3, 0, 8]: no head or size may be 0",
-        "block=cpu_flash cannot run here: needs values of head size 8, not 4; use block=auto",
-        "block=cudnn cannot run here: it does not run on cpu; use block=auto",
+        "kernel=cpu_flash cannot run here: needs values of head size 8, not 4; use kernel=auto",
+        "kernel=cudnn cannot run here: it does not run on cpu; use kernel=auto",
         "the documents end at 4, but the sequence has 3 tokens over all ranks",
         "num_kv_heads=1 is less than ulysses_degree=2, which leaves ranks without a key-value head: use a "
         "ulysses_degree of [1], with a ring across (HybridAttention), or RingAttention",

@@ -17,7 +17,7 @@ from conf.schema import (
     ParallelismConfig,
 )
 from data.pack import Corpus
-from recipes.plan import Plan
+from recipes.planning.plan import Plan
 from tests.pool import WorkerPool, parallel_groups
 
 LENGTH, NUM_STEPS, BAD_STEP, BAD_RANK = 21, 5, 3, 1
@@ -33,14 +33,14 @@ def train(config: Config, bad: str) -> Trained:
     """
     import deepspeed.comm as dist
 
-    import recipes.pipeline
-    from recipes.build import build_engine, build_sharder
+    import recipes.engine.pipeline_engine
+    from recipes.engine.build import build_engine, build_sharder
 
     plan = Plan(config, 2, "cpu", "CPU", None, ranks_per_host=2)
-    plan.settle()
+    plan.resolve_config()
     is_pipeline = config.parallelism.method == "tensor_pipeline"
     engine = build_engine(plan, None if is_pipeline else parallel_groups(1, 2))
-    where, name = (recipes.pipeline, "cross_entropy_sum") if is_pipeline else (engine, "_loss_sum")
+    where, name = (recipes.engine.pipeline_engine, "cross_entropy_sum") if is_pipeline else (engine, "_loss_sum")
     whole = getattr(where, name)
     losses, applied, ranks = [], [], []
     steps = build_sharder(plan, engine).steps(CORPUS.training(0), plan.accumulation_steps)

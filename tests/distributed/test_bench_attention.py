@@ -10,8 +10,8 @@ import deepspeed.comm as dist
 import pytest
 import torch
 
-from recipes import bench_attention
-from recipes.contenders import Contender
+from recipes.benchmark import bench_attention
+from recipes.benchmark.candidates import Candidate
 from tests.pool import WorkerPool
 
 CALL_S, JOULES = 0.02, 5.0
@@ -25,9 +25,9 @@ def slower_by_rank() -> dict[str, Any]:
         time.sleep(CALL_S * (1 + rank))
         spent[0] += JOULES * (1 + 2 * rank)
 
-    contender = Contender("sleep", "", call, call, 1.0)
+    candidate = Candidate("sleep", "", call, call, 1.0)
     with patch.object(bench_attention, "AT_LENGTH_S", 10 * 2 * CALL_S):  # other tests have the same process
-        return bench_attention._at_length(contender, torch.device("cpu"), lambda: spent[0])
+        return bench_attention._at_length(candidate, torch.device("cpu"), lambda: spent[0])
 
 
 def test_energy_is_of_one_call_and_power_of_its_time(pool: WorkerPool):

@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from recipes.breakdown import PARTS, Breakdown, attention_communication_off, step_breakdown
+from recipes.monitor.trace_analysis import PARTS, Breakdown, attention_communication_off, step_breakdown
 from ring_attention import RingAttention
 from tests.cases import Case, build, draw
 from tests.pool import WorkerPool, parallel_groups

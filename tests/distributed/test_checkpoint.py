@@ -22,10 +22,10 @@ from conf.schema import (
     ParallelismConfig,
 )
 from data.pack import Corpus
-from recipes.checkpoint_files import newest_first
+from recipes.checkpoint.manifest import newest_first
 from recipes.export import export, find_checkpoint
-from recipes.plan import Plan
-from recipes.transformer import Transformer
+from recipes.model.transformer import Transformer
+from recipes.planning.plan import Plan
 from ring_attention import LocalAttention
 from tests.pool import WorkerPool, parallel_groups
 
@@ -51,11 +51,11 @@ def two_starts(config: Config, run_dir: Path) -> tuple[list[str], list[list[floa
     Returns:
         What people were told, the losses of either start, and the weights at the end (on stage 3 none).
     """
-    from recipes.build import build_engine, build_sharder
-    from recipes.checkpoint import Checkpoints, TrainingData, choose_checkpoint
+    from recipes.checkpoint.manager import Checkpoints, TrainingData, choose_checkpoint
+    from recipes.engine.build import build_engine, build_sharder
 
     plan = Plan(config, 2, "cpu", "CPU", None, ranks_per_host=2)
-    plan.settle()
+    plan.resolve_config()
     groups = None if config.parallelism.method == "tensor_pipeline" else parallel_groups(1, 2)
     told: list[str] = []
     losses: list[list[float]] = []

@@ -9,7 +9,7 @@ import torch
 
 from conf.schema import AttentionConfig, Config, DataConfig, EngineConfig, ModelConfig, ParallelismConfig
 from data.pack import Corpus
-from recipes.plan import Plan
+from recipes.planning.plan import Plan
 from tests.pool import WorkerPool, parallel_groups
 
 LENGTH = 16
@@ -28,7 +28,7 @@ def held_bytes() -> int:
 
 def left_by_an_engine(recipe: str, method: str, dtype: str, zero_stage: int) -> tuple[int, int]:
     """(bytes held while there is one, bytes more than before once it is closed), after steps of two micro-batches."""
-    from recipes.build import build_engine, build_sharder
+    from recipes.engine.build import build_engine, build_sharder
 
     tensor_degree, pipeline_degree = {"tensor": (2, 1), "pipeline": (1, 2)}.get(method, (None, None))
     config = Config(

@@ -23,16 +23,16 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from recipes.breakdown import attention_communication_off
+from recipes.monitor.trace_analysis import attention_communication_off
 from ring_attention import CAUSAL, FULL, Mask, RingAttention
-from ring_attention.exchange import (
-    CopyEngineExchange,
-    Move,
-    P2PExchange,
+from ring_attention.transport import (
+    CopyEngineTransport,
+    P2PMessage,
+    P2PTransport,
     copy_engine,
-    mailbox_bytes,
-    release_mailboxes,
+    release_symmetric_buffers,
     subgroup,
+    symmetric_buffer_bytes,
 )
 from tests.cases import Case, check, on_rank
 from tests.distributed.test_attention import LENGTH, MASKS, grid
@@ -57,7 +57,7 @@ class SharedMemory:
 
 
 class ThreadLane:
-    """For `copy_engine.Lane`; what computes is the thread of the rank itself. Now and then it is slow."""
+    """For `copy_engine.CopyStream`; what computes is the thread of the rank itself. Now and then it is slow."""
 
     def __init__(self, device: torch.device) -> None:
         self._jobs: queue.SimpleQueue[Callable[[], Any]] = queue.SimpleQueue()
@@ -114,20 +114,20 @@ def await_flag(flag: Tensor, count: int) -> None:
 @contextmanager
 def emulated() -> Iterator[None]:
     """Copy engines on the CPU. What a room held is gone once its next receive is posted: it is overwritten with NaN."""
-    post = CopyEngineExchange.post
+    post = CopyEngineTransport.post
 
-    def poisoning(self: CopyEngineExchange, purpose: str, sends: list[Move], receives: list[Move]) -> Any:
+    def poisoning(self: CopyEngineTransport, purpose: str, sends: list[P2PMessage], receives: list[P2PMessage]) -> Any:
         for move in receives:
             if self._mail is not None and self.order[move.peer] in self._mail.neighbours:
                 self._mail.lane.poison(move.tensor)  # pyright: ignore[reportAttributeAccessIssue]
         return post(self, purpose, sends, receives)
 
     with ExitStack() as stack:
-        stack.callback(release_mailboxes)
+        stack.callback(release_symmetric_buffers)
         for owner, name, value in [
             (copy_engine, "Lane", ThreadLane),
             (copy_engine, "SymmetricMemory", SharedMemory),
-            (CopyEngineExchange, "post", poisoning),
+            (CopyEngineTransport, "post", poisoning),
         ]:
             stack.enter_context(patch.object(owner, name, value))
         yield
@@ -143,13 +143,13 @@ def many_on_rank(
         without_access: the host whose GPUs are said not to reach each other.
     """
     counts = {"copies": 0, "p2p": 0}
-    copy, p2p_post = ThreadLane.copy, P2PExchange.post
+    copy, p2p_post = ThreadLane.copy, P2PTransport.post
 
     def counting_copy(self: ThreadLane, target: Tensor, source: Tensor) -> None:
         counts["copies"] += 1
         copy(self, target, source)
 
-    def counting_post(self: P2PExchange, purpose: str, sends: list[Move], receives: list[Move]) -> Any:
+    def counting_post(self: P2PTransport, purpose: str, sends: list[P2PMessage], receives: list[P2PMessage]) -> Any:
         counts["p2p"] += len(sends)
         return p2p_post(self, purpose, sends, receives)
 
@@ -159,7 +159,7 @@ def many_on_rank(
         patch.object(copy_engine.socket, "gethostname", lambda: host),
         patch.object(ThreadLane, "obstacle", lambda device: "no access" if host == without_access else None),
         patch.object(ThreadLane, "copy", counting_copy),
-        patch.object(P2PExchange, "post", counting_post),
+        patch.object(P2PTransport, "post", counting_post),
     ):
         return [on_rank(case) for case in cases], counts["copies"], counts["p2p"]
 
@@ -252,17 +252,17 @@ def test_a_room_that_is_shared_by_two_messages_at_once_would_be_seen(pool: Worke
 
 
 def on_rank_with_one_room(case: Case) -> list[Tensor]:
-    with emulated(), patch("ring_attention.ring.keys_room", lambda step: "keys0"):
+    with emulated(), patch("ring_attention.ring.keys_buffer", lambda step: "keys0"):
         return on_rank(case)
 
 
 def a_pass_after_one_that_was_abandoned(case: Case) -> tuple[list[Tensor], int, int]:
-    """All ranks' first pass ends with an exception while messages fly; results of the next, and bytes of mailboxes."""
+    """All ranks' first pass ends with an exception while messages fly; results of the next, and bytes of symmetric_buffers."""
     with emulated():
         with patch("ring_attention.ring.attend_forward", side_effect=MemoryError), pytest.raises(MemoryError):
             on_rank(case)
-        results, num_bytes = on_rank(case), mailbox_bytes()
-    return results, num_bytes, mailbox_bytes()
+        results, num_bytes = on_rank(case), symmetric_buffer_bytes()
+    return results, num_bytes, symmetric_buffer_bytes()
 
 
 def test_a_pass_that_ended_in_the_middle_leaves_nothing_that_harms_the_next(pool: WorkerPool):

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.elastic import TRANSITIONS, Grid, go_on
 from tests.pool import WorkerPool
+from tests.tools.elastic import TRANSITIONS, Grid, go_on
 
 
 @pytest.mark.parametrize(("before", "after", "dtype"), TRANSITIONS)

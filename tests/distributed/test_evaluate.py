@@ -16,8 +16,8 @@ from conf.schema import (
     ParallelismConfig,
 )
 from data.shard import Sharder
-from recipes.plan import Plan
-from recipes.transformer import Transformer
+from recipes.model.transformer import Transformer
+from recipes.planning.plan import Plan
 from ring_attention import LocalAttention, RingAttention
 from tests.pool import WorkerPool, parallel_groups
 
@@ -27,7 +27,7 @@ SEQUENCES = np.random.default_rng(0).integers(0, 257, (3, LENGTH + 1))  # 3 over
 
 
 def validation_loss(data_degree: int, ring_degree: int, zero_stage: int) -> float:
-    from recipes.engine import TrainingEngine
+    from recipes.engine.deepspeed_engine import TrainingEngine
 
     groups = parallel_groups(data_degree, ring_degree)
     attention = RingAttention("auto", groups.get_sequence_parallel_group(), layout="zigzag")
@@ -57,7 +57,7 @@ def test_the_validation_loss_is_that_of_one_process(pool: WorkerPool, zero_stage
 
 def pipelined_validation_loss(tensor_degree: int, pipeline_degree: int) -> float:
     """After a training step of larger micro-batches, at a learning rate of 0."""
-    from recipes.build import build_engine, build_sharder
+    from recipes.engine.build import build_engine, build_sharder
 
     config = Config(
         model=MODEL,

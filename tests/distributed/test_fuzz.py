@@ -1,7 +1,7 @@
-"""A few of the random cases; `python -m tests.fuzz` runs a thousand."""
+"""A few of the random cases; `python -m tests.tools.fuzz` runs a thousand."""
 
-from tests.fuzz import fuzz
 from tests.pool import WorkerPool
+from tests.tools.fuzz import fuzz
 
 
 def test_random_cases_equal_whole_attention(pool: WorkerPool):

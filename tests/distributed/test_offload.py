@@ -9,8 +9,8 @@ import pytest
 from conf.schema import Config
 from tests.distributed.parity import Cell, run_cell
 from tests.distributed.test_checkpoint import configuration, two_starts
-from tests.elastic import RING, TOLERANCE, Grid, go_on
 from tests.pool import WorkerPool
+from tests.tools.elastic import RING, TOLERANCE, Grid, go_on
 
 
 @pytest.mark.parametrize(

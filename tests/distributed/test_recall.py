@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from conf.schema import EngineConfig, ModelConfig, OptimizerConfig
-from recipes.kernels import IGNORED_LABEL
-from recipes.transformer import TokenBatch, Transformer
+from data.batch import IGNORED_LABEL, TokenBatch
+from recipes.model.transformer import Transformer
 from ring_attention import Layout, LocalAttention, RingAttention
 from tests.pool import WorkerPool, parallel_groups
 
@@ -33,7 +33,7 @@ def draw(seed: int) -> tuple[Tensor, Tensor]:
 
 def recall_accuracy(method: str, layout_name: str, num_steps: int) -> float | None:
     """Train, then the share of right answers on fresh sequences; None on ranks without the last position."""
-    from recipes.engine import TrainingEngine
+    from recipes.engine.deepspeed_engine import TrainingEngine
 
     groups = parallel_groups(data_degree=1, sequence_degree=NUM_RANKS)
     layout = Layout(layout_name, NUM_RANKS, LENGTH)

@@ -9,7 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from recipes.offload import ActivationOffload
+from recipes.model.activation_offload import ActivationOffload
 from ring_attention import gather, ring
 from tests.distributed.parity import NUM_STEPS, Cell, Trained, train_on_ranks
 from tests.pool import WorkerPool

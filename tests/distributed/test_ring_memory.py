@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.pool import WorkerPool
-from tests.ring_memory import BATCH, HEAD_DIM, NUM_HEADS, fullest_of, measure_ring
+from tests.tools.ring_memory import BATCH, HEAD_DIM, NUM_HEADS, fullest_of, measure_ring
 
 LENGTH = 512  # per rank
 

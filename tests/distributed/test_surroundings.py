@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from conf.schema import ModelConfig
-from recipes.transformer import Layer, rotary_cos_sin
+from recipes.model.transformer import Layer, rotary_cos_sin
 from ring_attention import (
     CAUSAL,
     FULL,
@@ -23,10 +23,10 @@ from ring_attention import (
     RingAttention,
     UlyssesAttention,
 )
-from ring_attention.sequence import SequenceAttention
+from ring_attention.sequence_attention import SequenceAttention
 from tests.cases import Case, attend, check, draw
-from tests.measure import relative_error
 from tests.pool import WorkerPool, parallel_groups
+from tests.tools.measure import relative_error
 
 LENGTH, NUM_RANKS = 64, 2
 MODEL = ModelConfig(hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, mlp_size=96)

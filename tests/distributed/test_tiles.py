@@ -7,7 +7,7 @@ from unittest.mock import patch
 import pytest
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
-from recipes import head, mlp
+from recipes.model import head, mlp
 from tests.distributed.parity import NUM_STEPS, Cell, run_cell, train_on_ranks
 from tests.pool import WorkerPool
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from recipes.head import Head
-from recipes.kernels import IGNORED_LABEL
-from tests.measure import LIMIT, relative_error
+from data.batch import IGNORED_LABEL
+from recipes.model.head import Head
+from tests.tools.measure import LIMIT, relative_error
 
 pytestmark = pytest.mark.gpu
 BATCH, LENGTH, HIDDEN, VOCABULARY = 2, 500, 96, 320

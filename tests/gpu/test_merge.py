@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ring_attention.merge import add_up, merge
-from tests.measure import relative_error
+from tests.tools.measure import relative_error
 
 pytestmark = pytest.mark.gpu
 LIMIT = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}

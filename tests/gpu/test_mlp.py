@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from conf.schema import ModelConfig
-from recipes.mlp import MLP
-from tests.measure import LIMIT, relative_error
+from recipes.model.mlp import MLP
+from tests.tools.measure import LIMIT, relative_error
 
 pytestmark = pytest.mark.gpu
 BATCH, LENGTH, HIDDEN, WIDTH = 2, 500, 96, 256

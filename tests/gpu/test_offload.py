@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from conf.schema import Config, DataConfig, EngineConfig, ModelConfig
-from recipes.plan import Plan
-from recipes.transformer import TokenBatch, Transformer
+from data.batch import TokenBatch
+from recipes.model.transformer import Transformer
+from recipes.planning.plan import Plan
 from ring_attention import LocalAttention
 from tests.distributed.parity import Cell, run_cell
 from tests.pool import WorkerPool, parallel_groups
@@ -84,7 +85,7 @@ def allocated_after_a_step(offload: bool) -> int:
         engine=EngineConfig(zero_stage=3, offload_optimizer=offload, offload_parameters=offload),
         data=DataConfig(sequence_length=512),
     )
-    from recipes.build import build_engine
+    from recipes.engine.build import build_engine
 
     plan = Plan(config, 1, "cuda", "GPU", torch.cuda.get_device_capability(), ranks_per_host=1)
     engine = build_engine(plan, parallel_groups(1, 1))

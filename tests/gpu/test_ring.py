@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ring_attention import CAUSAL, FULL, Mask, RingAttention
-from ring_attention.exchange import TRANSPORTS, CopyEngineExchange, Hop, Move
+from ring_attention.transport import TRANSPORTS, CopyEngineTransport, P2PMessage, Transfer
 from tests.cases import Case, check, many_on_rank
 from tests.distributed.parity import Cell, run_cell
 from tests.distributed.test_attention import batches, grid
@@ -74,14 +74,16 @@ def test_every_method_equals_whole_attention(
 
 def many_with_poison(cases: list[Case]) -> list[list[torch.Tensor]]:
     """On each rank: results. What a room of a mailbox held is overwritten with NaN once its next receive is posted."""
-    post = CopyEngineExchange.post
+    post = CopyEngineTransport.post
 
-    def poisoning(self: CopyEngineExchange, purpose: str, sends: list[Move], receives: list[Move]) -> Hop:
+    def poisoning(
+        self: CopyEngineTransport, purpose: str, sends: list[P2PMessage], receives: list[P2PMessage]
+    ) -> Transfer:
         for move in receives:  # by the computing stream, which the lane must follow
             move.tensor.fill_(float("nan"))
         return post(self, purpose, sends, receives)
 
-    with patch.object(CopyEngineExchange, "post", poisoning):
+    with patch.object(CopyEngineTransport, "post", poisoning):
         return many_on_rank(cases, "cuda")
 
 
@@ -184,7 +186,7 @@ def test_a_stalled_neighbour_is_named_and_ends_the_rank_within_the_timeout_of_th
     posted, *lines = stderr_path.read_text().splitlines()
     peer = NUM_RANKS - 2
     expected = (
-        f"HopError: forward K,V after stage 0: ring rank {NUM_RANKS - 1} of {NUM_RANKS}, "
+        f"TransferError: forward K,V after stage 0: ring rank {NUM_RANKS - 1} of {NUM_RANKS}, "
         f"receiving from ring rank {peer} (global rank {peer}): not done after"
     )
     assert any(line.startswith(expected) for line in lines), lines

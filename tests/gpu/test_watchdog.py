@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.cli.program import Program
-from tests.faults import JOB, LATE_S, STALL_S, Case
+from tests.tools.faults import JOB, LATE_S, STALL_S, Case
 
 pytestmark = pytest.mark.gpu
 

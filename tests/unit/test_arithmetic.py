@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from conf.schema import AttentionConfig, Config, ModelConfig, OptimizerConfig
-from recipes.metrics import Throughput, peak_tflops, percentile
-from recipes.plan import Plan, forward_flops_per_token, num_parameters
-from recipes.transformer import Transformer, rotary_cos_sin
+from recipes.model.transformer import Transformer, rotary_cos_sin
+from recipes.monitor.device_metrics import percentile
+from recipes.planning.plan import Plan, forward_flops_per_token, num_parameters
+from recipes.planning.throughput import Throughput, peak_tflops
 from ring_attention import LocalAttention
 
 SHAPES = [
@@ -49,13 +50,13 @@ def test_operations_counted_by_torch():
     [(0, 1, 4, 1, 1), (1, 2, 2, 1, 2), (2, 2, 4, 3, 6), (3, 1, 4, 1, 4), (3, 2, 2, 2, 8)],
 )
 def test_the_loss_multiplier_undoes_what_deepspeed_divides_by(stage, data, ring, accumulation, multiplier):
-    from recipes.engine import loss_multiplier
+    from recipes.engine.deepspeed_engine import loss_multiplier
 
     assert loss_multiplier(stage, data, ring, accumulation) == multiplier
 
 
 def test_the_learning_rate_warms_up_and_decays_to_its_floor():
-    from recipes.engine import learning_rate_factor
+    from recipes.engine.deepspeed_engine import learning_rate_factor
 
     def factors(decay: str) -> list[float]:
         factor = learning_rate_factor(OptimizerConfig(warmup_fraction=0.2, min_lr_ratio=0.1, decay=decay), num_steps=10)
@@ -69,7 +70,7 @@ def test_the_learning_rate_warms_up_and_decays_to_its_floor():
 
 
 def test_weight_decay_spares_norms_biases_and_embeddings():
-    from recipes.engine import make_optimizer
+    from recipes.engine.deepspeed_engine import make_optimizer
 
     model = Transformer(ModelConfig(norm="layernorm", bias=True), LocalAttention("auto"))
     names = {id(parameter): name for name, parameter in model.named_parameters()}

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from conf.schema import Config, EngineConfig
-from recipes.bad_steps import MOST_IN_A_ROW, BadSteps
-from recipes.checkpoint_files import step_name
-from recipes.engine import StepResult
-from recipes.ranks import RunFailed
+from recipes.checkpoint.manifest import step_name
+from recipes.engine.deepspeed_engine import StepResult
+from recipes.launch.bad_steps import MOST_IN_A_ROW, BadSteps
+from recipes.run.errors import RunFailed
 
 DATA = mock.Mock(last_sha256="abc")
 

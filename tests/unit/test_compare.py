@@ -12,24 +12,24 @@ import torch
 from conf.compose import entry_overrides
 from conf.degrees import resolve_degrees
 from conf.schema import CompareConfig, Config, ConfigError
-from recipes import comparison
-from recipes.catalog import PARTS
-from recipes.compare import Turns, choose, parts_alone_of
-from recipes.turns import PARTS_ALONE
-from tests.unit.test_fit import composed
+from recipes.benchmark import comparison_report
+from recipes.benchmark.compare import ComparisonTask, choose, roofline_entry
+from recipes.benchmark.rounds import ROOFLINE
+from recipes.monitor.metric_registry import PARTS
+from tests.unit.test_downscale import composed
+from tests.unit.test_rounds import done, failed
 from tests.unit.test_schema import compose
-from tests.unit.test_turns import done, failed
 
 
 def test_the_parts_alone_stand_beside_entries_of_one_model_length_and_number_of_ranks():
     a, b = Config(), Config()
     b.compare.micro_batch_sizes = [1, 2]
-    entry, num_ranks = parts_alone_of({"b": (b, 2), "a": (a, 2)})
+    entry, num_ranks = roofline_entry({"b": (b, 2), "a": (a, 2)})
     assert (entry.compare.micro_batch_sizes, num_ranks, b.compare.micro_batch_sizes) == ([1], 2, [1, 2])
     b.data.sequence_length = 7
     for others in ({"a": (a, 2), "b": (b, 2)}, {"a": (a, 2), "b": (Config(), 4)}):
-        with pytest.raises(ConfigError, match="parts_alone=true stands beside entries of one model, one length and"):
-            parts_alone_of(others)
+        with pytest.raises(ConfigError, match="roofline=true stands beside entries of one model, one length and"):
+            roofline_entry(others)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def turn(entry: str, number: int, times_s: list[float], tokens: int = 100, **ext
         "losses": [5.5, 5.4],
         "sequences_per_step": tokens // 50,
         "degrees": {"data": 1, "ring": 2, "ulysses": 1, "tensor": 1, "pipeline": 1},
-        "block": "cudnn",
+        "kernel": "cudnn",
         "device": "GPU",
         "num_ranks": 2,
         **extra,
@@ -105,7 +105,7 @@ RESULTS = [
 
 class TestSummary:
     def test_it_has_medians_over_the_steps_of_all_rounds_and_their_spread(self):
-        a = comparison.summarize(RESULTS, ["a"], "a")[0]
+        a = comparison_report.summarize(RESULTS, ["a"], "a")[0]
         assert (a["tokens_per_s"], a["tokens_per_s_min"], a["tokens_per_s_max"]) == (37.5, 10.0, 100.0)
         assert a["num_steps"] == 4
         assert a["tokens_per_s_per_rank"] == 18.75
@@ -116,7 +116,7 @@ class TestSummary:
         assert a["mfu_pct"] == pytest.approx(20.0 / step_s)
 
     def test_it_keeps_the_peak_the_parts_the_first_loss_and_what_was_tried(self):
-        a, b = comparison.summarize(RESULTS, ["a", "b"], "a")
+        a, b = comparison_report.summarize(RESULTS, ["a", "b"], "a")
         assert (a["peak_memory_gib"], b["peak_memory_gib"], b["mfu_pct"]) == (3.0, None, None)
         assert (a["exposed_communication_ms"], b["exposed_communication_ms"]) == (7.0, None)
         assert (a["shares_pct"], b["shares_pct"]) == (dict.fromkeys(PARTS, 12.5), {})
@@ -124,41 +124,45 @@ class TestSummary:
         assert (a["tried"], a["errors"]) == ({1: 100.0, 2: None}, ["out of memory"])
 
     def test_the_change_is_in_percent_of_the_baseline(self):
-        rows = comparison.summarize(RESULTS, ["b", "a", "c"], "a")
+        rows = comparison_report.summarize(RESULTS, ["b", "a", "c"], "a")
         assert [row["entry"] for row in rows] == ["b", "a", "c"]
         assert [row.get("change_pct") for row in rows] == [0.0, 0.0, None]  # b's median is 37.5, too
         faster = [*RESULTS, turn("d", 1, [2.0])]
-        assert comparison.summarize(faster, ["a", "d"], "a")[1]["change_pct"] == pytest.approx(100 * (50 / 37.5 - 1))
-        assert comparison.summarize(faster, ["a", "d"], "d")[0]["change_pct"] == pytest.approx(-25.0)
+        assert comparison_report.summarize(faster, ["a", "d"], "a")[1]["change_pct"] == pytest.approx(
+            100 * (50 / 37.5 - 1)
+        )
+        assert comparison_report.summarize(faster, ["a", "d"], "d")[0]["change_pct"] == pytest.approx(-25.0)
 
     @pytest.mark.parametrize("baseline", ["c", "left out"])
     def test_without_a_throughput_of_the_baseline_there_is_no_change(self, baseline):
-        rows = comparison.summarize(RESULTS, ["a", "b", "c"], baseline)
+        rows = comparison_report.summarize(RESULTS, ["a", "b", "c"], baseline)
         assert [row.get("change_pct") for row in rows] == [None, None, None]
 
     def test_beside_the_parts_alone_each_row_is_a_share_of_their_speed(self):
-        alone = {**turn(PARTS_ALONE, 1, [1.0], tokens=200), "degrees": {}, "losses": [None]}
-        rows = comparison.summarize([turn("a", 1, [1.0]), alone], ["a", PARTS_ALONE], "a")
+        alone = {**turn(ROOFLINE, 1, [1.0], tokens=200), "degrees": {}, "losses": [None]}
+        rows = comparison_report.summarize([turn("a", 1, [1.0]), alone], ["a", ROOFLINE], "a")
         assert [(row["grid"], row["of_parts_pct"]) for row in rows] == [("2 ring", 50.0), ("each rank alone", 100.0)]
-        lines = comparison.table(rows, "a")
+        lines = comparison_report.table(rows, "a")
         assert "  of parts  " in lines[1]
         assert "  50.0 %  " in lines[2]
-        assert "of parts" not in "".join(comparison.table(comparison.summarize([turn("a", 1, [1.0])], ["a"], "a"), "a"))
+        assert "of parts" not in "".join(
+            comparison_report.table(comparison_report.summarize([turn("a", 1, [1.0])], ["a"], "a"), "a")
+        )
 
     def test_a_failure_is_a_row_and_an_entry_without_a_turn_is_none(self):
-        rows = comparison.summarize(RESULTS, ["c", "never"], "a")
+        rows = comparison_report.summarize(RESULTS, ["c", "never"], "a")
         assert rows == [{"entry": "c", "error": RESULTS[4]["error"]}]
 
     def test_an_entry_that_failed_in_a_later_round_keeps_its_numbers_and_the_error(self):
-        [before] = comparison.summarize(RESULTS, ["b"], "b")
-        [after] = comparison.summarize([*RESULTS, failed("b", 3)], ["b"], "b")
+        [before] = comparison_report.summarize(RESULTS, ["b"], "b")
+        [after] = comparison_report.summarize([*RESULTS, failed("b", 3)], ["b"], "b")
         assert (before["errors"], after["errors"]) == ([], ["out of memory"])
         assert after == before | {"errors": ["out of memory"]}
 
     def test_only_the_rounds_of_the_size_that_came_through_count(self):
         larger, smaller = (turn("one", 1, [time_s], micro_batch_size=size) for time_s, size in ((1.0, 2), (2.0, 1)))
         parts = {"entry": "one", "micro_batch_size": 2, "round": 1, "parts": PARTS_OF_A}
-        [row] = comparison.summarize([larger, parts, failed("one", 2, 2), smaller], ["one"], "one")
+        [row] = comparison_report.summarize([larger, parts, failed("one", 2, 2), smaller], ["one"], "one")
         assert (row["micro_batch_size"], row["tokens_per_s_max"], row["errors"]) == (1, 50, ["out of memory"])
         assert row["shares_pct"] == {}
 
@@ -166,13 +170,13 @@ class TestSummary:
         degrees = dict.fromkeys(("data", "ring", "ulysses", "tensor", "pipeline"), 1)
         one, four = turn("one", 1, [1.0], degrees=degrees), turn("four", 1, [1.0], degrees=degrees | {"tensor": 2})
         four["degrees"]["pipeline"] = 2
-        rows = comparison.summarize([one, four], ["one", "four"], "one")
+        rows = comparison_report.summarize([one, four], ["one", "four"], "one")
         assert [row["grid"] for row in rows] == ["1 rank", "2 tensor x 2 pipeline"]
 
 
 def test_the_table_is_aligned_and_has_failures():
-    rows = comparison.summarize(RESULTS, ["a", "c", "b"], "a")
-    assert comparison.table(rows, "a") == [
+    rows = comparison_report.summarize(RESULTS, ["a", "c", "b"], "a")
+    assert comparison_report.table(rows, "a") == [
         "L 50, batch 2",
         "method  grid    micro  TPS, median (min - max)  TPS/rank  TPOT ms  vs a    TFLOP/s/rank  MFU    peak GiB  exposed ms  of step ms  loss",
         "a       2 ring  1      38 (10 - 100)            19        53.3333  +0.0 %  1.12          7.5 %  3.0       7.00        2666.7      5.5000",
@@ -183,8 +187,8 @@ def test_the_table_is_aligned_and_has_failures():
 
 def test_what_rows_differ_in_is_a_column_and_what_none_has_is_not():
     long = turn("longer", 1, [1.0], sequence_length=1000, mfu_pct=None)
-    rows = comparison.summarize([turn("a", 1, [1.0], mfu_pct=None), long], ["a", "longer"], "a")
-    common, header, *lines = comparison.table(rows, "a")
+    rows = comparison_report.summarize([turn("a", 1, [1.0], mfu_pct=None), long], ["a", "longer"], "a")
+    common, header, *lines = comparison_report.table(rows, "a")
     assert common == "batch 2"
     assert header.split("  ")[0] == "method"
     assert " L " in header
@@ -193,28 +197,28 @@ def test_what_rows_differ_in_is_a_column_and_what_none_has_is_not():
 
 
 def test_a_failed_baseline_leaves_the_changes_open():
-    lines = comparison.table(comparison.summarize(RESULTS, ["c", "a", "b"], "c"), "c")
+    lines = comparison_report.table(comparison_report.summarize(RESULTS, ["c", "a", "b"], "c"), "c")
     assert "vs c" not in lines[1]  # nobody has one
     assert lines[2] == "c       FAILED: rank 1 failed: MemoryError: all of it"
-    only_failures = comparison.table(comparison.summarize(RESULTS, ["c"], "c"), "c")
+    only_failures = comparison_report.table(comparison_report.summarize(RESULTS, ["c"], "c"), "c")
     assert only_failures[-1] == "c       FAILED: rank 1 failed: MemoryError: all of it"
 
 
 def test_losses_are_compared_where_batches_are_equal():
     results = [turn("a", 1, [1.0], losses=[5.0]), turn("b", 1, [1.0], losses=[5.05])]
     other = turn("c", 1, [1.0], losses=[9.0], sequences_per_step=4)
-    rows = comparison.summarize([*results, other], ["a", "b", "c"], "a")
-    assert comparison.agreement(rows) == "the first losses on equal batches differ by 1 % at most"
-    assert comparison.agreement(rows[1:]) is None
+    rows = comparison_report.summarize([*results, other], ["a", "b", "c"], "a")
+    assert comparison_report.agreement(rows) == "the first losses on equal batches differ by 1 % at most"
+    assert comparison_report.agreement(rows[1:]) is None
 
 
 def test_the_shares_are_those_of_the_entries_that_were_measured():
-    rows = comparison.summarize(RESULTS, ["a", "b", "c"], "a")
-    assert comparison.shares_table(rows) == [
+    rows = comparison_report.summarize(RESULTS, ["a", "b", "c"], "a")
+    assert comparison_report.shares_table(rows) == [
         "time of a step, %     attention      merge   exchange       gemm  optimizer       data      other       idle",
         "a                          12.5       12.5       12.5       12.5       12.5       12.5       12.5       12.5",
     ]
-    assert comparison.shares_table(comparison.summarize(RESULTS, ["b", "c"], "b")) == []
+    assert comparison_report.shares_table(comparison_report.summarize(RESULTS, ["b", "c"], "b")) == []
 
 
 @pytest.mark.parametrize(
@@ -226,11 +230,13 @@ def test_the_shares_are_those_of_the_entries_that_were_measured():
     ],
 )  # fmt: skip
 def test_a_turn_is_one_line(row, line):
-    assert comparison.turn_head(row, 3, 9, 2) + comparison.turn_result(row) == line
+    assert comparison_report.measurement_header(row, 3, 9, 2) + comparison_report.measurement_line(row) == line
 
 
 def test_turns_are_counted_with_those_of_an_earlier_try():
-    turns = Turns(Config(compare=CompareConfig(rounds=2)), {"a": Config(), "b": Config()}, {"a": [1, 2], "b": [1]})
+    turns = ComparisonTask(
+        Config(compare=CompareConfig(rounds=2)), {"a": Config(), "b": Config()}, {"a": [1, 2], "b": [1]}
+    )
     assert turns.progress([]) == (1, 2 + 4)
     results = [done("a", 0, 1), {**done("a", 0, 1), "parts": {}}, done("a", 0, 2), done("elsewhere", 1)]
     assert turns.progress(results) == (3, 6)
@@ -240,8 +246,8 @@ def test_turns_are_counted_with_those_of_an_earlier_try():
 @pytest.mark.parametrize("plot", ["bars", "scaling"])
 @pytest.mark.parametrize("entries", [["a", "c", "b"], ["c"]])
 def test_the_figure_is_drawn_also_of_failures_alone(plot, entries, tmp_path):
-    rows = comparison.summarize(RESULTS, entries, entries[0])
-    paths = comparison.draw(compose(f"compare.plot={plot}"), rows, "tiny", tmp_path)
+    rows = comparison_report.summarize(RESULTS, entries, entries[0])
+    paths = comparison_report.draw(compose(f"compare.plot={plot}"), rows, "tiny", tmp_path)
     assert [path.name for path in paths] == ["comparison.png", "comparison.svg"]
     assert all(path.stat().st_size > 1000 for path in paths)
 
@@ -267,7 +273,7 @@ class TestChoose:
         assert list(chosen) == ["tp_pp", "pp", "ra_sp", "ulysses", "all_gather", "dp"]
         assert notes == [
             "changed: engine.train_batch_size 1024 -> 64",
-            "compare.fit=false cuts nothing: sizes stay as typed, or as the workload has them",
+            "compare.downscale=false cuts nothing: sizes stay as typed, or as the workload has them",
             "left out: tp: on 2 ranks the same as tp_pp",
             "left out: hybrid: on 2 ranks the same as ulysses",
         ]
@@ -292,7 +298,7 @@ class TestChoose:
         chosen, notes = choose(config, self.entries(config, "+experiment=paper_table"))
         assert list(chosen) == ["tp_pp", "tp", "pp", "ra_sp", "ulysses", "all_gather", "dp"]
         assert {num_ranks for _, num_ranks in chosen.values()} == {4}
-        assert notes[0] == f"!!! {comparison.CPU_WARNING}"
+        assert notes[0] == f"!!! {comparison_report.CPU_WARNING}"
         assert "changed: data.sequence_length 10000 -> 1250" in notes
         assert "changed: engine.train_batch_size 1024 -> 24" in notes
         assert notes[-1] == "left out: hybrid: on 4 ranks the same as ulysses"
@@ -302,12 +308,12 @@ class TestChoose:
         typed = ["+experiment=paper_table", "data.sequence_length=800", "engine.dtype=bf16", "model.head_dim=32"]
         typed += ["model.hidden_size=512", "model.mlp_size=512", "engine.train_batch_size=8", "launch.num_ranks=1"]
         typed += ["compare.micro_batch_sizes=[1]"]
-        said = "compare.fit=false cuts nothing: sizes stay as typed, or as the workload has them"
+        said = "compare.downscale=false cuts nothing: sizes stay as typed, or as the workload has them"
         chosen, notes = choose(config := compose(*typed), self.entries(config, *typed))
         assert {entry.data.sequence_length for entry, _ in chosen.values()} == {100}
         assert "changed: data.sequence_length 800 -> 100" in notes
         assert said in notes
-        typed += ["compare.fit=false"]
+        typed += ["compare.downscale=false"]
         entries = self.entries(config := compose(*typed), *typed)
         chosen, notes = choose(config, entries)
         assert {name: entry for name, (entry, _) in chosen.items()} == {name: entries[name] for name in chosen}

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from conf.schema import Config, DataConfig, EngineConfig, ParallelismConfig
+from data.batch import IGNORED_LABEL
 from data.pack import SEPARATOR, Corpus, tokenize
 from data.shard import Sharder
 from data.source import CorpusError
-from recipes.kernels import IGNORED_LABEL
-from recipes.plan import Plan
+from recipes.planning.plan import Plan
 from ring_attention import Layout
 
 DOCUMENTS = ["abc", "", "defgh", "ij"]  # 3+1, 0+1, 5+1, 2+1 = 14 tokens a round

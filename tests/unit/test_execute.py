@@ -13,7 +13,7 @@ import torch
 import train
 from conf.schema import Config, DataConfig, LaunchConfig
 from data.source import CorpusError
-from tests.unit.test_checkpoint_files import published, settled
+from tests.unit.test_manifest import published, resolved
 
 ROOT = Path(train.__file__).parent
 TOO_SHORT = "the corpus has 6 tokens, but 8 validation sequences and one to train on need "
@@ -63,7 +63,7 @@ except ConfigError as error:
 
 def test_a_run_that_is_over_does_not_need_its_data_any_more(tmp_path, tiny):
     config = Config(data=tiny, launch=TWO_RANKS)
-    published(tmp_path, config.num_steps, config=settled(config))
+    published(tmp_path, config.num_steps, config=resolved(config))
     (tmp_path / "summary.json").write_text(json.dumps({"validation_loss": 2.5}))
     (tmp_path / "tiny.txt").unlink()
     assert train.execute(config, [], tmp_path) == 2.5

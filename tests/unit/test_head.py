@@ -10,11 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from conf.schema import ModelConfig
-from recipes.head import Head
-from recipes.kernels import IGNORED_LABEL
-from recipes.transformer import Transformer
+from data.batch import IGNORED_LABEL
+from recipes.model.head import Head
+from recipes.model.transformer import Transformer
 from ring_attention import LocalAttention
-from tests.measure import relative_error
+from tests.tools.measure import relative_error
 
 BATCH, LENGTH, HIDDEN, VOCABULARY, TILE, NUM_TILES = 2, 11, 12, 50, 4, 6  # 22 tokens: the last tile has two
 LIMIT = 1e-14

@@ -19,9 +19,9 @@ from conf.schema import (
     MaxLengthConfig,
     ModelConfig,
 )
-from recipes import launch
-from recipes.max_length import NO_MEMORY_FILE, PROBE_FILE, Probe, first_tokens, max_length
-from recipes.ranks import RunFailed
+from recipes.benchmark.max_length import NO_MEMORY_FILE, PROBE_FILE, Probe, first_tokens, max_length
+from recipes.launch import launcher
+from recipes.run.errors import RunFailed
 
 TOKEN_GIB, LAYER_TOKEN_GIB, FIXED_GIB, LAYER_GIB = 1e-4, 3e-4, 0.5, 0.25
 
@@ -47,7 +47,7 @@ def search(monkeypatch, tmp_path):
             (run_dir / PROBE_FILE).write_text(json.dumps({**row, "device": "toy", "memory_gib": 10.0}))
             return float("nan")
 
-        monkeypatch.setattr(launch, "start", start)
+        monkeypatch.setattr(launcher, "start", start)
         config = Config(
             recipe="max_length", model=ModelConfig(num_layers=8), launch=LaunchConfig(num_ranks=2),
             max_length=MaxLengthConfig(**settings),

@@ -18,8 +18,8 @@ from conf.schema import (
     ModelConfig,
     ParallelismConfig,
 )
-from recipes.memory import StateBytes, mlp_tile_tokens, num_parameters, state_bytes, tile_tokens
-from recipes.plan import Plan
+from recipes.planning.memory import StateBytes, mlp_tile_tokens, num_parameters, state_bytes, tile_tokens
+from recipes.planning.plan import Plan
 
 GIB = 2**30
 LARGE = ModelConfig("large", 32, 4096, 32, 8, 128, 14336, vocab_size=128256)
@@ -101,8 +101,8 @@ def test_tensor_and_pipeline_ranks_cut_the_layers_and_data_ranks_the_optimizer()
 
 
 def test_a_tensor_rank_holds_what_the_arithmetic_says_but_for_norms():
-    from recipes.tensor_parallel import TensorRanks, cut_layer_
-    from recipes.transformer import make_layer
+    from recipes.engine.tensor_parallel import TensorRanks, cut_layer_
+    from recipes.model.transformer import make_layer
     from ring_attention import LocalAttention
 
     model = ModelConfig()
@@ -137,7 +137,7 @@ def test_explain_shows_the_refusal_in_place_of_raising_it():
 def test_steps_that_take_more_than_there_is_are_warned_of():
     longer = DataConfig(sequence_length=1_000_000)
     [row] = [row for row in plan(80 * GIB, data=longer).banner(Path("runs")) if "!!!" in row]
-    found = plan(80 * GIB, data=longer).fullest
+    found = plan(80 * GIB, data=longer).peak
     assert found is not None
     assert f"a step should take {found.total / GIB:.2f} GiB per rank, and there are 80.00: explain=true" in row
     assert not any("!!!" in row for row in plan(80 * GIB, data=DataConfig(sequence_length=1024)).banner(Path("runs")))

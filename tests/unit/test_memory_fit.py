@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from recipes.memory_fit import MemoryFit, NoFit, check_line
+from recipes.benchmark.memory_fit import MemoryFit, NoFit, check_line
 
 # 2 GiB, 1 per layer, and per token 1/1024 and 1/4096 for each layer
 PEAKS = {(1, 1024): 4.25, (1, 2048): 5.5, (2, 1024): 5.5, (2, 2048): 7.0}

@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from conf.schema import ModelConfig
-from recipes.mlp import MLP
-from tests.measure import relative_error
+from recipes.model.mlp import MLP
+from tests.tools.measure import relative_error
 
 BATCH, LENGTH, HIDDEN, WIDTH, TILE, NUM_TILES = 2, 11, 12, 50, 4, 6  # 22 tokens: the last tile has two
 aten = torch.ops.aten

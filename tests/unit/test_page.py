@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from recipes import charts, page
-from recipes.catalog import PARTS
-from recipes.charts import COLORS
-from recipes.runs import Found, read
-from tests.unit.test_runs import write_run
+from recipes.dashboard import charts, page
+from recipes.dashboard.charts import COLORS
+from recipes.monitor.metric_registry import PARTS
+from recipes.run.run_dir import Found, read
+from tests.unit.test_run_dir import write_run
 
 PAPER_TABLE = Path(__file__).parents[2] / "docs" / "results" / "paper_10k_forward_2xH200.json"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

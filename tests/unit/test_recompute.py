@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from conf.schema import ModelConfig
-from recipes import offload
-from recipes.transformer import Transformer
+from recipes.model import activation_offload
+from recipes.model.transformer import Transformer
 from ring_attention import LocalAttention
 
 LENGTH = 256
@@ -64,7 +64,7 @@ def test_what_a_layer_keeps():
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_two_layers_are_on_the_device_whatever_their_number(recompute: str):
     """After a forward pass, and whenever a layer is computed again."""
-    num_layers, kind, seen = 6, offload._Layer, []
+    num_layers, kind, seen = 6, activation_offload._Layer, []
     config = ModelConfig(num_layers=num_layers, hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, mlp_size=192)
     model = Transformer(config, LocalAttention("auto"), recompute=recompute, offload=True)
     layers: list[Any] = []  # what each has kept
@@ -72,7 +72,7 @@ def test_two_layers_are_on_the_device_whatever_their_number(recompute: str):
     def on_device() -> list[int]:
         return [index for index, kept in enumerate(layers) if (layer := kept()) and layer.on_device]
 
-    def make(*arguments: Any) -> offload._Layer:
+    def make(*arguments: Any) -> activation_offload._Layer:
         layers.append(weakref.ref(made := kind(*arguments)))
         return made
 
@@ -82,7 +82,7 @@ def test_two_layers_are_on_the_device_whatever_their_number(recompute: str):
 
     graphs: list[int] = []  # once attention is there: what else would live as long as what is kept
     tokens = torch.randint(0, 257, (1, LENGTH))
-    with patch.object(offload, "_Layer", side_effect=make):
+    with patch.object(activation_offload, "_Layer", side_effect=make):
         loss = model(tokens, torch.arange(LENGTH).unsqueeze(0), tokens)
     assert on_device() == [4, 5]
     assert [bool(layer.on_host) for kept in layers if (layer := kept())] == [True] * 4 + [False] * 2
@@ -99,14 +99,14 @@ def test_micro_batches_share_their_room_on_the_host():
     config = ModelConfig(num_layers=5, hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, mlp_size=192)
     model = Transformer(config, LocalAttention("auto"), recompute="selective", offload=True)
     rooms: set[int] = set()
-    room_for = offload.ActivationOffload._room_for
+    room_for = activation_offload.ActivationOffload._room_for
 
-    def noted(self: offload.ActivationOffload, tensor: torch.Tensor) -> torch.Tensor:
+    def noted(self: activation_offload.ActivationOffload, tensor: torch.Tensor) -> torch.Tensor:
         room = room_for(self, tensor)
         rooms.add(room.data_ptr())
         return room
 
-    with patch.object(offload.ActivationOffload, "_room_for", noted):
+    with patch.object(activation_offload.ActivationOffload, "_room_for", noted):
         for _ in range(3):
             tokens = torch.randint(0, 257, (1, LENGTH))
             model(tokens, torch.arange(LENGTH).unsqueeze(0), tokens).backward()

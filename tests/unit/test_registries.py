@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 
 from conf.schema import METHODS, AttentionConfig, ConfigError
-from ring_attention.blocks import BLOCKS
-from ring_attention.exchange import TRANSPORTS
+from ring_attention.kernels import KERNELS
 from ring_attention.layout import LAYOUTS
+from ring_attention.transport import TRANSPORTS
 
 
 @pytest.mark.parametrize(
-    ("field", "names"), [("layout", [*LAYOUTS]), ("transport", ["auto", *TRANSPORTS]), ("block", ["auto", *BLOCKS])]
+    ("field", "names"), [("layout", [*LAYOUTS]), ("transport", ["auto", *TRANSPORTS]), ("kernel", ["auto", *KERNELS])]
 )
 def test_the_schema_knows_exactly_what_is_registered(field: str, names: list[str]):
     attention = AttentionConfig()

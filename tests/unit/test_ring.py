@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from ring_attention import CAUSAL, FULL, LocalAttention, Mask
-from ring_attention.band import Rectangle
-from ring_attention.blocks import BLOCKS
+from ring_attention.accumulators import GradientAccumulator, PiecewiseSum
+from ring_attention.kernels import KERNELS
 from ring_attention.kv import KeysValues
 from ring_attention.layout import Layout
+from ring_attention.masked_block import MaskedBlock
 from ring_attention.ring import LocalBlock, Part, Ring, ring_backward, ring_forward, split
-from ring_attention.running import PiecewiseSum, RunningSum
-from ring_attention.schedule import BlockPair, ring_schedule
+from ring_attention.schedule import AttentionTile, ring_schedule
 
 
 class Recorder:
@@ -23,7 +23,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.events: list[str] = []
-        self._block = BLOCKS["reference"]
+        self._block = KERNELS["reference"]
 
     def room(self, name: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.zeros(numel, dtype=dtype, device=device)
@@ -32,13 +32,13 @@ class Recorder:
         events = self.events
         events.append(f"post {purpose}")
 
-        class Hop:
+        class Transfer:
             def wait(self) -> None:
                 events.append(f"wait {purpose}")
 
-        return Hop()
+        return Transfer()
 
-    def tiles(self, rectangle: Rectangle) -> list[Rectangle]:
+    def tiles(self, rectangle: MaskedBlock) -> list[MaskedBlock]:
         return self._block.tiles(rectangle)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *band: Any) -> tuple[Tensor, Tensor]:
@@ -99,14 +99,14 @@ def test_on_a_longer_ring_gradients_follow_one_stage_behind():
     ]
 
 
-def square(row: int | None = None) -> BlockPair:
-    return BlockPair(row, Rectangle(0, 8, 0, 8, None, 0))
+def square(row: int | None = None) -> AttentionTile:
+    return AttentionTile(row, MaskedBlock(0, 8, 0, 8, None, 0))
 
 
 @pytest.mark.parametrize("mask", [CAUSAL, FULL.packed([0, 32]), Mask(left=31), Mask(left=5)])
 def test_the_halves_of_a_local_block_are_all_of_it(mask: Mask):
     pairs = ring_schedule(Layout("zigzag", 2, 32), mask, 0)[0].pairs
-    local = split(pairs, BLOCKS["reference"], batch=1)
+    local = split(pairs, KERNELS["reference"], batch=1)
     halves = [*local.at_once.pairs, *(local.later.pairs if local.later else ())]
     assert sum(pair.rectangle.work for pair in halves) == sum(pair.rectangle.work for pair in pairs)
     if len(pairs) > 1:
@@ -117,21 +117,21 @@ def test_the_halves_of_a_local_block_are_all_of_it(mask: Mask):
 
 
 def test_a_causal_square_is_split_into_all_that_late_queries_see_and_a_smaller_square():
-    local = split((square(),), BLOCKS["reference"], batch=1)
-    assert local.at_once == Part((BlockPair(None, Rectangle(4, 8, 0, 8, None, 4)),))
-    assert local.later == Part((BlockPair(None, Rectangle(0, 4, 0, 4, None, 0)),))
+    local = split((square(),), KERNELS["reference"], batch=1)
+    assert local.at_once == Part((AttentionTile(None, MaskedBlock(4, 8, 0, 8, None, 4)),))
+    assert local.later == Part((AttentionTile(None, MaskedBlock(0, 4, 0, 4, None, 0)),))
 
 
 @pytest.mark.parametrize("kernel", ["reference", "ffpa"])
 def test_of_several_rows_half_is_computed_later(kernel: str):
-    local = split((square(),), BLOCKS[kernel], batch=5)
+    local = split((square(),), KERNELS[kernel], batch=5)
     assert local.at_once == Part((square(),), slice(2, 5))
     assert local.later == Part((square(),), slice(0, 2))
 
 
 def test_a_kernel_that_needs_several_calls_for_a_half_gets_the_whole():
-    assert len(BLOCKS["ffpa"].tiles(Rectangle(4, 8, 0, 8, None, 4))) == 2
-    assert split((square(),), BLOCKS["ffpa"], batch=1) == LocalBlock(Part((square(),)))
+    assert len(KERNELS["ffpa"].tiles(MaskedBlock(4, 8, 0, 8, None, 4))) == 2
+    assert split((square(),), KERNELS["ffpa"], batch=1) == LocalBlock(Part((square(),)))
 
 
 @pytest.mark.parametrize("ring_degree", range(2, 9))
@@ -144,13 +144,13 @@ def test_in_a_causal_zigzag_gradients_come_home_after_every_stage_and_the_last(r
 
 
 def test_one_query_is_not_split():
-    pairs = (BlockPair(None, Rectangle(0, 1, 0, 1, None, 0)),)
-    assert split(pairs, BLOCKS["reference"], batch=2) == LocalBlock(Part(pairs))
+    pairs = (AttentionTile(None, MaskedBlock(0, 1, 0, 1, None, 0)),)
+    assert split(pairs, KERNELS["reference"], batch=2) == LocalBlock(Part(pairs))
 
 
 def test_rows_that_differ_are_not_split():
     for pairs in ((square(0), square(1)), (square(0),)):
-        assert split(pairs, BLOCKS["reference"], batch=2) == LocalBlock(Part(pairs))
+        assert split(pairs, KERNELS["reference"], batch=2) == LocalBlock(Part(pairs))
 
 
 def test_no_sequences_at_all_have_gradients():
@@ -165,20 +165,20 @@ def test_each_piece_of_dq_ends_with_its_last_part(ring_degree: int, batch: int, 
     """So that it is written once. Of several rows, early queries that are computed at once may end before the last
     block, which has none of them.
     """
-    make, add = PiecewiseSum.__init__, RunningSum.add
+    make, add = PiecewiseSum.__init__, GradientAccumulator.add
     made: list[PiecewiseSum] = []  # of which dq is the first
-    flags: dict[RunningSum, list[bool]] = {}
+    flags: dict[GradientAccumulator, list[bool]] = {}
 
     def making(self: PiecewiseSum, *args: Any) -> None:
         make(self, *args)
         made.append(self)
 
-    def adding(self: RunningSum, row: slice, tokens: slice, part: Tensor, is_last: bool) -> None:
+    def adding(self: GradientAccumulator, row: slice, tokens: slice, part: Tensor, is_last: bool) -> None:
         flags.setdefault(self, []).append(is_last)
         add(self, row, tokens, part, is_last)
 
     monkeypatch.setattr(PiecewiseSum, "__init__", making)
-    monkeypatch.setattr(RunningSum, "add", adding)
+    monkeypatch.setattr(GradientAccumulator, "add", adding)
     for ring_rank in range(ring_degree):
         made.clear()
         events(ring_degree, ring_rank, batch)
@@ -198,7 +198,7 @@ def test_what_comes_home_is_added_in_fp32_until_the_last(dtype: torch.dtype, is_
     unit = 2 / torch.finfo(dtype).eps
     everything, tokens = slice(None), slice(0, 2)
     big, one = (torch.full((1, 2, 1, 4), x, dtype=dtype) for x in (unit, 1.0))
-    total = RunningSum(big.shape, dtype)
+    total = GradientAccumulator(big.shape, dtype)
     if is_kept:
         total.add(everything, tokens, big, False)
         total.add_several([(everything, tokens, one)], False)
@@ -213,14 +213,14 @@ def test_what_comes_home_is_added_in_fp32_until_the_last(dtype: torch.dtype, is_
 def test_own_gradients_are_rounded_with_the_last_and_added_two_stages_at_a_time(
     ring_degree: int, batch: int, monkeypatch: pytest.MonkeyPatch
 ):
-    add_several = RunningSum.add_several
-    calls: list[tuple[RunningSum, int, bool]] = []
+    add_several = GradientAccumulator.add_several
+    calls: list[tuple[GradientAccumulator, int, bool]] = []
 
-    def adding(self: RunningSum, parts: Any, is_last: bool) -> None:
+    def adding(self: GradientAccumulator, parts: Any, is_last: bool) -> None:
         calls.append((self, len(parts), is_last))
         add_several(self, parts, is_last)
 
-    monkeypatch.setattr(RunningSum, "add_several", adding)
+    monkeypatch.setattr(GradientAccumulator, "add_several", adding)
     for ring_rank in range(ring_degree):
         calls.clear()
         events(ring_degree, ring_rank, batch)

@@ -2,27 +2,27 @@ import pytest
 import torch
 
 from ring_attention import CAUSAL, FULL, Layout, Mask
-from ring_attention.band import Rectangle
 from ring_attention.layout import LAYOUTS
+from ring_attention.masked_block import MaskedBlock
 from ring_attention.schedule import (
-    BlockPair,
+    AttentionTile,
     Message,
     Stage,
-    home_room,
+    buffer_tokens,
+    gradient_buffer,
     imbalance,
-    keys_room,
+    keys_buffer,
     num_tokens,
     ring_schedule,
-    tokens_in_rooms,
     tokens_sent,
     work_per_rank,
 )
 
 ZIGZAG = Layout("zigzag", ring_degree=3, length=12)  # chunks of 2, 4 tokens a rank
 ALL, EARLY = ((0, 4),), ((0, 2),)
-SQUARE = (BlockPair(None, Rectangle(0, 4, 0, 4, None, 0)),)
-EARLY_KEYS = (BlockPair(None, Rectangle(0, 4, 0, 2)),)
-LATE_QUERIES = (BlockPair(None, Rectangle(2, 4, 0, 4)),)
+SQUARE = (AttentionTile(None, MaskedBlock(0, 4, 0, 4, None, 0)),)
+EARLY_KEYS = (AttentionTile(None, MaskedBlock(0, 4, 0, 2)),)
+LATE_QUERIES = (AttentionTile(None, MaskedBlock(2, 4, 0, 4)),)
 
 
 def test_zigzag_on_three_ranks():
@@ -41,7 +41,7 @@ def test_zigzag_on_three_ranks():
 
 def test_contiguous_keys_go_no_further_than_the_last_rank():
     layout = Layout("contiguous", ring_degree=3, length=12)
-    full = (BlockPair(None, Rectangle(0, 4, 0, 4)),)
+    full = (AttentionTile(None, MaskedBlock(0, 4, 0, 4)),)
     assert ring_schedule(layout, CAUSAL, 0) == (
         Stage(0, SQUARE, ALL, None, Message(1, ALL), None, (), None),
         Stage(2, (), (), None, None, None, (), Message(1, ALL)),
@@ -136,14 +136,14 @@ def test_rooms_are_as_large_as_the_largest_message(name: str, ring_degree: int, 
     for rank in range(ring_degree):
         stages = ring_schedule(layout, mask, rank)
         for step, stage in enumerate(stages):
-            received = {home_room(step): stage.home.spans if stage.home else ()}
+            received = {gradient_buffer(step): stage.home.spans if stage.home else ()}
             if step + 1 < ring_degree:
                 following = stages[step + 1]
-                received[keys_room(step)] = following.keys if following.keys_from is not None else ()
+                received[keys_buffer(step)] = following.keys if following.keys_from is not None else ()
             for room, spans in received.items():
                 largest[room] = max(largest.get(room, 0), num_tokens(spans))
     largest = {room: tokens for room, tokens in largest.items() if tokens}
-    rooms = tokens_in_rooms(layout, mask)
+    rooms = buffer_tokens(layout, mask)
     assert rooms.keys() == largest.keys()
     assert rooms == (largest if mask.documents is None else dict.fromkeys(largest, layout.ring_length))
 

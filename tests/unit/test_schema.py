@@ -79,7 +79,7 @@ MISTAKES = [
     ("attention.method=star", "attention.method=star is not known: use ring, ulysses, hybrid, all_gather, local, auto"),
     ("attention.layout=striped", "attention.layout=striped is not known: use zigzag, contiguous"),
     ("attention.transport=tcp", "attention.transport=tcp is not known: use auto, p2p, copy_engine"),
-    ("attention.block=fast", "attention.block=fast is not known: use auto, flash_attn_4, ffpa, cudnn, aten_flash, mem_efficient, cpu_flash, reference"),
+    ("attention.kernel=fast", "attention.kernel=fast is not known: use auto, flash_attn_4, ffpa, cudnn, aten_flash, mem_efficient, cpu_flash, reference"),
     ("engine.dtype=int8", "engine.dtype=int8 is not known: use bf16, fp16, fp32"),
     ("engine.recompute=some", "engine.recompute=some is not known: use none, selective, full"),
     ("engine.offload_activations=true", "engine.offload_activations=true moves what is kept of layers that are computed again: use engine.recompute=selective, or full"),

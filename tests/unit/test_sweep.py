@@ -21,11 +21,11 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from conf.schema import BLOCKS, ConfigError, SweepConfig
-from recipes.ranks import RunFailed
-from recipes.search_space import read_space
-from recipes.sweep import one_line, run_sweep
-from ring_attention.exchange import TRANSPORTS
+from conf.schema import KERNELS, ConfigError, SweepConfig
+from recipes.run.errors import RunFailed
+from recipes.sweep.runner import one_line, run_sweep
+from recipes.sweep.search_space import read_space
+from ring_attention.transport import TRANSPORTS
 from tests.unit.test_schema import CONF, compose
 
 GRID = ["+sweep=search", "sweep.sampler=grid", "optimizer.lr=1e-3,2e-3", "model.num_layers=range(1,3)"]
@@ -304,6 +304,6 @@ def test_a_ready_sweep_has_values_that_are_legal_alone(path):
 def test_the_sweep_of_kernels_has_all_kernels_and_transports():
     params = OmegaConf.load(CONF / "sweep" / "kernels.yaml").hydra.sweeper.params
     assert params == {
-        "attention.block": f"choice({', '.join(BLOCKS)})",
+        "attention.kernel": f"choice({', '.join(KERNELS)})",
         "attention.transport": f"choice({', '.join(TRANSPORTS)})",
     }

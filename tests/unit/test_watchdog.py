@@ -10,13 +10,13 @@ import sys
 import pytest
 
 from conf.schema import LaunchConfig
-from recipes.watchdog import MIN_STEPS, StepTimer
-from recipes.whereabouts import Whereabouts, all_places, forget, place_of, record_path
+from recipes.launch.watchdog import MIN_STEPS, StallDetector
+from recipes.run.heartbeat import Heartbeat, clear_rank_states, describe_ranks, read_rank_state, record_path
 
 
-def timer_after(num_steps: int, step_s: float, first_s: float = 100.0, factor: float = 20.0) -> StepTimer:
+def timer_after(num_steps: int, step_s: float, first_s: float = 100.0, factor: float = 20.0) -> StallDetector:
     """At time 0, between two steps; a step may always take 60 s."""
-    timer = StepTimer(LaunchConfig(stall_factor=factor, stall_s=60))
+    timer = StallDetector(LaunchConfig(stall_factor=factor, stall_s=60))
     for number in range(num_steps):
         timer.tell(str(number + 1), -1000.0)
         timer.tell("", -1000.0 + (step_s if number else first_s))
@@ -57,28 +57,28 @@ def test_what_passes_between_steps_and_what_is_forgiven_is_not_a_steps():
 
 def test_a_record_says_where_its_rank_is_and_is_whole_however_long_the_text(tmp_path):
     (tmp_path / "logs").mkdir()
-    record = Whereabouts(tmp_path, 3)
-    assert str(place_of(tmp_path, 3)) == "starting"
+    record = Heartbeat(tmp_path, 3)
+    assert str(read_rank_state(tmp_path, 3)) == "starting"
     for kind, text in (("step", "7"), ("part", "backward"), ("stage", "backward stage 1"), ("wait", "x" * 5000)):
         record.tell(kind, text)
-    place = place_of(tmp_path, 3)
+    place = read_rank_state(tmp_path, 3)
     assert place is not None
     assert str(place).startswith("step 7, backward, backward stage 1, waiting in xxx")
     assert (place.rank, place.pid, place.trouble) == (3, os.getpid(), "")
     assert record_path(tmp_path, 3).stat().st_size == 1024
     record.tell("wait", "")
     record.tell("part", "optimizer")  # ends the stage, too
-    assert str(place_of(tmp_path, 3)) == "step 7, optimizer"
-    assert place_of(tmp_path, 4) is None
-    forget(tmp_path)
-    assert place_of(tmp_path, 3) is None
+    assert str(read_rank_state(tmp_path, 3)) == "step 7, optimizer"
+    assert read_rank_state(tmp_path, 4) is None
+    clear_rank_states(tmp_path)
+    assert read_rank_state(tmp_path, 3) is None
 
 
 RECORD_OF_ANOTHER_PROCESS = """
 import sys, time
 from pathlib import Path
-from recipes.whereabouts import Whereabouts
-record = Whereabouts(Path(sys.argv[1]), 1)
+from recipes.run.heartbeat import Heartbeat
+record = Heartbeat(Path(sys.argv[1]), 1)
 record.tell("step", "7")
 record.tell("part", "data")
 print("there", flush=True)
@@ -93,21 +93,21 @@ def test_who_stands_still_is_named_alive_stopped_or_gone(tmp_path):
     try:
         assert other.stdout is not None
         assert other.stdout.readline() == "there\n"
-        record, now = Whereabouts(tmp_path, 0), float("inf")
+        record, now = Heartbeat(tmp_path, 0), float("inf")
         record.tell("step", "7")
         record.tell("part", "data")
         record.tell("wait", "a hop")
-        assert not any("<-" in line for line in all_places(tmp_path, 2, now))  # nobody knows
+        assert not any("<-" in line for line in describe_ranks(tmp_path, 2, now))  # nobody knows
         record.tell("part", "forward")
-        first, second = all_places(tmp_path, 2, now)
+        first, second = describe_ranks(tmp_path, 2, now)
         assert first.endswith(": step 7, forward, for inf s")
         assert second.endswith(": step 7, data, for inf s <- behind")
         other.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, other.pid, os.WSTOPPED | os.WNOWAIT)
-        assert all_places(tmp_path, 2, now)[1].endswith(" <- behind <- its process is stopped by a signal")
+        assert describe_ranks(tmp_path, 2, now)[1].endswith(" <- behind <- its process is stopped by a signal")
     finally:
         other.kill()
         other.wait()
         if other.stdout:
             other.stdout.close()
-    assert all_places(tmp_path, 2, now)[1].endswith(": step 7, data, for inf s <- behind <- its process is gone")
+    assert describe_ranks(tmp_path, 2, now)[1].endswith(": step 7, data, for inf s <- behind <- its process is gone")

@@ -1,0 +1,4 @@
+"""Measurements: comparisons, attention alone, its roofline, and the longest sequence.
+
+May import recipes.launch and the folders below it.
+"""

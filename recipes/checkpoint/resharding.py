@@ -1,0 +1,147 @@
+"""A checkpoint's fp32 weights and Adam's moments, whole, from the parts that ZeRO's ranks have written; and their way
+into an engine of other ranks or another ZeRO stage.
+
+DeepSpeed 0.19.8's universal checkpoint does not serve here: its converter writes other files for stage 3 than for 1
+and 2, so none leads from the one to the other; its loader wants a getter of the mpu that ours lacks, and on stage 3 it
+lets all groups share one step count, which each then advances. So parts are joined tensor by tensor, from mapped
+files, and set through DeepSpeed's interface for single parameters. Below are `checkpoint` and `export`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import deepspeed.comm as dist
+import torch
+from deepspeed.utils import (
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor
+
+MASTER, MOMENTS = "fp32", ("exp_avg", "exp_avg_sq")
+Slices = Mapping[str, tuple[int, int]]  # by parameter: where it starts in a flat tensor, and how many numbers it has
+
+
+class ConsolidatedState:
+    """Of a checkpoint of ZeRO 1 to 3 on sequence ranks, whose checksums were found right; maps its files, reads little.
+
+    Must be made where pickles are held to known classes: `checkpoint.only_known_classes`.
+    """
+
+    def __init__(self, folder: Path, zero_stage: int) -> None:
+        prefix = "zero_pp_rank_0_" if zero_stage == 3 else ""
+        self.model_states: dict[str, Any] = _mapped(folder / f"{prefix}mp_rank_00_model_states.pt")
+        num_ranks = self.model_states["dp_world_size"]
+        self._shapes = {name: shape for group in self.model_states["param_shapes"] for name, shape in group.items()}
+        # of a parameter, rank by rank: flat tensors by kind, and where it lies in them
+        self._parts: dict[str, list[tuple[dict[str, Tensor], int, int]]] = {name: [] for name in self._shapes}
+        for rank in range(num_ranks):
+            (path,) = folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+            self.optimizer_states: dict[str, Any] = _mapped(path)["optimizer_state_dict"]
+            if zero_stage == 3:
+                masters, base = self.optimizer_states["fp32_flat_groups"], self.optimizer_states["optimizer_state_dict"]
+                all_slices = [_stage_3_slices(group, num_ranks) for group in self.model_states["param_shapes"]]
+            else:
+                masters = self.optimizer_states["single_partition_of_fp32_groups"]
+                base = self.optimizer_states["base_optimizer_state"]
+                all_slices = [
+                    {name: (at.start, at.numel) for name, at in group.items()}
+                    for group in self.optimizer_states["param_slice_mappings"]
+                ]
+            # of Adam; none if fp16 has skipped all steps so far
+            self.num_updates = int(base["state"][0]["step"]) if base["state"] else 0
+            for index, (master, slices) in enumerate(zip(masters, all_slices, strict=True)):
+                flat = {MASTER: master, **base["state"].get(index, {})}
+                for name, (start, numel) in slices.items():
+                    self._parts[name].append((flat, start, numel))
+
+    @property
+    def names(self) -> list[str]:
+        """Of the parameters; of those that share a tensor the first alone."""
+        return list(self._shapes)
+
+    def tensor(self, name: str, kind: str) -> Tensor:
+        """A parameter's fp32 master weight or one of its moments, in the parameter's shape."""
+        shape = self._shapes[name]
+        flat = torch.cat([flat[kind][start : start + numel] for flat, start, numel in self._parts[name]])
+        return flat[: math.prod(shape)].view(shape)  # stage 3 pads
+
+
+def _mapped(path: Path) -> dict[str, Any]:
+    return torch.load(path, map_location="cpu", mmap=True)
+
+
+def _stage_3_slices(shapes: Mapping[str, torch.Size], num_ranks: int) -> Slices:
+    """Each rank has an equal part of every parameter, padded at the last, one after the other."""
+    slices, start = {}, 0
+    for name, shape in shapes.items():
+        numel = math.ceil(math.prod(shape) / num_ranks)
+        slices[name] = (start, numel)
+        start += numel
+    return slices
+
+
+@torch.no_grad()
+def load_into_engine(states: ConsolidatedState, engine: Any, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+    """Have a new DeepSpeed engine of ZeRO 1 to 3 go on from there. Every rank must call it.
+
+    Args:
+        parameters: of the engine's module, by name.
+    """
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    flats = (
+        optimizer.fp32_partitioned_groups_flat
+        if stage == 3
+        else [flat for group in optimizer.param_groups for flat in group["params"]]
+    )
+    if states.num_updates:
+        for flat in flats:
+            step = torch.tensor(float(states.num_updates), device=flat.device)
+            moments = {kind: torch.zeros_like(flat, requires_grad=False) for kind in MOMENTS}
+            optimizer.state[flat].update(step=step, **moments)
+    if stage == 3:
+        optimizer.checkpoint_event_prologue()  # small parameters lie whole on every rank
+        for name in states.names:
+            _set_own_part(states, name, parameters[name])
+        optimizer.checkpoint_event_epilogue()
+    else:
+        optimizer._lazy_init_hp_params_optimizer_state()  # have parameters know their moments, as a first step would
+        for name in states.names:
+            safe_set_full_fp32_param(parameters[name], states.tensor(name, MASTER))
+            for kind in MOMENTS if states.num_updates else ():
+                safe_set_full_optimizer_state(parameters[name], states.tensor(name, kind), kind)
+        optimizer.update_lp_params()
+    _set_counts(states, engine)
+
+
+def _set_own_part(states: ConsolidatedState, name: str, parameter: Any) -> None:
+    """On stage 3; DeepSpeed's setters of whole values fail where ranks do not divide a parameter."""
+    numel = parameter.ds_tensor.numel()
+
+    def own_part(kind: str) -> Tensor:
+        whole = states.tensor(name, kind).flatten()
+        padded = torch.nn.functional.pad(whole, (0, numel * dist.get_world_size() - whole.numel()))
+        return padded[numel * dist.get_rank() :][:numel]
+
+    master = own_part(MASTER)
+    safe_set_local_fp32_param(parameter, master)
+    parameter.ds_tensor.copy_(master)
+    for kind in MOMENTS if states.num_updates else ():
+        safe_set_local_optimizer_state(parameter, own_part(kind), kind)
+
+
+def _set_counts(states: ConsolidatedState, engine: Any) -> None:
+    """The schedule, DeepSpeed's counts of steps, and in fp16 the loss scale."""
+    engine.lr_scheduler.load_state_dict(states.model_states["lr_scheduler"])
+    for group, rate in zip(engine.optimizer.param_groups, engine.lr_scheduler.get_last_lr(), strict=True):
+        group["lr"] = rate
+    for count in ("global_steps", "global_samples", "skipped_steps"):
+        setattr(engine, count, states.model_states[count])
+    if engine.fp16_enabled():
+        engine.optimizer.loss_scaler = states.optimizer_states["loss_scaler"]

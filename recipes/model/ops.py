@@ -1,0 +1,112 @@
+"""What the model computes for each token beside matrix products: norms, rotary positions, SwiGLU, the loss.
+
+Below `transformer`. On a GPU each takes the fastest of plain PyTorch, torch.compile of that and Liger (the package
+liger-kernel, where it is installed), as measured (docs/lab_notebook.md); everywhere else plain PyTorch, which is
+what the tests hold the others against:
+
+    norms           plain PyTorch
+    rotary, loss    torch.compile: one pass each way; Liger copies first what it would overwrite
+    SwiGLU          Liger, whose backward pass is the fastest
+
+Shapes: B batch, S local tokens, E hidden size, H query heads, K key-value heads, D head size, F MLP size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from conf.schema import ModelConfig
+from data.batch import IGNORED_LABEL
+
+
+@functools.cache
+def has_liger() -> bool:
+    """Whether liger-kernel is installed."""
+    return importlib.util.find_spec("liger_kernel") is not None
+
+
+@functools.cache
+def _compiled(function: Callable) -> Callable:
+    # for the shapes that come; what changes from call to call becomes dynamic. All dynamic is 6 times slower for rotary
+    return torch.compile(function)
+
+
+def make_norm(config: ModelConfig) -> nn.RMSNorm | nn.LayerNorm:
+    """The norm over the last dim, E, that `model.norm` names."""
+    norm = nn.RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm
+    return norm(config.hidden_size, eps=config.norm_eps)
+
+
+def rotary_qkv(
+    qkv_BSND: Tensor, head_counts: tuple[int, int, int], cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Split the heads of one projection; rotate the pairs (x_i, x_{i+D/2}) of queries and keys: RoPE (Su et al. 2021).
+
+    Rotated in fp32 (fp64 for fp64 input), in one pass over all three.
+
+    Args:
+        head_counts: of queries, keys and values, in this order along N.
+        cos: [1, S, 1, D/2] in fp32.
+        sin: the same.
+
+    Returns:
+        (q [B, S, H, D], k [B, S, K, D], v the same) in the input's dtype, contiguous; v lies right behind k in memory,
+        so that a ring sends both as one message without a copy.
+    """
+    function = _compiled(_rotary_qkv) if qkv_BSND.is_cuda else _rotary_qkv
+    q_BSHD, kv_2BSKD = function(qkv_BSND, head_counts, cos, sin)
+    k_BSKD, v_BSKD = kv_2BSKD.unbind(0)
+    return q_BSHD, k_BSKD, v_BSKD
+
+
+def _rotary_qkv(qkv_BSND: Tensor, head_counts: tuple[int, int, int], cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    q_BSHD, k_BSKD, v_BSKD = qkv_BSND.split(head_counts, dim=2)
+    return _rotated(q_BSHD, cos, sin), torch.stack((_rotated(k_BSKD, cos, sin), v_BSKD))
+
+
+def _rotated(x_BSHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    compute_dtype = torch.promote_types(x_BSHD.dtype, torch.float32)
+    first, second = x_BSHD.to(compute_dtype).chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x_BSHD.dtype)
+
+
+@functools.cache
+def _liger_swiglu() -> Any:
+    # by submodule: `liger_kernel.ops` itself may hand out other kernels, depending on what else is installed
+    return importlib.import_module("liger_kernel.ops.swiglu").LigerFusedGateUpSiLUMulFunction
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up (Shazeer 2020) for [..., 2 F], gate before up, as one projection gives them: [..., F].
+
+    One tensor rather than two: Liger reads its halves where they lie, two it would have to copy.
+    """
+    if gate_up.is_cuda and gate_up.dtype != torch.float64 and has_liger():
+        # as a matrix: the gradient that Liger 0.8.5 gives back is one, whatever shape it got
+        return _liger_swiglu().apply(gate_up.flatten(0, -2)).unflatten(0, gate_up.shape[:-1])
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """The sum of cross-entropies in nats over labels other than IGNORED_LABEL, a scalar in fp32 (fp64 for fp64 input).
+
+    Args:
+        logits: [..., V].
+        labels: [...], int64.
+    """
+    function = _compiled(_cross_entropy_sum) if logits.is_cuda else _cross_entropy_sum
+    return function(logits.flatten(0, -2), labels.flatten())
+
+
+def _cross_entropy_sum(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
+    compute_dtype = torch.promote_types(logits_TV.dtype, torch.float32)
+    return F.cross_entropy(logits_TV.to(compute_dtype), labels_T, ignore_index=IGNORED_LABEL, reduction="sum")

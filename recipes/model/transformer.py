@@ -1,0 +1,161 @@
+"""A dense transformer, pre-norm, whose attention is passed in. One file, top to bottom.
+
+It knows nothing of ranks: it sees the tokens that this rank holds and their global positions, and hands q, k, v to
+`attention`, any module with DeepSpeed's DistributedAttention contract (`ring_attention.attention`).
+
+Shapes: B batch, S local tokens, E hidden size, H query heads, K key-value heads, D head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, noop_context_fn
+
+from conf.schema import ModelConfig
+from recipes.model.activation_offload import ActivationOffload
+from recipes.model.head import Head
+from recipes.model.mlp import MLP
+from recipes.model.ops import make_norm, rotary_qkv
+from ring_attention.checkpointing import selective_checkpointing
+
+
+def rotary_cos_sin(positions_1S: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin [1, S, 1, D/2] in fp32 of global positions: RoPE (Su et al. 2021).
+
+    The angles are computed in fp64: in fp32 a position of a million is already off by 0.03 radians.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions_1S.device) / head_dim
+    angles = positions_1S.to(torch.float64)[..., None, None] * theta**-exponents
+    return angles.cos().float(), angles.sin().float()
+
+
+def draw_weights_(part: nn.Module, config: ModelConfig, seed: int, index: int) -> None:
+    """Draw the weights of part `index` of the model (0 the embedding, then the layers, then the head); biases are 0.
+
+    Each part has a generator of its own, so a pipeline stage draws no other stage's weights. The two projections that
+    add into the residual stream shrink with its depth (GPT-2).
+    """
+    generator = None
+    for name, parameter in part.named_parameters():
+        if parameter.dim() == 2:
+            generator = generator or torch.Generator(parameter.device).manual_seed((seed << 20) + index)
+            depth = 2 * config.num_layers if name.endswith(("out.weight", "down.weight")) else 1
+            nn.init.normal_(parameter, std=config.init_std / depth**0.5, generator=generator)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: ModelConfig, attention: nn.Module) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.attention = attention
+        self.head_counts = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        self.qkv = nn.Linear(config.hidden_size, sum(self.head_counts) * config.head_dim, bias=config.bias)
+        self.out = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=config.bias)
+
+    def forward(self, x_BSE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        qkv_BSND = self.qkv(x_BSE).unflatten(-1, (-1, self.head_dim))
+        q_BSHD, k_BSKD, v_BSKD = rotary_qkv(qkv_BSND, self.head_counts, cos, sin)
+        out_BSHD = self.attention(q_BSHD, k_BSKD, v_BSKD, 0)
+        return self.out(out_BSHD.flatten(2))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: ModelConfig, attention: nn.Module, mlp_tile_tokens: int = 0) -> None:
+        super().__init__()
+        self.attention_norm, self.attention = make_norm(config), SelfAttention(config, attention)
+        self.mlp_norm, self.mlp = make_norm(config), MLP(config, mlp_tile_tokens)
+
+    def forward(self, x_BSE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x_BSE = x_BSE + self.attention(self.attention_norm(x_BSE), cos, sin)
+        return x_BSE + self.mlp(self.mlp_norm(x_BSE))
+
+
+def make_embedding(config: ModelConfig, seed: int) -> nn.Embedding:
+    embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+    draw_weights_(embedding, config, seed, 0)
+    return embedding
+
+
+def make_layer(config: ModelConfig, attention: nn.Module, seed: int, index: int, mlp_tile_tokens: int = 0) -> Layer:
+    """Layer `index`, counted from 0."""
+    layer = Layer(config, attention, mlp_tile_tokens)
+    draw_weights_(layer, config, seed, 1 + index)
+    return layer
+
+
+def make_head(config: ModelConfig, seed: int, tile_tokens: int = 0) -> Head:
+    head = Head(config.hidden_size, config.vocab_size, tile_tokens)
+    draw_weights_(head, config, seed, 1 + config.num_layers)
+    return head
+
+
+class Transformer(nn.Module):
+    """The model. `forward` returns the SUM of this rank's token losses, for the caller to normalise over all ranks.
+
+    Args:
+        attention: any module with DeepSpeed's DistributedAttention contract.
+        seed: of the weights, which are drawn on the device that torch would allocate on.
+        recompute: EngineConfig's: what of each layer the backward pass computes again instead of keeping it.
+        tile_tokens: of how many tokens `forward` has logits at once; 0: of all.
+        mlp_tile_tokens: of how many tokens an MLP has hidden activations at once; 0: of all.
+        offload: whether what is kept of layers that are computed again lies in the host's memory meanwhile.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        attention: nn.Module,
+        seed: int = 0,
+        recompute: str = "none",
+        tile_tokens: int = 0,
+        mlp_tile_tokens: int = 0,
+        offload: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config, self.recompute = config, recompute
+        self._offload = ActivationOffload() if offload else None
+        self.embedding = make_embedding(config, seed)
+        self.layers = nn.ModuleList(
+            make_layer(config, attention, seed, index, mlp_tile_tokens) for index in range(config.num_layers)
+        )
+        self.final_norm = make_norm(config)
+        self.head = make_head(config, seed, tile_tokens)
+        if config.tied_head:
+            self.head.weight = self.embedding.weight
+
+    def logits(self, tokens_BS: Tensor, positions_1S: Tensor) -> Tensor:
+        """[B, S, V] for tokens [B, S] at global positions [1, S]."""
+        return self.head(self._hidden(tokens_BS, positions_1S))
+
+    def _hidden(self, tokens_BS: Tensor, positions_1S: Tensor) -> Tensor:
+        cos, sin = rotary_cos_sin(positions_1S, self.config.head_dim, self.config.rope_theta)
+        x_BSE = self.embedding(tokens_BS)
+        for index, layer in enumerate(self.layers):
+            x_BSE = self._through(layer, index, x_BSE, cos, sin)
+        return self.final_norm(x_BSE)
+
+    def _through(self, layer: nn.Module, index: int, *inputs: Tensor) -> Tensor:
+        if self.recompute == "none" or not torch.is_grad_enabled():
+            return layer(*inputs)
+        offload, context_fn = self._offload, noop_context_fn
+        if self.recompute == "selective":
+            packing = () if offload is None else (offload.pack, offload.unpack)
+            context_fn = functools.partial(selective_checkpointing, *packing)
+        with contextlib.nullcontext() if offload is None else offload.layer(self.config.num_layers - 1 - index):
+            return checkpoint(
+                layer,
+                *inputs,
+                use_reentrant=False,
+                context_fn=context_fn,
+                preserve_rng_state=False,  # nothing is drawn at random
+            )
+
+    def forward(self, tokens_BS: Tensor, positions_1S: Tensor, labels_BS: Tensor) -> Tensor:
+        """The sum of what follows each token's cross-entropy in nats, fp32: see `TokenBatch`."""
+        return self.head(self._hidden(tokens_BS, positions_1S), labels_BS)

@@ -1,0 +1,4 @@
+"""What a configuration needs before anything runs: rank grid, FLOPs, memory, throughput, as pure arithmetic.
+
+May import conf and ring_attention.
+"""

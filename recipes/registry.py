@@ -1,0 +1,55 @@
+"""Recipes by name. To add one: a function in a file of its own, a line in `registry`, its name in `conf.schema.RECIPES`."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from omegaconf import OmegaConf
+
+from conf.schema import Config
+from recipes.launch.launcher import shared_plan
+from recipes.launch.memory_errors import out_of_memory_explained
+from recipes.run.run_dir import CONFIG_FILE
+
+
+def registry() -> dict[str, Callable[..., float]]:
+    """What ranks run, by `recipe=NAME`. The imports bring in DeepSpeed, so only ranks call this."""
+    from recipes.benchmark.bench_attention import bench_attention
+    from recipes.forward import forward
+    from recipes.pretrain import pretrain
+
+    return {"pretrain": pretrain, "forward": forward, "bench_attention": bench_attention}
+
+
+@dataclass(frozen=True)
+class RecipeTask:
+    """Run the recipe that the configuration names."""
+
+    config: Config
+
+    def run(self, run_dir: Path, console: TextIO) -> float:
+        from recipes.monitor.reporter import Reporter
+
+        plan = shared_plan(self.config)
+        is_first = os.environ["RANK"] == "0"
+        resumed = None
+        if self.config.recipe == "pretrain":
+            from recipes.checkpoint.manager import choose_checkpoint
+
+            resumed = choose_checkpoint(plan.config, run_dir, lambda line: print(line, file=console, flush=True))
+        if is_first:
+            OmegaConf.save(OmegaConf.structured(plan.config), run_dir / CONFIG_FILE)
+        recipe = registry()[self.config.recipe]
+        if resumed:
+            recipe = functools.partial(recipe, resumed=resumed)
+        with (
+            out_of_memory_explained(plan, run_dir),
+            Reporter(plan, run_dir, console, resumed) if is_first else contextlib.nullcontext() as reporter,
+        ):
+            return recipe(plan, run_dir, reporter)

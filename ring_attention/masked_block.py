@@ -1,0 +1,99 @@
+"""Bands of a rectangle of query-key pairs: the shape of everything a block kernel is asked for. Pure integers.
+
+Query i and key j of a rectangle attend if lower <= j - i <= upper; None is no bound. The whole rectangle is (None,
+None), a causal square (None, 0). A trimmed rectangle has no row and no column that attends to nothing, so kernels
+never see a fully masked row, and its bounds are None where they cut nothing off.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)  # thousands of them for packed documents
+class MaskedBlock:
+    """Queries [q_start, q_stop) against keys [k_start, k_stop), within a band counted from its own corner."""
+
+    q_start: int
+    q_stop: int
+    k_start: int
+    k_stop: int
+    lower: int | None = None
+    upper: int | None = None
+
+    @property
+    def num_queries(self) -> int:
+        return self.q_stop - self.q_start
+
+    @property
+    def num_keys(self) -> int:
+        return self.k_stop - self.k_start
+
+    @property
+    def is_full(self) -> bool:
+        return self.lower is None and self.upper is None
+
+    @property
+    def is_causal_square(self) -> bool:
+        return self.lower is None and self.upper == 0 and self.num_queries == self.num_keys
+
+    @property
+    def work(self) -> int:
+        """Query-key pairs that attend."""
+        work = self.num_queries * self.num_keys if self.upper is None else self._pairs_up_to(self.upper)
+        return work if self.lower is None else work - self._pairs_up_to(self.lower - 1)
+
+    def _pairs_up_to(self, bound: int) -> int:
+        """Pairs with j - i <= bound: the sum over queries i of min(max(i + bound + 1, 0), num_keys)."""
+        first = max(0, -bound)  # the first query that sees a key
+        saturated = min(max(self.num_keys - bound - 1, first), self.num_queries)  # from here on queries see all keys
+        if first >= self.num_queries:
+            return 0
+        rising = saturated - first
+        triangle = rising * (first + bound + 1) + rising * (rising - 1) // 2
+        return triangle + (self.num_queries - saturated) * self.num_keys
+
+    def part(self, q_start: int, q_stop: int, k_start: int, k_stop: int) -> MaskedBlock | None:
+        """What attends within a smaller rectangle, in the same coordinates, trimmed; None if nothing does."""
+        shift = (q_start - self.q_start) - (k_start - self.k_start)
+        lower = None if self.lower is None else self.lower + shift
+        upper = None if self.upper is None else self.upper + shift
+        return MaskedBlock(q_start, q_stop, k_start, k_stop, lower, upper).trimmed()
+
+    def trimmed(self) -> MaskedBlock | None:
+        """The smallest rectangle with the same pairs, bounds that cut nothing off left out; None if there are none."""
+        lower = -self.num_queries if self.lower is None else self.lower
+        upper = self.num_keys if self.upper is None else self.upper
+        q_first, q_stop = max(0, -upper), min(self.num_queries, self.num_keys - lower)
+        k_first, k_stop = max(0, lower + q_first), min(self.num_keys, upper + q_stop)
+        if lower > upper or q_first >= q_stop or k_first >= k_stop:
+            return None
+        lower, upper = lower + q_first - k_first, upper + q_first - k_first
+        return MaskedBlock(
+            self.q_start + q_first,
+            self.q_start + q_stop,
+            self.k_start + k_first,
+            self.k_start + k_stop,
+            lower if lower > q_first - q_stop + 1 else None,
+            upper if upper < k_stop - k_first - 1 else None,
+        )
+
+    def joined(self, other: MaskedBlock) -> MaskedBlock | None:
+        """One rectangle with the pairs of both, which must be disjoint; None if their union is not one."""
+        box = (
+            min(self.q_start, other.q_start),
+            max(self.q_stop, other.q_stop),
+            min(self.k_start, other.k_start),
+            max(self.k_stop, other.k_stop),
+        )
+        # the narrowest band around both; if it has as many pairs as they have, it has no others
+        edges = [edge for part in (self, other) for edge in part._edges(box[0], box[2])]
+        candidate = MaskedBlock(*box, min(edges), max(edges)).trimmed()
+        return candidate if candidate is not None and candidate.work == self.work + other.work else None
+
+    def _edges(self, q_origin: int, k_origin: int) -> tuple[int, int]:
+        """The least and the greatest j - i that attend, counted from a corner of the caller's."""
+        shift = (self.k_start - k_origin) - (self.q_start - q_origin)
+        lower = 1 - self.num_queries if self.lower is None else self.lower
+        upper = self.num_keys - 1 if self.upper is None else self.upper
+        return lower + shift, upper + shift

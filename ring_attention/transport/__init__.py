@@ -1,0 +1,78 @@
+"""Moves tensors between the ranks that share a sequence. Knows nothing of attention; `ring` and `gather` decide what.
+
+The only package of the library that calls torch.distributed directly: DeepSpeed's wrapper has no batched isend/irecv
+and no symmetric memory, and its groups no timeout. One file per transport, one registry:
+
+    p2p          batched isend/irecv, on NCCL or gloo
+    copy_engine  copies into the neighbours' memory instead of NCCL's kernels, by GPUs of one host; p2p between hosts
+
+All traffic of a ring goes in hops that all ranks post in one order, receives before sends: the first hop that is not
+done can always be completed, so nothing waits in a circle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as torch_dist
+
+from ring_attention.transport.collectives import (
+    all_gather,
+    flight_record,
+    group_timeout,
+    rank_and_size,
+    reduce_scatter,
+    same_ranks,
+    subgroup,
+)
+from ring_attention.transport.copy_engine import CopyEngineTransport, release_symmetric_buffers, symmetric_buffer_bytes
+from ring_attention.transport.p2p import P2PMessage, P2PTransport, Transfer, TransferError
+
+__all__ = [
+    "TRANSPORTS",
+    "CopyEngineTransport",
+    "Transfer",
+    "TransferError",
+    "P2PMessage",
+    "P2PTransport",
+    "all_gather",
+    "choose_transport",
+    "flight_record",
+    "group_timeout",
+    "symmetric_buffer_bytes",
+    "make_transport",
+    "rank_and_size",
+    "reduce_scatter",
+    "release_symmetric_buffers",
+    "same_ranks",
+    "subgroup",
+]
+
+TRANSPORTS: dict[str, type[P2PTransport]] = {"p2p": P2PTransport, "copy_engine": CopyEngineTransport}
+
+
+def choose_transport(device_type: str) -> str:
+    """The faster one: copies on NVIDIA GPUs (docs/performance.md)."""
+    return "copy_engine" if device_type == "cuda" and torch.version.cuda else "p2p"
+
+
+def make_transport(
+    transport: str,
+    group: torch_dist.ProcessGroup,
+    order: Sequence[int] | None = None,
+) -> P2PTransport:
+    """The named transport on `group`.
+
+    Args:
+        transport: a key of TRANSPORTS, or "auto".
+        order: the group's ranks in ring order (`topology.ring_order`); None is their own order.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if transport == "auto":
+        transport = choose_transport("cuda" if torch_dist.get_backend(group) == "nccl" else "cpu")
+    if transport not in TRANSPORTS:
+        raise ValueError(f"transport={transport!r} is unknown: use one of auto, {', '.join(TRANSPORTS)}")
+    return TRANSPORTS[transport](group, order)

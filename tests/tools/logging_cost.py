@@ -1,0 +1,103 @@
+"""What logging costs: `python -m tests.tools.logging_cost`, on two CPU ranks; some minutes, with nothing else on their cores.
+
+One run of the main job logs every 40 steps: blocks of 20 steps with a logged one in their middle, and in turns with
+them blocks without. The difference is given of the wall clock and of rank 0's processor time, which depends less on
+what else runs; beside them the time that rank 0 spends in what is called for a logged step alone, waiting for the other
+rank included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+from unittest import mock
+
+from conf.schema import CheckpointConfig, Config, DataConfig, LoggingConfig
+from recipes import registry
+from recipes.launch import launcher
+
+BLOCK = 20
+RESULT_FILE = "cost.json"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The task of the ranks: rank 0 writes when each step ended, and what logging took, in seconds."""
+
+    config: Config
+
+    def run(self, run_dir: Path, console: TextIO) -> float:
+        from recipes.monitor.reporter import Reporter
+        from recipes.monitor.step_timer import StepTimer
+
+        ends_s: list[tuple[float, float]] = []
+        logging_s: list[float] = []
+
+        def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*arguments: Any) -> Any:
+                started = time.perf_counter()
+                result = function(*arguments)
+                logging_s.append(time.perf_counter() - started)
+                return result
+
+            return run
+
+        def advance(reporter: Reporter) -> None:
+            ends_s.append((time.perf_counter(), time.process_time()))
+            if len(ends_s) == BLOCK // 2:
+                logging_s.clear()  # the first step's
+
+        with (
+            mock.patch.object(Reporter, "advance", advance),
+            mock.patch.object(Reporter, "step_line", timed(Reporter.step_line)),
+            mock.patch.object(Reporter, "log", timed(Reporter.log)),
+            mock.patch.object(StepTimer, "take", timed(StepTimer.take)),
+        ):
+            registry.RecipeTask(self.config).run(run_dir, console)
+        if ends_s:
+            (run_dir / RESULT_FILE).write_text(json.dumps([ends_s, sum(logging_s)]))
+        return 0.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--pairs", type=int, default=20, help="of blocks")
+    parser.add_argument("--length", type=int, default=2048, help="of sequences")
+    options = parser.parse_args()
+    config = Config(
+        data=DataConfig(sequence_length=options.length, validation_sequences=1),
+        logging=LoggingConfig(every_n_steps=2 * BLOCK, wandb="offline"),
+        checkpoint=CheckpointConfig(keep=0),
+        breakdown=False,
+        num_steps=BLOCK // 2 + 2 * BLOCK * options.pairs,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        launcher.launch(Measurement(config), 2, Path(folder))
+        ends_s, logging_s = json.loads((Path(folder) / RESULT_FILE).read_text())
+    print(f"{options.pairs} pairs of {BLOCK} steps")
+    for clock, times_s in zip(("the wall clock", "processor time"), zip(*ends_s, strict=True), strict=True):
+        edges_s = times_s[BLOCK // 2 - 1 :: BLOCK]
+        blocks_s = [stop - start for start, stop in itertools.pairwise(edges_s)]
+        without_s, with_s = blocks_s[::2], blocks_s[1::2]
+        changes = [100 * (one / other - 1) for one, other in zip(with_s, without_s, strict=True)]
+        low, middle, high = statistics.quantiles(changes, n=4)
+        print(
+            f"by {clock}: {1e3 * statistics.median(without_s) / BLOCK:.1f} ms a step, {middle:+.2f} % with a logged "
+            f"one among {BLOCK} (quartiles {low:+.2f} to {high:+.2f})"
+        )
+    blocks_s = [stop[0] - start[0] for start, stop in itertools.pairwise(ends_s[BLOCK // 2 - 1 :: BLOCK])]
+    log_s = logging_s / (options.pairs + 1)  # the last step's, too
+    share_pct = 100 * log_s / statistics.median(blocks_s)
+    print(f"spent on each log: {1e3 * log_s:.2f} ms, {share_pct:.3f} % of {BLOCK} steps")
+
+
+if __name__ == "__main__":
+    main()

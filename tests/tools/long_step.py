@@ -1,0 +1,82 @@
+"""What single training steps take, time and memory, beside what was predicted, on random tokens.
+
+    python -m tests.tools.long_step --json FILE "model=llama_8b model.num_layers=8 data.sequence_length=1048576" "..."
+
+takes the overrides of one setting in each argument, and starts its ranks anew. One step unless num_steps says more; the
+fastest counts. Peaks are what PyTorch's allocator gave out; on the CPU the process's own. `recipe=max_length` makes
+the same probes, and looks for the longest sequence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+
+import train  # noqa: F401 - registers the schema
+from conf.compose import to_config
+from conf.schema import Config
+from recipes.benchmark.max_length import NO_MEMORY_FILE, PROBE_FILE, Probe
+from recipes.launch import launcher
+from recipes.planning.plan import Plan
+from recipes.run.errors import RunFailed
+
+
+def composed(setting: str) -> Config:
+    """Of one setting's overrides."""
+    with hydra.initialize(version_base="1.3", config_path="../../conf"):
+        return to_config(hydra.compose("config", ["num_steps=1", *shlex.split(setting)]))
+
+
+def predicted(plan: Plan) -> dict[str, Any]:
+    """`predicted_gib`, and when that is; nothing where it is not predicted."""
+    peak = plan.peak
+    return {} if peak is None else {"predicted_gib": peak.total / 2**30, "fullest_at": peak.name}
+
+
+def predicted_again(row: dict[str, Any]) -> dict[str, Any]:
+    """Of a row that a GPU gave, by present code."""
+    num_ranks = row["num_ranks"]
+    return predicted(Plan(composed(row["setting"]), num_ranks, "cuda", row["device"], None, num_ranks))
+
+
+def step(config: Config) -> dict[str, Any]:
+    """Of one setting: what it took, or `error` if it ran out of memory; and `predicted_gib` where it is predicted."""
+    num_ranks = launcher.count_ranks(config)
+    row: dict[str, Any] = {"num_ranks": num_ranks, **predicted(launcher.make_plan(config, num_ranks))}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            launcher.start(Probe(config), num_ranks, Path(folder))
+        except RunFailed:
+            failed = Path(folder, NO_MEMORY_FILE)
+            if not failed.exists():
+                raise
+            return {**row, "error": failed.read_text(encoding="utf-8")}
+        return {**row, **json.loads(Path(folder, PROBE_FILE).read_text(encoding="utf-8"))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What single training steps take, on random tokens.")
+    parser.add_argument("settings", nargs="+", help="overrides of train.py's, of one setting each")
+    parser.add_argument("--json", type=Path, help="also write the table to this file")
+    options = parser.parse_args()
+    rows = []
+    for setting in options.settings:
+        rows.append({"setting": setting, "torch": torch.__version__, **step(composed(setting))})
+        found = "out of memory"
+        if "error" not in rows[-1]:
+            found = "peak {peak_gib:.2f} GiB, step {step_time_s:.2f} s, {tokens_per_s:,.0f} tokens/s".format(**rows[-1])
+        predicted = "{predicted_gib:.2f} GiB predicted".format(**rows[-1]) if "predicted_gib" in rows[-1] else ""
+        print(f"{setting}: {found}; {predicted}", flush=True)
+        if options.json:  # a crash loses nothing
+            options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,298 @@
+"""The block kernels that run here against a dense softmax in fp64, and the registry's choices."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from ring_attention.accumulators import GradientAccumulator, OnlineSoftmaxAccumulator, PiecewiseSum
+from ring_attention.attend import attend_backward, attend_forward
+from ring_attention.kernels import KERNELS, KernelSpec, choose_kernel, flash_attn_4
+from ring_attention.kernels.base import band_mask, is_installed
+from ring_attention.kv import KeysValues
+from ring_attention.masked_block import MaskedBlock
+from ring_attention.merge import merge
+from ring_attention.schedule import AttentionTile
+from tests.tools.measure import Expected, assert_equal_attention, dense_attention, relative_error
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+SCALE = 0.3
+# queries, keys, lower, upper: as trimmed rectangles have them
+BANDS = [
+    (9, 9, None, 0),
+    (5, 10, None, None),
+    (12, 3, None, None),
+    (1, 1, None, None),
+    (10, 6, None, 0),
+    (6, 10, None, 4),
+    (7, 9, None, 5),
+    (9, 9, -3, 0),
+    (9, 9, -2, 3),
+    (7, 9, -1, 3),
+    (9, 6, -3, None),
+    (300, 300, -20, 0),
+]
+
+
+def draw(dtype: torch.dtype, num_queries: int, num_keys: int, num_heads: int, num_kv_heads: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(num_queries * 100 + num_keys)
+    shapes = [(2, num_queries, num_heads, 16), (2, num_keys, num_kv_heads, 16), (2, num_keys, num_kv_heads, 16)]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def oracle(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lower: int | None, upper: int | None) -> Expected:
+    distance = torch.arange(k.shape[1], device=q.device) - torch.arange(q.shape[1], device=q.device)[:, None]
+    allowed = torch.ones_like(distance, dtype=torch.bool)
+    allowed = allowed if lower is None else allowed & (distance >= lower)
+    allowed = allowed if upper is None else allowed & (distance <= upper)
+    return dense_attention(q, k, v, dout, allowed[None], SCALE)
+
+
+def computed(
+    name: str, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lower: int | None, upper: int | None
+) -> list[Tensor]:
+    """The same by a kernel, through the tiles that it asks for."""
+    rectangle = MaskedBlock(0, q.shape[1], 0, k.shape[1], lower, upper)
+    assert rectangle.trimmed() == rectangle, "the test's band is not trimmed"
+    pairs, keys, here = [AttentionTile(None, rectangle)], ((0, k.shape[1]),), KeysValues(k, v)
+    running = OnlineSoftmaxAccumulator(q, v)
+    attend_forward(running, KERNELS[name], SCALE, pairs, q, here, keys, is_last=True)
+    out, lse = running.result()
+    gradients = [torch.zeros_like(tensor, dtype=lse.dtype) for tensor in (q, k, v)]
+    for block in attend_backward(KERNELS[name], SCALE, pairs, keys, dout, q, here, out, lse):
+        part, pieces = block.part, (block.dq, block.dk, block.dv)
+        queries, columns = slice(part.q_start, part.q_stop), slice(part.k_start, part.k_stop)
+        for gradient, piece, place in zip(gradients, pieces, (queries, columns, columns), strict=True):
+            gradient[:, place] += piece
+    return [out, *gradients]
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu_flash"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("num_queries", "num_keys", "lower", "upper"), BANDS)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (4, 2), (4, 1)])
+def test_a_block_equals_fp64_attention(name, dtype, num_queries, num_keys, lower, upper, num_heads, num_kv_heads):
+    q, k, v = draw(dtype, num_queries, num_keys, num_heads, num_kv_heads)
+    dout = torch.randn(q.shape, dtype=torch.float64).to(dtype)
+    got = computed(name, q, k, v, dout, lower, upper)
+    assert_equal_attention(got, oracle(q, k, v, dout, lower, upper), dtype)
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu_flash"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_log_sum_exp_is_in_fp32_at_least(name, dtype):
+    q, k, v = draw(dtype, 5, 7, 4, 2)
+    out, lse = KERNELS[name].forward(q, k, v, None, None, SCALE)
+    assert (out.shape, lse.shape) == (q.shape, (2, 4, 5))
+    assert lse.dtype == torch.promote_types(dtype, torch.float32)
+
+
+def test_merging_two_halves_equals_the_whole():
+    q, k, v = draw(torch.float64, 6, 10, 4, 2)
+    block = KERNELS["reference"]
+    whole_out, whole_lse = block.forward(q, k, v, None, None, SCALE)
+    out, lse = block.forward(q, k[:, :3], v[:, :3], None, None, SCALE)
+    merge(out, out, lse, *block.forward(q, k[:, 3:], v[:, 3:], None, None, SCALE))
+    assert relative_error(out, whole_out) < 1e-14
+    assert relative_error(lse, whole_lse) < 1e-14
+
+
+def test_merging_into_a_row_that_has_seen_nothing_takes_the_block():
+    out, lse = torch.zeros(1, 1, 1, 2), torch.full((1, 1, 1), float("-inf"))
+    merge(out, out, lse, torch.full((1, 1, 1, 2), 3.0), torch.full((1, 1, 1), -5.0))
+    assert (out.tolist(), lse.tolist()) == ([[[[3.0, 3.0]]]], [[[-5.0]]])
+
+
+def test_merging_survives_scores_far_apart():
+    out, lse = torch.ones(1, 1, 1, 2), torch.full((1, 1, 1), -1e4)
+    merge(out, out, lse, torch.full((1, 1, 1, 2), 3.0), torch.full((1, 1, 1), 1e4))
+    assert out.tolist() == [[[[3.0, 3.0]]]]
+    assert lse.tolist() == [[[1e4]]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_a_running_sum_is_rounded_once(dtype):
+    """Parts of all and of some tokens, in any order: the exact sum, rounded to the dtype."""
+    whole, half, other = (torch.randn(2, n, 3, 4, dtype=torch.float64).to(dtype) for n in (6, 3, 3))
+    everything, first, last = slice(None), slice(0, 3), slice(3, 6)
+    exact = whole.double().clone()
+    exact[:, first] += half.double()
+    exact[:, last] += other.double()
+    exact += whole.double()
+    total = GradientAccumulator(whole.shape, dtype)
+    total.add(everything, everything, whole.clone(), False)
+    total.add(everything, first, half, False)
+    total.add(everything, everything, whole.clone(), False)
+    total.add(everything, last, other, True)
+    assert total.result().dtype == dtype
+    # Half a unit in the last place; the rest is the sum's own rounding in fp32 (fp64) where terms cancel.
+    rtol, atol = {torch.float64: (1e-15, 1e-14), torch.float32: (2e-7, 2e-6), torch.bfloat16: (2.0**-8, 2e-6)}[dtype]
+    torch.testing.assert_close(total.result().double(), exact, rtol=rtol, atol=atol)
+    parts = GradientAccumulator(whole.shape, dtype)
+    parts.add(everything, last, other, False)
+    parts.add(everything, first, half, True)
+    assert torch.equal(parts.result(), torch.cat((half, other), 1))
+
+    at_once = GradientAccumulator(whole.shape, dtype)
+    at_once.add(everything, everything, whole.clone(), False)
+    parts = [(everything, first, half), (everything, slice(0, 6), whole.clone()), (everything, last, other)]
+    at_once.add_several(parts, True)
+    torch.testing.assert_close(at_once.result().double(), exact, rtol=rtol, atol=atol)
+
+    started = GradientAccumulator(whole.shape, dtype)  # by the first of several
+    started.add_several([(everything, slice(0, 6), whole.clone()), *parts], True)
+    torch.testing.assert_close(started.result().double(), exact, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("cuts", [((), ()), ((), (3,)), ((1,), ()), ((1,), (3,))], ids=str)
+def test_each_piece_of_a_sum_is_rounded_once(cuts, dtype):
+    """The first half of the pieces ends later; parts are of all and of some rows and tokens."""
+    whole, half, other = (torch.randn(2, n, 3, 4, dtype=torch.float64).to(dtype) for n in (6, 3, 3))
+    everything, first, last = slice(None), slice(0, 3), slice(3, 6)
+    exact = 2 * whole.double()
+    exact[:, first] += half.double()
+    exact[:, last] += other.double()
+    pieces = PiecewiseSum(whole, *cuts)
+    pieces.add(slice(1, 2), slice(0, 6), whole[1:].clone(), False)
+    pieces.add(everything, last, other, False)
+    pieces.add(everything, slice(0, 6), whole.clone(), False)
+    by_parts = copy.deepcopy(pieces)
+    pieces.add(everything, first, half, cuts != ((), ()))
+    pieces.add(slice(0, 1), slice(0, 6), whole[:1].clone(), True, later=True)
+    rtol, atol = {torch.float64: (1e-15, 1e-14), torch.float32: (2e-7, 2e-6), torch.bfloat16: (2.0**-8, 2e-6)}[dtype]
+    torch.testing.assert_close(pieces.result().double(), exact, rtol=rtol, atol=atol)
+    if cuts[0]:  # else not all rows of the piece come with the last part
+        by_parts.add_several([(everything, first, half), (slice(0, 1), slice(0, 6), whole[:1])], True)
+        torch.testing.assert_close(by_parts.result().double(), exact, rtol=rtol, atol=atol)
+
+
+@pytest.fixture
+def packages(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The modules of kernel packages that count as installed: none, until a test adds them."""
+    installed: set[str] = set()
+    monkeypatch.setattr("ring_attention.kernels.base.is_installed", installed.__contains__)
+    return installed
+
+
+def spec(device_type: str, capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int) -> KernelSpec:
+    return KernelSpec(device_type, capability, dtype, 32, 8, head_dim)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "chosen"),
+    [
+        (spec("cpu", None, torch.float32, 64), "cpu_flash"),
+        (spec("cpu", None, torch.bfloat16, 512), "cpu_flash"),
+        (spec("cuda", (9, 0), torch.bfloat16, 128), "cudnn"),
+        (spec("cuda", (8, 0), torch.bfloat16, 128), "aten_flash"),
+        (spec("cuda", (9, 0), torch.float16, 256), "aten_flash"),
+        (spec("cuda", (9, 0), torch.float32, 128), "mem_efficient"),
+        (spec("cuda", (9, 0), torch.bfloat16, 512), "mem_efficient"),
+        (spec("cuda", (9, 0), torch.float64, 128), "reference"),
+        (replace(spec("cuda", (9, 0), torch.bfloat16, 128), windowed=True), "aten_flash"),
+        (replace(spec("cuda", (9, 0), torch.bfloat16, 128), value_head_dim=64), "mem_efficient"),
+        (replace(spec("cpu", None, torch.float32, 64), value_head_dim=32), "reference"),
+    ],
+)
+def test_the_fastest_kernel_that_can_is_chosen(wanted: KernelSpec, chosen: str, packages: set[str]):
+    assert choose_kernel(wanted)[0].name == chosen
+
+
+HOPPER_BF16 = spec("cuda", (9, 0), torch.bfloat16, 128)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "chosen"),
+    [
+        (HOPPER_BF16, "flash_attn_4"),
+        (replace(HOPPER_BF16, dtype=torch.float16, head_dim=256), "flash_attn_4"),
+        (replace(HOPPER_BF16, windowed=True), "flash_attn_4"),
+        (replace(HOPPER_BF16, deterministic=True), "flash_attn_4"),
+        (replace(HOPPER_BF16, head_dim=512), "ffpa"),
+        (replace(HOPPER_BF16, head_dim=320, dtype=torch.float16), "ffpa"),
+        (replace(HOPPER_BF16, head_dim=512, deterministic=True), "ffpa"),
+        (replace(HOPPER_BF16, dtype=torch.float32), "mem_efficient"),
+        (replace(HOPPER_BF16, value_head_dim=64), "mem_efficient"),
+        (replace(HOPPER_BF16, head_dim=100), "reference"),
+        (replace(HOPPER_BF16, head_dim=288), "mem_efficient"),
+        (replace(HOPPER_BF16, head_dim=520), "mem_efficient"),
+        (replace(HOPPER_BF16, head_dim=512, windowed=True), "reference"),
+        (replace(HOPPER_BF16, head_dim=512, num_heads=24), "mem_efficient"),
+        (replace(HOPPER_BF16, capability=(8, 0)), "aten_flash"),
+        (replace(HOPPER_BF16, capability=(10, 0)), "cudnn"),
+        (replace(HOPPER_BF16, capability=(8, 0), head_dim=512), "mem_efficient"),
+        (spec("cpu", None, torch.bfloat16, 128), "cpu_flash"),
+    ],
+)
+def test_kernels_of_packages_that_are_installed_come_first(wanted: KernelSpec, chosen: str, packages: set[str]):
+    packages |= {"flash_attn.cute", "ffpa_attn"}
+    assert choose_kernel(wanted)[0].name == chosen
+
+
+def test_a_fallback_says_what_was_not_possible(packages: set[str]):
+    reason = choose_kernel(spec("cuda", (9, 0), torch.float32, 128))[1]
+    assert "not cudnn: needs bf16 or fp16, not torch.float32" in reason
+
+
+def test_a_fallback_says_what_to_install_where_that_helps(packages: set[str]):
+    install = "is not installed: pip install -e '.[kernels]'"
+    reason = choose_kernel(HOPPER_BF16)[1]
+    assert f"not flash_attn_4: the package flash-attn-4 {install}" in reason
+    assert "not ffpa: needs a head_dim that is a multiple of 8 from 320 to 512, not 128" in reason
+    assert install not in choose_kernel(replace(HOPPER_BF16, capability=(8, 0)))[1]
+
+
+def test_a_fallback_from_large_heads_says_what_it_costs(packages: set[str]):
+    cost = (
+        "without it attention is about 4 times slower forward and 6 times backward (16 heads x 512 on an H100: 109 and "
+        "35 TFLOP/s against 465 and 215)"
+    )
+    block, reason = choose_kernel(replace(HOPPER_BF16, head_dim=512))
+    assert block.name == "mem_efficient"
+    assert f"not ffpa: the package ffpa-attn is not installed: pip install -e '.[kernels]'; {cost}" in reason
+    reason = choose_kernel(replace(HOPPER_BF16, head_dim=512, capability=(8, 0)))[1]
+    assert (
+        f"not ffpa: needs a Hopper GPU (compute capability 9.x), or a head_dim up to 256 for FlashAttention; {cost}"
+        in reason
+    )
+
+
+def test_a_package_is_found_without_importing_it():
+    assert is_installed("torch.testing")
+    assert not is_installed("no_such_package")
+    assert not is_installed("no_such_package.cute")
+
+
+@pytest.mark.parametrize(
+    ("num_queries", "num_keys", "lower", "upper"), [*BANDS, (5, 10, None, 5), (313, 200, -200, None)]
+)
+def test_flash_attention_4_is_asked_for_the_band(num_queries: int, num_keys: int, lower: int | None, upper: int | None):
+    """The window counts from the diagonal that ends in the last query and key, as the kernel's masks do."""
+    window = flash_attn_4._window(num_queries, num_keys, lower, upper)
+    left, right = window["window_size_left"], window["window_size_right"]
+    diagonal = torch.arange(num_queries)[:, None] + num_keys - num_queries
+    keys = torch.arange(num_keys)
+    allowed = torch.ones(num_queries, num_keys, dtype=torch.bool)
+    if left is not None:
+        assert left >= 0
+        allowed &= keys >= diagonal - left
+    if right is not None:
+        assert right >= 0
+        allowed &= keys <= diagonal + right
+    assert torch.equal(allowed, band_mask(num_queries, num_keys, lower, upper, torch.device("cpu")))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cpu_flash", "kernel=cpu_flash cannot run here: needs values of head size 64, not 32; use kernel=auto"),
+        ("flash9", "kernel=flash9 is unknown: use auto, flash_attn_4, ffpa, cudnn, aten_flash, mem_efficient, "),
+        ("cudnn", "kernel=cudnn cannot run here: it does not run on cpu; use kernel=auto"),
+    ],
+)
+def test_a_kernel_that_cannot_run_is_refused(name: str, message: str):
+    with pytest.raises(ValueError, match=message):
+        choose_kernel(replace(spec("cpu", None, torch.float32, 64), value_head_dim=32), name)

@@ -1,0 +1,117 @@
+"""Which environments make a process one of a launcher's ranks."""
+
+from __future__ import annotations
+
+import os
+import re
+from unittest import mock
+
+import pytest
+
+from conf.schema import ConfigError
+from recipes.launch.environment import RENDEZVOUS, adopt_external_ranks
+
+STEP = {
+    "SLURM_JOB_ID": "1234567",
+    "SLURM_STEP_ID": "2",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+    "SLURM_STEP_NODELIST": "node[003-007,9]",
+}
+TORCHRUN = {
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "MASTER_ADDR": "here",
+    "MASTER_PORT": "29500",
+}
+
+
+def adopted(environment: dict[str, str]) -> dict[str, str] | None:
+    """The environment afterwards, or None if this is no rank of a launcher's."""
+    with mock.patch.dict(os.environ, environment, clear=True):
+        return dict(os.environ) if adopt_external_ranks() else None
+
+
+def test_a_step_of_srun_becomes_torchruns_variables():
+    assert adopted(STEP) == STEP | {
+        "RANK": "5",
+        "WORLD_SIZE": "8",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "4",
+        "MASTER_ADDR": "node003",
+        "MASTER_PORT": str(20000 + (97 * 1234567 + 2) % 10000),
+    }
+
+
+def test_a_step_on_one_node_knows_its_local_ranks():
+    environment = adopted(STEP | {"SLURM_STEP_TASKS_PER_NODE": "8"})
+    assert environment is not None
+    assert environment["LOCAL_WORLD_SIZE"] == "8"
+
+
+def test_a_step_on_one_node_meets_in_a_file_of_this_start_and_elsewhere_where_the_user_says():
+    step = STEP | {"SLURM_STEP_TASKS_PER_NODE": "8", "TMPDIR": "/tmp"}
+    first, again, told = (
+        adopted(step),
+        adopted(step | {"SLURM_RESTART_COUNT": "1"}),
+        adopted(step | {"MASTER_ADDR": "a"}),
+    )
+    assert first is not None
+    assert again is not None
+    assert told is not None
+    assert re.fullmatch(r"/.+/ring_attention_\d+_1234567_2_0", first[RENDEZVOUS])
+    assert again[RENDEZVOUS] == first[RENDEZVOUS][:-1] + "1"
+    assert RENDEZVOUS not in told
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "first"),
+    [
+        ("node[003-007,9]", "node003"),
+        ("node[9,003-007]", "node9"),
+        ("gpu1", "gpu1"),
+        ("a,b", "a"),
+        ("gpu-1.cluster,gpu-2.cluster", "gpu-1.cluster"),
+        ("rack[1-2]n[3-4]-ib,login", "rack1n3-ib"),
+    ],
+)
+def test_ranks_meet_on_the_first_host_of_the_nodelist(nodelist, first):
+    environment = adopted(STEP | {"SLURM_STEP_NODELIST": nodelist})
+    assert environment is not None
+    assert environment["MASTER_ADDR"] == first
+
+
+def test_an_address_that_the_user_gives_is_kept():
+    environment = adopted(STEP | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4000"})
+    assert environment is not None
+    assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("10.0.0.1", "4000")
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"},  # a batch script
+        STEP | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},  # srun --ntasks=1, an interactive shell
+        {"WORLD_SIZE": "8"},
+    ],
+)
+def test_other_processes_start_ranks_of_their_own(environment):
+    assert adopted(environment) is None
+
+
+def test_ranks_of_torchrun_and_deepspeed_are_taken_as_they_are():
+    assert adopted(TORCHRUN) == TORCHRUN
+    assert adopted(TORCHRUN | {"LOCAL_SIZE": "4"}) == TORCHRUN | {"LOCAL_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
+
+
+def test_a_half_set_environment_is_refused():
+    with pytest.raises(ConfigError) as caught:
+        adopted({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "here"})
+    assert str(caught.value) == (
+        "RANK=1 says that a launcher has started this rank, but LOCAL_RANK, MASTER_PORT is not set: "
+        "start with torchrun, deepspeed --no_local_rank or srun, or unset RANK"
+    )

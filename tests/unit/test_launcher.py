@@ -1,0 +1,184 @@
+"""What the launcher refuses on a machine without GPUs, before any rank is started."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shlex
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from conf.schema import AttentionConfig, Config, ConfigError, EngineConfig, LaunchConfig, ModelConfig
+from recipes.launch.launcher import _explain_failure, _Outcome, count_ranks, launch
+from recipes.launch.processes import signals_deferred
+from recipes.registry import RecipeTask
+from recipes.run.errors import RunFailed
+from recipes.run.heartbeat import Heartbeat
+
+
+@pytest.fixture(autouse=True)
+def _no_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def test_four_ranks_are_the_default_on_the_cpu():
+    assert count_ranks(Config()) == 4
+    assert count_ranks(Config(launch=LaunchConfig(num_ranks=3))) == 3
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            Config(engine=EngineConfig(dtype="fp16")),
+            "engine.dtype=fp16 needs a GPU: use engine.dtype=bf16 or engine.dtype=fp32 on the CPU",
+        ),
+        (
+            Config(attention=AttentionConfig(kernel="cudnn")),
+            "attention.kernel=cudnn cannot run here: it does not run on cpu; use attention.kernel=auto",
+        ),
+        (
+            Config(attention=AttentionConfig(transport="copy_engine")),
+            "attention.transport=copy_engine needs GPUs: use attention.transport=p2p on the CPU",
+        ),
+    ],
+    ids=["fp16", "cudnn", "copy_engine"],
+)
+def test_what_needs_a_gpu_is_refused_on_the_cpu(config, message):
+    with pytest.raises(ConfigError) as caught:
+        count_ranks(config)
+    assert str(caught.value) == message
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError) as caught:
+        count_ranks(Config(launch=LaunchConfig(num_ranks=4)))
+    assert str(caught.value) == (
+        "launch.num_ranks=4 is more than the GPUs here: use launch.num_ranks=2 or fewer, "
+        "or set CUDA_VISIBLE_DEVICES= (empty) to run on the CPU"
+    )
+
+
+@pytest.mark.parametrize(("number", "expected"), [(errno.ENOSPC, RunFailed), (errno.EMFILE, OSError)])
+def test_only_want_of_space_is_want_of_shared_memory(monkeypatch, tmp_path, number, expected):
+    def fails(self):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(type(mp.get_context("spawn")), "SimpleQueue", fails)
+    with pytest.raises(expected, match=os.strerror(number)) as caught:
+        launch(RecipeTask(Config()), 1, tmp_path)
+    assert ("no shared memory left" in str(caught.value)) == (expected is RunFailed)
+
+
+@pytest.mark.parametrize(
+    ("exit_codes", "first_seen", "reported", "blamed"),
+    [
+        ([0, -9, 0], 1, [], "rank 1 was ended by SIGKILL"),
+        ([1, -9, 0], 0, [(0, "peer is gone")], "rank 1 was ended by SIGKILL"),  # its peer was seen first
+        ([-6, 1, 0], 1, [(1, "the cause")], "rank 1 failed:\nthe cause"),  # NCCL's watchdog aborts a survivor
+        ([-6, 0, 0], 0, [], "rank 0 was ended by SIGABRT"),
+        ([1, 1, 0], 0, [(1, "the cause"), (0, "peer is gone")], "rank 1 failed:\nthe cause"),
+        ([-15, 0, 1], 0, [(2, "peer is gone")], "rank 0 was ended by SIGTERM"),
+        ([0, 7, 0], 1, [], "rank 1 exited with code 7"),
+    ],
+)
+def test_the_rank_that_failed_first_is_blamed(tmp_path, exit_codes, first_seen, reported, blamed):
+    outcomes = [_Outcome(rank, error=f"rank {rank} failed:\n{error}") for rank, error in reported]
+    rank = blamed.split()[1]
+    hint = "\nif nobody did that, the host's memory ran out: see dmesg and explain=true"
+    assert _explain_failure(exit_codes, first_seen, outcomes, tmp_path) == (
+        f"{blamed}\nthe other ranks were ended; its log: {tmp_path / 'logs' / f'rank_{rank}.log'}"
+        f"{hint if 'SIGKILL' in blamed else ''}"
+    )
+
+
+def test_a_killed_rank_is_named_with_where_it_was_and_a_stall_with_all_ranks(tmp_path):
+    (tmp_path / "logs").mkdir()
+    Heartbeat(tmp_path, 1).tell("part", "validation after step 4")
+    message = _explain_failure([0, -9], 1, [], tmp_path)
+    assert message.startswith("rank 1 was ended by SIGKILL (validation after step 4)\nthe other ranks were ended;")
+    (tmp_path / "logs" / "stall.txt").write_text("step 7 was not done\nrank 0\nrank 1\n")
+    assert _explain_failure([0, 1], 1, [], tmp_path) == "step 7 was not done\nrank 0\nrank 1"
+
+
+def test_a_refusal_by_the_ranks_is_shown_alone(tmp_path):
+    refused = [_Outcome(rank, error="that does not fit", refused=True) for rank in (1, 0)]
+    assert _explain_failure([1, 1], 1, refused, tmp_path) == "that does not fit"
+
+
+def test_a_model_too_large_for_the_ranks_is_refused(monkeypatch):
+    pages = {"SC_PHYS_PAGES": 2**20, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr("recipes.launch.launcher.os.sysconf", pages.__getitem__)
+    large = Config(model=ModelConfig(hidden_size=4096, mlp_size=16384), launch=LaunchConfig(num_ranks=2))
+    with pytest.raises(ConfigError) as caught:
+        count_ranks(large)
+    assert str(caught.value) == (
+        "model tiny with 407.92 M parameters does not fit: engine.zero_stage=1 on 2 ranks needs, per rank and without "
+        "activations,\n"
+        "  weights 0.76 + gradients 1.52 + optimizer 2.28 = 4.56 GiB > 2.00 GiB, the memory of one rank\n"
+        "  use 4 ranks with as much memory each, on 2 hosts like this one, and engine.zero_stage=3: 1.71 GiB"
+    )
+
+
+def test_overdue_hops_are_shown_where_the_watchdog_ended_a_rank(tmp_path):
+    (tmp_path / "logs").mkdir()
+    hop = "TransferError: forward K,V after stage 1: ring rank 1 of 4, receiving from ring rank 0 (global rank 0)"
+    (tmp_path / "logs" / "rank_1.log").write_text(f"noise\n{hop}\nterminate called\n")
+    (tmp_path / "logs" / "rank_0.log").write_text("noise\n")
+    message = _explain_failure([0, -6, 0, 0], 1, [], tmp_path)
+    assert message.splitlines()[:2] == ["rank 1 was ended by SIGABRT", hop]
+
+
+def test_a_signal_while_ranks_are_started_acts_when_they_are():
+    steps = []
+
+    def start() -> None:
+        with signals_deferred():
+            signal.raise_signal(signal.SIGINT)
+            steps.append("started")
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    assert steps == ["started"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [[], ["hydra.run.dir=my run"], ["++hydra.run.dir='my run'"]],
+    ids=["its own run dir", "one that is typed", "one in quotes"],
+)
+@pytest.mark.parametrize("left", [False, True], ids=["first start", "after one that saved"])
+@pytest.mark.parametrize(
+    ("saves", "code", "said"),
+    [
+        (False, 0, ""),
+        (False, 1, ""),
+        (False, 143, ""),  # ended by SIGTERM before it trained
+        (True, 143, "requeue 7\n"),
+        (True, 137, "requeue 7\n"),  # SLURM killed what was left of it
+    ],
+)
+def test_the_batch_file_queues_again_only_what_has_saved_because_it_was_told_to_end(
+    tmp_path, typed, left, saves, code, said
+):
+    marker = tmp_path / ("my run" if typed else "runs/7") / "logs" / "preempted"
+    marker.parent.mkdir(parents=True)
+    if left:
+        marker.touch()
+    srun = f"{f'touch {shlex.quote(str(marker))}; ' if saves else ''}exit {code}"
+    for name, script in (("srun", srun), ("scontrol", "echo $*")):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    script = Path(__file__).resolve().parents[2] / "scripts" / "slurm.sbatch"
+    command = ["bash", script, *typed]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=10)
+    assert (result.returncode, result.stdout) == (code, said)

@@ -1,0 +1,244 @@
+"""What a checkpoint's files must be, which one is taken, which are kept, and which configuration may go on from it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from conf.degrees import resolve_config, resolve_degrees
+from conf.schema import (
+    AttentionConfig,
+    Config,
+    ConfigError,
+    EngineConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelismConfig,
+)
+from recipes.checkpoint.manifest import (
+    CHECKPOINTS_DIR,
+    LATEST_FILE,
+    MANIFEST_FILE,
+    WRITING_DIR,
+    BrokenCheckpoint,
+    Manifest,
+    check_files,
+    check_same_run,
+    fingerprint,
+    is_resharded,
+    newest_first,
+    publish,
+    read_manifest,
+    step_name,
+    write_manifest,
+)
+from recipes.launch.launcher import ended_before
+
+
+def resolved(config: Config, num_ranks: int = 2) -> Config:
+    config = copy.deepcopy(config)
+    resolve_config(config, resolve_degrees(config, num_ranks), num_ranks)
+    return config
+
+
+def write(run_dir: Path, step: int, config: Config | None = None) -> Path:
+    """A checkpoint of two files, as it is before it is published."""
+    folder = run_dir / CHECKPOINTS_DIR / WRITING_DIR / step_name(step)
+    folder.mkdir(parents=True)
+    (folder / "a.pt").write_bytes(b"weights" * 100)
+    (folder / "b.pt").write_bytes(b"")
+    files = {name: fingerprint(folder / name) for name in ("a.pt", "b.pt")}
+    settings = asdict(config or resolved(Config()))
+    write_manifest(folder, Manifest(step, 257 * step, "abc", 1.5, "id", settings, {"torch": "2"}, files))
+    return folder
+
+
+def published(run_dir: Path, step: int, keep: int = 2, config: Config | None = None) -> Path:
+    write(run_dir, step, config)
+    publish(run_dir, step, keep)
+    return run_dir / CHECKPOINTS_DIR / step_name(step)
+
+
+def test_a_manifest_is_read_as_it_was_written_and_its_files_are_whole(tmp_path):
+    folder = published(tmp_path, 5)
+    manifest = read_manifest(folder)
+    assert (manifest.step, manifest.data_cursor, manifest.wandb_run_id, manifest.elapsed_s) == (5, 1285, "id", 1.5)
+    assert manifest.config == asdict(resolved(Config()))
+    assert manifest.files["a.pt"].num_bytes == 700
+    check_files(folder, manifest, manifest.files)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "a.pt has 0 bytes, not 700"),
+        (b"weights" * 99 + b"weightS", "a.pt has another checksum than when it was written"),
+        (None, "a.pt is missing"),
+    ],
+    ids=["truncated", "flipped", "missing"],
+)
+def test_a_file_that_changed_is_named(tmp_path, content, message):
+    folder = published(tmp_path, 5)
+    (folder / "a.pt").unlink() if content is None else (folder / "a.pt").write_bytes(content)
+    manifest = read_manifest(folder)
+    with pytest.raises(BrokenCheckpoint) as caught:
+        check_files(folder, manifest, manifest.files)
+    assert str(caught.value) == f"{folder}/{message}"
+    check_files(folder, manifest, ["b.pt"])  # another rank's share
+
+
+@pytest.mark.parametrize("damage", [lambda text: text[:-9], lambda text: text.replace('"step": 5', '"step": 6')])
+def test_a_manifest_that_changed_is_named(tmp_path, damage):
+    path = published(tmp_path, 5) / MANIFEST_FILE
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(BrokenCheckpoint) as caught:
+        read_manifest(path.parent)
+    assert str(caught.value) == f"{path} is not what was written"
+    path.unlink()
+    with pytest.raises(BrokenCheckpoint) as caught:
+        read_manifest(path.parent)
+    assert str(caught.value) == f"{path}: No such file or directory"
+
+
+def test_the_newest_are_kept_and_latest_names_the_last(tmp_path):
+    for step in (5, 90, 100_000_000):
+        published(tmp_path, step, keep=2)
+    assert [path.name for path in newest_first(tmp_path)] == ["step_100000000", "step_00000090"]
+    assert (tmp_path / CHECKPOINTS_DIR / LATEST_FILE).read_text() == "step_100000000"
+    assert not (tmp_path / CHECKPOINTS_DIR / WRITING_DIR).exists()
+
+
+def test_what_is_being_written_is_no_checkpoint_yet(tmp_path):
+    write(tmp_path, 5)
+    assert newest_first(tmp_path) == []
+
+
+def test_broken_ones_that_a_run_did_not_go_on_from_make_way(tmp_path):
+    for step in (10, 20, 30):
+        published(tmp_path, step, keep=3)
+    (tmp_path / CHECKPOINTS_DIR / step_name(20) / "a.pt").unlink()
+    folder = published(tmp_path, 20, keep=3)  # from 10 on, for 20 and 30 were broken
+    check_files(folder, read_manifest(folder), ["a.pt"])
+    assert [path.name for path in newest_first(tmp_path)] == [step_name(20), step_name(10)]
+    assert (tmp_path / CHECKPOINTS_DIR / LATEST_FILE).read_text() == step_name(20)
+
+
+def test_another_configuration_is_refused_with_its_fields(tmp_path):
+    folder = published(tmp_path, 5)
+    other = resolved(Config(model=ModelConfig(num_layers=4), optimizer=OptimizerConfig(lr=1e-3), num_steps=600))
+    with pytest.raises(ConfigError) as caught:
+        check_same_run(folder, read_manifest(folder), other)
+    assert str(caught.value) == (
+        f"{folder} is of another run: model.num_layers was 2 and is 4; optimizer.lr was 0.003 and is 0.001; num_steps "
+        "was 300 and is 600 (the schedule of the learning rate ends with num_steps): type what that one was started "
+        "with, or use another hydra.run.dir"
+    )
+
+
+def test_what_changes_no_result_may_differ(tmp_path):
+    folder = published(tmp_path, 5)
+    other = resolved(Config(logging=LoggingConfig(every_n_steps=7, tags=["x"]), breakdown=False, profile=True))
+    other.launch.timeout_s, other.checkpoint.keep = 30.0, 9
+    check_same_run(folder, read_manifest(folder), other)
+
+
+def test_another_arrangement_on_as_many_ranks_goes_on_if_the_batch_is_kept(tmp_path):
+    ring = resolved(Config(engine=EngineConfig(gradient_accumulation_steps=2)))
+    folder = published(tmp_path, 5, config=ring)
+    replicas = resolved(Config(parallelism=ParallelismConfig(data_degree=2)))
+    assert check_same_run(folder, read_manifest(folder), replicas) == [
+        "parallelism.data_degree 1 -> 2",
+        "parallelism.ring_degree 2 -> 1",
+        "engine.gradient_accumulation_steps 2 -> 1",
+    ]
+    replicas.engine.micro_batch_size = 3
+    with pytest.raises(ConfigError) as caught:
+        check_same_run(folder, read_manifest(folder), replicas)
+    assert str(caught.value) == (
+        f"{folder} has 2 sequences per step (data ranks x micro-batch x accumulation: 1 x 1 x 2), and this would have "
+        "6 (2 x 3 x 1): type engine.train_batch_size=2, and a parallelism.data_degree and an engine.micro_batch_size "
+        "whose product divides 2"
+    )
+
+
+def test_tiles_of_the_loss_may_differ_also_from_a_run_that_knew_none(tmp_path):
+    folder = published(tmp_path, 5)
+    manifest, other = read_manifest(folder), resolved(Config(engine=EngineConfig(tile_tokens=64)))
+    assert check_same_run(folder, manifest, other) == ["engine.tile_tokens None -> 64"]
+    del manifest.config["engine"]["tile_tokens"]
+    assert check_same_run(folder, manifest, other) == ["engine.tile_tokens None -> 64"]
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_other_ranks_and_zero_stages_go_on(tmp_path, zero_stage):
+    folder = published(tmp_path, 5)
+    other = resolved(Config(engine=EngineConfig(zero_stage=zero_stage)), num_ranks=4)
+    assert check_same_run(folder, read_manifest(folder), other) == [
+        "parallelism.ring_degree 2 -> 4",
+        f"engine.zero_stage 1 -> {zero_stage}",
+        "launch.num_ranks 2 -> 4",
+    ]
+
+
+@pytest.mark.parametrize(("zero_stage", "num_ranks", "expected"), [(1, 2, False), (1, 4, True), (3, 2, True)])
+def test_ranks_and_stage_say_how_states_are_cut(tmp_path, zero_stage, num_ranks, expected):
+    manifest = read_manifest(published(tmp_path, 5))
+    config = resolved(Config(engine=EngineConfig(zero_stage=zero_stage)), num_ranks)
+    assert is_resharded(manifest, config) == expected
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 1), (3, 0)])
+def test_stage_0_goes_on_with_itself_alone(tmp_path, before, after):
+    folder = published(tmp_path, 5, config=resolved(Config(engine=EngineConfig(zero_stage=before))))
+    with pytest.raises(ConfigError) as caught:
+        check_same_run(folder, read_manifest(folder), resolved(Config(engine=EngineConfig(zero_stage=after))))
+    assert str(caught.value) == (
+        f"{folder} is of engine.zero_stage={before}, and this would go on with {after}: from stages 1, 2 and 3 a run "
+        f"goes on with any of the three, from stage 0 with 0 alone: type engine.zero_stage={before}, or use another "
+        "hydra.run.dir"
+    )
+
+
+def test_tensor_and_pipeline_ranks_go_on_as_they_were_alone(tmp_path):
+    config = Config(attention=AttentionConfig(method="local"), parallelism=ParallelismConfig("tensor_pipeline"))
+    folder = published(tmp_path, 5, config=resolved(config))
+    with pytest.raises(ConfigError, match=r"is of another run: .*launch.num_ranks was 2 and is 4"):
+        check_same_run(folder, read_manifest(folder), resolved(config, num_ranks=4))
+
+
+def test_a_schedule_without_an_end_may_be_longer(tmp_path):
+    config = resolved(Config(optimizer=OptimizerConfig(decay="constant", warmup_fraction=0)))
+    folder = published(tmp_path, 5, config=config)
+    check_same_run(folder, read_manifest(folder), replace(config, num_steps=600))
+
+
+class TestBeforeRanksStart:
+    def test_there_is_something_to_do(self, tmp_path):
+        assert ended_before(Config(), 2, tmp_path) is None
+        published(tmp_path, 100)
+        assert ended_before(Config(), 2, tmp_path) is None
+
+    def test_a_broken_manifest_is_left_to_the_ranks(self, tmp_path):
+        (published(tmp_path, 300) / MANIFEST_FILE).write_text("{}")
+        assert ended_before(Config(), 2, tmp_path) is None
+
+    def test_other_ranks_go_on(self, tmp_path):
+        published(tmp_path, 100)
+        assert ended_before(Config(), 4, tmp_path) is None
+
+    def test_another_run_is_refused(self, tmp_path):
+        published(tmp_path, 100)
+        with pytest.raises(ConfigError, match=r"num_layers was 2 and is 4: .*hydra.run.dir"):
+            ended_before(Config(model=ModelConfig(num_layers=4)), 2, tmp_path)
+
+    def test_a_run_that_is_over_gives_its_result(self, tmp_path, capsys):
+        published(tmp_path, 300)
+        (tmp_path / "summary.json").write_text(json.dumps({"validation_loss": 2.5}))
+        assert ended_before(Config(), 2, tmp_path) == 2.5
+        said = f"all 300 steps of {tmp_path} are done: to train anew use another hydra.run.dir\n"
+        assert capsys.readouterr().out == said

@@ -1,0 +1,212 @@
+"""What to type when a step runs out of memory, and what the run says and writes then."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conf.schema import (
+    AttentionConfig,
+    DataConfig,
+    EngineConfig,
+    ParallelismConfig,
+)
+from recipes.launch.memory_errors import OutOfMemory, helpful_overrides, out_of_memory_cause, out_of_memory_explained
+from recipes.run.heartbeat import Heartbeat
+from tests.unit.test_memory import plan, tensor_pipeline
+
+ALLOCATOR = "PYTORCH_ALLOC_CONF=expandable_segments:True"
+RECOMPUTE = "engine.recompute=selective"
+HOST = "engine.offload_optimizer=true"
+HALF = "data.sequence_length=1024"
+RING_8 = "parallelism.data_degree=1 parallelism.ring_degree=8"
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, [RECOMPUTE, "engine.zero_stage=3", ALLOCATOR]),
+        ({"engine": EngineConfig(zero_stage=3)}, [RECOMPUTE, ALLOCATOR, HOST]),
+        ({"engine": EngineConfig(zero_stage=3, offload_optimizer=True)}, [RECOMPUTE, ALLOCATOR, HALF]),
+        (
+            {"engine": EngineConfig(zero_stage=3, recompute="selective")},
+            ["engine.offload_activations=true", ALLOCATOR, HOST],
+        ),
+        (
+            {"engine": EngineConfig(zero_stage=0, recompute="full", offload_activations=True), "num_ranks": 1},
+            [ALLOCATOR, f"engine.zero_stage=1 {HOST}", HALF],
+        ),
+        (  # its memory is the host's
+            {"engine": EngineConfig(zero_stage=3, recompute="full"), "device_type": "cpu"},
+            [HALF, "model.num_layers=16", "model.mlp_size=7168"],
+        ),
+        ({"engine": EngineConfig(tile_tokens=0)}, [RECOMPUTE, "engine.zero_stage=3", ALLOCATOR]),  # 256 tokens per rank
+        (
+            {"engine": EngineConfig(tile_tokens=0), "data": DataConfig(sequence_length=2**17)},
+            ["engine.tile_tokens=null", RECOMPUTE, "engine.zero_stage=3"],
+        ),
+        (
+            {"engine": EngineConfig(tile_tokens=4096), "data": DataConfig(sequence_length=2**17)},
+            [RECOMPUTE, "engine.zero_stage=3", ALLOCATOR],
+        ),
+        (
+            {"engine": EngineConfig(micro_batch_size=4), "attention": AttentionConfig(kernel="reference")},
+            ["attention.kernel=auto", "engine.micro_batch_size=1 engine.train_batch_size=4", RECOMPUTE],
+        ),
+        (
+            {"engine": EngineConfig(micro_batch_size=4, gradient_accumulation_steps=2)},
+            [
+                "engine.micro_batch_size=1 engine.train_batch_size=8 engine.gradient_accumulation_steps=1",
+                RECOMPUTE,
+                "engine.zero_stage=3",
+            ],
+        ),
+        (
+            {"parallelism": ParallelismConfig(data_degree=2)},
+            [f"{RING_8} engine.train_batch_size=2", RECOMPUTE, "engine.zero_stage=3"],
+        ),
+        (
+            {"attention": AttentionConfig("local")},
+            [
+                "attention=ring parallelism.data_degree=1 engine.train_batch_size=8",
+                RECOMPUTE,
+                "engine.zero_stage=3",
+            ],
+        ),
+        ({"attention": AttentionConfig("all_gather")}, ["attention=ring", RECOMPUTE, "engine.zero_stage=3"]),
+        (
+            {
+                "attention": AttentionConfig("hybrid"),
+                "parallelism": ParallelismConfig(data_degree=2, ulysses_degree=2),
+            },
+            [
+                "parallelism.data_degree=1 parallelism.ring_degree=4 parallelism.ulysses_degree=2 "
+                "engine.train_batch_size=2",
+                RECOMPUTE,
+                "engine.zero_stage=3",
+            ],
+        ),
+        (
+            tensor_pipeline(),
+            ["parallelism.tensor_degree=8 parallelism.pipeline_degree=1 parallelism.data_degree=1", ALLOCATOR, HALF],
+        ),
+        (
+            tensor_pipeline(tensor_degree=2, pipeline_degree=1, sequence_sharded_norms=False),
+            [
+                "parallelism.sequence_sharded_norms=true",
+                "parallelism.tensor_degree=4 parallelism.pipeline_degree=1 parallelism.data_degree=2 "
+                "engine.train_batch_size=4",
+                ALLOCATOR,
+            ],
+        ),
+        (
+            {"num_ranks": 1, "device_type": "cpu", "recipe": "forward"},
+            [HALF, "model.num_layers=16", "model.mlp_size=7168"],
+        ),
+    ],
+)
+def test_three_overrides_that_apply(fields, expected):
+    assert [override.partition("  (")[0] for override in helpful_overrides(plan(**fields))] == expected
+
+
+def test_nothing_is_suggested_that_is_set_already():
+    overrides = helpful_overrides(plan(), allocator="expandable_segments:True")
+    assert not any("PYTORCH_ALLOC_CONF" in override for override in overrides)
+    assert any(
+        "PYTORCH_ALLOC_CONF=max_split_size_mb:64,expandable_segments:True " in override
+        for override in helpful_overrides(plan(), allocator="max_split_size_mb:64")
+    )
+
+
+def test_a_comparison_is_told_of_its_own_field():
+    overrides = helpful_overrides(plan(engine=EngineConfig(micro_batch_size=4)), compares=True)
+    assert overrides[0] == "compare.micro_batch_sizes=[1]  (now 4)"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"engine": EngineConfig(micro_batch_size=4, train_batch_size=64)},
+        {"parallelism": ParallelismConfig(data_degree=4), "engine": EngineConfig(gradient_accumulation_steps=3)},
+    ],
+)
+def test_the_batch_stays_as_it_is_also_after_the_plan_has_settled(fields):
+    """Which sets the accumulation steps, from the batch that was given; both must not be typed."""
+    resolved = plan(**fields)
+    tokens = resolved.tokens_per_step
+    resolved.resolve_config()
+    typed = helpful_overrides(resolved)[0].partition("  (")[0].split()
+    values = {name.partition(".")[2]: int(value) for name, _, value in (word.partition("=") for word in typed)}
+    engine = {name: value for name, value in values.items() if name in EngineConfig.__dataclass_fields__}
+    grid: dict[str, Any] = {name: value for name, value in values.items() if name not in engine}
+    given = {name: value for name, value in vars(fields["engine"]).items() if name != "train_batch_size"}
+    again = plan(engine=EngineConfig(**{**given, **engine}), parallelism=ParallelismConfig(**grid))
+    assert again.tokens_per_step == tokens
+
+
+def test_errors_for_want_of_memory_are_recognised_also_behind_others():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**58, dtype=torch.uint8)
+    assert out_of_memory_cause(caught.value) is caught.value
+    known = torch.OutOfMemoryError("CUDA out of memory.")
+    behind = ValueError("while tidying up")
+    behind.__context__ = known
+    assert out_of_memory_cause(behind) is known
+    assert out_of_memory_cause(RuntimeError("shapes do not match")) is None
+
+
+def test_the_message_has_the_rank_the_error_the_plan_and_three_overrides(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    of = plan(data=DataConfig(sequence_length=4096))
+    with pytest.raises(OutOfMemory) as caught, out_of_memory_explained(of, tmp_path):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore of it")
+    assert str(caught.value).splitlines() == [
+        "rank 3 ran out of memory",
+        "CUDA out of memory. Tried to allocate 20.00 GiB.",
+        *of.banner(tmp_path),
+        *of.memory_lines(),
+        *of.step_memory_lines(),
+        "3 overrides most likely to help, the first one first:",
+        f"  {RECOMPUTE}  (the backward pass computes layers again, all but attention)",
+        "  engine.zero_stage=3  (weights, gradients and optimizer state lie over all 8 ranks)",
+        f"  {ALLOCATOR}  (before the command: less is lost between allocations)",
+    ]
+    with pytest.raises(ValueError, match="other"), out_of_memory_explained(of, tmp_path):
+        raise ValueError("other")
+
+
+def fails_for_want_of_memory(run_dir: Path) -> list[str]:
+    with pytest.raises(OutOfMemory) as caught, out_of_memory_explained(plan(), run_dir):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    return str(caught.value).splitlines()
+
+
+def test_the_message_names_the_part_that_failed(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    (tmp_path / "logs").mkdir()
+    whereabouts = Heartbeat(tmp_path, 3)
+    for kind, text in (("step", "7"), ("part", "backward"), ("stage", "backward stage 1")):
+        whereabouts.tell(kind, text)
+    assert fails_for_want_of_memory(tmp_path)[0] == "rank 3 ran out of memory (step 7, backward, backward stage 1)"
+
+
+def test_on_a_gpu_what_memory_held_is_written_and_a_full_disk_does_not_hide_the_rest(tmp_path, monkeypatch):
+    def disk_is_full(path: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: Path(path).write_bytes(b"held"))
+    path = tmp_path / "logs" / "memory_rank_3.pickle"
+    line = f"what its memory held: {path}, for https://docs.pytorch.org/memory_viz"
+    assert fails_for_want_of_memory(tmp_path)[2] == line
+    assert path.read_bytes() == b"held"
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", disk_is_full)
+    lines = fails_for_want_of_memory(tmp_path)
+    assert lines[2] == "no snapshot of its memory: [Errno 28] No space left on device"
+    assert any("overrides most likely to help" in line for line in lines)

@@ -1,0 +1,59 @@
+"""What is logged, what docs/metrics.md explains and what wandb's workspace shows are the same numbers."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from conf.schema import ConfigError
+from recipes.dashboard.workspace import create, define
+from recipes.monitor.metric_registry import CONCLUSIONS, METRICS, SECTIONS
+
+PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
+NAMES = [name for metric in (*METRICS, *CONCLUSIONS) for name in metric.logged_names]
+
+
+def test_every_metric_is_explained_once_and_nothing_else_is():
+    rows = re.findall(r"^\| (`.*?`) \| (.+?) \| (.+?) \|$", PAGE.read_text(), re.MULTILINE)
+    explained = Counter(name for cell, _, _ in rows for name in re.findall(r"`(.+?)`", cell))
+    assert explained == Counter(NAMES)
+
+
+def test_a_metric_that_is_not_always_logged_says_so_on_the_page():
+    page = PAGE.read_text()
+    for metric in (*METRICS, *CONCLUSIONS):
+        [row] = re.findall(rf"^\| `{metric.logged_names[0]}`.*\| (.+?) \|$", page, re.MULTILINE)
+        if "validation" not in metric.prefixes:
+            assert (row == "always") == (not metric.only), metric
+
+
+def test_the_workspace_has_the_sections_and_every_number_that_has_one():
+    workspace = define("someone", "something")
+    assert (
+        tuple(section.name for section in workspace.sections)
+        == SECTIONS
+        == tuple({metric.section: None for metric in METRICS if metric.section})
+    )
+    view = workspace._to_model().model_dump(by_alias=True)
+    sections = view["spec"]["section"]["panelBankConfig"]["sections"]
+    for section in sections:
+        shown = [name for panel in section["panels"] for name in panel["config"]["metrics"]]
+        expected = [
+            name
+            for metric in (*METRICS, *CONCLUSIONS)
+            if metric.section == section["name"]
+            for name in metric.logged_names
+        ]
+        assert sorted(shown) == sorted(expected)
+    lines = [panel for section in sections for panel in section["panels"] if "xAxis" in panel["config"]]
+    assert {panel["config"]["xAxis"] for panel in lines} == {"step"}
+    assert len(lines) == len([metric for metric in METRICS if metric.section])
+
+
+@pytest.mark.parametrize("path", ["project", "a/b/c", "/b", "a/", "a b/c"])
+def test_a_workspace_needs_the_name_of_a_project(path):
+    with pytest.raises(ConfigError, match=r"is no project of wandb's: use --wandb ENTITY/PROJECT"):
+        create(path)
