@@ -25,7 +25,7 @@ class Recorder:
         self.events: list[str] = []
         self._block = KERNELS["reference"]
 
-    def room(self, name: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def receive_buffer(self, name: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.zeros(numel, dtype=dtype, device=device)
 
     def post(self, purpose: str, sends: list[Any], receives: list[Any]) -> Any:
@@ -62,40 +62,40 @@ def events(ring_degree: int, ring_rank: int, batch: int = 1) -> list[str]:
 
 def test_on_a_ring_of_two_every_hop_flies_beside_a_block():
     assert events(2, 0) == [
-        "post forward K,V after stage 0",
+        "post forward K,V after ring step 0",
         "forward 8 x 8",
-        "wait forward K,V after stage 0",
+        "wait forward K,V after ring step 0",
         "forward 4 x 8",
-        "post backward K,V after stage 0",
+        "post backward K,V after ring step 0",
         "backward 4 x 8",  # the late queries
-        "wait backward K,V after stage 0",
+        "wait backward K,V after ring step 0",
         "backward 4 x 8",
-        "post backward dK,dV after stage 1",
+        "post backward dK,dV after ring step 1",
         "backward 4 x 4",  # the early ones
-        "wait backward dK,dV after stage 1",
+        "wait backward dK,dV after ring step 1",
     ]
 
 
 def test_on_a_longer_ring_gradients_follow_one_stage_behind():
     backward = [event for event in events(4, 2) if "forward" not in event]
     assert backward == [
-        "post backward K,V after stage 0",
+        "post backward K,V after ring step 0",
         "backward 4 x 8",
-        "wait backward K,V after stage 0",
-        "post backward K,V after stage 1",
+        "wait backward K,V after ring step 0",
+        "post backward K,V after ring step 1",
         "backward 8 x 4",
-        "post backward dK,dV after stage 1",
-        "wait backward K,V after stage 1",
-        "post backward K,V after stage 2",
+        "post backward dK,dV after ring step 1",
+        "wait backward K,V after ring step 1",
+        "post backward K,V after ring step 2",
         "backward 8 x 4",
-        "wait backward dK,dV after stage 1",
-        "post backward dK,dV after stage 2",
-        "wait backward K,V after stage 2",
+        "wait backward dK,dV after ring step 1",
+        "post backward dK,dV after ring step 2",
+        "wait backward K,V after ring step 2",
         "backward 4 x 8",
-        "wait backward dK,dV after stage 2",
-        "post backward dK,dV after stage 3",
+        "wait backward dK,dV after ring step 2",
+        "post backward dK,dV after ring step 3",
         "backward 4 x 4",
-        "wait backward dK,dV after stage 3",
+        "wait backward dK,dV after ring step 3",
     ]
 
 
