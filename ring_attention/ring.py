@@ -287,7 +287,7 @@ def split(pairs: tuple[AttentionTile, ...], kernel: AttentionKernel, batch: int)
     if batch > 1:
         rows = batch // 2
         return LocalBlock(Part(pairs, slice(rows, batch)), Part(pairs, slice(0, rows)), (rows,), (middle,))
-    if any(len(kernel.tiles(half)) > 1 for half in (late, early)):
+    if any(len(kernel.split(half)) > 1 for half in (late, early)):
         return whole
     return LocalBlock(Part((AttentionTile(None, late),)), Part((AttentionTile(None, early),)), (), (middle,))
 

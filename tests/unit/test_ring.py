@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ring_attention import CAUSAL, FULL, LocalAttention, Mask
 from ring_attention.accumulators import GradientAccumulator, PiecewiseSum
-from ring_attention.kernels import KERNELS
+from ring_attention.kernels import KERNELS, KernelParams, SavedTensors
 from ring_attention.kv import KeysValues
 from ring_attention.layout import Layout
 from ring_attention.masked_block import MaskedBlock
@@ -38,16 +38,16 @@ class Recorder:
 
         return Transfer()
 
-    def tiles(self, rectangle: MaskedBlock) -> list[MaskedBlock]:
-        return self._block.tiles(rectangle)
+    def split(self, block: MaskedBlock) -> list[MaskedBlock]:
+        return self._block.split(block)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *band: Any) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, params: KernelParams) -> tuple[Tensor, Tensor]:
         self.events.append(f"forward {q.shape[1]} x {k.shape[1]}")
-        return self._block.forward(q, k, v, *band)
+        return self._block.forward(q, k, v, params)
 
-    def backward(self, dout: Tensor, q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-        self.events.append(f"backward {q.shape[1]} x {k.shape[1]}")
-        return self._block.backward(dout, q, k, *rest)
+    def backward(self, dout: Tensor, saved: SavedTensors, params: KernelParams) -> tuple[Tensor, Tensor, Tensor]:
+        self.events.append(f"backward {saved.q_BSHD.shape[1]} x {saved.k_BTKD.shape[1]}")
+        return self._block.backward(dout, saved, params)
 
 
 def events(ring_degree: int, ring_rank: int, batch: int = 1) -> list[str]:
@@ -130,7 +130,7 @@ def test_of_several_rows_half_is_computed_later(kernel: str):
 
 
 def test_a_kernel_that_needs_several_calls_for_a_half_gets_the_whole():
-    assert len(KERNELS["ffpa"].tiles(MaskedBlock(4, 8, 0, 8, None, 4))) == 2
+    assert len(KERNELS["ffpa"].split(MaskedBlock(4, 8, 0, 8, None, 4))) == 2
     assert split((square(),), KERNELS["ffpa"], batch=1) == LocalBlock(Part((square(),)))
 
 
