@@ -290,7 +290,7 @@ def test_flash_windows_are_the_band(num_queries: int, num_keys: int, lower: int 
     [
         ("cpu_flash", "kernel=cpu_flash cannot run here: needs values of head size 64, not 32; use kernel=auto"),
         ("flash9", "kernel=flash9 is unknown: use auto, flash_attn_4, ffpa, cudnn, aten_flash, mem_efficient, "),
-        ("cudnn", "kernel=cudnn cannot run here: it does not run on cpu; use kernel=auto"),
+        ("cudnn", "kernel=cudnn cannot run here: needs a cuda device, not cpu; use kernel=auto"),
     ],
 )
 def test_a_kernel_that_cannot_run_is_refused(name: str, message: str):
