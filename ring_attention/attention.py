@@ -14,7 +14,6 @@ sharded by the module's `layout(length).shard`.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -23,11 +22,9 @@ from ring_attention.gather import GatherFunction, Gathering
 from ring_attention.kernels import AttentionKernel
 from ring_attention.layout import Layout
 from ring_attention.mask import Mask
-from ring_attention.sequence_attention import SequenceAttention
-from ring_attention.topology import hybrid_split, ring_order
+from ring_attention.sequence_attention import Hosts, SequenceAttention
+from ring_attention.topology import hybrid_grid, ring_order
 from ring_attention.transport import P2PTransport, make_transport, rank_and_size, same_ranks, subgroup
-
-Hosts = Sequence[Hashable] | None
 
 
 class LocalAttention(SequenceAttention):
@@ -39,7 +36,7 @@ class RingAttention(SequenceAttention):
 
     _options = ("transport", "hosts")
 
-    def _join(self, group: Any, transport: str, hosts: Hosts, *_: Any) -> tuple[P2PTransport | None, int]:
+    def _join(self, group: Any, transport: str, hosts: Hosts, *deepspeed: Any) -> tuple[P2PTransport | None, int]:
         return make_transport(transport, group, None if hosts is None else ring_order(hosts)), 0
 
 
@@ -48,7 +45,7 @@ class AllGatherAttention(SequenceAttention):
 
     _options = ("hosts",)
 
-    def _join(self, group: Any, transport: str, hosts: Hosts, *_: Any) -> tuple[P2PTransport | None, int]:
+    def _join(self, group: Any, transport: str, hosts: Hosts, *deepspeed: Any) -> tuple[P2PTransport | None, int]:
         return make_transport("p2p", group, None if hosts is None else ring_order(hosts)), 0
 
     def _compute(
@@ -77,22 +74,21 @@ class HybridAttention(SequenceAttention):
 
     _options = ("transport", "hosts", "ulysses_degree")
 
-    def _join(
-        self, group: Any, transport: str, hosts: Hosts, sp_stream: Any, num_kv_heads: int | None
-    ) -> tuple[P2PTransport | None, int]:
+    def _join(self, group: Any, transport: str, hosts: Hosts, *deepspeed: Any) -> tuple[P2PTransport | None, int]:
         # takes seconds, and a ring does without
         from deepspeed.sequence.layer import DistributedAttention
 
         group_rank, num_ranks = rank_and_size(group)
-        split = hybrid_split([0] * num_ranks if hosts is None else hosts, self.ulysses_degree)
-        ring_rank, ulysses_rank = split.place(group_rank)
+        grid = hybrid_grid([0] * num_ranks if hosts is None else hosts, self.ulysses_degree)
+        row = next(row for row in grid if group_rank in row)
+        ulysses_rank = row.index(group_rank)
         ring = None
-        if len(split.grid) > 1:
-            ranks = split.ring(ulysses_rank)
-            members = tuple(sorted(ranks))
+        if len(grid) > 1:
+            ranks = [other[ulysses_rank] for other in grid]
+            members = sorted(ranks)
             ring = make_transport(transport, subgroup(group, members), [members.index(rank) for rank in ranks])
-        ulysses_group = subgroup(group, split.grid[ring_rank])
-        self._distributed = DistributedAttention(self._attend_ring, ulysses_group, 2, 1, sp_stream, num_kv_heads)  # pyright: ignore[reportArgumentType]
+        ulysses_group = subgroup(group, row)
+        self._distributed = DistributedAttention(self._attend_ring, ulysses_group, 2, 1, *deepspeed)  # pyright: ignore[reportArgumentType]
         return ring, ulysses_rank
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, batch_dim_idx: int, *mask_and_scale: Any) -> Tensor:
@@ -137,6 +133,6 @@ class UlyssesAttention(HybridAttention):
 
     _options = ()
 
-    def _join(self, group: Any, *arguments: Any) -> tuple[P2PTransport | None, int]:
+    def _join(self, group: Any, transport: str, hosts: Hosts, *deepspeed: Any) -> tuple[P2PTransport | None, int]:
         self.ulysses_degree = rank_and_size(group)[1]
-        return super()._join(group, *arguments)
+        return super()._join(group, transport, hosts, *deepspeed)

@@ -21,6 +21,8 @@ from ring_attention.ring import Ring, RingFunction, buffer_bytes
 from ring_attention.schedule import ring_schedule
 from ring_attention.transport import P2PTransport
 
+Hosts = Sequence[Hashable] | None
+
 
 class SequenceAttention(nn.Module):
     """Attention over a sequence whose tokens are spread over the ranks of a group.
@@ -62,7 +64,7 @@ class SequenceAttention(nn.Module):
         mask: Mask = CAUSAL,
         layout: str = "contiguous",
         transport: str = "auto",
-        hosts: Sequence[Hashable] | None = None,
+        hosts: Hosts = None,
         ulysses_degree: int | None = None,
     ) -> None:
         super().__init__()
@@ -91,10 +93,12 @@ class SequenceAttention(nn.Module):
         ring_rank = self._transport.ring_rank if self._transport else 0
         self.sequence_rank = ring_rank * self.ulysses_degree + ulysses_rank
 
-    def _join(
-        self, group: Any, transport: str, hosts: Sequence[Hashable] | None, sp_stream: Any, num_kv_heads: int | None
-    ) -> tuple[P2PTransport | None, int]:
-        """Returns (the transport of this rank's ring, None without one; the rank within Ulysses)."""
+    def _join(self, group: Any, transport: str, hosts: Hosts, *deepspeed: Any) -> tuple[P2PTransport | None, int]:
+        """Returns (the transport of this rank's ring, None without one; the rank within Ulysses).
+
+        Args:
+            deepspeed: sp_stream and num_kv_heads, for DistributedAttention.
+        """
         return None, 0
 
     def layout(self, length: int) -> Layout:
@@ -180,9 +184,9 @@ class SequenceAttention(nn.Module):
         with torch.autocast(query.device.type, enabled=False):  # compute in the dtype of the tensors
             return self._attend(query, key, value, batch_dim_idx, mask, softmax_scale)
 
-    def _attend(self, *arguments: Any) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, batch_dim_idx: int, *mask_and_scale: Any) -> Tensor:
         """Over this rank's ring. Modules with Ulysses put an all-to-all around it."""
-        return self._attend_ring(*arguments)
+        return self._attend_ring(query, key, value, batch_dim_idx, *mask_and_scale)
 
     def _attend_ring(
         self, query: Tensor, key: Tensor, value: Tensor, batch_dim_idx: int, mask: Mask, scale: float
@@ -191,8 +195,8 @@ class SequenceAttention(nn.Module):
         layout = self._layout_of(q_BSHD.shape[1])
         mask = mask.within(layout.padded_length)
         spec = KernelSpec.of(q_BSHD, k_BSKD, v_BSKE, mask.is_windowed)
-        is_kernel = isinstance(self.local_attn, (AttentionKernel, str))
-        kernel, _ = choose_kernel(spec, self.local_attn if is_kernel else "auto")
+        given = self.local_attn
+        kernel, _ = choose_kernel(spec, given if isinstance(given, (AttentionKernel, str)) else "auto")
         return batch_first((self._compute(q_BSHD, k_BSKD, v_BSKE, layout, mask, kernel, scale),), batch_dim_idx)[0]
 
     def _compute(

@@ -31,7 +31,7 @@ from ring_attention.trace import profiler_range
 from ring_attention.transport.collectives import group_timeout, rank_and_size
 from ring_attention.transport.p2p import P2PMessage, P2PTransport, Transfer
 
-BUFFERS = ("keys0", "keys1", "gradients0", "gradients1")
+BUFFERS: tuple[str, ...] = ("keys0", "keys1", "gradients0", "gradients1")
 _ALIGNMENT = 512  # bytes
 
 Flags = list[tuple[Tensor, int]]  # each with the count that it must reach
@@ -151,7 +151,7 @@ class CopyStream:
     def wait_flag(self, flag: Tensor, count: int) -> None:
         _wait_flag(self._stream, flag, count)
 
-    def record_event(self) -> torch.cuda.Event:
+    def record_event(self) -> torch.Event:
         return self._stream.record_event()
 
     @staticmethod
@@ -160,7 +160,7 @@ class CopyStream:
         torch.cuda.synchronize()
 
     @staticmethod
-    def make_compute_wait(flags: Flags, copied: torch.cuda.Event) -> torch.cuda.Event:
+    def make_compute_wait(flags: Flags, copied: torch.Event) -> torch.Event:
         """Make the computing stream wait until the flags have their counts and `copied` is reached."""
         stream = torch.cuda.current_stream()
         for flag, count in flags:
