@@ -23,7 +23,7 @@ from ring_attention.kernels import AttentionKernel
 from ring_attention.layout import Layout
 from ring_attention.mask import Mask
 from ring_attention.sequence_attention import Hosts, SequenceAttention
-from ring_attention.topology import hybrid_grid, ring_order
+from ring_attention.topology import hybrid_split, ring_order
 from ring_attention.transport import P2PTransport, make_transport, rank_and_size, same_ranks, subgroup
 
 
@@ -79,7 +79,7 @@ class HybridAttention(SequenceAttention):
         from deepspeed.sequence.layer import DistributedAttention
 
         group_rank, num_ranks = rank_and_size(group)
-        grid = hybrid_grid([0] * num_ranks if hosts is None else hosts, self.ulysses_degree)
+        grid = hybrid_split([0] * num_ranks if hosts is None else hosts, self.ulysses_degree)
         row = next(row for row in grid if group_rank in row)
         ulysses_rank = row.index(group_rank)
         ring = None

@@ -14,7 +14,7 @@ def ring_order(hosts: Sequence[Hashable]) -> list[int]:
     return sorted(range(len(hosts)), key=lambda rank: hosts.index(hosts[rank]))
 
 
-def hybrid_grid(hosts: Sequence[Hashable], ulysses_degree: int) -> list[list[int]]:
+def hybrid_split(hosts: Sequence[Hashable], ulysses_degree: int) -> list[list[int]]:
     """The group's ranks as ``grid[ring_rank][ulysses_rank]``: rows are Ulysses groups, columns are rings in ring order.
 
     Ranks of a row are neighbours in ring order, so within one host if the degree divides the host's ranks.

@@ -1,6 +1,6 @@
 import pytest
 
-from ring_attention.topology import hybrid_grid, ring_order
+from ring_attention.topology import hybrid_split, ring_order
 
 
 def test_the_ring_visits_all_ranks_of_a_host_before_it_crosses():
@@ -17,13 +17,13 @@ def test_the_ring_crosses_once_per_host(hosts: str):
 
 
 def test_the_hybrid_keeps_ulysses_within_a_host_and_rings_across():
-    assert hybrid_grid("AAAABBBB", 4) == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert hybrid_grid("AAAABBBB", 2) == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    assert hybrid_grid("ABABABAB", 4) == [[0, 2, 4, 6], [1, 3, 5, 7]]
-    assert hybrid_grid("ABBA", 2) == [[0, 3], [1, 2]]
-    assert hybrid_grid("AABB", 4) == [[0, 1, 2, 3]]  # more than one host has
+    assert hybrid_split("AAAABBBB", 4) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert hybrid_split("AAAABBBB", 2) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert hybrid_split("ABABABAB", 4) == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert hybrid_split("ABBA", 2) == [[0, 3], [1, 2]]
+    assert hybrid_split("AABB", 4) == [[0, 1, 2, 3]]  # more than one host has
 
 
 def test_a_degree_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match=r"ulysses_degree=3 does not divide the 4 ranks: use one of \[1, 2, 4\]"):
-        hybrid_grid("AAAA", 3)
+        hybrid_split("AAAA", 3)
