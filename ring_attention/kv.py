@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ring_attention.schedule import Spans, num_tokens
+from ring_attention.layout import Spans, num_tokens, offset
 
 
 @dataclass(frozen=True)
 class KeysValues:
-    """k [B, T, K, D] and v [B, T, K, E]; where `message` is set, they are views of that contiguous vector."""
+    """k [B, T, K, D] and v [B, T, K, E]. If `message` is set, they are views of that contiguous vector."""
 
     k_BTKD: Tensor
     v_BTKE: Tensor
@@ -24,7 +24,7 @@ class KeysValues:
 
     @classmethod
     def of_parts(cls, k_BTKD: Tensor, v_BTKE: Tensor) -> KeysValues:
-        """k and v as they come: a message already, without a copy, where v lies right behind k in memory."""
+        """k and v as given. They already are one message if v lies right after k in memory."""
         adjacent = (
             k_BTKD.is_contiguous()
             and v_BTKE.is_contiguous()
@@ -36,7 +36,7 @@ class KeysValues:
 
     @classmethod
     def of_message(cls, message: Tensor, shapes: Sequence[torch.Size]) -> KeysValues:
-        """What a vector holds, given the shapes of k and v."""
+        """Views of a message, given the shapes of k and v."""
         k, v = (
             part.view(shape) for part, shape in zip(message.split([s.numel() for s in shapes]), shapes, strict=True)
         )
@@ -44,7 +44,7 @@ class KeysValues:
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        """The message, or the two vectors that make one: both are contiguous."""
+        """The message, or the two contiguous vectors that form one."""
         return (self.k_BTKD.view(-1), self.v_BTKE.view(-1)) if self.message is None else (self.message,)
 
     @property
@@ -52,19 +52,19 @@ class KeysValues:
         return self.k_BTKD.shape, self.v_BTKE.shape
 
     def shapes_of(self, tokens: int) -> list[torch.Size]:
-        """Of k and v of `tokens` tokens of the same kind."""
+        """The shapes of k and v with so many tokens."""
         return [torch.Size((shape[0], tokens, *shape[2:])) for shape in self.shapes]
 
     def numel(self, tokens: int) -> int:
-        """Of a message of `tokens` tokens of the same kind."""
+        """The size of a message with so many tokens."""
         return sum(shape.numel() for shape in self.shapes_of(tokens))
 
     def empty(self, tokens: int, dtype: torch.dtype | None = None) -> KeysValues:
-        """Room for `tokens` tokens of the same kind, as a message."""
+        """A new message with so many tokens, not initialised."""
         return self.of_message(self.k_BTKD.new_empty(self.numel(tokens), dtype=dtype), self.shapes_of(tokens))
 
     def take(self, held: Spans, wanted: Spans) -> KeysValues:
-        """The `wanted` of the `held` tokens, as a message: itself if it is one and all are wanted, else a copy."""
+        """The `wanted` ones of the `held` tokens as a message: a copy, unless this is one with just these tokens."""
         if wanted == held and self.message is not None:
             return self
         taken, position = self.empty(num_tokens(wanted)), 0
@@ -74,13 +74,3 @@ class KeysValues:
             taken.v_BTKE[:, target] = self.v_BTKE[:, source : source + stop - start]
             position += stop - start
         return taken
-
-
-def offset(held: Spans, token: int) -> int:
-    """Where `token` stands among the `held` ones."""
-    position = 0
-    for start, stop in held:
-        if start <= token < stop:
-            return position + token - start
-        position += stop - start
-    raise AssertionError(f"token {token} is not among {held}")

@@ -1,20 +1,19 @@
 """The block kernels that run here against a dense softmax in fp64, and the registry's choices."""
 
-import copy
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from ring_attention.accumulators import GradientAccumulator, OnlineSoftmaxAccumulator, PiecewiseSum
-from ring_attention.attend import attend_backward, attend_forward
+from ring_attention.accumulators import OnlineSoftmaxAccumulator
+from ring_attention.attend import BackwardInputs, attend_backward, attend_forward
 from ring_attention.kernels import KERNELS, KernelSpec, choose_kernel, flash_attn_4
 from ring_attention.kernels.base import band_mask, is_installed
 from ring_attention.kv import KeysValues
 from ring_attention.masked_block import MaskedBlock
 from ring_attention.merge import merge
-from ring_attention.schedule import AttentionTile
+from ring_attention.tiles import AttentionTile
 from tests.tools.measure import Expected, assert_equal_attention, dense_attention, relative_error
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -61,11 +60,10 @@ def computed(
     attend_forward(running, KERNELS[name], SCALE, pairs, q, here, keys, is_last=True)
     out, lse = running.result()
     gradients = [torch.zeros_like(tensor, dtype=lse.dtype) for tensor in (q, k, v)]
-    for block in attend_backward(KERNELS[name], SCALE, pairs, keys, dout, q, here, out, lse):
-        part, pieces = block.part, (block.dq, block.dk, block.dv)
-        queries, columns = slice(part.q_start, part.q_stop), slice(part.k_start, part.k_stop)
-        for gradient, piece, place in zip(gradients, pieces, (queries, columns, columns), strict=True):
-            gradient[:, place] += piece
+    for tile in attend_backward(KERNELS[name], SCALE, pairs, BackwardInputs(dout, q, out, lse), here, keys):
+        parts, columns = (tile.dq, tile.dk, tile.dv), tile.keys_within(keys)
+        for gradient, part, tokens in zip(gradients, parts, (tile.queries, columns, columns), strict=True):
+            gradient[:, tokens] += part
     return [out, *gradients]
 
 
@@ -110,63 +108,6 @@ def test_merging_survives_scores_far_apart():
     merge(out, out, lse, torch.full((1, 1, 1, 2), 3.0), torch.full((1, 1, 1), 1e4))
     assert out.tolist() == [[[[3.0, 3.0]]]]
     assert lse.tolist() == [[[1e4]]]
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_a_running_sum_is_rounded_once(dtype):
-    """Parts of all and of some tokens, in any order: the exact sum, rounded to the dtype."""
-    whole, half, other = (torch.randn(2, n, 3, 4, dtype=torch.float64).to(dtype) for n in (6, 3, 3))
-    everything, first, last = slice(None), slice(0, 3), slice(3, 6)
-    exact = whole.double().clone()
-    exact[:, first] += half.double()
-    exact[:, last] += other.double()
-    exact += whole.double()
-    total = GradientAccumulator(whole.shape, dtype)
-    total.add(everything, everything, whole.clone(), False)
-    total.add(everything, first, half, False)
-    total.add(everything, everything, whole.clone(), False)
-    total.add(everything, last, other, True)
-    assert total.result().dtype == dtype
-    # Half a unit in the last place; the rest is the sum's own rounding in fp32 (fp64) where terms cancel.
-    rtol, atol = {torch.float64: (1e-15, 1e-14), torch.float32: (2e-7, 2e-6), torch.bfloat16: (2.0**-8, 2e-6)}[dtype]
-    torch.testing.assert_close(total.result().double(), exact, rtol=rtol, atol=atol)
-    parts = GradientAccumulator(whole.shape, dtype)
-    parts.add(everything, last, other, False)
-    parts.add(everything, first, half, True)
-    assert torch.equal(parts.result(), torch.cat((half, other), 1))
-
-    at_once = GradientAccumulator(whole.shape, dtype)
-    at_once.add(everything, everything, whole.clone(), False)
-    parts = [(everything, first, half), (everything, slice(0, 6), whole.clone()), (everything, last, other)]
-    at_once.add_several(parts, True)
-    torch.testing.assert_close(at_once.result().double(), exact, rtol=rtol, atol=atol)
-
-    started = GradientAccumulator(whole.shape, dtype)  # by the first of several
-    started.add_several([(everything, slice(0, 6), whole.clone()), *parts], True)
-    torch.testing.assert_close(started.result().double(), exact, rtol=rtol, atol=atol)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("cuts", [((), ()), ((), (3,)), ((1,), ()), ((1,), (3,))], ids=str)
-def test_each_piece_of_a_sum_is_rounded_once(cuts, dtype):
-    """The first half of the pieces ends later; parts are of all and of some rows and tokens."""
-    whole, half, other = (torch.randn(2, n, 3, 4, dtype=torch.float64).to(dtype) for n in (6, 3, 3))
-    everything, first, last = slice(None), slice(0, 3), slice(3, 6)
-    exact = 2 * whole.double()
-    exact[:, first] += half.double()
-    exact[:, last] += other.double()
-    pieces = PiecewiseSum(whole, *cuts)
-    pieces.add(slice(1, 2), slice(0, 6), whole[1:].clone(), False)
-    pieces.add(everything, last, other, False)
-    pieces.add(everything, slice(0, 6), whole.clone(), False)
-    by_parts = copy.deepcopy(pieces)
-    pieces.add(everything, first, half, cuts != ((), ()))
-    pieces.add(slice(0, 1), slice(0, 6), whole[:1].clone(), True, later=True)
-    rtol, atol = {torch.float64: (1e-15, 1e-14), torch.float32: (2e-7, 2e-6), torch.bfloat16: (2.0**-8, 2e-6)}[dtype]
-    torch.testing.assert_close(pieces.result().double(), exact, rtol=rtol, atol=atol)
-    if cuts[0]:  # else not all rows of the piece come with the last part
-        by_parts.add_several([(everything, first, half), (slice(0, 1), slice(0, 6), whole[:1])], True)
-        torch.testing.assert_close(by_parts.result().double(), exact, rtol=rtol, atol=atol)
 
 
 @pytest.fixture
