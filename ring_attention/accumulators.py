@@ -1,6 +1,6 @@
 """Sums over attention tiles: the output with its lse, by the online softmax, and gradients.
 
-State is fp32 (fp64 for fp64 input), and the last addend's sum is written in the input's dtype, so each number is rounded
+State is fp32 (fp64 for fp64 input). The last addend's sum is written in the input's dtype, so each number is rounded
 once beyond its kernels. A first addend that covers the whole result is taken over without a copy.
 
 Shapes: B batch, S tokens, H heads, D head size, E value head size.

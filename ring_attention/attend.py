@@ -11,9 +11,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ring_attention.accumulators import OnlineSoftmaxAccumulator
-from ring_attention.kernels import AttentionKernel
+from ring_attention.kernels import AttentionKernel, KernelParams, SavedTensors
 from ring_attention.kv import KeysValues
-from ring_attention.layout import Spans, offset
+from ring_attention.layout import Spans, slice_within
 from ring_attention.masked_block import MaskedBlock
 from ring_attention.tiles import AttentionTile
 from ring_attention.trace import profiler_range
@@ -22,7 +22,7 @@ ALL_ROWS = slice(None)
 
 
 class BackwardInputs(NamedTuple):
-    """What a backward pass needs of the local queries. out and lse are over all keys, so each tile's softmax is global."""
+    """What a backward pass needs of the local queries. out and lse are over all keys: each tile's softmax is global."""
 
     dout_BSHE: Tensor
     q_BSHD: Tensor
@@ -31,7 +31,7 @@ class BackwardInputs(NamedTuple):
 
 
 class TileGradients(NamedTuple):
-    """Gradients of one kernel call; `is_last` of its `attend_backward`."""
+    """The gradients of one kernel call; `is_last` of its `attend_backward`."""
 
     rows: slice
     block: MaskedBlock
@@ -44,8 +44,8 @@ class TileGradients(NamedTuple):
     def queries(self) -> slice:
         return slice(self.block.q_start, self.block.q_stop)
 
-    def keys_within(self, keys: Spans) -> slice:
-        return _keys_within(self.block, keys)
+    def keys_within(self, spans: Spans) -> slice:
+        return slice_within(spans, self.block.k_start, self.block.k_stop)
 
 
 def attend_forward(
@@ -55,20 +55,15 @@ def attend_forward(
     tiles: Iterable[AttentionTile],
     q_BSHD: Tensor,
     kv: KeysValues,
-    keys: Spans,
     is_last: bool,
 ) -> None:
-    """Add the attention of `tiles` to `accumulator`; `keys` are the source's tokens in `kv`.
-
-    Args:
-        is_last: whether no more tiles follow.
-    """
+    """Add the attention of `tiles` to `accumulator`; `is_last` if no more tiles follow."""
     calls = list(_kernel_calls(kernel, tiles, ALL_ROWS))
     for number, (rows, block) in enumerate(calls, 1):
-        queries, tokens = slice(block.q_start, block.q_stop), _keys_within(block, keys)
-        q, k, v = q_BSHD[rows, queries], kv.k_BTKD[rows, tokens], kv.v_BTKE[rows, tokens]
+        queries, keys = slice(block.q_start, block.q_stop), slice_within(kv.spans, block.k_start, block.k_stop)
+        q, k, v = q_BSHD[rows, queries], kv.k_BTKD[rows, keys], kv.v_BTKE[rows, keys]
         with profiler_range("attention block"):
-            out, lse = kernel.forward(q, k, v, block.lower, block.upper, scale)
+            out, lse = kernel.forward(q, k, v, KernelParams(block.lower, block.upper, scale))
         with profiler_range("merge"):
             accumulator.add(rows, queries, out, lse, is_last and number == len(calls))
 
@@ -79,28 +74,23 @@ def attend_backward(
     tiles: Iterable[AttentionTile],
     inputs: BackwardInputs,
     kv: KeysValues,
-    keys: Spans,
     rows: slice = ALL_ROWS,
 ) -> Iterator[TileGradients]:
-    """The gradients of each kernel call in turn. Drop each before asking for the next: both would be in memory.
+    """The gradients of each kernel call in turn. Drop them before the next call, or both are in memory.
 
     Args:
         rows: of the tiles that are not of one row.
     """
     dout_BSHE, q_BSHD, out_BSHE, lse_BHS = inputs
     calls = list(_kernel_calls(kernel, tiles, rows))
-    for number, (rows, block) in enumerate(calls, 1):
-        queries, tokens = slice(block.q_start, block.q_stop), _keys_within(block, keys)
-        dout, q, k, v = (
-            dout_BSHE[rows, queries],
-            q_BSHD[rows, queries],
-            kv.k_BTKD[rows, tokens],
-            kv.v_BTKE[rows, tokens],
-        )
-        out, lse = out_BSHE[rows, queries], lse_BHS[rows, :, queries]
+    for number, (tile_rows, block) in enumerate(calls, 1):
+        queries, keys = slice(block.q_start, block.q_stop), slice_within(kv.spans, block.k_start, block.k_stop)
+        q, k, v = q_BSHD[tile_rows, queries], kv.k_BTKD[tile_rows, keys], kv.v_BTKE[tile_rows, keys]
+        saved = SavedTensors(q, k, v, out_BSHE[tile_rows, queries], lse_BHS[tile_rows, :, queries])
         with profiler_range("attention block"):
-            gradients = kernel.backward(dout, q, k, v, out, lse, block.lower, block.upper, scale)
-        yield TileGradients(rows, block, number == len(calls), *gradients)
+            params = KernelParams(block.lower, block.upper, scale)
+            gradients = kernel.backward(dout_BSHE[tile_rows, queries], saved, params)
+        yield TileGradients(tile_rows, block, number == len(calls), *gradients)
         del gradients
 
 
@@ -110,10 +100,5 @@ def _kernel_calls(
     """Rows of the batch and blocks that the kernel computes in one call each."""
     for tile in tiles:
         tile_rows = rows if tile.row is None else slice(tile.row, tile.row + 1)
-        for block in kernel.tiles(tile.block):
+        for block in kernel.split(tile.block):
             yield tile_rows, block
-
-
-def _keys_within(block: MaskedBlock, keys: Spans) -> slice:
-    start = offset(keys, block.k_start)
-    return slice(start, start + block.num_keys)

@@ -20,7 +20,7 @@ from ring_attention.attend import BackwardInputs, attend_backward, attend_forwar
 from ring_attention.checkpointing import saved_or_computed
 from ring_attention.kernels import AttentionKernel
 from ring_attention.kv import KeysValues
-from ring_attention.layout import Layout, Run, Spans
+from ring_attention.layout import Layout, Run
 from ring_attention.mask import Mask
 from ring_attention.tiles import AttentionTile, find_tiles
 from ring_attention.trace import profiler_range
@@ -41,18 +41,13 @@ class AllGather:
     def tiles(self) -> tuple[AttentionTile, ...]:
         return gathered_tiles(self.layout, self.mask, self.transport.ring_rank)
 
-    @property
-    def keys(self) -> Spans:
-        return ((0, self.layout.padded_length),)
-
     def gather(self, kv: KeysValues) -> KeysValues:
         """All ranks' keys and values in the order of their positions. Every rank must call it."""
-        local = ((0, self.layout.ring_length),)
-        message = kv.take(local, local).message
+        message = kv.take(kv.spans).message
         assert message is not None
-        gathered = kv.empty(self.layout.padded_length)
+        gathered = kv.empty(((0, self.layout.padded_length),))
         for group_rank, rank_message in enumerate(all_gather(message, self.transport.group)):
-            part = KeysValues.of_message(rank_message, kv.shapes)
+            part = kv.view(rank_message, kv.spans)
             for tokens, positions in self._runs(group_rank):
                 gathered.k_BTKD[:, positions] = part.k_BTKD[:, tokens]
                 gathered.v_BTKE[:, positions] = part.v_BTKE[:, tokens]
@@ -60,7 +55,7 @@ class AllGather:
 
     def reduce(self, gradients: KeysValues, kv: KeysValues) -> KeysValues:
         """The sum over ranks of `gradients` of all tokens, at this rank's own tokens. Every rank must call it."""
-        parts = [kv.empty(self.layout.ring_length, gradients.k_BTKD.dtype) for _ in range(self.layout.ring_degree)]
+        parts = [kv.empty(kv.spans, gradients.k_BTKD.dtype) for _ in range(self.layout.ring_degree)]
         messages = []
         for group_rank, part in enumerate(parts):
             for tokens, positions in self._runs(group_rank):
@@ -68,7 +63,7 @@ class AllGather:
                 part.v_BTKE[:, tokens] = gradients.v_BTKE[:, positions]
             assert part.message is not None
             messages.append(part.message)
-        return KeysValues.of_message(reduce_scatter(torch.stack(messages), self.transport.group), kv.shapes)
+        return kv.view(reduce_scatter(torch.stack(messages), self.transport.group), kv.spans)
 
     def _runs(self, group_rank: int) -> list[tuple[slice, slice]]:
         """Local tokens and positions of a rank of the group, run by run."""
@@ -93,9 +88,7 @@ class AllGatherFunction(torch.autograd.Function):
         def attend() -> tuple[Tensor, Tensor]:
             kv = gather.gather(KeysValues.of_parts(k_BSKD, v_BSKE))
             accumulator = OnlineSoftmaxAccumulator(q_BSHD, v_BSKE)
-            attend_forward(
-                accumulator, gather.kernel, gather.scale, gather.tiles, q_BSHD, kv, gather.keys, is_last=True
-            )
+            attend_forward(accumulator, gather.kernel, gather.scale, gather.tiles, q_BSHD, kv, is_last=True)
             return accumulator.result()
 
         out_BSHE, lse_BHS = saved_or_computed(attend)
@@ -113,13 +106,13 @@ class AllGatherFunction(torch.autograd.Function):
         inputs = BackwardInputs(grad_outputs[0].contiguous(), q_BSHD, out_BSHE, lse_BHS)
         state_dtype = torch.promote_types(q_BSHD.dtype, torch.float32)
         dq = GradientAccumulator(q_BSHD.shape, q_BSHD.dtype)
-        gradients = KeysValues(*(torch.zeros_like(part, dtype=state_dtype) for part in (kv.k_BTKD, kv.v_BTKE)))
-        for tile in attend_backward(gather.kernel, gather.scale, gather.tiles, inputs, kv, gather.keys):
-            keys = tile.keys_within(gather.keys)
+        dk, dv = (torch.zeros_like(part, dtype=state_dtype) for part in (kv.k_BTKD, kv.v_BTKE))
+        for tile in attend_backward(gather.kernel, gather.scale, gather.tiles, inputs, kv):
+            keys = tile.keys_within(kv.spans)
             with profiler_range("merge"):
                 dq.add(tile.rows, tile.queries, tile.dq, ends=0 if tile.is_last else None)
-                gradients.k_BTKD[tile.rows, keys].add_(tile.dk)
-                gradients.v_BTKE[tile.rows, keys].add_(tile.dv)
+                dk[tile.rows, keys].add_(tile.dk)
+                dv[tile.rows, keys].add_(tile.dv)
             del tile
-        reduced = gather.reduce(gradients, local)
+        reduced = gather.reduce(KeysValues.of_parts(dk, dv), local)
         return dq.result(), reduced.k_BTKD.to(k_BSKD.dtype), reduced.v_BTKE.to(v_BSKE.dtype), None

@@ -30,14 +30,14 @@ def num_tokens(spans: Spans) -> int:
     return sum(stop - start for start, stop in spans)
 
 
-def offset(spans: Spans, token: int) -> int:
-    """The index of `token` among the tokens of `spans`."""
+def slice_within(spans: Spans, start: int, stop: int) -> slice:
+    """Where tokens [start, stop) are among the tokens of `spans`, of which one must have them all."""
     position = 0
-    for start, stop in spans:
-        if start <= token < stop:
-            return position + token - start
-        position += stop - start
-    raise AssertionError(f"token {token} is not in {spans}")
+    for first, last in spans:
+        if first <= start < last:
+            return slice(position + start - first, position + stop - first)
+        position += last - first
+    raise AssertionError(f"token {start} is not in {spans}")
 
 
 def union(spans: Iterable[Span]) -> Spans:

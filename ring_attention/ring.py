@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ring_attention.accumulators import Addend, GradientAccumulator, OnlineSoftmaxAccumulator
+from ring_attention.accumulators import GradientAccumulator, OnlineSoftmaxAccumulator
 from ring_attention.attend import BackwardInputs, attend_backward, attend_forward
 from ring_attention.backward_schedule import BackwardStep, GradientPiece, backward_schedule
 from ring_attention.checkpointing import saved_or_computed
 from ring_attention.kernels import AttentionKernel
 from ring_attention.kv import KeysValues
-from ring_attention.layout import Layout, Spans, num_tokens
+from ring_attention.layout import Layout, Spans, num_tokens, slice_within
 from ring_attention.mask import Mask
 from ring_attention.schedule import RingStep, buffer_tokens, gradient_buffer, keys_buffer, ring_schedule
 from ring_attention.trace import numbered, profiler_range
@@ -58,10 +58,9 @@ class Ring:
         sends, receives, incoming = [], [], None
         if step.send_next is not None:
             assert here is not None
-            sends.append(P2PMessage(here.take(step.keys, step.send_next.spans).parts, step.send_next.peer, buffer))
+            sends.append(P2PMessage(here.take(step.send_next.spans).parts, step.send_next.peer, buffer))
         if step.send_direct is not None:
-            keys = own.take(self.steps[0].keys, step.send_direct.spans)
-            sends.append(P2PMessage(keys.parts, step.send_direct.peer, buffer))
+            sends.append(P2PMessage(own.take(step.send_direct.spans).parts, step.send_direct.peer, buffer))
         if following.keys_from is not None:
             incoming = self._receive_buffer(own, following.keys, buffer)
             receives.append(P2PMessage(incoming.parts, following.keys_from, buffer))
@@ -81,9 +80,8 @@ class Ring:
 
     def _receive_buffer(self, like: KeysValues, spans: Spans, buffer: str) -> KeysValues:
         assert self.transport is not None
-        tokens, k = num_tokens(spans), like.k_BTKD
-        message = self.transport.receive_buffer(buffer, like.numel(tokens), k.dtype, k.device)
-        return KeysValues.of_message(message, like.shapes_of(tokens))
+        k = like.k_BTKD
+        return like.view(self.transport.receive_buffer(buffer, like.numel(spans), k.dtype, k.device), spans)
 
     def _post(self, purpose: str, sends: list[P2PMessage], receives: list[P2PMessage]) -> Transfer | None:
         if not sends and not receives:
@@ -103,9 +101,7 @@ def ring_forward(ring: Ring, q_BSHD: Tensor, kv: KeysValues) -> tuple[Tensor, Te
     for number, step in numbered("forward ring step", ring.steps):
         transfer, incoming = ring.post_keys(kv, here, number, "forward")  # travels during this step's attention
         if here is not None:
-            attend_forward(
-                accumulator, ring.kernel, ring.scale, step.tiles, q_BSHD, here, step.keys, is_last=number == last
-            )
+            attend_forward(accumulator, ring.kernel, ring.scale, step.tiles, q_BSHD, here, is_last=number == last)
         if transfer is not None:
             transfer.wait()
         here = incoming
@@ -124,11 +120,11 @@ def ring_backward(
     picotron) send fp32 sums, which are twice the bytes. Here each ring step rounds its dK,dV once, as GPU kernels do
     anyway. In bf16 on GPUs the error of dK and dV is 1.21 to 1.23 times that of one device (docs/performance.md).
     """
-    schedule = backward_schedule(ring.layout, ring.mask, ring.rank, len(q_BSHD), ring.kernel.tiles)
+    schedule = backward_schedule(ring.layout, ring.mask, ring.rank, len(q_BSHD), ring.kernel.split)
     inputs = BackwardInputs(dout_BSHE, q_BSHD, out_BSHE, lse_BHS)
     dq = GradientAccumulator(q_BSHD.shape, q_BSHD.dtype, schedule.dq_pieces)
     own_dk, own_dv = (GradientAccumulator(x.shape, x.dtype, schedule.own_pieces) for x in (kv.k_BTKD, kv.v_BTKE))
-    returned: dict[int, tuple[Spans, KeysValues]] = {}  # dK,dV of own tokens, by the step that computed them
+    returned: dict[int, KeysValues] = {}  # dK,dV of own tokens, by the step that computed them
     incoming = gradient_transfer = None
     for number, step in numbered("backward ring step", schedule.steps):
         here = kv if step.is_local else incoming
@@ -136,7 +132,7 @@ def ring_backward(
         dk, dv = (own_dk, own_dv) if number == 0 else _new_sums(kv, step, number)
         if here is not None:
             rows = slice(*step.compute.rows)
-            for tile in attend_backward(ring.kernel, ring.scale, step.compute.tiles, inputs, here, step.keys, rows):
+            for tile in attend_backward(ring.kernel, ring.scale, step.compute.tiles, inputs, here, rows):
                 ends, keys = number if tile.is_last else None, tile.keys_within(step.gradients)
                 with profiler_range("merge"):
                     dq.add(tile.rows, tile.queries, tile.dq, ends)
@@ -146,15 +142,15 @@ def ring_backward(
         if gradient_transfer is not None:
             gradient_transfer.wait()  # it travelled during this step's attention
         gradients = None
-        if number and step.gradients and step.is_local:  # held back: own gradients that need no transfer
-            returned[number] = (step.gradients, KeysValues(dk.partial_sum(), dv.partial_sum()))
+        if number and step.gradients and step.is_local:  # held back: own gradients, which need no transfer
+            returned[number] = KeysValues(dk.partial_sum(), dv.partial_sum(), step.gradients)
         elif number and step.gradients:
-            gradients = KeysValues(dk.result().contiguous(), dv.result().contiguous())
+            gradients = KeysValues(dk.result().contiguous(), dv.result().contiguous(), step.gradients)
         if step.add:
             _add_returned(own_dk, own_dv, [returned.pop(source) for source in step.add], number)
         gradient_transfer, arriving = ring.post_gradients(kv, step, number, gradients)
-        if step.gradient_return is not None and arriving is not None:
-            returned[number] = (step.gradient_return.spans, arriving)
+        if arriving is not None:
+            returned[number] = arriving
         del dk, dv, gradients, arriving  # the transfer holds what it needs
         if key_transfer is not None:
             key_transfer.wait()
@@ -173,27 +169,23 @@ def _new_sums(kv: KeysValues, step: BackwardStep, number: int) -> list[GradientA
 
 
 def _add_returned(
-    own_dk: GradientAccumulator, own_dv: GradientAccumulator, returned: list[tuple[Spans, KeysValues]], number: int
+    own_dk: GradientAccumulator, own_dv: GradientAccumulator, returned: list[KeysValues], number: int
 ) -> None:
-    dk: list[Addend] = []
-    dv: list[Addend] = []
-    for spans, gradients in returned:
-        position, rows = 0, slice(0, len(gradients.k_BTKD))
-        for start, stop in spans:
-            part, tokens = slice(position, position + stop - start), slice(start, stop)
-            dk.append((rows, tokens, gradients.k_BTKD[:, part]))
-            dv.append((rows, tokens, gradients.v_BTKE[:, part]))
-            position += stop - start
+    runs = [
+        (slice(0, len(kv.k_BTKD)), slice(*span), kv, slice_within(kv.spans, *span))
+        for kv in returned
+        for span in kv.spans
+    ]
     with profiler_range("merge"):
-        own_dk.add_together(dk, number)
-        own_dv.add_together(dv, number)
+        own_dk.add_together([(rows, tokens, kv.k_BTKD[:, run]) for rows, tokens, kv, run in runs], number)
+        own_dv.add_together([(rows, tokens, kv.v_BTKE[:, run]) for rows, tokens, kv, run in runs], number)
 
 
 def buffer_bytes(layout: Layout, mask: Mask, k_BSKD: Tensor, v_BSKE: Tensor, trains: bool) -> dict[str, int]:
     """The size of each receive buffer, for `P2PTransport.connect`; without a backward pass K,V have the only ones."""
-    kv = KeysValues(k_BSKD, v_BSKE)
+    kv = KeysValues.of_parts(k_BSKD, v_BSKE)
     return {
-        buffer: kv.numel(tokens) * k_BSKD.dtype.itemsize
+        buffer: kv.numel(((0, tokens),)) * k_BSKD.dtype.itemsize
         for buffer, tokens in buffer_tokens(layout, mask).items()
         if trains or buffer.startswith("keys")
     }
@@ -204,20 +196,21 @@ class RingFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKE: Tensor, ring: Ring) -> Tensor:
-        everything, first = ring.steps[0].keys, ring.steps[0].send_next
-        kv = KeysValues.of_parts(k_BSKD, v_BSKE)
-        if first is not None and first.spans == everything:
-            kv = kv.take(everything, everything)  # one message, for the first transfer of both passes
+        first, kv = ring.steps[0].send_next, KeysValues.of_parts(k_BSKD, v_BSKE)
+        if first is not None and first.spans == kv.spans:
+            kv = kv.take(kv.spans)  # one message, for the first transfer of both passes
         out_BSHE, lse_BHS = saved_or_computed(lambda: ring_forward(ring, q_BSHD, kv))
-        ctx.ring, ctx.kv_shapes = ring, kv.shapes
-        ctx.save_for_backward(
-            q_BSHD, out_BSHE, lse_BHS, *(kv.k_BTKD, kv.v_BTKE) if kv.message is None else (kv.message,)
-        )
+        ctx.ring, ctx.kv_shapes = ring, (kv.k_BTKD.shape, kv.v_BTKE.shape)
+        saved_kv = (kv.k_BTKD, kv.v_BTKE) if kv.message is None else (kv.message,)
+        ctx.save_for_backward(q_BSHD, out_BSHE, lse_BHS, *saved_kv)
         return out_BSHE
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        q_BSHD, out_BSHE, lse_BHS, *saved = ctx.saved_tensors
-        kv = KeysValues(*saved) if len(saved) == 2 else KeysValues.of_message(saved[0], ctx.kv_shapes)
+        q_BSHD, out_BSHE, lse_BHS, *saved_kv = ctx.saved_tensors
+        if len(saved_kv) == 2:
+            kv = KeysValues.of_parts(*saved_kv)
+        else:
+            kv = KeysValues.of_message(saved_kv[0], *ctx.kv_shapes, ctx.ring.steps[0].keys)
         return *ring_backward(ctx.ring, grad_outputs[0].contiguous(), q_BSHD, kv, out_BSHE, lse_BHS), None

@@ -1,7 +1,7 @@
 """Named ranges in a profiler's trace, and status reports of where a process is.
 
-`with profiler_range("merge"): ...` costs 0.2 us outside a profiler. `torch.profiler.record_function` makes the same entry
-in a trace for 5 us. A range also counts as an operator: the trace links it to kernels that are launched past torch's
+`with profiler_range("merge"): ...` costs 0.2 us outside a profiler, `torch.profiler.record_function` 5 us for the same
+entry in a trace. A range also counts as an operator: the trace links it to kernels that are launched past torch's
 operators, from Triton or CuTe. `recipes.monitor.trace_analysis` reads the names.
 
 `observed_range` times ranges without a profiler. `set_status_listener` receives what `report_status` says, so that a

@@ -20,7 +20,7 @@ from ring_attention import CAUSAL
 from ring_attention.groups import ParallelGroups
 from ring_attention.kernels import KernelSpec, choose_kernel
 from ring_attention.kv import KeysValues
-from ring_attention.layout import Layout, num_tokens
+from ring_attention.layout import Layout
 from ring_attention.ring import Ring, ring_backward, ring_forward
 
 METHODS = ("ring", "ulysses", "hybrid", "all_gather")  # of ours
@@ -146,15 +146,15 @@ class _Alone(Ring):
         return None, own if number + 1 < len(self.steps) else None
 
     def post_gradients(self, own: KeysValues, step: Any, number: int, gradients: KeysValues | None) -> Any:
-        returned = step.gradient_return
-        return None, None if returned is None else own.empty(num_tokens(returned.spans))
+        return None, None if step.gradient_return is None else own.empty(step.gradient_return.spans)
 
 
 def simulated(plan: Plan, whole: Shards, degree: int) -> Candidate:
     """Rank 0 of a larger ring."""
     layout = Layout(plan.config.attention.layout, degree, plan.config.data.sequence_length)
     q, k, v, dout = (layout.shard(x, 0, dim=1) for x in whole)
-    kv = KeysValues.of_message(torch.cat((k.flatten(), v.flatten())), (k.shape, v.shape))
+    kv = KeysValues.of_parts(k, v)
+    kv = kv.take(kv.spans)
     block = choose_kernel(KernelSpec.of(q, k, v), plan.config.attention.kernel)[0]
     ring = _Alone(layout, CAUSAL, None, block, plan.config.model.head_dim**-0.5)
 

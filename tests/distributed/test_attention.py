@@ -278,7 +278,7 @@ def test_mistakes_are_refused_by_name(pool: WorkerPool):
         "the mask has documents for 2 rows, the batch has 1: give one set of boundaries for all rows, or one per row",
         "key has shape [1, 3, 0, 8], value [1, 3, 0, 8]: no head or size may be 0",
         "kernel=cpu_flash cannot run here: needs values of head size 8, not 4; use kernel=auto",
-        "kernel=cudnn cannot run here: it does not run on cpu; use kernel=auto",
+        "kernel=cudnn cannot run here: needs a cuda device, not cpu; use kernel=auto",
         "the documents end at 4, but the sequence has 3 tokens over all ranks",
         "num_kv_heads=1 is less than ulysses_degree=2, which leaves ranks without a key-value head: use a "
         "ulysses_degree of [1], with a ring across (HybridAttention), or RingAttention",

@@ -77,7 +77,7 @@ def simulated_ring(layout: Layout, q: Tensor, k: Tensor, v: Tensor, dout: Tensor
         transport: Any = QueueTransport(ring_rank, degree, queues)
         ring = Ring(layout, CAUSAL, transport, kernel, scale)
         local_q, local_k, local_v, local_dout = (layout.shard(x, ring_rank, dim=1) for x in (q, k, v, dout))
-        kv = KeysValues(local_k, local_v)
+        kv = KeysValues.of_parts(local_k, local_v)
         out, lse = ring_forward(ring, local_q, kv)
         return [out, *ring_backward(ring, local_dout, local_q, kv, out, lse)]
 

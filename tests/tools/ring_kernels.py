@@ -19,7 +19,7 @@ import torch
 from recipes.planning.plan import DTYPES
 from ring_attention import CAUSAL
 from ring_attention.backward_schedule import TileRows, backward_schedule
-from ring_attention.kernels import AttentionKernel, KernelSpec, choose_kernel
+from ring_attention.kernels import AttentionKernel, KernelParams, KernelSpec, SavedTensors, choose_kernel
 from ring_attention.layout import Layout
 from ring_attention.masked_block import MaskedBlock
 from ring_attention.schedule import ring_schedule
@@ -50,14 +50,14 @@ def calls(layout: Layout, rank: int, kernel: AttentionKernel, batch: int) -> Cou
     """A rank's kernel calls in one causal forward and backward pass."""
     steps = {
         "forward": [TileRows(step.tiles, (0, batch)) for step in ring_schedule(layout, CAUSAL, rank)],
-        "backward": [step.compute for step in backward_schedule(layout, CAUSAL, rank, batch, kernel.tiles).steps],
+        "backward": [step.compute for step in backward_schedule(layout, CAUSAL, rank, batch, kernel.split).steps],
     }
     return Counter(
         Call(kind, stop - start, block.num_queries, block.num_keys, block.upper)
         for kind in KINDS
         for tiles, (start, stop) in steps[kind]
         for tile in tiles
-        for block in kernel.tiles(tile.block)
+        for block in kernel.split(tile.block)
     )
 
 
@@ -67,11 +67,11 @@ def runner(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes = ((call.queries, heads[0]), (call.keys, heads[1]), (call.keys, heads[1]), (call.queries, heads[0]))
     q, k, v, dout = (torch.randn(call.rows, *size, head_dim, device=device).to(dtype) for size in sizes)
-    band = (None, call.upper, head_dim**-0.5)
+    params = KernelParams(None, call.upper, head_dim**-0.5)
     if call.kind == "forward":
-        return lambda: kernel.forward(q, k, v, *band)
-    out, lse = kernel.forward(q, k, v, *band)
-    return lambda: kernel.backward(dout, q, k, v, out, lse, *band)
+        return lambda: kernel.forward(q, k, v, params)
+    out, lse = kernel.forward(q, k, v, params)
+    return lambda: kernel.backward(dout, SavedTensors(q, k, v, out, lse), params)
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from ring_attention.masked_block import MaskedBlock
 from ring_attention.schedule import Message, ring_schedule
 from ring_attention.tiles import AttentionTile
 
-ONE_CALL, CAUSAL_SQUARES = KERNELS["reference"].tiles, KERNELS["ffpa"].tiles
+ONE_CALL, CAUSAL_SQUARES = KERNELS["reference"].split, KERNELS["ffpa"].split
 ALL, ONE_ROW = ((0, 8),), (0, 1)
 
 
@@ -132,9 +132,9 @@ def test_the_two_parts_of_the_local_attention_are_all_of_it(mask: Mask):
         assert [(part.block.q_start, part.block.q_stop) for part in parts] == [(8, 16), (0, 8)]
 
 
-@pytest.mark.parametrize("kernel_tiles", [ONE_CALL, CAUSAL_SQUARES])
-def test_half_of_the_rows_is_held_back(kernel_tiles):
-    split = split_local(SQUARE, 5, kernel_tiles)
+@pytest.mark.parametrize("split_block", [ONE_CALL, CAUSAL_SQUARES])
+def test_half_of_the_rows_is_held_back(split_block):
+    split = split_local(SQUARE, 5, split_block)
     assert (split.first, split.held_back) == (TileRows(SQUARE, (2, 5)), TileRows(SQUARE, (0, 2)))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ring_attention import CAUSAL, LocalAttention
 from ring_attention.accumulators import GradientAccumulator
-from ring_attention.kernels import KERNELS
+from ring_attention.kernels import KERNELS, KernelParams, SavedTensors
 from ring_attention.kv import KeysValues
 from ring_attention.layout import Layout
 from ring_attention.masked_block import MaskedBlock
@@ -38,16 +38,16 @@ class Recorder:
 
         return Transfer()
 
-    def tiles(self, block: MaskedBlock) -> list[MaskedBlock]:
-        return self._kernel.tiles(block)
+    def split(self, block: MaskedBlock) -> list[MaskedBlock]:
+        return self._kernel.split(block)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *band: Any) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, params: KernelParams) -> tuple[Tensor, Tensor]:
         self.events.append(f"forward {q.shape[1]} x {k.shape[1]}")
-        return self._kernel.forward(q, k, v, *band)
+        return self._kernel.forward(q, k, v, params)
 
-    def backward(self, dout: Tensor, q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-        self.events.append(f"backward {q.shape[1]} x {k.shape[1]}")
-        return self._kernel.backward(dout, q, k, *rest)
+    def backward(self, dout: Tensor, saved: SavedTensors, params: KernelParams) -> tuple[Tensor, Tensor, Tensor]:
+        self.events.append(f"backward {saved.q_BSHD.shape[1]} x {saved.k_BTKD.shape[1]}")
+        return self._kernel.backward(dout, saved, params)
 
 
 def events(ring_degree: int, ring_rank: int, batch: int = 1) -> list[str]:
@@ -55,8 +55,9 @@ def events(ring_degree: int, ring_rank: int, batch: int = 1) -> list[str]:
     q, k, v, dout = torch.randn(4, batch, 8, 2, 16).bfloat16()
     fake: Any = recorder
     ring = Ring(layout, CAUSAL, fake, fake, 0.25)
-    out, lse = ring_forward(ring, q, KeysValues(k, v))
-    ring_backward(ring, dout, q, KeysValues(k, v), out, lse)
+    kv = KeysValues.of_parts(k, v)
+    out, lse = ring_forward(ring, q, kv)
+    ring_backward(ring, dout, q, kv, out, lse)
     return recorder.events
 
 
