@@ -141,13 +141,13 @@ def ring_backward(
                 del tile  # its memory is free before the next kernel call
         if gradient_transfer is not None:
             gradient_transfer.wait()  # it travelled during this step's attention
-        gradients = None
-        if number and step.gradients and step.is_local:  # held back: own gradients, which need no transfer
+        if number in step.add:  # held back: own gradients, which need no transfer
             returned[number] = KeysValues(dk.partial_sum(), dv.partial_sum(), step.gradients)
-        elif number and step.gradients:
-            gradients = KeysValues(dk.result().contiguous(), dv.result().contiguous(), step.gradients)
         if step.add:
             _add_returned(own_dk, own_dv, [returned.pop(source) for source in step.add], number)
+        gradients = None
+        if step.gradients and not step.is_local:
+            gradients = KeysValues(dk.result().contiguous(), dv.result().contiguous(), step.gradients)
         gradient_transfer, arriving = ring.post_gradients(kv, step, number, gradients)
         if arriving is not None:
             returned[number] = arriving
