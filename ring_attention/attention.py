@@ -18,10 +18,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ring_attention.gather import GatherFunction, Gathering
-from ring_attention.kernels import AttentionKernel
-from ring_attention.layout import Layout
-from ring_attention.mask import Mask
+from ring_attention.gather import AllGather, AllGatherFunction
+from ring_attention.ring import Ring
 from ring_attention.sequence_attention import Hosts, SequenceAttention
 from ring_attention.topology import hybrid_split, ring_order
 from ring_attention.transport import P2PTransport, make_transport, rank_and_size, same_ranks, subgroup
@@ -48,18 +46,10 @@ class AllGatherAttention(SequenceAttention):
     def _join(self, group: Any, transport: str, hosts: Hosts, *deepspeed: Any) -> tuple[P2PTransport | None, int]:
         return make_transport("p2p", group, None if hosts is None else ring_order(hosts)), 0
 
-    def _compute(
-        self,
-        q_BSHD: Tensor,
-        k_BSKD: Tensor,
-        v_BSKE: Tensor,
-        layout: Layout,
-        mask: Mask,
-        kernel: AttentionKernel,
-        scale: float,
-    ) -> Tensor:
-        assert self._transport is not None
-        return GatherFunction.apply(q_BSHD, k_BSKD, v_BSKE, Gathering(layout, mask, self._transport, kernel, scale))
+    def _compute(self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKE: Tensor, ring: Ring) -> Tensor:
+        assert ring.transport is not None
+        gathering = AllGather(ring.layout, ring.mask, ring.transport, ring.kernel, ring.scale)
+        return AllGatherFunction.apply(q_BSHD, k_BSKD, v_BSKE, gathering)
 
 
 class HybridAttention(SequenceAttention):

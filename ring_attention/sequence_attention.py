@@ -18,7 +18,6 @@ from ring_attention.layout import Layout
 from ring_attention.mask import CAUSAL, Mask
 from ring_attention.recognize import ModuleRecognizer
 from ring_attention.ring import Ring, RingFunction, buffer_bytes
-from ring_attention.schedule import ring_schedule
 from ring_attention.transport import P2PTransport
 
 Hosts = Sequence[Hashable] | None
@@ -193,29 +192,16 @@ class SequenceAttention(nn.Module):
     ) -> Tensor:
         q_BSHD, k_BSKD, v_BSKE = batch_first((query, key, value), batch_dim_idx)
         layout = self._layout_of(q_BSHD.shape[1])
-        mask = mask.within(layout.padded_length)
+        mask, given = mask.within(layout.padded_length), self.local_attn
         spec = KernelSpec.of(q_BSHD, k_BSKD, v_BSKE, mask.is_windowed)
-        given = self.local_attn
         kernel, _ = choose_kernel(spec, given if isinstance(given, (AttentionKernel, str)) else "auto")
-        return batch_first((self._compute(q_BSHD, k_BSKD, v_BSKE, layout, mask, kernel, scale),), batch_dim_idx)[0]
+        ring = Ring(layout, mask, self._transport, kernel, scale)
+        return batch_first((self._compute(q_BSHD, k_BSKD, v_BSKE, ring),), batch_dim_idx)[0]
 
-    def _compute(
-        self,
-        q_BSHD: Tensor,
-        k_BSKD: Tensor,
-        v_BSKE: Tensor,
-        layout: Layout,
-        mask: Mask,
-        kernel: AttentionKernel,
-        scale: float,
-    ) -> Tensor:
-        """A ring of one rank has no transport."""
-        ring_rank = 0
-        if self._transport is not None:
+    def _compute(self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKE: Tensor, ring: Ring) -> Tensor:
+        if ring.transport is not None:
             trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BSHD, k_BSKD, v_BSKE))
-            self._transport.connect(q_BSHD, buffer_bytes(layout, mask, k_BSKD, v_BSKE, trains))
-            ring_rank = self._transport.ring_rank
-        ring = Ring(ring_schedule(layout, mask, ring_rank), self._transport, kernel, scale)
+            ring.transport.connect(q_BSHD, buffer_bytes(ring.layout, ring.mask, k_BSKD, v_BSKE, trains))
         return RingFunction.apply(q_BSHD, k_BSKD, v_BSKE, ring)
 
     def _layout_of(self, ring_length: int) -> Layout:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ring_attention import CAUSAL, FULL, HybridAttention, LocalAttention, Mask, RingAttention, UlyssesAttention
 from ring_attention.kernels import KERNELS
-from ring_attention.schedule import num_tokens, ring_schedule, tokens_sent
+from ring_attention.layout import num_tokens
+from ring_attention.schedule import ring_schedule, tokens_sent
 from ring_attention.transport import P2PTransport
 from tests.cases import METHODS, Case, attend, build, check, draw, many_on_rank, on_rank
 from tests.pool import WorkerPool, parallel_groups
@@ -158,8 +159,8 @@ def test_what_is_sent_is_what_the_schedule_says(pool: WorkerPool, layout: str, m
     for ring_rank, sent in enumerate(pool.run(numbers_sent, case, num_ranks=4)):
         keys, gradients = tokens_sent(case.global_layout, mask, ring_rank)
         assert sent == (keys * per_token, (keys + gradients) * per_token)
-        stages = ring_schedule(case.global_layout, mask, ring_rank)
-        assert gradients == sum(num_tokens(stage.gradients) for stage in stages)
+        steps = ring_schedule(case.global_layout, mask, ring_rank)
+        assert gradients == sum(num_tokens(step.gradients) for step in steps)
 
 
 def uneven_heads(case: Case, initialised: bool) -> str | list[Tensor]:
