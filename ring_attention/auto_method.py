@@ -60,10 +60,8 @@ class Candidate:
 
     @property
     def method(self) -> str:
-        if self.ring_degree == self.ulysses_degree == 1:
-            return "local"
         if self.ulysses_degree == 1:
-            return "ring"
+            return "local" if self.ring_degree == 1 else "ring"
         return "ulysses" if self.ring_degree == 1 else "hybrid"
 
     @property
