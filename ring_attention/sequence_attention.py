@@ -124,8 +124,7 @@ class SequenceAttention(nn.Module):
             key: the same with K heads, H a multiple of K.
             value: as key; its head size may differ if the kernel supports that.
             rotary_pos_emb, args, kwargs: DistributedAttention would apply them or pass them on. Must be None here.
-            mask: over the whole sequence, padding included. None is the constructor's mask, or the mask of a recognised
-                module.
+            mask: over the whole sequence, padding included. None is the constructor's, or a recognised module's.
             softmax_scale: None is 1 / sqrt(D).
 
         Returns:
@@ -190,13 +189,15 @@ class SequenceAttention(nn.Module):
     def _attend_ring(
         self, query: Tensor, key: Tensor, value: Tensor, batch_dim_idx: int, mask: Mask, scale: float
     ) -> Tensor:
-        q_BSHD, k_BSKD, v_BSKE = batch_first((query, key, value), batch_dim_idx)
+        inputs = (query, key, value)
+        q_BSHD, k_BSKD, v_BSKE = (x.transpose(0, 1) for x in inputs) if batch_dim_idx == 1 else inputs
         layout = self._layout_of(q_BSHD.shape[1])
         mask, given = mask.within(layout.padded_length), self.local_attn
         spec = KernelSpec.of(q_BSHD, k_BSKD, v_BSKE, mask.is_windowed)
         kernel, _ = choose_kernel(spec, given if isinstance(given, (AttentionKernel, str)) else "auto")
         ring = Ring(layout, mask, self._transport, kernel, scale)
-        return batch_first((self._compute(q_BSHD, k_BSKD, v_BSKE, ring),), batch_dim_idx)[0]
+        out_BSHE = self._compute(q_BSHD, k_BSKD, v_BSKE, ring)
+        return out_BSHE.transpose(0, 1) if batch_dim_idx == 1 else out_BSHE
 
     def _compute(self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKE: Tensor, ring: Ring) -> Tensor:
         if ring.transport is not None:
@@ -218,11 +219,6 @@ class SequenceAttention(nn.Module):
 @functools.cache
 def _disable_compilers() -> Any:
     return torch.compiler.disable(SequenceAttention._forward)  # imports the compiler, for a second
-
-
-def batch_first(tensors: tuple[Tensor, ...], batch_dim_idx: int) -> tuple[Tensor, ...]:
-    """[B, S, ...] from the caller's order of dims, and back."""
-    return tuple(tensor.transpose(0, 1) for tensor in tensors) if batch_dim_idx == 1 else tensors
 
 
 def _check_mask(mask: Mask) -> None:
