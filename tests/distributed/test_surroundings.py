@@ -251,6 +251,23 @@ def test_the_large_first_value_fits_into_fp16():
     LocalAttention(Local())(q, q, q, 0)
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (LocalAttention, {"transport": "p2p"}, "LocalAttention takes no transport"),
+        (
+            UlyssesAttention,
+            {"hosts": ["a", "b"], "ulysses_degree": 2},
+            "UlyssesAttention takes no hosts, ulysses_degree",
+        ),
+        (HybridAttention, {}, "HybridAttention needs ulysses_degree"),
+    ],
+)
+def test_options_that_a_module_does_not_take_are_refused(kind: Any, options: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        kind("auto", None, **options)
+
+
 def test_autocast_does_not_lower_the_precision():
     q = torch.randn(1, 32, 2, 16)
     plain = LocalAttention("reference")(q, q, q, 0)
