@@ -7,6 +7,7 @@ crosses to the next, and Ulysses, whose all-to-all sends most of its bytes to ev
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 
 
 def ring_order(hosts: Sequence[Hashable]) -> list[int]:
@@ -14,10 +15,15 @@ def ring_order(hosts: Sequence[Hashable]) -> list[int]:
     return sorted(range(len(hosts)), key=lambda rank: hosts.index(hosts[rank]))
 
 
-def hybrid_split(hosts: Sequence[Hashable], ulysses_degree: int) -> list[list[int]]:
-    """The group's ranks as ``grid[ring_rank][ulysses_rank]``: rows are Ulysses groups, columns are rings in ring order.
+@dataclass(frozen=True)
+class Split:
+    """The group's ranks as a grid: ``grid[ring_rank][ulysses_rank]``. Rows are Ulysses groups, columns are rings."""
 
-    Ranks of a row are neighbours in ring order, so within one host if the degree divides the host's ranks.
+    grid: tuple[tuple[int, ...], ...]
+
+
+def hybrid_split(hosts: Sequence[Hashable], ulysses_degree: int) -> Split:
+    """Ulysses groups of neighbours in ring order, so within one host if the degree divides its ranks; rings across.
 
     Raises:
         ValueError: if the degree does not divide the ranks.
@@ -29,4 +35,4 @@ def hybrid_split(hosts: Sequence[Hashable], ulysses_degree: int) -> list[list[in
     order = ring_order(hosts)
     starts = range(0, num_ranks, ulysses_degree)
     # ascending within a row, as process groups number their ranks
-    return [sorted(order[start : start + ulysses_degree]) for start in starts]
+    return Split(tuple(tuple(sorted(order[start : start + ulysses_degree])) for start in starts))
