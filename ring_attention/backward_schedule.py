@@ -144,13 +144,14 @@ def _additions(ring_steps: tuple[RingStep, ...]) -> list[tuple[int, ...]]:
     """The gradient returns to add in each step, by the ring step that they belong to.
 
     A return arrives in the step after its own. It waits for the next one, unless that is the last: the last return is
-    added in a step of its own, with what was held back.
+    added in a step of its own, with what was held back. That step also waits for the last gradients to be sent.
     """
-    num_steps = len(ring_steps)
+    num_steps, last = len(ring_steps), ring_steps[-1]
+    one_more = bool(last.gradients or last.gradient_return)
     returns = {number for number, step in enumerate(ring_steps) if step.gradient_return is not None}
     additions: list[tuple[int, ...]] = []
     waiting: list[int] = []
-    for number in range(num_steps + (num_steps - 1 in returns)):
+    for number in range(num_steps + one_more):
         waiting += {number - 1} & returns
         is_due = waiting and (waiting[0] < number - 1 or number >= num_steps - 1)
         additions.append(tuple(waiting) if is_due else ())

@@ -94,6 +94,9 @@ def test_each_return_is_added_once_before_its_buffer_is_used_again(name: str, ri
         schedule = backward_schedule(layout, mask, rank, 3, ONE_CALL)
         ring_steps = ring_schedule(layout, mask, rank)
         returns = [number for number, step in enumerate(ring_steps) if step.gradient_return]
+        last = schedule.steps[-1]
+        assert last.gradient_return is None  # no gradients are in flight after the last step
+        assert last.is_local or not last.gradients
         added = {source: number for number, step in enumerate(schedule.steps) for source in step.add}
         assert sorted(source for step in schedule.steps for source in step.add if source < ring_degree) == returns
         for source in returns:
