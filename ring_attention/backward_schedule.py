@@ -46,11 +46,14 @@ class LocalSplit(NamedTuple):
 
 
 class GradientPiece(NamedTuple):
-    """Rows and tokens of a gradient that get their last addend in step `last_step`."""
+    """Rows and tokens of a gradient that get their last addend in step `last_step`, and are written with it.
+
+    None is for a piece that ends before the last ring step. Writing it then would allocate the result early.
+    """
 
     rows: Span
     tokens: Span
-    last_step: int
+    last_step: int | None
 
 
 class BackwardStep(NamedTuple):
@@ -107,10 +110,15 @@ def backward_schedule(
         steps.append(BackwardStep(ring_rank, True, held_back, local.keys, gradients, None, added))
     row_spans = list(itertools.pairwise((0, *split.row_cuts, batch)))
     query_spans = list(itertools.pairwise((0, *split.query_cuts, layout.ring_length)))
+    dq_pieces = []
+    for row_span, query_span in itertools.product(row_spans, query_spans):
+        last_step = _last_step(steps, row_span, query_span)
+        is_early = split.held_back is not None and last_step < len(ring_steps) - 1
+        dq_pieces.append(GradientPiece(row_span, query_span, None if is_early else last_step))
     last_addition = max((number for number, step in enumerate(steps) if step.add), default=0)
     return BackwardSchedule(
         tuple(steps),
-        tuple(GradientPiece(*span, _last_step(steps, *span)) for span in itertools.product(row_spans, query_spans)),
+        tuple(dq_pieces),
         tuple(GradientPiece(row_span, (0, layout.ring_length), last_addition) for row_span in row_spans),
     )
 

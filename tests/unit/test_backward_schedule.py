@@ -53,7 +53,7 @@ def test_of_several_rows_half_are_held_back():
     assert schedule.dq_pieces == (
         GradientPiece((0, 1), (0, 4), 2),
         GradientPiece((0, 1), (4, 8), 2),
-        GradientPiece((1, 3), (0, 4), 0),  # no other rank's keys meet the early queries of rank 0
+        GradientPiece((1, 3), (0, 4), None),  # no other rank's keys meet the early queries of rank 0
         GradientPiece((1, 3), (4, 8), 1),
     )
     assert schedule.own_pieces == (GradientPiece((0, 1), (0, 8), 2), GradientPiece((1, 3), (0, 8), 2))
