@@ -83,7 +83,7 @@ class GradientAccumulator:
             has_all_rows, total = part.shape[0] == _length(piece.rows), self._sums[index]
             if total is None and has_all_rows and part.shape[1] == _length(piece.tokens):
                 self._sums[index] = part
-            elif ends == piece.last_step and has_all_rows and self._dtype != self._state_dtype:
+            elif ends is not None and ends == piece.last_step and has_all_rows and self._dtype != self._state_dtype:
                 self._add_in_one_pass(index, [addend], is_last=True)
             else:
                 if total is None:

@@ -46,11 +46,14 @@ class LocalSplit(NamedTuple):
 
 
 class GradientPiece(NamedTuple):
-    """Rows and tokens of a gradient that get their last addend in step `last_step`."""
+    """Rows and tokens of a gradient that get their last addend in step `last_step`, and are written with it.
+
+    None is for a piece that ends before the last ring step. Writing it then would allocate the result early.
+    """
 
     rows: Span
     tokens: Span
-    last_step: int
+    last_step: int | None
 
 
 class BackwardStep(NamedTuple):
@@ -107,10 +110,15 @@ def backward_schedule(
         steps.append(BackwardStep(ring_rank, True, held_back, local.keys, gradients, None, added))
     row_spans = list(itertools.pairwise((0, *split.row_cuts, batch)))
     query_spans = list(itertools.pairwise((0, *split.query_cuts, layout.ring_length)))
+    dq_pieces = []
+    for row_span, query_span in itertools.product(row_spans, query_spans):
+        last_step = _last_step(steps, row_span, query_span)
+        is_early = split.held_back is not None and last_step < len(ring_steps) - 1
+        dq_pieces.append(GradientPiece(row_span, query_span, None if is_early else last_step))
     last_addition = max((number for number, step in enumerate(steps) if step.add), default=0)
     return BackwardSchedule(
         tuple(steps),
-        tuple(GradientPiece(*span, _last_step(steps, *span)) for span in itertools.product(row_spans, query_spans)),
+        tuple(dq_pieces),
         tuple(GradientPiece(row_span, (0, layout.ring_length), last_addition) for row_span in row_spans),
     )
 
@@ -144,13 +152,14 @@ def _additions(ring_steps: tuple[RingStep, ...]) -> list[tuple[int, ...]]:
     """The gradient returns to add in each step, by the ring step that they belong to.
 
     A return arrives in the step after its own. It waits for the next one, unless that is the last: the last return is
-    added in a step of its own, with what was held back.
+    added in a step of its own, with what was held back. That step also waits for the last gradients to be sent.
     """
-    num_steps = len(ring_steps)
+    num_steps, last = len(ring_steps), ring_steps[-1]
+    one_more = bool(last.gradients or last.gradient_return)
     returns = {number for number, step in enumerate(ring_steps) if step.gradient_return is not None}
     additions: list[tuple[int, ...]] = []
     waiting: list[int] = []
-    for number in range(num_steps + (num_steps - 1 in returns)):
+    for number in range(num_steps + one_more):
         waiting += {number - 1} & returns
         is_due = waiting and (waiting[0] < number - 1 or number >= num_steps - 1)
         additions.append(tuple(waiting) if is_due else ())

@@ -53,7 +53,7 @@ def test_of_several_rows_half_are_held_back():
     assert schedule.dq_pieces == (
         GradientPiece((0, 1), (0, 4), 2),
         GradientPiece((0, 1), (4, 8), 2),
-        GradientPiece((1, 3), (0, 4), 0),  # no other rank's keys meet the early queries of rank 0
+        GradientPiece((1, 3), (0, 4), None),  # no other rank's keys meet the early queries of rank 0
         GradientPiece((1, 3), (4, 8), 1),
     )
     assert schedule.own_pieces == (GradientPiece((0, 1), (0, 8), 2), GradientPiece((1, 3), (0, 8), 2))
@@ -94,6 +94,9 @@ def test_each_return_is_added_once_before_its_buffer_is_used_again(name: str, ri
         schedule = backward_schedule(layout, mask, rank, 3, ONE_CALL)
         ring_steps = ring_schedule(layout, mask, rank)
         returns = [number for number, step in enumerate(ring_steps) if step.gradient_return]
+        last = schedule.steps[-1]
+        assert last.gradient_return is None  # no gradients are in flight after the last step
+        assert last.is_local or not last.gradients
         added = {source: number for number, step in enumerate(schedule.steps) for source in step.add}
         assert sorted(source for step in schedule.steps for source in step.add if source < ring_degree) == returns
         for source in returns:
