@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, K key-value heads, D head size, E value head size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,9 +40,10 @@ class KeysValues:
         return cls(k_BTKD, v_BTKE, ((0, k_BTKD.shape[1]),), message)
 
     @classmethod
-    def of_message(cls, message: Tensor, k_shape: torch.Size, v_shape: torch.Size, spans: Spans) -> KeysValues:
-        k, v = message.split((k_shape.numel(), v_shape.numel()))
-        return cls(k.view(k_shape), v.view(v_shape), spans, message)
+    def of_message(cls, message: Tensor, shapes: Sequence[torch.Size], spans: Spans) -> KeysValues:
+        """Views of a message, given the shapes of k and v."""
+        k, v = message.split([shape.numel() for shape in shapes])
+        return cls(k.view(shapes[0]), v.view(shapes[1]), spans, message)
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
@@ -55,7 +57,7 @@ class KeysValues:
     def view(self, message: Tensor, spans: Spans) -> KeysValues:
         """A message with these tokens; other dims are as here."""
         shapes = [torch.Size((x.shape[0], num_tokens(spans), *x.shape[2:])) for x in (self.k_BTKD, self.v_BTKE)]
-        return self.of_message(message, *shapes, spans)
+        return self.of_message(message, shapes, spans)
 
     def empty(self, spans: Spans, dtype: torch.dtype | None = None) -> KeysValues:
         """A new message with these tokens, not initialised."""

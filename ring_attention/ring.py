@@ -212,5 +212,5 @@ class RingFunction(torch.autograd.Function):
         if len(saved_kv) == 2:
             kv = KeysValues.of_parts(*saved_kv)
         else:
-            kv = KeysValues.of_message(saved_kv[0], *ctx.kv_shapes, ctx.ring.steps[0].keys)
+            kv = KeysValues.of_message(saved_kv[0], ctx.kv_shapes, ctx.ring.steps[0].keys)
         return *ring_backward(ctx.ring, grad_outputs[0].contiguous(), q_BSHD, kv, out_BSHE, lse_BHS), None

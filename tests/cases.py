@@ -1,6 +1,4 @@
-"""One case of sequence attention: every method, layout, mask and shape, on ranks and in an fp64 oracle that sees it
-whole.
-"""
+"""A case of sequence attention, that is a method, layout, mask and shape: on ranks, and in an fp64 oracle."""
 
 from __future__ import annotations
 
@@ -27,7 +25,7 @@ METHODS = ("ring", "ulysses", "hybrid", "all_gather", "local")
 
 @dataclass(frozen=True)
 class Case:
-    """`num_ranks` = ring x ulysses degree; `padded` names the real tokens in the mask, as full attention needs."""
+    """A method on num_ranks = ring_degree x ulysses_degree ranks."""
 
     method: str = "ring"
     num_ranks: int = 2
@@ -41,7 +39,7 @@ class Case:
     head_dim: int = 16
     value_head_dim: int | None = None
     dtype: torch.dtype = torch.float32
-    block: str = "auto"
+    kernel: str = "auto"
     batch_dim_idx: int = 0
     contiguous: bool = True
     transport: str = "p2p"
@@ -52,7 +50,7 @@ class Case:
 
 
 def draw(case: Case) -> list[Tensor]:
-    """q, k, v and the output's gradient of whole sequences, [B, L, heads, head size]."""
+    """q, k, v and dout of the whole sequence, [B, L, heads, head size]."""
     generator = torch.Generator().manual_seed(case.length)
     value_dim = case.value_head_dim or case.head_dim
     sizes = [
@@ -69,14 +67,14 @@ def build(case: Case, group: object) -> nn.Module:
     if case.method in ("ring", "hybrid"):
         options["transport"] = case.transport
     if case.method == "hybrid":
-        return HybridAttention(case.block, group, ulysses_degree=case.ulysses_degree, **options)
+        return HybridAttention(case.kernel, group, ulysses_degree=case.ulysses_degree, **options)
     kinds = {
         "ring": RingAttention,
         "ulysses": UlyssesAttention,
         "all_gather": AllGatherAttention,
         "local": LocalAttention,
     }
-    return kinds[case.method](case.block, group, **options)
+    return kinds[case.method](case.kernel, group, **options)
 
 
 def on_rank(case: Case, device: str = "cpu") -> list[Tensor]:
@@ -94,13 +92,13 @@ def _group() -> object:
     return dist.get_world_group()
 
 
-def attend(case: Case, attention: nn.Module, whole: list[Tensor]) -> list[Tensor]:
-    """This rank's shards of out, dq, dk, dv for whole q, k, v, dout."""
+def attend(case: Case, attention: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
+    """This rank's shards of out, dq, dk, dv, given q, k, v, dout of the whole sequence."""
     layout = case.global_layout
-    local = [layout.shard(tensor, attention.sequence_rank, dim=1) for tensor in whole]  # pyright: ignore[reportArgumentType]
+    local = [layout.shard(tensor, attention.sequence_rank, dim=1) for tensor in inputs]  # pyright: ignore[reportArgumentType]
     if case.batch_dim_idx == 1:
         local = [tensor.transpose(0, 1).contiguous() for tensor in local]
-    if not case.contiguous:  # every second number of something twice as wide
+    if not case.contiguous:  # every second element of a tensor twice as wide
         local = [torch.stack((tensor, tensor), -1)[..., 0] for tensor in local]
     leaves = [tensor.detach().requires_grad_() for tensor in local[:3]]
     out = attention(*leaves, case.batch_dim_idx)
@@ -117,7 +115,7 @@ def oracle(case: Case) -> Expected:
 
 
 def check(case: Case, shards: list[list[Tensor]]) -> None:
-    """Given what each rank returned."""
+    """Compare the shards that each rank returned with the oracle."""
     for parts in zip(*shards, strict=True):
         assert all(part.dtype == case.dtype for part in parts)
         assert all(part.isfinite().all() for part in parts), f"not finite, padding included: {case}"

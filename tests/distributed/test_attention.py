@@ -1,4 +1,4 @@
-"""Attention alone: every rank's output and gradients against an fp64 oracle that sees the whole sequence."""
+"""Attention alone: every rank's output and gradients against an fp64 oracle of the whole sequence."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MASKS = {
 
 
 def grid(case: Case) -> Case | None:
-    """The case with the Ulysses degree that its method has on its ranks; None where there is none."""
+    """The case with a Ulysses degree for its method; None if the method cannot run on so many ranks."""
     if case.method == "local":
         return case if case.num_ranks == 1 else None
     if case.method == "ulysses":
@@ -40,7 +40,7 @@ def grid(case: Case) -> Case | None:
 
 
 def batches(mask: Mask) -> tuple[int, ...]:
-    """Batch sizes: backward passes halve the queries of one row, or the rows of several."""
+    """Batch sizes: the backward pass holds back half of the queries of one row, or half of several rows."""
     rows = len(mask.documents or ())
     return (rows,) if rows > 1 else (1, 3)
 
@@ -49,7 +49,7 @@ def batches(mask: Mask) -> tuple[int, ...]:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_method_equals_whole_attention(pool: WorkerPool, num_ranks: int, method: str, dtype: torch.dtype):
-    """With every mask and layout, for one row and for several."""
+    """With every mask and layout, of one row and of several."""
     cases = [
         case
         for layout in ("zigzag", "contiguous")
@@ -101,8 +101,8 @@ def test_sequence_first_and_non_contiguous_tensors(pool: WorkerPool, method: str
         check(case, pool.run(on_rank, case, num_ranks=case.num_ranks))
 
 
-def shards_of_two_drafts(case: Case, document: slice) -> tuple[list[Tensor], list[Tensor]]:
-    """On each rank: results, and those after q, k, v and dout of one document were replaced."""
+def shards_before_and_after(case: Case, document: slice) -> tuple[list[Tensor], list[Tensor]]:
+    """On each rank: results before and after q, k, v and dout of one document are replaced."""
     import deepspeed.comm as dist
 
     attention, whole = build(case, dist.get_world_group()), draw(case)
@@ -116,30 +116,30 @@ def shards_of_two_drafts(case: Case, document: slice) -> tuple[list[Tensor], lis
 @pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
 @pytest.mark.parametrize("base", [CAUSAL, FULL, Mask(left=7)], ids=["causal", "full", "window"])
 def test_no_token_sees_another_document(pool: WorkerPool, method: str, layout: str, base: Mask):
-    """Bit for bit: with one document replaced, out, dq, dk, dv of all others stay what they were."""
+    """Replacing one document does not change a bit of out, dq, dk and dv of the others."""
     boundaries = [0, 13, 14, 40, 64]
     num_ranks = 1 if method == "local" else 4
     case = grid(Case(method, num_ranks, 1, layout, base.packed(boundaries), length=64, num_kv_heads=4))
     assert case is not None
     changed_document = slice(14, 40)
-    ranks = pool.run(shards_of_two_drafts, case, changed_document, num_ranks=num_ranks)
+    ranks = pool.run(shards_before_and_after, case, changed_document, num_ranks=num_ranks)
     others = torch.ones(64, dtype=torch.bool)
     others[changed_document] = False
     for parts in range(4):
-        before, after = (case.global_layout.unshard([rank[draft][parts] for rank in ranks], dim=1) for draft in (0, 1))
+        before, after = (case.global_layout.unshard([rank[index][parts] for rank in ranks], dim=1) for index in (0, 1))
         assert torch.equal(before[:, others], after[:, others])
         assert not torch.equal(before[:, ~others], after[:, ~others])
 
 
-def numbers_sent(case: Case) -> tuple[int, int]:
-    """On each rank: how many numbers its exchange sent in a forward and a backward pass."""
+def elements_sent(case: Case) -> tuple[int, int]:
+    """On each rank: how many elements its transport sent in a forward and in a backward pass."""
     import deepspeed.comm as dist
 
     sent = {"forward": 0, "backward": 0}
     original = P2PTransport.post
 
     def counting(self, purpose, sends, receives):
-        sent[purpose.split()[0]] += sum(move.tensor.numel() for move in sends)
+        sent[purpose.split()[0]] += sum(message.tensor.numel() for message in sends)
         return original(self, purpose, sends, receives)
 
     attention = build(case, dist.get_world_group())
@@ -153,10 +153,10 @@ def numbers_sent(case: Case) -> tuple[int, int]:
 
 @pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_what_is_sent_is_what_the_schedule_says(pool: WorkerPool, layout: str, mask: Mask):
+def test_the_transport_sends_what_the_schedule_says(pool: WorkerPool, layout: str, mask: Mask):
     case = Case("ring", 4, 1, layout, mask, LENGTH)
     per_token = 2 * case.batch * case.num_kv_heads * case.head_dim
-    for ring_rank, sent in enumerate(pool.run(numbers_sent, case, num_ranks=4)):
+    for ring_rank, sent in enumerate(pool.run(elements_sent, case, num_ranks=4)):
         keys, gradients = tokens_sent(case.global_layout, mask, ring_rank)
         assert sent == (keys * per_token, (keys + gradients) * per_token)
         steps = ring_schedule(case.global_layout, mask, ring_rank)
@@ -164,7 +164,7 @@ def test_what_is_sent_is_what_the_schedule_says(pool: WorkerPool, layout: str, m
 
 
 def uneven_heads(case: Case, initialised: bool) -> str | list[Tensor]:
-    """Three key-value heads over two ranks: DeepSpeed deals them 2 and 1."""
+    """Three key-value heads on two ranks: DeepSpeed gives them 2 and 1."""
     from deepspeed.utils import groups as deepspeed_groups
 
     groups = parallel_groups(data_degree=1, sequence_degree=2)
@@ -286,7 +286,7 @@ def test_mistakes_are_refused_by_name(pool: WorkerPool):
 
 
 def order_over_hosts(method: str) -> list[Tensor]:
-    """On each of four ranks dealt to two hosts in turn: the hybrid and the ring follow the hosts, not the numbers."""
+    """On each of four ranks on two hosts: hybrid and ring follow the hosts, not the rank numbers."""
     import deepspeed.comm as dist
 
     world, hosts = dist.get_world_group(), ["A", "B", "B", "A"]
@@ -305,7 +305,7 @@ HOSTS = {"ring": Case("ring", 4), "hybrid": Case("hybrid", 4, 2)}
 
 
 @pytest.mark.parametrize("method", HOSTS)
-def test_ranks_that_are_dealt_to_hosts_in_turn(pool: WorkerPool, method: str):
+def test_ranks_that_alternate_between_hosts(pool: WorkerPool, method: str):
     ranks = pool.run(order_over_hosts, method, num_ranks=4)
     in_order = sorted(ranks, key=lambda rank: int(rank[0]))
     check(HOSTS[method], [rank[1:] for rank in in_order])

@@ -66,7 +66,7 @@ def test_every_method_equals_whole_attention(
                 continue  # has no sliding window
             for batch, batch_dim_idx in itertools.product(batches(mask), (0, 1)):
                 case = Case(
-                    method, NUM_RANKS, 1, layout, mask, LENGTH, batch, 8, 4, head_dim, dtype=dtype, block=kernel
+                    method, NUM_RANKS, 1, layout, mask, LENGTH, batch, 8, 4, head_dim, dtype=dtype, kernel=kernel
                 )
                 case = replace(case, transport=transport)
                 cases.append(grid(replace(case, batch_dim_idx=batch_dim_idx, contiguous=batch_dim_idx == 0)))

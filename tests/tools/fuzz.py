@@ -1,7 +1,8 @@
 """Random cases of sequence attention against the fp64 oracle.
 
-`python -m tests.tools.fuzz` draws 1000; `--cases N` and `--seed N` another number, another stream; `--json FILE` keeps a
-summary. A failing case is shrunk by hypothesis and printed. `tests/distributed/test_fuzz.py` runs a few in the suite.
+`python -m tests.tools.fuzz` runs 1000. `--cases N` and `--seed N` change their number and the random stream, and
+`--json FILE` writes a summary. Hypothesis shrinks a failing case and prints it. `tests/distributed/test_fuzz.py` runs
+a few.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ PRIMES = (2, 3, 5, 7, 11, 13, 31, 61)
 
 @st.composite
 def cases(draw: Callable, most_ranks: int) -> Case:
-    """Any case that the library says it can do."""
+    """Any case that the library supports."""
     method = draw(st.sampled_from(METHODS))
     num_ranks = 1 if method == "local" else draw(st.integers(1, most_ranks))
     ulysses_degree = 1
@@ -44,7 +45,7 @@ def cases(draw: Callable, most_ranks: int) -> Case:
     )
     length, batch = draw(lengths), draw(st.integers(1, 3))
     dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
-    block = draw(st.sampled_from(["auto", "reference"]))
+    kernel = draw(st.sampled_from(["auto", "reference"]))
     sizes = st.sampled_from([8, 16, 24, 40, 64, 128, 512] if length < 40 else [8, 16, 40])
     return Case(
         method,
@@ -59,7 +60,7 @@ def cases(draw: Callable, most_ranks: int) -> Case:
         draw(sizes),
         draw(st.none() | sizes),
         dtype,
-        block,
+        kernel,
         draw(st.integers(0, 1)),
         draw(st.booleans()),
         draw(st.sampled_from(["p2p", "copy_engine"])) if method in ("ring", "hybrid") else "p2p",
@@ -74,14 +75,14 @@ def masks(draw: Callable, length: int, batch: int) -> Mask:
         rows = draw(st.sampled_from([1, batch]))
         ends = st.lists(st.integers(0, length), max_size=6)  # equal ones make empty documents
         return mask.packed([[0, *sorted(draw(ends)), length] for _ in range(rows)])
-    # what is not causal must name the real tokens, or queries would see the padding
+    # a mask that is not causal must name the real tokens, or queries would see the padding
     return mask if mask.right == 0 else mask.packed([0, length])
 
 
 def fuzz(
     pool: WorkerPool, num_cases: int, most_ranks: int, seed: int, done: Callable[[Case], None] = lambda case: None
 ) -> None:
-    """Raises an AssertionError that names the smallest failing case found.
+    """Raises an AssertionError that names the smallest failing case.
 
     Args:
         done: called after each case that passed.
@@ -104,7 +105,7 @@ def fuzz(
 
 
 def results(case: Case) -> list[torch.Tensor]:
-    """On each rank, whose copies are made by threads, into rooms that are overwritten as soon as they may be."""
+    """On each rank. Copies are made by threads, into buffers that are overwritten as soon as the protocol allows."""
     return many_on_rank([case], None)[0][0] if case.transport == "copy_engine" else on_rank(case)
 
 
@@ -112,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Random cases of sequence attention against the fp64 oracle.")
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--ranks", type=int, default=6, help="at most so many ranks per case")
+    parser.add_argument("--ranks", type=int, default=6, help="the most ranks per case")
     parser.add_argument("--json", type=Path, help="write a summary to this file")
     options = parser.parse_args()
     seen: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
@@ -121,7 +122,7 @@ def main() -> None:
     def done(case: Case) -> None:
         nonlocal passed
         passed += 1
-        for name in ("method", "num_ranks", "layout", "dtype", "block", "batch_dim_idx", "contiguous", "transport"):
+        for name in ("method", "num_ranks", "layout", "dtype", "kernel", "batch_dim_idx", "contiguous", "transport"):
             seen[name][str(getattr(case, name))] += 1
         seen["mask"][_kind(case.mask)] += 1
         if passed % 50 == 0:

@@ -1,7 +1,7 @@
 """The kernel calls of a ring, each alone on this device: the cost of splitting attention into tiles, without merges.
 
-`python -m tests.tools.ring_kernels --length 65536 --ranks 2` times each distinct call of any rank, forward and backward,
-over several rounds. It compares the busiest rank's sum with the time of the whole sequence over the ring degree.
+`python -m tests.tools.ring_kernels --length 65536 --ranks 2` times each distinct call of any rank, forward and
+backward, over several rounds. It compares the busiest rank's sum with the time of the whole sequence over the degree.
 """
 
 from __future__ import annotations

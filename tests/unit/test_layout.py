@@ -14,7 +14,7 @@ def test_contiguous_gives_each_rank_one_run():
     assert [layout.positions(rank).tolist() for rank in range(2)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
-def test_the_papers_length_is_padded_to_equal_parts():
+def test_a_length_is_padded_to_equal_parts():
     layout = Layout("zigzag", ring_degree=16, length=10_000)  # 10000 % 32 != 0
     assert (layout.chunk_length, layout.local_length, layout.padded_length) == (313, 626, 10_016)
 
@@ -34,7 +34,7 @@ def test_unshard_inverts_shard(name: str, ring_degree: int, length: int, dim: in
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_padding_lies_behind_all_real_positions(name: str):
+def test_padding_comes_after_all_real_positions(name: str):
     layout = Layout(name, ring_degree=4, length=13)
     tokens = torch.arange(13)
     for rank in range(4):
@@ -50,7 +50,7 @@ def test_padding_lies_behind_all_real_positions(name: str):
         (("zigzag", 2, 0), "length=0 must be at least 1 token"),
     ],
 )
-def test_impossible_layouts_are_refused(arguments: tuple, message: str):
+def test_invalid_layouts_are_refused(arguments: tuple, message: str):
     with pytest.raises(ValueError, match=message):
         Layout(*arguments)
 

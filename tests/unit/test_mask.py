@@ -10,13 +10,13 @@ def allowed(mask: Mask, row: int = 0) -> list[str]:
     return ["".join("x" if seen else "." for seen in line) for line in mask.allows(TOKENS, TOKENS, row).tolist()]
 
 
-def test_the_masks_by_sight():
+def test_masks_as_pictures():
     assert allowed(CAUSAL) == ["x....", "xx...", "xxx..", "xxxx.", "xxxxx"]
     assert allowed(FULL) == ["xxxxx"] * 5
     assert allowed(Mask(left=1)) == ["x....", "xx...", ".xx..", "..xx.", "...xx"]
     assert allowed(Mask(left=1, right=2)) == ["xxx..", "xxxx.", ".xxxx", "..xxx", "...xx"]
     assert allowed(CAUSAL.packed([0, 2, 2, 4])) == ["x....", "xx...", "..x..", "..xx.", "....x"]
-    assert allowed(FULL.packed([0, 3])) == ["xxx..", "xxx..", "xxx..", "...xx", "...xx"]  # padding behind
+    assert allowed(FULL.packed([0, 3])) == ["xxx..", "xxx..", "xxx..", "...xx", "...xx"]  # padding at the end
 
 
 def test_documents_can_differ_by_row():
@@ -25,7 +25,7 @@ def test_documents_can_differ_by_row():
     assert allowed(mask, 1) == ["x....", "xx...", "xxx..", "xxxx.", "....x"]
 
 
-def test_ids_and_cu_seqlens_say_the_same():
+def test_document_ids_and_cu_seqlens_give_the_same_mask():
     assert CAUSAL.packed_by_ids(torch.tensor([7, 7, 3, 3, 9])) == CAUSAL.packed(torch.tensor([0, 2, 4, 5]))
     assert CAUSAL.packed_by_ids(torch.tensor([[1, 1, 2], [5, 6, 6]])) == CAUSAL.packed([[0, 2, 3], [0, 1, 3]])
 
@@ -42,6 +42,6 @@ def test_ids_and_cu_seqlens_say_the_same():
         (lambda: Mask(documents=()), r"documents=\(\) has no row"),
     ],
 )
-def test_impossible_masks_are_refused(make, message: str):
+def test_invalid_masks_are_refused(make, message: str):
     with pytest.raises(ValueError, match=message):
         make()

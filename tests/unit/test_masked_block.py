@@ -1,4 +1,4 @@
-"""The algebra of rectangles against sets of pairs, drawn by hypothesis."""
+"""The algebra of blocks against sets of pairs, drawn by hypothesis."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ BOUND = st.none() | st.integers(-8, 8)
 
 
 @st.composite
-def rectangles(draw, lower=BOUND) -> MaskedBlock:
+def blocks(draw, lower=BOUND) -> MaskedBlock:
     q_start, k_start = draw(st.integers(0, 3)), draw(st.integers(0, 3))
     q_stop, k_stop = q_start + draw(st.integers(1, 7)), k_start + draw(st.integers(1, 7))
     return MaskedBlock(q_start, q_stop, k_start, k_stop, draw(lower), draw(BOUND))
 
 
-def pairs(rectangle: MaskedBlock | None) -> set[tuple[int, int]]:
-    if rectangle is None:
+def pairs(block: MaskedBlock | None) -> set[tuple[int, int]]:
+    if block is None:
         return set()
-    lower = -100 if rectangle.lower is None else rectangle.lower
-    upper = 100 if rectangle.upper is None else rectangle.upper
+    lower = -100 if block.lower is None else block.lower
+    upper = 100 if block.upper is None else block.upper
     return {
-        (rectangle.q_start + i, rectangle.k_start + j)
-        for i in range(rectangle.num_queries)
-        for j in range(rectangle.num_keys)
+        (block.q_start + i, block.k_start + j)
+        for i in range(block.num_queries)
+        for j in range(block.num_keys)
         if lower <= j - i <= upper
     }
 
 
-@given(rectangles())
+@given(blocks())
 @settings(max_examples=500)
-def test_trimming_keeps_the_pairs_and_leaves_no_empty_row_or_column(rectangle: MaskedBlock):
-    trimmed, expected = rectangle.trimmed(), pairs(rectangle)
+def test_trimming_keeps_the_pairs_and_leaves_no_empty_row_or_column(block: MaskedBlock):
+    trimmed, expected = block.trimmed(), pairs(block)
     assert pairs(trimmed) == expected
     if trimmed is not None:
         assert trimmed.work == len(expected)
@@ -45,19 +45,19 @@ def test_trimming_keeps_the_pairs_and_leaves_no_empty_row_or_column(rectangle: M
         assert trimmed.trimmed() == trimmed
 
 
-@given(rectangles(), st.data())
+@given(blocks(), st.data())
 @settings(max_examples=300)
-def test_a_part_has_the_pairs_within(rectangle: MaskedBlock, data):
-    q_start = data.draw(st.integers(rectangle.q_start, rectangle.q_stop - 1))
-    k_start = data.draw(st.integers(rectangle.k_start, rectangle.k_stop - 1))
-    q_stop = data.draw(st.integers(q_start + 1, rectangle.q_stop))
-    k_stop = data.draw(st.integers(k_start + 1, rectangle.k_stop))
-    part = rectangle.part(q_start, q_stop, k_start, k_stop)
-    within = {(i, j) for i, j in pairs(rectangle) if q_start <= i < q_stop and k_start <= j < k_stop}
+def test_a_part_has_the_pairs_within(block: MaskedBlock, data):
+    q_start = data.draw(st.integers(block.q_start, block.q_stop - 1))
+    k_start = data.draw(st.integers(block.k_start, block.k_stop - 1))
+    q_stop = data.draw(st.integers(q_start + 1, block.q_stop))
+    k_stop = data.draw(st.integers(k_start + 1, block.k_stop))
+    part = block.part(q_start, q_stop, k_start, k_stop)
+    within = {(i, j) for i, j in pairs(block) if q_start <= i < q_stop and k_start <= j < k_stop}
     assert pairs(part) == within
 
 
-@given(rectangles(), rectangles())
+@given(blocks(), blocks())
 @settings(max_examples=500)
 def test_joining_is_exact_or_refused(one: MaskedBlock, other: MaskedBlock):
     one_trimmed, other_trimmed = one.trimmed(), other.trimmed()
@@ -74,10 +74,10 @@ def test_two_triangles_and_a_square_join_to_a_triangle():
     assert trapezoid.joined(MaskedBlock(2, 4, 2, 4, None, 0)) == MaskedBlock(0, 4, 0, 4, None, 0)
 
 
-@given(rectangles(lower=st.none()))
+@given(blocks(lower=st.none()))
 @settings(max_examples=300)
-def test_causal_tiles_are_full_or_causal_squares(rectangle: MaskedBlock):
-    trimmed = rectangle.trimmed()
+def test_causal_tiles_are_full_or_causal_squares(block: MaskedBlock):
+    trimmed = block.trimmed()
     if trimmed is None:
         return
     tiles = split_causal(trimmed)
@@ -111,10 +111,10 @@ def flash_pairs(tile: MaskedBlock) -> set[tuple[int, int]]:
     }
 
 
-@given(rectangles())
+@given(blocks())
 @settings(max_examples=1000)
-def test_flash_attention_gets_windows_that_it_reads_right(rectangle: MaskedBlock):
-    trimmed = rectangle.trimmed()
+def test_flash_attention_gets_windows_that_it_reads_right(block: MaskedBlock):
+    trimmed = block.trimmed()
     if trimmed is not None:
         computed = [pair for tile in AtenFlashKernel().split(trimmed) for pair in flash_pairs(tile)]
         assert sorted(computed) == sorted(pairs(trimmed))
