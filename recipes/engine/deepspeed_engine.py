@@ -8,12 +8,9 @@ Two of DeepSpeed's routes to sequence parallelism are not used, because sequence
 
 from __future__ import annotations
 
-import importlib
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import deepspeed
@@ -22,7 +19,7 @@ import torch
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor, nn
 
-from conf.schema import ConfigError, EngineConfig, OptimizerConfig
+from conf.schema import EngineConfig, OptimizerConfig
 from data.batch import TokenBatch
 from recipes.planning.memory import bucket_size
 from ring_attention.groups import ParallelGroups
@@ -44,53 +41,6 @@ class StepResult:
     grad_norm: float | Tensor
     num_stop_requests: Tensor
     applied: bool
-
-
-def _import_muon() -> None:
-    """DeepSpeed does it for every optimizer, to know Muon's class; here it does not import PyTorch's inductor, for 2 s.
-
-    Three functions of Muon are to be compiled, and asking for that imports the backend. Nothing here calls them.
-    """
-    if not hasattr(torch.compiler, "set_default_backend"):  # since PyTorch 2.13
-        return
-    torch.compiler.set_default_backend("eager")
-    try:
-        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
-    finally:
-        torch.compiler.set_default_backend(None)
-
-
-def init_distributed(init_method: str | None, timeout_s: float) -> None:
-    """Join the process group that RANK and WORLD_SIZE name: NCCL on GPUs, gloo on the CPU. Every rank must call it.
-
-    Args:
-        init_method: where ranks meet, for example file:///tmp/meeting; None takes MASTER_ADDR and MASTER_PORT.
-
-    Raises:
-        ConfigError: on rank 0, if another program listens on the port.
-    """
-    # else DeepSpeed compiles a C++ extension for 25 s on the CPU, which only its inference uses
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    _import_muon()
-    try:
-        deepspeed.init_distributed(
-            dist_backend="nccl" if torch.cuda.is_available() else "gloo",
-            auto_mpi_discovery=False,
-            init_method=init_method,
-            timeout=timedelta(seconds=timeout_s),
-            dist_init_required=True,
-            verbose=False,
-            rank=int(os.environ["RANK"]),
-            world_size=int(os.environ["WORLD_SIZE"]),
-        )
-    except RuntimeError as error:
-        if "EADDRINUSE" not in str(error):
-            raise
-        address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-        raise ConfigError(
-            f"MASTER_PORT={port} is taken on {address}, where rank 0 is to listen: end what uses it (ss -ltnp shows "
-            f"it), or set another, such as MASTER_PORT={int(port) % 60000 + 1024}, for all ranks"
-        ) from error
 
 
 def loss_multiplier(zero_stage: int, data_degree: int, sequence_degree: int, accumulation_steps: int) -> int:
