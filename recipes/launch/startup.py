@@ -1,6 +1,7 @@
 """What makes the program and its ranks start and exit fast, all in one place; each step says what it saves.
 
-Times are of 2 CPU cores, PyTorch 2.13 and DeepSpeed 0.19.8. `train.py` imports this file first, so it imports nothing slow.
+Times are of 2 CPU cores, PyTorch 2.13 and DeepSpeed 0.19.8. `train.py` imports this file before torch, so it imports
+torch only within functions.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ def configure_rank(num_local_ranks: int, num_ranks: int, deterministic: bool) ->
 def import_deepspeed() -> None:
     """Import DeepSpeed without two slow steps that training does not need, 27 s on the CPU.
 
-    `init_distributed` compiles a C++ extension (25 s) that only DeepSpeed's inference uses. And DeepSpeed imports Muon's
-    class for every optimizer; Muon asks for `torch.compile`, which imports inductor (2 s).
+    `deepspeed.init_distributed` compiles a C++ extension (25 s) that only inference uses. DeepSpeed imports Muon for
+    every optimizer, and Muon's use of `torch.compile` imports inductor (2 s).
     """
     import deepspeed
     import torch
