@@ -78,7 +78,7 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
                 micro_batches = first_batch if step == first_step or config.data.overfit_one_batch else next(steps)
             learning_rate = engine.learning_rate
             with watch.step(is_logged):
-                result = engine.train_step(micro_batches, wish=end is not None and end.wanted)
+                result = engine.train_step(micro_batches, stop_requested=end is not None and end.wanted)
             skipped = bad_steps.check(step, result, data)
             report_status("step")
             report_status("part", f"between steps {step} and {step + 1}")

@@ -58,7 +58,7 @@ def test_knowing_muons_class_imports_no_inductor():
     """DeepSpeed asks for it, on every rank."""
     code = """
 import sys, torch
-from recipes.engine.deepspeed_engine import _import_muon
+from recipes.engine.distributed import _import_muon
 _import_muon()
 assert "deepspeed.runtime.zero.muon.muon_optimizer" in sys.modules
 assert "torch._inductor.compile_fx" not in sys.modules
