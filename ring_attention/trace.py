@@ -48,7 +48,7 @@ def report_status(kind: str, text: str = "") -> None:
     """Say where this process is to who follows it: nothing else is done, and nothing where nobody does.
 
     Args:
-        kind: "stage", which is a stage of a ring, or "wait", which is who is waited for; callers may have others.
+        kind: "ring_step", or "wait", which is who is waited for; callers may have others.
         text: empty once that is over.
     """
     if _follower is not None:
@@ -59,10 +59,10 @@ def numbered(name: str, items: Iterable[T]) -> Iterator[tuple[int, T]]:
     """`enumerate`, with what is done with each item labelled and told as the stage "NAME NUMBER"."""
     for number, item in enumerate(items):
         stage = f"{name} {number}"
-        report_status("stage", stage)
+        report_status("ring_step", stage)
         with profiler_range(stage):
             yield number, item
-    report_status("stage")
+    report_status("ring_step")
 
 
 @contextlib.contextmanager

@@ -113,7 +113,7 @@ def _work(device: str, rank: int, num_ranks: int, meeting: Path, connection: Con
     if device == "cuda":
         torch.cuda.set_device(rank)
 
-    from recipes.engine.distributed import init_distributed
+    from recipes.launch.startup import init_distributed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     init_distributed(f"file://{meeting}", timeout_s)

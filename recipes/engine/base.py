@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from conf.schema import EngineConfig
 from data.batch import TokenBatch
-from recipes.engine.distributed import extremes_over_ranks, max_over_ranks
 from recipes.planning.memory import bucket_size
 
 
@@ -69,6 +68,20 @@ def deepspeed_config(config: EngineConfig, num_parameters: int, forward_only: bo
     if zero_stage > 0:  # on stage 0 DeepSpeed accumulates in the model's dtype and refuses another
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return settings
+
+
+def extremes_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, tuple[float, float]]:
+    """(smallest, largest) over all ranks of each value, in one collective. Every rank must pass the same names."""
+    own = torch.tensor([*values.values()], dtype=torch.float64)
+    extremes = torch.stack([-own, own]).to(device)
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    smallest, largest = extremes.tolist()
+    return {name: (-low, high) for name, low, high in zip(values, smallest, largest, strict=True)}
+
+
+def max_over_ranks(value: float, device: torch.device) -> float:
+    """The largest value over all ranks. Every rank must call it."""
+    return extremes_over_ranks({"value": value}, device)["value"][1]
 
 
 class Engine(ABC):

@@ -1,6 +1,6 @@
 """Ends a run whose step does not: every rank has a thread that looks at the clock, and needs no other rank for that.
 
-`trace.report_status` says where the rank is; the watchdog keeps that in `whereabouts`, and takes the time of "step", from when a
+`trace.report_status` says where the rank is; the watchdog keeps that in `heartbeat`, and takes the time of "step", from when a
 number is told until an empty text is. A step that takes `launch.stall_factor` times the median of those before, and
 `launch.stall_s`, is one too many. The rank that sees it first writes down where all of them are, which `launch` shows,
 or prints it itself in ranks of a launcher's. In every rank's own log are then the Python stacks of its threads and
@@ -43,7 +43,7 @@ class StallDetector:
         self.step = ""
         self._started: float | None = None
 
-    def tell(self, step: str, now: float) -> None:
+    def update(self, step: str, now: float) -> None:
         """The step of this number starts, or with an empty text ends."""
         if self._started is not None:
             if self._had_first:
@@ -51,12 +51,12 @@ class StallDetector:
             self._had_first = True
         self.step, self._started = step, now if step else None
 
-    def forgive(self, seconds: float) -> None:
+    def discount(self, seconds: float) -> None:
         """So much of the step that is under way is not its own."""
         if self._started is not None:
             self._started += seconds
 
-    def complaint(self, now: float) -> str | None:
+    def stall_message(self, now: float) -> str | None:
         """What there is to say of the step that is under way; None as long as it may go on."""
         durations_s, started = list(self._durations_s), self._started
         if started is None or not self._config.stall_factor or len(durations_s) < MIN_STEPS:
@@ -80,23 +80,23 @@ def watched(config: LaunchConfig, run_dir: Path, rank: int, num_ranks: int, cons
     Raises:
         OSError: if the disk has no room for the record.
     """
-    whereabouts, timer, ended = Heartbeat(run_dir, rank), StallDetector(config), threading.Event()
+    heartbeat, timer, ended = Heartbeat(run_dir, rank), StallDetector(config), threading.Event()
 
     def follow(kind: str, text: str) -> None:
         if kind == "step":
-            timer.tell(text, time.monotonic())
-        whereabouts.tell(kind, text)
+            timer.update(text, time.monotonic())
+        heartbeat.update(kind, text)
 
     def look() -> None:
         looked = time.monotonic()
         while not ended.wait(_LOOK_INTERVAL_S):
             now = time.monotonic()
             if now - looked > 4 * _LOOK_INTERVAL_S:  # this process was stopped itself, Ctrl-Z say, and goes on now
-                timer.forgive(now - looked)
+                timer.discount(now - looked)
             looked = now
-            complaint = timer.complaint(now)
-            if complaint:
-                _end(complaint, run_dir, rank, num_ranks, console)
+            stall_message = timer.stall_message(now)
+            if stall_message:
+                _end(stall_message, run_dir, rank, num_ranks, console)
 
     thread = threading.Thread(target=look, daemon=True, name="watchdog")
     thread.start()
@@ -110,20 +110,20 @@ def watched(config: LaunchConfig, run_dir: Path, rank: int, num_ranks: int, cons
     record_path(run_dir, rank).unlink()  # there is nothing to explain
 
 
-def _end(complaint: str, run_dir: Path, rank: int, num_ranks: int, console: TextIO | None) -> None:
+def _end(stall_message: str, run_dir: Path, rank: int, num_ranks: int, console: TextIO | None) -> None:
     """Write down what is known, and leave: a thread that is stuck in a collective can raise nothing."""
     # also if the disk that the words go to is what stands still
     last_resort = threading.Timer(_MOST_WORDS_S, os._exit, (1,))
     last_resort.daemon = True
     last_resort.start()
     try:
-        _say(complaint, run_dir, rank, num_ranks, console)
+        _say(stall_message, run_dir, rank, num_ranks, console)
     finally:
         os._exit(1)
 
 
-def _say(complaint: str, run_dir: Path, rank: int, num_ranks: int, console: TextIO | None) -> None:
-    lines = [complaint, *describe_ranks(run_dir, num_ranks, time.time())]
+def _say(stall_message: str, run_dir: Path, rank: int, num_ranks: int, console: TextIO | None) -> None:
+    lines = [stall_message, *describe_ranks(run_dir, num_ranks, time.time())]
     text = "\n".join([*lines, f"stacks of all threads and pending collectives are in {run_dir / LOGS_DIR}/rank_*.log"])
     try:
         with (run_dir / LOGS_DIR / STALL_FILE).open("x", encoding="utf-8") as file:

@@ -63,7 +63,7 @@ def run_rank(task: Task, run_dir: Path, init_method: str | None) -> float:
 
     import deepspeed.comm as dist
 
-    from recipes.engine.distributed import init_distributed
+    from recipes.launch.startup import init_distributed
     from recipes.launch.watchdog import watched
 
     gc.freeze()  # what was imported stays: no looking for garbage in it, as DeepSpeed does six times at its start

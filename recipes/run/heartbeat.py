@@ -17,7 +17,7 @@ from pathlib import Path
 
 from recipes.run.run_dir import LOGS_DIR, PREEMPTED_FILE, STALL_FILE
 
-KINDS = ("step", "part", "stage", "wait")  # the coarse first: a new one ends the finer ones
+KINDS = ("step", "part", "ring_step", "wait")  # the coarse first: a new one ends the finer ones
 _RECORD_BYTES = 1024
 
 
@@ -46,16 +46,16 @@ class Heartbeat:
         self._owner = f"{os.getpid()}\t{socket.gethostname()}"
         self._now: dict[str, str] = dict.fromkeys(KINDS, "")
         self._progress = 0
-        self.tell("part", "starting")
+        self.update("part", "starting")
 
-    def tell(self, kind: str, text: str) -> None:
+    def update(self, kind: str, text: str) -> None:
         """From now on the rank is there."""
         now = self._now
         now[kind] = text
         if kind != "wait":
             self._progress += 1
         if kind in ("step", "part"):
-            now["stage"] = now["wait"] = ""
+            now["ring_step"] = now["wait"] = ""
         line = "\t".join((self._owner, f"{time.time():.6f}", str(self._progress), *now.values()))
         self._bytes[:] = line.encode()[: _RECORD_BYTES - 1].ljust(_RECORD_BYTES - 1) + b"\n"
 
@@ -76,7 +76,7 @@ class RankState:
     progress: int
     step: str
     part: str
-    stage: str
+    ring_step: str
     wait: str
 
     def __str__(self) -> str:
@@ -85,7 +85,7 @@ class RankState:
             [
                 *([f"step {self.step}"] if self.step else []),
                 self.part,
-                *([self.stage] if self.stage else []),
+                *([self.ring_step] if self.ring_step else []),
                 *([f"waiting in {self.wait}"] if self.wait else []),
             ]
         )

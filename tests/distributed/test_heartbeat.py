@@ -27,7 +27,7 @@ def attention_beside_a_late_rank(run_dir: Path) -> list[str]:
     attention(q, q, q, 0)
     record = Heartbeat(run_dir, rank)
     dist.barrier()
-    trace.set_status_listener(record.tell)
+    trace.set_status_listener(record.update)
     trace.report_status("step", "9")
     trace.report_status("part", "data")
     look = threading.Timer(LOOK_S, lambda: seen.extend(describe_ranks(run_dir, num_ranks, time.time())))

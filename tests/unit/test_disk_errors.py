@@ -20,7 +20,7 @@ def explained(run_dir, error: Exception) -> str:
 
 def test_an_error_that_names_its_reason(tmp_path):
     (tmp_path / "logs").mkdir()
-    Heartbeat(tmp_path, 1).tell("part", "checkpoint of step 30")
+    Heartbeat(tmp_path, 1).update("part", "checkpoint of step 30")
     error = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "metrics.jsonl"))
     assert explained(tmp_path, error) == (
         f"rank 1 could not write (checkpoint of step 30): No space left on device: {tmp_path}/metrics.jsonl\n"

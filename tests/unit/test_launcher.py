@@ -101,7 +101,7 @@ def test_the_rank_that_failed_first_is_blamed(tmp_path, exit_codes, first_seen, 
 
 def test_a_killed_rank_is_named_with_where_it_was_and_a_stall_with_all_ranks(tmp_path):
     (tmp_path / "logs").mkdir()
-    Heartbeat(tmp_path, 1).tell("part", "validation after step 4")
+    Heartbeat(tmp_path, 1).update("part", "validation after step 4")
     message = _explain_failure([0, -9], 1, [], tmp_path)
     assert message.startswith("rank 1 was ended by SIGKILL (validation after step 4)\nthe other ranks were ended;")
     (tmp_path / "logs" / "stall.txt").write_text("step 7 was not done\nrank 0\nrank 1\n")

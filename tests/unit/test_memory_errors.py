@@ -189,9 +189,9 @@ def fails_for_want_of_memory(run_dir: Path) -> list[str]:
 def test_the_message_names_the_part_that_failed(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "3")
     (tmp_path / "logs").mkdir()
-    whereabouts = Heartbeat(tmp_path, 3)
-    for kind, text in (("step", "7"), ("part", "backward"), ("stage", "backward stage 1")):
-        whereabouts.tell(kind, text)
+    heartbeat = Heartbeat(tmp_path, 3)
+    for kind, text in (("step", "7"), ("part", "backward"), ("ring_step", "backward stage 1")):
+        heartbeat.update(kind, text)
     assert fails_for_want_of_memory(tmp_path)[0] == "rank 3 ran out of memory (step 7, backward, backward stage 1)"
 
 
