@@ -150,6 +150,8 @@ def _as_list(setting: str) -> str:
 def _unknown_field(name: str) -> str:
     if name.startswith(tuple(f"{field}." for field in _FREE)):
         return f"{name} is new, so it takes a +: write +{name}=[...]"
+    if name in REMOVED:
+        return f"{name} is gone: {REMOVED[name]}"
     if name in RENAMED:
         return f"{name} is now {RENAMED[name]}: type {RENAMED[name]}=..."
     alike = difflib.get_close_matches(name, _FIELD_NAMES, n=3)
@@ -169,6 +171,9 @@ RENAMED = {
     "attention.block": "attention.kernel",
     "compare.fit": "compare.downscale",
     "compare.parts_alone": "compare.roofline",
+}
+REMOVED = {
+    "parallelism.sequence_sharded_norms": "tensor ranks always shard norms by sequence, so leave it out",
 }
 _FREE = ("compare.entries",)  # dictionaries with keys of the user's own
 _FIELD_NAMES = list(_field_names(asdict(Config())))

@@ -87,11 +87,11 @@ def consolidated_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
 
 def _stage_0_masters(states: dict[str, Any]) -> dict[str, Tensor]:
     """The optimizer's fp32 weights by name; none in fp32, where it updates the model's own."""
-    from recipes.engine.deepspeed_engine import MASTERS_OF
+    from recipes.engine.deepspeed_engine import MASTER_WEIGHT_NAMES
 
-    if MASTERS_OF not in states:
+    if MASTER_WEIGHT_NAMES not in states:
         return {}
-    names = itertools.chain.from_iterable(states[MASTERS_OF])
+    names = itertools.chain.from_iterable(states[MASTER_WEIGHT_NAMES])
     masters = itertools.chain.from_iterable(states["optimizer"]["fp32_groups"])
     return dict(zip(names, masters, strict=True))
 

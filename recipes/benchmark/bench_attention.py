@@ -32,7 +32,7 @@ from recipes.benchmark.candidates import (
     make_from_module,
     simulated,
 )
-from recipes.engine.deepspeed_engine import extremes_over_ranks, max_over_ranks
+from recipes.engine.base import extremes_over_ranks, max_over_ranks
 from recipes.monitor.device_metrics import StepClock, durations_s, timestamp
 from recipes.monitor.metric_registry import PARTS
 from recipes.monitor.reporter import Reporter

@@ -44,7 +44,7 @@ from recipes.checkpoint.manifest import (
     write_manifest,
 )
 from recipes.checkpoint.resharding import ConsolidatedState, load_into_engine
-from recipes.engine.build import Engine
+from recipes.engine.base import Engine
 from recipes.run.errors import RunFailed
 from recipes.run.heartbeat import LOGS_DIR, PREEMPTED_FILE
 

@@ -11,7 +11,7 @@ import torch
 
 from conf.schema import Config, EngineConfig
 from recipes.checkpoint.manifest import step_name
-from recipes.engine.deepspeed_engine import StepResult
+from recipes.engine.base import StepResult
 from recipes.launch.bad_steps import MOST_IN_A_ROW, BadSteps
 from recipes.run.errors import RunFailed
 
@@ -24,7 +24,7 @@ def result(loss: float, applied: bool) -> StepResult:
 
 def bad_steps(policy: str, run_dir: Path, dtype: str = "bf16", ranks: tuple[int, ...] = (1, 2)) -> BadSteps:
     plan = mock.Mock(config=Config(engine=EngineConfig(dtype=dtype, on_bad_step=policy)), data_tokens_per_step=1000)
-    return BadSteps(plan, mock.Mock(**{"ranks_of_bad_loss.return_value": list(ranks)}), run_dir)
+    return BadSteps(plan, mock.Mock(**{"ranks_with_nonfinite_loss.return_value": list(ranks)}), run_dir)
 
 
 @pytest.mark.parametrize(

@@ -94,12 +94,12 @@ RING_8 = "parallelism.data_degree=1 parallelism.ring_degree=8"
             ["parallelism.tensor_degree=8 parallelism.pipeline_degree=1 parallelism.data_degree=1", ALLOCATOR, HALF],
         ),
         (
-            tensor_pipeline(tensor_degree=2, pipeline_degree=1, sequence_sharded_norms=False),
+            tensor_pipeline(tensor_degree=2, pipeline_degree=1),
             [
-                "parallelism.sequence_sharded_norms=true",
                 "parallelism.tensor_degree=4 parallelism.pipeline_degree=1 parallelism.data_degree=2 "
                 "engine.train_batch_size=4",
                 ALLOCATOR,
+                HALF,
             ],
         ),
         (
