@@ -49,12 +49,12 @@ def test_the_ring_step_the_transfer_and_the_late_rank_are_named(pool: WorkerPool
         assert states[1][0] == "step 9, data"
         assert states[1][2].endswith(" s <- behind")
         assert states[2][0] == (
-            "step 9, forward, forward stage 0, waiting in forward K,V after stage 0: ring rank 2 of 4, receiving from "
-            "ring rank 1 (global rank 1)"
+            "step 9, forward, forward ring step 0, waiting in forward K,V after ring step 0: ring rank 2 of 4, "
+            "receiving from ring rank 1 (global rank 1)"
         )
         # rank 1 owes rank 2 keys that rank 3 gets from rank 2 later
-        third = "step 9, forward, forward stage 1, waiting in forward K,V after stage 1: ring rank 3 of 4, receiving"
-        assert states[3][0].startswith(third)
+        third = "step 9, forward, forward ring step 1, waiting in forward K,V after ring step 1: ring rank 3 of 4, "
+        assert states[3][0].startswith(f"{third}receiving")
         assert not any("behind" in states[rank][2] for rank in (0, 2, 3))
     for rank in range(4):  # afterwards
         assert str(read_rank_state(tmp_path, rank)) == "step 9, forward"

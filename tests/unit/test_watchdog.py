@@ -59,11 +59,11 @@ def test_a_record_has_its_ranks_state_and_one_size_however_long_the_text(tmp_pat
     (tmp_path / "logs").mkdir()
     record = Heartbeat(tmp_path, 3)
     assert str(read_rank_state(tmp_path, 3)) == "starting"
-    for kind, text in (("step", "7"), ("part", "backward"), ("ring_step", "backward step 1"), ("wait", "x" * 5000)):
+    for kind, text in (("step", "7"), ("part", "backward"), ("ring_step", "backward ring step 1"), ("wait", "x" * 5000)):
         record.update(kind, text)
     state = read_rank_state(tmp_path, 3)
     assert state is not None
-    assert str(state).startswith("step 7, backward, backward step 1, waiting in xxx")
+    assert str(state).startswith("step 7, backward, backward ring step 1, waiting in xxx")
     assert (state.rank, state.pid, state.process_problem) == (3, os.getpid(), "")
     assert record_path(tmp_path, 3).stat().st_size == 1024
     record.update("wait", "")
