@@ -32,16 +32,17 @@ def forward(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
 
     with profiler(config, run_dir) as profiler_step:
         for step in range(1, config.num_steps + 1):
-            with logger.timer.data():
+            with logger.data():
                 micro_batches = next(batches)
-            with logger.timer.step(logger.is_due(step)):
+            with logger.step(logger.is_due(step)):
                 loss = engine.mean_loss(micro_batches)
             profiler_step()
             if reporter:
                 reporter.advance()
             if logger.is_due(step):
                 logger.write(step, logger.step_metrics(step, {"loss": loss.item()}))
-    logger.breakdown(functools.partial(sharder.steps, corpus.training(cursor=0)))
+    if config.breakdown:
+        logger.breakdown(functools.partial(sharder.steps, corpus.training(cursor=0)))
 
     throughput = logger.median_throughput()
     if reporter:

@@ -17,7 +17,7 @@ from recipes.launch.bad_steps import BadSteps
 from recipes.monitor.device_metrics import perplexity
 from recipes.monitor.profiling import profiler
 from recipes.monitor.reporter import Reporter
-from recipes.monitor.step_logger import Metrics, StepLogger
+from recipes.monitor.step_logger import StepLogger
 from recipes.monitor.step_timer import with_prefix
 from recipes.planning.plan import Plan
 from recipes.run.errors import Preempted
@@ -83,10 +83,10 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
         for step in range(resumed.step + 1 if resumed else 1, config.num_steps + 1):
             report_status("step", str(step))
             report_status("part", "data")
-            with logger.timer.data():
+            with logger.data():
                 micro_batches = next(batches)
             learning_rate = engine.learning_rate
-            with logger.timer.step(logger.is_due(step)):
+            with logger.step(logger.is_due(step)):
                 result = engine.train_step(micro_batches, stop_request is not None and stop_request.is_received)
             skipped = bad_steps.check(step, result, data)
             report_status("step")
@@ -97,7 +97,7 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
             if skipped:
                 logger.say(skipped)
 
-            metrics: Metrics = {}
+            metrics: dict[str, float | None] = {}
             if logger.is_due(step):
                 losses.append(result.loss.item())
                 numbers = {
@@ -123,7 +123,7 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
             # the last checkpoint follows the summary: a run that has it is finished
             if preempted or (checkpoints.are_due(step) and not is_last):
                 save(step, preempted)
-                logger.timer.restart()
+                logger.restart()
             if preempted:
                 logger.say(f"preempted after step {step}: the same command with hydra.run.dir={run_dir} resumes")
                 raise Preempted(of_all_ranks=True)
@@ -134,7 +134,8 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
         reporter.write_summary({"validation_loss": validation_loss, **throughput.numbers})
     if checkpoints.are_enabled:
         save(config.num_steps)
-    logger.breakdown(functools.partial(sharder.steps, corpus.training(cursor=0)))
+    if config.breakdown:
+        logger.breakdown(functools.partial(sharder.steps, corpus.training(cursor=0)))
     if reporter:
         since = f", {config.num_steps - resumed.step} of them since the checkpoint" if resumed else ""
         reporter.say(

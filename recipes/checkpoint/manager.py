@@ -248,8 +248,8 @@ def _random_states_file(rank: int) -> str:
 
 def random_states() -> dict[str, Any]:
     """The states of Python's, NumPy's, PyTorch's and the GPU's generators, as plain values and tensors."""
-    numpy_state: Any = np.random.get_state(legacy=False)
-    numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
+    name, keys, *rest = np.random.get_state()
+    numpy_state = (name, torch.from_numpy(keys), *rest)
     states = {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
@@ -258,9 +258,8 @@ def random_states() -> dict[str, Any]:
 
 def restore_random_states(states: dict[str, Any]) -> None:
     random.setstate(states["python"])
-    numpy_state = states["numpy"]
-    numpy_state["state"]["key"] = np.array(numpy_state["state"]["key"], dtype=np.uint32)
-    np.random.set_state(numpy_state)
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, keys.numpy(), *rest))
     torch.set_rng_state(states["torch"])
     if torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
