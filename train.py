@@ -21,7 +21,7 @@ from conf.compose import check_multirun, compose_entries, describe_error, to_con
 from conf.degrees import accumulation_steps, resolve_degrees
 from conf.schema import Config, ConfigError
 from data.source import is_local
-from recipes.checkpoint.manifest import steps_done
+from recipes.checkpoint.manifest import newest_readable
 from recipes.launch import startup
 from recipes.launch.environment import adopt_external_ranks, adopt_submitit_tasks, ranks_given
 from recipes.run.errors import Preempted, RunFailed
@@ -71,7 +71,8 @@ def execute(config: Config, overrides: list[str], run_dir: Path) -> float | None
         return max_length.max_length(config, run_dir)
     if (given := ranks_given(config)) is not None:
         accumulation_steps(config, resolve_degrees(config, given))
-    is_finished = config.recipe == "pretrain" and steps_done(run_dir) >= config.num_steps  # its data may be gone
+    newest = newest_readable(run_dir) if config.recipe == "pretrain" else None
+    is_finished = newest is not None and newest[1].step >= config.num_steps  # then its data may be gone
     reads_data = config.recipe != "bench_attention" and not is_finished
     from data.pack import open_corpus
 

@@ -149,12 +149,6 @@ def newest_readable(run_dir: Path) -> tuple[Path, Manifest] | None:
     return None
 
 
-def steps_done(run_dir: Path) -> int:
-    """The step of the newest checkpoint with a valid manifest; 0 without one."""
-    newest = newest_readable(run_dir)
-    return newest[1].step if newest else 0
-
-
 def _checksum(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

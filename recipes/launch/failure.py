@@ -46,7 +46,9 @@ def explain_failure(exit_codes: Sequence[int], first_seen: int, outcomes: Sequen
     transfers: list[str] = []
     if signalled:
         rank = signalled[0]
-        what = f"rank {rank} was ended by {signal.Signals(-exit_codes[rank]).name}{position(run_dir, rank)}"
+        names = {-number: number.name for number in signal.Signals}  # real-time signals have none
+        name = names.get(exit_codes[rank], f"signal {-exit_codes[rank]}")
+        what = f"rank {rank} was ended by {name}{position(run_dir, rank)}"
         transfers = _overdue_transfers(run_dir)
     elif reported:
         rank, what = reported[0].rank, reported[0].error.rstrip()

@@ -181,7 +181,7 @@ def launch(task: Task, num_ranks: int, run_dir: Path) -> float:
     """
     print(f"starting {num_ranks} rank{'s' if num_ranks > 1 else ''}; logs in {run_dir / LOGS_DIR}", flush=True)
     clear_rank_states(run_dir)
-    queue = _outcome_queue()
+    queue = _outcome_queue()  # not files, which a full disk would refuse
     rendezvous_dir = Path(tempfile.mkdtemp(prefix="ring_attention_"))  # network disks may lack locks
     processes: Any = None
     try:

@@ -88,6 +88,7 @@ def test_a_full_shared_memory_is_named_and_other_errors_pass(monkeypatch, tmp_pa
         ([1, 1, 0], 0, [(1, "the cause"), (0, "peer is gone")], "rank 1 failed:\nthe cause"),
         ([-15, 0, 1], 0, [(2, "peer is gone")], "rank 0 was ended by SIGTERM"),
         ([0, 7, 0], 1, [], "rank 1 exited with code 7"),
+        ([0, -40, 0], 1, [], "rank 1 was ended by signal 40"),
     ],
 )
 def test_the_rank_that_failed_first_is_blamed(tmp_path, exit_codes, first_seen, reported, blamed):
@@ -130,7 +131,9 @@ def test_a_model_too_large_for_the_ranks_is_refused(monkeypatch):
 
 def test_overdue_transfers_are_shown_if_the_watchdog_ended_a_rank(tmp_path):
     (tmp_path / "logs").mkdir()
-    transfer = "TransferError: forward K,V after ring step 1: ring rank 1 of 4, receiving from ring rank 0 (global rank 0)"
+    transfer = (
+        "TransferError: forward K,V after ring step 1: ring rank 1 of 4, receiving from ring rank 0 (global rank 0)"
+    )
     (tmp_path / "logs" / "rank_1.log").write_text(f"noise\n{transfer}\nterminate called\n")
     (tmp_path / "logs" / "rank_0.log").write_text("noise\n")
     message = explain_failure([0, -6, 0, 0], 1, [], tmp_path)

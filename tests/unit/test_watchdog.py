@@ -59,7 +59,12 @@ def test_a_record_has_its_ranks_state_and_one_size_however_long_the_text(tmp_pat
     (tmp_path / "logs").mkdir()
     record = Heartbeat(tmp_path, 3)
     assert str(read_rank_state(tmp_path, 3)) == "starting"
-    for kind, text in (("step", "7"), ("part", "backward"), ("ring_step", "backward ring step 1"), ("wait", "x" * 5000)):
+    for kind, text in (
+        ("step", "7"),
+        ("part", "backward"),
+        ("ring_step", "backward ring step 1"),
+        ("wait", "x" * 5000),
+    ):
         record.update(kind, text)
     state = read_rank_state(tmp_path, 3)
     assert state is not None
