@@ -20,7 +20,7 @@ import psutil
 from recipes.monitor.metric_registry import METRICS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-TIMEOUT_S = 200.0  # of a whole run; generous, for busy machines
+TIMEOUT_S = 200.0  # of a run; generous, for busy machines
 ENDS_WITHIN_S = 20.0  # "a few seconds" on a busy machine
 SMALL = ["data.sequence_length=256", "data.validation_sequences=2", "launch.num_ranks=2"]
 LONG = [*SMALL, "num_steps=1000000", "logging.every_n_steps=2"]  # until a test ends it
@@ -38,10 +38,10 @@ PLAIN = [
 def clean_environment(home: Path, **extra: str) -> dict[str, str]:
     """Without variables of launchers, wandb or logins."""
     unwanted = ("WANDB_", "SLURM_", "HYDRA_", "HF_", "DS_", "MASTER_", "GLOO_")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NETRC"):
-        kept.pop(name, None)
-    return {**kept, "HOME": str(home), "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1", **extra}
+        environment.pop(name, None)
+    return {**environment, "HOME": str(home), "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1", **extra}
 
 
 def wandb(*arguments: str, home: Path) -> str:

@@ -57,9 +57,9 @@ def test_each_logged_step_is_one_line_with_the_numbers_of_the_metrics_file(main_
     lines = [TRAINING_LINE.fullmatch(line) for line in main_run.stdout.splitlines() if line.startswith("step ")]
     shown = [match.groupdict() for match in lines if match]
     assert [int(line["step"]) for line in shown] == [1, 2, 4, 6]
-    kept = main_run.metrics
-    assert [line["step"] for line in kept] == [1, 2, 4, 6]
-    for line, metrics in zip(shown, kept, strict=True):
+    logged = main_run.metrics
+    assert [line["step"] for line in logged] == [1, 2, 4, 6]
+    for line, metrics in zip(shown, logged, strict=True):
         for name in set(line) - {"step"}:
             value = line[name].replace(",", "")
             decimals = len(value.partition(".")[2])
@@ -96,8 +96,8 @@ def test_no_progress_bar_is_drawn_where_stdout_is_no_terminal(main_run):
 
 
 def test_the_resolved_configuration_is_saved_and_can_be_loaded(main_run):
-    kept = OmegaConf.load(main_run.run_dir / "config.yaml")
-    merged = OmegaConf.merge(OmegaConf.structured(Config), kept)
+    saved = OmegaConf.load(main_run.run_dir / "config.yaml")
+    merged = OmegaConf.merge(OmegaConf.structured(Config), saved)
     assert isinstance(merged, DictConfig)
     config = to_config(merged)
     assert (config.num_steps, config.data.sequence_length, config.model.mlp_size) == (6, 256, 384)

@@ -54,7 +54,7 @@ def interrupted(program: Program, at: str, number: signal.Signals, *more: str) -
 
 
 def test_an_interrupted_run_is_bit_identical_to_an_uninterrupted_one(program: Program):
-    with program.started(*JOB, name="whole") as uninterrupted:  # in parallel
+    with program.started(*JOB, name="reference") as uninterrupted:  # in parallel
         preempted = interrupted(program, "step +5/", signal.SIGTERM)
         assert (preempted.exit_code, preempted.stderr) == (143, "")
         stopped = re.search(
@@ -80,15 +80,15 @@ def test_an_interrupted_run_is_bit_identical_to_an_uninterrupted_one(program: Pr
         assert "resuming after step 20\n" in resumed.stdout
         assert "done: 40 steps, 20 of them since the checkpoint, loss " in resumed.stdout
         assert checkpoints(resumed.run_dir) == ["latest", "step_00000020", "step_00000030", "step_00000040"]
-        whole = uninterrupted.finish()
+        reference = uninterrupted.finish()
 
-    assert whole.exit_code == 0, whole.stderr
-    assert [row["step"] for row in whole.metrics] == [1, 5, 10, 15, 20, 25, 30, 35, 40]
-    assert computed(resumed) == computed(whole)
+    assert reference.exit_code == 0, reference.stderr
+    assert [row["step"] for row in reference.metrics] == [1, 5, 10, 15, 20, 25, 30, 35, 40]
+    assert computed(resumed) == computed(reference)
     elapsed_s = [row["elapsed_s"] for row in resumed.metrics]
     assert elapsed_s == sorted(elapsed_s)
-    assert resumed.summary["validation_loss"] == whole.summary["validation_loss"]
-    expected, found = weights(whole.run_dir), weights(resumed.run_dir)
+    assert resumed.summary["validation_loss"] == reference.summary["validation_loss"]
+    expected, found = weights(reference.run_dir), weights(resumed.run_dir)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     # one wandb run in three parts

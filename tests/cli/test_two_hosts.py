@@ -108,14 +108,14 @@ def by_sbatch(program: Program, hosts: Hosts, *arguments: str) -> Iterator[Runni
 
 def assert_first_losses_are_of_one_host(run_dir: Path, plain_run: Finished) -> None:
     """Bit for bit, for as many steps as that run has."""
-    whole = [line["train/loss"] for line in plain_run.metrics]
-    assert len(whole) == 8
-    assert losses(run_dir)[:8] == whole
+    expected = [line["train/loss"] for line in plain_run.metrics]
+    assert len(expected) == 8
+    assert losses(run_dir)[:8] == expected
 
 
 def losses(run_dir: Path) -> list[float]:
     path = run_dir / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []  # whole ones
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []  # complete ones
     return [json.loads(line)["train/loss"] for line in lines]
 
 

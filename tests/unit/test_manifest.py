@@ -1,4 +1,4 @@
-"""Checkpoint files: verification, which are kept, and which configurations may resume from them."""
+"""Checkpoint files: verification, retention, and which configurations may resume from them."""
 
 from __future__ import annotations
 
