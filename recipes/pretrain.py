@@ -113,8 +113,9 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
             is_last = step == config.num_steps
             if is_last or _is_multiple(step, config.logging.validate_every_n_steps):
                 validation_loss = validate(step)
-                numbers = {"loss": validation_loss, "perplexity": perplexity(validation_loss)}
-                metrics |= with_prefix("validation", numbers)
+                metrics |= with_prefix(
+                    "validation", {"loss": validation_loss, "perplexity": perplexity(validation_loss)}
+                )
             if metrics:
                 logger.write(step, metrics)
 

@@ -59,7 +59,7 @@ def signals_passed_on(processes: Sequence[BaseProcess]) -> Iterator[list[int]]:
         _restore(handlers)
 
 
-def _restore(handlers: Mapping[int, Any]) -> None:
+def _restore(handlers: Mapping[signal.Signals, Any]) -> None:
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
