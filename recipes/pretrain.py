@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 
 from data.pack import open_corpus
-from recipes.checkpoint.manager import Checkpoints, StopRequest, TrainingData
+from recipes.checkpoint.manager import Checkpoints, TrainingData
 from recipes.checkpoint.manifest import Manifest, is_resharded
 from recipes.engine.build import build_engine, build_sharder
 from recipes.launch.bad_steps import BadSteps
+from recipes.launch.stop_request import StopRequest
 from recipes.monitor.device_metrics import perplexity
 from recipes.monitor.profiling import profiler
 from recipes.monitor.reporter import Reporter

@@ -1,4 +1,4 @@
-"""Checkpoints on all ranks: written through DeepSpeed, verified, and loaded; and stop requests.
+"""Checkpoints on all ranks: written through DeepSpeed, verified, and loaded.
 
 Every rank must make the same calls in the same order. `manifest` knows the files on the disk.
 """
@@ -11,7 +11,6 @@ import os
 import platform
 import random
 import shutil
-import signal
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib.metadata import version
@@ -24,7 +23,6 @@ import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
-from torch import Tensor
 
 from conf.schema import Config, ConfigError
 from data.pack import Corpus, Tokens
@@ -263,44 +261,3 @@ def restore_random_states(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     if torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
-
-
-class StopRequest:
-    """From its construction on, SIGTERM and SIGUSR1 ask the run to stop after a checkpoint; before, they end a rank.
-
-    Schedulers signal one rank or all, at no common step. So the reduction of each step's loss also counts the ranks
-    with a stop request, and every rank acts on the count of the step before. That count has already been copied to the
-    host, so no host waits for the step that it has just enqueued.
-    """
-
-    def __init__(self) -> None:
-        self.is_received = False
-        self._previous: tuple[Tensor, torch.Event | None] | None = None
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._receive)
-
-    def _receive(self, *_: object) -> None:
-        self.is_received = True
-
-    def is_agreed(self, num_stop_requests: Tensor) -> bool:
-        """Whether to stop after this step, equal on all ranks.
-
-        Args:
-            num_stop_requests: of this step, as in `StepResult`.
-        """
-        previous, self._previous = self._previous, _copied_to_host(num_stop_requests)
-        if previous is None:
-            return False
-        count, copied = previous
-        if copied is not None:
-            copied.synchronize()
-        return count.item() > 0
-
-
-def _copied_to_host(number: Tensor) -> tuple[Tensor, torch.Event | None]:
-    """A host tensor that is valid after the event. `item` on the device's would wait for all work enqueued since."""
-    if not number.is_cuda:
-        return number, None
-    on_host = torch.empty_like(number, device="cpu", pin_memory=True)
-    on_host.copy_(number, non_blocking=True)
-    return on_host, torch.cuda.current_stream().record_event()

@@ -14,7 +14,6 @@ import torch
 from conf.schema import Config, ConfigError
 from data.pack import Corpus
 from recipes.checkpoint.manager import (
-    StopRequest,
     TrainingData,
     only_known_classes,
     random_states,
@@ -22,6 +21,7 @@ from recipes.checkpoint.manager import (
 )
 from recipes.checkpoint.manifest import Manifest
 from recipes.export import consolidated_weights, export, find_checkpoint
+from recipes.launch.stop_request import StopRequest
 from recipes.monitor.reporter import drop_rows_after
 
 LENGTH = 7
