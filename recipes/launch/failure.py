@@ -6,7 +6,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from recipes.run.heartbeat import LOGS_DIR, STALL_FILE, describe_ranks, position
@@ -21,12 +21,14 @@ class Outcome:
 
     Args:
         refused: whether the configuration is at fault, not this rank.
+        reported: when, by the host's clock.
     """
 
     rank: int
     result: float = float("nan")
     error: str = ""
     refused: bool = False
+    reported: float = field(default_factory=time.monotonic)
 
 
 def explain_failure(exit_codes: Sequence[int], first_seen: int, outcomes: Sequence[Outcome], run_dir: Path) -> str:
@@ -35,11 +37,11 @@ def explain_failure(exit_codes: Sequence[int], first_seen: int, outcomes: Sequen
     Args:
         exit_codes: by rank, when the first failure was seen; 0 for ranks that still ran.
         first_seen: the rank whose failure was seen first.
-        outcomes: in the order received.
+        outcomes: in any order.
     """
     with contextlib.suppress(FileNotFoundError):  # the watchdog has ended the run
         return (run_dir / LOGS_DIR / STALL_FILE).read_text(encoding="utf-8").rstrip()
-    reported = [outcome for outcome in outcomes if outcome.error]
+    reported = sorted((outcome for outcome in outcomes if outcome.error), key=lambda outcome: outcome.reported)
     # survivors of a reported failure may abort, as NCCL's watchdog makes them do
     consequences = {-signal.SIGABRT} if reported else set()
     signalled = [rank for rank, code in enumerate(exit_codes) if code < 0 and code not in consequences]

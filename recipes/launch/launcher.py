@@ -10,7 +10,6 @@ The parent must not import DeepSpeed, which takes seconds, nor use a GPU's memor
 from __future__ import annotations
 
 import copy
-import errno
 import json
 import multiprocessing
 import os
@@ -19,7 +18,7 @@ import signal
 import sys
 import tempfile
 import traceback
-from multiprocessing.queues import SimpleQueue
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -181,21 +180,20 @@ def launch(task: Task, num_ranks: int, run_dir: Path) -> float:
     """
     print(f"starting {num_ranks} rank{'s' if num_ranks > 1 else ''}; logs in {run_dir / LOGS_DIR}", flush=True)
     clear_rank_states(run_dir)
-    queue = _outcome_queue()  # not files, which a full disk would refuse
+    # neither a queue, whose lock needs /dev/shm, nor files, which need room on a disk
+    pipes = [multiprocessing.Pipe(duplex=False) for _ in range(num_ranks)]
     rendezvous_dir = Path(tempfile.mkdtemp(prefix="ring_attention_"))  # network disks may lack locks
     processes: Any = None
     try:
         with signals_deferred():
-            arguments = (os.getpid(), task, num_ranks, run_dir, rendezvous_dir, queue)
+            arguments = (os.getpid(), task, num_ranks, run_dir, rendezvous_dir, [writer for _, writer in pipes])
             context = mp.start_processes(_rank_process, arguments, num_ranks, join=False, start_method="spawn")
         assert context is not None
         processes = context.processes
         with signals_passed_on(processes) as passed_on:
             failed = first_to_fail(processes)
         exit_codes = [process.exitcode or 0 for process in processes]
-        outcomes = []
-        while not queue.empty():
-            outcomes.append(queue.get())
+        outcomes: list[Outcome] = [reader.recv() for reader, _ in pipes if reader.poll()]
         if failed is None:
             if Preempted.EXIT_CODE in exit_codes:
                 raise Preempted
@@ -215,18 +213,6 @@ def launch(task: Task, num_ranks: int, run_dir: Path) -> float:
         shutil.rmtree(rendezvous_dir, ignore_errors=True)
 
 
-def _outcome_queue() -> SimpleQueue[Outcome]:
-    try:
-        return mp.get_context("spawn").SimpleQueue()
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise RunFailed(
-            f"there is no shared memory left, where the queue's lock is a file ({error}): remove what fills "
-            "/dev/shm, or give the container more (docker run --shm-size=1g)"
-        ) from error
-
-
 def _rank_process(
     rank: int,
     parent_pid: int,
@@ -234,7 +220,7 @@ def _rank_process(
     num_ranks: int,
     run_dir: Path,
     rendezvous_dir: Path,
-    queue: SimpleQueue[Outcome],
+    pipes: list[Connection],
 ) -> None:
     if rank:
         die_on_sigint()  # which is also sent when the parent dies
@@ -253,13 +239,13 @@ def _rank_process(
         result = run_rank(task, run_dir, f"file://{rendezvous_dir / 'rendezvous'}")
     except Exception as error:
         is_explained = isinstance(error, (ConfigError, RunFailed))
-        # a pipe's buffer holds 64 KiB; a longer message would block
+        # a pipe holds 64 KiB; a longer message would block
         text = str(error) if is_explained else f"rank {rank} failed:\n{traceback.format_exc()[-20_000:]}"
-        queue.put(Outcome(rank, error=text, refused=isinstance(error, ConfigError)))
+        pipes[rank].send(Outcome(rank, error=text, refused=isinstance(error, ConfigError)))
         exit_now(1)
     except KeyboardInterrupt:
         exit_by_sigint()
     except Preempted:
         exit_now(Preempted.EXIT_CODE)
-    queue.put(Outcome(rank, result))
+    pipes[rank].send(Outcome(rank, result))
     exit_now(0)

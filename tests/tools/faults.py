@@ -302,12 +302,13 @@ def bad_loss(case: Case) -> None:
 
 
 def full_shared_memory(case: Case) -> None:
+    """Ranks on the CPU need no shared memory."""
     script = (
         "mount -t tmpfs -o size=4k tmpfs /dev/shm && head -c 4096 /dev/zero > /dev/shm/filler && "
         f'exec {sys.executable} "$@"'
     )
     finished = case.program.run(*SHORT, launcher=["unshare", "--mount", "bash", "-c", script, "--"])
-    assert "there is no shared memory left" in case.failed(finished), case.error
+    assert finished.exit_code == 0, finished.stderr
 
 
 def taken_port(case: Case) -> None:

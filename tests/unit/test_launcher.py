@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shlex
 import signal
@@ -11,14 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from conf.schema import AttentionConfig, Config, ConfigError, EngineConfig, LaunchConfig, ModelConfig
 from recipes.launch.failure import Outcome, explain_failure
-from recipes.launch.launcher import count_ranks, launch
+from recipes.launch.launcher import count_ranks
 from recipes.launch.processes import signals_deferred
-from recipes.registry import RecipeTask
-from recipes.run.errors import RunFailed
 from recipes.run.heartbeat import Heartbeat
 
 
@@ -65,17 +61,6 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
         "launch.num_ranks=4 is more than the GPUs here: use launch.num_ranks=2 or fewer, "
         "or set CUDA_VISIBLE_DEVICES= (empty) to run on the CPU"
     )
-
-
-@pytest.mark.parametrize(("number", "expected"), [(errno.ENOSPC, RunFailed), (errno.EMFILE, OSError)])
-def test_a_full_shared_memory_is_named_and_other_errors_pass(monkeypatch, tmp_path, number, expected):
-    def fails(self):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(type(mp.get_context("spawn")), "SimpleQueue", fails)
-    with pytest.raises(expected, match=os.strerror(number)) as caught:
-        launch(RecipeTask(Config()), 1, tmp_path)
-    assert ("no shared memory left" in str(caught.value)) == (expected is RunFailed)
 
 
 @pytest.mark.parametrize(
