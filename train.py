@@ -57,7 +57,7 @@ def run(composed: DictConfig) -> float | None:
 
 
 def execute(config: Config, overrides: list[str], run_dir: Path) -> float | None:
-    """Explain or run the configured recipe, on ranks of our own or as one of a launcher's.
+    """Explain or run the configured recipe, on new ranks or as a rank of an external launcher.
 
     Settings and data are checked first, because importing torch takes seconds.
     """

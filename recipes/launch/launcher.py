@@ -139,12 +139,12 @@ def result_if_finished(config: Config, num_ranks: int, run_dir: Path) -> float |
 
 
 def start(task: Task, num_ranks: int, run_dir: Path) -> float:
-    """Run the task on ranks of our own, or as one of a launcher's ranks, which all use rank 0's task and run dir.
+    """Launch ranks and run the task on them, or run it as a rank of an external launcher.
 
     Raises:
-        RunFailed: if a rank of ours failed, or this one of a launcher's. If all of a launcher's ranks raise it, rank 0
-            has printed it.
-        Preempted: as `launch`. If all of a launcher's ranks raise it, rank 0 has closed its files.
+        RunFailed: as `launch`; in an external launcher's ranks, if this rank failed. If all ranks raise it, rank 0 has
+            printed it.
+        Preempted: as `launch`; in an external launcher's ranks, once rank 0 has closed its files.
     """
     if not ranks_are_started():
         return launch(task, num_ranks, run_dir)

@@ -74,7 +74,7 @@ def watched(config: LaunchConfig, run_dir: Path, rank: int, num_ranks: int, cons
     """Inside, this rank's position is recorded, and a step that hangs ends the process.
 
     Args:
-        console: where to print the error; None if a parent of ours prints it.
+        console: where to print the error; None if the parent prints it.
 
     Raises:
         OSError: if the disk has no room for the record.

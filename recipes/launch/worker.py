@@ -41,10 +41,10 @@ def run_rank(task: Task, run_dir: Path, init_method: str | None) -> float:
     """Run the task as the rank that the environment names. All ranks use rank 0's task and run dir.
 
     Args:
-        init_method: the rendezvous of ranks that we started; None: what the launcher's variables say.
+        init_method: the rendezvous of ranks that `launcher.launch` started; None for an external launcher's ranks.
 
     Raises:
-        RunFailed: for any error of the task, if no parent of ours explains it.
+        RunFailed: for any error of the task, in an external launcher's ranks; `launcher.launch` explains the others.
     """
     rank, num_ranks, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -62,7 +62,7 @@ def run_rank(task: Task, run_dir: Path, init_method: str | None) -> float:
         init_method = f"file://{rendezvous}/rendezvous"
     startup.init_distributed(init_method, task.config.launch.timeout_s)
     if rank == 0:
-        clear_rank_states(run_dir)  # a launcher that is not ours has not done it
+        clear_rank_states(run_dir)  # an external launcher has not done it
     shared = [task, run_dir]
     dist.broadcast_object_list(shared, src=0)
     task, run_dir = shared
