@@ -80,7 +80,7 @@ class RankState:
     wait: str
 
     def __str__(self) -> str:
-        """Such as: step 7, forward, forward stage 1, waiting for (hop)."""
+        """Such as: step 7, forward, forward ring step 1, waiting for (hop)."""
         return ", ".join(
             [
                 *([f"step {self.step}"] if self.step else []),
