@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 IGNORED_LABEL = -100  # torch's default ignore_index
@@ -21,7 +20,3 @@ class TokenBatch:
     def num_valid(self) -> Tensor:
         """The number of labels other than IGNORED_LABEL, a scalar in fp64."""
         return (self.labels_BS != IGNORED_LABEL).sum().double()
-
-    def without_labels(self) -> TokenBatch:
-        """The same tokens with all labels ignored."""
-        return replace(self, labels_BS=torch.full_like(self.labels_BS, IGNORED_LABEL))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -57,7 +57,8 @@ class Sharder:
             if self.data_rank < len(group):
                 yield self.token_batch(group[self.data_rank][None])
             else:
-                yield self.token_batch(group[0][None]).without_labels()
+                batch = self.token_batch(group[0][None])
+                yield replace(batch, labels_BS=torch.full_like(batch.labels_BS, IGNORED_LABEL))
 
 
 def _batched(sequences: Iterable[np.ndarray], size: int) -> Iterator[tuple[np.ndarray, ...]]:

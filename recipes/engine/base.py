@@ -87,23 +87,19 @@ def max_over_ranks(value: float, device: torch.device) -> float:
 class Engine(ABC):
     """A model under DeepSpeed. Every rank must construct it and make the same calls in the same order.
 
-    Attributes:
+    Args:
         sequence_rank: which shard of a sequence's tokens this rank takes.
-        client_state: what a checkpoint needs in addition to DeepSpeed's own states.
     """
 
     model: nn.Module
     deepspeed: Any
-    data_rank: int
-    data_degree: int
-    sequence_rank: int
-    client_state: dict[str, Any]
 
-    def __init__(self, config: EngineConfig) -> None:
-        self.config, self.client_state = config, {}
-        self.device = (
-            torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        )
+    def __init__(self, config: EngineConfig, sequence_rank: int, data_rank: int, data_degree: int) -> None:
+        self.config, self.sequence_rank = config, sequence_rank
+        self.data_rank, self.data_degree = data_rank, data_degree
+        has_gpu = torch.cuda.is_available()
+        self.device = torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
+        self.client_state: dict[str, Any] = {}  # what a checkpoint needs in addition to DeepSpeed's own states
 
     @abstractmethod
     def train_step(self, micro_batches: Sequence[TokenBatch], stop_requested: bool = False) -> StepResult:
@@ -117,9 +113,9 @@ class Engine(ABC):
     def mean_loss(self, micro_batches: Iterable[TokenBatch]) -> Tensor:
         """Mean token loss in nats over all ranks' micro-batches, a scalar. Every rank must pass equally many."""
 
-    @abstractmethod
     def ranks_with_nonfinite_loss(self) -> list[int]:
         """The ranks whose own tokens had a non-finite loss in the last step; empty if the engine cannot tell."""
+        return []
 
     @property
     def learning_rate(self) -> float:

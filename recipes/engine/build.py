@@ -10,13 +10,7 @@ from recipes.engine.deepspeed_engine import TrainingEngine
 from recipes.engine.pipeline_engine import PipelinedEngine
 from recipes.model.transformer import Transformer
 from recipes.planning.plan import Plan
-from ring_attention import (
-    AllGatherAttention,
-    HybridAttention,
-    LocalAttention,
-    RingAttention,
-    UlyssesAttention,
-)
+from ring_attention import AllGatherAttention, HybridAttention, LocalAttention, RingAttention, UlyssesAttention
 from ring_attention.groups import ParallelGroups
 from ring_attention.sequence_attention import SequenceAttention
 
@@ -33,14 +27,10 @@ METHODS: dict[str, tuple[type[SequenceAttention], tuple[str, ...]]] = {
 def build_attention(plan: Plan, groups: ParallelGroups) -> SequenceAttention:
     """The plan's attention module over the ranks that share this rank's sequence."""
     module, names = METHODS[plan.method]
-    options: dict[str, Any] = {
-        "transport": plan.transport,
-        "hosts": groups.hosts,
-        "ulysses_degree": plan.degrees.ulysses,
-    }
+    all_options = {"transport": plan.transport, "hosts": groups.hosts, "ulysses_degree": plan.degrees.ulysses}
+    options: dict[str, Any] = {name: all_options[name] for name in names}
     config = plan.config.attention
-    chosen = {name: options[name] for name in names}
-    return module(config.kernel, groups.get_sequence_parallel_group(), layout=config.layout, **chosen)
+    return module(config.kernel, groups.get_sequence_parallel_group(), layout=config.layout, **options)
 
 
 def build_engine(plan: Plan, groups: ParallelGroups | None = None, forward_only: bool = False) -> Engine:

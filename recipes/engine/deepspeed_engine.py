@@ -58,8 +58,7 @@ class TrainingEngine(Engine):
         optimizer_config: OptimizerConfig,
         num_steps: int | None,
     ) -> None:
-        super().__init__(engine_config)
-        self.sequence_rank, self.data_rank, self.data_degree = sequence_rank, groups.data_rank, groups.data_degree
+        super().__init__(engine_config, sequence_rank, groups.data_rank, groups.data_degree)
         with self.device:
             self.model = build_model()
         num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
@@ -73,8 +72,8 @@ class TrainingEngine(Engine):
         if isinstance(self.deepspeed.optimizer, FP16_UnfusedOptimizer):
             _undo_dummy_step(self.deepspeed.optimizer)
             names = {parameter: name for name, parameter in self.model.named_parameters()}
-            groups_of_names = [[names[p] for p in group] for group in self.deepspeed.optimizer.fp16_groups]
-            self.client_state = {MASTER_WEIGHT_NAMES: groups_of_names}
+            param_groups = self.deepspeed.optimizer.fp16_groups
+            self.client_state = {MASTER_WEIGHT_NAMES: [[names[p] for p in group] for group in param_groups]}
         self._loss_multiplier = loss_multiplier(
             engine_config.zero_stage,
             groups.data_degree,

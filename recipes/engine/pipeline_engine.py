@@ -91,10 +91,9 @@ class PipelinedEngine(Engine):
     def __init__(
         self, config: Config, degrees: Degrees, attention: nn.Module, length: int, num_steps: int | None
     ) -> None:
-        super().__init__(config.engine)
         topology = PipeModelDataParallelTopology(degrees.pipeline, degrees.tensor, degrees.data)
         coordinates = topology.get_coord(dist.get_rank())
-        self.data_rank, self.data_degree, self.sequence_rank = coordinates.data, degrees.data, coordinates.model
+        super().__init__(config.engine, coordinates.model, coordinates.data, degrees.data)
         self._pipeline_degree, self._tensor = degrees.pipeline, TensorGroup(degrees.tensor, coordinates.model)
         with self.device:
             self.model = model = PipelineModule(
@@ -125,9 +124,6 @@ class PipelinedEngine(Engine):
         loss, num_stop_requests = self._run(micro_batches, self.deepspeed.train_batch, stop_requested)
         grad_norm = self.deepspeed.get_global_grad_norm()
         return StepResult(loss, grad_norm, num_stop_requests, self.deepspeed.was_step_applied())
-
-    def ranks_with_nonfinite_loss(self) -> list[int]:
-        return []  # the last stage computes the loss of all tokens
 
     def mean_loss(self, micro_batches: Iterable[TokenBatch]) -> Tensor:
         micro_batches = list(micro_batches)

@@ -1,4 +1,4 @@
-"""A covering part of the parity table: every stage in both dtypes, every other choice with several of them."""
+"""A covering subset of the parity table: every ZeRO stage in both dtypes, every other option with several of them."""
 
 import pytest
 
@@ -49,7 +49,7 @@ def test_training_on_ranks_equals_one_process(pool: WorkerPool, cell: Cell):
     assert outcome.passes, outcome
 
 
-def test_the_full_table_holds_every_combination():
+def test_the_full_table_has_every_combination():
     tensor_pipeline = 6 * 2 * 2 * 2  # grids; lengths; dtypes; models
     on_cpu = 3 * 2 * 2 * 4 * 2 * 2 + 5 * 2 * 4 * 2 + 2 * 4 + tensor_pipeline
     assert len(set(full_table("cpu"))) == on_cpu

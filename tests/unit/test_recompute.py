@@ -1,4 +1,4 @@
-"""What a layer keeps for the backward pass, by counting the storages that are alive after a forward pass."""
+"""What layers save for the backward pass: counts the storages that are alive after a forward pass."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ LENGTH = 256
 
 
 class Storages(TorchDispatchMode):
-    """Those that operators made within."""
+    """Tracks the storages that operators create."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._created: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         outputs = func(*args, **(kwargs or {}))
@@ -33,14 +33,14 @@ class Storages(TorchDispatchMode):
             if isinstance(output, torch.Tensor):
                 storage = output.untyped_storage()
                 reference = StorageWeakRef(storage)
-                self._made[reference.cdata] = reference, storage.nbytes()
+                self._created[reference.cdata] = reference, storage.nbytes()
         return outputs
 
     def alive_bytes(self) -> int:
-        return sum(num_bytes for reference, num_bytes in self._made.values() if not reference.expired())
+        return sum(num_bytes for reference, num_bytes in self._created.values() if not reference.expired())
 
 
-def kept_bytes(recompute: str, num_layers: int) -> int:
+def saved_bytes(recompute: str, num_layers: int) -> int:
     config = ModelConfig(num_layers=num_layers, hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, mlp_size=192)
     model = Transformer(config, LocalAttention("auto"), recompute=recompute)
     tokens = torch.randint(0, 257, (1, LENGTH))
@@ -48,12 +48,12 @@ def kept_bytes(recompute: str, num_layers: int) -> int:
         loss = model(tokens, torch.arange(LENGTH).unsqueeze(0), tokens)
     num_bytes = storages.alive_bytes()
     loss.backward()
-    return num_bytes - storages.alive_bytes()  # what is alive still are weights, of which there were views
+    return num_bytes - storages.alive_bytes()  # what is still alive are weights that had views
 
 
-def test_what_a_layer_keeps():
+def test_bytes_saved_per_layer():
     per_token = {
-        recompute: (kept_bytes(recompute, 4) - kept_bytes(recompute, 2)) / 2 / LENGTH / 4  # fp32
+        recompute: (saved_bytes(recompute, 4) - saved_bytes(recompute, 2)) / 2 / LENGTH / 4  # fp32
         for recompute in ("none", "selective", "full")
     }
     assert per_token["full"] == 64  # its input
@@ -62,64 +62,64 @@ def test_what_a_layer_keeps():
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_two_layers_are_on_the_device_whatever_their_number(recompute: str):
-    """After a forward pass, and whenever a layer is computed again."""
-    num_layers, kind, seen = 6, activation_offload._Layer, []
+def test_two_layers_are_on_the_device_whatever_the_number_of_layers(recompute: str):
+    """After a forward pass, and whenever a layer is recomputed."""
+    num_layers, layer_class, seen = 6, activation_offload._Layer, []
     config = ModelConfig(num_layers=num_layers, hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, mlp_size=192)
     model = Transformer(config, LocalAttention("auto"), recompute=recompute, offload=True)
-    layers: list[Any] = []  # what each has kept
+    layers: list[Any] = []  # weak references to what each has saved
 
     def on_device() -> list[int]:
-        return [index for index, kept in enumerate(layers) if (layer := kept()) and layer.on_device]
+        return [index for index, reference in enumerate(layers) if (layer := reference()) and layer.on_device]
 
     def make(*arguments: Any) -> activation_offload._Layer:
-        layers.append(weakref.ref(made := kind(*arguments)))
+        layers.append(weakref.ref(made := layer_class(*arguments)))
         return made
 
-    def kept_with_graphs() -> int:
-        alive = [layer for kept in layers if (layer := kept())]
+    def saved_with_graphs() -> int:
+        alive = [layer for reference in layers if (layer := reference())]
         return sum(tensor.grad_fn is not None for layer in alive for tensor in layer.on_device or [])
 
-    graphs: list[int] = []  # once attention is there: what else would live as long as what is kept
+    graphs: list[int] = []  # while attention runs: a graph would live as long as the saved tensors
     tokens = torch.randint(0, 257, (1, LENGTH))
     with patch.object(activation_offload, "_Layer", side_effect=make):
         loss = model(tokens, torch.arange(LENGTH).unsqueeze(0), tokens)
     assert on_device() == [4, 5]
-    assert [bool(layer.on_host) for kept in layers if (layer := kept())] == [True] * 4 + [False] * 2
+    assert [bool(layer.on_host) for reference in layers if (layer := reference())] == [True] * 4 + [False] * 2
     for index, layer in enumerate(model.layers):
         layer.register_forward_pre_hook(lambda *_, index=index: seen.append((index, on_device())))
-        layer.get_submodule("attention.out").register_forward_pre_hook(lambda *_: graphs.append(kept_with_graphs()))
+        layer.get_submodule("attention.out").register_forward_pre_hook(lambda *_: graphs.append(saved_with_graphs()))
     loss.backward()
     assert seen == [(5, [4, 5]), (4, [3, 4]), (3, [2, 3]), (2, [1, 2]), (1, [0, 1]), (0, [0])]
     assert graphs == [0] * num_layers
     assert on_device() == []
 
 
-def test_micro_batches_share_their_room_on_the_host():
+def test_micro_batches_share_host_buffers():
     config = ModelConfig(num_layers=5, hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, mlp_size=192)
     model = Transformer(config, LocalAttention("auto"), recompute="selective", offload=True)
-    rooms: set[int] = set()
-    room_for = activation_offload.ActivationOffload._host_buffer
+    buffers: set[int] = set()
+    host_buffer = activation_offload.ActivationOffload._host_buffer
 
-    def noted(self: activation_offload.ActivationOffload, tensor: torch.Tensor) -> torch.Tensor:
-        room = room_for(self, tensor)
-        rooms.add(room.data_ptr())
-        return room
+    def recorded(self: activation_offload.ActivationOffload, tensor: torch.Tensor) -> torch.Tensor:
+        buffer = host_buffer(self, tensor)
+        buffers.add(buffer.data_ptr())
+        return buffer
 
-    with patch.object(activation_offload.ActivationOffload, "_host_buffer", noted):
+    with patch.object(activation_offload.ActivationOffload, "_host_buffer", recorded):
         for _ in range(3):
             tokens = torch.randint(0, 257, (1, LENGTH))
             model(tokens, torch.arange(LENGTH).unsqueeze(0), tokens).backward()
-    assert len(rooms) == 3 * 3  # of three layers: input, out and lse
+    assert len(buffers) == 3 * 3  # input, out and lse of three layers
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_two_forward_passes_may_come_before_their_backward_passes(recompute: str):
+def test_two_forward_passes_before_their_backward_passes(recompute: str):
     config = ModelConfig(num_layers=3, hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, mlp_size=192)
     gradients = []
-    for moves in (False, True):
+    for offload in (False, True):
         torch.manual_seed(1)
-        model = Transformer(config, LocalAttention("auto"), recompute=recompute, offload=moves)
+        model = Transformer(config, LocalAttention("auto"), recompute=recompute, offload=offload)
         tokens = torch.randint(0, 257, (2, 1, LENGTH))
         losses = [model(row, torch.arange(LENGTH).unsqueeze(0), row) for row in tokens]
         sum(losses, torch.zeros(())).backward()
