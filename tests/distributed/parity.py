@@ -1,13 +1,13 @@
 """The gradient parity gate: training through the real engine against one process, cell by cell.
 
-`python -m tests.distributed.parity` prints the full table (and with `--json FILE` keeps it); `test_parity.py` runs a
-covering part of it. A cell trains 3 steps on uneven labels. Compared with one process are the loss and the gradient
-norm of every step, every parameter's gradient of the first, and all parameters after the third, on which clipping has
-acted. The measure is ||a - b|| / ||b|| per tensor.
+`python -m tests.distributed.parity` prints the full table, and `--json FILE` also writes it to a file. `test_parity.py`
+runs a covering subset. A cell trains 3 steps, with different numbers of valid labels on each rank. It compares the loss
+and gradient norm of every step, all gradients of the first step, and all parameters after the third, with clipping. The
+error is ||a - b|| / ||b|| per tensor.
 
-- fp32: against fp64 in one process; at most 1e-5.
-- bf16: the error against fp64 (from the same rounded weights) over that of bf16 in one process, per tensor, all layers'
-  together; at most 1.5.
+- fp32: the error against fp64 in one process is at most 1e-5.
+- bf16: the error against fp64 (from the same rounded weights) is at most 1.5 times that of bf16 in one process, per
+  tensor, over all layers together.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ from tests.tools.measure import relative_error
 NUM_STEPS = 3
 FP32_LIMIT = 1e-5
 HALF_RATIO_LIMIT = 1.5
-# a ratio of two scalars' errors is noise, so these have limits of their own: a few bf16 roundings of 4e-3
+# a ratio of two scalars' errors is noise, so these have their own limits: a few bf16 roundings of 4e-3
 HALF_LOSS_LIMIT = 1e-3
 HALF_NORM_LIMIT = 1e-2
-# one matrix (the MLP's up) is large enough for ZeRO-3 to keep it partitioned, the rest are kept whole between steps
+# one matrix (the MLP's up) is large enough for ZeRO-3 to partition; it keeps the others unsharded between steps
 MODELS = {
     "llama": ModelConfig(num_layers=2, hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, mlp_size=1024),
     "gpt": ModelConfig(
@@ -65,9 +65,9 @@ MODELS = {
 }
 MODELS["deep"] = replace(MODELS["llama"], num_layers=5)
 MODELS["mha"] = replace(MODELS["llama"], num_kv_heads=4)
-CLIPPING = {"llama": 0.5, "gpt": 0.0, "deep": 0.5, "mha": 0.5}  # below the norms that occur, so that it acts; off
-# Adam's eps is large, so that an update is a smooth function of the gradient. At 1e-8 an element whose gradient is 0
-# but for rounding moves by lr in a random direction: fp32 on one rank is 7e-5 away from fp64 after 3 steps, too.
+CLIPPING = {"llama": 0.5, "gpt": 0.0, "deep": 0.5, "mha": 0.5}  # below the norms that occur, so it clips; 0 is off
+# Adam's eps is large, so that an update is a smooth function of the gradient. At 1e-8, an element whose gradient is
+# only rounding error moves by lr in a random direction: fp32 on one rank is 7e-5 away from fp64 after 3 steps too.
 OPTIMIZER = OptimizerConfig(lr=1e-2, warmup_fraction=0.0, eps=1e-2)
 MICRO_BATCH_SIZE = 2
 
@@ -79,14 +79,13 @@ class Cell:
     ring_degree: int
     data_degree: int
     accumulation_steps: int
-    length: int  # 32 is a multiple of 2P for all ring degrees, 29 of none but 1's
+    length: int  # 32 is a multiple of 2P for all ring degrees; 29 needs padding
     layout: str = "zigzag"
     model: str = "llama"
     method: str = "ring"
     ulysses_degree: int = 1
     tensor_degree: int = 1
     pipeline_degree: int = 1
-    sequence_sharded_norms: bool = True
     transport: str = "p2p"
     recompute: str = "none"
     tile_tokens: int = 0
@@ -105,7 +104,7 @@ class Cell:
 
     @property
     def plan(self) -> Plan:
-        """As the launcher would make it; the device has no part in what is tested."""
+        """The launcher's plan on a CPU: the device plays no part in these tests."""
         return Plan(
             Config(
                 model=MODELS[self.model],
@@ -117,7 +116,6 @@ class Cell:
                     self.ulysses_degree,
                     self.tensor_degree,
                     self.pipeline_degree,
-                    self.sequence_sharded_norms,
                 ),
                 engine=EngineConfig(
                     dtype=self.dtype,
@@ -144,7 +142,7 @@ class Cell:
 
 
 def full_table(device: str) -> list[Cell]:
-    """Of a kind of device; on GPUs rings have copies beside messages."""
+    """All cells for a device type; on GPUs also with the copy engine transport."""
     cells = [
         Cell(dtype, stage, ring, data, accumulation, length)
         for ring, data, dtype, stage, accumulation, length in itertools.product(
@@ -152,7 +150,7 @@ def full_table(device: str) -> list[Cell]:
         )
     ]
     cells += [
-        # Ulysses cuts key-value heads
+        # Ulysses shards key-value heads
         Cell(dtype, stage, ring, 1, accumulation, length, method=method, ulysses_degree=ulysses, model=model)
         for (method, ring, ulysses, model), dtype, stage, (accumulation, length) in itertools.product(
             (
@@ -180,16 +178,13 @@ def full_table(device: str) -> list[Cell]:
             method="tp_pp",
             tensor_degree=tensor,
             pipeline_degree=pipeline,
-            sequence_sharded_norms=sharded,
         )
-        for (data, tensor, pipeline), sharded, dtype, (accumulation, length), model in itertools.product(
+        for (data, tensor, pipeline), dtype, (accumulation, length), model in itertools.product(
             ((1, 2, 1), (1, 1, 2), (1, 2, 2), (2, 2, 1), (2, 1, 2), (2, 2, 2)),
-            (True, False),
             ("fp32", "bf16"),
             ((3, 32), (1, 29)),
             ("llama", "gpt"),
         )
-        if sharded or tensor > 1
     ]
     if device == "cuda":
         cells += [
@@ -202,7 +197,7 @@ def full_table(device: str) -> list[Cell]:
 
 @dataclass
 class Trained:
-    """What one training run leaves to compare; all on the CPU."""
+    """The results of one training run, on the CPU."""
 
     losses: list[float]
     grad_norms: list[float]
@@ -211,7 +206,7 @@ class Trained:
 
 
 def batches(cell: Cell) -> tuple[Tensor, Tensor]:
-    """Tokens and labels [step, micro-batch, data rank, B, L], labels dropped at a rate of each sequence's own."""
+    """Tokens and labels [step, micro-batch, data rank, B, L]; each sequence ignores labels at its own rate."""
     generator = torch.Generator().manual_seed(7)
     shape = (NUM_STEPS, cell.accumulation_steps, cell.data_degree, MICRO_BATCH_SIZE, cell.length)
     tokens = torch.randint(0, 257, (*shape[:-1], cell.length + 1), generator=generator)
@@ -220,27 +215,27 @@ def batches(cell: Cell) -> tuple[Tensor, Tensor]:
 
 
 def initial_weights(cell: Cell, drawn_on: str) -> dict[str, Tensor]:
-    """As the engine draws them, rounded as DeepSpeed rounds them, in fp64."""
+    """The engine's initial weights in fp64, rounded as DeepSpeed rounds them."""
     with torch.device(drawn_on):
         model = Transformer(MODELS[cell.model], LocalAttention("reference"), seed=0)
     return {name: weight.cpu() for name, weight in model.to(DTYPES[cell.dtype]).double().state_dict().items()}
 
 
 def train_one_process(cell: Cell, compute_dtype: torch.dtype, device: str, drawn_on: str) -> Trained:
-    """Plain PyTorch: master weights in fp64, computing in `compute_dtype`, in fp16 with a constant loss scale.
+    """Plain PyTorch with fp64 master weights, computing in `compute_dtype`; fp16 has a constant loss scale.
 
     Args:
-        drawn_on: the kind of device that the ranks draw their weights on.
+        drawn_on: the device type on which the ranks draw their weights.
     """
-    block = "reference" if compute_dtype == torch.float64 else "auto"
+    kernel = "reference" if compute_dtype == torch.float64 else "auto"
     loss_scale = 1024 if compute_dtype == torch.float16 else 1
-    master = Transformer(MODELS[cell.model], LocalAttention(block)).double().to(device)
-    worker = Transformer(MODELS[cell.model], LocalAttention(block)).to(device, compute_dtype)
+    master = Transformer(MODELS[cell.model], LocalAttention(kernel)).double().to(device)
+    worker = Transformer(MODELS[cell.model], LocalAttention(kernel)).to(device, compute_dtype)
     master.load_state_dict(initial_weights(cell, drawn_on))
-    spared = [p for name, p in master.named_parameters() if p.dim() < 2 or name == "embedding.weight"]
+    not_decayed = [p for name, p in master.named_parameters() if p.dim() < 2 or name == "embedding.weight"]
     decayed = [p for name, p in master.named_parameters() if p.dim() == 2 and name != "embedding.weight"]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": OPTIMIZER.weight_decay}, {"params": spared, "weight_decay": 0.0}],
+        [{"params": decayed, "weight_decay": OPTIMIZER.weight_decay}, {"params": not_decayed, "weight_decay": 0.0}],
         betas=(OPTIMIZER.beta1, OPTIMIZER.beta2),
         eps=OPTIMIZER.eps,
     )
@@ -248,7 +243,7 @@ def train_one_process(cell: Cell, compute_dtype: torch.dtype, device: str, drawn
     positions = torch.arange(cell.length, device=device).unsqueeze(0)
     trained = Trained([], [], {}, {})
     for step in range(NUM_STEPS):
-        for group in optimizer.param_groups:  # the cosine from lr to lr / 10, spelt out
+        for group in optimizer.param_groups:  # the cosine schedule from lr to lr / 10
             group["lr"] = OPTIMIZER.lr * (1.0, 0.55, 0.1)[step]
         worker.load_state_dict(master.state_dict())
         num_valid = (labels[step] != IGNORED_LABEL).sum()
@@ -273,7 +268,7 @@ def train_one_process(cell: Cell, compute_dtype: torch.dtype, device: str, drawn
 
 
 def train_on_ranks(cell: Cell) -> Trained:
-    """On one rank: the same through the project's engine, as the recipe builds it."""
+    """On one rank: the same training through the engine that the recipe builds."""
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
@@ -287,18 +282,18 @@ def train_on_ranks(cell: Cell) -> Trained:
     trained = Trained([], [], {}, {})
     update = engine.deepspeed._take_model_step
 
-    def update_after_a_look(*args: Any) -> None:
+    def record_gradients_and_update(*args: Any) -> None:
         if not trained.gradients:
             wrapper: Any = engine.deepspeed.optimizer
-            loss_scale = wrapper.loss_scale if cell.dtype == "fp16" else 1  # DeepSpeed's own
+            loss_scale = wrapper.loss_scale if cell.dtype == "fp16" else 1
             trained.gradients = {
-                name: whole.cpu() / loss_scale
+                name: full.cpu() / loss_scale
                 for name, parameter in parameters.items()
-                if (whole := safe_get_full_grad(parameter)) is not None
+                if (full := safe_get_full_grad(parameter)) is not None
             }
         update(*args)
 
-    engine.deepspeed._take_model_step = update_after_a_look  # pyright: ignore[reportAttributeAccessIssue]
+    engine.deepspeed._take_model_step = record_gradients_and_update  # pyright: ignore[reportAttributeAccessIssue]
     tokens, labels = (tensor[:, :, engine.data_rank] for tensor in batches(cell))
     for step in range(NUM_STEPS):
         result = engine.train_step(
@@ -313,10 +308,10 @@ def train_on_ranks(cell: Cell) -> Trained:
         )
         trained.losses.append(result.loss.item())
         trained.grad_norms.append(float(result.grad_norm))
-    masters = {}  # half precision on stage 0, where safe_get_full_fp32_param knows none
+    masters = {}  # half precision on stage 0, where safe_get_full_fp32_param returns None
     if isinstance(wrapper := engine.deepspeed.optimizer, FP16_UnfusedOptimizer):
-        halves, wholes = (itertools.chain(*groups) for groups in (wrapper.fp16_groups, wrapper.fp32_groups))
-        masters = {id(half): whole for half, whole in zip(halves, wholes, strict=True)}
+        halves, fulls = (itertools.chain(*groups) for groups in (wrapper.fp16_groups, wrapper.fp32_groups))
+        masters = {id(half): full for half, full in zip(halves, fulls, strict=True)}
     for name, parameter in parameters.items():
         full = safe_get_full_fp32_param(parameter)
         full = masters.get(id(parameter), parameter) if full is None else full
@@ -329,7 +324,7 @@ def train_on_ranks(cell: Cell) -> Trained:
 
 
 def one_process_name(name: str) -> str:
-    """A parameter's name in `Transformer`: pipeline stages number their parts, of which layers start at 1."""
+    """A parameter's name in `Transformer`. Pipeline stages number their modules, and layers start at 1."""
     part, _, rest = name.partition(".")
     if rest.startswith("layer."):
         return f"layers.{int(part) - 1}.{rest.removeprefix('layer.')}"
@@ -340,25 +335,25 @@ def one_process_name(name: str) -> str:
     )
 
 
-def tensor_part(cell: Cell, tensor_rank: int, name: str, whole: Tensor) -> Tensor:
-    """What tensor rank `tensor_rank` holds of a parameter, spelt out for the two models."""
+def tensor_shard(cell: Cell, tensor_rank: int, name: str, full: Tensor) -> Tensor:
+    """The shard of a parameter on a tensor rank, written out for both models."""
     degree, model = cell.tensor_degree, MODELS[cell.model]
     if degree == 1:
-        return whole
+        return full
     if "attention.qkv" in name:
-        q, k, v = whole.split([n * model.head_dim for n in (model.num_heads, model.num_kv_heads, model.num_kv_heads)])
+        q, k, v = full.split([n * model.head_dim for n in (model.num_heads, model.num_kv_heads, model.num_kv_heads)])
         return torch.cat([matrix.chunk(degree)[tensor_rank] for matrix in (q, k, v)])
     if "mlp.up" in name:
-        halves = whole.chunk(2) if model.mlp == "swiglu" else (whole,)
+        halves = full.chunk(2) if model.mlp == "swiglu" else (full,)
         return torch.cat([half.chunk(degree)[tensor_rank] for half in halves])
     if name.endswith(("attention.out.weight", "mlp.down.weight")):
-        return whole.chunk(degree, dim=1)[tensor_rank]
-    return whole
+        return full.chunk(degree, dim=1)[tensor_rank]
+    return full
 
 
 @dataclass
 class Outcome:
-    """Worst relative errors of a cell; for half precision also the worst ratio to the same in one process."""
+    """Worst relative errors of a cell; for half precision also the worst ratio to the errors of one process."""
 
     loss: float
     grad_norm: float
@@ -376,26 +371,26 @@ class Outcome:
 
 
 def errors(cell: Cell, ranks: list[Trained], expected: Trained) -> dict[str, float]:
-    """Relative error by quantity: loss and norm of each step, each tensor's gradient and final value."""
+    """Relative errors: of the loss and norm of each step, and of each tensor's gradient and final value."""
     found, got = {}, ranks[0]
     for step in range(NUM_STEPS):
         found[f"loss {step}"] = abs(got.losses[step] / expected.losses[step] - 1)
         found[f"norm {step}"] = abs(got.grad_norms[step] / expected.grad_norms[step] - 1)
     for number, rank in enumerate(ranks):
-        for kind, own, whole in (
+        for kind, own, full in (
             ("gradient", rank.gradients, expected.gradients),
             ("parameter", rank.parameters, expected.parameters),
         ):
             for name, tensor in own.items():
-                part = tensor_part(cell, number % cell.tensor_degree, name, whole[name])
+                part = tensor_shard(cell, number % cell.tensor_degree, name, full[name])
                 label = f"{kind} {name}"
                 found[label] = max(found.get(label, 0.0), relative_error(tensor, part))
-    assert {name.partition(" ")[2] for name in found} >= set(expected.gradients), "some tensors are on no rank"
+    assert {name.partition(" ")[2] for name in found} >= set(expected.gradients), "no rank has some of the tensors"
     return found
 
 
 def over_layers(found: dict[str, float]) -> list[float]:
-    """Each tensor's error, the root mean square over layers: a norm or bias of 64 numbers is too few for a ratio."""
+    """Each tensor's root mean square error over layers: a norm or bias of 64 numbers is too small for a ratio."""
     squares: dict[str, list[float]] = {}
     for name in sorted(found):
         if name.startswith(("gradient", "parameter")):
@@ -410,7 +405,7 @@ def one_process(key: Cell, compute_dtype: torch.dtype, device: str, drawn_on: st
 
 def run_cell(pool: WorkerPool, cell: Cell) -> Outcome:
     started = time.perf_counter()
-    # one process is the same for all of these
+    # one process gives the same result for all of these
     key = replace(
         cell,
         zero_stage=0,
@@ -418,7 +413,6 @@ def run_cell(pool: WorkerPool, cell: Cell) -> Outcome:
         ulysses_degree=1,
         tensor_degree=1,
         pipeline_degree=1,
-        sequence_sharded_norms=True,
         layout="zigzag",
         method="ring",
         transport="p2p",
@@ -449,10 +443,15 @@ def main() -> None:
         description="The full parity table: on all GPUs with NCCL if there are several, else on the CPU with gloo."
     )
     parser.add_argument("--json", type=Path, help="also write the table to this file")
-    parser.add_argument("--ranks", type=int, default=8, help="leave out cells that need more ranks")
-    parser.add_argument("--least-ranks", type=int, default=1, help="leave out cells that need fewer ranks")
+    parser.add_argument("--ranks", type=int, default=8, help="skip cells that need more ranks")
+    parser.add_argument("--least-ranks", type=int, default=1, help="skip cells that need fewer ranks")
     parser.add_argument(
-        "--part", type=int, nargs=2, default=(0, 1), metavar=("N", "OF"), help="of the rest take cells N, N + OF, ..."
+        "--part",
+        type=int,
+        nargs=2,
+        default=(0, 1),
+        metavar=("N", "OF"),
+        help="run only cells N, N + OF, ...",
     )
     options = parser.parse_args()
     device = "cuda" if torch.cuda.device_count() >= 2 else "cpu"

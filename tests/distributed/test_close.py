@@ -1,4 +1,4 @@
-"""An engine that is closed holds no memory: comparisons build one after another in the same processes."""
+"""A closed engine holds no memory: comparisons build many engines, one after another, in the same processes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from recipes.planning.plan import Plan
 from tests.pool import WorkerPool, parallel_groups
 
 LENGTH = 16
-WORDS = ["as many words as two steps and a validation take " * 8]
+DOCUMENTS = ["enough words for two steps and one validation sequence " * 8]
 
 
 def held_bytes() -> int:
-    """Of all tensors that Python knows of."""
+    """Bytes of all tensors that Python's garbage collector sees."""
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
@@ -26,8 +26,8 @@ def held_bytes() -> int:
     return sum(storages.values())
 
 
-def left_by_an_engine(recipe: str, method: str, dtype: str, zero_stage: int) -> tuple[int, int]:
-    """(bytes held while there is one, bytes more than before once it is closed), after steps of two micro-batches."""
+def bytes_of_an_engine(recipe: str, method: str, dtype: str, zero_stage: int) -> tuple[int, int]:
+    """(bytes held by the engine after two steps of two micro-batches, bytes still held after it is closed)."""
     from recipes.engine.build import build_engine, build_sharder
 
     tensor_degree, pipeline_degree = {"tensor": (2, 1), "pipeline": (1, 2)}.get(method, (None, None))
@@ -49,7 +49,7 @@ def left_by_an_engine(recipe: str, method: str, dtype: str, zero_stage: int) -> 
     groups = parallel_groups(1, 2) if method == "ring" else None
     before = held_bytes()
     engine = build_engine(plan, groups, forward_only=not plan.trains)
-    steps = build_sharder(plan, engine).steps(Corpus(WORDS, LENGTH, 1).training(cursor=0), plan.accumulation_steps)
+    steps = build_sharder(plan, engine).steps(Corpus(DOCUMENTS, LENGTH, 1).training(cursor=0), plan.accumulation_steps)
     for _ in range(2):
         if plan.trains:
             engine.train_step(next(steps))
@@ -76,6 +76,6 @@ def left_by_an_engine(recipe: str, method: str, dtype: str, zero_stage: int) -> 
 )
 @pytest.mark.parametrize("recipe", ["pretrain", "forward"])
 def test_a_closed_engine_holds_no_memory(pool: WorkerPool, recipe: str, method: str, dtype: str, zero_stage: int):
-    for during, after in pool.run(left_by_an_engine, recipe, method, dtype, zero_stage, num_ranks=2):
+    for during, after in pool.run(bytes_of_an_engine, recipe, method, dtype, zero_stage, num_ranks=2):
         assert during > 100_000
-        assert after < 10_000  # scalars of libraries that come with the first
+        assert after < 10_000  # scalars that libraries allocate with the first engine

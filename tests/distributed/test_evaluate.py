@@ -1,4 +1,4 @@
-"""The validation loss of a data x ring grid is that of one process, also where sequences do not divide the ranks."""
+"""The validation loss on many ranks equals that of one process, even where data ranks do not divide the sequences."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.pool import WorkerPool, parallel_groups
 
 MODEL = ModelConfig(hidden_size=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_size=64)
 LENGTH = 21
-SEQUENCES = np.random.default_rng(0).integers(0, 257, (3, LENGTH + 1))  # 3 over 2 data ranks
+SEQUENCES = np.random.default_rng(0).integers(0, 257, (3, LENGTH + 1))  # 3 sequences on 2 data ranks
 
 
 def validation_loss(data_degree: int, ring_degree: int, zero_stage: int) -> float:
@@ -44,19 +44,19 @@ def validation_loss(data_degree: int, ring_degree: int, zero_stage: int) -> floa
 
 
 def one_process_loss() -> float:
-    whole = torch.from_numpy(SEQUENCES)
+    sequences = torch.from_numpy(SEQUENCES)
     model = Transformer(MODEL, LocalAttention("auto"))
-    return model(whole[:, :-1], torch.arange(LENGTH).unsqueeze(0), whole[:, 1:]).item() / (3 * LENGTH)
+    return model(sequences[:, :-1], torch.arange(LENGTH).unsqueeze(0), sequences[:, 1:]).item() / (3 * LENGTH)
 
 
 @pytest.mark.parametrize("zero_stage", [1, 3])
-def test_the_validation_loss_is_that_of_one_process(pool: WorkerPool, zero_stage: int):
+def test_validation_loss_equals_one_process(pool: WorkerPool, zero_stage: int):
     losses = pool.run(validation_loss, 2, 2, zero_stage, num_ranks=4)
     assert losses == [pytest.approx(one_process_loss(), rel=1e-5)] * 4
 
 
 def pipelined_validation_loss(tensor_degree: int, pipeline_degree: int) -> float:
-    """After a training step of larger micro-batches, at a learning rate of 0."""
+    """After a training step with larger micro-batches and learning rate 0."""
     from recipes.engine.build import build_engine, build_sharder
 
     config = Config(
@@ -81,7 +81,7 @@ def pipelined_validation_loss(tensor_degree: int, pipeline_degree: int) -> float
 
 
 @pytest.mark.parametrize(("tensor_degree", "pipeline_degree"), [(1, 2), (2, 2)])
-def test_a_pipelines_validation_loss_is_that_of_one_process(pool: WorkerPool, tensor_degree: int, pipeline_degree: int):
+def test_validation_loss_of_a_pipeline_equals_one_process(pool: WorkerPool, tensor_degree: int, pipeline_degree: int):
     num_ranks = tensor_degree * pipeline_degree
     losses = pool.run(pipelined_validation_loss, tensor_degree, pipeline_degree, num_ranks=num_ranks)
     assert losses == [pytest.approx(one_process_loss(), rel=1e-5)] * num_ranks

@@ -1,4 +1,4 @@
-"""ZeRO-Offload: optimizer state, or weights too, on the host; equal to one process that has all in one place."""
+"""ZeRO-Offload: training with optimizer states or weights on the host equals one process without offload."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from tests.tools.elastic import RING, TOLERANCE, Grid, go_on
     ],
     ids=str,
 )
-def test_training_with_states_on_the_host_equals_one_process(pool: WorkerPool, cell: Cell):
+def test_training_with_offload_equals_one_process(pool: WorkerPool, cell: Cell):
     outcome = run_cell(pool, cell)
     assert outcome.passes, outcome
 
 
-def test_states_on_the_host_are_saved_and_loaded(pool: WorkerPool, tmp_path: Path):
+def test_offloaded_states_are_saved_and_loaded(pool: WorkerPool, tmp_path: Path):
     config = configuration(3, "bf16", tied_head=False)
     config.engine.offload_optimizer = config.engine.offload_parameters = True
     (told, losses, _), *_ = pool.run(two_starts, config, tmp_path, num_ranks=2)
-    assert told[3] == "going on after step 2"
+    assert told[3] == "resuming after step 2"
     assert losses[1] == losses[0][2:]
 
 
@@ -44,6 +44,6 @@ class OffloadedGrid(Grid):
         return config
 
 
-def test_states_on_the_host_go_on_on_other_ranks_and_another_stage(pool: WorkerPool, tmp_path: Path):
+def test_offloaded_states_resume_on_other_ranks_and_another_zero_stage(pool: WorkerPool, tmp_path: Path):
     before, after = OffloadedGrid(RING, 2, 1), OffloadedGrid(RING, 4, 3)
     assert go_on(pool, tmp_path, before, after, "fp32")["difference"] <= TOLERANCE["fp32"]

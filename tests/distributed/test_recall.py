@@ -1,7 +1,7 @@
-"""Proof that context crosses ranks: a task whose answer lies more than L/P tokens back, on another rank.
+"""Context crosses ranks: a recall task whose answer is more than L/P tokens back, on another rank.
 
-A sequence is noise with one value token in its second or third chunk of eight; at the last position the model must name
-it. Under the ring this is learnt; with attention among a rank's own tokens it cannot be, in either layout.
+A sequence is noise with one value token in its second or third chunk of eight. At the last position the model must name
+it. With ring attention the model learns this; with attention among a rank's own tokens it cannot, in either layout.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ MODEL = ModelConfig(num_layers=1, hidden_size=64, num_heads=4, num_kv_heads=4, h
 
 
 def draw(seed: int) -> tuple[Tensor, Tensor]:
-    """Tokens and labels [B, L]; values are 0..15, noise is 16..31; the distance to the answer is at least 40."""
+    """Tokens and labels [B, L]: values are 0..15, noise is 16..31, and the distance to the answer is at least 40."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(NUM_VALUES, 2 * NUM_VALUES, (BATCH_SIZE, LENGTH), generator=generator)
-    place = torch.randint(LENGTH // 8, 3 * LENGTH // 8, (BATCH_SIZE, 1), generator=generator)
+    position = torch.randint(LENGTH // 8, 3 * LENGTH // 8, (BATCH_SIZE, 1), generator=generator)
     value = torch.randint(0, NUM_VALUES, (BATCH_SIZE, 1), generator=generator)
     labels = torch.full_like(tokens, IGNORED_LABEL)
     labels[:, -1:] = value
-    return tokens.scatter(1, place, value), labels
+    return tokens.scatter(1, position, value), labels
 
 
 def recall_accuracy(method: str, layout_name: str, num_steps: int) -> float | None:
-    """Train, then the share of right answers on fresh sequences; None on ranks without the last position."""
+    """Accuracy on new sequences after training; None on ranks without the last position."""
     from recipes.engine.deepspeed_engine import TrainingEngine
 
     groups = parallel_groups(data_degree=1, sequence_degree=NUM_RANKS)
@@ -59,24 +59,24 @@ def recall_accuracy(method: str, layout_name: str, num_steps: int) -> float | No
     for step in range(num_steps):
         engine.train_step([batch(step)])
     assert isinstance(engine.model, Transformer)
-    num_right = num_asked = 0
+    num_correct = num_labels = 0
     with torch.no_grad():
         for seed in range(10**6, 10**6 + 4):
-            fresh = batch(seed)
-            answers = engine.model.logits(fresh.tokens_BS, fresh.positions_1S).argmax(-1)
-            asked = fresh.labels_BS != IGNORED_LABEL
-            num_asked += int(asked.sum())
-            num_right += int((answers == fresh.labels_BS)[asked].sum())
-    return num_right / num_asked if num_asked else None
+            new = batch(seed)
+            answers = engine.model.logits(new.tokens_BS, new.positions_1S).argmax(-1)
+            valid = new.labels_BS != IGNORED_LABEL
+            num_labels += int(valid.sum())
+            num_correct += int((answers == new.labels_BS)[valid].sum())
+    return num_correct / num_labels if num_labels else None
 
 
 @pytest.mark.parametrize("layout_name", ["zigzag", "contiguous"])
-def test_the_ring_recalls_what_another_rank_read(pool: WorkerPool, layout_name: str):
+def test_the_ring_recalls_tokens_of_another_rank(pool: WorkerPool, layout_name: str):
     [accuracy] = [a for a in pool.run(recall_accuracy, "ring", layout_name, 120, num_ranks=NUM_RANKS) if a is not None]
     assert accuracy > 0.99
 
 
 @pytest.mark.parametrize("layout_name", ["zigzag", "contiguous"])
-def test_without_the_ring_it_is_chance(pool: WorkerPool, layout_name: str):
+def test_without_the_ring_accuracy_is_chance(pool: WorkerPool, layout_name: str):
     [accuracy] = [a for a in pool.run(recall_accuracy, "local", layout_name, 120, num_ranks=NUM_RANKS) if a is not None]
     assert accuracy < 3 / NUM_VALUES  # chance is 1/16

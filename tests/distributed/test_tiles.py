@@ -1,4 +1,4 @@
-"""Training with loss and MLPs tile by tile equals one process without tiles: every ZeRO stage, a ring of two."""
+"""Training with tiled loss and tiled MLPs on a ring of two equals one process without tiles, on every ZeRO stage."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from recipes.model import head, mlp
 from tests.distributed.parity import NUM_STEPS, Cell, run_cell, train_on_ranks
 from tests.pool import WorkerPool
 
-NUM_LAYERS = 2  # of parity's models
-TILE = 12  # of 2 x 16 tokens on each of two ranks: the last tile has 8
+NUM_LAYERS = 2  # in parity's models
+TILE = 12  # each of two ranks has 2 x 16 tokens, so the last tile has 8
 
 
 @pytest.mark.parametrize(
@@ -27,13 +27,13 @@ TILE = 12  # of 2 x 16 tokens on each of two ranks: the last tile has 8
     ],
     ids=str,
 )
-def test_training_tile_by_tile_equals_one_process(pool: WorkerPool, cell: Cell):
+def test_tiled_training_equals_one_process(pool: WorkerPool, cell: Cell):
     outcome = run_cell(pool, cell)
     assert outcome.passes, outcome
 
 
-def counts_of(cell: Cell) -> tuple[int, int, int]:
-    """On each rank: how many tiles of the loss and of MLPs were computed, and how often ZeRO-3 gathered weights."""
+def count_calls(cell: Cell) -> tuple[int, int, int]:
+    """On each rank: the numbers of loss tiles and MLP tiles computed, and of modules whose weights ZeRO-3 gathered."""
     with (
         patch.object(head, "_tile", wraps=head._tile) as tile,
         patch.object(mlp, "_tile_backward", wraps=mlp._tile_backward) as mlp_tile,
@@ -44,10 +44,10 @@ def counts_of(cell: Cell) -> tuple[int, int, int]:
     return tile.call_count, mlp_tile.call_count, fetch.call_count
 
 
-def test_each_micro_batch_comes_in_tiles_and_zero_3_gathers_once_for_all(pool: WorkerPool):
+def test_each_micro_batch_is_tiled_and_zero_3_gathers_once_for_all_tiles(pool: WorkerPool):
     few, many = (Cell("fp32", 3, 2, 1, 2, 29, tile_tokens=tokens) for tokens in (TILE, TILE // 3))
-    (few_counts, others), (many_counts, _) = (pool.run(counts_of, cell, num_ranks=2) for cell in (few, many))
-    assert few_counts == others
+    (few_counts, other_rank), (many_counts, _) = (pool.run(count_calls, cell, num_ranks=2) for cell in (few, many))
+    assert few_counts == other_rank
     micro_batches = NUM_STEPS * few.accumulation_steps
     assert few_counts[:2] == (micro_batches * 3, micro_batches * NUM_LAYERS * 3)
     assert many_counts == (micro_batches * 8, micro_batches * NUM_LAYERS * 8, few_counts[2])

@@ -1,4 +1,4 @@
-"""The loss tile by tile on a GPU, where one product sums in fp32 what is half precision, against fp64 on the CPU."""
+"""The tiled loss on a GPU, which accumulates half-precision products in fp32, against fp64 on the CPU."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from tests.tools.measure import LIMIT, relative_error
 
 pytestmark = pytest.mark.gpu
 BATCH, LENGTH, HIDDEN, VOCABULARY = 2, 500, 96, 320
-TILE = 384  # of 1000 tokens: the last tile has 232
+TILE = 384  # 1000 tokens, so the last tile has 232
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_loss_and_gradients_equal_all_logits_in_fp64(dtype: torch.dtype):
+def test_tiled_loss_and_gradients_equal_untiled_ones_in_fp64(dtype: torch.dtype):
     torch.manual_seed(1)
     x = torch.randn(BATCH, LENGTH, HIDDEN).to(dtype)
     weight = torch.randn(VOCABULARY, HIDDEN).div(8).to(dtype)

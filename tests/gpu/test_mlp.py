@@ -1,4 +1,4 @@
-"""The MLP tile by tile on a GPU, with the kernels that are used there, against fp64 on the CPU."""
+"""The tiled MLP on a GPU, with its kernels, against fp64 on the CPU."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from tests.tools.measure import LIMIT, relative_error
 
 pytestmark = pytest.mark.gpu
 BATCH, LENGTH, HIDDEN, WIDTH = 2, 500, 96, 256
-TILE = 384  # of 1000 tokens: the last tile has 232
+TILE = 384  # 1000 tokens, so the last tile has 232
 
 
 @pytest.mark.parametrize("mlp", ["swiglu", "gelu"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_output_and_gradients_equal_all_tokens_in_fp64(dtype: torch.dtype, mlp: str):
+def test_tiled_output_and_gradients_equal_untiled_ones_in_fp64(dtype: torch.dtype, mlp: str):
     torch.manual_seed(1)
     config = ModelConfig(hidden_size=HIDDEN, mlp_size=WIDTH, mlp=mlp, bias=mlp == "gelu")
     weights = {name: weight.to(dtype) for name, weight in MLP(config).state_dict().items()}

@@ -1,4 +1,4 @@
-"""What recipes/ops.py computes on a GPU, compiled or by Liger, against plain PyTorch in fp64 on the CPU."""
+"""recipes/model/ops.py on a GPU, compiled or with Liger, against plain PyTorch in fp64 on the CPU."""
 
 from collections.abc import Callable
 
@@ -36,10 +36,10 @@ def loss() -> tuple[Callable, Tensor]:
 @pytest.mark.parametrize("case", [rotary, swiglu, loss])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_an_operation_equals_plain_torch_in_fp64(case: Callable, dtype: torch.dtype):
-    """Output and gradient; twice, for what works in place must leave what it was given."""
+    """Output and gradient, twice: operations must not modify their inputs."""
     torch.manual_seed(1)
-    run, whole = case()
-    x = whole.to(dtype)
+    run, x = case()
+    x = x.to(dtype)
     exact = x.double().requires_grad_()
     expected = run(exact)
     dout = torch.randn_like(expected).to(dtype) if expected.dim() else torch.tensor(1 / 3)

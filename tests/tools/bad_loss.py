@@ -1,6 +1,6 @@
 """train.py with a loss that is NaN in one step, on one rank: `tests/tools/bad_loss.py BAD_STEP train.py ARGUMENTS...`.
 
-Rank 0 takes seconds to close its wandb run, as it does over a slow network.
+Rank 0 takes seconds to close its wandb run, as over a slow network.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, TextIO
 from unittest import mock
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPOSITORY))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from recipes import registry
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 BAD_STEP, BAD_RANK = "BAD_STEP", "1"
 CLOSING_S = 2.0
 
@@ -32,11 +32,11 @@ class BadLossTask(registry.RecipeTask):
         from recipes.engine.deepspeed_engine import TrainingEngine
         from recipes.monitor.reporter import Reporter
 
-        whole = TrainingEngine._loss_sum
+        true_loss_sum = TrainingEngine._loss_sum
 
         def loss_sum(engine: TrainingEngine, micro_batch: TokenBatch) -> Tensor:
             is_bad = engine.deepspeed.global_steps + 1 == int(os.environ[BAD_STEP]) and os.environ["RANK"] == BAD_RANK
-            return whole(engine, micro_batch) * (float("nan") if is_bad else 1.0)
+            return true_loss_sum(engine, micro_batch) * (float("nan") if is_bad else 1.0)
 
         close = Reporter.__exit__
 
@@ -52,7 +52,7 @@ class BadLossTask(registry.RecipeTask):
 
 
 if __name__ == "__main__":
-    from tests.tools.bad_loss import BadLossTask as Task  # under a name that other processes know it by
+    from tests.tools.bad_loss import BadLossTask as Task  # under a name that other processes can import
 
     os.environ[BAD_STEP] = sys.argv.pop(1)
     registry.RecipeTask = Task

@@ -1,10 +1,10 @@
-"""What single training steps take, time and memory, beside what was predicted, on random tokens.
+"""Time and memory of single training steps on random tokens, beside the predicted memory.
 
     python -m tests.tools.long_step --json FILE "model=llama_8b model.num_layers=8 data.sequence_length=1048576" "..."
 
-takes the overrides of one setting in each argument, and starts its ranks anew. One step unless num_steps says more; the
-fastest counts. Peaks are what PyTorch's allocator gave out; on the CPU the process's own. `recipe=max_length` makes
-the same probes, and looks for the longest sequence.
+Each argument holds the overrides of one setting, which starts its own ranks. It runs one step unless num_steps says
+otherwise; the fastest counts. Peaks are those of PyTorch's allocator, on the CPU those of the process.
+`recipe=max_length` makes the same probes to find the longest sequence.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from recipes.run.errors import RunFailed
 
 
 def composed(setting: str) -> Config:
-    """Of one setting's overrides."""
+    """The configuration of one setting."""
     with hydra.initialize(version_base="1.3", config_path="../../conf"):
         return to_config(hydra.compose("config", ["num_steps=1", *shlex.split(setting)]))
 
 
 def predicted(plan: Plan) -> dict[str, Any]:
-    """`predicted_gib`, and when that is; nothing where it is not predicted."""
+    """`predicted_gib` and when the peak occurs; empty where there is no prediction."""
     peak = plan.peak
     return {} if peak is None else {"predicted_gib": peak.total / 2**30, "fullest_at": peak.name}
 
 
 def predicted_again(row: dict[str, Any]) -> dict[str, Any]:
-    """Of a row that a GPU gave, by present code."""
+    """The present code's prediction for a row measured on GPUs."""
     num_ranks = row["num_ranks"]
     return predicted(Plan(composed(row["setting"]), num_ranks, "cuda", row["device"], None, num_ranks))
 
 
 def step(config: Config) -> dict[str, Any]:
-    """Of one setting: what it took, or `error` if it ran out of memory; and `predicted_gib` where it is predicted."""
+    """Measures one setting; gives `error` if it ran out of memory, and `predicted_gib` where there is a prediction."""
     num_ranks = launcher.count_ranks(config)
     row: dict[str, Any] = {"num_ranks": num_ranks, **predicted(launcher.make_plan(config, num_ranks))}
     with tempfile.TemporaryDirectory() as folder:
@@ -62,8 +62,8 @@ def step(config: Config) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What single training steps take, on random tokens.")
-    parser.add_argument("settings", nargs="+", help="overrides of train.py's, of one setting each")
+    parser = argparse.ArgumentParser(description="Time and memory of single training steps on random tokens.")
+    parser.add_argument("settings", nargs="+", help="train.py overrides, one setting per argument")
     parser.add_argument("--json", type=Path, help="also write the table to this file")
     options = parser.parse_args()
     rows = []
@@ -74,7 +74,7 @@ def main() -> None:
             found = "peak {peak_gib:.2f} GiB, step {step_time_s:.2f} s, {tokens_per_s:,.0f} tokens/s".format(**rows[-1])
         predicted = "{predicted_gib:.2f} GiB predicted".format(**rows[-1]) if "predicted_gib" in rows[-1] else ""
         print(f"{setting}: {found}; {predicted}", flush=True)
-        if options.json:  # a crash loses nothing
+        if options.json:  # after each row, so that a crash loses nothing
             options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 

@@ -1,11 +1,13 @@
-"""The pure functions behind a run: the loss rule, schedules of the learning rate, sizes, operations, throughput."""
+"""The pure functions behind a run: loss rule, learning rate schedule, parameter and FLOP counts, throughput."""
 
 from __future__ import annotations
+
+from unittest import mock
 
 import pytest
 import torch
 
-from conf.schema import AttentionConfig, Config, ModelConfig, OptimizerConfig
+from conf.schema import AttentionConfig, Config, EngineConfig, ModelConfig, OptimizerConfig
 from recipes.model.transformer import Transformer, rotary_cos_sin
 from recipes.monitor.device_metrics import percentile
 from recipes.planning.plan import Plan, forward_flops_per_token, num_parameters
@@ -20,20 +22,20 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=["tiny", "gelu_layernorm_bias", "tied_mqa"])
-def test_the_parameter_count_is_that_of_the_model(shape: ModelConfig):
+def test_the_parameter_count_equals_the_models(shape: ModelConfig):
     model = Transformer(shape, LocalAttention("auto"))
     assert num_parameters(shape) == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_the_papers_first_workload_costs_7_1_gflop_a_token():
+def test_the_papers_first_workload_costs_7_1_gflop_per_token():
     shape = ModelConfig(
         num_layers=4, hidden_size=8192, num_heads=16, num_kv_heads=16, head_dim=512, mlp_size=32768, mlp="gelu"
     )
     assert forward_flops_per_token(shape, 10_000) == pytest.approx(7.1e9, rel=0.01)
 
 
-def test_operations_counted_by_torch():
-    """Matrix products as torch counts them, plus causal attention by hand."""
+def test_flops_equal_torchs_count():
+    """Matrix products as torch counts them, plus causal attention counted by hand."""
     from torch.utils.flop_counter import FlopCounterMode
 
     shape, length = ModelConfig(), 16
@@ -49,14 +51,14 @@ def test_operations_counted_by_torch():
     ("stage", "data", "ring", "accumulation", "multiplier"),
     [(0, 1, 4, 1, 1), (1, 2, 2, 1, 2), (2, 2, 4, 3, 6), (3, 1, 4, 1, 4), (3, 2, 2, 2, 8)],
 )
-def test_the_loss_multiplier_undoes_what_deepspeed_divides_by(stage, data, ring, accumulation, multiplier):
-    from recipes.engine.deepspeed_engine import loss_multiplier
+def test_the_loss_multiplier_cancels_deepspeeds_divisions(stage, data, ring, accumulation, multiplier):
+    from recipes.engine.loss import loss_multiplier
 
     assert loss_multiplier(stage, data, ring, accumulation) == multiplier
 
 
 def test_the_learning_rate_warms_up_and_decays_to_its_floor():
-    from recipes.engine.deepspeed_engine import learning_rate_factor
+    from recipes.engine.optimizer import learning_rate_factor
 
     def factors(decay: str) -> list[float]:
         factor = learning_rate_factor(OptimizerConfig(warmup_fraction=0.2, min_lr_ratio=0.1, decay=decay), num_steps=10)
@@ -69,18 +71,30 @@ def test_the_learning_rate_warms_up_and_decays_to_its_floor():
     assert cosine[2:] == sorted(cosine[2:], reverse=True)
 
 
-def test_weight_decay_spares_norms_biases_and_embeddings():
-    from recipes.engine.deepspeed_engine import make_optimizer
+def test_only_fp16_has_a_loss_scale():
+    from recipes.engine.base import Engine
+
+    def loss_scaling(dtype: str) -> dict[str, float | None]:
+        deepspeed = mock.Mock(skipped_steps=3, optimizer=mock.Mock(cur_scale=torch.tensor(1024.0)))
+        engine = mock.Mock(spec=Engine, config=EngineConfig(dtype=dtype), deepspeed=deepspeed)
+        return Engine.loss_scaling.__get__(engine)
+
+    assert loss_scaling("bf16") == {}
+    assert loss_scaling("fp16") == {"loss_scale": 1024.0, "skipped_steps": 3}
+
+
+def test_norms_biases_and_embeddings_have_no_weight_decay():
+    from recipes.engine.optimizer import make_optimizer
 
     model = Transformer(ModelConfig(norm="layernorm", bias=True), LocalAttention("auto"))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decayed, spared = (
+    decayed, not_decayed = (
         {names[id(p)] for p in group["params"]} for group in make_optimizer(model, OptimizerConfig()).param_groups
     )
     assert decayed == {
         n for n in names.values() if n.endswith("weight") and "norm" not in n and n != "embedding.weight"
     }
-    assert spared == set(names.values()) - decayed
+    assert not_decayed == set(names.values()) - decayed
 
 
 def test_throughput_divides_by_all_ranks():
@@ -98,7 +112,7 @@ def test_throughput_divides_by_all_ranks():
     assert throughput.mfu_pct == pytest.approx(20.0)
 
 
-def test_utilisation_is_not_invented_for_unknown_hardware():
+def test_unknown_hardware_has_no_utilisation():
     assert peak_tflops("NVIDIA H200", "bf16") == 989.4
     assert peak_tflops("NVIDIA H200", "fp32") is None
     assert peak_tflops("CPU", "bf16") is None
@@ -111,12 +125,12 @@ def test_percentiles_interpolate():
     assert percentile([0.0, 10.0], 95) == pytest.approx(9.5)
 
 
-def test_rotary_angles_stay_exact_at_a_million():
+def test_rotary_angles_are_exact_at_position_one_million():
     cos, _ = rotary_cos_sin(torch.tensor([[1_000_003]]), head_dim=2, theta=10000.0)
     assert cos.item() == pytest.approx(torch.tensor(1_000_003.0, dtype=torch.float64).cos().item(), abs=1e-7)
 
 
-def test_the_plan_says_what_a_run_will_be(tmp_path):
+def test_the_plan_describes_the_run(tmp_path):
     plan = Plan(Config(), num_ranks=4, device_type="cpu", device_name="CPU", capability=None, ranks_per_host=4)
     text = "\n".join(plan.explanation(tmp_path))
     for part in ("1 data x 4 ring, on CPU", "512 per rank of 2,048 per sequence", "0.46 M parameters", "cpu_flash"):

@@ -1,4 +1,4 @@
-"""The loss tile by tile against the loss of all logits: equal, and without them."""
+"""The tiled loss equals the untiled loss, and full logits never exist."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from recipes.model.transformer import Transformer
 from ring_attention import LocalAttention
 from tests.tools.measure import relative_error
 
-BATCH, LENGTH, HIDDEN, VOCABULARY, TILE, NUM_TILES = 2, 11, 12, 50, 4, 6  # 22 tokens: the last tile has two
+BATCH, LENGTH, HIDDEN, VOCABULARY, TILE, NUM_TILES = 2, 11, 12, 50, 4, 6  # 22 tokens: the last tile has 2
 LIMIT = 1e-14
 aten = torch.ops.aten
 
@@ -45,44 +45,44 @@ def loss_and_gradients(
 
 
 @pytest.mark.parametrize("tile_tokens", [1, TILE, 21])
-def test_loss_and_gradients_are_those_of_all_logits(tile_tokens: int):
+def test_tiled_loss_and_gradients_equal_untiled_ones(tile_tokens: int):
     x, weight, labels = inputs()
-    tiled, whole = (loss_and_gradients(x, weight, labels, tokens) for tokens in (tile_tokens, 0))
-    for ours, expected in zip(tiled, whole, strict=True):
+    tiled, untiled = (loss_and_gradients(x, weight, labels, tokens) for tokens in (tile_tokens, 0))
+    for ours, expected in zip(tiled, untiled, strict=True):
         assert ours.dtype == expected.dtype
         assert relative_error(ours, expected) < LIMIT
 
 
-def test_a_tile_that_holds_all_tokens_changes_no_bit():
+def test_a_single_tile_is_bit_identical_to_no_tiles():
     x, weight, labels = inputs(torch.bfloat16)
-    tiled, whole = (loss_and_gradients(x, weight, labels, tokens) for tokens in (BATCH * LENGTH, 0))
-    assert all(torch.equal(ours, expected) for ours, expected in zip(tiled, whole, strict=True))
+    tiled, untiled = (loss_and_gradients(x, weight, labels, tokens) for tokens in (BATCH * LENGTH, 0))
+    assert all(torch.equal(ours, expected) for ours, expected in zip(tiled, untiled, strict=True))
 
 
-def test_without_a_label_that_counts_loss_and_gradients_are_0():
+def test_without_valid_labels_loss_and_gradients_are_0():
     x, weight, labels = inputs()
     for tensor in loss_and_gradients(x, weight, torch.full_like(labels, IGNORED_LABEL), TILE):
         assert not tensor.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_tiles_cost_no_precision(dtype: torch.dtype):
-    """1024 tiles of a token against one product."""
+def test_tiling_loses_no_precision(dtype: torch.dtype):
+    """1024 tiles of one token each against one matrix product."""
     generator = torch.Generator().manual_seed(6)
     x = torch.randn(1, 1024, HIDDEN, generator=generator, dtype=torch.float64) + 1
     weight = torch.randn(VOCABULARY, HIDDEN, generator=generator, dtype=torch.float64) / 8
     labels = torch.randint(VOCABULARY, (1, 1024), generator=generator)
     x, weight = x.to(dtype), weight.to(dtype)
     exact = loss_and_gradients(x.double(), weight.double(), labels, 0)
-    tiled, whole = (loss_and_gradients(x, weight, labels, tokens) for tokens in (1, 0))
+    tiled, untiled = (loss_and_gradients(x, weight, labels, tokens) for tokens in (1, 0))
     assert [tensor.dtype for tensor in tiled] == [torch.float32, dtype, dtype]
     assert relative_error(tiled[0], exact[0]) < 1e-4
-    for ours, one_product, expected in zip(tiled[1:], whole[1:], exact[1:], strict=True):
+    for ours, one_product, expected in zip(tiled[1:], untiled[1:], exact[1:], strict=True):
         assert relative_error(ours, expected) < 1.05 * relative_error(one_product, expected)
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_model_learns_the_same_with_a_head_of_its_own_or_the_embeddings(tied: bool):
+def test_a_models_gradients_are_the_same_with_and_without_tiles(tied: bool):
     config = ModelConfig(num_layers=1, hidden_size=32, num_heads=2, num_kv_heads=2, head_dim=16, mlp_size=32)
     config.tied_head = tied
     tokens = torch.randint(257, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(7))
@@ -92,15 +92,15 @@ def test_a_model_learns_the_same_with_a_head_of_its_own_or_the_embeddings(tied: 
         loss = model(tokens[:, :-1], torch.arange(LENGTH).unsqueeze(0), tokens[:, 1:])
         loss.backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
-    tiled, whole = gradients
-    assert tiled.keys() == whole.keys()
+    tiled, untiled = gradients
+    assert tiled.keys() == untiled.keys()
     assert ("head.weight" in tiled) != tied
-    for name, gradient in whole.items():
+    for name, gradient in untiled.items():
         assert relative_error(tiled[name], gradient) < 1e-12, name
 
 
 class Operators(TorchDispatchMode):
-    """Matrix products, and how many tokens had logits in one tensor at most."""
+    """Counts matrix products, and the largest number of tokens that had logits in one tensor."""
 
     num_products = tokens = 0
 
@@ -123,7 +123,7 @@ def test_logits_exist_for_one_tile_at_a_time(tile_tokens: int, tokens: int, num_
     assert (operators.tokens, operators.num_products) == (tokens, num_products)
 
 
-def test_gradients_are_computed_only_where_they_are_wanted():
+def test_only_required_gradients_are_computed():
     x, _, labels = inputs()
     head = Head(HIDDEN, VOCABULARY, TILE).double()
     with Operators() as operators, torch.no_grad():

@@ -1,4 +1,4 @@
-"""The MLP tile by tile against the MLP of all tokens: equal, without their hidden activations, and no product more."""
+"""The tiled MLP equals the untiled one, without full hidden activations and with no extra matrix product."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from conf.schema import ModelConfig
 from recipes.model.mlp import MLP
 from tests.tools.measure import relative_error
 
-BATCH, LENGTH, HIDDEN, WIDTH, TILE, NUM_TILES = 2, 11, 12, 50, 4, 6  # 22 tokens: the last tile has two
+BATCH, LENGTH, HIDDEN, WIDTH, TILE, NUM_TILES = 2, 11, 12, 50, 4, 6  # 22 tokens: the last tile has 2
 aten = torch.ops.aten
 
 
@@ -42,26 +42,26 @@ def output_and_gradients(mlp: MLP, x: Tensor, dout: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("mlp", ["swiglu", "gelu"])
 @pytest.mark.parametrize("tile_tokens", [1, TILE, 21])
-def test_output_and_gradients_are_those_of_all_tokens(mlp: str, tile_tokens: int):
-    tiled, whole = (output_and_gradients(make(mlp, tokens), *inputs()) for tokens in (tile_tokens, 0))
-    for ours, expected in zip(tiled, whole, strict=True):
+def test_tiled_output_and_gradients_equal_untiled_ones(mlp: str, tile_tokens: int):
+    tiled, untiled = (output_and_gradients(make(mlp, tokens), *inputs()) for tokens in (tile_tokens, 0))
+    for ours, expected in zip(tiled, untiled, strict=True):
         assert ours.dtype == expected.dtype
         assert relative_error(ours, expected) < 1e-14
 
 
 @pytest.mark.parametrize("mlp", ["swiglu", "gelu"])
-def test_tiles_cost_no_precision(mlp: str):
-    """1024 tiles of a token against one product, in bf16."""
+def test_tiling_loses_no_precision(mlp: str):
+    """1024 tiles of one token each against one matrix product, in bf16."""
     x, dout = inputs(torch.bfloat16, length=512)
     exact = output_and_gradients(make(mlp, 0, torch.bfloat16).double(), x.double(), dout.double())
-    tiled, whole = (output_and_gradients(make(mlp, tokens, torch.bfloat16), x, dout) for tokens in (1, 0))
-    for ours, one_product, expected in zip(tiled, whole, exact, strict=True):
+    tiled, untiled = (output_and_gradients(make(mlp, tokens, torch.bfloat16), x, dout) for tokens in (1, 0))
+    for ours, one_product, expected in zip(tiled, untiled, exact, strict=True):
         assert ours.dtype == torch.bfloat16
         assert relative_error(ours, expected) < 1.05 * relative_error(one_product, expected)
 
 
 class Operators(TorchDispatchMode):
-    """Matrix products, and how many tokens had hidden activations in one tensor at most."""
+    """Counts matrix products, and the largest number of tokens that had hidden activations in one tensor."""
 
     num_products = tokens = 0
 
@@ -79,10 +79,10 @@ class Operators(TorchDispatchMode):
     ("recompute", "tile_tokens", "num_products"),
     [(False, 0, 6), (True, 0, 7), (False, TILE, 7 * NUM_TILES), (True, TILE, 7 * NUM_TILES)],
 )
-def test_one_tile_exists_at_a_time_and_a_layer_computed_again_computes_none(
+def test_one_tile_exists_at_a_time_and_recomputing_a_layer_skips_its_tiles(
     mlp: str, recompute: bool, tile_tokens: int, num_products: int
 ):
-    """Products: two forward, one again, four for gradients."""
+    """Products: two forward, one recomputed, four for gradients."""
     made, (x, dout) = make(mlp, tile_tokens), inputs()
     x.requires_grad_()
     with Operators() as operators:
@@ -92,7 +92,7 @@ def test_one_tile_exists_at_a_time_and_a_layer_computed_again_computes_none(
     assert (operators.tokens, operators.num_products) == (tile_tokens or BATCH * LENGTH, num_products)
 
 
-def test_without_gradients_nothing_is_computed_for_them():
+def test_without_gradients_only_the_forward_pass_is_computed():
     x, _ = inputs()
     with Operators() as operators, torch.no_grad():
         out = make("swiglu", TILE)(x)

@@ -1,4 +1,4 @@
-"""The plain path of recipes/ops.py against its formulas."""
+"""The plain PyTorch path of recipes/model/ops.py against its formulas."""
 
 import math
 
@@ -31,18 +31,18 @@ def test_norms(norm: str):
     assert relative_error(ours(x), expected) < LIMIT
 
 
-def test_rotary_turns_each_pair_of_queries_and_keys_by_its_angle():
+def test_rotary_rotates_each_pair_of_queries_and_keys_by_its_angle():
     qkv, angles = draw(2, 7, 4 + 2 + 2, 6), draw(1, 7, 1, 3)
     given = qkv.clone()
     q, k, v = ops.rotary_qkv(qkv, (4, 2, 2), angles.cos(), angles.sin())
     for x, got in ((given[:, :, :4], q), (given[:, :, 4:6], k)):
-        turned = torch.complex(x[..., :3], x[..., 3:]) * torch.exp(1j * angles)
-        assert relative_error(got, torch.cat((turned.real, turned.imag), -1)) < LIMIT
+        rotated = torch.complex(x[..., :3], x[..., 3:]) * torch.exp(1j * angles)
+        assert relative_error(got, torch.cat((rotated.real, rotated.imag), -1)) < LIMIT
     assert torch.equal(v, given[:, :, 6:])
     assert torch.equal(qkv, given)
 
 
-def test_keys_and_values_leave_the_projection_as_one_message_in_its_dtype():
+def test_keys_and_values_form_one_message_in_the_projections_dtype():
     qkv, half = draw(1, 3, 2 + 1 + 1, 4).bfloat16(), torch.full((1, 3, 1, 2), 0.5)
     q, k, v = ops.rotary_qkv(qkv, (2, 1, 1), half, half)
     assert q.dtype == k.dtype == v.dtype == torch.bfloat16
@@ -52,13 +52,13 @@ def test_keys_and_values_leave_the_projection_as_one_message_in_its_dtype():
     assert KeysValues.of_parts(v, k).message is None
 
 
-def test_only_what_lies_one_behind_the_other_is_a_message():
+def test_only_adjacent_keys_and_values_form_a_message():
     memory = torch.arange(2 * 3 * 2 * 2 * 4).view(2, 3, 2, 2, 4)  # [k and v, S, B, K, D]
     assert KeysValues.of_parts(*memory.unbind(0)).message is not None
     assert KeysValues.of_parts(*memory.transpose(1, 2).unbind(0)).message is None  # [B, S, K, D] of [S, B, K, D]
     assert KeysValues.of_parts(memory[0], memory[1].transpose(0, 1)).message is None
     assert KeysValues.of_parts(memory[0].transpose(0, 1), memory[1]).message is None
-    assert KeysValues.of_parts(memory[0], memory.clone()[1]).message is None  # the right offset, elsewhere
+    assert KeysValues.of_parts(memory[0], memory.clone()[1]).message is None  # the right offset in other memory
     assert KeysValues.of_parts(memory[0, :1], memory[1, :1]).message is None  # a gap between them
 
 
@@ -68,7 +68,7 @@ def test_swiglu_is_the_silu_of_the_first_half_times_the_second():
     assert relative_error(got, gate / (1 + torch.exp(-gate)) * up) < LIMIT
 
 
-def test_the_loss_is_a_sum_over_the_labels_that_count():
+def test_the_loss_is_a_sum_over_valid_labels():
     logits, labels = draw(2, 3, 5), torch.tensor([[0, -100, 4], [2, 2, -100]])
     got = ops.cross_entropy_sum(logits, labels)
     expected = sum(

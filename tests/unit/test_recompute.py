@@ -1,4 +1,4 @@
-"""What a layer saves for the backward pass: the storages that are alive after a forward pass."""
+"""What layers save for the backward pass: counts the storages that are alive after a forward pass."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ LENGTH = 256
 
 
 class Storages(TorchDispatchMode):
-    """The storages that operators make within."""
+    """Tracks the storages that operators create."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._created: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         outputs = func(*args, **(kwargs or {}))
@@ -33,11 +33,11 @@ class Storages(TorchDispatchMode):
             if isinstance(output, torch.Tensor):
                 storage = output.untyped_storage()
                 reference = StorageWeakRef(storage)
-                self._made[reference.cdata] = reference, storage.nbytes()
+                self._created[reference.cdata] = reference, storage.nbytes()
         return outputs
 
     def alive_bytes(self) -> int:
-        return sum(num_bytes for reference, num_bytes in self._made.values() if not reference.expired())
+        return sum(num_bytes for reference, num_bytes in self._created.values() if not reference.expired())
 
 
 def saved_bytes(recompute: str, num_layers: int) -> int:
@@ -48,10 +48,10 @@ def saved_bytes(recompute: str, num_layers: int) -> int:
         loss = model(tokens, torch.arange(LENGTH).unsqueeze(0), tokens)
     num_bytes = storages.alive_bytes()
     loss.backward()
-    return num_bytes - storages.alive_bytes()  # weights, which have views, are still alive
+    return num_bytes - storages.alive_bytes()  # what is still alive are weights that had views
 
 
-def test_what_a_layer_saves():
+def test_bytes_saved_per_layer():
     per_token = {
         recompute: (saved_bytes(recompute, 4) - saved_bytes(recompute, 2)) / 2 / LENGTH / 4  # fp32
         for recompute in ("none", "selective", "full")
@@ -62,30 +62,30 @@ def test_what_a_layer_saves():
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_two_layers_are_on_the_device_however_many_there_are(recompute: str):
+def test_two_layers_are_on_the_device_whatever_the_number_of_layers(recompute: str):
     """After a forward pass, and whenever a layer is recomputed."""
-    num_layers, kind, seen = 6, activation_offload._Layer, []
+    num_layers, layer_class, seen = 6, activation_offload._Layer, []
     config = ModelConfig(num_layers=num_layers, hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, mlp_size=192)
     model = Transformer(config, LocalAttention("auto"), recompute=recompute, offload=True)
-    layers: list[Any] = []  # what each has saved
+    layers: list[Any] = []  # weak references to what each has saved
 
     def on_device() -> list[int]:
-        return [index for index, kept in enumerate(layers) if (layer := kept()) and layer.on_device]
+        return [index for index, reference in enumerate(layers) if (layer := reference()) and layer.on_device]
 
     def make(*arguments: Any) -> activation_offload._Layer:
-        layers.append(weakref.ref(made := kind(*arguments)))
+        layers.append(weakref.ref(made := layer_class(*arguments)))
         return made
 
     def saved_with_graphs() -> int:
-        alive = [layer for kept in layers if (layer := kept())]
+        alive = [layer for reference in layers if (layer := reference())]
         return sum(tensor.grad_fn is not None for layer in alive for tensor in layer.on_device or [])
 
-    graphs: list[int] = []  # saved tensors with a graph, which would live as long as they do
+    graphs: list[int] = []  # while attention runs: a graph would live as long as the saved tensors
     tokens = torch.randint(0, 257, (1, LENGTH))
     with patch.object(activation_offload, "_Layer", side_effect=make):
         loss = model(tokens, torch.arange(LENGTH).unsqueeze(0), tokens)
     assert on_device() == [4, 5]
-    assert [bool(layer.on_host) for kept in layers if (layer := kept())] == [True] * 4 + [False] * 2
+    assert [bool(layer.on_host) for reference in layers if (layer := reference())] == [True] * 4 + [False] * 2
     for index, layer in enumerate(model.layers):
         layer.register_forward_pre_hook(lambda *_, index=index: seen.append((index, on_device())))
         layer.get_submodule("attention.out").register_forward_pre_hook(lambda *_: graphs.append(saved_with_graphs()))
@@ -95,31 +95,31 @@ def test_two_layers_are_on_the_device_however_many_there_are(recompute: str):
     assert on_device() == []
 
 
-def test_micro_batches_share_their_host_buffers():
+def test_micro_batches_share_host_buffers():
     config = ModelConfig(num_layers=5, hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, mlp_size=192)
     model = Transformer(config, LocalAttention("auto"), recompute="selective", offload=True)
     buffers: set[int] = set()
-    room_for = activation_offload.ActivationOffload._room_for
+    host_buffer = activation_offload.ActivationOffload._host_buffer
 
-    def noted(self: activation_offload.ActivationOffload, tensor: torch.Tensor) -> torch.Tensor:
-        buffer = room_for(self, tensor)
+    def recorded(self: activation_offload.ActivationOffload, tensor: torch.Tensor) -> torch.Tensor:
+        buffer = host_buffer(self, tensor)
         buffers.add(buffer.data_ptr())
         return buffer
 
-    with patch.object(activation_offload.ActivationOffload, "_room_for", noted):
+    with patch.object(activation_offload.ActivationOffload, "_host_buffer", recorded):
         for _ in range(3):
             tokens = torch.randint(0, 257, (1, LENGTH))
             model(tokens, torch.arange(LENGTH).unsqueeze(0), tokens).backward()
-    assert len(buffers) == 3 * 3  # three layers' input, out and lse
+    assert len(buffers) == 3 * 3  # input, out and lse of three layers
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_two_forward_passes_may_come_before_their_backward_passes(recompute: str):
+def test_two_forward_passes_before_their_backward_passes(recompute: str):
     config = ModelConfig(num_layers=3, hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, mlp_size=192)
     gradients = []
-    for moves in (False, True):
+    for offload in (False, True):
         torch.manual_seed(1)
-        model = Transformer(config, LocalAttention("auto"), recompute=recompute, offload=moves)
+        model = Transformer(config, LocalAttention("auto"), recompute=recompute, offload=offload)
         tokens = torch.randint(0, 257, (2, 1, LENGTH))
         losses = [model(row, torch.arange(LENGTH).unsqueeze(0), row) for row in tokens]
         sum(losses, torch.zeros(())).backward()

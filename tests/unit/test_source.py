@@ -1,4 +1,4 @@
-"""Reading a corpus: what is accepted, and what each mistake says."""
+"""Reading a corpus: what is accepted, and the error for each mistake."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def rows(folder, *values: object) -> str:
     return str(folder)
 
 
-def corpus_mistake(**data) -> str:
+def corpus_error(**data) -> str:
     with pytest.raises(CorpusError) as caught:
         open_corpus(DataConfig(**data)).check()
     return str(caught.value)
 
 
-def test_the_standard_library_is_read_without_its_tests_and_installed_packages():
+def test_the_standard_library_excludes_tests_and_installed_packages():
     files = stdlib_files()
     assert any(name.endswith("/json/decoder.py") for name in files)
     assert all(name.endswith(".py") for name in files)
@@ -31,17 +31,17 @@ def test_the_standard_library_is_read_without_its_tests_and_installed_packages()
     assert files == sorted(set(files))
 
 
-def test_bytes_that_are_no_text_are_replaced(tmp_path):
+def test_bytes_that_are_not_utf8_are_replaced(tmp_path):
     (tmp_path / "noise.bin").write_bytes(b"a\xff\x00b")
     assert list(open_documents(DataConfig(source="text_files", files=f"{tmp_path}/*"))) == ["a\ufffd\0b"]
 
 
-def test_a_local_folder_of_jsonl_is_a_data_set_and_its_nulls_are_left_out(tmp_path):
+def test_a_local_folder_of_jsonl_is_a_data_set_without_its_nulls(tmp_path):
     name = rows(tmp_path / "set", "one", None, "two")
     assert list(open_documents(DataConfig(source="hub", name=name, text_field="body"))) == ["one", "two"]
 
 
-def test_each_iteration_gives_the_same_documents_in_the_order_of_the_seed(tmp_path):
+def test_each_iteration_gives_the_same_documents_in_the_seeds_order(tmp_path):
     for name in "abcdef":
         (tmp_path / f"{name}.txt").write_text(name)
     files = [f"{tmp_path}/[a-c].txt", f"{tmp_path}/*.txt"]
@@ -52,7 +52,7 @@ def test_each_iteration_gives_the_same_documents_in_the_order_of_the_seed(tmp_pa
     assert list(other) != list(documents)
 
 
-def test_an_empty_or_short_corpus_says_how_many_tokens_are_missing(tmp_path):
+def test_the_error_of_an_empty_or_short_corpus_counts_its_tokens(tmp_path):
     empty, short = tmp_path / "empty.txt", tmp_path / "short.txt"
     empty.write_text("")
     short.write_text("0123456789")
@@ -61,38 +61,38 @@ def test_an_empty_or_short_corpus_says_how_many_tokens_are_missing(tmp_path):
         "give more text, or a smaller data.sequence_length or data.validation_sequences"
     )
     for path, num_tokens in ((empty, 1), (short, 11)):
-        message = corpus_mistake(source="text_files", files=str(path), sequence_length=4)
+        message = corpus_error(source="text_files", files=str(path), sequence_length=4)
         assert message == f"the corpus has {num_tokens} tokens, but {rule}"
 
 
-def test_a_folder_is_no_text_file(tmp_path):
-    message = corpus_mistake(source="text_files", files=str(tmp_path))
+def test_a_folder_is_not_a_text_file(tmp_path):
+    message = corpus_error(source="text_files", files=str(tmp_path))
     assert message == f"data.files={tmp_path} has no file to read: use data=text_files data.files='texts/*.txt'"
 
 
-def test_a_wrong_column_names_the_columns_that_there_are(tmp_path):
+def test_the_error_of_a_wrong_column_lists_the_columns(tmp_path):
     name = rows(tmp_path / "set", "text")
-    assert corpus_mistake(source="hub", name=name) == (
+    assert corpus_error(source="hub", name=name) == (
         f"data.name={name} has no column 'text': set data.text_field to one of ['body']"
     )
 
 
-def test_a_column_of_numbers_is_refused(tmp_path):
+def test_a_column_of_numbers_is_an_error(tmp_path):
     name = rows(tmp_path / "set", 1, 2)
-    assert corpus_mistake(source="hub", name=name, text_field="body") == (
-        f"data.name={name}: the column 'body' holds int, not text: set data.text_field to one of ['body']"
+    assert corpus_error(source="hub", name=name, text_field="body") == (
+        f"data.name={name} has int, not text, in its column 'body': set data.text_field to one of ['body']"
     )
 
 
-def test_a_broken_file_is_named(tmp_path):
+def test_a_broken_file_is_an_error(tmp_path):
     name = rows(tmp_path / "set")
     (tmp_path / "set" / "rows.jsonl").write_text('{"body": "one"}\n{"bo')
-    assert corpus_mistake(source="hub", name=name, text_field="body").startswith(f"data.name={name} cannot be read: ")
+    assert corpus_error(source="hub", name=name, text_field="body").startswith(f"data.name={name} cannot be read: ")
 
 
 @pytest.mark.parametrize("choice", [{"split": "nosuch"}, {"name": "not/a/name"}])
-def test_a_data_set_that_cannot_be_opened_says_what_to_check(tmp_path, choice):
+def test_the_error_of_a_data_set_that_cannot_be_opened_says_what_to_check(tmp_path, choice):
     name = rows(tmp_path / "set", "text")
-    message = corpus_mistake(**{"source": "hub", "name": name, **choice})
+    message = corpus_error(**{"source": "hub", "name": name, **choice})
     assert "cannot be opened" in message
     assert message.endswith("check data.name, data.subset, data.split and the network, or use data=stdlib")
