@@ -62,7 +62,7 @@ def accumulation_steps(config: Config, degrees: Degrees) -> int:
     steps, rest = divmod(engine.train_batch_size, degrees.data * engine.micro_batch_size)
     if rest:
         raise ConfigError(
-            f"engine.train_batch_size={engine.train_batch_size} is not a multiple of {degrees.data} data ranks x "
+            f"engine.train_batch_size={engine.train_batch_size} is no multiple of {degrees.data} data ranks x "
             f"engine.micro_batch_size={engine.micro_batch_size}: use "
             f"engine.train_batch_size={(steps + 1) * degrees.data * engine.micro_batch_size}"
         )
@@ -160,6 +160,6 @@ def _check_heads(config: Config, num_ranks: int, degrees: Degrees) -> None:
             )
     if degrees.pipeline > model.num_layers:
         raise ConfigError(
-            f"parallelism.pipeline_degree={degrees.pipeline} is more than model.num_layers={model.num_layers}, and "
-            f"a stage has at least one layer: use parallelism.pipeline_degree={math.gcd(model.num_layers, num_ranks)}"
+            f"parallelism.pipeline_degree={degrees.pipeline} is more than model.num_layers={model.num_layers}: a stage "
+            f"has at least one layer, so use parallelism.pipeline_degree={math.gcd(model.num_layers, num_ranks)}"
         )

@@ -387,7 +387,7 @@ class Config(_Checked):
             degree = getattr(self.parallelism, name)
             if self.attention.method == "auto" and degree is not None:
                 raise ConfigError(
-                    f"attention=auto chooses the degrees, but parallelism.{name}={degree}: leave it unset, or use "
+                    f"attention=auto chooses by itself, but parallelism.{name}={degree}: leave it unset, or use "
                     "attention=hybrid"
                 )
         if self.model.vocab_size < BYTE_VOCAB_SIZE:

@@ -146,7 +146,7 @@ MISTAKES = [
     ("attention.inter_host_gb_per_s=inf", "attention.inter_host_gb_per_s=inf must be above 0, and finite"),
     ("data.source=disk", "data.source=disk is not known: use stdlib, text_files, hub"),
     ("profile_steps=[5,6]", "profile_steps=[5, 6] ... profile=true ..."),
-    ("engine.train_batch_size=3 parallelism.data_degree=2", "engine.train_batch_size=3 is not a multiple of 2 data ranks x engine.micro_batch_size=1 ... use engine.train_batch_size=4"),
+    ("engine.train_batch_size=3 parallelism.data_degree=2", "engine.train_batch_size=3 is no multiple of 2 data ranks x engine.micro_batch_size=1 ... use engine.train_batch_size=4"),
     ("data=hub data.name=https://me:planted@host/set", "data.name is a URL with a login ... HF_TOKEN ..."),
     ("data=text_files data.files=https://me:planted@host/set", "data.files is a URL with a login ... HF_TOKEN ..."),
     # several fields
@@ -183,7 +183,7 @@ MISTAKES = [
     ("parallelism.ulysses_degree=2", "attention=ring has no ulysses ranks ... parallelism.ulysses_degree=2 ... attention=hybrid ... unset"),
     ("attention=ulysses parallelism.ring_degree=2", "attention=ulysses has no ring ranks ... parallelism.ring_degree=2 ... attention=hybrid ... unset"),
     ("attention=hybrid parallelism.data_degree=4 parallelism.ring_degree=4", "parallelism.data_degree=4 x parallelism.ring_degree=4 is 16 ranks, but there are 4 ... launch.num_ranks=16"),
-    ("attention=auto parallelism.ulysses_degree=2", "attention=auto chooses the degrees ... parallelism.ulysses_degree=2 ... unset ... attention=hybrid"),
+    ("attention=auto parallelism.ulysses_degree=2", "attention=auto chooses by itself ... parallelism.ulysses_degree=2 ... unset ... attention=hybrid"),
     ("attention.intra_host_gb_per_s=0", "attention.intra_host_gb_per_s=0.0 must be above 0, and finite"),
     ("attention=local parallelism.ulysses_degree=2", "attention=local sees only ... one rank ... parallelism.ulysses_degree=2 ... attention=ulysses ... unset"),
     ("attention=hybrid parallelism.data_degree=4 parallelism.ulysses_degree=2", "parallelism.data_degree=4 x parallelism.ulysses_degree=2 is 8 ranks, but there are 4 ... launch.num_ranks=8"),
