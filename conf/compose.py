@@ -46,7 +46,7 @@ def check_fields(composed: DictConfig) -> None:
     """Raises ConfigError for a field that the schema lacks, because Hydra accepts +data.nosuch=1."""
     container = OmegaConf.to_container(composed)
     assert isinstance(container, dict)
-    for name, value in flatten({str(key): node for key, node in container.items()}).items():
+    for name, value in flatten(container).items():
         if name not in _FIELDS and not name.startswith(_ENTRIES):
             raise ConfigError(_unknown_field(name, value))
 
