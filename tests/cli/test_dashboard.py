@@ -134,9 +134,8 @@ def test_broken_files_are_warnings_and_the_rest_is_shown(program):
 
 
 def test_it_imports_nothing_slow(program):
-    code = (
-        "import sys; from recipes.dashboard import cli, page; print({'torch', 'deepspeed', 'wandb'} & set(sys.modules))"
-    )
+    slow = "{'torch', 'deepspeed', 'wandb'}"
+    code = f"import sys; from recipes.dashboard import cli, page; print({slow} & set(sys.modules))"
     command = [sys.executable, "-c", code]
     environment = clean_environment(Path(program.folder))
     result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60)

@@ -1,6 +1,6 @@
 """`-m`: several runs, each with its own run dir and wandb run, in one wandb group.
 
-With +sweep=NAME they are trials, which may fail and be interrupted. tests/unit/test_sweep.py tests sweeps without ranks.
+With +sweep=NAME they are trials, which may fail and be interrupted. tests/unit/test_sweep.py needs no ranks.
 """
 
 from __future__ import annotations
