@@ -21,6 +21,10 @@ RENAMED = {
     "compare.fit": "compare.downscale",
     "compare.parts_alone": "compare.roofline",
 }
+# Fields that no longer exist, with what to do instead.
+REMOVED = {
+    "parallelism.sequence_sharded_norms": "leave it out, tensor ranks always shard the norms by sequence",
+}
 _ENTRIES = "compare.entries."  # followed by names that the user chooses
 _FIELDS = flatten(asdict(Config()))
 _DATACLASSES = {name.partition(".")[0] for name in _FIELDS if "." in name}
@@ -135,6 +139,8 @@ def describe_error(error: Exception) -> str:
 def _unknown_field(name: str, value: Any) -> str:
     if name.startswith(_ENTRIES):
         return f"{name} is a new entry, so it needs a plus: type +{name}={value}"
+    if name in REMOVED:
+        return f"{name} no longer exists: {REMOVED[name]}"
     if name in RENAMED:
         return f"{name} is now {RENAMED[name]}: type {RENAMED[name]}={value}"
     alike = difflib.get_close_matches(name, _FIELDS, n=3)

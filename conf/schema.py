@@ -143,7 +143,6 @@ class ParallelismConfig(_Checked, prefix="parallelism."):
     ulysses_degree: Optional[int] = number(None, minimum=1)  # ulysses, hybrid: ranks that share a sequence's heads
     tensor_degree: Optional[int] = number(None, minimum=1)  # tensor_pipeline: ranks that share each layer's weights
     pipeline_degree: Optional[int] = number(None, minimum=1)  # tensor_pipeline: pipeline stages
-    sequence_sharded_norms: bool = True  # tensor_pipeline: Megatron's sequence parallelism between matrices
 
     def __post_init__(self) -> None:
         super().__post_init__()

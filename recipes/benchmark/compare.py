@@ -177,7 +177,7 @@ def _result(plan: Plan, step_times_s: list[float]) -> dict[str, Any]:
 def _roofline(plan: Plan) -> dict[str, Any]:
     """A turn without a model: each rank by itself computes a layer's parts, all at once; the slowest counts."""
     from recipes.benchmark.roofline import seconds_of_a_sequence
-    from recipes.engine.deepspeed_engine import max_over_ranks
+    from recipes.engine.base import max_over_ranks
 
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     sequence_s = max_over_ranks(seconds_of_a_sequence(plan, str(device.type)), device)
@@ -379,7 +379,7 @@ def _what_runs(entry: Config, degrees: Degrees) -> str:
     if entry.attention.transport == "auto":
         settings["attention"]["transport"] = choose_transport("cuda" if torch.cuda.device_count() else "cpu")
     del settings["attention"]["method"], settings["launch"]
-    settings["parallelism"] = (_kind(entry, degrees), degrees, entry.parallelism.sequence_sharded_norms)
+    settings["parallelism"] = (_kind(entry, degrees), degrees)
     return repr(settings)
 
 

@@ -1,4 +1,4 @@
-"""Some of `python -m tests.tools.faults`, which does all, and more often."""
+"""A few of the faults of `python -m tests.tools.faults`, which injects all of them, more often."""
 
 from __future__ import annotations
 

@@ -47,6 +47,7 @@ MISTAKES = [
     ("+attention.block=cudnn", "attention.block is now attention.kernel: type attention.kernel=cudnn"),
     ("attention={block:cudnn}", "attention.block is now attention.kernel: type attention.kernel=..."),
     ("compare.fit=true", "compare.fit is now compare.downscale: type compare.downscale=true"),
+    ("parallelism.sequence_sharded_norms=false", "parallelism.sequence_sharded_norms no longer exists: leave it out ..."),
     ("+data.sequence_lenght=8", "there is no field data.sequence_lenght: did you mean data.sequence_length? python train.py --help lists all"),
     ("+wandb.api_key=planted", "there is no field wandb.api_key: python train.py --help lists all"),
     ("nosuch=1", "there is no field nosuch: python train.py --help lists all"),

@@ -9,7 +9,6 @@ import torch
 from torch.profiler import profile
 
 import recipes.monitor.step_timer
-from recipes.engine.deepspeed_engine import loss_scaling
 from recipes.monitor import device_metrics
 from recipes.monitor.step_timer import StepTimer, speed_metrics
 from recipes.planning.throughput import Throughput
@@ -127,9 +126,3 @@ def test_observed_and_numbered_ranges_are_in_profiles():
     with profiler_range("inner"):
         pass
     assert len(seen) == 6
-
-
-def test_only_fp16_has_a_loss_scale():
-    engine = mock.Mock(skipped_steps=3, optimizer=mock.Mock(cur_scale=torch.tensor(1024.0)))
-    assert loss_scaling(engine, "bf16") == {}
-    assert loss_scaling(engine, "fp16") == {"loss_scale": 1024.0, "skipped_steps": 3}
