@@ -35,20 +35,16 @@ def choice(*choices: Any, default: Any = None) -> Any:
     return field(default=choices[0] if default is None else default, metadata={"choices": choices})
 
 
-def number(default: Any, minimum: float) -> Any:
-    """A field that takes a finite number of at least `minimum`, or None if that is the default."""
+def number(default: Any, minimum: float | None = None) -> Any:
+    """A field that takes a finite number of at least `minimum`, or above 0. None is legal if it is the default."""
     return field(default=default, metadata={"minimum": minimum})
 
 
-def positive(default: Any) -> Any:
-    """A field that takes a finite number above 0, or None if that is the default."""
-    return field(default=default, metadata={"positive": True})
-
-
-def check_minimum(name: str, value: float, minimum: float) -> None:
+def check_minimum(name: str, value: float, minimum: float | None) -> None:
     """Raises ConfigError for a value that is too small, infinite or nan."""
-    if not minimum <= value < math.inf:
-        raise ConfigError(f"{name}={value} must be at least {minimum}" + (", and finite" if value == math.inf else ""))
+    if not (value > 0 if minimum is None else value >= minimum) or value == math.inf:
+        rule = "above 0" if minimum is None else f"at least {minimum}"
+        raise ConfigError(f"{name}={value} must be {rule}" + (", and finite" if value == math.inf else ""))
 
 
 class _Checked:
@@ -66,13 +62,11 @@ class _Checked:
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
             name, value = f"{self._prefix}{spec.name}", getattr(self, spec.name)
-            if "choices" in spec.metadata and value not in spec.metadata["choices"]:
-                legal = ", ".join(map(str, spec.metadata["choices"]))
-                raise ConfigError(f"{name}={value} is not known: use {legal}")
+            choices = spec.metadata.get("choices", (value,))
+            if value not in choices:
+                raise ConfigError(f"{name}={value} is not known: use {', '.join(map(str, choices))}")
             if "minimum" in spec.metadata and value is not None:
                 check_minimum(name, value, spec.metadata["minimum"])
-            if "positive" in spec.metadata and value is not None and not 0 < value < math.inf:
-                raise ConfigError(f"{name}={value} must be above 0, and finite")
 
 
 @dataclass
@@ -114,8 +108,8 @@ class AttentionConfig(_Checked, prefix="attention."):
     layout: str = choice("zigzag", "contiguous")  # which positions each rank holds
     transport: str = choice(*TRANSPORTS)  # p2p (NCCL, gloo), copy_engine (NVIDIA GPUs of one host), auto: by the device
     kernel: str = choice(*KERNELS)  # auto: the fastest that supports the device, dtype and head size
-    intra_host_gb_per_s: Optional[float] = positive(None)  # method=auto: a rank's link in its host; unset: 280, CPU 2
-    inter_host_gb_per_s: Optional[float] = positive(None)  # method=auto: a rank's link between hosts; unset: 45, CPU 1
+    intra_host_gb_per_s: Optional[float] = number(None)  # method=auto: a rank's link in its host; unset: 280, CPU 2
+    inter_host_gb_per_s: Optional[float] = number(None)  # method=auto: a rank's link between hosts; unset: 45, CPU 1
 
 
 class Degrees(NamedTuple):
@@ -146,12 +140,9 @@ class ParallelismConfig(_Checked, prefix="parallelism."):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("tensor_degree", "pipeline_degree"):
-            if self.method == "sequence" and (getattr(self, name) or 1) > 1:
-                raise ConfigError(
-                    f"parallelism.{name}={getattr(self, name)} needs parallelism=tensor_pipeline: type "
-                    "+experiment=tp_pp"
-                )
+        for name, degree in (("tensor_degree", self.tensor_degree), ("pipeline_degree", self.pipeline_degree)):
+            if self.method == "sequence" and (degree or 1) > 1:
+                raise ConfigError(f"parallelism.{name}={degree} needs parallelism=tensor_pipeline: +experiment=tp_pp")
 
 
 @dataclass
@@ -177,23 +168,15 @@ class EngineConfig(_Checked, prefix="engine."):
         super().__post_init__()
         if self.offload_activations and self.recompute == "none":
             raise ConfigError(
-                "engine.offload_activations=true offloads what recomputation saves: use engine.recompute=selective, or "
-                "engine.recompute=full"
+                "engine.offload_activations=true needs recomputation: use engine.recompute=selective, or full"
             )
         if self.offload_optimizer and self.zero_stage == 0:
-            raise ConfigError(
-                "engine.offload_optimizer=true cannot go with engine.zero_stage=0: use engine.zero_stage=1, 2 or 3"
-            )
+            raise ConfigError("engine.offload_optimizer=true cannot go with engine.zero_stage=0: use 1, 2 or 3")
         if self.offload_parameters and self.zero_stage != 3:
-            raise ConfigError(
-                f"engine.offload_parameters=true cannot go with engine.zero_stage={self.zero_stage}, which does not "
-                "shard the weights: use engine.zero_stage=3"
-            )
+            raise ConfigError(f"engine.offload_parameters=true needs engine.zero_stage=3, not stage {self.zero_stage}")
         if self.dtype == "fp16" and self.zero_stage == 0:
-            raise ConfigError(
-                "engine.dtype=fp16 cannot go with engine.zero_stage=0, where DeepSpeed does not scale the loss but "
-                "unscales the gradients: use engine.zero_stage=1"
-            )
+            # DeepSpeed would not scale the loss, but unscale the gradients
+            raise ConfigError("engine.dtype=fp16 cannot go with engine.zero_stage=0: use engine.zero_stage=1")
         if self.train_batch_size is not None and self.gradient_accumulation_steps != 1:
             raise ConfigError(
                 f"engine.train_batch_size={self.train_batch_size} sets the accumulation steps: leave out "
@@ -243,8 +226,8 @@ class DataConfig(_Checked, prefix="data."):
         for name in ("name", "files"):
             if re.search(r"://[^/]*@", str(getattr(self, name))):  # the value may hold a password: do not print it
                 raise ConfigError(
-                    f"data.{name} is a URL with a login, which would be saved with the run: leave the login out, and "
-                    "use HF_TOKEN for private data sets of the hub"
+                    f"data.{name} is a URL with a login, which the run would save: leave it out, and use HF_TOKEN for "
+                    "private data sets"
                 )
         if self.source == "text_files":
             self._check_files()
@@ -257,9 +240,7 @@ class DataConfig(_Checked, prefix="data."):
             raise ConfigError("data=text_files needs files: data.files='texts/*.txt' or data.files=[a.txt,b.txt]")
         for pattern in patterns:
             if not glob.glob(pattern, recursive=True):
-                raise ConfigError(
-                    f"data.files={pattern} matches no file: give a path or a glob, relative to the current folder"
-                )
+                raise ConfigError(f"data.files={pattern} matches no file in this folder: give a path or a glob")
 
 
 @dataclass
@@ -294,10 +275,7 @@ class LaunchConfig(_Checked, prefix="launch."):
     def __post_init__(self) -> None:
         super().__post_init__()
         if 0 < self.stall_factor < 2:
-            raise ConfigError(
-                f"launch.stall_factor={self.stall_factor} would end steps that are hardly slower than others: use at "
-                "least 2, or launch.stall_factor=0 to switch it off"
-            )
+            raise ConfigError(f"launch.stall_factor={self.stall_factor} must be at least 2, or 0 to switch it off")
 
 
 @dataclass
@@ -332,7 +310,7 @@ class CompareConfig(_Checked, prefix="compare."):
 class MaxLengthConfig(_Checked, prefix="max_length."):
     """recipe=max_length: the longest sequence that this configuration can train."""
 
-    memory_gib: Optional[float] = positive(None)  # limit per rank; unset: 90 % of the GPU, or a share of the host's
+    memory_gib: Optional[float] = number(None)  # limit per rank; unset: 90 % of the GPU, or a share of the host's
     confirm_s: float = number(600.0, minimum=0)  # train two steps at the length found unless they take longer; 0: never
 
 
@@ -376,10 +354,7 @@ class Config(_Checked):
         if self.recipe == "compare" and not self.compare.entries:
             raise ConfigError("recipe=compare has nothing to compare: type recipe=compare +experiment=paper_table")
         if self.recipe == "max_length" and self.attention.method == "auto":
-            raise ConfigError(
-                "attention=auto may choose another method at another length, which recipe=max_length cannot predict: "
-                "use attention=ring"
-            )
+            raise ConfigError("attention=auto may change with the length, so recipe=max_length needs attention=ring")
         if self.recipe == "max_length" and self.parallelism.method == "tensor_pipeline":
             raise ConfigError("recipe=max_length probes one layer, which has no pipeline stages: use +experiment=ra_sp")
         for name in ("ring_degree", "ulysses_degree"):
@@ -391,16 +366,14 @@ class Config(_Checked):
                 )
         if self.model.vocab_size < BYTE_VOCAB_SIZE:
             raise ConfigError(
-                f"model.vocab_size={self.model.vocab_size} cannot hold byte tokens: use at least {BYTE_VOCAB_SIZE}"
+                f"model.vocab_size={self.model.vocab_size} is too small for byte tokens: use {BYTE_VOCAB_SIZE}"
             )
         self._check_profile()
 
     def _check_profile(self) -> None:
         for name in ("profile", "memory_snapshot"):
             if self.recipe in ("compare", "bench_attention", "max_length") and getattr(self, name):
-                raise ConfigError(
-                    f"{name}=true is for single runs: leave it out, or type recipe=pretrain or recipe=forward"
-                )
+                raise ConfigError(f"{name}=true needs recipe=pretrain or recipe=forward, not recipe={self.recipe}")
         if len(self.profile_steps) != 2 or not 2 <= self.profile_steps[0] <= self.profile_steps[1]:
             raise ConfigError(
                 f"profile_steps={self.profile_steps} must be the first and the last step to record, from step 2 on: "
@@ -409,10 +382,8 @@ class Config(_Checked):
         if self.profile_steps != [3, 4] and not self.profile:
             raise ConfigError(f"profile_steps={self.profile_steps} has no effect without profile=true: add it")
         if self.profile and self.num_steps < self.profile_steps[1]:
-            raise ConfigError(
-                f"profile=true records steps {self.profile_steps[0]} to {self.profile_steps[1]}, but "
-                f"num_steps={self.num_steps}: use num_steps={self.profile_steps[1]}"
-            )
+            last = self.profile_steps[1]
+            raise ConfigError(f"profile=true records step {last}, but num_steps={self.num_steps}: use num_steps={last}")
 
 
 def divisors(number: int) -> list[int]:
