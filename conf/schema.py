@@ -36,7 +36,7 @@ def choice(*choices: Any, default: Any = None) -> Any:
 
 
 def number(default: Any, minimum: float | None = None) -> Any:
-    """A field that takes a finite number of at least `minimum`, or above 0. None is legal if it is the default."""
+    """A field that takes a finite number: at least `minimum`, else above 0. A default of None stays legal."""
     return field(default=default, metadata={"minimum": minimum})
 
 

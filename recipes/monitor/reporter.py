@@ -215,13 +215,13 @@ def _json_number(value: float) -> float | None:
 
 
 def drop_rows_after(path: Path, step: int) -> None:
-    """Remove the rows of later steps from a metrics file, and a last row that is cut off. They will be logged again."""
+    """Remove the rows of later steps from a metrics file, and a truncated last row. They will be logged again."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
-            break  # cut off by a crash
+            break  # truncated by a crash
         if row["step"] <= step:
             rows.append(line)
     replace_file(path, "".join(rows))

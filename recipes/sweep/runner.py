@@ -2,7 +2,7 @@
 
 Optuna's journal in the sweep's folder records every trial from its start. The same command with hydra.sweep.dir of an
 earlier sweep runs what is missing: interrupted trials again, and trials that never started. A trial succeeds if its
-RUN_DIR/summary.json has the objective. Any other end is a failure of that trial alone.
+RUN_DIR/summary.json has the objective. Any other end is a failure of that trial, not of the sweep.
 
 `hydra_plugins.trials` calls this and launches the jobs.
 """
