@@ -39,6 +39,7 @@ from conf.schema import OBJECTIVES, ConfigError, SweepConfig, flatten
 from recipes.monitor.metric_registry import minutes
 from recipes.run.errors import RunFailed
 from recipes.run.run_dir import SUMMARY_FILE
+from recipes.run.text_table import text_table
 from recipes.sweep import report
 from recipes.sweep.search_space import SearchSpace, read_space
 
@@ -82,11 +83,10 @@ def run_sweep(
     combinations = space.num_combinations
     is_exhaustive = combinations is not None and (settings.sampler == "grid" or combinations <= settings.num_trials)
     num_trials = combinations if is_exhaustive and combinations else settings.num_trials
-    width = max(len(name) for name in space.texts)
     print(
         f"sweep of {num_trials} trials, {'all combinations' if is_exhaustive else 'chosen by Optuna'}, "
         f"to {direction} {settings.objective}",
-        *(f"  {name:<{width}}  {text}" for name, text in space.texts.items()),
+        *(f"  {line}" for line in text_table([[name, text] for name, text in space.texts.items()])),
         sep="\n",
         flush=True,
     )
