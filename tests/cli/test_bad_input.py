@@ -55,8 +55,8 @@ CASES = {
     ),
     "parallel trials in one process": (
         ["-m", "+sweep=lr_batch", "sweep.num_parallel=2"],
-        "sweep.num_parallel=2 needs jobs of their own, and this launcher runs one trial after the other: add "
-        "hydra/launcher=submitit_slurm or hydra/launcher=submitit_local",
+        "sweep.num_parallel=2 needs a launcher that runs jobs in parallel: add hydra/launcher=submitit_slurm or "
+        "hydra/launcher=submitit_local",
     ),
     "a data set that cannot be reached": (
         ["data=hub", "data.name=nobody/nothing"],
