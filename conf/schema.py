@@ -310,7 +310,7 @@ class CompareConfig(_Checked, prefix="compare."):
 class MaxLengthConfig(_Checked, prefix="max_length."):
     """recipe=max_length: the longest sequence that this configuration can train."""
 
-    memory_gib: Optional[float] = number(None)  # limit per rank; unset: 90 % of the GPU, or a share of the host's
+    memory_gib: Optional[float] = number(None)  # per rank; unset: 90 % of the GPU; CPU: a share, less 1 GiB
     confirm_s: float = number(600.0, minimum=0)  # train two steps at the length found unless they take longer; 0: never
 
 
@@ -356,7 +356,7 @@ class Config(_Checked):
         if self.recipe == "max_length" and self.attention.method == "auto":
             raise ConfigError("attention=auto may change with the length, so recipe=max_length needs attention=ring")
         if self.recipe == "max_length" and self.parallelism.method == "tensor_pipeline":
-            raise ConfigError("recipe=max_length probes one layer, which has no pipeline stages: use +experiment=ra_sp")
+            raise ConfigError("recipe=max_length does not predict tensor and pipeline ranks: use +experiment=ra_sp")
         for name in ("ring_degree", "ulysses_degree"):
             degree = getattr(self.parallelism, name)
             if self.attention.method == "auto" and degree is not None:

@@ -160,7 +160,7 @@ MISTAKES = [
     ("recipe=bench_attention memory_snapshot=true", "memory_snapshot=true needs recipe=pretrain or recipe=forward, not recipe=bench_attention"),
     ("recipe=max_length profile=true", "profile=true needs recipe=pretrain or recipe=forward, not recipe=max_length"),
     ("recipe=max_length attention=auto", "attention=auto ... recipe=max_length needs attention=ring"),
-    ("recipe=max_length +experiment=tp_pp", "recipe=max_length ... no pipeline stages: use +experiment=ra_sp"),
+    ("recipe=max_length +experiment=tp_pp", "recipe=max_length does not predict tensor and pipeline ranks: use +experiment=ra_sp"),
     ("data=hub", "data=hub needs a data set: data.name=OWNER/NAME or a local folder"),
     ("compare.only=[dp,nosuch]", "compare.only=nosuch is no entry: use tp_pp, tp, pp, ra_sp, ulysses, hybrid, all_gather, dp"),
     ("compare.baseline=nosuch", "compare.baseline=nosuch is no entry: use tp_pp, tp, pp, ra_sp, ulysses, hybrid, all_gather, dp"),
