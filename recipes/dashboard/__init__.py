@@ -1,4 +1,4 @@
-"""The dashboard: an HTML page of run folders, and a wandb workspace.
+"""The dashboard: an HTML page of run dirs, and a wandb workspace.
 
 May import recipes.run and recipes.monitor.metric_registry; neither torch nor DeepSpeed, so that it starts in a second.
 """

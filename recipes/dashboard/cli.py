@@ -1,8 +1,4 @@
-"""Any number of runs on one page, without an account: python -m recipes.dashboard RUN_DIR...
-
-Reads run dirs (`runs`), writes one self-contained HTML file (`page`), with --watch again and again; with --wandb it
-makes a workspace there instead (`workspace`). Imports neither torch nor DeepSpeed: it starts in a second.
-"""
+"""Any number of runs on one page, without an account: python -m recipes.dashboard RUN_DIR..."""
 
 from __future__ import annotations
 
@@ -17,114 +13,99 @@ from conf.schema import ConfigError
 from recipes.run import run_dir
 
 WATCH_INTERVAL_S = 2.0
-RELOAD_INTERVAL_S = 10  # of a browser that shows a page which is watched
+RELOAD_INTERVAL_S = 10  # of a browser that shows a watched page
 OUTPUT_FILE = "dashboard.html"
-
-Stamp = dict[Path, tuple[int, int]]
 
 
 def main(arguments: list[str]) -> None:
-    """Do what the command line says.
+    """Write the page, watch the runs, or make the wandb workspace.
 
     Raises:
-        ConfigError: for a mistake in it, and if there is nothing to show.
+        ConfigError: for a mistake in the arguments, and if there is nothing to show.
     """
-    parser = argparse.ArgumentParser(prog="python -m recipes.dashboard", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "run_dirs", nargs="*", type=Path, metavar="RUN_DIR", help="a run's, a comparison's or a sweep's"
-    )
-    parser.add_argument("--output", type=Path, help=f"the page; {OUTPUT_FILE} in the first RUN_DIR if left out")
-    parser.add_argument("--watch", action="store_true", help="write it anew whenever a run has logged, until Ctrl-C")
-    parser.add_argument("--wandb", metavar="ENTITY/PROJECT", help="make a workspace there, which needs a login")
+    parser = argparse.ArgumentParser(prog="python -m recipes.dashboard", description=__doc__)
+    parser.add_argument("run_dirs", nargs="*", type=Path, metavar="RUN_DIR", help="of a run, a comparison or a sweep")
+    parser.add_argument("--output", type=Path, help=f"the page; default: {OUTPUT_FILE} in the first RUN_DIR")
+    parser.add_argument("--watch", action="store_true", help="update the page whenever a run logs, until Ctrl-C")
+    parser.add_argument("--wandb", metavar="ENTITY/PROJECT", help="make a wandb workspace instead; needs a login")
     options = parser.parse_args(arguments)
-    _need("plotly", "jinja2", *(["wandb_workspaces"] if options.wandb is not None else []))
+    packages = ["plotly", "jinja2", *(["wandb_workspaces"] if options.wandb is not None else [])]
+    if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
+        raise ConfigError(f'{", ".join(missing)} must be installed: pip install -e ".[dashboard]" -c constraints.txt')
     if options.wandb is not None:
         from recipes.dashboard import workspace
 
         print(f"making a workspace in {options.wandb} ...", flush=True)
-        print(f"look at it here: {workspace.create(options.wandb)}")
+        print(f"view online: {workspace.create(options.wandb)}")
         return
     if not options.run_dirs:
-        raise ConfigError("there is no run to show: python -m recipes.dashboard outputs/DATE/TIME")
+        raise ConfigError("there is no run to show: type python -m recipes.dashboard outputs/DATE/TIME")
     output = options.output or next((path for path in options.run_dirs if path.is_dir()), Path()) / OUTPUT_FILE
     if not output.parent.is_dir():
-        raise ConfigError(f"--output {output}: there is no folder {output.parent}; make it, or use another")
+        raise ConfigError(f"--output {output}: there is no folder {output.parent}: create it, or use another")
     if options.watch:
         watch(options.run_dirs, output)
     else:
-        write(options.run_dirs, output, said=set())
+        write(options.run_dirs, output, reported=set())
 
 
-def write(run_dirs: list[Path], output: Path, said: set[str], reload_s: int | None = None) -> None:
-    """Write the page, and say what is on it and what is wrong with it.
+def write(run_dirs: list[Path], output: Path, reported: set[str], reload_s: int | None = None) -> None:
+    """Write the page, and print its contents and problems.
 
     Args:
-        said: what need not be said again; takes what is said now.
-        reload_s: after which a browser loads the page again; None is never.
+        reported: problems that were printed before; this call adds its own.
+        reload_s: interval at which browsers reload the page; None: never.
 
     Raises:
         ConfigError: if there is nothing to show.
     """
     from recipes.dashboard import page
 
-    found = run_dir.load_runs(run_dirs)
-    if found.is_empty:
-        raise ConfigError("\n".join(["there is nothing to show:", *found.problems]))
-    for problem in found.problems:
-        if problem not in said:
+    loaded = run_dir.load_runs(run_dirs)
+    if loaded.is_empty:
+        raise ConfigError("\n".join(["there is nothing to show:", *loaded.problems]))
+    for problem in loaded.problems:
+        if problem not in reported:
             print(f"warning: {problem}", file=sys.stderr, flush=True)
-    said.update(found.problems)
-    _replace(output, page.render(found, reload_s))
-    what = [page.counted(found.runs, "run"), page.counted(found.comparisons, "comparison")]
-    if steps := [run.rows[-1]["step"] for run in found.runs if run.rows]:
-        what.append(f"up to step {max(steps):,}")
-    print(f"wrote {output}: {', '.join(filter(None, what))}", flush=True)
+    reported.update(loaded.problems)
+    run_dir.replace_file(output, page.render(loaded, reload_s))
+    contents = page.describe_contents(loaded)
+    if steps := [run.rows[-1]["step"] for run in loaded.runs if run.rows]:
+        contents += f", up to step {max(steps):,}"
+    print(f"wrote {output}: {contents}", flush=True)
 
 
 def watch(run_dirs: list[Path], output: Path) -> None:
-    """Write the page whenever a file of a run has changed, until Ctrl-C; waits for a run that is not there yet."""
+    """Write the page whenever a file of a run changes, until Ctrl-C. Waits for runs that do not exist yet."""
     print(f"watching {', '.join(map(str, run_dirs))}; Ctrl-C ends it", flush=True)
-    seen: Stamp | None = None
-    said: set[str] = set()
+    before: dict[Path, tuple[int, int]] | None = None
+    reported: set[str] = set()
     try:
         while True:
-            now = _stamp(run_dirs)
-            if now != seen:
-                seen = now
+            now = _file_versions(run_dirs)
+            if now != before:
+                before = now
                 try:
-                    write(run_dirs, output, said, RELOAD_INTERVAL_S)
+                    write(run_dirs, output, reported, RELOAD_INTERVAL_S)
                 except FileNotFoundError:  # a sweep renames the folder of a trial that it runs again
-                    seen = None
+                    before = None
                 except ConfigError as error:
-                    if str(error) not in said:
+                    if str(error) not in reported:
                         print(f"waiting: {error}", flush=True)
-                    said.add(str(error))
+                    reported.add(str(error))
             time.sleep(WATCH_INTERVAL_S)
     except KeyboardInterrupt:
         print(flush=True)
         if output.exists():
-            write(run_dirs, output, said)  # one that does not load itself again
+            write(run_dirs, output, reported)  # without reloading
 
 
-def _stamp(run_dirs: list[Path]) -> Stamp:
-    """What changes when a run writes."""
-    files = [folder / name for given in run_dirs for folder in run_dir.run_folders(given) for name in run_dir.FILES]
-    stamps: Stamp = {}
-    for path in files:
-        with contextlib.suppress(FileNotFoundError):  # not there yet, or just renamed
-            stat = path.stat()
-            stamps[path] = stat.st_mtime_ns, stat.st_size
-    return stamps
-
-
-def _replace(path: Path, text: str) -> None:
-    """Whoever reads the file meanwhile has the old one whole, or the new one."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
-
-
-def _need(*packages: str) -> None:
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
-    if missing:
-        raise ConfigError(f'{", ".join(missing)} must be installed: pip install -e ".[dashboard]" -c constraints.txt')
+def _file_versions(run_dirs: list[Path]) -> dict[Path, tuple[int, int]]:
+    """Modification time and size of every file of the runs."""
+    versions = {}
+    for folder in (folder for given in run_dirs for folder in run_dir.run_folders(given)):
+        for name in run_dir.FILES:
+            with contextlib.suppress(FileNotFoundError):  # not there yet, or just renamed
+                stat = (folder / name).stat()
+                versions[folder / name] = stat.st_mtime_ns, stat.st_size
+    return versions

@@ -1,15 +1,15 @@
-"""The page: tables and interactive plots of any number of runs in one HTML file that needs nothing from outside.
+"""The dashboard's page: tables and interactive plots of any number of runs, in one self-contained HTML file.
 
-Between `runs`, which reads, and `dashboard`, which writes the file. `charts` makes the plots; `page.html` lays them out
-and gives them what all share: one legend, one axis of steps, tokens or time, light and dark.
+`charts` makes the plots. `page.html` arranges them and adds what they share: a legend, an x axis of steps, tokens or
+time, and light and dark colors.
 """
 
 from __future__ import annotations
 
 import datetime
+import itertools
 import re
 import statistics
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,71 +17,80 @@ import jinja2
 from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
-from recipes.dashboard.charts import COLORS, DASHES, Shown, comparison_charts, method_of, section_charts
+from recipes.dashboard.charts import COLORS, DASHES, StyledRun, comparison_charts, method_of, section_charts
 from recipes.monitor.metric_registry import SECTIONS
 from recipes.run.run_dir import Comparison, LoadedRuns, Run
 
-MOST_SETTINGS_IN_NAME = 3
+MAX_SETTINGS_IN_NAME = 3
 AXES = {"step": "step", "train/tokens_seen": "tokens", "elapsed_s": "time since the start (s)"}
 
 
-def render(found: LoadedRuns, reload_s: int | None = None) -> str:
+class Table(NamedTuple):
+    """Cells are text or numbers; None is an empty cell."""
+
+    columns: list[str]
+    rows: list[list[Any]]
+
+
+def render(loaded: LoadedRuns, reload_s: int | None = None) -> str:
     """The page as HTML.
 
     Args:
-        reload_s: after which a browser loads it again; None is never.
+        reload_s: interval at which browsers reload the page; None: never.
     """
-    differing = found.differing_settings
-    shown = [
-        Shown(run, _name(run, differing), COLORS[number % len(COLORS)], DASHES[number // len(COLORS) % len(DASHES)])
-        for number, run in enumerate(found.runs)
+    differing = loaded.differing_settings
+    styles = itertools.cycle((color, dash) for dash in DASHES for color in COLORS)
+    runs = [
+        StyledRun(run, _label(run, differing), color, dash)
+        for run, (color, dash) in zip(loaded.runs, styles, strict=False)
     ]
-    sections = [(name, section_charts(name, shown)) for name in SECTIONS]
-    methods = dict.fromkeys(method_of(row) for comparison in found.comparisons for row in comparison.content["rows"])
-    colors = {method: COLORS[number % len(COLORS)] for number, method in enumerate(methods)}
-    logged = [run for run in found.runs if run.rows]
+    sections = [(name, section_charts(name, runs)) for name in SECTIONS]
+    methods = dict.fromkeys(method_of(row) for comparison in loaded.comparisons for row in comparison.content["rows"])
+    colors = dict(zip(methods, itertools.cycle(COLORS), strict=False))
+    with_rows = [run for run in loaded.runs if run.rows]
     axes = {
-        key: label
-        for key, label in AXES.items()
-        if logged and all(any(value is not None for value in run.column(key)) for run in logged)
+        metric: label
+        for metric, label in AXES.items()
+        if with_rows and all(_logged_values(run, metric) for run in with_rows)
     }
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"number": _number, "breakable": _breakable}
+    environment.filters |= {"number": _format_number, "breakable": _breakable}
     return environment.get_template("page.html").render(
-        title=", ".join(filter(None, [counted(found.runs, "run"), counted(found.comparisons, "comparison")])),
+        title=describe_contents(loaded),
         plotly_js=get_plotlyjs(),
         reload_s=reload_s,
         written=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z"),
-        problems=found.problems,
-        runs=shown,
-        table=_table(shown, differing),
+        problems=loaded.problems,
+        runs=runs,
+        table=_runs_table(loaded.runs, differing),
         sections=[(name, charts) for name, charts in sections if charts],
         comparisons=[
             (comparison, _comparison_table(comparison), comparison_charts(comparison, colors))
-            for comparison in found.comparisons
+            for comparison in loaded.comparisons
         ],
         axes=axes,
-        positions=[{key: one.run.column(key) for key in axes} for one in shown],
+        positions=[{metric: run.column(metric) for metric in axes} for run in loaded.runs],
     )
 
 
-def counted(things: Sequence[Any], name: str) -> str:
-    """Such as "1 run", "2 runs"; "" for none."""
-    return "" if not things else f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
+def describe_contents(loaded: LoadedRuns) -> str:
+    """Such as "2 runs, 1 comparison"."""
+    counts = ((len(loaded.runs), "run"), (len(loaded.comparisons), "comparison"))
+    return ", ".join(f"{count} {name}{'s' * (count > 1)}" for count, name in counts if count)
 
 
-def _name(run: Run, differing: list[str]) -> str:
-    """The run's, with the first settings that make it differ."""
+def _label(run: Run, differing: list[str]) -> str:
+    """The run's name, and the first settings in which it differs from others."""
     settings = [
-        f"{name.rpartition('.')[2]}={_number(run.settings[name])}" for name in differing if name in run.settings
+        f"{name.rpartition('.')[2]}={_format_number(run.settings[name])}" for name in differing if name in run.settings
     ]
-    return " ".join([run.name, *settings[:MOST_SETTINGS_IN_NAME]])
+    return " ".join([run.name, *settings[:MAX_SETTINGS_IN_NAME]])
 
 
-def _number(value: Any) -> str:
-    """For people: three or four digits that mean something."""
+def _format_number(value: Any) -> str:
+    """A number with about four digits; anything else as it is."""
     if value is None:
         return ""
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -92,91 +101,82 @@ def _number(value: Any) -> str:
 
 
 def _breakable(heading: str) -> Markup:
-    """A dotted name may break at its dots and underscores: a column is as wide as its numbers."""
+    """Lets the browser break a long name at dots and underscores."""
     return Markup(re.sub(r"([._])", r"\1<wbr>", str(escape(heading))))
 
 
-# what the table of runs says of each
-FINAL: tuple[tuple[str, Callable[[Run], float | None]], ...] = (
-    ("last step", lambda run: _last(run, "step")),
-    ("loss", lambda run: _last(run, "train/loss", "forward/loss")),
-    ("validation loss", lambda run: _last(run, "validation/loss")),
-    ("best validation loss", lambda run: min(_known(run, "validation/loss"), default=None)),
-    ("tokens/s", lambda run: _of_the_whole(run, "tokens_per_s")),
-    ("tokens/s per rank", lambda run: _of_the_whole(run, "tokens_per_s_per_rank")),
-    ("TPOT ms", lambda run: _of_the_whole(run, "tpot_ms")),
-    ("TFLOP/s per rank", lambda run: _of_the_whole(run, "model_tflops_per_rank")),
-    ("MFU %", lambda run: _of_the_whole(run, "mfu_pct")),
-    ("peak GiB", lambda run: max(_known(run, "train/peak_memory_gib", "forward/peak_memory_gib"), default=None)),
-    ("exposed ms", lambda run: run.summary.get("parts/exposed_communication_ms")),
-)
+def _runs_table(runs: list[Run], differing: list[str]) -> Table:
+    """The settings in which the runs differ, and their final numbers."""
+    rows = [{name: run.settings.get(name) for name in differing} | _results(run) for run in runs]
+    return _without_empty_columns({name: [row[name] for row in rows] for name in rows[0]}) if rows else Table([], [])
 
 
-def _known(run: Run, *names: str) -> list[float]:
+def _results(run: Run) -> dict[str, float | None]:
+    losses = _logged_values(run, "train/loss", "forward/loss")
+    validation_losses = _logged_values(run, "validation/loss")
+    return {
+        "last step": run.rows[-1]["step"] if run.rows else None,
+        "loss": losses[-1] if losses else None,
+        "validation loss": validation_losses[-1] if validation_losses else None,
+        "best validation loss": min(validation_losses, default=None),
+        "tokens/s": _median(run, "tokens_per_s"),
+        "tokens/s per rank": _median(run, "tokens_per_s_per_rank"),
+        "TPOT ms": _median(run, "tpot_ms"),
+        "TFLOP/s per rank": _median(run, "model_tflops_per_rank"),
+        "MFU %": _median(run, "mfu_pct"),
+        "peak GiB": max(_logged_values(run, "train/peak_memory_gib", "forward/peak_memory_gib"), default=None),
+        "exposed ms": run.summary.get("parts/exposed_communication_ms"),
+    }
+
+
+def _logged_values(run: Run, *names: str) -> list[float]:
     return [value for name in names for value in run.column(name) if value is not None]
 
 
-def _last(run: Run, *names: str) -> float | None:
-    return next(iter(reversed(_known(run, *names))), None)
-
-
-def _of_the_whole(run: Run, name: str) -> float | None:
-    """As the run concluded; until then the median of what it logged, without the first step, which warms up."""
-    if (concluded := run.summary.get(name)) is not None:
-        return concluded
-    values = _known(run, f"train/{name}", f"forward/{name}")
+def _median(run: Run, name: str) -> float | None:
+    """The median of the run's summary. Until the run ends, that of the logged values except the first: a warm-up."""
+    if (final := run.summary.get(name)) is not None:
+        return final
+    values = _logged_values(run, f"train/{name}", f"forward/{name}")
     return statistics.median(values[1:] or values) if values else None
 
 
-class Table(NamedTuple):
-    """Cells are text or numbers; columns that are empty throughout are left out."""
-
-    columns: list[str]
-    rows: list[list[Any]]
-
-
-def _table(shown: list[Shown], differing: list[str]) -> Table:
-    """A run's settings that are not the same everywhere, and its numbers at the end."""
-    columns = [(name, [one.run.settings.get(name) for one in shown]) for name in differing]
-    columns += [(name, [number(one.run) for one in shown]) for name, number in FINAL]
-    return _without_empty(columns)
-
-
-def _without_empty(columns: list[tuple[str, list[Any]]]) -> Table:
-    kept = [(name, cells) for name, cells in columns if any(cell is not None for cell in cells)]
-    num_rows = len(columns[0][1])
-    return Table([name for name, _ in kept], [[cells[row] for _, cells in kept] for row in range(num_rows)])
+def _without_empty_columns(columns: dict[str, list[Any]]) -> Table:
+    filled = {name: cells for name, cells in columns.items() if any(cell is not None for cell in cells)}
+    num_rows = len(next(iter(columns.values())))
+    return Table([*filled], [[cells[row] for cells in filled.values()] for row in range(num_rows)])
 
 
 def _comparison_table(comparison: Comparison) -> Table:
-    """The paper's table: a row for each method, those that failed too."""
-    rows = comparison.content["rows"]
-    baseline = comparison.content["baseline"]
-
-    def column(key: str) -> list[Any]:
-        return [row.get(key) for row in rows]
-
-    spread = [
-        None if "error" in row else f"{row['tokens_per_s_min']:,.0f} - {row['tokens_per_s_max']:,.0f}" for row in rows
-    ]
-    return _without_empty(
-        [
-            ("method", column("entry")),
-            ("grid", column("grid")),
-            ("L", column("sequence_length")),
-            ("batch", column("sequences_per_step")),
-            ("micro-batch", column("micro_batch_size")),
-            ("TPS", column("tokens_per_s")),
-            ("min - max", spread),
-            ("TPS per rank", column("tokens_per_s_per_rank")),
-            ("TPOT ms", column("tpot_ms")),
-            (f"vs {baseline} %", [None if value is None else f"{value:+.1f}" for value in column("change_pct")]),
-            ("TFLOP/s per rank", column("model_tflops_per_rank")),
-            ("MFU %", column("mfu_pct")),
-            ("peak GiB", column("peak_memory_gib")),
-            ("exposed ms", column("exposed_communication_ms")),
-            ("step ms", column("step_time_ms")),
-            ("loss", column("first_loss")),
-            ("failed", [(error or "").splitlines()[0] if error else None for error in column("error")]),
-        ]
-    )
+    """The paper's table: a row for each method, including failed ones."""
+    rows, baseline = comparison.content["rows"], comparison.content["baseline"]
+    columns = {
+        "method": "entry",
+        "grid": "grid",
+        "L": "sequence_length",
+        "batch": "sequences_per_step",
+        "micro-batch": "micro_batch_size",
+        "TPS": "tokens_per_s",
+        "min - max": "min_max",
+        "TPS per rank": "tokens_per_s_per_rank",
+        "TPOT ms": "tpot_ms",
+        f"vs {baseline} %": "change",
+        "TFLOP/s per rank": "model_tflops_per_rank",
+        "MFU %": "mfu_pct",
+        "peak GiB": "peak_memory_gib",
+        "exposed ms": "exposed_communication_ms",
+        "step ms": "step_time_ms",
+        "loss": "first_loss",
+        "failed": "reason",
+    }
+    formatted = []
+    for row in rows:
+        texts: dict[str, str] = {}
+        if "error" in row:
+            texts["reason"] = row["error"].splitlines()[0]
+        else:
+            texts["min_max"] = f"{row['tokens_per_s_min']:,.0f} - {row['tokens_per_s_max']:,.0f}"
+        if row.get("change_pct") is not None:
+            texts["change"] = f"{row['change_pct']:+.1f}"
+        formatted.append(row | texts)
+    return _without_empty_columns({title: [row.get(key) for row in formatted] for title, key in columns.items()})

@@ -1,7 +1,4 @@
-"""wandb's page for the runs of this project, defined in code: the sections and charts of `catalog`.
-
-Called by `dashboard`; needs an account. Its definition does not.
-"""
+"""A wandb workspace with the sections and charts of `metric_registry`. Only saving it needs an account."""
 
 from __future__ import annotations
 
@@ -24,27 +21,27 @@ def create(path: str) -> str:
     """Make the workspace in ENTITY/PROJECT and return its address.
 
     Raises:
-        ConfigError: without a login, and where wandb does not take it.
+        ConfigError: without a login, or if wandb refuses the login or the workspace.
     """
     if not re.fullmatch(r"[^/\s]+/[^/\s]+", path):
-        raise ConfigError(f"--wandb {path} is no project of wandb's: use --wandb ENTITY/PROJECT")
-    with contextlib.redirect_stderr(io.StringIO()):  # wandb's own advice takes several lines
+        raise ConfigError(f"--wandb {path} is not a wandb project: use --wandb ENTITY/PROJECT")
+    with contextlib.redirect_stderr(io.StringIO()):  # wandb prints several lines of advice
         try:
             has_login = wandb.login(prompt=False)
         except wandb.Error as error:
             raise ConfigError(
-                f"wandb did not take the login ({error}): check the network, or type wandb login --relogin"
+                f"wandb refused the login ({error}): check the network, or type wandb login --relogin"
             ) from None
     if not has_login:
         raise ConfigError("there is no wandb login: type wandb login, or set WANDB_API_KEY")
     try:
         return define(*path.split("/")).save().url
     except (wandb.Error, ValueError, OSError) as error:
-        raise ConfigError(f"wandb made no workspace in {path} ({error}): check the names and the network") from None
+        raise ConfigError(f"wandb refused a workspace in {path} ({error}): check the names and the network") from None
 
 
 def define(entity: str, project: str) -> ws.Workspace:
-    """The workspace, not saved yet."""
+    """The workspace, before it is saved."""
     return ws.Workspace(
         entity=entity,
         project=project,
@@ -55,9 +52,9 @@ def define(entity: str, project: str) -> ws.Workspace:
 
 def _panels(section: str) -> list[PanelTypes]:
     panels: list[PanelTypes] = [_line(metric) for metric in METRICS if metric.section == section]
-    own = [metric for metric in SUMMARY_METRICS if metric.section == section]
-    for title, unit in (("where the time of a step goes", "%"), ("exposed communication per step", "ms")):
-        names = [name for metric in own if metric.unit == unit for name in metric.logged_names]
+    summary = [metric for metric in SUMMARY_METRICS if metric.section == section]
+    for title, unit in (("time of a step by part", "%"), ("exposed communication per step", "ms")):
+        names = [name for metric in summary if metric.unit == unit for name in metric.logged_names]
         if names:
             panels.append(wr.BarPlot(title=f"{title} ({unit})", metrics=[*names]))
     return panels

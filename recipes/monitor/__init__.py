@@ -1,4 +1,4 @@
-"""Numbers about a run: step times, metrics, time breakdown, profiles, and the reporter that shows them.
+"""Numbers about a run: step times, metrics, time breakdown, profiles, and the reporter that logs them.
 
-May import recipes.checkpoint and the folders below it.
+May import recipes.checkpoint and the layers below it (pyproject.toml).
 """

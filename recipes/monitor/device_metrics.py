@@ -1,4 +1,4 @@
-"""Numbers about a run: throughput, step times, memory. No printing (`report`), no communication."""
+"""Step times and memory of this rank's device. No communication, no printing."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from ring_attention.transport import symmetric_buffer_bytes
 
 
 class StepClock:
-    """Durations of steps without making the host wait for the device: events on CUDA, the wall clock on the CPU."""
+    """Durations of steps: CUDA events on a GPU, so that the host need not wait; the wall clock on the CPU."""
 
     def __init__(self) -> None:
         self._spans: list[tuple[Any, Any]] = []
         self.restart()
 
     def restart(self) -> None:
-        """A step starts here; what passed since the last tick (a validation, say) belongs to none."""
+        """Start a step now. The time since the last tick counts for no step."""
         self._start = timestamp()
 
     def tick(self) -> None:
-        """A step ends here, and the next one starts."""
+        """End a step and start the next one."""
         end = timestamp()
         self._spans.append((self._start, end))
         self._start = end
 
     def take(self) -> list[float]:
-        """Seconds of each step since the last call; waits for the device."""
+        """Seconds of each step since the last call. Waits for the device."""
         spans, self._spans = self._spans, []
         return durations_s(spans)
 
 
 def timestamp() -> Any:
-    """Now: an event in the current stream on CUDA, the wall clock on the CPU."""
+    """Now: an event in the current CUDA stream, or the wall clock on the CPU."""
     if not torch.cuda.is_available():
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -48,7 +48,7 @@ def timestamp() -> Any:
 
 
 def durations_s(spans: list[tuple[Any, Any]]) -> list[float]:
-    """Seconds from each first `timestamp` to its second; waits for the device."""
+    """Seconds between the two timestamps of each span. Waits for the device."""
     if not torch.cuda.is_available():
         return [stop - start for start, stop in spans]
     torch.cuda.synchronize()
@@ -56,19 +56,19 @@ def durations_s(spans: list[tuple[Any, Any]]) -> list[float]:
 
 
 def perplexity(loss: float) -> float:
-    """Of a mean loss in nats per token: how many tokens one would have to guess among."""
-    return math.inf if loss > 700 else math.exp(loss)  # a float holds no more
+    """exp of a mean loss in nats per token; infinity where a float overflows."""
+    return math.inf if loss > 700 else math.exp(loss)
 
 
 def percentile(values: list[float], percent: int) -> float:
-    """By linear interpolation between the values."""
+    """With linear interpolation between the values."""
     if len(values) == 1:
         return values[0]
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
 
 
 def reset_peak_memory() -> None:
-    """Free what nobody holds; what `peak_memory_gib` says on a GPU is then of what comes from here on."""
+    """Release cached GPU memory and start a new measurement of its peak."""
     if torch.cuda.is_available():
         gc.collect()
         torch.cuda.empty_cache()
@@ -76,7 +76,7 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory_gib() -> float:
-    """This rank's peak so far: what it reserved on a GPU, symmetric_buffers too; on the CPU the process's resident set."""
+    """This rank's peak: reserved GPU memory and symmetric buffers, or the resident set of the process on the CPU."""
     if torch.cuda.is_available():
         return (torch.cuda.max_memory_reserved() + symmetric_buffer_bytes()) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
@@ -84,18 +84,18 @@ def peak_memory_gib() -> float:
 
 
 def peak_memory_in_use_gib() -> float:
-    """This rank's peak without what the allocator's cache held besides, symmetric_buffers too; on the CPU `peak_memory_gib`."""
+    """Like `peak_memory_gib`, without memory that the allocator only caches."""
     if torch.cuda.is_available():
         return (torch.cuda.max_memory_allocated() + symmetric_buffer_bytes()) / 2**30
     return peak_memory_gib()
 
 
 def allocator_stats() -> dict[str, float]:
-    """Of this rank's GPU: the peak of memory in use, and how often its cache had to be freed. Nothing on the CPU."""
+    """Peak of memory in use, and how often the allocator had to free its cache. Empty on the CPU."""
     if not torch.cuda.is_available():
         return {}
-    of_cuda = torch.cuda.memory_stats()
+    stats = torch.cuda.memory_stats()
     return {
-        "peak_active_memory_gib": of_cuda["active_bytes.all.peak"] / 2**30,
-        "allocation_retries": of_cuda["num_alloc_retries"],
+        "peak_active_memory_gib": stats["active_bytes.all.peak"] / 2**30,
+        "allocation_retries": stats["num_alloc_retries"],
     }

@@ -1,7 +1,6 @@
-"""Every number that a run logs: its name, its unit, and where pages show it. Imports nothing slow: pages start at once.
+"""Every number that a run logs: its name, unit and section. Imports nothing slow, so that the dashboard starts at once.
 
-docs/metrics.md has the formulas. Tests hold that page, this table and what a run logs together. Used by `runs` and
-`page` (the dashboard without an account) and `workspace` (wandb's).
+docs/metrics.md has the formulas. Tests keep this table, that page and what a run logs consistent.
 """
 
 from __future__ import annotations
@@ -14,14 +13,14 @@ PARTS = ("attention", "merge", "exchange", "gemm", "optimizer", "data", "other",
 
 @dataclass(frozen=True)
 class Metric:
-    """One number over the steps of a run.
+    """One number of a run.
 
     Args:
-        name: as logged, behind "PREFIX/".
-        section: where it is shown; "" is nowhere, for what is an axis or says something only while a run is under way.
-        prefixes: who logs it.
-        only: what it takes to be logged; "" is nothing.
-        log_scale: whether it spans decades.
+        name: as logged, after "PREFIX/".
+        section: of the dashboard; "" for metrics that have no chart.
+        prefixes: of the recipes and phases that log it.
+        requires: the condition under which it is logged; "" for always.
+        log_scale: whether its chart has a logarithmic axis.
     """
 
     name: str
@@ -29,7 +28,7 @@ class Metric:
     unit: str
     section: str
     prefixes: tuple[str, ...] = ("train", "forward")
-    only: str = ""
+    requires: str = ""
     log_scale: bool = False
 
     @property
@@ -38,55 +37,55 @@ class Metric:
 
     @property
     def label(self) -> str:
-        """Of an axis."""
+        """The title with its unit."""
         return f"{self.title} ({self.unit})" if self.unit else self.title
 
 
-TRAINS, TRAINS_AND_VALIDATES = ("train",), ("train", "validation")
+TRAIN, TRAIN_AND_VALIDATION = ("train",), ("train", "validation")
 
+# Logged over steps. Charts have this order.
 METRICS = (
     Metric("tokens_per_s", "throughput, all ranks", "tokens/s", "Throughput"),
     Metric("tokens_per_s_per_rank", "throughput per rank", "tokens/s", "Throughput"),
     Metric("tpot_ms", "TPOT: step time / length", "ms", "Throughput", log_scale=True),
-    Metric("model_tflops_per_rank", "model operations per rank", "TFLOP/s", "Throughput"),
-    Metric("mfu_pct", "model FLOP utilisation", "%", "Throughput", only="a GPU whose peak is known"),
+    Metric("model_tflops_per_rank", "model FLOP/s per rank", "TFLOP/s", "Throughput"),
+    Metric("mfu_pct", "model FLOP utilization", "%", "Throughput", requires="a GPU whose peak is known"),
     Metric("step_time_p50_s", "step time, median", "s", "Throughput", log_scale=True),
     Metric("step_time_p95_s", "step time, 95th percentile", "s", "Throughput", log_scale=True),
-    Metric("step_time_max_s", "step time, slowest", "s", "Throughput", log_scale=True),
+    Metric("step_time_max_s", "step time, maximum", "s", "Throughput", log_scale=True),
     Metric("data_wait_ms", "wait for data per step", "ms", "Throughput"),
     Metric("loss", "loss", "nats/token", "Learning", ("train", "validation", "forward")),
-    Metric("perplexity", "perplexity", "", "Learning", TRAINS_AND_VALIDATES, log_scale=True),
-    Metric("grad_norm", "gradient norm before clipping", "", "Learning", TRAINS, log_scale=True),
-    Metric("learning_rate", "learning rate", "", "Learning", TRAINS),
-    Metric("loss_scale", "loss scale", "", "Learning", TRAINS, only="fp16", log_scale=True),
-    Metric("skipped_steps", "skipped steps so far", "steps", "Learning", TRAINS, only="fp16"),
-    Metric("peak_memory_gib", "peak memory, most of all ranks", "GiB", "Memory"),
-    Metric("peak_active_memory_gib", "peak active memory, most of all ranks", "GiB", "Memory", only="a GPU"),
-    Metric("allocation_retries", "allocation retries so far", "retries", "Memory", only="a GPU"),
-    Metric("exchange_wait_max_ms", "wait for the ring, longest of all ranks", "ms", "Communication", only="a ring"),
-    Metric("exchange_wait_min_ms", "wait for the ring, shortest of all ranks", "ms", "Communication", only="a ring"),
+    Metric("perplexity", "perplexity", "", "Learning", TRAIN_AND_VALIDATION, log_scale=True),
+    Metric("grad_norm", "gradient norm before clipping", "", "Learning", TRAIN, log_scale=True),
+    Metric("learning_rate", "learning rate", "", "Learning", TRAIN),
+    Metric("loss_scale", "loss scale", "", "Learning", TRAIN, requires="fp16", log_scale=True),
+    Metric("skipped_steps", "skipped steps, total", "steps", "Learning", TRAIN, requires="fp16"),
+    Metric("peak_memory_gib", "peak memory, maximum over ranks", "GiB", "Memory"),
+    Metric("peak_active_memory_gib", "peak active memory, maximum over ranks", "GiB", "Memory", requires="a GPU"),
+    Metric("allocation_retries", "allocation retries, total", "retries", "Memory", requires="a GPU"),
+    Metric("exchange_wait_max_ms", "wait for the ring, maximum over ranks", "ms", "Communication", requires="a ring"),
+    Metric("exchange_wait_min_ms", "wait for the ring, minimum over ranks", "ms", "Communication", requires="a ring"),
     Metric("rank_spread_ms", "step time, slowest minus fastest rank", "ms", "Communication", log_scale=True),
-    Metric("tokens_seen", "tokens seen", "tokens", "", TRAINS),
-    Metric("data_cursor", "position in the corpus", "tokens", "", TRAINS),
-    Metric("eta_s", "time left", "s", ""),
+    Metric("tokens_seen", "tokens seen", "tokens", "", TRAIN),
+    Metric("data_cursor", "position in the corpus", "tokens", "", TRAIN),
+    Metric("eta_s", "remaining time", "s", ""),
     Metric("step", "step", "", "", ("",)),
     Metric("elapsed_s", "time since the start", "s", "", ("",)),
 )
-"""Over steps; charts stand in this order."""
 
+# Written once, at the end of a run: RUN_DIR/summary.json.
 SUMMARY_METRICS = (
-    Metric("validation_loss", "validation loss at the end", "nats/token", "", ("",), only="recipe=pretrain"),
+    Metric("validation_loss", "final validation loss", "nats/token", "", ("",), requires="recipe=pretrain"),
     Metric("tokens_per_s", "median throughput, all ranks", "tokens/s", "", ("",)),
     Metric("tokens_per_s_per_rank", "median throughput per rank", "tokens/s", "", ("",)),
     Metric("tpot_ms", "median TPOT", "ms", "", ("",)),
-    Metric("model_tflops_per_rank", "median model operations per rank", "TFLOP/s", "", ("",)),
-    Metric("mfu_pct", "median model FLOP utilisation", "%", "", ("",), only="a GPU whose peak is known"),
+    Metric("model_tflops_per_rank", "median model FLOP/s per rank", "TFLOP/s", "", ("",)),
+    Metric("mfu_pct", "median model FLOP utilization", "%", "", ("",), requires="a GPU whose peak is known"),
     *(Metric(f"{part}_pct", f"time of a step: {part}", "%", "Communication", ("parts",)) for part in PARTS),
     Metric("exposed_communication_ms", "exposed communication per step", "ms", "Communication", ("parts",)),
 )
-"""Once, at the end: summary.json."""
 
 
 def minutes(seconds: float) -> str:
-    """Such as 1:05."""
+    """65 -> "1:05"."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

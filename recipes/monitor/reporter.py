@@ -1,4 +1,4 @@
-"""What people see and keep of a run: lines on the console, JSON lines in a file, and wandb. Rank 0 only."""
+"""The logs of a run: lines on the console, metrics.jsonl, summary.json and wandb. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -21,79 +21,74 @@ from recipes.monitor.metric_registry import minutes
 from recipes.planning.plan import Plan
 from recipes.planning.throughput import Throughput
 from recipes.run.errors import Preempted
-from recipes.run.run_dir import METRICS_FILE, SUMMARY_FILE
+from recipes.run.run_dir import METRICS_FILE, SUMMARY_FILE, replace_file
 
 
 def start_wandb(
     logging: LoggingConfig, run_dir: Path, config: dict[str, Any], say: Callable[[str], None], run_id: str | None = None
 ) -> Any:
-    """A wandb run in `run_dir`, online or offline as `logging.wandb` says; `say` tells people of a forced choice.
+    """A wandb run in `run_dir`. logging.wandb=auto is online with a login and offline without a login or a server.
 
     Args:
-        run_id: of an earlier one to go on with.
+        say: prints a line for people.
+        run_id: of the wandb run to resume.
     """
-    import wandb  # takes a second, which an error before any run shall not wait for
+    import wandb  # takes a second, which errors before the run should not wait for
 
-    mode = logging.wandb
-    if mode == "auto":
-        mode = os.environ.get("WANDB_MODE", "")
-    if not mode:
-        try:
-            mode = "online" if wandb.login(prompt=False) else "offline"
-            return _init_wandb(logging, run_dir, config, mode, run_id)
-        except wandb.Error as error:  # a cluster without internet must not cost the run
-            say(f"wandb: offline, for its server cannot be reached or did not take the login ({error})")
-            mode = "offline"
-    return _init_wandb(logging, run_dir, config, mode, run_id)
+    def init(mode: str) -> Any:
+        return wandb.init(
+            project=logging.project,
+            group=logging.group,
+            tags=logging.tags,
+            mode=mode,  # pyright: ignore[reportArgumentType]
+            dir=run_dir,
+            name=run_dir.name,
+            config=config,
+            id=run_id,
+            resume="allow" if run_id else None,  # offline, each start has its own folder; wandb joins them by the id
+            settings=wandb.Settings(silent=True, console="off"),
+        )
 
-
-def _init_wandb(logging: LoggingConfig, run_dir: Path, config: dict[str, Any], mode: str, run_id: str | None) -> Any:
-    import wandb
-
-    return wandb.init(
-        project=logging.project,
-        group=logging.group,
-        tags=logging.tags,
-        mode=mode,  # pyright: ignore[reportArgumentType]
-        dir=run_dir,
-        name=run_dir.name,
-        config=config,
-        id=run_id,
-        resume="allow" if run_id else None,  # offline, each start has a folder; wandb joins them by the id
-        settings=wandb.Settings(silent=True, console="off"),
-    )
+    mode = os.environ.get("WANDB_MODE", "") if logging.wandb == "auto" else logging.wandb
+    if mode:
+        return init(mode)
+    try:
+        return init("online" if wandb.login(prompt=False) else "offline")
+    except wandb.Error as error:  # a cluster without internet must not cost the run
+        say(f"wandb: offline, because its server cannot be reached or refused the login ({error})")
+        return init("offline")
 
 
 def wandb_hints(run: Any) -> list[str]:
     """Commands that show a wandb run."""
     if run.settings.mode == "offline":
         folder = Path(run.dir).parent
-        of_this_run = sorted(str(path) for path in folder.parent.glob(f"offline-run-*-{run.id}"))
+        starts = sorted(str(path) for path in folder.parent.glob(f"offline-run-*-{run.id}"))
         return [
-            f"look at it here:       wandb leet {shlex.quote(str(folder))}",
-            f"send it to wandb:      wandb sync {shlex.join(of_this_run)}",
+            f"view in the terminal:  wandb leet {shlex.quote(str(folder))}",
+            f"upload to wandb:       wandb sync {shlex.join(starts)}",
         ]
-    return [f"look at it:            {run.url}"] if run.settings.mode == "online" else []
+    return [f"view online:           {run.url}"] if run.settings.mode == "online" else []
 
 
 class Reporter:
-    """Use as a context manager; ends the wandb run as failed if the block raises.
+    """A context manager. If its block raises, the wandb run ends as failed.
 
     Args:
-        console: where lines for people go; a progress bar is drawn only if it is a terminal.
-        resumed: the checkpoint that the run goes on from.
+        console: for lines for people. The progress bar is drawn only on a terminal.
+        resumed: the checkpoint that the run resumes from.
     """
 
     def __init__(self, plan: Plan, run_dir: Path, console: TextIO, resumed: Manifest | None = None) -> None:
         self._plan, self._config, self._run_dir, self._console = plan, plan.config, run_dir, console
         self._resumed = resumed
         self._started = time.perf_counter() - (resumed.elapsed_s if resumed else 0.0)
-        self._conclusions: dict[str, float | None] = {}
+        self._summary: dict[str, float | None] = {}
 
     def __enter__(self) -> Reporter:
         path = self._run_dir / METRICS_FILE
         if path.exists() and path.stat().st_size:
-            self._begin_behind(path)
+            self._keep_earlier_rows(path)
         self._file = path.open("a", encoding="utf-8")
         self._wandb = start_wandb(
             self._config.logging,
@@ -116,14 +111,15 @@ class Reporter:
         )
         return self
 
-    def _begin_behind(self, path: Path) -> None:
-        """Go on with an earlier run's rows, up to the checkpoint; without one keep them apart from what comes."""
+    def _keep_earlier_rows(self, path: Path) -> None:
+        """A resumed run appends to the rows up to its checkpoint. Any other run moves earlier rows to a file apart."""
         if self._resumed:
             drop_rows_after(path, self._resumed.step)
             return
-        aside = next(p for n in itertools.count(1) if not (p := path.with_name(f"metrics.earlier-{n}.jsonl")).exists())
-        path.rename(aside)
-        self.say(f"an earlier run here left no checkpoint to go on from; its {METRICS_FILE} is {aside.name} now")
+        names = (path.with_name(f"metrics.earlier-{number}.jsonl") for number in itertools.count(1))
+        earlier = next(name for name in names if not name.exists())
+        path.rename(earlier)
+        self.say(f"an earlier run here left no checkpoint to resume from: its {METRICS_FILE} is now {earlier.name}")
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._bar.close()
@@ -134,7 +130,7 @@ class Reporter:
 
     @property
     def elapsed_s(self) -> float:
-        """Since the start, the time between an interruption and its checkpoint left out."""
+        """Since the start. Excludes interruptions, and steps that an interruption lost."""
         return round(time.perf_counter() - self._started, 3)
 
     @property
@@ -142,7 +138,7 @@ class Reporter:
         return self._wandb.id
 
     def say(self, *lines: str) -> None:
-        """Lines for people, now."""
+        """Print lines for people."""
         for line in lines:
             if self._console.isatty():
                 tqdm.write(line, file=self._console)
@@ -150,31 +146,26 @@ class Reporter:
                 print(line, file=self._console, flush=True)
 
     def advance(self) -> None:
-        """One step is done."""
+        """Count one finished step."""
         self._bar.update()
 
     def log(self, step: int, metrics: dict[str, float | None]) -> None:
-        """The numbers of one step to the file and to wandb, in one call each; None is left out."""
+        """Write the metrics of a step to the file and to wandb, without those that are None."""
         known = {"step": step, **{name: value for name, value in metrics.items() if value is not None}}
-        # a loss that is no number is null: JSON has neither nan nor infinity
-        line = {name: value if math.isfinite(value) else None for name, value in known.items()}
-        line["elapsed_s"] = self.elapsed_s
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()  # a crash loses nothing
+        row = {name: _json_number(value) for name, value in known.items()} | {"elapsed_s": self.elapsed_s}
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()  # a crash loses no row
         self._wandb.log(known)
 
-    def write_summary(self, numbers: dict[str, float | None]) -> None:
-        """Numbers of the run as a whole: to RUN_DIR/summary.json, beside earlier ones, and to wandb's summary."""
-        known = {name: value for name, value in numbers.items() if value is not None}
-        self._conclusions |= {name: value if math.isfinite(value) else None for name, value in known.items()}
-        path = self._run_dir / SUMMARY_FILE
-        new = path.with_suffix(".new")  # whole or not at all: a sweep takes the file for the end of the run
-        new.write_text(json.dumps(self._conclusions, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        new.replace(path)
+    def write_summary(self, metrics: dict[str, float | None]) -> None:
+        """Add metrics of the whole run to RUN_DIR/summary.json and to wandb's summary."""
+        known = {name: value for name, value in metrics.items() if value is not None}
+        self._summary |= {name: _json_number(value) for name, value in known.items()}
+        replace_file(self._run_dir / SUMMARY_FILE, json.dumps(self._summary, indent=1, allow_nan=False) + "\n")
         self._wandb.summary.update(known)
 
     def step_line(self, step: int, metrics: dict[str, float | None]) -> str:
-        """The console's line of a logged step; the keys are those of the recipes, after their prefix."""
+        """The console line of a logged step."""
         value = {name.rpartition("/")[2]: number for name, number in metrics.items()}
         mfu = "n/a" if value["mfu_pct"] is None else f"{value['mfu_pct']:.1f}%"
         digits = len(str(self._config.num_steps))
@@ -194,7 +185,7 @@ class Reporter:
         )
 
     def summary(self, throughput: Throughput) -> list[str]:
-        """The last lines of a run: its throughput, and how to look at it."""
+        """The last lines of a run: its throughput, and commands that show its results."""
         mfu = "" if throughput.mfu_pct is None else f", MFU {throughput.mfu_pct:.1f} %"
         return [
             f"median throughput: {throughput.tokens_per_s:,.0f} tok/s, "
@@ -204,30 +195,33 @@ class Reporter:
         ]
 
     def view_hints(self) -> list[str]:
-        """Commands that show the run that just ended."""
+        """Where the results of the run are, and commands that show them."""
         lines = [
-            f"metrics as JSON lines: {self._run_dir / METRICS_FILE}",
-            f"as a page of plots:    python -m recipes.dashboard {shlex.quote(str(self._run_dir))}",
+            f"metrics (JSON lines):  {self._run_dir / METRICS_FILE}",
+            f"dashboard:             python -m recipes.dashboard {shlex.quote(str(self._run_dir))}",
         ]
         if self._config.profile:
             lines.append(f"traces for Perfetto:   {self._run_dir / 'profile'}")
         if self._config.memory_snapshot:
-            where = self._run_dir / "profile" if self._plan.device_type == "cuda" else "none, which is for GPUs"
+            where = self._run_dir / "profile" if self._plan.device_type == "cuda" else "none, they need a GPU"
             lines.append(f"memory snapshots:      {where}")
         lines += wandb_hints(self._wandb)
         return lines
 
 
+def _json_number(value: float) -> float | None:
+    """None for nan and infinity, which JSON does not have."""
+    return value if math.isfinite(value) else None
+
+
 def drop_rows_after(path: Path, step: int) -> None:
-    """Of a metrics file, those of later steps and a last line that was cut off: they come again."""
-    kept = []
+    """Remove the rows of later steps from a metrics file, and a truncated last row. They will be logged again."""
+    rows = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
-            break  # a crash cut it off; what follows would be of a later start
+            break  # truncated by a crash
         if row["step"] <= step:
-            kept.append(line)
-    new = path.with_suffix(".new")
-    new.write_text("".join(kept), encoding="utf-8")
-    new.replace(path)
+            rows.append(line)
+    replace_file(path, "".join(rows))

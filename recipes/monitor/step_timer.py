@@ -1,7 +1,6 @@
-"""What a recipe's steps take and what they wait for, from one log to the next.
+"""The times of a recipe's steps, and what steps wait for, from one log to the next.
 
-Between `metrics`, which measures on one rank, and the recipes. Nothing here makes the host wait for the device but
-`StepTimer.take`, and all that goes over the ranks then is one small collective.
+Only `StepTimer.take` makes the host wait for the device, and it needs one small collective.
 """
 
 from __future__ import annotations
@@ -17,25 +16,25 @@ from recipes.monitor.device_metrics import StepClock, percentile
 from recipes.planning.throughput import Throughput
 from ring_attention.trace import observed_range, profiler_range
 
-Extremes = Callable[[dict[str, float]], dict[str, tuple[float, float]]]  # `engine.extremes_over_ranks`
+Extremes = Callable[[dict[str, float]], dict[str, tuple[float, float]]]  # see the engine's extremes_over_ranks
 
 
 class StepTimer:
-    """Used in turns: `data` around fetching a batch, `step` around working on it, and where a step is logged, `take`.
+    """For each step call `data` around fetching the batch and `step` around its work; for a logged one then `take`.
 
     Args:
-        has_ring: whether ranks pass keys and values on, so that there is something to wait for.
+        has_ring: whether ranks pass keys and values around a ring, so that they may wait for messages.
     """
 
     def __init__(self, has_ring: bool) -> None:
         self._has_ring = has_ring
         self._clock = StepClock()
         self._data_wait_s = 0.0
-        self._waits: list[Any] = []  # marks: where a wait for the ring begins, where it ends, and so on
+        self._ring_waits: list[Any] = []  # timestamps: start and end of each wait, alternating
 
     @contextlib.contextmanager
     def data(self) -> Iterator[None]:
-        """Around what makes the batch of the next step."""
+        """Around fetching the batch of the next step."""
         started = time.perf_counter()
         with profiler_range("data"):
             yield
@@ -43,9 +42,9 @@ class StepTimer:
 
     @contextlib.contextmanager
     def step(self, is_logged: bool) -> Iterator[None]:
-        """Around a step; the waits for the ring of one that is logged are measured."""
+        """Around a step. Waits for the ring are measured if it is logged."""
         with (
-            observed_range("exchange wait", lambda: self._waits.append(device_metrics.timestamp()))
+            observed_range("exchange wait", lambda: self._ring_waits.append(device_metrics.timestamp()))
             if is_logged and self._has_ring
             else contextlib.nullcontext()
         ):
@@ -53,35 +52,36 @@ class StepTimer:
         self._clock.tick()
 
     def restart(self) -> None:
-        """The next step starts here: what passed since the last one, a validation say, belongs to none."""
+        """Start the next step now, so that a validation since the last one counts for no step."""
         self._clock.restart()
 
     def take(self, extremes_over_ranks: Extremes) -> tuple[list[float], dict[str, float]]:
-        """(seconds of each step on this rank, numbers for logs) since the last call. Every rank must call it.
+        """The steps since the last call. Waits for the device. All ranks must call it.
 
-        Waits for the device. The numbers are of all ranks.
+        Returns:
+            The seconds of each step on this rank, and metrics over all ranks.
         """
         times_s = self._clock.take()
-        own = {
+        local = {
             "step_time_ms": 1e3 * statistics.mean(times_s),
             "data_wait_ms": 1e3 * self._data_wait_s / len(times_s),
             "peak_memory_gib": device_metrics.peak_memory_gib(),
             **device_metrics.allocator_stats(),
         }
         if self._has_ring:
-            waits = zip(self._waits[::2], self._waits[1::2], strict=True)
-            own["exchange_wait_ms"] = 1e3 * sum(device_metrics.durations_s(list(waits)))
-        self._data_wait_s, self._waits = 0.0, []
-        extremes = extremes_over_ranks(own)
+            waits = zip(self._ring_waits[::2], self._ring_waits[1::2], strict=True)
+            local["exchange_wait_ms"] = 1e3 * sum(device_metrics.durations_s(list(waits)))
+        self._data_wait_s, self._ring_waits = 0.0, []
+        extremes = extremes_over_ranks(local)
         fastest_ms, slowest_ms = extremes.pop("step_time_ms")
-        numbers = {"rank_spread_ms": slowest_ms - fastest_ms}
+        metrics = {"rank_spread_ms": slowest_ms - fastest_ms}
         if self._has_ring:
-            numbers["exchange_wait_min_ms"], numbers["exchange_wait_max_ms"] = extremes.pop("exchange_wait_ms")
-        return times_s, numbers | {name: largest for name, (_, largest) in extremes.items()}
+            metrics["exchange_wait_min_ms"], metrics["exchange_wait_max_ms"] = extremes.pop("exchange_wait_ms")
+        return times_s, metrics | {name: largest for name, (_, largest) in extremes.items()}
 
 
 def speed_metrics(throughput: Throughput, times_s: list[float], num_steps_left: int) -> dict[str, float | None]:
-    """Throughput and times of the steps since the last log, for logs."""
+    """Throughput and step times since the last log."""
     return {
         **throughput.numbers,
         "step_time_p50_s": percentile(times_s, 50),
@@ -91,6 +91,6 @@ def speed_metrics(throughput: Throughput, times_s: list[float], num_steps_left: 
     }
 
 
-def with_prefix(prefix: str, numbers: dict[str, float | None]) -> dict[str, float | None]:
-    """The numbers as PREFIX/NAME, which is how logs have them."""
-    return {f"{prefix}/{name}": number for name, number in numbers.items()}
+def with_prefix(prefix: str, metrics: dict[str, float | None]) -> dict[str, float | None]:
+    """The metrics with their logged names, PREFIX/NAME."""
+    return {f"{prefix}/{name}": value for name, value in metrics.items()}

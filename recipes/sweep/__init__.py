@@ -1,4 +1,4 @@
-"""Hyperparameter sweeps: trials, the search space, and the report.
+"""Sweeps: trials that Optuna chooses, the search space, and the report.
 
-May import recipes.run and recipes.monitor.metric_registry.
+May import recipes.monitor, recipes.run and conf.
 """

@@ -1,11 +1,10 @@
-"""A sweep: many runs, called trials, of which Optuna chooses the settings, and what became of each.
+"""A sweep: many runs, called trials, with settings that Optuna chooses.
 
-Optuna's journal in the sweep's folder is the memory: a trial is in it from its start. The same command with
-hydra.sweep.dir of an earlier sweep runs what that one lacks: trials that were interrupted, again, and those that never
-began. A trial has ended well if its RUN_DIR/summary.json has the objective; any other end is a failure of that trial.
+Optuna's journal in the sweep's folder records every trial from its start. The same command with hydra.sweep.dir of an
+earlier sweep runs what is missing: interrupted trials again, and trials that never started. A trial succeeds if its
+RUN_DIR/summary.json has the objective. Any other end is a failure of that trial, not of the sweep.
 
-Above it is `hydra_plugins.trials`, which launches a trial's job; `search_space` reads what is typed, `trial_report`
-makes the table, the files and the figure.
+`hydra_plugins.trials` calls this and launches the jobs.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import NamedTuple
 
 import optuna
 from filelock import FileLock, Timeout
@@ -33,75 +32,75 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import Trial, TrialState
 
 from conf.compose import describe_error
-from conf.schema import OBJECTIVES, ConfigError, SweepConfig
+from conf.schema import OBJECTIVES, ConfigError, SweepConfig, flatten
 from recipes.monitor.metric_registry import minutes
 from recipes.run.errors import RunFailed
 from recipes.run.run_dir import SUMMARY_FILE
+from recipes.run.text_table import text_table
 from recipes.sweep import report
-from recipes.sweep.search_space import SearchSpace, read_space, suggest
+from recipes.sweep.search_space import SearchSpace, read_space
 
 JOURNAL_FILE, LOCK_FILE = "sweep.journal", "sweep.lock"
-# fields that may differ when a sweep goes on: they change no trial's result
-FREE = ("logging.", "checkpoint.", "launch.timeout_s", "sweep.num_trials", "sweep.num_parallel", "breakdown")
+# prefixes of fields that change no trial's result: they may differ when a sweep is resumed
+RESUME_SAFE = ("logging.", "checkpoint.", "launch.timeout_s", "sweep.num_trials", "sweep.num_parallel", "breakdown")
+EXPECTED_ERRORS = (ConfigError, RunFailed, CompactHydraException)  # their messages are complete without a traceback
 
 RunTrial = Callable[[list[str], int], JobReturn]
 
 
-@dataclass(frozen=True)
-class Ended:
-    """A trial whose job is over, and the error of that job, if it had one."""
-
-    trial: Trial
-    duration_s: float
-    error: BaseException | None
-
-
 def run_sweep(
-    master: DictConfig,
+    composed: DictConfig,
     settings: SweepConfig,
     overrides: list[Override],
     check: Callable[[list[str]], None],
     run_trial: RunTrial,
 ) -> None:
-    """Run all trials that the sweep's folder lacks, then print the table and write RUN_DIR/sweep.{json,csv,png,svg}.
+    """Run all trials that the sweep's folder lacks, then print the table and write the files of `report`.
 
     Args:
-        master: Hydra's composition without what is swept.
-        overrides: what is swept, and what all trials have in common; the last of a field counts.
-        check: raises if a trial's overrides name what there is not.
-        run_trial: runs one with these overrides and this number, from 1.
+        composed: Hydra's composition without the swept fields.
+        overrides: the swept fields, and those that all trials have in common. The last override of a field counts.
+        check: raises if a trial's overrides name unknown fields or options.
+        run_trial: runs a trial with these overrides and this number, from 1.
 
     Raises:
-        ConfigError: before any trial, for a sweep that cannot run, or a folder that holds another one.
+        ConfigError: before any trial, for a sweep that cannot run or a folder that holds another sweep.
         RunFailed: if all trials failed.
     """
     space = read_space(overrides, settings.sampler)
     check(space.first_overrides())
-    recipes = OBJECTIVES[settings.objective][1]
-    if "recipe" not in space.swept and master.recipe not in recipes:
-        others = [name for name, (_, own) in OBJECTIVES.items() if master.recipe in own]
+    direction, recipes = OBJECTIVES[settings.objective]
+    if "recipe" not in space.swept and composed.recipe not in recipes:
+        others = [name for name, (_, own) in OBJECTIVES.items() if composed.recipe in own]
         advice = f"sweep.objective={others[0]}" if others else f"recipe={recipes[0]}"
-        raise ConfigError(f"recipe={master.recipe} has no {settings.objective} for a sweep to look for: use {advice}")
-    folder = Path(master.hydra.sweep.dir).absolute()
+        raise ConfigError(
+            f"recipe={composed.recipe} has no sweep.objective={settings.objective} to optimize: use {advice}"
+        )
+    folder = Path(composed.hydra.sweep.dir).absolute()
     combinations = space.num_combinations
-    takes_all = combinations is not None and (settings.sampler == "grid" or combinations <= settings.num_trials)
-    num_trials = combinations if takes_all and combinations else settings.num_trials
-    print(*_banner(settings, space, num_trials, takes_all), sep="\n", flush=True)
-    if master.explain:
+    is_exhaustive = combinations is not None and (settings.sampler == "grid" or combinations <= settings.num_trials)
+    num_trials = combinations if is_exhaustive and combinations else settings.num_trials
+    print(
+        f"sweep of {num_trials} trials, {'all combinations' if is_exhaustive else 'chosen by Optuna'}, "
+        f"to {direction} {settings.objective}",
+        *(f"  {line}" for line in text_table([[name, text] for name, text in space.texts.items()])),
+        sep="\n",
+        flush=True,
+    )
+    if composed.explain:
         return
-    goes_on = f"the same command with hydra.sweep.dir={shlex.quote(str(folder))} runs what is missing"
-    print(f"folder: {folder}\nshould it be interrupted: {goes_on}", flush=True)
+    resume_hint = f"to resume, repeat the command with hydra.sweep.dir={shlex.quote(str(folder))}"
+    print(f"folder: {folder}\nif interrupted: {resume_hint}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
-    with _only_one_here(folder):
-        study = _open_study(master, settings, space, folder, takes_all)
-        sweep = _Sweep(study, settings, space, num_trials, folder, run_trial)
+    with _locked(folder):
+        study = _open_study(composed, settings, space, folder, is_exhaustive)
         try:
-            sweep.run()
+            _Sweep(study, settings, space, num_trials, folder, run_trial).run()
         except (KeyboardInterrupt, SystemExit):
-            print(f"\ninterrupted: {goes_on}", flush=True)
+            print(f"\ninterrupted: {resume_hint}", flush=True)
             raise
         report.report(study, settings.objective, space, folder)
     if not any(trial.state == TrialState.COMPLETE for trial in study.trials):
@@ -110,8 +109,8 @@ def run_sweep(
 
 
 @contextlib.contextmanager
-def _only_one_here(folder: Path) -> Iterator[None]:
-    """Raises ConfigError if a sweep that still runs has the folder: each would take the other's trials for dead."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Raises ConfigError if another sweep runs in the folder: each would take the other's trials for interrupted."""
     try:
         with FileLock(folder / LOCK_FILE, blocking=False):
             yield
@@ -120,19 +119,22 @@ def _only_one_here(folder: Path) -> Iterator[None]:
 
 
 def _open_study(
-    master: DictConfig, settings: SweepConfig, space: SearchSpace, folder: Path, takes_all: bool
+    composed: DictConfig, settings: SweepConfig, space: SearchSpace, folder: Path, is_exhaustive: bool
 ) -> optuna.Study:
-    """The study in the folder, new or as it was left; with every combination in its queue if it `takes_all`.
+    """The folder's study, new or resumed. An exhaustive one has all combinations in its queue.
 
     Raises:
-        ConfigError: if it was made with other settings; says which.
+        ConfigError: if the study was created with other settings; names them.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder / JOURNAL_FILE)))
     study = optuna.create_study(
         study_name="sweep", storage=storage, direction=OBJECTIVES[settings.objective][0], load_if_exists=True
     )
-    now = _settings(master, space)
+    fields = OmegaConf.to_container(composed, resolve=False)
+    assert isinstance(fields, dict)
+    now = {name: value for name, value in flatten(fields).items() if not name.startswith(("hydra.", *RESUME_SAFE))}
+    now |= space.texts
     before = study.user_attrs.get("settings", now)
     differing = [
         f"{name} was {before.get(name, 'not set')} and is {now.get(name, 'not set')}"
@@ -142,195 +144,159 @@ def _open_study(
     if differing:
         raise ConfigError(f"{folder} holds another sweep: {'; '.join(differing)}: use another hydra.sweep.dir")
     study.set_user_attr("settings", now)
-    # a seed of its own for each start: the first trials after an interruption would repeat those before it
-    # trials that run side by side are kept apart
-    apart = settings.num_parallel > 1
-    study.sampler = optuna.samplers.TPESampler(seed=int(master.seed) + len(study.trials), constant_liar=apart)
-    if takes_all:
+    study.sampler = optuna.samplers.TPESampler(
+        seed=int(composed.seed) + len(study.trials),  # a resumed sweep must not repeat its first trials
+        constant_liar=settings.num_parallel > 1,  # keeps parallel trials apart
+    )
+    if is_exhaustive:
         for point in space.grid():
             study.enqueue_trial(point, skip_if_exists=True)
     return study
 
 
-def _settings(master: DictConfig, space: SearchSpace) -> dict[str, Any]:
-    """What makes a trial's result: each field by name, with its value or the values that it is swept over."""
-
-    def fields(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-        for name, value in node.items():
-            if isinstance(value, dict):
-                yield from fields(value, f"{prefix}{name}.")
-            else:
-                yield f"{prefix}{name}", value
-
-    composed = OmegaConf.to_container(master, resolve=False)
-    assert isinstance(composed, dict)
-    common = fields({str(name): node for name, node in composed.items() if name != "hydra"})
-    return {name: value for name, value in common if not name.startswith(FREE)} | space.texts
+class _FinishedJob(NamedTuple):
+    trial: Trial
+    duration_s: float
+    error: BaseException | None
 
 
-def _banner(settings: SweepConfig, space: SearchSpace, num_trials: int, takes_all: bool) -> list[str]:
-    wanted = {"minimize": "lowest", "maximize": "highest"}[OBJECTIVES[settings.objective][0]]
-    how = "every combination" if takes_all else "chosen by Optuna"
-    width = max(len(name) for name in space.texts)
-    return [
-        f"sweep of {num_trials} trials, {how}; the {wanted} {settings.objective} is the best",
-        *(f"  {name:<{width}}  {text}" for name, text in space.texts.items()),
-    ]
-
-
+@dataclass
 class _Sweep:
-    """The trials of a study, started and told; `run` is all there is to call."""
+    """Runs the trials of a study and records their results."""
 
-    def __init__(
-        self,
-        study: optuna.Study,
-        settings: SweepConfig,
-        space: SearchSpace,
-        num_trials: int,
-        folder: Path,
-        run_trial: RunTrial,
-    ) -> None:
-        self._study, self._settings, self._space = study, settings, space
-        self._num_trials, self._folder, self._run_trial = num_trials, folder, run_trial
+    study: optuna.Study
+    settings: SweepConfig
+    space: SearchSpace
+    num_trials: int
+    folder: Path
+    run_trial: RunTrial
 
     def run(self) -> None:
-        """Start trials, `num_parallel` at a time, and note the end of each, until none is missing."""
+        """Start trials, `num_parallel` at a time, and record the result of each, until none is missing."""
         if interrupted := self._interrupted():
-            print(f"going on: {', '.join(str(t.number + 1) for t in interrupted)} interrupted", flush=True)
+            print(f"resuming interrupted trials: {', '.join(str(t.number + 1) for t in interrupted)}", flush=True)
         pending = self._pending(interrupted)
-        ended: SimpleQueue[Ended] = SimpleQueue()
+        finished: SimpleQueue[_FinishedJob] = SimpleQueue()
         num_running = 0
         while True:
-            while num_running < self._settings.num_parallel and (trial := next(pending, None)) is not None:
-                self._start(trial, ended)
+            while num_running < self.settings.num_parallel and (trial := next(pending, None)) is not None:
+                self._start(trial, finished)
                 num_running += 1
             if not num_running:
                 return
-            self._note(ended.get())
+            self._finish(finished.get())
             num_running -= 1
 
-    def _interrupted(self) -> list[FrozenTrial]:
-        """Trials that began and have not ended; those whose job ended well while nobody watched are noted."""
-        left = []
-        for frozen in self._study.get_trials(states=[TrialState.RUNNING]):
-            numbers = self._read_summary(frozen.number)
-            if numbers.get(self._settings.objective) is not None:
-                self._tell(self._trial(frozen), numbers, None)
+    def _interrupted(self) -> list[Trial]:
+        """Trials that started and have no result. If a job succeeded after its sweep was killed, it gets its result."""
+        interrupted = []
+        for frozen in self.study.get_trials(states=[TrialState.RUNNING]):
+            trial = Trial(self.study, frozen._trial_id)  # continues with the settings that the journal has
+            summary = self._read_summary(trial)
+            if summary.get(self.settings.objective) is not None:
+                self._record(trial, summary, None)
             else:
-                left.append(frozen)
-        return left
+                interrupted.append(trial)
+        return interrupted
 
-    def _pending(self, interrupted: list[FrozenTrial]) -> Iterator[Trial]:
-        """What is to run; a new trial's settings are chosen only when its turn comes, from the results so far."""
-        yield from (self._trial(frozen) for frozen in interrupted)
-        while sum(trial.state != TrialState.WAITING for trial in self._study.trials) < self._num_trials:
-            yield self._study.ask()
+    def _pending(self, interrupted: list[Trial]) -> Iterator[Trial]:
+        """The trials to run. A new trial is created only when it can start, to learn from all results so far."""
+        yield from interrupted
+        while sum(trial.state != TrialState.WAITING for trial in self.study.trials) < self.num_trials:
+            yield self.study.ask()
 
-    def _trial(self, frozen: FrozenTrial) -> Trial:
-        """A trial of the journal, to go on with: what it was given stays, what it lacks is drawn."""
-        return Trial(self._study, frozen._trial_id)
-
-    def _start(self, trial: Trial, ended: SimpleQueue[Ended]) -> None:
-        values = {name: suggest(trial, name, swept) for name, swept in self._space.swept.items()}
-        self._put_aside(trial.number)
+    def _start(self, trial: Trial, finished: SimpleQueue[_FinishedJob]) -> None:
+        values = {name: trial._suggest(name, distribution) for name, distribution in self.space.swept.items()}
+        run_dir = self._run_dir(trial)
+        if run_dir.exists():  # of an interrupted attempt: a run would append to its files
+            names = (Path(f"{run_dir}.interrupted-{number}") for number in itertools.count(1))
+            run_dir.rename(next(name for name in names if not name.exists()))
         number = trial.number + 1
-        print(f"trial {number}/{self._num_trials} starts | {self._space.describe(values)}", flush=True)
-        overrides = [*self._space.overrides(values), f"hydra.sweep.subdir={number}"]
+        print(f"trial {number}/{self.num_trials} starts | {self.space.describe(values)}", flush=True)
+        overrides = [*self.space.overrides(values), f"hydra.sweep.subdir={number}"]
 
         def job() -> None:
             started = time.monotonic()
             error: BaseException | None = None
             try:
-                result = self._run_trial(overrides, number)
+                result = self.run_trial(overrides, number)
                 if result.status == JobStatus.FAILED:
-                    error = result._return_value  # return_value raises it, after writing to stderr
-            except Exception as raised:  # of composing it, or its job is lost: becomes the trial's reason
+                    error = result._return_value  # return_value would raise it, after writing to stderr
+            except Exception as raised:  # the configuration does not compose, or the job was lost
                 error = raised
-            ended.put(Ended(trial, time.monotonic() - started, error))
+            finished.put(_FinishedJob(trial, time.monotonic() - started, error))
 
-        if self._settings.num_parallel == 1:
-            job()  # ranks of our own are started from the main thread, which gets the signals
+        if self.settings.num_parallel == 1:
+            job()  # in the main thread, which gets the signals that end our ranks
         else:
-            threading.Thread(target=job, daemon=True).start()  # waits for a job elsewhere; Ctrl-C does not wait for it
+            threading.Thread(target=job, daemon=True).start()  # waits for a remote job; Ctrl-C does not wait for it
 
-    def _put_aside(self, index: int) -> None:
-        """A folder that an interrupted try has left: a run adds to the files that it finds."""
-        run_dir = self._run_dir(index)
-        if run_dir.exists():
-            tries = itertools.count(1)
-            run_dir.rename(next(p for n in tries if not (p := Path(f"{run_dir}.interrupted-{n}")).exists()))
-
-    def _note(self, ended: Ended) -> None:
-        trial, error = ended.trial, ended.error
-        trial.set_user_attr("duration_s", round(ended.duration_s, 1))
-        numbers = self._read_summary(trial.number)
-        self._tell(trial, numbers, error)
-        unexpected = not isinstance(error, (ConfigError, RunFailed, CompactHydraException, type(None)))
-        if unexpected:
+    def _finish(self, finished: _FinishedJob) -> None:
+        """Record the result of a trial and print its line."""
+        trial, duration_s, error = finished
+        trial.set_user_attr("duration_s", round(duration_s, 1))
+        self._record(trial, self._read_summary(trial), error)
+        if error is not None and not isinstance(error, EXPECTED_ERRORS):
             traceback.print_exception(error)
-        told = next(frozen for frozen in self._study.trials if frozen.number == trial.number)
-        print(*self._progress(told), sep=" | ", flush=True)
+        print(*self._progress(trial), sep=" | ", flush=True)
 
-    def _tell(self, trial: Trial, numbers: dict[str, float], error: BaseException | None) -> None:
-        """The trial's end to the journal, and all there is to the files that people read."""
-        for name, value in numbers.items():
+    def _record(self, trial: Trial, summary: dict[str, float], error: BaseException | None) -> None:
+        """Write the result of a trial to the journal and to the files of `report`."""
+        for name, value in summary.items():
             trial.set_user_attr(name, value)
-        objective = self._settings.objective
-        value = numbers.get(objective)
-        ended_well = value is not None and math.isfinite(value)
-        if error is None and not ended_well:
-            error = RunFailed(f"{objective} is not {'a finite number' if objective in numbers else 'measured'}")
-        if error is not None:  # of a run that ended well, too: something fell over afterwards
+        objective = self.settings.objective
+        value = summary.get(objective)
+        succeeded = value is not None and math.isfinite(value)
+        if error is None and not succeeded:
+            error = RunFailed(f"{objective} is not {'a finite number' if objective in summary else 'measured'}")
+        if error is not None:  # also of a run that failed after it had measured the objective
             trial.set_user_attr("error", one_line(error))
-        if "\n" in str(error):  # the plan of a run out of memory, say, and what to type
+        if "\n" in str(error):  # such as the memory plan of a run out of memory
             trial.set_user_attr("error_in_full", str(error))
-        self._study.tell(trial, value if ended_well else None, state=None if ended_well else TrialState.FAIL)
-        report.write_files(self._study, objective, self._space, self._folder)
+        self.study.tell(trial, value if succeeded else None, state=None if succeeded else TrialState.FAIL)
+        report.write_files(self.study, objective, self.space, self.folder)
 
-    def _progress(self, told: FrozenTrial) -> list[str]:
-        """The parts of the line of a trial that has ended."""
-        head = f"trial {told.number + 1}/{self._num_trials}"
-        finished = self._study.get_trials(states=[TrialState.COMPLETE, TrialState.FAIL])
-        complete = [trial for trial in finished if trial.state == TrialState.COMPLETE]
-        durations_s = [
-            trial.user_attrs["duration_s"] for trial in complete or finished if "duration_s" in trial.user_attrs
-        ]
-        left = math.ceil((self._num_trials - len(finished)) / self._settings.num_parallel)
-        left_s = left * statistics.mean(durations_s or [told.user_attrs["duration_s"]])
-        best = (
-            f"best {self._study.best_value:.6g} (trial {self._study.best_trial.number + 1})" if complete else "no best"
-        )
-        took = f"{told.user_attrs['duration_s']:.0f} s"
-        if told.state == TrialState.COMPLETE:
-            result = f"{head} done in {took} | {self._settings.objective} {told.value:.6g}"
-            if "tokens_per_s" in told.user_attrs and self._settings.objective != "tokens_per_s":
-                result += f" | {told.user_attrs['tokens_per_s']:,.0f} tok/s"
+    def _progress(self, trial: Trial) -> list[str]:
+        """The parts of the line that a finished trial prints."""
+        finished = self.study.get_trials(states=[TrialState.COMPLETE, TrialState.FAIL])
+        complete = [other for other in finished if other.state == TrialState.COMPLETE]
+        result = next(other for other in finished if other.number == trial.number)
+        head, duration = f"trial {trial.number + 1}/{self.num_trials}", f"{result.user_attrs['duration_s']:.0f} s"
+        if result.state == TrialState.COMPLETE:
+            parts = [f"{head} done in {duration}", f"{self.settings.objective} {result.value:.6g}"]
+            if "tokens_per_s" in result.user_attrs and self.settings.objective != "tokens_per_s":
+                parts.append(f"{result.user_attrs['tokens_per_s']:,.0f} tok/s")
         else:
-            result = f"{head} FAILED after {took} | {told.user_attrs['error']}"
-        return [result, best, f"{len(finished)} of {self._num_trials} done, ETA {minutes(left_s)}"]
+            parts = [f"{head} FAILED after {duration}", result.user_attrs["error"]]
+        best = "no best"
+        if complete:
+            best = f"best {self.study.best_value:.6g} (trial {self.study.best_trial.number + 1})"
+        timed = [other for other in complete or finished if "duration_s" in other.user_attrs] or [result]
+        num_rounds = math.ceil((self.num_trials - len(finished)) / self.settings.num_parallel)
+        eta_s = num_rounds * statistics.mean(other.user_attrs["duration_s"] for other in timed)
+        return [*parts, best, f"{len(finished)} of {self.num_trials} done, ETA {minutes(eta_s)}"]
 
-    def _run_dir(self, index: int) -> Path:
-        return self._folder / str(index + 1)
+    def _run_dir(self, trial: Trial) -> Path:
+        return self.folder / str(trial.number + 1)
 
-    def _read_summary(self, index: int) -> dict[str, float]:
-        """The numbers of a run as a whole, the parts of its step left out; empty if it has not ended."""
-        path = self._run_dir(index) / SUMMARY_FILE
-        numbers = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    def _read_summary(self, trial: Trial) -> dict[str, float]:
+        """The summary of a trial's run without the parts of its step. Empty if the run has not ended."""
+        path = self._run_dir(trial) / SUMMARY_FILE
+        summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         return {
             name: math.nan if value is None else value
-            for name, value in numbers.items()
+            for name, value in summary.items()
             if not name.startswith("parts/")
         }
 
 
 def one_line(error: BaseException) -> str:
-    """What went wrong, in one line: of a traceback in the message, its last line, after what stands before it."""
+    """The reason of a failure in one line. From a message with a traceback: its first line and the last exception."""
     text = describe_error(error) if isinstance(error, Exception) else str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
     if (start := next((n for n, line in enumerate(lines) if line.startswith("Traceback")), None)) is None:
-        known = isinstance(error, (ConfigError, RunFailed, CompactHydraException))
-        return lines[0] if known else f"{type(error).__name__}: {lines[0]}"
-    causes = [line for line in lines[start:] if re.match(r"[\w.]+(Error|Exception|Failed|OutOfMemory)\b", line)]
-    return " ".join([*lines[:start][:1], *(causes[-1:] or lines[-1:])])
+        return lines[0] if isinstance(error, EXPECTED_ERRORS) else f"{type(error).__name__}: {lines[0]}"
+    exceptions = [line for line in lines[start:] if re.match(r"[\w.]+(Error|Exception|Failed|OutOfMemory)\b", line)]
+    return " ".join([*lines[:start][:1], *(exceptions[-1:] or lines[-1:])])

@@ -1,7 +1,7 @@
-"""What a sweep ranges over, from Hydra's override grammar to Optuna's distributions and back to overrides.
+"""The search space of a sweep: Hydra's override grammar as Optuna's distributions.
 
-choice(...), a,b, glob(*): one of these; range(...): numbers at equal steps; interval(...) and tag(log,interval(...)):
-numbers between two. Below `sweep`.
+A choice is choice(...), a,b or glob(*). Numbers at equal steps are range(...). Numbers in an interval are interval(...)
+or tag(log,interval(...)).
 """
 
 from __future__ import annotations
@@ -12,69 +12,68 @@ from dataclasses import dataclass
 from typing import Any
 
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.trial import Trial
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from conf.schema import ConfigError
 
+Distribution = CategoricalDistribution | IntDistribution | FloatDistribution
 EXAMPLE = "'optimizer.lr=tag(log,interval(1e-4,1e-2))' or model.num_layers=2,4"
 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """What is swept, by field or group, and the overrides that all trials have in common.
+    """What is swept, and the overrides that all trials have in common.
 
     Args:
-        swept: the distributions.
-        texts: the values as they were typed.
-        keys: the left sides of the overrides, such as +experiment.
+        swept: distributions by field or group.
+        texts: their values as typed.
+        keys: the left sides of their overrides, such as +experiment.
     """
 
-    swept: dict[str, BaseDistribution]
+    swept: dict[str, Distribution]
     texts: dict[str, str]
     keys: dict[str, str]
     common: list[str]
 
     @property
     def num_combinations(self) -> int | None:
-        """None if an interval has no end of them."""
+        """None for a space with an interval of real numbers."""
         if any(isinstance(distribution, FloatDistribution) for distribution in self.swept.values()):
             return None
         return math.prod(len(_values(distribution)) for distribution in self.swept.values())
 
     def grid(self) -> list[dict[str, Any]]:
-        """All combinations; the last field changes fastest, as in Hydra's own sweeps."""
+        """All combinations. The last field changes fastest, as in Hydra's sweeps."""
         values = [_values(distribution) for distribution in self.swept.values()]
-        return [dict(zip(self.swept, point, strict=True)) for point in itertools.product(*values)]
+        return [dict(zip(self.swept, combination, strict=True)) for combination in itertools.product(*values)]
 
     def first_overrides(self) -> list[str]:
-        """Of a trial with the first value of each field."""
-        return self.overrides(
-            {
-                name: distribution.choices[0] if isinstance(distribution, CategoricalDistribution) else distribution.low  # pyright: ignore[reportAttributeAccessIssue]
-                for name, distribution in self.swept.items()
-            }
-        )
+        """The overrides of a trial with the first value of each field."""
+        first = {
+            name: distribution.choices[0] if isinstance(distribution, CategoricalDistribution) else distribution.low
+            for name, distribution in self.swept.items()
+        }
+        return self.overrides(first)
 
     def overrides(self, values: dict[str, Any]) -> list[str]:
-        """Everything that a trial is composed of."""
+        """All overrides of a trial."""
         return [*self.common, *(f"{key}={values[name]}" for name, key in self.keys.items())]
 
     def describe(self, values: dict[str, Any]) -> str:
-        """The overrides in which trials differ, for people: numbers are rounded."""
-        return " ".join(f"{self.keys[name]}={shown(value)}" for name, value in values.items())
+        """The swept overrides of a trial for people, with rounded numbers."""
+        return " ".join(f"{self.keys[name]}={format_value(value)}" for name, value in values.items())
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A swept value for people."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def read_space(overrides: list[Override], sampler: str) -> SearchSpace:
-    """The space; of several overrides of one field the last counts.
+    """The search space. The last override of a field counts.
 
     Raises:
-        ConfigError: if nothing is swept, or an interval in a grid.
+        ConfigError: if nothing is swept, or for an interval in a grid.
     """
     last = {override.key_or_group: override for override in overrides}
     swept = {name: override for name, override in last.items() if override.is_sweep_override()}
@@ -84,8 +83,8 @@ def read_space(overrides: list[Override], sampler: str) -> SearchSpace:
     for name, override in swept.items():
         if sampler == "grid" and override.is_interval_sweep():
             raise ConfigError(
-                f"{name}={texts[name]} has no end of values, so it cannot be in a grid: use sweep.sampler=tpe, or "
-                f"choice(...) or range(...)"
+                f"{name}={texts[name]} has infinitely many values, which a grid cannot try: use sweep.sampler=tpe, or "
+                "choice(...) or range(...)"
             )
     return SearchSpace(
         swept={name: _distribution(override) for name, override in swept.items()},
@@ -95,47 +94,33 @@ def read_space(overrides: list[Override], sampler: str) -> SearchSpace:
     )
 
 
-def suggest(trial: Trial, name: str, distribution: BaseDistribution) -> Any:
-    """The trial's value: what it has already, or what Optuna chooses."""
-    match distribution:
-        case CategoricalDistribution():
-            return trial.suggest_categorical(name, distribution.choices)
-        case IntDistribution():
-            return trial.suggest_int(
-                name, distribution.low, distribution.high, step=distribution.step, log=distribution.log
-            )
-        case FloatDistribution():
-            return trial.suggest_float(name, distribution.low, distribution.high, log=distribution.log)
-    raise AssertionError(distribution)
-
-
-def _distribution(override: Override) -> BaseDistribution:
+def _distribution(override: Override) -> Distribution:
     value = override.value()
     if isinstance(value, IntervalSweep):
         low, high = value.start, value.end
+        is_log = "log" in value.tags
         assert low is not None
         assert high is not None
-        if not low < high or ("log" in value.tags and low <= 0):
-            raise ConfigError(f"{override.input_line} must rise" + (", from above 0" if "log" in value.tags else ""))
-        kind = IntDistribution if isinstance(low, int) and isinstance(high, int) else FloatDistribution
-        return kind(low, high, log="log" in value.tags)  # pyright: ignore[reportArgumentType]
+        if not low < high or (is_log and low <= 0):
+            raise ConfigError(f"{override.input_line} must be ascending" + (" and above 0" if is_log else ""))
+        if isinstance(low, int) and isinstance(high, int):
+            return IntDistribution(low, high, log=is_log)
+        return FloatDistribution(low, high, log=is_log)
     if isinstance(value, RangeSweep):
         numbers: list[Any] = sorted(override.sweep_iterator())
         if len(numbers) > 1 and all(isinstance(number, int) for number in numbers):
             return IntDistribution(numbers[0], numbers[-1], step=numbers[1] - numbers[0])
-        # steps of floats do not add up to the numbers that were typed
-    elements: list[Any] = list(dict.fromkeys(override.sweep_iterator()))
-    if not elements:
+        # floats become choices: adding up their step would not give the numbers that were typed
+    choices: list[Any] = list(dict.fromkeys(override.sweep_iterator()))
+    if not choices:
         raise ConfigError(f"{override.input_line} has no values: give at least one")
-    if all(type(element) in (int, float) for element in elements):
-        return CategoricalDistribution(elements)  # ordered as numbers in the figure
+    if all(type(choice) in (int, float) for choice in choices):
+        return CategoricalDistribution(choices)  # sorted as numbers in the figure
     return CategoricalDistribution(list(dict.fromkeys(override.sweep_string_iterator())))
 
 
-def _values(distribution: BaseDistribution) -> list[Any]:
-    match distribution:
-        case CategoricalDistribution():
-            return list(distribution.choices)
-        case IntDistribution():
-            return list(range(distribution.low, distribution.high + 1, distribution.step))
-    raise AssertionError(f"an interval has no values: {distribution}")
+def _values(distribution: Distribution) -> list[Any]:
+    if isinstance(distribution, CategoricalDistribution):
+        return list(distribution.choices)
+    assert isinstance(distribution, IntDistribution), "an interval of real numbers has no list of values"
+    return list(range(distribution.low, distribution.high + 1, distribution.step))

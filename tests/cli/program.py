@@ -58,7 +58,7 @@ def logged_names(*prefixes: str, conditions: tuple[str, ...] = ()) -> set[str]:
         prefixes: such as train and validation.
         conditions: the conditions of metrics that hold.
     """
-    metrics = [metric for metric in METRICS if metric.only in ("", *conditions)]
+    metrics = [metric for metric in METRICS if metric.requires in ("", *conditions)]
     names = [name for metric in metrics for name in metric.logged_names]
     return {name for name in names if name.rpartition("/")[0] in ("", *prefixes)}
 

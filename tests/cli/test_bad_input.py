@@ -1,6 +1,6 @@
-"""A mistake on the command line: one line on stderr with the value, the rule and what to type, and no rank started.
+"""A mistake on the command line prints one line with the value, the rule and what to type, and starts no rank.
 
-The other mistakes and their texts are in tests/unit/test_schema.py and test_source.py, in one process.
+tests/unit/test_schema.py and test_source.py test more mistakes, in one process.
 """
 
 from __future__ import annotations
@@ -8,34 +8,38 @@ from __future__ import annotations
 import pytest
 
 CASES = {
-    "a field that is not there": (
+    "an unknown field": (
         ["data.sequence_lenght=64"],
         "there is no field data.sequence_lenght: did you mean data.sequence_length? python train.py --help lists all",
+    ),
+    "a renamed field": (
+        ["attention.block=cudnn"],
+        "attention.block is now attention.kernel: type attention.kernel=cudnn",
     ),
     "a value of another type": (
         ["num_steps=many"],
         "num_steps=many is refused: Value 'many' of type 'str' could not be converted to Integer",
     ),
-    "a group's option that is not there": (
+    "an unknown option of a group": (
         ["attention=rings"],
         "attention=rings is not known: use attention=",
     ),
-    "a group's option that is none": (
+    "no option of a group": (
         ["model=null"],
         "Config group override must be a string or a list. Got NoneType: write GROUP=OPTION, such as model=tiny; "
         "python train.py --help lists all",
     ),
-    "degrees that do not divide the ranks asked for": (
+    "degrees that do not divide launch.num_ranks": (
         ["parallelism.ring_degree=3", "launch.num_ranks=4"],
         "parallelism.ring_degree=3 does not divide the 4 ranks: use one of [1, 2, 4] (parallelism.ring_degree=4) "
         "or another launch.num_ranks",
     ),
-    "degrees that do not divide the ranks there are": (
+    "degrees that do not divide the ranks": (
         ["parallelism.ring_degree=3"],
         "parallelism.ring_degree=3 does not divide the 4 ranks: use one of [1, 2, 4] (parallelism.ring_degree=4) "
         "or another launch.num_ranks",
     ),
-    "an objective that nobody measures": (
+    "an unknown objective": (
         ["-m", "+sweep=lr_batch", "sweep.objective=accuracy"],
         "sweep.objective=accuracy is not known: use validation_loss, tokens_per_s, model_tflops_per_rank",
     ),
@@ -44,15 +48,15 @@ CASES = {
         "this is one run, but engine.train_batch_size would be swept: type python train.py -m +sweep=lr_batch "
         "optimizer.lr=1e-3",
     ),
-    "a swept field that there is not": (
+    "an unknown swept field": (
         ["-m", "+sweep=search", "optimizer.learning_rate=1e-3,3e-3"],
         "there is no field optimizer.learning_rate: did you mean optimizer.min_lr_ratio or optimizer.lr or "
         "optimizer.weight_decay? python train.py --help lists all",
     ),
-    "trials side by side in one process": (
+    "parallel trials in one process": (
         ["-m", "+sweep=lr_batch", "sweep.num_parallel=2"],
-        "sweep.num_parallel=2 needs jobs of their own, and this launcher runs one trial after the other: add "
-        "hydra/launcher=submitit_slurm or hydra/launcher=submitit_local",
+        "sweep.num_parallel=2 needs a launcher that runs jobs in parallel: add hydra/launcher=submitit_slurm or "
+        "hydra/launcher=submitit_local",
     ),
     "a data set that cannot be reached": (
         ["data=hub", "data.name=nobody/nothing"],
@@ -66,30 +70,30 @@ CASES = {
 }
 
 
-# libraries that take from half a second to several to import
+# libraries that take half a second or more to import
 SLOW = {"torch", "deepspeed", "datasets", "wandb", "optuna", "matplotlib", "transformers"}
-# what it takes to see the mistake; where nothing is said, none of them
+# those that are needed to see the mistake; by default none
 NEEDED = {
-    "degrees that do not divide the ranks there are": {"torch", "datasets"},  # GPUs are counted once the data is there
-    "a swept field that there is not": {"optuna", "matplotlib"},
+    "degrees that do not divide the ranks": {"torch", "datasets"},  # GPUs are counted after the data is checked
+    "an unknown swept field": {"optuna", "matplotlib"},
     "a data set that cannot be reached": {"datasets"},
     "a corpus that is too short": {"datasets"},
 }
-IMPORT = "import time:"  # so Python's own lines begin
+IMPORT = "import time:"  # prefix of the lines that PYTHONPROFILEIMPORTTIME adds
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_mistake_ends_in_one_line_and_starts_no_rank(program, case):
+def test_a_mistake_prints_one_line_and_starts_no_rank(program, case):
     arguments, message = CASES[case]
     (program.folder / "tiny.txt").write_text("tiny\n")
     arguments = [argument.format(folder=program.folder) for argument in arguments]
     result = program.run(*arguments, HF_HUB_OFFLINE="1", PYTHONPROFILEIMPORTTIME="1")
     lines = result.stderr.splitlines()
-    [said] = [line for line in lines if not line.startswith(IMPORT)]
-    assert said.startswith(f"error: {message}")
+    [error] = [line for line in lines if not line.startswith(IMPORT)]
+    assert error.startswith(f"error: {message}")
     assert result.exit_code == 1
     assert result.stdout == ""
     assert not result.ranks_were_started
     imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith(IMPORT)}
-    assert "hydra" in imported  # else nothing was listed
+    assert "hydra" in imported  # the list is not empty
     assert imported & SLOW == NEEDED.get(case, set())

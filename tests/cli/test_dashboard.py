@@ -1,4 +1,4 @@
-"""`python -m recipes.dashboard` as people call it: the page of a real run, one that is watched, and mistakes."""
+"""`python -m recipes.dashboard` from the command line: a real run, a watched run, and mistakes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def dashboard(program: Program, *arguments: object) -> subprocess.CompletedProce
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=100)
 
 
-def test_the_page_of_a_real_run_has_all_that_it_logged(program, main_run):
+def test_the_page_of_a_real_run_has_all_its_metrics(program, main_run):
     output = program.folder / "page.html"
     result = dashboard(program, main_run.run_dir, "--output", output)
     assert (result.returncode, result.stderr) == (0, "")
@@ -37,15 +37,15 @@ def test_the_page_of_a_real_run_has_all_that_it_logged(program, main_run):
     assert {
         metric.title
         for metric in METRICS
-        if metric.section and prefixes & {*metric.prefixes} and metric.only in ("", "a ring")
+        if metric.section and prefixes & {*metric.prefixes} and metric.requires in ("", "a ring")
     } <= shown
-    assert {"validation loss", "validation perplexity", "where the time of a step goes"} <= shown
+    assert {"validation loss", "validation perplexity", "time of a step by part"} <= shown
 
 
-def test_a_run_logs_what_the_catalog_has_for_it(main_run):
+def test_a_run_logs_its_metrics_of_the_registry(main_run):
     logged = {name for line in main_run.metrics for name in line}
     assert logged == logged_names("train", "validation", conditions=("a ring",))
-    always = {name for metric in SUMMARY_METRICS if "GPU" not in metric.only for name in metric.logged_names}
+    always = {name for metric in SUMMARY_METRICS if "GPU" not in metric.requires for name in metric.logged_names}
     assert set(main_run.summary) == always
     last = main_run.metrics[-1]
     assert 0 < last["train/exchange_wait_min_ms"] <= last["train/exchange_wait_max_ms"]
@@ -54,18 +54,18 @@ def test_a_run_logs_what_the_catalog_has_for_it(main_run):
     assert 0 < last["train/data_wait_ms"] < 1e3 * last["train/step_time_max_s"]
 
 
-def test_a_watched_page_follows_its_runs_until_ctrl_c(program):
+def test_a_watched_page_is_updated_until_ctrl_c(program):
     run_dir = write_run(program.folder / "run", num_rows=1, metrics="")
-    page, said = run_dir / "dashboard.html", program.folder / "said"
+    page, output = run_dir / "dashboard.html", program.folder / "output"
 
     def wait_for(text: str) -> None:
         deadline = time.monotonic() + ENDS_WITHIN_S
-        while text not in said.read_text():
-            assert process.poll() is None, said.read_text()
-            assert time.monotonic() < deadline, said.read_text()
+        while text not in output.read_text():
+            assert process.poll() is None, output.read_text()
+            assert time.monotonic() < deadline, output.read_text()
             time.sleep(0.05)
 
-    with said.open("w") as file:
+    with output.open("w") as file:
         process = subprocess.Popen(
             [*COMMAND, str(run_dir), "--watch"], cwd=REPOSITORY, env=program.environment(), stdout=file, stderr=file
         )
@@ -81,21 +81,21 @@ def test_a_watched_page_follows_its_runs_until_ctrl_c(program):
         assert process.wait(ENDS_WITHIN_S) == 0
     finally:
         process.kill()
-    assert "Traceback" not in said.read_text()
+    assert "Traceback" not in output.read_text()
     assert 'http-equiv="refresh"' not in page.read_text()
     assert list(run_dir.glob("*.part")) + list(run_dir.glob(".*.part")) == []
 
 
 MISTAKES = {
-    "no run": ([], "there is no run to show: python -m recipes.dashboard outputs/DATE/TIME\n"),
+    "no run": ([], "there is no run to show: type python -m recipes.dashboard outputs/DATE/TIME\n"),
     "a folder that is not there": (
         ["{folder}/gone"],
         "there is nothing to show:\n"
-        "{folder}/gone is no folder: give a run dir, such as outputs/DATE/TIME, or a sweep's\n",
+        "{folder}/gone is not a folder: give a run dir, such as outputs/DATE/TIME, or a sweep's folder\n",
     ),
     "an output that cannot be written": (
         ["{folder}/run", "--output", "{folder}/no/page.html"],
-        "--output {folder}/no/page.html: there is no folder {folder}/no; make it, or use another\n",
+        "--output {folder}/no/page.html: there is no folder {folder}/no: create it, or use another\n",
     ),
     "wandb without a login": (
         ["--wandb", "someone/something"],
@@ -109,32 +109,33 @@ def test_a_mistake_ends_in_one_message(program, case):
     write_run(program.folder / "run")
     arguments, message = MISTAKES[case]
     result = dashboard(program, *(argument.format(folder=program.folder) for argument in arguments))
-    said = "making a workspace in someone/something ...\n" if "--wandb" in arguments else ""
-    assert (result.returncode, result.stdout) == (1, said)
+    output = "making a workspace in someone/something ...\n" if "--wandb" in arguments else ""
+    assert (result.returncode, result.stdout) == (1, output)
     assert result.stderr == f"error: {message.format(folder=program.folder)}"
 
 
-def test_without_its_packages_it_says_what_to_install(monkeypatch):
+def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     message = r'^plotly, jinja2 must be installed: pip install -e "\.\[dashboard\]" -c constraints\.txt$'
     with pytest.raises(ConfigError, match=message):
         main(["outputs"])
 
 
-def test_what_is_broken_is_a_warning_and_the_rest_is_shown(program):
+def test_broken_files_are_warnings_and_the_rest_is_shown(program):
     write_run(program.folder / "sweep" / "0")
     broken = write_run(program.folder / "sweep" / "1", metrics='{"st')
     result = dashboard(program, program.folder / "sweep")
     assert result.returncode == 0
     assert result.stderr == (
-        f"warning: {broken}/metrics.jsonl: line 1 is cut off or no log of a step: left out\n"
+        f"warning: {broken}/metrics.jsonl: line 1 is cut off or not the log of a step: skipped\n"
         f"warning: {broken}/metrics.jsonl has no logged step yet\n"
     )
     assert (program.folder / "sweep" / "dashboard.html").exists()
 
 
 def test_it_imports_nothing_slow(program):
-    code = "import sys; from recipes import dashboard, page; print({'torch', 'deepspeed', 'wandb'} & set(sys.modules))"
+    slow = "{'torch', 'deepspeed', 'wandb'}"
+    code = f"import sys; from recipes.dashboard import cli, page; print({slow} & set(sys.modules))"
     command = [sys.executable, "-c", code]
     environment = clean_environment(Path(program.folder))
     result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60)

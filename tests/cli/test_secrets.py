@@ -1,6 +1,6 @@
-"""What the environment holds in confidence is in no file of a run, nor on its console, nor on the page of it.
+"""Secrets of the environment are in no file of a run, not on its console and not on its page.
 
-Of runs that fail `test_ends` asks the same.
+`test_ends` checks the same for runs that fail.
 """
 
 from __future__ import annotations

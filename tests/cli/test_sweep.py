@@ -1,6 +1,6 @@
-"""`-m`: one run after the other, each with a run dir and a wandb run of its own, all in one wandb group.
+"""`-m`: several runs, each with its own run dir and wandb run, in one wandb group.
 
-With +sweep=NAME they are trials, which may fail and be interrupted: tests/unit/test_sweep.py has what needs no ranks.
+With +sweep=NAME they are trials, which may fail and be interrupted. tests/unit/test_sweep.py needs no ranks.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Results(Callback):
 """
 
 
-def test_jobs_are_runs_of_one_wandb_group_and_the_sweeper_gets_their_final_validation_losses(program):
+def test_jobs_share_a_wandb_group_and_the_sweeper_gets_their_final_validation_losses(program):
     results = program.folder / "results.jsonl"
     (program.folder / "sweep_callback.py").write_text(CALLBACK.format(path=str(results)))
     callback = "+hydra.callbacks.results._target_=sweep_callback.Results"
@@ -44,8 +44,8 @@ def test_jobs_are_runs_of_one_wandb_group_and_the_sweeper_gets_their_final_valid
     assert result.stderr == ""
     assert len(re.findall("^done: 2 steps", result.stdout, re.MULTILINE)) == 2
     given = [json.loads(line) for line in results.read_text().splitlines()]
-    kept = [(result.run_dir / job / "metrics.jsonl").read_text().splitlines()[-1] for job in ("0", "1")]
-    assert given == [json.loads(line)["validation/loss"] for line in kept]
+    logged = [(result.run_dir / job / "metrics.jsonl").read_text().splitlines()[-1] for job in ("0", "1")]
+    assert given == [json.loads(line)["validation/loss"] for line in logged]
     configs = [OmegaConf.load(result.run_dir / job / "config.yaml") for job in ("0", "1")]
     assert [config.optimizer.lr for config in configs] == [1e-3, 3e-3]
     assert {config.logging.group for config in configs} == {"sweep-sweep"}
@@ -53,7 +53,7 @@ def test_jobs_are_runs_of_one_wandb_group_and_the_sweeper_gets_their_final_valid
         assert len(list((result.run_dir / job / "wandb").glob("offline-run-*"))) == 1
 
 
-def test_a_bad_job_is_told_does_not_stop_the_others_and_fails_the_sweep(program):
+def test_a_bad_job_is_reported_does_not_stop_others_and_fails_the_sweep(program):
     result = program.run("-m", *ONE_RANK, "parallelism.ring_degree=2,1", name="sweep")
     assert result.exit_code == 1
     lines = result.stderr.splitlines()
@@ -67,12 +67,12 @@ def test_a_bad_job_is_told_does_not_stop_the_others_and_fails_the_sweep(program)
 TINY = [*ONE_RANK, "breakdown=false"]
 
 
-def kept(result: Finished) -> list[dict[str, Any]]:
+def read_trials(result: Finished) -> list[dict[str, Any]]:
     return json.loads((result.run_dir / "sweep.json").read_text())["trials"]
 
 
-def test_a_sweep_that_was_killed_runs_what_is_missing(program):
-    """In its second trial; the third and the fourth cannot run."""
+def test_a_killed_sweep_resumes_with_what_is_missing(program):
+    """It is killed in its second trial. The third and the fourth cannot run."""
     grid = ["sweep.sampler=grid", "parallelism.ring_degree=1,2", "optimizer.lr=1e-3,3e-3"]
     arguments = ["-m", "+sweep=search", *TINY, *grid]
     with program.started(*arguments, name="sweep") as sweep:
@@ -87,8 +87,8 @@ def test_a_sweep_that_was_killed_runs_what_is_missing(program):
     assert re.findall(r"^trial (\d)/4 starts", result.stdout, re.MULTILINE) == ["2", "3", "4"]
     assert (result.run_dir / "1" / "metrics.jsonl").read_bytes() == first
     assert (result.run_dir / "2.interrupted-1").is_dir()
-    assert [(row["trial"], row["state"]) for row in kept(result)[2:]] == [(3, "failed"), (4, "failed")]
-    best, other = kept(result)[:2]
+    assert [(row["trial"], row["state"]) for row in read_trials(result)[2:]] == [(3, "failed"), (4, "failed")]
+    best, other = read_trials(result)[:2]
     assert best["validation_loss"] < other["validation_loss"]
     for row in (best, other):
         run_dir = Path(row["run_dir"])
@@ -97,29 +97,29 @@ def test_a_sweep_that_was_killed_runs_what_is_missing(program):
         assert OmegaConf.load(run_dir / "config.yaml").optimizer.lr == float(row["overrides"]["optimizer.lr"])
         assert OmegaConf.load(run_dir / "config.yaml").logging.group == "sweep-sweep"
     reason = "parallelism.ring_degree=2 does not divide the 1 ranks: use one of [1] (parallelism.ring_degree=1)"
-    told = rf"trial 3/4 FAILED after \d+ s \| {re.escape(reason)} or another launch.num_ranks \| best"
-    assert re.search(told, result.stdout)
+    line = rf"trial 3/4 FAILED after \d+ s \| {re.escape(reason)} or another launch.num_ranks \| best"
+    assert re.search(line, result.stdout)
     assert f"best: trial {best['trial']}, validation_loss" in result.stdout
     assert (result.run_dir / "sweep.png").exists()
 
 
-def test_a_sweep_whose_trials_all_fail_fails(program):
+def test_a_sweep_fails_if_all_its_trials_fail(program):
     result = program.run(
         "-m", "+sweep=search", *TINY, "sweep.sampler=grid", "parallelism.ring_degree=2,3", name="sweep"
     )
     assert result.exit_code == 1
     assert result.stderr == "error: all 2 trials failed\n"
-    assert [row["state"] for row in kept(result)] == ["failed", "failed"]
+    assert [row["state"] for row in read_trials(result)] == ["failed", "failed"]
     assert not (result.run_dir / "1" / "logs").exists()
 
 
-def test_jobs_of_submitit_with_two_tasks_are_runs_of_two_ranks(program):
-    """Of its local executor: tasks are ranks that join, as those of srun do."""
+def test_a_submitit_job_with_two_tasks_is_a_run_of_two_ranks(program):
+    """With its local executor. Tasks are ranks, as with srun."""
     launcher = ["hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=2", "sweep.num_parallel=2"]
     degrees = ["sweep.sampler=grid", "parallelism.ring_degree=2,3"]
     result = program.run("-m", "+sweep=search", *TINY[1:], *degrees, *launcher, name="sweep")
     assert (result.exit_code, result.stderr) == (0, "")
-    done, failed = kept(result)
+    done, failed = read_trials(result)
     assert (done["trial"], failed["trial"]) == (1, 2)
     assert failed["error"].startswith("parallelism.ring_degree=3 does not divide the 2 ranks: use one of [1, 2]")
     assert sorted(path.name for path in (result.run_dir / "1" / "logs").iterdir()) == ["rank_0.log", "rank_1.log"]
@@ -131,8 +131,8 @@ def test_jobs_of_submitit_with_two_tasks_are_runs_of_two_ranks(program):
 
 
 @pytest.mark.parametrize("name", ["lr_batch", "throughput"])
-def test_a_run_that_wandbs_agent_starts_is_one_of_its_sweep(program, name):
-    """The command is put together by the functions that the agent has for it."""
+def test_a_run_that_the_wandb_agent_starts_belongs_to_its_sweep(program, name):
+    """The agent's own functions build the command."""
     definition = yaml.safe_load((REPOSITORY / "wandb_sweeps" / f"{name}.yaml").read_text())
     parameters = definition["parameters"].items()
     drawn = {field: {"value": space["values"][0] if "values" in space else space["min"]} for field, space in parameters}

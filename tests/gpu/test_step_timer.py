@@ -1,4 +1,4 @@
-"""A training run on GPUs logs all that there is, its waits are events of the device's, and its memory is recorded."""
+"""A training run on GPUs logs all metrics that GPUs have, measures waits with CUDA events, and records memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NUM_RANKS = torch.cuda.device_count()
 
 
 def train(run_dir: Path, dtype: str, num_ranks: int) -> None:
-    """On a rank."""
+    """Runs on each rank."""
     import deepspeed.comm as dist
 
     from recipes.launch.launcher import make_plan
@@ -45,11 +45,11 @@ def train(run_dir: Path, dtype: str, num_ranks: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_a_run_logs_all_that_the_catalog_has_for_gpus(gpu_pool: WorkerPool, tmp_path, dtype):
+def test_a_run_logs_all_metrics_for_gpus(gpu_pool: WorkerPool, tmp_path, dtype):
     gpu_pool.run(train, tmp_path, dtype, NUM_RANKS, num_ranks=NUM_RANKS)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     conditions = ("a GPU", dtype, *["a ring"] * (NUM_RANKS > 1))
-    logged = {name for line in lines for name in line} - {"train/mfu_pct"}  # which takes a GPU whose peak is known
+    logged = {name for line in lines for name in line} - {"train/mfu_pct"}  # logged only if the GPU's peak is known
     assert logged == logged_names("train", "validation", conditions=conditions)
     last = lines[-1]
     assert 0 < last["train/peak_active_memory_gib"] <= last["train/peak_memory_gib"]

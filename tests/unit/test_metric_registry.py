@@ -1,4 +1,4 @@
-"""What is logged, what docs/metrics.md explains and what wandb's workspace shows are the same numbers."""
+"""The metric registry, docs/metrics.md and the wandb workspace have the same metrics."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 NAMES = [name for metric in (*METRICS, *SUMMARY_METRICS) for name in metric.logged_names]
 
 
-def test_every_metric_is_explained_once_and_nothing_else_is():
+def test_the_page_explains_every_metric_once_and_nothing_else():
     rows = re.findall(r"^\| (`.*?`) \| (.+?) \| (.+?) \|$", PAGE.read_text(), re.MULTILINE)
     explained = Counter(name for cell, _, _ in rows for name in re.findall(r"`(.+?)`", cell))
     assert explained == Counter(NAMES)
 
 
-def test_a_metric_that_is_not_always_logged_says_so_on_the_page():
+def test_the_page_says_which_metrics_are_not_always_logged():
     page = PAGE.read_text()
     for metric in (*METRICS, *SUMMARY_METRICS):
         [row] = re.findall(rf"^\| `{metric.logged_names[0]}`.*\| (.+?) \|$", page, re.MULTILINE)
         if "validation" not in metric.prefixes:
-            assert (row == "always") == (not metric.only), metric
+            assert (row == "always") == (not metric.requires), metric
 
 
-def test_the_workspace_has_the_sections_and_every_number_that_has_one():
+def test_the_workspace_has_all_sections_and_their_metrics():
     workspace = define("someone", "something")
     assert (
         tuple(section.name for section in workspace.sections)
@@ -54,6 +54,6 @@ def test_the_workspace_has_the_sections_and_every_number_that_has_one():
 
 
 @pytest.mark.parametrize("path", ["project", "a/b/c", "/b", "a/", "a b/c"])
-def test_a_workspace_needs_the_name_of_a_project(path):
-    with pytest.raises(ConfigError, match=r"is no project of wandb's: use --wandb ENTITY/PROJECT"):
+def test_a_workspace_needs_entity_and_project(path):
+    with pytest.raises(ConfigError, match=r"is not a wandb project: use --wandb ENTITY/PROJECT"):
         create(path)

@@ -1,4 +1,4 @@
-"""The page of runs: its tables and plots, that it needs nothing from outside, and that a browser draws it."""
+"""The dashboard's page: its tables and plots, that it is self-contained, and that a browser draws it."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def rows(lr: float, num_rows: int = 4) -> str:
 
 
 @pytest.fixture
-def found(tmp_path) -> LoadedRuns:
-    """Two runs, of which one has been measured to its end, a broken one, and a comparison."""
+def loaded(tmp_path) -> LoadedRuns:
+    """A finished run, an unfinished one, a broken one, and a comparison."""
     parts = {f"parts/{part}_pct": 12.5 for part in PARTS} | {"parts/exposed_communication_ms": 7.25}
     write_run(tmp_path / "0", lr=1e-3, metrics=rows(1e-3), summary=json.dumps(parts))
     write_run(tmp_path / "1", lr=0.5, metrics=rows(0.5))
@@ -47,13 +47,13 @@ def found(tmp_path) -> LoadedRuns:
 
 
 def figures(text: str) -> dict[str, dict[str, Any]]:
-    """plotly's JSON by the heading of its plot."""
-    found = re.findall(r'<h3>(.*?)</h3>.*?<script type="application/json">(.*?)</script>', text, re.DOTALL)
-    return {html.unescape(title): json.loads(figure) for title, figure in found}
+    """plotly's JSON by title of the plot."""
+    loaded = re.findall(r'<h3>(.*?)</h3>.*?<script type="application/json">(.*?)</script>', text, re.DOTALL)
+    return {html.unescape(title): json.loads(figure) for title, figure in loaded}
 
 
 def cells(text: str) -> list[list[str]]:
-    """Of all tables, the headings first."""
+    """The cells of all tables by row. The first row has the headings."""
     lines = re.findall(r"<tr.*?>(.*?)</tr>", text, re.DOTALL)
     return [
         [html.unescape(re.sub("<.*?>", "", cell)).strip() for cell in re.findall(r"<t[hd].*?</t[hd]>", line, re.DOTALL)]
@@ -61,8 +61,8 @@ def cells(text: str) -> list[list[str]]:
     ]
 
 
-def test_the_page_has_the_runs_with_what_differs_and_their_last_numbers(found):
-    text = page.render(found)
+def test_the_table_of_runs_has_differing_settings_and_final_numbers(loaded):
+    text = page.render(loaded)
     at = next(number for number, row in enumerate(cells(text)) if row[0] == "run")
     assert cells(text)[at : at + 4] == [
         ["run", "optimizer.lr", "last step", "loss", "validation loss", "best validation loss", "tokens/s", "peak GiB",
@@ -73,25 +73,25 @@ def test_the_page_has_the_runs_with_what_differs_and_their_last_numbers(found):
     ]  # fmt: skip
 
 
-def test_the_papers_table_is_a_view(found):
+def test_a_comparison_has_the_papers_table(loaded):
     rows = json.loads(PAPER_TABLE.read_text())["rows"]
-    heads, *shown = cells(page.render(found))[: len(rows) + 1]
+    heads, *shown = cells(page.render(loaded))[: len(rows) + 1]
     assert heads[:3] == ["method", "grid", "L"]
     for row, line in zip(rows, shown, strict=True):
         values = dict(zip(heads, line, strict=True))
         assert values["method"] == row["entry"]
         assert values["TPS"] == f"{row['tokens_per_s']:,.0f}"
         assert values[f"vs {rows[0]['entry']} %"] == f"{row['change_pct']:+.1f}"
-    plots = figures(page.render(found))
+    plots = figures(page.render(loaded))
     assert [bar["x"] for bar in plots["throughput: median, slowest and fastest step"]["data"]] == [
         [row["tokens_per_s"]] for row in rows
     ]
 
 
-def test_a_run_has_one_colour_and_every_axis_a_unit(found):
-    plots = figures(page.render(found))
-    assert {"loss", "validation loss", "throughput, all ranks", "peak memory, most of all ranks"} < set(plots)
-    assert "model FLOP utilisation" not in plots  # never logged
+def test_a_run_has_the_same_color_in_all_charts_and_axes_have_units(loaded):
+    plots = figures(page.render(loaded))
+    assert {"loss", "validation loss", "throughput, all ranks", "peak memory, maximum over ranks"} < set(plots)
+    assert "model FLOP utilization" not in plots  # never logged
     colors: dict[int, set[str]] = {}
     for figure in plots.values():
         for trace in figure["data"]:
@@ -105,29 +105,29 @@ def test_a_run_has_one_colour_and_every_axis_a_unit(found):
     assert loss["layout"]["yaxis"]["title"]["text"] == "nats/token"
     assert all(figure["layout"]["xaxis"]["title"]["text"] for figure in plots.values())
     assert plots["perplexity"]["layout"]["yaxis"]["type"] == "log"
-    assert plots["exposed communication per step"]["layout"]["yaxis"]["type"] == "category"  # a job's name is a number
-    shares = plots["where the time of a step goes"]["data"]
+    assert plots["exposed communication per step"]["layout"]["yaxis"]["type"] == "category"  # names of jobs are numbers
+    shares = plots["time of a step by part"]["data"]
     assert [trace["name"] for trace in shares] == list(PARTS)
 
 
-def test_a_logarithmic_axis_of_decades_has_ticks_that_are_numbers():
-    assert charts.decades([3, 5]) == charts.decades([0]) == {"type": "log"}
-    assert charts.decades([0.4, 20])["ticktext"] == [
+def test_a_long_logarithmic_axis_has_labelled_ticks():
+    assert charts.log_axis([3, 5]) == charts.log_axis([0]) == {"type": "log"}
+    assert charts.log_axis([0.4, 20])["ticktext"] == [
         "0.01", "0.02", "0.05", "0.1", "0.2", "0.5", "1", "2", "5", "10", "20", "50", "100", "200", "500",
     ]  # fmt: skip
-    assert len(charts.decades([1e-3, 1e6])["tickvals"]) < 15
+    assert len(charts.log_axis([1e-3, 1e6])["tickvals"]) < 15
 
 
-def test_methods_have_one_colour_in_all_comparisons_and_a_scaling_is_a_line_over_ranks(tmp_path):
-    whole = json.loads(PAPER_TABLE.read_text())
-    first, second, *_ = whole["rows"]
+def test_methods_have_the_same_color_in_all_comparisons_and_scalings_are_lines_over_ranks(tmp_path):
+    content = json.loads(PAPER_TABLE.read_text())
+    first, second, *_ = content["rows"]
     scaling = [row | {"entry": f"{second['entry']} on {n}", "num_ranks": n} for n in (1, 2, 4) for row in (first,)]
     for name, rows in (("a", [first, second]), ("b", [second]), ("c", scaling)):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "comparison.json").write_text(json.dumps(whole | {"rows": rows}))
+        (tmp_path / name / "comparison.json").write_text(json.dumps(content | {"rows": rows}))
     text = page.render(load_runs([tmp_path]))
     bars = [
-        json.loads(found) for found in re.findall(r'<h3>throughput: median.*?json">(.*?)</script>', text, re.DOTALL)
+        json.loads(loaded) for loaded in re.findall(r'<h3>throughput: median.*?json">(.*?)</script>', text, re.DOTALL)
     ]
     assert [[bar["marker"]["color"] for bar in figure["data"]] for figure in bars] == [
         [COLORS[0], COLORS[1]],
@@ -137,26 +137,26 @@ def test_methods_have_one_colour_in_all_comparisons_and_a_scaling_is_a_line_over
     assert (line["name"], line["x"], line["line"]["color"]) == (second["entry"], [1, 2, 4], COLORS[1])
 
 
-def test_runs_beyond_the_colours_have_other_lines(tmp_path):
+def test_more_runs_than_colors_have_other_dashes(tmp_path):
     for number in range(12):
         write_run(tmp_path / str(number))
     traces = figures(page.render(load_runs([tmp_path])))["loss"]["data"]
     assert len({(trace["line"]["color"], trace["line"]["dash"]) for trace in traces}) == 12
 
 
-def test_the_page_is_whole_by_itself_says_what_is_broken_and_loads_again_only_when_watched(found):
-    text = page.render(found)
-    assert "2&lt;/script&gt;&lt;b&gt;" in text  # names do not become elements
+def test_the_page_is_self_contained_names_problems_and_reloads_only_if_watched(loaded):
+    text = page.render(loaded)
+    assert "2&lt;/script&gt;&lt;b&gt;" in text  # names are escaped
     assert "2</script>" not in text
     own = text.replace(page.get_plotlyjs(), "")
     assert re.findall(r"""(?:src|href)=["'](?!data:)|https?://""", own) == []
-    assert "metrics.jsonl: line 1 is cut off or no log of a step: left out" in text
+    assert "metrics.jsonl: line 1 is cut off or not the log of a step: skipped" in text
     assert 'http-equiv="refresh"' not in text
-    assert '<meta http-equiv="refresh" content="10">' in page.render(found, reload_s=10)
+    assert '<meta http-equiv="refresh" content="10">' in page.render(loaded, reload_s=10)
 
 
-def shown_by_browser(folder: Path, text: str, script: str) -> str:
-    """The page's elements after `script`, as a browser has them; no error or warning may have been on its console."""
+def dom_in_browser(folder: Path, text: str, script: str) -> str:
+    """The page's DOM in a browser after `script`. The browser must not print an error or a warning."""
     assert BROWSER is not None
     (folder / "page.html").write_text(text.replace("</body>", f"<script>{script}</script></body>"))
     flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
@@ -170,7 +170,7 @@ def shown_by_browser(folder: Path, text: str, script: str) -> str:
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
-def test_a_browser_draws_it_and_a_click_hides_a_run(found, tmp_path):
+def test_a_browser_draws_the_page_and_a_click_hides_a_run(loaded, tmp_path):
     script = """
         const loss = plots.find((plot) => plot.previousElementSibling.textContent === "loss");
         const first = () => [loss.data.map((trace) => trace.visible), loss.data[0].x, loss.layout.xaxis.title.text];
@@ -189,13 +189,13 @@ def test_a_browser_draws_it_and_a_click_hides_a_run(found, tmp_path):
         const drawn = plots.every((plot) => plot.scrollWidth > 100);
         document.body.dataset.seen = JSON.stringify([...seen, names, alone, drawn]);
     """
-    text = page.render(found)
-    dom = shown_by_browser(tmp_path, text, script)
+    text = page.render(loaded)
+    dom = dom_in_browser(tmp_path, text, script)
     assert len(re.findall(r'<svg class="main-svg"[^>]*>', dom)) >= len(figures(text)) > 8
     [seen] = re.findall(r'data-seen="(.*?)"', dom)
     before, after, names, alone, drawn = json.loads(html.unescape(seen))
     assert before == [[True, True], [1, 2, 3, 4], "step"]
     assert after == [[False, True], [100, 200, 300, 400], "tokens"]
-    assert names == ["1", "0", "2</script><b>"]  # what is not known comes last
+    assert names == ["1", "0", "2</script><b>"]  # empty cells last
     assert alone == [[False, True], [True, True]]
     assert drawn

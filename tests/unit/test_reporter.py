@@ -1,4 +1,4 @@
-"""What rank 0 writes down, and which mode of wandb it chooses."""
+"""What rank 0 logs, and which wandb mode it chooses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from recipes.planning.plan import Plan
 
 
 def opened(folder, monkeypatch, **logging) -> tuple[Reporter, io.StringIO, mock.Mock]:
-    """A reporter, its console, and the `wandb.init` that it calls."""
+    """A reporter, its console, and a mock of the `wandb.init` that it calls."""
     init = mock.MagicMock()
     monkeypatch.setattr(wandb, "init", init)
     console = io.StringIO()
@@ -24,7 +24,7 @@ def opened(folder, monkeypatch, **logging) -> tuple[Reporter, io.StringIO, mock.
     return Reporter(plan, folder, console), console, init
 
 
-def test_every_line_of_the_metrics_file_is_json_also_after_the_loss_has_diverged(tmp_path, monkeypatch):
+def test_every_row_is_valid_json_even_after_the_loss_has_diverged(tmp_path, monkeypatch):
     reporter, _, _ = opened(tmp_path, monkeypatch)
     with reporter:
         reporter.log(1, {"train/loss": float("nan"), "train/grad_norm": float("inf"), "train/mfu_pct": None})
@@ -49,38 +49,38 @@ def test_auto_is_online_only_with_a_login(tmp_path, monkeypatch, login, mode):
         assert init.call_args.kwargs["mode"] == mode
 
 
-def test_auto_is_offline_and_says_so_if_the_server_cannot_be_reached(tmp_path, monkeypatch):
+def test_auto_is_offline_with_a_message_if_the_server_cannot_be_reached(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setattr(wandb, "login", mock.Mock(side_effect=AuthenticationError("no route")))
     reporter, console, init = opened(tmp_path, monkeypatch)
     with reporter:
         assert init.call_args.kwargs["mode"] == "offline"
     assert console.getvalue() == (
-        "wandb: offline, for its server cannot be reached or did not take the login (no route)\n"
+        "wandb: offline, because its server cannot be reached or refused the login (no route)\n"
     )
 
 
-def test_auto_does_what_wandbs_own_variable_says(tmp_path, monkeypatch):
+def test_auto_follows_wandbs_environment_variable(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     reporter, _, init = opened(tmp_path, monkeypatch)
     with reporter:
         assert init.call_args.kwargs["mode"] == "disabled"
 
 
-def test_a_failed_block_ends_the_wandb_run_as_failed(tmp_path, monkeypatch):
+def test_an_exception_ends_the_wandb_run_as_failed(tmp_path, monkeypatch):
     reporter, _, init = opened(tmp_path, monkeypatch)
-    with pytest.raises(RuntimeError, match="as it must"), reporter:
-        raise RuntimeError("as it must")
+    with pytest.raises(RuntimeError, match="broken"), reporter:
+        raise RuntimeError("broken")
     init.return_value.finish.assert_called_once_with(exit_code=1)
 
 
-def test_rows_of_an_earlier_run_are_not_mixed_with_those_of_another(tmp_path, monkeypatch):
+def test_rows_of_earlier_runs_move_to_their_own_files(tmp_path, monkeypatch):
     for loss in (1.0, 2.0, 3.0):
         reporter, console, _ = opened(tmp_path, monkeypatch)
         with reporter:
             reporter.log(1, {"train/loss": loss})
     assert console.getvalue() == (
-        "an earlier run here left no checkpoint to go on from; its metrics.jsonl is metrics.earlier-2.jsonl now\n"
+        "an earlier run here left no checkpoint to resume from: its metrics.jsonl is now metrics.earlier-2.jsonl\n"
     )
     for name, loss in (("metrics.earlier-1", 1.0), ("metrics.earlier-2", 2.0), ("metrics", 3.0)):
         assert json.loads((tmp_path / f"{name}.jsonl").read_text())["train/loss"] == loss

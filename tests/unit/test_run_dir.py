@@ -1,4 +1,4 @@
-"""Reading run dirs: what is found in them, and what a broken one says while the rest is read."""
+"""Reading run dirs, and the problems that are reported for broken ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CONFIG = "optimizer:\n  lr: {lr}\ndata:\n  files: null\nseed: 0\n"
 
 
 def write_run(folder: Path, lr: float = 1e-3, num_rows: int = 2, **files: str) -> Path:
-    """A run dir; `files` are texts that take the place of its files' (metrics, config, summary)."""
+    """A run dir. `files` replace the texts of its files: metrics, config, summary."""
     folder.mkdir(parents=True)
     rows = [{"step": step, "train/loss": 1 / step, "elapsed_s": step / 2} for step in range(1, num_rows + 1)]
     texts = {
@@ -27,14 +27,14 @@ def write_run(folder: Path, lr: float = 1e-3, num_rows: int = 2, **files: str) -
 
 
 def comparison(**replaced: Any) -> str:
-    whole = {"recipe": "forward", "model": "tiny", "baseline": "a", "notes": [], "rows": []}
-    return json.dumps(whole | replaced)
+    content = {"recipe": "forward", "model": "tiny", "baseline": "a", "notes": [], "rows": []}
+    return json.dumps(content | replaced)
 
 
-def test_a_run_has_its_settings_its_steps_and_its_end(tmp_path):
-    found = load_runs([write_run(tmp_path / "run")])
-    assert found.problems == []
-    [run] = found.runs
+def test_a_run_has_its_settings_rows_and_summary(tmp_path):
+    loaded = load_runs([write_run(tmp_path / "run")])
+    assert loaded.problems == []
+    [run] = loaded.runs
     assert run.name == "run"
     assert run.settings == {"optimizer.lr": 1e-3, "data.files": None, "seed": 0}
     assert run.column("train/loss") == [1.0, 0.5]
@@ -42,91 +42,91 @@ def test_a_run_has_its_settings_its_steps_and_its_end(tmp_path):
     assert run.summary == {"parts/gemm_pct": 40.0}
 
 
-def test_a_sweep_is_its_jobs_in_their_order_and_what_differs_is_known(tmp_path):
+def test_a_sweep_is_its_jobs_in_order_with_their_differing_settings(tmp_path):
     for job in (10, 2, 0):
         write_run(tmp_path / "sweep" / str(job), lr=job + 1)
-    (tmp_path / "sweep" / "results.jsonl").write_text("{}\n")  # of the sweep's own
-    found = load_runs([tmp_path / "sweep"])
-    assert [run.name for run in found.runs] == ["0", "2", "10"]
-    assert found.differing_settings == ["optimizer.lr"]
-    assert found.problems == []
+    (tmp_path / "sweep" / "results.jsonl").write_text("{}\n")  # written by the sweep
+    loaded = load_runs([tmp_path / "sweep"])
+    assert [run.name for run in loaded.runs] == ["0", "2", "10"]
+    assert loaded.differing_settings == ["optimizer.lr"]
+    assert loaded.problems == []
 
 
-def test_a_sweeps_own_account_says_what_it_ranged_over_and_what_failed(tmp_path):
+def test_a_sweeps_file_names_the_swept_settings_and_failed_trials(tmp_path):
     config = "attention:\n  method: ring\nlogging:\n  group: {lr}\nengine:\n  batch: {lr}\noptimizer:\n  lr: {lr}\n"
     for job in (1, 2):
         write_run(tmp_path / "sweep" / str(job), config=config.format(lr=job))
     write_run(tmp_path / "sweep" / "2.interrupted-1", lr=7)
     trials = [{"trial": 1, "state": "done"}, {"trial": 3, "state": "failed", "error": "too large"}]
     (tmp_path / "sweep" / "sweep.json").write_text(json.dumps({"space": {"optimizer.lr": "1,2"}, "trials": trials}))
-    found = load_runs([tmp_path / "sweep"])
-    assert [run.name for run in found.runs] == ["1", "2"]
-    assert found.differing_settings == ["optimizer.lr", "engine.batch"]  # what was swept first, groups of wandb never
-    assert found.problems == [f"{tmp_path / 'sweep'}: trial 3 failed: too large"]
+    loaded = load_runs([tmp_path / "sweep"])
+    assert [run.name for run in loaded.runs] == ["1", "2"]
+    assert loaded.differing_settings == ["optimizer.lr", "engine.batch"]  # swept ones first, logging never
+    assert loaded.problems == [f"{tmp_path / 'sweep'}: trial 3 failed: too large"]
 
 
-def test_runs_of_several_folders_have_names_that_differ_and_are_read_once(tmp_path):
+def test_runs_of_several_folders_have_unique_names_and_are_read_once(tmp_path):
     one, other = write_run(tmp_path / "one" / "0"), write_run(tmp_path / "other" / "0")
-    found = load_runs([one, other, tmp_path / "one"])
-    assert [run.name for run in found.runs] == ["one/0", "other/0"]
+    loaded = load_runs([one, other, tmp_path / "one"])
+    assert [run.name for run in loaded.runs] == ["one/0", "other/0"]
     assert load_runs([one]).differing_settings == []
 
 
-def test_folders_without_a_run_are_named_and_the_others_read(tmp_path):
+def test_folders_without_a_run_are_problems_and_others_are_read(tmp_path):
     (tmp_path / "empty").mkdir()
     good = write_run(tmp_path / "good")
-    found = load_runs([tmp_path / "nowhere", tmp_path / "empty", good])
-    assert len(found.runs) == 1
-    assert found.problems == [
-        f"{tmp_path}/nowhere is no folder: give a run dir, such as outputs/DATE/TIME, or a sweep's",
-        f"{tmp_path}/empty has no run in it: there is none of metrics.jsonl, summary.json, config.yaml, "
-        "comparison.json, results.jsonl",
+    loaded = load_runs([tmp_path / "nowhere", tmp_path / "empty", good])
+    assert len(loaded.runs) == 1
+    assert loaded.problems == [
+        f"{tmp_path}/nowhere is not a folder: give a run dir, such as outputs/DATE/TIME, or a sweep's folder",
+        f"{tmp_path}/empty contains no run: none of metrics.jsonl, summary.json, config.yaml, comparison.json, "
+        "results.jsonl is in it",
     ]
 
 
-def test_a_line_that_is_cut_off_is_left_out_and_told(tmp_path):
-    whole = json.dumps({"step": 1, "train/loss": 2.0})
-    folder = write_run(tmp_path / "run", metrics=f'{whole}\n[1]\n{{"step": 2, "train/lo')
-    found = load_runs([folder])
-    assert [row["step"] for row in found.runs[0].rows] == [1]
-    rule = "is cut off or no log of a step: left out"
-    assert found.problems == [f"{folder}/metrics.jsonl: line {number} {rule}" for number in (2, 3)]
+def test_a_line_that_is_cut_off_is_skipped_and_reported(tmp_path):
+    complete = json.dumps({"step": 1, "train/loss": 2.0})
+    folder = write_run(tmp_path / "run", metrics=f'{complete}\n[1]\n{{"step": 2, "train/lo')
+    loaded = load_runs([folder])
+    assert [row["step"] for row in loaded.runs[0].rows] == [1]
+    rule = "is cut off or not the log of a step: skipped"
+    assert loaded.problems == [f"{folder}/metrics.jsonl: line {number} {rule}" for number in (2, 3)]
 
 
-def test_of_a_step_that_was_logged_twice_the_later_counts(tmp_path):
+def test_if_a_step_was_logged_twice_the_later_row_counts(tmp_path):
     lines = [{"step": 1, "train/loss": 3.0}, {"step": 2, "train/loss": 2.0}, {"step": 1, "train/loss": None}]
     folder = write_run(tmp_path / "run", metrics="".join(json.dumps(line) + "\n" for line in lines))
     assert load_runs([folder]).runs[0].column("train/loss") == [None, 2.0]
 
 
-def test_broken_settings_are_named_and_the_runs_of_readable_ones_compared(tmp_path):
+def test_broken_settings_are_problems_and_readable_ones_are_compared(tmp_path):
     broken = write_run(tmp_path / "0", config="optimizer:\n  lr: [1e-3\nseed: 0\n")
     other = write_run(tmp_path / "1", config="just words")
     gone = write_run(tmp_path / "2")
     (gone / "config.yaml").unlink()
     write_run(tmp_path / "3", lr=1)
     write_run(tmp_path / "4", lr=2)
-    found = load_runs([tmp_path])
-    assert [bool(run.settings) for run in found.runs] == [False, False, False, True, True]
-    assert all(run.rows for run in found.runs)
-    assert found.differing_settings == ["optimizer.lr"]
-    assert found.problems == [
-        f"{broken}/config.yaml is no YAML, line 3: the run's settings are not shown",
-        f"{other}/config.yaml is no configuration: the run's settings are not shown",
-        f"{gone}/config.yaml is not there: the run's settings are not shown",
+    loaded = load_runs([tmp_path])
+    assert [bool(run.settings) for run in loaded.runs] == [False, False, False, True, True]
+    assert all(run.rows for run in loaded.runs)
+    assert loaded.differing_settings == ["optimizer.lr"]
+    assert loaded.problems == [
+        f"{broken}/config.yaml is not valid YAML (line 3): the run's settings are not shown",
+        f"{other}/config.yaml is not a configuration: the run's settings are not shown",
+        f"{gone}/config.yaml is missing: the run's settings are not shown",
     ]
 
 
-def test_a_run_without_a_step_is_told(tmp_path):
+def test_a_run_without_a_step_is_a_problem(tmp_path):
     begun = write_run(tmp_path / "0", metrics="")
     failed = write_run(tmp_path / "1", summary="[")
     (failed / "metrics.jsonl").unlink()
-    found = load_runs([tmp_path])
-    assert found.is_empty
-    assert found.problems == [
+    loaded = load_runs([tmp_path])
+    assert loaded.is_empty
+    assert loaded.problems == [
         f"{begun}/metrics.jsonl has no logged step yet",
-        f"{failed}/summary.json is cut off or no JSON (line 1): left out",
-        f"{failed}/metrics.jsonl is not there: no step was logged",
+        f"{failed}/summary.json is cut off or not valid JSON (line 1): skipped",
+        f"{failed}/metrics.jsonl is missing: no step was logged",
     ]
 
 
@@ -138,16 +138,16 @@ def read_comparison(folder: Path, text: str | None) -> LoadedRuns:
     return load_runs([folder])
 
 
-def test_a_comparison_is_no_run_and_what_is_wrong_with_one_is_told(tmp_path):
-    found = read_comparison(tmp_path / "good", comparison())
-    assert (len(found.comparisons), found.runs, found.problems, found.is_empty) == (1, [], [], False)
+def test_a_comparison_is_not_a_run_and_its_problems_are_reported(tmp_path):
+    loaded = read_comparison(tmp_path / "good", comparison())
+    assert (len(loaded.comparisons), loaded.runs, loaded.problems, loaded.is_empty) == (1, [], [], False)
     cases = {
-        None: "/comparison.json is not there: the comparison has not ended; the same command goes on with it",
-        comparison()[:-5]: "/comparison.json is cut off or no JSON (line 1): left out",
-        "3": "/comparison.json is not what a run writes: left out",
-        '{"recipe": 1, "model": 2, "notes": 3}': "/comparison.json has no baseline, rows: left out",
+        None: "/comparison.json is missing: the comparison has not ended. The same command resumes it",
+        comparison()[:-5]: "/comparison.json is cut off or not valid JSON (line 1): skipped",
+        "3": "/comparison.json is not what a run writes: skipped",
+        '{"recipe": 1, "model": 2, "notes": 3}': "/comparison.json has no baseline, rows: skipped",
     }
     for number, (text, problem) in enumerate(cases.items()):
         folder = tmp_path / str(number)
-        found = read_comparison(folder, text)
-        assert (found.comparisons, found.problems) == ([], [f"{folder}{problem}"])
+        loaded = read_comparison(folder, text)
+        assert (loaded.comparisons, loaded.problems) == ([], [f"{folder}{problem}"])

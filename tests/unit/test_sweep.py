@@ -1,4 +1,4 @@
-"""Sweeps with jobs that only pretend to run: what is tried, what a failure and an interruption leave, what is shown."""
+"""Sweeps with fake jobs: which trials run, what failures and interruptions leave, and the report."""
 
 # ruff: noqa: E501 - a message is one line here, as it is on the console
 
@@ -34,7 +34,7 @@ SEARCH = ["+sweep=search", "optimizer.lr=tag(log,interval(1e-4,1e-2))", "sweep.n
 
 @dataclass
 class Jobs:
-    """In place of Hydra's launcher; `result` is what a run measures, by its learning rate and layers, or raises."""
+    """Fakes Hydra's launcher. `result` returns what a run measures for its learning rate and layers, or raises."""
 
     folder: Path
     result: Callable[[float, int], float] = lambda lr, layers: lr * 1e3 + layers
@@ -62,7 +62,7 @@ class Jobs:
         return JobReturn(status=JobStatus.COMPLETED, _return_value=None)
 
     def sweep(self, *typed: str) -> dict[str, Any]:
-        """What the sweep leaves in sweep.json."""
+        """Run the sweep and return its sweep.json."""
         arguments = [*typed, f"hydra.sweep.dir={self.folder}"]
         overrides = OverridesParser.create().parse_overrides([text for text in typed if not text.startswith("hydra.")])
         common = [text for text, parsed in zip(typed, overrides, strict=True) if not parsed.is_sweep_override()]
@@ -79,36 +79,36 @@ def jobs(tmp_path) -> Jobs:
     return Jobs(tmp_path / "lr sweep")
 
 
-def test_a_grid_runs_in_hydras_order_and_ends_with_the_best_first(jobs, capsys):
-    kept = jobs.sweep(*GRID, "+experiment=ra_sp")
+def test_a_grid_runs_in_hydras_order_and_its_report_has_the_best_first(jobs, capsys):
+    content = jobs.sweep(*GRID, "+experiment=ra_sp")
     tried = [(job["optimizer.lr"], job["model.num_layers"]) for job in jobs.started]
     assert tried == [("0.001", "1"), ("0.001", "2"), ("0.002", "1"), ("0.002", "2")]
     assert all(job["+experiment"] == "ra_sp" and job["+sweep"] == "search" for job in jobs.started)
-    assert [row["trial"] for row in kept["trials"]] == [1, 2, 3, 4]
-    assert [row["validation_loss"] for row in kept["trials"]] == [2, 3, 3, 4]
-    assert kept["trials"][0]["overrides"] == {"optimizer.lr": 0.001, "model.num_layers": 1}
-    assert kept["trials"][0]["tokens_per_s"] == 2000
-    assert "parts/gemm_pct" not in kept["trials"][0]
+    assert [row["trial"] for row in content["trials"]] == [1, 2, 3, 4]
+    assert [row["validation_loss"] for row in content["trials"]] == [2, 3, 3, 4]
+    assert content["trials"][0]["overrides"] == {"optimizer.lr": 0.001, "model.num_layers": 1}
+    assert content["trials"][0]["tokens_per_s"] == 2000
+    assert "parts/gemm_pct" not in content["trials"][0]
     with (jobs.folder / "sweep.csv").open() as file:
         assert [row["optimizer.lr"] for row in csv.DictReader(file)] == ["0.001", "0.001", "0.002", "0.002"]
     assert (jobs.folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert "model.num_layers" in (jobs.folder / "sweep.svg").read_text()
-    shown = capsys.readouterr().out
-    assert "trial 3/4 starts | optimizer.lr=0.002 model.num_layers=1\n" in shown
-    assert "| validation_loss 3 | 3,000 tok/s | best 2 (trial 1) | 3 of 4 done, ETA 0:00\n" in shown
-    assert "python train.py +sweep=search +experiment=ra_sp optimizer.lr=0.001 model.num_layers=1\n" in shown
-    assert f"best: trial 1, validation_loss 2; its run: {jobs.folder / '1'}\n" in shown
+    out = capsys.readouterr().out
+    assert "trial 3/4 starts | optimizer.lr=0.002 model.num_layers=1\n" in out
+    assert "| validation_loss 3 | 3,000 tok/s | best 2 (trial 1) | 3 of 4 done, ETA 0:00\n" in out
+    assert "python train.py +sweep=search +experiment=ra_sp optimizer.lr=0.001 model.num_layers=1\n" in out
+    assert f"best: trial 1, validation_loss 2; its run: {jobs.folder / '1'}\n" in out
 
 
-def test_fewer_combinations_than_trials_are_tried_once_each(jobs, capsys):
+def test_each_combination_runs_once_if_there_are_fewer_than_trials(jobs, capsys):
     jobs.sweep("+sweep=search", "optimizer.lr=1e-3,2e-3", "model.num_layers=range(1,3)", "sweep.num_trials=9")
     tried = [(job["optimizer.lr"], job["model.num_layers"]) for job in jobs.started]
     assert tried == [("0.001", "1"), ("0.001", "2"), ("0.002", "1"), ("0.002", "2")]
-    assert "sweep of 4 trials, every combination;" in capsys.readouterr().out
+    assert "sweep of 4 trials, all combinations," in capsys.readouterr().out
     assert jobs.checked == [["+sweep=search", "sweep.num_trials=9", "optimizer.lr=0.001", "model.num_layers=1"]]
 
 
-def test_a_failed_trial_is_reported_and_the_sweep_goes_on(jobs, capsys):
+def test_a_failed_trial_is_reported_and_the_sweep_continues(jobs, capsys):
     def result(lr: float, layers: int) -> float:
         if (lr, layers) == (1e-3, 1):
             raise ConfigError("one layer is too few: use two\nor three")
@@ -117,23 +117,23 @@ def test_a_failed_trial_is_reported_and_the_sweep_goes_on(jobs, capsys):
         return float("nan") if layers == 1 else 1.5
 
     jobs.result = result
-    kept = jobs.sweep(*GRID)
-    assert [(row["trial"], row["state"]) for row in kept["trials"]] == [
+    content = jobs.sweep(*GRID)
+    assert [(row["trial"], row["state"]) for row in content["trials"]] == [
         (4, "done"),
         *((n, "failed") for n in (1, 2, 3)),
     ]
-    errors = [row.get("error") for row in kept["trials"]]
-    assert kept["trials"][1]["error_in_full"] == "one layer is too few: use two\nor three"
+    errors = [row.get("error") for row in content["trials"]]
+    assert content["trials"][1]["error_in_full"] == "one layer is too few: use two\nor three"
     nan = "validation_loss is not a finite number"
     assert errors == [None, "one layer is too few: use two", "RuntimeError: job lost", nan]
-    shown, told = capsys.readouterr()
-    assert "FAILED after 0 s | one layer is too few: use two | no best | 1 of 4 done, ETA 0:00\n" in shown
-    assert "failed: RuntimeError: job lost\n" in shown
-    assert told.startswith("Traceback")  # of what nobody expected alone
-    assert "too few" not in told
+    out, err = capsys.readouterr()
+    assert "FAILED after 0 s | one layer is too few: use two | no best | 1 of 4 done, ETA 0:00\n" in out
+    assert "failed: RuntimeError: job lost\n" in out
+    assert err.startswith("Traceback")  # only of unexpected errors
+    assert "too few" not in err
 
 
-def test_if_all_trials_fail_so_does_the_sweep(jobs, capsys):
+def test_a_sweep_fails_if_all_its_trials_fail(jobs, capsys):
     jobs.objective = "something_else"
     with pytest.raises(RunFailed, match=r"^all 4 trials failed: validation_loss is not measured$"):
         jobs.sweep(*GRID)
@@ -150,24 +150,24 @@ def test_an_interrupted_sweep_runs_what_is_missing(jobs, capsys, typed):
     jobs.result = interrupted_in_the_third
     with pytest.raises(KeyboardInterrupt):
         jobs.sweep(*typed)
-    assert f"the same command with hydra.sweep.dir='{jobs.folder}' runs what is missing" in capsys.readouterr().out
-    kept = jobs.sweep(*typed)
+    assert f"to resume, repeat the command with hydra.sweep.dir='{jobs.folder}'" in capsys.readouterr().out
+    content = jobs.sweep(*typed)
     assert [job["hydra.sweep.subdir"] for job in jobs.started] == ["1", "2", "3", "3", "4"]
     settings = [tuple(job.get(name) for name in ("optimizer.lr", "model.num_layers")) for job in jobs.started]
     assert settings[2] == settings[3]
-    assert len(set(settings)) == 4  # none is tried twice
-    assert [row["state"] for row in kept["trials"]] == ["done"] * 4
+    assert len(set(settings)) == 4  # no settings run twice
+    assert [row["state"] for row in content["trials"]] == ["done"] * 4
     assert [path.name for path in (jobs.folder / "3.interrupted-1").iterdir()] == ["metrics.jsonl"]
-    assert "going on: 3 interrupted\n" in capsys.readouterr().out
+    assert "resuming interrupted trials: 3\n" in capsys.readouterr().out
     jobs.sweep(*typed)
     assert len(jobs.started) == 5
-    if typed is SEARCH:  # more trials of the same are no other sweep
+    if typed is SEARCH:  # the same sweep with more trials
         jobs.sweep(*typed, "sweep.num_trials=6")
         assert [job["hydra.sweep.subdir"] for job in jobs.started[5:]] == ["5", "6"]
 
 
-def test_a_job_that_ended_well_while_nobody_watched_is_not_run_again(jobs):
-    """As a job of SLURM's does when its sweep has been killed."""
+def test_a_job_that_succeeded_after_its_sweep_was_killed_does_not_run_again(jobs):
+    """SLURM jobs outlive the sweep that submitted them."""
 
     def killed_after_the_second(lr: float, layers: int) -> float:
         if len(jobs.started) == 2:
@@ -178,9 +178,9 @@ def test_a_job_that_ended_well_while_nobody_watched_is_not_run_again(jobs):
     jobs.result = killed_after_the_second
     with pytest.raises(KeyboardInterrupt):
         jobs.sweep(*GRID)
-    kept = jobs.sweep(*GRID)
+    content = jobs.sweep(*GRID)
     assert len(jobs.started) == 4
-    assert (kept["trials"][0]["trial"], kept["trials"][0]["validation_loss"]) == (2, 0.25)
+    assert (content["trials"][0]["trial"], content["trials"][0]["validation_loss"]) == (2, 0.25)
 
 
 def test_another_sweep_in_the_folder_is_refused(jobs):
@@ -202,32 +202,32 @@ def test_another_sweep_in_the_folder_is_refused(jobs):
     assert len(jobs.started) == 4
 
 
-def test_the_highest_is_the_best_of_a_speed(jobs):
+def test_throughput_is_maximized(jobs):
     jobs.objective = "tokens_per_s"
-    kept = jobs.sweep(*SEARCH, "sweep.objective=tokens_per_s", "sweep.num_trials=15", "recipe=forward")
-    rates = [float(row["overrides"]["optimizer.lr"]) for row in kept["trials"]]
+    content = jobs.sweep(*SEARCH, "sweep.objective=tokens_per_s", "sweep.num_trials=15", "recipe=forward")
+    rates = [float(row["overrides"]["optimizer.lr"]) for row in content["trials"]]
     assert rates == sorted(rates, reverse=True)
     assert all(1e-4 <= rate <= 1e-2 for rate in rates)
     assert len(set(rates)) == 15
-    assert sum(rate > 1e-3 for rate in rates) > 9  # of chance half; Optuna learns
+    assert sum(rate > 1e-3 for rate in rates) > 9  # half of them by chance; Optuna learns
 
 
-def test_trials_run_side_by_side_if_asked(jobs):
-    both = threading.Barrier(2, timeout=20)  # breaks unless two wait at once
+def test_trials_run_in_parallel(jobs):
+    both = threading.Barrier(2, timeout=20)  # breaks unless two jobs run at once
 
     def result(lr: float, layers: int) -> float:
         both.wait()
         return lr
 
     jobs.result = result
-    kept = jobs.sweep(*GRID, "sweep.num_parallel=2")
-    assert [row["state"] for row in kept["trials"]] == ["done"] * 4
+    content = jobs.sweep(*GRID, "sweep.num_parallel=2")
+    assert [row["state"] for row in content["trials"]] == ["done"] * 4
 
 
-def test_explain_starts_nothing(jobs, capsys):
+def test_explain_starts_no_trial(jobs, capsys):
     with pytest.raises(FileNotFoundError):
         jobs.sweep(*GRID, "explain=true")
-    assert "sweep of 4 trials, every combination; the lowest validation_loss is the best\n" in capsys.readouterr().out
+    assert "sweep of 4 trials, all combinations, to minimize validation_loss\n" in capsys.readouterr().out
     assert not jobs.folder.exists()
 
 
@@ -235,11 +235,11 @@ def test_explain_starts_nothing(jobs, capsys):
     ("typed", "message"),
     [
         (["+sweep=search"], "nothing is swept: give a field several values, such as 'optimizer.lr=tag("),
-        ([*SEARCH, "sweep.sampler=grid"], "optimizer.lr=tag(log,interval(1e-4,1e-2)) has no end of values, so it cannot"),
-        ([*SEARCH, "recipe=forward"], "recipe=forward has no validation_loss for a sweep to look for: use sweep.objective=tokens_per_s"),
-        ([*SEARCH, "recipe=compare"], "recipe=compare has no validation_loss for a sweep to look for: use recipe=pretrain"),
-        (["+sweep=search", "optimizer.lr=interval(2,1)"], "optimizer.lr=interval(2,1) must rise"),
-        (["+sweep=search", "optimizer.lr=tag(log,interval(0,1))"], "optimizer.lr=tag(log,interval(0,1)) must rise, from above 0"),
+        ([*SEARCH, "sweep.sampler=grid"], "optimizer.lr=tag(log,interval(1e-4,1e-2)) has infinitely many values"),
+        ([*SEARCH, "recipe=forward"], "recipe=forward has no sweep.objective=validation_loss to optimize: use sweep.objective=tokens_per_s"),
+        ([*SEARCH, "recipe=compare"], "recipe=compare has no sweep.objective=validation_loss to optimize: use recipe=pretrain"),
+        (["+sweep=search", "optimizer.lr=interval(2,1)"], "optimizer.lr=interval(2,1) must be ascending"),
+        (["+sweep=search", "optimizer.lr=tag(log,interval(0,1))"], "optimizer.lr=tag(log,interval(0,1)) must be ascending and above 0"),
         (["+sweep=search", "num_steps=range(3,3)"], "num_steps=range(3,3) has no values: give at least one"),
     ],
 )  # fmt: skip
@@ -262,7 +262,7 @@ def test_a_sweep_that_cannot_run_is_refused_before_any_trial(jobs, typed, messag
         ("optimizer.lr=tag(log,interval(1e-4,1e-2))", FloatDistribution(1e-4, 1e-2, log=True)),
     ],
 )
-def test_hydras_grammar_is_optunas_distribution(typed: str, distribution: BaseDistribution):
+def test_hydras_grammar_becomes_an_optuna_distribution(typed: str, distribution: BaseDistribution):
     name = typed.partition("=")[0]
     overrides = OverridesParser.create().parse_overrides([f"{name}=0,1", typed, "seed=3"])  # the last of a field counts
     space = read_space(overrides, "tpe")
@@ -289,8 +289,8 @@ def test_the_reason_of_a_failure_is_one_line(error: Exception, line: str):
 
 
 @pytest.mark.parametrize("path", sorted((CONF / "sweep").glob("*.yaml")), ids=lambda path: path.stem)
-def test_a_ready_sweep_has_values_that_are_legal_alone(path):
-    """Which of them go together on so many ranks is for the trials to say."""
+def test_each_value_of_a_predefined_sweep_is_legal(path):
+    """Combinations may still be illegal: their trials fail."""
     params = OmegaConf.select(OmegaConf.load(path), "hydra.sweeper.params", default={})
     for name, values in params.items():
         [override] = OverridesParser.create().parse_overrides([f"{name}={values}"])
@@ -301,7 +301,7 @@ def test_a_ready_sweep_has_values_that_are_legal_alone(path):
     assert f"+sweep={path.stem}" in path.read_text().splitlines()[1]
 
 
-def test_the_sweep_of_kernels_has_all_kernels_and_transports():
+def test_the_kernel_sweep_has_all_kernels_and_transports():
     params = OmegaConf.load(CONF / "sweep" / "kernels.yaml").hydra.sweeper.params
     assert params == {
         "attention.kernel": f"choice({', '.join(KERNELS)})",
