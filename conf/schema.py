@@ -348,8 +348,10 @@ class CompareConfig:
 class MaxLengthConfig:
     """recipe=max_length: the longest sequence that this configuration can train."""
 
-    memory_gib: Optional[float] = None  # that a rank may use; unset: its device's less a tenth, or its part of the host
-    confirm_s: float = 600.0  # try the length found if its two steps should take no longer; 0 never does
+    memory_gib: Optional[float] = (
+        None  # per rank; unset: the device's less a tenth, or a CPU rank's part less 1 GiB more
+    )
+    confirm_s: float = 600.0  # train two steps at that length if they should take no longer; 0: never
 
     def __post_init__(self) -> None:
         if self.memory_gib is not None and not 0 < self.memory_gib < math.inf:
@@ -414,7 +416,7 @@ class Config:
                 "use attention=ring"
             )
         if self.recipe == "max_length" and self.parallelism.method == "tensor_pipeline":
-            raise ConfigError("recipe=max_length probes one layer, which has no pipeline stages: use +experiment=ra_sp")
+            raise ConfigError("recipe=max_length does not predict tensor and pipeline ranks: use +experiment=ra_sp")
         if len(self.profile_steps) != 2 or not 2 <= self.profile_steps[0] <= self.profile_steps[1]:
             raise ConfigError(
                 f"profile_steps={self.profile_steps} must be the first and the last step to record, from step 2 on: "

@@ -1,10 +1,9 @@
-"""What single training steps take, time and memory, beside what was predicted, on random tokens.
+"""Time and memory of single training steps on random tokens, measured and predicted.
 
     python -m tests.tools.long_step --json FILE "model=llama_8b model.num_layers=8 data.sequence_length=1048576" "..."
 
-takes the overrides of one setting in each argument, and starts its ranks anew. One step unless num_steps says more; the
-fastest counts. Peaks are what PyTorch's allocator gave out; on the CPU the process's own. `recipe=max_length` makes
-the same probes, and looks for the longest sequence.
+takes the overrides of one setting in each argument, and starts ranks for each. It runs one step unless num_steps is
+set, and reports the fastest. `recipes.benchmark.probe` measures, as it does for recipe=max_length.
 """
 
 from __future__ import annotations
@@ -22,48 +21,40 @@ import torch
 import train  # noqa: F401 - registers the schema
 from conf.compose import to_config
 from conf.schema import Config
-from recipes.benchmark.max_length import NO_MEMORY_FILE, PROBE_FILE, Probe
+from recipes.benchmark.probe import train_probe
 from recipes.launch import launcher
 from recipes.planning.plan import Plan
-from recipes.run.errors import RunFailed
 
 
 def composed(setting: str) -> Config:
-    """Of one setting's overrides."""
+    """The configuration of one setting's overrides."""
     with hydra.initialize(version_base="1.3", config_path="../../conf"):
         return to_config(hydra.compose("config", ["num_steps=1", *shlex.split(setting)]))
 
 
 def predicted(plan: Plan) -> dict[str, Any]:
-    """`predicted_gib`, and when that is; nothing where it is not predicted."""
+    """`predicted_gib` and the point of the peak; nothing where it is not predicted."""
     peak = plan.peak
     return {} if peak is None else {"predicted_gib": peak.total / 2**30, "fullest_at": peak.name}
 
 
 def predicted_again(row: dict[str, Any]) -> dict[str, Any]:
-    """Of a row that a GPU gave, by present code."""
+    """The present prediction for a row measured on a GPU."""
     num_ranks = row["num_ranks"]
     return predicted(Plan(composed(row["setting"]), num_ranks, "cuda", row["device"], None, num_ranks))
 
 
 def step(config: Config) -> dict[str, Any]:
-    """Of one setting: what it took, or `error` if it ran out of memory; and `predicted_gib` where it is predicted."""
+    """What one setting took, or `error` if it ran out of memory; `predicted_gib` where there is a prediction."""
     num_ranks = launcher.count_ranks(config)
     row: dict[str, Any] = {"num_ranks": num_ranks, **predicted(launcher.make_plan(config, num_ranks))}
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            launcher.start(Probe(config), num_ranks, Path(folder))
-        except RunFailed:
-            failed = Path(folder, NO_MEMORY_FILE)
-            if not failed.exists():
-                raise
-            return {**row, "error": failed.read_text(encoding="utf-8")}
-        return {**row, **json.loads(Path(folder, PROBE_FILE).read_text(encoding="utf-8"))}
+        return {**row, **train_probe(config, num_ranks, Path(folder))}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What single training steps take, on random tokens.")
-    parser.add_argument("settings", nargs="+", help="overrides of train.py's, of one setting each")
+    parser = argparse.ArgumentParser(description="Time and memory of single training steps.")
+    parser.add_argument("settings", nargs="+", help="overrides of train.py, one setting each")
     parser.add_argument("--json", type=Path, help="also write the table to this file")
     options = parser.parse_args()
     rows = []

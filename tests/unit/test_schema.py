@@ -154,7 +154,7 @@ MISTAKES = [
     ("recipe=bench_attention memory_snapshot=true", "memory_snapshot=true is for single runs: leave it out, or type recipe=pretrain or recipe=forward"),
     ("recipe=max_length profile=true", "profile=true is for single runs: leave it out, or type recipe=pretrain or recipe=forward"),
     ("recipe=max_length attention=auto", "attention=auto may choose another method at another length, so recipe=max_length predicts nothing: use attention=ring"),
-    ("recipe=max_length +experiment=tp_pp", "recipe=max_length probes one layer, which has no pipeline stages: use +experiment=ra_sp"),
+    ("recipe=max_length +experiment=tp_pp", "recipe=max_length does not predict tensor and pipeline ranks: use +experiment=ra_sp"),
     ("data=hub", "data=hub needs a data set: data.name=OWNER/NAME or a local folder"),
     ("compare.only=[dp,nosuch]", "compare.only=nosuch is no entry: use tp_pp, tp, pp, ra_sp, ulysses, hybrid, all_gather, dp"),
     ("compare.baseline=nosuch", "compare.baseline=nosuch is no entry: use tp_pp, tp, pp, ra_sp, ulysses, hybrid, all_gather, dp"),
