@@ -16,7 +16,7 @@ from recipes.engine.deepspeed_engine import StepResult
 from recipes.planning.plan import Plan
 from recipes.run.errors import RunFailed
 
-MAX_BAD_STEPS = 10  # in a row; with more, the batch is not the cause
+MAX_BAD_STEPS = 10  # in a row; then the batch is not the cause
 
 
 class BadSteps:

@@ -80,7 +80,7 @@ def out_of_memory_cause(error: BaseException | None) -> BaseException | None:
 
 
 def helpful_overrides(plan: Plan, allocator: str = "", compares: bool = False) -> list[str]:
-    """Up to three lines to type that reduce memory and are not set yet, best first. They keep the tokens per step.
+    """Up to three lines to type that reduce memory and are not set yet, best first.
 
     Args:
         allocator: the value of PYTORCH_ALLOC_CONF.
@@ -105,11 +105,13 @@ def _for_the_same_job(plan: Plan, allocator: str, compares: bool) -> Iterator[tu
         yield f"{shared} {_same_batch(plan)}", f"each sequence on all {plan.num_ranks} ranks, now on {degrees.sequence}"
     if plan.method == "all_gather" and degrees.sequence > 1:
         yield "attention=ring", "all_gather stores the keys and values of whole sequences"
-    if is_sequence_parallel and engine.tile_tokens == 0 and _would_tile(plan):
+    tiled = changed(plan.config, **{"engine.tile_tokens": None})
+    if is_sequence_parallel and engine.tile_tokens == 0 and tile_tokens(tiled, plan.local_tokens):
         yield "engine.tile_tokens=null", "computes the loss in tiles, so that the logits of all tokens never exist"
+    can_offload = is_sequence_parallel and plan.trains and plan.on_gpu and not engine.offload_activations
     if is_sequence_parallel and plan.trains and engine.recompute == "none":
         yield "engine.recompute=selective", "recomputes layers in the backward pass, except attention"
-    elif offloaded := _offloadable_bytes(plan):
+    elif can_offload and (offloaded := offloaded_bytes(plan.config, plan.local_tokens)):
         yield "engine.offload_activations=true", f"moves {gib(offloaded)} GiB of saved activations to the host"
     if is_sequence_parallel and engine.zero_stage < 3 and plan.num_ranks > 1:
         states = "weights, gradients and optimizer states" if plan.trains else "weights"
@@ -123,10 +125,7 @@ def _for_the_same_job(plan: Plan, allocator: str, compares: bool) -> Iterator[tu
         yield f"PYTORCH_ALLOC_CONF={joined}", "before the command: reduces fragmentation"
     if plan.on_gpu and is_sequence_parallel and plan.trains and not engine.offload_optimizer:
         stage = "" if engine.zero_stage else "engine.zero_stage=1 "
-        yield (
-            f"{stage}engine.offload_optimizer=true",
-            "moves optimizer states and the optimizer step to the host; slower",
-        )
+        yield f"{stage}engine.offload_optimizer=true", "moves optimizer states and their step to the host; slower"
 
 
 def _for_a_smaller_job(plan: Plan) -> Iterator[tuple[str, str]]:
@@ -139,19 +138,6 @@ def _for_a_smaller_job(plan: Plan) -> Iterator[tuple[str, str]]:
     if model.mlp_size % (2 * degrees.tensor) == 0:
         yield f"model.mlp_size={model.mlp_size // 2}", "a smaller model"
     yield f"model.hidden_size={max(1, model.hidden_size // 2)}", "a smaller model"
-
-
-def _would_tile(plan: Plan) -> bool:
-    """Whether the default tile is smaller than all tokens."""
-    return tile_tokens(changed(plan.config, **{"engine.tile_tokens": None}), plan.local_tokens) > 0
-
-
-def _offloadable_bytes(plan: Plan) -> int:
-    """Saved activations of recomputed layers that engine.offload_activations would move from a GPU."""
-    is_possible = plan.on_gpu and plan.trains and plan.config.parallelism.method == "sequence"
-    if not is_possible or plan.config.engine.offload_activations:
-        return 0
-    return offloaded_bytes(plan.config, plan.local_tokens)
 
 
 def _same_batch(plan: Plan) -> str:
@@ -169,16 +155,12 @@ def _more_ranks_per_sequence(plan: Plan) -> str | None:
     all_ranks = "parallelism.data_degree=1"
     if plan.candidates:
         return all_ranks  # attention=auto chooses the other degrees
-    match plan.method:
-        case "local":
-            return f"attention=ring {all_ranks}"
-        case "ulysses":
-            fits = model.num_kv_heads >= num_ranks
-            return f"{all_ranks} parallelism.ulysses_degree={num_ranks}" if fits else None
-        case "hybrid":
-            ring_degree = num_ranks // degrees.ulysses
-            return f"{all_ranks} parallelism.ring_degree={ring_degree} parallelism.ulysses_degree={degrees.ulysses}"
-    return f"{all_ranks} parallelism.ring_degree={num_ranks}"
+    if plan.method == "local":
+        return f"attention=ring {all_ranks}"
+    if plan.method == "ulysses":
+        return f"{all_ranks} parallelism.ulysses_degree={num_ranks}" if model.num_kv_heads >= num_ranks else None
+    ring = f"{all_ranks} parallelism.ring_degree={num_ranks // degrees.ulysses}"
+    return f"{ring} parallelism.ulysses_degree={degrees.ulysses}" if plan.method == "hybrid" else ring
 
 
 def _more_tensor_ranks(plan: Plan) -> str | None:

@@ -1,11 +1,10 @@
 """The memory timeline of a training step, by arithmetic: what one rank holds at each point where memory can peak.
 
-`engine_memory` has what DeepSpeed and Adam allocate. The tensors here are those of the model, and those that autograd
-saves for each operation. On the CPU, all plain PyTorch, tests count them through the real engine
-(`python -m tests.tools.memory`). On a GPU other kernels save and allocate other tensors: `recipes.model.ops` with
-Liger, PyTorch's fused norms, flash-attn-4 in half precision, memory-efficient attention in fp32, the fused Adam.
-docs/performance.md has measured peaks. Not included: what kernels allocate inside (cuBLAS 64 MiB on Hopper), what the
-allocator loses to fragmentation, and the gradients of all keys under attention=all_gather.
+`engine_memory` has what DeepSpeed and Adam allocate. Here are the model's tensors and those that autograd saves. On the
+CPU all is plain PyTorch, and tests count it in the real engine (`python -m tests.tools.memory`). On GPUs other kernels
+save other tensors: Liger, PyTorch's fused norms, flash-attn-4 in half precision, memory-efficient attention in fp32,
+the fused Adam. docs/performance.md has measured peaks. Not included: workspaces inside kernels (cuBLAS 64 MiB on
+Hopper), fragmentation, and the gradients of all keys under attention=all_gather.
 
 Names end in their unit: `_bytes`, or `_per_token` for bytes per token of this rank. "Numbers" are elements.
 """
@@ -155,36 +154,26 @@ class StepMemory:
     # The points of a step. In the backward pass, that of the last layer is the peak: all others still hold theirs.
 
     def _loss(self) -> MemoryPoint:
-        return MemoryPoint(
-            "the loss, backward",
-            {
-                **self._states,
-                "saved activations": self._saved_per_token * self.local_tokens,
-                "final norm": self._norm_per_token * self.local_tokens,
-                **self._loss_parts(),
-            },
-        )
+        norm = self._norm_per_token * self.local_tokens
+        return self._backward_point("the loss, backward", {"final norm": norm, **self._loss_parts()})
 
     def _mlp(self) -> MemoryPoint:
-        model, hidden = self.config.model, self._hidden
-        name, recomputed = "the last layer's MLP, backward", self._recomputed_per_token
+        model, num_gradients = self.config.model, self._num_gradients
         if self._mlp_tile:
-            return self._layer_point(
-                name, recomputed, 2 * hidden, self._num_gradients, self._tiled_mlp_bytes(self._mlp_tile)
-            )
-        # gradients of the MLP's product, of one factor, and of the layer's output
-        widths = 2 if model.mlp == "swiglu" else 1
-        gradients = widths * self._size * model.mlp_size + hidden
-        # ZeRO-3 has no buckets: the gradient of the down projection waits for its reduction
-        down = self._mlp_down if self._reduces_early and not self._engine.buckets else 0
-        return self._layer_point(name, recomputed, gradients, self._num_gradients + self._mlp_down, self._size * down)
+            gradients, extra_bytes = 2 * self._hidden, self._tiled_mlp_bytes()
+        else:  # gradients of the MLP's product, of one factor, and of the layer's output
+            gradients = (2 if model.mlp == "swiglu" else 1) * self._size * model.mlp_size + self._hidden
+            num_gradients += self._mlp_down
+            # ZeRO-3 has no buckets: the gradient of the down projection waits for its reduction
+            extra_bytes = self._size * self._mlp_down if self._reduces_early and not self._engine.buckets else 0
+        name, recomputed = "the last layer's MLP, backward", self._recomputed_per_token
+        return self._layer_point(name, recomputed, gradients, num_gradients, extra_bytes)
 
     def _attention(self) -> MemoryPoint:
         recomputed = self._recomputed_per_token - self.layer_per_token["MLP"] - self._norm_per_token
         gradients = self._attention_per_token() - self._symmetric_per_token + self._hidden
-        return self._layer_point(
-            "the last layer's attention, backward", recomputed, gradients, self._num_gradients_after_mlp
-        )
+        name = "the last layer's attention, backward"
+        return self._layer_point(name, recomputed, gradients, self._num_gradients_after_mlp)
 
     def _norm(self) -> MemoryPoint:
         """RMSNorm on the CPU: five tensors in fp32, and of the final norm its input."""
@@ -192,30 +181,24 @@ class StepMemory:
         if self.config.engine.recompute == "none":
             return self._layer_point("the final norm, backward", 0, 24 * hidden_size, self._head)
         recomputed = self._recomputed_per_token - self.layer_per_token["MLP"]
-        gradients = 16 * hidden_size + self._hidden
-        return self._layer_point(
-            "the last layer's second norm, backward", recomputed, gradients, self._num_gradients_after_mlp
-        )
+        name, gradients = "the last layer's second norm, backward", 16 * hidden_size + self._hidden
+        return self._layer_point(name, recomputed, gradients, self._num_gradients_after_mlp)
 
     def _head_reduction(self) -> MemoryPoint:
-        return MemoryPoint(
-            "the reduction of the head's gradient",
-            {
-                **self._states,
-                "saved activations": self._saved_per_token * self.local_tokens,
-                "gradients and backward temporaries": self._hidden * self.local_tokens,
-                "gradient buckets and the reduced gradient": self._engine.buckets + self._engine.head_reduction,
-            },
-        )
+        parts = {
+            "gradients and backward temporaries": self._hidden * self.local_tokens,
+            "gradient buckets and the reduced gradient": self._engine.buckets + self._engine.head_reduction,
+        }
+        return self._backward_point("the reduction of the head's gradient", parts)
 
     def _step_end(self) -> MemoryPoint:
-        return MemoryPoint(
-            "the end of the step",
-            {
-                STATES: self._engine.persistent,
-                "gradients, buckets, optimizer temporaries": self._engine.step_end,
-            },
-        )
+        parts = {STATES: self._engine.persistent, "gradients, buckets, optimizer temporaries": self._engine.step_end}
+        return MemoryPoint("the end of the step", parts)
+
+    def _backward_point(self, name: str, parts: dict[str, float], freed: float = 0) -> MemoryPoint:
+        """A point in the backward pass: states, saved activations but those `freed` per token, and `parts`."""
+        saved = (self._saved_per_token - freed) * self.local_tokens
+        return MemoryPoint(name, {**self._states, "saved activations": saved, **parts})
 
     def _layer_point(
         self, name: str, recomputed: float, gradients: float, num_gradients: int, extra_bytes: float = 0
@@ -227,18 +210,13 @@ class StepMemory:
             gradients: per token, with what computes them.
             num_gradients: numbers whose gradients have been computed.
         """
-        return MemoryPoint(
-            name,
-            {
-                **self._states,
-                "saved activations": (self._saved_per_token + min(recomputed, 0)) * self.local_tokens,
-                "recomputed layer": max(recomputed, 0) * self.local_tokens,
-                "gradients and backward temporaries": gradients * self.local_tokens
-                + extra_bytes
-                + self._gradient_bytes(num_gradients),
-                "gradient buckets": self._engine.buckets,
-            },
-        )
+        gradient_bytes = gradients * self.local_tokens + extra_bytes + self._gradient_bytes(num_gradients)
+        parts = {
+            "recomputed layer": max(recomputed, 0) * self.local_tokens,
+            "gradients and backward temporaries": gradient_bytes,
+            "gradient buckets": self._engine.buckets,
+        }
+        return self._backward_point(name, parts, freed=max(-recomputed, 0))
 
     # What the points are made of.
 
@@ -306,9 +284,9 @@ class StepMemory:
         logits = max((12 + size) * vocab_size * tile, 2 * size * vocab_size * tile + casts)
         return {"logits of a tile and their gradients": logits, **sums}
 
-    def _tiled_mlp_bytes(self, tile: int) -> float:
+    def _tiled_mlp_bytes(self) -> float:
         """The backward pass of tiles: fp32 sums of the weights' gradients, and one tile's tensors."""
-        model, size = self.config.model, self._size
+        model, size, tile = self.config.model, self._size, self._mlp_tile
         is_gated, width = model.mlp == "swiglu", model.mlp_size
         weights = (3 if is_gated else 2) * width * model.hidden_size
         if self.on_gpu:  # a tile's activations and their gradients; at last, in half precision, the cast sums
