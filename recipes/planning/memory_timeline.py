@@ -80,7 +80,7 @@ class StepMemory:
         if self.on_gpu and self._has_ring and self.config.attention.transport != "p2p":
             self._symmetric_per_token = (2 if self.degrees.ring == 2 else 4) * 2 * self._size * self._keys
             self._states["the ring's symmetric buffers"] = self._symmetric_per_token * self.local_tokens
-        # numbers whose gradients exist when the backward pass of the fullest layer begins, and after its MLP
+        # numbers whose gradients exist when the backward pass of the layer at the peak begins, and after its MLP
         self._num_gradients = self._head
         if self.on_gpu and self.config.engine.offload_activations:
             # all layers but the first ones hold the same, and gradients accumulate
@@ -94,28 +94,24 @@ class StepMemory:
     @property
     def unsupported(self) -> str | None:
         """Why there is no prediction, and for what there is; None if there is one. All else requires that."""
-        engine, parallelism = self.config.engine, self.config.parallelism.method
+        engine, recipe = self.config.engine, self.config.recipe
         accumulates = engine.gradient_accumulation_steps > 1 or engine.train_batch_size is not None
         can_offload = self.on_gpu and engine.zero_stage < 3 and engine.dtype != "fp32"
-        for applies, what, supported in (
-            (self.config.recipe != "pretrain", f"recipe={self.config.recipe}", "recipe=pretrain"),
-            (parallelism != "sequence", "tensor and pipeline ranks", "parallelism.method=sequence"),
-            (
-                accumulates,
-                "steps of several micro-batches",
-                "engine.gradient_accumulation_steps=1 without engine.train_batch_size",
+        offload = f"an offloaded optimizer with engine.zero_stage={engine.zero_stage} engine.dtype={engine.dtype} here"
+        reasons = {
+            f"recipe={recipe}, only for recipe=pretrain": recipe != "pretrain",
+            "tensor and pipeline ranks, only for parallelism.method=sequence": (
+                self.config.parallelism.method != "sequence"
             ),
-            (engine.offload_parameters, "offloaded weights", "engine.offload_parameters=false"),
-            (
-                engine.offload_optimizer and not can_offload,
-                f"an offloaded optimizer with engine.zero_stage={engine.zero_stage} engine.dtype={engine.dtype} here",
-                "engine.offload_optimizer=false, or on GPUs bf16 with stages 1 and 2",
+            "steps of several micro-batches, only for engine.gradient_accumulation_steps=1 without "
+            "engine.train_batch_size": accumulates,
+            "offloaded weights, only for engine.offload_parameters=false": engine.offload_parameters,
+            f"{offload}, only for engine.offload_optimizer=false, or on GPUs bf16 with stages 1 and 2": (
+                engine.offload_optimizer and not can_offload
             ),
-            (engine.dtype == "fp16", "engine.dtype=fp16", "bf16 and fp32"),
-        ):
-            if applies:
-                return f"not predicted for {what}, only for {supported}"
-        return None
+            "engine.dtype=fp16, only for bf16 and fp32": engine.dtype == "fp16",
+        }
+        return next((f"not predicted for {reason}" for reason, applies in reasons.items() if applies), None)
 
     @property
     def timeline(self) -> list[MemoryPoint]:

@@ -1,4 +1,4 @@
-"""The pure functions behind a run: the loss rule, schedules of the learning rate, sizes, operations, throughput."""
+"""Pure functions behind a run: loss rule, learning rate schedule, sizes, FLOPs, throughput, the plan."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=["tiny", "gelu_layernorm_bias", "tied_mqa"])
-def test_the_parameter_count_is_that_of_the_model(shape: ModelConfig):
+def test_the_models_parameters_are_counted(shape: ModelConfig):
     model = Transformer(shape, LocalAttention("auto"))
     assert num_parameters(shape) == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_the_papers_first_workload_costs_7_1_gflop_a_token():
+def test_the_papers_first_workload_costs_7_1_gflop_per_token():
     shape = ModelConfig(
         num_layers=4, hidden_size=8192, num_heads=16, num_kv_heads=16, head_dim=512, mlp_size=32768, mlp="gelu"
     )
     assert forward_flops_per_token(shape, 10_000) == pytest.approx(7.1e9, rel=0.01)
 
 
-def test_operations_counted_by_torch():
-    """Matrix products as torch counts them, plus causal attention by hand."""
+def test_flops_match_torchs_count():
+    """Torch counts the matrix products; causal attention is added by hand."""
     from torch.utils.flop_counter import FlopCounterMode
 
     shape, length = ModelConfig(), 16
@@ -100,7 +100,7 @@ def test_throughput_divides_by_all_ranks():
     assert throughput.mfu_pct == pytest.approx(20.0)
 
 
-def test_utilisation_is_not_invented_for_unknown_hardware():
+def test_mfu_is_unknown_for_unknown_hardware():
     assert peak_tflops("NVIDIA H200", "bf16") == 989.4
     assert peak_tflops("NVIDIA H200", "fp32") is None
     assert peak_tflops("CPU", "bf16") is None
@@ -118,7 +118,7 @@ def test_rotary_angles_stay_exact_at_a_million():
     assert cos.item() == pytest.approx(torch.tensor(1_000_003.0, dtype=torch.float64).cos().item(), abs=1e-7)
 
 
-def test_the_plan_says_what_a_run_will_be(tmp_path):
+def test_the_explanation_shows_the_plan(tmp_path):
     plan = Plan(Config(), num_ranks=4, device_type="cpu", device_name="CPU", capability=None, ranks_per_host=4)
     text = "\n".join(explanation(plan, tmp_path))
     for part in ("1 data x 4 ring, on CPU", "512 per rank of 2,048 per sequence", "0.46 M parameters", "cpu_flash"):
