@@ -11,6 +11,7 @@ from recipes.monitor.device_metrics import reset_peak_memory
 from recipes.monitor.profiling import profiler
 from recipes.monitor.reporter import Reporter
 from recipes.monitor.step_logger import StepLogger
+from recipes.planning.explain import banner
 from recipes.planning.plan import Plan
 
 
@@ -22,7 +23,7 @@ def forward(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
     """
     config = plan.config
     if reporter:
-        reporter.say(*plan.banner(run_dir), "", "building the model ...")
+        reporter.say(*banner(plan, run_dir), "", "building the model ...")
     engine = build_engine(plan, forward_only=True)
     reset_peak_memory()  # building takes more: weights are made in fp32
     logger = StepLogger(plan, engine, "forward", reporter)

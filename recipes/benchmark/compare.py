@@ -41,6 +41,7 @@ from recipes.benchmark.rounds import (
 from recipes.launch import launcher
 from recipes.launch.environment import ranks_are_started
 from recipes.launch.memory_errors import out_of_memory_explained
+from recipes.planning.explain import banner, state_lines
 from recipes.planning.plan import Plan
 from recipes.run.errors import Preempted, RunFailed
 from ring_attention.transport import choose_transport
@@ -206,7 +207,7 @@ def compare(config: Config, entries: dict[str, Config], run_dir: Path) -> None:
         print(*notes, sep="\n")
         for name, (entry, num_ranks) in chosen.items():
             plan = launcher.make_plan(entry, num_ranks)
-            print(f"\n{name}", *plan.banner(run_dir)[:-1], "", *plan.memory_lines(), sep="\n", flush=True)
+            print(f"\n{name}", *banner(plan, run_dir)[:-1], "", *state_lines(plan), sep="\n", flush=True)
     for data in corpora:
         if not config.explain or is_local(data):
             open_corpus(data).check()
@@ -369,7 +370,7 @@ def choose(config: Config, entries: dict[str, Config]) -> tuple[dict[str, tuple[
         notes.append(f"baseline: {next(iter(chosen))}, for {config.compare.baseline} is not there")
     if not on_gpu:
         plans = [launcher.make_plan(entry, num_ranks) for entry, num_ranks in chosen.values()]
-        notes += list(dict.fromkeys(f"!!! {plan.slowness}" for plan in plans if plan.slowness))
+        notes += list(dict.fromkeys(f"!!! {plan.slow_step_warning}" for plan in plans if plan.slow_step_warning))
     return chosen, notes
 
 

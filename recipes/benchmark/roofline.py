@@ -23,7 +23,8 @@ from torch import Tensor
 
 from conf.schema import ModelConfig
 from recipes.monitor.device_metrics import StepClock
-from recipes.planning.plan import DTYPES, Plan, attention_flops_per_token
+from recipes.planning.plan import DTYPES, Plan
+from recipes.planning.throughput import attention_flops_per_token
 from ring_attention.kernels import KernelParams, KernelSpec, SavedTensors, choose_kernel
 
 MEASURED_S, CPU_MEASURED_S = 3.0, 0.2  # in a comparison

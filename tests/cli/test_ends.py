@@ -156,9 +156,9 @@ def test_a_rank_out_of_memory_ends_the_run_with_the_plan_and_three_overrides(pro
     assert "DefaultCPUAllocator" in lines[1]
     assert lines[2] == "           ranks  1 data x 2 ring, on CPU"
     assert lines[-5:] == [
-        "3 overrides most likely to help, the first one first:",
-        "  engine.recompute=selective  (the backward pass computes layers again, all but attention)",
-        "  engine.zero_stage=3  (weights, gradients and optimizer state lie over all 2 ranks)",
+        "the 3 overrides most likely to help, best first:",
+        "  engine.recompute=selective  (recomputes layers in the backward pass, except attention)",
+        "  engine.zero_stage=3  (shards weights, gradients and optimizer states over all 2 ranks)",
         "  data.sequence_length=1024  (half as many tokens per rank)",
         f"the other ranks were ended; its log: {log}",
     ]
@@ -172,7 +172,7 @@ def test_a_launchers_rank_out_of_memory_is_reported_once(program):
     result = raising(program, NO_MEMORY, launcher=[torchrun, "--standalone", "--nproc-per-node=2"])
     assert result.exit_code == 1
     assert result.stderr.count("error: rank 1 ran out of memory (starting)\n") == 1
-    assert result.stderr.count("  engine.zero_stage=3  (weights") == 1
+    assert result.stderr.count("  engine.zero_stage=3  (shards weights") == 1
     assert "DefaultCPUAllocator" in (result.run_dir / "logs" / "rank_1.log").read_text()
 
 

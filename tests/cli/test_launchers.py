@@ -64,8 +64,8 @@ def test_under_torchrun_rank_0_closes_its_run_and_reports_a_common_error_before_
     launcher = [*TORCHRUN, "tests/tools/bad_loss.py", "3"]
     result = program.run(*SMALL, "num_steps=6", "checkpoint.keep=0", launcher=launcher, wandb=True)
     assert result.exit_code == 1
-    assert result.stderr.count("error: step 3: the loss is nan, that of the tokens of rank 1; its batch: ") == 1
-    assert "\nnothing of it was applied; there is no checkpoint yet: engine.on_bad_step=skip leaves " in result.stderr
+    assert result.stderr.count("error: step 3: the loss is nan on the tokens of rank 1; batch: ") == 1
+    assert "\nthe step was not applied; there is no checkpoint yet: engine.on_bad_step=skip skips " in result.stderr
     [run] = result.run_dir.glob("wandb/offline-run-*")
     shown = wandb("leet", "inspect", "--summary", str(run), home=program.folder)
     assert re.search(r"^state +failed ", shown, re.MULTILINE)

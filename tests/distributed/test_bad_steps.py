@@ -1,4 +1,4 @@
-"""A step whose loss is not finite on one rank is left out by all: what comes after is as if it had not been there."""
+"""If one rank's loss is not finite, no rank applies the step, and training continues as if it had not happened."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ Trained = tuple[list[float], list[bool], list[int]]
 
 
 def train(config: Config, bad: str) -> Trained:
-    """On a rank: the losses, which steps were applied, and whose loss was bad.
+    """On a rank: the losses, which steps were applied, and the ranks with a bad loss.
 
     Args:
-        bad: what becomes of the loss of step 3 on rank 1: nan, inf, or "left out", which is of the whole step.
+        bad: the loss of step 3 on rank 1 becomes this, nan or inf; "left out" leaves the step out.
     """
     import deepspeed.comm as dist
 
@@ -40,8 +40,8 @@ def train(config: Config, bad: str) -> Trained:
     plan.resolve_config()
     is_pipeline = config.parallelism.method == "tensor_pipeline"
     engine = build_engine(plan, None if is_pipeline else parallel_groups(1, 2))
-    where, name = (recipes.engine.pipeline_engine, "cross_entropy_sum") if is_pipeline else (engine, "_loss_sum")
-    whole = getattr(where, name)
+    owner, name = (recipes.engine.pipeline_engine, "cross_entropy_sum") if is_pipeline else (engine, "_loss_sum")
+    loss_sum = getattr(owner, name)
     losses, applied, ranks = [], [], []
     steps = build_sharder(plan, engine).steps(CORPUS.training(0), plan.accumulation_steps)
     for step, micro_batches in zip(range(1, NUM_STEPS + 1), steps, strict=False):
@@ -49,7 +49,7 @@ def train(config: Config, bad: str) -> Trained:
         if is_bad and bad == "left out":
             continue
         factor = float(bad) if is_bad and dist.get_rank() == BAD_RANK else 1.0
-        with mock.patch.object(where, name, lambda *arguments, factor=factor: whole(*arguments) * factor):
+        with mock.patch.object(owner, name, lambda *arguments, factor=factor: loss_sum(*arguments) * factor):
             result = engine.train_step(micro_batches)
         losses.append(result.loss.item())
         applied.append(result.applied)
@@ -83,11 +83,11 @@ def check(pool: WorkerPool, config: Config, bad: str, named: list[int]) -> None:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-def test_a_step_with_a_bad_loss_on_one_rank_leaves_no_trace_on_any(pool: WorkerPool, zero_stage: int, dtype: str):
+def test_no_rank_applies_a_step_with_a_bad_loss(pool: WorkerPool, zero_stage: int, dtype: str):
     check(pool, configuration(zero_stage, dtype), "inf" if zero_stage == 2 else "nan", [BAD_RANK])
 
 
-def test_nor_in_a_pipeline(pool: WorkerPool):
+def test_no_pipeline_rank_applies_a_step_with_a_bad_loss(pool: WorkerPool):
     parallelism = ParallelismConfig(method="tensor_pipeline", tensor_degree=1, pipeline_degree=2)
     config = configuration(1, "bf16", parallelism=parallelism, attention=AttentionConfig(method="local"))
     check(pool, config, "nan", [])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.pool import WorkerPool
-from tests.tools.ring_memory import BATCH, HEAD_DIM, NUM_HEADS, peak_of_ranks, measure_ring
+from tests.tools.ring_memory import BATCH, HEAD_DIM, NUM_HEADS, measure_ring, peak_of_ranks
 
 LENGTH = 512  # per rank
 

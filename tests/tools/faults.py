@@ -290,8 +290,8 @@ def bad_loss(case: Case) -> None:
         error = case.failed(running.finish())
         running.assert_nothing_is_left()
     assert error.startswith(
-        f"error: step {bad_step}: the loss is nan, that of the tokens of rank 1; its batch: training tokens "
-        f"{257 * (bad_step - 1):,} to {257 * bad_step - 1:,}, the last sequence with SHA-256 "
+        f"error: step {bad_step}: the loss is nan on the tokens of rank 1; batch: training tokens "
+        f"{257 * (bad_step - 1):,} to {257 * bad_step - 1:,}, last sequence SHA-256 "
     ), error
     assert newest_first(running.run_dir)[0].name == f"step_{(bad_step - 1) // 5 * 5:08d}"
     finished = case.program.run(*SHORT, "engine.on_bad_step=skip", launcher=launcher)

@@ -1,10 +1,9 @@
-"""Time and memory of single training steps on random tokens, beside the predicted memory.
+"""Time and memory of single training steps on random tokens, measured and predicted.
 
     python -m tests.tools.long_step --json FILE "model=llama_8b model.num_layers=8 data.sequence_length=1048576" "..."
 
-Each argument holds the overrides of one setting, which starts its own ranks. It runs one step unless num_steps says
-otherwise; the fastest counts. Peaks are those of PyTorch's allocator, on the CPU those of the process.
-`recipe=max_length` makes the same probes to find the longest sequence.
+takes the overrides of one setting in each argument, and starts ranks for each. It runs one step unless num_steps is
+set, and reports the fastest. `recipes.benchmark.probe` measures, as it does for recipe=max_length.
 """
 
 from __future__ import annotations
@@ -22,48 +21,40 @@ import torch
 import train  # noqa: F401 - registers the schema
 from conf.compose import to_config
 from conf.schema import Config
-from recipes.benchmark.max_length import NO_MEMORY_FILE, PROBE_FILE, Probe
+from recipes.benchmark.probe import train_probe
 from recipes.launch import launcher
 from recipes.planning.plan import Plan
-from recipes.run.errors import RunFailed
 
 
 def composed(setting: str) -> Config:
-    """The configuration of one setting."""
+    """The configuration of one setting's overrides."""
     with hydra.initialize(version_base="1.3", config_path="../../conf"):
         return to_config(hydra.compose("config", ["num_steps=1", *shlex.split(setting)]))
 
 
 def predicted(plan: Plan) -> dict[str, Any]:
-    """`predicted_gib` and when the peak occurs; empty where there is no prediction."""
+    """`predicted_gib` and the point of the peak; nothing where it is not predicted."""
     peak = plan.peak
     return {} if peak is None else {"predicted_gib": peak.total / 2**30, "fullest_at": peak.name}
 
 
 def predicted_again(row: dict[str, Any]) -> dict[str, Any]:
-    """The present code's prediction for a row measured on GPUs."""
+    """The present prediction for a row measured on a GPU."""
     num_ranks = row["num_ranks"]
     return predicted(Plan(composed(row["setting"]), num_ranks, "cuda", row["device"], None, num_ranks))
 
 
 def step(config: Config) -> dict[str, Any]:
-    """Measures one setting; gives `error` if it ran out of memory, and `predicted_gib` where there is a prediction."""
+    """What one setting took, or `error` if it ran out of memory; `predicted_gib` where there is a prediction."""
     num_ranks = launcher.count_ranks(config)
     row: dict[str, Any] = {"num_ranks": num_ranks, **predicted(launcher.make_plan(config, num_ranks))}
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            launcher.start(Probe(config), num_ranks, Path(folder))
-        except RunFailed:
-            failed = Path(folder, NO_MEMORY_FILE)
-            if not failed.exists():
-                raise
-            return {**row, "error": failed.read_text(encoding="utf-8")}
-        return {**row, **json.loads(Path(folder, PROBE_FILE).read_text(encoding="utf-8"))}
+        return {**row, **train_probe(config, num_ranks, Path(folder))}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time and memory of single training steps on random tokens.")
-    parser.add_argument("settings", nargs="+", help="train.py overrides, one setting per argument")
+    parser = argparse.ArgumentParser(description="Time and memory of single training steps.")
+    parser.add_argument("settings", nargs="+", help="overrides of train.py, one setting each")
     parser.add_argument("--json", type=Path, help="also write the table to this file")
     options = parser.parse_args()
     rows = []

@@ -375,9 +375,7 @@ class TestChoose:
         self.gpus(monkeypatch, 0)
         typed = ("workload=paper_100k", "engine.zero_stage=3", "compare.only=[ra_sp]", "launch.num_ranks=1")
         _, notes = choose(config := compose(*typed), self.entries(config, *typed))
-        assert notes[-1].startswith(
-            "!!! a step is 62,593 TFLOP, which two CPU cores take about 869.3 hours for: use GPUs"
-        )
+        assert notes[-1].startswith("!!! a step is 62,593 TFLOP, about 869.3 hours on two CPU cores: use GPUs")
 
     def test_entries_of_more_ranks_than_there_are_gpus_are_left_out(self, monkeypatch):
         self.gpus(monkeypatch, 2)

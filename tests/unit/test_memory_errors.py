@@ -1,4 +1,4 @@
-"""What to type when a step runs out of memory, and what the run says and writes then."""
+"""The message, overrides and memory snapshot of a rank that runs out of memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from conf.schema import (
     EngineConfig,
     ParallelismConfig,
 )
-from recipes.launch.memory_errors import OutOfMemory, helpful_overrides, out_of_memory_cause, out_of_memory_explained
+from recipes.launch.memory_errors import helpful_overrides, out_of_memory_cause, out_of_memory_explained
+from recipes.planning.explain import banner, state_lines, step_memory_lines
+from recipes.run.errors import RunFailed
 from recipes.run.heartbeat import Heartbeat
 from tests.unit.test_memory import plan, tensor_pipeline
 
@@ -39,7 +41,7 @@ RING_8 = "parallelism.data_degree=1 parallelism.ring_degree=8"
             {"engine": EngineConfig(zero_stage=0, recompute="full", offload_activations=True), "num_ranks": 1},
             [ALLOCATOR, f"engine.zero_stage=1 {HOST}", HALF],
         ),
-        (  # its memory is the host's
+        (  # a CPU rank's memory is the host's
             {"engine": EngineConfig(zero_stage=3, recompute="full"), "device_type": "cpu"},
             [HALF, "model.num_layers=16", "model.mlp_size=7168"],
         ),
@@ -108,11 +110,11 @@ RING_8 = "parallelism.data_degree=1 parallelism.ring_degree=8"
         ),
     ],
 )
-def test_three_overrides_that_apply(fields, expected):
+def test_the_three_best_overrides_that_apply(fields, expected):
     assert [override.partition("  (")[0] for override in helpful_overrides(plan(**fields))] == expected
 
 
-def test_nothing_is_suggested_that_is_set_already():
+def test_overrides_that_are_set_are_not_suggested():
     overrides = helpful_overrides(plan(), allocator="expandable_segments:True")
     assert not any("PYTORCH_ALLOC_CONF" in override for override in overrides)
     assert any(
@@ -121,7 +123,7 @@ def test_nothing_is_suggested_that_is_set_already():
     )
 
 
-def test_a_comparison_is_told_of_its_own_field():
+def test_a_comparison_has_its_own_field_for_micro_batches():
     overrides = helpful_overrides(plan(engine=EngineConfig(micro_batch_size=4)), compares=True)
     assert overrides[0] == "compare.micro_batch_sizes=[1]  (now 4)"
 
@@ -133,8 +135,8 @@ def test_a_comparison_is_told_of_its_own_field():
         {"parallelism": ParallelismConfig(data_degree=4), "engine": EngineConfig(gradient_accumulation_steps=3)},
     ],
 )
-def test_the_batch_stays_as_it_is_also_after_the_plan_has_settled(fields):
-    """Which sets the accumulation steps, from the batch that was given; both must not be typed."""
+def test_overrides_keep_the_batch_of_a_resolved_plan(fields):
+    """A resolved configuration has the accumulation steps in place of the batch; only one of them may be typed."""
     resolved = plan(**fields)
     tokens = resolved.tokens_per_step
     resolved.resolve_config()
@@ -147,55 +149,55 @@ def test_the_batch_stays_as_it_is_also_after_the_plan_has_settled(fields):
     assert again.tokens_per_step == tokens
 
 
-def test_errors_for_want_of_memory_are_recognised_also_behind_others():
+def test_out_of_memory_errors_are_found_in_the_chain_of_causes():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**58, dtype=torch.uint8)
     assert out_of_memory_cause(caught.value) is caught.value
     known = torch.OutOfMemoryError("CUDA out of memory.")
-    behind = ValueError("while tidying up")
+    behind = ValueError("during cleanup")
     behind.__context__ = known
     assert out_of_memory_cause(behind) is known
     assert out_of_memory_cause(RuntimeError("shapes do not match")) is None
 
 
-def test_the_message_has_the_rank_the_error_the_plan_and_three_overrides(tmp_path, monkeypatch):
+def test_the_message_has_rank_error_plan_and_overrides(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "3")
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
     of = plan(data=DataConfig(sequence_length=4096))
-    with pytest.raises(OutOfMemory) as caught, out_of_memory_explained(of, tmp_path):
+    with pytest.raises(RunFailed) as caught, out_of_memory_explained(of, tmp_path):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore of it")
     assert str(caught.value).splitlines() == [
         "rank 3 ran out of memory",
         "CUDA out of memory. Tried to allocate 20.00 GiB.",
-        *of.banner(tmp_path),
-        *of.memory_lines(),
-        *of.step_memory_lines(),
-        "3 overrides most likely to help, the first one first:",
-        f"  {RECOMPUTE}  (the backward pass computes layers again, all but attention)",
-        "  engine.zero_stage=3  (weights, gradients and optimizer state lie over all 8 ranks)",
-        f"  {ALLOCATOR}  (before the command: less is lost between allocations)",
+        *banner(of, tmp_path),
+        *state_lines(of),
+        *step_memory_lines(of),
+        "the 3 overrides most likely to help, best first:",
+        f"  {RECOMPUTE}  (recomputes layers in the backward pass, except attention)",
+        "  engine.zero_stage=3  (shards weights, gradients and optimizer states over all 8 ranks)",
+        f"  {ALLOCATOR}  (before the command: reduces fragmentation)",
     ]
     with pytest.raises(ValueError, match="other"), out_of_memory_explained(of, tmp_path):
         raise ValueError("other")
 
 
-def fails_for_want_of_memory(run_dir: Path) -> list[str]:
-    with pytest.raises(OutOfMemory) as caught, out_of_memory_explained(plan(), run_dir):
+def message_lines(run_dir: Path) -> list[str]:
+    with pytest.raises(RunFailed) as caught, out_of_memory_explained(plan(), run_dir):
         raise torch.OutOfMemoryError("CUDA out of memory.")
     return str(caught.value).splitlines()
 
 
-def test_the_message_names_the_part_that_failed(tmp_path, monkeypatch):
+def test_the_message_says_where_the_rank_was(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "3")
     (tmp_path / "logs").mkdir()
     heartbeat = Heartbeat(tmp_path, 3)
     for kind, text in (("step", "7"), ("part", "backward"), ("ring_step", "backward ring step 1")):
         heartbeat.update(kind, text)
-    assert fails_for_want_of_memory(tmp_path)[0] == "rank 3 ran out of memory (step 7, backward, backward ring step 1)"
+    assert message_lines(tmp_path)[0] == "rank 3 ran out of memory (step 7, backward, backward ring step 1)"
 
 
-def test_on_a_gpu_what_memory_held_is_written_and_a_full_disk_does_not_hide_the_rest(tmp_path, monkeypatch):
+def test_a_gpus_memory_snapshot_is_written_and_a_full_disk_hides_nothing_else(tmp_path, monkeypatch):
     def disk_is_full(path: str) -> None:
         raise OSError(28, "No space left on device")
 
@@ -203,10 +205,10 @@ def test_on_a_gpu_what_memory_held_is_written_and_a_full_disk_does_not_hide_the_
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: Path(path).write_bytes(b"held"))
     path = tmp_path / "logs" / "memory_rank_3.pickle"
-    line = f"what its memory held: {path}, for https://docs.pytorch.org/memory_viz"
-    assert fails_for_want_of_memory(tmp_path)[2] == line
+    line = f"memory snapshot: {path}, for https://docs.pytorch.org/memory_viz"
+    assert message_lines(tmp_path)[2] == line
     assert path.read_bytes() == b"held"
     monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", disk_is_full)
-    lines = fails_for_want_of_memory(tmp_path)
-    assert lines[2] == "no snapshot of its memory: [Errno 28] No space left on device"
+    lines = message_lines(tmp_path)
+    assert lines[2] == "no memory snapshot: [Errno 28] No space left on device"
     assert any("overrides most likely to help" in line for line in lines)

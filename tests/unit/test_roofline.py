@@ -4,7 +4,7 @@ import pytest
 
 from conf.schema import ModelConfig
 from recipes.benchmark.roofline import ceilings
-from recipes.planning.plan import forward_flops_per_token
+from recipes.planning.throughput import forward_flops_per_token
 
 LENGTH = 48
 
