@@ -19,7 +19,7 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from conf.compose import check_sweep_is_asked_for, compose_entries, explain, to_config
+from conf.compose import check_multirun, compose_entries, describe_error, to_config
 from conf.degrees import accumulation_steps, resolve_degrees
 from conf.schema import Config, ConfigError
 from data.source import is_local
@@ -39,7 +39,7 @@ def run(composed: DictConfig) -> float | None:
         if sweeps:
             adopt_submitit_tasks()
         else:
-            check_sweep_is_asked_for(HydraConfig.get())
+            check_multirun(HydraConfig.get())
         config = to_config(composed)
         if sweeps and config.logging.group is None:
             config.logging.group = f"sweep-{run_dir.parent.name}"
@@ -99,14 +99,14 @@ def run_as_one_rank(arguments: list[str]) -> None:
             raise ConfigError(f"{flag} cannot be used in ranks that a launcher has started: use {advice}")
         with hydra.initialize(version_base="1.3", config_path="conf"):
             composed = hydra.compose("config", arguments, return_hydra_config=True)
-            check_sweep_is_asked_for(composed.hydra)
+            check_multirun(composed.hydra)
             run_dir = Path(composed.hydra.run.dir).absolute()
             OmegaConf.set_readonly(composed, False)
             OmegaConf.set_struct(composed, False)
             del composed["hydra"]
             execute(to_config(composed), arguments, run_dir)
     except (ConfigError, CompactHydraException) as error:
-        sys.exit(f"error: {explain(error)}" if os.environ["LOCAL_RANK"] == "0" else 1)
+        sys.exit(f"error: {describe_error(error)}" if os.environ["LOCAL_RANK"] == "0" else 1)
     except Preempted:
         os._exit(Preempted.EXIT_CODE)  # all is closed, and Python's own end takes seconds
     except RunFailed as error:
@@ -133,7 +133,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except (ConfigError, RunFailed, CompactHydraException) as error:
-        sys.exit(f"error: {explain(error)}")
+        sys.exit(f"error: {describe_error(error)}")
     except ValueError as error:
         if not str(error).startswith("Config group override"):  # Hydra's, of model=null
             raise

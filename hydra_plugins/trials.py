@@ -56,7 +56,7 @@ class Trials(Sweeper):
             raise ConfigError('+sweep=... needs Optuna: type pip install -e ".[sweep]" -c constraints.txt')
         if settings.num_parallel > 1 and self.config.hydra.launcher._target_.endswith(".BasicLauncher"):
             raise ConfigError(
-                f"runner.num_parallel={settings.num_parallel} needs jobs of their own, and this launcher runs one trial "
+                f"sweep.num_parallel={settings.num_parallel} needs jobs of their own, and this launcher runs one trial "
                 "after the other: add hydra/launcher=submitit_slurm or hydra/launcher=submitit_local"
             )
         from recipes.sweep import runner  # Optuna and matplotlib: a bad configuration was refused before

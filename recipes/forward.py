@@ -8,10 +8,10 @@ from pathlib import Path
 
 from data.pack import open_corpus
 from recipes.engine.build import build_engine, build_sharder
-from recipes.monitor.device_metrics import restart_peak_memory
+from recipes.monitor.device_metrics import reset_peak_memory
 from recipes.monitor.profiling import profiler
 from recipes.monitor.reporter import Reporter
-from recipes.monitor.step_timer import StepTimer, named, speed
+from recipes.monitor.step_timer import StepTimer, speed_metrics, with_prefix
 from recipes.monitor.time_breakdown import measure_time_breakdown
 from recipes.planning.plan import Plan
 
@@ -26,7 +26,7 @@ def forward(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
     if reporter:
         reporter.say(*plan.banner(run_dir), "", "building the model ...")
     engine = build_engine(plan, forward_only=True)
-    restart_peak_memory()  # building took more: weights are made in fp32
+    reset_peak_memory()  # building took more: weights are made in fp32
     corpus = open_corpus(config.data)
     sharder = build_sharder(plan, engine)
     steps = sharder.steps(corpus.training(cursor=0), plan.accumulation_steps)
@@ -47,8 +47,12 @@ def forward(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
                 recent_s, of_all_ranks = watch.take(engine.extremes_over_ranks)
                 step_times_s += recent_s
                 throughput = plan.throughput(statistics.median(recent_s))
-                numbers = {"loss": loss.item(), **speed(throughput, recent_s, config.num_steps - step), **of_all_ranks}
-                values = named("forward", numbers)
+                numbers = {
+                    "loss": loss.item(),
+                    **speed_metrics(throughput, recent_s, config.num_steps - step),
+                    **of_all_ranks,
+                }
+                values = with_prefix("forward", numbers)
                 if reporter:
                     reporter.say(reporter.step_line(step, values))
                 if reporter:
@@ -60,10 +64,10 @@ def forward(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
         parts = measure_time_breakdown(plan, engine, functools.partial(sharder.steps, corpus.training(cursor=0)))
         if reporter:
             reporter.say(str(parts))
-            reporter.conclude(parts.metrics)
+            reporter.write_summary(parts.metrics)
 
     throughput = plan.throughput(statistics.median(step_times_s[1:] or step_times_s))  # the first step warms up
     if reporter:
-        reporter.conclude(throughput.numbers)
+        reporter.write_summary(throughput.numbers)
         reporter.say("", f"done: {config.num_steps} steps", *reporter.summary(throughput))
     return throughput.tokens_per_s

@@ -17,7 +17,7 @@ from recipes.launch.bad_steps import BadSteps
 from recipes.monitor.device_metrics import perplexity
 from recipes.monitor.profiling import profiler
 from recipes.monitor.reporter import Reporter
-from recipes.monitor.step_timer import StepTimer, named, speed
+from recipes.monitor.step_timer import StepTimer, speed_metrics, with_prefix
 from recipes.monitor.time_breakdown import measure_time_breakdown
 from recipes.planning.plan import Plan
 from recipes.run.errors import Preempted
@@ -94,7 +94,7 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
                 step_times_s += recent_s
                 throughput = plan.throughput(statistics.median(recent_s))
                 losses.append(result.loss.item())
-                values |= named(
+                values |= with_prefix(
                     "train",
                     {
                         "loss": losses[-1],
@@ -104,7 +104,7 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
                         **engine.loss_scaling,
                         "tokens_seen": step * plan.tokens_per_step,
                         "data_cursor": step * plan.data_tokens_per_step,
-                        **speed(throughput, recent_s, config.num_steps - step),
+                        **speed_metrics(throughput, recent_s, config.num_steps - step),
                         **of_all_ranks,
                     },
                 )
@@ -115,7 +115,9 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
                 if reporter:
                     reporter.say("validating ...")
                 validation_loss = engine.mean_loss(sharder.validation(corpus.validation())).item()
-                values |= named("validation", {"loss": validation_loss, "perplexity": perplexity(validation_loss)})
+                values |= with_prefix(
+                    "validation", {"loss": validation_loss, "perplexity": perplexity(validation_loss)}
+                )
                 if reporter:
                     reporter.say(f"step {step}: validation loss {validation_loss:.4f}")
             if values:
@@ -137,7 +139,7 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
     # the first step warms up
     throughput = plan.throughput(statistics.median(step_times_s[1:] or step_times_s))
     if reporter:
-        reporter.conclude({"validation_loss": validation_loss, **throughput.numbers})
+        reporter.write_summary({"validation_loss": validation_loss, **throughput.numbers})
     if checkpoints.are_kept:
         save(config.num_steps)
     if config.breakdown:
@@ -147,7 +149,7 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
         parts = measure_time_breakdown(plan, engine, functools.partial(sharder.steps, corpus.training(cursor=0)))
         if reporter:
             reporter.say(str(parts))
-            reporter.conclude(parts.metrics)
+            reporter.write_summary(parts.metrics)
 
     if reporter:
         since = f", {config.num_steps - resumed.step} of them since the checkpoint" if resumed else ""

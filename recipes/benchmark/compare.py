@@ -128,7 +128,7 @@ class ComparisonTask:
         if config.parallelism.method == "sequence" and degrees not in groups:
             groups[degrees] = ParallelGroups(*degrees)
         engine = build_engine(plan, groups.get(degrees), forward_only=not plan.trains)
-        device_metrics.restart_peak_memory()  # building took more: weights are made in fp32
+        device_metrics.reset_peak_memory()  # building took more: weights are made in fp32
         corpus = open_corpus(config.data)
         sharder = build_sharder(plan, engine)
         steps = sharder.steps(corpus.training(cursor=0), plan.accumulation_steps)
@@ -157,7 +157,7 @@ class ComparisonTask:
             keep({"parts": parts.metrics})
         engine.close()
         del engine
-        device_metrics.restart_peak_memory()  # the next turn builds its model before it does this
+        device_metrics.reset_peak_memory()  # the next turn builds its model before it does this
 
 
 def _result(plan: Plan, step_times_s: list[float]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch.profiler import profile
 import recipes.monitor.step_timer
 from recipes.engine.deepspeed_engine import loss_scaling
 from recipes.monitor import device_metrics
-from recipes.monitor.step_timer import StepTimer, speed
+from recipes.monitor.step_timer import StepTimer, speed_metrics
 from recipes.planning.throughput import Throughput
 from ring_attention.trace import numbered, observed_range, profiler_range
 
@@ -103,7 +103,7 @@ def test_what_passes_between_a_log_and_the_next_step_is_nobodys_time(clock):
 
 def test_the_slowest_step_is_logged():
     throughput = Throughput(0.5, 100, 10, 2, 1.0, None)
-    numbers = speed(throughput, [0.1, 0.5, 0.9], num_steps_left=4)
+    numbers = speed_metrics(throughput, [0.1, 0.5, 0.9], num_steps_left=4)
     assert (numbers["step_time_p50_s"], numbers["step_time_max_s"], numbers["eta_s"]) == (0.5, 0.9, 2.0)
 
 
