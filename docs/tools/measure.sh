@@ -6,7 +6,7 @@
 #   tests      kernels, sums, ring and transports on these GPUs           bench      attention alone at 16k, 64k and 128k tokens
 #   cells      the parity table, all cells for as many ranks              simulated  one rank of larger rings, on one GPU
 #   forward    the paper's table, forward passes, both workloads          blocks     each block kernel's speed, on one GPU
-#   training   the same, training                                         ceilings   matrix products and attention alone
+#   training   the same, training
 #   copies     RA+SP with both transports, in turns
 #   step       training at L = 131,072 beside its parts                   short      attention alone at 2k to 8k tokens
 #   rivals_forward_10k, rivals_forward_100k, rivals_training_10k, rivals_training_100k: RA+SP, TP=2, PP=2 and DP
@@ -158,9 +158,6 @@ for stage in "$@"; do
     step)
       limited 420 16 step python3 train.py recipe=compare +experiment=bench_step compare.steps_per_round=1 hydra.run.dir="$out/runs/step"
       cp "$out/runs/step/comparison.json" "$out/step.json" ;;
-    ceilings)
-      limited 60 8 ceilings_10k python3 -m recipes.benchmark.roofline --model paper_10k --dtype fp16 --length 10000 --json "$out/ceilings_10k.json"
-      limited 60 8 ceilings_100k python3 -m recipes.benchmark.roofline --model paper_100k --length 100000 --json "$out/ceilings_100k.json" ;;
     *) echo "unknown stage $stage"; exit 2 ;;
   esac
 done

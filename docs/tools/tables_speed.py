@@ -262,7 +262,7 @@ def steps_table(name: str) -> str:
         tflops, exposed = row["model_tflops_per_rank"], row["exposed_communication_ms"]
         lines.append(
             f"| {row['entry']} | {row['tokens_per_s']:,.0f} ({row['tokens_per_s_min']:,.0f} - "
-            f"{row['tokens_per_s_max']:,.0f}) | {row['of_parts_pct']:.1f} % | {tflops:.0f} "
+            f"{row['tokens_per_s_max']:,.0f}) | {row.get('roofline_pct', row.get('of_parts_pct')):.1f} % | {tflops:.0f} "
             f"| {tflops * (once + attention) / once:.0f} | {row['mfu_pct']:.1f} % "
             f"| {'n/a' if row['peak_memory_gib'] is None else format(row['peak_memory_gib'], '.1f')} "
             f"| {'n/a' if exposed is None else format(exposed, '.0f')} of {row['step_time_ms']:,.0f} |"
