@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ring_attention.accumulators import OnlineSoftmaxAccumulator
-from ring_attention.kernels import AttentionKernel
+from ring_attention.kernels import AttentionKernel, KernelParams, SavedTensors
 from ring_attention.kv import KeysValues, offset
 from ring_attention.masked_block import MaskedBlock
 from ring_attention.schedule import AttentionTile, Spans
@@ -50,7 +50,7 @@ def attend_forward(
         queries = slice(part.q_start, part.q_stop)
         k_BTKD, v_BTKE = _keys_of(row, part, here, keys)
         with profiler_range("attention block"):
-            out, lse = block.forward(q_BSHD[row, queries], k_BTKD, v_BTKE, part.lower, part.upper, scale)
+            out, lse = block.forward(q_BSHD[row, queries], k_BTKD, v_BTKE, KernelParams(part.lower, part.upper, scale))
         with profiler_range("merge"):
             running.add(row, queries, out, lse, is_last and number == len(tiles))
 
@@ -77,17 +77,9 @@ def attend_backward(
         queries = slice(part.q_start, part.q_stop)
         k_BTKD, v_BTKE = _keys_of(row, part, here, keys)
         with profiler_range("attention block"):
-            gradients = block.backward(
-                dout_BSHE[row, queries],
-                q_BSHD[row, queries],
-                k_BTKD,
-                v_BTKE,
-                out_BSHE[row, queries],
-                lse_BHS[row, :, queries],
-                part.lower,
-                part.upper,
-                scale,
-            )
+            saved = SavedTensors(q_BSHD[row, queries], k_BTKD, v_BTKE, out_BSHE[row, queries], lse_BHS[row, :, queries])
+            params = KernelParams(part.lower, part.upper, scale)
+            gradients = block.backward(dout_BSHE[row, queries], saved, params)
         yield TileGradients(row, part, number == len(tiles), *gradients)
         del gradients
 
@@ -98,7 +90,7 @@ def _tiles(
     """Rows of the batch and rectangles, cut into what the kernel computes in one call."""
     for pair in pairs:
         row = rows if pair.row is None else slice(pair.row, pair.row + 1)
-        for part in block.tiles(pair.rectangle):
+        for part in block.split(pair.rectangle):
             yield row, part
 
 

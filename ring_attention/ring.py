@@ -65,7 +65,7 @@ class Ring:
         """What will come from `peer`: so many tokens of the same kind."""
         assert self.exchange is not None
         k = like.k_BTKD
-        message = self.exchange.room(room, like.numel(tokens), k.dtype, k.device)
+        message = self.exchange.receive_buffer(room, like.numel(tokens), k.dtype, k.device)
         return Moving(KeysValues.of_message(message, like.shapes_of(tokens)), peer, room)
 
     def forward_keys(
@@ -82,7 +82,7 @@ class Ring:
         if following is not None and following.keys_from is not None:
             receives.append(self.receive(own, num_tokens(following.keys), following.keys_from, room))
         incoming = receives[0].what if receives else None
-        return self.post(f"{way} K,V after stage {step}", sends, receives), incoming
+        return self.post(f"{way} K,V after ring step {step}", sends, receives), incoming
 
 
 def ring_forward(ring: Ring, q_BSHD: Tensor, kv: KeysValues) -> tuple[Tensor, Tensor]:
@@ -94,7 +94,7 @@ def ring_forward(ring: Ring, q_BSHD: Tensor, kv: KeysValues) -> tuple[Tensor, Te
     running = OnlineSoftmaxAccumulator(q_BSHD, kv.v_BTKE)
     last = max((step for step, stage in enumerate(ring.stages) if stage.pairs), default=0)
     here: KeysValues | None = kv
-    for step, stage in numbered("forward stage", ring.stages):
+    for step, stage in numbered("forward ring step", ring.stages):
         hop, incoming = ring.forward_keys(kv, here, step, "forward")  # flies while this block is computed
         if here is not None:
             attend_forward(running, ring.block, ring.scale, stage.pairs, q_BSHD, here, stage.keys, step == last)
@@ -167,7 +167,7 @@ class _Backward:
 
     def run(self) -> tuple[Tensor, Tensor, Tensor]:
         ring, here = self._ring, self._kv
-        for step, stage in numbered("backward stage", ring.stages):
+        for step, stage in numbered("backward ring step", ring.stages):
             hop, incoming = ring.forward_keys(self._kv, here, step, "backward")
             sums, spans = self._sums_of(step)
             if here is not None:
@@ -228,7 +228,7 @@ class _Backward:
             peer, spans = stage.home.peer, stage.home.spans
             receives.append(ring.receive(self._kv, num_tokens(spans), peer, gradient_buffer(step)))
             self._coming = _ComingHome(step, receives[-1].what, spans)
-        self._hop = ring.post(f"backward dK,dV after stage {step}", sends, receives)
+        self._hop = ring.post(f"backward dK,dV after ring step {step}", sends, receives)
 
     def _finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """With the last gradients on their way, compute what was left; then add them."""
@@ -287,7 +287,7 @@ def split(pairs: tuple[AttentionTile, ...], kernel: AttentionKernel, batch: int)
     if batch > 1:
         rows = batch // 2
         return LocalBlock(Part(pairs, slice(rows, batch)), Part(pairs, slice(0, rows)), (rows,), (middle,))
-    if any(len(kernel.tiles(half)) > 1 for half in (late, early)):
+    if any(len(kernel.split(half)) > 1 for half in (late, early)):
         return whole
     return LocalBlock(Part((AttentionTile(None, late),)), Part((AttentionTile(None, early),)), (), (middle,))
 

@@ -145,7 +145,7 @@ def keys_buffer(step: int) -> str:
 
 def gradient_buffer(step: int) -> str:
     """Where the dK,dV of a rank's own keys land after a stage: while one room waits to be added, the other fills."""
-    return f"home{step % 2}"
+    return f"gradients{step % 2}"
 
 
 @functools.lru_cache(maxsize=16)

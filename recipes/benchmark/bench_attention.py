@@ -36,10 +36,11 @@ from recipes.engine.deepspeed_engine import extremes_over_ranks, max_over_ranks
 from recipes.monitor.device_metrics import StepClock
 from recipes.monitor.metric_registry import PARTS
 from recipes.monitor.reporter import Reporter
-from recipes.monitor.trace_analysis import attention_communication_off, step_breakdown
+from recipes.monitor.trace_analysis import step_breakdown
 from recipes.planning.plan import Plan, attention_flops_per_token
 from recipes.run.text_table import text_table
 from ring_attention.groups import ParallelGroups
+from ring_attention.transport import messages_stay_local
 
 RESULT_FILE = "bench_attention.json"
 TIMED_S = 0.1  # duration of the calls in each round, at least
@@ -130,7 +131,7 @@ def _time(candidates: list[Candidate], plan: Plan, device: torch.device) -> list
         for candidate in candidates:
             for kind in KINDS:
                 for is_silent in (False, True) if candidate.has_messages else (False,):
-                    silence = attention_communication_off() if is_silent else contextlib.nullcontext()
+                    silence = messages_stay_local() if is_silent else contextlib.nullcontext()
                     with candidate.context(), silence:
                         sample = _seconds_of_a_call(getattr(candidate, kind), device)
                     if number:

@@ -17,7 +17,7 @@ from torch import Tensor
 from conf.schema import ModelConfig
 from recipes.monitor.device_metrics import StepClock
 from recipes.planning.plan import DTYPES, Plan
-from ring_attention.kernels import KernelSpec, choose_kernel
+from ring_attention.kernels import KernelParams, KernelSpec, SavedTensors, choose_kernel
 
 MEASURED_S = {"cuda": 3.0, "cpu": 0.2}
 
@@ -70,11 +70,11 @@ def _attention(model: ModelConfig, length: int, dtype: torch.dtype, device: str,
         torch.randn(1, length, heads, model.head_dim, device=device).to(dtype)
         for heads in (model.num_heads, model.num_kv_heads, model.num_kv_heads, model.num_heads)
     )
-    kernel, scale = choose_kernel(KernelSpec.of(q, k, v))[0], model.head_dim**-0.5
-    calls: list[KernelCall] = [lambda: kernel.forward(q, k, v, None, 0, scale)]
+    kernel, params = choose_kernel(KernelSpec.of(q, k, v))[0], KernelParams(None, 0, model.head_dim**-0.5)
+    calls: list[KernelCall] = [lambda: kernel.forward(q, k, v, params)]
     if trains:
-        out, lse = kernel.forward(q, k, v, None, 0, scale)
-        calls.append(lambda: kernel.backward(dout, q, k, v, out, lse, None, 0, scale))
+        saved = SavedTensors(q, k, v, *kernel.forward(q, k, v, params))
+        calls.append(lambda: kernel.backward(dout, saved, params))
     return calls
 
 

@@ -17,9 +17,10 @@ from data.batch import TokenBatch
 from recipes.engine.build import Engine
 from recipes.engine.deepspeed_engine import TrainingEngine
 from recipes.monitor.metric_registry import PARTS
-from recipes.monitor.trace_analysis import attention_communication_off, step_breakdown
+from recipes.monitor.trace_analysis import step_breakdown
 from recipes.planning.plan import Plan
 from ring_attention.trace import profiler_range
+from ring_attention.transport import messages_stay_local
 
 MAX_MICRO_BATCHES = 4  # enough to measure; a full batch may take a minute
 REPETITIONS = 3
@@ -95,7 +96,7 @@ def _exposed_attention_communication_s(
     times_s: dict[bool, list[float]] = {True: [], False: []}
     for number in range(1 + REPETITIONS):  # the first one warms up
         for is_silent in (False, True) if number % 2 else (True, False):
-            with attention_communication_off() if is_silent else contextlib.nullcontext():
+            with messages_stay_local() if is_silent else contextlib.nullcontext():
                 times_s[is_silent].append(engine.max_over_ranks(_model_time_s(plan, engine, batch())))
     return max(0.0, statistics.median(times_s[False][1:]) - statistics.median(times_s[True][1:]))
 

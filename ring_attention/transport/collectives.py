@@ -11,6 +11,8 @@ import torch.distributed as torch_dist
 from torch import Tensor
 from torch._C import _distributed_c10d  # the flight recorder has no public name
 
+from ring_attention.transport.local import copy_local, messages_are_local
+
 # named anew in torch 2.13
 _all_gather = getattr(torch_dist, "all_gather_single", None) or torch_dist.all_gather_into_tensor
 _reduce_scatter = getattr(torch_dist, "reduce_scatter_single", None) or torch_dist.reduce_scatter_tensor
@@ -19,14 +21,21 @@ _reduce_scatter = getattr(torch_dist, "reduce_scatter_single", None) or torch_di
 def all_gather(message: Tensor, group: torch_dist.ProcessGroup) -> Tensor:
     """[N] -> [P, N]: the vectors of all ranks of `group`, which all must call it."""
     gathered = message.new_empty(torch_dist.get_world_size(group), len(message))
-    _all_gather(gathered.flatten(), message, group=group)
+    if messages_are_local():
+        for row in gathered:
+            copy_local(row, message)
+    else:
+        _all_gather(gathered.flatten(), message, group=group)
     return gathered
 
 
 def reduce_scatter(messages: Tensor, group: torch_dist.ProcessGroup) -> Tensor:
     """[P, N] -> [N]: row r of the sum over ranks, on rank r. Every rank of `group` must call it."""
     scattered = messages.new_empty(messages.shape[1])
-    _reduce_scatter(scattered, messages.flatten(), group=group)
+    if messages_are_local():
+        copy_local(scattered, messages)
+    else:
+        _reduce_scatter(scattered, messages.flatten(), group=group)
     return scattered
 
 

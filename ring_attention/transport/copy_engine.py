@@ -30,7 +30,7 @@ from ring_attention.trace import profiler_range
 from ring_attention.transport.collectives import group_timeout, rank_and_size
 from ring_attention.transport.p2p import P2PMessage, P2PTransport, Transfer
 
-ROOMS = ("keys0", "keys1", "home0", "home1")
+ROOMS = ("keys0", "keys1", "gradients0", "gradients1")
 _ALIGNMENT = 512  # bytes
 
 Flags = list[tuple[Tensor, int]]  # with the count that each must come to
@@ -57,18 +57,18 @@ class CopyEngineTransport(P2PTransport):
         if self._mail is not None:
             self._mail.grow(rooms)
 
-    def room(self, name: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def receive_buffer(self, name: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         if self._mail is None:
-            return super().room(name, numel, dtype, device)
+            return super().receive_buffer(name, numel, dtype, device)
         return self._mail.room(self._mail.rank, name, numel * dtype.itemsize).view(dtype)
 
-    def post(self, purpose: str, sends: list[P2PMessage], receives: list[P2PMessage]) -> Transfer:
+    def _post(self, purpose: str, sends: list[P2PMessage], receives: list[P2PMessage]) -> Transfer:
         mail = self._mail
         if mail is None:
-            return super().post(purpose, sends, receives)
+            return super()._post(purpose, sends, receives)
         near = [mail.neighbours.get(rank) for rank in self.order]  # None is on another host
         far = [[move for move in moves if near[move.peer] is None] for moves in (sends, receives)]
-        hops = [super().post(purpose, *far)] if any(far) else []
+        hops = [super()._post(purpose, *far)] if any(far) else []
         mail.lane.follow()
         full = []
         for move in receives:

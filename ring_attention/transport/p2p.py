@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ring_attention.trace import profiler_range, report_status
 from ring_attention.transport.collectives import group_timeout, rank_and_size
+from ring_attention.transport.local import copy_local, messages_are_local
 
 _WATCH_INTERVAL_S = 1.0
 
@@ -30,7 +31,7 @@ class TransferError(RuntimeError):
 
 
 class P2PMessage(NamedTuple):
-    """To or from a ring rank: vectors that arrive as one, in that `room` of the receiver (`P2PTransport.room`)."""
+    """To or from a ring rank: vectors that arrive as one, in that `receive_buffer` of the receiver."""
 
     parts: tuple[Tensor, ...]
     peer: int
@@ -96,7 +97,7 @@ class P2PTransport:
         if tensor.is_cuda and self._watch is None:
             self._watch = _connect(self.group, tensor.device)
 
-    def room(self, name: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def receive_buffer(self, name: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Where a message is received, a vector; it may be overwritten once the room is given out again.
 
         Args:
@@ -108,8 +109,16 @@ class P2PTransport:
         """Start sending and receiving, one message per rank and way. Returns at once.
 
         Args:
-            purpose: what travels and at which stage, for the error that names it.
+            purpose: what travels and at which ring step, for the error that names it.
         """
+        if messages_are_local():
+            for number, receive in enumerate(receives):
+                received = receive.tensor
+                copy_local(received, sends[number].tensor if number < len(sends) else received[:0])
+            return Transfer([], [], [], purpose)
+        return self._post(purpose, sends, receives)
+
+    def _post(self, purpose: str, sends: list[P2PMessage], receives: list[P2PMessage]) -> Transfer:
         # receives first: no rank may fill its peer's queue before it offers a buffer itself
         moves = [(torch_dist.irecv, move.tensor, move.peer) for move in receives]
         moves += [(torch_dist.isend, move.tensor, move.peer) for move in sends]

@@ -23,13 +23,13 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from recipes.monitor.trace_analysis import attention_communication_off
 from ring_attention import CAUSAL, FULL, Mask, RingAttention
 from ring_attention.transport import (
     CopyEngineTransport,
     P2PMessage,
     P2PTransport,
     copy_engine,
+    messages_stay_local,
     release_symmetric_buffers,
     subgroup,
     symmetric_buffer_bytes,
@@ -125,7 +125,7 @@ def emulated() -> Iterator[None]:
     with ExitStack() as stack:
         stack.callback(release_symmetric_buffers)
         for owner, name, value in [
-            (copy_engine, "Lane", ThreadLane),
+            (copy_engine, "CopyStream", ThreadLane),
             (copy_engine, "SymmetricMemory", SharedMemory),
             (CopyEngineTransport, "post", poisoning),
         ]:
@@ -143,7 +143,7 @@ def many_on_rank(
         without_access: the host whose GPUs are said not to reach each other.
     """
     counts = {"copies": 0, "p2p": 0}
-    copy, p2p_post = ThreadLane.copy, P2PTransport.post
+    copy, p2p_post = ThreadLane.copy, P2PTransport._post
 
     def counting_copy(self: ThreadLane, target: Tensor, source: Tensor) -> None:
         counts["copies"] += 1
@@ -159,7 +159,7 @@ def many_on_rank(
         patch.object(copy_engine.socket, "gethostname", lambda: host),
         patch.object(ThreadLane, "obstacle", lambda device: "no access" if host == without_access else None),
         patch.object(ThreadLane, "copy", counting_copy),
-        patch.object(P2PTransport, "post", counting_post),
+        patch.object(P2PTransport, "_post", counting_post),
     ):
         return [on_rank(case) for case in cases], counts["copies"], counts["p2p"]
 
@@ -278,7 +278,7 @@ def test_a_pass_that_ended_in_the_middle_leaves_nothing_that_harms_the_next(pool
 def copies_while_communication_is_off(case: Case) -> tuple[int, list[Tensor]]:
     copied = []
     with emulated(), patch.object(ThreadLane, "copy", lambda self, target, source: copied.append(target)):
-        with attention_communication_off():
+        with messages_stay_local():
             on_rank(case)
         num_copies = len(copied)
     with emulated():

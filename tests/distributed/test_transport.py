@@ -33,7 +33,7 @@ def hop_with_a_dead_neighbour() -> str:
     if rank == 1:
         os._exit(1)
     with pytest.raises(TransferError) as raised:
-        post("forward K,V after stage 0")
+        post("forward K,V after ring step 0")
     raise AssertionError(f"as wanted: {raised.value}")
 
 
@@ -43,7 +43,7 @@ def test_a_dead_neighbour_is_named_with_the_hop():
         own_pool.run(hop_with_a_dead_neighbour, num_ranks=3)
     own_pool.close()
     assert (
-        "as wanted: forward K,V after stage 0: ring rank 2 of 3, receiving from ring rank 1 (global rank 1): "
+        "as wanted: forward K,V after ring step 0: ring rank 2 of 3, receiving from ring rank 1 (global rank 1): "
         in str(raised.value)
     )
 
@@ -67,7 +67,7 @@ def test_a_stalled_neighbour_ends_the_call_within_the_timeout_of_the_group():
     first, stalled, last = own_pool.run(attention_beside_a_stalled_rank, num_ranks=3)
     own_pool.close()
     assert stalled == "stalled"
-    assert ": forward K,V after stage 0: ring rank 2 of 3, receiving from ring rank 1 (global rank 1): " in last
+    assert ": forward K,V after ring step 0: ring rank 2 of 3, receiving from ring rank 1 (global rank 1): " in last
     assert float(last.split()[0]) < 5 + 3
     assert first == "unharmed" or "sending to ring rank 1 (global rank 1)" in first
 

@@ -186,7 +186,7 @@ def test_a_stalled_neighbour_is_named_and_ends_the_rank_within_the_timeout_of_th
     posted, *lines = stderr_path.read_text().splitlines()
     peer = NUM_RANKS - 2
     expected = (
-        f"TransferError: forward K,V after stage 0: ring rank {NUM_RANKS - 1} of {NUM_RANKS}, "
+        f"TransferError: forward K,V after ring step 0: ring rank {NUM_RANKS - 1} of {NUM_RANKS}, "
         f"receiving from ring rank {peer} (global rank {peer}): not done after"
     )
     assert any(line.startswith(expected) for line in lines), lines

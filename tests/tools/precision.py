@@ -48,7 +48,7 @@ class QueueExchange:
     def __init__(self, ring_rank: int, ring_degree: int, queues: dict[tuple[int, int], Any]) -> None:
         self.ring_rank, self.ring_degree, self._queues = ring_rank, ring_degree, queues
 
-    def room(self, name: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def receive_buffer(self, name: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(numel, dtype=dtype, device=device)
 
     def post(self, purpose: str, sends: list[P2PMessage], receives: list[P2PMessage]) -> QueueHop:

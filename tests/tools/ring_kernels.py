@@ -18,7 +18,7 @@ import torch
 
 from recipes.planning.plan import DTYPES
 from ring_attention import CAUSAL
-from ring_attention.kernels import AttentionKernel, KernelSpec, choose_kernel
+from ring_attention.kernels import AttentionKernel, KernelParams, KernelSpec, SavedTensors, choose_kernel
 from ring_attention.layout import Layout
 from ring_attention.masked_block import MaskedBlock
 from ring_attention.ring import LocalBlock, Part, split
@@ -58,7 +58,7 @@ def calls(layout: Layout, rank: int, kernel: AttentionKernel, batch: int) -> Cou
         for kind in KINDS
         for part in parts[kind]
         for pair in part.pairs
-        for tile in kernel.tiles(pair.rectangle)
+        for tile in kernel.split(pair.rectangle)
     )
 
 
@@ -68,11 +68,11 @@ def runner(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes = ((call.queries, heads[0]), (call.keys, heads[1]), (call.keys, heads[1]), (call.queries, heads[0]))
     q, k, v, dout = (torch.randn(call.rows, *size, head_dim, device=device).to(dtype) for size in sizes)
-    band = (None, call.upper, head_dim**-0.5)
+    params = KernelParams(None, call.upper, head_dim**-0.5)
     if call.kind == "forward":
-        return lambda: kernel.forward(q, k, v, *band)
-    out, lse = kernel.forward(q, k, v, *band)
-    return lambda: kernel.backward(dout, q, k, v, out, lse, *band)
+        return lambda: kernel.forward(q, k, v, params)
+    out, lse = kernel.forward(q, k, v, params)
+    return lambda: kernel.backward(dout, SavedTensors(q, k, v, out, lse), params)
 
 
 def main() -> None:

@@ -58,14 +58,14 @@ class RingMemory:
 
 
 class KeysReceived:
-    """Counts what `P2PTransport.room` gave out to receive K,V in, and is alive still."""
+    """Counts what `P2PTransport.receive_buffer` gave out to receive K,V in, and is alive still."""
 
     def __init__(self) -> None:
         self.most = 0
         self._rooms: list[tuple[StorageWeakRef, int]] = []
-        self._room = P2PTransport.room
+        self._room = P2PTransport.receive_buffer
 
-    def room(self, exchange: P2PTransport, name: str, *arguments: Any) -> torch.Tensor:
+    def receive_buffer(self, exchange: P2PTransport, name: str, *arguments: Any) -> torch.Tensor:
         tensor = self._room(exchange, name, *arguments)
         if name.startswith("keys"):
             self._rooms.append((StorageWeakRef(tensor.untyped_storage()), tensor.nbytes))
@@ -84,8 +84,8 @@ def measure_ring(num_layers: int, local_length: int, dtype: torch.dtype, num_ran
     attention = RingAttention("auto", group, layout="zigzag")
     x = torch.randn(BATCH, local_length, NUM_HEADS, HEAD_DIM, dtype=dtype, requires_grad=True)
     keys = KeysReceived()
-    received = partialmethod(lambda exchange, *arguments: keys.room(exchange, *arguments))
-    with patch.object(P2PTransport, "room", received), MemTracker() as tracker:
+    received = partialmethod(lambda exchange, *arguments: keys.receive_buffer(exchange, *arguments))
+    with patch.object(P2PTransport, "receive_buffer", received), MemTracker() as tracker:
         out = x
         for _ in range(num_layers):
             k, v = torch.stack((out[:, :, :NUM_KV_HEADS], out[:, :, NUM_KV_HEADS:])).unbind(0)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ring_attention import CAUSAL, FULL, LocalAttention, Mask
 from ring_attention.accumulators import GradientAccumulator, PiecewiseSum
-from ring_attention.kernels import KERNELS
+from ring_attention.kernels import KERNELS, KernelParams, SavedTensors
 from ring_attention.kv import KeysValues
 from ring_attention.layout import Layout
 from ring_attention.masked_block import MaskedBlock
@@ -25,7 +25,7 @@ class Recorder:
         self.events: list[str] = []
         self._block = KERNELS["reference"]
 
-    def room(self, name: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def receive_buffer(self, name: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.zeros(numel, dtype=dtype, device=device)
 
     def post(self, purpose: str, sends: list[Any], receives: list[Any]) -> Any:
@@ -38,16 +38,16 @@ class Recorder:
 
         return Transfer()
 
-    def tiles(self, rectangle: MaskedBlock) -> list[MaskedBlock]:
-        return self._block.tiles(rectangle)
+    def split(self, block: MaskedBlock) -> list[MaskedBlock]:
+        return self._block.split(block)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *band: Any) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, params: KernelParams) -> tuple[Tensor, Tensor]:
         self.events.append(f"forward {q.shape[1]} x {k.shape[1]}")
-        return self._block.forward(q, k, v, *band)
+        return self._block.forward(q, k, v, params)
 
-    def backward(self, dout: Tensor, q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-        self.events.append(f"backward {q.shape[1]} x {k.shape[1]}")
-        return self._block.backward(dout, q, k, *rest)
+    def backward(self, dout: Tensor, saved: SavedTensors, params: KernelParams) -> tuple[Tensor, Tensor, Tensor]:
+        self.events.append(f"backward {saved.q_BSHD.shape[1]} x {saved.k_BTKD.shape[1]}")
+        return self._block.backward(dout, saved, params)
 
 
 def events(ring_degree: int, ring_rank: int, batch: int = 1) -> list[str]:
@@ -62,40 +62,40 @@ def events(ring_degree: int, ring_rank: int, batch: int = 1) -> list[str]:
 
 def test_on_a_ring_of_two_every_hop_flies_beside_a_block():
     assert events(2, 0) == [
-        "post forward K,V after stage 0",
+        "post forward K,V after ring step 0",
         "forward 8 x 8",
-        "wait forward K,V after stage 0",
+        "wait forward K,V after ring step 0",
         "forward 4 x 8",
-        "post backward K,V after stage 0",
+        "post backward K,V after ring step 0",
         "backward 4 x 8",  # the late queries
-        "wait backward K,V after stage 0",
+        "wait backward K,V after ring step 0",
         "backward 4 x 8",
-        "post backward dK,dV after stage 1",
+        "post backward dK,dV after ring step 1",
         "backward 4 x 4",  # the early ones
-        "wait backward dK,dV after stage 1",
+        "wait backward dK,dV after ring step 1",
     ]
 
 
 def test_on_a_longer_ring_gradients_follow_one_stage_behind():
     backward = [event for event in events(4, 2) if "forward" not in event]
     assert backward == [
-        "post backward K,V after stage 0",
+        "post backward K,V after ring step 0",
         "backward 4 x 8",
-        "wait backward K,V after stage 0",
-        "post backward K,V after stage 1",
+        "wait backward K,V after ring step 0",
+        "post backward K,V after ring step 1",
         "backward 8 x 4",
-        "post backward dK,dV after stage 1",
-        "wait backward K,V after stage 1",
-        "post backward K,V after stage 2",
+        "post backward dK,dV after ring step 1",
+        "wait backward K,V after ring step 1",
+        "post backward K,V after ring step 2",
         "backward 8 x 4",
-        "wait backward dK,dV after stage 1",
-        "post backward dK,dV after stage 2",
-        "wait backward K,V after stage 2",
+        "wait backward dK,dV after ring step 1",
+        "post backward dK,dV after ring step 2",
+        "wait backward K,V after ring step 2",
         "backward 4 x 8",
-        "wait backward dK,dV after stage 2",
-        "post backward dK,dV after stage 3",
+        "wait backward dK,dV after ring step 2",
+        "post backward dK,dV after ring step 3",
         "backward 4 x 4",
-        "wait backward dK,dV after stage 3",
+        "wait backward dK,dV after ring step 3",
     ]
 
 
@@ -130,7 +130,7 @@ def test_of_several_rows_half_is_computed_later(kernel: str):
 
 
 def test_a_kernel_that_needs_several_calls_for_a_half_gets_the_whole():
-    assert len(KERNELS["ffpa"].tiles(MaskedBlock(4, 8, 0, 8, None, 4))) == 2
+    assert len(KERNELS["ffpa"].split(MaskedBlock(4, 8, 0, 8, None, 4))) == 2
     assert split((square(),), KERNELS["ffpa"], batch=1) == LocalBlock(Part((square(),)))
 
 
