@@ -37,7 +37,8 @@ from recipes.monitor.device_metrics import StepClock
 from recipes.monitor.metric_registry import PARTS
 from recipes.monitor.reporter import Reporter
 from recipes.monitor.trace_analysis import step_breakdown
-from recipes.planning.plan import Plan, attention_flops_per_token
+from recipes.planning.plan import Plan
+from recipes.planning.throughput import attention_flops_per_token
 from recipes.run.text_table import text_table
 from ring_attention.groups import ParallelGroups
 from ring_attention.transport import messages_stay_local

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 
 from conf.schema import Config, Degrees
-from recipes.planning.plan import CPU_TFLOPS, forward_flops_per_token
+from recipes.planning.plan import CPU_TFLOPS
+from recipes.planning.throughput import forward_flops_per_token
 
 GPU_TFLOPS = 500.0  # attained, per GPU
 PIPELINE_MICRO_BATCHES = 16  # per stage after the first: a bubble of 1/17

@@ -62,7 +62,7 @@ def choose_entries(config: Config, composed: dict[str, Config]) -> tuple[dict[st
         notes.append(f"baseline: {next(iter(entries))}, because {config.compare.baseline} is left out")
     if not on_gpu:
         plans = [launcher.make_plan(*entry) for entry in entries.values()]
-        notes += dict.fromkeys(f"!!! {plan.slowness}" for plan in plans if plan.slowness)
+        notes += dict.fromkeys(f"!!! {plan.slow_step_warning}" for plan in plans if plan.slow_step_warning)
     return entries, notes
 
 

@@ -29,9 +29,7 @@ def test_the_roofline_needs_entries_of_one_model_length_and_number_of_ranks():
     assert (entry.compare.micro_batch_sizes, num_ranks, b.compare.micro_batch_sizes) == ([1], 2, [1, 2])
     b.data.sequence_length = 7
     for others in ({"a": Entry(a, 2), "b": Entry(b, 2)}, {"a": Entry(a, 2), "b": Entry(Config(), 4)}):
-        with pytest.raises(
-            ConfigError, match="needs entries of one model"
-        ):
+        with pytest.raises(ConfigError, match="needs entries of one model"):
             roofline_entry(others)
 
 
@@ -382,9 +380,7 @@ class TestChooseEntries:
         self.gpus(monkeypatch, 0)
         typed = ("workload=paper_100k", "engine.zero_stage=3", "compare.only=[ra_sp]", "launch.num_ranks=1")
         _, notes = choose_entries(config := compose(*typed), self.entries(config, *typed))
-        assert notes[-1].startswith(
-            "!!! a step is 62,593 TFLOP, which two CPU cores take about 869.3 hours for: use GPUs"
-        )
+        assert notes[-1].startswith("!!! a step is 62,593 TFLOP, about 869.3 hours on two CPU cores: use GPUs")
 
     def test_entries_of_more_ranks_than_gpus_are_left_out(self, monkeypatch):
         self.gpus(monkeypatch, 2)

@@ -8,7 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conf.schema import Config, DataConfig, ModelConfig
 from recipes.benchmark import roofline
-from recipes.planning.plan import Plan, attention_flops_per_token, forward_flops_per_token
+from recipes.planning.plan import Plan
+from recipes.planning.throughput import attention_flops_per_token, forward_flops_per_token
 
 LENGTH = 48
 
