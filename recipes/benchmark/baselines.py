@@ -9,8 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +22,7 @@ from ring_attention.kernels import KERNELS, KernelSpec
 from ring_attention.layout import Layout
 
 
-@dataclass(frozen=True)
-class Baseline:
+class Baseline(NamedTuple):
     """One library on this rank.
 
     Args:

@@ -13,26 +13,14 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import deepspeed.comm as dist
 import torch
 
-from recipes.benchmark.baselines import BASELINES
-from recipes.benchmark.candidates import (
-    METHODS,
-    SIMULATED_DEGREES,
-    Candidate,
-    Inputs,
-    make_baseline,
-    make_method,
-    make_one_device,
-    make_simulated,
-    random_inputs,
-)
-from recipes.engine.deepspeed_engine import extremes_over_ranks, max_over_ranks
+from recipes.benchmark.candidates import Candidate, make_candidates
+from recipes.engine.deepspeed_engine import extremes_over_ranks
 from recipes.monitor.device_metrics import StepClock
 from recipes.monitor.metric_registry import PARTS
 from recipes.monitor.reporter import Reporter
@@ -40,12 +28,10 @@ from recipes.monitor.trace_analysis import step_breakdown
 from recipes.planning.plan import Plan
 from recipes.planning.throughput import attention_flops_per_token
 from recipes.run.text_table import text_table
-from ring_attention.groups import ParallelGroups
 from ring_attention.transport import messages_stay_local
 
 RESULT_FILE = "bench_attention.json"
 TIMED_S = 0.1  # duration of the calls in each round, at least
-MAX_ERROR = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 4e-3}  # of an output, relative: several roundings
 KINDS = {"forward": ("forward", 1), "forward_backward": ("forward + backward", 3)}  # title, and forward passes' FLOPs
 
 
@@ -68,7 +54,7 @@ def bench_attention(plan: Plan, run_dir: Path, reporter: Reporter | None) -> flo
         f"heads and {model.num_kv_heads} kv heads x {model.head_dim}, {config.engine.dtype}, causal; "
         f"{num_ranks} rank{'s' if num_ranks > 1 else ''} on {plan.device_name}, kernel {plan.kernel_choice()[0]}"
     )
-    candidates = _candidates(plan, random_inputs(plan, device), device, say)
+    candidates = make_candidates(plan, device, say)
     say("timing ...")
     rows = _time(candidates, plan, device)
     say("", *_times_table(rows, num_ranks), "")
@@ -98,31 +84,6 @@ def bench_attention(plan: Plan, run_dir: Path, reporter: Reporter | None) -> flo
         )
         say(f"all numbers: {run_dir / RESULT_FILE}", *reporter.view_hints()[1:])
     return rows[min(1, len(rows) - 1)]["forward_backward"]["tflops"]
-
-
-def _candidates(plan: Plan, inputs: Inputs, device: torch.device, say: Callable[..., None]) -> list[Candidate]:
-    """One device, then what runs on these ranks; the output of each is checked."""
-    one_device = make_one_device(plan, inputs)
-    if plan.num_ranks == 1:
-        degrees = [degree for degree in SIMULATED_DEGREES if 2 * degree <= plan.config.data.sequence_length]
-        return [one_device, *(make_simulated(plan, inputs, degree) for degree in degrees)]
-    makers = {method: partial(make_method, plan, method, plan.transport) for method in METHODS}
-    if plan.transport != "p2p":
-        makers["ring, p2p"] = partial(make_method, plan, "ring", "p2p")
-    makers |= dict.fromkeys(BASELINES, make_baseline)
-    groups, expected = ParallelGroups(1, plan.num_ranks), one_device.forward()
-    candidates = [one_device]
-    for name, make in makers.items():
-        try:
-            candidate = make(name, groups, inputs)
-        except ValueError as refusal:
-            say(f"left out: {name}: {refusal}")
-            continue
-        error = max_over_ranks(candidate.error(expected), device)
-        if not error < MAX_ERROR[plan.config.engine.dtype]:
-            raise RuntimeError(f"the output of {name} differs from that of full attention: relative error {error:.1e}")
-        candidates.append(candidate)
-    return candidates
 
 
 def _time(candidates: list[Candidate], plan: Plan, device: torch.device) -> list[dict[str, Any]]:

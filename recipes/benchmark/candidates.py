@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor
 from conf.schema import ConfigError
 from recipes.benchmark.baselines import BASELINES
 from recipes.engine.build import build_attention
+from recipes.engine.deepspeed_engine import max_over_ranks
 from recipes.planning.plan import DTYPES, Plan
 from ring_attention import CAUSAL, LocalAttention
 from ring_attention.groups import ParallelGroups
@@ -29,6 +31,7 @@ from ring_attention.schedule import ring_schedule
 
 METHODS = ("ring", "ulysses", "hybrid", "all_gather")
 SIMULATED_DEGREES = (2, 4, 8, 16, 32, 64)
+MAX_ERROR = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 4e-3}  # of an output, relative: several roundings
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # q, k, v, dout, each [B, S, heads, D]
 
@@ -66,7 +69,43 @@ class Candidate:
         return ((got - wanted).norm() / wanted.norm()).item()
 
 
-def random_inputs(plan: Plan, device: torch.device) -> Inputs:
+def make_candidates(plan: Plan, device: torch.device, say: Callable[..., None]) -> list[Candidate]:
+    """One device, then all that runs on these ranks; a single rank simulates larger rings. Every rank must call it.
+
+    Args:
+        say: takes a line about each candidate that is left out.
+
+    Raises:
+        RuntimeError: if an output differs from that of full attention.
+    """
+    config = plan.config
+    inputs, attention = _random_inputs(plan, device), LocalAttention(config.attention.kernel)
+    one_device = _make("one device", "full sequences", 1.0, lambda q, k, v: attention(q, k, v, 0), inputs)
+    if plan.num_ranks == 1:
+        degrees = [degree for degree in SIMULATED_DEGREES if 2 * degree <= config.data.sequence_length]
+        return [one_device, *(_make_simulated(plan, inputs, degree) for degree in degrees)]
+    makers: dict[str, Callable[..., Candidate]] = {
+        method: functools.partial(_make_method, plan, method, plan.transport) for method in METHODS
+    }
+    if plan.transport != "p2p":
+        makers["ring, p2p"] = functools.partial(_make_method, plan, "ring", "p2p")
+    makers |= dict.fromkeys(BASELINES, _make_baseline)
+    groups, expected = ParallelGroups(1, plan.num_ranks), one_device.forward()
+    candidates = [one_device]
+    for name, make in makers.items():
+        try:
+            candidate = make(name, groups, inputs)
+        except ValueError as refusal:
+            say(f"left out: {name}: {refusal}")
+            continue
+        error = max_over_ranks(candidate.error(expected), device)
+        if not error < MAX_ERROR[config.engine.dtype]:
+            raise RuntimeError(f"the output of {name} differs from that of full attention: relative error {error:.1e}")
+        candidates.append(candidate)
+    return candidates
+
+
+def _random_inputs(plan: Plan, device: torch.device) -> Inputs:
     """Full sequences, equal on all ranks."""
     config, model = plan.config, plan.config.model
     generator = torch.Generator(device).manual_seed(config.seed)
@@ -78,13 +117,7 @@ def random_inputs(plan: Plan, device: torch.device) -> Inputs:
     return draw(model.num_heads), draw(model.num_kv_heads), draw(model.num_kv_heads), draw(model.num_heads)
 
 
-def make_one_device(plan: Plan, inputs: Inputs) -> Candidate:
-    """The full attention on every device by itself."""
-    attention = LocalAttention(plan.config.attention.kernel)
-    return _make("one device", "full sequences", 1.0, lambda q, k, v: attention(q, k, v, 0), inputs)
-
-
-def make_method(
+def _make_method(
     plan: Plan, method: str, transport: str, name: str, groups: ParallelGroups, inputs: Inputs
 ) -> Candidate:
     """One of METHODS over all ranks.
@@ -116,7 +149,7 @@ def make_method(
     )
 
 
-def make_baseline(name: str, groups: ParallelGroups, inputs: Inputs) -> Candidate:
+def _make_baseline(name: str, groups: ParallelGroups, inputs: Inputs) -> Candidate:
     """One of BASELINES over all ranks.
 
     Raises:
@@ -165,7 +198,7 @@ class _Alone(Ring):
         return None
 
 
-def make_simulated(plan: Plan, inputs: Inputs, degree: int) -> Candidate:
+def _make_simulated(plan: Plan, inputs: Inputs, degree: int) -> Candidate:
     """Rank 0 of a ring of `degree`, which costs its tiles and merges but no communication."""
     layout = Layout(plan.config.attention.layout, degree, plan.config.data.sequence_length)
     q, k, v, dout = (layout.shard(x, 0, dim=1) for x in inputs)

@@ -25,17 +25,8 @@ import torch
 from conf.schema import Config, ConfigError
 from data.pack import open_corpus
 from data.source import is_local
-from recipes.benchmark import comparison_report
+from recipes.benchmark import comparison_report, rounds
 from recipes.benchmark.entries import Entry, choose_entries, roofline_entry
-from recipes.benchmark.rounds import (
-    CURRENT_FILE,
-    ROOFLINE,
-    Measurement,
-    append_result,
-    next_measurement,
-    read_results,
-    settings_of,
-)
 from recipes.launch import launcher
 from recipes.launch.environment import ranks_are_started
 from recipes.launch.memory_errors import out_of_memory_explained
@@ -57,9 +48,9 @@ class ComparisonTask:
     config: Config
     entries: dict[str, Entry]
 
-    def next(self, results: list[dict[str, Any]]) -> Measurement | None:
+    def next(self, results: list[dict[str, Any]]) -> rounds.Measurement | None:
         sizes = {name: entry.micro_batch_sizes for name, entry in self.entries.items()}
-        return next_measurement(sizes, self.config.compare.rounds, results)
+        return rounds.next_measurement(sizes, self.config.compare.rounds, results)
 
     def run(self, run_dir: Path, console: TextIO) -> float:
         """Measure until nothing is left to do. Every rank must call it; rank 0 chooses, writes and prints."""
@@ -67,16 +58,16 @@ class ComparisonTask:
 
         is_first = dist.get_rank() == 0
         while True:
-            chosen = [self.next(read_results(run_dir)) if is_first else None]
+            chosen = [self.next(rounds.read_results(run_dir)) if is_first else None]
             dist.broadcast_object_list(chosen, src=0)
             if (measurement := chosen[0]) is None:
                 return float("nan")
             config = copy.deepcopy(self.entries[measurement.entry].config)
-            header = {**dataclasses.asdict(measurement), "settings": settings_of(config)}
+            header = {**dataclasses.asdict(measurement), "settings": rounds.settings_of(config)}
             config.engine.micro_batch_size = measurement.micro_batch_size
             if is_first:
-                (run_dir / CURRENT_FILE).write_text(json.dumps(header))
-                number, total = self.progress(read_results(run_dir))
+                (run_dir / rounds.CURRENT_FILE).write_text(json.dumps(header))
+                number, total = self.progress(rounds.read_results(run_dir))
                 begins = comparison_report.measurement_header(header, number, total, self.config.compare.rounds)
                 print(begins, end="", file=console, flush=True)
             record = functools.partial(_record, run_dir, console, header) if is_first else (lambda result: None)
@@ -86,12 +77,12 @@ class ComparisonTask:
                 record({"error": str(error)})
             else:
                 with out_of_memory_explained(plan, run_dir, compares=True):
-                    if measurement.entry == ROOFLINE:
+                    if measurement.entry == rounds.ROOFLINE:
                         record(_roofline(plan))
                     else:
                         self._measure(measurement, plan, record, console if is_first else None)
             if is_first:
-                (run_dir / CURRENT_FILE).unlink()
+                (run_dir / rounds.CURRENT_FILE).unlink()
 
     def progress(self, results: list[dict[str, Any]]) -> tuple[int, int]:
         """The number of the next measurement, from 1, and how many there are if none fails."""
@@ -100,7 +91,7 @@ class ComparisonTask:
         num_done = sum(row["entry"] in self.entries and "parts" not in row for row in results)
         return num_done + 1, max(num_done + 1, trials + len(self.entries) * self.config.compare.rounds)
 
-    def _measure(self, measurement: Measurement, plan: Plan, record: Record, console: TextIO | None) -> None:
+    def _measure(self, measurement: rounds.Measurement, plan: Plan, record: Record, console: TextIO | None) -> None:
         """Time some steps and, in the last round, their breakdown."""
         from recipes.engine.build import build_engine, build_sharder
         from recipes.monitor import device_metrics
@@ -152,7 +143,7 @@ def _groups(data_degree: int, sequence_degree: int) -> Any:
 
 
 def _record(run_dir: Path, console: TextIO, header: dict[str, Any], result: dict[str, Any]) -> None:
-    append_result(run_dir, {**header, **result})
+    rounds.append_result(run_dir, {**header, **result})
     if "parts" not in result:
         print(comparison_report.measurement_line(result), file=console, flush=True)
 
@@ -207,10 +198,10 @@ def compare(config: Config, composed: dict[str, Config], run_dir: Path) -> None:
     if config.explain:
         return
     if config.compare.roofline:
-        entries[ROOFLINE] = roofline_entry(entries)
-    results = read_results(run_dir)
+        entries[rounds.ROOFLINE] = roofline_entry(entries)
+    results = rounds.read_results(run_dir)
     for row in results:
-        if row["entry"] not in entries or row["settings"] != settings_of(entries[row["entry"]].config):
+        if row["entry"] not in entries or row["settings"] != rounds.settings_of(entries[row["entry"]].config):
             raise ConfigError(
                 f"{run_dir} has results of another comparison, of {row['entry']}: use another hydra.run.dir"
             )
@@ -220,7 +211,7 @@ def compare(config: Config, composed: dict[str, Config], run_dir: Path) -> None:
     if is_first and is_started:  # failures of our own ranks are recorded at once
         _record_failure(run_dir, "its ranks ended, and only their launcher can start them again: see its logs")
     failure = _measure_all(config, entries, run_dir, is_started)
-    if is_first and (results := read_results(run_dir)):
+    if is_first and (results := rounds.read_results(run_dir)):
         comparison_report.report(config, {name: own for name, (own, _) in entries.items()}, notes, results, run_dir)
     if failure is not None:
         raise failure
@@ -244,25 +235,25 @@ def _measure_all(config: Config, entries: dict[str, Entry], run_dir: Path, is_st
 
 def _start_until_done(task: ComparisonTask, num_ranks: int, run_dir: Path) -> RunFailed | None:
     """Start new ranks after each failed measurement; the failure of ranks that ended without a measurement."""
-    (run_dir / CURRENT_FILE).unlink(missing_ok=True)
-    while task.next(results := read_results(run_dir)) is not None:
+    (run_dir / rounds.CURRENT_FILE).unlink(missing_ok=True)
+    while task.next(results := rounds.read_results(run_dir)) is not None:
         try:
             launcher.start(task, num_ranks, run_dir)
         except RunFailed as error:
             row = _record_failure(run_dir, str(error))
             if row is not None:
                 print(comparison_report.measurement_line(row), flush=True)
-            elif len(read_results(run_dir)) == len(results):
+            elif len(rounds.read_results(run_dir)) == len(results):
                 return error
     return None
 
 
 def _record_failure(run_dir: Path, error: str) -> dict[str, Any] | None:
     """Add a failed row for the measurement that was running, if there was one, and return it."""
-    current = run_dir / CURRENT_FILE
+    current = run_dir / rounds.CURRENT_FILE
     if not current.exists():
         return None
     row = {**json.loads(current.read_text()), "error": error}
-    append_result(run_dir, row)
+    rounds.append_result(run_dir, row)
     current.unlink()
     return row

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -106,26 +105,32 @@ def _summary(entry: str, own: list[Row]) -> Row | None:
 
 def table(rows: list[Row], baseline: str) -> list[str]:
     """The rows as lines of text. A line above them has a common length and batch; columns without any value go."""
-    columns: dict[str, Callable[[Row], str]] = {
-        "grid": lambda row: row["grid"],
-        "L": lambda row: f"{row['sequence_length']:,}",
-        "batch": lambda row: str(row["sequences_per_step"]),
-        "micro": lambda row: str(row["micro_batch_size"]),
-        "TPS, median (min - max)": lambda row: "{tokens_per_s:,.0f} ({tokens_per_s_min:,.0f} - {tokens_per_s_max:,.0f})"
-        .format_map(row),
-        "TPS/rank": lambda row: f"{row['tokens_per_s_per_rank']:,.0f}",
-        "TPOT ms": lambda row: f"{row['tpot_ms']:.4f}",
-        f"vs {baseline}": lambda row: _or_na(row["change_pct"], "{:+.1f} %"),
-        "of roofline": lambda row: _or_na(row["roofline_pct"], "{:.1f} %"),
-        "TFLOP/s/rank": lambda row: f"{row['model_tflops_per_rank']:.3g}",
-        "MFU": lambda row: _or_na(row["mfu_pct"], "{:.1f} %"),
-        "peak GiB": lambda row: _or_na(row["peak_memory_gib"], "{:.1f}"),
-        "exposed ms": lambda row: _or_na(row["exposed_communication_ms"], "{:.2f}"),
-        "of step ms": lambda row: f"{row['step_time_ms']:.1f}",
-        "loss": lambda row: _or_na(row["first_loss"], "{:.4f}"),
-    }  # fmt: skip
+    columns = {
+        "grid": "{grid}",
+        "L": "{sequence_length:,}",
+        "batch": "{sequences_per_step}",
+        "micro": "{micro_batch_size}",
+        "TPS, median (min - max)": "{tokens_per_s:,.0f} ({tokens_per_s_min:,.0f} - {tokens_per_s_max:,.0f})",
+        "TPS/rank": "{tokens_per_s_per_rank:,.0f}",
+        "TPOT ms": "{tpot_ms:.4f}",
+        f"vs {baseline}": "{change_pct:+.1f} %",
+        "of roofline": "{roofline_pct:.1f} %",
+        "TFLOP/s/rank": "{model_tflops_per_rank:.3g}",
+        "MFU": "{mfu_pct:.1f} %",
+        "peak GiB": "{peak_memory_gib:.1f}",
+        "exposed ms": "{exposed_communication_ms:.2f}",
+        "of step ms": "{step_time_ms:.1f}",
+        "loss": "{first_loss:.4f}",
+    }
+
+    def cell(form: str, row: Row) -> str:
+        try:
+            return form.format_map(row)
+        except TypeError:  # the value is None
+            return "n/a"
+
     measured = [row for row in rows if "error" not in row]
-    cells = {name: [cell(row) for row in measured] for name, cell in columns.items()}
+    cells = {name: [cell(form, row) for row in measured] for name, form in columns.items()}
     common = [f"{name} {cells.pop(name)[0]}" for name in ("L", "batch") if len(set(cells[name])) == 1]
     cells = {name: column for name, column in cells.items() if set(column) != {"n/a"}}
     measured_cells = iter(zip(*cells.values(), strict=True))
@@ -156,10 +161,6 @@ def _cause(error: str) -> str:
     """One line of a RunFailed: the rank, and the last line of its traceback, before the one that names its log."""
     first, *more = error.splitlines()
     return f"{first} {more[-2]}" if first.endswith(":") and len(more) > 1 else first
-
-
-def _or_na(value: float | None, form: str) -> str:
-    return "n/a" if value is None else form.format(value)
 
 
 def report(config: Config, entries: dict[str, Config], notes: list[str], results: list[Row], run_dir: Path) -> None:

@@ -17,7 +17,7 @@ from data.batch import TokenBatch
 from recipes.engine.build import Engine
 from recipes.engine.deepspeed_engine import TrainingEngine
 from recipes.monitor.metric_registry import PARTS
-from recipes.monitor.trace_analysis import step_breakdown
+from recipes.monitor.trace_analysis import step_breakdown, synchronize
 from recipes.planning.plan import Plan
 from ring_attention.trace import profiler_range
 from ring_attention.transport import messages_stay_local
@@ -71,15 +71,10 @@ def measure_time_breakdown(
         with profiler_range("data"):
             return next(batches)
 
-    def step() -> None:
-        if plan.trains:
-            engine.train_step(batch())
-        else:
-            engine.mean_loss(batch())
-
+    run_step = engine.train_step if plan.trains else engine.mean_loss
     with torch.autograd.set_detect_anomaly(False):  # garbage may be NaN
-        breakdown = step_breakdown(step, num_steps=1)
-        exposed_s = breakdown.exposed_communication_s * num_micro_batches / num_profiled
+        breakdown = step_breakdown(lambda: run_step(batch()), num_steps=1)
+        exposed_s = breakdown.shares["exchange"] * breakdown.step_time_s * num_micro_batches / num_profiled
         if plan.degrees.sequence > 1:
             assert isinstance(engine, TrainingEngine)
             few_s = _exposed_attention_communication_s(plan, engine, lambda: batch()[:num_few])
@@ -103,16 +98,9 @@ def _exposed_attention_communication_s(
 
 def _model_time_s(plan: Plan, engine: TrainingEngine, micro_batches: Sequence[TokenBatch]) -> float:
     """The time of the forward passes and, if the recipe trains, the backward passes."""
-    _synchronize()
+    synchronize()
     started = time.perf_counter()
-    if plan.trains:
-        engine.accumulate(micro_batches)
-    else:
-        engine.mean_loss(micro_batches)
-    _synchronize()
+    passes = engine.accumulate if plan.trains else engine.mean_loss
+    passes(micro_batches)
+    synchronize()
     return time.perf_counter() - started
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

@@ -11,7 +11,6 @@ import heapq
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import deepspeed.comm as dist
@@ -39,8 +38,7 @@ _WINDOW = "recorded steps"
 _PRIORITIES = {"exchange": 1, "data": 2}  # of all others 0: they go first
 
 
-@dataclass(frozen=True)
-class Breakdown:
+class Breakdown(NamedTuple):
     """The recorded steps of one rank.
 
     Args:
@@ -50,11 +48,6 @@ class Breakdown:
 
     step_time_s: float
     shares: dict[str, float]
-
-    @property
-    def exposed_communication_s(self) -> float:
-        """Time per step in which only communication runs or is waited for."""
-        return self.shares["exchange"] * self.step_time_s
 
 
 def step_breakdown(step: Callable[[], None], num_steps: int = 2) -> Breakdown:
@@ -67,7 +60,7 @@ def step_breakdown(step: Callable[[], None], num_steps: int = 2) -> Breakdown:
         gemm       matrix products outside attention
         optimizer  the range "optimizer", and Optimizer.step
         other      every other operator: norms, activations, casts, copies
-        exchange   communication of any kind that no compute hides
+        exchange   communication, or waiting for it, that no compute hides
         data       fetching and copying the batch: the range "data"
         idle       nothing runs: late launches, a pipeline's bubble; on the CPU Python itself
 
@@ -76,15 +69,15 @@ def step_breakdown(step: Callable[[], None], num_steps: int = 2) -> Breakdown:
     activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * torch.cuda.is_available()]
     with profile(activities=activities, schedule=schedule(wait=0, warmup=1, active=1)) as profiler:
         step()
-        _synchronize()
+        synchronize()
         profiler.step()
         if dist.is_initialized():
             dist.barrier()  # else the first step includes waiting for a rank whose profiler starts late
-            _synchronize()
+            synchronize()
         with profiler_range(_WINDOW):
             for _ in range(num_steps):
                 step()
-            _synchronize()
+            synchronize()
     assert profiler.profiler is not None
     results = profiler.profiler.kineto_results
     assert results is not None
@@ -230,7 +223,7 @@ def time_per_part(spans: Iterable[Span], start_ns: int, stop_ns: int) -> dict[st
     waiting = sorted((span for span in clipped if span[0] < span[1]), reverse=True)
     instants = sorted({start_ns, stop_ns, *(edge for span in waiting for edge in span[:2])})
     running: list[tuple[int, int, int, str]] = []  # a heap of (priority, start, stop, part)
-    times_ns = dict.fromkeys(PARTS, 0)
+    times_ns: dict[str, int] = dict.fromkeys(PARTS, 0)
     for now, following in itertools.pairwise(instants):
         while waiting and waiting[-1][0] == now:
             _, stop, start, part = waiting.pop()
@@ -241,6 +234,6 @@ def time_per_part(spans: Iterable[Span], start_ns: int, stop_ns: int) -> dict[st
     return times_ns
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
