@@ -37,7 +37,7 @@ class Baseline(NamedTuple):
 
 
 def _check_cudnn(spec: KernelSpec) -> None:
-    refusal = KERNELS["cudnn"].supports(spec)
+    refusal = KERNELS["cudnn"].refusal(spec)
     if refusal is not None:
         raise ConfigError(f"PyTorch's fastest kernel for it, cuDNN's, {refusal}")
 

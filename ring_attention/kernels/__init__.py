@@ -37,19 +37,16 @@ def choose_kernel(spec: KernelSpec, name: str | AttentionKernel = "auto") -> tup
         if isinstance(name, str) and name not in KERNELS:
             raise ValueError(f"kernel={name} is unknown: use auto, {', '.join(KERNELS)}")
         kernel = name if isinstance(name, AttentionKernel) else KERNELS[name]
-        runs_here = kernel.device_type in (None, spec.device_type)
-        refusal = kernel.supports(spec) if runs_here else f"it does not run on {spec.device_type}"
-        if refusal is not None:
+        if refusal := kernel.refusal(spec):
             raise ValueError(f"kernel={kernel.name} cannot run here: {refusal}; use kernel=auto")
         return kernel, "asked for"
     refusals = []
     for kernel in KERNELS.values():
-        if kernel.device_type not in (None, spec.device_type):
-            continue
-        refusal = kernel.supports(spec)
+        refusal = kernel.refusal(spec)
         if refusal is None:
             return kernel, "; ".join([kernel.speed, *refusals])
-        refusals.append(f"not {kernel.name}: {refusal}")
+        if kernel.device_type == spec.device_type:
+            refusals.append(f"not {kernel.name}: {refusal}")
     raise AssertionError("the reference kernel supports everything")
 
 

@@ -11,24 +11,20 @@ from ring_attention.kernels.base import (
     KernelSpec,
     SavedTensors,
     flash_window,
-    refuse_value_head_dim,
 )
 from ring_attention.masked_block import MaskedBlock
 
 
 class AtenFlashKernel(AttentionKernel):
     name = "aten_flash"
-    device_type = "cuda"
     speed = "FlashAttention-2: 337 TFLOP/s forward on an H100 at 32 heads x 128"
 
-    def supports(self, spec: KernelSpec) -> str | None:
+    def _refusal(self, spec: KernelSpec) -> str | None:
         if spec.capability is None or spec.capability < (8, 0):
             return "needs compute capability 8.0 or newer"
-        if spec.dtype not in (torch.bfloat16, torch.float16):
-            return f"needs bf16 or fp16, not {spec.dtype}"
         if spec.head_dim > 256 or spec.head_dim % 8:
             return f"needs a head_dim that is a multiple of 8 up to 256, not {spec.head_dim}"
-        return refuse_value_head_dim(spec)
+        return None
 
     def split(self, block: MaskedBlock) -> list[MaskedBlock]:
         """Split blocks with more queries than keys until FlashAttention-2's shortcuts make no difference.

@@ -75,20 +75,41 @@ class SavedTensors(NamedTuple):
     lse_BHS: Tensor
 
 
+_DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
+
+
 class AttentionKernel(ABC):
     """One attention kernel. Equal inputs give equal results, up to the kernel's own order of summation."""
 
     name: str
-    device_type: str | None  # "cuda", "cpu", or None for any
     speed: str  # why it ranks where it does, for the banner
+    device_type: str | None = "cuda"  # None for any
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)  # () for any
+    has_windows = True  # masks with a lower bound
+    has_value_head_dim = False  # values with a head size of their own
+    is_deterministic = True
 
-    @abstractmethod
-    def supports(self, spec: KernelSpec) -> str | None:
-        """None if the kernel can do `spec`, else the reason why not. Asked for specs of its own device type only."""
+    def refusal(self, spec: KernelSpec) -> str | None:
+        """None if the kernel can do `spec`, else the reason why not."""
+        if self.device_type not in (None, spec.device_type):
+            return f"needs a {self.device_type} device, not {spec.device_type}"
+        if spec.deterministic and not self.is_deterministic:
+            return "its backward pass is not deterministic"
+        if self.dtypes and spec.dtype not in self.dtypes:
+            return f"needs {' or '.join(_DTYPE_NAMES[dtype] for dtype in self.dtypes)}, not {spec.dtype}"
+        if spec.windowed and not self.has_windows:
+            return "has no sliding window"
+        if spec.value_head_dim is not None and not self.has_value_head_dim:
+            return f"needs values of head size {spec.head_dim}, not {spec.value_head_dim}"
+        return self._refusal(spec)
+
+    def _refusal(self, spec: KernelSpec) -> str | None:
+        """The same for what the attributes above do not say: head sizes, compute capability, packages."""
+        return None
 
     def split(self, block: MaskedBlock) -> list[MaskedBlock]:
         """Split a trimmed block into trimmed blocks that one call computes each."""
-        return [block]
+        return [block] if self.has_windows else split_causal(block)
 
     @abstractmethod
     def forward(self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, params: KernelParams) -> tuple[Tensor, Tensor]:
@@ -138,13 +159,6 @@ def flash_window(num_queries: int, num_keys: int, params: KernelParams, unbounde
         "window_size_left": unbounded if params.lower is None else diagonal - params.lower,
         "window_size_right": unbounded if params.upper is None else params.upper - diagonal,
     }
-
-
-def refuse_value_head_dim(spec: KernelSpec) -> str | None:
-    """The refusal of kernels whose keys and values have one head size."""
-    return (
-        None if spec.value_head_dim is None else f"needs values of head size {spec.head_dim}, not {spec.value_head_dim}"
-    )
 
 
 @functools.cache

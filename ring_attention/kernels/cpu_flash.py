@@ -10,27 +10,22 @@ from torch import Tensor
 from ring_attention.kernels.base import (
     AttentionKernel,
     KernelParams,
-    KernelSpec,
     SavedTensors,
     band_mask,
     expand_kv_heads,
     reduce_kv_heads,
-    refuse_value_head_dim,
     split_causal,
 )
 from ring_attention.masked_block import MaskedBlock
 
 _MASKED_QUERIES = 128  # rows of a block whose mask is a tensor: few, so that little masked work is computed
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class CpuFlashKernel(AttentionKernel):
     name = "cpu_flash"
-    device_type = "cpu"
     speed = "the flash kernel that PyTorch has for the CPU"
-
-    def supports(self, spec: KernelSpec) -> str | None:
-        return refuse_value_head_dim(spec) if spec.dtype in _DTYPES else f"no {spec.dtype}"
+    device_type = "cpu"
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
     def split(self, block: MaskedBlock) -> list[MaskedBlock]:
         if block.num_queries <= _MASKED_QUERIES:

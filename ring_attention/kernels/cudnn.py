@@ -12,35 +12,23 @@ from ring_attention.kernels.base import (
     SavedTensors,
     expand_kv_heads,
     reduce_kv_heads,
-    refuse_value_head_dim,
-    split_causal,
 )
 from ring_attention.kernels.reference import ReferenceKernel
-from ring_attention.masked_block import MaskedBlock
 
 _REFERENCE = ReferenceKernel()
 
 
 class CudnnKernel(AttentionKernel):
     name = "cudnn"
-    device_type = "cuda"
     speed = "cuDNN SDPA: 611 TFLOP/s forward on an H100 at 32 heads x 128, FlashAttention-2 there 337"
+    has_windows = is_deterministic = False
 
-    def supports(self, spec: KernelSpec) -> str | None:
+    def _refusal(self, spec: KernelSpec) -> str | None:
         if spec.capability is None or spec.capability < (9, 0):
             return "ranked only where it was measured: compute capability 9.0 or newer"
-        if spec.deterministic:
-            return "its backward pass is not deterministic"
-        if spec.dtype not in (torch.bfloat16, torch.float16):
-            return f"needs bf16 or fp16, not {spec.dtype}"
         if spec.head_dim > 128 or spec.head_dim % 8:
             return f"needs a head_dim that is a multiple of 8 up to 128, not {spec.head_dim}"
-        if spec.windowed:
-            return "has no sliding window"
-        return refuse_value_head_dim(spec)
-
-    def split(self, block: MaskedBlock) -> list[MaskedBlock]:
-        return split_causal(block)
+        return None
 
     def forward(self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, params: KernelParams) -> tuple[Tensor, Tensor]:
         if q_BSHD.shape[1] == k_BTKD.shape[1] == 1:  # cuDNN refuses this one shape

@@ -20,10 +20,7 @@ from ring_attention.kernels.base import (
     KernelSpec,
     SavedTensors,
     refuse_missing_package,
-    refuse_value_head_dim,
-    split_causal,
 )
-from ring_attention.masked_block import MaskedBlock
 
 _GRADIENTS_AS_INPUTS = 0  # the dtype of dK and dV; its other values are for older GPUs
 _TILE_QUERIES = 64  # rows of a forward tile, which the query heads of one key-value head share
@@ -35,32 +32,23 @@ _COST = (
 
 class FfpaKernel(AttentionKernel):
     name = "ffpa"
-    device_type = "cuda"
     speed = (
         "ffpa-attn: 465 TFLOP/s forward, 215 backward on an H100 at 16 heads x 512; memory-efficient SDPA 109 and 35"
     )
+    has_windows = False  # the forward pass has them, the backward pass does not
 
-    def supports(self, spec: KernelSpec) -> str | None:
-        if spec.dtype not in (torch.bfloat16, torch.float16):
-            return f"needs bf16 or fp16, not {spec.dtype}"
+    def _refusal(self, spec: KernelSpec) -> str | None:
         if not 320 <= spec.head_dim <= 512 or spec.head_dim % 8:
             return f"needs a head_dim that is a multiple of 8 from 320 to 512, not {spec.head_dim}"
-        if spec.windowed:
-            return "has no sliding window"
         if _TILE_QUERIES % (spec.num_heads // spec.num_kv_heads):
             return (
                 f"needs a power of 2 up to {_TILE_QUERIES} as query heads per key-value head, not "
                 f"{spec.num_heads // spec.num_kv_heads}"
             )
-        if refusal := refuse_value_head_dim(spec):
-            return refusal
         if spec.capability is None or spec.capability[0] != 9:
             return f"needs a Hopper GPU (compute capability 9.x), or a head_dim up to 256 for FlashAttention; {_COST}"
         refusal = refuse_missing_package("ffpa-attn", "ffpa_attn")
         return refusal and f"{refusal}; {_COST}"
-
-    def split(self, block: MaskedBlock) -> list[MaskedBlock]:
-        return split_causal(block)  # its forward pass has windows, its backward pass has none
 
     def forward(self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, params: KernelParams) -> tuple[Tensor, Tensor]:
         q, k, v = (x.contiguous() for x in (q_BSHD, k_BTKD, v_BTKE))

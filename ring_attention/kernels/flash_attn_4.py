@@ -21,24 +21,20 @@ from ring_attention.kernels.base import (
     SavedTensors,
     flash_window,
     refuse_missing_package,
-    refuse_value_head_dim,
 )
 
 
 class FlashAttention4Kernel(AttentionKernel):
     name = "flash_attn_4"
-    device_type = "cuda"
     speed = "flash-attn-4: 681 TFLOP/s forward, 620 backward on an H100 at 32 heads x 128; cuDNN SDPA 611 and 546"
 
-    def supports(self, spec: KernelSpec) -> str | None:
+    def _refusal(self, spec: KernelSpec) -> str | None:
         if spec.capability is None or spec.capability[0] != 9:
             return "ranked only where it was measured: compute capability 9.x (Hopper)"
-        if spec.dtype not in (torch.bfloat16, torch.float16):
-            return f"needs bf16 or fp16, not {spec.dtype}"
         if not 64 <= spec.head_dim <= 256 or spec.head_dim % 8:
             return f"taken for a head_dim that is a multiple of 8 from 64 to 256, not {spec.head_dim}"
         # last, so that it is said only where installing it helps
-        return refuse_value_head_dim(spec) or refuse_missing_package("flash-attn-4", "flash_attn.cute")
+        return refuse_missing_package("flash-attn-4", "flash_attn.cute")
 
     def forward(self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, params: KernelParams) -> tuple[Tensor, Tensor]:
         # the kernel calls no left bound with a right bound of 0 causal

@@ -13,9 +13,7 @@ from ring_attention.kernels.base import (
     SavedTensors,
     expand_kv_heads,
     reduce_kv_heads,
-    split_causal,
 )
-from ring_attention.masked_block import MaskedBlock
 
 _LSE_MULTIPLE = 32  # the kernel pads the rows of its log-sum-exp to a multiple of this
 _NO_MASK, _CAUSAL = 0, 1
@@ -23,22 +21,17 @@ _NO_MASK, _CAUSAL = 0, 1
 
 class MemEfficientKernel(AttentionKernel):
     name = "mem_efficient"
-    device_type = "cuda"
     speed = "memory-efficient SDPA: 109 TFLOP/s forward on an H100 at 16 heads x 512, where FlashAttention refuses"
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    has_windows = is_deterministic = False
+    has_value_head_dim = True
 
-    def supports(self, spec: KernelSpec) -> str | None:
-        if spec.deterministic:
-            return "its backward pass is not deterministic"
-        if spec.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-            return f"needs bf16, fp16 or fp32, not {spec.dtype}"
+    def _refusal(self, spec: KernelSpec) -> str | None:
         multiple = 4 if spec.dtype == torch.float32 else 8
         for head_dim in (spec.head_dim, spec.value_head_dim or spec.head_dim):
             if head_dim % multiple:
                 return f"needs head sizes that are multiples of {multiple}, not {head_dim}"
-        return "has no sliding window" if spec.windowed else None
-
-    def split(self, block: MaskedBlock) -> list[MaskedBlock]:
-        return split_causal(block)
+        return None
 
     def forward(self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, params: KernelParams) -> tuple[Tensor, Tensor]:
         num_queries, num_heads = q_BSHD.shape[1:3]

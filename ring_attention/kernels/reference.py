@@ -8,7 +8,6 @@ from torch import Tensor
 from ring_attention.kernels.base import (
     AttentionKernel,
     KernelParams,
-    KernelSpec,
     SavedTensors,
     band_mask,
     expand_kv_heads,
@@ -30,11 +29,10 @@ def _scores(q_BSHD: Tensor, k_BTHD: Tensor, params: KernelParams) -> Tensor:
 
 class ReferenceKernel(AttentionKernel):
     name = "reference"
-    device_type = None
     speed = "plain matrix products with O(S^2) memory"
-
-    def supports(self, spec: KernelSpec) -> str | None:
-        return None
+    device_type = None
+    dtypes = ()
+    has_value_head_dim = True
 
     def forward(self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, params: KernelParams) -> tuple[Tensor, Tensor]:
         q, k, v = _upcast(q_BSHD, *(expand_kv_heads(x, q_BSHD.shape[2]) for x in (k_BTKD, v_BTKE)))

@@ -51,7 +51,7 @@ def test_a_kernel_equals_fp64_attention(
     name, dtype, num_heads, num_kv_heads, head_dim, num_queries, num_keys, lower, upper
 ):
     q, k, v, dout = draw(num_queries, num_keys, num_heads, num_kv_heads, head_dim, head_dim, dtype)
-    if refusal := KERNELS[name].supports(KernelSpec.of(q, k, v, windowed=lower is not None)):
+    if refusal := KERNELS[name].refusal(KernelSpec.of(q, k, v, windowed=lower is not None)):
         pytest.skip(refusal)
     block = MaskedBlock(0, num_queries, 0, num_keys, lower, upper).trimmed()
     assert block is not None
@@ -68,7 +68,7 @@ def test_a_kernel_equals_fp64_attention(
 )
 def test_head_sizes(name, dtype, head_dim, value_head_dim):
     q, k, v, dout = draw(200, 200, 4, 2, head_dim, value_head_dim, dtype)
-    if refusal := KERNELS[name].supports(KernelSpec.of(q, k, v)):
+    if refusal := KERNELS[name].refusal(KernelSpec.of(q, k, v)):
         pytest.skip(refusal)
     assert_equal_attention(computed(name, q, k, v, dout, None, 0), oracle(q, k, v, dout, None, 0), dtype)
 
@@ -78,7 +78,7 @@ def test_slices_of_larger_tensors(name):
     """The ring passes views of q, of the log-sum-exp and of a receive buffer."""
     q, k, v, dout = draw(512, 512, 4, 4, 64, 64, torch.bfloat16)
     kernel, late, early = KERNELS[name], slice(256, 512), slice(0, 256)
-    if refusal := kernel.supports(KernelSpec.of(q, k, v)):
+    if refusal := kernel.refusal(KernelSpec.of(q, k, v)):
         pytest.skip(refusal)
     params = KernelParams(None, None, SCALE)
     out, lse = kernel.forward(q[:, late], k[:, early], v[:, early], params)
@@ -97,7 +97,7 @@ def test_slices_of_larger_tensors(name):
 def test_deterministic_kernels_give_the_same_bits(name, head_dim, num_queries, lower):
     q, k, v, dout = draw(num_queries, 1000, 4, 2, head_dim, head_dim, torch.bfloat16)
     spec = replace(KernelSpec.of(q, k, v, windowed=lower is not None), deterministic=True)
-    if refusal := KERNELS[name].supports(spec):
+    if refusal := KERNELS[name].refusal(spec):
         pytest.skip(refusal)
     torch.use_deterministic_algorithms(True)
     try:
@@ -113,7 +113,7 @@ def test_one_tensor_for_keys_and_values_and_transposed_dims(name, head_dim):
     """[S, B, H, D] callers pass transposed views, and some models use one tensor for keys and values."""
     tensors = draw(300, 300, 4, 4, head_dim, head_dim, torch.bfloat16)
     q, k, _, dout = (tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in tensors)
-    if refusal := KERNELS[name].supports(KernelSpec.of(q, k, k)):
+    if refusal := KERNELS[name].refusal(KernelSpec.of(q, k, k)):
         pytest.skip(refusal)
     assert_equal_attention(computed(name, q, k, k, dout, None, 0), oracle(q, k, k, dout, None, 0), torch.bfloat16)
 
@@ -122,7 +122,7 @@ def test_one_tensor_for_keys_and_values_and_transposed_dims(name, head_dim):
 def test_strides_of_out_and_dout_may_differ_from_the_call_before(name):
     q, k, v, dout = draw(256, 256, 8, 8, 64, 64, torch.bfloat16)
     kernel, params = KERNELS[name], KernelParams(None, 0, SCALE)
-    if refusal := kernel.supports(KernelSpec.of(q, k, v)):
+    if refusal := kernel.refusal(KernelSpec.of(q, k, v)):
         pytest.skip(refusal)
     out, lse = kernel.forward(q, k, v, params)
     expected = kernel.backward(dout, SavedTensors(q, k, v, out, lse), params)

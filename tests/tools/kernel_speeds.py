@@ -43,7 +43,7 @@ def kernels(head_dim: int, length: int, dtype: str, device: str) -> dict[str, tu
     found: dict[str, tuple[Callable[[], Any], ...]] = {}
     expected = None
     for name, kernel in KERNELS.items():
-        if kernel.device_type not in (None, spec.device_type) or kernel.supports(spec) or (found and name in SLOW):
+        if kernel.refusal(spec) or (found and name in SLOW):
             continue
         passes = _passes(kernel, q, k, v, dout, scale)
         got = passes[0]()

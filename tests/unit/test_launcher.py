@@ -41,7 +41,7 @@ def test_four_ranks_are_the_default_on_the_cpu():
         ),
         (
             Config(attention=AttentionConfig(kernel="cudnn")),
-            "attention.kernel=cudnn cannot run here: it does not run on cpu; use attention.kernel=auto",
+            "attention.kernel=cudnn cannot run here: needs a cuda device, not cpu; use attention.kernel=auto",
         ),
         (
             Config(attention=AttentionConfig(transport="copy_engine")),
