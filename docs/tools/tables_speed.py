@@ -9,8 +9,7 @@ from typing import Any
 from conf.schema import ModelConfig
 from docs.tools.markdown import load, optional, spread, table
 from recipes.benchmark.comparison_report import summarize
-from recipes.planning.throughput import attention_flops_per_token, forward_flops_per_token
-from recipes.planning.throughput import peak_tflops
+from recipes.planning.throughput import attention_flops_per_token, forward_flops_per_token, peak_tflops
 from ring_attention.auto_method import Links, Workload, rank_methods
 
 ATTENTION_PASSES = ("forward", "forward_backward")

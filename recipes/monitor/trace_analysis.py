@@ -21,7 +21,7 @@ from recipes.monitor.metric_registry import PARTS
 from ring_attention.trace import profiler_range
 
 _RANGES = {
-    "attention block": "attention",
+    "attention kernel": "attention",
     "merge": "merge",
     "exchange wait": "exchange",
     "exchange copy": "exchange",

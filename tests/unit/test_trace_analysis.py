@@ -65,7 +65,7 @@ def classified(*events: Event) -> set[tuple[int, int, str]]:
 def test_on_the_host_an_outermost_operator_belongs_to_its_innermost_range():
     assert classified(
         Event("RingFunction", 0, 60, 1, 2),  # encloses all ranges of Python, but is no operator
-        Event("attention block", 1, 20, 1, 3),
+        Event("attention kernel", 1, 20, 1, 3),
         Event("aten::matmul", 2, 10, 1, 4),
         Event("aten::bmm", 3, 9, 1, 5),
         Event("merge", 30, 40, 1, 6),
@@ -113,7 +113,7 @@ def kernel(name: str, start_ns: int, stop_ns: int, launched_by: int = 0) -> Even
 def test_on_a_device_a_kernel_belongs_to_what_launched_it():
     backward = 2  # autograd's thread
     assert classified(
-        Event("attention block", 1, 9, backward, 2),
+        Event("attention kernel", 1, 9, backward, 2),
         Event("aten::_flash_attention_backward", 2, 8, backward, 3),
         Event("aten::linear", 10, 12, 1, 4),
         Event("aten::addmm", 10, 11, 1, 5),
