@@ -104,9 +104,9 @@ def _fitting(config: Config, composed: dict[str, Config], on_gpu: bool) -> tuple
 def _set_batches(config: Config, composed: dict[str, Config], entries: dict[str, Entry], on_gpu: bool) -> None:
     """Give entries of equal length and ranks one batch, except those whose own is configured and not downscaled."""
     kinds: dict[tuple[int, int], list[tuple[Config, Degrees]]] = {}
-    for own, num_ranks in entries.values():
-        alike = kinds.setdefault((num_ranks, own.data.sequence_length), [])
-        alike.append((own, resolve_degrees(own, num_ranks)))
+    for entry in entries.values():
+        kind = entry.num_ranks, entry.config.data.sequence_length
+        kinds.setdefault(kind, []).append((entry.config, entry.degrees))
     for name, (own, num_ranks) in entries.items():
         alike = kinds[num_ranks, own.data.sequence_length]
         if config.compare.downscale:
