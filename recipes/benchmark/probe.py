@@ -52,7 +52,7 @@ class Probe:
         plan = launcher.shared_plan(self.config)
         libraries_gib = 0.0 if plan.on_gpu else device_metrics.peak_memory_gib()
         engine = build_engine(plan)
-        device_metrics.restart_peak_memory()  # building the fp32 weights may have needed more
+        device_metrics.reset_peak_memory()  # building the fp32 weights may have needed more
         batches = build_sharder(plan, engine).steps(_random_sequences(plan.config), plan.accumulation_steps)
         clock = device_metrics.StepClock()
         for micro_batches in (next(batches) for _ in range(plan.config.num_steps)):

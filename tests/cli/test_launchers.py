@@ -46,7 +46,7 @@ def test_ranks_of_torchrun_are_one_run_and_profile_each_rank(program):
     assert ring_steps == {
         f"{way} ring step {step}": 2 for way in ("forward", "backward") for step in (0, 1)
     }  # 2 layers
-    assert all(names[name] > 0 for name in ("attention block", "merge", "exchange wait", "optimizer", "data"))
+    assert all(names[name] > 0 for name in ("attention kernel", "merge", "exchange wait", "optimizer", "data"))
     assert "\nmemory snapshots:      none, they need a GPU\n" in result.stdout
 
 

@@ -33,9 +33,9 @@ def attention_on_rank(zigzag: bool) -> list[Tensor]:
 @pytest.mark.parametrize("num_ranks", [2, 3])
 @pytest.mark.parametrize("zigzag", [True, False])
 def test_the_teaching_ring_equals_plain_attention(pool: WorkerPool, num_ranks: int, zigzag: bool):
-    *leaves, dout = draw()
-    leaves = [leaf.requires_grad_() for leaf in leaves]
-    out = F.scaled_dot_product_attention(*leaves, is_causal=True)
+    q, k, v, dout = draw()
+    leaves = [leaf.requires_grad_() for leaf in (q, k, v)]
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     expected = [out, *torch.autograd.grad(out, leaves, dout)]
     ranks = pool.run(attention_on_rank, zigzag, num_ranks=num_ranks)
     order = torch.cat([positions for positions, *_ in ranks]).argsort()
