@@ -1,7 +1,7 @@
 """The commands, links and sizes of the documentation.
 
-Every command of train.py is composed. Those in `sh` blocks are planned too, without starting a rank, unless a comment on their line
-or the line before says what they need, such as GPUs.
+Every command of train.py is composed. Those in `sh` blocks are planned too, without starting a rank, unless a comment
+on their line or the line before says what they need, such as GPUs.
 """
 
 from __future__ import annotations
@@ -64,11 +64,11 @@ def commands_of(page: Path) -> list[Command]:
     for block in re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S):
         needs = False
         for line in block.splitlines():
-            words = tuple(shlex.split(line, comments=True))
             needs = needs or "needs " in line.partition("#")[2]
-            if words:
-                commands.append(Command(page.name, words, runs_here=not needs))
-                needs = False
+            for part in line.split("&&"):
+                if words := tuple(shlex.split(part, comments=True)):
+                    commands.append(Command(page.name, words, runs_here=not needs))
+            needs = needs and not shlex.split(line, comments=True)
     shown = re.findall(r"^(?:    |\$ )((?:python|torchrun) .*)$", text, re.M) + re.findall(
         r"`(python (?:train|-m) ?[^`]+)`", text
     )
