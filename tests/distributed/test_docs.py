@@ -18,7 +18,7 @@ def python_examples(path: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S)
 
 
-LIBRARY = [code for name in ("library.md", "ring_in_50_lines.md") for code in python_examples(ROOT / "docs" / name)]
+LIBRARY = python_examples(ROOT / "docs" / "library.md")
 README = python_examples(ROOT / "README.md")
 
 
