@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ring_attention.gather import GatherFunction, Gathering
+from ring_attention.gather import AllGather, AllGatherFunction
 from ring_attention.kernels import AttentionKernel
 from ring_attention.mask import CAUSAL, Mask
 from ring_attention.sequence_attention import SequenceAttention, batch_first
@@ -208,8 +208,8 @@ class AllGatherAttention(SequenceAttention):
         layout = self._layout_of(q_BSHD.shape[1])
         mask = mask.within(layout.padded_length)
         block = self._block(q_BSHD, k_BSKD, v_BSKE, mask)
-        gathering = Gathering(layout, mask, self._exchange, block, scale)
-        (out,) = batch_first((GatherFunction.apply(q_BSHD, k_BSKD, v_BSKE, gathering),), batch_dim_idx)
+        gathering = AllGather(layout, mask, self._exchange, block, scale)
+        (out,) = batch_first((AllGatherFunction.apply(q_BSHD, k_BSKD, v_BSKE, gathering),), batch_dim_idx)
         return out
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ring_attention.kernels import KernelSpec, choose_kernel
+from ring_attention.kernels import KernelParams, KernelSpec, choose_kernel
 from ring_attention.mask import CAUSAL, FULL, Mask
 
 _MAX_TOKENS = 32768
@@ -79,7 +79,7 @@ def _recognize(
     for name, mask in (("causal", CAUSAL), ("full", FULL)):
         upper = mask.right if num_tokens > 1 else None  # with one token they are the same
         with torch.no_grad():
-            expected = block.forward(q, k, v, None, upper, 1 / math.sqrt(q.shape[-1]))[0].float()
+            expected = block.forward(q, k, v, KernelParams(None, upper, 1 / math.sqrt(q.shape[-1])))[0].float()
         row_errors = (got.float() - expected).norm(dim=-1) / expected.norm(dim=-1)
         if (error := row_errors.max().item()) < _TOLERANCE[query.dtype]:
             return mask

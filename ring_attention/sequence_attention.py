@@ -21,7 +21,6 @@ from ring_attention.layout import Layout
 from ring_attention.mask import Mask
 from ring_attention.recognize import Recognized
 from ring_attention.ring import Ring, RingFunction, buffer_bytes
-from ring_attention.schedule import ring_schedule
 from ring_attention.transport import P2PTransport
 
 
@@ -148,14 +147,13 @@ class SequenceAttention(nn.Module):
     ) -> Tensor:
         """Over the ring that this rank is on; one of one rank without an exchange."""
         q_BSHD, k_BSKD, v_BSKE = batch_first((query, key, value), batch_dim_idx)
-        layout, ring_rank = self._layout_of(q_BSHD.shape[1]), 0
+        layout = self._layout_of(q_BSHD.shape[1])
         mask = mask.within(layout.padded_length)
         if self._exchange is not None:
             trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BSHD, k_BSKD, v_BSKE))
             self._exchange.connect(q_BSHD, buffer_bytes(layout, mask, k_BSKD, v_BSKE, trains))
-            ring_rank = self._exchange.ring_rank
         block = self._block(q_BSHD, k_BSKD, v_BSKE, mask)
-        ring = Ring(ring_schedule(layout, mask, ring_rank), self._exchange, block, scale)
+        ring = Ring(layout, mask, self._exchange, block, scale)
         (out,) = batch_first((RingFunction.apply(q_BSHD, k_BSKD, v_BSKE, ring),), batch_dim_idx)
         return out
 

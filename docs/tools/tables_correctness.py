@@ -91,7 +91,7 @@ def sparsity() -> str:
     for label, mask in masks.items():
         for name in ("zigzag", "contiguous"):
             layout = Layout(name, degree, length)
-            tiles = [sum(len(step.pairs) for step in ring_schedule(layout, mask, rank)) for rank in range(degree)]
+            tiles = [sum(len(step.tiles) for step in ring_schedule(layout, mask, rank)) for rank in range(degree)]
             sent = zip(*(tokens_sent(layout, mask, rank) for rank in range(degree)), strict=True)
             keys, gradients = ([mib_per_token * tokens for tokens in kind] for kind in sent)
             pairs = sum(map(sum, work_per_rank(layout, mask))) / (length * (length + 1) // 2)

@@ -190,9 +190,9 @@ def test_the_message_names_the_part_that_failed(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "3")
     (tmp_path / "logs").mkdir()
     whereabouts = Heartbeat(tmp_path, 3)
-    for kind, text in (("step", "7"), ("part", "backward"), ("stage", "backward stage 1")):
+    for kind, text in (("step", "7"), ("part", "backward"), ("ring_step", "backward ring step 1")):
         whereabouts.tell(kind, text)
-    assert fails_for_want_of_memory(tmp_path)[0] == "rank 3 ran out of memory (step 7, backward, backward stage 1)"
+    assert fails_for_want_of_memory(tmp_path)[0] == "rank 3 ran out of memory (step 7, backward, backward ring step 1)"
 
 
 def test_on_a_gpu_what_memory_held_is_written_and_a_full_disk_does_not_hide_the_rest(tmp_path, monkeypatch):
