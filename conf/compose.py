@@ -36,7 +36,7 @@ def to_config(composed: DictConfig) -> Config:
     try:
         config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
-        raise ConfigError(explain(error)) from error
+        raise ConfigError(describe_error(error)) from error
     assert isinstance(config, Config)
     return config
 
@@ -60,7 +60,7 @@ def compose_entries(config: Config, overrides: list[str]) -> dict[str, Config]:
             try:
                 entries[name] = to_config(hydra.compose("config", entry_overrides(overrides, own, compare.recipe)))
             except (ConfigError, CompactHydraException) as error:
-                raise ConfigError(f"compare.entries.{name}: {explain(error)}") from error
+                raise ConfigError(f"compare.entries.{name}: {describe_error(error)}") from error
     return entries
 
 
@@ -80,7 +80,7 @@ def entry_overrides(given: list[str], own: list[str], recipe: str) -> list[str]:
     return [*([f"+experiment=[{','.join(experiments)}]"] if experiments else []), *kept.values()]
 
 
-def check_sweep_is_asked_for(hydra_config: HydraConf) -> None:
+def check_multirun(hydra_config: HydraConf) -> None:
     """Raises ConfigError for +sweep=NAME in a single run that leaves open what NAME sweeps: -m was forgotten."""
     typed = [str(override) for override in hydra_config.overrides.task]
     given = {override.partition("=")[0].lstrip("+") for override in typed}
@@ -91,7 +91,7 @@ def check_sweep_is_asked_for(hydra_config: HydraConf) -> None:
         )
 
 
-def explain(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """Hydra's CompactHydraException, or OmegaConf's error, in one line: the value, the rule and what to type.
 
     Errors of this project say that already and are given back as they are.
@@ -150,6 +150,8 @@ def _as_list(setting: str) -> str:
 def _unknown_field(name: str) -> str:
     if name.startswith(tuple(f"{field}." for field in _FREE)):
         return f"{name} is new, so it takes a +: write +{name}=[...]"
+    if name in REMOVED:
+        return f"{name} is gone: {REMOVED[name]}"
     if name in RENAMED:
         return f"{name} is now {RENAMED[name]}: type {RENAMED[name]}=..."
     alike = difflib.get_close_matches(name, _FIELD_NAMES, n=3)
@@ -169,6 +171,9 @@ RENAMED = {
     "attention.block": "attention.kernel",
     "compare.fit": "compare.downscale",
     "compare.parts_alone": "compare.roofline",
+}
+REMOVED = {
+    "parallelism.sequence_sharded_norms": "tensor ranks always shard norms by sequence, so leave it out",
 }
 _FREE = ("compare.entries",)  # dictionaries with keys of the user's own
 _FIELD_NAMES = list(_field_names(asdict(Config())))

@@ -123,7 +123,6 @@ class ParallelismConfig:
     ulysses_degree: Optional[int] = None  # ranks that share one sequence by heads: ulysses and hybrid
     tensor_degree: Optional[int] = None  # tensor_pipeline: ranks that share each layer's weights, as Megatron-LM does
     pipeline_degree: Optional[int] = None  # tensor_pipeline: stages of layers
-    sequence_sharded_norms: bool = True  # tensor_pipeline: between its matrices a tensor rank has L/T of the tokens
 
     def __post_init__(self) -> None:
         _choice("parallelism.method", self.method, ("sequence", "tensor_pipeline"))

@@ -1,12 +1,13 @@
-"""Documents to byte tokens to sequences of L+1, deterministic and resumable by one number: the global token cursor.
+"""Documents to byte tokens to sequences of L+1 tokens: deterministic, and resumable from one number, the token cursor.
 
-The corpus is one endless run of tokens: each document's UTF-8 bytes, then a separator, and again from the start after
-the last. Its first `validation_sequences` sequences are held out in every round. A sequence holds L+1 tokens, so that
-each of its first L has a successor to predict; sequences do not overlap.
+The corpus is an endless stream of tokens: each document's UTF-8 bytes and a separator, repeated in every epoch. The
+first `validation_sequences` sequences are held out from all epochs. A sequence has L+1 tokens, so that each of its
+first L has a next token to predict. Sequences do not overlap.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -24,19 +25,22 @@ def tokenize(text: str) -> Tokens:
 
 
 class Corpus:
-    """Sequences of `sequence_length` + 1 tokens from documents that can be iterated again and again.
+    """Sequences of `sequence_length` + 1 tokens.
 
     Training tokens are numbered from 0 without end; number 0 is the first after the held-out ones.
+
+    Args:
+        documents: can be iterated again and again, with the same result.
     """
 
     def __init__(self, documents: Iterable[str], sequence_length: int, validation_sequences: int) -> None:
         self._documents = documents
-        self.sequence_tokens = sequence_length + 1  # that a sequence takes of the corpus
+        self.sequence_tokens = sequence_length + 1
         self._validation_sequences = validation_sequences
         self._held_out_tokens = validation_sequences * self.sequence_tokens
 
     def check(self) -> None:
-        """Raises CorpusError unless there are tokens for validation and for one training sequence."""
+        """Raises CorpusError unless there are enough tokens for validation and one training sequence."""
         needed, found = self._held_out_tokens + self.sequence_tokens, 0
         for document in self._documents:
             found += len(tokenize(document))
@@ -49,15 +53,14 @@ class Corpus:
 
     def validation(self) -> Iterator[Tokens]:
         """The held-out sequences, [L+1] each."""
-        head = self._cut(self._round(0))
-        return (next(head) for _ in range(self._validation_sequences))
+        return itertools.islice(self._sequences(self._epoch(0)), self._validation_sequences)
 
     def training(self, cursor: int) -> Iterator[Tokens]:
-        """Endless training sequences, [L+1] each, the first of which starts at training token number `cursor`."""
-        return self._cut(self._training_tokens(cursor))
+        """Endless training sequences, [L+1] each; the first starts at training token number `cursor`."""
+        return self._sequences(self._training_tokens(cursor))
 
-    def _round(self, skip: int) -> Iterator[Tokens]:
-        """The corpus once, in pieces, without its first `skip` tokens."""
+    def _epoch(self, skip: int) -> Iterator[Tokens]:
+        """All tokens once, document by document, without the first `skip`."""
         for document in self._documents:
             tokens = tokenize(document)
             if skip < len(tokens):
@@ -65,33 +68,29 @@ class Corpus:
             skip = max(0, skip - len(tokens))
 
     def _training_tokens(self, cursor: int) -> Iterator[Tokens]:
-        round_tokens = 0
-        for tokens in self._round(self._held_out_tokens):
-            round_tokens += len(tokens)
-            if round_tokens > cursor:
-                yield tokens[max(0, len(tokens) - (round_tokens - cursor)) :]
-        # the length of a round is known now, so whole rounds of a large cursor are skipped by arithmetic
-        skip = cursor % round_tokens if cursor >= round_tokens else 0
+        epoch_tokens = 0
+        for tokens in self._epoch(self._held_out_tokens):
+            epoch_tokens += len(tokens)
+            if epoch_tokens > cursor:
+                yield tokens[max(0, len(tokens) - (epoch_tokens - cursor)) :]
+        # the length of an epoch is known now, so a large cursor skips whole epochs without reading them
+        skip = cursor % epoch_tokens if cursor >= epoch_tokens else 0
         while True:
-            yield from self._round(self._held_out_tokens + skip)
+            yield from self._epoch(self._held_out_tokens + skip)
             skip = 0
 
-    def _cut(self, pieces: Iterator[Tokens]) -> Iterator[Tokens]:
+    def _sequences(self, pieces: Iterator[Tokens]) -> Iterator[Tokens]:
         parts, num_tokens = [], 0
         for piece in pieces:
             parts.append(piece)
             num_tokens += len(piece)
             if num_tokens >= self.sequence_tokens:
                 joined = np.concatenate(parts)
-                num_whole = num_tokens // self.sequence_tokens * self.sequence_tokens
-                yield from joined[:num_whole].reshape(-1, self.sequence_tokens)
-                parts, num_tokens = [joined[num_whole:]], num_tokens - num_whole
+                end = num_tokens // self.sequence_tokens * self.sequence_tokens
+                yield from joined[:end].reshape(-1, self.sequence_tokens)
+                parts, num_tokens = [joined[end:]], num_tokens - end
 
 
 def open_corpus(config: DataConfig) -> Corpus:
-    """The configured one.
-
-    Raises:
-        CorpusError: if there is nothing to open.
-    """
+    """The configured corpus. Raises CorpusError if it cannot be opened."""
     return Corpus(open_documents(config), config.sequence_length, config.validation_sequences)

@@ -1,7 +1,7 @@
-"""Deals sequences out: which sequences a data rank gets, and which positions of them a rank holds.
+"""Which sequences a data rank gets, and which of their tokens a sequence rank holds.
 
-One step consumes, in the corpus's order, for each micro-batch, for each data rank, `micro_batch_size` sequences. The
-order does not depend on how many ranks share a sequence, so neither does what is learnt.
+A step takes sequences in the corpus's order: for each micro-batch and each data rank, `micro_batch_size` of them. The
+order does not depend on the number of ranks that share a sequence, so neither does the training.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ring_attention.layout import Layout
 
 @dataclass(frozen=True)
 class Sharder:
-    """This rank's place in the grid, and the shape of a step."""
+    """This rank's coordinates, and the shape of a step."""
 
     layout: Layout
     sequence_rank: int
@@ -28,16 +28,16 @@ class Sharder:
     micro_batch_size: int
 
     def token_batch(self, sequences: np.ndarray) -> TokenBatch:
-        """This rank's part of whole sequences [B, L+1]; padded positions get an ignored label."""
-        whole = torch.from_numpy(sequences.astype(np.int64))
+        """This rank's shard of full sequences [B, L+1]; padding gets an ignored label."""
+        full = torch.from_numpy(sequences.astype(np.int64))
         return TokenBatch(
-            self.layout.shard(whole[:, :-1], self.sequence_rank, dim=1),
+            self.layout.shard(full[:, :-1], self.sequence_rank, dim=1),
             self.layout.positions(self.sequence_rank).unsqueeze(0),
-            self.layout.shard(whole[:, 1:], self.sequence_rank, dim=1, pad_value=IGNORED_LABEL),
+            self.layout.shard(full[:, 1:], self.sequence_rank, dim=1, pad_value=IGNORED_LABEL),
         )
 
     def steps(self, sequences: Iterable[np.ndarray], accumulation_steps: int) -> Iterator[list[TokenBatch]]:
-        """This rank's micro-batches of each step; ends with the last step that has all its sequences."""
+        """This rank's micro-batches of each step; an incomplete last step is dropped."""
         global_micro_batch = self.data_degree * self.micro_batch_size
         first = self.data_rank * self.micro_batch_size
         for step in _batched(sequences, accumulation_steps * global_micro_batch):
@@ -49,7 +49,10 @@ class Sharder:
             ]
 
     def validation(self, sequences: Iterable[np.ndarray]) -> Iterator[TokenBatch]:
-        """This rank's part of all `sequences`, one per data rank at a time; missing ones count as nothing."""
+        """This rank's shard of all `sequences`, one sequence per data rank at a time.
+
+        Every rank gets equally many batches. Where sequences run out, the batch has no valid labels.
+        """
         for group in _batched(sequences, self.data_degree):
             if self.data_rank < len(group):
                 yield self.token_batch(group[self.data_rank][None])

@@ -1,7 +1,6 @@
-"""Where the text comes from: three sources, all read with `datasets` as a stream of documents.
+"""The three sources of text, all read with `datasets` as a stream of documents.
 
-`pack` iterates over what `open_documents` returns as often as it likes: each iteration starts from the beginning and
-gives the same documents in the same order.
+What `open_documents` returns can be iterated again and again: each time from the start, in the same order.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ class CorpusError(ConfigError):
 
 
 def is_local(config: DataConfig) -> bool:
-    """Whether the corpus lies on this machine, so that reading it downloads nothing."""
+    """Whether the corpus is on this machine, so that reading it downloads nothing."""
     return config.source != "hub" or Path(str(config.name)).exists()
 
 
 class Documents:
-    """The documents of a data set, as often as wanted; turns a failure to read into a CorpusError."""
+    """The documents of a data set. Iterating raises CorpusError if they cannot be read."""
 
     def __init__(self, dataset: Iterable[dict], text_field: str, description: str) -> None:
         self._dataset, self._text_field, self.description = dataset, text_field, description
@@ -41,34 +40,28 @@ class Documents:
 
         try:
             for row in self._dataset:
-                if self._text_field not in row:
-                    raise CorpusError(
-                        f"{self.description} has no column {self._text_field!r}: "
-                        f"set data.text_field to one of {sorted(row)}"
-                    )
-                text = row[self._text_field]
+                text = row.get(self._text_field)
                 if isinstance(text, str):
                     yield text
-                elif text is not None:
-                    raise CorpusError(
-                        f"{self.description}: the column {self._text_field!r} holds {type(text).__name__}, not text: "
-                        f"set data.text_field to one of {sorted(row)}"
-                    )
+                elif text is not None or self._text_field not in row:
+                    raise self._not_text(row)
         except CorpusError:
             raise
-        # pyarrow's are ValueErrors; of compressed files that are cut off or damaged
+        # pyarrow raises ValueErrors; truncated or damaged compressed files raise the last three
         except (OSError, ValueError, DatasetsError, EOFError, zlib.error, lzma.LZMAError) as error:
-            # of a file that is gone since it was listed `datasets` says the name alone
+            # for a file that was deleted after it was listed, `datasets` gives only the name
             reason = "no such file: " if isinstance(error, FileNotFoundError) and error.errno is None else ""
             raise CorpusError(f"{self.description} cannot be read: {reason}{error}") from error
 
+    def _not_text(self, row: dict) -> CorpusError:
+        problem = f"has no column {self._text_field!r}"
+        if self._text_field in row:
+            problem = f"has {type(row[self._text_field]).__name__}, not text, in its column {self._text_field!r}"
+        return CorpusError(f"{self.description} {problem}: set data.text_field to one of {sorted(row)}")
+
 
 def open_documents(config: DataConfig) -> Documents:
-    """The documents of the configured source, in a fixed order.
-
-    Raises:
-        CorpusError: if there is nothing to open.
-    """
+    """The documents of the configured source, in a fixed order. Raises CorpusError if it cannot be opened."""
     if config.source == "hub":
         return _open_hub(config)
     if config.source == "stdlib":
@@ -93,12 +86,11 @@ def open_documents(config: DataConfig) -> Documents:
 
 
 def _datasets() -> Any:
-    """The library, whose import takes a second: an error that needs no data shall not wait for it."""
+    """The library. Importing it takes a second, so errors that need no data should not wait for it."""
     import datasets.config
 
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # a CorpusError says it
-    # it would import torch, for DataLoader's sake: seconds before an error of the data
-    datasets.config.TORCH_AVAILABLE = False
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # a CorpusError reports it
+    datasets.config.TORCH_AVAILABLE = False  # else it imports torch for DataLoader: seconds before an error
     return datasets
 
 
@@ -106,7 +98,7 @@ def stdlib_files() -> list[str]:
     """The running interpreter's own library, without tests and installed packages, sorted."""
     files = []
     for folder, subfolders, names in os.walk(sysconfig.get_path("stdlib")):
-        subfolders[:] = set(subfolders) - _NOT_LIBRARY_CODE  # not entered: site-packages alone takes a second
+        subfolders[:] = set(subfolders) - _NOT_LIBRARY_CODE  # os.walk skips these: site-packages alone takes a second
         files += [os.path.join(folder, name) for name in names if name.endswith(".py")]
     return sorted(files)
 
@@ -115,12 +107,12 @@ def _open_hub(config: DataConfig) -> Documents:
     datasets = _datasets()
     import huggingface_hub
     from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import HTTPError  # what its client raises; not an OSError
+    from huggingface_hub.errors import HTTPError  # not an OSError
 
     description, name = f"data.name={config.name}", str(config.name)
     try:
         if not is_local(config) and not huggingface_hub.constants.HF_HUB_OFFLINE:
-            huggingface_hub.HfApi().dataset_info(name, timeout=10)  # load_dataset tries for half a minute
+            huggingface_hub.HfApi().dataset_info(name, timeout=10)  # load_dataset retries for 30 s
         dataset = datasets.load_dataset(name, config.subset, split=config.split, streaming=True)
     except (OSError, ValueError, HTTPError, DatasetsError) as error:
         raise CorpusError(

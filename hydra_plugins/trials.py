@@ -1,7 +1,7 @@
-"""Hydra's door to `recipes.sweep.runner`: the sweeper that `+sweep=NAME` chooses (conf/sweep/search.yaml) for `-m`.
+"""Hydra's entry point to `recipes.sweep.runner`: the sweeper of `-m +sweep=NAME` (conf/sweep/search.yaml).
 
-It lies in this folder because Hydra 1.3 takes sweepers from `hydra_plugins` alone, and imports all that is there at
-every start: nothing slow here. The folder has no __init__.py, since installed plugins have parts of that package, too.
+Hydra 1.3 finds sweepers only in `hydra_plugins` and imports the whole folder at every start, so nothing slow is
+imported here. The folder has no __init__.py because installed plugins share that package.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from conf.compose import check_fields
 from conf.schema import ConfigError, SweepConfig
 
-# params are sweep overrides by field, such as {optimizer.lr: choice(1e-3,3e-3)}. Not a dataclass, which cannot be made
-# while Hydra imports this file: the module is not in sys.modules yet.
+# params are sweep overrides by field, such as {optimizer.lr: choice(1e-3,3e-3)}. Not a dataclass: while Hydra imports
+# this file the module is not in sys.modules, which dataclasses need.
 CONFIG = {"_target_": "hydra_plugins.trials.Trials", "params": None}
 ConfigStore.instance().store(group="hydra/sweeper", name="trials", node=CONFIG, provider="ring_attention")
 
 
 class Trials(Sweeper):
-    """Runs trials through the launcher that Hydra is configured with; what to run is `recipes.sweep.runner`'s to say."""
+    """Runs the trials that `recipes.sweep.runner` chooses, through Hydra's launcher."""
 
     def __init__(self, params: dict[str, str] | None) -> None:
         self._params = params or {}
@@ -42,10 +42,10 @@ class Trials(Sweeper):
         """Run the sweep.
 
         Args:
-            arguments: what was typed; it replaces what hydra.sweeper.params says of the same field.
+            arguments: the overrides typed; they replace hydra.sweeper.params of the same field.
 
         Raises:
-            ConfigError: for a sweep that cannot run, before any trial.
+            ConfigError: before any trial, if the sweep cannot run.
             RunFailed: if all trials failed.
         """
         assert self.config is not None
@@ -56,17 +56,17 @@ class Trials(Sweeper):
             raise ConfigError('+sweep=... needs Optuna: type pip install -e ".[sweep]" -c constraints.txt')
         if settings.num_parallel > 1 and self.config.hydra.launcher._target_.endswith(".BasicLauncher"):
             raise ConfigError(
-                f"runner.num_parallel={settings.num_parallel} needs jobs of their own, and this launcher runs one trial "
-                "after the other: add hydra/launcher=submitit_slurm or hydra/launcher=submitit_local"
+                f"sweep.num_parallel={settings.num_parallel} needs a launcher that runs jobs in parallel: add "
+                "hydra/launcher=submitit_slurm or hydra/launcher=submitit_local"
             )
-        from recipes.sweep import runner  # Optuna and matplotlib: a bad configuration was refused before
+        from recipes.sweep import runner  # slow: imports Optuna and matplotlib
 
         parser = OverridesParser.create(self.hydra_context.config_loader)
         typed = [*(f"{field}={values}" for field, values in self._params.items()), *arguments]
         runner.run_sweep(self.config, settings, parser.parse_overrides(typed), self._check, self._run_trial)
 
     def _check(self, overrides: list[str]) -> None:
-        """Raises for a field or an option that there is not; what only some trials cannot do is a failure of theirs."""
+        """Raises for unknown fields and options. What only some trials cannot run is a failure of those trials."""
         assert self.hydra_context is not None
         assert self.config is not None
         composed = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
@@ -75,7 +75,7 @@ class Trials(Sweeper):
         check_fields(composed)
 
     def _run_trial(self, overrides: list[str], number: int) -> JobReturn:
-        self.validate_batch_is_legal([overrides])  # here, rather than in a job that has waited for its turn
+        self.validate_batch_is_legal([overrides])  # before the job is queued
         assert self.launcher is not None
         results: Any = self.launcher.launch([overrides], initial_job_idx=number)
         return results[0]

@@ -1,8 +1,8 @@
-"""python -m recipes.export RUN_OR_CHECKPOINT --output model.safetensors: the weights of a checkpoint, whole, in fp32.
+"""python -m recipes.export RUN_OR_CHECKPOINT --output model.safetensors: the consolidated fp32 weights of a checkpoint.
 
-The names are those of `recipes.model.transformer.Transformer`, whose `load_state_dict` takes them; the configuration and the
-step are in the file's metadata. Needs no GPU and no ranks. Nothing is unpickled before the checkpoint's checksums
-match, and then only tensors and the classes in `checkpoint.KNOWN_CLASSES`.
+`recipes.model.transformer.Transformer.load_state_dict` takes them; the file's metadata has the configuration and the
+step. Needs no GPU and no ranks. Nothing is unpickled before the checksums match, and then only tensors and the classes
+in `recipes.checkpoint.manager.KNOWN_CLASSES`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from recipes.checkpoint.manifest import (
 
 
 def find_checkpoint(given: Path) -> tuple[Path, Manifest]:
-    """The checkpoint that was named, or the newest of a run that is whole; prints which are broken.
+    """The given checkpoint, or the newest intact one of the given run; prints which are broken.
 
     Raises:
         ConfigError: if there is none.
@@ -50,7 +50,7 @@ def find_checkpoint(given: Path) -> tuple[Path, Manifest]:
         else:
             return folder, manifest
     if candidates:
-        raise ConfigError(f"{given} has no checkpoint that is whole")
+        raise ConfigError(f"every checkpoint of {given} is broken")
     raise ConfigError(
         f"{given} has no {CHECKPOINTS_DIR}: give a run dir, such as outputs/DATE/TIME, or one checkpoint of it, such "
         f"as outputs/DATE/TIME/{CHECKPOINTS_DIR}/step_00000100"
@@ -58,14 +58,14 @@ def find_checkpoint(given: Path) -> tuple[Path, Manifest]:
 
 
 def consolidated_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
-    """All weights by name, fp32, as the optimizer had them. The checkpoint's checksums must have been found right.
+    """The optimizer's fp32 weights by name, unsharded. Verify the checkpoint's checksums first.
 
     Raises:
-        ConfigError: for tensor x pipeline parallelism, whose ranks hold cut layers.
+        ConfigError: for tensor x pipeline parallelism, whose ranks save sharded layers.
     """
     if manifest.config["parallelism"]["method"] == "tensor_pipeline":
         raise ConfigError(
-            f"{folder} is of tensor x pipeline parallelism, whose layers lie cut in DeepSpeed's files: only runs with "
+            f"{folder} was saved with parallelism=tensor_pipeline, which shards layers: only runs with "
             "parallelism=sequence can be exported"
         )
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -78,40 +78,40 @@ def consolidated_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
             states = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu")
             weights = {name: tensor.float() for name, tensor in states["module"].items()} | _stage_0_masters(states)
         else:
-            whole = ConsolidatedState(folder, zero_stage)
-            weights = {name: whole.tensor(name, MASTER) for name in whole.names}
-        if manifest.config["model"]["tied_head"]:  # masters have one of the two names
+            consolidated = ConsolidatedState(folder, zero_stage)
+            weights = {name: consolidated.tensor(name, MASTER) for name in consolidated.names}
+        if manifest.config["model"]["tied_head"]:  # the optimizer has only one of the two names
             weights["head.weight"] = weights["embedding.weight"]
-        return {name: tensor.detach().clone() for name, tensor in weights.items()}  # no two of one storage
+        return {name: tensor.detach().clone() for name, tensor in weights.items()}  # safetensors refuses shared storage
 
 
 def _stage_0_masters(states: dict[str, Any]) -> dict[str, Tensor]:
-    """The optimizer's fp32 weights in half precision; in fp32 it has none of its own."""
-    from recipes.engine.deepspeed_engine import MASTERS_OF
+    """The optimizer's fp32 weights by name; none in fp32, where it updates the model's own."""
+    from recipes.engine.deepspeed_engine import MASTER_WEIGHT_NAMES
 
-    if MASTERS_OF not in states:
+    if MASTER_WEIGHT_NAMES not in states:
         return {}
-    names = itertools.chain.from_iterable(states[MASTERS_OF])
+    names = itertools.chain.from_iterable(states[MASTER_WEIGHT_NAMES])
     masters = itertools.chain.from_iterable(states["optimizer"]["fp32_groups"])
     return dict(zip(names, masters, strict=True))
 
 
 def export(given: Path, output: Path) -> None:
-    """Write the weights of a run or checkpoint to a file, whole or not at all.
+    """Write the weights of a run or checkpoint to a file, completely or not at all.
 
     Raises:
-        ConfigError: if there is no whole checkpoint, or none that can be exported, or no folder to write to.
+        ConfigError: if there is no intact checkpoint, it cannot be exported, or the output's folder does not exist.
     """
     if not output.parent.is_dir():
-        raise ConfigError(f"--output {output} is in no folder that there is: make {output.parent} first")
+        raise ConfigError(f"--output {output}: there is no folder {output.parent}; make it first")
     folder, manifest = find_checkpoint(given)
     weights = consolidated_weights(folder, manifest)
     metadata = {"format": "pt", "step": str(manifest.step), "config": json.dumps(manifest.config)}
     new = output.with_name(f"{output.name}.new")
     save_file(weights, new, metadata)
     new.replace(output)
-    numbers = sum(tensor.numel() for tensor in weights.values())
-    print(f"{output}: {numbers:,} numbers in {len(weights)} tensors, fp32, after step {manifest.step}")
+    num_parameters = sum(tensor.numel() for tensor in weights.values())
+    print(f"{output}: {num_parameters:,} parameters in {len(weights)} tensors, fp32, after step {manifest.step}")
 
 
 def main() -> None:
@@ -121,7 +121,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         export(arguments.run_or_checkpoint, arguments.output)
-    except (ConfigError, SafetensorError) as error:  # of the latter: no room on the disk
+    except (ConfigError, SafetensorError) as error:  # the latter if the disk is full
         sys.exit(f"error: {error}")
 
 

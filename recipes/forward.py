@@ -1,18 +1,16 @@
-"""Forward passes alone, as when a prompt is read: the measure of the ring attention paper, TPS and TPOT."""
+"""Forward passes alone, as in reading a prompt: measured as in the ring attention paper: tokens/s and TPOT."""
 
 from __future__ import annotations
 
 import functools
-import statistics
 from pathlib import Path
 
 from data.pack import open_corpus
 from recipes.engine.build import build_engine, build_sharder
-from recipes.monitor.device_metrics import restart_peak_memory
+from recipes.monitor.device_metrics import reset_peak_memory
 from recipes.monitor.profiling import profiler
 from recipes.monitor.reporter import Reporter
-from recipes.monitor.step_timer import StepTimer, named, speed
-from recipes.monitor.time_breakdown import measure_time_breakdown
+from recipes.monitor.step_logger import StepLogger
 from recipes.planning.plan import Plan
 
 
@@ -26,44 +24,28 @@ def forward(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
     if reporter:
         reporter.say(*plan.banner(run_dir), "", "building the model ...")
     engine = build_engine(plan, forward_only=True)
-    restart_peak_memory()  # building took more: weights are made in fp32
+    reset_peak_memory()  # building takes more: weights are made in fp32
+    logger = StepLogger(plan, engine, "forward", reporter)
     corpus = open_corpus(config.data)
     sharder = build_sharder(plan, engine)
-    steps = sharder.steps(corpus.training(cursor=0), plan.accumulation_steps)
+    batches = sharder.steps(corpus.training(cursor=0), plan.accumulation_steps)
 
-    watch = StepTimer(plan.has_ring)
-    step_times_s: list[float] = []
     with profiler(config, run_dir) as profiler_step:
         for step in range(1, config.num_steps + 1):
-            is_logged = step == 1 or step == config.num_steps or step % config.logging.every_n_steps == 0
-            with watch.data():
-                micro_batches = next(steps)
-            with watch.step(is_logged):
+            with logger.data():
+                micro_batches = next(batches)
+            with logger.step(logger.is_due(step)):
                 loss = engine.mean_loss(micro_batches)
             profiler_step()
             if reporter:
                 reporter.advance()
-            if is_logged:
-                recent_s, of_all_ranks = watch.take(engine.extremes_over_ranks)
-                step_times_s += recent_s
-                throughput = plan.throughput(statistics.median(recent_s))
-                numbers = {"loss": loss.item(), **speed(throughput, recent_s, config.num_steps - step), **of_all_ranks}
-                values = named("forward", numbers)
-                if reporter:
-                    reporter.say(reporter.step_line(step, values))
-                if reporter:
-                    reporter.log(step, values)
-                watch.restart()
+            if logger.is_due(step):
+                logger.write(step, logger.step_metrics(step, {"loss": loss.item()}))
     if config.breakdown:
-        if reporter:
-            reporter.say("measuring where the time of a step goes ...")
-        parts = measure_time_breakdown(plan, engine, functools.partial(sharder.steps, corpus.training(cursor=0)))
-        if reporter:
-            reporter.say(str(parts))
-            reporter.conclude(parts.metrics)
+        logger.breakdown(functools.partial(sharder.steps, corpus.training(cursor=0)))
 
-    throughput = plan.throughput(statistics.median(step_times_s[1:] or step_times_s))  # the first step warms up
+    throughput = logger.median_throughput()
     if reporter:
-        reporter.conclude(throughput.numbers)
+        reporter.write_summary(throughput.numbers)
         reporter.say("", f"done: {config.num_steps} steps", *reporter.summary(throughput))
     return throughput.tokens_per_s

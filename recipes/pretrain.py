@@ -1,24 +1,25 @@
-"""The main job: next-token training of the transformer with its attention spread over the ring. Reads top to bottom."""
+"""The main recipe: next-token training of the transformer, its attention spread over the ring. Reads top to bottom."""
 
 from __future__ import annotations
 
 import functools
-import statistics
+import itertools
 import time
 from pathlib import Path
 
 import torch
 
 from data.pack import open_corpus
-from recipes.checkpoint.manager import Checkpoints, StopRequest, TrainingData
+from recipes.checkpoint.manager import Checkpoints, TrainingData
 from recipes.checkpoint.manifest import Manifest, is_resharded
 from recipes.engine.build import build_engine, build_sharder
 from recipes.launch.bad_steps import BadSteps
+from recipes.launch.stop_request import StopRequest
 from recipes.monitor.device_metrics import perplexity
 from recipes.monitor.profiling import profiler
 from recipes.monitor.reporter import Reporter
-from recipes.monitor.step_timer import StepTimer, named, speed
-from recipes.monitor.time_breakdown import measure_time_breakdown
+from recipes.monitor.step_logger import StepLogger
+from recipes.monitor.step_timer import with_prefix
 from recipes.planning.plan import Plan
 from recipes.run.errors import Preempted
 from ring_attention.trace import report_status
@@ -29,30 +30,43 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
 
     Args:
         reporter: rank 0's; None on all others.
-        resumed: the checkpoint to go on from.
+        resumed: the checkpoint to resume from.
 
     Raises:
-        Preempted: on every rank, after a checkpoint, if a signal told one of them to end.
-        RunFailed: on every rank, if the loss is not finite (`bad_steps`).
+        Preempted: on every rank, after a checkpoint, if a signal asked one of them to stop.
+        RunFailed: on every rank, if a loss is not finite (`bad_steps`).
     """
+    # build
     config = plan.config
     torch.autograd.set_detect_anomaly(config.engine.detect_anomaly)
     if reporter:
         reporter.say(*plan.banner(run_dir), "", "building the model and the engine ...")
     report_status("part", "building the model and the engine")
     engine = build_engine(plan)
+    logger = StepLogger(plan, engine, "train", reporter)
     checkpoints = Checkpoints(config, run_dir, engine)
+    bad_steps = BadSteps(plan, engine, run_dir)
+
+    # load
     if resumed:
-        if reporter and is_resharded(resumed, config):
-            reporter.say("putting weights and moments together for these ranks ...")
+        if is_resharded(resumed, config):
+            logger.say("resharding the checkpoint for these ranks ...")
         report_status("part", "reading the checkpoint")
         checkpoints.load(resumed)
     report_status("part", "reading data")
     corpus = open_corpus(config.data)
-    sharder = build_sharder(plan, engine)
     data = TrainingData(corpus, resumed)
+    sharder = build_sharder(plan, engine)
     steps = sharder.steps(data, plan.accumulation_steps)
-    first_step, first_batch = resumed.step + 1 if resumed else 1, next(steps)
+    first = next(steps)
+    batches = itertools.repeat(first) if config.data.overfit_one_batch else itertools.chain([first], steps)
+
+    def validate(step: int) -> float:
+        report_status("part", f"validation after step {step}")
+        logger.say("validating ...")
+        loss = engine.mean_loss(sharder.validation(corpus.validation())).item()
+        logger.say(f"step {step}: validation loss {loss:.4f}")
+        return loss
 
     def save(step: int, preempted: bool = False) -> None:
         report_status("part", f"checkpoint of step {step}")
@@ -60,95 +74,70 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
         cursor = 0 if config.data.overfit_one_batch else step * plan.data_tokens_per_step
         elapsed_s, wandb_run_id = (reporter.elapsed_s, reporter.wandb_run_id) if reporter else (0.0, "")
         checkpoints.save(step, cursor, data.last_sha256, elapsed_s, wandb_run_id, preempted)
-        if reporter:
-            reporter.say(f"step {step}: checkpoint in {time.perf_counter() - started:.2f} s")
+        logger.say(f"step {step}: checkpoint in {time.perf_counter() - started:.2f} s")
 
-    watch, bad_steps = StepTimer(plan.has_ring), BadSteps(plan, engine, run_dir)
-    losses: list[float] = []  # of the logged steps
-    step_times_s: list[float] = []
+    # train
+    stop_request = StopRequest() if checkpoints.are_enabled else None
+    losses: list[float] = []  # of logged steps
     validation_loss = float("nan")
-    end = StopRequest() if checkpoints.are_kept else None
     with profiler(config, run_dir) as profiler_step:
-        for step in range(first_step, config.num_steps + 1):
-            is_last = step == config.num_steps
-            is_logged = step == 1 or is_last or step % config.logging.every_n_steps == 0
+        for step in range(resumed.step + 1 if resumed else 1, config.num_steps + 1):
             report_status("step", str(step))
             report_status("part", "data")
-            with watch.data():
-                micro_batches = first_batch if step == first_step or config.data.overfit_one_batch else next(steps)
+            with logger.data():
+                micro_batches = next(batches)
             learning_rate = engine.learning_rate
-            with watch.step(is_logged):
-                result = engine.train_step(micro_batches, wish=end is not None and end.wanted)
+            with logger.step(logger.is_due(step)):
+                result = engine.train_step(micro_batches, stop_request is not None and stop_request.is_received)
             skipped = bad_steps.check(step, result, data)
             report_status("step")
             report_status("part", f"between steps {step} and {step + 1}")
             profiler_step()
             if reporter:
                 reporter.advance()
-                if skipped:
-                    reporter.say(skipped)
+            if skipped:
+                logger.say(skipped)
 
-            values: dict[str, float | None] = {}
-            if is_logged:
-                recent_s, of_all_ranks = watch.take(engine.extremes_over_ranks)
-                step_times_s += recent_s
-                throughput = plan.throughput(statistics.median(recent_s))
+            metrics: dict[str, float | None] = {}
+            if logger.is_due(step):
                 losses.append(result.loss.item())
-                values |= named(
-                    "train",
-                    {
-                        "loss": losses[-1],
-                        "perplexity": perplexity(losses[-1]),
-                        "grad_norm": float(result.grad_norm),
-                        "learning_rate": learning_rate,
-                        **engine.loss_scaling,
-                        "tokens_seen": step * plan.tokens_per_step,
-                        "data_cursor": step * plan.data_tokens_per_step,
-                        **speed(throughput, recent_s, config.num_steps - step),
-                        **of_all_ranks,
-                    },
-                )
-                if reporter:
-                    reporter.say(reporter.step_line(step, values))
+                numbers = {
+                    "loss": losses[-1],
+                    "perplexity": perplexity(losses[-1]),
+                    "grad_norm": float(result.grad_norm),
+                    "learning_rate": learning_rate,
+                    **engine.loss_scaling,
+                    "tokens_seen": step * plan.tokens_per_step,
+                    "data_cursor": step * plan.data_tokens_per_step,
+                }
+                metrics |= logger.step_metrics(step, numbers)
+            is_last = step == config.num_steps
             if is_last or _is_multiple(step, config.logging.validate_every_n_steps):
-                report_status("part", f"validation after step {step}")
-                if reporter:
-                    reporter.say("validating ...")
-                validation_loss = engine.mean_loss(sharder.validation(corpus.validation())).item()
-                values |= named("validation", {"loss": validation_loss, "perplexity": perplexity(validation_loss)})
-                if reporter:
-                    reporter.say(f"step {step}: validation loss {validation_loss:.4f}")
-            if values:
-                if reporter:
-                    reporter.log(step, values)
-                watch.restart()
-            # the last checkpoint comes when the summary is written, so that a run that has it has ended
-            preempted = end is not None and end.agreed(result.num_stop_requests) and not is_last
+                validation_loss = validate(step)
+                metrics |= with_prefix(
+                    "validation", {"loss": validation_loss, "perplexity": perplexity(validation_loss)}
+                )
+            if metrics:
+                logger.write(step, metrics)
+
+            is_agreed = stop_request is not None and stop_request.is_agreed(result.num_stop_requests)
+            preempted = is_agreed and not is_last
+            # the last checkpoint follows the summary: a run that has it is finished
             if preempted or (checkpoints.are_due(step) and not is_last):
                 save(step, preempted)
-                watch.restart()
+                logger.restart()
             if preempted:
-                if reporter:
-                    reporter.say(
-                        f"told to end after step {step}: the same command with hydra.run.dir={run_dir} goes on"
-                    )
+                logger.say(f"preempted after step {step}: the same command with hydra.run.dir={run_dir} resumes")
                 raise Preempted(of_all_ranks=True)
 
-    # the first step warms up
-    throughput = plan.throughput(statistics.median(step_times_s[1:] or step_times_s))
+    # conclude
+    throughput = logger.median_throughput()
     if reporter:
-        reporter.conclude({"validation_loss": validation_loss, **throughput.numbers})
-    if checkpoints.are_kept:
+        reporter.write_summary({"validation_loss": validation_loss, **throughput.numbers})
+    if checkpoints.are_enabled:
         save(config.num_steps)
     if config.breakdown:
-        report_status("part", "measuring where the time of a step goes")
-        if reporter:
-            reporter.say("measuring where the time of a step goes ...")
-        parts = measure_time_breakdown(plan, engine, functools.partial(sharder.steps, corpus.training(cursor=0)))
-        if reporter:
-            reporter.say(str(parts))
-            reporter.conclude(parts.metrics)
-
+        logger.breakdown(functools.partial(sharder.steps, corpus.training(cursor=0)))
     if reporter:
         since = f", {config.num_steps - resumed.step} of them since the checkpoint" if resumed else ""
         reporter.say(

@@ -1,4 +1,4 @@
-"""Recipes by name. To add one: a function in a file of its own, a line in `registry`, its name in `conf.schema.RECIPES`."""
+"""Recipes by name. To add one, write its function, a line in `registry`, and its name in `conf.schema.RECIPES`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from recipes.run.run_dir import CONFIG_FILE
 
 
 def registry() -> dict[str, Callable[..., float]]:
-    """What ranks run, by `recipe=NAME`. The imports bring in DeepSpeed, so only ranks call this."""
+    """What ranks run, by `recipe=NAME`. Only ranks call this, because it imports DeepSpeed."""
     from recipes.benchmark.bench_attention import bench_attention
     from recipes.forward import forward
     from recipes.pretrain import pretrain
@@ -29,7 +29,7 @@ def registry() -> dict[str, Callable[..., float]]:
 
 @dataclass(frozen=True)
 class RecipeTask:
-    """Run the recipe that the configuration names."""
+    """The recipe that the configuration names, as a `Task` of all ranks."""
 
     config: Config
 

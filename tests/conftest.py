@@ -8,13 +8,13 @@ from tests.pool import WorkerPool
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
-    """What a test draws is the same alone and in every run: a failure can be repeated."""
+    """A test draws the same numbers alone and in every run, so failures can be repeated."""
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[WorkerPool]:
-    """Ranks on the CPU."""
+    """CPU ranks."""
     pool = WorkerPool("cpu")
     yield pool
     pool.close()
@@ -22,7 +22,7 @@ def pool() -> Iterator[WorkerPool]:
 
 @pytest.fixture(scope="session")
 def gpu_pool() -> Iterator[WorkerPool]:
-    """Ranks on GPUs."""
+    """GPU ranks."""
     pool = WorkerPool("cuda")
     yield pool
     pool.close()

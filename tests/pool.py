@@ -1,8 +1,8 @@
-"""Rank processes for all tests: importing torch and DeepSpeed costs seconds, so it is paid once a session.
+"""Rank processes shared by all tests, because importing torch and DeepSpeed takes seconds.
 
-`WorkerPool.run` calls a module-level function on every rank of a process group, under gloo on the CPU and NCCL on GPUs,
-and returns what each rank returned. There is one set of processes per number of ranks, started when first asked for:
-DeepSpeed numbers modules per process and wants the numbers equal on all ranks, so a rank cannot change sets.
+`WorkerPool.run` calls a module-level function on every rank of a process group (gloo on the CPU, NCCL on GPUs) and
+returns each rank's result. There is one set of processes per number of ranks, started on first use. Ranks cannot change
+sets, because DeepSpeed numbers modules per process and needs equal numbers on all ranks.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ COLLECTIVE_TIMEOUT_S = 120.0
 
 @functools.cache
 def parallel_groups(data_degree: int, sequence_degree: int) -> ParallelGroups:
-    """On a rank: its groups, built once. A gloo group has a thread that wakes up a hundred times a second for ever."""
+    """On a rank: its groups, built once, because each gloo group has a thread that wakes up 100 times a second."""
     from ring_attention.groups import ParallelGroups
 
     return ParallelGroups(data_degree, sequence_degree)
 
 
 class RankError(AssertionError):
-    """A rank raised or died; carries its traceback."""
+    """A rank raised or died; the message has its traceback."""
 
 
 class WorkerPool:
-    """Ranks that take functions.
+    """Ranks that run functions.
 
     Args:
-        device: "cpu" (gloo, also where there are GPUs) or "cuda" (NCCL, one GPU per rank).
-        timeout_s: of collectives; a function may take a minute and twice that.
+        device: "cpu" (gloo, even on a GPU machine) or "cuda" (NCCL, one GPU per rank).
+        timeout_s: of collectives; a function may take twice that plus a minute.
     """
 
     def __init__(self, device: str = "cpu", timeout_s: float = COLLECTIVE_TIMEOUT_S) -> None:
@@ -53,7 +53,7 @@ class WorkerPool:
         """`function(*arguments)` on ranks 0..num_ranks-1; the results in rank order.
 
         Raises:
-            RankError: if a rank raised or died; the next run starts new processes then.
+            RankError: if a rank raised or died. The next run starts new processes.
         """
         workers = self._sets.get(num_ranks) or self._start(num_ranks)
         for _, connection in workers:
@@ -72,12 +72,12 @@ class WorkerPool:
     def _start(self, num_ranks: int) -> list[tuple[Any, Connection]]:
         context = multiprocessing.get_context("spawn")
         self._num_started += 1
-        meeting = Path(self._folder.name) / f"meeting{self._num_started}"
+        rendezvous = Path(self._folder.name) / f"rendezvous{self._num_started}"
         workers = self._sets[num_ranks] = []
         for rank in range(num_ranks):
             here, there = context.Pipe()
             process = context.Process(
-                target=_work, args=(self.device, rank, num_ranks, meeting, there, self._timeout_s), daemon=True
+                target=_work, args=(self.device, rank, num_ranks, rendezvous, there, self._timeout_s), daemon=True
             )
             process.start()
             there.close()
@@ -93,13 +93,13 @@ class WorkerPool:
 def _receive(connection: Connection, patience_s: float) -> tuple[bool, Any]:
     try:
         if not connection.poll(patience_s):
-            return True, "gave no answer in time"
+            return True, "did not answer in time"
         return connection.recv()
     except EOFError:
         return True, "died"
 
 
-def _work(device: str, rank: int, num_ranks: int, meeting: Path, connection: Connection, timeout_s: float) -> None:
+def _work(device: str, rank: int, num_ranks: int, rendezvous: Path, connection: Connection, timeout_s: float) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(num_ranks), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
@@ -113,10 +113,10 @@ def _work(device: str, rank: int, num_ranks: int, meeting: Path, connection: Con
     if device == "cuda":
         torch.cuda.set_device(rank)
 
-    from recipes.engine.deepspeed_engine import init_distributed
+    from recipes.launch.startup import init_distributed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    init_distributed(f"file://{meeting}", timeout_s)
+    init_distributed(f"file://{rendezvous}", timeout_s)
     while True:
         try:
             function, arguments = connection.recv()

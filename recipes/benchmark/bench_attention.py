@@ -32,8 +32,8 @@ from recipes.benchmark.candidates import (
     make_from_module,
     simulated,
 )
-from recipes.engine.deepspeed_engine import extremes_over_ranks, max_over_ranks
-from recipes.monitor.device_metrics import StepClock, durations_s, mark
+from recipes.engine.base import extremes_over_ranks, max_over_ranks
+from recipes.monitor.device_metrics import StepClock, durations_s, timestamp
 from recipes.monitor.metric_registry import PARTS
 from recipes.monitor.reporter import Reporter
 from recipes.monitor.trace_analysis import step_breakdown
@@ -118,7 +118,7 @@ def bench_attention(plan: Plan, run_dir: Path, reporter: Reporter | None) -> flo
     if reporter:
         result = {"device": plan.device_name, "num_ranks": num_ranks, "config": asdict(plan.config), "rows": rows}
         (run_dir / RESULT_FILE).write_text(json.dumps(result, indent=1) + "\n")
-        reporter.conclude(
+        reporter.write_summary(
             {
                 f"{row['name']}/{kind}/{name}": value
                 for row in rows
@@ -126,7 +126,7 @@ def bench_attention(plan: Plan, run_dir: Path, reporter: Reporter | None) -> flo
                 for name, value in row[kind].items()
             }
         )
-        say(f"all numbers: {run_dir / RESULT_FILE}", *reporter.how_to_look()[1:])
+        say(f"all numbers: {run_dir / RESULT_FILE}", *reporter.view_hints()[1:])
     first = rows[min(1, len(rows) - 1)]
     return first["forward_backward"]["tflops"]
 
@@ -226,10 +226,10 @@ def _at_length(candidate: Candidate, device: torch.device, joules: Callable[[], 
 
     def measure(number: int) -> dict[str, float]:
         dist.barrier()
-        before, started = joules(), mark()
+        before, started = joules(), timestamp()
         for _ in range(number):
             candidate.forward_backward()
-        seconds = durations_s([(started, mark())])[0]
+        seconds = durations_s([(started, timestamp())])[0]
         spent = joules() - before
         return {"ms": 1e3 * seconds / number, "joules": spent / number, "watts": spent / seconds}
 

@@ -128,7 +128,7 @@ class ComparisonTask:
         if config.parallelism.method == "sequence" and degrees not in groups:
             groups[degrees] = ParallelGroups(*degrees)
         engine = build_engine(plan, groups.get(degrees), forward_only=not plan.trains)
-        device_metrics.restart_peak_memory()  # building took more: weights are made in fp32
+        device_metrics.reset_peak_memory()  # building took more: weights are made in fp32
         corpus = open_corpus(config.data)
         sharder = build_sharder(plan, engine)
         steps = sharder.steps(corpus.training(cursor=0), plan.accumulation_steps)
@@ -157,7 +157,7 @@ class ComparisonTask:
             keep({"parts": parts.metrics})
         engine.close()
         del engine
-        device_metrics.restart_peak_memory()  # the next turn builds its model before it does this
+        device_metrics.reset_peak_memory()  # the next turn builds its model before it does this
 
 
 def _result(plan: Plan, step_times_s: list[float]) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def _result(plan: Plan, step_times_s: list[float]) -> dict[str, Any]:
 def _roofline(plan: Plan) -> dict[str, Any]:
     """A turn without a model: each rank by itself computes a layer's parts, all at once; the slowest counts."""
     from recipes.benchmark.roofline import seconds_of_a_sequence
-    from recipes.engine.deepspeed_engine import max_over_ranks
+    from recipes.engine.base import max_over_ranks
 
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     sequence_s = max_over_ranks(seconds_of_a_sequence(plan, str(device.type)), device)
@@ -379,7 +379,7 @@ def _what_runs(entry: Config, degrees: Degrees) -> str:
     if entry.attention.transport == "auto":
         settings["attention"]["transport"] = choose_transport("cuda" if torch.cuda.device_count() else "cpu")
     del settings["attention"]["method"], settings["launch"]
-    settings["parallelism"] = (_kind(entry, degrees), degrees, entry.parallelism.sequence_sharded_norms)
+    settings["parallelism"] = (_kind(entry, degrees), degrees)
     return repr(settings)
 
 

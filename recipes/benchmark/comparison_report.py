@@ -13,7 +13,7 @@ import wandb
 from conf.schema import Config
 from recipes.benchmark.rounds import ROOFLINE
 from recipes.monitor.metric_registry import PARTS
-from recipes.monitor.reporter import how_to_look_at_wandb, start_wandb
+from recipes.monitor.reporter import start_wandb, wandb_hints
 from recipes.run.run_dir import COMPARISON_FILE
 
 CPU_WARNING = (
@@ -238,7 +238,7 @@ def report(
             **{f"{row['entry']}/{name}": row[name] for row in rows for name in LOGGED if row.get(name) is not None},
         }
     )
-    print(*how_to_look_at_wandb(run), sep="\n", flush=True)
+    print(*wandb_hints(run), sep="\n", flush=True)
     run.finish()
 
 

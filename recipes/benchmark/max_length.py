@@ -69,7 +69,7 @@ class Probe:
 
         plan = launcher.shared_plan(self.config)
         engine = build_engine(plan)
-        device_metrics.restart_peak_memory()  # building took more: weights are made in fp32
+        device_metrics.reset_peak_memory()  # building took more: weights are made in fp32
         sharder = build_sharder(plan, engine)
         batches = sharder.steps(_random_sequences(plan.config), plan.accumulation_steps)
         clock = device_metrics.StepClock()

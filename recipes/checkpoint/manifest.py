@@ -1,9 +1,8 @@
-"""The files of checkpoints: what each must hold, which is the newest that does, and which run it is of.
+"""The files of checkpoints: what each must hold, which checkpoint is the newest, and which run it belongs to.
 
-RUN_DIR/checkpoints has a folder per checkpoint, named after its step, with DeepSpeed's files, the random states of the
-ranks, and a manifest of them all; and `latest`, which names the newest, for DeepSpeed's own tools. A folder that has
-its name is complete: it was written under `writing` and renamed. Pure files, no torch: the launcher's parent looks
-here. Above it is `checkpoint`, which writes and loads on all ranks, and `export`.
+RUN_DIR/checkpoints holds one folder per checkpoint, named by its step, with DeepSpeed's files, the ranks' random states
+and a manifest of them all; and `latest`, which names the newest for DeepSpeed's own tools. A folder with such a name is
+complete: it is written below `writing` and then renamed. No torch here, because the launcher's parent reads manifests.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ from conf.schema import Config, ConfigError, flatten
 
 CHECKPOINTS_DIR, WRITING_DIR = "checkpoints", "writing"
 LATEST_FILE, MANIFEST_FILE = "latest", "manifest.json"
-# fields that may differ when a run goes on: they do not change what it computes
-FREE = (
+# fields that may change on resume because they do not change the result
+RESUME_SAFE = (
     "logging.",
     "checkpoint.",
     "compare.",
@@ -43,8 +42,8 @@ FREE = (
     "memory_snapshot",
     "breakdown",
 )
-# fields that say who computes what, and how much at once: sums come in another order, so results differ by rounding.
-# All but the last two leave DeepSpeed's files as they are, for it cuts states over all data x sequence ranks
+# fields that may change on resume because they only change which rank computes what: sums are in another order, so
+# results differ by rounding. DeepSpeed shards over all data x sequence ranks, so only the last two change its files.
 RESHARDABLE = (
     "attention.",
     "parallelism.data_degree",
@@ -52,7 +51,7 @@ RESHARDABLE = (
     "parallelism.ulysses_degree",
     "engine.micro_batch_size",
     "engine.gradient_accumulation_steps",
-    "engine.recompute",  # MLPs may come in tiles then
+    "engine.recompute",  # it may tile the MLPs
     "engine.tile_tokens",
     "engine.zero_stage",
     "launch.num_ranks",
@@ -60,7 +59,7 @@ RESHARDABLE = (
 
 
 class BrokenCheckpoint(Exception):
-    """A checkpoint that is not as it was written; says what is wrong with which file."""
+    """A checkpoint that is not as it was written; the message names the file and what is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -73,14 +72,14 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A checkpoint in numbers: where the run stood, whose it is, and what its files must be.
+    """A checkpoint in numbers.
 
     Args:
-        data_cursor: number of the training token that comes next (`data.pack.Corpus.training`).
-        last_sequence_sha256: of the last sequence before it: the corpus must still have it there.
-        elapsed_s: of the run so far.
-        config: settled, as RUN_DIR/config.yaml has it.
-        versions: of what computes, by name.
+        data_cursor: number of the next training token (`data.pack.Corpus.training`).
+        last_sequence_sha256: of the sequence before it, to recognise the corpus.
+        elapsed_s: time spent training so far.
+        config: resolved, as in RUN_DIR/config.yaml.
+        versions: of Python and the packages that compute.
         files: by name in the checkpoint's folder.
     """
 
@@ -95,36 +94,30 @@ class Manifest:
 
 
 def step_name(step: int) -> str:
-    """Of the folder of a checkpoint."""
+    """The name of a checkpoint's folder."""
     return f"step_{step:08d}"
 
 
 def newest_first(run_dir: Path) -> list[Path]:
-    """The folders of the run's checkpoints; none if it has no such folder."""
-    folder = run_dir / CHECKPOINTS_DIR
-    named = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
+    """The folders of the run's checkpoints."""
+    named = [path for path in (run_dir / CHECKPOINTS_DIR).glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
     return sorted(named, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
 
 
 def resume_hint(run_dir: Path) -> str:
-    """For people: what there is to go on from."""
+    """For error messages: what the run can resume from."""
     checkpoints = newest_first(run_dir)
-    return (
-        f"{checkpoints[0].name} is whole, and the same command goes on from it"
-        if checkpoints
-        else "there is no checkpoint yet"
-    )
+    return f"the same command resumes from {checkpoints[0].name}" if checkpoints else "there is no checkpoint yet"
 
 
 def fingerprint(path: Path) -> Fingerprint:
-    """Of the file as it is on the disk, once it is there for good."""
+    """Of the file, once it is on the disk for good."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         return Fingerprint(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """With a checksum of its own."""
     content = asdict(manifest)
     text = json.dumps({**content, "sha256": _checksum(content)}, indent=1) + "\n"
     with (folder / MANIFEST_FILE).open("w", encoding="utf-8") as file:
@@ -134,33 +127,26 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises BrokenCheckpoint if it is not there or not what was written."""
+    """Raises BrokenCheckpoint if the file is missing or not what was written."""
     path = folder / MANIFEST_FILE
     try:
         content = json.loads(path.read_bytes())
-        checksum = content.pop("sha256")
-        if checksum != _checksum(content):
-            raise BrokenCheckpoint(f"{path} is not what was written")
+        if content.pop("sha256") != _checksum(content):
+            raise ValueError
         files = {name: Fingerprint(**numbers) for name, numbers in content.pop("files").items()}
         return Manifest(**content, files=files)
     except OSError as error:
         raise BrokenCheckpoint(f"{path}: {error.strerror}") from error
-    except (ValueError, TypeError, AttributeError, KeyError) as error:  # no JSON, or JSON of something else
+    except (ValueError, TypeError, AttributeError, KeyError) as error:  # not JSON, or JSON of something else
         raise BrokenCheckpoint(f"{path} is not what was written") from error
 
 
 def newest_readable(run_dir: Path) -> tuple[Path, Manifest] | None:
-    """The newest checkpoint whose manifest is what was written, its files unread; None if there is none."""
+    """The newest checkpoint with a valid manifest, its other files unread; None if there is none."""
     for folder in newest_first(run_dir):
-        with contextlib.suppress(BrokenCheckpoint):  # the ranks tell of it
+        with contextlib.suppress(BrokenCheckpoint):  # the ranks report it
             return folder, read_manifest(folder)
     return None
-
-
-def steps_done(run_dir: Path) -> int:
-    """Of the run, by its newest readable checkpoint; 0 without one."""
-    newest = newest_readable(run_dir)
-    return newest[1].step if newest else 0
 
 
 def _checksum(content: dict[str, Any]) -> str:
@@ -168,7 +154,7 @@ def _checksum(content: dict[str, Any]) -> str:
 
 
 def check_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
-    """Raises BrokenCheckpoint if one of these files is not what the manifest says; reads them whole."""
+    """Read these files; raises BrokenCheckpoint if one of them is not what the manifest says."""
     for name in names:
         path, expected = folder / name, manifest.files[name]
         if not path.is_file():
@@ -181,12 +167,12 @@ def check_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
 
 
 def publish(run_dir: Path, step: int, keep: int) -> None:
-    """Give the complete checkpoint that lies in `writing` its name, move `latest`, and remove what is beyond `keep`.
+    """Rename the complete checkpoint in `writing`, update `latest`, and remove all but the newest `keep`.
 
-    Those of later steps go too: they were broken, or this run would have gone on from them.
+    Checkpoints of this and later steps are removed too: they were broken, or the run would have resumed from them.
     """
     folder, name = run_dir / CHECKPOINTS_DIR, step_name(step)
-    if (folder / name).exists():  # broken, too
+    if (folder / name).exists():
         shutil.rmtree(folder / name)
     (folder / WRITING_DIR / name).rename(folder / name)
     new = folder / f"{LATEST_FILE}.new"
@@ -202,7 +188,7 @@ def publish(run_dir: Path, step: int, keep: int) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Have the names in the folder on the disk for good."""
+    """Put the names in the folder on the disk for good."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -211,61 +197,55 @@ def _sync(folder: Path) -> None:
 
 
 def is_resharded(manifest: Manifest, config: Config) -> bool:
-    """Whether the ranks' parts of the states are others, so that DeepSpeed cannot load its own files."""
+    """Whether ranks need other shards than those in the checkpoint, which DeepSpeed cannot load itself."""
     before, stage = manifest.config, config.engine.zero_stage
     other_ranks = before["launch"]["num_ranks"] != config.launch.num_ranks
-    return before["engine"]["zero_stage"] != stage or (stage > 0 and other_ranks)  # on stage 0 each rank has them all
+    return before["engine"]["zero_stage"] != stage or (stage > 0 and other_ranks)  # stage 0 shards nothing
 
 
 def check_same_run(folder: Path, manifest: Manifest, config: Config) -> list[str]:
-    """What is arranged otherwise, such as "attention.method ring -> ulysses", which changes rounding alone.
+    """The changed RESHARDABLE fields, such as "attention.method ring -> ulysses", which only change rounding.
 
     Raises:
-        ConfigError: naming the fields, if the settled configuration would compute something else, or if a step would
+        ConfigError: naming the fields, if the resolved configuration would compute something else, or if a step would
             take another number of sequences.
     """
     before, now = flatten(manifest.config), flatten(asdict(config))
-    differing = [name for name in now if not name.startswith(FREE) and before.get(name) != now[name]]
+    differing = [name for name in now if not name.startswith(RESUME_SAFE) and before.get(name) != now[name]]
     if config.optimizer.decay == "constant" and config.optimizer.warmup_fraction == 0 and "num_steps" in differing:
         differing.remove("num_steps")  # the learning rate does not depend on it
-    rearranged = [name for name in differing if name.startswith(RESHARDABLE)]
-    if config.parallelism.method == "sequence" and rearranged == differing:
-        _check_batch(folder, before, now)
-        _check_zero_stage(folder, before, now)
-        return [f"{name} {before.get(name)} -> {now[name]}" for name in rearranged]
-    if not differing:
-        return []
-    if config.parallelism.method == "sequence":
-        differing = [name for name in differing if name not in rearranged]
-    changes = "; ".join(f"{name} was {before.get(name)} and is {now[name]}" for name in differing)
-    schedule = ""
-    if "num_steps" in differing:
-        schedule = " (the schedule of the learning rate ends with num_steps)"
-    raise ConfigError(
-        f"{folder} is of another run: {changes}{schedule}: type what that one was started with, or use another "
-        "hydra.run.dir"
-    )
+    reshardable = RESHARDABLE if config.parallelism.method == "sequence" else ()
+    refused = [name for name in differing if not name.startswith(reshardable)]
+    if refused:
+        changes = "; ".join(f"{name} was {before.get(name)} and is {now[name]}" for name in refused)
+        schedule = " (the schedule of the learning rate ends with num_steps)" if "num_steps" in refused else ""
+        raise ConfigError(
+            f"{folder} belongs to another run: {changes}{schedule}: type what that run was started with, or use "
+            "another hydra.run.dir"
+        )
+    _check_batch(folder, before, now)
+    _check_zero_stage(folder, before, now)
+    return [f"{name} {before.get(name)} -> {now[name]}" for name in differing]
 
 
 def _check_zero_stage(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises ConfigError for what neither DeepSpeed nor `whole` can cut anew."""
+    """Raises ConfigError if neither DeepSpeed nor `resharding` can reshard the states."""
     old, new = before["engine.zero_stage"], now["engine.zero_stage"]
     if old != new and 0 in (old, new):
         raise ConfigError(
-            f"{folder} is of engine.zero_stage={old}, and this would go on with {new}: from stages 1, 2 and 3 a run "
-            f"goes on with any of the three, from stage 0 with 0 alone: type engine.zero_stage={old}, or use another "
-            "hydra.run.dir"
+            f"{folder} was saved with engine.zero_stage={old} and cannot resume with {new}: stages 1, 2 and 3 resume "
+            f"from each other, stage 0 only from itself: type engine.zero_stage={old}, or use another hydra.run.dir"
         )
 
 
 def _check_batch(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises ConfigError unless a step takes as many sequences as before: the corpus's cursor counts in steps."""
+    """Raises ConfigError if a step would take another number of sequences: the data cursor counts steps."""
     factors = ("parallelism.data_degree", "engine.micro_batch_size", "engine.gradient_accumulation_steps")
     old, new = (math.prod(settings[name] for name in factors) for settings in (before, now))
     if old != new:
-        sums = [" x ".join(str(settings[name]) for name in factors) for settings in (before, now)]
+        products = [" x ".join(str(settings[name]) for name in factors) for settings in (before, now)]
         raise ConfigError(
-            f"{folder} has {old} sequences per step (data ranks x micro-batch x accumulation: {sums[0]}), and this "
-            f"would have {new} ({sums[1]}): type engine.train_batch_size={old}, and a parallelism.data_degree and an "
-            f"engine.micro_batch_size whose product divides {old}"
+            f"{folder} has {old} sequences per step (data ranks x micro-batch x accumulation: {products[0]}), and this "
+            f"run would have {new} ({products[1]}): type engine.train_batch_size={old}, and a parallelism.data_degree "
+            f"and an engine.micro_batch_size whose product divides {old}"
         )

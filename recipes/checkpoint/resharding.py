@@ -1,10 +1,9 @@
-"""A checkpoint's fp32 weights and Adam's moments, whole, from the parts that ZeRO's ranks have written; and their way
-into an engine of other ranks or another ZeRO stage.
+"""Resharding: a checkpoint's fp32 weights and Adam moments, for another number of ranks or another ZeRO stage.
 
-DeepSpeed 0.19.8's universal checkpoint does not serve here: its converter writes other files for stage 3 than for 1
-and 2, so none leads from the one to the other; its loader wants a getter of the mpu that ours lacks, and on stage 3 it
-lets all groups share one step count, which each then advances. So parts are joined tensor by tensor, from mapped
-files, and set through DeepSpeed's interface for single parameters. Below are `checkpoint` and `export`.
+DeepSpeed 0.19.8's universal checkpoint does not work here. Its converter writes different files for stage 3 than for
+stages 1 and 2, so neither can resume from the other. Its loader calls a getter that our mpu lacks. On stage 3 it shares
+one step count among all groups, and each group advances it. So shards are joined tensor by tensor from memory-mapped
+files and set through DeepSpeed's interface for single parameters.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ from deepspeed.utils import (
 from torch import Tensor
 
 MASTER, MOMENTS = "fp32", ("exp_avg", "exp_avg_sq")
-Slices = Mapping[str, tuple[int, int]]  # by parameter: where it starts in a flat tensor, and how many numbers it has
+Slices = Mapping[str, tuple[int, int]]  # by parameter name: (start in a flat tensor, number of elements)
 
 
 class ConsolidatedState:
-    """Of a checkpoint of ZeRO 1 to 3 on sequence ranks, whose checksums were found right; maps its files, reads little.
+    """The full tensors of a checkpoint of ZeRO 1 to 3; maps its files and reads a tensor when asked for it.
 
-    Must be made where pickles are held to known classes: `checkpoint.only_known_classes`.
+    Verify the checksums first, and construct it inside `manager.only_known_classes`.
     """
 
     def __init__(self, folder: Path, zero_stage: int) -> None:
@@ -39,7 +38,7 @@ class ConsolidatedState:
         self.model_states: dict[str, Any] = _mapped(folder / f"{prefix}mp_rank_00_model_states.pt")
         num_ranks = self.model_states["dp_world_size"]
         self._shapes = {name: shape for group in self.model_states["param_shapes"] for name, shape in group.items()}
-        # of a parameter, rank by rank: flat tensors by kind, and where it lies in them
+        # by parameter name, one entry per rank: flat tensors by kind, and the parameter's start and size in them
         self._parts: dict[str, list[tuple[dict[str, Tensor], int, int]]] = {name: [] for name in self._shapes}
         for rank in range(num_ranks):
             (path,) = folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
@@ -54,7 +53,7 @@ class ConsolidatedState:
                     {name: (at.start, at.numel) for name, at in group.items()}
                     for group in self.optimizer_states["param_slice_mappings"]
                 ]
-            # of Adam; none if fp16 has skipped all steps so far
+            # Adam's; 0 if fp16 has skipped all steps so far
             self.num_updates = int(base["state"][0]["step"]) if base["state"] else 0
             for index, (master, slices) in enumerate(zip(masters, all_slices, strict=True)):
                 flat = {MASTER: master, **base["state"].get(index, {})}
@@ -63,11 +62,11 @@ class ConsolidatedState:
 
     @property
     def names(self) -> list[str]:
-        """Of the parameters; of those that share a tensor the first alone."""
+        """The parameters' names; of parameters that share a tensor only the first."""
         return list(self._shapes)
 
     def tensor(self, name: str, kind: str) -> Tensor:
-        """A parameter's fp32 master weight or one of its moments, in the parameter's shape."""
+        """A parameter's fp32 master weight or one of its moments, unsharded."""
         shape = self._shapes[name]
         flat = torch.cat([flat[kind][start : start + numel] for flat, start, numel in self._parts[name]])
         return flat[: math.prod(shape)].view(shape)  # stage 3 pads
@@ -78,7 +77,7 @@ def _mapped(path: Path) -> dict[str, Any]:
 
 
 def _stage_3_slices(shapes: Mapping[str, torch.Size], num_ranks: int) -> Slices:
-    """Each rank has an equal part of every parameter, padded at the last, one after the other."""
+    """Every rank holds an equal part of each parameter, one after the other; the last rank's part is padded."""
     slices, start = {}, 0
     for name, shape in shapes.items():
         numel = math.ceil(math.prod(shape) / num_ranks)
@@ -89,7 +88,7 @@ def _stage_3_slices(shapes: Mapping[str, torch.Size], num_ranks: int) -> Slices:
 
 @torch.no_grad()
 def load_into_engine(states: ConsolidatedState, engine: Any, parameters: Mapping[str, torch.nn.Parameter]) -> None:
-    """Have a new DeepSpeed engine of ZeRO 1 to 3 go on from there. Every rank must call it.
+    """Load the states into a new DeepSpeed engine of ZeRO 1 to 3. Every rank must call it.
 
     Args:
         parameters: of the engine's module, by name.
@@ -106,12 +105,12 @@ def load_into_engine(states: ConsolidatedState, engine: Any, parameters: Mapping
             moments = {kind: torch.zeros_like(flat, requires_grad=False) for kind in MOMENTS}
             optimizer.state[flat].update(step=step, **moments)
     if stage == 3:
-        optimizer.checkpoint_event_prologue()  # small parameters lie whole on every rank
+        optimizer.checkpoint_event_prologue()  # partitions small parameters, whose full values every rank holds
         for name in states.names:
             _set_own_part(states, name, parameters[name])
         optimizer.checkpoint_event_epilogue()
     else:
-        optimizer._lazy_init_hp_params_optimizer_state()  # have parameters know their moments, as a first step would
+        optimizer._lazy_init_hp_params_optimizer_state()  # links parameters to their moments, as a first step would
         for name in states.names:
             safe_set_full_fp32_param(parameters[name], states.tensor(name, MASTER))
             for kind in MOMENTS if states.num_updates else ():
@@ -121,12 +120,12 @@ def load_into_engine(states: ConsolidatedState, engine: Any, parameters: Mapping
 
 
 def _set_own_part(states: ConsolidatedState, name: str, parameter: Any) -> None:
-    """On stage 3; DeepSpeed's setters of whole values fail where ranks do not divide a parameter."""
+    """On stage 3, where DeepSpeed's setters of full values fail if the ranks do not divide the parameter."""
     numel = parameter.ds_tensor.numel()
 
     def own_part(kind: str) -> Tensor:
-        whole = states.tensor(name, kind).flatten()
-        padded = torch.nn.functional.pad(whole, (0, numel * dist.get_world_size() - whole.numel()))
+        full = states.tensor(name, kind).flatten()
+        padded = torch.nn.functional.pad(full, (0, numel * dist.get_world_size() - full.numel()))
         return padded[numel * dist.get_rank() :][:numel]
 
     master = own_part(MASTER)
@@ -137,7 +136,7 @@ def _set_own_part(states: ConsolidatedState, name: str, parameter: Any) -> None:
 
 
 def _set_counts(states: ConsolidatedState, engine: Any) -> None:
-    """The schedule, DeepSpeed's counts of steps, and in fp16 the loss scale."""
+    """Set the schedule, DeepSpeed's step counts, and in fp16 the loss scale."""
     engine.lr_scheduler.load_state_dict(states.model_states["lr_scheduler"])
     for group, rate in zip(engine.optimizer.param_groups, engine.lr_scheduler.get_last_lr(), strict=True):
         group["lr"] = rate

@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 from plotly.colors import qualitative
 from plotly.utils import PlotlyJSONEncoder
 
-from recipes.monitor.metric_registry import CONCLUSIONS, METRICS, PARTS, Metric
+from recipes.monitor.metric_registry import METRICS, PARTS, SUMMARY_METRICS, Metric
 from recipes.run.run_dir import Comparison, Run
 
 COLORS = qualitative.T10  # can be told apart on white and on black
@@ -51,10 +51,12 @@ def section_charts(section: str, shown: list[Shown]) -> list[Chart]:
             charts.append(_over_steps(metric, metric.title, training, shown))
             if "validation" in metric.prefixes:
                 charts.append(_over_steps(metric, f"validation {metric.title}", ["validation"], shown))
-    charts += [_at_the_end(metric, shown) for metric in CONCLUSIONS if metric.section == section and metric.unit != "%"]
+    charts += [
+        _at_the_end(metric, shown) for metric in SUMMARY_METRICS if metric.section == section and metric.unit != "%"
+    ]
     if section == "Communication":
         charts.append(
-            _shares({one.run.name: [one.run.conclusions.get(f"parts/{part}_pct") for part in PARTS] for one in shown})
+            _shares({one.run.name: [one.run.summary.get(f"parts/{part}_pct") for part in PARTS] for one in shown})
         )
     return [chart for chart in charts if chart is not None]
 
@@ -105,9 +107,9 @@ def _at_the_end(metric: Metric, shown: list[Shown]) -> Chart | None:
     [name] = metric.logged_names
     figure = go.Figure()
     for number, one in enumerate(shown):
-        if one.run.conclusions.get(name) is not None:
+        if one.run.summary.get(name) is not None:
             figure.add_bar(
-                x=[one.run.conclusions[name]],
+                x=[one.run.summary[name]],
                 y=[one.run.name],
                 name=one.name,
                 orientation="h",

@@ -67,7 +67,7 @@ def write(run_dirs: list[Path], output: Path, said: set[str], reload_s: int | No
     """
     from recipes.dashboard import page
 
-    found = run_dir.read(run_dirs)
+    found = run_dir.load_runs(run_dirs)
     if found.is_empty:
         raise ConfigError("\n".join(["there is nothing to show:", *found.problems]))
     for problem in found.problems:

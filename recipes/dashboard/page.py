@@ -19,13 +19,13 @@ from plotly.offline import get_plotlyjs
 
 from recipes.dashboard.charts import COLORS, DASHES, Shown, comparison_charts, method_of, section_charts
 from recipes.monitor.metric_registry import SECTIONS
-from recipes.run.run_dir import Comparison, Found, Run
+from recipes.run.run_dir import Comparison, LoadedRuns, Run
 
 MOST_SETTINGS_IN_NAME = 3
 AXES = {"step": "step", "train/tokens_seen": "tokens", "elapsed_s": "time since the start (s)"}
 
 
-def render(found: Found, reload_s: int | None = None) -> str:
+def render(found: LoadedRuns, reload_s: int | None = None) -> str:
     """The page as HTML.
 
     Args:
@@ -108,7 +108,7 @@ FINAL: tuple[tuple[str, Callable[[Run], float | None]], ...] = (
     ("TFLOP/s per rank", lambda run: _of_the_whole(run, "model_tflops_per_rank")),
     ("MFU %", lambda run: _of_the_whole(run, "mfu_pct")),
     ("peak GiB", lambda run: max(_known(run, "train/peak_memory_gib", "forward/peak_memory_gib"), default=None)),
-    ("exposed ms", lambda run: run.conclusions.get("parts/exposed_communication_ms")),
+    ("exposed ms", lambda run: run.summary.get("parts/exposed_communication_ms")),
 )
 
 
@@ -122,7 +122,7 @@ def _last(run: Run, *names: str) -> float | None:
 
 def _of_the_whole(run: Run, name: str) -> float | None:
     """As the run concluded; until then the median of what it logged, without the first step, which warms up."""
-    if (concluded := run.conclusions.get(name)) is not None:
+    if (concluded := run.summary.get(name)) is not None:
         return concluded
     values = _known(run, f"train/{name}", f"forward/{name}")
     return statistics.median(values[1:] or values) if values else None

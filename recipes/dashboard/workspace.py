@@ -15,7 +15,7 @@ import wandb_workspaces.workspaces as ws
 from wandb_workspaces.reports.v2.interface import PanelTypes
 
 from conf.schema import ConfigError
-from recipes.monitor.metric_registry import CONCLUSIONS, METRICS, SECTIONS, Metric
+from recipes.monitor.metric_registry import METRICS, SECTIONS, SUMMARY_METRICS, Metric
 
 NAME = "Ring attention"
 
@@ -55,7 +55,7 @@ def define(entity: str, project: str) -> ws.Workspace:
 
 def _panels(section: str) -> list[PanelTypes]:
     panels: list[PanelTypes] = [_line(metric) for metric in METRICS if metric.section == section]
-    own = [metric for metric in CONCLUSIONS if metric.section == section]
+    own = [metric for metric in SUMMARY_METRICS if metric.section == section]
     for title, unit in (("where the time of a step goes", "%"), ("exposed communication per step", "ms")):
         names = [name for metric in own if metric.unit == unit for name in metric.logged_names]
         if names:

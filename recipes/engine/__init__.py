@@ -1,4 +1,4 @@
 """DeepSpeed around the model: the engine, the optimizer, the loss rule, and the tensor x pipeline baseline.
 
-May import what recipes.model may, and recipes.model.
+May import recipes.model and the folders below it.
 """

@@ -1,10 +1,11 @@
-"""From a plan to what runs it: the attention module, the engine, and which part of the data this rank takes."""
+"""From a plan to what runs it: the attention module, the engine, and this rank's share of the data."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from data.shard import Sharder
+from recipes.engine.base import Engine
 from recipes.engine.deepspeed_engine import TrainingEngine
 from recipes.engine.pipeline_engine import PipelinedEngine
 from recipes.model.transformer import Transformer
@@ -19,33 +20,34 @@ from ring_attention import (
 from ring_attention.groups import ParallelGroups
 from ring_attention.sequence_attention import SequenceAttention
 
-Engine = TrainingEngine | PipelinedEngine
+# attention.method -> its module, and the options that its constructor takes
+METHODS: dict[str, tuple[type[SequenceAttention], tuple[str, ...]]] = {
+    "ring": (RingAttention, ("transport", "hosts")),
+    "ulysses": (UlyssesAttention, ()),
+    "hybrid": (HybridAttention, ("transport", "hosts", "ulysses_degree")),
+    "all_gather": (AllGatherAttention, ("hosts",)),
+    "local": (LocalAttention, ()),
+}
 
 
 def build_attention(plan: Plan, groups: ParallelGroups) -> SequenceAttention:
-    """The plan's attention module on the ranks of this one's sequence. A new method is one entry here."""
-    config, group = plan.config.attention, groups.get_sequence_parallel_group()
-    common: dict[str, Any] = {"layout": config.layout}
-    spread = {"transport": plan.transport, "hosts": groups.hosts}
-    match plan.method:
-        case "ring":
-            return RingAttention(config.kernel, group, **common, **spread)
-        case "ulysses":
-            return UlyssesAttention(config.kernel, group, **common)
-        case "hybrid":
-            return HybridAttention(config.kernel, group, ulysses_degree=plan.degrees.ulysses, **common, **spread)
-        case "all_gather":
-            return AllGatherAttention(config.kernel, group, hosts=groups.hosts, **common)
-        case "local":
-            return LocalAttention(config.kernel, group, **common)
-    raise AssertionError(f"no module for attention.method={plan.method}")
+    """The plan's attention module over the ranks that share this rank's sequence."""
+    module, names = METHODS[plan.method]
+    options: dict[str, Any] = {
+        "transport": plan.transport,
+        "hosts": groups.hosts,
+        "ulysses_degree": plan.degrees.ulysses,
+    }
+    config = plan.config.attention
+    chosen = {name: options[name] for name in names}
+    return module(config.kernel, groups.get_sequence_parallel_group(), layout=config.layout, **chosen)
 
 
 def build_engine(plan: Plan, groups: ParallelGroups | None = None, forward_only: bool = False) -> Engine:
     """The plan's model under DeepSpeed. Every rank must call it.
 
     Args:
-        groups: those of the plan's data and sequence degrees, if they are there already.
+        groups: for the plan's data and sequence degrees, if they exist already.
         forward_only: without optimizer and gradients.
     """
     config = plan.config
@@ -74,7 +76,7 @@ def build_engine(plan: Plan, groups: ParallelGroups | None = None, forward_only:
 
 
 def build_sharder(plan: Plan, engine: Engine) -> Sharder:
-    """What cuts the corpus's sequences into this rank's micro-batches."""
+    """Shards sequences into this rank's micro-batches."""
     return Sharder(
         plan.layout, engine.sequence_rank, engine.data_rank, engine.data_degree, plan.config.engine.micro_batch_size
     )

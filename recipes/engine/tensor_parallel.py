@@ -1,14 +1,10 @@
-"""Tensor parallelism of a layer, as Megatron-LM has it: each rank has some heads and a part of the MLP.
+"""Megatron-style tensor parallelism of a layer: each rank has some heads and a shard of the MLP.
 
-The first matrix of each half of a layer is cut by columns (its outputs), the second by rows (its inputs), so one
-exchange before and one after each half is all there is. The baseline that ring attention is compared with; `pipeline`
-builds it.
+In each half of a layer the first matrix is sharded by columns (its outputs) and the second by rows (its inputs), so
+communication happens only before and after each half. Norms are sequence-sharded: between the matrices a rank holds
+S = L/T tokens; an all-gather goes in and a reduce-scatter comes out (Korthikanti et al. 2022, section 4.2.2).
 
-With sequence-sharded norms a rank holds S/T of the tokens between the matrices: an all-gather goes in, a
-reduce-scatter out (Korthikanti et al. 2022, section 4.2.2). Else all ranks hold all of them, and an all-reduce goes out
-(Shoeybi et al. 2019, section 3).
-
-Shapes: B batch, S the tokens of this rank, L those that the matrices see (T * S, or S), E hidden size.
+Shapes: B batch, S tokens of this rank, L = T * S tokens that the matrices see, E hidden size.
 """
 
 from __future__ import annotations
@@ -25,164 +21,145 @@ from recipes.model.transformer import Layer
 
 
 @dataclass
-class TensorRanks:
+class TensorGroup:
     """The ranks that share each layer's weights.
 
     Args:
-        sequence_sharded: whether each holds its part of the tokens between the matrices.
-        group: DeepSpeed's, which it builds after it has asked for the stages' layers.
+        group: DeepSpeed's process group, which exists only after DeepSpeed has built the layers.
     """
 
     degree: int
     rank: int
-    sequence_sharded: bool
     group: Any = None
 
-    def part(self, tensor: Tensor) -> Tensor:
+    def shard(self, tensor: Tensor) -> Tensor:
         """This rank's rows."""
         return tensor.chunk(self.degree)[self.rank]
 
 
-def _all_gather(x_BSE: Tensor, ranks: TensorRanks) -> Tensor:
-    """[B, S, E] -> [B, T * S, E], sequence by sequence: so nothing is copied beside the transfer."""
+def _all_gather(x_BSE: Tensor, tensor: TensorGroup) -> Tensor:
+    """[B, S, E] -> [B, T * S, E], one sequence at a time, which needs no copy."""
     batch, tokens, size = x_BSE.shape
-    gathered = x_BSE.new_empty(batch, ranks.degree * tokens, size)
-    for whole, part in zip(gathered, x_BSE.contiguous(), strict=True):
-        dist.all_gather_into_tensor(whole, part, group=ranks.group)
+    gathered = x_BSE.new_empty(batch, tensor.degree * tokens, size)
+    for full, shard in zip(gathered, x_BSE.contiguous(), strict=True):
+        dist.all_gather_into_tensor(full, shard, group=tensor.group)
     return gathered
 
 
-def _reduce_scatter(x_BLE: Tensor, ranks: TensorRanks, async_op: bool = False) -> tuple[Tensor, list[Any]]:
-    """[B, T * S, E] -> the sum over ranks of this rank's [B, S, E], sequence by sequence, and what to wait for."""
+def _reduce_scatter(x_BLE: Tensor, tensor: TensorGroup, async_op: bool = False) -> tuple[Tensor, list[Any]]:
+    """[B, T * S, E] -> this rank's [B, S, E] of the sum over ranks, one sequence at a time, and handles to wait for."""
     batch, tokens, size = x_BLE.shape
-    summed = x_BLE.new_empty(batch, tokens // ranks.degree, size)
-    works = [
-        dist.reduce_scatter_tensor(part, whole, group=ranks.group, async_op=async_op)
-        for part, whole in zip(summed, x_BLE.contiguous(), strict=True)
+    summed = x_BLE.new_empty(batch, tokens // tensor.degree, size)
+    handles = [
+        dist.reduce_scatter_tensor(shard, full, group=tensor.group, async_op=async_op)
+        for shard, full in zip(summed, x_BLE.contiguous(), strict=True)
     ]
-    return summed, works
+    return summed, handles
 
 
 class _ColumnFunction(torch.autograd.Function):
-    """x W^T + b for this rank's rows of W; in the backward pass the exchange flies beside the weight's gradient."""
+    """x W^T + b for this rank's rows of W. The backward pass overlaps the reduce-scatter with the weight's gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x_BSE: Tensor, weight: Tensor, bias: Tensor | None, ranks: TensorRanks) -> Tensor:
-        x_BLE = _all_gather(x_BSE, ranks) if ranks.sequence_sharded else x_BSE
+    def forward(ctx: Any, x_BSE: Tensor, weight: Tensor, bias: Tensor | None, tensor: TensorGroup) -> Tensor:
+        x_BLE = _all_gather(x_BSE, tensor)
         ctx.save_for_backward(x_BLE, weight)
-        ctx.ranks, ctx.has_bias = ranks, bias is not None
+        ctx.tensor, ctx.has_bias = tensor, bias is not None
         return F.linear(x_BLE, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x_BLE, weight = ctx.saved_tensors
-        ranks: TensorRanks = ctx.ranks
         dy = grad_outputs[0]
-        dx = dy @ weight
-        works: list[Any]
-        if ranks.sequence_sharded:
-            dx, works = _reduce_scatter(dx, ranks, async_op=True)
-        else:
-            dx = dx.contiguous()
-            works = [dist.all_reduce(dx, group=ranks.group, async_op=True)]
+        dx, handles = _reduce_scatter(dy @ weight, ctx.tensor, async_op=True)
         dy = dy.flatten(0, 1)
         dweight = dy.T @ x_BLE.flatten(0, 1)
         dbias = dy.sum(0) if ctx.has_bias else None
-        for work in works:
-            work.wait()
+        for handle in handles:
+            handle.wait()
         return dx, dweight, dbias, None
 
 
-class _SumFunction(torch.autograd.Function):
-    """The sum over ranks: of this rank's tokens with sequence-sharded norms, else of all."""
+class _ReduceScatter(torch.autograd.Function):
+    """The sum over ranks, for this rank's tokens. The backward pass is an all-gather."""
 
     @staticmethod
-    def forward(ctx: Any, x_BLE: Tensor, ranks: TensorRanks) -> Tensor:
-        ctx.ranks = ranks
-        if ranks.sequence_sharded:
-            return _reduce_scatter(x_BLE, ranks)[0]
-        summed = x_BLE.contiguous()  # the caller's product, which nothing else reads
-        dist.all_reduce(summed, group=ranks.group)
-        ctx.mark_dirty(summed)
-        return summed
+    def forward(ctx: Any, x_BLE: Tensor, tensor: TensorGroup) -> Tensor:
+        ctx.tensor = tensor
+        return _reduce_scatter(x_BLE, tensor)[0]
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        gradient = grad_outputs[0]
-        return _all_gather(gradient, ctx.ranks) if ctx.ranks.sequence_sharded else gradient, None
+        return _all_gather(grad_outputs[0], ctx.tensor), None
 
 
 class ColumnLinear(nn.Linear):
-    """Some outputs of a linear layer: [B, S, E] -> [B, L, outputs of this rank].
+    """A linear layer sharded by outputs: [B, S, E] -> [B, L, outputs of this rank].
 
     Args:
         rows: this rank's rows of the weight and of the bias.
     """
 
-    def __init__(self, whole: nn.Linear, ranks: TensorRanks, rows: Tensor) -> None:
-        super().__init__(whole.in_features, len(rows), whole.bias is not None, device="meta")
-        self.ranks = ranks
-        self.weight = _cut(whole.weight[rows])
-        if whole.bias is not None:
-            self.bias = _cut(whole.bias[rows])
+    def __init__(self, full: nn.Linear, tensor: TensorGroup, rows: Tensor) -> None:
+        super().__init__(full.in_features, len(rows), full.bias is not None, device="meta")
+        self.tensor = tensor
+        self.weight = _shard_parameter(full.weight[rows])
+        if full.bias is not None:
+            self.bias = _shard_parameter(full.bias[rows])
 
     def forward(self, input: Tensor) -> Tensor:
-        return _ColumnFunction.apply(input, self.weight, self.bias, self.ranks)  # pyright: ignore[reportReturnType]
+        return _ColumnFunction.apply(input, self.weight, self.bias, self.tensor)  # pyright: ignore[reportReturnType]
 
 
 class RowLinear(nn.Linear):
-    """A linear layer whose inputs lie over the ranks: [B, L, inputs of this rank] -> [B, S, E]; the bias comes once."""
+    """A linear layer sharded by inputs: [B, L, inputs of this rank] -> [B, S, E]. The bias is added after the sum."""
 
-    def __init__(self, whole: nn.Linear, ranks: TensorRanks) -> None:
-        super().__init__(whole.in_features // ranks.degree, whole.out_features, whole.bias is not None, device="meta")
-        self.ranks = ranks
-        self.weight = _cut(ranks.part(whole.weight.T).T)
-        if whole.bias is not None:
-            self.bias = whole.bias
+    def __init__(self, full: nn.Linear, tensor: TensorGroup) -> None:
+        super().__init__(full.in_features // tensor.degree, full.out_features, full.bias is not None, device="meta")
+        self.tensor = tensor
+        self.weight = _shard_parameter(tensor.shard(full.weight.T).T)
+        if full.bias is not None:
+            self.bias = full.bias
 
     def forward(self, input: Tensor) -> Tensor:
-        summed = _SumFunction.apply(F.linear(input, self.weight), self.ranks)
+        summed = _ReduceScatter.apply(F.linear(input, self.weight), self.tensor)
         return summed if self.bias is None else summed + self.bias  # pyright: ignore[reportReturnType, reportOperatorIssue]
 
 
-def _cut(tensor: Tensor) -> nn.Parameter:
-    parameter = nn.Parameter(tensor.detach().clone(memory_format=torch.contiguous_format))
-    parameter.tensor_model_parallel = True  # pyright: ignore[reportAttributeAccessIssue] - each rank's own, for DeepSpeed's gradient norm
+def _shard_parameter(rows: Tensor) -> nn.Parameter:
+    parameter = nn.Parameter(rows.detach().clone(memory_format=torch.contiguous_format))
+    parameter.tensor_model_parallel = True  # pyright: ignore[reportAttributeAccessIssue] - DeepSpeed's gradient norm sums these over ranks
     return parameter
 
 
-def cut_layer_(layer: Layer, ranks: TensorRanks) -> Layer:
-    """Keep this rank's heads and part of the MLP, in place."""
-    if ranks.degree == 1:
+def shard_layer_(layer: Layer, tensor: TensorGroup) -> Layer:
+    """Keep only this rank's heads and shard of the MLP, in place."""
+    if tensor.degree == 1:
         return layer
     attention, mlp = layer.attention, layer.mlp
-    numbers = torch.arange(attention.qkv.out_features, device=attention.qkv.weight.device)
-    heads = numbers.view(-1, attention.head_dim).split(attention.head_counts)
-    attention.qkv = ColumnLinear(attention.qkv, ranks, torch.cat([ranks.part(part).flatten() for part in heads]))
-    num_heads, num_kv_heads, _ = (count // ranks.degree for count in attention.head_counts)
+    rows = torch.arange(attention.qkv.out_features, device=attention.qkv.weight.device)
+    heads = rows.view(-1, attention.head_dim).split(attention.head_counts)
+    attention.qkv = ColumnLinear(attention.qkv, tensor, torch.cat([tensor.shard(part).flatten() for part in heads]))
+    num_heads, num_kv_heads, _ = (count // tensor.degree for count in attention.head_counts)
     attention.head_counts = (num_heads, num_kv_heads, num_kv_heads)
-    attention.out = RowLinear(attention.out, ranks)
-    halves = numbers.new_tensor(range(mlp.up.out_features)).chunk(2 if mlp.gated else 1)
-    mlp.up = ColumnLinear(mlp.up, ranks, torch.cat([ranks.part(half) for half in halves]))
-    mlp.down = RowLinear(mlp.down, ranks)
+    attention.out = RowLinear(attention.out, tensor)
+    rows = torch.arange(mlp.up.out_features, device=rows.device)
+    gate_and_up = rows.chunk(2 if mlp.gated else 1)
+    mlp.up = ColumnLinear(mlp.up, tensor, torch.cat([tensor.shard(part) for part in gate_and_up]))
+    mlp.down = RowLinear(mlp.down, tensor)
     return layer
 
 
-def share_gradients_(module: nn.Module, ranks: TensorRanks) -> None:
-    """Make the gradients of whole parameters equal on all tensor ranks; in fp32.
-
-    With sequence-sharded norms each rank saw some of the tokens: the sum. Else each saw all: the mean, or ranks would
-    drift apart where a kernel's order of summing is not fixed, as of an embedding on a GPU.
-    """
-    if ranks.degree == 1:
+def sum_replicated_gradients_(module: nn.Module, tensor: TensorGroup) -> None:
+    """Sum the gradients of unsharded parameters over tensor ranks, in fp32: each rank saw only some of the tokens."""
+    if tensor.degree == 1:
         return
-    share = 1 if ranks.sequence_sharded else ranks.degree
 
-    def shared(gradient: Tensor) -> Tensor:
+    def all_reduce(gradient: Tensor) -> Tensor:
         total = gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True).contiguous()
-        dist.all_reduce(total, group=ranks.group)
-        return (total / share).to(gradient.dtype)
+        dist.all_reduce(total, group=tensor.group)
+        return total.to(gradient.dtype)
 
     for parameter in module.parameters():
         if not getattr(parameter, "tensor_model_parallel", False):
-            parameter.register_hook(shared)
+            parameter.register_hook(all_reduce)

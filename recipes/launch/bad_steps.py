@@ -11,8 +11,7 @@ from pathlib import Path
 
 from recipes.checkpoint.manager import TrainingData
 from recipes.checkpoint.manifest import resume_hint
-from recipes.engine.build import Engine
-from recipes.engine.deepspeed_engine import StepResult
+from recipes.engine.base import Engine, StepResult
 from recipes.planning.plan import Plan
 from recipes.run.errors import RunFailed
 
@@ -43,7 +42,7 @@ class BadSteps:
         what = f"the loss is {loss}"
         if math.isfinite(loss):
             what = f"the gradients of a loss of {loss:.4f} are not finite"
-        if ranks := self._engine.ranks_of_bad_loss():
+        if ranks := self._engine.ranks_with_nonfinite_loss():
             what += f", that of the tokens of rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
         tokens = self._plan.data_tokens_per_step
         first = 0 if config.data.overfit_one_batch else (step - 1) * tokens

@@ -1,4 +1,4 @@
-"""Which ranks a launcher has started, and how a run of them fails. Imports nothing slow: `train.py` asks it first."""
+"""Whether a launcher (torchrun, deepspeed, srun, submitit) has started this process as a rank. Imports nothing slow."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from pathlib import Path
 
 from conf.schema import Config, ConfigError
 
-RENDEZVOUS = "RING_ATTENTION_RENDEZVOUS"  # the variable with the folder in which ranks meet, in place of MASTER_ADDR
+RENDEZVOUS = "RING_ATTENTION_RENDEZVOUS"  # names the folder of the ranks' file rendezvous, instead of MASTER_ADDR
 
 
 def ranks_are_started() -> bool:
-    """Whether this process is one of several ranks."""
+    """Whether a launcher has started this process as one of several ranks."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def ranks_given(config: Config) -> int | None:
-    """How many a launcher has started or the configuration asks for; None: that depends on the GPUs there are."""
+    """The number of ranks, by the launcher or the configuration; None if it depends on the GPUs here."""
     return int(os.environ["WORLD_SIZE"]) if ranks_are_started() else config.launch.num_ranks
 
 
 def adopt_external_ranks() -> bool:
-    """Whether a launcher has started this process as one of several ranks; makes its variables look like torchrun's.
+    """Whether a launcher has started this process as one of several ranks; if so, set torchrun's variables.
 
-    `srun` is recognised by its step: a batch script or an interactive shell has the job's variables too. Its tasks on
-    one host meet in a file, unless MASTER_ADDR is set: torch's port would take connections from everywhere.
+    `srun` is recognised by its step, because batch scripts and interactive shells have the job's variables too. On one
+    host its tasks use a file rendezvous unless MASTER_ADDR is set: torch's port would accept connections from anywhere.
 
     Raises:
-        ConfigError: if RANK is there, but not what belongs to it.
+        ConfigError: if RANK is set, but not the variables that belong to it.
     """
     environ = os.environ
     if ranks_are_started():
@@ -40,7 +40,7 @@ def adopt_external_ranks() -> bool:
                 "set: start with torchrun, deepspeed --no_local_rank or srun, or unset RANK"
             )
         if "LOCAL_SIZE" in environ:
-            environ.setdefault("LOCAL_WORLD_SIZE", environ["LOCAL_SIZE"])  # DeepSpeed's launcher calls it that
+            environ.setdefault("LOCAL_WORLD_SIZE", environ["LOCAL_SIZE"])  # the name that DeepSpeed's launcher uses
         return True
     num_tasks = int(environ.get("SLURM_STEP_NUM_TASKS", "1"))
     if "SLURM_PROCID" not in environ or num_tasks == 1:
@@ -51,21 +51,21 @@ def adopt_external_ranks() -> bool:
         LOCAL_RANK=environ["SLURM_LOCALID"],
         LOCAL_WORLD_SIZE=environ["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0],  # 8(x2),4 -> 8
     )
+    job, step, restart = (environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
     if environ["LOCAL_WORLD_SIZE"] == environ["WORLD_SIZE"] and "MASTER_ADDR" not in environ:
-        start = [environ["SLURM_JOB_ID"], *(environ.get(f"SLURM_{name}", "0") for name in ("STEP_ID", "RESTART_COUNT"))]
-        # a name of its own for each start: what a killed one leaves would confuse the next
-        environ[RENDEZVOUS] = str(Path(tempfile.gettempdir(), f"ring_attention_{os.getuid()}_{'_'.join(start)}"))
+        # unique per start: files left by a killed start would confuse the next one
+        name = f"ring_attention_{os.getuid()}_{job}_{step}_{restart}"
+        environ[RENDEZVOUS] = str(Path(tempfile.gettempdir(), name))
     environ.setdefault("MASTER_ADDR", _first_host(environ["SLURM_STEP_NODELIST"]))
-    # a port of this step's own, below those that the kernel gives out
-    step = 97 * int(environ["SLURM_JOB_ID"]) + int(environ.get("SLURM_STEP_ID", "0"))
-    environ.setdefault("MASTER_PORT", str(20000 + step % 10000))
+    # a port per step, below the kernel's ephemeral range
+    environ.setdefault("MASTER_PORT", str(20000 + (97 * int(job) + int(step)) % 10000))
     return True
 
 
 def adopt_submitit_tasks() -> None:
-    """In a job of submitit's with several tasks, under Hydra's launcher for SLURM: each task is a rank of one run.
+    """In a submitit job of several tasks (Hydra's SLURM launcher), make each task a rank of one run.
 
-    A job of one task, which is the default, starts ranks of its own, as on a laptop, one for each GPU that it is given.
+    A job of one task, the default, starts its own ranks, one per GPU.
     """
     if "SUBMITIT_EXECUTOR" not in os.environ:
         return

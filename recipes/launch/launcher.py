@@ -1,18 +1,15 @@
-"""Starts the ranks of a run, or joins those that a launcher has started, and ends them all together.
+"""Starts a run's ranks on this machine, or joins those that a launcher has started, and ends them together.
 
-What they do is a `Task`: a recipe, or the turns of `recipes.benchmark.compare`. Under `python train.py` the parent has composed
-the configuration and starts one process per GPU, or a few on the CPU. Under torchrun, `deepspeed --no_local_rank` and
-srun rank 0's task and run dir are what all ranks use. Every rank's output, of libraries too, goes to
-RUN_DIR/logs/rank_N.log; the console shows rank 0's report.
+Ranks run a `Task`: a recipe, or the measurements of `recipes.benchmark.compare`. `python train.py` starts one process
+per GPU, or a few on the CPU. Under torchrun, `deepspeed --no_local_rank` and srun, all ranks use rank 0's task and run
+dir. A rank's output, including that of libraries, goes to RUN_DIR/logs/rank_N.log; the console shows rank 0's report.
 
-The parent must not import DeepSpeed (seconds) nor touch a GPU (memory), so what needs them is imported by the ranks.
+The parent must not import DeepSpeed, which takes seconds, nor use a GPU's memory, so only ranks import what needs them.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import errno
 import json
 import multiprocessing
 import os
@@ -20,75 +17,55 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
-import time
 import traceback
-from dataclasses import dataclass
-from multiprocessing.queues import SimpleQueue
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.multiprocessing as mp
-from tqdm import tqdm
 
 from conf.degrees import accumulation_steps, resolve_config, resolve_degrees
 from conf.schema import Config, ConfigError
 from recipes.checkpoint.manifest import check_same_run, newest_readable
-from recipes.launch.environment import RENDEZVOUS, ranks_are_started
+from recipes.launch.environment import RENDEZVOUS, ranks_are_started, ranks_given
+from recipes.launch.failure import Outcome, explain_failure
 from recipes.launch.processes import (
+    close_on_sigint,
+    die_on_sigint,
     end_rank_0_last,
     exit_by_sigint,
     first_to_fail,
     kill_all,
     signals_deferred,
     signals_passed_on,
-    unwind_on_sigint,
 )
+from recipes.launch.startup import exit_now
 from recipes.launch.worker import Task, run_rank
 from recipes.planning.plan import Plan
 from recipes.run.errors import Preempted, RunFailed
-from recipes.run.heartbeat import LOGS_DIR, STALL_FILE, clear_rank_states, describe_ranks, read_rank_state
+from recipes.run.heartbeat import LOGS_DIR, clear_rank_states
 from recipes.run.run_dir import SUMMARY_FILE
 
 DEFAULT_CPU_RANKS = 4
-TIMED_OUT = "Timed out waiting"  # gloo's words
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    """What a rank tells its parent: the recipe's result, or how it failed.
-
-    Args:
-        error: for people, whole: it names the rank, where that matters.
-        refused: whether the configuration is at fault, not this rank.
-    """
-
-    rank: int
-    result: float = float("nan")
-    error: str = ""
-    refused: bool = False
 
 
 def count_ranks(config: Config) -> int:
-    """How many ranks there are, or `launch` would start on this machine.
+    """The number of ranks that a launcher has started, or that `launch` would start on this machine.
 
     Raises:
         ConfigError: if the configuration does not fit them.
     """
-    if ranks_are_started():
-        num_ranks = int(os.environ["WORLD_SIZE"])
-        accumulation_steps(config, resolve_degrees(config, num_ranks))
-        return num_ranks
     num_gpus = torch.cuda.device_count()
-    num_ranks = config.launch.num_ranks or num_gpus or DEFAULT_CPU_RANKS
-    if num_gpus and num_ranks > num_gpus:
+    num_ranks = ranks_given(config) or num_gpus or DEFAULT_CPU_RANKS
+    if num_gpus and num_ranks > num_gpus and not ranks_are_started():
         raise ConfigError(
             f"launch.num_ranks={num_ranks} is more than the GPUs here: use launch.num_ranks={num_gpus} or fewer, "
             "or set CUDA_VISIBLE_DEVICES= (empty) to run on the CPU"
         )
     accumulation_steps(config, resolve_degrees(config, num_ranks))
-    if not num_gpus or config.attention.kernel != "auto":  # the automatic choice cannot fail, and this takes GPU memory
+    # on GPUs a plan takes memory, and the automatic choice of a kernel cannot fail
+    if not ranks_are_started() and (not num_gpus or config.attention.kernel != "auto"):
         make_plan(config, num_ranks)
     return num_ranks
 
@@ -99,90 +76,91 @@ def make_plan(config: Config, num_ranks: int) -> Plan:
     Raises:
         ConfigError: if the configuration does not fit the ranks or the device.
     """
-    ranks_per_host = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
-    if not torch.cuda.is_available():
-        if config.engine.dtype == "fp16":
-            raise ConfigError("engine.dtype=fp16 needs a GPU: use engine.dtype=bf16 or engine.dtype=fp32 on the CPU")
-        if config.attention.transport == "copy_engine":
-            raise ConfigError("attention.transport=copy_engine needs GPUs: use attention.transport=p2p on the CPU")
-        memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks_per_host
-        return Plan(config, num_ranks, "cpu", "CPU", None, ranks_per_host, memory_bytes)
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    capability = (properties.major, properties.minor)
-    return Plan(
-        config, num_ranks, "cuda", properties.name, capability, ranks_per_host, memory_bytes=properties.total_memory
-    )
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+        capability = (gpu.major, gpu.minor)
+        return Plan(config, num_ranks, "cuda", gpu.name, capability, _ranks_per_host(num_ranks), gpu.total_memory)
+    if config.engine.dtype == "fp16":
+        raise ConfigError("engine.dtype=fp16 needs a GPU: use engine.dtype=bf16 or engine.dtype=fp32 on the CPU")
+    if config.attention.transport == "copy_engine":
+        raise ConfigError("attention.transport=copy_engine needs GPUs: use attention.transport=p2p on the CPU")
+    ranks_per_host = _ranks_per_host(num_ranks)
+    memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks_per_host
+    return Plan(config, num_ranks, "cpu", "CPU", None, ranks_per_host, memory_bytes)
+
+
+def _ranks_per_host(num_ranks: int) -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
 
 
 def shared_plan(config: Config) -> Plan:
-    """Rank 0's plan, settled, for all: hosts may have unequal numbers of GPUs, or kinds. Every rank must call it.
+    """Rank 0's plan, resolved, for all ranks, because hosts may differ in GPUs. Every rank must call it.
 
     Raises:
         ConfigError: on every rank, if the configuration does not fit rank 0's device.
     """
     import deepspeed.comm as dist
 
-    shared: list[Plan | ConfigError | None] = [None]
+    shared: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
             shared = [make_plan(config, dist.get_world_size())]
         except ConfigError as error:
             shared = [error]
     dist.broadcast_object_list(shared, src=0)
-    plan = shared[0]
+    [plan] = shared
     if isinstance(plan, ConfigError):
         raise plan
-    assert plan is not None
     plan.resolve_config()
     return plan
 
 
-def ended_before(config: Config, num_ranks: int, run_dir: Path) -> float | None:
-    """The validation loss if the run dir has a run that went through all its steps; None if there is something to do.
+def result_if_finished(config: Config, num_ranks: int, run_dir: Path) -> float | None:
+    """The validation loss if the run in the run dir has done all its steps; None if there are steps to do.
 
     Raises:
-        ConfigError: if its newest checkpoint is of another run. With attention=auto the ranks say so.
+        ConfigError: if the newest checkpoint belongs to another run. With attention=auto only the ranks can check that.
     """
     newest = newest_readable(run_dir)
     if newest is None:
         return None
     folder, manifest = newest
     if config.attention.method != "auto":
-        ranks_per_host = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
         resolved = copy.deepcopy(config)
-        resolve_config(resolved, resolve_degrees(config, num_ranks, ranks_per_host), num_ranks)
+        resolve_config(resolved, resolve_degrees(config, num_ranks, _ranks_per_host(num_ranks)), num_ranks)
         check_same_run(folder, manifest, resolved)
     if manifest.step < config.num_steps:
         return None
     if os.environ.get("RANK", "0") == "0":
-        print(f"all {manifest.step} steps of {run_dir} are done: to train anew use another hydra.run.dir")
-    return json.loads((run_dir / SUMMARY_FILE).read_text(encoding="utf-8"))["validation_loss"]
+        print(f"all {manifest.step} steps of {run_dir} are done: to train again, use another hydra.run.dir")
+    path = run_dir / SUMMARY_FILE
+    loss = json.loads(path.read_text(encoding="utf-8"))["validation_loss"] if path.exists() else None
+    return float("nan") if loss is None else loss
 
 
 def start(task: Task, num_ranks: int, run_dir: Path) -> float:
-    """Run the task in ranks of our own, or as one of those that a launcher has started: rank 0's is used by all.
+    """Launch ranks and run the task on them, or run it as a rank of an external launcher.
 
     Raises:
-        RunFailed: if a rank that we started failed, or this one of a launcher's. If all of those raise it, rank 0
-            has told people of it.
-        Preempted: as `launch`; if all ranks of a launcher raise it, rank 0 has closed all.
+        RunFailed: as `launch`; in an external launcher's ranks, if this rank failed. If all ranks raise it, rank 0 has
+            printed it.
+        Preempted: as `launch`; in an external launcher's ranks, once rank 0 has closed its files.
     """
-    if ranks_are_started():
-        meeting = os.environ.get(RENDEZVOUS)
-        try:
-            return run_rank(task, run_dir, init_method=None)
-        except (RunFailed, Preempted) as error:
-            if error.of_all_ranks:
-                _after_the_first(error)
-            raise
-        finally:
-            if meeting:  # of this run alone, which is over if one rank's part is
-                shutil.rmtree(meeting, ignore_errors=True)
-    return launch(task, num_ranks, run_dir)
+    if not ranks_are_started():
+        return launch(task, num_ranks, run_dir)
+    try:
+        return run_rank(task, run_dir, init_method=None)
+    except (RunFailed, Preempted) as error:
+        if error.of_all_ranks:
+            _wait_for_rank_0(error)
+        raise
+    finally:
+        if rendezvous := os.environ.get(RENDEZVOUS):  # used by this run alone, which ends with any of its ranks
+            shutil.rmtree(rendezvous, ignore_errors=True)
 
 
-def _after_the_first(error: RunFailed | Preempted) -> None:
-    """No rank goes before rank 0, which has had files to close, has told people: the launcher would end it."""
+def _wait_for_rank_0(error: RunFailed | Preempted) -> None:
+    """Let rank 0 close its files and print the error: once any rank exits, the launcher ends the others."""
     import deepspeed.comm as dist
 
     if dist.get_rank() == 0 and isinstance(error, RunFailed):
@@ -193,73 +171,61 @@ def _after_the_first(error: RunFailed | Preempted) -> None:
 def launch(task: Task, num_ranks: int, run_dir: Path) -> float:
     """Start `num_ranks` processes on this machine, run the task, and return rank 0's result.
 
+    No process is left afterwards, whatever happens.
+
     Raises:
-        RunFailed: if a rank failed. No process is left then, nor on Ctrl-C.
-        Preempted: if SIGTERM or SIGUSR1 told the run to end. Ranks that train save a checkpoint first; all others
-            end at once. After a second signal all do.
+        RunFailed: if a rank failed.
+        Preempted: on SIGTERM or SIGUSR1. Ranks that train save a checkpoint first; others end at once, as all do on a
+            second signal.
     """
     print(f"starting {num_ranks} rank{'s' if num_ranks > 1 else ''}; logs in {run_dir / LOGS_DIR}", flush=True)
     clear_rank_states(run_dir)
-    try:
-        outcomes = mp.get_context("spawn").SimpleQueue()
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise RunFailed(
-            f"there is no shared memory left, where the queue's lock is a file ({error}): remove what fills "
-            "/dev/shm, or give the container more (docker run --shm-size=1g)"
-        ) from error
-    rendezvous_dir = Path(tempfile.mkdtemp(prefix="ring_attention_"))  # not the run dir: a network disk may lack locks
+    # neither a queue, whose lock needs /dev/shm, nor files, which need room on a disk
+    pipes = [multiprocessing.Pipe(duplex=False) for _ in range(num_ranks)]
+    rendezvous_dir = Path(tempfile.mkdtemp(prefix="ring_attention_"))  # network disks may lack locks
     processes: Any = None
     try:
         with signals_deferred():
-            context = mp.start_processes(
-                _launched_rank,
-                (os.getpid(), task, num_ranks, run_dir, rendezvous_dir, outcomes),
-                num_ranks,
-                join=False,
-                start_method="spawn",
-            )
+            arguments = (os.getpid(), task, num_ranks, run_dir, rendezvous_dir, [writer for _, writer in pipes])
+            context = mp.start_processes(_rank_process, arguments, num_ranks, join=False, start_method="spawn")
         assert context is not None
         processes = context.processes
-        with signals_passed_on(processes) as told:
+        with signals_passed_on(processes) as passed_on:
             failed = first_to_fail(processes)
         exit_codes = [process.exitcode or 0 for process in processes]
-        if failed is not None:
-            if exit_codes[failed] == -signal.SIGINT:
-                raise KeyboardInterrupt  # Ctrl-C goes to all; this rank was faster than we
-            if not told or -told[0] not in exit_codes:
-                raise RunFailed(_explain_failure(exit_codes, failed, _received(outcomes), run_dir))
+        outcomes: list[Outcome] = [reader.recv() for reader, _ in pipes if reader.poll()]
+        if failed is None:
+            if Preempted.EXIT_CODE in exit_codes:
+                raise Preempted
+            return next(outcome.result for outcome in outcomes if outcome.rank == 0)
+        if exit_codes[failed] == -signal.SIGINT:
+            raise KeyboardInterrupt  # a terminal sends Ctrl-C to all, and this rank was faster than we
+        if passed_on and -passed_on[0] in exit_codes:
             raise Preempted
-        if Preempted.EXIT_CODE in exit_codes:
-            raise Preempted
-        return next(outcome.result for outcome in _received(outcomes) if outcome.rank == 0)
+        raise RunFailed(explain_failure(exit_codes, failed, outcomes, run_dir))
     except KeyboardInterrupt:
-        print(f"\ninterrupted; what there is of the run: {run_dir}", flush=True)
+        print(f"\ninterrupted; the run so far: {run_dir}", flush=True)
         if processes:
             end_rank_0_last(processes)
         raise
     finally:
-        kill_all(multiprocessing.active_children())  # those of an interrupted start, too
+        kill_all(multiprocessing.active_children())  # includes the processes of an interrupted start
         shutil.rmtree(rendezvous_dir, ignore_errors=True)
 
 
-def _launched_rank(
+def _rank_process(
     rank: int,
     parent_pid: int,
     task: Task,
     num_ranks: int,
     run_dir: Path,
     rendezvous_dir: Path,
-    outcomes: SimpleQueue[_Outcome],
+    pipes: list[Connection],
 ) -> None:
-    # SIGINT is sent when the parent dies, too; it must end a rank that is stuck in a collective
     if rank:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    if os.getppid() != parent_pid:  # it died while this rank was starting
+        die_on_sigint()  # which is also sent when the parent dies
+    if os.getppid() != parent_pid:  # the parent died while this rank was starting
         return
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore; one that a killed rank leaves makes Python warn
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(num_ranks),
@@ -269,69 +235,17 @@ def _launched_rank(
     )
     try:
         if rank == 0:
-            unwind_on_sigint()  # it has files and a wandb run to close
-        result = run_rank(task, run_dir, f"file://{rendezvous_dir / 'meeting'}")
+            close_on_sigint()  # it has files and a wandb run to close
+        result = run_rank(task, run_dir, f"file://{rendezvous_dir / 'rendezvous'}")
     except Exception as error:
-        explained = isinstance(error, (ConfigError, RunFailed))
-        text = str(error) if explained else f"rank {rank} failed:\n{traceback.format_exc()[-20_000:]}"
-        # more than a pipe holds would block
-        outcomes.put(_Outcome(rank, error=text, refused=isinstance(error, ConfigError)))
-        os._exit(1)  # at once: NCCL's own end can wait for a peer that is gone
-    except KeyboardInterrupt:  # all is closed
+        is_explained = isinstance(error, (ConfigError, RunFailed))
+        # a pipe holds 64 KiB; a longer message would block
+        text = str(error) if is_explained else f"rank {rank} failed:\n{traceback.format_exc()[-20_000:]}"
+        pipes[rank].send(Outcome(rank, error=text, refused=isinstance(error, ConfigError)))
+        exit_now(1)
+    except KeyboardInterrupt:
         exit_by_sigint()
     except Preempted:
-        os._exit(Preempted.EXIT_CODE)  # as at the end
-    outcomes.put(_Outcome(rank, result))
-    # all is closed; Python's own end takes seconds, and threads that libraries leave can abort it (apache/arrow#45214)
-    os._exit(0)
-
-
-def _received(outcomes: SimpleQueue[_Outcome]) -> list[_Outcome]:
-    received = []
-    while not outcomes.empty():
-        received.append(outcomes.get())
-    return received
-
-
-_HINTS = {  # by exit code
-    -signal.SIGKILL: "\nif nobody did that, the host's memory ran out: see dmesg and explain=true"
-}
-
-
-def _explain_failure(exit_codes: list[int], first_seen: int, received: list[_Outcome], run_dir: Path) -> str:
-    """Names the rank that failed first: one ended by a signal, else the first to report; others follow.
-
-    Args:
-        exit_codes: when that was seen, before we ended any; 0 of those that still ran.
-    """
-    with contextlib.suppress(FileNotFoundError):  # which it is unless the watchdog has ended the run
-        return (run_dir / LOGS_DIR / STALL_FILE).read_text(encoding="utf-8").rstrip()
-    failed = [outcome for outcome in received if outcome.error]
-    # where a peer reported, survivors may abort, as NCCL's watchdog does
-    following = {-signal.SIGABRT} if failed else set()
-    ended = [rank for rank, code in enumerate(exit_codes) if code < 0 and code not in following]
-    if ended:
-        rank = ended[0]
-        place = read_rank_state(run_dir, rank)
-        what = f"rank {rank} was ended by {signal.Signals(-exit_codes[rank]).name}{f' ({place})' if place else ''}"
-    elif failed:
-        rank, what = failed[0].rank, failed[0].error.rstrip()
-        if failed[0].refused:
-            return what
-    else:
-        rank, what = first_seen, f"rank {first_seen} exited with code {exit_codes[first_seen]}"
-    overdue = _overdue_hops(run_dir) if ended else []
-    if TIMED_OUT in what:  # the log has the traceback
-        what = f"rank {rank} failed: {what.splitlines()[-1]}"
-    if overdue or TIMED_OUT in what:
-        overdue += describe_ranks(run_dir, len(exit_codes), time.time())
-    overdue = "".join(f"\n{line}" for line in overdue)
-    log = run_dir / LOGS_DIR / f"rank_{rank}.log"
-    return f"{what}{overdue}\nthe other ranks were ended; its log: {log}{_HINTS.get(exit_codes[rank], '')}"
-
-
-def _overdue_hops(run_dir: Path) -> list[str]:
-    """What ranks on NCCL said before they aborted themselves: `ring_attention.transport`."""
-    logs = sorted((run_dir / LOGS_DIR).glob("rank_*.log"))
-    lines = [line for log in logs for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
-    return [line for line in lines if line.startswith("TransferError: ")]
+        exit_now(Preempted.EXIT_CODE)
+    pipes[rank].send(Outcome(rank, result))
+    exit_now(0)

@@ -123,8 +123,6 @@ def _without_loss(plan: Plan, allocator: str, compares: bool) -> Iterator[tuple[
     if cuts_tokens and engine.zero_stage < 3 and plan.num_ranks > 1:
         cut = "weights, gradients and optimizer state" if plan.trains else "weights"
         yield "engine.zero_stage=3", f"{cut} lie over all {plan.num_ranks} ranks"
-    if degrees.tensor > 1 and not plan.config.parallelism.sequence_sharded_norms:
-        yield "parallelism.sequence_sharded_norms=true", "tokens between the matrices lie over the tensor ranks"
     if not cuts_tokens and (larger := _more_tensor_ranks(plan)):
         yield larger, "each layer's weights and activations on more ranks"
     if on_gpu and "expandable_segments" not in allocator:

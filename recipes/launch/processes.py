@@ -1,7 +1,4 @@
-"""Rank processes that we have started: the signals they get, who of them fails first, and that none is left.
-
-Below `launch`, which starts them.
-"""
+"""Rank processes started by `launcher`: their signals, which fails first, and that none is left behind."""
 
 from __future__ import annotations
 
@@ -12,111 +9,116 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.process import BaseProcess
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from recipes.run.errors import Preempted
 
-UNWINDING_S = 10.0  # wandb's offline run takes one to four to close
-END_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # schedulers send either some time before they kill
+CLOSING_S = 10.0  # wandb's offline run takes one to four to close
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # schedulers send one of them some time before they kill
 
 
 @contextlib.contextmanager
 def signals_deferred() -> Iterator[None]:
-    """Ctrl-C, SIGTERM and SIGUSR1 act once the block is done: a process that is started halfway prints a traceback.
+    """Ctrl-C, SIGTERM and SIGUSR1 take effect after the block; processes that are starting would print tracebacks.
 
-    Processes that are started in it have Ctrl-C blocked, until they say otherwise: imports would print one, too.
+    Processes started in the block have SIGINT blocked until they unblock it, for the same reason.
     """
     received: list[int] = []
-    handlers = {
-        number: signal.signal(number, lambda number, _: received.append(number))
-        for number in (signal.SIGINT, *END_SIGNALS)
-    }
+    numbers = (signal.SIGINT, *STOP_SIGNALS)
+    handlers = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        _restore(handlers)
         for number in received:
             signal.raise_signal(number)
 
 
 @contextlib.contextmanager
-def signals_passed_on(processes: list[BaseProcess]) -> Iterator[list[int]]:
-    """The first SIGTERM or SIGUSR1 goes to the ranks, and into the list; a later one acts as it did before."""
-    told: list[int] = []
-    handlers = {number: signal.getsignal(number) for number in END_SIGNALS}
+def signals_passed_on(processes: Sequence[BaseProcess]) -> Iterator[list[int]]:
+    """Pass the first SIGTERM or SIGUSR1 on to the ranks and put it in the list; later ones act as before the block."""
+    passed_on: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
     def pass_on(number: int, _: object) -> None:
-        told.append(number)
-        for each, handler in handlers.items():
-            signal.signal(each, handler)
+        passed_on.append(number)
+        _restore(handlers)
         for process in processes:
             if process.pid is not None and process.is_alive():
                 os.kill(process.pid, number)
 
-    for number in END_SIGNALS:
+    for number in STOP_SIGNALS:
         signal.signal(number, pass_on)
     try:
-        yield told
+        yield passed_on
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        _restore(handlers)
 
 
-def first_to_fail(processes: list[BaseProcess]) -> int | None:
-    """Wait until all ranks have ended well, or as they were told to; or the number of the first that has not."""
-    left = {process.sentinel: rank for rank, process in enumerate(processes)}
-    while left:
-        for sentinel in multiprocessing.connection.wait(list(left)):
+def _restore(handlers: Mapping[signal.Signals, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def first_to_fail(processes: Sequence[BaseProcess]) -> int | None:
+    """Wait until all ranks have ended well or preempted, or return the first rank that has not."""
+    running = {process.sentinel: rank for rank, process in enumerate(processes)}
+    while running:
+        for sentinel in multiprocessing.connection.wait(list(running)):
             assert isinstance(sentinel, int)
-            rank = left.pop(sentinel)
+            rank = running.pop(sentinel)
             processes[rank].join()
             if processes[rank].exitcode not in (0, Preempted.EXIT_CODE):
                 return rank
     return None
 
 
-def unwind_on_sigint() -> None:
-    """In a rank: SIGINT, blocked so far, raises KeyboardInterrupt in the main thread, which has a few seconds to end.
+def close_on_sigint() -> None:
+    """In a rank: on SIGINT, blocked so far, raise KeyboardInterrupt in the main thread, which has CLOSING_S to exit.
 
-    A thread waits for the signal: one that is stuck in a collective runs no handler, and is ended all the same.
+    A thread waits for the signal: a main thread that is stuck in a collective runs no handler, and must end too.
     """
 
     def wait() -> None:
         signal.sigwait({signal.SIGINT})
         _thread.interrupt_main()
-        time.sleep(UNWINDING_S)
+        time.sleep(CLOSING_S)
         os.kill(os.getpid(), signal.SIGKILL)
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=wait, daemon=True, name="SIGINT").start()
 
 
-def exit_by_sigint() -> NoReturn:
-    """In a rank that has unwound: end as one that does not."""
+def die_on_sigint() -> None:
+    """In a rank: SIGINT, blocked so far, ends the process at once, even one that is stuck in a collective."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def exit_by_sigint() -> NoReturn:
+    """In a rank that has closed its files: exit with the code of SIGINT."""
+    die_on_sigint()
     signal.raise_signal(signal.SIGINT)
     raise AssertionError("SIGINT ends a process")
 
 
-def end_rank_0_last(processes: list[BaseProcess]) -> None:
-    """After Ctrl-C: the others end at once, the first when it has closed its files and its wandb run."""
+def end_rank_0_last(processes: Sequence[BaseProcess]) -> None:
+    """After Ctrl-C: kill all ranks but rank 0, which first closes its files and its wandb run."""
     first, *others = processes
-    # before the others end: the first, whose collective fails then, would be interrupted while it closes all that
+    # interrupt rank 0 before the others die, or their failed collective would be what it closes on
     if first.pid is not None and first.is_alive():
-        os.kill(first.pid, signal.SIGINT)  # one more than a terminal's, which nobody waits for
+        os.kill(first.pid, signal.SIGINT)  # a second SIGINT, after a terminal's, is ignored
     kill_all(others)
-    first.join(UNWINDING_S + 1)
+    first.join(CLOSING_S + 1)
 
 
-def kill_all(processes: list[BaseProcess]) -> None:
-    """Leave no rank behind, however the parent got here."""
+def kill_all(processes: Sequence[BaseProcess]) -> None:
+    """Leave no rank behind, however the parent got here. Not by SIGTERM, a stop request to ranks that train."""
     for process in processes:
-        process.kill()  # a rank that trains takes SIGTERM for a wish
+        process.kill()
     for process in processes:
         process.join()

@@ -1,10 +1,9 @@
-"""Ends a run whose step does not: every rank has a thread that looks at the clock, and needs no other rank for that.
+"""Ends a run whose step hangs. Each rank has a thread that watches the clock and needs no other rank.
 
-`trace.report_status` says where the rank is; the watchdog keeps that in `whereabouts`, and takes the time of "step", from when a
-number is told until an empty text is. A step that takes `launch.stall_factor` times the median of those before, and
-`launch.stall_s`, is one too many. The rank that sees it first writes down where all of them are, which `launch` shows,
-or prints it itself in ranks of a launcher's. In every rank's own log are then the Python stacks of its threads and
-what torch's flight recorder says of its collectives.
+`trace.report_status` says where the rank is; the watchdog records it in the rank's `Heartbeat` and times each "step". A
+step hangs if it takes `launch.stall_factor` times the median of the steps before it, and longer than `launch.stall_s`.
+The first rank to see that writes the position of every rank to a file. The parent shows it, or that rank prints it if a
+launcher has started the ranks. Each rank's log gets its Python stacks and torch's flight recorder of collectives.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ from ring_attention import trace
 from ring_attention.transport import flight_record
 
 NUM_STEPS_OF_MEDIAN = 50
-MIN_STEPS = 5  # before a median says anything; the first step, which compiles and allocates, is not among them
-_LOOK_INTERVAL_S = 0.5
-_LAST_WORDS_S = 2.0  # for the other ranks to write their own logs
-_MOST_WORDS_S = 15.0
+MIN_STEPS = 5  # for a median; the first step, which compiles and allocates, does not count
+_CHECK_INTERVAL_S = 0.5
+_LOG_GRACE_S = 2.0  # for the other ranks to write their logs
+_MAX_REPORT_S = 15.0
 
 
 class StallDetector:
-    """How long steps take, and since when the one that is under way does."""
+    """Knows how long steps take, and since when the current one runs."""
 
     def __init__(self, config: LaunchConfig) -> None:
         self._config = config
@@ -43,21 +42,21 @@ class StallDetector:
         self.step = ""
         self._started: float | None = None
 
-    def tell(self, step: str, now: float) -> None:
-        """The step of this number starts, or with an empty text ends."""
+    def update(self, step: str, now: float) -> None:
+        """This step starts; an empty text ends the current one."""
         if self._started is not None:
             if self._had_first:
                 self._durations_s.append(now - self._started)
             self._had_first = True
         self.step, self._started = step, now if step else None
 
-    def forgive(self, seconds: float) -> None:
-        """So much of the step that is under way is not its own."""
+    def discount(self, seconds: float) -> None:
+        """Do not count this time towards the current step."""
         if self._started is not None:
             self._started += seconds
 
-    def complaint(self, now: float) -> str | None:
-        """What there is to say of the step that is under way; None as long as it may go on."""
+    def stall_message(self, now: float) -> str | None:
+        """What is wrong with the current step; None if nothing is."""
         durations_s, started = list(self._durations_s), self._started
         if started is None or not self._config.stall_factor or len(durations_s) < MIN_STEPS:
             return None
@@ -65,77 +64,77 @@ class StallDetector:
         if now - started <= max(self._config.stall_s, self._config.stall_factor * median_s):
             return None
         return (
-            f"step {self.step} was not done after {now - started:.1f} s, which is {(now - started) / median_s:,.0f} "
-            f"times the median of {len(durations_s)} steps before ({median_s:.3f} s)"
+            f"step {self.step} is not done after {now - started:.1f} s, {(now - started) / median_s:,.0f} times the "
+            f"median of the {len(durations_s)} steps before it ({median_s:.3f} s)"
         )
 
 
 @contextlib.contextmanager
 def watched(config: LaunchConfig, run_dir: Path, rank: int, num_ranks: int, console: TextIO | None) -> Iterator[None]:
-    """Within, this rank's place is on record, and a step that does not end ends the process.
+    """Inside, this rank's position is recorded, and a step that hangs ends the process.
 
     Args:
-        console: where people read it, if no parent of ours tells them.
+        console: where to print the error; None if the parent prints it.
 
     Raises:
         OSError: if the disk has no room for the record.
     """
-    whereabouts, timer, ended = Heartbeat(run_dir, rank), StallDetector(config), threading.Event()
+    heartbeat, detector, ended = Heartbeat(run_dir, rank), StallDetector(config), threading.Event()
 
-    def follow(kind: str, text: str) -> None:
+    def record(kind: str, text: str) -> None:
         if kind == "step":
-            timer.tell(text, time.monotonic())
-        whereabouts.tell(kind, text)
+            detector.update(text, time.monotonic())
+        heartbeat.update(kind, text)
 
-    def look() -> None:
-        looked = time.monotonic()
-        while not ended.wait(_LOOK_INTERVAL_S):
+    def watch() -> None:
+        checked = time.monotonic()
+        while not ended.wait(_CHECK_INTERVAL_S):
             now = time.monotonic()
-            if now - looked > 4 * _LOOK_INTERVAL_S:  # this process was stopped itself, Ctrl-Z say, and goes on now
-                timer.forgive(now - looked)
-            looked = now
-            complaint = timer.complaint(now)
-            if complaint:
-                _end(complaint, run_dir, rank, num_ranks, console)
+            if now - checked > 4 * _CHECK_INTERVAL_S:  # this process was stopped itself, by Ctrl-Z for example
+                detector.discount(now - checked)
+            checked = now
+            if message := detector.stall_message(now):
+                _end(message, run_dir, rank, num_ranks, console)
 
-    thread = threading.Thread(target=look, daemon=True, name="watchdog")
+    thread = threading.Thread(target=watch, daemon=True, name="watchdog")
     thread.start()
-    trace.set_status_listener(follow)
+    trace.set_status_listener(record)
     try:
         yield
     finally:
         trace.set_status_listener(None)
         ended.set()
-        thread.join()  # one that lived on while Python ends could abort the process
-    record_path(run_dir, rank).unlink()  # there is nothing to explain
+        thread.join()  # a thread that outlives Python could abort the process
+    record_path(run_dir, rank).unlink()  # the block succeeded: nothing to explain
 
 
-def _end(complaint: str, run_dir: Path, rank: int, num_ranks: int, console: TextIO | None) -> None:
-    """Write down what is known, and leave: a thread that is stuck in a collective can raise nothing."""
-    # also if the disk that the words go to is what stands still
-    last_resort = threading.Timer(_MOST_WORDS_S, os._exit, (1,))
-    last_resort.daemon = True
-    last_resort.start()
+def _end(message: str, run_dir: Path, rank: int, num_ranks: int, console: TextIO | None) -> None:
+    """Report and exit; the main thread is stuck in a collective and cannot raise."""
+    # exit even if the disk with the logs is what hangs
+    timer = threading.Timer(_MAX_REPORT_S, os._exit, (1,))
+    timer.daemon = True
+    timer.start()
     try:
-        _say(complaint, run_dir, rank, num_ranks, console)
+        _report(message, run_dir, rank, num_ranks, console)
     finally:
         os._exit(1)
 
 
-def _say(complaint: str, run_dir: Path, rank: int, num_ranks: int, console: TextIO | None) -> None:
-    lines = [complaint, *describe_ranks(run_dir, num_ranks, time.time())]
-    text = "\n".join([*lines, f"stacks of all threads and pending collectives are in {run_dir / LOGS_DIR}/rank_*.log"])
+def _report(message: str, run_dir: Path, rank: int, num_ranks: int, console: TextIO | None) -> None:
+    logs = run_dir / LOGS_DIR
+    where = f"stacks of all threads and pending collectives are in {logs}/rank_*.log"
+    text = "\n".join([message, *describe_ranks(run_dir, num_ranks, time.time()), where])
     try:
-        with (run_dir / LOGS_DIR / STALL_FILE).open("x", encoding="utf-8") as file:
+        with (logs / STALL_FILE).open("x", encoding="utf-8") as file:
             file.write(text + "\n")
         is_first = True
-    except FileExistsError:  # another rank has said it
+    except FileExistsError:
         is_first = False
-    print(text, file=sys.stderr, flush=True)  # the rank's log
+    print(text, file=sys.stderr, flush=True)  # this rank's log
     faulthandler.dump_traceback(sys.stderr.fileno())
     pickled, pending = flight_record()
-    (run_dir / LOGS_DIR / f"flight_recorder_{rank}").write_bytes(pickled)
+    (logs / f"flight_recorder_{rank}").write_bytes(pickled)
     print(*(f"pending: {line}" for line in pending), sep="\n", file=sys.stderr, flush=True)
     if is_first and console:
         print(f"error: {text}", file=console, flush=True)
-    time.sleep(_LAST_WORDS_S if is_first else 2 * _LAST_WORDS_S)  # who leaves makes the launcher end all
+    time.sleep(_LOG_GRACE_S if is_first else 2 * _LOG_GRACE_S)  # the first rank to exit makes the launcher end all

@@ -1,12 +1,8 @@
-"""What one rank does from its start to its end, whoever has started it: meets the others, runs its task, keeps a log.
-
-Below `launch`.
-"""
+"""What every rank does, whoever has started it: joins the process group, runs its task, and keeps a log."""
 
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import sys
 import traceback
@@ -17,77 +13,66 @@ from typing import Protocol, TextIO
 import torch
 
 from conf.schema import Config, ConfigError
+from recipes.launch import startup
 from recipes.launch.disk_errors import full_disk_explained
 from recipes.launch.environment import RENDEZVOUS
 from recipes.run.errors import RunFailed
-from recipes.run.heartbeat import LOGS_DIR, clear_rank_states, read_rank_state
+from recipes.run.heartbeat import LOGS_DIR, clear_rank_states, position
 
 
 class Task(Protocol):
-    """What all ranks do once they are connected; travels to them, and is rank 0's for all."""
+    """What all ranks do once they are connected; pickled, and rank 0's is used by all."""
 
     @property
     def config(self) -> Config:
-        """What the ranks are started with: timeouts, determinism."""
+        """Settings needed before the task: timeouts, determinism."""
         ...
 
     def run(self, run_dir: Path, console: TextIO) -> float:
-        """On one rank; rank 0's result is what `launch` returns.
+        """Run on one rank; `launch` returns rank 0's result.
 
         Args:
-            console: where rank 0 writes what people see; other output goes to the rank's log.
+            console: where rank 0 writes what people see; all other output goes to the rank's log.
         """
         ...
 
 
 def run_rank(task: Task, run_dir: Path, init_method: str | None) -> float:
-    """Run the task as the rank that the environment names; rank 0's task and run dir are used by all.
+    """Run the task as the rank that the environment names. All ranks use rank 0's task and run dir.
 
     Args:
-        init_method: where ranks that we started meet; None: where the launcher's variables say.
+        init_method: the rendezvous of ranks that `launcher.launch` started; None for an external launcher's ranks.
 
     Raises:
-        RunFailed: for any error of the task, where there is no parent of ours that tells people.
+        RunFailed: for any error of the task, in an external launcher's ranks; `launcher.launch` explains the others.
     """
     rank, num_ranks, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if num_local_ranks == num_ranks:  # one machine: nothing needs to be reached from outside
-        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            os.environ.setdefault(variable, "lo")
-    if not torch.cuda.is_available():
-        os.environ["DS_ACCELERATOR"] = "cpu"
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_local_ranks))
-    if task.config.engine.deterministic:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS is deterministic only with a workspace of its own
-        torch.use_deterministic_algorithms(True)
+    startup.configure_rank(num_local_ranks, num_ranks, task.config.engine.deterministic)
 
     import deepspeed.comm as dist
 
-    from recipes.engine.deepspeed_engine import init_distributed
     from recipes.launch.watchdog import watched
-
-    gc.freeze()  # what was imported stays: no looking for garbage in it, as DeepSpeed does six times at its start
 
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
-    has_parent = init_method is not None  # of ours, which tells people how ranks have ended
-    if meeting := os.environ.get(RENDEZVOUS):
-        Path(meeting).mkdir(mode=0o700, exist_ok=True)
-        init_method = f"file://{meeting}/meeting"
-    init_distributed(init_method, task.config.launch.timeout_s)
+    has_parent = init_method is not None
+    if rendezvous := os.environ.get(RENDEZVOUS):
+        Path(rendezvous).mkdir(mode=0o700, exist_ok=True)
+        init_method = f"file://{rendezvous}/rendezvous"
+    startup.init_distributed(init_method, task.config.launch.timeout_s)
     if rank == 0:
-        clear_rank_states(run_dir)  # a launcher that is not ours does not
+        clear_rank_states(run_dir)  # an external launcher has not done it
     shared = [task, run_dir]
     dist.broadcast_object_list(shared, src=0)
     task, run_dir = shared
-    (run_dir / LOGS_DIR).mkdir(parents=True, exist_ok=True)
-    launch = task.config.launch
     log_path = run_dir / LOGS_DIR / f"rank_{rank}.log"
+    log_path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with (
             _output_to(log_path) as console,
             full_disk_explained(run_dir, rank),
-            watched(launch, run_dir, rank, num_ranks, console=None if has_parent else console),
+            watched(task.config.launch, run_dir, rank, num_ranks, console=None if has_parent else console),
         ):
             result = task.run(run_dir, console)
             dist.destroy_process_group()
@@ -95,20 +80,19 @@ def run_rank(task: Task, run_dir: Path, init_method: str | None) -> float:
     except Exception as error:
         if has_parent or isinstance(error, (ConfigError, RunFailed)):
             raise
-        place = read_rank_state(run_dir, rank)
         what = "".join(traceback.format_exception_only(error)).rstrip()
         raise RunFailed(
-            f"rank {rank} failed{f' ({place})' if place else ''}: {what}\nif another failed first, torchrun names it "
+            f"rank {rank} failed{position(run_dir, rank)}: {what}\nif another rank failed first, torchrun names it "
             f"below; this one's log: {log_path}"
         ) from error
 
 
 @contextlib.contextmanager
 def _output_to(log_path: Path) -> Iterator[TextIO]:
-    """Send this process's stdout and stderr, of C++ libraries too, to a file; yields the console as it was."""
+    """Send this process's stdout and stderr, including that of C++ libraries, to a file; yields the console."""
     sys.stdout.flush()
     sys.stderr.flush()
-    kept = [os.dup(1), os.dup(2)]
+    saved = [os.dup(1), os.dup(2)]
     with log_path.open("a", encoding="utf-8") as log, os.fdopen(os.dup(1), "w", encoding="utf-8") as console:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
@@ -120,6 +104,6 @@ def _output_to(log_path: Path) -> Iterator[TextIO]:
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
-            for descriptor, target in zip(kept, (1, 2), strict=True):
+            for descriptor, target in zip(saved, (1, 2), strict=True):
                 os.dup2(descriptor, target)
                 os.close(descriptor)

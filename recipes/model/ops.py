@@ -1,14 +1,13 @@
-"""What the model computes for each token beside matrix products: norms, rotary positions, SwiGLU, the loss.
+"""The model's token-wise operations: norms, rotary positions, SwiGLU, the loss; and sums over tiles.
 
-Below `transformer`. On a GPU each takes the fastest of plain PyTorch, torch.compile of that and Liger (the package
-liger-kernel, where it is installed), as measured (docs/lab_notebook.md); everywhere else plain PyTorch, which is
-what the tests hold the others against:
+On a GPU each uses the fastest measured (docs/lab_notebook.md) of plain PyTorch, torch.compile and Liger (the package
+liger-kernel, if installed). Elsewhere all are plain PyTorch, the reference in the tests.
 
     norms           plain PyTorch
-    rotary, loss    torch.compile: one pass each way; Liger copies first what it would overwrite
+    rotary, loss    torch.compile: one pass each way, while Liger first copies what it would overwrite
     SwiGLU          Liger, whose backward pass is the fastest
 
-Shapes: B batch, S local tokens, E hidden size, H query heads, K key-value heads, D head size, F MLP size, V vocabulary.
+Shapes: B batch, S local tokens, H query heads, K key-value heads, N all heads, D head size, F MLP size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -28,19 +27,13 @@ from data.batch import IGNORED_LABEL
 
 
 @functools.cache
-def has_liger() -> bool:
-    """Whether liger-kernel is installed."""
-    return importlib.util.find_spec("liger_kernel") is not None
-
-
-@functools.cache
 def _compiled(function: Callable) -> Callable:
-    # for the shapes that come; what changes from call to call becomes dynamic. All dynamic is 6 times slower for rotary
+    # with static shapes first, dynamic where they change: all dynamic is 6 times slower for rotary
     return torch.compile(function)
 
 
 def make_norm(config: ModelConfig) -> nn.RMSNorm | nn.LayerNorm:
-    """The norm over the last dim, E, that `model.norm` names."""
+    """The norm over the hidden size that `model.norm` names."""
     norm = nn.RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm
     return norm(config.hidden_size, eps=config.norm_eps)
 
@@ -48,18 +41,17 @@ def make_norm(config: ModelConfig) -> nn.RMSNorm | nn.LayerNorm:
 def rotary_qkv(
     qkv_BSND: Tensor, head_counts: tuple[int, int, int], cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Split the heads of one projection; rotate the pairs (x_i, x_{i+D/2}) of queries and keys: RoPE (Su et al. 2021).
+    """Split the heads of q, k and v, and rotate the pairs (x_i, x_{i+D/2}) of q and k: RoPE (Su et al. 2021).
 
-    Rotated in fp32 (fp64 for fp64 input), in one pass over all three.
+    Computes in fp32 (fp64 for fp64 input).
 
     Args:
-        head_counts: of queries, keys and values, in this order along N.
-        cos: [1, S, 1, D/2] in fp32.
-        sin: the same.
+        head_counts: of q, k and v, in this order along N.
+        cos: [1, S, 1, D/2] in fp32, as is `sin`.
 
     Returns:
-        (q [B, S, H, D], k [B, S, K, D], v the same) in the input's dtype, contiguous; v lies right behind k in memory,
-        so that a ring sends both as one message without a copy.
+        q [B, S, H, D], k and v [B, S, K, D] in the input's dtype, contiguous. v follows k in memory, so that a ring
+        sends both as one message without a copy.
     """
     function = _compiled(_rotary_qkv) if qkv_BSND.is_cuda else _rotary_qkv
     q_BSHD, kv_2BSKD = function(qkv_BSND, head_counts, cos, sin)
@@ -80,18 +72,21 @@ def _rotated(x_BSHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @functools.cache
 def _liger_swiglu() -> Any:
-    # by submodule: `liger_kernel.ops` itself may hand out other kernels, depending on what else is installed
+    """Liger's function, or None if liger-kernel is not installed."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        return None
+    # by submodule: `liger_kernel.ops` may return other kernels, depending on what else is installed
     return importlib.import_module("liger_kernel.ops.swiglu").LigerFusedGateUpSiLUMulFunction
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up (Shazeer 2020) for [..., 2 F], gate before up, as one projection gives them: [..., F].
+    """silu(gate) * up (Shazeer 2020) for [..., 2 F], gate before up: [..., F].
 
-    One tensor rather than two: Liger reads its halves where they lie, two it would have to copy.
+    One tensor rather than two: Liger reads its halves in place, and would have to copy two.
     """
-    if gate_up.is_cuda and gate_up.dtype != torch.float64 and has_liger():
-        # as a matrix: the gradient that Liger 0.8.5 gives back is one, whatever shape it got
-        return _liger_swiglu().apply(gate_up.flatten(0, -2)).unflatten(0, gate_up.shape[:-1])
+    if gate_up.is_cuda and gate_up.dtype != torch.float64 and (liger := _liger_swiglu()):
+        # as a matrix: Liger 0.8.5 returns the gradient as one, whatever the input's shape
+        return liger.apply(gate_up.flatten(0, -2)).unflatten(0, gate_up.shape[:-1])
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up
 
@@ -110,3 +105,16 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
 def _cross_entropy_sum(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
     compute_dtype = torch.promote_types(logits_TV.dtype, torch.float32)
     return F.cross_entropy(logits_TV.to(compute_dtype), labels_T, ignore_index=IGNORED_LABEL, reduction="sum")
+
+
+def fp32_zeros_like(tensor: Tensor) -> Tensor:
+    """An accumulator of the tensor's shape: fp32, or fp64 for fp64."""
+    return torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+
+
+def add_matmul_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, without rounding the product of half-precision factors to their dtype."""
+    if a.is_cuda and a.dtype != total.dtype:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)  # pyright: ignore[reportCallIssue]
+    else:  # the CPU has no such product
+        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), out=total)

@@ -1,7 +1,7 @@
-"""A dense transformer, pre-norm, whose attention is passed in. One file, top to bottom.
+"""A dense pre-norm transformer in one file. The attention module is passed in.
 
-It knows nothing of ranks: it sees the tokens that this rank holds and their global positions, and hands q, k, v to
-`attention`, any module with DeepSpeed's DistributedAttention contract (`ring_attention.attention`).
+The model knows nothing of ranks. It sees this rank's tokens and their global positions, and hands q, k and v to
+`attention`, any module with the contract of DeepSpeed's DistributedAttention (`ring_attention.attention`).
 
 Shapes: B batch, S local tokens, E hidden size, H query heads, K key-value heads, D head size, V vocabulary.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,22 +23,24 @@ from recipes.model.mlp import MLP
 from recipes.model.ops import make_norm, rotary_qkv
 from ring_attention.checkpointing import selective_checkpointing
 
+Part = TypeVar("Part", bound=nn.Module)
+
 
 def rotary_cos_sin(positions_1S: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """cos and sin [1, S, 1, D/2] in fp32 of global positions: RoPE (Su et al. 2021).
 
-    The angles are computed in fp64: in fp32 a position of a million is already off by 0.03 radians.
+    Angles are computed in fp64: in fp32 position 1,000,000 is off by 0.03 radians.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions_1S.device) / head_dim
     angles = positions_1S.to(torch.float64)[..., None, None] * theta**-exponents
     return angles.cos().float(), angles.sin().float()
 
 
-def draw_weights_(part: nn.Module, config: ModelConfig, seed: int, index: int) -> None:
+def init_weights_(part: Part, config: ModelConfig, seed: int, index: int) -> Part:
     """Draw the weights of part `index` of the model (0 the embedding, then the layers, then the head); biases are 0.
 
-    Each part has a generator of its own, so a pipeline stage draws no other stage's weights. The two projections that
-    add into the residual stream shrink with its depth (GPT-2).
+    Each part has its own generator, so that a pipeline stage draws only its own weights. The two projections that add
+    to the residual stream are scaled down by its depth (GPT-2).
     """
     generator = None
     for name, parameter in part.named_parameters():
@@ -47,6 +50,7 @@ def draw_weights_(part: nn.Module, config: ModelConfig, seed: int, index: int) -
             nn.init.normal_(parameter, std=config.init_std / depth**0.5, generator=generator)
         elif name.endswith("bias"):
             nn.init.zeros_(parameter)
+    return part
 
 
 class SelfAttention(nn.Module):
@@ -77,34 +81,28 @@ class Layer(nn.Module):
 
 
 def make_embedding(config: ModelConfig, seed: int) -> nn.Embedding:
-    embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-    draw_weights_(embedding, config, seed, 0)
-    return embedding
+    return init_weights_(nn.Embedding(config.vocab_size, config.hidden_size), config, seed, 0)
 
 
 def make_layer(config: ModelConfig, attention: nn.Module, seed: int, index: int, mlp_tile_tokens: int = 0) -> Layer:
-    """Layer `index`, counted from 0."""
-    layer = Layer(config, attention, mlp_tile_tokens)
-    draw_weights_(layer, config, seed, 1 + index)
-    return layer
+    """Layer `index`, from 0."""
+    return init_weights_(Layer(config, attention, mlp_tile_tokens), config, seed, 1 + index)
 
 
 def make_head(config: ModelConfig, seed: int, tile_tokens: int = 0) -> Head:
-    head = Head(config.hidden_size, config.vocab_size, tile_tokens)
-    draw_weights_(head, config, seed, 1 + config.num_layers)
-    return head
+    return init_weights_(Head(config.hidden_size, config.vocab_size, tile_tokens), config, seed, 1 + config.num_layers)
 
 
 class Transformer(nn.Module):
-    """The model. `forward` returns the SUM of this rank's token losses, for the caller to normalise over all ranks.
+    """The model. `forward` returns the SUM of this rank's token losses, which the engine normalises over all ranks.
 
     Args:
         attention: any module with DeepSpeed's DistributedAttention contract.
-        seed: of the weights, which are drawn on the device that torch would allocate on.
-        recompute: EngineConfig's: what of each layer the backward pass computes again instead of keeping it.
-        tile_tokens: of how many tokens `forward` has logits at once; 0: of all.
-        mlp_tile_tokens: of how many tokens an MLP has hidden activations at once; 0: of all.
-        offload: whether what is kept of layers that are computed again lies in the host's memory meanwhile.
+        seed: of the weights, which are drawn on torch's default device.
+        recompute: activation checkpointing of each layer: none, selective (all but attention) or full.
+        tile_tokens: tiled loss: how many tokens have logits at the same time; 0: all.
+        mlp_tile_tokens: tiled MLP: how many tokens have hidden activations at the same time; 0: all.
+        offload: whether what checkpointed layers save lies in host memory until their backward pass.
     """
 
     def __init__(
@@ -129,6 +127,10 @@ class Transformer(nn.Module):
         if config.tied_head:
             self.head.weight = self.embedding.weight
 
+    def forward(self, tokens_BS: Tensor, positions_1S: Tensor, labels_BS: Tensor) -> Tensor:
+        """The sum of the cross-entropies of `TokenBatch.labels_BS` in nats, a scalar in fp32."""
+        return self.head(self._hidden(tokens_BS, positions_1S), labels_BS)
+
     def logits(self, tokens_BS: Tensor, positions_1S: Tensor) -> Tensor:
         """[B, S, V] for tokens [B, S] at global positions [1, S]."""
         return self.head(self._hidden(tokens_BS, positions_1S))
@@ -137,25 +139,17 @@ class Transformer(nn.Module):
         cos, sin = rotary_cos_sin(positions_1S, self.config.head_dim, self.config.rope_theta)
         x_BSE = self.embedding(tokens_BS)
         for index, layer in enumerate(self.layers):
-            x_BSE = self._through(layer, index, x_BSE, cos, sin)
+            if self.recompute == "none" or not torch.is_grad_enabled():
+                x_BSE = layer(x_BSE, cos, sin)
+            else:
+                x_BSE = self._checkpointed(layer, index, x_BSE, cos, sin)
         return self.final_norm(x_BSE)
 
-    def _through(self, layer: nn.Module, index: int, *inputs: Tensor) -> Tensor:
-        if self.recompute == "none" or not torch.is_grad_enabled():
-            return layer(*inputs)
+    def _checkpointed(self, layer: nn.Module, index: int, *inputs: Tensor) -> Tensor:
         offload, context_fn = self._offload, noop_context_fn
         if self.recompute == "selective":
             packing = () if offload is None else (offload.pack, offload.unpack)
             context_fn = functools.partial(selective_checkpointing, *packing)
         with contextlib.nullcontext() if offload is None else offload.layer(self.config.num_layers - 1 - index):
-            return checkpoint(
-                layer,
-                *inputs,
-                use_reentrant=False,
-                context_fn=context_fn,
-                preserve_rng_state=False,  # nothing is drawn at random
-            )
-
-    def forward(self, tokens_BS: Tensor, positions_1S: Tensor, labels_BS: Tensor) -> Tensor:
-        """The sum of what follows each token's cross-entropy in nats, fp32: see `TokenBatch`."""
-        return self.head(self._hidden(tokens_BS, positions_1S), labels_BS)
+            # no random numbers are drawn, so there is no state to preserve
+            return checkpoint(layer, *inputs, use_reentrant=False, context_fn=context_fn, preserve_rng_state=False)

@@ -24,11 +24,11 @@ class StepClock:
 
     def restart(self) -> None:
         """A step starts here; what passed since the last tick (a validation, say) belongs to none."""
-        self._start = mark()
+        self._start = timestamp()
 
     def tick(self) -> None:
         """A step ends here, and the next one starts."""
-        end = mark()
+        end = timestamp()
         self._spans.append((self._start, end))
         self._start = end
 
@@ -38,7 +38,7 @@ class StepClock:
         return durations_s(spans)
 
 
-def mark() -> Any:
+def timestamp() -> Any:
     """Now: an event in the current stream on CUDA, the wall clock on the CPU."""
     if not torch.cuda.is_available():
         return time.perf_counter()
@@ -48,7 +48,7 @@ def mark() -> Any:
 
 
 def durations_s(spans: list[tuple[Any, Any]]) -> list[float]:
-    """Seconds from each first `mark` to its second; waits for the device."""
+    """Seconds from each first `timestamp` to its second; waits for the device."""
     if not torch.cuda.is_available():
         return [stop - start for start, stop in spans]
     torch.cuda.synchronize()
@@ -67,7 +67,7 @@ def percentile(values: list[float], percent: int) -> float:
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
 
 
-def restart_peak_memory() -> None:
+def reset_peak_memory() -> None:
     """Free what nobody holds; what `peak_memory_gib` says on a GPU is then of what comes from here on."""
     if torch.cuda.is_available():
         gc.collect()
@@ -90,7 +90,7 @@ def peak_memory_in_use_gib() -> float:
     return peak_memory_gib()
 
 
-def allocator() -> dict[str, float]:
+def allocator_stats() -> dict[str, float]:
     """Of this rank's GPU: the peak of memory in use, and how often its cache had to be freed. Nothing on the CPU."""
     if not torch.cuda.is_available():
         return {}

@@ -74,7 +74,7 @@ METRICS = (
 )
 """Over steps; charts stand in this order."""
 
-CONCLUSIONS = (
+SUMMARY_METRICS = (
     Metric("validation_loss", "validation loss at the end", "nats/token", "", ("",), only="recipe=pretrain"),
     Metric("tokens_per_s", "median throughput, all ranks", "tokens/s", "", ("",)),
     Metric("tokens_per_s_per_rank", "median throughput per rank", "tokens/s", "", ("",)),

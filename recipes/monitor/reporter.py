@@ -64,7 +64,7 @@ def _init_wandb(logging: LoggingConfig, run_dir: Path, config: dict[str, Any], m
     )
 
 
-def how_to_look_at_wandb(run: Any) -> list[str]:
+def wandb_hints(run: Any) -> list[str]:
     """Commands that show a wandb run."""
     if run.settings.mode == "offline":
         folder = Path(run.dir).parent
@@ -163,7 +163,7 @@ class Reporter:
         self._file.flush()  # a crash loses nothing
         self._wandb.log(known)
 
-    def conclude(self, numbers: dict[str, float | None]) -> None:
+    def write_summary(self, numbers: dict[str, float | None]) -> None:
         """Numbers of the run as a whole: to RUN_DIR/summary.json, beside earlier ones, and to wandb's summary."""
         known = {name: value for name, value in numbers.items() if value is not None}
         self._conclusions |= {name: value if math.isfinite(value) else None for name, value in known.items()}
@@ -200,10 +200,10 @@ class Reporter:
             f"median throughput: {throughput.tokens_per_s:,.0f} tok/s, "
             f"{throughput.tokens_per_s_per_rank:,.0f} tok/s/rank, TPOT {throughput.tpot_ms:.3f} ms, "
             f"{throughput.model_tflops_per_rank:.3g} model TFLOP/s per rank{mfu}",
-            *self.how_to_look(),
+            *self.view_hints(),
         ]
 
-    def how_to_look(self) -> list[str]:
+    def view_hints(self) -> list[str]:
         """Commands that show the run that just ended."""
         lines = [
             f"metrics as JSON lines: {self._run_dir / METRICS_FILE}",
@@ -214,7 +214,7 @@ class Reporter:
         if self._config.memory_snapshot:
             where = self._run_dir / "profile" if self._plan.device_type == "cuda" else "none, which is for GPUs"
             lines.append(f"memory snapshots:      {where}")
-        lines += how_to_look_at_wandb(self._wandb)
+        lines += wandb_hints(self._wandb)
         return lines
 
 

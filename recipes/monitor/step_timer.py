@@ -45,7 +45,7 @@ class StepTimer:
     def step(self, is_logged: bool) -> Iterator[None]:
         """Around a step; the waits for the ring of one that is logged are measured."""
         with (
-            observed_range("exchange wait", lambda: self._waits.append(device_metrics.mark()))
+            observed_range("exchange wait", lambda: self._waits.append(device_metrics.timestamp()))
             if is_logged and self._has_ring
             else contextlib.nullcontext()
         ):
@@ -66,7 +66,7 @@ class StepTimer:
             "step_time_ms": 1e3 * statistics.mean(times_s),
             "data_wait_ms": 1e3 * self._data_wait_s / len(times_s),
             "peak_memory_gib": device_metrics.peak_memory_gib(),
-            **device_metrics.allocator(),
+            **device_metrics.allocator_stats(),
         }
         if self._has_ring:
             waits = zip(self._waits[::2], self._waits[1::2], strict=True)
@@ -80,7 +80,7 @@ class StepTimer:
         return times_s, numbers | {name: largest for name, (_, largest) in extremes.items()}
 
 
-def speed(throughput: Throughput, times_s: list[float], num_steps_left: int) -> dict[str, float | None]:
+def speed_metrics(throughput: Throughput, times_s: list[float], num_steps_left: int) -> dict[str, float | None]:
     """Throughput and times of the steps since the last log, for logs."""
     return {
         **throughput.numbers,
@@ -91,6 +91,6 @@ def speed(throughput: Throughput, times_s: list[float], num_steps_left: int) -> 
     }
 
 
-def named(prefix: str, numbers: dict[str, float | None]) -> dict[str, float | None]:
+def with_prefix(prefix: str, numbers: dict[str, float | None]) -> dict[str, float | None]:
     """The numbers as PREFIX/NAME, which is how logs have them."""
     return {f"{prefix}/{name}": number for name, number in numbers.items()}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from data.batch import TokenBatch
-from recipes.engine.build import Engine
+from recipes.engine.base import Engine
 from recipes.engine.deepspeed_engine import TrainingEngine
 from recipes.monitor.metric_registry import PARTS
 from recipes.monitor.trace_analysis import step_breakdown

@@ -121,9 +121,9 @@ class Plan:
     @property
     def layout(self) -> Layout:
         """How a sequence's tokens lie over its ranks; of tensor ranks, between their matrices."""
-        length, parallelism = self.config.data.sequence_length, self.config.parallelism
-        if parallelism.method == "tensor_pipeline":
-            return Layout("contiguous", self.degrees.tensor if parallelism.sequence_sharded_norms else 1, length)
+        length = self.config.data.sequence_length
+        if self.config.parallelism.method == "tensor_pipeline":
+            return Layout("contiguous", self.degrees.tensor, length)
         return Layout(self.config.attention.layout, self.degrees.ring, length, self.degrees.ulysses)
 
     @property

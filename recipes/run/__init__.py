@@ -1,4 +1,4 @@
-"""A run as others see it: how it ends early, what lies in its folder, and where each rank is.
+"""A run from the outside: how it ends early, what its folder holds, and where each rank is.
 
-The lowest folder of recipes: imports conf alone, and neither torch nor DeepSpeed.
+The lowest folder of recipes: imports only conf, no torch and no DeepSpeed.
 """

@@ -1,4 +1,4 @@
-"""How a run ends early. Imports nothing slow."""
+"""How a run ends early."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import signal
 
 
 class RunFailed(RuntimeError):
-    """A rank failed; the message names it, shows its error and says where its log is.
+    """A rank failed. The message names the rank, shows its error and says where its log is.
 
     Args:
-        of_all_ranks: whether all of them raise it, so that rank 0 is enough to tell, and all can wait for that.
+        of_all_ranks: whether every rank raises it. Then rank 0 alone reports it, and all can wait for that.
     """
 
     def __init__(self, message: str, of_all_ranks: bool = False) -> None:
@@ -18,12 +18,12 @@ class RunFailed(RuntimeError):
 
 
 class Preempted(SystemExit):
-    """The run was told to end, by SIGTERM or SIGUSR1, and has: the same command with its run dir goes on.
+    """SIGTERM or SIGUSR1 stopped the run; the same command with its run dir resumes.
 
-    The exit code is that of SIGTERM for both, which is no failure; `logs/preempted` says whether it has saved.
+    The exit code is that of SIGTERM for both signals. RUN_DIR/logs/preempted exists if the run saved a checkpoint.
 
     Args:
-        of_all_ranks: as `RunFailed`'s.
+        of_all_ranks: as for `RunFailed`.
     """
 
     EXIT_CODE = 128 + signal.SIGTERM

@@ -1,8 +1,8 @@
-"""Where each rank is, for when it can no longer say so itself: a record per rank, which it keeps up to date.
+"""Per-rank heartbeat: where each rank is, readable after a crash or a hang.
 
-RUN_DIR/logs/rank_N.state is one line that the rank writes through a memory map: that takes about a microsecond and no
-system call, and what was written last is there after kill -9 or SIGSTOP, too. Pure files, no torch: the launcher's
-parent looks here when a rank has died. `watchdog` writes the records, and looks when a step does not end.
+A rank writes one line to RUN_DIR/logs/rank_N.state through a memory map. That takes about a microsecond and no system
+call, and the last line survives kill -9 and SIGSTOP. The launcher's parent reads it when a rank has died, the watchdog
+when a step hangs.
 """
 
 from __future__ import annotations
@@ -17,56 +17,56 @@ from pathlib import Path
 
 from recipes.run.run_dir import LOGS_DIR, PREEMPTED_FILE, STALL_FILE
 
-KINDS = ("step", "part", "ring_step", "wait")  # the coarse first: a new one ends the finer ones
+KINDS = ("step", "part", "ring_step", "wait")  # coarse to fine; a new step or part clears the finer ones
 _RECORD_BYTES = 1024
 
 
 class Heartbeat:
-    """The record of this rank.
+    """This rank's record.
 
     Raises:
-        OSError: if the disk is full. Later it cannot fail: all its bytes are there.
+        OSError: if the disk is full. Later updates cannot fail, because the file has its full size.
     """
 
     def __init__(self, run_dir: Path, rank: int) -> None:
         path = record_path(run_dir, rank)
-        path.unlink(missing_ok=True)  # of an earlier start
+        path.unlink(missing_ok=True)  # from an earlier start
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            # a write through the map of a byte that the disk has no room for would kill the rank (SIGBUS)
+            # without allocated space, a write through the map on a full disk would kill the rank (SIGBUS)
             os.posix_fallocate(descriptor, 0, _RECORD_BYTES)
             try:
                 self._bytes = mmap.mmap(descriptor, _RECORD_BYTES)
             except OSError as error:
                 if error.errno != errno.ENODEV:
                     raise
-                self._bytes = mmap.mmap(-1, _RECORD_BYTES)  # a file system without shared maps: nobody else sees it
+                self._bytes = mmap.mmap(-1, _RECORD_BYTES)  # the file system has no shared maps: nobody can read it
         finally:
             os.close(descriptor)
         self._owner = f"{os.getpid()}\t{socket.gethostname()}"
-        self._now: dict[str, str] = dict.fromkeys(KINDS, "")
+        self._state: dict[str, str] = dict.fromkeys(KINDS, "")
         self._progress = 0
-        self.tell("part", "starting")
+        self.update("part", "starting")
 
-    def tell(self, kind: str, text: str) -> None:
-        """From now on the rank is there."""
-        now = self._now
-        now[kind] = text
+    def update(self, kind: str, text: str) -> None:
+        """Record that the rank is now at this step, part, ring step or wait; an empty text ends it."""
+        state = self._state
+        state[kind] = text
         if kind != "wait":
             self._progress += 1
         if kind in ("step", "part"):
-            now["ring_step"] = now["wait"] = ""
-        line = "\t".join((self._owner, f"{time.time():.6f}", str(self._progress), *now.values()))
+            state["ring_step"] = state["wait"] = ""
+        line = "\t".join((self._owner, f"{time.time():.6f}", str(self._progress), *state.values()))
         self._bytes[:] = line.encode()[: _RECORD_BYTES - 1].ljust(_RECORD_BYTES - 1) + b"\n"
 
 
 @dataclass(frozen=True)
 class RankState:
-    """Where a rank is, or was last.
+    """The last recorded state of a rank.
 
     Args:
-        since: in seconds since the epoch, by its host's clock.
-        progress: how many steps, parts and stages it has come through; all ranks come through the same.
+        since: seconds since the epoch, by the clock of the rank's host.
+        progress: number of updates so far, waits excluded; it is comparable, since all ranks make the same updates.
     """
 
     rank: int
@@ -80,19 +80,13 @@ class RankState:
     wait: str
 
     def __str__(self) -> str:
-        """Such as: step 7, forward, forward ring step 1, waiting for (hop)."""
-        return ", ".join(
-            [
-                *([f"step {self.step}"] if self.step else []),
-                self.part,
-                *([self.ring_step] if self.ring_step else []),
-                *([f"waiting in {self.wait}"] if self.wait else []),
-            ]
-        )
+        """Such as: step 7, forward, forward ring step 1, waiting in (transfer)."""
+        step, wait = self.step and f"step {self.step}", self.wait and f"waiting in {self.wait}"
+        return ", ".join(filter(None, (step, self.part, self.ring_step, wait)))
 
     @property
-    def trouble(self) -> str:
-        """What the system says of a process of this host that does not go on by itself; empty for any other."""
+    def process_problem(self) -> str:
+        """Why the process cannot run, by the kernel's word; empty if it runs or is on another host."""
         if self.host != socket.gethostname():
             return ""
         try:
@@ -112,35 +106,39 @@ def record_path(run_dir: Path, rank: int) -> Path:
 
 
 def clear_rank_states(run_dir: Path) -> None:
-    """Remove what an earlier start in the run dir has left."""
+    """Remove what an earlier start in this run dir left behind."""
     logs = run_dir / LOGS_DIR
     for path in [logs / STALL_FILE, logs / PREEMPTED_FILE, *logs.glob("rank_*.state")]:
         path.unlink(missing_ok=True)
 
 
 def read_rank_state(run_dir: Path, rank: int) -> RankState | None:
-    """Where the rank is or was last; None if it has not come so far as to say."""
+    """The last recorded state; None if the rank has recorded none, or a reader caught it while writing."""
     try:
         fields = record_path(run_dir, rank).read_text(encoding="utf-8", errors="replace").rstrip().split("\t")
-    except FileNotFoundError:
+        pid, host, since, progress, *state = [*fields, *[""] * len(KINDS)][: 4 + len(KINDS)]
+        return RankState(rank, int(pid), host, float(since), int(progress), *state)
+    except (FileNotFoundError, ValueError, TypeError):
         return None
-    if len(fields) < 4:  # made, but not written yet
-        return None
-    pid, host, since, progress, *told = [*fields, *[""] * len(KINDS)][: 4 + len(KINDS)]
-    return RankState(rank, int(pid), host, float(since), int(progress), *told)
+
+
+def position(run_dir: Path, rank: int) -> str:
+    """For error messages: " (step 7, backward)", or nothing if the rank has recorded no state."""
+    state = read_rank_state(run_dir, rank)
+    return f" ({state})" if state else ""
 
 
 def describe_ranks(run_dir: Path, num_ranks: int, now: float) -> list[str]:
-    """A line per rank: where it is, since when, what is wrong with it, and whether it is behind others.
+    """One line per rank: its position, for how long, whether it is behind the others, and its process's problem.
 
     Args:
         now: seconds since the epoch.
     """
-    places = [place for rank in range(num_ranks) if (place := read_rank_state(run_dir, rank))]
-    furthest, last = (choose((place.progress for place in places), default=0) for choose in (max, min))
+    states = [state for rank in range(num_ranks) if (state := read_rank_state(run_dir, rank))]
+    progress = [state.progress for state in states]
     return [
-        f"rank {place.rank} (process {place.pid} on {place.host}): {place}, for {now - place.since:.1f} s"
-        + (" <- behind" if last == place.progress < furthest else "")
-        + (f" <- {place.trouble}" if place.trouble else "")
-        for place in places
+        f"rank {state.rank} (process {state.pid} on {state.host}): {state}, for {now - state.since:.1f} s"
+        + (" <- behind" if min(progress) == state.progress < max(progress) else "")
+        + (f" <- {state.process_problem}" if state.process_problem else "")
+        for state in states
     ]

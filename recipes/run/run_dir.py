@@ -46,14 +46,14 @@ class Run:
         name: unique among those read together.
         settings: by dotted name, such as optimizer.lr; empty if they cannot be read.
         rows: a logged step each, in order; None where a number was not finite.
-        conclusions: of the run as a whole, such as the parts of a step's time.
+        summary: of the run as a whole, such as the parts of a step's time.
     """
 
     name: str
     folder: Path
     settings: dict[str, Any]
     rows: list[Row]
-    conclusions: dict[str, float | None]
+    summary: dict[str, float | None]
 
     def column(self, name: str) -> list[float | None]:
         """The numbers of this name, one for each row; None where it was not logged."""
@@ -70,7 +70,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Found:
+class LoadedRuns:
     """All that was read; `problems` are sentences that name the file or folder."""
 
     runs: list[Run] = field(default_factory=list)
@@ -94,9 +94,9 @@ class Found:
         return sorted(differing, key=lambda name: name not in self.swept)
 
 
-def read(given: Iterable[Path]) -> Found:
+def load_runs(given: Iterable[Path]) -> LoadedRuns:
     """Runs, comparisons and sweeps (folders of them) below the given folders."""
-    found = Found()
+    found = LoadedRuns()
     folders: list[Path] = []
     for folder in given:
         below = list(run_folders(folder))
@@ -142,7 +142,7 @@ def _is_run(folder: Path) -> bool:
     return any((folder / name).is_file() for name in FILES)
 
 
-def _read_sweep(path: Path, found: Found) -> None:
+def _read_sweep(path: Path, found: LoadedRuns) -> None:
     """What a sweep ranged over, and which of its trials failed."""
     if not path.exists():
         return
@@ -153,14 +153,14 @@ def _read_sweep(path: Path, found: Found) -> None:
             found.problems.append(f"{path.parent}: trial {trial.get('trial')} failed: {trial.get('error')}")
 
 
-def _read_run(name: str, folder: Path, found: Found) -> None:
+def _read_run(name: str, folder: Path, found: LoadedRuns) -> None:
     settings = flatten(_read_settings(folder / CONFIG_FILE, found.problems))
-    conclusions = _read_json(folder / SUMMARY_FILE, found.problems) if (folder / SUMMARY_FILE).exists() else {}
+    summary = _read_json(folder / SUMMARY_FILE, found.problems) if (folder / SUMMARY_FILE).exists() else {}
     rows = _read_rows(folder / METRICS_FILE, found.problems)
-    found.runs.append(Run(name, folder, settings, rows, conclusions))
+    found.runs.append(Run(name, folder, settings, rows, summary))
 
 
-def _read_comparison(name: str, folder: Path, found: Found) -> None:
+def _read_comparison(name: str, folder: Path, found: LoadedRuns) -> None:
     path = folder / COMPARISON_FILE
     if not path.exists():
         found.problems.append(f"{path} is not there: the comparison has not ended; the same command goes on with it")

@@ -35,7 +35,7 @@ from omegaconf import DictConfig, OmegaConf
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from conf.compose import explain
+from conf.compose import describe_error
 from conf.schema import OBJECTIVES, ConfigError, SweepConfig
 from recipes.monitor.metric_registry import minutes
 from recipes.run.errors import RunFailed
@@ -325,7 +325,7 @@ class _Sweep:
 
 def one_line(error: BaseException) -> str:
     """What went wrong, in one line: of a traceback in the message, its last line, after what stands before it."""
-    text = explain(error) if isinstance(error, Exception) else str(error)
+    text = describe_error(error) if isinstance(error, Exception) else str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         return type(error).__name__

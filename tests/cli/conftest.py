@@ -13,7 +13,7 @@ def program(tmp_path) -> Program:
 
 @pytest.fixture(scope="session")
 def main_run(tmp_path_factory) -> Finished:
-    """The main job, shortened, on its default of 4 CPU ranks."""
+    """A short run of the main job on the default of 4 CPU ranks."""
     return Program(tmp_path_factory.mktemp("main")).run(
         "+experiment=ra_sp", "num_steps=6", "logging.every_n_steps=2", "data.sequence_length=256", wandb=True
     )
@@ -21,5 +21,5 @@ def main_run(tmp_path_factory) -> Finished:
 
 @pytest.fixture(scope="session")
 def plain_run(tmp_path_factory) -> Finished:
-    """The main job on two ranks of one host, with secrets in its environment: eight steps of the same learning rate."""
+    """Eight steps of the main job on two ranks, at a constant learning rate, with secrets in the environment."""
     return Program(tmp_path_factory.mktemp("plain")).run(*PLAIN, "num_steps=8", launcher=None, wandb=False, **PLANTED)

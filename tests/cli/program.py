@@ -1,4 +1,4 @@
-"""Runs the program as people do: `python train.py ...` in a process of its own, in a clean environment."""
+"""Runs `python train.py ...` as a user would, in its own process and a clean environment."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ import psutil
 from recipes.monitor.metric_registry import METRICS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-TIMEOUT_S = 200.0  # of a whole run; far more than it takes, for a machine that is busy
-ENDS_WITHIN_S = 20.0  # for "a few seconds" on a busy machine
+TIMEOUT_S = 200.0  # of a run; generous, for busy machines
+ENDS_WITHIN_S = 20.0  # "a few seconds" on a busy machine
 SMALL = ["data.sequence_length=256", "data.validation_sequences=2", "launch.num_ranks=2"]
-LONG = [*SMALL, "num_steps=1000000", "logging.every_n_steps=2"]  # until it is ended
-# its steps do not depend on their number
+LONG = [*SMALL, "num_steps=1000000", "logging.every_n_steps=2"]  # until a test ends it
+# steps do not depend on num_steps
 PLAIN = [
     "+experiment=ra_sp",
     *SMALL,
@@ -36,12 +36,12 @@ PLAIN = [
 
 
 def clean_environment(home: Path, **extra: str) -> dict[str, str]:
-    """Nothing of a launcher, of wandb or of a login."""
+    """Without variables of launchers, wandb or logins."""
     unwanted = ("WANDB_", "SLURM_", "HYDRA_", "HF_", "DS_", "MASTER_", "GLOO_")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NETRC"):
-        kept.pop(name, None)
-    return {**kept, "HOME": str(home), "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1", **extra}
+        environment.pop(name, None)
+    return {**environment, "HOME": str(home), "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1", **extra}
 
 
 def wandb(*arguments: str, home: Path) -> str:
@@ -52,11 +52,11 @@ def wandb(*arguments: str, home: Path) -> str:
 
 
 def logged_names(*prefixes: str, conditions: tuple[str, ...] = ()) -> set[str]:
-    """What a run logs over its steps, by the catalog.
+    """The metrics that a run logs over its steps, by the registry.
 
     Args:
         prefixes: such as train and validation.
-        conditions: which of those hold that some metrics take.
+        conditions: the conditions of metrics that hold.
     """
     metrics = [metric for metric in METRICS if metric.only in ("", *conditions)]
     names = [name for metric in metrics for name in metric.logged_names]
@@ -86,7 +86,7 @@ class Finished:
 
 
 class Running:
-    """A program under way, in a session of its own, with its output in files."""
+    """A running program in its own session, with its output in files."""
 
     def __init__(self, command: list[str], environment: dict[str, str], run_dir: Path) -> None:
         self.run_dir = run_dir
@@ -106,14 +106,14 @@ class Running:
         return self._outputs[1].read_text()
 
     def family(self) -> list[psutil.Process]:
-        """All processes that it has been seen to have and that still live, itself too."""
+        """All processes ever seen in its process tree that are still alive, itself included."""
         with contextlib.suppress(psutil.NoSuchProcess):
             parent = psutil.Process(self.process.pid)
             self._family |= {process.pid: process for process in [parent, *parent.children(recursive=True)]}
         return [process for process in self._family.values() if _lives(process)]
 
     def listening_addresses(self) -> set[str]:
-        """On which its processes take connections."""
+        """The addresses on which its processes listen."""
         found = set()
         for process in self.family():
             with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
@@ -122,23 +122,23 @@ class Running:
         return found
 
     def ranks(self) -> list[psutil.Process]:
-        """The processes of its ranks, in their order."""
+        """Its ranks' processes, in rank order."""
         children = psutil.Process(self.process.pid).children()
         return sorted(
             (process for process in children if "spawn_main" in " ".join(process.cmdline())), key=lambda p: p.pid
         )
 
     def until(self, condition: Callable[[], Any]) -> Any:
-        """What `condition` returns once it is true; fails if the program ends before."""
+        """What `condition` returns once it is true. Fails if the program ends first."""
         deadline = time.monotonic() + TIMEOUT_S
         while not (value := condition()):
             assert self.process.poll() is None, f"ended early:\n{self.stdout}\n{self.stderr}"
-            assert time.monotonic() < deadline, f"nothing came of it:\n{self.stdout}\n{self.stderr}"
+            assert time.monotonic() < deadline, f"timed out:\n{self.stdout}\n{self.stderr}"
             time.sleep(0.05)
         return value
 
     def until_it_trains(self) -> list[psutil.Process]:
-        """Its ranks, once they have done a few steps; remembers the family."""
+        """Its ranks, after a few steps. Remembers the family."""
         self.until(lambda: re.search(r"step +4/", self.stdout))
         self.family()
         return self.ranks()
@@ -154,7 +154,7 @@ class Running:
             time.sleep(0.05)
 
     def end(self) -> None:
-        """Leave nothing behind, whatever the test found."""
+        """Leave no process behind."""
         for process in self.family():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL)
@@ -170,12 +170,12 @@ def _lives(process: psutil.Process) -> bool:
 
 @dataclass
 class Program:
-    """`train.py` with its output below a folder of the test's."""
+    """`train.py` with its output in a test's folder."""
 
     folder: Path
 
     def environment(self, *, wandb: bool = False, **extra: str) -> dict[str, str]:
-        """With `wandb` as people have it who have not logged in; else it is off, for it takes 5 s a run on 2 cores."""
+        """With `wandb`, as for a user who has not logged in; otherwise wandb is off, which saves 5 s a run."""
         home = self.folder / "home"
         home.mkdir(exist_ok=True)
         mode = {} if wandb else {"WANDB_MODE": "disabled"}
@@ -185,7 +185,7 @@ class Program:
     def started(
         self, *arguments: str, name: str = "run", launcher: list[str] | None = None, wandb: bool = False, **extra: str
     ) -> Iterator[Running]:
-        """The program under way; killed at the end of the block if it still runs."""
+        """The running program; killed at the end of the block if it still runs."""
         run_dir = self.folder / name
         directory = f"hydra.sweep.dir={run_dir}" if "-m" in arguments else f"hydra.run.dir={run_dir}"
         command = [*(launcher or [sys.executable]), "train.py", *arguments]

@@ -14,7 +14,7 @@ import pytest
 
 from conf.schema import ConfigError
 from recipes.dashboard.cli import main
-from recipes.monitor.metric_registry import CONCLUSIONS, METRICS
+from recipes.monitor.metric_registry import METRICS, SUMMARY_METRICS
 from tests.cli.program import ENDS_WITHIN_S, REPOSITORY, Program, clean_environment, logged_names
 from tests.unit.test_run_dir import write_run
 
@@ -45,7 +45,7 @@ def test_the_page_of_a_real_run_has_all_that_it_logged(program, main_run):
 def test_a_run_logs_what_the_catalog_has_for_it(main_run):
     logged = {name for line in main_run.metrics for name in line}
     assert logged == logged_names("train", "validation", conditions=("a ring",))
-    always = {name for metric in CONCLUSIONS if "GPU" not in metric.only for name in metric.logged_names}
+    always = {name for metric in SUMMARY_METRICS if "GPU" not in metric.only for name in metric.logged_names}
     assert set(main_run.summary) == always
     last = main_run.metrics[-1]
     assert 0 < last["train/exchange_wait_min_ms"] <= last["train/exchange_wait_max_ms"]

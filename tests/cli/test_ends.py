@@ -1,4 +1,4 @@
-"""However a run ends, all of its processes end: a rank dies or raises, Ctrl-C, SIGTERM, the parent is killed."""
+"""However a run ends, no process is left: a rank dies or raises, Ctrl-C, SIGTERM, a killed parent."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def has_wandb_core(running: Running) -> bool:
     return any("wandb-core" in process.name() for process in running.family())
 
 
-def test_a_killed_rank_ends_the_run_which_until_then_listened_on_loopback_only(program):
+def test_a_killed_rank_ends_the_run_and_ranks_listen_on_loopback_only(program):
     with program.started(*LONG, wandb=True) as running:
         ranks = running.until_it_trains()
         assert len(ranks) == 2
@@ -34,10 +34,10 @@ def test_a_killed_rank_ends_the_run_which_until_then_listened_on_loopback_only(p
         assert time.monotonic() - killed < ENDS_WITHIN_S
         assert result.exit_code == 1
         log = re.escape(str(running.run_dir / "logs" / "rank_1.log"))
-        place = r"(step \d+, [^)]+(\(global rank 0\))?|between steps \d+ and \d+)"
+        position = r"(step \d+, [^)]+(\(global rank 0\))?|between steps \d+ and \d+)"
         assert re.fullmatch(
-            rf"error: rank 1 was ended by SIGKILL \({place}\)\nthe other ranks were ended; its log: {log}\n"
-            "if nobody did that, the host's memory ran out: see dmesg and explain=true\n",
+            rf"error: rank 1 was ended by SIGKILL \({position}\)\nthe other ranks were ended; its log: {log}\n"
+            "probably the OOM killer, if nobody killed it: see dmesg and explain=true\n",
             result.stderr,
         ), result.stderr
         running.assert_nothing_is_left()
@@ -81,7 +81,7 @@ def test_a_killed_parent_takes_its_ranks_along(program, phase):
         running.assert_nothing_is_left()
 
 
-# what train.py does for two ranks of its own or a launcher's, but one of them raises once it trains
+# what train.py does with two ranks, its own or a launcher's, but one of them raises once it trains
 RAISES = """
 import os, runpy, sys
 from pathlib import Path
@@ -93,11 +93,11 @@ class Raises(recipes.registry.RecipeTask):
     def run(self, run_dir, console):
         import torch
         import recipes.pretrain
-        whole = recipes.pretrain.pretrain
+        original = recipes.pretrain.pretrain
         def pretrain(*arguments):
             if os.environ["RANK"] == "1":
                 {statement}
-            return whole(*arguments)
+            return original(*arguments)
         recipes.pretrain.pretrain = pretrain
         return super().run(run_dir, console)
 
@@ -118,7 +118,7 @@ NO_MEMORY = "torch.empty(2**58, dtype=torch.uint8)"  # PyTorch's own error, on a
 
 
 def raising(program: Program, statement: str, fields: str = "", launcher: list[str] | None = None) -> Finished:
-    """A run of two ranks of which one executes the statement; nothing of it is left, and no secret is told."""
+    """A run of two ranks, one of which executes the statement; checks that no process and no secret is left."""
     script = program.folder / "raises.py"
     script.write_text(RAISES.format(statement=statement, fields=fields, repository=str(REPOSITORY)))
     run_dir = program.folder / "run"
@@ -167,7 +167,7 @@ def test_a_rank_out_of_memory_ends_the_run_with_the_plan_and_three_overrides(pro
     assert "DefaultCPUAllocator" in log.read_text()
 
 
-def test_a_launchers_rank_out_of_memory_says_so_once(program):
+def test_a_launchers_rank_out_of_memory_is_reported_once(program):
     torchrun = str(Path(sys.executable).parent / "torchrun")
     result = raising(program, NO_MEMORY, launcher=[torchrun, "--standalone", "--nproc-per-node=2"])
     assert result.exit_code == 1
@@ -176,8 +176,8 @@ def test_a_launchers_rank_out_of_memory_says_so_once(program):
     assert "DefaultCPUAllocator" in (result.run_dir / "logs" / "rank_1.log").read_text()
 
 
-def test_ranks_that_refuse_a_model_say_so_once(program):
-    """As on GPUs, which the parent leaves alone: their memory is first known to the ranks."""
+def test_a_model_refused_by_the_ranks_is_reported_once(program):
+    """As on GPUs, whose memory only the ranks look at."""
     result = raising(program, "pass", fields=", model=ModelConfig(hidden_size=2**20)")
     assert result.exit_code == 1
     lines = result.stderr.splitlines()

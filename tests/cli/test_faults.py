@@ -1,4 +1,4 @@
-"""Some of `python -m tests.tools.faults`, which does all, and more often."""
+"""A few of the faults of `python -m tests.tools.faults`, which injects all of them, more often."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.tools.faults import FAULTS, run_fault
 
 
 @pytest.mark.parametrize("name", ["stall", "loss", "disk", "shm", "port", "all_damaged"])
-def test_a_fault_ends_the_run_with_one_error_and_nothing_is_lost(name: str):
+def test_a_fault_loses_nothing_and_gives_at_most_one_error(name: str):
     fault = FAULTS[name]
     if fault.needs_root and os.geteuid():
         pytest.skip("mounts little disks, which takes root")

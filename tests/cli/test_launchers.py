@@ -1,4 +1,4 @@
-"""Ranks that torchrun, DeepSpeed's launcher or srun have started join one run instead of starting others."""
+"""Ranks started by torchrun, DeepSpeed's launcher or srun join one run instead of starting their own ranks."""
 
 from __future__ import annotations
 
@@ -42,8 +42,10 @@ def test_ranks_of_torchrun_are_one_run_and_profile_each_rank(program):
     events = json.loads((result.run_dir / "profile" / "rank_1.json").read_text())["traceEvents"]
     names = Counter(event["name"] for event in events if event.get("ph") == "X")
     assert [name for name in names if name.startswith("ProfilerStep")] == ["ProfilerStep#3"]  # counted from 0
-    stages = {name: count for name, count in names.items() if " stage " in name}
-    assert stages == {f"{way} stage {stage}": 2 for way in ("forward", "backward") for stage in (0, 1)}  # 2 layers
+    ring_steps = {name: count for name, count in names.items() if " ring step " in name}
+    assert ring_steps == {
+        f"{way} ring step {step}": 2 for way in ("forward", "backward") for step in (0, 1)
+    }  # 2 layers
     assert all(names[name] > 0 for name in ("attention block", "merge", "exchange wait", "optimizer", "data"))
     assert "\nmemory snapshots:      none, which is for GPUs\n" in result.stdout
 
@@ -57,8 +59,8 @@ def test_ranks_of_deepspeeds_launcher_are_one_run_and_overfit_one_batch(program)
     assert losses[-1] == min(losses) < losses[0] - 1
 
 
-def test_torchruns_first_rank_closes_its_run_and_says_what_all_have_failed_with_before_another_ends(program):
-    """Nothing keeps it from dying of torchrun's SIGTERM where there are no checkpoints to save."""
+def test_under_torchrun_rank_0_closes_its_run_and_reports_a_common_error_before_others_exit(program):
+    """Without checkpoints, torchrun's SIGTERM would kill it."""
     launcher = [*TORCHRUN, "tests/tools/bad_loss.py", "3"]
     result = program.run(*SMALL, "num_steps=6", "checkpoint.keep=0", launcher=launcher, wandb=True)
     assert result.exit_code == 1
@@ -69,7 +71,7 @@ def test_torchruns_first_rank_closes_its_run_and_says_what_all_have_failed_with_
     assert re.search(r"^state +failed ", shown, re.MULTILINE)
 
 
-def test_a_rank_of_torchruns_that_loses_another_says_where_it_was_in_a_line(program):
+def test_under_torchrun_a_rank_that_loses_another_reports_its_position(program):
     with program.started(*LONG, launcher=TORCHRUN, wandb=True) as running:
         running.until(lambda: re.search(r"step +4/", running.stdout))
         ranks = [process for process in running.family() if "train.py" in process.cmdline()]
@@ -78,14 +80,14 @@ def test_a_rank_of_torchruns_that_loses_another_says_where_it_was_in_a_line(prog
         result = running.finish()
         running.assert_nothing_is_left()
     assert result.exit_code == 1
-    place = r"step \d+, \w+(, [\w ]+)*"
-    assert re.search(rf"^error: rank 1 failed \({place}.*\): (\w+\.)*\w*Error: .*$", result.stderr, re.MULTILINE)
+    position = r"step \d+, \w+(, [\w ]+)*"
+    assert re.search(rf"^error: rank 1 failed \({position}.*\): (\w+\.)*\w*Error: .*$", result.stderr, re.MULTILINE)
     assert f"this one's log: {result.run_dir}/logs/rank_1.log\n" in result.stderr
     assert "[rank1]: Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize(("launcher", "number"), [(None, signal.SIGUSR1), (TORCHRUN, signal.SIGTERM)])
-def test_a_signal_to_the_program_that_was_started_saves(program, launcher: list[str] | None, number: int):
+def test_a_signal_to_the_started_program_saves_a_checkpoint(program, launcher: list[str] | None, number: int):
     with program.started(*LONG, launcher=launcher, wandb=True) as running:
         running.until(lambda: re.search(r"step +4/", running.stdout))
         running.family()
@@ -95,12 +97,12 @@ def test_a_signal_to_the_program_that_was_started_saves(program, launcher: list[
     assert result.exit_code == 143 or launcher
     assert (result.run_dir / "logs" / "preempted").exists()
     [checkpoint] = newest_first(result.run_dir)
-    assert f"told to end after step {read_manifest(checkpoint).step}: the same command " in result.stdout
+    assert f"preempted after step {read_manifest(checkpoint).step}: the same command " in result.stdout
 
 
 @contextlib.contextmanager
 def srun(program: Program, *arguments: str, launcher: list[str] | None = None) -> Iterator[list[Running]]:
-    """What `srun --ntasks=2` does to its tasks; there is no SLURM here."""
+    """Two tasks with the environment that `srun --ntasks=2` sets; there is no SLURM here."""
     job = str(random.randrange(10**9))
     with contextlib.ExitStack() as stack:
         yield [
@@ -128,8 +130,8 @@ def finished_by_srun(program: Program, *arguments: str) -> list[Finished]:
         return [task.finish() for task in tasks]
 
 
-def test_tasks_of_srun_are_one_run_in_the_run_dir_of_the_first_and_listen_on_loopback_only(program):
-    """Each task composes a run dir of its own; with +debug=anomaly, whose only trace is a line per step."""
+def test_tasks_of_srun_are_one_run_in_rank_0s_run_dir_and_listen_on_loopback_only(program):
+    """Each task composes its own run dir. Also covers +debug=anomaly, which only shows as a line per step."""
     addresses = set()
 
     def trains() -> bool:
@@ -149,8 +151,8 @@ def test_tasks_of_srun_are_one_run_in_the_run_dir_of_the_first_and_listen_on_loo
     assert second.stdout == ""
 
 
-def test_no_task_of_srun_that_is_told_to_end_ends_before_the_first_has_closed_its_run(program):
-    """Which `srun --kill-on-bad-exit=1` would end then."""
+def test_no_preempted_task_of_srun_exits_before_rank_0_has_closed_its_run(program):
+    """`srun --kill-on-bad-exit=1` would kill it."""
     slow_to_close = [sys.executable, "tests/tools/bad_loss.py", "1000000"]
     with srun(program, *LONG, launcher=slow_to_close) as (first, second):
         first.until(lambda: re.search(r"step +4/", first.stdout))
@@ -163,7 +165,7 @@ def test_no_task_of_srun_that_is_told_to_end_ends_before_the_first_has_closed_it
     assert re.search(rf"^ +step +{result.metrics[-1]['step']}$", shown, re.MULTILINE), shown
 
 
-def test_a_mistake_under_a_launcher_is_told_once(program):
+def test_a_mistake_under_a_launcher_is_reported_once(program):
     flags = "cannot be used in ranks that a launcher has started: use"
     for arguments, message in (
         (["-m", "optimizer.lr=1e-3,3e-3"], f"-m {flags} python train.py -m\n"),

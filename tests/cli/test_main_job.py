@@ -1,4 +1,4 @@
-"""The main job, one shortened run of it: what it shows, what it keeps, and that both say the same."""
+"""One shortened run of the main job: its console, its files, and that both agree."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TRAINING_LINE = re.compile(
 
 
 def command_after(text: str, words: str) -> str:
-    """The path that the run's last lines name behind a command."""
+    """The path after a command in the run's last lines."""
     [path] = re.findall(rf"{words} (\S+)$", text, re.MULTILINE)
     return path
 
@@ -35,7 +35,7 @@ def wandb_records(main_run, tmp_path_factory) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def test_it_succeeds_without_a_word_on_stderr(main_run):
+def test_it_succeeds_with_an_empty_stderr(main_run):
     assert main_run.exit_code == 0, main_run.stderr
     assert main_run.stderr == ""
 
@@ -57,9 +57,9 @@ def test_each_logged_step_is_one_line_with_the_numbers_of_the_metrics_file(main_
     lines = [TRAINING_LINE.fullmatch(line) for line in main_run.stdout.splitlines() if line.startswith("step ")]
     shown = [match.groupdict() for match in lines if match]
     assert [int(line["step"]) for line in shown] == [1, 2, 4, 6]
-    kept = main_run.metrics
-    assert [line["step"] for line in kept] == [1, 2, 4, 6]
-    for line, metrics in zip(shown, kept, strict=True):
+    logged = main_run.metrics
+    assert [line["step"] for line in logged] == [1, 2, 4, 6]
+    for line, metrics in zip(shown, logged, strict=True):
         for name in set(line) - {"step"}:
             value = line[name].replace(",", "")
             decimals = len(value.partition(".")[2])
@@ -95,9 +95,9 @@ def test_no_progress_bar_is_drawn_where_stdout_is_no_terminal(main_run):
     assert not set("\r\x1b█▏▌|") & set(main_run.stdout.replace(" | ", ""))
 
 
-def test_the_resolved_configuration_is_kept_and_is_a_configuration(main_run):
-    kept = OmegaConf.load(main_run.run_dir / "config.yaml")
-    merged = OmegaConf.merge(OmegaConf.structured(Config), kept)
+def test_the_resolved_configuration_is_saved_and_can_be_loaded(main_run):
+    saved = OmegaConf.load(main_run.run_dir / "config.yaml")
+    merged = OmegaConf.merge(OmegaConf.structured(Config), saved)
     assert isinstance(merged, DictConfig)
     config = to_config(merged)
     assert (config.num_steps, config.data.sequence_length, config.model.mlp_size) == (6, 256, 384)

@@ -1,4 +1,4 @@
-"""A run that SIGTERM, kill -9 and a broken checkpoint have interrupted ends as one that nothing has: bit for bit."""
+"""A run interrupted by SIGTERM, kill -9 and a broken checkpoint is bit-identical to an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ JOB = [
     "checkpoint.keep=3",
     "breakdown=false",
 ]
-# of a step's numbers, those that are not of the clock
+# the metrics that do not depend on the clock
 COMPUTED = ("step", "train/loss", "train/grad_norm", "train/learning_rate", "train/data_cursor", "validation/loss")
 
 
@@ -43,7 +43,7 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
 
 
 def interrupted(program: Program, at: str, number: signal.Signals, *more: str) -> Finished:
-    """The job, sent a signal when it prints a line; nothing of it is left."""
+    """The job, sent a signal when it prints a line; checks that no process is left."""
     with program.started(*JOB, *more, name="interrupted", wandb=True) as running:
         running.until(lambda: re.search(at, running.stdout))
         running.family()
@@ -53,40 +53,42 @@ def interrupted(program: Program, at: str, number: signal.Signals, *more: str) -
         return finished
 
 
-def test_interruptions_leave_no_trace(program: Program):
-    with program.started(*JOB, name="whole") as uninterrupted:  # beside the others
-        told = interrupted(program, "step +5/", signal.SIGTERM)
-        assert (told.exit_code, told.stderr) == (143, "")
-        stopped = re.search(rf"told to end after step (\d+): .* hydra.run.dir={told.run_dir} goes on\n$", told.stdout)
+def test_an_interrupted_run_is_bit_identical_to_an_uninterrupted_one(program: Program):
+    with program.started(*JOB, name="reference") as uninterrupted:  # in parallel
+        preempted = interrupted(program, "step +5/", signal.SIGTERM)
+        assert (preempted.exit_code, preempted.stderr) == (143, "")
+        stopped = re.search(
+            rf"preempted after step (\d+): .* hydra.run.dir={preempted.run_dir} resumes\n$", preempted.stdout
+        )
         assert stopped is not None
         last = int(stopped[1])
-        assert checkpoints(told.run_dir)[-1] == f"step_{last:08d}"
-        assert (told.run_dir / "checkpoints" / "latest").read_text() == f"step_{last:08d}"
-        assert (told.run_dir / "logs" / "preempted").read_text() == f"step_{last:08d}\n"
+        assert checkpoints(preempted.run_dir)[-1] == f"step_{last:08d}"
+        assert (preempted.run_dir / "checkpoints" / "latest").read_text() == f"step_{last:08d}"
+        assert (preempted.run_dir / "logs" / "preempted").read_text() == f"step_{last:08d}\n"
 
         killed = interrupted(program, "step +35/", signal.SIGKILL, "launch.timeout_s=300")
-        assert f"going on after step {last}\n" in killed.stdout
+        assert f"resuming after step {last}\n" in killed.stdout
         assert "step_00000030" in checkpoints(killed.run_dir)
         assert killed.metrics[-1]["step"] == 35
-        assert not (killed.run_dir / "logs" / "preempted").exists()  # of the start before
+        assert not (killed.run_dir / "logs" / "preempted").exists()  # from the previous start
 
         broken = killed.run_dir / "checkpoints" / "step_00000030" / "mp_rank_00_model_states.pt"
         broken.write_bytes(broken.read_bytes()[:-1])
         resumed = program.run(*JOB, name="interrupted", wandb=True)
         assert resumed.exit_code == 0, resumed.stderr
         assert "checkpoint step_00000030 is broken, so the one before it is tried: " in resumed.stdout
-        assert "going on after step 20\n" in resumed.stdout
+        assert "resuming after step 20\n" in resumed.stdout
         assert "done: 40 steps, 20 of them since the checkpoint, loss " in resumed.stdout
         assert checkpoints(resumed.run_dir) == ["latest", "step_00000020", "step_00000030", "step_00000040"]
-        whole = uninterrupted.finish()
+        reference = uninterrupted.finish()
 
-    assert whole.exit_code == 0, whole.stderr
-    assert [row["step"] for row in whole.metrics] == [1, 5, 10, 15, 20, 25, 30, 35, 40]
-    assert computed(resumed) == computed(whole)
+    assert reference.exit_code == 0, reference.stderr
+    assert [row["step"] for row in reference.metrics] == [1, 5, 10, 15, 20, 25, 30, 35, 40]
+    assert computed(resumed) == computed(reference)
     elapsed_s = [row["elapsed_s"] for row in resumed.metrics]
     assert elapsed_s == sorted(elapsed_s)
-    assert resumed.summary["validation_loss"] == whole.summary["validation_loss"]
-    expected, found = weights(whole.run_dir), weights(resumed.run_dir)
+    assert resumed.summary["validation_loss"] == reference.summary["validation_loss"]
+    expected, found = weights(reference.run_dir), weights(resumed.run_dir)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     # one wandb run in three parts
@@ -97,23 +99,24 @@ def test_interruptions_leave_no_trace(program: Program):
     assert manifest["wandb_run_id"] == parts[0]
 
 
-def test_other_ranks_and_another_stage_go_on_with_the_batch_that_was(program: Program):
-    told = interrupted(program, "step +5/", signal.SIGTERM, "parallelism.data_degree=2")
-    assert told.exit_code == 143
+def test_other_ranks_and_another_stage_resume_with_an_equal_batch(program: Program):
+    preempted = interrupted(program, "step +5/", signal.SIGTERM, "parallelism.data_degree=2")
+    assert preempted.exit_code == 143
     refused = program.run(*JOB, "attention.layout=contiguous", name="interrupted")
     assert refused.exit_code == 1
-    assert "has 2 sequences per step (data ranks x micro-batch x accumulation: 2 x 1 x 1), and this would have 1" in (
-        refused.stderr
+    assert (
+        "has 2 sequences per step (data ranks x micro-batch x accumulation: 2 x 1 x 1), and this run would have 1"
+        in (refused.stderr)
     )
     assert refused.stdout == ""  # no ranks were started
     other = ["attention.layout=contiguous", "engine.train_batch_size=2", "engine.zero_stage=3", "launch.num_ranks=1"]
     resumed = program.run(*JOB, *other, name="interrupted")
     assert resumed.exit_code == 0, resumed.stderr
-    assert "arranged otherwise: attention.layout zigzag -> contiguous, parallelism.data_degree 2 -> 1" in resumed.stdout
+    assert ", resharded: attention.layout zigzag -> contiguous, parallelism.data_degree 2 -> 1" in resumed.stdout
     assert "engine.zero_stage 1 -> 3" in resumed.stdout
     assert "launch.num_ranks 2 -> 1" in resumed.stdout
-    assert "\nputting weights and moments together for these ranks ...\n" in resumed.stdout
-    assert resumed.summary["validation_loss"] < resumed.metrics[0]["train/loss"]  # it learns on
+    assert "\nresharding the checkpoint for these ranks ...\n" in resumed.stdout
+    assert resumed.summary["validation_loss"] < resumed.metrics[0]["train/loss"]  # it keeps learning
     tokens_per_step = resumed.metrics[0]["train/data_cursor"]
     assert [row["train/data_cursor"] for row in resumed.metrics] == [
         row["step"] * tokens_per_step for row in resumed.metrics

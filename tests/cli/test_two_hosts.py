@@ -1,4 +1,4 @@
-"""The main job over two hosts, by torchrun, DeepSpeed's launcher and srun; their cable is cut, and it goes on."""
+"""The main job on two hosts by torchrun, DeepSpeed's launcher and srun; the cable is cut, and the run resumes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.tools.two_hosts import CABLE, Hosts, two_hosts, why_not
 pytestmark = pytest.mark.skipif(bool(reason := why_not()), reason=reason)
 
 TORCHRUN = str(Path(sys.executable).parent / "torchrun")
-TIMEOUT_S = 10  # from the cut to the end; starting, the ranks may be as far apart on a busy machine
+TIMEOUT_S = 10  # from the cut to the end; ranks may also start this far apart on a busy machine
 JOB = [*PLAIN, "num_steps=1000000", "checkpoint.every_n_steps=5"]
 
 
@@ -49,7 +49,7 @@ def deepspeed(hosts: Hosts, host: int) -> list[str]:
 def on_both(
     program: Program, hosts: Hosts, launcher: Callable[[Hosts, int], list[str]], *arguments: str
 ) -> Iterator[list[Running]]:
-    """The launcher on both hosts; the run dir is on a disk that they share."""
+    """The launcher on both hosts, with a shared run dir."""
     with contextlib.ExitStack() as stack:
         yield [
             stack.enter_context(
@@ -67,8 +67,8 @@ def on_both(
         ]
 
 
-# A stand-in, for there is no SLURM here: what srun does with one task on each host, and its exit code. The first task
-# that ends badly makes it kill the other, at once, which is as hard as it can be.
+# There is no SLURM here: this does what srun does with one task per host, including its exit code. When a task fails it
+# kills the other at once, the hardest case.
 SRUN = """#!/bin/bash
 [ "$1" = --kill-on-bad-exit=1 ] || exit 2
 export SLURM_LOCALID=0 SLURM_STEP_NUM_TASKS=2 SLURM_STEP_TASKS_PER_NODE="1(x2)" SLURM_STEP_NODELIST={nodes}
@@ -107,19 +107,19 @@ def by_sbatch(program: Program, hosts: Hosts, *arguments: str) -> Iterator[Runni
 
 
 def assert_first_losses_are_of_one_host(run_dir: Path, plain_run: Finished) -> None:
-    """Bit for bit, for as long as that ran."""
-    whole = [line["train/loss"] for line in plain_run.metrics]
-    assert len(whole) == 8
-    assert losses(run_dir)[:8] == whole
+    """Bit for bit, for as many steps as that run has."""
+    expected = [line["train/loss"] for line in plain_run.metrics]
+    assert len(expected) == 8
+    assert losses(run_dir)[:8] == expected
 
 
 def losses(run_dir: Path) -> list[float]:
     path = run_dir / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []  # whole ones
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []  # complete ones
     return [json.loads(line)["train/loss"] for line in lines]
 
 
-def test_torchruns_two_hosts_compute_as_one_and_end_when_their_cable_is_cut_and_go_on(program, hosts, plain_run):
+def test_two_hosts_of_torchrun_compute_as_one_end_when_the_cable_is_cut_and_resume(program, hosts, plain_run):
     shared = program.folder / "shared"
     with on_both(program, hosts, torchrun, *JOB, f"launch.timeout_s={TIMEOUT_S}") as both:
         both[0].until(lambda: len(losses(shared)) >= 8 and (shared / "checkpoints" / "step_00000005").exists())
@@ -144,7 +144,7 @@ def test_torchruns_two_hosts_compute_as_one_and_end_when_their_cable_is_cut_and_
     with on_both(program, hosts, torchrun, *JOB, f"num_steps={last + 2}") as both:
         ended = [running.finish() for running in both]
     assert [result.exit_code for result in ended] == [0, 0], ended[0].stderr + ended[1].stderr
-    assert re.search(f"^going on after step {last}$", ended[0].stdout, re.MULTILINE)
+    assert re.search(f"^resuming after step {last}$", ended[0].stdout, re.MULTILINE)
 
 
 def test_two_hosts_of_deepspeeds_launcher_compute_as_one(program, hosts, plain_run):
@@ -161,7 +161,7 @@ def tasks(running: Running) -> list[psutil.Process]:
     return [process for process, line in lines if "train.py" in line and "python" in line[0]]
 
 
-def test_two_hosts_of_slurm_compute_as_one_and_a_job_told_to_end_saves_and_is_queued_again(program, hosts, plain_run):
+def test_two_hosts_of_slurm_compute_as_one_and_a_preempted_job_saves_and_requeues(program, hosts, plain_run):
     with by_sbatch(program, hosts, *JOB) as running:
         running.until(lambda: len(losses(running.run_dir)) >= 8)
         for task in tasks(running):

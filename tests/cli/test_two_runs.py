@@ -1,4 +1,4 @@
-"""Two runs at once, with +debug=deterministic; the other presets run in test_launchers.py."""
+"""Two runs at once, with +debug=deterministic; test_launchers.py runs the other presets."""
 
 from __future__ import annotations
 

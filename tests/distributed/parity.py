@@ -86,7 +86,6 @@ class Cell:
     ulysses_degree: int = 1
     tensor_degree: int = 1
     pipeline_degree: int = 1
-    sequence_sharded_norms: bool = True
     transport: str = "p2p"
     recompute: str = "none"
     tile_tokens: int = 0
@@ -117,7 +116,6 @@ class Cell:
                     self.ulysses_degree,
                     self.tensor_degree,
                     self.pipeline_degree,
-                    self.sequence_sharded_norms,
                 ),
                 engine=EngineConfig(
                     dtype=self.dtype,
@@ -180,16 +178,13 @@ def full_table(device: str) -> list[Cell]:
             method="tp_pp",
             tensor_degree=tensor,
             pipeline_degree=pipeline,
-            sequence_sharded_norms=sharded,
         )
-        for (data, tensor, pipeline), sharded, dtype, (accumulation, length), model in itertools.product(
+        for (data, tensor, pipeline), dtype, (accumulation, length), model in itertools.product(
             ((1, 2, 1), (1, 1, 2), (1, 2, 2), (2, 2, 1), (2, 1, 2), (2, 2, 2)),
-            (True, False),
             ("fp32", "bf16"),
             ((3, 32), (1, 29)),
             ("llama", "gpt"),
         )
-        if sharded or tensor > 1
     ]
     if device == "cuda":
         cells += [
@@ -418,7 +413,6 @@ def run_cell(pool: WorkerPool, cell: Cell) -> Outcome:
         ulysses_degree=1,
         tensor_degree=1,
         pipeline_degree=1,
-        sequence_sharded_norms=True,
         layout="zigzag",
         method="ring",
         transport="p2p",

@@ -54,7 +54,7 @@ def train(config: Config, bad: str) -> Trained:
         losses.append(result.loss.item())
         applied.append(result.applied)
         if not result.applied:
-            ranks = engine.ranks_of_bad_loss()
+            ranks = engine.ranks_with_nonfinite_loss()
     engine.close()
     return losses, applied, ranks
 

@@ -1,6 +1,4 @@
-"""Through the engine, on every ZeRO stage: a run that goes on from a checkpoint is the run that was never interrupted,
-bit for bit, and an export is what training had.
-"""
+"""Through the engine, on every ZeRO stage: a resumed run and its export are bit-identical to an uninterrupted run's."""
 
 from __future__ import annotations
 
@@ -46,10 +44,10 @@ def configuration(zero_stage: int, dtype: str, tied_head: bool) -> Config:
 
 
 def two_starts(config: Config, run_dir: Path) -> tuple[list[str], list[list[float]], dict[str, Any]]:
-    """On a rank: train with checkpoints of steps 2 and 4, break that of 4, then go on and save it anew.
+    """On a rank: train with checkpoints at steps 2 and 4, break that of step 4, resume, and save it again.
 
     Returns:
-        What people were told, the losses of either start, and the weights at the end (on stage 3 none).
+        The printed lines, the losses of both starts, and the weights at the end (none on stage 3).
     """
     from recipes.checkpoint.manager import Checkpoints, TrainingData, choose_checkpoint
     from recipes.engine.build import build_engine, build_sharder
@@ -57,11 +55,11 @@ def two_starts(config: Config, run_dir: Path) -> tuple[list[str], list[list[floa
     plan = Plan(config, 2, "cpu", "CPU", None, ranks_per_host=2)
     plan.resolve_config()
     groups = None if config.parallelism.method == "tensor_pipeline" else parallel_groups(1, 2)
-    told: list[str] = []
+    lines: list[str] = []
     losses: list[list[float]] = []
     weights: dict[str, Any] = {}
     for _ in range(2):
-        resumed = choose_checkpoint(config, run_dir, told.append)
+        resumed = choose_checkpoint(config, run_dir, lines.append)
         engine = build_engine(plan, groups)
         checkpoints = Checkpoints(config, run_dir, engine)
         if resumed:
@@ -78,16 +76,11 @@ def two_starts(config: Config, run_dir: Path) -> tuple[list[str], list[list[floa
         engine.close()
         newest = newest_first(run_dir)[0]
         if not resumed and torch.distributed.get_rank() == 0:
-            export_or_keep(config, newest, run_dir)
+            if config.parallelism.method == "sequence":
+                export(newest, run_dir / "uninterrupted.safetensors")
             flip_a_bit(max(newest.glob("*.pt"), key=lambda path: path.stat().st_size))
         torch.distributed.barrier()
-    return told, losses, weights
-
-
-def export_or_keep(config: Config, newest: Path, run_dir: Path) -> None:
-    """The weights of the run that was not interrupted."""
-    if config.parallelism.method == "sequence":
-        export(newest, run_dir / "uninterrupted.safetensors")
+    return lines, losses, weights
 
 
 def flip_a_bit(path: Path) -> None:
@@ -107,17 +100,19 @@ def flip_a_bit(path: Path) -> None:
         (3, "fp32", False),
     ],
 )
-def test_going_on_is_never_having_stopped(pool: WorkerPool, tmp_path: Path, zero_stage, dtype, tied_head):
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(
+    pool: WorkerPool, tmp_path: Path, zero_stage, dtype, tied_head
+):
     config = configuration(zero_stage, dtype, tied_head)
-    (told, losses, weights), (_, other_losses, _) = pool.run(two_starts, config, tmp_path, num_ranks=2)
+    (lines, losses, weights), (_, other_losses, _) = pool.run(two_starts, config, tmp_path, num_ranks=2)
     assert losses == other_losses
     assert len(losses[0]) == 4
     assert losses[1] == losses[0][2:]
-    assert told[1].startswith("checkpoint step_00000004 is broken, so the one before it is tried: ")
-    assert told[1].endswith("has another checksum than when it was written")
-    assert told[3] == "going on after step 2"
+    assert lines[1].startswith("checkpoint step_00000004 is broken, so the one before it is tried: ")
+    assert lines[1].endswith("has another checksum than when it was written")
+    assert lines[3] == "resuming after step 2"
 
-    find_checkpoint(newest_first(tmp_path)[0])  # written anew, and whole
+    find_checkpoint(newest_first(tmp_path)[0])  # saved again, and intact
     export(tmp_path, tmp_path / "resumed.safetensors")
     uninterrupted, resumed = (load_file(tmp_path / f"{name}.safetensors") for name in ("uninterrupted", "resumed"))
     assert uninterrupted.keys() == resumed.keys()
@@ -125,16 +120,16 @@ def test_going_on_is_never_having_stopped(pool: WorkerPool, tmp_path: Path, zero
 
     model = Transformer(config.model, LocalAttention("auto"), seed=1)
     model.load_state_dict(resumed)
-    if weights:  # what training computes with are these numbers in its dtype
+    if weights:  # training computes with these numbers in its dtype
         trained = {name: tensor.to(weights[name].dtype) for name, tensor in model.state_dict().items()}
         assert all(torch.equal(trained[name], weights[name]) for name in weights)
-    if dtype == "bf16":  # the optimizer's own are finer
+    if dtype == "bf16":  # the optimizer's weights have more digits
         assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in resumed.values())
     with safe_open(tmp_path / "resumed.safetensors", "pt") as file:
         assert file.metadata()["step"] == "4"
 
 
-def test_tensor_and_pipeline_ranks_go_on_too(pool: WorkerPool, tmp_path: Path):
+def test_tensor_and_pipeline_ranks_resume_too(pool: WorkerPool, tmp_path: Path):
     config = configuration(1, "bf16", False)
     config.attention = AttentionConfig(method="local")
     config.parallelism = ParallelismConfig("tensor_pipeline", tensor_degree=2)

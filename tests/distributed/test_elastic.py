@@ -1,7 +1,6 @@
-"""A run that goes on with other methods, layouts and degrees, on another number of ranks, with another ZeRO stage.
+"""Resuming with other methods, layouts, degrees, numbers of ranks and ZeRO stages.
 
-The parameters that it begins with are those that were saved, bit for bit; its losses are those of the run that
-was never interrupted, up to rounding.
+Parameters are loaded bit for bit. Losses equal those of an uninterrupted run up to rounding.
 """
 
 from __future__ import annotations
@@ -11,11 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.pool import WorkerPool
-from tests.tools.elastic import TRANSITIONS, Grid, go_on
+from tests.tools.elastic import TRANSITIONS, Grid, resume_on
 
 
 @pytest.mark.parametrize(("before", "after", "dtype"), TRANSITIONS)
-def test_another_grid_goes_on_where_the_other_was(
-    pool: WorkerPool, tmp_path: Path, before: Grid, after: Grid, dtype: str
-):
-    go_on(pool, tmp_path, before, after, dtype)
+def test_another_grid_resumes(pool: WorkerPool, tmp_path: Path, before: Grid, after: Grid, dtype: str):
+    resume_on(pool, tmp_path, before, after, dtype)

@@ -33,7 +33,7 @@ def test_states_on_the_host_are_saved_and_loaded(pool: WorkerPool, tmp_path: Pat
     config = configuration(3, "bf16", tied_head=False)
     config.engine.offload_optimizer = config.engine.offload_parameters = True
     (told, losses, _), *_ = pool.run(two_starts, config, tmp_path, num_ranks=2)
-    assert told[3] == "going on after step 2"
+    assert told[3] == "resuming after step 2"
     assert losses[1] == losses[0][2:]
 
 

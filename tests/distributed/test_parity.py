@@ -34,11 +34,11 @@ COVERING = [  # dtype, stage, ring, data, accumulation, length
     Cell("fp32", 2, 1, 4, 1, 29, method="dp"),
     Cell("fp32", 1, 1, 1, 2, 29, method="tp_pp", tensor_degree=2),
     Cell("fp32", 1, 1, 2, 1, 29, model="gpt", method="tp_pp", tensor_degree=2),
-    Cell("fp32", 1, 1, 1, 3, 32, method="tp_pp", tensor_degree=2, sequence_sharded_norms=False),
+    Cell("fp32", 1, 1, 1, 3, 32, method="tp_pp", tensor_degree=2),
     Cell("fp32", 1, 1, 1, 3, 29, model="gpt", method="tp_pp", pipeline_degree=2),
     Cell("fp32", 1, 1, 1, 3, 29, method="tp_pp", tensor_degree=2, pipeline_degree=2),
     Cell("bf16", 1, 1, 1, 3, 29, method="tp_pp", tensor_degree=2),
-    Cell("bf16", 1, 1, 1, 3, 32, method="tp_pp", tensor_degree=2, sequence_sharded_norms=False),
+    Cell("bf16", 1, 1, 1, 3, 32, method="tp_pp", tensor_degree=2),
     Cell("bf16", 1, 1, 2, 2, 29, method="tp_pp", pipeline_degree=2),
 ]
 
@@ -50,7 +50,7 @@ def test_training_on_ranks_equals_one_process(pool: WorkerPool, cell: Cell):
 
 
 def test_the_full_table_holds_every_combination():
-    tensor_pipeline = (6 + 4) * 2 * 2 * 2  # grids, with and without sharded norms; lengths; dtypes; models
+    tensor_pipeline = 6 * 2 * 2 * 2  # grids; lengths; dtypes; models
     on_cpu = 3 * 2 * 2 * 4 * 2 * 2 + 5 * 2 * 4 * 2 + 2 * 4 + tensor_pipeline
     assert len(set(full_table("cpu"))) == on_cpu
     assert len(set(full_table("cuda"))) == on_cpu + (2 * 2 * 4 * 2 * 2 + 2 * 4 * 2)

@@ -26,7 +26,7 @@ def test_a_stopped_rank_is_named_and_the_flight_recorder_has_the_pending_operati
         ranks[1].send_signal(signal.SIGSTOP)
         finished = case.ends(running, STALL_S + 3)
     lines = case.failed(finished).splitlines()
-    assert re.match(r"error: step \d+ was not done after ", lines[0])
+    assert re.match(r"error: step \d+ is not done after ", lines[0])
     assert lines[2].startswith("rank 1 (")
     assert lines[2].endswith("its process is stopped by a signal")
     assert case.seconds[0] < STALL_S + LATE_S

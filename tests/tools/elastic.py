@@ -1,7 +1,7 @@
-"""Runs that go on with other methods, layouts and degrees, on another number of ranks, with another ZeRO stage.
+"""Resuming with other methods, layouts, degrees, numbers of ranks and ZeRO stages.
 
-`python -m tests.tools.elastic` prints for each how far its losses are from those of the run that was never interrupted, on
-the CPU; `--json FILE` keeps the table.
+`python -m tests.tools.elastic` prints, on the CPU, how far the losses are from those of an uninterrupted run.
+`--json FILE` writes the table.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from tests.pool import WorkerPool, parallel_groups
 
 LENGTH, SAVED, NUM_STEPS = 21, 2, 5
 CORPUS = Corpus(["ring attention " * 40, "DeepSpeed " * 50], LENGTH, validation_sequences=1)
-# losses of 3 steps are about 5. fp32: 8 units in the last place (2^-21 each from 4 to 8), which Adam's division of
-# rounded gradients by their own size may make larger than the 1 or 2 that a single forward pass is off. bf16 rounds
-# activations in other places: 2.7e-4 is the most that was seen, and this is 4 times that
+# losses of 3 steps are about 5. fp32: 8 units in the last place (2^-21 each from 4 to 8). One forward pass is off by 1
+# or 2; Adam amplifies that, because it divides rounded gradients by their own size. bf16 rounds activations in other
+# places: 4 times the largest difference seen, 2.7e-4
 TOLERANCE = {"fp32": 8 * 2**-21, "bf16": 1.1e-3}
 
 RING, CONTIGUOUS, ULYSSES, DATA = "ring", "contiguous", "ulysses", "data"
@@ -42,25 +42,25 @@ RING, CONTIGUOUS, ULYSSES, DATA = "ring", "contiguous", "ulysses", "data"
 
 @dataclass(frozen=True)
 class Grid:
-    """Who computes what; DATA has two data ranks."""
+    """How ranks share the work; with kind DATA there are two data ranks."""
 
-    arrangement: str
+    kind: str
     num_ranks: int
     zero_stage: int
 
     @property
     def data_degree(self) -> int:
-        return 2 if self.arrangement == DATA else 1
+        return 2 if self.kind == DATA else 1
 
     def __str__(self) -> str:
         ring_degree = self.num_ranks // self.data_degree
         of_data = f"data 2 x ring {ring_degree}" if ring_degree > 1 else "data 2"
-        who = {DATA: of_data, CONTIGUOUS: "ring, contiguous"}.get(self.arrangement, self.arrangement)
+        who = {DATA: of_data, CONTIGUOUS: "ring, contiguous"}.get(self.kind, self.kind)
         return f"{self.num_ranks} rank{'s' if self.num_ranks > 1 else ''}, {who}, stage {self.zero_stage}"
 
     def config(self, dtype: str) -> Config:
-        method = {ULYSSES: "ulysses", DATA: "local" if self.num_ranks == 2 else "ring"}.get(self.arrangement, "ring")
-        layout = "contiguous" if self.arrangement == CONTIGUOUS else "zigzag"
+        method = {ULYSSES: "ulysses", DATA: "local" if self.num_ranks == 2 else "ring"}.get(self.kind, "ring")
+        layout = "contiguous" if self.kind == CONTIGUOUS else "zigzag"
         return Config(
             # a bias has 66 numbers, which 4 ranks do not divide: stage 3 pads it
             model=ModelConfig(hidden_size=36, num_heads=4, num_kv_heads=4, head_dim=8, mlp_size=33, bias=True),
@@ -96,10 +96,10 @@ TRANSITIONS = [
 
 
 def train(grid: Grid, dtype: str, run_dir: Path) -> tuple[list[str], list[float]]:
-    """On a rank: all steps, from the newest checkpoint on; saves after SAVED, or, where it goes on from it, at once.
+    """On a rank: train from the newest checkpoint to the end. Saves after step SAVED, or at once if it resumes from it.
 
     Returns:
-        what it was told of checkpoints, and its losses.
+        the printed lines about checkpoints, and the losses.
     """
     from recipes.checkpoint.manager import Checkpoints, TrainingData, choose_checkpoint
     from recipes.engine.build import build_engine, build_sharder
@@ -107,8 +107,8 @@ def train(grid: Grid, dtype: str, run_dir: Path) -> tuple[list[str], list[float]
     config, num_ranks = grid.config(dtype), grid.num_ranks
     plan = Plan(config, num_ranks, "cpu", "CPU", None, ranks_per_host=num_ranks)
     plan.resolve_config()
-    told: list[str] = []
-    resumed = choose_checkpoint(config, run_dir, told.append)
+    lines: list[str] = []
+    resumed = choose_checkpoint(config, run_dir, lines.append)
     engine = build_engine(plan, parallel_groups(grid.data_degree, num_ranks // grid.data_degree))
     checkpoints = Checkpoints(config, run_dir, engine)
     data = TrainingData(CORPUS, resumed)
@@ -122,21 +122,21 @@ def train(grid: Grid, dtype: str, run_dir: Path) -> tuple[list[str], list[float]
         if step == SAVED:
             checkpoints.save(step, step * plan.data_tokens_per_step, data.last_sha256, 0.0, "")
     engine.close()
-    return told, losses
+    return lines, losses
 
 
-def go_on(pool: WorkerPool, run_dir: Path, before: Grid, after: Grid, dtype: str) -> dict[str, Any]:
-    """One way of going on, as a row of the table.
+def resume_on(pool: WorkerPool, run_dir: Path, before: Grid, after: Grid, dtype: str) -> dict[str, Any]:
+    """Save on one grid, resume on another; returns a row of the table.
 
     Raises:
-        AssertionError: if it does not begin with the parameters that were saved, bit for bit, or if its losses differ
-            by more than TOLERANCE from those of the run that was never interrupted.
+        AssertionError: if the loaded parameters are not bit-identical to the saved ones, or if losses differ by more
+            than TOLERANCE from those of an uninterrupted run.
     """
     (_, uninterrupted), *_ = pool.run(train, before, dtype, run_dir, num_ranks=before.num_ranks)
     export(run_dir, run_dir / "saved.safetensors")
     ended = pool.run(train, after, dtype, run_dir, num_ranks=after.num_ranks)
-    told, losses = ended[0]
-    assert told[-1].startswith(f"going on after step {SAVED}, arranged otherwise: ")
+    lines, losses = ended[0]
+    assert lines[-1].startswith(f"resuming after step {SAVED}, resharded: ")
     export(run_dir, run_dir / "loaded.safetensors")
     saved, loaded = (load_file(run_dir / f"{name}.safetensors") for name in ("saved", "loaded"))
     assert saved.keys() == loaded.keys()
@@ -153,14 +153,14 @@ def go_on(pool: WorkerPool, run_dir: Path, before: Grid, after: Grid, dtype: str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Going on with other ranks, another ZeRO stage, another arrangement.")
+    parser = argparse.ArgumentParser(description="Resume with other ranks, ZeRO stages and methods.")
     parser.add_argument("--json", type=Path, help="also write the table to this file")
     options = parser.parse_args()
     pool, rows = WorkerPool("cpu"), []
     try:
         for before, after, dtype in TRANSITIONS:
             with tempfile.TemporaryDirectory() as folder:
-                rows.append(go_on(pool, Path(folder), before, after, dtype))
+                rows.append(resume_on(pool, Path(folder), before, after, dtype))
             print("{before} -> {after}, {dtype}: losses of {loss:.1f} differ by {difference:.1e}".format(**rows[-1]))
     finally:
         pool.close()

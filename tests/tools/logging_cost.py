@@ -1,9 +1,8 @@
-"""What logging costs: `python -m tests.tools.logging_cost`, on two CPU ranks; some minutes, with nothing else on their cores.
+"""What logging costs: `python -m tests.tools.logging_cost`, on two CPU ranks. Takes minutes and needs idle cores.
 
-One run of the main job logs every 40 steps: blocks of 20 steps with a logged one in their middle, and in turns with
-them blocks without. The difference is given of the wall clock and of rank 0's processor time, which depends less on
-what else runs; beside them the time that rank 0 spends in what is called for a logged step alone, waiting for the other
-rank included.
+One run of the main job logs every 40 steps. Intervals of 20 steps with a logged step in their middle alternate with
+intervals without one. Printed are the difference in wall time and in rank 0's CPU time, which depends less on other
+processes, and the time that rank 0 spends in the calls for a logged step, including waiting for the other rank.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ from conf.schema import CheckpointConfig, Config, DataConfig, LoggingConfig
 from recipes import registry
 from recipes.launch import launcher
 
-BLOCK = 20
+INTERVAL = 20
 RESULT_FILE = "cost.json"
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """The task of the ranks: rank 0 writes when each step ended, and what logging took, in seconds."""
+    """The ranks' task: rank 0 writes when each step ended and how long logging took, in seconds."""
 
     config: Config
 
@@ -52,8 +51,8 @@ class Measurement:
 
         def advance(reporter: Reporter) -> None:
             ends_s.append((time.perf_counter(), time.process_time()))
-            if len(ends_s) == BLOCK // 2:
-                logging_s.clear()  # the first step's
+            if len(ends_s) == INTERVAL // 2:
+                logging_s.clear()  # without the first step
 
         with (
             mock.patch.object(Reporter, "advance", advance),
@@ -69,34 +68,34 @@ class Measurement:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=20, help="of blocks")
+    parser.add_argument("--pairs", type=int, default=20, help="of intervals")
     parser.add_argument("--length", type=int, default=2048, help="of sequences")
     options = parser.parse_args()
     config = Config(
         data=DataConfig(sequence_length=options.length, validation_sequences=1),
-        logging=LoggingConfig(every_n_steps=2 * BLOCK, wandb="offline"),
+        logging=LoggingConfig(every_n_steps=2 * INTERVAL, wandb="offline"),
         checkpoint=CheckpointConfig(keep=0),
         breakdown=False,
-        num_steps=BLOCK // 2 + 2 * BLOCK * options.pairs,
+        num_steps=INTERVAL // 2 + 2 * INTERVAL * options.pairs,
     )
     with tempfile.TemporaryDirectory() as folder:
         launcher.launch(Measurement(config), 2, Path(folder))
         ends_s, logging_s = json.loads((Path(folder) / RESULT_FILE).read_text())
-    print(f"{options.pairs} pairs of {BLOCK} steps")
+    print(f"{options.pairs} pairs of {INTERVAL} steps")
     for clock, times_s in zip(("the wall clock", "processor time"), zip(*ends_s, strict=True), strict=True):
-        edges_s = times_s[BLOCK // 2 - 1 :: BLOCK]
-        blocks_s = [stop - start for start, stop in itertools.pairwise(edges_s)]
-        without_s, with_s = blocks_s[::2], blocks_s[1::2]
+        edges_s = times_s[INTERVAL // 2 - 1 :: INTERVAL]
+        intervals_s = [stop - start for start, stop in itertools.pairwise(edges_s)]
+        without_s, with_s = intervals_s[::2], intervals_s[1::2]
         changes = [100 * (one / other - 1) for one, other in zip(with_s, without_s, strict=True)]
         low, middle, high = statistics.quantiles(changes, n=4)
         print(
-            f"by {clock}: {1e3 * statistics.median(without_s) / BLOCK:.1f} ms a step, {middle:+.2f} % with a logged "
-            f"one among {BLOCK} (quartiles {low:+.2f} to {high:+.2f})"
+            f"by {clock}: {1e3 * statistics.median(without_s) / INTERVAL:.1f} ms a step, {middle:+.2f} % with a logged "
+            f"one among {INTERVAL} (quartiles {low:+.2f} to {high:+.2f})"
         )
-    blocks_s = [stop[0] - start[0] for start, stop in itertools.pairwise(ends_s[BLOCK // 2 - 1 :: BLOCK])]
-    log_s = logging_s / (options.pairs + 1)  # the last step's, too
-    share_pct = 100 * log_s / statistics.median(blocks_s)
-    print(f"spent on each log: {1e3 * log_s:.2f} ms, {share_pct:.3f} % of {BLOCK} steps")
+    intervals_s = [stop[0] - start[0] for start, stop in itertools.pairwise(ends_s[INTERVAL // 2 - 1 :: INTERVAL])]
+    log_s = logging_s / (options.pairs + 1)  # the last step is logged too
+    share_pct = 100 * log_s / statistics.median(intervals_s)
+    print(f"spent on each log: {1e3 * log_s:.2f} ms, {share_pct:.3f} % of {INTERVAL} steps")
 
 
 if __name__ == "__main__":

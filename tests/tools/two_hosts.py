@@ -13,7 +13,7 @@ CABLE = "eth0"  # its name on both hosts
 
 
 def why_not() -> str:
-    """Why this machine cannot make network namespaces; empty if it can."""
+    """Why this machine cannot create network namespaces; empty if it can."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
         return "two hosts need root and iproute2"
     name = f"probe{os.getpid()}"
@@ -30,27 +30,27 @@ def _ip(*arguments: str) -> None:
 
 @dataclass(frozen=True)
 class Hosts:
-    """Two of them, with 10.77.0.1 and 10.77.0.2, which reach each other and nothing else."""
+    """Two hosts at 10.77.0.1 and 10.77.0.2, which reach only each other."""
 
     names: tuple[str, str]
     addresses: tuple[str, str] = ("10.77.0.1", "10.77.0.2")
 
     def command(self, host: int, *command: str) -> list[str]:
-        """What runs `command` on a host."""
+        """The command line that runs `command` on a host."""
         return ["ip", "netns", "exec", self.names[host], *command]
 
     def cut(self) -> None:
-        """Take the cable out."""
+        """Unplug the cable."""
         _ip("-netns", self.names[0], "link", "set", CABLE, "down")
 
     def mend(self) -> None:
-        """Put it in again."""
+        """Plug it in again."""
         _ip("-netns", self.names[0], "link", "set", CABLE, "up")
 
 
 @contextlib.contextmanager
 def two_hosts() -> Iterator[Hosts]:
-    """The hosts, for as long as the block."""
+    """The hosts, which exist inside the block."""
     hosts = Hosts((f"ring{os.getpid()}a", f"ring{os.getpid()}b"))
     with contextlib.ExitStack() as stack:
         for name in hosts.names:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 
-from conf.schema import AttentionConfig, Config, ModelConfig, OptimizerConfig
+from conf.schema import AttentionConfig, Config, EngineConfig, ModelConfig, OptimizerConfig
 from recipes.model.transformer import Transformer, rotary_cos_sin
 from recipes.monitor.device_metrics import percentile
 from recipes.planning.plan import Plan, forward_flops_per_token, num_parameters
@@ -50,13 +52,13 @@ def test_operations_counted_by_torch():
     [(0, 1, 4, 1, 1), (1, 2, 2, 1, 2), (2, 2, 4, 3, 6), (3, 1, 4, 1, 4), (3, 2, 2, 2, 8)],
 )
 def test_the_loss_multiplier_undoes_what_deepspeed_divides_by(stage, data, ring, accumulation, multiplier):
-    from recipes.engine.deepspeed_engine import loss_multiplier
+    from recipes.engine.loss import loss_multiplier
 
     assert loss_multiplier(stage, data, ring, accumulation) == multiplier
 
 
 def test_the_learning_rate_warms_up_and_decays_to_its_floor():
-    from recipes.engine.deepspeed_engine import learning_rate_factor
+    from recipes.engine.optimizer import learning_rate_factor
 
     def factors(decay: str) -> list[float]:
         factor = learning_rate_factor(OptimizerConfig(warmup_fraction=0.2, min_lr_ratio=0.1, decay=decay), num_steps=10)
@@ -69,8 +71,20 @@ def test_the_learning_rate_warms_up_and_decays_to_its_floor():
     assert cosine[2:] == sorted(cosine[2:], reverse=True)
 
 
+def test_only_fp16_has_a_loss_scale():
+    from recipes.engine.base import Engine
+
+    def loss_scaling(dtype: str) -> dict[str, float | None]:
+        deepspeed = mock.Mock(skipped_steps=3, optimizer=mock.Mock(cur_scale=torch.tensor(1024.0)))
+        engine = mock.Mock(spec=Engine, config=EngineConfig(dtype=dtype), deepspeed=deepspeed)
+        return Engine.loss_scaling.__get__(engine)
+
+    assert loss_scaling("bf16") == {}
+    assert loss_scaling("fp16") == {"loss_scale": 1024.0, "skipped_steps": 3}
+
+
 def test_weight_decay_spares_norms_biases_and_embeddings():
-    from recipes.engine.deepspeed_engine import make_optimizer
+    from recipes.engine.optimizer import make_optimizer
 
     model = Transformer(ModelConfig(norm="layernorm", bias=True), LocalAttention("auto"))
     names = {id(parameter): name for name, parameter in model.named_parameters()}

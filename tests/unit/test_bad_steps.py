@@ -11,7 +11,7 @@ import torch
 
 from conf.schema import Config, EngineConfig
 from recipes.checkpoint.manifest import step_name
-from recipes.engine.deepspeed_engine import StepResult
+from recipes.engine.base import StepResult
 from recipes.launch.bad_steps import MOST_IN_A_ROW, BadSteps
 from recipes.run.errors import RunFailed
 
@@ -24,12 +24,12 @@ def result(loss: float, applied: bool) -> StepResult:
 
 def bad_steps(policy: str, run_dir: Path, dtype: str = "bf16", ranks: tuple[int, ...] = (1, 2)) -> BadSteps:
     plan = mock.Mock(config=Config(engine=EngineConfig(dtype=dtype, on_bad_step=policy)), data_tokens_per_step=1000)
-    return BadSteps(plan, mock.Mock(**{"ranks_of_bad_loss.return_value": list(ranks)}), run_dir)
+    return BadSteps(plan, mock.Mock(**{"ranks_with_nonfinite_loss.return_value": list(ranks)}), run_dir)
 
 
 @pytest.mark.parametrize(
     ("step", "goes_on"),
-    [(None, "there is no checkpoint yet"), (2, "step_00000002 is whole, and the same command goes on from it")],
+    [(None, "there is no checkpoint yet"), (2, "the same command resumes from step_00000002")],
 )
 def test_a_run_stops_with_the_identity_of_the_batch(tmp_path, step, goes_on):
     if step is not None:
@@ -69,7 +69,7 @@ def test_so_many_in_a_row_are_not_the_batch(tmp_path):
     not_the_batch = (
         "10 steps in a row were skipped, so it is not the batch: +debug=anomaly names the operation that makes the "
         "first NaN, and a run with a smaller optimizer.lr, and a hydra.run.dir of its own, may make none\n"
-        "step_00000002 is whole, and the same command goes on from it"
+        "the same command resumes from step_00000002"
     )
     with pytest.raises(RunFailed, match=re.escape(not_the_batch)):
         steps.check(MOST_IN_A_ROW, bad, DATA)

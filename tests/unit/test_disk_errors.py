@@ -20,7 +20,7 @@ def explained(run_dir, error: Exception) -> str:
 
 def test_an_error_that_names_its_reason(tmp_path):
     (tmp_path / "logs").mkdir()
-    Heartbeat(tmp_path, 1).tell("part", "checkpoint of step 30")
+    Heartbeat(tmp_path, 1).update("part", "checkpoint of step 30")
     error = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "metrics.jsonl"))
     assert explained(tmp_path, error) == (
         f"rank 1 could not write (checkpoint of step 30): No space left on device: {tmp_path}/metrics.jsonl\n"
@@ -28,7 +28,7 @@ def test_an_error_that_names_its_reason(tmp_path):
         "another disk"
     )
     (tmp_path / "checkpoints" / "step_00000020").mkdir(parents=True)
-    assert "step_00000020 is whole, and the same command goes on from it: " in explained(tmp_path, error)
+    assert "the same command resumes from step_00000020: " in explained(tmp_path, error)
 
 
 def test_pytorchs_error_names_none_so_the_disk_is_asked(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Which environments make a process one of a launcher's ranks."""
+"""Which environments make a process a rank of an external launcher."""
 
 from __future__ import annotations
 
@@ -52,19 +52,19 @@ def test_a_step_on_one_node_knows_its_local_ranks():
     assert environment["LOCAL_WORLD_SIZE"] == "8"
 
 
-def test_a_step_on_one_node_meets_in_a_file_of_this_start_and_elsewhere_where_the_user_says():
+def test_a_step_on_one_node_has_a_file_rendezvous_per_start_unless_the_user_gives_an_address():
     step = STEP | {"SLURM_STEP_TASKS_PER_NODE": "8", "TMPDIR": "/tmp"}
-    first, again, told = (
+    first, again, addressed = (
         adopted(step),
         adopted(step | {"SLURM_RESTART_COUNT": "1"}),
         adopted(step | {"MASTER_ADDR": "a"}),
     )
     assert first is not None
     assert again is not None
-    assert told is not None
+    assert addressed is not None
     assert re.fullmatch(r"/.+/ring_attention_\d+_1234567_2_0", first[RENDEZVOUS])
     assert again[RENDEZVOUS] == first[RENDEZVOUS][:-1] + "1"
-    assert RENDEZVOUS not in told
+    assert RENDEZVOUS not in addressed
 
 
 @pytest.mark.parametrize(
@@ -78,13 +78,13 @@ def test_a_step_on_one_node_meets_in_a_file_of_this_start_and_elsewhere_where_th
         ("rack[1-2]n[3-4]-ib,login", "rack1n3-ib"),
     ],
 )
-def test_ranks_meet_on_the_first_host_of_the_nodelist(nodelist, first):
+def test_the_master_address_is_the_first_host_of_the_nodelist(nodelist, first):
     environment = adopted(STEP | {"SLURM_STEP_NODELIST": nodelist})
     assert environment is not None
     assert environment["MASTER_ADDR"] == first
 
 
-def test_an_address_that_the_user_gives_is_kept():
+def test_the_users_address_is_kept():
     environment = adopted(STEP | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4000"})
     assert environment is not None
     assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("10.0.0.1", "4000")
@@ -99,19 +99,18 @@ def test_an_address_that_the_user_gives_is_kept():
         {"WORLD_SIZE": "8"},
     ],
 )
-def test_other_processes_start_ranks_of_their_own(environment):
+def test_other_processes_start_their_own_ranks(environment):
     assert adopted(environment) is None
 
 
-def test_ranks_of_torchrun_and_deepspeed_are_taken_as_they_are():
+def test_ranks_of_torchrun_and_deepspeed_are_recognised():
     assert adopted(TORCHRUN) == TORCHRUN
     assert adopted(TORCHRUN | {"LOCAL_SIZE": "4"}) == TORCHRUN | {"LOCAL_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
 
 
-def test_a_half_set_environment_is_refused():
+def test_an_incomplete_environment_is_an_error():
     with pytest.raises(ConfigError) as caught:
         adopted({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "here"})
-    assert str(caught.value) == (
+    assert str(caught.value).startswith(
         "RANK=1 says that a launcher has started this rank, but LOCAL_RANK, MASTER_PORT is not set: "
-        "start with torchrun, deepspeed --no_local_rank or srun, or unset RANK"
     )

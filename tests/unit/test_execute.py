@@ -1,4 +1,4 @@
-"""`train.execute`: what it says, and before which import, when no rank needs to be started."""
+"""`train.execute` where no rank starts: refusals before torch is imported, finished runs, explain=true."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ except ConfigError as error:
     assert result.stdout.startswith(f"False {message}"), result.stdout + result.stderr
 
 
-def test_a_run_that_is_over_does_not_need_its_data_any_more(tmp_path, tiny):
+def test_a_finished_run_does_not_need_its_data(tmp_path, tiny):
     config = Config(data=tiny, launch=TWO_RANKS)
     published(tmp_path, config.num_steps, config=resolved(config))
     (tmp_path / "summary.json").write_text(json.dumps({"validation_loss": 2.5}))
@@ -70,14 +70,14 @@ def test_a_run_that_is_over_does_not_need_its_data_any_more(tmp_path, tiny):
 
 
 @pytest.mark.parametrize("recipe", ["pretrain", "forward"])
-def test_explain_ends_with_what_is_wrong_with_the_corpus(tmp_path, tiny, capsys, recipe):
+def test_explain_reports_a_bad_corpus_last(tmp_path, tiny, capsys, recipe):
     config = Config(data=tiny, launch=TWO_RANKS, explain=True, recipe=recipe)
     with pytest.raises(CorpusError, match=TOO_SHORT):
         train.execute(config, [], tmp_path)
     assert "FLOPs per token, forward" in capsys.readouterr().out
 
 
-def test_explain_reads_no_data_that_it_would_have_to_download(tmp_path, capsys):
+def test_explain_downloads_no_data(tmp_path, capsys):
     config = Config(data=DataConfig(source="hub", name="nobody/nothing"), launch=TWO_RANKS, explain=True)
     assert train.execute(config, [], tmp_path) is None
     assert "FLOPs per token, forward" in capsys.readouterr().out
@@ -88,6 +88,6 @@ def test_explain_reads_no_data_that_it_would_have_to_download(tmp_path, capsys):
         train.execute(config, [], tmp_path)
 
 
-def test_explain_of_attention_alone_reads_no_data(tmp_path, tiny, capsys):
+def test_explain_of_bench_attention_reads_no_data(tmp_path, tiny, capsys):
     train.execute(Config(data=tiny, launch=TWO_RANKS, explain=True, recipe="bench_attention"), [], tmp_path)
     assert "block kernel" in capsys.readouterr().out

@@ -54,12 +54,11 @@ def test_the_launchers_parent_does_not_import_deepspeed():
 
 
 @pytest.mark.skipif(not hasattr(torch.compiler, "set_default_backend"), reason="what it needs came with PyTorch 2.13")
-def test_knowing_muons_class_imports_no_inductor():
-    """DeepSpeed asks for it, on every rank."""
+def test_importing_deepspeed_does_not_import_inductor():
     code = """
 import sys, torch
-from recipes.engine.deepspeed_engine import _import_muon
-_import_muon()
+from recipes.launch.startup import import_deepspeed
+import_deepspeed()
 assert "deepspeed.runtime.zero.muon.muon_optimizer" in sys.modules
 assert "torch._inductor.compile_fx" not in sys.modules
 assert torch.compiler.get_default_backend() == "inductor"

@@ -1,8 +1,7 @@
-"""What the launcher refuses on a machine without GPUs, before any rank is started."""
+"""What the launcher refuses on a machine without GPUs, which rank it blames, and the SLURM batch file."""
 
 from __future__ import annotations
 
-import errno
 import os
 import shlex
 import signal
@@ -11,13 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from conf.schema import AttentionConfig, Config, ConfigError, EngineConfig, LaunchConfig, ModelConfig
-from recipes.launch.launcher import _explain_failure, _Outcome, count_ranks, launch
+from recipes.launch.failure import Outcome, explain_failure
+from recipes.launch.launcher import count_ranks
 from recipes.launch.processes import signals_deferred
-from recipes.registry import RecipeTask
-from recipes.run.errors import RunFailed
 from recipes.run.heartbeat import Heartbeat
 
 
@@ -66,17 +63,6 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
     )
 
 
-@pytest.mark.parametrize(("number", "expected"), [(errno.ENOSPC, RunFailed), (errno.EMFILE, OSError)])
-def test_only_want_of_space_is_want_of_shared_memory(monkeypatch, tmp_path, number, expected):
-    def fails(self):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(type(mp.get_context("spawn")), "SimpleQueue", fails)
-    with pytest.raises(expected, match=os.strerror(number)) as caught:
-        launch(RecipeTask(Config()), 1, tmp_path)
-    assert ("no shared memory left" in str(caught.value)) == (expected is RunFailed)
-
-
 @pytest.mark.parametrize(
     ("exit_codes", "first_seen", "reported", "blamed"),
     [
@@ -87,30 +73,31 @@ def test_only_want_of_space_is_want_of_shared_memory(monkeypatch, tmp_path, numb
         ([1, 1, 0], 0, [(1, "the cause"), (0, "peer is gone")], "rank 1 failed:\nthe cause"),
         ([-15, 0, 1], 0, [(2, "peer is gone")], "rank 0 was ended by SIGTERM"),
         ([0, 7, 0], 1, [], "rank 1 exited with code 7"),
+        ([0, -40, 0], 1, [], "rank 1 was ended by signal 40"),
     ],
 )
 def test_the_rank_that_failed_first_is_blamed(tmp_path, exit_codes, first_seen, reported, blamed):
-    outcomes = [_Outcome(rank, error=f"rank {rank} failed:\n{error}") for rank, error in reported]
+    outcomes = [Outcome(rank, error=f"rank {rank} failed:\n{error}") for rank, error in reported]
     rank = blamed.split()[1]
-    hint = "\nif nobody did that, the host's memory ran out: see dmesg and explain=true"
-    assert _explain_failure(exit_codes, first_seen, outcomes, tmp_path) == (
+    hint = "\nprobably the OOM killer, if nobody killed it: see dmesg and explain=true"
+    assert explain_failure(exit_codes, first_seen, outcomes, tmp_path) == (
         f"{blamed}\nthe other ranks were ended; its log: {tmp_path / 'logs' / f'rank_{rank}.log'}"
         f"{hint if 'SIGKILL' in blamed else ''}"
     )
 
 
-def test_a_killed_rank_is_named_with_where_it_was_and_a_stall_with_all_ranks(tmp_path):
+def test_a_killed_rank_is_named_with_its_position_and_a_stall_with_all_ranks(tmp_path):
     (tmp_path / "logs").mkdir()
-    Heartbeat(tmp_path, 1).tell("part", "validation after step 4")
-    message = _explain_failure([0, -9], 1, [], tmp_path)
+    Heartbeat(tmp_path, 1).update("part", "validation after step 4")
+    message = explain_failure([0, -9], 1, [], tmp_path)
     assert message.startswith("rank 1 was ended by SIGKILL (validation after step 4)\nthe other ranks were ended;")
     (tmp_path / "logs" / "stall.txt").write_text("step 7 was not done\nrank 0\nrank 1\n")
-    assert _explain_failure([0, 1], 1, [], tmp_path) == "step 7 was not done\nrank 0\nrank 1"
+    assert explain_failure([0, 1], 1, [], tmp_path) == "step 7 was not done\nrank 0\nrank 1"
 
 
 def test_a_refusal_by_the_ranks_is_shown_alone(tmp_path):
-    refused = [_Outcome(rank, error="that does not fit", refused=True) for rank in (1, 0)]
-    assert _explain_failure([1, 1], 1, refused, tmp_path) == "that does not fit"
+    refused = [Outcome(rank, error="that does not fit", refused=True) for rank in (1, 0)]
+    assert explain_failure([1, 1], 1, refused, tmp_path) == "that does not fit"
 
 
 def test_a_model_too_large_for_the_ranks_is_refused(monkeypatch):
@@ -127,16 +114,18 @@ def test_a_model_too_large_for_the_ranks_is_refused(monkeypatch):
     )
 
 
-def test_overdue_hops_are_shown_where_the_watchdog_ended_a_rank(tmp_path):
+def test_overdue_transfers_are_shown_if_the_watchdog_ended_a_rank(tmp_path):
     (tmp_path / "logs").mkdir()
-    hop = "TransferError: forward K,V after ring step 1: ring rank 1 of 4, receiving from ring rank 0 (global rank 0)"
-    (tmp_path / "logs" / "rank_1.log").write_text(f"noise\n{hop}\nterminate called\n")
+    transfer = (
+        "TransferError: forward K,V after ring step 1: ring rank 1 of 4, receiving from ring rank 0 (global rank 0)"
+    )
+    (tmp_path / "logs" / "rank_1.log").write_text(f"noise\n{transfer}\nterminate called\n")
     (tmp_path / "logs" / "rank_0.log").write_text("noise\n")
-    message = _explain_failure([0, -6, 0, 0], 1, [], tmp_path)
-    assert message.splitlines()[:2] == ["rank 1 was ended by SIGABRT", hop]
+    message = explain_failure([0, -6, 0, 0], 1, [], tmp_path)
+    assert message.splitlines()[:2] == ["rank 1 was ended by SIGABRT", transfer]
 
 
-def test_a_signal_while_ranks_are_started_acts_when_they_are():
+def test_a_signal_while_ranks_start_takes_effect_afterwards():
     steps = []
 
     def start() -> None:
@@ -153,9 +142,9 @@ def test_a_signal_while_ranks_are_started_acts_when_they_are():
 @pytest.mark.parametrize(
     "typed",
     [[], ["hydra.run.dir=my run"], ["++hydra.run.dir='my run'"]],
-    ids=["its own run dir", "one that is typed", "one in quotes"],
+    ids=["default run dir", "typed run dir", "quoted run dir"],
 )
-@pytest.mark.parametrize("left", [False, True], ids=["first start", "after one that saved"])
+@pytest.mark.parametrize("left", [False, True], ids=["first start", "after a preemption"])
 @pytest.mark.parametrize(
     ("saves", "code", "said"),
     [
@@ -166,9 +155,7 @@ def test_a_signal_while_ranks_are_started_acts_when_they_are():
         (True, 137, "requeue 7\n"),  # SLURM killed what was left of it
     ],
 )
-def test_the_batch_file_queues_again_only_what_has_saved_because_it_was_told_to_end(
-    tmp_path, typed, left, saves, code, said
-):
+def test_the_batch_file_requeues_only_a_preempted_run_that_has_saved(tmp_path, typed, left, saves, code, said):
     marker = tmp_path / ("my run" if typed else "runs/7") / "logs" / "preempted"
     marker.parent.mkdir(parents=True)
     if left:

@@ -1,4 +1,4 @@
-"""What a checkpoint's files must be, which one is taken, which are kept, and which configuration may go on from it."""
+"""Checkpoint files: verification, retention, and which configurations may resume from them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from recipes.checkpoint.manifest import (
     step_name,
     write_manifest,
 )
-from recipes.launch.launcher import ended_before
+from recipes.launch.launcher import result_if_finished
 
 
 def resolved(config: Config, num_ranks: int = 2) -> Config:
@@ -64,7 +64,7 @@ def published(run_dir: Path, step: int, keep: int = 2, config: Config | None = N
     return run_dir / CHECKPOINTS_DIR / step_name(step)
 
 
-def test_a_manifest_is_read_as_it_was_written_and_its_files_are_whole(tmp_path):
+def test_a_manifest_survives_a_round_trip_and_its_files_are_intact(tmp_path):
     folder = published(tmp_path, 5)
     manifest = read_manifest(folder)
     assert (manifest.step, manifest.data_cursor, manifest.wandb_run_id, manifest.elapsed_s) == (5, 1285, "id", 1.5)
@@ -82,7 +82,7 @@ def test_a_manifest_is_read_as_it_was_written_and_its_files_are_whole(tmp_path):
     ],
     ids=["truncated", "flipped", "missing"],
 )
-def test_a_file_that_changed_is_named(tmp_path, content, message):
+def test_a_changed_file_is_named(tmp_path, content, message):
     folder = published(tmp_path, 5)
     (folder / "a.pt").unlink() if content is None else (folder / "a.pt").write_bytes(content)
     manifest = read_manifest(folder)
@@ -93,7 +93,7 @@ def test_a_file_that_changed_is_named(tmp_path, content, message):
 
 
 @pytest.mark.parametrize("damage", [lambda text: text[:-9], lambda text: text.replace('"step": 5', '"step": 6')])
-def test_a_manifest_that_changed_is_named(tmp_path, damage):
+def test_a_changed_manifest_is_named(tmp_path, damage):
     path = published(tmp_path, 5) / MANIFEST_FILE
     path.write_text(damage(path.read_text()))
     with pytest.raises(BrokenCheckpoint) as caught:
@@ -113,12 +113,12 @@ def test_the_newest_are_kept_and_latest_names_the_last(tmp_path):
     assert not (tmp_path / CHECKPOINTS_DIR / WRITING_DIR).exists()
 
 
-def test_what_is_being_written_is_no_checkpoint_yet(tmp_path):
+def test_an_unpublished_checkpoint_does_not_count(tmp_path):
     write(tmp_path, 5)
     assert newest_first(tmp_path) == []
 
 
-def test_broken_ones_that_a_run_did_not_go_on_from_make_way(tmp_path):
+def test_broken_checkpoints_are_replaced(tmp_path):
     for step in (10, 20, 30):
         published(tmp_path, step, keep=3)
     (tmp_path / CHECKPOINTS_DIR / step_name(20) / "a.pt").unlink()
@@ -128,26 +128,26 @@ def test_broken_ones_that_a_run_did_not_go_on_from_make_way(tmp_path):
     assert (tmp_path / CHECKPOINTS_DIR / LATEST_FILE).read_text() == step_name(20)
 
 
-def test_another_configuration_is_refused_with_its_fields(tmp_path):
+def test_another_configuration_is_refused_by_field(tmp_path):
     folder = published(tmp_path, 5)
     other = resolved(Config(model=ModelConfig(num_layers=4), optimizer=OptimizerConfig(lr=1e-3), num_steps=600))
     with pytest.raises(ConfigError) as caught:
         check_same_run(folder, read_manifest(folder), other)
     assert str(caught.value) == (
-        f"{folder} is of another run: model.num_layers was 2 and is 4; optimizer.lr was 0.003 and is 0.001; num_steps "
-        "was 300 and is 600 (the schedule of the learning rate ends with num_steps): type what that one was started "
-        "with, or use another hydra.run.dir"
+        f"{folder} belongs to another run: model.num_layers was 2 and is 4; optimizer.lr was 0.003 and is 0.001; "
+        "num_steps was 300 and is 600 (the schedule of the learning rate ends with num_steps): type what that run was "
+        "started with, or use another hydra.run.dir"
     )
 
 
-def test_what_changes_no_result_may_differ(tmp_path):
+def test_resume_safe_fields_may_change(tmp_path):
     folder = published(tmp_path, 5)
     other = resolved(Config(logging=LoggingConfig(every_n_steps=7, tags=["x"]), breakdown=False, profile=True))
     other.launch.timeout_s, other.checkpoint.keep = 30.0, 9
     check_same_run(folder, read_manifest(folder), other)
 
 
-def test_another_arrangement_on_as_many_ranks_goes_on_if_the_batch_is_kept(tmp_path):
+def test_other_degrees_on_as_many_ranks_resume_with_an_equal_batch(tmp_path):
     ring = resolved(Config(engine=EngineConfig(gradient_accumulation_steps=2)))
     folder = published(tmp_path, 5, config=ring)
     replicas = resolved(Config(parallelism=ParallelismConfig(data_degree=2)))
@@ -160,13 +160,13 @@ def test_another_arrangement_on_as_many_ranks_goes_on_if_the_batch_is_kept(tmp_p
     with pytest.raises(ConfigError) as caught:
         check_same_run(folder, read_manifest(folder), replicas)
     assert str(caught.value) == (
-        f"{folder} has 2 sequences per step (data ranks x micro-batch x accumulation: 1 x 1 x 2), and this would have "
-        "6 (2 x 3 x 1): type engine.train_batch_size=2, and a parallelism.data_degree and an engine.micro_batch_size "
-        "whose product divides 2"
+        f"{folder} has 2 sequences per step (data ranks x micro-batch x accumulation: 1 x 1 x 2), and this run would "
+        "have 6 (2 x 3 x 1): type engine.train_batch_size=2, and a parallelism.data_degree and an "
+        "engine.micro_batch_size whose product divides 2"
     )
 
 
-def test_tiles_of_the_loss_may_differ_also_from_a_run_that_knew_none(tmp_path):
+def test_tile_tokens_may_change_even_if_the_checkpoint_has_no_such_field(tmp_path):
     folder = published(tmp_path, 5)
     manifest, other = read_manifest(folder), resolved(Config(engine=EngineConfig(tile_tokens=64)))
     assert check_same_run(folder, manifest, other) == ["engine.tile_tokens None -> 64"]
@@ -175,7 +175,7 @@ def test_tiles_of_the_loss_may_differ_also_from_a_run_that_knew_none(tmp_path):
 
 
 @pytest.mark.parametrize("zero_stage", [2, 3])
-def test_other_ranks_and_zero_stages_go_on(tmp_path, zero_stage):
+def test_other_ranks_and_zero_stages_resume(tmp_path, zero_stage):
     folder = published(tmp_path, 5)
     other = resolved(Config(engine=EngineConfig(zero_stage=zero_stage)), num_ranks=4)
     assert check_same_run(folder, read_manifest(folder), other) == [
@@ -186,59 +186,57 @@ def test_other_ranks_and_zero_stages_go_on(tmp_path, zero_stage):
 
 
 @pytest.mark.parametrize(("zero_stage", "num_ranks", "expected"), [(1, 2, False), (1, 4, True), (3, 2, True)])
-def test_ranks_and_stage_say_how_states_are_cut(tmp_path, zero_stage, num_ranks, expected):
+def test_ranks_and_stage_decide_whether_states_are_resharded(tmp_path, zero_stage, num_ranks, expected):
     manifest = read_manifest(published(tmp_path, 5))
     config = resolved(Config(engine=EngineConfig(zero_stage=zero_stage)), num_ranks)
     assert is_resharded(manifest, config) == expected
 
 
 @pytest.mark.parametrize(("before", "after"), [(0, 1), (3, 0)])
-def test_stage_0_goes_on_with_itself_alone(tmp_path, before, after):
+def test_stage_0_resumes_only_from_itself(tmp_path, before, after):
     folder = published(tmp_path, 5, config=resolved(Config(engine=EngineConfig(zero_stage=before))))
     with pytest.raises(ConfigError) as caught:
         check_same_run(folder, read_manifest(folder), resolved(Config(engine=EngineConfig(zero_stage=after))))
-    assert str(caught.value) == (
-        f"{folder} is of engine.zero_stage={before}, and this would go on with {after}: from stages 1, 2 and 3 a run "
-        f"goes on with any of the three, from stage 0 with 0 alone: type engine.zero_stage={before}, or use another "
-        "hydra.run.dir"
+    assert str(caught.value).startswith(
+        f"{folder} was saved with engine.zero_stage={before} and cannot resume with {after}: "
     )
 
 
-def test_tensor_and_pipeline_ranks_go_on_as_they_were_alone(tmp_path):
+def test_tensor_pipeline_resumes_only_on_as_many_ranks(tmp_path):
     config = Config(attention=AttentionConfig(method="local"), parallelism=ParallelismConfig("tensor_pipeline"))
     folder = published(tmp_path, 5, config=resolved(config))
-    with pytest.raises(ConfigError, match=r"is of another run: .*launch.num_ranks was 2 and is 4"):
+    with pytest.raises(ConfigError, match=r"belongs to another run: .*launch.num_ranks was 2 and is 4"):
         check_same_run(folder, read_manifest(folder), resolved(config, num_ranks=4))
 
 
-def test_a_schedule_without_an_end_may_be_longer(tmp_path):
+def test_num_steps_may_grow_if_the_learning_rate_does_not_depend_on_it(tmp_path):
     config = resolved(Config(optimizer=OptimizerConfig(decay="constant", warmup_fraction=0)))
     folder = published(tmp_path, 5, config=config)
     check_same_run(folder, read_manifest(folder), replace(config, num_steps=600))
 
 
 class TestBeforeRanksStart:
-    def test_there_is_something_to_do(self, tmp_path):
-        assert ended_before(Config(), 2, tmp_path) is None
+    def test_a_run_with_steps_to_do_has_no_result(self, tmp_path):
+        assert result_if_finished(Config(), 2, tmp_path) is None
         published(tmp_path, 100)
-        assert ended_before(Config(), 2, tmp_path) is None
+        assert result_if_finished(Config(), 2, tmp_path) is None
 
     def test_a_broken_manifest_is_left_to_the_ranks(self, tmp_path):
         (published(tmp_path, 300) / MANIFEST_FILE).write_text("{}")
-        assert ended_before(Config(), 2, tmp_path) is None
+        assert result_if_finished(Config(), 2, tmp_path) is None
 
-    def test_other_ranks_go_on(self, tmp_path):
+    def test_other_ranks_resume(self, tmp_path):
         published(tmp_path, 100)
-        assert ended_before(Config(), 4, tmp_path) is None
+        assert result_if_finished(Config(), 4, tmp_path) is None
 
     def test_another_run_is_refused(self, tmp_path):
         published(tmp_path, 100)
         with pytest.raises(ConfigError, match=r"num_layers was 2 and is 4: .*hydra.run.dir"):
-            ended_before(Config(model=ModelConfig(num_layers=4)), 2, tmp_path)
+            result_if_finished(Config(model=ModelConfig(num_layers=4)), 2, tmp_path)
 
-    def test_a_run_that_is_over_gives_its_result(self, tmp_path, capsys):
+    def test_a_finished_run_gives_its_result(self, tmp_path, capsys):
         published(tmp_path, 300)
         (tmp_path / "summary.json").write_text(json.dumps({"validation_loss": 2.5}))
-        assert ended_before(Config(), 2, tmp_path) == 2.5
-        said = f"all 300 steps of {tmp_path} are done: to train anew use another hydra.run.dir\n"
+        assert result_if_finished(Config(), 2, tmp_path) == 2.5
+        said = f"all 300 steps of {tmp_path} are done: to train again, use another hydra.run.dir\n"
         assert capsys.readouterr().out == said

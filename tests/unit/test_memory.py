@@ -101,12 +101,12 @@ def test_tensor_and_pipeline_ranks_cut_the_layers_and_data_ranks_the_optimizer()
 
 
 def test_a_tensor_rank_holds_what_the_arithmetic_says_but_for_norms():
-    from recipes.engine.tensor_parallel import TensorRanks, cut_layer_
+    from recipes.engine.tensor_parallel import TensorGroup, shard_layer_
     from recipes.model.transformer import make_layer
     from ring_attention import LocalAttention
 
     model = ModelConfig()
-    layer = cut_layer_(make_layer(model, LocalAttention("auto"), 0, 0), TensorRanks(2, 0, True))
+    layer = shard_layer_(make_layer(model, LocalAttention("auto"), 0, 0), TensorGroup(2, 0))
     embeddings = 2 * model.vocab_size * model.hidden_size
     counted = num_parameters(model) - embeddings - model.hidden_size
     norms = 2 * model.hidden_size

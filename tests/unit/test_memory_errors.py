@@ -94,12 +94,12 @@ RING_8 = "parallelism.data_degree=1 parallelism.ring_degree=8"
             ["parallelism.tensor_degree=8 parallelism.pipeline_degree=1 parallelism.data_degree=1", ALLOCATOR, HALF],
         ),
         (
-            tensor_pipeline(tensor_degree=2, pipeline_degree=1, sequence_sharded_norms=False),
+            tensor_pipeline(tensor_degree=2, pipeline_degree=1),
             [
-                "parallelism.sequence_sharded_norms=true",
                 "parallelism.tensor_degree=4 parallelism.pipeline_degree=1 parallelism.data_degree=2 "
                 "engine.train_batch_size=4",
                 ALLOCATOR,
+                HALF,
             ],
         ),
         (
@@ -189,9 +189,9 @@ def fails_for_want_of_memory(run_dir: Path) -> list[str]:
 def test_the_message_names_the_part_that_failed(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "3")
     (tmp_path / "logs").mkdir()
-    whereabouts = Heartbeat(tmp_path, 3)
+    heartbeat = Heartbeat(tmp_path, 3)
     for kind, text in (("step", "7"), ("part", "backward"), ("ring_step", "backward ring step 1")):
-        whereabouts.tell(kind, text)
+        heartbeat.update(kind, text)
     assert fails_for_want_of_memory(tmp_path)[0] == "rank 3 ran out of memory (step 7, backward, backward ring step 1)"
 
 

@@ -10,10 +10,10 @@ import pytest
 
 from conf.schema import ConfigError
 from recipes.dashboard.workspace import create, define
-from recipes.monitor.metric_registry import CONCLUSIONS, METRICS, SECTIONS
+from recipes.monitor.metric_registry import METRICS, SECTIONS, SUMMARY_METRICS
 
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
-NAMES = [name for metric in (*METRICS, *CONCLUSIONS) for name in metric.logged_names]
+NAMES = [name for metric in (*METRICS, *SUMMARY_METRICS) for name in metric.logged_names]
 
 
 def test_every_metric_is_explained_once_and_nothing_else_is():
@@ -24,7 +24,7 @@ def test_every_metric_is_explained_once_and_nothing_else_is():
 
 def test_a_metric_that_is_not_always_logged_says_so_on_the_page():
     page = PAGE.read_text()
-    for metric in (*METRICS, *CONCLUSIONS):
+    for metric in (*METRICS, *SUMMARY_METRICS):
         [row] = re.findall(rf"^\| `{metric.logged_names[0]}`.*\| (.+?) \|$", page, re.MULTILINE)
         if "validation" not in metric.prefixes:
             assert (row == "always") == (not metric.only), metric
@@ -43,7 +43,7 @@ def test_the_workspace_has_the_sections_and_every_number_that_has_one():
         shown = [name for panel in section["panels"] for name in panel["config"]["metrics"]]
         expected = [
             name
-            for metric in (*METRICS, *CONCLUSIONS)
+            for metric in (*METRICS, *SUMMARY_METRICS)
             if metric.section == section["name"]
             for name in metric.logged_names
         ]

@@ -15,7 +15,7 @@ import pytest
 from recipes.dashboard import charts, page
 from recipes.dashboard.charts import COLORS
 from recipes.monitor.metric_registry import PARTS
-from recipes.run.run_dir import Found, read
+from recipes.run.run_dir import LoadedRuns, load_runs
 from tests.unit.test_run_dir import write_run
 
 PAPER_TABLE = Path(__file__).parents[2] / "docs" / "results" / "paper_10k_forward_2xH200.json"
@@ -34,7 +34,7 @@ def rows(lr: float, num_rows: int = 4) -> str:
 
 
 @pytest.fixture
-def found(tmp_path) -> Found:
+def found(tmp_path) -> LoadedRuns:
     """Two runs, of which one has been measured to its end, a broken one, and a comparison."""
     parts = {f"parts/{part}_pct": 12.5 for part in PARTS} | {"parts/exposed_communication_ms": 7.25}
     write_run(tmp_path / "0", lr=1e-3, metrics=rows(1e-3), summary=json.dumps(parts))
@@ -43,7 +43,7 @@ def found(tmp_path) -> Found:
     folder = tmp_path / "paper"
     folder.mkdir()
     shutil.copy(PAPER_TABLE, folder / "comparison.json")
-    return read([tmp_path])
+    return load_runs([tmp_path])
 
 
 def figures(text: str) -> dict[str, dict[str, Any]]:
@@ -125,7 +125,7 @@ def test_methods_have_one_colour_in_all_comparisons_and_a_scaling_is_a_line_over
     for name, rows in (("a", [first, second]), ("b", [second]), ("c", scaling)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "comparison.json").write_text(json.dumps(whole | {"rows": rows}))
-    text = page.render(read([tmp_path]))
+    text = page.render(load_runs([tmp_path]))
     bars = [
         json.loads(found) for found in re.findall(r'<h3>throughput: median.*?json">(.*?)</script>', text, re.DOTALL)
     ]
@@ -140,7 +140,7 @@ def test_methods_have_one_colour_in_all_comparisons_and_a_scaling_is_a_line_over
 def test_runs_beyond_the_colours_have_other_lines(tmp_path):
     for number in range(12):
         write_run(tmp_path / str(number))
-    traces = figures(page.render(read([tmp_path])))["loss"]["data"]
+    traces = figures(page.render(load_runs([tmp_path])))["loss"]["data"]
     assert len({(trace["line"]["color"], trace["line"]["dash"]) for trace in traces}) == 12
 
 

@@ -99,14 +99,14 @@ def test_micro_batches_share_their_room_on_the_host():
     config = ModelConfig(num_layers=5, hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, mlp_size=192)
     model = Transformer(config, LocalAttention("auto"), recompute="selective", offload=True)
     rooms: set[int] = set()
-    room_for = activation_offload.ActivationOffload._room_for
+    room_for = activation_offload.ActivationOffload._host_buffer
 
     def noted(self: activation_offload.ActivationOffload, tensor: torch.Tensor) -> torch.Tensor:
         room = room_for(self, tensor)
         rooms.add(room.data_ptr())
         return room
 
-    with patch.object(activation_offload.ActivationOffload, "_room_for", noted):
+    with patch.object(activation_offload.ActivationOffload, "_host_buffer", noted):
         for _ in range(3):
             tokens = torch.randint(0, 257, (1, LENGTH))
             model(tokens, torch.arange(LENGTH).unsqueeze(0), tokens).backward()

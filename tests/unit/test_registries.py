@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from conf.schema import METHODS, AttentionConfig, ConfigError
+from recipes.engine import build
 from ring_attention.kernels import KERNELS
 from ring_attention.layout import LAYOUTS
 from ring_attention.transport import TRANSPORTS
@@ -21,6 +22,10 @@ def test_the_schema_knows_exactly_what_is_registered(field: str, names: list[str
     for name in names:
         setattr(attention, field, name)
         attention.__post_init__()
+
+
+def test_every_method_but_auto_has_a_module():
+    assert [*build.METHODS, "auto"] == [*METHODS]
 
 
 def test_every_method_has_its_file():

@@ -14,7 +14,7 @@ from hydra.errors import CompactHydraException
 from omegaconf import OmegaConf
 
 import train  # registers the schema
-from conf.compose import check_sweep_is_asked_for, compose_entries, explain, to_config
+from conf.compose import check_multirun, compose_entries, describe_error, to_config
 from conf.degrees import accumulation_steps, resolve_degrees
 from conf.schema import CompareConfig, Config, ConfigError
 
@@ -37,7 +37,7 @@ def mistake(*overrides: str) -> str:
     with pytest.raises((CompactHydraException, ConfigError)) as caught:
         check_for_four_ranks(*overrides)
     error = caught.value
-    return str(error) if isinstance(error, ConfigError) else explain(error)
+    return str(error) if isinstance(error, ConfigError) else describe_error(error)
 
 
 MISTAKES = [
@@ -227,12 +227,12 @@ def test_a_mistake_in_an_entry_of_a_comparison_names_the_entry(own, message):
 )  # fmt: skip
 def test_a_sweep_without_m_says_what_would_be_swept(typed, told):
     with pytest.raises(ConfigError) as caught:
-        check_sweep_is_asked_for(composed_for_hydra(*typed))
+        check_multirun(composed_for_hydra(*typed))
     assert str(caught.value) == f"this is one run, but {told}"
 
 
 def test_what_a_sweep_sweeps_may_be_typed_for_one_run():
-    check_sweep_is_asked_for(composed_for_hydra("+sweep=lr_batch", "optimizer.lr=1e-3", "engine.train_batch_size=8"))
+    check_multirun(composed_for_hydra("+sweep=lr_batch", "optimizer.lr=1e-3", "engine.train_batch_size=8"))
 
 
 def composed_for_hydra(*typed: str) -> Any:

@@ -80,7 +80,7 @@ def test_a_wrong_column_names_the_columns_that_there_are(tmp_path):
 def test_a_column_of_numbers_is_refused(tmp_path):
     name = rows(tmp_path / "set", 1, 2)
     assert corpus_mistake(source="hub", name=name, text_field="body") == (
-        f"data.name={name}: the column 'body' holds int, not text: set data.text_field to one of ['body']"
+        f"data.name={name} has int, not text, in its column 'body': set data.text_field to one of ['body']"
     )
 
 

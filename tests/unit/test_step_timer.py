@@ -9,9 +9,8 @@ import torch
 from torch.profiler import profile
 
 import recipes.monitor.step_timer
-from recipes.engine.deepspeed_engine import loss_scaling
 from recipes.monitor import device_metrics
-from recipes.monitor.step_timer import StepTimer, speed
+from recipes.monitor.step_timer import StepTimer, speed_metrics
 from recipes.planning.throughput import Throughput
 from ring_attention.trace import numbered, observed_range, profiler_range
 
@@ -103,7 +102,7 @@ def test_what_passes_between_a_log_and_the_next_step_is_nobodys_time(clock):
 
 def test_the_slowest_step_is_logged():
     throughput = Throughput(0.5, 100, 10, 2, 1.0, None)
-    numbers = speed(throughput, [0.1, 0.5, 0.9], num_steps_left=4)
+    numbers = speed_metrics(throughput, [0.1, 0.5, 0.9], num_steps_left=4)
     assert (numbers["step_time_p50_s"], numbers["step_time_max_s"], numbers["eta_s"]) == (0.5, 0.9, 2.0)
 
 
@@ -127,9 +126,3 @@ def test_an_observed_range_is_in_a_profile_too_and_numbered_ones_say_which():
     with profiler_range("inner"):
         pass
     assert len(seen) == 6
-
-
-def test_only_fp16_has_a_loss_scale():
-    engine = mock.Mock(skipped_steps=3, optimizer=mock.Mock(cur_scale=torch.tensor(1024.0)))
-    assert loss_scaling(engine, "bf16") == {}
-    assert loss_scaling(engine, "fp16") == {"loss_scale": 1024.0, "skipped_steps": 3}

@@ -1,4 +1,4 @@
-"""What DeepSpeed is told to keep on the host."""
+"""DeepSpeed's settings for ZeRO-Offload."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import pytest
 from torch import nn
 
 from conf.schema import EngineConfig, OptimizerConfig
-from recipes.engine.deepspeed_engine import deepspeed_config, optimizer_arguments
+from recipes.engine.base import deepspeed_config
+from recipes.engine.optimizer import optimizer_arguments
 
 
 @pytest.mark.parametrize(
@@ -18,12 +19,13 @@ from recipes.engine.deepspeed_engine import deepspeed_config, optimizer_argument
         ({"offload_optimizer": True, "offload_parameters": True}, {"offload_optimizer", "offload_param"}),
     ],
 )
-def test_deepspeed_is_told_what_was_asked_and_without_an_optimizer_nothing_of_it(fields, expected):
-    settings = deepspeed_config(EngineConfig(zero_stage=3, **fields), 1000)
+def test_settings_offload_what_was_asked_and_no_optimizer_in_forward_passes(fields, expected):
+    engine = EngineConfig(zero_stage=3, **fields)
     for num_steps, keys in ((10, expected), (None, expected - {"offload_optimizer"})):
-        arguments = optimizer_arguments(nn.Linear(2, 2), settings, OptimizerConfig(), num_steps)
-        zero = arguments["config"]["zero_optimization"]
+        zero = deepspeed_config(engine, 1000, forward_only=num_steps is None)["zero_optimization"]
         assert {key for key in zero if key.startswith("offload")} == keys
         assert all(zero[key]["device"] == "cpu" for key in keys)
+        arguments = optimizer_arguments(nn.Linear(2, 2), engine, OptimizerConfig(), num_steps)
+        assert bool(arguments) == bool(num_steps)
         if num_steps:
             assert arguments["optimizer"].defaults["fused"] == ("offload_optimizer" in expected)
