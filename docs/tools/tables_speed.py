@@ -260,7 +260,7 @@ def auto_method() -> str:
         # as recipes.planning.plan: 0.6 of the data sheet's peak; GB/s within and between hosts
         candidates = rank_methods(Workload(*shape, length, 1, 2, 0.6 * 989), Links(8, 280.0, 45.0), ranks)
         ring, chosen = next(one for one in candidates if one.ulysses_degree == 1), candidates[0]
-        times = [f"{time:.2f}" for time in (ring.compute_ms / ranks, ring.hop_ms, ring.total_ms)]
+        times = [f"{time:.2f}" for time in (ring.compute_ms / ranks, ring.transfer_ms, ring.total_ms)]
         grid = f"ring {chosen.ring_degree} x Ulysses {chosen.ulysses_degree}"
         body.append([heads, f"{length:,}", ranks, *times, grid, f"{chosen.total_ms:.2f}"])
     return table("heads | L | ranks | ring step's kernels, ms | a transfer, ms | ring, ms | chosen | ms", body)

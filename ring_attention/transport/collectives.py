@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -80,7 +81,7 @@ def flight_record() -> tuple[bytes, list[str]]:
 _subgroups: dict[tuple[torch_dist.ProcessGroup, tuple[int, ...]], torch_dist.ProcessGroup] = {}
 
 
-def subgroup(group: Any, ranks: tuple[int, ...]) -> torch_dist.ProcessGroup:
+def subgroup(group: Any, ranks: Sequence[int]) -> torch_dist.ProcessGroup:
     """The process group of some ranks of `group`, with the timeout of `group`.
 
     Those ranks must call it. On NCCL every other rank of the world must make as many calls, each for its own group:
@@ -91,13 +92,14 @@ def subgroup(group: Any, ranks: tuple[int, ...]) -> torch_dist.ProcessGroup:
     global_ranks = [torch_dist.get_global_rank(group, rank) for rank in ranks]
     if global_ranks == torch_dist.get_process_group_ranks(group):
         return group
-    for key in [key for key, known in _subgroups.items() if not _exists(known)]:
-        del _subgroups[key]
-    if (group, ranks) not in _subgroups:
+    for destroyed in [key for key, known in _subgroups.items() if not _exists(known)]:
+        del _subgroups[destroyed]
+    key = (group, tuple(ranks))
+    if key not in _subgroups:
         built = torch_dist.new_group(global_ranks, timeout=group_timeout(group), use_local_synchronization=True)
         assert isinstance(built, torch_dist.ProcessGroup), "called by a rank outside"
-        _subgroups[group, ranks] = built
-    return _subgroups[group, ranks]
+        _subgroups[key] = built
+    return _subgroups[key]
 
 
 def _exists(group: torch_dist.ProcessGroup) -> bool:

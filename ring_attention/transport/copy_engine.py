@@ -31,7 +31,7 @@ from ring_attention.trace import profiler_range
 from ring_attention.transport.collectives import group_timeout, rank_and_size
 from ring_attention.transport.p2p import P2PMessage, P2PTransport, Transfer
 
-BUFFERS = ("keys0", "keys1", "gradients0", "gradients1")
+BUFFERS: tuple[str, ...] = ("keys0", "keys1", "gradients0", "gradients1")
 _ALIGNMENT = 512  # bytes
 
 Flags = list[tuple[Tensor, int]]  # each with the count that it must reach
@@ -54,7 +54,11 @@ class CopyEngineTransport(P2PTransport):
             ValueError: if the tensor is not on an NVIDIA GPU.
         """
         super().connect(tensor, buffer_bytes)
-        self._buffers = _symmetric_buffers_of(self.group, tensor.device)  # new ones after a release
+        if self.group not in _symmetric_buffers:  # the first time, and after a release
+            host_group, neighbours = neighbours_of(self.group, tensor.device)
+            buffers = SymmetricBuffers(host_group, neighbours, tensor.device) if host_group else None
+            _symmetric_buffers[self.group] = buffers
+        self._buffers = _symmetric_buffers[self.group]
         if self._buffers is not None:
             self._buffers.grow(buffer_bytes)
 
@@ -151,7 +155,7 @@ class CopyStream:
     def wait_flag(self, flag: Tensor, count: int) -> None:
         _wait_flag(self._stream, flag, count)
 
-    def record_event(self) -> torch.cuda.Event:
+    def record_event(self) -> torch.Event:
         return self._stream.record_event()
 
     @staticmethod
@@ -160,7 +164,7 @@ class CopyStream:
         torch.cuda.synchronize()
 
     @staticmethod
-    def make_compute_wait(flags: Flags, copied: torch.cuda.Event) -> torch.cuda.Event:
+    def make_compute_wait(flags: Flags, copied: torch.Event) -> torch.Event:
         """Make the computing stream wait until the flags have their counts and `copied` is reached."""
         stream = torch.cuda.current_stream()
         for flag, count in flags:
@@ -274,15 +278,7 @@ class SymmetricMemory:
         self.of_ranks = [self._handle.get_buffer(rank, (num_bytes,), torch.uint8) for rank in ranks]
 
 
-_symmetric_buffers: dict[torch_dist.ProcessGroup, SymmetricBuffers | None] = {}
-
-
-def _symmetric_buffers_of(group: torch_dist.ProcessGroup, device: torch.device) -> SymmetricBuffers | None:
-    """The buffers of `group`, or None if this rank can copy to no other. Every rank must call it."""
-    if group not in _symmetric_buffers:
-        own_group, neighbours = neighbours_of(group, device)
-        _symmetric_buffers[group] = SymmetricBuffers(own_group, neighbours, device) if own_group else None
-    return _symmetric_buffers[group]
+_symmetric_buffers: dict[torch_dist.ProcessGroup, SymmetricBuffers | None] = {}  # None: no rank can be copied to
 
 
 def release_symmetric_buffers() -> None:
@@ -302,21 +298,21 @@ def neighbours_of(
 ) -> tuple[torch_dist.ProcessGroup | None, dict[int, int]]:
     """The ranks of `group` that this rank can exchange copies with: as a group, and {rank in `group`: rank in that}.
 
-    They are those of this host, itself included, if every GPU there can access the others; else none. Every rank must
-    call it.
+    They are the ranks of this host, itself included, if every GPU there can access the others; else none. Every rank
+    must call it.
     """
     own_rank, degree = rank_and_size(group)
     infos: list[Any] = [None] * degree
     torch_dist.all_gather_object(infos, (socket.gethostname(), device.index, CopyStream.obstacle(device)), group=group)
     members = [rank for rank in range(degree) if infos[rank][0] == infos[own_rank][0]]
-    own = group
+    host_group = group
     if len(members) < degree:
         # Every rank builds it, needed or not, because a group's name has the number of the rank's groups in it. On gloo
         # its members build it alone; an NCCL group would be split off the world's, whose other ranks may not take part.
         global_ranks = [torch_dist.get_global_rank(group, rank) for rank in members]
         timeout = group_timeout(group)
-        own = torch_dist.new_group(global_ranks, backend="gloo", timeout=timeout, use_local_synchronization=True)
-        assert isinstance(own, torch_dist.ProcessGroup)
+        host_group = torch_dist.new_group(global_ranks, backend="gloo", timeout=timeout, use_local_synchronization=True)
+        assert isinstance(host_group, torch_dist.ProcessGroup)
     if len(members) == 1:
         return None, {}
     devices, obstacles = ([infos[rank][number] for rank in members] for number in (1, 2))
@@ -326,4 +322,4 @@ def neighbours_of(
         if own_rank == members[0]:
             warnings.warn(f"transport=copy_engine: messages on this host go by p2p, because {obstacle}", stacklevel=2)
         return None, {}
-    return own, {rank: number for number, rank in enumerate(members)}
+    return host_group, {rank: number for number, rank in enumerate(members)}

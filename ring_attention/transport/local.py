@@ -33,11 +33,11 @@ def messages_stay_local() -> Iterator[None]:
     deepspeed_comm = getattr(deepspeed_layer, "dist", None)
     if deepspeed_layer is not None:
         deepspeed_layer.dist = SimpleNamespace(**vars(deepspeed_comm) | {"all_to_all_single": _all_to_all_single})
-    _stay_local = True
+    before, _stay_local = _stay_local, True
     try:
         yield
     finally:
-        _stay_local = False
+        _stay_local = before
         if deepspeed_layer is not None:
             deepspeed_layer.dist = deepspeed_comm
 
