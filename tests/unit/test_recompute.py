@@ -98,16 +98,11 @@ def test_two_layers_are_on_the_device_however_many_there_are(recompute: str):
 def test_micro_batches_share_their_host_buffers():
     config = ModelConfig(num_layers=5, hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, mlp_size=192)
     model = Transformer(config, LocalAttention("auto"), recompute="selective", offload=True)
-<<<<<<< HEAD
-    rooms: set[int] = set()
-    room_for = activation_offload.ActivationOffload._host_buffer
-=======
     buffers: set[int] = set()
-    room_for = activation_offload.ActivationOffload._room_for
->>>>>>> house-b
+    host_buffer = activation_offload.ActivationOffload._host_buffer
 
     def noted(self: activation_offload.ActivationOffload, tensor: torch.Tensor) -> torch.Tensor:
-        buffer = room_for(self, tensor)
+        buffer = host_buffer(self, tensor)
         buffers.add(buffer.data_ptr())
         return buffer
 
