@@ -173,6 +173,15 @@ def test_links_lead_somewhere(page: Path):
         assert not anchor or anchor in anchors(linked), target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_exist(page: Path):
+    folders = "conf|data|docs|hydra_plugins|recipes|ring_attention|scripts|tests|wandb_sweeps"
+    named = re.findall(
+        rf"`((?:{folders})/[\w/.-]+\.(?:py|yaml|sh|sbatch|json|jsonl|md|svg|png))", page.read_text(encoding="utf-8")
+    )
+    assert [name for name in named if "NAME" not in name and not (ROOT / name).exists()] == []
+
+
 def test_every_page_is_linked_from_the_readme_or_from_another_page():
     linked = {
         (page.parent / target.partition("#")[0]).resolve()
