@@ -191,7 +191,11 @@ def elastic() -> str:
     return table(
         "from | to | dtype | largest difference of the losses after it",
         (
-            [row["before"], row["after"], row["dtype"], f"{row['difference']:.1e} of {row['loss']:.1f}"]
+            [
+                *(row[key].replace("stage", "ZeRO") for key in ("before", "after")),
+                row["dtype"],
+                f"{row['difference']:.1e} of {row['loss']:.1f}",
+            ]
             for row in load("elastic_cpu.json")
         ),
     )

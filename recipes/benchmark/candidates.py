@@ -18,8 +18,8 @@ from torch import Tensor
 
 from conf.schema import ConfigError
 from recipes.benchmark.baselines import BASELINES
-from recipes.engine.build import build_attention
 from recipes.engine.base import max_over_ranks
+from recipes.engine.build import build_attention
 from recipes.planning.plan import DTYPES, Plan
 from ring_attention import CAUSAL, LocalAttention
 from ring_attention.groups import ParallelGroups

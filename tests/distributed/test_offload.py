@@ -10,7 +10,7 @@ from conf.schema import Config
 from tests.distributed.parity import Cell, run_cell
 from tests.distributed.test_checkpoint import configuration, two_starts
 from tests.pool import WorkerPool
-from tests.tools.elastic import RING, TOLERANCE, Grid, resume
+from tests.tools.elastic import RING, TOLERANCE, Grid, resume_on
 
 
 @pytest.mark.parametrize(
@@ -46,4 +46,4 @@ class OffloadedGrid(Grid):
 
 def test_offloaded_states_resume_on_other_ranks_and_another_zero_stage(pool: WorkerPool, tmp_path: Path):
     before, after = OffloadedGrid(RING, 2, 1), OffloadedGrid(RING, 4, 3)
-    assert resume(pool, tmp_path, before, after, "fp32")["difference"] <= TOLERANCE["fp32"]
+    assert resume_on(pool, tmp_path, before, after, "fp32")["difference"] <= TOLERANCE["fp32"]
