@@ -77,11 +77,12 @@ def execute(config: Config, overrides: list[str], run_dir: Path) -> float | None
         open_corpus(config.data).check()
     from recipes import registry  # torch takes seconds to import: bad settings and bad data were refused before
     from recipes.launch import launcher
+    from recipes.planning.explain import explanation
 
     num_ranks = launcher.count_ranks(config)
     if config.explain:
         if os.environ.get("RANK", "0") == "0":
-            print(*launcher.make_plan(config, num_ranks).explanation(run_dir), sep="\n", flush=True)
+            print(*explanation(launcher.make_plan(config, num_ranks), run_dir), sep="\n", flush=True)
         if reads_data and is_local(config.data):
             open_corpus(config.data).check()
         return None

@@ -1,6 +1,7 @@
-"""The rank grid: what a configuration's degrees come to on so many ranks. Pure integers; above `schema`.
+"""The rank grid: which degrees a configuration gets on a number of ranks. Pure integer arithmetic.
 
-`conf.schema` refuses what is wrong with any number of ranks; what depends on it is refused here, before ranks start.
+`conf.schema` refuses what is wrong on any number of ranks. What depends on that number is refused here, before ranks
+start.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from conf.schema import Config, ConfigError, Degrees, divisors
 
 
 def resolve_degrees(config: Config, num_ranks: int, ranks_per_host: int | None = None) -> Degrees:
-    """The grid of `num_ranks`: what is unset fills the ranks, those that share a sequence or a model first.
+    """The grid of `num_ranks`. Unset degrees fill the ranks: sequence, tensor and pipeline degrees first, then data.
 
-    A hybrid's Ulysses degree, if unset, is the largest that the key-value heads and a host's ranks allow. For auto, of
-    which `recipes.planning.plan` makes another method, the ring takes all. Of tensor_pipeline, two stages where there are four
-    ranks or more, and tensor ranks for the rest.
+    A hybrid's unset Ulysses degree is the largest that the key-value heads and a host's ranks allow. attention=auto
+    counts as a ring here, until `recipes.planning.plan` chooses a method. tensor_pipeline gets two stages on four ranks
+    or more, and tensor ranks for the rest.
 
     Raises:
         ConfigError: if the degrees contradict each other, the ranks, the heads or the attention method.
@@ -53,7 +54,7 @@ def accumulation_steps(config: Config, degrees: Degrees) -> int:
     """Micro-batches per step.
 
     Raises:
-        ConfigError: if engine.train_batch_size is no multiple of what all data ranks take at once.
+        ConfigError: if engine.train_batch_size is not a multiple of one micro-batch on every data rank.
     """
     engine = config.engine
     if engine.train_batch_size is None:
@@ -69,7 +70,7 @@ def accumulation_steps(config: Config, degrees: Degrees) -> int:
 
 
 def resolve_config(config: Config, degrees: Degrees, num_ranks: int) -> None:
-    """Write what the configuration left open into it, as it came out: for the record of a run."""
+    """Write the resolved degrees, accumulation steps and ranks into the configuration, for the record of a run."""
     for name, degree in degrees._asdict().items():
         setattr(config.parallelism, f"{name}_degree", degree)
     engine = config.engine
@@ -79,7 +80,7 @@ def resolve_config(config: Config, degrees: Degrees, num_ranks: int) -> None:
 
 def _sequence_degrees(config: Config, num_ranks: int, ranks_per_host: int | None) -> Degrees:
     method, given, heads = config.attention.method, config.parallelism, config.model.num_kv_heads
-    fixed = {
+    fixed = {  # degrees that are always 1
         "ring": ("ulysses",),
         "all_gather": ("ulysses",),
         "auto": ("ulysses",),
@@ -88,7 +89,13 @@ def _sequence_degrees(config: Config, num_ranks: int, ranks_per_host: int | None
     }
     for name in fixed.get(method, ()):
         if (degree := getattr(given, f"{name}_degree") or 1) > 1:
-            raise ConfigError(_misfit(method, name, degree))
+            reason, other = f"has no {name} ranks", "hybrid"
+            if method == "local":
+                reason, other = "sees only the tokens of one rank", name
+            raise ConfigError(
+                f"attention={method} {reason}, but parallelism.{name}_degree={degree}: use attention={other} or leave "
+                "the degree unset"
+            )
     data = given.data_degree
     ring = 1 if "ring" in fixed.get(method, ()) else given.ring_degree
     ulysses = 1 if "ulysses" in fixed.get(method, ()) else given.ulysses_degree
@@ -106,37 +113,18 @@ def _sequence_degrees(config: Config, num_ranks: int, ranks_per_host: int | None
 
 
 def _tensor_pipeline_degrees(config: Config, num_ranks: int) -> Degrees:
-    given = config.parallelism
-    if config.attention.method != "local":
-        raise ConfigError(
-            f"attention={config.attention.method} cannot go with parallelism=tensor_pipeline, whose ranks hold whole "
-            "sequences of some heads: use attention=local"
-        )
-    if config.engine.zero_stage != 1:
-        raise ConfigError(
-            f"engine.zero_stage={config.engine.zero_stage} cannot go with parallelism=tensor_pipeline: DeepSpeed's "
-            "pipeline takes engine.zero_stage=1"
-        )
-    if config.engine.recompute != "none":
-        raise ConfigError(
-            f"engine.recompute={config.engine.recompute} cannot go with parallelism=tensor_pipeline: use "
-            "engine.recompute=none"
-        )
-    if config.engine.offload_optimizer:
-        raise ConfigError(
-            "engine.offload_optimizer=true cannot go with parallelism=tensor_pipeline: use "
-            "engine.offload_optimizer=false"
-        )
-    if config.engine.tile_tokens:
-        raise ConfigError(
-            f"engine.tile_tokens={config.engine.tile_tokens} cannot go with parallelism=tensor_pipeline, whose last "
-            "stage hands all logits of a micro-batch to the loss: use engine.tile_tokens=0"
-        )
-    for name in ("ring", "ulysses"):
-        if (degree := getattr(given, f"{name}_degree") or 1) > 1:
-            raise ConfigError(
-                f"parallelism.{name}_degree={degree} cannot go with parallelism=tensor_pipeline: leave it unset"
-            )
+    given, engine = config.parallelism, config.engine
+    for name, value, legal, reason in (
+        ("attention", config.attention.method, "local", ", whose ranks hold all tokens of some heads"),
+        ("engine.zero_stage", engine.zero_stage, 1, ", whose DeepSpeed engine supports only stage 1"),
+        ("engine.recompute", engine.recompute, "none", ""),
+        ("engine.offload_optimizer", str(engine.offload_optimizer).lower(), "false", ""),
+        ("engine.tile_tokens", engine.tile_tokens or 0, 0, ", whose last stage computes all logits at once"),
+        ("parallelism.ring_degree", given.ring_degree or 1, 1, ""),
+        ("parallelism.ulysses_degree", given.ulysses_degree or 1, 1, ""),
+    ):
+        if value != legal:
+            raise ConfigError(f"{name}={value} cannot go with parallelism=tensor_pipeline{reason}: use {name}={legal}")
     data, tensor, pipeline = given.data_degree, given.tensor_degree, given.pipeline_degree
     left = max(1, num_ranks // (data or 1) // (tensor or 1))
     if pipeline is None:
@@ -153,7 +141,7 @@ def _tensor_pipeline_degrees(config: Config, num_ranks: int) -> Degrees:
 
 
 def _check_heads(config: Config, num_ranks: int, degrees: Degrees) -> None:
-    """Raises ConfigError if heads, the MLP or the layers cannot be cut as the degrees say."""
+    """Raises ConfigError if the degrees do not divide the heads or the MLP, or exceed the layers."""
     model, method = config.model, config.attention.method
     heads = model.num_kv_heads
     if heads < degrees.ulysses or (method == "hybrid" and heads % degrees.ulysses):
@@ -168,23 +156,10 @@ def _check_heads(config: Config, num_ranks: int, degrees: Degrees) -> None:
         if size % degrees.tensor:
             raise ConfigError(
                 f"parallelism.tensor_degree={degrees.tensor} does not divide model.{name}={size}: use "
-                f"parallelism.tensor_degree={math.gcd(size, num_ranks)}, or attention by +experiment=ra_sp, which "
-                "cuts tokens"
+                f"parallelism.tensor_degree={math.gcd(size, num_ranks)}, or +experiment=ra_sp, which shards tokens"
             )
     if degrees.pipeline > model.num_layers:
         raise ConfigError(
             f"parallelism.pipeline_degree={degrees.pipeline} is more than model.num_layers={model.num_layers}: a stage "
             f"has at least one layer, so use parallelism.pipeline_degree={math.gcd(model.num_layers, num_ranks)}"
         )
-
-
-def _misfit(method: str, name: str, degree: int | None) -> str:
-    if method == "local":
-        return (
-            f"attention=local sees only one rank's tokens, but parallelism.{name}_degree={degree}: "
-            f"use attention={'ring' if name == 'ring' else 'ulysses'} or parallelism.{name}_degree=1"
-        )
-    return (
-        f"attention={method} has no {name} ranks, but parallelism.{name}_degree={degree}: "
-        "use attention=hybrid or leave it unset"
-    )

@@ -1,11 +1,12 @@
-"""Every setting of a run: one dataclass per group, one line of meaning per field, and the checks that need no hardware.
+"""Every setting of a run: one dataclass per group, one line per field, and the checks that need no hardware.
 
-Imports no project code and nothing slow: it must refuse a bad configuration within a second. What depends on the
-number of ranks is checked by `degrees.resolve_degrees`, once that number is known.
+Imports no project code and nothing slow, so that a bad configuration is refused within a second. What depends on the
+number of ranks is checked by `degrees.resolve_degrees`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import math
 import re
@@ -16,7 +17,7 @@ KERNELS = ("auto", "flash_attn_4", "ffpa", "cudnn", "aten_flash", "mem_efficient
 METHODS = ("ring", "ulysses", "hybrid", "all_gather", "local", "auto")
 TRANSPORTS = ("auto", "p2p", "copy_engine")
 RECIPES = ("pretrain", "forward", "compare", "bench_attention", "max_length")
-# what a sweep can look for, and which recipes measure it; names of RUN_DIR/summary.json
+# What a sweep can optimize: a name of RUN_DIR/summary.json, its direction, and the recipes that measure it.
 OBJECTIVES = {
     "validation_loss": ("minimize", ("pretrain",)),
     "tokens_per_s": ("maximize", ("pretrain", "forward")),
@@ -26,76 +27,95 @@ BYTE_VOCAB_SIZE = 257  # 256 byte values and the document separator
 
 
 class ConfigError(ValueError):
-    """A setting that cannot work: says the value, the rule and what to type. Shown to the user without a traceback."""
+    """A setting that cannot work. Says the value, the rule and what to type; shown without a traceback."""
 
 
-def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name}={value} is not known: use {', '.join(choices)}")
+def choice(*choices: Any, default: Any = None) -> Any:
+    """A field that takes one of `choices`; the default is the first unless given."""
+    return field(default=choices[0] if default is None else default, metadata={"choices": choices})
 
 
-def _at_least(name: str, value: float, minimum: float) -> None:
-    if not minimum <= value < math.inf:  # also refuses nan
+def number(default: Any, minimum: float) -> Any:
+    """A field that takes a finite number of at least `minimum`, or None if that is the default."""
+    return field(default=default, metadata={"minimum": minimum})
+
+
+def positive(default: Any) -> Any:
+    """A field that takes a finite number above 0, or None if that is the default."""
+    return field(default=default, metadata={"positive": True})
+
+
+def check_minimum(name: str, value: float, minimum: float) -> None:
+    """Raises ConfigError for a value that is too small, infinite or nan."""
+    if not minimum <= value < math.inf:
         raise ConfigError(f"{name}={value} must be at least {minimum}" + (", and finite" if value == math.inf else ""))
 
 
-@dataclass
-class ModelConfig:
-    """The shape of the transformer; length and dtype are not the model's."""
+class _Checked:
+    """A group of settings that checks what `choice` and `number` declare.
 
-    name: str = "tiny"
-    num_layers: int = 2
-    hidden_size: int = 128
-    num_heads: int = 4
-    num_kv_heads: int = 2  # fewer than num_heads is grouped-query attention
-    head_dim: int = 32
-    mlp_size: int = 384
-    mlp: str = "swiglu"  # swiglu | gelu
-    norm: str = "rmsnorm"  # rmsnorm | layernorm
-    norm_eps: float = 1e-5
-    vocab_size: int = BYTE_VOCAB_SIZE
-    tied_head: bool = False  # the output head shares the embedding's weight
-    bias: bool = False  # in every linear layer but the head
-    rope_theta: float = 10000.0
-    init_std: float = 0.02
+    Args:
+        prefix: of the group's fields in overrides and errors, such as "model.".
+    """
+
+    _prefix = ""
+
+    def __init_subclass__(cls, prefix: str = "") -> None:
+        cls._prefix = prefix
 
     def __post_init__(self) -> None:
-        _choice("model.mlp", self.mlp, ("swiglu", "gelu"))
-        _choice("model.norm", self.norm, ("rmsnorm", "layernorm"))
-        for name in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "mlp_size"):
-            _at_least(f"model.{name}", getattr(self, name), 1)
-        for name in ("norm_eps", "init_std"):
-            _at_least(f"model.{name}", getattr(self, name), 0)
-        _at_least("model.rope_theta", self.rope_theta, 1)
+        for spec in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
+            name, value = f"{self._prefix}{spec.name}", getattr(self, spec.name)
+            if "choices" in spec.metadata and value not in spec.metadata["choices"]:
+                legal = ", ".join(map(str, spec.metadata["choices"]))
+                raise ConfigError(f"{name}={value} is not known: use {legal}")
+            if "minimum" in spec.metadata and value is not None:
+                check_minimum(name, value, spec.metadata["minimum"])
+            if "positive" in spec.metadata and value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name}={value} must be above 0, and finite")
+
+
+@dataclass
+class ModelConfig(_Checked, prefix="model."):
+    """The shape of the transformer. The sequence length and the dtype are set elsewhere."""
+
+    name: str = "tiny"
+    num_layers: int = number(2, minimum=1)
+    hidden_size: int = number(128, minimum=1)
+    num_heads: int = number(4, minimum=1)
+    num_kv_heads: int = number(2, minimum=1)  # fewer than num_heads: grouped-query attention
+    head_dim: int = number(32, minimum=1)
+    mlp_size: int = number(384, minimum=1)
+    mlp: str = choice("swiglu", "gelu")
+    norm: str = choice("rmsnorm", "layernorm")
+    norm_eps: float = number(1e-5, minimum=0)
+    vocab_size: int = BYTE_VOCAB_SIZE
+    tied_head: bool = False  # the output head shares the embedding's weight
+    bias: bool = False  # in every linear layer except the head
+    rope_theta: float = number(10000.0, minimum=1)
+    init_std: float = number(0.02, minimum=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"model.num_kv_heads={self.num_kv_heads} does not divide model.num_heads={self.num_heads}: "
                 f"use one of {divisors(self.num_heads)}"
             )
         if self.head_dim % 2:
-            raise ConfigError(f"model.head_dim={self.head_dim} must be even: rotary positions turn pairs of numbers")
+            raise ConfigError(f"model.head_dim={self.head_dim} must be even: rotary embeddings rotate pairs of values")
 
 
 @dataclass
-class AttentionConfig:
+class AttentionConfig(_Checked, prefix="attention."):
     """How attention is computed over the ranks that share a sequence."""
 
-    method: str = "ring"  # ring | ulysses | hybrid | all_gather | local | auto (chosen by arithmetic: explain=true)
-    layout: str = "zigzag"  # zigzag | contiguous
-    transport: str = "auto"  # p2p (NCCL, gloo) | copy_engine (NVIDIA GPUs; p2p between hosts) | auto: by the device
-    kernel: str = "auto"  # auto | flash_attn_4 | ffpa | cudnn | aten_flash | mem_efficient | cpu_flash | reference
-    intra_host_gb_per_s: Optional[float] = None  # for auto: a rank's link within a host; unset: 280 (NVLink), CPU 2
-    inter_host_gb_per_s: Optional[float] = None  # for auto: a rank's link between hosts; unset: 45 (400 Gb/s), CPU 1
-
-    def __post_init__(self) -> None:
-        _choice("attention.method", self.method, METHODS)
-        _choice("attention.layout", self.layout, ("zigzag", "contiguous"))
-        _choice("attention.transport", self.transport, TRANSPORTS)
-        _choice("attention.kernel", self.kernel, KERNELS)
-        for name in ("intra_host_gb_per_s", "inter_host_gb_per_s"):
-            speed = getattr(self, name)
-            if speed is not None and not 0 < speed < math.inf:
-                raise ConfigError(f"attention.{name}={speed} must be above 0, and finite")
+    method: str = choice(*METHODS)  # auto: the fastest by a cost model; explain=true shows it
+    layout: str = choice("zigzag", "contiguous")  # which positions each rank holds
+    transport: str = choice(*TRANSPORTS)  # p2p (NCCL, gloo), copy_engine (NVIDIA GPUs of one host), auto: by the device
+    kernel: str = choice(*KERNELS)  # auto: the fastest that supports the device, dtype and head size
+    intra_host_gb_per_s: Optional[float] = positive(None)  # method=auto: a rank's link in its host; unset: 280, CPU 2
+    inter_host_gb_per_s: Optional[float] = positive(None)  # method=auto: a rank's link between hosts; unset: 45, CPU 1
 
 
 class Degrees(NamedTuple):
@@ -109,27 +129,23 @@ class Degrees(NamedTuple):
 
     @property
     def sequence(self) -> int:
-        """Ranks that share one sequence's tokens."""
+        """Number of ranks that share the tokens of one sequence."""
         return self.ring * self.ulysses
 
 
 @dataclass
-class ParallelismConfig:
-    """The rank grid; what is left unset fills the ranks there are."""
+class ParallelismConfig(_Checked, prefix="parallelism."):
+    """The rank grid. Unset degrees are chosen so that the grid fills all ranks."""
 
-    method: str = "sequence"  # what fills them: sequence (by the attention method) | tensor_pipeline
-    data_degree: Optional[int] = None  # replicas, each with sequences of its own
-    ring_degree: Optional[int] = None  # ranks that share one sequence; of a hybrid, its Ulysses groups
-    ulysses_degree: Optional[int] = None  # ranks that share one sequence by heads: ulysses and hybrid
-    tensor_degree: Optional[int] = None  # tensor_pipeline: ranks that share each layer's weights, as Megatron-LM does
-    pipeline_degree: Optional[int] = None  # tensor_pipeline: stages of layers
+    method: str = choice("sequence", "tensor_pipeline")  # what unset degrees are spent on
+    data_degree: Optional[int] = number(None, minimum=1)  # replicas, each with its own sequences
+    ring_degree: Optional[int] = number(None, minimum=1)  # ranks of a ring; hybrid: Ulysses groups per ring
+    ulysses_degree: Optional[int] = number(None, minimum=1)  # ulysses, hybrid: ranks that share a sequence's heads
+    tensor_degree: Optional[int] = number(None, minimum=1)  # tensor_pipeline: ranks that share each layer's weights
+    pipeline_degree: Optional[int] = number(None, minimum=1)  # tensor_pipeline: pipeline stages
 
     def __post_init__(self) -> None:
-        _choice("parallelism.method", self.method, ("sequence", "tensor_pipeline"))
-        for name in Degrees._fields:
-            degree = getattr(self, f"{name}_degree")
-            if degree is not None:
-                _at_least(f"parallelism.{name}_degree", degree, 1)
+        super().__post_init__()
         for name in ("tensor_degree", "pipeline_degree"):
             if self.method == "sequence" and (getattr(self, name) or 1) > 1:
                 raise ConfigError(
@@ -139,31 +155,30 @@ class ParallelismConfig:
 
 
 @dataclass
-class EngineConfig:
-    """What DeepSpeed's engine does, and the batch of one step."""
+class EngineConfig(_Checked, prefix="engine."):
+    """DeepSpeed's engine, and the batch of one step."""
 
-    dtype: str = "bf16"  # bf16 | fp16 (dynamic loss scale) | fp32
-    zero_stage: int = 1
-    micro_batch_size: int = 1  # sequences per ring and micro-batch
-    gradient_accumulation_steps: int = 1
-    train_batch_size: Optional[int] = None  # sequences per step, all ranks; if set, it gives the accumulation steps
-    gradient_clipping: float = 1.0  # largest gradient norm; 0 is off
-    recompute: str = "none"  # layers in the backward pass, for memory: none | selective (all but attention) | full
-    offload_activations: bool = False  # what recompute keeps lies in the host's memory meanwhile; copies overlap
-    offload_optimizer: bool = False  # its state and its step on the host (ZeRO-Offload); ZeRO stages 1 to 3
-    offload_parameters: bool = False  # weights on the host but where they are needed; ZeRO stage 3
-    tile_tokens: Optional[int] = None  # that have logits, or hidden MLP activations, at once; 0: all; unset: by memory
-    on_bad_step: str = "stop"  # loss or gradients are not finite: stop | skip, which goes on with the next batch
-    deterministic: bool = False  # deterministic kernels only, at some cost
+    dtype: str = choice("bf16", "fp16", "fp32")  # fp16: with a dynamic loss scale
+    zero_stage: int = choice(0, 1, 2, 3, default=1)
+    micro_batch_size: int = number(1, minimum=1)  # sequences of one forward pass, per data rank
+    gradient_accumulation_steps: int = number(1, minimum=1)
+    train_batch_size: Optional[int] = number(None, minimum=1)  # sequences per step, all ranks; unset: by accumulation
+    gradient_clipping: float = number(1.0, minimum=0)  # largest gradient norm; 0: off
+    recompute: str = choice("none", "selective", "full")  # activation checkpointing; selective: all but attention
+    offload_activations: bool = False  # what recompute saves lies in host memory; copies overlap compute
+    offload_optimizer: bool = False  # optimizer state and update on the host (ZeRO-Offload); ZeRO stages 1 to 3
+    offload_parameters: bool = False  # weights in host memory until they are needed; ZeRO stage 3
+    tile_tokens: Optional[int] = number(None, minimum=0)  # tokens per tile of MLP and head; 0: no tiles; unset: auto
+    on_bad_step: str = choice("stop", "skip")  # if the loss or a gradient is not finite; skip: drop the batch
+    deterministic: bool = False  # use deterministic kernels only; slower
     detect_anomaly: bool = False  # name the forward operation whose gradient is NaN; slow
 
     def __post_init__(self) -> None:
-        _choice("engine.dtype", self.dtype, ("bf16", "fp16", "fp32"))
-        _choice("engine.recompute", self.recompute, ("none", "selective", "full"))
+        super().__post_init__()
         if self.offload_activations and self.recompute == "none":
             raise ConfigError(
-                "engine.offload_activations=true moves what is kept of layers that are computed again: use "
-                "engine.recompute=selective, or full"
+                "engine.offload_activations=true offloads what recomputation saves: use engine.recompute=selective, or "
+                "engine.recompute=full"
             )
         if self.offload_optimizer and self.zero_stage == 0:
             raise ConfigError(
@@ -171,48 +186,36 @@ class EngineConfig:
             )
         if self.offload_parameters and self.zero_stage != 3:
             raise ConfigError(
-                f"engine.offload_parameters=true cannot go with engine.zero_stage={self.zero_stage}, which leaves "
-                "weights whole: use engine.zero_stage=3"
+                f"engine.offload_parameters=true cannot go with engine.zero_stage={self.zero_stage}, which does not "
+                "shard the weights: use engine.zero_stage=3"
             )
-        _choice("engine.on_bad_step", self.on_bad_step, ("stop", "skip"))
-        if self.zero_stage not in (0, 1, 2, 3):
-            raise ConfigError(f"engine.zero_stage={self.zero_stage} is not known: use 0, 1, 2, 3")
         if self.dtype == "fp16" and self.zero_stage == 0:
             raise ConfigError(
                 "engine.dtype=fp16 cannot go with engine.zero_stage=0, where DeepSpeed does not scale the loss but "
                 "unscales the gradients: use engine.zero_stage=1"
             )
-        _at_least("engine.micro_batch_size", self.micro_batch_size, 1)
-        _at_least("engine.gradient_accumulation_steps", self.gradient_accumulation_steps, 1)
-        _at_least("engine.gradient_clipping", self.gradient_clipping, 0)
-        if self.tile_tokens is not None:
-            _at_least("engine.tile_tokens", self.tile_tokens, 0)
-        if self.train_batch_size is not None:
-            _at_least("engine.train_batch_size", self.train_batch_size, 1)
-            if self.gradient_accumulation_steps != 1:
-                raise ConfigError(
-                    f"engine.train_batch_size={self.train_batch_size} gives the accumulation steps, so "
-                    f"engine.gradient_accumulation_steps={self.gradient_accumulation_steps} must be left out"
-                )
+        if self.train_batch_size is not None and self.gradient_accumulation_steps != 1:
+            raise ConfigError(
+                f"engine.train_batch_size={self.train_batch_size} sets the accumulation steps: leave out "
+                f"engine.gradient_accumulation_steps={self.gradient_accumulation_steps}"
+            )
 
 
 @dataclass
-class OptimizerConfig:
-    """AdamW, with linear warm-up and a decay to min_lr_ratio * lr at the last step."""
+class OptimizerConfig(_Checked, prefix="optimizer."):
+    """AdamW, with linear warm-up and decay to min_lr_ratio * lr at the last step."""
 
-    lr: float = 3e-3
+    lr: float = number(3e-3, minimum=0)
     beta1: float = 0.9
     beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1  # spares norms, biases and embeddings
+    eps: float = number(1e-8, minimum=0)
+    weight_decay: float = number(0.1, minimum=0)  # not applied to norms, biases and embeddings
     warmup_fraction: float = 0.1  # of num_steps
-    decay: str = "cosine"  # cosine | linear | constant
+    decay: str = choice("cosine", "linear", "constant")
     min_lr_ratio: float = 0.1
 
     def __post_init__(self) -> None:
-        _choice("optimizer.decay", self.decay, ("cosine", "linear", "constant"))
-        for name in ("lr", "eps", "weight_decay"):
-            _at_least(f"optimizer.{name}", getattr(self, name), 0)
+        super().__post_init__()
         for name in ("beta1", "beta2", "warmup_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"optimizer.{name}={getattr(self, name)} must be in [0, 1)")
@@ -221,29 +224,27 @@ class OptimizerConfig:
 
 
 @dataclass
-class DataConfig:
-    """Which text is read, and how it is cut into sequences."""
+class DataConfig(_Checked, prefix="data."):
+    """The training text, and how it is split into sequences."""
 
-    source: str = "stdlib"  # stdlib: Python's own library | text_files | hub
+    source: str = choice("stdlib", "text_files", "hub")  # stdlib: the source code of Python's own library
     files: Any = None  # text_files: a glob or a list of globs
-    name: Optional[str] = None  # hub: data set name, or a local folder that load_dataset can read
-    subset: Optional[str] = None  # hub: data set configuration
+    name: Optional[str] = None  # hub: name of a data set, or a local folder that load_dataset can read
+    subset: Optional[str] = None  # hub: configuration of the data set
     split: str = "train"  # hub: split
     text_field: str = "text"  # hub: the column that holds the text
-    sequence_length: int = 2048  # tokens that the model sees at once, over all ranks of a ring
-    validation_sequences: int = 8  # held out, from the start of the corpus
+    sequence_length: int = number(2048, minimum=1)  # tokens per sequence, over all ranks that share it
+    validation_sequences: int = number(8, minimum=1)  # held out, from the start of the corpus
     shuffle_seed: int = 0  # order of the files
-    overfit_one_batch: bool = False  # every step gets the first batch; a check that learning works
+    overfit_one_batch: bool = False  # train on the first batch only, to check that learning works
 
     def __post_init__(self) -> None:
-        _choice("data.source", self.source, ("stdlib", "text_files", "hub"))
-        _at_least("data.sequence_length", self.sequence_length, 1)
-        _at_least("data.validation_sequences", self.validation_sequences, 1)
+        super().__post_init__()
         for name in ("name", "files"):
-            if re.search(r"://[^/]*@", str(getattr(self, name))):  # not shown: it may hold a password
+            if re.search(r"://[^/]*@", str(getattr(self, name))):  # the value may hold a password: do not print it
                 raise ConfigError(
-                    f"data.{name} holds a URL with a login, which would be kept with the run: leave the login out; "
-                    "private data sets of the hub take HF_TOKEN"
+                    f"data.{name} is a URL with a login, which would be saved with the run: leave the login out, and "
+                    "use HF_TOKEN for private data sets of the hub"
                 )
         if self.source == "text_files":
             self._check_files()
@@ -257,123 +258,96 @@ class DataConfig:
         for pattern in patterns:
             if not glob.glob(pattern, recursive=True):
                 raise ConfigError(
-                    f"data.files={pattern} matches no file: give a path or a glob, from the folder you are in"
+                    f"data.files={pattern} matches no file: give a path or a glob, relative to the current folder"
                 )
 
 
 @dataclass
-class LoggingConfig:
-    """What is shown and kept."""
+class LoggingConfig(_Checked, prefix="logging."):
+    """Console, metrics file and wandb."""
 
-    every_n_steps: int = 20
-    validate_every_n_steps: int = 0  # 0: only at the end
-    wandb: str = "auto"  # auto: online with a login, else offline | online | offline | disabled
+    every_n_steps: int = number(20, minimum=1)
+    validate_every_n_steps: int = number(0, minimum=0)  # 0: only at the end
+    wandb: str = choice("auto", "online", "offline", "disabled")  # auto: online with a login, offline without
     project: str = "ring-attention"
-    group: Optional[str] = None  # of wandb; a sweep that has none takes sweep-FOLDER
+    group: Optional[str] = None  # wandb group; sweeps default to sweep-FOLDER
     tags: list[str] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        _choice("logging.wandb", self.wandb, ("auto", "online", "offline", "disabled"))
-        _at_least("logging.every_n_steps", self.every_n_steps, 1)
-        _at_least("logging.validate_every_n_steps", self.validate_every_n_steps, 0)
+
+@dataclass
+class CheckpointConfig(_Checked, prefix="checkpoint."):
+    """Checkpoints of recipe=pretrain in RUN_DIR/checkpoints. The same command with hydra.run.dir=RUN_DIR resumes."""
+
+    every_n_steps: int = number(100, minimum=0)  # 0: only after the last step and on preemption (SIGTERM, SIGUSR1)
+    keep: int = number(2, minimum=0)  # how many of the newest checkpoints to keep; 0: save none
 
 
 @dataclass
-class CheckpointConfig:
-    """What recipe=pretrain keeps in RUN_DIR/checkpoints. Its command with hydra.run.dir=RUN_DIR goes on from there."""
+class LaunchConfig(_Checked, prefix="launch."):
+    """The ranks, and when a run that hangs is ended."""
 
-    every_n_steps: int = 100  # 0: only after the last step, and when told to end (SIGTERM or SIGUSR1)
-    keep: int = 2  # so many, the newest; 0: none are written
-
-    def __post_init__(self) -> None:
-        _at_least("checkpoint.every_n_steps", self.every_n_steps, 0)
-        _at_least("checkpoint.keep", self.keep, 0)
-
-
-@dataclass
-class LaunchConfig:
-    """Which ranks run; ignored where a launcher (torchrun, deepspeed, srun) has started them."""
-
-    num_ranks: Optional[int] = None  # all GPUs, or 4 on the CPU
-    timeout_s: float = 600.0  # a collective that takes longer ends the run
-    stall_factor: float = 20.0  # so does a step that takes so many times the median of those before; 0 is off
-    stall_s: float = 60.0  # but only after so long
+    num_ranks: Optional[int] = number(None, minimum=1)  # unset: one per GPU, 4 on the CPU; ignored under torchrun, srun
+    timeout_s: float = number(600.0, minimum=1)  # a collective that takes longer ends the run
+    stall_factor: float = number(20.0, minimum=0)  # so does a step of this multiple of the median step time; 0: off
+    stall_s: float = number(60.0, minimum=1)  # but never before this time
 
     def __post_init__(self) -> None:
-        if self.num_ranks is not None:
-            _at_least("launch.num_ranks", self.num_ranks, 1)
-        _at_least("launch.timeout_s", self.timeout_s, 1)
-        _at_least("launch.stall_factor", self.stall_factor, 0)
+        super().__post_init__()
         if 0 < self.stall_factor < 2:
             raise ConfigError(
                 f"launch.stall_factor={self.stall_factor} would end steps that are hardly slower than others: use at "
-                "least 2, or launch.stall_factor=0, which never ends any"
+                "least 2, or launch.stall_factor=0 to switch it off"
             )
-        _at_least("launch.stall_s", self.stall_s, 1)
 
 
 @dataclass
-class CompareConfig:
-    """recipe=compare: several configurations on the same hardware, in turns, and one table."""
+class CompareConfig(_Checked, prefix="compare."):
+    """recipe=compare: several configurations on the same hardware, measured in alternating rounds."""
 
-    entries: dict[str, list[str]] = field(default_factory=dict)  # name: what is overridden, such as [+experiment=dp]
-    only: list[str] = field(default_factory=list)  # of the entries; empty is all
-    baseline: str = ""  # the entry that changes are against; empty is the first
-    recipe: str = "forward"  # what is measured: forward | pretrain
-    rounds: int = 3  # each entry has its turn in each, so that drift hits all alike; of recipe=bench_attention, too
-    steps_per_round: int = 2  # timed, after one that warms up
-    micro_batch_sizes: list[int] = field(default_factory=lambda: [1])  # tried first; each entry keeps its fastest
-    downscale: bool = False  # cut the batch to step_time_s per step, and on the CPU everything; the cuts are named
-    step_time_s: float = 4.0  # by arithmetic
-    roofline: bool = False  # also, in each round, what matrix products and attention alone allow on these ranks
-    plot: str = "bars"  # bars | scaling: throughput over the number of ranks
+    entries: dict[str, list[str]] = field(default_factory=dict)  # name: its overrides, such as [+experiment=dp]
+    only: list[str] = field(default_factory=list)  # names of entries to measure; empty: all
+    baseline: str = ""  # the entry that changes are relative to; empty: the first
+    recipe: str = choice("forward", "pretrain")  # what is measured
+    rounds: int = number(3, minimum=1)  # each round measures every entry once, so that drift affects all alike
+    steps_per_round: int = number(2, minimum=1)  # timed steps, after one warm-up step
+    micro_batch_sizes: list[int] = field(default_factory=lambda: [1])  # sizes to try; each entry uses its fastest
+    downscale: bool = False  # reduce the batch to step_time_s per step; on the CPU, the model and length too
+    step_time_s: float = number(4.0, minimum=1)  # estimated step time that downscale aims for
+    roofline: bool = False  # also measure matrix products and attention alone: the fastest step these ranks allow
+    plot: str = choice("bars", "scaling")  # scaling: throughput over the number of ranks
 
     def __post_init__(self) -> None:
-        _choice("compare.recipe", self.recipe, ("forward", "pretrain"))
-        _choice("compare.plot", self.plot, ("bars", "scaling"))
+        super().__post_init__()
         for name, values in (("baseline", [self.baseline] if self.baseline else []), ("only", self.only)):
             for value in values:
                 if self.entries and value not in self.entries:
                     raise ConfigError(f"compare.{name}={value} is no entry: use {', '.join(self.entries)}")
-        for name in ("rounds", "steps_per_round", "step_time_s"):
-            _at_least(f"compare.{name}", getattr(self, name), 1)
         if not self.micro_batch_sizes:
             raise ConfigError("compare.micro_batch_sizes is empty: use compare.micro_batch_sizes=[1]")
         for size in self.micro_batch_sizes:
-            _at_least("compare.micro_batch_sizes", size, 1)
+            check_minimum("compare.micro_batch_sizes", size, 1)
 
 
 @dataclass
-class MaxLengthConfig:
+class MaxLengthConfig(_Checked, prefix="max_length."):
     """recipe=max_length: the longest sequence that this configuration can train."""
 
-    memory_gib: Optional[float] = None  # that a rank may use; unset: its device's less a tenth, or its part of the host
-    confirm_s: float = 600.0  # try the length found if its two steps should take no longer; 0 never does
-
-    def __post_init__(self) -> None:
-        if self.memory_gib is not None and not 0 < self.memory_gib < math.inf:
-            raise ConfigError(f"max_length.memory_gib={self.memory_gib} must be above 0, and finite")
-        _at_least("max_length.confirm_s", self.confirm_s, 0)
+    memory_gib: Optional[float] = positive(None)  # limit per rank; unset: 90 % of the GPU, or a share of the host's
+    confirm_s: float = number(600.0, minimum=0)  # train two steps at the length found unless they take longer; 0: never
 
 
 @dataclass
-class SweepConfig:
-    """python train.py -m +sweep=NAME: many runs, called trials, and which of them is the best."""
+class SweepConfig(_Checked, prefix="sweep."):
+    """python train.py -m +sweep=NAME: a search over many runs, called trials."""
 
-    objective: str = "validation_loss"  # lowest | tokens_per_s | model_tflops_per_rank: highest, fair between lengths
-    sampler: str = "tpe"  # tpe: Optuna's search, which learns from earlier trials | grid: every combination
-    num_trials: int = 20  # of tpe, failed ones too; a grid is as large as it is
-    num_parallel: int = 1  # trials at a time; more than one needs hydra/launcher=submitit_slurm or submitit_local
-
-    def __post_init__(self) -> None:
-        _choice("sweep.objective", self.objective, tuple(OBJECTIVES))
-        _choice("sweep.sampler", self.sampler, ("tpe", "grid"))
-        _at_least("sweep.num_trials", self.num_trials, 1)
-        _at_least("sweep.num_parallel", self.num_parallel, 1)
+    objective: str = choice(*OBJECTIVES)
+    sampler: str = choice("tpe", "grid")  # tpe: Optuna's search, learns from earlier trials; grid: all values
+    num_trials: int = number(20, minimum=1)  # of tpe, including failed ones
+    num_parallel: int = number(1, minimum=1)  # above 1: needs hydra/launcher=submitit_slurm or submitit_local
 
 
 @dataclass
-class Config:
+class Config(_Checked):
     """A run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -388,44 +362,26 @@ class Config:
     compare: CompareConfig = field(default_factory=CompareConfig)
     max_length: MaxLengthConfig = field(default_factory=MaxLengthConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
-    recipe: str = "pretrain"  # pretrain | forward (no gradients) | compare | bench_attention | max_length
+    recipe: str = choice(*RECIPES)  # forward: forward passes only
     explain: bool = False  # print the resolved plan and stop
-    profile: bool = False  # record a torch profiler trace of the profile_steps on every rank
-    profile_steps: list[int] = field(default_factory=lambda: [3, 4])  # the first and the last of them
-    memory_snapshot: bool = False  # record what GPU memory is used for on every rank
-    breakdown: bool = True  # after the last step: exposed communication and the share of time per part
-    num_steps: int = 300  # optimizer steps, or forward passes over a batch
+    profile: bool = False  # record a torch profiler trace of profile_steps on every rank
+    profile_steps: list[int] = field(default_factory=lambda: [3, 4])  # first and last step to record
+    memory_snapshot: bool = False  # record GPU memory allocations on every rank
+    breakdown: bool = True  # after the last step: exposed communication, and the time of a step by part
+    num_steps: int = number(300, minimum=1)  # optimizer steps, or forward passes over a batch
     seed: int = 0  # of the weights
 
     def __post_init__(self) -> None:
-        _choice("recipe", self.recipe, RECIPES)
-        _at_least("num_steps", self.num_steps, 1)
+        super().__post_init__()
         if self.recipe == "compare" and not self.compare.entries:
             raise ConfigError("recipe=compare has nothing to compare: type recipe=compare +experiment=paper_table")
-        for name in ("profile", "memory_snapshot"):
-            if self.recipe in ("compare", "bench_attention", "max_length") and getattr(self, name):
-                raise ConfigError(
-                    f"{name}=true is for single runs: leave it out, or type recipe=pretrain or recipe=forward"
-                )
         if self.recipe == "max_length" and self.attention.method == "auto":
             raise ConfigError(
-                "attention=auto may choose another method at another length, so recipe=max_length predicts nothing: "
+                "attention=auto may choose another method at another length, which recipe=max_length cannot predict: "
                 "use attention=ring"
             )
         if self.recipe == "max_length" and self.parallelism.method == "tensor_pipeline":
             raise ConfigError("recipe=max_length probes one layer, which has no pipeline stages: use +experiment=ra_sp")
-        if len(self.profile_steps) != 2 or not 2 <= self.profile_steps[0] <= self.profile_steps[1]:
-            raise ConfigError(
-                f"profile_steps={self.profile_steps} must be the first and the last step to record, from step 2 on: "
-                "use profile_steps=[3,4]"
-            )
-        if self.profile_steps != [3, 4] and not self.profile:
-            raise ConfigError(f"profile_steps={self.profile_steps} says what profile=true records: add profile=true")
-        if self.profile and self.num_steps < self.profile_steps[1]:
-            raise ConfigError(
-                f"profile=true records steps {self.profile_steps[0]} to {self.profile_steps[1]}, but "
-                f"num_steps={self.num_steps}: use num_steps={self.profile_steps[1]}"
-            )
         for name in ("ring_degree", "ulysses_degree"):
             degree = getattr(self.parallelism, name)
             if self.attention.method == "auto" and degree is not None:
@@ -437,9 +393,30 @@ class Config:
             raise ConfigError(
                 f"model.vocab_size={self.model.vocab_size} cannot hold byte tokens: use at least {BYTE_VOCAB_SIZE}"
             )
+        self._check_profile()
+
+    def _check_profile(self) -> None:
+        for name in ("profile", "memory_snapshot"):
+            if self.recipe in ("compare", "bench_attention", "max_length") and getattr(self, name):
+                raise ConfigError(
+                    f"{name}=true is for single runs: leave it out, or type recipe=pretrain or recipe=forward"
+                )
+        if len(self.profile_steps) != 2 or not 2 <= self.profile_steps[0] <= self.profile_steps[1]:
+            raise ConfigError(
+                f"profile_steps={self.profile_steps} must be the first and the last step to record, from step 2 on: "
+                "use profile_steps=[3,4]"
+            )
+        if self.profile_steps != [3, 4] and not self.profile:
+            raise ConfigError(f"profile_steps={self.profile_steps} has no effect without profile=true: add it")
+        if self.profile and self.num_steps < self.profile_steps[1]:
+            raise ConfigError(
+                f"profile=true records steps {self.profile_steps[0]} to {self.profile_steps[1]}, but "
+                f"num_steps={self.num_steps}: use num_steps={self.profile_steps[1]}"
+            )
 
 
 def divisors(number: int) -> list[int]:
+    """All divisors, ascending."""
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 

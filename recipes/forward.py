@@ -13,6 +13,7 @@ from recipes.monitor.profiling import profiler
 from recipes.monitor.reporter import Reporter
 from recipes.monitor.step_timer import StepTimer, speed_metrics, with_prefix
 from recipes.monitor.time_breakdown import measure_time_breakdown
+from recipes.planning.explain import banner
 from recipes.planning.plan import Plan
 
 
@@ -24,7 +25,7 @@ def forward(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
     """
     config = plan.config
     if reporter:
-        reporter.say(*plan.banner(run_dir), "", "building the model ...")
+        reporter.say(*banner(plan, run_dir), "", "building the model ...")
     engine = build_engine(plan, forward_only=True)
     reset_peak_memory()  # building took more: weights are made in fp32
     corpus = open_corpus(config.data)

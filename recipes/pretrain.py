@@ -19,6 +19,7 @@ from recipes.monitor.profiling import profiler
 from recipes.monitor.reporter import Reporter
 from recipes.monitor.step_timer import StepTimer, speed_metrics, with_prefix
 from recipes.monitor.time_breakdown import measure_time_breakdown
+from recipes.planning.explain import banner
 from recipes.planning.plan import Plan
 from recipes.run.errors import Preempted
 from ring_attention.trace import report_status
@@ -38,7 +39,7 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
     config = plan.config
     torch.autograd.set_detect_anomaly(config.engine.detect_anomaly)
     if reporter:
-        reporter.say(*plan.banner(run_dir), "", "building the model and the engine ...")
+        reporter.say(*banner(plan, run_dir), "", "building the model and the engine ...")
     report_status("part", "building the model and the engine")
     engine = build_engine(plan)
     checkpoints = Checkpoints(config, run_dir, engine)

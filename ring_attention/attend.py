@@ -62,7 +62,7 @@ def attend_forward(
     for number, (rows, block) in enumerate(calls, 1):
         queries, keys = slice(block.q_start, block.q_stop), slice_within(kv.spans, block.k_start, block.k_stop)
         q, k, v = q_BSHD[rows, queries], kv.k_BTKD[rows, keys], kv.v_BTKE[rows, keys]
-        with profiler_range("attention block"):
+        with profiler_range("attention kernel"):
             out, lse = kernel.forward(q, k, v, KernelParams(block.lower, block.upper, scale))
         with profiler_range("merge"):
             accumulator.add(rows, queries, out, lse, is_last and number == len(calls))
@@ -87,7 +87,7 @@ def attend_backward(
         queries, keys = slice(block.q_start, block.q_stop), slice_within(kv.spans, block.k_start, block.k_stop)
         q, k, v = q_BSHD[tile_rows, queries], kv.k_BTKD[tile_rows, keys], kv.v_BTKE[tile_rows, keys]
         saved = SavedTensors(q, k, v, out_BSHE[tile_rows, queries], lse_BHS[tile_rows, :, queries])
-        with profiler_range("attention block"):
+        with profiler_range("attention kernel"):
             params = KernelParams(block.lower, block.upper, scale)
             gradients = kernel.backward(dout_BSHE[tile_rows, queries], saved, params)
         yield TileGradients(tile_rows, block, number == len(calls), *gradients)

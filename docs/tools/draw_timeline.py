@@ -1,6 +1,6 @@
 """Draws docs/images/timeline.png: what two GPUs compute and copy in one layer's attention, from a run's traces.
 
-python -m docs.tools.draw_timeline RUN_DIR/profile FORWARD_MS BACKWARD_MS    where to look, counted from the first kernel on
+python -m docs.tools.draw_timeline RUN_DIR/profile FORWARD_MS BACKWARD_MS    where to look, after the first kernel
 """
 
 from __future__ import annotations

@@ -1,24 +1,27 @@
 #!/usr/bin/env bash
-# What docs/results is measured with, on a host with GPUs: docs/tools/measure.sh OUT STAGE...
+# Measures what docs/results holds, on a host with GPUs: docs/tools/measure.sh OUT STAGE...
 #
-# Each stage has its time limit, says its last lines, and leaves JSON in OUT. A comparison that was cut off goes on where it was.
+# Each stage has a time limit, prints its last lines and leaves JSON in OUT. A comparison that was cut off resumes.
 #
-#   tests      kernels, sums, ring and transports on these GPUs           bench      attention alone at 16k, 64k and 128k tokens
-#   cells      the parity table, all cells for as many ranks              simulated  one rank of larger rings, on one GPU
-#   forward    the paper's table, forward passes, both workloads          blocks     each block kernel's speed, on one GPU
-#   training   the same, training                                         ceilings   matrix products and attention alone
-#   copies     RA+SP with both transports, in turns
-#   step       training at L = 131,072 beside its parts                   short      attention alone at 2k to 8k tokens
-#   rivals_forward_10k, rivals_forward_100k, rivals_training_10k, rivals_training_100k: RA+SP, TP=2, PP=2 and DP
-#   sanitizer  memory and races of our kernels, on one GPU
-#   faults     a stopped rank                                             heads_512, heads_512_10k  attention alone with heads of 512
-#   parts_10k  where training on paper_10k goes, by ring attention and DP
-#   memory_1, memory_2  steps' peaks, predicted and measured    million, half_million, two_million: one step with 8B-shaped layers
-#   flat       peaks of steps with as many tokens per rank on 1, 2 and 4 GPUs
-#   tools      what each way to save memory costs, all GPUs at once   longest_two  1,500,000 tokens on two GPUs
-#   ring_blocks  each kernel call of a ring of two by itself, on one GPU
-#   bench_gqa  attention alone with a quarter of the heads for keys and values
-#   On more than two GPUs: wide_cells, wide_bench, wide_forward_10k, wide_forward_100k, wide_training_10k, wide_training_100k; scaling
+#   tests         kernels, accumulators, ring and transports on these GPUs
+#   cells         the parity table, all cells for this number of GPUs
+#   forward, training                        the paper's table, both workloads, all methods
+#   baselines_forward_10k, baselines_forward_100k, baselines_training_10k, baselines_training_100k: RA+SP, TP=2, PP=2 and DP
+#   parts_10k     where training on paper_10k goes, by ring attention and DP
+#   copies        RA+SP with both transports, alternating
+#   step          training at L = 131,072 beside its roofline
+#   bench, short, bench_gqa                  attention alone: 16k to 128k tokens, 2k to 8k, a quarter of the heads for K,V
+#   heads_512, heads_512_10k                 attention alone with heads of 512
+#   simulated     one rank of larger rings, on one GPU
+#   kernels       each attention kernel's speed, on one GPU
+#   ring_kernels  each kernel call of a ring of two by itself, on one GPU
+#   memory_1, memory_2                       peaks of steps, predicted and measured
+#   tools         what each memory tool costs, all GPUs at once
+#   flat          peaks of steps with equal tokens per rank on 1, 2 and 4 GPUs
+#   million, half_million, two_million, longest_two: one step of layers of Llama 3.1 8B's shape
+#   faults        a stopped rank
+#   sanitizer     memory and races of our Triton kernels, on one GPU
+#   On more than two GPUs: wide_cells, wide_bench, wide_forward_10k, wide_forward_100k, wide_training_10k, wide_training_100k, scaling
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 out=$(realpath "$1"); shift
@@ -37,9 +40,9 @@ compare() { # compare SECONDS NAME OVERRIDES...
     hydra.run.dir="$out/runs/$name" "$@"
   cp "$out/runs/$name/comparison.json" "$out/$name.json" 2> /dev/null
 }
-rivals() { # rivals SECONDS RECIPE WORKLOAD MICRO_BATCH_SIZES ROUNDS OVERRIDES...
+baselines() { # baselines SECONDS RECIPE WORKLOAD MICRO_BATCH_SIZES ROUNDS OVERRIDES...
   local seconds=$1 recipe=$2 workload=$3 sizes=$4 rounds=$5; shift 5
-  compare "$seconds" "rivals_${workload}_$recipe" compare.recipe="$recipe" workload="$workload" compare.micro_batch_sizes="$sizes" \
+  compare "$seconds" "baselines_${workload}_$recipe" compare.recipe="$recipe" workload="$workload" compare.micro_batch_sizes="$sizes" \
     compare.rounds="$rounds" compare.only=[tp_pp,pp,ra_sp,dp] breakdown=false "$@"
 }
 wide() { # wide SECONDS RECIPE WORKLOAD MICRO_BATCH_SIZES OVERRIDES...
@@ -62,7 +65,7 @@ for stage in "$@"; do
     tests)
       limited 60 4 test_merge python3 -m pytest -q -p no:cacheprovider tests/gpu/test_merge.py
       limited 360 12 test_ring python3 -m pytest -q -x -p no:cacheprovider tests/gpu/test_ring.py -k "whole_attention or copies or drift or stalled"
-      limited 60 6 test_watch python3 -m pytest -q -p no:cacheprovider tests/gpu/test_watch.py ;;
+      limited 60 6 test_step_timer python3 -m pytest -q -p no:cacheprovider tests/gpu/test_step_timer.py ;;
     cells) limited 540 6 parity python3 -m tests.distributed.parity --json "$out/parity.json" ;;
     forward)
       compare 420 forward_10k compare.micro_batch_sizes=[1,2]
@@ -70,15 +73,15 @@ for stage in "$@"; do
     training)
       compare 420 training_10k compare.recipe=pretrain compare.micro_batch_sizes=[1,2]
       compare 420 training_100k compare.recipe=pretrain workload=paper_100k compare.rounds=2 ;;
-    rivals_forward_10k) rivals 200 forward paper_10k [1,2] 2 ;;
-    rivals_forward_100k) rivals 190 forward paper_100k [1] 2 ;;
-    # the batch by hand: a multiple of 4 sequences in each of a pipeline's 16 micro-batches makes steps of 13 s
-    rivals_training_10k) rivals 430 pretrain paper_10k [1,2,4] 2 compare.downscale=false engine.train_batch_size=32 ;;
-    rivals_training_100k) rivals 400 pretrain paper_100k [1] 2 ;;
-    parts_10k) # where RA+SP's training step goes, beside DP's, and the kernel for heads of 512 on its blocks
+    baselines_forward_10k) baselines 200 forward paper_10k [1,2] 2 ;;
+    baselines_forward_100k) baselines 190 forward paper_100k [1] 2 ;;
+    # the batch is given: the default, a multiple of 4 sequences in each of a pipeline's 16 micro-batches, makes steps of 13 s
+    baselines_training_10k) baselines 430 pretrain paper_10k [1,2,4] 2 compare.downscale=false engine.train_batch_size=32 ;;
+    baselines_training_100k) baselines 400 pretrain paper_100k [1] 2 ;;
+    parts_10k) # where RA+SP's training step goes, beside DP's, and the kernel for heads of 512 on its tiles
       compare 330 parts_10k compare.recipe=pretrain compare.only=[ra_sp,ra_p2p,dp] compare.baseline=dp compare.rounds=1 compare.micro_batch_sizes=[2,4] \
         "+compare.entries.ra_p2p=['+experiment=ra_sp','attention.transport=p2p']"
-      CUDA_VISIBLE_DEVICES=${GPU:-0} limited 100 8 heads_512_blocks python3 -m tests.tools.kernel_speeds --dtype fp16 --head-dims 512 --lengths 2500 5000 10000 --json "$out/heads_512_blocks.json" ;;
+      CUDA_VISIBLE_DEVICES=${GPU:-0} limited 100 8 heads_512_kernels python3 -m tests.tools.kernel_speeds --dtype fp16 --head-dims 512 --lengths 2500 5000 10000 --json "$out/heads_512_kernels.json" ;;
     copies)
       for workload in paper_10k paper_100k; do
         compare 200 "copies_$workload" workload=$workload compare.only=[ra_sp,ra_p2p,dp] compare.baseline=dp compare.rounds=2 \
@@ -93,10 +96,10 @@ for stage in "$@"; do
     heads_512) bench 90 heads_512 32768 model=paper_10k model.num_kv_heads=16 engine.dtype=fp16 ;;
     heads_512_10k) bench 120 heads_512_10k 10000 model=paper_10k model.num_kv_heads=16 engine.dtype=fp16 engine.micro_batch_size=4 compare.rounds=4 ;;
     simulated) CUDA_VISIBLE_DEVICES=${GPU:-0} bench 150 simulated_64k 65536 launch.num_ranks=1 ;;
-    blocks) CUDA_VISIBLE_DEVICES=${GPU:-0} limited 300 22 blocks python3 -m tests.tools.kernel_speeds --json "$out/block_speeds.json" ;;
-    ring_blocks)
+    kernels) CUDA_VISIBLE_DEVICES=${GPU:-0} limited 300 22 kernel_speeds python3 -m tests.tools.kernel_speeds --json "$out/kernel_speeds.json" ;;
+    ring_kernels)
       for length in 16384 65536 131072; do
-        CUDA_VISIBLE_DEVICES=${GPU:-0} limited 60 13 "ring_blocks_$length" python3 -m tests.tools.ring_kernels --length $length --json "$out/ring_blocks_$length.json"
+        CUDA_VISIBLE_DEVICES=${GPU:-0} limited 60 13 "ring_kernels_$length" python3 -m tests.tools.ring_kernels --length $length --json "$out/ring_kernels_$length.json"
       done ;;
     memory_*) # predicted and measured
       ranks=${stage#memory_}
@@ -106,19 +109,19 @@ for stage in "$@"; do
         settings+=("model=llama_1b data.sequence_length=16384 launch.num_ranks=$ranks model.num_layers=4 $more")
       done
       limited 300 8 "memory_$ranks" python3 -m tests.tools.long_step --json "$out/memory_$ranks.json" "${settings[@]}" ;;
-    flat) # as many tokens per rank on 1, 2 and 4 ranks, so many that the optimizer's state is the lesser part
+    flat) # equal tokens per rank on 1, 2 and 4 ranks, enough that the optimizer's state is the lesser part
       settings=()
       for ranks in 1 2 4; do
         [ "$ranks" -le "$(nvidia-smi -L | wc -l)" ] || continue
         settings+=("model=llama_1b model.num_layers=4 data.sequence_length=$((131072 * ranks)) launch.num_ranks=$ranks engine.recompute=selective")
       done
       limited 200 4 flat python3 -m tests.tools.long_step --json "$out/flat.json" "${settings[@]}" ;;
-    million) # takes 96 GiB of the host, and the optimizer's 42
+    million) # takes 96 GiB of the host for activations, and 42 for the optimizer
       limited 570 2 million python3 -m tests.tools.long_step --json "$out/million.json" "$long data.sequence_length=1000000 launch.num_ranks=1" ;;
     half_million) limited 300 2 half_million python3 -m tests.tools.long_step --json "$out/half_million.json" "$long data.sequence_length=524288 launch.num_ranks=1" ;;
     two_million) limited 400 2 two_million python3 -m tests.tools.long_step --json "$out/two_million.json" "$long model.num_layers=2 data.sequence_length=2097152 launch.num_ranks=2" ;;
     longest_two) limited 595 2 longest_two python3 -m tests.tools.long_step --json "$out/longest_two.json" "$long data.sequence_length=1500000 launch.num_ranks=2" ;;
-    tools) # 49,152 tokens: with none of them, too, in an H100's memory; shared out among the GPUs, whose files have the settings in turns
+    tools) # 49,152 tokens fit an H100 without any tool; the settings are shared out among the GPUs
       settings=()
       for more in "" "engine.tile_tokens=8192" "engine.recompute=selective" "engine.recompute=full" "engine.recompute=selective engine.offload_activations=true" \
         "engine.offload_optimizer=true" "engine.zero_stage=3 engine.offload_optimizer=true engine.offload_parameters=true" \
@@ -131,7 +134,7 @@ for stage in "$@"; do
         CUDA_VISIBLE_DEVICES=$gpu limited 420 "${#own[@]}" "tools_$gpu" python3 -m tests.tools.long_step --json "$out/tools_$gpu.json" "${own[@]}" &
       done
       wait ;;
-    wide_cells) # only the host is slow, so in parts at once
+    wide_cells) # the host is the limit, so all parts run at once
       for part in 0 1 2 3; do
         limited 400 2 "parity_part_$part" python3 -m tests.distributed.parity --least-ranks "$(nvidia-smi -L | wc -l)" --part $part 4 --json "$out/parity_part_$part.json" &
       done
@@ -140,10 +143,10 @@ for stage in "$@"; do
     bench_gqa) for length in 32768 65536 131072; do bench 120 "attention_gqa_$length" $length model.num_kv_heads=8; done ;;
     wide_forward_10k) wide 300 forward paper_10k [1,4] ;;
     wide_forward_100k) wide 240 forward paper_100k [1] ;;
-    # the batch by hand: see rivals_10k
+    # the batch is given: see baselines_training_10k
     wide_training_10k) wide 550 pretrain paper_10k [1,2,4] compare.downscale=false engine.train_batch_size=32 ;;
     wide_training_100k) wide 440 pretrain paper_100k [1] ;;
-    scaling) # small batches by hand: there is no pipeline, and one GPU takes 3 s for four sequences of 100,000
+    scaling) # a small batch is given: there is no pipeline, and one GPU takes 3 s for four sequences of 100,000
       for kind in strong weak; do
         limited 200 14 "${kind}_scaling" python3 train.py recipe=compare +experiment=${kind}_scaling compare.steps_per_round=1 compare.rounds=2 breakdown=false \
           compare.downscale=false engine.train_batch_size=4 hydra.run.dir="$out/runs/${kind}_scaling"
@@ -158,9 +161,6 @@ for stage in "$@"; do
     step)
       limited 420 16 step python3 train.py recipe=compare +experiment=bench_step compare.steps_per_round=1 hydra.run.dir="$out/runs/step"
       cp "$out/runs/step/comparison.json" "$out/step.json" ;;
-    ceilings)
-      limited 60 8 ceilings_10k python3 -m recipes.benchmark.roofline --model paper_10k --dtype fp16 --length 10000 --json "$out/ceilings_10k.json"
-      limited 60 8 ceilings_100k python3 -m recipes.benchmark.roofline --model paper_100k --length 100000 --json "$out/ceilings_100k.json" ;;
     *) echo "unknown stage $stage"; exit 2 ;;
   esac
 done

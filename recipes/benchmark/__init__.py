@@ -1,4 +1,4 @@
-"""Measurements: comparisons, attention alone, its roofline, and the longest sequence.
+"""Benchmarks: comparisons of configurations, attention alone, the roofline, and the longest sequence that fits.
 
 May import recipes.launch and the folders below it.
 """

@@ -1,7 +1,7 @@
-"""Attention over ranks by other libraries, for `bench_attention` to time beside ours.
+"""Other libraries' distributed attention, which `bench_attention` times beside ours.
 
-Each peer gets its shards as its own users would lay them, and PyTorch's fastest kernel for it. A peer that cannot run
-here says why. Not here: ring-flash-attn and yunchang, which import FlashAttention 2's own package.
+Each baseline gets its shards in its own layout and PyTorch's fastest kernel that it supports. One that cannot run on
+this machine raises an error that says why. ring-flash-attn and yunchang are missing: they import FlashAttention 2.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,33 +22,32 @@ from ring_attention.kernels import KERNELS, KernelSpec
 from ring_attention.layout import Layout
 
 
-@dataclass
-class Baseline:
+class Baseline(NamedTuple):
     """One library on this rank.
 
     Args:
-        layout: how it cuts sequences; this rank's number in it is that in the group.
-        attend: from this rank's q, k, v, as [B, S, heads, D], to its output.
-        around: what its calls must be within.
+        layout: how it shards sequences over the ranks of the group.
+        attend: computes this rank's output from its q, k, v, all [B, S, heads, D].
+        context: what its calls must run within.
     """
 
-    name: str
     layout: Layout
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]
-    around: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+    context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
 
 
-def _refuse_without_cudnn(spec: KernelSpec) -> None:
+def _check_cudnn(spec: KernelSpec) -> None:
     refusal = KERNELS["cudnn"].refusal(spec)
     if refusal is not None:
         raise ConfigError(f"PyTorch's fastest kernel for it, cuDNN's, {refusal}")
 
 
 def torch_context_parallel(groups: ParallelGroups, length: int, spec: KernelSpec) -> Baseline:
-    """torch.distributed.tensor.experimental.context_parallel, which gathers or passes K,V on, with cuDNN's attention.
+    """torch.distributed.tensor.experimental.context_parallel with cuDNN's attention.
 
     Raises:
-        ConfigError: without a GPU, for what cuDNN refuses, and for a length that its balanced layout cannot cut.
+        ConfigError: without a GPU, for what cuDNN does not support, and for a length that its balanced layout cannot
+            shard.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.experimental import context_parallel
@@ -57,14 +55,14 @@ def torch_context_parallel(groups: ParallelGroups, length: int, spec: KernelSpec
     degree = groups.sequence_degree
     if spec.device_type != "cuda":
         raise ConfigError("it has no kernel for the CPU")
-    _refuse_without_cudnn(spec)
+    _check_cudnn(spec)
     if length % (2 * degree):
         raise ConfigError(f"{length} tokens are not a multiple of {2 * degree}, twice the ranks")
     mesh = init_device_mesh("cuda", (degree,))
 
     @contextlib.contextmanager
-    def around() -> Any:
-        # it wants to cut something; our shards are cut
+    def context() -> Any:
+        # it insists on sharding a buffer; our tensors are already sharded
         with (
             context_parallel(mesh, buffers=[torch.zeros(length, device="cuda")], buffer_seq_dims=[0]),
             sdpa_kernel(SDPBackend.CUDNN_ATTENTION),
@@ -72,21 +70,21 @@ def torch_context_parallel(groups: ParallelGroups, length: int, spec: KernelSpec
             yield
 
     def attend(q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor) -> Tensor:
-        if q_BSHD.shape[2] != k_BSKD.shape[2]:  # it takes as many key-value heads as heads
+        if q_BSHD.shape[2] != k_BSKD.shape[2]:  # it needs as many key-value heads as query heads
             k_BSKD, v_BSKD = (x.repeat_interleave(q_BSHD.shape[2] // x.shape[2], 2) for x in (k_BSKD, v_BSKD))
         q, k, v = (x.transpose(1, 2).contiguous() for x in (q_BSHD, k_BSKD, v_BSKD))
-        # looked up when called: the context replaces it
+        # looked up at each call, because the context replaces it
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
-    return Baseline("torch context_parallel", Layout("zigzag", degree, length), attend, around)
+    return Baseline(Layout("zigzag", degree, length), attend, context)
 
 
 def deepspeed_ulysses(groups: ParallelGroups, length: int, spec: KernelSpec) -> Baseline:
     """deepspeed.sequence.layer.DistributedAttention around PyTorch's attention.
 
     Raises:
-        ConfigError: for a length or a number of key-value heads that the ranks do not divide, and on GPUs for what
-            cuDNN refuses.
+        ConfigError: if the ranks do not divide the length or the key-value heads, and on GPUs for what cuDNN does not
+            support.
     """
     from deepspeed.sequence.layer import DistributedAttention
 
@@ -95,7 +93,7 @@ def deepspeed_ulysses(groups: ParallelGroups, length: int, spec: KernelSpec) -> 
         raise ConfigError(f"{length} tokens or {spec.num_kv_heads} kv heads are not a multiple of the {degree} ranks")
     on_gpu = spec.device_type == "cuda"
     if on_gpu:
-        _refuse_without_cudnn(spec)
+        _check_cudnn(spec)
 
     def local(q_BGHD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q_BGHD, k_BGKD, v_BGKD))
@@ -103,9 +101,8 @@ def deepspeed_ulysses(groups: ParallelGroups, length: int, spec: KernelSpec) -> 
         return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
 
     attention = DistributedAttention(local, groups.get_sequence_parallel_group(), scatter_idx=2, gather_idx=1)  # pyright: ignore[reportArgumentType]
-    around = (lambda: sdpa_kernel(SDPBackend.CUDNN_ATTENTION)) if on_gpu else contextlib.nullcontext
-    layout = Layout("contiguous", degree, length)
-    return Baseline("DeepSpeed Ulysses", layout, lambda q, k, v: attention(q, k, v, 0), around)
+    context = (lambda: sdpa_kernel(SDPBackend.CUDNN_ATTENTION)) if on_gpu else contextlib.nullcontext
+    return Baseline(Layout("contiguous", degree, length), lambda q, k, v: attention(q, k, v, 0), context)
 
 
 BASELINES = {"torch context_parallel": torch_context_parallel, "DeepSpeed Ulysses": deepspeed_ulysses}

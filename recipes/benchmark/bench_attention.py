@@ -1,8 +1,8 @@
-"""Attention alone, without a model: methods and peers on the same ranks, beside one device's time over their number.
+"""Attention alone, without a model: our methods and the baselines on the same ranks, beside one device.
 
-That ideal is what a ring comes to whose messages, merges and smaller blocks cost nothing. Before anything is timed,
-each method's output is held against that of whole attention. On one rank nothing travels: instead, one rank of larger
-rings is simulated, which shows what cutting attention into blocks and merging them costs.
+The ideal is one device's time divided by the number of ranks: a ring whose messages, merges and smaller tiles cost
+nothing. Every output is checked against the full attention before anything is timed. A single rank instead simulates
+one rank of larger rings, which measures what splitting attention into tiles and merging them costs.
 """
 
 from __future__ import annotations
@@ -13,43 +13,30 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import deepspeed.comm as dist
 import torch
 
-from recipes.benchmark.baselines import BASELINES
-from recipes.benchmark.candidates import (
-    METHODS,
-    SIMULATED_DEGREES,
-    Candidate,
-    draw,
-    make_baseline,
-    make_from_method,
-    make_from_module,
-    simulated,
-)
-from recipes.engine.base import extremes_over_ranks, max_over_ranks
-from recipes.monitor.device_metrics import StepClock, durations_s, timestamp
+from recipes.benchmark.candidates import Candidate, make_candidates
+from recipes.engine.base import extremes_over_ranks
+from recipes.monitor.device_metrics import StepClock
 from recipes.monitor.metric_registry import PARTS
 from recipes.monitor.reporter import Reporter
 from recipes.monitor.trace_analysis import step_breakdown
-from recipes.planning.plan import Plan, attention_flops_per_token
-from ring_attention import LocalAttention
-from ring_attention.groups import ParallelGroups
+from recipes.planning.plan import Plan
+from recipes.planning.throughput import attention_flops_per_token
+from recipes.run.text_table import text_table
 from ring_attention.transport import messages_stay_local
 
 RESULT_FILE = "bench_attention.json"
-TIMED_S = 0.1  # of calls, at least, in each round
-AT_LENGTH_S = 3.0  # of calls, for what they take of the energy that a GPU may use
-MOST_ERROR = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 4e-3}  # of an output, relative: several roundings
+TIMED_S = 0.1  # duration of the calls in each round, at least
+KINDS = {"forward": ("forward", 1), "forward_backward": ("forward + backward", 3)}  # title, and forward passes' FLOPs
 
 
 def bench_attention(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
-    """Time all contenders in turns; returns TFLOP/s per rank of the first, forward and backward.
+    """Time all candidates; returns TFLOP/s per rank of the first method, forward and backward.
 
     Every rank must call it. All ranks share each sequence, whatever degrees are configured.
 
@@ -57,144 +44,129 @@ def bench_attention(plan: Plan, run_dir: Path, reporter: Reporter | None) -> flo
         reporter: rank 0's; None on all others.
 
     Raises:
-        RuntimeError: if a method's output is not that of whole attention.
+        RuntimeError: if a candidate's output differs from that of full attention.
     """
     say = reporter.say if reporter else (lambda *lines: None)
-    model, length, num_ranks = plan.config.model, plan.config.data.sequence_length, plan.num_ranks
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    whole = draw(plan, device)
+    config, model, num_ranks = plan.config, plan.config.model, plan.num_ranks
+    device = torch.device(plan.device_type)
     say(
-        f"attention of {plan.config.engine.micro_batch_size} x {length:,} tokens, {model.num_heads} heads and "
-        f"{model.num_kv_heads} kv heads x {model.head_dim}, {plan.config.engine.dtype}, causal; "
-        f"{num_ranks} rank{'s' if num_ranks > 1 else ''} on {plan.device_name}, block kernel {plan.kernel_choice()[0]}"
+        f"attention of {config.engine.micro_batch_size} x {config.data.sequence_length:,} tokens, {model.num_heads} "
+        f"heads and {model.num_kv_heads} kv heads x {model.head_dim}, {config.engine.dtype}, causal; "
+        f"{num_ranks} rank{'s' if num_ranks > 1 else ''} on {plan.device_name}, kernel {plan.kernel_choice()[0]}"
     )
-    ideal = make_from_module(LocalAttention(plan.config.attention.kernel), whole, "one device", "whole sequences", 1.0)
-    candidates = [ideal]
-    if num_ranks == 1:
-        candidates += [simulated(plan, whole, degree) for degree in SIMULATED_DEGREES if 2 * degree <= length]
-    else:
-        groups = ParallelGroups(1, num_ranks)
-        makers = {method: partial(make_from_method, plan, method, plan.transport) for method in METHODS}
-        if plan.transport != "p2p":
-            makers |= {"ring, p2p": partial(make_from_method, plan, "ring", "p2p")}
-        makers |= {name: partial(make_baseline, name, length) for name in BASELINES}
-        expected = ideal.forward()
-        for name, make in makers.items():
-            try:
-                candidate, error = make(groups, whole, expected, name)
-            except ValueError as refusal:
-                say(f"left out: {name}: {refusal}")
-                continue
-            error = max_over_ranks(error, device)
-            if not error < MOST_ERROR[plan.config.engine.dtype]:
-                raise RuntimeError(f"{name} does not compute what whole attention does: error {error:.1e}")
-            candidates.append(candidate)
+    candidates = make_candidates(plan, device, say)
     say("timing ...")
-    rows = _timed(candidates, plan, device)
-    say("", *_table(rows, num_ranks), "")
-    if plan.config.breakdown:
+    rows = _time(candidates, plan, device)
+    say("", *_times_table(rows, num_ranks), "")
+    if config.breakdown:
         say("profiling ...")
         for row, candidate in zip(rows, candidates, strict=True):
             row["parts_ms"] = _parts_ms(candidate, device)
         say("", *_parts_table(rows), "")
-    if joules := _energy_counter(device):
-        say("at length ...")
-        for row, candidate in zip(rows, candidates, strict=True):
-            row["at_length"] = _at_length(candidate, device, joules)
-        say("", *_at_length_table(rows), "")
     say(
-        "ms: of a call, the slowest rank's; host: of that, until its host has issued it: where they are equal the GPU",
-        "may wait for the host. TFLOP/s: per device, causal counted once, backward as two forward passes.",
-        "ideal: one device's time x the share that each computes. exposed: what a call takes longer than one whose",
-        "messages stay on their rank.",
-        *(["parts: of a call with its backward pass, under the profiler."] if plan.config.breakdown else []),
-        *(
-            [f"at length: calls for {AT_LENGTH_S:g} s, and what the GPUs take, the least and the most of them."]
-            if joules
-            else []
-        ),
-        *(["!!! ON THE CPU ranks share cores: these figures say nothing of GPUs"] if device.type == "cpu" else []),
+        "ms: one call, on the slowest rank. host: the part of it until the host has issued the call; if the two are",
+        "equal, the GPU may be waiting for the host. TFLOP/s: per device; causal counted once, backward as two forward",
+        "passes. ideal: one device's time x the share that each device computes. exposed: how much longer a call takes",
+        "than one whose messages stay on their rank.",
+        *(["parts: one call with its backward pass, under the profiler."] if config.breakdown else []),
+        *(["!!! ON THE CPU ranks share cores: these figures say nothing about GPUs"] if device.type == "cpu" else []),
     )
     if reporter:
-        result = {"device": plan.device_name, "num_ranks": num_ranks, "config": asdict(plan.config), "rows": rows}
+        result = {"device": plan.device_name, "num_ranks": num_ranks, "config": asdict(config), "rows": rows}
         (run_dir / RESULT_FILE).write_text(json.dumps(result, indent=1) + "\n")
         reporter.write_summary(
             {
                 f"{row['name']}/{kind}/{name}": value
                 for row in rows
-                for kind in ("forward", "forward_backward")
+                for kind in KINDS
                 for name, value in row[kind].items()
             }
         )
         say(f"all numbers: {run_dir / RESULT_FILE}", *reporter.view_hints()[1:])
-    first = rows[min(1, len(rows) - 1)]
-    return first["forward_backward"]["tflops"]
+    return rows[min(1, len(rows) - 1)]["forward_backward"]["tflops"]
 
 
-def _timed(candidates: list[Candidate], plan: Plan, device: torch.device) -> list[dict[str, Any]]:
-    """Each contender in each round, so that drift hits all alike: a row each, times in ms."""
-    kinds = ("forward", "forward_backward")
-    times_s: dict[tuple[str, str, bool], list[float]] = {}
-    host_s: dict[tuple[str, str], list[float]] = {}
-    for number in range(1 + plan.config.compare.rounds):  # the first warms up
+def _time(candidates: list[Candidate], plan: Plan, device: torch.device) -> list[dict[str, Any]]:
+    """A row of times in ms for each candidate. Every round times all of them, so that drift affects all alike."""
+    samples: dict[tuple[str, str, bool], list[tuple[float, float]]] = {}
+    for number in range(1 + plan.config.compare.rounds):  # the first one warms up
         for candidate in candidates:
-            for kind in kinds:
-                for silent in (False, True) if candidate.sends else (False,):
-                    with candidate.around(), messages_stay_local() if silent else contextlib.nullcontext():
-                        seconds, until_issued = _seconds_of_a_call(getattr(candidate, kind), device)
+            for kind in KINDS:
+                for is_silent in (False, True) if candidate.has_messages else (False,):
+                    silence = messages_stay_local() if is_silent else contextlib.nullcontext()
+                    with candidate.context(), silence:
+                        sample = _seconds_of_a_call(getattr(candidate, kind), device)
                     if number:
-                        times_s.setdefault((candidate.name, kind, silent), []).append(seconds)
-                        if not silent:
-                            host_s.setdefault((candidate.name, kind), []).append(until_issued)
-    config = plan.config
-    tokens = config.engine.micro_batch_size * config.data.sequence_length
-    operations = tokens * attention_flops_per_token(config.model, config.data.sequence_length)
+                        samples.setdefault((candidate.name, kind, is_silent), []).append(sample)
+    median_s = {key: statistics.median(total_s for total_s, _ in own) for key, own in samples.items()}
+    length = plan.config.data.sequence_length
+    tokens = plan.config.engine.micro_batch_size * length
+    operations = tokens * attention_flops_per_token(plan.config.model, length)
     rows = []
     for candidate in candidates:
         row: dict[str, Any] = {"name": candidate.name, "grid": candidate.grid}
-        for kind in kinds:
-            own = times_s[candidate.name, kind, False]
-            median = statistics.median(own)
-            ideal = statistics.median(times_s[candidates[0].name, kind, False]) * candidate.share
-            silent = times_s.get((candidate.name, kind, True))
+        for kind, (_, passes) in KINDS.items():
+            times_s, issued_s = zip(*samples[candidate.name, kind, False], strict=True)
+            time_s, silent_s = statistics.median(times_s), median_s.get((candidate.name, kind, True))
+            ideal_s = median_s[candidates[0].name, kind, False] * candidate.share
             row[kind] = {
-                "ms": 1e3 * median,
-                "min_ms": 1e3 * min(own),
-                "max_ms": 1e3 * max(own),
-                "host_ms": 1e3 * statistics.median(host_s[candidate.name, kind]),
-                "tflops": operations * candidate.share * (3 if kind == "forward_backward" else 1) / median / 1e12,
-                "ideal_pct": 100 * ideal / median,
-                "exposed_ms": None if silent is None else max(0.0, 1e3 * (median - statistics.median(silent))),
+                "ms": 1e3 * time_s,
+                "min_ms": 1e3 * min(times_s),
+                "max_ms": 1e3 * max(times_s),
+                "host_ms": 1e3 * statistics.median(issued_s),
+                "tflops": operations * candidate.share * passes / time_s / 1e12,
+                "ideal_pct": 100 * ideal_s / time_s,
+                "exposed_ms": None if silent_s is None else max(0.0, 1e3 * (time_s - silent_s)),
             }
         rows.append(row)
     return rows
 
 
 def _seconds_of_a_call(call: Callable[[], Any], device: torch.device) -> tuple[float, float]:
-    """The slowest rank's mean over as many calls as take TIMED_S, and the slowest host's until all were issued."""
+    """The mean time of a call, and the time until the host has issued it, each of the slowest rank.
+
+    The mean is over as many calls as take TIMED_S.
+    """
     clock = StepClock()
 
-    def seconds(number: int) -> tuple[float, float]:
+    def seconds(num_calls: int) -> tuple[float, float]:
         dist.barrier()
         clock.restart()
         started = time.perf_counter()
-        for _ in range(number):
+        for _ in range(num_calls):
             call()
-        until_issued = time.perf_counter() - started
+        issued_s = time.perf_counter() - started
         clock.tick()
-        own = {"whole": clock.take()[0] / number, "issued": until_issued / number}
-        slowest = extremes_over_ranks(own, device)
-        return slowest["whole"][1], slowest["issued"][1]
+        own = {"total": clock.take()[0] / num_calls, "issued": issued_s / num_calls}
+        extremes = extremes_over_ranks(own, device)
+        return extremes["total"][1], extremes["issued"][1]
 
     return seconds(max(1, round(TIMED_S / seconds(1)[0])))
 
 
 def _parts_ms(candidate: Candidate, device: torch.device) -> dict[str, tuple[float, float]]:
-    """Where a call goes with its backward pass, under the profiler: the least and the most of all ranks, in ms."""
-    with candidate.around():
+    """The parts of a call with its backward pass, under the profiler: the least and the most of all ranks."""
+    with candidate.context():
         breakdown = step_breakdown(candidate.forward_backward)
-    parts = {part: 1e3 * share * breakdown.step_time_s for part, share in breakdown.shares.items()}
-    return extremes_over_ranks(parts, device)
+    parts_ms = {part: 1e3 * share * breakdown.step_time_s for part, share in breakdown.shares.items()}
+    return extremes_over_ranks(parts_ms, device)
+
+
+def _times_table(rows: list[dict[str, Any]], num_ranks: int) -> list[str]:
+    header = ["method", "grid"]
+    for title, _ in KINDS.values():
+        header += [f"{title} ms (min - max)", "host", "TFLOP/s", "of ideal", *(["exposed ms"] if num_ranks > 1 else [])]
+    cells = [header]
+    for row in rows:
+        line = [row["name"], row["grid"]]
+        for kind in KINDS:
+            own = row[kind]
+            line += [f"{own['ms']:.3f} ({own['min_ms']:.3f} - {own['max_ms']:.3f})", f"{own['host_ms']:.3f}"]
+            line += [f"{own['tflops']:.3g}", f"{own['ideal_pct']:.1f} %"]
+            if num_ranks > 1:
+                line.append("n/a" if own["exposed_ms"] is None else f"{own['exposed_ms']:.3f}")
+        cells.append(line)
+    return text_table(cells)
 
 
 def _parts_table(rows: list[dict[str, Any]]) -> list[str]:
@@ -203,70 +175,4 @@ def _parts_table(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         spans = [row["parts_ms"][part] for part in parts]
         cells.append([row["name"], *(f"{least:.3f} - {most:.3f}" for least, most in spans)])
-    return _aligned(cells)
-
-
-def _energy_counter(device: torch.device) -> Callable[[], float] | None:
-    """Joules that this rank's GPU took since its driver was loaded, renewed some times in a second; None where nothing
-    counts them.
-    """
-    if device.type != "cuda" or not find_spec("pynvml"):
-        return None
-    import pynvml  # pyright: ignore[reportMissingImports]
-
-    pynvml.nvmlInit()
-    gpu = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-    return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1e3
-
-
-def _at_length(candidate: Candidate, device: torch.device, joules: Callable[[], float]) -> dict[str, Any]:
-    """Calls with their backward passes, one after the other for AT_LENGTH_S: `ms` of one, the slowest rank's; and the
-    `watts` and the `joules` of one call, the least and the most of all ranks.
-    """
-
-    def measure(number: int) -> dict[str, float]:
-        dist.barrier()
-        before, started = joules(), timestamp()
-        for _ in range(number):
-            candidate.forward_backward()
-        seconds = durations_s([(started, timestamp())])[0]
-        spent = joules() - before
-        return {"ms": 1e3 * seconds / number, "joules": spent / number, "watts": spent / seconds}
-
-    with candidate.around():
-        number = max(1, round(AT_LENGTH_S / (max_over_ranks(measure(2)["ms"], device) / 1e3)))
-        own = measure(number)
-    extremes = extremes_over_ranks(own, device)
-    return {"calls": number, "ms": extremes["ms"][1], "joules": extremes["joules"], "watts": extremes["watts"]}
-
-
-def _at_length_table(rows: list[dict[str, Any]]) -> list[str]:
-    cells = [["forward + backward, at length", "calls", "ms", "joules per call", "watts"]]
-    for row in rows:
-        own = row["at_length"]
-        spans = [f"{own[name][0]:.1f} - {own[name][1]:.1f}" for name in ("joules", "watts")]
-        cells.append([row["name"], f"{own['calls']}", f"{own['ms']:.3f}", *spans])
-    return _aligned(cells)
-
-
-def _table(rows: list[dict[str, Any]], num_ranks: int) -> list[str]:
-    kinds = {"forward": "forward", "forward_backward": "forward + backward"}
-    header = ["method", "grid"]
-    for title in kinds.values():
-        header += [f"{title} ms (min - max)", "host", "TFLOP/s", "of ideal", *(["exposed ms"] if num_ranks > 1 else [])]
-    cells = [header]
-    for row in rows:
-        line = [row["name"], row["grid"]]
-        for kind in kinds:
-            own = row[kind]
-            line += [f"{own['ms']:.3f} ({own['min_ms']:.3f} - {own['max_ms']:.3f})", f"{own['host_ms']:.3f}"]
-            line += [f"{own['tflops']:.3g}", f"{own['ideal_pct']:.1f} %"]
-            if num_ranks > 1:
-                line.append("n/a" if own["exposed_ms"] is None else f"{own['exposed_ms']:.3f}")
-        cells.append(line)
-    return _aligned(cells)
-
-
-def _aligned(cells: list[list[str]]) -> list[str]:
-    widths = [max(len(line[n]) for line in cells) for n in range(len(cells[0]))]
-    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+    return text_table(cells)

@@ -1,10 +1,11 @@
-"""Whose turn it is in a comparison, from the results of those that are done alone; and the file of these results.
+"""The order of a comparison's measurements, and the file of their results.
 
-Below `compare`, whose ranks take the turns.
+What comes next follows from the results alone, so a comparison resumes wherever it was interrupted.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -15,13 +16,17 @@ from typing import Any
 from conf.schema import Config
 from recipes.run.run_dir import RESULTS_FILE
 
-CURRENT_FILE = "turn.json"  # the turn that is under way
-ROOFLINE = "parts alone"  # not an entry that anybody configures: what `ceilings` measures
+CURRENT_FILE = "current_measurement.json"  # exists while a measurement runs
+ROOFLINE = "roofline"  # the entry that compare.roofline=true adds
+NOT_IN_SETTINGS = (
+    *("launch", "logging", "checkpoint", "compare", "max_length", "sweep", "explain", "breakdown"),
+    *("num_steps", "profile", "profile_steps", "memory_snapshot"),
+)
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One entry's time on the ranks: a round from 1 on, or 0 to try a micro-batch size."""
+    """One entry with one micro-batch size, in a round from 1 on; round 0 tries the size."""
 
     entry: str
     micro_batch_size: int
@@ -29,34 +34,39 @@ class Measurement:
 
 
 def next_measurement(sizes: dict[str, list[int]], rounds: int, results: list[dict[str, Any]]) -> Measurement | None:
-    """What to do after `results`; None if all is done.
+    """The measurement that follows `results`; None if there is nothing left to do.
 
-    An entry that fails with a micro-batch size tries no larger one; one that fails in a round goes on, from the first
-    round, with the size that was next fastest, if there is one.
+    First, every entry tries its micro-batch sizes up to the first that fails. Then every round measures each entry with
+    its best size. If that fails, the entry repeats all rounds with the next best size.
 
     Args:
-        sizes: by entry, the micro-batch sizes to try, ascending.
+        sizes: by entry, the micro-batch sizes to try, ascending. A single size is not tried.
     """
+
+    def results_of(measurement: Measurement) -> list[dict[str, Any]]:
+        key, names = dataclasses.astuple(measurement), ("entry", "micro_batch_size", "round")
+        return [row for row in results if tuple(row[name] for name in names) == key and "parts" not in row]
+
     for entry, candidates in sizes.items():
         if len(candidates) > 1:
             for size in candidates:
-                tried = _results_of(results, entry, 0, size)
+                tried = results_of(trial := Measurement(entry, size, 0))
                 if not tried:
-                    return Measurement(entry, size, 0)
+                    return trial
                 if "error" in tried[0]:
                     break
     for number in range(1, rounds + 1):
-        for entry in sizes:
-            size = best_size(sizes[entry], entry, results)
-            if size is not None and not _results_of(results, entry, number, size):
-                return Measurement(entry, size, number)
+        for entry, candidates in sizes.items():
+            size = best_size(candidates, entry, results)
+            if size is not None and not results_of(measurement := Measurement(entry, size, number)):
+                return measurement
     return None
 
 
 def best_size(candidates: list[int], entry: str, results: list[dict[str, Any]]) -> int | None:
-    """The micro-batch size that was fastest of those that never failed; None if all did.
+    """The micro-batch size that was tried fastest and never failed; None if there is none.
 
-    A turn whose time was taken has not failed, whatever became of measuring its parts.
+    A measurement whose steps were timed has not failed, even if its breakdown did.
     """
     own = [row for row in results if row["entry"] == entry]
     timed = {(row["round"], row["micro_batch_size"]) for row in own if "tokens_per_s" in row}
@@ -72,29 +82,24 @@ def best_size(candidates: list[int], entry: str, results: list[dict[str, Any]]) 
     return max((size for size in working if size in speeds), key=lambda size: speeds[size], default=None)
 
 
-def _results_of(results: list[dict[str, Any]], entry: str, number: int, size: int) -> list[dict[str, Any]]:
-    return [
-        row
-        for row in results
-        if (row["entry"], row["round"], row["micro_batch_size"]) == (entry, number, size) and "parts" not in row
-    ]
-
-
 def settings_of(entry: Config) -> str:
-    """A fingerprint of what an entry runs, kept with its results: no other configuration may take them for its own."""
-    settings = dataclasses.asdict(entry)
-    unlike = ("launch", "logging", "checkpoint", "compare", "max_length", "sweep", "explain", "breakdown")
-    for name in (*unlike, "num_steps", "profile", "profile_steps", "memory_snapshot"):
-        del settings[name]
+    """A fingerprint of what an entry runs. Its results are only valid for entries with the same fingerprint."""
+    settings = {name: value for name, value in dataclasses.asdict(entry).items() if name not in NOT_IN_SETTINGS}
     return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
 
 
 def read_results(run_dir: Path) -> list[dict[str, Any]]:
-    """The turns that are done, and those that failed."""
-    path = run_dir / RESULTS_FILE
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The measurements that are done, failed ones included. A line cut off by a crash is ignored."""
+    path, results = run_dir / RESULTS_FILE, []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            results.append(json.loads(line))
+    return results
 
 
 def append_result(run_dir: Path, row: dict[str, Any]) -> None:
-    with (run_dir / RESULTS_FILE).open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    """Add a line to the results; a line that was cut off before it stays separate."""
+    path = run_dir / RESULTS_FILE
+    is_cut_off = path.exists() and not path.read_bytes().endswith(b"\n")
+    with path.open("a") as file:
+        file.write("\n" * is_cut_off + json.dumps(row) + "\n")

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from recipes.planning.memory import changed, gib, host_bytes, tile_tokens
+from recipes.planning.explain import banner, state_lines, step_memory_lines
+from recipes.planning.memory import changed, gib, offloaded_bytes, tile_tokens
 from recipes.planning.plan import Plan
 from recipes.run.errors import RunFailed
 from recipes.run.heartbeat import LOGS_DIR, read_rank_state
@@ -47,9 +48,9 @@ def out_of_memory_explained(plan: Plan, run_dir: Path, compares: bool = False) -
             f"rank {rank} ran out of memory" + (f" ({place})" if place else ""),
             *str(cause).strip().splitlines()[:1],
             *(_snapshot(run_dir, rank) if torch.cuda.is_available() else []),
-            *plan.banner(run_dir),
-            *plan.memory_lines(),
-            *plan.step_memory_lines(),
+            *banner(plan, run_dir),
+            *state_lines(plan),
+            *step_memory_lines(plan),
             f"{NUM_OVERRIDES} overrides most likely to help, the first one first:",
             *(f"  {override}" for override in helpful_overrides(plan, allocator, compares)),
         ]
@@ -115,7 +116,7 @@ def _without_loss(plan: Plan, allocator: str, compares: bool) -> Iterator[tuple[
     if cuts_tokens and plan.trains and engine.recompute == "none":
         yield "engine.recompute=selective", "the backward pass computes layers again, all but attention"
     elif _would_move_activations(plan):
-        moved = gib(host_bytes(plan.config, plan.local_tokens))
+        moved = gib(offloaded_bytes(plan.config, plan.local_tokens))
         yield (
             "engine.offload_activations=true",
             f"what layers keep, {moved} GiB, in the host's memory meanwhile",
@@ -153,7 +154,7 @@ def _would_tile(plan: Plan) -> bool:
 def _would_move_activations(plan: Plan) -> bool:
     """Whether layers keep anything that could lie in the host's memory, which a GPU does not use anyway."""
     moves = plan.device_type == "cuda" and plan.trains and plan.config.parallelism.method == "sequence"
-    return moves and not plan.config.engine.offload_activations and host_bytes(plan.config, plan.local_tokens) > 0
+    return moves and not plan.config.engine.offload_activations and offloaded_bytes(plan.config, plan.local_tokens) > 0
 
 
 def _same_batch(plan: Plan) -> str:

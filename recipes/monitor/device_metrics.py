@@ -67,7 +67,7 @@ def percentile(values: list[float], percent: int) -> float:
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
 
 
-def restart_peak_memory() -> None:
+def reset_peak_memory() -> None:
     """Free what nobody holds; what `peak_memory_gib` says on a GPU is then of what comes from here on."""
     if torch.cuda.is_available():
         gc.collect()

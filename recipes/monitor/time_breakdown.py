@@ -1,6 +1,6 @@
-"""Where the time of a step goes, through an engine: the share of each part, and the communication that nothing hides.
+"""The time breakdown of an engine's steps: the share of each part, and the communication that no compute hides.
 
-Between `breakdown`, which reads profiles, and the recipes, which measure once their own steps are done.
+Recipes measure it after their own steps.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from data.batch import TokenBatch
 from recipes.engine.base import Engine
 from recipes.engine.deepspeed_engine import TrainingEngine
 from recipes.monitor.metric_registry import PARTS
-from recipes.monitor.trace_analysis import step_breakdown
+from recipes.monitor.trace_analysis import step_breakdown, synchronize
 from recipes.planning.plan import Plan
 from ring_attention.trace import profiler_range
 from ring_attention.transport import messages_stay_local
 
-MOST_MICRO_BATCHES = 4  # where more are more of the same: a whole batch may take a minute
+MAX_MICRO_BATCHES = 4  # enough to measure; a full batch may take a minute
 REPETITIONS = 3
 
 
 @dataclass(frozen=True)
 class TimeBreakdown:
-    """Of this rank, but for the exposed communication, which is that of the slowest.
+    """Where this rank's time goes; the exposed communication is the slowest rank's.
 
     Args:
-        shares: of a step's wall time, by name of `catalog.PARTS`; they sum to 1.
-        exposed_communication_ms: of a step. Where ranks share sequences, of attention's messages: what a step takes
-            longer than one in which they stay on their rank. Else when communication runs and nothing else does.
+        shares: the fraction of a step's wall time for each of PARTS; they sum to 1.
+        exposed_communication_ms: per step. Where ranks share sequences: how much longer a step takes than one in which
+            attention's messages stay on their rank. Otherwise: the time in which only communication runs.
     """
 
     shares: dict[str, float]
@@ -47,71 +47,60 @@ class TimeBreakdown:
 
     def __str__(self) -> str:
         shares = ", ".join(f"{part} {100 * self.shares[part]:.1f} %" for part in PARTS)
-        exposed = self.exposed_communication_ms
-        said = f"{exposed:.2f} ms" if exposed else "less than its measure can tell"
-        return f"time of a step: {shares}; exposed communication {said}"
+        exposed = f"{self.exposed_communication_ms:.2f} ms" if self.exposed_communication_ms else "too short to measure"
+        return f"time of a step: {shares}; exposed communication {exposed}"
 
 
 def measure_time_breakdown(
     plan: Plan, engine: Engine, steps: Callable[[int], Iterator[list[TokenBatch]]]
 ) -> TimeBreakdown:
-    """A few steps more, under a profiler and with attention's messages off. Every rank must call it.
+    """Run a few more steps, under a profiler and with attention's messages off. Every rank must call it.
 
-    What is trained then is garbage: the run must be over.
+    The weights are garbage afterwards, so the run must be over.
 
     Args:
-        steps: this rank's steps of so many micro-batches.
+        steps: yields this rank's steps of the given number of micro-batches.
     """
-    whole = plan.accumulation_steps
-    few = min(whole, MOST_MICRO_BATCHES)
-    # a training step ends with an update, a pipeline's with a bubble
-    profiled = whole if plan.trains or plan.degrees.pipeline > 1 else few
-    batches = steps(profiled)
+    num_micro_batches = plan.accumulation_steps
+    num_few = min(num_micro_batches, MAX_MICRO_BATCHES)
+    # full steps where a step ends with an update or a pipeline's bubble
+    num_profiled = num_micro_batches if plan.trains or plan.degrees.pipeline > 1 else num_few
+    batches = steps(num_profiled)
 
     def batch() -> list[TokenBatch]:
         with profiler_range("data"):
             return next(batches)
 
-    def step() -> None:
-        if plan.trains:
-            engine.train_step(batch())
-        else:
-            engine.mean_loss(batch())
-
+    run_step = engine.train_step if plan.trains else engine.mean_loss
     with torch.autograd.set_detect_anomaly(False):  # garbage may be NaN
-        breakdown = step_breakdown(step, num_steps=1)
-        exposed_s = breakdown.exposed_communication_s * whole / profiled
+        breakdown = step_breakdown(lambda: run_step(batch()), num_steps=1)
+        exposed_s = breakdown.shares["exchange"] * breakdown.step_time_s * num_micro_batches / num_profiled
         if plan.degrees.sequence > 1:
-            exposed_s = _exposed_by_attention_s(plan, engine, lambda: batch()[:few]) * whole / few
+            assert isinstance(engine, TrainingEngine)
+            few_s = _exposed_attention_communication_s(plan, engine, lambda: batch()[:num_few])
+            exposed_s = few_s * num_micro_batches / num_few
         return TimeBreakdown(breakdown.shares, 1e3 * engine.max_over_ranks(exposed_s))
 
 
-def _exposed_by_attention_s(plan: Plan, engine: Engine, batch: Callable[[], list[TokenBatch]]) -> float:
-    """What a batch's passes take longer than with attention's messages off; the first of each kind warm up."""
-    assert isinstance(engine, TrainingEngine)
+def _exposed_attention_communication_s(
+    plan: Plan, engine: TrainingEngine, batch: Callable[[], list[TokenBatch]]
+) -> float:
+    """How much longer a batch takes than with attention's messages off: a difference of medians."""
     if plan.trains:
-        engine.deepspeed.set_gradient_accumulation_boundary(False)  # no update: fp16 skips one of garbage
+        engine.deepspeed.set_gradient_accumulation_boundary(False)  # no update: fp16 would skip one of garbage
     times_s: dict[bool, list[float]] = {True: [], False: []}
-    for number in range(1 + REPETITIONS):
-        for silent in (False, True) if number % 2 else (True, False):
-            with messages_stay_local() if silent else contextlib.nullcontext():
-                times_s[silent].append(engine.max_over_ranks(_passes_s(plan, engine, batch())))
-    whole_s, silent_s = (statistics.median(times_s[silent][1:]) for silent in (False, True))
-    return max(0.0, whole_s - silent_s)
+    for number in range(1 + REPETITIONS):  # the first one warms up
+        for is_silent in (False, True) if number % 2 else (True, False):
+            with messages_stay_local() if is_silent else contextlib.nullcontext():
+                times_s[is_silent].append(engine.max_over_ranks(_model_time_s(plan, engine, batch())))
+    return max(0.0, statistics.median(times_s[False][1:]) - statistics.median(times_s[True][1:]))
 
 
-def _passes_s(plan: Plan, engine: TrainingEngine, micro_batches: Sequence[TokenBatch]) -> float:
-    """Seconds of passes through the model."""
-    _synchronize()
+def _model_time_s(plan: Plan, engine: TrainingEngine, micro_batches: Sequence[TokenBatch]) -> float:
+    """The time of the forward passes and, if the recipe trains, the backward passes."""
+    synchronize()
     started = time.perf_counter()
-    if plan.trains:
-        engine.accumulate(micro_batches)
-    else:
-        engine.mean_loss(micro_batches)
-    _synchronize()
+    passes = engine.accumulate if plan.trains else engine.mean_loss
+    passes(micro_batches)
+    synchronize()
     return time.perf_counter() - started
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

@@ -1,6 +1,6 @@
-"""What DeepSpeed 0.19.8 and Adam hold in a training step, by arithmetic: states, buckets, sums, what is reduced.
+"""What DeepSpeed 0.19.8 and Adam allocate in a training step: states, buckets, gradient sums, temporaries; in bytes.
 
-Below `memory_report`, which adds activations; pure functions of the configuration. Sizes in bytes.
+Pure functions of the configuration. `memory_timeline` adds the activations.
 """
 
 from __future__ import annotations
@@ -9,162 +9,166 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from conf.schema import Config, ModelConfig
-from recipes.planning.memory import bucket_size, num_parameters
+from recipes.planning.memory import bucket_size, dtype_bytes, num_parameters
 
-PERSISTENT = 100_000  # ZeRO-3 keeps smaller parameters whole: DeepSpeed's stage3_param_persistence_threshold
-ALL_REDUCED = 500_000_000  # gradients that DeepSpeed reduces at once, or one parameter more: MEMORY_OPT_ALLREDUCE_SIZE
+PERSISTENT = 100_000  # ZeRO-3 never shards smaller parameters: DeepSpeed's stage3_param_persistence_threshold
+ALL_REDUCED = 500_000_000  # gradients per all-reduce without ZeRO, plus one parameter: MEMORY_OPT_ALLREDUCE_SIZE
 
 
 class EngineMemory(NamedTuple):
-    """What DeepSpeed and Adam hold.
+    """What DeepSpeed and Adam allocate on one rank.
 
     Args:
-        held: always, gradients aside.
-        adam: of it, Adam's moments, which the first step makes at its end.
-        buckets: while gradients come.
-        gradients: fp32 sums of all that are made as they come.
-        at_end: beyond `held`, at most.
-        for_head: beyond `held` and `buckets`, while a head is reduced that has more than a bucket.
+        persistent: throughout the step: parameters, optimizer states, buffers, but no gradients.
+        adam: the part of `persistent` that Adam's moments take. The first step allocates them at its end.
+        buckets: reduction buckets of the backward pass.
+        gradients: fp32 sums of all gradients, allocated during the backward pass.
+        step_end: peak beyond `persistent` while gradients are reduced and Adam steps.
+        head_reduction: beyond `persistent` and `buckets`, while a head larger than a bucket is reduced.
     """
 
-    held: float
+    persistent: float
     adam: float
     buckets: float
     gradients: float
-    at_end: float
-    for_head: float = 0
+    step_end: float
+    head_reduction: float = 0
 
 
 def engine_memory(config: Config, num_ranks: int, on_gpu: bool) -> EngineMemory:
-    """What one of `num_ranks` ranks holds."""
+    """What one of `num_ranks` ranks allocates."""
     return _on_gpu(config, num_ranks) if on_gpu else _on_cpu(config, num_ranks)
 
 
-def gradient_sum_bytes(model: ModelConfig, size: int, of_all: float, num_come: int) -> float:
-    """The fp32 sums of gradients that stand: a group of Adam's from the first bucket on that has one of the group's.
+def gradient_sum_bytes(model: ModelConfig, size: int, all_bytes: float, num_gradients: int) -> float:
+    """The fp32 sums allocated so far in a backward pass.
 
-    Training in fp32 has both groups' with the first.
+    Adam's two groups are the parameters with weight decay and those without. The first reduced bucket that holds a
+    parameter of a group allocates the sums of the whole group. Training in fp32 allocates both groups at once.
 
     Args:
-        of_all: bytes of all parameters'.
-        num_come: numbers whose gradients have come, the last ones of the model first.
+        size: bytes per gradient.
+        all_bytes: the sums of all parameters.
+        num_gradients: gradients computed so far, from the end of the model.
     """
     bucket, reduced = bucket_size(num_parameters(model)), []
     for filled, _ in _reductions(model, bucket):
-        # more than a bucket does not wait for a matrix: a norm will do
-        least = sum(reduced) + filled + (filled <= bucket)
-        if num_come < least:
+        # a full bucket waits for its next parameter; a parameter beyond a bucket's size does not
+        needed = sum(reduced) + filled + (filled <= bucket)
+        if num_gradients < needed:
             break
         reduced.append(filled)
     if not reduced:
         return 0
-    if size == 2 and reduced == [model.vocab_size * model.hidden_size]:  # the head alone, no norm
-        return of_all * _decayed(model) / num_parameters(model)
-    return of_all
+    if size == 2 and reduced == [model.vocab_size * model.hidden_size]:  # the head alone, which decays
+        return all_bytes * _num_decayed(model) / num_parameters(model)
+    return all_bytes
 
 
 def num_persistent_parameters(model: ModelConfig) -> int:
-    """Numbers in parameters that ZeRO-3 keeps whole: all but the large matrices."""
+    """Numbers in parameters that ZeRO-3 never shards: all but the large matrices."""
     return num_parameters(model) - sum(size for size in _matrices(model) if size >= PERSISTENT)
 
 
 def _on_cpu(config: Config, num_ranks: int) -> EngineMemory:
     """With PyTorch's Adam and its temporaries."""
-    model, stage, size = config.model, config.engine.zero_stage, 4 if config.engine.dtype == "fp32" else 2
+    model, stage, size = config.model, config.engine.zero_stage, dtype_bytes(config)
     parameters = num_parameters(model)
-    bucket = bucket_size(parameters)
-    parted = num_ranks > 1
+    shard, bucket, is_sharded = parameters / num_ranks, bucket_size(parameters), num_ranks > 1
+    temporary = 4 * _num_decayed(model) / num_ranks  # one of Adam's
+    buckets = 0
     if stage == 0:
-        # at the end the gradients, those in one piece, and in half precision that in fp32
-        held, buckets, at_end = parameters * (12 if size == 4 else 14), 0, parameters * 8
-        return EngineMemory(held, 8 * parameters, buckets, 0, at_end)
-    cut = parameters / num_ranks
-    temporaries = 4 * _decayed(model) / num_ranks  # of Adam, each
+        # at the end: gradients, their flat copy and, in half precision, that copy in fp32
+        return EngineMemory(parameters * (12 if size == 4 else 14), 8 * parameters, 0, 0, step_end=parameters * 8)
     if stage == 3:
-        held = cut * (20 if size == 4 else 18) + 4 * bucket + (size * num_persistent_parameters(model) if parted else 0)
-        buckets, at_end = 0, max(8 * bucket if parted else 0, 3 * temporaries)
+        persistent = _zero3_persistent(model, size, num_ranks)
+        step_end = max(8 * bucket if is_sharded else 0, 3 * temporary)
     elif size == 4:
-        reduced = 8 * bucket + (4 * bucket if parted else 0)
-        held, buckets = 4 * parameters + 12 * cut, 8 * bucket
-        at_end = max(reduced, 4 * bucket + 3 * temporaries)
+        persistent, buckets = 4 * parameters + 12 * shard, 8 * bucket
+        step_end = max(8 * bucket + (4 * bucket if is_sharded else 0), 4 * bucket + 3 * temporary)
     elif stage == 1:
-        held, buckets = 6 * parameters + 12 * cut, 0
-        at_end = 2 * parameters + max(4 * bucket if parted else 0, 2 * temporaries)
+        persistent = 6 * parameters + 12 * shard
+        step_end = 2 * parameters + max(4 * bucket if is_sharded else 0, 2 * temporary)
     else:
-        held, buckets = 2 * parameters + 12 * cut, 4 * bucket
-        at_end = 10 * bucket + 4 * _decayed(model) / num_ranks
-    return EngineMemory(held, 8 * cut, buckets, 0, at_end)
+        persistent, buckets = 2 * parameters + 12 * shard, 4 * bucket
+        step_end = 10 * bucket + temporary
+    return EngineMemory(persistent, 8 * shard, buckets, 0, step_end)
 
 
 def _on_gpu(config: Config, num_ranks: int) -> EngineMemory:
     """With the fused Adam, which has no temporaries."""
     model, engine = config.model, config.engine
-    stage, size = engine.zero_stage, 4 if engine.dtype == "fp32" else 2
-    parameters = num_parameters(model)
-    cut = parameters / num_ranks if stage else parameters
-    bucket, parted, is_first = bucket_size(parameters), num_ranks > 1, config.num_steps == 1
-    adam = 0 if engine.offload_optimizer else 8 * cut
-    not_yet = adam if is_first else 0
-    # Adam takes the parameters that decay first: in the first step the others have no moments by then
-    decayed = _decayed(model) / parameters * cut
-    spared = cut - decayed
-    later = 8 * spared if is_first else 0
+    stage, size = engine.zero_stage, dtype_bytes(config)
+    parameters, is_first = num_parameters(model), config.num_steps == 1
+    shard = parameters / num_ranks if stage else parameters
+    bucket = bucket_size(parameters)
+    adam = 0 if engine.offload_optimizer else 8 * shard
+    missing_adam = adam if is_first else 0
+    # Adam updates the decayed group first; in the first step the other group has no moments until then
+    decayed = _num_decayed(model) / parameters * shard
+    not_decayed = shard - decayed
+    missing_moments = 8 * not_decayed if is_first else 0
 
     if stage == 0 or (stage == 1 and size == 2 and not engine.offload_optimizer):
-        # gradients in the model's dtype, of all parameters; on stage 1 their fp32 sums stand, on stage 0 they are made
-        held = size * parameters + (4 * cut if size == 2 else 0) + (4 * parameters if stage else 0) + adam
+        # All gradients stay in the model's dtype. Their fp32 sums are persistent on stage 1, temporary on stage 0.
+        persistent = size * parameters + (4 * shard if size == 2 else 0) + (4 * parameters if stage else 0) + adam
         in_fp32 = 4 * parameters if size == 2 and not stage else 0
-        # in one piece, and that in fp32
-        reduced = _all_reduced(model) * (4 if stage or size == 4 else 6)
-        at_end = size * parameters + max(reduced - not_yet, in_fp32)
-        return EngineMemory(held, adam, 0, 0, at_end)
+        reduced = _all_reduced(model) * (4 if stage or size == 4 else 6)  # a flat copy, and that copy in fp32
+        step_end = size * parameters + max(reduced - missing_adam, in_fp32)
+        return EngineMemory(persistent, adam, 0, 0, step_end)
 
     if stage == 3:
-        held = cut * (20 if size == 4 else 18) + 4 * bucket + (size * num_persistent_parameters(model) if parted else 0)
-        # of some gradients at once: what is sent and what comes; of the parameters that Adam takes: in one piece
-        reduced = max(8 * filled for filled, _ in _reductions(model, bucket))
-        return EngineMemory(held, adam, 0, 0, max(reduced - not_yet, 4 * decayed - later, 4 * spared))
+        reduced = max(8 * filled for filled, _ in _reductions(model, bucket))  # sent and received gradients
+        step_end = max(reduced - missing_adam, 4 * decayed - missing_moments, 4 * not_decayed)
+        return EngineMemory(_zero3_persistent(model, size, num_ranks), adam, 0, 0, step_end)
 
-    held = size * parameters + (0 if engine.offload_optimizer else 4 * cut) + adam
-    staged = 4 if size == 4 or stage == 1 else 2  # per gradient in each of two buckets
-    buckets, partition = 2 * staged * bucket, 4 * cut
-    # of a bucket that is reduced: its gradients in one piece, which one rank in fp32 has as it is, and that in fp32
-    message = (4 if parted else 0) if size == 4 else 4 if staged == 4 else 6
-    reductions = list(_reductions(model, bucket))
+    persistent = size * parameters + (0 if engine.offload_optimizer else 4 * shard) + adam
+    gradient_size = 4 if size == 4 or stage == 1 else 2  # in each of two buckets
+    buckets, gradients = 2 * gradient_size * bucket, 4 * shard
+    # while a bucket is reduced: its flat copy, in fp32 too; one rank alone uses an fp32 bucket as it is
+    message = (4 if num_ranks > 1 else 0) if size == 4 else 4 if gradient_size == 4 else 6
     reduced = max(
-        message * filled + staged * waiting + (partition if size == 2 or number else 0)  # fp32 makes it afterwards
-        for number, (filled, waiting) in enumerate(reductions)
+        # training in fp32 allocates the sums after the first reduction
+        message * filled + gradient_size * waiting + (gradients if size == 2 or number else 0)
+        for number, (filled, waiting) in enumerate(_reductions(model, bucket))
     )
     head = model.vocab_size * model.hidden_size
-    for_head = 0 if model.tied_head or head <= bucket else message * head + (4 * decayed if size == 2 else 0)
-    if engine.offload_optimizer:  # a parameter's gradient as it goes to the host; its norm is taken in fp64
+    head_reduction = 0 if model.tied_head or head <= bucket else message * head + (4 * decayed if size == 2 else 0)
+    if engine.offload_optimizer:  # gradients go to the host one parameter at a time; their norm is taken in fp64
         largest = max(_matrices(model))
-        held += size * largest
-        at_end = max(buckets + reduced, buckets + partition + 8 * largest)
-        for_head += 8 * head if for_head else 0
+        persistent += size * largest
+        step_end = max(buckets + reduced, buckets + gradients + 8 * largest)
+        head_reduction += 8 * head if head_reduction else 0
     else:
-        in_turn = max(4 * decayed - later, 4 * spared)  # fp32 has what Adam takes in one piece, too
-        stepping = partition + in_turn if size == 4 else max(partition - later, 4 * spared)
-        at_end = max(buckets + max(reduced, partition) - not_yet, stepping)
-    return EngineMemory(held, adam, buckets, partition, at_end, for_head)
+        # Adam's step; training in fp32 has a flat copy of the updated group beside the gradients
+        group_copy = max(4 * decayed - missing_moments, 4 * not_decayed)
+        stepping = gradients + group_copy if size == 4 else max(gradients - missing_moments, 4 * not_decayed)
+        step_end = max(buckets + max(reduced, gradients) - missing_adam, stepping)
+    return EngineMemory(persistent, adam, buckets, gradients, step_end, head_reduction)
+
+
+def _zero3_persistent(model: ModelConfig, size: int, num_ranks: int) -> float:
+    parameters = num_parameters(model)
+    unsharded = size * num_persistent_parameters(model) if num_ranks > 1 else 0
+    return parameters / num_ranks * (20 if size == 4 else 18) + 4 * bucket_size(parameters) + unsharded
 
 
 def _matrices(model: ModelConfig) -> list[int]:
-    """Numbers in each, in the order in which the model has them: all parameters but norms and biases."""
+    """Numbers in each parameter but norms and biases, in the model's order."""
     hidden, heads, kv_heads = model.hidden_size, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     up = model.mlp_size * (2 if model.mlp == "swiglu" else 1)
-    of_layer = [width * hidden for width in (heads + 2 * kv_heads, heads, up, model.mlp_size)]
+    layer = [width * hidden for width in (heads + 2 * kv_heads, heads, up, model.mlp_size)]
     end = [model.vocab_size * hidden]
-    return end + of_layer * model.num_layers + ([] if model.tied_head else end)
+    return end + layer * model.num_layers + ([] if model.tied_head else end)
 
 
-def _decayed(model: ModelConfig) -> int:
-    """Numbers in matrices but the embedding: Adam takes them in one pass, the others after them."""
+def _num_decayed(model: ModelConfig) -> int:
+    """Numbers with weight decay: all matrices but the embedding."""
     return sum(_matrices(model)[1:])
 
 
 def _all_reduced(model: ModelConfig) -> int:
-    """The most gradients that are reduced at once where DeepSpeed's engine does it, after the backward pass."""
+    """The most gradients in one all-reduce, where DeepSpeed reduces after the backward pass."""
     most = filled = 0
     for size in _matrices(model):
         filled += size
@@ -174,7 +178,7 @@ def _all_reduced(model: ModelConfig) -> int:
 
 
 def _reductions(model: ModelConfig, bucket: int) -> Iterator[tuple[int, int]]:
-    """Of each reduction in a backward pass: gradients in the bucket, and those of the parameter that waits for it."""
+    """Per reduction of a backward pass: gradients in the bucket, and those of the parameter that did not fit in it."""
     filled = 0
     for size in reversed(_matrices(model)):
         if filled and filled + size > bucket:

@@ -1,28 +1,26 @@
-"""Where a rank's memory goes in a training step, by arithmetic: what it holds when it may be fullest.
+"""The memory timeline of a training step, by arithmetic: what one rank holds at each point where memory can peak.
 
-Below `plan`; what the engine holds is in `memory_engine`. What tensors there are is read off the model, the engine and
-what autograd keeps of each operation. On the CPU, where all is plain PyTorch, they are counted in the tests, through
-the real engine (`python -m tests.tools.memory`). On a GPU other kernels keep and make other tensors: those of
-`recipes.model.ops` with Liger, PyTorch's norms in one kernel, flash-attn-4 in half precision and memory-efficient
-attention in fp32, the fused Adam; peaks that were measured are in docs/performance.md. Not in it: what kernels allocate
-inside (cuBLAS 64 MiB on Hopper), what the allocator loses between blocks, and the gradients of all keys under
-attention=all_gather. Sizes in bytes.
+`engine_memory` has what DeepSpeed and Adam allocate. The tensors here are those of the model, and those that autograd
+saves for each operation. On the CPU, all plain PyTorch, tests count them through the real engine
+(`python -m tests.tools.memory`). On a GPU other kernels save and allocate other tensors: `recipes.model.ops` with
+Liger, PyTorch's fused norms, flash-attn-4 in half precision, memory-efficient attention in fp32, the fused Adam.
+docs/performance.md has measured peaks. Not included: what kernels allocate inside (cuBLAS 64 MiB on Hopper), what the
+allocator loses to fragmentation, and the gradients of all keys under attention=all_gather.
 
-Shapes: E hidden size, M MLP size, V vocabulary.
+Names end in their unit: `_bytes`, or `_per_token` for bytes per token of this rank. "Numbers" are elements.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from conf.schema import Config, Degrees, ModelConfig
+from conf.schema import Config, Degrees
 from recipes.planning.engine_memory import engine_memory, gradient_sum_bytes, num_persistent_parameters
 from recipes.planning.memory import (
     LAYERS_ON_DEVICE,
-    changed,
-    gib,
-    kept_layer_bytes,
+    checkpoint_bytes,
+    dtype_bytes,
     layer_matmul_parameters,
     mlp_bytes,
     mlp_tile_tokens,
@@ -30,12 +28,13 @@ from recipes.planning.memory import (
     tile_tokens,
 )
 
-MAX_LIVE = 1_000_000_000  # parameters that ZeRO-3 has gathered at most: DeepSpeed's stage3_max_live_parameters
+MAX_LIVE = 1_000_000_000  # parameters that ZeRO-3 gathers at most: DeepSpeed's stage3_max_live_parameters
+STATES = "weights, optimizer states, persistent buffers"
 
 
 @dataclass(frozen=True)
 class MemoryPoint:
-    """What a rank holds at one moment, by part."""
+    """What a rank holds at one point of a step, in bytes by part."""
 
     name: str
     parts: dict[str, float]
@@ -45,297 +44,301 @@ class MemoryPoint:
         return sum(self.parts.values())
 
 
-def refused(config: Config, on_gpu: bool) -> str | None:
-    """Why a step's memory is not predicted; None if it is."""
-    if config.recipe != "pretrain":
-        return f"a step of recipe={config.recipe} is not predicted"
-    if config.parallelism.method != "sequence":
-        return "the layers of tensor and pipeline ranks are not predicted"
-    if config.engine.gradient_accumulation_steps > 1 or config.engine.train_batch_size is not None:
-        return "steps of several micro-batches are not predicted"
-    if config.engine.offload_parameters:
-        return "steps with weights on the host are not predicted"
-    if config.engine.offload_optimizer:
-        if not on_gpu:
-            return "the optimizer on the host is predicted for GPUs only"
-        if config.engine.zero_stage == 3 or config.engine.dtype == "fp32":
-            return "the optimizer on the host is predicted for bf16 on ZeRO stages 1 and 2 only"
-    if config.engine.dtype == "fp16":
-        return "fp16 is not predicted"
-    return None
-
-
-def memory_timeline(
-    config: Config, degrees: Degrees, method: str, local_tokens: int, on_gpu: bool
-) -> list[MemoryPoint]:
-    """The moments of a step that can be the fullest; `refused` says for which configurations.
-
-    Of the only step where num_steps is 1, else of a later one: then Adam's moments are there all along.
+@dataclass
+class StepMemory:
+    """The memory of one rank in a training step: in the only step if num_steps is 1, else in a later one.
 
     Args:
         method: the attention method, never auto.
-        local_tokens: of this rank, padding included, of all sequences of a micro-batch.
+        local_tokens: of one micro-batch on this rank, all its sequences and padding included.
     """
-    model, engine = config.model, config.engine
-    num_ranks, size = math.prod(degrees), 4 if engine.dtype == "fp32" else 2
-    states = engine_memory(config, num_ranks, on_gpu)
-    mlp_tile = mlp_tile_tokens(config, local_tokens)
-    # per token: what a layer keeps, what all do, and what the last one then computes again
-    layer, hidden = _layer_bytes(model, size, method, mlp_tile, on_gpu), size * model.hidden_size
-    norm = _norm_bytes(model, size, on_gpu)
-    angles = 4 * model.head_dim  # cos and sin of the positions, which all layers share
-    if engine.recompute == "none":
-        kept, again = model.num_layers * sum(layer.values()), 0
-    else:
-        on_device = min(LAYERS_ON_DEVICE, model.num_layers) if engine.offload_activations else model.num_layers
-        kept = on_device * kept_layer_bytes(config)
-        again = sum(layer.values()) - (kept_layer_bytes(config) - hidden)  # attention's results are kept, if selective
-        if on_gpu or model.norm == "layernorm" or size == 4:
-            again -= hidden  # the layer's input, which its norm keeps: it is kept already
-    kept += angles
-    standing = states.held - (states.adam if config.num_steps == 1 else 0)
-    state = {"weights, optimizer state, standing buffers": standing}
-    if engine.zero_stage == 3 and num_ranks > 1:
-        state["gathered weights"] = size * min(num_parameters(model) - num_persistent_parameters(model), MAX_LIVE)
-    mailbox = _symmetric_buffer_bytes(config, size, method, degrees.ring) if on_gpu else 0
-    if mailbox:
-        state["the ring's symmetric_buffers"] = mailbox * local_tokens
-    # numbers whose gradients have come when the backward pass of the layer begins at which most is held
-    head = model.vocab_size * model.hidden_size
-    before = head
-    if on_gpu and engine.offload_activations:  # not the last: no layer keeps more, until none is brought back any more
-        before += max(0, model.num_layers - LAYERS_ON_DEVICE) * layer_matmul_parameters(model)
-    mlp_down = model.mlp_size * model.hidden_size
-    # the CPU's bytes per token of attention were counted with the MLP's gradients
-    mlp = mlp_down * (3 if model.mlp == "swiglu" else 2) if on_gpu else 0
-    is_summed = states.buckets > 0 or (on_gpu and engine.zero_stage == 3)  # as they come
 
-    def have_come(num_come: int) -> float:
-        if not is_summed:
-            return size * num_come
-        if not on_gpu:
+    config: Config
+    degrees: Degrees
+    method: str
+    local_tokens: int
+    on_gpu: bool
+
+    def __post_init__(self) -> None:
+        model, num_ranks = self.config.model, math.prod(self.degrees)
+        self._size = dtype_bytes(self.config)
+        self._engine = engine_memory(self.config, num_ranks, self.on_gpu)
+        self._mlp_tile = mlp_tile_tokens(self.config, self.local_tokens)
+        self._has_ring = self.method in ("ring", "hybrid") and self.degrees.ring > 1
+        # numbers per token, and in matrices
+        self._queries, self._keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+        self._head, self._mlp_down = model.vocab_size * model.hidden_size, model.mlp_size * model.hidden_size
+        self._hidden = self._size * model.hidden_size  # bytes per token
+        self._norm_per_token = self._norm_bytes()
+        self.layer_per_token = self._layer_bytes()
+        self._saved_per_token, self._recomputed_per_token = self._activation_bytes()
+        self._states = {STATES: self._engine.persistent - (self._engine.adam if self.config.num_steps == 1 else 0)}
+        if self.config.engine.zero_stage == 3 and num_ranks > 1:
+            sharded = num_parameters(model) - num_persistent_parameters(model)
+            self._states["gathered parameters"] = self._size * min(sharded, MAX_LIVE)
+        # receive buffers of the copy engine for K,V and their gradients, allocated by the first layer
+        self._symmetric_per_token = 0
+        if self.on_gpu and self._has_ring and self.config.attention.transport != "p2p":
+            self._symmetric_per_token = (2 if self.degrees.ring == 2 else 4) * 2 * self._size * self._keys
+            self._states["the ring's symmetric buffers"] = self._symmetric_per_token * self.local_tokens
+        # numbers whose gradients exist when the backward pass of the fullest layer begins, and after its MLP
+        self._num_gradients = self._head
+        if self.on_gpu and self.config.engine.offload_activations:
+            # all layers but the first ones hold the same, and gradients accumulate
+            self._num_gradients += max(0, model.num_layers - LAYERS_ON_DEVICE) * layer_matmul_parameters(model)
+        # the CPU's bytes per token of attention were counted with the MLP's gradients
+        mlp_matrices = (3 if model.mlp == "swiglu" else 2) if self.on_gpu else 0
+        self._num_gradients_after_mlp = self._num_gradients + mlp_matrices * self._mlp_down
+        # whether gradients are reduced as soon as they are computed, not after the backward pass
+        self._reduces_early = self._engine.buckets > 0 or (self.on_gpu and self.config.engine.zero_stage == 3)
+
+    @property
+    def unsupported(self) -> str | None:
+        """Why there is no prediction, and for what there is; None if there is one. All else requires that."""
+        engine, parallelism = self.config.engine, self.config.parallelism.method
+        accumulates = engine.gradient_accumulation_steps > 1 or engine.train_batch_size is not None
+        can_offload = self.on_gpu and engine.zero_stage < 3 and engine.dtype != "fp32"
+        for applies, what, supported in (
+            (self.config.recipe != "pretrain", f"recipe={self.config.recipe}", "recipe=pretrain"),
+            (parallelism != "sequence", "tensor and pipeline ranks", "parallelism.method=sequence"),
+            (
+                accumulates,
+                "steps of several micro-batches",
+                "engine.gradient_accumulation_steps=1 without engine.train_batch_size",
+            ),
+            (engine.offload_parameters, "offloaded weights", "engine.offload_parameters=false"),
+            (
+                engine.offload_optimizer and not can_offload,
+                f"an offloaded optimizer with engine.zero_stage={engine.zero_stage} engine.dtype={engine.dtype} here",
+                "engine.offload_optimizer=false, or on GPUs bf16 with stages 1 and 2",
+            ),
+            (engine.dtype == "fp16", "engine.dtype=fp16", "bf16 and fp32"),
+        ):
+            if applies:
+                return f"not predicted for {what}, only for {supported}"
+        return None
+
+    @property
+    def timeline(self) -> list[MemoryPoint]:
+        """Every point that is the peak of some configuration."""
+        points = [self._loss(), self._mlp(), self._attention(), self._step_end()]
+        if self.config.model.norm == "rmsnorm" and not self.on_gpu:
+            points.append(self._norm())
+        if self._engine.head_reduction:
+            points.append(self._head_reduction())
+        return points
+
+    @property
+    def peak(self) -> MemoryPoint:
+        return max(self.timeline, key=lambda point: point.total)
+
+    def at_local_length(self, local_length: int) -> StepMemory:
+        """With so many tokens of each sequence on this rank."""
+        return replace(self, local_tokens=local_length * self.config.engine.micro_batch_size)
+
+    def longest_length(self, memory_bytes: float) -> int:
+        """The most tokens of a sequence, a multiple of its ranks, that fit in a rank's memory; 0 if none do."""
+
+        def fits(local_length: int) -> bool:
+            return self.at_local_length(local_length).peak.total <= memory_bytes
+
+        if not fits(1):
             return 0
-        if model.tied_head:  # its gradient waits for the embedding's
-            return size * head + gradient_sum_bytes(model, size, states.gradients, num_come - head)
-        return gradient_sum_bytes(model, size, states.gradients, num_come)
+        fitting, too_long = 1, 2
+        while fits(too_long):
+            fitting, too_long = too_long, 2 * too_long
+        while too_long - fitting > 1:
+            middle = (fitting + too_long) // 2
+            fitting, too_long = (middle, too_long) if fits(middle) else (fitting, middle)
+        return fitting * self.degrees.sequence
 
-    def backward_of(name: str, again: float, gradients: float, num_come: int, more: float = 0) -> MemoryPoint:
+    # The points of a step. In the backward pass, that of the last layer is the peak: all others still hold theirs.
+
+    def _loss(self) -> MemoryPoint:
         return MemoryPoint(
-            f"{name}, backward",
-            {
-                **state,
-                "kept for the backward pass": (kept + min(again, 0)) * local_tokens,
-                "the layer computed again": max(again, 0) * local_tokens,
-                "gradients and what makes them": gradients * local_tokens + more + have_come(num_come),
-                "gradient buckets": states.buckets,
-            },
-        )
-
-    if mlp_tile:
-        of_tiles = _tiled_mlp_bytes(config, mlp_tile, on_gpu)
-        of_mlp = backward_of("the last layer's MLP", again, 2 * hidden, before, of_tiles)
-    else:  # gradients of the MLP's product and of one factor, and of the layer's output
-        widths = 2 if model.mlp == "swiglu" else 1
-        down = size * mlp_down if is_summed and not states.buckets else 0  # ZeRO-3 reduces it next
-        of_mlp = backward_of(
-            "the last layer's MLP", again, widths * size * model.mlp_size + hidden, before + mlp_down, down
-        )
-    left = again - layer["MLP"]  # of the layer, from here on
-    of_attention = _attention_bytes(model, size, method, degrees.ring, on_gpu) - mailbox
-    found = [
-        MemoryPoint(
             "the loss, backward",
             {
-                **state,
-                "kept for the backward pass": kept * local_tokens,
-                "final norm": norm * local_tokens,
-                **_loss_bytes(config, size, local_tokens, on_gpu),
+                **self._states,
+                "saved activations": self._saved_per_token * self.local_tokens,
+                "final norm": self._norm_per_token * self.local_tokens,
+                **self._loss_parts(),
             },
-        ),
-        of_mlp,
-        backward_of("the last layer's attention", left - norm, of_attention + hidden, before + mlp),
-        MemoryPoint(
+        )
+
+    def _mlp(self) -> MemoryPoint:
+        model, hidden = self.config.model, self._hidden
+        name, recomputed = "the last layer's MLP, backward", self._recomputed_per_token
+        if self._mlp_tile:
+            return self._layer_point(
+                name, recomputed, 2 * hidden, self._num_gradients, self._tiled_mlp_bytes(self._mlp_tile)
+            )
+        # gradients of the MLP's product, of one factor, and of the layer's output
+        widths = 2 if model.mlp == "swiglu" else 1
+        gradients = widths * self._size * model.mlp_size + hidden
+        # ZeRO-3 has no buckets: the gradient of the down projection waits for its reduction
+        down = self._mlp_down if self._reduces_early and not self._engine.buckets else 0
+        return self._layer_point(name, recomputed, gradients, self._num_gradients + self._mlp_down, self._size * down)
+
+    def _attention(self) -> MemoryPoint:
+        recomputed = self._recomputed_per_token - self.layer_per_token["MLP"] - self._norm_per_token
+        gradients = self._attention_per_token() - self._symmetric_per_token + self._hidden
+        return self._layer_point(
+            "the last layer's attention, backward", recomputed, gradients, self._num_gradients_after_mlp
+        )
+
+    def _norm(self) -> MemoryPoint:
+        """RMSNorm on the CPU: five tensors in fp32, and of the final norm its input."""
+        hidden_size = self.config.model.hidden_size
+        if self.config.engine.recompute == "none":
+            return self._layer_point("the final norm, backward", 0, 24 * hidden_size, self._head)
+        recomputed = self._recomputed_per_token - self.layer_per_token["MLP"]
+        gradients = 16 * hidden_size + self._hidden
+        return self._layer_point(
+            "the last layer's second norm, backward", recomputed, gradients, self._num_gradients_after_mlp
+        )
+
+    def _head_reduction(self) -> MemoryPoint:
+        return MemoryPoint(
+            "the reduction of the head's gradient",
+            {
+                **self._states,
+                "saved activations": self._saved_per_token * self.local_tokens,
+                "gradients and backward temporaries": self._hidden * self.local_tokens,
+                "gradient buckets and the reduced gradient": self._engine.buckets + self._engine.head_reduction,
+            },
+        )
+
+    def _step_end(self) -> MemoryPoint:
+        return MemoryPoint(
             "the end of the step",
             {
-                "weights, optimizer state, standing buffers": states.held,
-                "gradients, buckets and the optimizer's temporaries": states.at_end,
+                STATES: self._engine.persistent,
+                "gradients, buckets, optimizer temporaries": self._engine.step_end,
             },
-        ),
-    ]
-    if model.norm == "rmsnorm" and not on_gpu:  # five tensors in fp32; of the final norm its input, too
-        if engine.recompute == "none":
-            found.append(backward_of("the final norm", 0, 24 * model.hidden_size, head))
-        else:
-            found.append(
-                backward_of("the last layer's second norm", left, 16 * model.hidden_size + hidden, before + mlp)
-            )
-    if states.for_head:
-        found.append(
-            MemoryPoint(
-                "the reduction of the head's gradient",
-                {
-                    **state,
-                    "kept for the backward pass": kept * local_tokens,
-                    "gradients and what makes them": hidden * local_tokens,
-                    "gradient buckets and what is reduced": states.buckets + states.for_head,
-                },
-            )
         )
-    return found
 
+    def _layer_point(
+        self, name: str, recomputed: float, gradients: float, num_gradients: int, extra_bytes: float = 0
+    ) -> MemoryPoint:
+        """A point in the backward pass of a layer.
 
-def _loss_bytes(config: Config, size: int, local_tokens: int, on_gpu: bool) -> dict[str, float]:
-    """What the loss works with: fp32 logits and two gradients of theirs, of all tokens or of a tile's.
+        Args:
+            recomputed: per token, of the layer's activations. Negative where some saved ones are free already.
+            gradients: per token, with what computes them.
+            num_gradients: numbers whose gradients have been computed.
+        """
+        return MemoryPoint(
+            name,
+            {
+                **self._states,
+                "saved activations": (self._saved_per_token + min(recomputed, 0)) * self.local_tokens,
+                "recomputed layer": max(recomputed, 0) * self.local_tokens,
+                "gradients and backward temporaries": gradients * self.local_tokens
+                + extra_bytes
+                + self._gradient_bytes(num_gradients),
+                "gradient buckets": self._engine.buckets,
+            },
+        )
 
-    On a GPU logits and one gradient in the model's dtype: fp32 is in the compiled kernels only.
-    """
-    vocab_size, hidden_size = config.model.vocab_size, config.model.hidden_size
-    tile = tile_tokens(config, local_tokens)
-    if on_gpu:
-        if not tile:  # with both, or with the gradient and what it gives: that of the weight
-            most = max(2 * local_tokens, local_tokens + hidden_size)
-            return {"logits and their gradient": float(size * vocab_size * most)}
-        # in the forward pass a tile beside the sums; in the backward pass these rounded, that of the norm's output in
-        # its place
-        return {
-            "logits of a tile and their gradient, or rounded sums": size * vocab_size * max(2.0 * tile, hidden_size),
-            "gradients of the loss, fp32": 4.0 * hidden_size * (local_tokens + vocab_size),
-        }
-    if not tile:
-        return {"logits and two gradients of theirs, fp32": 12.0 * vocab_size * local_tokens}
-    # the logits beside these; or, in half precision, then those and their gradient, which the CPU casts with the weight
-    casts = 4 * vocab_size * (tile + hidden_size) if size == 2 else 0
-    return {
-        "logits of a tile and their gradients": max(
-            (12 + size) * vocab_size * tile, 2 * size * vocab_size * tile + casts
-        ),
-        "gradients of the loss, fp32": 4.0 * hidden_size * (local_tokens + vocab_size),
-    }
+    # What the points are made of.
 
+    def _norm_bytes(self) -> float:
+        """Per token: input, output and statistics. The CPU's RMSNorm saves its input, also normalised, in fp32."""
+        hidden_size, size = self.config.model.hidden_size, self._size
+        has_mean = self.config.model.norm == "layernorm"
+        if self.on_gpu:
+            return 2 * size * hidden_size + (8 if has_mean else 4)
+        return 2 * size * hidden_size + 2 * size if has_mean else 8 * hidden_size + 4 + size * hidden_size
 
-def _norm_bytes(model: ModelConfig, size: int, on_gpu: bool) -> float:
-    """Per token: input, output and statistics; on the CPU RMSNorm has its input, and that normalised, in fp32."""
-    hidden = model.hidden_size
-    if on_gpu:
-        return 2 * size * hidden + (8 if model.norm == "layernorm" else 4)
-    return 2 * size * hidden + 2 * size if model.norm == "layernorm" else 8 * hidden + 4 + size * hidden
+    def _layer_bytes(self) -> dict[str, float]:
+        """Per token: what a layer saves for its backward pass, by part."""
+        model = self.config.model
+        attention = self._size * 2 * (self._queries + self._keys) + 4 * model.num_heads  # q, out, k, v, lse
+        if self.method in ("ulysses", "hybrid"):
+            attention += self._size * 2 * self._keys  # k and v as they were sent
+        # gate and up, silu(gate) except with Liger, and the product; or the input and output of GELU
+        widths = (3 if self.on_gpu else 4) if model.mlp == "swiglu" else 2
+        mlp = 0 if self._mlp_tile else self._size * model.mlp_size * widths
+        return {"norms": 2 * self._norm_per_token, "attention": attention, "MLP": mlp}
 
+    def _activation_bytes(self) -> tuple[float, float]:
+        """Per token: what all layers save for the backward pass, and what the recomputation of one layer adds."""
+        model, engine, layer = self.config.model, self.config.engine, sum(self.layer_per_token.values())
+        cos_sin = 4 * model.head_dim  # which the layers share
+        if engine.recompute == "none":
+            return model.num_layers * layer + cos_sin, 0
+        on_device = min(LAYERS_ON_DEVICE, model.num_layers) if engine.offload_activations else model.num_layers
+        checkpoint = checkpoint_bytes(self.config)
+        recomputed = layer - (checkpoint - self._hidden)
+        # the norm saves the layer's input, which is saved already, unless the CPU's RMSNorm casts it to fp32
+        if self.on_gpu or model.norm == "layernorm" or self._size == 4:
+            recomputed -= self._hidden
+        return on_device * checkpoint + cos_sin, recomputed
 
-def _tiled_mlp_bytes(config: Config, tile: int, on_gpu: bool) -> float:
-    """What the backward pass of tiles works with: fp32 sums of the weights' gradients, and a tile's tensors."""
-    model, size = config.model, 4 if config.engine.dtype == "fp32" else 2
-    gated, width = model.mlp == "swiglu", model.mlp_size
-    weights = (3 if gated else 2) * width * model.hidden_size
-    if on_gpu:  # a tile's activations and their gradients; in half precision at last the sums, rounded
-        return 4 * weights + max(mlp_bytes(config) * tile, 2 * weights if size == 2 else 0)
-    # what goes up, the product, and gradients: of both, of one factor, of silu; in half precision without the last
-    # two, but the CPU casts the gradient of what goes up, and the input
-    half = (18 if gated else 10) * width + 4 * model.hidden_size
-    per_token = 4 * (8 if gated else 4) * width if size == 4 else half
-    return 4 * weights + per_token * tile
+    def _gradient_bytes(self, num_gradients: int) -> float:
+        """Gradients, or their fp32 sums, once so many numbers have theirs."""
+        if not self._reduces_early:
+            return self._size * num_gradients
+        if not self.on_gpu:
+            return 0
+        waiting = 0
+        if self.config.model.tied_head:  # its gradient waits for the embedding's
+            waiting, num_gradients = self._size * self._head, num_gradients - self._head
+        return waiting + gradient_sum_bytes(self.config.model, self._size, self._engine.gradients, num_gradients)
 
+    def _loss_parts(self) -> dict[str, float]:
+        """Logits in fp32 and two gradients of them. On a GPU, where only compiled kernels use fp32, logits and one."""
+        vocab_size, hidden_size, size = self.config.model.vocab_size, self.config.model.hidden_size, self._size
+        tile = tile_tokens(self.config, self.local_tokens)
+        sums = {"gradients of the loss, fp32": 4.0 * hidden_size * (self.local_tokens + vocab_size)} if tile else {}
+        if self.on_gpu and not tile:
+            # both, or the logits' gradient beside the weight's
+            numbers = max(2 * self.local_tokens, self.local_tokens + hidden_size)
+            return {"logits and their gradient": float(size * vocab_size * numbers)}
+        if self.on_gpu:
+            # the forward pass holds a tile beside the fp32 sums; the backward pass casts these one after the other
+            numbers = max(2.0 * tile, hidden_size)
+            return {"logits of a tile and their gradient, or cast gradients": size * vocab_size * numbers, **sums}
+        if not tile:
+            return {"logits and two gradients of them, fp32": 12.0 * vocab_size * self.local_tokens}
+        # fp32 beside the logits; or, in half precision, logits and their gradient, which the CPU casts with the weight
+        casts = 4 * vocab_size * (tile + hidden_size) if size == 2 else 0
+        logits = max((12 + size) * vocab_size * tile, 2 * size * vocab_size * tile + casts)
+        return {"logits of a tile and their gradients": logits, **sums}
 
-def _has_ring(method: str, ring_degree: int) -> bool:
-    return method in ("ring", "hybrid") and ring_degree > 1
+    def _tiled_mlp_bytes(self, tile: int) -> float:
+        """The backward pass of tiles: fp32 sums of the weights' gradients, and one tile's tensors."""
+        model, size = self.config.model, self._size
+        is_gated, width = model.mlp == "swiglu", model.mlp_size
+        weights = (3 if is_gated else 2) * width * model.hidden_size
+        if self.on_gpu:  # a tile's activations and their gradients; at last, in half precision, the cast sums
+            return 4 * weights + max(mlp_bytes(self.config) * tile, 2 * weights if size == 2 else 0)
+        # gate and up, the product, gradients of these, of one factor and of silu. Half precision lacks the last two,
+        # but the CPU casts the gradient of gate and up, and the input.
+        half_per_token = (18 if is_gated else 10) * width + 4 * model.hidden_size
+        per_token = 4 * (8 if is_gated else 4) * width if size == 4 else half_per_token
+        return 4 * weights + per_token * tile
 
+    def _attention_per_token(self) -> float:
+        """What attention's backward pass allocates, messages and receive buffers included.
 
-def _symmetric_buffer_bytes(config: Config, size: int, method: str, ring_degree: int) -> float:
-    """Per token: what K,V and their gradients are copied into, which stands from the first layer on."""
-    if not _has_ring(method, ring_degree) or config.attention.transport == "p2p":
-        return 0
-    rooms = 2 if ring_degree == 2 else 4
-    return rooms * 2 * size * config.model.num_kv_heads * config.model.head_dim
-
-
-def _attention_bytes(model: ModelConfig, size: int, method: str, ring_degree: int, on_gpu: bool) -> float:
-    """Per token: what attention's backward pass works with, messages and where they are received included.
-
-    On the CPU, and in fp32 on GPUs, keys are copied to all heads; else as flash-attn-4 does it, which sums dq in fp32
-    and, where query heads share keys, dk and dv.
-    """
-    queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    has_ring = _has_ring(method, ring_degree)
-    if on_gpu and size == 2:
-        of_rows = 8 * model.num_heads  # lse and the sums of dout * out
-        shared = 8 * keys if keys < queries else 0
-        if not has_ring:  # the output's gradient, three gradients, dq in fp32
-            return of_rows + 8 * queries + 4 * keys + shared
-        # half of the local block, with dq in fp32, beside all there is, while gradients come home; on more ranks own
-        # gradients in fp32, K,V, gradients as they are sent and received; and a block's. Keys' terms as measured
-        if ring_degree == 2:
-            return of_rows / 2 + 9 * queries + 16 * keys + shared / 2
-        return max(of_rows + 10 * queries + 28 * keys + shared, 6 * queries + 38 * keys)
-    # the output's gradient, keys and values and three gradients for all heads
-    block = 6 * size * queries
-    if has_ring:
-        # half of a block at first; sums in fp32 and messages, as counted with 2, 3, 4 and 6 ranks
+        flash-attn-4, on GPUs in half precision, sums dq in fp32 and, where query heads share keys, dk and dv too. Other
+        kernels copy keys to all heads.
+        """
+        queries, keys, size, ring_degree = self._queries, self._keys, self._size, self.degrees.ring
+        if self.on_gpu and size == 2:
+            rows = 8 * self.config.model.num_heads  # lse and the row sums of dout * out
+            shared = 8 * keys if keys < queries else 0
+            if not self._has_ring:  # the output's gradient, three gradients, dq in fp32
+                return rows + 8 * queries + 4 * keys + shared
+            # Two ranks: half of the local tile, with dq in fp32, while gradients return. More: own gradients in fp32,
+            # K,V, gradients sent and received, and one tile's. The factors of `keys` were measured.
+            if ring_degree == 2:
+                return rows / 2 + 9 * queries + 16 * keys + shared / 2
+            return max(rows + 10 * queries + 28 * keys + shared, 6 * queries + 38 * keys)
+        tile = 6 * size * queries  # the output's gradient, K, V and three gradients, for all heads
+        if not self._has_ring:
+            return tile + (2 * size * keys if keys < queries else 0)
+        # first half of a tile; fp32 sums and messages, as counted with 2, 3, 4 and 6 ranks
         counted = (8, 40, 40, 40) if keys < queries else (5, 12, 17, 25) if size == 2 else (8, 18, 26, 30)
-        return block + (3 * size + counted[min(ring_degree, 5) - 2]) * keys
-    return block + (2 * size * keys if keys < queries else 0)
-
-
-def _layer_bytes(model: ModelConfig, size: int, method: str, mlp_tile: int, on_gpu: bool) -> dict[str, float]:
-    """Per token: what one layer keeps for its backward pass, by part."""
-    queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    attention = size * (2 * queries + 2 * keys) + 4 * model.num_heads  # q, out, k and v, lse
-    if method in ("ulysses", "hybrid"):
-        attention += size * 2 * keys  # k and v as they were sent, too
-    # gate and up, silu(gate), which Liger does not keep, and their product; GELU's input and output
-    widths = (3 if on_gpu else 4) if model.mlp == "swiglu" else 2
-    mlp = 0 if mlp_tile else size * model.mlp_size * widths
-    return {"norms": 2 * _norm_bytes(model, size, on_gpu), "attention": attention, "MLP": mlp}
-
-
-def peak(config: Config, degrees: Degrees, method: str, local_tokens: int, on_gpu: bool) -> MemoryPoint | None:
-    """When a step takes most; None if it is not predicted."""
-    if refused(config, on_gpu):
-        return None
-    return max(memory_timeline(config, degrees, method, local_tokens, on_gpu), key=lambda moment: moment.total)
-
-
-def lines(
-    config: Config, degrees: Degrees, method: str, local_tokens: int, memory_bytes: int | None, on_gpu: bool
-) -> list[str]:
-    """The fullest moment, part by part, and the longest sequences that fit."""
-    reason = refused(config, on_gpu)
-    if reason:
-        return [f"memory of a step: {reason}"]
-    found = memory_timeline(config, degrees, method, local_tokens, on_gpu)
-    most = max(found, key=lambda moment: moment.total)
-    size = 4 if config.engine.dtype == "fp32" else 2
-    layer = _layer_bytes(config.model, size, method, mlp_tile_tokens(config, local_tokens), on_gpu)
-    kernels = "by what kernels keep, Liger's among them" if on_gpu else "by what PyTorch keeps"
-    text = [
-        f"memory of a step, per rank: {gib(most.total)} GiB when fullest, which is at: {most.name}",
-        *(f"  {gib(size):>8} GiB  {name}" for name, size in most.parts.items()),
-        *(f"  {gib(moment.total):>8} GiB at: {moment.name}" for moment in found if moment is not most),
-        "  bytes per token and layer, all kept: "
-        + ", ".join(f"{name} {number:,.0f}" for name, number in layer.items()),
-        f"  {kernels}; without what kernels allocate inside",
-    ]
-    if memory_bytes is not None:
-        others = ["none", "selective"] if config.engine.recompute == "none" else [config.engine.recompute]
-        for recompute in others:
-            trial = changed(config, **{"engine.recompute": recompute})
-            longest = longest_length(trial, degrees, method, memory_bytes, on_gpu)
-            held = f"hold sequences of {longest:,} tokens" if longest else "hold no sequence"
-            text.append(f"  {gib(memory_bytes)} GiB {held} with engine.recompute={recompute}")
-    return text
-
-
-def longest_length(config: Config, degrees: Degrees, method: str, memory_bytes: int, on_gpu: bool) -> int:
-    """Tokens of a sequence, a multiple of its ranks, with which every moment fits; 0 if none does."""
-
-    def fits(local_length: int) -> bool:
-        tokens = local_length * config.engine.micro_batch_size
-        return all(moment.total <= memory_bytes for moment in memory_timeline(config, degrees, method, tokens, on_gpu))
-
-    if not fits(1):
-        return 0
-    fitting, too_long = 1, 2
-    while fits(too_long):
-        fitting, too_long = too_long, 2 * too_long
-    while too_long - fitting > 1:
-        middle = (fitting + too_long) // 2
-        fitting, too_long = (middle, too_long) if fits(middle) else (fitting, middle)
-    return fitting * degrees.sequence
+        return tile + (3 * size + counted[min(ring_degree, 5) - 2]) * keys

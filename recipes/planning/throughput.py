@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from conf.schema import ModelConfig
+from recipes.planning.memory import layer_matmul_parameters
+
 # Dense bf16/fp16 peak, TFLOP/s, from the vendor's data sheets; matched against the start of the device's name.
 _PEAK_TFLOPS = {
     "NVIDIA H200": 989.4,
@@ -67,3 +70,19 @@ class Throughput:
             "model_tflops_per_rank": self.model_tflops_per_rank,
             "mfu_pct": self.mfu_pct,
         }
+
+
+def forward_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
+    """Floating-point operations of a forward pass per token, causal attention counted once.
+
+    Matrix products cost 2 per weight. Backward costs twice the forward.
+    """
+    matmul = 2 * (model.num_layers * layer_matmul_parameters(model) + model.vocab_size * model.hidden_size)
+    return matmul + model.num_layers * attention_flops_per_token(model, sequence_length)
+
+
+def attention_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
+    """Those of one layer's causal attention: a query attends to (L + 1) / 2 keys on average, at 4 per head and
+    dimension (two products of 2).
+    """
+    return 4 * model.num_heads * model.head_dim * (sequence_length + 1) / 2

@@ -1,4 +1,4 @@
-"""`recipe=bench_attention` as people type it: on ranks, and on one, which simulates others."""
+"""`recipe=bench_attention` as people type it: on two ranks, and on one, which simulates larger rings."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ def two_ranks(tmp_path_factory) -> Finished:
     return Program(tmp_path_factory.mktemp("bench")).run(*SMALL, "launch.num_ranks=2", "attention.layout=contiguous")
 
 
-def kept(run: Finished) -> dict[str, Any]:
+def saved(run: Finished) -> dict[str, Any]:
     return json.loads((run.run_dir / "bench_attention.json").read_text())
 
 
 def test_every_method_that_fits_is_timed_beside_one_device(two_ranks):
     assert (two_ranks.exit_code, two_ranks.stderr) == (0, "")
-    assert [(row["name"], row["grid"]) for row in kept(two_ranks)["rows"]] == [
-        ("one device", "whole sequences"), ("ring", "2 ring"), ("ulysses", "2 ulysses"), ("all_gather", "2 ring"),
+    assert [(row["name"], row["grid"]) for row in saved(two_ranks)["rows"]] == [
+        ("one device", "full sequences"), ("ring", "2 ring"), ("ulysses", "2 ulysses"), ("all_gather", "2 ring"),
         ("DeepSpeed Ulysses", ""),
     ]  # fmt: skip
     assert "left out: torch context_parallel: it has no kernel for the CPU" in two_ranks.stdout
-    assert "left out: hybrid: on so many ranks the same as one of the others" in two_ranks.stdout
+    assert "left out: hybrid: on 2 ranks it is the same as ring or ulysses" in two_ranks.stdout
     table = two_ranks.stdout.partition("timing ...")[2].strip().splitlines()
     names = ["one device", "ring", "ulysses", "all_gather", "DeepSpeed Ulysses"]
     assert [line.split("  ")[0] for line in table[1:6]] == names
-    assert "say nothing of GPUs" in two_ranks.stdout
+    assert "say nothing about GPUs" in two_ranks.stdout
 
 
-def test_the_parts_of_a_call_are_those_of_its_kind(two_ranks):
-    rows = {row["name"]: row["parts_ms"] for row in kept(two_ranks)["rows"]}
+def test_the_breakdown_of_a_call_has_its_own_parts(two_ranks):
+    rows = {row["name"]: row["parts_ms"] for row in saved(two_ranks)["rows"]}
     for parts in rows.values():
         assert all(0 <= least <= most for least, most in parts.values())
         assert parts["attention"][0] > 0
@@ -50,28 +50,28 @@ def test_the_parts_of_a_call_are_those_of_its_kind(two_ranks):
     assert printed[2].split("  ")[-1].strip().split(" - ")[1] == f"{rows['ring']['idle'][1]:.3f}"
 
 
-def test_the_numbers_follow_from_the_times(two_ranks):
-    alone, *methods = kept(two_ranks)["rows"]
+def test_the_derived_numbers_follow_from_the_times(two_ranks):
+    one_device, *methods = saved(two_ranks)["rows"]
     operations = 4 * 4 * 32 * 250 * 251 / 2  # 4 heads x 32
-    for row, share in ((alone, 1), *((row, 1 / 2) for row in methods)):
+    for row, share in ((one_device, 1), *((row, 1 / 2) for row in methods)):
         for kind, passes in KINDS.items():
             own = row[kind]
             assert own["min_ms"] <= own["ms"] <= own["max_ms"]
             assert 0 < own["host_ms"] <= own["max_ms"]
             assert own["tflops"] == pytest.approx(passes * share * operations / own["ms"] / 1e9)
-            assert own["ideal_pct"] == pytest.approx(100 * share * alone[kind]["ms"] / own["ms"])
+            assert own["ideal_pct"] == pytest.approx(100 * share * one_device[kind]["ms"] / own["ms"])
             assert (own["exposed_ms"] is None) == (row["name"] in ("one device", "DeepSpeed Ulysses"))
     summary = json.loads((two_ranks.run_dir / "summary.json").read_text())
     assert summary["ring/forward/ms"] == methods[0]["forward"]["ms"]
 
 
-def test_heads_that_a_method_cannot_cut_leave_it_out(program):
+def test_a_method_that_cannot_split_the_heads_is_left_out(program):
     run = program.run(
         *SMALL, "launch.num_ranks=2", "model.num_heads=6", "model.num_kv_heads=3", "compare.rounds=1", "breakdown=false"
     )
     assert (run.exit_code, run.stderr) == (0, "")
     assert "profiling" not in run.stdout
-    assert [row["name"] for row in kept(run)["rows"]] == ["one device", "ring", "all_gather"]
+    assert [row["name"] for row in saved(run)["rows"]] == ["one device", "ring", "all_gather"]
     assert "left out: ulysses: 3 kv heads are not a multiple of the 2 ranks\n" in run.stdout
     assert "left out: DeepSpeed Ulysses: 250 tokens or 3 kv heads are not a multiple of the 2 ranks" in run.stdout
 
@@ -79,8 +79,8 @@ def test_heads_that_a_method_cannot_cut_leave_it_out(program):
 def test_one_rank_simulates_larger_rings(program):
     run = program.run(*SMALL, "launch.num_ranks=1", "engine.micro_batch_size=2", "compare.rounds=1")
     assert (run.exit_code, run.stderr) == (0, "")
-    assert [row["name"] for row in kept(run)["rows"]] == [
+    assert [row["name"] for row in saved(run)["rows"]] == [
         "one device",
         *(f"ring of {n}" for n in (2, 4, 8, 16, 32, 64)),
     ]
-    assert all(row[kind]["ideal_pct"] > 0 for row in kept(run)["rows"] for kind in KINDS)
+    assert all(row[kind]["ideal_pct"] > 0 for row in saved(run)["rows"] for kind in KINDS)

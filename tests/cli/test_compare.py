@@ -1,4 +1,4 @@
-"""`recipe=compare`: entries in turns on the same ranks, one of which fails; and what is compared, each by itself."""
+"""`recipe=compare`: several entries on the same ranks, one of which fails; and each compared recipe by itself."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ SAME = [
 
 
 def comparison(corpus: Path) -> list[str]:
-    """Two rounds of three entries, of which one cannot read its data to the end."""
+    """Two rounds of three entries, one of which fails while it reads its data."""
     entries = {
         "ring": ["+experiment=ra_sp"],
         "broken": ["+experiment=ra_sp", "data=hub", f"data.name={corpus}"],
         "tensor": ["+experiment=tp_pp"],
     }
-    # ~compare takes the group's entries away; Python writes lists with the quotes that Hydra needs
+    # ~compare removes the group's entries; Python writes lists with the quotes that Hydra needs
     own = [f"+compare.entries.{name}={overrides}" for name, overrides in entries.items()]
     return ["recipe=compare", "~compare", *own, "compare.rounds=2", "compare.steps_per_round=1", *SAME]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Program:
-    """Where the comparison runs. Its corpus begins well, so that nothing is noticed before the broken entry's turn."""
+    """Where the comparison runs. Its corpus starts valid, so that nothing fails before the broken entry is measured."""
     folder = tmp_path_factory.mktemp("compare")
     corpus = folder / "corpus"
     corpus.mkdir()
@@ -49,17 +49,17 @@ def compared(place) -> Finished:
 
 
 @pytest.fixture(scope="module")
-def kept(compared) -> dict[str, Any]:
+def saved(compared) -> dict[str, Any]:
     """RUN_DIR/comparison.json."""
     return json.loads((compared.run_dir / "comparison.json").read_text())
 
 
-def turns(run: Finished) -> list[dict[str, Any]]:
+def results_of(run: Finished) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run.run_dir / "results.jsonl").read_text().splitlines()]
 
 
 def table(run: Finished) -> list[str]:
-    """The lines of the table and of the shares."""
+    """The lines of the table and of the breakdown."""
     return run.stdout.partition("\nmethod")[2].partition("\nTPS: ")[0].splitlines()
 
 
@@ -68,15 +68,15 @@ def test_it_succeeds_although_an_entry_fails(compared):
     assert compared.stderr == ""
 
 
-def test_the_entries_take_turns_and_new_ranks_go_on_after_a_failure(compared):
-    rows = turns(compared)
+def test_rounds_measure_all_entries_and_new_ranks_continue_after_a_failure(compared):
+    rows = results_of(compared)
     kinds = ("error", "parts", "step_times_s")
     assert [(row["entry"], row["round"], next(kind for kind in kinds if kind in row)) for row in rows] == [
         ("ring", 1, "step_times_s"), ("broken", 1, "error"), ("tensor", 1, "step_times_s"),
         ("ring", 2, "step_times_s"), ("ring", 2, "parts"), ("tensor", 2, "step_times_s"), ("tensor", 2, "parts"),
     ]  # fmt: skip
     assert compared.stdout.count("starting 2 ranks") == 2
-    assert not (compared.run_dir / "turn.json").exists()
+    assert not (compared.run_dir / "current_measurement.json").exists()
 
 
 def test_the_table_has_all_entries_and_equal_losses(compared):
@@ -89,7 +89,7 @@ def test_the_table_has_all_entries_and_equal_losses(compared):
     assert float(ring.split()[-1]) == pytest.approx(float(tensor.split()[-1]), abs=1.5e-4)
 
 
-def test_the_table_of_shares_has_those_that_were_measured(compared):
+def test_the_breakdown_table_has_the_entries_that_were_measured(compared):
     header, ring, tensor = table(compared)[5:8]
     assert header.split() == ["time", "of", "a", "step,", "%", *PARTS]
     assert [ring.split()[0], tensor.split()[0]] == ["ring", "tensor"]
@@ -97,11 +97,11 @@ def test_the_table_of_shares_has_those_that_were_measured(compared):
         assert sum(map(float, line.split()[1:])) == pytest.approx(100, abs=0.5)
 
 
-def test_the_numbers_are_medians_of_the_turns_with_their_spread(compared, kept):
-    rows = {row["entry"]: row for row in kept["rows"]}
+def test_the_numbers_are_medians_over_the_rounds_with_their_spread(compared, saved):
+    rows = {row["entry"]: row for row in saved["rows"]}
     assert list(rows) == ["ring", "broken", "tensor"]
     for name in ("ring", "tensor"):
-        times_s = [s for row in turns(compared) if row["entry"] == name for s in row.get("step_times_s", [])]
+        times_s = [s for row in results_of(compared) if row["entry"] == name for s in row.get("step_times_s", [])]
         speeds = [2 * 128 / time_s for time_s in times_s]
         assert len(speeds) == rows[name]["num_steps"] == 2
         assert rows[name]["tokens_per_s"] == pytest.approx(statistics.median(speeds))
@@ -112,24 +112,24 @@ def test_the_numbers_are_medians_of_the_turns_with_their_spread(compared, kept):
     assert (rows["ring"]["change_pct"], rows["tensor"]["change_pct"]) == (0, pytest.approx(change))
     assert rows["ring"]["first_loss"] == pytest.approx(rows["tensor"]["first_loss"], rel=1e-5)
     assert "cannot be read" in rows["broken"]["error"]
-    assert (kept["recipe"], kept["baseline"], rows["ring"]["sequence_length"]) == ("forward", "ring", 128)
-    assert kept["configs"]["tensor"]["parallelism"]["method"] == "tensor_pipeline"
-    assert kept["turns"] == turns(compared)
+    assert (saved["recipe"], saved["baseline"], rows["ring"]["sequence_length"]) == ("forward", "ring", 128)
+    assert saved["configs"]["tensor"]["parallelism"]["method"] == "tensor_pipeline"
+    assert saved["measurements"] == results_of(compared)
 
 
-def test_the_figure_is_there_as_png_and_svg(compared):
+def test_the_figure_is_written_as_png_and_svg(compared):
     assert (compared.run_dir / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (compared.run_dir / "comparison.svg").read_text()
 
 
-def test_the_wandb_run_is_offline_and_has_the_table(compared, kept):
+def test_the_offline_wandb_run_has_the_table(compared, saved):
     [run] = (compared.run_dir / "wandb").glob("offline-run-*")
     assert f"wandb sync {run}\n" in compared.stdout
     [path] = run.glob("files/media/table/*.json")
     logged = json.loads(path.read_text())
     rows = [dict(zip(logged["columns"], values, strict=True)) for values in logged["data"]]
-    assert [row["tokens_per_s"] for row in rows] == [row.get("tokens_per_s") for row in kept["rows"]]
-    assert [row["error"] for row in rows] == [row.get("error") for row in kept["rows"]]
+    assert [row["tokens_per_s"] for row in rows] == [row.get("tokens_per_s") for row in saved["rows"]]
+    assert [row["error"] for row in rows] == [row.get("error") for row in saved["rows"]]
 
 
 def test_the_same_command_again_measures_nothing_and_prints_the_same_table(compared, place):
@@ -141,12 +141,12 @@ def test_the_same_command_again_measures_nothing_and_prints_the_same_table(compa
     assert (again.run_dir / "results.jsonl").read_text() == result_lines
 
 
-def test_results_of_another_comparison_are_refused_and_stay(place, compared, kept):
+def test_results_of_another_comparison_are_refused_and_kept(place, compared, saved):
     run = place.run("recipe=compare", "compare.only=[dp]", *SAME, f"hydra.run.dir={compared.run_dir}")
     assert (run.exit_code, run.stderr) == (
         1, f"error: {compared.run_dir} has results of another comparison, of ring: use another hydra.run.dir\n"
     )  # fmt: skip
-    assert json.loads((compared.run_dir / "comparison.json").read_text()) == kept
+    assert json.loads((compared.run_dir / "comparison.json").read_text()) == saved
 
 
 def test_a_mistake_in_an_entry_names_it(program):
@@ -171,7 +171,7 @@ def test_explain_prints_the_plans_and_starts_nothing(place):
     assert not result.run_dir.exists()
 
 
-def test_explain_says_that_a_corpus_is_too_short(place):
+def test_explain_reports_a_corpus_that_is_too_short(place):
     result = place.run(
         "recipe=compare", "compare.only=[ra_sp]", *SAME, "data.validation_sequences=1000000", "explain=true"
     )
@@ -209,37 +209,37 @@ def test_forward_passes_alone_have_the_loss_of_training_and_the_parts_of_a_step(
     assert set(last) == measured
     summary = json.loads((result.run_dir / "summary.json").read_text())
     parts = {f"parts/{part}_pct" for part in PARTS} | {"parts/exposed_communication_ms"}
-    whole = {"tokens_per_s", "tokens_per_s_per_rank", "tpot_ms", "model_tflops_per_rank"}
-    assert set(summary) == parts | whole
+    overall = {"tokens_per_s", "tokens_per_s_per_rank", "tpot_ms", "model_tflops_per_rank"}
+    assert set(summary) == parts | overall
     assert sum(summary[f"parts/{part}_pct"] for part in PARTS) == pytest.approx(100)
     assert last["forward/tokens_per_s"] == pytest.approx(2 * 128 / last["forward/step_time_p50_s"])
     assert last["forward/tokens_per_s"] > 0
-    # the same model, seed and batch, on a ring and on tensor ranks
+    # the same model, seed and batch on a ring as on tensor ranks
     assert first["forward/loss"] == pytest.approx(trained.metrics[0]["train/loss"], rel=1e-5)
-    assert last["forward/loss"] != first["forward/loss"]  # of another batch
+    assert last["forward/loss"] != first["forward/loss"]  # another batch
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
-def test_a_comparison_that_is_told_to_end_names_the_folder_with_which_it_goes_on(place, number, code):
+def test_an_interrupted_comparison_prints_how_to_resume_it(place, number, code):
     entries = ["~compare", "+compare.entries.ring=['+experiment=ra_sp']", "compare.rounds=1000", "breakdown=false"]
-    with place.started("recipe=compare", *entries, *SAME, name=f"told_{code}") as running:
-        running.until(lambda: "turn 1/1000" in running.stdout)
+    with place.started("recipe=compare", *entries, *SAME, name=f"interrupted_{code}") as running:
+        running.until(lambda: "measurement 1/1000" in running.stdout)
         running.family()
         running.process.send_signal(number)
         result = running.finish(ENDS_WITHIN_S)
         running.assert_nothing_is_left()
     assert (result.exit_code, result.stderr) == (code, "")
-    assert result.stdout.endswith(f"\nthe same command with hydra.run.dir={result.run_dir} goes on from there\n")
+    assert result.stdout.endswith(f"\nto resume, run the same command with hydra.run.dir={result.run_dir}\n")
 
 
-def test_methods_stand_beside_what_their_parts_alone_allow(place):
+def test_the_roofline_is_an_entry_beside_the_methods(place):
     ring = "+compare.entries.ring=['+experiment=ra_sp']"
     settings = ["compare.roofline=true", "compare.rounds=1", "compare.recipe=pretrain", "breakdown=false"]
     run = place.run("recipe=compare", "~compare", ring, *settings, *SAME, name="roofline")
     assert (run.exit_code, run.stderr) == (0, "")
-    ring, alone = json.loads((run.run_dir / "comparison.json").read_text())["rows"]
-    assert (ring["entry"], alone["entry"], alone["grid"]) == ("ring", "parts alone", "each rank alone")
-    assert ring["of_parts_pct"] == pytest.approx(100 * ring["tokens_per_s"] / alone["tokens_per_s"])
-    assert alone["of_parts_pct"] == pytest.approx(100)  # it is 100 * x / x
-    assert 0 < ring["tokens_per_s"] < alone["tokens_per_s"]
-    assert "parts alone  each rank alone" in run.stdout
+    ring, bound = json.loads((run.run_dir / "comparison.json").read_text())["rows"]
+    assert (ring["entry"], bound["entry"], bound["grid"]) == ("ring", "roofline", "each rank alone")
+    assert ring["roofline_pct"] == pytest.approx(100 * ring["tokens_per_s"] / bound["tokens_per_s"])
+    assert bound["roofline_pct"] == pytest.approx(100)  # 100 * x / x
+    assert 0 < ring["tokens_per_s"] < bound["tokens_per_s"]
+    assert "roofline  each rank alone" in run.stdout

@@ -44,7 +44,7 @@ def test_ranks_of_torchrun_are_one_run_and_profile_each_rank(program):
     assert [name for name in names if name.startswith("ProfilerStep")] == ["ProfilerStep#3"]  # counted from 0
     stages = {name: count for name, count in names.items() if " stage " in name}
     assert stages == {f"{way} stage {stage}": 2 for way in ("forward", "backward") for stage in (0, 1)}  # 2 layers
-    assert all(names[name] > 0 for name in ("attention block", "merge", "exchange wait", "optimizer", "data"))
+    assert all(names[name] > 0 for name in ("attention kernel", "merge", "exchange wait", "optimizer", "data"))
     assert "\nmemory snapshots:      none, which is for GPUs\n" in result.stdout
 
 

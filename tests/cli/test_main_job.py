@@ -43,7 +43,7 @@ def test_it_succeeds_without_a_word_on_stderr(main_run):
 def test_the_banner_has_its_parts_in_order(main_run):
     rows = re.findall(r"^ +(\S.*?)  (\S.*)$", main_run.stdout, re.MULTILINE)
     assert [name for name, _ in rows] == [
-        "ranks", "tokens", "model", "FLOPs per token", "attention", "block kernel", "engine", "run dir",
+        "ranks", "tokens", "model", "FLOPs per token", "attention", "attention kernel", "engine", "run dir",
     ]  # fmt: skip
     banner = dict(rows)
     assert banner["ranks"] == "1 data x 4 ring, on CPU"

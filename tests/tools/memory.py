@@ -1,7 +1,7 @@
-"""What a training step holds at its fullest, predicted and counted: `python -m tests.tools.memory` prints both, per setting.
+"""Peak memory of a training step, predicted and counted: `python -m tests.tools.memory` prints both per setting.
 
-On the CPU every storage that an operator makes is counted, through the real engine, from when it is made until it is
-gone; what a kernel allocates inside is not seen. `--json FILE` keeps the table.
+On the CPU, through the real engine, it counts every storage that an operator allocates until it is freed. It does not
+see what a kernel allocates inside. `--json FILE` writes the table.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from torch.utils._pytree import tree_leaves
 
 from conf.schema import AttentionConfig, Config, DataConfig, EngineConfig, ModelConfig
 from data.batch import TokenBatch
-from recipes.planning.memory_timeline import memory_timeline
 from recipes.planning.plan import Plan
 from tests.pool import WorkerPool, parallel_groups
 
@@ -65,12 +64,8 @@ class Setting:
 
     @property
     def predicted(self) -> tuple[str, float]:
-        """The fullest moment, and bytes."""
-        plan = self.plan
-        peak = max(
-            memory_timeline(plan.config, plan.degrees, plan.method, plan.local_tokens, on_gpu=False),
-            key=lambda moment: moment.total,
-        )
+        """The name of the peak, and its bytes."""
+        peak = self.plan.step_memory.peak
         return peak.name, peak.total
 
 
@@ -113,11 +108,11 @@ SETTINGS = [
 
 
 class StorageCount(TorchDispatchMode):
-    """Bytes of the CPU's storages that are alive, and the most that were; those from before it are counted, too."""
+    """Bytes of the CPU storages that are alive, earlier ones included, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.most = 0
+        self.now = self.peak = 0
         self._alive: dict[int, weakref.ref[Any]] = {}
 
     def __enter__(self) -> StorageCount:
@@ -149,11 +144,11 @@ class StorageCount(TorchDispatchMode):
 
         self._alive[key] = weakref.ref(storage, gone)
         self.now += size
-        self.most = max(self.most, self.now)
+        self.peak = max(self.peak, self.now)
 
 
 def count_step(setting: Setting) -> int:
-    """Bytes of this rank at the fullest moment of its second step. Every rank must call it."""
+    """Peak bytes of this rank in its second step. Every rank must call it."""
     from recipes.engine.build import build_engine
 
     plan = setting.plan
@@ -166,7 +161,7 @@ def count_step(setting: Setting) -> int:
     with StorageCount() as count:
         engine.train_step([batch])
     engine.close()
-    return count.most
+    return count.peak
 
 
 def main() -> None:
@@ -176,10 +171,10 @@ def main() -> None:
     pool, rows = WorkerPool("cpu"), []
     for setting in SETTINGS:
         counted = max(pool.run(count_step, setting, num_ranks=setting.num_ranks))
-        moment, predicted = setting.predicted
-        row = {**vars(setting), "moment": moment, "predicted": predicted, "counted": counted}
+        point, predicted = setting.predicted
+        row = {**vars(setting), "moment": point, "predicted": predicted, "counted": counted}
         rows.append({**row, "error_pct": 100 * (predicted / counted - 1)})
-        print(f"{rows[-1]['error_pct']:+6.2f} %  {predicted / 2**20:8.2f} MiB  {moment:25} {setting}", flush=True)
+        print(f"{rows[-1]['error_pct']:+6.2f} %  {predicted / 2**20:8.2f} MiB  {point:25} {setting}", flush=True)
     pool.close()
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")

@@ -10,8 +10,10 @@ import torch
 from conf.schema import AttentionConfig, Config, EngineConfig, ModelConfig, OptimizerConfig
 from recipes.model.transformer import Transformer, rotary_cos_sin
 from recipes.monitor.device_metrics import percentile
-from recipes.planning.plan import Plan, forward_flops_per_token, num_parameters
-from recipes.planning.throughput import Throughput, peak_tflops
+from recipes.planning.explain import banner, explanation
+from recipes.planning.memory import num_parameters
+from recipes.planning.plan import Plan
+from recipes.planning.throughput import Throughput, forward_flops_per_token, peak_tflops
 from ring_attention import LocalAttention
 
 SHAPES = [
@@ -132,13 +134,13 @@ def test_rotary_angles_are_exact_at_position_one_million():
 
 def test_the_plan_describes_the_run(tmp_path):
     plan = Plan(Config(), num_ranks=4, device_type="cpu", device_name="CPU", capability=None, ranks_per_host=4)
-    text = "\n".join(plan.explanation(tmp_path))
+    text = "\n".join(explanation(plan, tmp_path))
     for part in ("1 data x 4 ring, on CPU", "512 per rank of 2,048 per sequence", "0.46 M parameters", "cpu_flash"):
         assert part in text
-    assert "imbalance (lockstep stages / mean rank) 1.000" in text
+    assert "imbalance (lockstep time / mean rank's time) 1.000" in text
     copies = Config(attention=AttentionConfig(transport="copy_engine"))
     for num_ranks, over in ((8, "symmetric memory"), (16, "symmetric memory and NCCL")):
-        banner = "\n".join(Plan(copies, num_ranks, "cuda", "NVIDIA H200", (9, 0), ranks_per_host=8).banner(tmp_path))
-        assert f"layout zigzag, transport copy_engine over {over}\n" in banner
+        text = "\n".join(banner(Plan(copies, num_ranks, "cuda", "NVIDIA H200", (9, 0), ranks_per_host=8), tmp_path))
+        assert f"layout zigzag, transport copy_engine over {over}\n" in text
     alone = Plan(Config(), num_ranks=1, device_type="cpu", device_name="CPU", capability=None, ranks_per_host=4)
-    assert "one rank holds whole sequences" in "\n".join(alone.banner(tmp_path))
+    assert "each rank has whole sequences" in "\n".join(banner(alone, tmp_path))

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from conf.schema import AttentionConfig, Config, ConfigError, DataConfig, ModelConfig, ParallelismConfig
+from recipes.planning.explain import explanation
 from recipes.planning.plan import Plan
 from ring_attention.auto_method import Links, Workload, rank_methods
 
@@ -68,7 +69,7 @@ def plan(**parallelism: Any) -> Plan:
 def test_the_plan_takes_the_fastest_and_explains_every_candidate(tmp_path):
     assert (plan().method, plan().degrees) == ("ring", (1, 8, 1, 1, 1))
     assert plan(data_degree=4).degrees == (4, 2, 1, 1, 1)
-    text = "\n".join(plan().explanation(tmp_path))
+    text = "\n".join(explanation(plan(), tmp_path))
     assert "attention=auto: one layer's forward pass on one rank, 32 heads and 8 kv heads x 128, L = 131,072" in text
     assert "kernels at 593.64 TFLOP/s; links 280 GB/s within a host of 8 ranks, 45 GB/s between" in text
     for candidate in ("ring 8 x ulysses 1", "ring 4 x ulysses 2", "ring 2 x ulysses 4", "ring 1 x ulysses 8"):

@@ -1,4 +1,4 @@
-"""recipe=compare without ranks: what an entry is, which are chosen, and the arithmetic of the table."""
+"""recipe=compare without ranks: the entries, their choice, and the arithmetic of the table."""
 
 # ruff: noqa: E501 - a line of the table is one line here, as it is on the console
 
@@ -13,7 +13,8 @@ from conf.compose import entry_overrides
 from conf.degrees import resolve_degrees
 from conf.schema import CompareConfig, Config, ConfigError
 from recipes.benchmark import comparison_report
-from recipes.benchmark.compare import ComparisonTask, choose, roofline_entry
+from recipes.benchmark.compare import ComparisonTask
+from recipes.benchmark.entries import Entry, choose_entries, roofline_entry
 from recipes.benchmark.rounds import ROOFLINE
 from recipes.monitor.metric_registry import PARTS
 from tests.unit.test_downscale import composed
@@ -21,14 +22,14 @@ from tests.unit.test_rounds import done, failed
 from tests.unit.test_schema import compose
 
 
-def test_the_parts_alone_stand_beside_entries_of_one_model_length_and_number_of_ranks():
+def test_the_roofline_needs_entries_of_one_model_length_and_number_of_ranks():
     a, b = Config(), Config()
     b.compare.micro_batch_sizes = [1, 2]
-    entry, num_ranks = roofline_entry({"b": (b, 2), "a": (a, 2)})
+    entry, num_ranks = roofline_entry({"b": Entry(b, 2), "a": Entry(a, 2)})
     assert (entry.compare.micro_batch_sizes, num_ranks, b.compare.micro_batch_sizes) == ([1], 2, [1, 2])
     b.data.sequence_length = 7
-    for others in ({"a": (a, 2), "b": (b, 2)}, {"a": (a, 2), "b": (Config(), 4)}):
-        with pytest.raises(ConfigError, match="roofline=true stands beside entries of one model, one length and"):
+    for others in ({"a": Entry(a, 2), "b": Entry(b, 2)}, {"a": Entry(a, 2), "b": Entry(Config(), 4)}):
+        with pytest.raises(ConfigError, match="needs entries of one model"):
             roofline_entry(others)
 
 
@@ -54,7 +55,7 @@ def test_the_parts_alone_stand_beside_entries_of_one_model_length_and_number_of_
         (["data.files='a=b'"], ["data.files='c=d'"], ["data.files='c=d'", "recipe=forward"]),
     ],
 )
-def test_an_entry_is_what_was_typed_where_its_own_overrides_do_not_replace_it(given, own, expected):
+def test_an_entry_is_what_was_typed_unless_its_own_overrides_replace_it(given, own, expected):
     assert entry_overrides(given, own, "forward") == expected
 
 
@@ -65,8 +66,8 @@ def test_the_overrides_of_an_entry_compose():
     assert (config.parallelism.method, config.parallelism.data_degree) == ("tensor_pipeline", 1)
 
 
-def turn(entry: str, number: int, times_s: list[float], tokens: int = 100, **extra: Any) -> dict[str, Any]:
-    """A result on 2 ranks of `tokens` per step of sequences of 50, whose numbers are those of the median step."""
+def measured(entry: str, number: int, times_s: list[float], tokens: int = 100, **extra: Any) -> dict[str, Any]:
+    """A result on 2 ranks with `tokens` per step in sequences of 50; its numbers are the median step's."""
     times = sorted(times_s)
     middle = (times[(len(times) - 1) // 2] + times[len(times) // 2]) / 2
     return {
@@ -93,18 +94,18 @@ PARTS_OF_A: dict[str, Any] = {f"parts/{part}_pct": 12.5 for part in PARTS} | {"p
 RESULTS = [
     done("a", 0, 1, 100.0),
     failed("a", 0, 2),
-    turn("a", 1, [1.0, 2.0]),
-    turn("b", 1, [2.0, 2.0], mfu_pct=None, peak_memory_gib=None),
+    measured("a", 1, [1.0, 2.0]),
+    measured("b", 1, [2.0, 2.0], mfu_pct=None, peak_memory_gib=None),
     failed("c", 1)
     | {"error": "rank 1 failed:\nTraceback\nMemoryError: all of it\nthe other ranks were ended; its log"},
-    turn("a", 2, [10.0, 4.0]),  # times 1, 2, 4, 10: speeds 100, 50, 25, 10
+    measured("a", 2, [10.0, 4.0]),  # times 1, 2, 4, 10: speeds 100, 50, 25, 10
     {"entry": "a", "micro_batch_size": 1, "round": 2, "parts": PARTS_OF_A},
-    turn("b", 2, [4.0, 5.0], mfu_pct=None, peak_memory_gib=None),  # times 2, 2, 4, 5: speeds 50, 50, 25, 20
+    measured("b", 2, [4.0, 5.0], mfu_pct=None, peak_memory_gib=None),  # times 2, 2, 4, 5: speeds 50, 50, 25, 20
 ]
 
 
 class TestSummary:
-    def test_it_has_medians_over_the_steps_of_all_rounds_and_their_spread(self):
+    def test_a_row_has_medians_over_the_steps_of_all_rounds_and_their_spread(self):
         a = comparison_report.summarize(RESULTS, ["a"], "a")[0]
         assert (a["tokens_per_s"], a["tokens_per_s_min"], a["tokens_per_s_max"]) == (37.5, 10.0, 100.0)
         assert a["num_steps"] == 4
@@ -115,7 +116,7 @@ class TestSummary:
         assert a["model_tflops_per_rank"] == pytest.approx(3.0 / step_s)
         assert a["mfu_pct"] == pytest.approx(20.0 / step_s)
 
-    def test_it_keeps_the_peak_the_parts_the_first_loss_and_what_was_tried(self):
+    def test_a_row_has_the_peak_the_breakdown_the_first_loss_and_the_trials(self):
         a, b = comparison_report.summarize(RESULTS, ["a", "b"], "a")
         assert (a["peak_memory_gib"], b["peak_memory_gib"], b["mfu_pct"]) == (3.0, None, None)
         assert (a["exposed_communication_ms"], b["exposed_communication_ms"]) == (7.0, None)
@@ -123,33 +124,33 @@ class TestSummary:
         assert (a["first_loss"], a["grid"], a["sequences_per_step"]) == (5.5, "2 ring", 2)
         assert (a["tried"], a["errors"]) == ({1: 100.0, 2: None}, ["out of memory"])
 
-    def test_the_change_is_in_percent_of_the_baseline(self):
+    def test_the_change_is_a_percentage_of_the_baseline(self):
         rows = comparison_report.summarize(RESULTS, ["b", "a", "c"], "a")
         assert [row["entry"] for row in rows] == ["b", "a", "c"]
         assert [row.get("change_pct") for row in rows] == [0.0, 0.0, None]  # b's median is 37.5, too
-        faster = [*RESULTS, turn("d", 1, [2.0])]
+        faster = [*RESULTS, measured("d", 1, [2.0])]
         assert comparison_report.summarize(faster, ["a", "d"], "a")[1]["change_pct"] == pytest.approx(
             100 * (50 / 37.5 - 1)
         )
         assert comparison_report.summarize(faster, ["a", "d"], "d")[0]["change_pct"] == pytest.approx(-25.0)
 
     @pytest.mark.parametrize("baseline", ["c", "left out"])
-    def test_without_a_throughput_of_the_baseline_there_is_no_change(self, baseline):
+    def test_without_a_measured_baseline_there_is_no_change(self, baseline):
         rows = comparison_report.summarize(RESULTS, ["a", "b", "c"], baseline)
         assert [row.get("change_pct") for row in rows] == [None, None, None]
 
-    def test_beside_the_parts_alone_each_row_is_a_share_of_their_speed(self):
-        alone = {**turn(ROOFLINE, 1, [1.0], tokens=200), "degrees": {}, "losses": [None]}
-        rows = comparison_report.summarize([turn("a", 1, [1.0]), alone], ["a", ROOFLINE], "a")
-        assert [(row["grid"], row["of_parts_pct"]) for row in rows] == [("2 ring", 50.0), ("each rank alone", 100.0)]
+    def test_beside_the_roofline_each_row_is_a_share_of_its_speed(self):
+        alone = {**measured(ROOFLINE, 1, [1.0], tokens=200), "degrees": {}, "losses": [None]}
+        rows = comparison_report.summarize([measured("a", 1, [1.0]), alone], ["a", ROOFLINE], "a")
+        assert [(row["grid"], row["roofline_pct"]) for row in rows] == [("2 ring", 50.0), ("each rank alone", 100.0)]
         lines = comparison_report.table(rows, "a")
-        assert "  of parts  " in lines[1]
+        assert "  of roofline  " in lines[1]
         assert "  50.0 %  " in lines[2]
-        assert "of parts" not in "".join(
-            comparison_report.table(comparison_report.summarize([turn("a", 1, [1.0])], ["a"], "a"), "a")
+        assert "of roofline" not in "".join(
+            comparison_report.table(comparison_report.summarize([measured("a", 1, [1.0])], ["a"], "a"), "a")
         )
 
-    def test_a_failure_is_a_row_and_an_entry_without_a_turn_is_none(self):
+    def test_a_failed_entry_has_a_row_and_an_unmeasured_one_has_none(self):
         rows = comparison_report.summarize(RESULTS, ["c", "never"], "a")
         assert rows == [{"entry": "c", "error": RESULTS[4]["error"]}]
 
@@ -159,22 +160,25 @@ class TestSummary:
         assert (before["errors"], after["errors"]) == ([], ["out of memory"])
         assert after == before | {"errors": ["out of memory"]}
 
-    def test_only_the_rounds_of_the_size_that_came_through_count(self):
-        larger, smaller = (turn("one", 1, [time_s], micro_batch_size=size) for time_s, size in ((1.0, 2), (2.0, 1)))
+    def test_only_the_rounds_of_the_size_that_succeeded_count(self):
+        larger, smaller = (measured("one", 1, [time_s], micro_batch_size=size) for time_s, size in ((1.0, 2), (2.0, 1)))
         parts = {"entry": "one", "micro_batch_size": 2, "round": 1, "parts": PARTS_OF_A}
         [row] = comparison_report.summarize([larger, parts, failed("one", 2, 2), smaller], ["one"], "one")
         assert (row["micro_batch_size"], row["tokens_per_s_max"], row["errors"]) == (1, 50, ["out of memory"])
         assert row["shares_pct"] == {}
 
-    def test_a_grid_of_one_rank_says_so(self):
+    def test_the_grid_of_one_rank_is_named(self):
         degrees = dict.fromkeys(("data", "ring", "ulysses", "tensor", "pipeline"), 1)
-        one, four = turn("one", 1, [1.0], degrees=degrees), turn("four", 1, [1.0], degrees=degrees | {"tensor": 2})
+        one, four = (
+            measured("one", 1, [1.0], degrees=degrees),
+            measured("four", 1, [1.0], degrees=degrees | {"tensor": 2}),
+        )
         four["degrees"]["pipeline"] = 2
         rows = comparison_report.summarize([one, four], ["one", "four"], "one")
         assert [row["grid"] for row in rows] == ["1 rank", "2 tensor x 2 pipeline"]
 
 
-def test_the_table_is_aligned_and_has_failures():
+def test_the_table_is_aligned_and_shows_failures():
     rows = comparison_report.summarize(RESULTS, ["a", "c", "b"], "a")
     assert comparison_report.table(rows, "a") == [
         "L 50, batch 2",
@@ -185,9 +189,9 @@ def test_the_table_is_aligned_and_has_failures():
     ]  # fmt: skip
 
 
-def test_what_rows_differ_in_is_a_column_and_what_none_has_is_not():
-    long = turn("longer", 1, [1.0], sequence_length=1000, mfu_pct=None)
-    rows = comparison_report.summarize([turn("a", 1, [1.0], mfu_pct=None), long], ["a", "longer"], "a")
+def test_a_common_value_is_no_column_and_neither_is_a_missing_one():
+    long = measured("longer", 1, [1.0], sequence_length=1000, mfu_pct=None)
+    rows = comparison_report.summarize([measured("a", 1, [1.0], mfu_pct=None), long], ["a", "longer"], "a")
     common, header, *lines = comparison_report.table(rows, "a")
     assert common == "batch 2"
     assert header.split("  ")[0] == "method"
@@ -196,7 +200,7 @@ def test_what_rows_differ_in_is_a_column_and_what_none_has_is_not():
     assert [line.split()[3] for line in lines] == ["50", "1,000"]
 
 
-def test_a_failed_baseline_leaves_the_changes_open():
+def test_with_a_failed_baseline_there_is_no_column_of_changes():
     lines = comparison_report.table(comparison_report.summarize(RESULTS, ["c", "a", "b"], "c"), "c")
     assert "vs c" not in lines[1]  # nobody has one
     assert lines[2] == "c       FAILED: rank 1 failed: MemoryError: all of it"
@@ -204,19 +208,19 @@ def test_a_failed_baseline_leaves_the_changes_open():
     assert only_failures[-1] == "c       FAILED: rank 1 failed: MemoryError: all of it"
 
 
-def test_losses_are_compared_where_batches_are_equal():
-    results = [turn("a", 1, [1.0], losses=[5.0]), turn("b", 1, [1.0], losses=[5.05])]
-    other = turn("c", 1, [1.0], losses=[9.0], sequences_per_step=4)
+def test_losses_are_compared_on_equal_batches():
+    results = [measured("a", 1, [1.0], losses=[5.0]), measured("b", 1, [1.0], losses=[5.05])]
+    other = measured("c", 1, [1.0], losses=[9.0], sequences_per_step=4)
     rows = comparison_report.summarize([*results, other], ["a", "b", "c"], "a")
     assert comparison_report.agreement(rows) == "the first losses on equal batches differ by 1 % at most"
     assert comparison_report.agreement(rows[1:]) is None
 
 
-def test_the_shares_are_those_of_the_entries_that_were_measured():
+def test_only_entries_with_a_breakdown_are_in_its_table():
     rows = comparison_report.summarize(RESULTS, ["a", "b", "c"], "a")
     assert comparison_report.shares_table(rows) == [
-        "time of a step, %     attention      merge   exchange       gemm  optimizer       data      other       idle",
-        "a                          12.5       12.5       12.5       12.5       12.5       12.5       12.5       12.5",
+        "time of a step, %  attention  merge  exchange  gemm  optimizer  data  other  idle",
+        "a                  12.5       12.5   12.5      12.5  12.5       12.5  12.5   12.5",
     ]
     assert comparison_report.shares_table(comparison_report.summarize(RESULTS, ["b", "c"], "b")) == []
 
@@ -224,35 +228,34 @@ def test_the_shares_are_those_of_the_entries_that_were_measured():
 @pytest.mark.parametrize(
     ("row", "line"),
     [
-        (RESULTS[2], "turn 3/9 | round 1/2 | a, micro-batch 1 | 67 tok/s | 33 tok/s/rank | TPOT 30.0000 ms | MFU 13.3% | steps 1.000, 2.000 s"),
-        (RESULTS[3], "turn 3/9 | round 1/2 | b, micro-batch 1 | 50 tok/s | 25 tok/s/rank | TPOT 40.0000 ms | steps 2.000, 2.000 s"),
-        (RESULTS[1], "turn 3/9 | trying | a, micro-batch 2 | FAILED: out of memory"),
+        (RESULTS[2], "measurement 3/9 | round 1/2 | a, micro-batch 1 | 67 tok/s | 33 tok/s/rank | TPOT 30.0000 ms | MFU 13.3% | steps 1.000, 2.000 s"),
+        (RESULTS[3], "measurement 3/9 | round 1/2 | b, micro-batch 1 | 50 tok/s | 25 tok/s/rank | TPOT 40.0000 ms | steps 2.000, 2.000 s"),
+        (RESULTS[1], "measurement 3/9 | micro-batch trial | a, micro-batch 2 | FAILED: out of memory"),
     ],
 )  # fmt: skip
-def test_a_turn_is_one_line(row, line):
+def test_a_measurement_is_one_line(row, line):
     assert comparison_report.measurement_header(row, 3, 9, 2) + comparison_report.measurement_line(row) == line
 
 
-def test_turns_are_counted_with_those_of_an_earlier_try():
-    turns = ComparisonTask(
-        Config(compare=CompareConfig(rounds=2)), {"a": Config(), "b": Config()}, {"a": [1, 2], "b": [1]}
-    )
-    assert turns.progress([]) == (1, 2 + 4)
+def test_progress_counts_earlier_measurements():
+    two_sizes = Config(compare=CompareConfig(micro_batch_sizes=[1, 2]))
+    task = ComparisonTask(Config(compare=CompareConfig(rounds=2)), {"a": Entry(two_sizes, 2), "b": Entry(Config(), 2)})
+    assert task.progress([]) == (1, 2 + 4)
     results = [done("a", 0, 1), {**done("a", 0, 1), "parts": {}}, done("a", 0, 2), done("elsewhere", 1)]
-    assert turns.progress(results) == (3, 6)
-    assert turns.progress([done("a", 1)] * 7) == (8, 8)  # a size that failed had rounds
+    assert task.progress(results) == (3, 6)
+    assert task.progress([done("a", 1)] * 7) == (8, 8)  # a size failed after some rounds
 
 
 @pytest.mark.parametrize("plot", ["bars", "scaling"])
 @pytest.mark.parametrize("entries", [["a", "c", "b"], ["c"]])
-def test_the_figure_is_drawn_also_of_failures_alone(plot, entries, tmp_path):
+def test_the_figure_is_drawn_even_if_all_entries_failed(plot, entries, tmp_path):
     rows = comparison_report.summarize(RESULTS, entries, entries[0])
     paths = comparison_report.draw(compose(f"compare.plot={plot}"), rows, "tiny", tmp_path)
     assert [path.name for path in paths] == ["comparison.png", "comparison.svg"]
     assert all(path.stat().st_size > 1000 for path in paths)
 
 
-class TestChoose:
+class TestChooseEntries:
     @staticmethod
     def entries(config: Config, *typed: str) -> dict[str, Config]:
         return {
@@ -265,15 +268,15 @@ class TestChoose:
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: number)
 
-    def test_on_two_gpus_what_is_the_same_runs_once(self, monkeypatch):
+    def test_on_two_gpus_equal_entries_run_once(self, monkeypatch):
         self.gpus(monkeypatch, 2)
         config = compose("+experiment=paper_table")
         entries = self.entries(config, "+experiment=paper_table")
-        chosen, notes = choose(config, entries)
+        chosen, notes = choose_entries(config, entries)
         assert list(chosen) == ["tp_pp", "pp", "ra_sp", "ulysses", "all_gather", "dp"]
         assert notes == [
             "changed: engine.train_batch_size 1024 -> 64",
-            "compare.downscale=false cuts nothing: sizes stay as typed, or as the workload has them",
+            "compare.downscale=false changes nothing: sizes stay as typed, or as in the workload",
             "left out: tp: on 2 ranks the same as tp_pp",
             "left out: hybrid: on 2 ranks the same as ulysses",
         ]
@@ -285,7 +288,7 @@ class TestChoose:
     def test_on_eight_gpus_a_pipeline_of_more_stages_than_layers_is_left_out(self, monkeypatch):
         self.gpus(monkeypatch, 8)
         config = compose("+experiment=paper_table")
-        chosen, notes = choose(config, self.entries(config, "+experiment=paper_table"))
+        chosen, notes = choose_entries(config, self.entries(config, "+experiment=paper_table"))
         assert list(chosen) == ["tp_pp", "tp", "ra_sp", "ulysses", "all_gather", "dp"]
         assert (
             "left out: pp: parallelism.pipeline_degree=8 is more than model.num_layers=4: a stage has at least one "
@@ -295,7 +298,7 @@ class TestChoose:
     def test_on_the_cpu_the_warning_comes_first(self, monkeypatch):
         self.gpus(monkeypatch, 0)
         config = compose("+experiment=paper_table")
-        chosen, notes = choose(config, self.entries(config, "+experiment=paper_table"))
+        chosen, notes = choose_entries(config, self.entries(config, "+experiment=paper_table"))
         assert list(chosen) == ["tp_pp", "tp", "pp", "ra_sp", "ulysses", "all_gather", "dp"]
         assert {num_ranks for _, num_ranks in chosen.values()} == {4}
         assert notes[0] == f"!!! {comparison_report.CPU_WARNING}"
@@ -303,26 +306,26 @@ class TestChoose:
         assert "changed: engine.train_batch_size 1024 -> 24" in notes
         assert notes[-1] == "left out: hybrid: on 4 ranks the same as ulysses"
 
-    def test_on_the_cpu_sizes_that_were_typed_are_cut_unless_fit_is_off_which_is_said(self, monkeypatch):
+    def test_on_the_cpu_even_typed_sizes_shrink_unless_downscale_is_off(self, monkeypatch):
         self.gpus(monkeypatch, 0)
         typed = ["+experiment=paper_table", "data.sequence_length=800", "engine.dtype=bf16", "model.head_dim=32"]
         typed += ["model.hidden_size=512", "model.mlp_size=512", "engine.train_batch_size=8", "launch.num_ranks=1"]
         typed += ["compare.micro_batch_sizes=[1]"]
-        said = "compare.downscale=false cuts nothing: sizes stay as typed, or as the workload has them"
-        chosen, notes = choose(config := compose(*typed), self.entries(config, *typed))
+        said = "compare.downscale=false changes nothing: sizes stay as typed, or as in the workload"
+        chosen, notes = choose_entries(config := compose(*typed), self.entries(config, *typed))
         assert {entry.data.sequence_length for entry, _ in chosen.values()} == {100}
         assert "changed: data.sequence_length 800 -> 100" in notes
         assert said in notes
         typed += ["compare.downscale=false"]
         entries = self.entries(config := compose(*typed), *typed)
-        chosen, notes = choose(config, entries)
+        chosen, notes = choose_entries(config, entries)
         assert {name: entry for name, (entry, _) in chosen.items()} == {name: entries[name] for name in chosen}
         assert said not in notes
 
-    def test_without_fit_nothing_is_cut_but_all_have_one_batch(self, monkeypatch):
+    def test_without_downscale_all_entries_get_one_batch(self, monkeypatch):
         self.gpus(monkeypatch, 2)
         config = compose("model.num_kv_heads=4")
-        chosen, notes = choose(config, self.entries(config, "model.num_kv_heads=4"))
+        chosen, notes = choose_entries(config, self.entries(config, "model.num_kv_heads=4"))
         assert notes == [
             "changed: engine.train_batch_size None -> 16",
             "left out: tp: on 2 ranks the same as tp_pp",
@@ -330,17 +333,17 @@ class TestChoose:
         ]
         assert {entry.engine.train_batch_size for entry, _ in chosen.values()} == {16}
 
-    def test_a_batch_that_was_typed_stays(self, monkeypatch):
+    def test_a_typed_batch_stays(self, monkeypatch):
         self.gpus(monkeypatch, 2)
         config = compose()
-        chosen, notes = choose(config, self.entries(config, "engine.train_batch_size=3"))
+        chosen, notes = choose_entries(config, self.entries(config, "engine.train_batch_size=3"))
         assert {entry.engine.train_batch_size for entry, _ in chosen.values()} == {3}
         assert (
             "left out: dp: engine.train_batch_size=3 is no multiple of 2 data ranks x engine.micro_batch_size=1: use "
             "engine.train_batch_size=4" in notes
         )
 
-    def test_entries_that_differ_in_any_setting_are_not_the_same(self, monkeypatch):
+    def test_entries_that_differ_in_any_setting_are_distinct(self, monkeypatch):
         self.gpus(monkeypatch, 2)
         entries = {
             name: compose("+experiment=ra_sp", *overrides)
@@ -354,81 +357,81 @@ class TestChoose:
                 "dp of a ring": ["parallelism.ring_degree=1"],
             }.items()
         }
-        chosen, notes = choose(compose(), entries)
+        chosen, notes = choose_entries(compose(), entries)
         assert list(chosen) == ["plain", "contiguous", "zero_3", "longer", "dp"]
         assert notes[-3:] == [
             "left out: again: on 2 ranks the same as plain",
             "left out: dp of a ring: on 2 ranks the same as dp",
-            "baseline: plain, for tp_pp is not there",
+            "baseline: plain, because tp_pp is left out",
         ]
 
-    def test_an_entry_that_was_asked_for_by_name_must_fit(self, monkeypatch):
+    def test_an_entry_in_compare_only_must_fit(self, monkeypatch):
         self.gpus(monkeypatch, 2)
         config = compose("+experiment=paper_table", "compare.only=[ra_sp,ulysses,hybrid]")
         with pytest.raises(
             ConfigError,
             match=r"compare\.only has hybrid, which cannot run here: .*:\n(.*\n)*hybrid: on 2 ranks the same",
         ):
-            choose(config, self.entries(config, "+experiment=paper_table", "compare.only=[ra_sp,ulysses,hybrid]"))
+            choose_entries(
+                config, self.entries(config, "+experiment=paper_table", "compare.only=[ra_sp,ulysses,hybrid]")
+            )
 
-    def test_on_the_cpu_a_step_of_hours_is_said_before(self, monkeypatch):
+    def test_on_the_cpu_a_step_of_hours_is_warned_of(self, monkeypatch):
         self.gpus(monkeypatch, 0)
         typed = ("workload=paper_100k", "engine.zero_stage=3", "compare.only=[ra_sp]", "launch.num_ranks=1")
-        _, notes = choose(config := compose(*typed), self.entries(config, *typed))
-        assert notes[-1].startswith(
-            "!!! a step is 62,593 TFLOP, which two CPU cores take about 869.3 hours for: use GPUs"
-        )
+        _, notes = choose_entries(config := compose(*typed), self.entries(config, *typed))
+        assert notes[-1].startswith("!!! a step is 62,593 TFLOP, about 869.3 hours on two CPU cores: use GPUs")
 
-    def test_entries_of_more_ranks_than_there_are_gpus_are_left_out(self, monkeypatch):
+    def test_entries_of_more_ranks_than_gpus_are_left_out(self, monkeypatch):
         self.gpus(monkeypatch, 2)
         config = compose("+experiment=strong_scaling")
-        chosen, notes = choose(config, self.entries(config, "+experiment=strong_scaling"))
+        chosen, notes = choose_entries(config, self.entries(config, "+experiment=strong_scaling"))
         assert {name: num_ranks for name, (_, num_ranks) in chosen.items()} == {
             "ra_sp on 1": 1,
             "ra_sp on 2": 2,
             "ulysses on 2": 2,
         }
-        assert "left out: ra_sp on 4: launch.num_ranks=4, but there are 2" in notes
+        assert "left out: ra_sp on 4: it needs launch.num_ranks=4, and there are 2" in notes
 
     @pytest.mark.parametrize("gpus", [0, 8])
-    def test_entries_of_more_ranks_than_were_asked_for_are_left_out(self, monkeypatch, gpus):
+    def test_entries_of_more_than_launch_num_ranks_are_left_out(self, monkeypatch, gpus):
         self.gpus(monkeypatch, gpus)
         typed = ["+experiment=weak_scaling", "launch.num_ranks=2"]
-        chosen, notes = choose(config := compose(*typed), self.entries(config, *typed))
+        chosen, notes = choose_entries(config := compose(*typed), self.entries(config, *typed))
         assert {name: num_ranks for name, (_, num_ranks) in chosen.items()} == {
             "ra_sp on 1": 1,
             "ra_sp on 2": 2,
             "ulysses on 2": 2,
         }
-        assert "left out: ra_sp on 4: its launch.num_ranks=4 is more than launch.num_ranks=2" in notes
+        assert "left out: ra_sp on 4: it needs launch.num_ranks=4, and there are 2" in notes
         lengths = {entry.data.sequence_length for entry, _ in chosen.values()}
-        assert lengths == ({16384, 32768} if gpus else {1250, 2500})  # cut by the longest of those that run
+        assert lengths == ({16384, 32768} if gpus else {1250, 2500})  # shrunk by the longest of those that run
         four = {"ra_sp on 4": self.entries(config, *typed)["ra_sp on 4"]}
         with pytest.raises(
-            ConfigError, match=r"^none of the entries fits:\nra_sp on 4: its launch\.num_ranks=4 is more"
+            ConfigError, match=r"^none of the entries fits:\nra_sp on 4: it needs launch\.num_ranks=4, and there are 2"
         ):
-            choose(config, four)
+            choose_entries(config, four)
 
-    def test_in_ranks_of_a_launcher_only_entries_of_so_many_fit(self, monkeypatch):
+    def test_under_a_launcher_only_entries_of_its_number_of_ranks_fit(self, monkeypatch):
         self.gpus(monkeypatch, 1)
         monkeypatch.setenv("RANK", "0")
         monkeypatch.setenv("WORLD_SIZE", "2")
-        typed = ["+experiment=strong_scaling", "launch.num_ranks=1"]  # which is ignored there
-        chosen, notes = choose(config := compose(*typed), self.entries(config, *typed))
+        typed = ["+experiment=strong_scaling", "launch.num_ranks=1"]  # ignored there
+        chosen, notes = choose_entries(config := compose(*typed), self.entries(config, *typed))
         assert list(chosen) == ["ra_sp on 2", "ulysses on 2"]
-        assert "left out: ra_sp on 1: launch.num_ranks=1, but there are 2" in notes
+        assert "left out: ra_sp on 1: it needs launch.num_ranks=1, and there are 2" in notes
 
-    def test_if_none_fits_the_error_says_why_of_each(self, monkeypatch):
+    def test_if_none_fits_the_error_has_every_reason(self, monkeypatch):
         self.gpus(monkeypatch, 2)
         entries = {
             "three": compose("launch.num_ranks=3"),
             "ring": compose("parallelism.ring_degree=4"),
         }
         with pytest.raises(ConfigError) as caught:
-            choose(compose(), entries)
+            choose_entries(compose(), entries)
         assert str(caught.value) == (
             "none of the entries fits:\n"
-            "three: launch.num_ranks=3, but there are 2\n"
+            "three: it needs launch.num_ranks=3, and there are 2\n"
             "ring: parallelism.ring_degree=4 does not divide the 2 ranks: use one of [1, 2] "
             "(parallelism.ring_degree=2) or another launch.num_ranks"
         )

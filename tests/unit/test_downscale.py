@@ -1,4 +1,4 @@
-"""What of a workload fits the device, and what is cut where it does not."""
+"""How a workload is downscaled to the hardware."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def paper(workload: str, recipe: str = "forward") -> Config:
         ("forward", [(1, 2, 1)], 32),
         ("forward", [(8, 1, 1)], 128),
         ("pretrain", [(1, 1, 1)], 8),  # three times the work
-        ("forward", [(1, 2, 1), (1, 1, 1, 1, 2)], 64),  # 16 micro-batches of any size, for the pipeline's sake
+        ("forward", [(1, 2, 1), (1, 1, 1, 1, 2)], 64),  # 16 micro-batches of any size for the pipeline
         ("forward", [(1, 64, 1)], 1024),
-        ("forward", [(1, 256, 1)], 1024),  # never more than the workload's own
-        ("forward", [(512, 1, 1)], 2048),  # but for the micro-batches
+        ("forward", [(1, 256, 1)], 1024),  # never more than the workload's
+        ("forward", [(512, 1, 1)], 2048),  # unless the micro-batches need it
     ],
 )
 def test_the_batch_on_gpus(recipe, grids, batch):
@@ -43,7 +43,7 @@ def test_the_batch_on_gpus(recipe, grids, batch):
 @pytest.mark.parametrize(
     "grids", [[(1, 1, 1)], [(2, 1, 1), (1, 1, 1, 1, 2)], [(8, 1, 1), (2, 1, 1, 2, 2)], [(16, 1, 1)]]
 )
-def test_all_micro_batch_sizes_divide_it_and_a_pipeline_is_kept_full(workload, recipe, grids):
+def test_all_micro_batch_sizes_divide_the_batch_and_keep_pipelines_full(workload, recipe, grids):
     config = paper(workload, recipe)
     entries = [(config, Degrees(*grid)) for grid in grids]
     batch = downscale.common_batch(entries, config.engine.train_batch_size, on_gpu=True)
@@ -54,11 +54,11 @@ def test_all_micro_batch_sizes_divide_it_and_a_pipeline_is_kept_full(workload, r
             assert degrees.pipeline == 1 or micro_batches >= 16 * (degrees.pipeline - 1)
 
 
-def test_the_second_workload_is_cut_further():
+def test_the_larger_workload_gets_a_smaller_batch():
     assert downscale.common_batch([(paper("paper_100k"), Degrees(1, 8, 1))], 128, on_gpu=True) == 32
 
 
-def test_a_batch_without_a_size_gets_one():
+def test_an_unset_batch_is_what_the_step_time_allows():
     config = compose("compare.micro_batch_sizes=[1]", "recipe=forward", "compare.step_time_s=1")
     batch = downscale.common_batch([(config, Degrees(1, 4, 1))], None, on_gpu=False)
     length = config.data.sequence_length
@@ -67,7 +67,7 @@ def test_a_batch_without_a_size_gets_one():
 
 
 @pytest.mark.parametrize(
-    ("workload", "cuts"),
+    ("workload", "expected"),
     [
         ("paper_10k", [
             "model.hidden_size 8192 -> 128", "model.head_dim 512 -> 8", "model.mlp_size 32768 -> 512",
@@ -81,9 +81,9 @@ def test_a_batch_without_a_size_gets_one():
         ]),
     ],
 )  # fmt: skip
-def test_on_the_cpu_all_is_cut_and_every_cut_is_named(workload, cuts):
+def test_on_the_cpu_every_size_shrinks_and_every_change_is_listed(workload, expected):
     before, after = paper(workload), paper(workload)
     assert downscale.changes(before, after) == []
     downscale.downscale_to_cpu(after, after.data.sequence_length)
-    assert downscale.changes(before, after) == cuts
+    assert downscale.changes(before, after) == expected
     assert after.model.num_heads * after.model.head_dim == after.model.hidden_size

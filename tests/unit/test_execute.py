@@ -90,4 +90,4 @@ def test_explain_reads_no_data_that_it_would_have_to_download(tmp_path, capsys):
 
 def test_explain_of_attention_alone_reads_no_data(tmp_path, tiny, capsys):
     train.execute(Config(data=tiny, launch=TWO_RANKS, explain=True, recipe="bench_attention"), [], tmp_path)
-    assert "block kernel" in capsys.readouterr().out
+    assert "attention kernel" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""What a rank must hold, and what is refused for want of memory."""
+"""Training states per rank, models that are refused, activation tiles, and what the banner says of them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from conf.schema import (
     ModelConfig,
     ParallelismConfig,
 )
+from recipes.planning.explain import banner, explanation
 from recipes.planning.memory import StateBytes, mlp_tile_tokens, num_parameters, state_bytes, tile_tokens
 from recipes.planning.plan import Plan
 
@@ -34,6 +35,12 @@ def plan(memory_bytes: int | None = None, num_ranks: int = 8, device_type: str =
     name, capability = ("NVIDIA H100 80GB HBM3", (9, 0)) if device_type == "cuda" else ("CPU", None)
     config = Config(**{"model": LARGE, **fields})
     return Plan(config, num_ranks, device_type, name, capability, num_ranks, memory_bytes)
+
+
+def rows(name: str, of: Plan) -> list[str]:
+    """The banner's rows of this name."""
+    found = (line.strip().partition("  ") for line in banner(of, Path("runs")))
+    return [value for key, _, value in found if key == name]
 
 
 def refusal(*arguments: Any, **fields: Any) -> str:
@@ -53,7 +60,7 @@ def refusal(*arguments: Any, **fields: Any) -> str:
         ("fp32", 3, (4 / 8, 4 / 8, 8 / 8)),
     ],
 )
-def test_each_zero_stage_divides_one_more_by_all_ranks(dtype, stage, per_parameter):
+def test_each_zero_stage_shards_one_more_of_the_states(dtype, stage, per_parameter):
     config = Config(model=LARGE, engine=EngineConfig(dtype=dtype, zero_stage=stage))
     expected = StateBytes(*(size * NUM_LARGE for size in per_parameter), built=4 * NUM_LARGE)
     assert state_bytes(config, Degrees(data=2, ring=4, ulysses=1)) == expected
@@ -62,14 +69,14 @@ def test_each_zero_stage_divides_one_more_by_all_ranks(dtype, stage, per_paramet
 @pytest.mark.parametrize(
     ("engine", "per_parameter"),
     [
-        ({"zero_stage": 1, "offload_optimizer": True}, (2, 4 / 8, 0)),  # the gradients' sums are not
+        ({"zero_stage": 1, "offload_optimizer": True}, (2, 4 / 8, 0)),  # gradient sums stay on the device
         ({"zero_stage": 2, "offload_optimizer": True}, (2, 4 / 8, 0)),
         ({"zero_stage": 1, "offload_optimizer": True, "dtype": "fp32"}, (4, 0, 0)),
         ({"zero_stage": 3, "offload_optimizer": True}, (2 / 8, 0, 0)),
         ({"zero_stage": 3, "offload_parameters": True}, (0, 4 / 8, 12 / 8)),
     ],
 )
-def test_what_lies_on_the_host_is_not_held_by_a_gpu_but_by_a_cpu(engine, per_parameter):
+def test_offloaded_states_free_a_gpus_memory_but_not_a_cpus(engine, per_parameter):
     config = Config(model=LARGE, engine=EngineConfig(**engine))
     degrees = Degrees(data=2, ring=4, ulysses=1)
     assert state_bytes(config, degrees)[:3] == tuple(size * NUM_LARGE for size in per_parameter)
@@ -80,14 +87,14 @@ def test_what_lies_on_the_host_is_not_held_by_a_gpu_but_by_a_cpu(engine, per_par
 
 
 @pytest.mark.parametrize(("stage", "weights"), [(0, 2), (1, 2), (2, 2), (3, 2 / 8)])
-def test_a_forward_pass_holds_weights_alone(stage, weights):
+def test_a_forward_pass_needs_weights_alone(stage, weights):
     config = Config(model=LARGE, recipe="forward", engine=EngineConfig(zero_stage=stage))
     state = state_bytes(config, Degrees(1, 8, 1))
     assert state[:3] == (weights * NUM_LARGE, 0, 0)
     assert state.needed == state.built == 4 * NUM_LARGE
 
 
-def test_tensor_and_pipeline_ranks_cut_the_layers_and_data_ranks_the_optimizer():
+def test_tensor_and_pipeline_ranks_divide_layers_and_data_ranks_optimizer_states():
     embedding = LARGE.vocab_size * LARGE.hidden_size
     layers = NUM_LARGE - 2 * embedding - LARGE.hidden_size
     on_a_rank = layers / 4 + embedding + LARGE.hidden_size
@@ -96,11 +103,11 @@ def test_tensor_and_pipeline_ranks_cut_the_layers_and_data_ranks_the_optimizer()
     assert state[:3] == pytest.approx((2 * on_a_rank, 4 * on_a_rank, 6 * on_a_rank))
     forward = state_bytes(Config(model=LARGE, recipe="forward", **tensor_pipeline()), Degrees(2, 1, 1, 2, 2))
     assert forward[:3] == pytest.approx((2 * on_a_rank, 0, 0))
-    alone = state_bytes(config, Degrees(8, 1, 1))  # both ends on the one stage
+    alone = state_bytes(config, Degrees(8, 1, 1))  # embedding and head on the only stage
     assert alone.weights == 2 * NUM_LARGE
 
 
-def test_a_tensor_rank_holds_what_the_arithmetic_says_but_for_norms():
+def test_a_tensor_ranks_parameters_are_counted_except_undivided_norms():
     from recipes.engine.tensor_parallel import TensorGroup, shard_layer_
     from recipes.model.transformer import make_layer
     from ring_attention import LocalAttention
@@ -113,13 +120,13 @@ def test_a_tensor_rank_holds_what_the_arithmetic_says_but_for_norms():
     assert sum(p.numel() for p in layer.parameters()) == counted / model.num_layers / 2 + norms / 2
 
 
-def test_a_model_that_fits_or_a_memory_that_is_not_known_is_not_refused():
+def test_a_model_is_accepted_if_it_fits_or_the_memory_is_unknown():
     plan()
     plan(80 * GIB)
-    assert "= 56.09 GiB of 80.00 GiB, the memory of one rank" in "\n".join(plan(80 * GIB).explanation(Path("runs")))
+    assert "= 56.09 GiB of 80.00 GiB, the memory of one rank" in "\n".join(explanation(plan(80 * GIB), Path("runs")))
 
 
-def test_what_zero_3_would_hold_is_refused_with_its_arithmetic_and_zero_3():
+def test_a_refusal_shows_the_arithmetic_and_suggests_zero_3():
     assert refusal(40 * GIB) == (
         "model large with 8,030.26 M parameters does not fit: engine.zero_stage=1 on 8 ranks needs, per rank and "
         "without activations,\n"
@@ -129,41 +136,38 @@ def test_what_zero_3_would_hold_is_refused_with_its_arithmetic_and_zero_3():
     )
 
 
-def test_explain_shows_the_refusal_in_place_of_raising_it():
-    explained = plan(40 * GIB, explain=True).explanation(Path("runs"))
+def test_explain_shows_the_refusal_instead_of_raising_it():
+    explained = explanation(plan(40 * GIB, explain=True), Path("runs"))
     assert explained[-4:] == refusal(40 * GIB).splitlines()
 
 
-def test_steps_that_take_more_than_there_is_are_warned_of():
+def test_the_banner_warns_of_steps_that_need_more_memory_than_there_is():
     longer = DataConfig(sequence_length=1_000_000)
-    [row] = [row for row in plan(80 * GIB, data=longer).banner(Path("runs")) if "!!!" in row]
-    found = plan(80 * GIB, data=longer).peak
-    assert found is not None
-    assert f"a step should take {found.total / GIB:.2f} GiB per rank, and there are 80.00: explain=true" in row
-    assert not any("!!!" in row for row in plan(80 * GIB, data=DataConfig(sequence_length=1024)).banner(Path("runs")))
+    too_long = plan(80 * GIB, data=longer)
+    assert too_long.peak is not None
+    [warning] = rows("!!!", too_long)
+    assert f"{too_long.peak.total / GIB:.2f} GiB per rank, and there are 80.00: explain=true" in warning
+    assert not rows("!!!", plan(80 * GIB, data=DataConfig(sequence_length=1024)))
 
 
-def test_more_ranks_are_counted_where_these_do_not_suffice():
+def test_a_refusal_suggests_more_ranks_and_optimizer_offload():
     text = refusal(80 * GIB, num_ranks=1)
     assert "  use 2 ranks with as much memory each, and engine.zero_stage=3: 67.31 GiB\n" in text
-    assert "  or engine.offload_optimizer=true, the optimizer's state on the host: 44.87 GiB\n" in text
+    assert "  or engine.offload_optimizer=true, the optimizer states on the host: 44.87 GiB\n" in text
     text = refusal(32 * GIB, num_ranks=1)
-    assert "  or engine.zero_stage=3 engine.offload_optimizer=true, the optimizer's state on the host: 29.92" in text
+    assert "  or engine.zero_stage=3 engine.offload_optimizer=true, the optimizer states on the host: 29.92" in text
     text = refusal(48 * GIB, num_ranks=2, device_type="cpu")
     assert "  use 4 ranks with as much memory each, on 2 hosts like this one, and engine.zero_stage=3: 33.65" in text
-    assert "offload" not in text  # its memory is the host's
+    assert "offload" not in text  # a CPU rank's memory is the host's
 
 
-def test_building_the_model_in_fp32_needs_memory_too():
-    assert "= 14.96 GiB; before that, to build them in fp32, 29.92 GiB > 20.00 GiB" in refusal(
-        20 * GIB, recipe="forward"
-    )
+def test_building_the_model_in_fp32_must_fit_too():
+    assert "= 14.96 GiB; building them in fp32 takes 29.92 GiB > 20.00 GiB" in refusal(20 * GIB, recipe="forward")
 
 
 @pytest.mark.parametrize("fields", [{}, {"recipe": "forward"}, tensor_pipeline(data_degree=4)])
 @pytest.mark.parametrize("memory_gib", [2, 6, 12, 24])
-def test_what_a_refusal_names_would_fit(fields, memory_gib):
-    """Each line's fields, on its ranks, are not refused."""
+def test_every_remedy_of_a_refusal_fits(fields, memory_gib):
     text = refusal(memory_gib * GIB, **fields)
     for line in text.splitlines()[2:]:
         changes = dict(word.rstrip(":,").split("=") for word in line.split() if "=" in word)
@@ -184,15 +188,15 @@ def test_what_a_refusal_names_would_fit(fields, memory_gib):
         (257, None, 2**19, 0),  # all at once
         (257, None, 2**21, 1044480),  # below 2^30 bytes / 4 / 257 = 1044495.5
         (128256, None, 2048, 0),
-        (128256, None, 2049, 1280),  # half of them, and no more
+        (128256, None, 2049, 1280),  # at most half of them
         (2**21, None, 1000, 128),  # less than a multiple of 256
-        (2**29, None, 1000, 1),  # a token has more than that
+        (2**29, None, 1000, 1),  # one token's logits exceed the limit
         (257, 64, 65, 64),
         (257, 64, 64, 0),
         (128256, 0, 2**20, 0),
     ],
 )
-def test_as_many_tokens_have_logits_as_fit_a_gib_or_as_were_said(vocab_size, given, local_tokens, expected):
+def test_logits_of_a_tile_fit_a_gib_or_follow_tile_tokens(vocab_size, given, local_tokens, expected):
     config = Config(model=ModelConfig(vocab_size=vocab_size), engine=EngineConfig(tile_tokens=given))
     assert tile_tokens(config, local_tokens) == expected
 
@@ -200,17 +204,17 @@ def test_as_many_tokens_have_logits_as_fit_a_gib_or_as_were_said(vocab_size, giv
 @pytest.mark.parametrize(
     ("recipe", "mlp", "engine", "local_tokens", "expected"),
     [
-        ("pretrain", "swiglu", {"recompute": "selective"}, 12289, 6400),  # half of them, and no more
+        ("pretrain", "swiglu", {"recompute": "selective"}, 12289, 6400),  # at most half of them
         ("pretrain", "swiglu", {"recompute": "selective"}, 30000, 12288),  # below 2^31 bytes / 2 / 6 / 14336 = 12483
         ("pretrain", "swiglu", {"recompute": "selective"}, 12288, 0),
         ("pretrain", "gelu", {"recompute": "full", "dtype": "fp32"}, 2**20, 9216),  # 2^31 / 4 / 4 / 14336 = 9362
-        ("pretrain", "swiglu", {}, 2**20, 0),  # where layers are kept tiles would take products
+        ("pretrain", "swiglu", {}, 2**20, 0),  # without recomputation tiles would add work
         ("forward", "swiglu", {}, 2**20, 12288),
         ("pretrain", "swiglu", {"tile_tokens": 64}, 65, 64),
         ("pretrain", "swiglu", {"tile_tokens": 0, "recompute": "full"}, 2**20, 0),
     ],
 )
-def test_mlps_come_in_tiles_where_that_takes_no_product_or_was_said(recipe, mlp, engine, local_tokens, expected):
+def test_mlps_use_tiles_where_that_adds_no_work_or_tile_tokens_is_set(recipe, mlp, engine, local_tokens, expected):
     config = Config(recipe=recipe, model=ModelConfig(mlp_size=14336, mlp=mlp), engine=EngineConfig(**engine))
     assert mlp_tile_tokens(config, local_tokens) == expected
 
@@ -220,53 +224,52 @@ def test_a_pipeline_has_no_tiles():
     assert tile_tokens(config, 2**20) == mlp_tile_tokens(config, 2**20) == 0
 
 
-def test_the_banner_says_how_many_tokens_have_logits_only_if_not_all_do():
-    assert "loss" not in "\n".join(plan().banner(Path("runs")))
+def test_the_banner_shows_the_loss_tile_if_there_is_one():
+    assert not rows("loss", plan())
     long = DataConfig(sequence_length=2**17)
     engine = EngineConfig(micro_batch_size=2)
-    (line,) = [line for line in plan(data=long, engine=engine).banner(Path("runs")) if "logits" in line]
-    assert line == "            loss  logits of 2,048 tokens at a time, of 32,768 per rank and micro-batch"
-    assert "logits" not in "\n".join(plan(data=long, recipe="bench_attention").banner(Path("runs")))
+    assert rows("loss", plan(data=long, engine=engine)) == [
+        "logits of 2,048 tokens at a time, of 32,768 per rank and micro-batch"
+    ]
+    assert not rows("loss", plan(data=long, recipe="bench_attention"))
 
 
-def test_the_banner_says_in_what_tiles_mlps_come_and_why():
+def test_the_banner_shows_the_mlp_tile_and_the_reason():
     long = DataConfig(sequence_length=2**21)
     for engine, expected in (
-        (EngineConfig(recompute="selective"), r"\(those of all would take [\d.,]+ GiB with their gradients\)"),
+        (EngineConfig(recompute="selective"), r"\(all at once would need [\d.,]+ GiB with their gradients\)"),
         (EngineConfig(tile_tokens=512), r"\(engine.tile_tokens=512\)"),
     ):
-        (line,) = [line for line in plan(data=long, engine=engine).banner(Path("runs")) if "hidden activations" in line]
-        pattern = r" +MLP  hidden activations of [\d,]+ tokens at a time, of 262,144 per rank and micro-batch "
-        assert re.fullmatch(pattern + expected, line), line
+        (row,) = rows("MLP", plan(data=long, engine=engine))
+        pattern = r"hidden activations of [\d,]+ tokens at a time, of 262,144 per rank and micro-batch "
+        assert re.fullmatch(pattern + expected, row), row
 
 
 @pytest.mark.parametrize(
     ("recompute", "per_token", "what"),
     [
-        ("selective", 2 * 128 + 2 * 128 + 4 * 4, "layers' inputs and attention's results"),
-        ("full", 2 * 128, "layers' inputs"),
+        ("selective", 2 * 128 + 2 * 128 + 4 * 4, "layer inputs and attention outputs"),
+        ("full", 2 * 128, "layer inputs"),
     ],
 )
-def test_the_banner_says_what_is_moved_to_the_host(recompute, per_token, what):
+def test_the_banner_shows_offloaded_activations(recompute, per_token, what):
     engine = EngineConfig(recompute=recompute, offload_activations=True)
     model = ModelConfig(num_layers=4, hidden_size=128, num_heads=4, head_dim=32)
     offloading = plan(model=model, engine=engine, data=DataConfig(sequence_length=2**23))
-    (line,) = [line for line in offloading.banner(Path("runs")) if "host's memory" in line]
-    expected = f"{2 * per_token * 2**20 / 2**30:.3g} GiB"  # two of the four layers'; all powers of two
-    assert line == f"         offload  {what} of a micro-batch: {expected} per rank of the host's memory"
+    expected = f"{2 * per_token * 2**20 / 2**30:.3g} GiB"  # of two of the four layers; all are powers of two
+    assert rows("offload", offloading) == [f"{what} of a micro-batch: {expected} of host memory per rank"]
 
 
-def test_the_banner_says_that_two_layers_move_nothing():
+def test_the_activations_of_two_layers_stay_on_the_device():
     engine = EngineConfig(recompute="full", offload_activations=True)
-    rows = plan(model=ModelConfig(num_layers=2), engine=engine).banner(Path("runs"))
-    (line,) = [line for line in rows if "offload" in line]
-    assert line.endswith("layers' inputs of a micro-batch: none, for those of the last 2 layers stay on the device")
+    assert rows("offload", plan(model=ModelConfig(num_layers=2), engine=engine)) == [
+        "layer inputs of a micro-batch: none, since those of the last 2 layers stay on the device"
+    ]
 
 
-def test_the_banner_says_which_states_are_on_the_host():
+def test_the_banner_shows_offloaded_states():
     engine = EngineConfig(zero_stage=3, offload_optimizer=True, offload_parameters=True)
-    rows = [line.strip() for line in plan(engine=engine).banner(Path("runs")) if line.strip().startswith("offload")]
-    assert rows == [
-        "offload  weights on the host but where they are needed",
-        "offload  the optimizer's state and its step on the host",
+    assert rows("offload", plan(engine=engine)) == [
+        "weights on the host, copied to the device when used",
+        "optimizer states and the optimizer step on the host",
     ]

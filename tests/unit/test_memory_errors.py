@@ -15,6 +15,7 @@ from conf.schema import (
     ParallelismConfig,
 )
 from recipes.launch.memory_errors import OutOfMemory, helpful_overrides, out_of_memory_cause, out_of_memory_explained
+from recipes.planning.explain import banner, state_lines, step_memory_lines
 from recipes.run.heartbeat import Heartbeat
 from tests.unit.test_memory import plan, tensor_pipeline
 
@@ -168,9 +169,9 @@ def test_the_message_has_the_rank_the_error_the_plan_and_three_overrides(tmp_pat
     assert str(caught.value).splitlines() == [
         "rank 3 ran out of memory",
         "CUDA out of memory. Tried to allocate 20.00 GiB.",
-        *of.banner(tmp_path),
-        *of.memory_lines(),
-        *of.step_memory_lines(),
+        *banner(of, tmp_path),
+        *state_lines(of),
+        *step_memory_lines(of),
         "3 overrides most likely to help, the first one first:",
         f"  {RECOMPUTE}  (the backward pass computes layers again, all but attention)",
         "  engine.zero_stage=3  (weights, gradients and optimizer state lie over all 8 ranks)",

@@ -1,26 +1,70 @@
-"""The parts whose speed `python -m recipes.benchmark.roofline` measures are all that a layer's operations are counted for."""
+"""The calls that the roofline measures are those that a layer's floating-point operations are counted for."""
+
+from unittest.mock import patch
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from conf.schema import ModelConfig
-from recipes.benchmark.roofline import ceilings
-from recipes.planning.plan import forward_flops_per_token
+from conf.schema import Config, DataConfig, ModelConfig
+from recipes.benchmark import roofline
+from recipes.planning.plan import Plan
+from recipes.planning.throughput import attention_flops_per_token, forward_flops_per_token
 
 LENGTH = 48
 
 
+class CountedKernel:
+    """Computes nothing, so that only the matrix products have operations."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def forward(self, q, *_):
+        self.calls.append("forward")
+        return q, q
+
+    def backward(self, *_):
+        self.calls.append("backward")
+
+
+@pytest.mark.parametrize("trains", [False, True], ids=["forward", "training"])
 @pytest.mark.parametrize("mlp", ["swiglu", "gelu"])
-def test_the_parts_have_a_layers_operations_and_allow_what_their_times_sum_to(mlp: str):
-    model = ModelConfig(mlp=mlp)
-    said: list[str] = []
-    result = ceilings(model, "fp32", LENGTH, "cpu", 0.01, said.append)
-    expected = LENGTH * (forward_flops_per_token(model, LENGTH) - 2 * model.vocab_size * model.hidden_size)
-    for kind, factor in (("forward", 1), ("training", 3)):
-        rows = result[kind]["parts"]
-        operations = sum(row["tflops"] * 1e9 * row["ms"] for row in rows)
-        attention = sum(row["tflops"] * 1e9 * row["ms"] for row in rows if row["part"].startswith("attention ("))
-        extra = 0.5 * attention if kind == "training" else 0  # a backward pass has five products, counted as four
-        assert model.num_layers * (operations - extra) == pytest.approx(factor * expected)
-        seconds = sum(row["ms"] for row in rows) / 1e3
-        assert result[kind]["tokens_per_s"] == pytest.approx(LENGTH / (model.num_layers * seconds))
-    assert len(said) == 4 + len(result["forward"]["parts"]) + len(result["training"]["parts"])
+def test_a_layer_has_all_its_matrix_products_and_attention(mlp: str, trains: bool):
+    model, kernel = ModelConfig(mlp=mlp), CountedKernel()
+    with patch.object(roofline, "choose_kernel", return_value=(kernel, "")):
+        calls = roofline.layer_calls(model, LENGTH, torch.float32, "cpu", trains)
+    kernel.calls.clear()
+    with FlopCounterMode(display=False) as counter:
+        for call in calls:
+            call()
+    head = 2 * model.vocab_size * model.hidden_size
+    layers = forward_flops_per_token(model, LENGTH) - head
+    products = LENGTH * (layers / model.num_layers - attention_flops_per_token(model, LENGTH))
+    assert counter.get_total_flops() == pytest.approx((3 if trains else 1) * products)
+    assert kernel.calls == (["forward", "backward"] if trains else ["forward"])
+
+
+def test_a_sequence_takes_as_long_as_its_layers():
+    config = Config(recipe="forward", data=DataConfig(sequence_length=LENGTH))
+    plan = Plan(config, 1, "cpu", "CPU", None, 1)
+
+    class Clock:
+        """Every call takes a millisecond, except in the first half of the rounds, which is twice as slow."""
+
+        def __init__(self) -> None:
+            self.ticks = 0
+
+        def restart(self) -> None:
+            self.ticks = 0
+
+        def tick(self) -> None:
+            self.ticks += 1
+
+        def take(self) -> list[float]:
+            slow = self.ticks // 2
+            return [2e-3] * slow + [1e-3] * (self.ticks - slow)
+
+    with patch.object(roofline, "StepClock", Clock):
+        num_calls = len(roofline.layer_calls(config.model, LENGTH, torch.float32, "cpu", False))
+        assert roofline.seconds_of_a_sequence(plan) == pytest.approx(config.model.num_layers * num_calls * 1e-3)

@@ -1,4 +1,4 @@
-"""Labels and the sweep over time, on literal events and spans."""
+"""The classification of a profile's events, and the sweep over their spans, on literal examples."""
 
 import random
 import time
@@ -7,13 +7,13 @@ from unittest.mock import Mock
 import pytest
 from torch.autograd import DeviceType
 
-from recipes.monitor.trace_analysis import COMPUTE, PARTS, Event, label, read_events, sweep
+from recipes.monitor.trace_analysis import PARTS, Event, classify, read_events, time_per_part
 
 WINDOW = Event("recorded steps", 0, 100, thread=1, number=1)
 
 
 def times(spans, start_ns=0, stop_ns=10):
-    swept = sweep(spans, start_ns, stop_ns)
+    swept = time_per_part(spans, start_ns, stop_ns)
     assert tuple(swept) == PARTS
     assert sum(swept.values()) == stop_ns - start_ns
     return {part: time_ns for part, time_ns in swept.items() if time_ns}
@@ -25,19 +25,19 @@ def times(spans, start_ns=0, stop_ns=10):
         ([], {"idle": 10}),
         ([(2, 5, "gemm")], {"gemm": 3, "idle": 7}),
         ([(-5, 3, "gemm"), (8, 20, "merge"), (30, 40, "other")], {"gemm": 3, "merge": 2, "idle": 5}),
-        # compute hides communication, whenever either started
+        # compute hides communication, whichever started first
         ([(0, 10, "exchange"), (2, 5, "attention")], {"exchange": 7, "attention": 3}),
         ([(0, 6, "attention"), (3, 9, "exchange")], {"attention": 6, "exchange": 3, "idle": 1}),
         ([(0, 8, "data"), (2, 4, "exchange"), (3, 6, "merge")], {"data": 4, "exchange": 1, "merge": 3, "idle": 2}),
-        # of two computations the one that started first, also where that was before the window
+        # of two computations the first to start counts, even if it started before the window
         ([(0, 6, "gemm"), (2, 8, "attention")], {"gemm": 6, "attention": 2, "idle": 2}),
         ([(1, 9, "attention"), (2, 3, "gemm"), (4, 12, "merge")], {"attention": 8, "merge": 1, "idle": 1}),
         ([(-1, 4, "gemm"), (-2, 6, "merge")], {"merge": 6, "idle": 4}),
-        # many at once count once; a span of no length counts nothing
+        # overlapping spans count once; an empty span counts nothing
         ([(1, 4, "exchange")] * 5 + [(6, 6, "gemm")], {"exchange": 3, "idle": 7}),
     ],
 )
-def test_every_instant_has_one_part(spans, expected):
+def test_every_instant_belongs_to_one_part(spans, expected):
     assert times(spans) == expected
 
 
@@ -45,27 +45,27 @@ def test_the_window_need_not_start_at_zero():
     assert times([(0, 103, "gemm"), (104, 105, "data")], 100, 110) == {"gemm": 3, "data": 1, "idle": 6}
 
 
-def test_a_hundred_thousand_spans_take_a_moment():
+def test_a_hundred_thousand_spans_take_seconds():
     generator = random.Random(0)
-    parts = [*COMPUTE, "exchange", "data"]
+    parts = [part for part in PARTS if part != "idle"]
     starts = [generator.randrange(10**9) for _ in range(100_000)]
     spans = [(start, start + generator.randrange(10**5), generator.choice(parts)) for start in starts]
     started = time.perf_counter()
-    assert sum(sweep(spans, 0, 10**9).values()) == 10**9
+    assert sum(time_per_part(spans, 0, 10**9).values()) == 10**9
     assert time.perf_counter() - started < 5  # 0.5 s here
 
 
-def labelled(*events: Event) -> set[tuple[int, int, str]]:
-    spans, start_ns, stop_ns = label([WINDOW, *events])
+def classified(*events: Event) -> set[tuple[int, int, str]]:
+    spans, start_ns, stop_ns = classify([WINDOW, *events])
     assert (start_ns, stop_ns) == (0, 100)
     assert len(set(spans)) == len(spans)
     return set(spans)
 
 
-def test_on_the_host_outermost_operators_count_under_the_innermost_range():
-    assert labelled(
-        Event("RingFunction", 0, 60, 1, 2),  # has the range of Python within it: no operator
-        Event("attention block", 1, 20, 1, 3),
+def test_on_the_host_an_outermost_operator_belongs_to_its_innermost_range():
+    assert classified(
+        Event("RingFunction", 0, 60, 1, 2),  # encloses all ranges of Python, but is no operator
+        Event("attention kernel", 1, 20, 1, 3),
         Event("aten::matmul", 2, 10, 1, 4),
         Event("aten::bmm", 3, 9, 1, 5),
         Event("merge", 30, 40, 1, 6),
@@ -86,15 +86,15 @@ def test_on_the_host_outermost_operators_count_under_the_innermost_range():
     }
 
 
-def test_on_the_host_messages_waits_and_blocking_calls_are_exchange():
-    assert labelled(
+def test_on_the_host_messages_waits_and_blocking_calls_count_as_exchange():
+    assert classified(
         Event("gloo:recv", 5, 50, 1, 2, is_async=True),
-        Event("aten::mul", 10, 20, 1, 3),  # not within the message, though on its thread and in its time
+        Event("aten::mul", 10, 20, 1, 3),  # on the message's thread and in its time, but not part of it
         Event("exchange wait", 30, 50, 1, 4),
         Event("optimizer", 55, 90, 1, 5),
         Event("c10d::allreduce_", 60, 70, 1, 6),
         Event("gloo:all_reduce", 62, 75, 2, 7, is_async=True),
-        Event("aten::copy_", 63, 64, 2, 8),  # gloo's own
+        Event("aten::copy_", 63, 64, 2, 8),  # made by gloo
         Event("data", 92, 99, 1, 9),
     ) == {
         (5, 50, "exchange"),
@@ -110,10 +110,10 @@ def kernel(name: str, start_ns: int, stop_ns: int, launched_by: int = 0) -> Even
     return Event(name, start_ns, stop_ns, 7, 99, launched_by, on_device=True)
 
 
-def test_on_a_device_kernels_count_under_what_launched_them():
+def test_on_a_device_a_kernel_belongs_to_what_launched_it():
     backward = 2  # autograd's thread
-    assert labelled(
-        Event("attention block", 1, 9, backward, 2),
+    assert classified(
+        Event("attention kernel", 1, 9, backward, 2),
         Event("aten::_flash_attention_backward", 2, 8, backward, 3),
         Event("aten::linear", 10, 12, 1, 4),
         Event("aten::addmm", 10, 11, 1, 5),
@@ -121,12 +121,12 @@ def test_on_a_device_kernels_count_under_what_launched_them():
         Event("c10d::allreduce_", 14, 15, 1, 7),
         Event("data", 16, 19, 1, 8),
         Event("aten::copy_", 17, 18, 1, 9),
-        Event("exchange wait", 20, 25, 1, 10),  # the host waits for nothing
+        Event("exchange wait", 20, 25, 1, 10),  # only the host waits
         Event("aten::mul", 26, 27, 1, 11),
         Event("exchange copy", 47, 49, 1, 12),
         Event("aten::copy_", 47, 48, 1, 13),
         kernel("flash_bwd_kernel", 20, 30, 3),
-        kernel("a kernel of CuTe's, launched past operators", 30, 31, 2),
+        kernel("a CuTe kernel, launched outside operators", 30, 31, 2),
         kernel("splitKreduce_kernel", 31, 32, 5),
         kernel("vectorized_elementwise_kernel", 32, 33, 6),
         kernel("ncclDevKernel_SendRecv(ncclDevKernelArgsStorage)", 20, 45, 6),
@@ -159,8 +159,8 @@ def test_on_a_device_kernels_count_under_what_launched_them():
         ("triton_poi_fused_mul_0", "other"),
     ],
 )
-def test_a_kernel_that_nothing_labelled_launched_goes_by_its_name(name: str, part: str):
-    assert labelled(kernel(name, 1, 2)) == {(1, 2, part)}
+def test_a_kernel_without_a_known_launch_is_classified_by_its_name(name: str, part: str):
+    assert classified(kernel(name, 1, 2)) == {(1, 2, part)}
 
 
 def record(name: str, number: int, launched_by: int = 0, device: DeviceType = DeviceType.CPU, annotation: bool = False):
@@ -178,8 +178,8 @@ def record(name: str, number: int, launched_by: int = 0, device: DeviceType = De
     return Mock(spec_set=list(attributes), **{f"{key}.return_value": value for key, value in attributes.items()})
 
 
-def test_what_is_read_of_a_profile_is_operators_ranges_and_kernels():
-    """Calls of the runtime have numbers of their own, which may be an operator's."""
+def test_operators_ranges_and_kernels_are_read_from_a_profile():
+    """Runtime calls have numbers of their own, which may equal an operator's."""
     records = [
         record("Optimizer.step#AdamW.step", 4, annotation=True),
         record("aten::mm", 5),

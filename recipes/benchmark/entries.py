@@ -1,0 +1,171 @@
+"""The entries of a comparison that run on this machine, and notes on what was changed or left out."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+from typing import NamedTuple
+
+import torch
+
+from conf.degrees import resolve_degrees
+from conf.schema import Config, ConfigError, Degrees
+from recipes.benchmark import downscale
+from recipes.benchmark.comparison_report import CPU_WARNING
+from recipes.launch import launcher
+from recipes.launch.environment import ranks_are_started
+from ring_attention.transport import choose_transport
+
+
+class Entry(NamedTuple):
+    """A configuration, and the number of ranks it runs on."""
+
+    config: Config
+    num_ranks: int
+
+    @property
+    def degrees(self) -> Degrees:
+        return resolve_degrees(self.config, self.num_ranks)
+
+    @property
+    def micro_batch_sizes(self) -> list[int]:
+        """The sizes that divide the batch, ascending."""
+        batch, data_degree = self.config.engine.train_batch_size, self.degrees.data
+        sizes = sorted(set(self.config.compare.micro_batch_sizes))
+        return [size for size in sizes if batch is None or batch % (data_degree * size) == 0] or [1]
+
+
+def choose_entries(config: Config, composed: dict[str, Config]) -> tuple[dict[str, Entry], list[str]]:
+    """The entries that run on this machine, with their final batch and downscaled if configured; and notes.
+
+    Args:
+        composed: their configurations by name, which stay as they are.
+
+    Raises:
+        ConfigError: if none fits, or one that compare.only names does not.
+    """
+    on_gpu = torch.cuda.device_count() > 0
+    entries, left_out = _fitting(config, composed, on_gpu)
+    if not entries:
+        raise ConfigError("none of the entries fits:\n" + "\n".join(left_out))
+    if missing := [name for name in config.compare.only if name not in entries]:
+        raise ConfigError(
+            f"compare.only has {', '.join(missing)}, which cannot run here: take it out, or use other ranks:\n"
+            + "\n".join(left_out)
+        )
+    _set_batches(config, composed, entries, on_gpu)
+    notes = [] if on_gpu else [f"!!! {CPU_WARNING}"]
+    notes += _change_notes(config, composed, entries)
+    notes += [f"left out: {line}" for line in left_out]
+    if config.compare.baseline and config.compare.baseline not in entries:
+        notes.append(f"baseline: {next(iter(entries))}, because {config.compare.baseline} is left out")
+    if not on_gpu:
+        plans = [launcher.make_plan(*entry) for entry in entries.values()]
+        notes += dict.fromkeys(f"!!! {plan.slow_step_warning}" for plan in plans if plan.slow_step_warning)
+    return entries, notes
+
+
+def _fitting(config: Config, composed: dict[str, Config], on_gpu: bool) -> tuple[dict[str, Entry], list[str]]:
+    """The entries that fit the ranks, without duplicates, downscaled if configured; and why others are left out."""
+    is_started = ranks_are_started()
+    available = int(os.environ["WORLD_SIZE"]) if is_started else config.launch.num_ranks or torch.cuda.device_count()
+
+    def fits(num_ranks: int | None) -> bool:
+        return not num_ranks or not available or (num_ranks == available if is_started else num_ranks <= available)
+
+    left_out = [
+        f"{name}: it needs launch.num_ranks={own.launch.num_ranks}, and there are {available}"
+        for name, own in composed.items()
+        if not fits(own.launch.num_ranks)
+    ]
+    fitting = {name: copy.deepcopy(own) for name, own in composed.items() if fits(own.launch.num_ranks)}
+    longest = max((own.data.sequence_length for own in fitting.values()), default=0)
+    entries: dict[str, Entry] = {}
+    same_as: dict[str, str] = {}
+    for name, own in fitting.items():
+        if config.compare.downscale:
+            own.engine.train_batch_size = None  # until `_set_batches`
+            if not on_gpu:
+                downscale.downscale_to_cpu(own, longest)
+        try:
+            entry = Entry(own, launcher.count_ranks(own))
+        except ConfigError as error:
+            left_out.append(f"{name}: {error}")
+            continue
+        first = same_as.setdefault(_what_runs(entry), name)
+        if first == name:
+            entries[name] = entry
+        else:
+            left_out.append(f"{name}: on {entry.num_ranks} ranks the same as {first}")
+    return entries, left_out
+
+
+def _set_batches(config: Config, composed: dict[str, Config], entries: dict[str, Entry], on_gpu: bool) -> None:
+    """Give entries of equal length and ranks one batch, except those whose own is configured and not downscaled."""
+    kinds: dict[tuple[int, int], list[tuple[Config, Degrees]]] = {}
+    for own, num_ranks in entries.values():
+        alike = kinds.setdefault((num_ranks, own.data.sequence_length), [])
+        alike.append((own, resolve_degrees(own, num_ranks)))
+    for name, (own, num_ranks) in entries.items():
+        alike = kinds[num_ranks, own.data.sequence_length]
+        if config.compare.downscale:
+            configured = composed[name].engine.train_batch_size
+            own.engine.train_batch_size = downscale.common_batch(alike, configured, on_gpu)
+        elif own.engine.train_batch_size is None:
+            own.engine.train_batch_size = (
+                downscale.smallest_batch(alike, on_gpu) * own.engine.gradient_accumulation_steps
+            )
+            own.engine.gradient_accumulation_steps = 1
+
+
+def _change_notes(config: Config, composed: dict[str, Config], entries: dict[str, Entry]) -> list[str]:
+    """A line for each changed field, which names its entries unless it is changed in all."""
+    changed = {name: downscale.changes(composed[name], entry.config) for name, entry in entries.items()}
+    notes = []
+    for change in dict.fromkeys(line for lines in changed.values() for line in lines):
+        names = [name for name, lines in changed.items() if change in lines]
+        notes.append(f"changed: {change}" + ("" if len(names) == len(entries) else f" ({', '.join(names)})"))
+    if config.compare.downscale and notes:
+        notes.append("compare.downscale=false changes nothing: sizes stay as typed, or as in the workload")
+    return notes
+
+
+def _what_runs(entry: Entry) -> str:
+    """Equal for entries that compute the same: their settings, with the resolved method and degrees."""
+    config, degrees = entry.config, entry.degrees
+    settings = dataclasses.asdict(config)
+    if config.attention.transport == "auto":
+        settings["attention"]["transport"] = choose_transport("cuda" if torch.cuda.device_count() else "cpu")
+    del settings["attention"]["method"], settings["launch"]
+    settings["parallelism"] = (_method(config, degrees), degrees)
+    return repr(settings)
+
+
+def _method(config: Config, degrees: Degrees) -> str:
+    """The method that runs: a hybrid with a degree of 1 is the other method."""
+    if config.parallelism.method == "tensor_pipeline":
+        return "tensor_pipeline"
+    if degrees.sequence == 1:
+        return "local"
+    if config.attention.method == "hybrid":
+        return "ring" if degrees.ulysses == 1 else "ulysses" if degrees.ring == 1 else "hybrid"
+    return config.attention.method
+
+
+def roofline_entry(entries: dict[str, Entry]) -> Entry:
+    """The entry that compare.roofline=true adds, like the others but with one micro-batch size.
+
+    Raises:
+        ConfigError: if entries differ in the model, the length or the number of ranks.
+    """
+    kinds = {(repr(own.model), own.data.sequence_length, num_ranks) for own, num_ranks in entries.values()}
+    if len(kinds) > 1:
+        raise ConfigError(
+            "compare.roofline=true needs entries of one model, one data.sequence_length and one launch.num_ranks: use "
+            "compare.roofline=false, or name such entries in compare.only"
+        )
+    first, num_ranks = next(iter(entries.values()))
+    own = copy.deepcopy(first)
+    own.compare.micro_batch_sizes = [own.engine.micro_batch_size]
+    return Entry(own, num_ranks)

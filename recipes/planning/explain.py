@@ -1,0 +1,204 @@
+"""A plan as lines of text: the banner at the start of a run, and what `explain=true` prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from recipes.planning.memory import LAYERS_ON_DEVICE, changed, gib, mlp_bytes, num_parameters, offloaded_bytes
+from recipes.planning.memory_timeline import StepMemory
+from recipes.planning.plan import DTYPES, Plan
+from ring_attention.auto_method import MESSAGE_LATENCY_MS
+from ring_attention.mask import CAUSAL
+from ring_attention.schedule import imbalance, tokens_sent, work_per_rank
+
+
+def banner(plan: Plan, run_dir: Path) -> list[str]:
+    """What will run, in about ten aligned lines."""
+    model, layout = plan.config.model, plan.layout
+    kernel, reason = plan.kernel_choice()
+    tokens = f"{layout.local_length:,} per rank of {layout.length:,} per sequence"
+    if padding := layout.padded_length - layout.length:
+        tokens += f" ({padding} of padding)"
+    rows = [
+        ("ranks", _ranks(plan)),
+        ("tokens", f"{tokens}; {plan.tokens_per_step:,} per step"),
+        (
+            "model",
+            f"{model.name}: {num_parameters(model) / 1e6:,.2f} M parameters, {model.num_layers} layers, "
+            f"{model.num_heads} heads x {model.head_dim}, {model.num_kv_heads} kv heads",
+        ),
+        (
+            "FLOPs per token",
+            f"{plan.flops / 1e6:,.1f} M {'forward and backward' if plan.trains else 'forward'}, causal counted once",
+        ),
+        ("attention", _attention(plan)),
+        ("attention kernel", f"{kernel} ({reason})"),
+        ("engine", _engine(plan)),
+        *([] if plan.config.recipe == "bench_attention" else [*_tiles(plan), *_offloads(plan)]),
+        *(("!!!", warning) for warning in (plan.slow_step_warning, plan.memory_warning) if warning),
+        ("run dir", str(run_dir)),
+    ]
+    return [f"{name:>16}  {value}" for name, value in rows]
+
+
+def explanation(plan: Plan, run_dir: Path) -> list[str]:
+    """The banner, and the arithmetic behind its numbers."""
+    config = plan.config
+    lines = [
+        *banner(plan, run_dir),
+        "",
+        "batch",
+        f"  {plan.degrees.data} data ranks x {config.engine.micro_batch_size} sequences x "
+        f"{plan.accumulation_steps} micro-batches = {plan.sequences_per_step} sequences per step",
+        f"  x {plan.layout.length:,} tokens = {plan.tokens_per_step:,} tokens per step, "
+        f"{plan.tokens_per_step * config.num_steps:,} in {config.num_steps} steps",
+    ]
+    if plan.candidates:
+        lines += ["", *_candidates(plan)]
+    if plan.degrees.sequence > 1:
+        lines += ["", *_ring_work(plan)]
+    return [
+        *lines,
+        "",
+        f"parameters: {num_parameters(config.model):,}",
+        f"FLOPs per token, forward: {plan.forward_flops:,.0f}; backward is twice that",
+        "",
+        *state_lines(plan),
+        *step_memory_lines(plan),
+    ]
+
+
+def state_lines(plan: Plan) -> list[str]:
+    """Memory of the training states, or why that is too much."""
+    if plan.refusal:
+        return plan.refusal.splitlines()
+    available = "" if plan.memory_bytes is None else f" of {gib(plan.memory_bytes)} GiB, the memory of one rank"
+    return [
+        "weights, gradients and optimizer states per rank: a lower bound, without activations and buckets",
+        f"  {plan.state}{available}",
+    ]
+
+
+def step_memory_lines(plan: Plan) -> list[str]:
+    """The memory timeline of a step, and the longest sequence that fits; nothing if the states alone do not fit."""
+    if plan.refusal or plan.config.recipe == "bench_attention":
+        return []
+    step = plan.step_memory
+    if step.unsupported:
+        return [f"memory of a step: {step.unsupported}"]
+    lines = [
+        *timeline_lines(step),
+        "  bytes per token and layer, without recomputation: "
+        + ", ".join(f"{name} {size:,.0f}" for name, size in step.layer_per_token.items()),
+        "  workspaces inside kernels are not counted",
+    ]
+    if plan.memory_bytes is None:
+        return lines
+    recompute = plan.config.engine.recompute
+    for trial in ("none", "selective") if recompute == "none" else (recompute,):
+        trial_config = changed(plan.config, **{"engine.recompute": trial})
+        longest = StepMemory(trial_config, plan.degrees, plan.method, 1, plan.on_gpu).longest_length(plan.memory_bytes)
+        fits = f"sequences of {longest:,} tokens" if longest else "no sequence"
+        lines.append(f"  {gib(plan.memory_bytes)} GiB hold {fits} with engine.recompute={trial}")
+    return lines
+
+
+def timeline_lines(step: StepMemory) -> list[str]:
+    """The peak by part, and the other points."""
+    peak = step.peak
+    return [
+        f"memory of a step, per rank: peak {gib(peak.total)} GiB, at: {peak.name}",
+        *(f"  {gib(size):>8} GiB  {name}" for name, size in peak.parts.items()),
+        *(f"  {gib(point.total):>8} GiB at: {point.name}" for point in step.timeline if point.name != peak.name),
+    ]
+
+
+def _ranks(plan: Plan) -> str:
+    is_pipeline = plan.config.parallelism.method == "tensor_pipeline"
+    always = ("data", "tensor", "pipeline") if is_pipeline else ("data", "ring")
+    degrees = plan.degrees._asdict().items()
+    grid = " x ".join(f"{degree} {name}" for name, degree in degrees if name in always or degree > 1)
+    unsharded = plan.degrees.sequence == plan.degrees.tensor == 1
+    return f"{grid}, on {plan.device_name}" + ("; each rank has whole sequences" if unsharded else "")
+
+
+def _attention(plan: Plan) -> str:
+    attention = plan.config.attention
+    is_spread, sends_kv = plan.degrees.sequence > 1, plan.method in ("ring", "hybrid")
+    text = f"{plan.method}, layout {attention.layout}" if is_spread else "local"
+    text += " (chosen by arithmetic: explain=true shows it)" if plan.candidates else ""
+    if not is_spread:
+        return text
+    carrier = "NCCL" if plan.on_gpu else "gloo"
+    if sends_kv and plan.transport == "copy_engine":
+        carrier = "symmetric memory" + ("" if plan.degrees.ring <= plan.ranks_per_host else f" and {carrier}")
+    return text + (f", transport {plan.transport}" if sends_kv else ",") + f" over {carrier}"
+
+
+def _engine(plan: Plan) -> str:
+    engine = plan.config.engine
+    if not plan.trains and engine.zero_stage < 3:
+        return f"all weights on every rank, no optimizer, {engine.dtype}"
+    return f"ZeRO stage {engine.zero_stage}, {engine.dtype}"
+
+
+def _tiles(plan: Plan) -> list[tuple[str, str]]:
+    config, rows = plan.config, []
+    of_all = f"at a time, of {plan.local_tokens:,} per rank and micro-batch"
+    if plan.tile_tokens:
+        rows.append(("loss", f"logits of {plan.tile_tokens:,} tokens {of_all}"))
+    if plan.mlp_tile_tokens:
+        reason = f"engine.tile_tokens={config.engine.tile_tokens}"
+        if config.engine.tile_tokens is None:
+            reason = f"all at once would need {gib(mlp_bytes(config) * plan.local_tokens)} GiB with their gradients"
+        rows.append(("MLP", f"hidden activations of {plan.mlp_tile_tokens:,} tokens {of_all} ({reason})"))
+    return rows
+
+
+def _offloads(plan: Plan) -> list[tuple[str, str]]:
+    config, engine, rows = plan.config, plan.config.engine, []
+    if engine.offload_parameters:
+        rows.append(("offload", "weights on the host, copied to the device when used"))
+    if plan.trains and engine.offload_optimizer:
+        rows.append(("offload", "optimizer states and the optimizer step on the host"))
+    if plan.trains and engine.offload_activations:
+        what = "layer inputs" + (" and attention outputs" if engine.recompute == "selective" else "")
+        moved = f"{gib(offloaded_bytes(config, plan.local_tokens))} GiB of host memory per rank"
+        if config.model.num_layers <= LAYERS_ON_DEVICE:
+            moved = f"none, since those of the last {LAYERS_ON_DEVICE} layers stay on the device"
+        rows.append(("offload", f"{what} of a micro-batch: {moved}"))
+    return rows
+
+
+def _candidates(plan: Plan) -> list[str]:
+    """How attention=auto has chosen."""
+    work, links = plan.workload, plan.links
+    return [
+        f"attention=auto: one layer's forward pass on one rank, {work.num_heads} heads and {work.num_kv_heads} kv "
+        f"heads x {work.head_dim}, L = {work.length:,}, batch {work.batch},",
+        f"  kernels at {work.attained_tflops:g} TFLOP/s; links {links.intra_host_gb_per_s:g} GB/s within a host of "
+        f"{links.ranks_per_host} ranks, {links.inter_host_gb_per_s:g} GB/s between; {MESSAGE_LATENCY_MS} ms per "
+        "message; the fastest is taken",
+        *(f"  {candidate}" for candidate in plan.candidates),
+    ]
+
+
+def _ring_work(plan: Plan) -> list[str]:
+    """What each ring rank computes and sends in one layer's attention."""
+    layout, model, engine = plan.layout, plan.config.model, plan.config.engine
+    lines = [
+        f"layout {layout.name}: {layout.num_chunks} chunks of {layout.chunk_length:,} tokens; "
+        "in one layer's attention of one micro-batch:"
+    ]
+    kv_per_token = 2 * model.num_kv_heads // plan.degrees.ulysses * model.head_dim * engine.micro_batch_size
+    mib_per_token = kv_per_token * DTYPES[engine.dtype].itemsize / 2**20
+    for ring_rank, work in enumerate(work_per_rank(layout)):
+        chunks = " and ".join(str(chunk) for chunk in layout.chunks(ring_rank))
+        pairs = " ".join(f"{step_pairs / 1e6:.3f}" for step_pairs in work)
+        line = f"  ring rank {ring_rank}: chunks {chunks}; million query-key pairs by ring step: {pairs}"
+        if plan.method in ("ring", "hybrid"):
+            keys, gradients = tokens_sent(layout, CAUSAL, ring_rank)
+            forward_mib, backward_mib = keys * mib_per_token, (keys + gradients) * mib_per_token
+            line += f"; sends {forward_mib:.2f} MiB forward, {backward_mib:.2f} MiB backward"
+        lines.append(line)
+    return [*lines, f"  imbalance (lockstep time / mean rank's time) {imbalance(layout):.3f}"]

@@ -1,0 +1,103 @@
+"""Why a model does not fit the ranks' memory, and overrides with which it does. Pure functions of the configuration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from conf.schema import Config, Degrees
+from recipes.planning.memory import changed, gib, num_parameters, state_bytes
+
+MAX_RANKS = 2**16  # that a remedy suggests
+
+
+def refusal(config: Config, degrees: Degrees, memory_bytes: int, host_ranks: int | None) -> str | None:
+    """Why ranks with `memory_bytes` cannot hold the model, and what to type; None if they can.
+
+    Args:
+        host_ranks: how many ranks share a host's memory; None if each has its own, as on GPUs.
+    """
+    state, num_ranks = state_bytes(config, degrees), math.prod(degrees)
+    if state.needed <= memory_bytes:
+        return None
+    grid = f"engine.zero_stage={config.engine.zero_stage} on {num_ranks} rank{'s' if num_ranks > 1 else ''}"
+    if config.parallelism.method == "tensor_pipeline":
+        grid = f"{degrees.data} data x {degrees.tensor} tensor x {degrees.pipeline} pipeline ranks"
+    remedies = _remedies(config, degrees, memory_bytes, host_ranks)
+    return "\n".join(
+        [
+            f"model {config.model.name} with {num_parameters(config.model) / 1e6:,.2f} M parameters does not fit: "
+            f"{grid} needs, per rank and without activations,",
+            f"  {state} > {gib(memory_bytes)} GiB, the memory of one rank",
+            *(f"  {'or' if number else 'use'} {remedy}" for number, remedy in enumerate(remedies)),
+            *([] if remedies else ["  no override makes it fit: use a smaller model"]),
+        ]
+    )
+
+
+def _remedies(config: Config, degrees: Degrees, memory_bytes: int, host_ranks: int | None) -> list[str]:
+    """What to type, each with the memory it needs: on these ranks if possible, else on more; a smaller model."""
+
+    def needed(changes: dict[str, Any], trial_degrees: Degrees = degrees) -> float:
+        return state_bytes(changed(config, **changes), trial_degrees).needed
+
+    num_ranks, remedies, fits_here = math.prod(degrees), [], False
+    ranks = num_ranks
+    while ranks <= MAX_RANKS and not remedies:
+        for changes, trial_degrees in _grids(config, ranks):
+            if (size := needed(changes, trial_degrees)) <= memory_bytes:
+                fits_here = ranks == num_ranks
+                hosts = f", on {math.ceil(ranks / host_ranks)} hosts like this one" if host_ranks else ""
+                more_ranks = f"{ranks} ranks with as much memory each{hosts}{', and ' if changes else ''}"
+                remedies.append(f"{'' if fits_here else more_ranks}{_typed(changes)}: {gib(size)} GiB")
+                break
+        ranks *= 2
+    if host_ranks is None and not fits_here:
+        for changes in _optimizer_offloads(config):
+            if (size := needed(changes)) <= memory_bytes:
+                remedies.append(f"{_typed(changes)}, the optimizer states on the host: {gib(size)} GiB")
+                break
+    for num_layers in range(config.model.num_layers - 1, degrees.pipeline - 1, -1):
+        if (size := needed({"model.num_layers": num_layers})) <= memory_bytes:
+            remedies.append(f"a smaller model, such as model.num_layers={num_layers}: {gib(size)} GiB")
+            break
+    return remedies
+
+
+def _optimizer_offloads(config: Config) -> Iterator[dict[str, Any]]:
+    """Fields to change for offloaded optimizer states, the present ZeRO stage first."""
+    engine = config.engine
+    if config.recipe != "pretrain" or config.parallelism.method != "sequence" or engine.offload_optimizer:
+        return
+    for stage in range(max(1, engine.zero_stage), 4):
+        changes: dict[str, Any] = {} if stage == engine.zero_stage else {"engine.zero_stage": stage}
+        yield changes | {"engine.offload_optimizer": True}
+
+
+def _grids(config: Config, num_ranks: int) -> Iterator[tuple[dict[str, Any], Degrees]]:
+    """Ways to place the model on the ranks, as fields to change; those that divide it least come first."""
+    model, engine = config.model, config.engine
+    if config.parallelism.method != "tensor_pipeline":
+        degrees = Degrees(num_ranks, 1, 1)  # states do not depend on which ranks share a sequence
+        yield {}, degrees
+        if engine.zero_stage < 3:
+            yield {"engine.zero_stage": 3}, degrees
+        return
+    grids = [
+        (tensor, pipeline)
+        for tensor in range(1, math.gcd(num_ranks, model.num_kv_heads, model.mlp_size) + 1)
+        for pipeline in range(1, model.num_layers + 1)
+        if model.num_kv_heads % tensor == model.mlp_size % tensor == num_ranks % (tensor * pipeline) == 0
+    ]
+    for tensor, pipeline in sorted(grids, key=lambda grid: (grid[0] * grid[1], grid[0])):
+        degrees = Degrees(num_ranks // (tensor * pipeline), 1, 1, tensor, pipeline)
+        changes = {"parallelism.tensor_degree": tensor, "parallelism.pipeline_degree": pipeline}
+        if config.parallelism.data_degree not in (None, degrees.data):
+            changes["parallelism.data_degree"] = degrees.data
+        if engine.train_batch_size is None or engine.train_batch_size % (degrees.data * engine.micro_batch_size) == 0:
+            yield changes, degrees
+
+
+def _typed(changes: dict[str, Any]) -> str:
+    return " ".join(f"{name}={str(value).lower()}" for name, value in changes.items())
