@@ -1,4 +1,4 @@
-"""The pure functions behind a run: loss rule, learning rate schedule, parameter and FLOP counts, throughput."""
+"""Pure functions behind a run: loss rule, learning rate schedule, sizes, FLOPs, throughput, the plan."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=["tiny", "gelu_layernorm_bias", "tied_mqa"])
-def test_the_parameter_count_equals_the_models(shape: ModelConfig):
+def test_the_models_parameters_are_counted(shape: ModelConfig):
     model = Transformer(shape, LocalAttention("auto"))
     assert num_parameters(shape) == sum(parameter.numel() for parameter in model.parameters())
 
@@ -36,8 +36,8 @@ def test_the_papers_first_workload_costs_7_1_gflop_per_token():
     assert forward_flops_per_token(shape, 10_000) == pytest.approx(7.1e9, rel=0.01)
 
 
-def test_flops_equal_torchs_count():
-    """Matrix products as torch counts them, plus causal attention counted by hand."""
+def test_flops_match_torchs_count():
+    """Torch counts the matrix products; causal attention is added by hand."""
     from torch.utils.flop_counter import FlopCounterMode
 
     shape, length = ModelConfig(), 16
@@ -114,7 +114,7 @@ def test_throughput_divides_by_all_ranks():
     assert throughput.mfu_pct == pytest.approx(20.0)
 
 
-def test_unknown_hardware_has_no_utilisation():
+def test_mfu_is_unknown_for_unknown_hardware():
     assert peak_tflops("NVIDIA H200", "bf16") == 989.4
     assert peak_tflops("NVIDIA H200", "fp32") is None
     assert peak_tflops("CPU", "bf16") is None
@@ -132,7 +132,7 @@ def test_rotary_angles_are_exact_at_position_one_million():
     assert cos.item() == pytest.approx(torch.tensor(1_000_003.0, dtype=torch.float64).cos().item(), abs=1e-7)
 
 
-def test_the_plan_describes_the_run(tmp_path):
+def test_the_plan_says_what_a_run_will_be(tmp_path):
     plan = Plan(Config(), num_ranks=4, device_type="cpu", device_name="CPU", capability=None, ranks_per_host=4)
     text = "\n".join(explanation(plan, tmp_path))
     for part in ("1 data x 4 ring, on CPU", "512 per rank of 2,048 per sequence", "0.46 M parameters", "cpu_flash"):
