@@ -1,7 +1,8 @@
-"""Ring attention for DeepSpeed's sequence-parallel group: exact attention over a sequence cut across ranks.
+"""Ring attention for DeepSpeed's sequence-parallel group: exact attention over a sequence that is sharded across ranks.
 
-The process groups, `ring_attention.groups.ParallelGroups`, are imported by their own name: they bring in DeepSpeed,
-which takes seconds, while everything here needs torch alone.
+The modules are in `attention`, the algorithm in `ring`; `kernels` compute, `transport` moves tensors. The library
+imports nothing else of this project, and needs torch alone. `ring_attention.groups` and Ulysses import DeepSpeed, which
+takes seconds, so `ParallelGroups` is not imported here.
 """
 
 from ring_attention.attention import (

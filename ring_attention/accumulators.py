@@ -1,29 +1,28 @@
-"""What a loop over blocks has so far: attention's output with its lse, and sums of gradients.
+"""Sums over attention tiles: the output with its lse, by the online softmax, and gradients.
 
-Between `ring` and `gather`, which loop, and `merge`. Both take over a first block that is the whole, and add to it in
-place, and write the last result in the dtype of the input: one block or two cost no copy, and are rounded once. Only
-pieces that their last part does not write are copied to where they belong.
+State is fp32 (fp64 for fp64 input). The last addend's sum is written in the input's dtype, so each number is rounded
+once beyond its kernels. A first addend that covers the whole result is taken over without a copy.
 
 Shapes: B batch, S tokens, H heads, D head size, E value head size.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ring_attention.backward_schedule import GradientPiece
+from ring_attention.layout import Span
 from ring_attention.merge import add_up, merge
+
+Addend = tuple[slice, slice, Tensor]  # rows, tokens, and values [those rows, those tokens, H, D]
 
 
 class OnlineSoftmaxAccumulator:
-    """out [B, S, H, E] and lse [B, H, S] over the keys seen so far.
-
-    In between, out is fp32 (fp64 for fp64 input), as lse always is.
-    """
+    """out [B, S, H, E] and lse [B, H, S] over the keys seen so far."""
 
     def __init__(self, q_BSHD: Tensor, v_BTKE: Tensor) -> None:
         self._shape = torch.Size((*q_BSHD.shape[:3], v_BTKE.shape[-1]))
@@ -32,13 +31,13 @@ class OnlineSoftmaxAccumulator:
         self._lse: Tensor | None = None
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """out in the dtype of the input, and lse."""
+        """out in the input's dtype, and lse in fp32 (fp64)."""
         assert self._out is not None, "no keys were seen"
         assert self._lse is not None
         return self._out.to(self._dtype), self._lse
 
-    def add(self, row: slice, queries: slice, out: Tensor, lse: Tensor, is_last: bool) -> None:
-        """Merge in one block's result for some rows of the batch and some queries."""
+    def add(self, rows: slice, queries: slice, out: Tensor, lse: Tensor, is_last: bool) -> None:
+        """Merge in one tile's result."""
         if self._out is None or self._lse is None:
             if out.shape == self._shape:
                 self._out, self._lse = out, lse
@@ -48,157 +47,131 @@ class OnlineSoftmaxAccumulator:
         dtype, target = self._dtype if is_last else self._state_dtype, self._out
         if target.dtype != dtype:
             target = out.new_empty(self._shape, dtype=dtype) if out.shape == self._shape else target.to(dtype)
-        merge(target[row, queries], self._out[row, queries], self._lse[row, :, queries], out, lse)
+        merge(target[rows, queries], self._out[rows, queries], self._lse[rows, :, queries], out, lse)
         self._out = target
 
 
-TimeBreakdown = list[tuple[slice, slice, Tensor]]  # rows, tokens, and [those rows, those tokens, H, D]
-Interval = tuple[int, int]  # from, and up to
-
-
 class GradientAccumulator:
-    """The sum of blocks' parts of a [B, S, H, D] tensor, which start as 0.
-
-    In between, it is fp32 (fp64 for fp64 input).
+    """The sum of tiles' gradients, [B, S, H, D].
 
     Args:
-        dtype: of the result.
-        start: what is there already, in fp32 (fp64): it is added to in place.
-        target: gives where the result shall be, once it is time; wherever it happens to be if not given.
+        pieces: get their last addends in different steps (`backward_schedule`), and do not overlap; by default the
+            whole is one that ends in step 0.
     """
 
     def __init__(
-        self,
-        shape: torch.Size,
-        dtype: torch.dtype,
-        start: Tensor | None = None,
-        target: Callable[[], Tensor] | None = None,
+        self, shape: Sequence[int], dtype: torch.dtype, pieces: tuple[GradientPiece, ...] | None = None
     ) -> None:
-        self._shape, self._dtype, self._total, self._target = shape, dtype, start, target
-        self._is_in_place = False  # the total is where the result shall be
+        self._shape, self._dtype = torch.Size(shape), dtype
         self._state_dtype = torch.promote_types(dtype, torch.float32)
+        self._pieces = pieces or (GradientPiece((0, shape[0]), (0, shape[1]), 0),)
+        self._sums: list[Tensor | None] = [None] * len(self._pieces)
+        self._is_written = [False] * len(self._pieces)  # to the result
+        self._result: Tensor | None = None  # if there are several pieces
 
-    def result(self) -> Tensor:
-        """In `dtype`."""
-        assert self._total is not None, "nothing was added"
-        if self._target is None or self._is_in_place:
-            return self._total.to(self._dtype)
-        return self._target().copy_(self._total)
-
-    def add(self, row: slice, tokens: slice, part: Tensor, is_last: bool) -> None:
-        """Add one part, which is kept if it is the first and the whole."""
-        if self._total is None:
-            if part.shape == self._shape:
-                self._total = part
-                return
-            self._total = part.new_zeros(self._shape, dtype=self._state_dtype)
-        if is_last and self._dtype != self._state_dtype:
-            target = self._room(self._total, part.shape == self._shape)
-        else:
-            # before, for PyTorch computes in the wider dtype of what it adds
-            target = self._total = self._total.to(self._state_dtype)
-        torch.add(self._total[row, tokens], part, out=target[row, tokens])
-        self._total = target
-
-    def add_several(self, parts: TimeBreakdown, is_last: bool) -> None:
-        """Add parts of all rows, which may overlap, in one pass; keeps none of them."""
-        if not parts:
-            return
-        assert all(len(part) == self._shape[0] for _, _, part in parts), "parts are of all rows"
-        edges = sorted({0, self._shape[1], *(edge for _, tokens, _ in parts for edge in (tokens.start, tokens.stop))})
-        like = parts[0][2] if self._total is None else self._total
-        if is_last and self._dtype != self._state_dtype:
-            target = self._room(like, True)
-        else:
-            is_there = self._total is not None and self._total.dtype == self._state_dtype
-            target = like if is_there else like.new_empty(self._shape, dtype=self._state_dtype)
-        for start, stop in itertools.pairwise(edges):
-            inside = [
-                part[:, start - tokens.start : stop - tokens.start]
-                for _, tokens, part in parts
-                if tokens.start <= start and stop <= tokens.stop
-            ]
-            before = [] if self._total is None else [self._total[:, start:stop]]
-            if before + inside:
-                add_up(target[:, start:stop], before + inside)
-            else:
-                target[:, start:stop].zero_()
-        self._total = target
-
-    def _room(self, like: Tensor, all_is_written: bool) -> Tensor:
-        """For the result, which holds the total unless all of it will be written; the total itself where it serves."""
-        if self._target is None and self._total is not None and self._total.dtype == self._dtype:
-            return self._total
-        target = like.new_empty(self._shape, dtype=self._dtype) if self._target is None else self._target()
-        self._is_in_place = True
-        return target if all_is_written else target.copy_(like)
-
-
-class PiecewiseSum:
-    """As `GradientAccumulator`, in pieces, the first half of which are complete later than the others.
-
-    A piece is some rows and a run of their tokens: what a kernel gives for just these is taken over as it is.
-
-    Args:
-        like: a tensor like the result.
-        row_cuts, token_cuts: where one piece ends and the next starts.
-    """
-
-    def __init__(self, like: Tensor, row_cuts: tuple[int, ...] = (), token_cuts: tuple[int, ...] = ()) -> None:
-        self._whole = _LazyTensor(like)
-        row_runs = itertools.pairwise((0, *row_cuts, like.shape[0]))
-        token_runs = itertools.pairwise((0, *token_cuts, like.shape[1]))
-        self._regions = list(itertools.product(row_runs, token_runs))
-        self._pieces = []
-        for rows, tokens in self._regions:
-            target = functools.partial(self._whole.region, rows, tokens) if len(self._regions) > 1 else None
-            shape = torch.Size((rows[1] - rows[0], tokens[1] - tokens[0], *like.shape[2:]))
-            self._pieces.append(GradientAccumulator(shape, like.dtype, target=target))
-
-    def add(self, row: slice, tokens: slice, part: Tensor, is_last: bool, later: bool = False) -> None:
-        """Add to the pieces that it meets.
+    def add(self, rows: slice, tokens: slice, values: Tensor, ends: int | None = None) -> None:
+        """Add one tile's gradient, which may be taken over.
 
         Args:
-            is_last: whether nothing more comes to those that are complete `later`, or to the others.
+            ends: the step whose last addend this is; None if more come in this step.
         """
-        for number, (piece, region) in enumerate(zip(self._pieces, self._regions, strict=True)):
-            if inside := _within(region, row, tokens, part):
-                piece.add(*inside, is_last and later == (number < len(self._pieces) // 2))
+        for index, piece in enumerate(self._pieces):
+            addend = self._within(piece, (rows, tokens, values))
+            if addend is None:
+                continue
+            rows_within, tokens_within, part = addend
+            has_all_rows, total = part.shape[0] == _length(piece.rows), self._sums[index]
+            if total is None and has_all_rows and part.shape[1] == _length(piece.tokens):
+                self._sums[index] = part
+            elif ends == piece.last_step and has_all_rows and self._dtype != self._state_dtype:
+                self._add_in_one_pass(index, [addend], is_last=True)
+            else:
+                if total is None:
+                    total = part.new_zeros(self._shape_of(piece), dtype=self._state_dtype)
+                # converted first: PyTorch computes in the wider dtype of the two
+                total = self._sums[index] = total.to(self._state_dtype)
+                total[rows_within, tokens_within].add_(part)
 
-    def add_several(self, parts: TimeBreakdown, is_last: bool) -> None:
-        """As `GradientAccumulator`'s; each is of all rows of the pieces that it meets."""
-        for piece, region in zip(self._pieces, self._regions, strict=True):
-            piece.add_several([inside for part in parts if (inside := _within(region, *part))], is_last)
+    def add_together(self, addends: list[Addend], ends: int) -> None:
+        """Add values, which may overlap, in one pass, and keep none of them. Each has all rows of the pieces it meets.
+
+        Args:
+            ends: the step whose last addends these are.
+        """
+        for index, piece in enumerate(self._pieces):
+            within = [part for addend in addends if (part := self._within(piece, addend)) is not None]
+            if within:
+                self._add_in_one_pass(index, within, ends == piece.last_step and self._dtype != self._state_dtype)
+
+    def partial_sum(self) -> Tensor:
+        """The sum of a single piece so far, in the dtype that it has."""
+        (total,) = self._sums
+        assert total is not None, "nothing was added"
+        return total
 
     def result(self) -> Tensor:
-        results = [piece.result() for piece in self._pieces]
-        return results[0] if self._whole.tensor is None else self._whole.tensor
+        """The sum in `dtype`."""
+        if len(self._pieces) == 1:
+            return self.partial_sum().to(self._dtype)
+        for index, total in enumerate(self._sums):
+            assert total is not None, "nothing was added"
+            if not self._is_written[index]:
+                self._place_of(index, total).copy_(total)
+        assert self._result is not None
+        return self._result
+
+    def _add_in_one_pass(self, index: int, addends: list[Addend], is_last: bool) -> None:
+        total, piece = self._sums[index], self._pieces[index]
+        if is_last:
+            target = self._place_of(index, addends[0][2])
+            self._is_written[index] = True
+        elif total is not None and total.dtype == self._state_dtype:
+            target = total
+        else:
+            target = addends[0][2].new_empty(self._shape_of(piece), dtype=self._state_dtype)
+        edges = {0, _length(piece.tokens), *(edge for _, tokens, _ in addends for edge in (tokens.start, tokens.stop))}
+        for start, stop in itertools.pairwise(sorted(edges)):
+            parts = [
+                values[:, start - tokens.start : stop - tokens.start]
+                for _, tokens, values in addends
+                if tokens.start <= start and stop <= tokens.stop
+            ]
+            if total is not None and (parts or target is not total):
+                parts.insert(0, total[:, start:stop])
+            if parts:
+                add_up(target[:, start:stop], parts)
+            elif total is None:
+                target[:, start:stop].zero_()
+        self._sums[index] = target
+
+    def _place_of(self, index: int, like: Tensor) -> Tensor:
+        """Where the result of a piece belongs: in the result, or in the sum itself if its dtype allows."""
+        if len(self._pieces) == 1:
+            total = self._sums[0]
+            in_place = total is not None and total.dtype == self._dtype
+            return total if in_place else like.new_empty(self._shape, dtype=self._dtype)  # pyright: ignore[reportReturnType]
+        if self._result is None:
+            self._result = like.new_empty(self._shape, dtype=self._dtype)
+        piece = self._pieces[index]
+        return self._result[slice(*piece.rows), slice(*piece.tokens)]
+
+    def _shape_of(self, piece: GradientPiece) -> torch.Size:
+        return torch.Size((_length(piece.rows), _length(piece.tokens), *self._shape[2:]))
+
+    def _within(self, piece: GradientPiece, addend: Addend) -> Addend | None:
+        """The part of an addend in a piece, with rows and tokens counted from the piece's corner."""
+        if len(self._pieces) == 1:
+            return addend
+        inner, outer = [], []
+        for (start, stop), taken, size in zip(piece[:2], addend[:2], addend[2].shape[:2], strict=True):
+            first = taken.start or 0  # a slice of all rows has none
+            low, high = max(start, first), min(stop, first + size)
+            if low >= high:
+                return None
+            inner.append(slice(low - start, high - start))
+            outer.append(slice(low - first, high - first))
+        return inner[0], inner[1], addend[2][outer[0], outer[1]]
 
 
-def _within(
-    region: tuple[Interval, Interval], row: slice, tokens: slice, part: Tensor
-) -> tuple[slice, slice, Tensor] | None:
-    """What a region has of a part, numbered as in the region."""
-    own, others = [], []
-    for (start, stop), taken, size in zip(region, (row, tokens), part.shape[:2], strict=True):
-        offset = taken.start or 0  # a slice of all rows has none
-        first, last = max(start, offset), min(stop, offset + size)
-        if first >= last and size:  # of an empty batch, all has a part
-            return None
-        own.append(slice(first - start, last - start))
-        others.append(slice(first - offset, last - offset))
-    return own[0], own[1], part[others[0], others[1]]
-
-
-class _LazyTensor:
-    """Made when first asked for. Knows nothing of who asks: in a cycle with them it would outlive its layer, until
-    Python collects garbage.
-    """
-
-    def __init__(self, like: Tensor) -> None:
-        self._like, self.tensor = like, None
-
-    def region(self, rows: Interval, tokens: Interval) -> Tensor:
-        if self.tensor is None:
-            self.tensor = torch.empty_like(self._like, memory_format=torch.contiguous_format)
-        return self.tensor[slice(*rows), slice(*tokens)]
+def _length(span: Span) -> int:
+    return span[1] - span[0]

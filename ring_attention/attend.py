@@ -1,108 +1,104 @@
-"""Attention of some block pairs, forward and backward: calls of a kernel, joined with the results so far.
-
-Between `ring` and `gather`, which say which pairs, and `blocks` and `running`.
+"""Attention of some tiles, forward and backward: kernel calls, for `ring` and `gather`.
 
 Shapes: B batch, S local tokens, T tokens of a source, H query heads, K key-value heads, D head size, E value head size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from torch import Tensor
 
 from ring_attention.accumulators import OnlineSoftmaxAccumulator
-from ring_attention.kernels import AttentionKernel
-from ring_attention.kv import KeysValues, offset
+from ring_attention.kernels import AttentionKernel, KernelParams, SavedTensors
+from ring_attention.kv import KeysValues
+from ring_attention.layout import Spans, slice_within
 from ring_attention.masked_block import MaskedBlock
-from ring_attention.schedule import AttentionTile, Spans
+from ring_attention.tiles import AttentionTile
 from ring_attention.trace import profiler_range
 
 ALL_ROWS = slice(None)
 
 
-@dataclass
-class TileGradients:
-    """Of one block of some rows of the batch; `is_last` of those that were asked for."""
+class BackwardInputs(NamedTuple):
+    """What a backward pass needs of the local queries. out and lse are over all keys: each tile's softmax is global."""
 
-    row: slice
-    part: MaskedBlock
+    dout_BSHE: Tensor
+    q_BSHD: Tensor
+    out_BSHE: Tensor
+    lse_BHS: Tensor
+
+
+class TileGradients(NamedTuple):
+    """The gradients of one kernel call; `is_last` of its `attend_backward`."""
+
+    rows: slice
+    block: MaskedBlock
     is_last: bool
     dq: Tensor
     dk: Tensor
     dv: Tensor
 
+    @property
+    def queries(self) -> slice:
+        return slice(self.block.q_start, self.block.q_stop)
+
+    def keys_within(self, spans: Spans) -> slice:
+        return slice_within(spans, self.block.k_start, self.block.k_stop)
+
 
 def attend_forward(
-    running: OnlineSoftmaxAccumulator,
-    block: AttentionKernel,
+    accumulator: OnlineSoftmaxAccumulator,
+    kernel: AttentionKernel,
     scale: float,
-    pairs: Iterable[AttentionTile],
+    tiles: Iterable[AttentionTile],
     q_BSHD: Tensor,
-    here: KeysValues,
-    keys: Spans,
+    kv: KeysValues,
     is_last: bool,
 ) -> None:
-    """Merge in the attention of `pairs`, whose keys are `here`; after the last ones nothing more comes."""
-    tiles = list(_tiles(block, pairs))
-    for number, (row, part) in enumerate(tiles, 1):
-        queries = slice(part.q_start, part.q_stop)
-        k_BTKD, v_BTKE = _keys_of(row, part, here, keys)
+    """Add the attention of `tiles` to `accumulator`; `is_last` if no more tiles follow."""
+    calls = list(_kernel_calls(kernel, tiles, ALL_ROWS))
+    for number, (rows, block) in enumerate(calls, 1):
+        queries, keys = slice(block.q_start, block.q_stop), slice_within(kv.spans, block.k_start, block.k_stop)
+        q, k, v = q_BSHD[rows, queries], kv.k_BTKD[rows, keys], kv.v_BTKE[rows, keys]
         with profiler_range("attention block"):
-            out, lse = block.forward(q_BSHD[row, queries], k_BTKD, v_BTKE, part.lower, part.upper, scale)
+            out, lse = kernel.forward(q, k, v, KernelParams(block.lower, block.upper, scale))
         with profiler_range("merge"):
-            running.add(row, queries, out, lse, is_last and number == len(tiles))
+            accumulator.add(rows, queries, out, lse, is_last and number == len(calls))
 
 
 def attend_backward(
-    block: AttentionKernel,
+    kernel: AttentionKernel,
     scale: float,
-    pairs: Iterable[AttentionTile],
-    keys: Spans,
-    dout_BSHE: Tensor,
-    q_BSHD: Tensor,
-    here: KeysValues,
-    out_BSHE: Tensor,
-    lse_BHS: Tensor,
+    tiles: Iterable[AttentionTile],
+    inputs: BackwardInputs,
+    kv: KeysValues,
     rows: slice = ALL_ROWS,
-) -> Iterable[TileGradients]:
-    """Those of each block in turn; the caller lets go of one before it asks for the next.
+) -> Iterator[TileGradients]:
+    """The gradients of each kernel call in turn. Drop them before the next call, or both are in memory.
 
     Args:
-        rows: to which `pairs` that do not name a row are limited.
+        rows: of the tiles that are not of one row.
     """
-    tiles = list(_tiles(block, pairs, rows))
-    for number, (row, part) in enumerate(tiles, 1):
-        queries = slice(part.q_start, part.q_stop)
-        k_BTKD, v_BTKE = _keys_of(row, part, here, keys)
+    dout_BSHE, q_BSHD, out_BSHE, lse_BHS = inputs
+    calls = list(_kernel_calls(kernel, tiles, rows))
+    for number, (tile_rows, block) in enumerate(calls, 1):
+        queries, keys = slice(block.q_start, block.q_stop), slice_within(kv.spans, block.k_start, block.k_stop)
+        q, k, v = q_BSHD[tile_rows, queries], kv.k_BTKD[tile_rows, keys], kv.v_BTKE[tile_rows, keys]
+        saved = SavedTensors(q, k, v, out_BSHE[tile_rows, queries], lse_BHS[tile_rows, :, queries])
         with profiler_range("attention block"):
-            gradients = block.backward(
-                dout_BSHE[row, queries],
-                q_BSHD[row, queries],
-                k_BTKD,
-                v_BTKE,
-                out_BSHE[row, queries],
-                lse_BHS[row, :, queries],
-                part.lower,
-                part.upper,
-                scale,
-            )
-        yield TileGradients(row, part, number == len(tiles), *gradients)
+            params = KernelParams(block.lower, block.upper, scale)
+            gradients = kernel.backward(dout_BSHE[tile_rows, queries], saved, params)
+        yield TileGradients(tile_rows, block, number == len(calls), *gradients)
         del gradients
 
 
-def _tiles(
-    block: AttentionKernel, pairs: Iterable[AttentionTile], rows: slice = ALL_ROWS
-) -> Iterable[tuple[slice, MaskedBlock]]:
-    """Rows of the batch and rectangles, cut into what the kernel computes in one call."""
-    for pair in pairs:
-        row = rows if pair.row is None else slice(pair.row, pair.row + 1)
-        for part in block.tiles(pair.rectangle):
-            yield row, part
-
-
-def _keys_of(row: slice, part: MaskedBlock, here: KeysValues, keys: Spans) -> tuple[Tensor, Tensor]:
-    start = offset(keys, part.k_start)
-    tokens = slice(start, start + part.num_keys)
-    return here.k_BTKD[row, tokens], here.v_BTKE[row, tokens]
+def _kernel_calls(
+    kernel: AttentionKernel, tiles: Iterable[AttentionTile], rows: slice
+) -> Iterator[tuple[slice, MaskedBlock]]:
+    """Rows of the batch and blocks that the kernel computes in one call each."""
+    for tile in tiles:
+        tile_rows = rows if tile.row is None else slice(tile.row, tile.row + 1)
+        for block in kernel.split(tile.block):
+            yield tile_rows, block

@@ -1,123 +1,92 @@
-"""Attention modules that stand where `deepspeed.sequence.layer.DistributedAttention` stands.
+"""Attention modules that replace `deepspeed.sequence.layer.DistributedAttention`.
 
-Same constructor order, same call (query, key, value, batch_dim_idx), same shapes: each rank passes its own tokens, all
-heads, and gets the attention of its own queries. By default a rank's tokens are one run of the sequence, as Ulysses
-cuts it; layout="zigzag" balances causal work, for sequences cut with the module's `layout(length).shard`.
+The constructor takes the same arguments in the same order, and the call is the same (query, key, value, batch_dim_idx).
+Each rank passes its own tokens with all heads, and gets the attention of its own queries. By default a rank's tokens
+are one contiguous part of the sequence, as Ulysses has them. layout="zigzag" balances causal work; it needs sequences
+sharded by the module's `layout(length).shard`.
 
     RingAttention       keys and values travel from rank to rank; any number of heads
     UlyssesAttention    DeepSpeed's all-to-all: each rank gets whole sequences of some heads; ranks <= key-value heads
-    HybridAttention     Ulysses among neighbours, a ring across them; ranks <= key-value heads within Ulysses only
+    HybridAttention     Ulysses among neighbours, rings across them; the limit holds within Ulysses only
     AllGatherAttention  every rank gathers all keys and values: the naive baseline
     LocalAttention      one rank
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from ring_attention.gather import GatherFunction, Gathering
-from ring_attention.kernels import AttentionKernel
-from ring_attention.mask import CAUSAL, Mask
-from ring_attention.sequence_attention import SequenceAttention, batch_first
+from ring_attention.gather import AllGather, AllGatherFunction
+from ring_attention.ring import Ring
+from ring_attention.sequence_attention import Hosts, SequenceAttention
 from ring_attention.topology import hybrid_split, ring_order
-from ring_attention.transport import make_transport, rank_and_size, same_ranks, subgroup
+from ring_attention.transport import P2PTransport, make_transport, rank_and_size, same_ranks, subgroup
+
+
+class LocalAttention(SequenceAttention):
+    """Attention among this rank's own tokens: exact on one rank, a baseline without context on several."""
 
 
 class RingAttention(SequenceAttention):
-    """Keys and values travel around a ring; every rank keeps its queries, all heads, O(L/P) memory.
+    """Keys and values travel around a ring. Every rank keeps its queries, all heads; O(L/P) memory."""
 
-    Args:
-        local_attention: "auto" for the fastest block kernel, a kernel or its name; or what DistributedAttention was
-            given, a module or function that sees whole sequences: it is run on made-up tokens, 32768 at most, to see
-            that it is plain causal or full attention, which a block kernel then computes (`recognize`).
-        sequence_process_group: the ranks that share a sequence.
-        scatter_idx, gather_idx: DistributedAttention's: 2, for heads are dim 2, and 0 or 1; which of these is the
-            tokens' dim follows from batch_dim_idx.
-        sp_stream, num_kv_heads: DistributedAttention's; they have no meaning here.
-        mask: which keys a query sees; causal if not given.
-        layout: "contiguous" or "zigzag": how the caller cuts sequences (`Layout.shard`).
-        transport: how K,V travel, a key of `ring_attention.transport.TRANSPORTS`; "auto" for the faster one here.
-        hosts: the host of each rank of the group, where they are not in the order of hosts (`topology.ring_order`).
+    _options = ("transport", "hosts")
 
-    Raises:
-        ValueError: for an unknown layout, transport or kernel, or a kernel that cannot do what a call needs.
-    """
+    def _join(self, group: Any, transport: str, hosts: Hosts, *deepspeed: Any) -> tuple[P2PTransport | None, int]:
+        return make_transport(transport, group, None if hosts is None else ring_order(hosts)), 0
 
-    def __init__(
-        self,
-        local_attention: AttentionKernel | str | Callable,
-        sequence_process_group: Any,
-        scatter_idx: int = 2,
-        gather_idx: int = 0,
-        sp_stream: Any = None,
-        num_kv_heads: int | None = None,
-        *,
-        mask: Mask = CAUSAL,
-        layout: str = "contiguous",
-        transport: str = "auto",
-        hosts: Sequence[Hashable] | None = None,
-    ) -> None:
-        order = None if hosts is None else ring_order(hosts)
-        exchange = make_transport(transport, sequence_process_group, order)
-        super().__init__(local_attention, mask, layout, exchange, (scatter_idx, gather_idx))
+
+class AllGatherAttention(SequenceAttention):
+    """Every rank gathers all keys and values: O(L) memory, nothing overlaps. The baseline to compare with."""
+
+    _options = ("hosts",)
+
+    def _join(self, group: Any, transport: str, hosts: Hosts, *deepspeed: Any) -> tuple[P2PTransport | None, int]:
+        return make_transport("p2p", group, None if hosts is None else ring_order(hosts)), 0
+
+    def _compute(self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKE: Tensor, ring: Ring) -> Tensor:
+        assert ring.transport is not None
+        gathering = AllGather(ring.layout, ring.mask, ring.transport, ring.kernel, ring.scale)
+        return AllGatherFunction.apply(q_BSHD, k_BSKD, v_BSKE, gathering)
 
 
 class HybridAttention(SequenceAttention):
-    """Ulysses among neighbours, a ring across them: more ranks than heads, and fewer hops than a ring of all.
+    """Ulysses among neighbours, a ring across them: for more ranks than heads, with fewer transfers than one long ring.
 
-    Args: as `RingAttention`, and
-        ulysses_degree: ranks within Ulysses; a divisor of the group's ranks and of the key-value heads.
-
-    sp_stream and num_kv_heads go to DistributedAttention. Every rank of the group must construct it, for it builds
-    the two groups that this rank is in; on NCCL every rank of the world, each on its own group.
+    Every rank of the group must construct it, because it builds the two groups that the rank is in. On NCCL every rank
+    of the world must, each on its own group.
 
     Raises:
-        ValueError: as `RingAttention`, and for a degree that does not divide the ranks or, in forward, the heads.
+        ValueError: also for a ulysses_degree that does not divide the ranks or, in a call, the key-value heads.
     """
 
-    def __init__(
-        self,
-        local_attention: AttentionKernel | str | Callable,
-        sequence_process_group: Any,
-        scatter_idx: int = 2,
-        gather_idx: int = 0,
-        sp_stream: Any = None,
-        num_kv_heads: int | None = None,
-        *,
-        ulysses_degree: int,
-        mask: Mask = CAUSAL,
-        layout: str = "contiguous",
-        transport: str = "auto",
-        hosts: Sequence[Hashable] | None = None,
-    ) -> None:
-        # takes seconds, and a ring alone does without
+    _options = ("transport", "hosts", "ulysses_degree")
+
+    def _join(self, group: Any, transport: str, hosts: Hosts, *deepspeed: Any) -> tuple[P2PTransport | None, int]:
+        # takes seconds, and a ring does without
         from deepspeed.sequence.layer import DistributedAttention
 
-        group_rank, num_ranks = rank_and_size(sequence_process_group)
-        split = hybrid_split([0] * num_ranks if hosts is None else hosts, ulysses_degree)
-        ring_rank, ulysses_rank = split.place(group_rank)
-        exchange = None
-        if len(split.grid) > 1:
-            ranks = split.ring(ulysses_rank)
-            members = tuple(sorted(ranks))
-            order = [members.index(rank) for rank in ranks]
-            exchange = make_transport(transport, subgroup(sequence_process_group, members), order)
-        dims = (scatter_idx, gather_idx)
-        super().__init__(local_attention, mask, layout, exchange, dims, ulysses_degree, ulysses_rank)
-        ulysses_group = subgroup(sequence_process_group, split.grid[ring_rank])
-        self._distributed = DistributedAttention(super()._attend, ulysses_group, 2, 1, sp_stream, num_kv_heads)  # pyright: ignore[reportArgumentType]
+        group_rank, num_ranks = rank_and_size(group)
+        grid = hybrid_split([0] * num_ranks if hosts is None else hosts, self.ulysses_degree).grid
+        row = next(row for row in grid if group_rank in row)
+        ulysses_rank = row.index(group_rank)
+        ring = None
+        if len(grid) > 1:
+            ranks = [other[ulysses_rank] for other in grid]
+            members = sorted(ranks)
+            ring = make_transport(transport, subgroup(group, members), [members.index(rank) for rank in ranks])
+        ulysses_group = subgroup(group, row)
+        self._distributed = DistributedAttention(self._attend_ring, ulysses_group, 2, 1, *deepspeed)  # pyright: ignore[reportArgumentType]
+        return ring, ulysses_rank
 
-    def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, batch_dim_idx: int, mask: Mask, scale: float
-    ) -> Tensor:
-        self._check_heads(query.shape[2], key.shape[2])
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, batch_dim_idx: int, *mask_and_scale: Any) -> Tensor:
+        self._check_heads(key.shape[2])
         self._distributed.gather_idx = 1 - batch_dim_idx
-        return self._distributed(query, key, value, batch_dim_idx, None, batch_dim_idx, mask, scale)
+        return self._distributed(query, key, value, batch_dim_idx, None, batch_dim_idx, *mask_and_scale)
 
-    def _check_heads(self, num_heads: int, num_kv_heads: int) -> None:
+    def _check_heads(self, num_kv_heads: int) -> None:
         if num_kv_heads % self.ulysses_degree == 0:
             return
         name = f"num_kv_heads={num_kv_heads}"
@@ -134,7 +103,7 @@ class HybridAttention(SequenceAttention):
             )
         from deepspeed.utils import groups
 
-        # DeepSpeed asks its one mpu for this rank's number, and without one takes every rank for number 0
+        # DeepSpeed asks its one mpu for this rank's number, and without an mpu takes every rank for number 0
         if groups.mpu is None or not same_ranks(groups.mpu.get_sequence_parallel_group(), self._distributed.spg):
             raise ValueError(
                 f"{name} is not a multiple of ulysses_degree={self.ulysses_degree}, for which DeepSpeed needs an mpu "
@@ -143,92 +112,17 @@ class HybridAttention(SequenceAttention):
 
 
 class UlyssesAttention(HybridAttention):
-    """DeepSpeed's DistributedAttention with a block kernel inside: each rank gets whole sequences of some heads.
+    """DeepSpeed's DistributedAttention around an attention kernel: each rank gets whole sequences of some heads.
 
-    Args: as `RingAttention`. The number of key-value heads is at least the group's ranks; if it is not a multiple of
-        them, DeepSpeed must know its mpu, so `deepspeed.initialize(mpu=...)` comes first.
+    The number of key-value heads must be at least the number of ranks. If it is not a multiple of them, DeepSpeed must
+    know its mpu, so `deepspeed.initialize(mpu=...)` must come first.
 
     Raises:
-        ValueError: as `RingAttention`, and for too few key-value heads, in forward.
+        ValueError: also for too few key-value heads, in a call.
     """
 
-    def __init__(
-        self,
-        local_attention: AttentionKernel | str | Callable,
-        sequence_process_group: Any,
-        scatter_idx: int = 2,
-        gather_idx: int = 0,
-        sp_stream: Any = None,
-        num_kv_heads: int | None = None,
-        *,
-        mask: Mask = CAUSAL,
-        layout: str = "contiguous",
-    ) -> None:
-        super().__init__(
-            local_attention,
-            sequence_process_group,
-            scatter_idx,
-            gather_idx,
-            sp_stream,
-            num_kv_heads,
-            ulysses_degree=rank_and_size(sequence_process_group)[1],
-            mask=mask,
-            layout=layout,
-        )
+    _options = ()
 
-
-class AllGatherAttention(SequenceAttention):
-    """Every rank gathers all keys and values: O(L) memory, nothing overlaps. The baseline to compare with.
-
-    Args and errors as `RingAttention`.
-    """
-
-    def __init__(
-        self,
-        local_attention: AttentionKernel | str | Callable,
-        sequence_process_group: Any,
-        scatter_idx: int = 2,
-        gather_idx: int = 0,
-        sp_stream: Any = None,
-        num_kv_heads: int | None = None,
-        *,
-        mask: Mask = CAUSAL,
-        layout: str = "contiguous",
-        hosts: Sequence[Hashable] | None = None,
-    ) -> None:
-        order = None if hosts is None else ring_order(hosts)
-        exchange = make_transport("p2p", sequence_process_group, order)
-        super().__init__(local_attention, mask, layout, exchange, (scatter_idx, gather_idx))
-
-    def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, batch_dim_idx: int, mask: Mask, scale: float
-    ) -> Tensor:
-        assert self._exchange is not None
-        q_BSHD, k_BSKD, v_BSKE = batch_first((query, key, value), batch_dim_idx)
-        layout = self._layout_of(q_BSHD.shape[1])
-        mask = mask.within(layout.padded_length)
-        block = self._block(q_BSHD, k_BSKD, v_BSKE, mask)
-        gathering = Gathering(layout, mask, self._exchange, block, scale)
-        (out,) = batch_first((GatherFunction.apply(q_BSHD, k_BSKD, v_BSKE, gathering),), batch_dim_idx)
-        return out
-
-
-class LocalAttention(SequenceAttention):
-    """Attention among this rank's own tokens only: exact for one rank, a baseline without context for more.
-
-    Args: as `RingAttention`; takes and ignores the group.
-    """
-
-    def __init__(
-        self,
-        local_attention: AttentionKernel | str | Callable,
-        sequence_process_group: Any = None,
-        scatter_idx: int = 2,
-        gather_idx: int = 0,
-        sp_stream: Any = None,
-        num_kv_heads: int | None = None,
-        *,
-        mask: Mask = CAUSAL,
-        layout: str = "contiguous",
-    ) -> None:
-        super().__init__(local_attention, mask, layout, None, (scatter_idx, gather_idx))
+    def _join(self, group: Any, transport: str, hosts: Hosts, *deepspeed: Any) -> tuple[P2PTransport | None, int]:
+        self.ulysses_degree = rank_and_size(group)[1]
+        return super()._join(group, transport, hosts, *deepspeed)

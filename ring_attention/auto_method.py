@@ -1,10 +1,11 @@
-"""Which method, and which split of the ranks, should be fastest: arithmetic on one attention forward pass of one rank.
+"""Estimates which attention method, and which split of the ranks, is fastest: one forward pass of one rank.
 
-Pure numbers, no measurement: operations over what kernels attain, bytes over link speeds, a latency per message. A
-hop of the ring hides behind the block computed meanwhile, an all-to-all behind nothing.
+Arithmetic, no measurement: operations over the rate of kernels, bytes over link speeds, a latency per message. A
+transfer of the ring overlaps the compute of its ring step. Nothing overlaps an all-to-all. With H heads, K key-value
+heads of size D, L tokens, P = R x U ranks (ring x Ulysses):
 
-    block compute, all methods   2 * H * D * L^2 / P operations (causal, counted once); on a ring times its imbalance
-    a hop of the ring            2 * K/U * D * L/R numbers, R - 1 times, each beside 1/R of the compute
+    compute, all methods         2 * H * D * L^2 / P operations (causal, counted once); on a ring times its imbalance
+    a transfer of the ring       2 * K/U * D * L/R numbers, R - 1 times, each beside 1/R of the compute
     Ulysses' all-to-alls         (2H + 2K) * D * L/P numbers, of which each of U ranks keeps 1/U
 """
 
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from ring_attention.layout import Layout
 from ring_attention.schedule import imbalance
 
-MESSAGE_LATENCY_MS = 0.05  # assumed, of posting, launching and waiting
+MESSAGE_LATENCY_MS = 0.05  # assumed, for posting, launching and waiting
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class Workload:
     """Causal attention of one layer over whole sequences.
 
     Args:
-        attained_tflops: what a block kernel reaches.
-        layout: of the ring; contiguous makes its stages wait for the busiest rank.
+        attained_tflops: the rate of an attention kernel.
+        layout: of the ring; with "contiguous" each ring step waits for the busiest rank.
     """
 
     num_heads: int
@@ -39,7 +40,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Links:
-    """Speeds of one rank's link to others, one way."""
+    """Speeds of one rank's links to others, in one direction."""
 
     ranks_per_host: int
     intra_host_gb_per_s: float
@@ -48,21 +49,19 @@ class Links:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to spread attention over ring x Ulysses ranks, and what it should cost in a forward pass."""
+    """A split into ring x Ulysses ranks, and its estimated times in a forward pass."""
 
     ring_degree: int
     ulysses_degree: int
     compute_ms: float
-    hop_ms: float
+    transfer_ms: float
     all_to_all_ms: float
     exposed_ms: float
 
     @property
     def method(self) -> str:
-        if self.ring_degree == self.ulysses_degree == 1:
-            return "local"
         if self.ulysses_degree == 1:
-            return "ring"
+            return "local" if self.ring_degree == 1 else "ring"
         return "ulysses" if self.ring_degree == 1 else "hybrid"
 
     @property
@@ -72,10 +71,9 @@ class Candidate:
     def __str__(self) -> str:
         parts = []
         if self.ring_degree > 1:
-            stage_ms = self.compute_ms / self.ring_degree
-            parts.append(
-                f"{self.ring_degree - 1} hops of {self.hop_ms:.3f} ms, each beside {stage_ms:.3f} ms of compute"
-            )
+            step_ms = self.compute_ms / self.ring_degree
+            transfers = f"{self.ring_degree - 1} transfers of {self.transfer_ms:.3f} ms"
+            parts.append(f"{transfers}, each beside {step_ms:.3f} ms of compute")
         if self.ulysses_degree > 1:
             parts.append(f"all-to-alls {self.all_to_all_ms:.3f} ms")
         return (
@@ -85,7 +83,7 @@ class Candidate:
 
 
 def rank_methods(workload: Workload, links: Links, num_ranks: int) -> list[Candidate]:
-    """All splits whose Ulysses degree divides the key-value heads, the fastest first; of equals the longer ring."""
+    """All splits whose Ulysses degree divides the key-value heads, fastest first; of equals the longer ring first."""
     candidates = [
         _candidate(workload, links, num_ranks // ulysses_degree, ulysses_degree)
         for ulysses_degree in range(1, num_ranks + 1)
@@ -98,13 +96,14 @@ def _candidate(workload: Workload, links: Links, ring_degree: int, ulysses_degre
     num_ranks = ring_degree * ulysses_degree
     size = workload.batch * workload.head_dim * workload.bytes_per_number  # of one token in one head
     operations = 2 * workload.num_heads * workload.head_dim * workload.length**2 * workload.batch / num_ranks
-    waiting = imbalance(Layout(workload.layout, ring_degree, 128 * ring_degree))
-    compute_ms = waiting * operations / workload.attained_tflops / 1e9
+    compute_ms = (
+        imbalance(Layout(workload.layout, ring_degree, 128 * ring_degree)) * operations / workload.attained_tflops / 1e9
+    )
 
-    hop_bytes = 2 * workload.num_kv_heads / ulysses_degree * workload.length / ring_degree * size
-    hop_gb_per_s = links.intra_host_gb_per_s if num_ranks <= links.ranks_per_host else links.inter_host_gb_per_s
-    hop_ms = hop_bytes / hop_gb_per_s / 1e6 + MESSAGE_LATENCY_MS if ring_degree > 1 else 0.0
-    exposed_ms = (ring_degree - 1) * max(MESSAGE_LATENCY_MS, hop_ms - compute_ms / ring_degree)
+    transfer_bytes = 2 * workload.num_kv_heads / ulysses_degree * workload.length / ring_degree * size
+    gb_per_s = links.intra_host_gb_per_s if num_ranks <= links.ranks_per_host else links.inter_host_gb_per_s
+    transfer_ms = transfer_bytes / gb_per_s / 1e6 + MESSAGE_LATENCY_MS if ring_degree > 1 else 0.0
+    exposed_ms = (ring_degree - 1) * max(MESSAGE_LATENCY_MS, transfer_ms - compute_ms / ring_degree)
 
     all_to_all_ms = 0.0
     if ulysses_degree > 1:
@@ -112,5 +111,5 @@ def _candidate(workload: Workload, links: Links, ring_degree: int, ulysses_degre
         near = min(ulysses_degree, links.ranks_per_host) - 1
         far = ulysses_degree - 1 - near
         seconds = near * to_each / links.intra_host_gb_per_s / 1e9 + far * to_each / links.inter_host_gb_per_s / 1e9
-        all_to_all_ms = 1e3 * seconds + 4 * MESSAGE_LATENCY_MS  # of q, k, v and the output
-    return Candidate(ring_degree, ulysses_degree, compute_ms, hop_ms, all_to_all_ms, exposed_ms + all_to_all_ms)
+        all_to_all_ms = 1e3 * seconds + 4 * MESSAGE_LATENCY_MS  # for q, k, v and out
+    return Candidate(ring_degree, ulysses_degree, compute_ms, transfer_ms, all_to_all_ms, exposed_ms + all_to_all_ms)

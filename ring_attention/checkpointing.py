@@ -1,10 +1,10 @@
-"""Layers that are computed again in the backward pass, without their attention: its output and lse are kept.
+"""Selective checkpointing: the backward pass recomputes a layer without its attention, whose out and lse are saved.
 
     torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, context_fn=selective_checkpointing)
 
-Given `pack` and `unpack`, as autograd's `saved_tensors_hooks` takes them, they may be kept elsewhere, as on the host.
-Attention is most of a long sequence's operations and all of its messages, while what is kept of it is O(L/P): the
-output and a number per query and head. Keys, values and queries are computed again.
+Attention is most of a long sequence's operations and all of its messages, but out and lse take only O(L/P) memory.
+Queries, keys and values are recomputed. `pack` and `unpack`, as in autograd's `saved_tensors_hooks`, can save out and
+lse elsewhere, such as on the host.
 """
 
 from __future__ import annotations
@@ -18,43 +18,44 @@ from typing import Any
 from torch import Tensor
 
 Result = tuple[Tensor, Tensor]  # out and lse
+Policy = Callable[[Callable[[], Result]], Result]
 
-_how: Callable[[Callable[[], Result]], Result] | None = None  # results come about here and now; None: by computing them
+_policy: Policy | None = None  # how attention gets its result now; None computes it
 
 
 def saved_or_computed(compute: Callable[[], Result]) -> Result:
-    """What `compute` gives, or gave when this layer was computed first."""
-    return compute() if _how is None else _how(compute)
+    """The result of `compute`, or the result that was saved when this layer was first computed."""
+    return compute() if _policy is None else _policy(compute)
 
 
-def _as_it_is(tensor: Tensor) -> Tensor:
+def _identity(tensor: Tensor) -> Tensor:
     return tensor
 
 
 def selective_checkpointing(
-    pack: Callable[[Tensor], Any] = _as_it_is, unpack: Callable[[Any], Tensor] = _as_it_is
+    pack: Callable[[Tensor], Any] = _identity, unpack: Callable[[Any], Tensor] = _identity
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """For `checkpoint`'s context_fn: what to be in while a layer is computed, and while it is computed again."""
-    results: deque[tuple[Any, Any]] = deque()
+    """For `checkpoint`'s context_fn: the contexts of a layer's forward pass and of its recomputation."""
+    saved: deque[tuple[Any, Any]] = deque()
 
-    def keep(compute: Callable[[], Result]) -> Result:
+    def save(compute: Callable[[], Result]) -> Result:
         out, lse = compute()
-        # detached: autograd makes `out` its own, with all that it came from
-        results.append((pack(out.detach()), pack(lse)))
+        # detached: autograd attaches the whole graph to `out`
+        saved.append((pack(out.detach()), pack(lse)))
         return out, lse
 
-    def give_back(compute: Callable[[], Result]) -> Result:
-        out, lse = results.popleft()
+    def restore(compute: Callable[[], Result]) -> Result:
+        out, lse = saved.popleft()
         return unpack(out), unpack(lse)
 
-    return _within(keep), _within(give_back)
+    return _use(save), _use(restore)
 
 
 @contextlib.contextmanager
-def _within(how: Callable[[Callable[[], Result]], Result]) -> Iterator[None]:
-    global _how
-    before, _how = _how, how
+def _use(policy: Policy) -> Iterator[None]:
+    global _policy
+    before, _policy = _policy, policy
     try:
         yield
     finally:
-        _how = before
+        _policy = before

@@ -1,12 +1,11 @@
-"""The process groups of a data x sequence grid, built once; the object is the `mpu` given to `deepspeed.initialize`.
+"""The process groups of a data x sequence grid. The object is the `mpu` argument of `deepspeed.initialize`.
 
-The ranks that share a sequence are neighbours, counted host by host. Which part of it a rank holds is what the
-attention module says (`sequence_rank`), which need not be its number in the group.
+The ranks that share a sequence are neighbours, counted host by host. The part of the sequence that a rank holds is the
+attention module's `sequence_rank`, which can differ from the rank's number in the group.
 
-DeepSpeed asks an mpu for three things here: the sequence-parallel group, the sequence x data group over
-which ZeRO shards and gradients are reduced (all ranks), and a model-parallel group (this rank alone). Measured with
-DeepSpeed 0.19.8: it must NOT have an attribute named `initialize_sequence_parallel`, which makes DeepSpeed take it
-for its own module.
+Of an mpu DeepSpeed needs the sequence-parallel group, the sequence x data group over which ZeRO shards and reduces
+gradients (all ranks), and a model-parallel group (this rank alone). Measured with DeepSpeed 0.19.8: the mpu must NOT
+have an attribute named `initialize_sequence_parallel`, or DeepSpeed takes it for its own module.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from ring_attention.transport import subgroup
 
 
 class ParallelGroups:
-    """Process groups of a data_degree x sequence_degree grid. Every rank must construct it, in one order.
+    """Process groups of a data_degree x sequence_degree grid. Every rank must construct it, at the same point.
 
-    `hosts` are those of the sequence group's ranks, for the attention modules.
+    `hosts` has the host of each rank of the sequence group, for the attention modules.
 
     Raises:
-        ValueError: if there is no process group, or data_degree * sequence_degree is not its size.
+        ValueError: if there is no process group, or if data_degree * sequence_degree is not its size.
     """
 
     def __init__(self, data_degree: int, sequence_degree: int) -> None:
@@ -47,8 +46,8 @@ class ParallelGroups:
         members = sorted(order[first : first + sequence_degree])
         self.hosts: list[str] = [all_hosts[rank] for rank in members]
         self._all_ranks_group = dist.get_world_group()
-        self._sequence_group = subgroup(self._all_ranks_group, tuple(members))
-        self._single_group = subgroup(self._all_ranks_group, (dist.get_rank(),))
+        self._sequence_group = subgroup(self._all_ranks_group, members)
+        self._single_group = subgroup(self._all_ranks_group, [dist.get_rank()])
 
     def get_sequence_parallel_group(self) -> Any:
         return self._sequence_group
@@ -69,14 +68,14 @@ class ParallelGroups:
         return dist.get_rank()
 
     def get_data_parallel_group(self) -> Any:
-        """All ranks: DeepSpeed shards optimizer state over it."""
+        """All ranks, because DeepSpeed shards optimizer state over this group."""
         return self._all_ranks_group
 
     def get_data_parallel_group_ranks(self) -> list[int]:
         return list(range(dist.get_world_size()))
 
     def get_data_parallel_world_size(self) -> int:
-        """Data replicas only: DeepSpeed derives the global batch size from it."""
+        """Data replicas only, because DeepSpeed derives the global batch size from this number."""
         return self.data_degree
 
     def get_data_parallel_rank(self) -> int:

@@ -5,26 +5,30 @@ Shapes: B batch, T tokens, K key-value heads, D head size, E value head size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ring_attention.schedule import Spans, num_tokens
+from ring_attention.layout import Spans, num_tokens, slice_within
 
 
 @dataclass(frozen=True)
 class KeysValues:
-    """k [B, T, K, D] and v [B, T, K, E]; where `message` is set, they are views of that contiguous vector."""
+    """k [B, T, K, D] and v [B, T, K, E]. If `message` is set, they are views of that contiguous vector.
+
+    Args:
+        spans: which of their owner's local tokens these are.
+    """
 
     k_BTKD: Tensor
     v_BTKE: Tensor
+    spans: Spans
     message: Tensor | None = None
 
     @classmethod
     def of_parts(cls, k_BTKD: Tensor, v_BTKE: Tensor) -> KeysValues:
-        """k and v as they come: a message already, without a copy, where v lies right behind k in memory."""
+        """All keys and values of a rank. They already are one message if v lies right after k in memory."""
         adjacent = (
             k_BTKD.is_contiguous()
             and v_BTKE.is_contiguous()
@@ -32,55 +36,38 @@ class KeysValues:
             and v_BTKE.storage_offset() == k_BTKD.storage_offset() + k_BTKD.numel()
         )
         message = k_BTKD.as_strided((k_BTKD.numel() + v_BTKE.numel(),), (1,)) if adjacent else None
-        return cls(k_BTKD, v_BTKE, message)
+        return cls(k_BTKD, v_BTKE, ((0, k_BTKD.shape[1]),), message)
 
     @classmethod
-    def of_message(cls, message: Tensor, shapes: Sequence[torch.Size]) -> KeysValues:
-        """What a vector holds, given the shapes of k and v."""
-        k, v = (
-            part.view(shape) for part, shape in zip(message.split([s.numel() for s in shapes]), shapes, strict=True)
-        )
-        return cls(k, v, message)
+    def of_message(cls, message: Tensor, k_shape: torch.Size, v_shape: torch.Size, spans: Spans) -> KeysValues:
+        k, v = message.split((k_shape.numel(), v_shape.numel()))
+        return cls(k.view(k_shape), v.view(v_shape), spans, message)
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        """The message, or the two vectors that make one: both are contiguous."""
+        """The message, or the two contiguous vectors that form one."""
         return (self.k_BTKD.view(-1), self.v_BTKE.view(-1)) if self.message is None else (self.message,)
 
-    @property
-    def shapes(self) -> tuple[torch.Size, torch.Size]:
-        return self.k_BTKD.shape, self.v_BTKE.shape
+    def numel(self, spans: Spans) -> int:
+        """The size of a message with these tokens."""
+        return sum(x.numel() // x.shape[1] for x in (self.k_BTKD, self.v_BTKE)) * num_tokens(spans)
 
-    def shapes_of(self, tokens: int) -> list[torch.Size]:
-        """Of k and v of `tokens` tokens of the same kind."""
-        return [torch.Size((shape[0], tokens, *shape[2:])) for shape in self.shapes]
+    def view(self, message: Tensor, spans: Spans) -> KeysValues:
+        """A message with these tokens; other dims are as here."""
+        shapes = [torch.Size((x.shape[0], num_tokens(spans), *x.shape[2:])) for x in (self.k_BTKD, self.v_BTKE)]
+        return self.of_message(message, *shapes, spans)
 
-    def numel(self, tokens: int) -> int:
-        """Of a message of `tokens` tokens of the same kind."""
-        return sum(shape.numel() for shape in self.shapes_of(tokens))
+    def empty(self, spans: Spans, dtype: torch.dtype | None = None) -> KeysValues:
+        """A new message with these tokens, not initialised."""
+        return self.view(self.k_BTKD.new_empty(self.numel(spans), dtype=dtype), spans)
 
-    def empty(self, tokens: int, dtype: torch.dtype | None = None) -> KeysValues:
-        """Room for `tokens` tokens of the same kind, as a message."""
-        return self.of_message(self.k_BTKD.new_empty(self.numel(tokens), dtype=dtype), self.shapes_of(tokens))
-
-    def take(self, held: Spans, wanted: Spans) -> KeysValues:
-        """The `wanted` of the `held` tokens, as a message: itself if it is one and all are wanted, else a copy."""
-        if wanted == held and self.message is not None:
+    def take(self, spans: Spans) -> KeysValues:
+        """Some of these tokens as a message: a copy, unless this is one with just these tokens."""
+        if spans == self.spans and self.message is not None:
             return self
-        taken, position = self.empty(num_tokens(wanted)), 0
-        for start, stop in wanted:
-            source, target = offset(held, start), slice(position, position + stop - start)
-            taken.k_BTKD[:, target] = self.k_BTKD[:, source : source + stop - start]
-            taken.v_BTKE[:, target] = self.v_BTKE[:, source : source + stop - start]
-            position += stop - start
+        taken = self.empty(spans)
+        for start, stop in spans:
+            source, target = slice_within(self.spans, start, stop), slice_within(spans, start, stop)
+            taken.k_BTKD[:, target] = self.k_BTKD[:, source]
+            taken.v_BTKE[:, target] = self.v_BTKE[:, source]
         return taken
-
-
-def offset(held: Spans, token: int) -> int:
-    """Where `token` stands among the `held` ones."""
-    position = 0
-    for start, stop in held:
-        if start <= token < stop:
-            return position + token - start
-        position += stop - start
-    raise AssertionError(f"token {token} is not among {held}")

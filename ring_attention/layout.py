@@ -1,21 +1,20 @@
-"""Which global positions each rank holds. Pure integers; `schedule` and `data.shard` build on it.
+"""Which positions of the sequence each rank holds. Pure integers.
 
-The ranks that share a sequence are a grid: ring_degree x ulysses_degree. A sequence of `length` tokens is padded at its
-end so that every rank holds the same number of tokens, and cut into chunks for the ring:
+The ranks that share a sequence form a grid of ring_degree x ulysses_degree. The sequence is padded at its end so that
+every rank holds equally many tokens, and cut into chunks for the ring:
 
-- ``contiguous``: ring rank r holds chunk r of R, one run of positions. Causal work is uneven: the last rank has most.
-- ``zigzag``: ring rank r holds chunks r and 2R-1-r of 2R, so that early and late positions, and so causal work,
-balance.
+- ``contiguous``: ring rank r of R holds chunk r of R. The last rank has most of the causal work.
+- ``zigzag``: ring rank r holds chunks r and 2R-1-r of 2R: an early and a late one, which balances causal work.
 
-The tokens of a ring rank are dealt in equal runs to its Ulysses ranks, which are neighbours: sequence rank =
-ring_rank * ulysses_degree + ulysses_rank. Padding sits behind all real tokens: a causal query never sees it, and its
-labels are ignored; for other masks name the real tokens, `Mask.packed([0, length])`.
+The Ulysses ranks of one ring rank are neighbours and share its tokens in equal runs: sequence rank = ring_rank *
+ulysses_degree + ulysses_rank. Padding comes after all real tokens, so no causal query sees it, and its labels are
+ignored. Other masks must name the real tokens: `Mask.packed([0, length])`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,10 +22,37 @@ from torch import Tensor
 
 LAYOUTS = ("zigzag", "contiguous")
 
+Span = tuple[int, int]  # [start, stop)
+Spans = tuple[Span, ...]  # local tokens of one rank: sorted, and neither overlapping nor adjacent
+
+
+def num_tokens(spans: Spans) -> int:
+    return sum(stop - start for start, stop in spans)
+
+
+def slice_within(spans: Spans, start: int, stop: int) -> slice:
+    """Where tokens [start, stop) are among the tokens of `spans`, of which one must have them all."""
+    position = 0
+    for first, last in spans:
+        if first <= start < last:
+            return slice(position + start - first, position + stop - first)
+        position += last - first
+    raise AssertionError(f"token {start} is not in {spans}")
+
+
+def union(spans: Iterable[Span]) -> Spans:
+    merged: list[Span] = []
+    for start, stop in sorted(spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+        else:
+            merged.append((start, stop))
+    return tuple(merged)
+
 
 @dataclass(frozen=True)
 class Run:
-    """`length` tokens that are neighbours on a rank and in the sequence."""
+    """`length` tokens that are adjacent both on a rank and in the sequence."""
 
     local_start: int
     position: int
@@ -35,7 +61,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Layout:
-    """How `length` tokens lie over ring_degree x ulysses_degree ranks.
+    """How `length` tokens are laid out over ring_degree x ulysses_degree ranks.
 
     Raises:
         ValueError: for an unknown name, a degree below 1 or a length below 1.
@@ -57,7 +83,7 @@ class Layout:
 
     @property
     def sequence_degree(self) -> int:
-        """Ranks that share the sequence."""
+        """How many ranks share the sequence."""
         return self.ring_degree * self.ulysses_degree
 
     @property
@@ -70,33 +96,33 @@ class Layout:
 
     @property
     def chunk_length(self) -> int:
-        """Tokens in each chunk, padding included: such that a ring rank's tokens divide among its Ulysses ranks."""
+        """Tokens per chunk, padding included, so that a ring rank's tokens divide among its Ulysses ranks."""
         multiple = self.ulysses_degree // math.gcd(self.ulysses_degree, self.chunks_per_ring_rank)
         return -(-self.length // (self.num_chunks * multiple)) * multiple
 
     @property
     def ring_length(self) -> int:
-        """Tokens of each ring rank, padding included."""
+        """Tokens per ring rank, padding included."""
         return self.chunks_per_ring_rank * self.chunk_length
 
     @property
     def local_length(self) -> int:
-        """Tokens on each rank, padding included: the same on all ranks."""
+        """Tokens per rank, padding included."""
         return self.ring_length // self.ulysses_degree
 
     @property
     def padded_length(self) -> int:
-        """Tokens on all ranks together, padding included."""
+        """Tokens of all ranks, padding included."""
         return self.ring_degree * self.ring_length
 
     def chunks(self, ring_rank: int) -> tuple[int, ...]:
-        """The chunk numbers that a ring rank holds, in the order in which it holds them."""
+        """The chunks of a ring rank, in local order."""
         if self.chunks_per_ring_rank == 1:
             return (ring_rank,)
         return ring_rank, self.num_chunks - 1 - ring_rank
 
     def runs(self, ring_rank: int) -> tuple[Run, ...]:
-        """The chunks of a ring rank, neighbours joined."""
+        """The chunks of a ring rank as runs. Adjacent chunks are one run."""
         runs: list[Run] = []
         for index, chunk in enumerate(self.chunks(ring_rank)):
             position = chunk * self.chunk_length
@@ -107,14 +133,14 @@ class Layout:
         return tuple(runs)
 
     def positions(self, sequence_rank: int) -> Tensor:
-        """Global positions [S] (int64) of a rank's tokens; those >= `length` are padding."""
+        """Global positions [S] (int64) of a rank's tokens. Positions from `length` on are padding."""
         ring_rank, ulysses_rank = divmod(sequence_rank, self.ulysses_degree)
         chunk = torch.arange(self.chunk_length)
-        of_ring_rank = torch.cat([number * self.chunk_length + chunk for number in self.chunks(ring_rank)])
-        return of_ring_rank[ulysses_rank * self.local_length :][: self.local_length]
+        ring_positions = torch.cat([number * self.chunk_length + chunk for number in self.chunks(ring_rank)])
+        return ring_positions[ulysses_rank * self.local_length :][: self.local_length]
 
     def shard(self, global_tensor: Tensor, sequence_rank: int, dim: int, pad_value: float = 0) -> Tensor:
-        """The part of `global_tensor` that a rank holds: `length` on `dim` becomes `local_length`.
+        """A rank's part of `global_tensor`: `length` on `dim` becomes `local_length`.
 
         Raises:
             ValueError: if the tensor does not have `length` entries on `dim`.
@@ -127,7 +153,7 @@ class Layout:
         return padded.index_select(dim, self.positions(sequence_rank).to(padded.device))
 
     def unshard(self, local_tensors: Sequence[Tensor], dim: int) -> Tensor:
-        """The inverse of `shard`: the tensors of sequence ranks 0, 1, ... become one of `length`, padding removed."""
+        """The inverse of `shard`, given the tensors of sequence ranks 0, 1, ...; padding is removed."""
         positions = torch.cat([self.positions(rank) for rank in range(self.sequence_degree)])
         gathered = torch.cat(list(local_tensors), dim)
         order = torch.argsort(positions)[: self.length].to(gathered.device)

@@ -1,7 +1,7 @@
-"""Which keys a query may see, by global positions: one band and, within it, documents. Pure integers.
+"""Which keys a query may see, by global positions: a band and, within it, packed documents. Pure integers.
 
-A query at position p sees a key at position k if p - left <= k <= p + right and both lie in one document. Every mask of
-the library is that: causal is right=0, full has neither bound, a sliding window has both.
+A query at position p sees a key at position k if p - left <= k <= p + right and both are in one document. Causal is
+right=0, full has neither bound, and a sliding window has a left one.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ class Mask:
     """A band around the diagonal, cut into documents.
 
     Args:
-        left: how many tokens before itself a query sees; None is all of them.
-        right: how many after itself; 0, the default, is causal, None is all of them.
-        documents: what `packed` and `packed_by_ids` set: boundaries 0 = b0 <= b1 <= ... of each row of the batch, or
-            one set for all rows. Tokens behind the last boundary are padding: they see each other, and nobody else
-            does.
+        left: how many tokens before itself a query sees; None is all.
+        right: how many tokens after itself a query sees; 0, the default, is causal, None is all.
+        documents: set by `packed` and `packed_by_ids`. Boundaries 0 = b0 <= b1 <= ... of each row of the batch, or one
+            tuple for all rows. Tokens after the last boundary are padding: they see each other, and no other token
+            sees them.
 
     Raises:
-        ValueError: for a negative bound, or boundaries that do not start at 0 or fall.
+        ValueError: for a negative bound, or boundaries that decrease or do not start at 0.
     """
 
     left: int | None = None
@@ -41,21 +41,21 @@ class Mask:
             if bound is not None and bound < 0:
                 raise ValueError(f"{name}={bound} must be 0 or more tokens, or None for all")
         if self.documents == ():
-            raise ValueError("documents=() has no row: give boundaries for all rows, or one set per row")
+            raise ValueError("documents=() has no row: pass one tuple of boundaries for all rows, or one per row")
         for boundaries in self.documents or ():
             if not boundaries or boundaries[0] != 0:
-                raise ValueError(f"boundaries {boundaries} must start at 0, as cu_seqlens do")
+                raise ValueError(f"document boundaries {boundaries} must start at 0, as cu_seqlens do")
             for before, after in itertools.pairwise(boundaries):
                 if after < before:
-                    raise ValueError(f"boundaries must not fall, but {after} follows {before}")
+                    raise ValueError(f"document boundaries must not decrease, but {after} follows {before}")
 
     def packed(self, cu_seqlens: Tensor | Sequence[int] | Sequence[Sequence[int]]) -> Mask:
         """The same band within packed documents.
 
         Args:
-            cu_seqlens: the documents' cumulative lengths over the WHOLE sequence, not this rank's part: 0, then where
-                each ends (equal neighbours are an empty document); or one such list per row of the batch. A tensor
-                should be on the CPU: reading one from a GPU waits for it.
+            cu_seqlens: cumulative document lengths over the WHOLE sequence, not this rank's part: 0, then the end of
+                each document. Equal neighbours are an empty document. Or one such list per row of the batch. Reading a
+                GPU tensor waits for the GPU, so pass a CPU tensor.
         """
         values = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens
         rows = values if len(values) and isinstance(values[0], Sequence) else [values]
@@ -68,30 +68,30 @@ class Mask:
             document_ids: [G] or [B, G] integers over the whole sequence; a document is one run of equal ids.
 
         Raises:
-            ValueError: if an id comes back after another: its tokens would not see each other.
+            ValueError: if an id occurs in two runs, whose tokens would not see each other.
         """
         rows = []
         for ids in document_ids.reshape(-1, document_ids.shape[-1]).cpu():
             values, lengths = torch.unique_consecutive(ids, return_counts=True)
             if len(values) > len(values.unique()):
-                raise ValueError("a document id comes back after another: each document must be one run of tokens")
+                raise ValueError("a document id occurs in two runs: each document must be one run of tokens")
             rows.append([0, *lengths.cumsum(0).tolist()])
         return self.packed(rows)
 
     def within(self, length: int) -> Mask:
-        """The same mask on `length` tokens, without bounds that reach beyond them, which cost kernels without
-        windows.
+        """The same mask on `length` tokens, without the bounds that reach beyond them: they exclude no key, and some
+        kernels have no windows.
         """
         left, right = (None if b is not None and b >= length - 1 else b for b in (self.left, self.right))
         return replace(self, left=left, right=0 if self.right == 0 else right)
 
     @property
     def is_windowed(self) -> bool:
-        """Whether keys before a query are cut off, which not every kernel can do."""
+        """Whether early keys are cut off, which not every kernel supports."""
         return self.left is not None
 
     def spans(self, length: int) -> list[list[tuple[int, int]]]:
-        """The documents of each row as [start, stop), empty ones left out, with what lies behind them as one more.
+        """Each row's documents as [start, stop), without empty ones. Tokens after the last are one more document.
 
         Raises:
             ValueError: if documents reach beyond `length`.
@@ -107,7 +107,7 @@ class Mask:
         return rows
 
     def allows(self, query_positions: Tensor, key_positions: Tensor, row: int = 0) -> Tensor:
-        """[S, T] bool: the definition, for tests and for looking at a mask. `row` matters where rows differ."""
+        """[S, T] bool: the definition, for tests and for printing a mask."""
         distance = key_positions[None, :] - query_positions[:, None]
         allowed = torch.ones_like(distance, dtype=torch.bool)
         if self.left is not None:
@@ -116,10 +116,10 @@ class Mask:
             allowed &= distance <= self.right
         if self.documents is not None:
             ends = torch.tensor(self.documents[row if len(self.documents) > 1 else 0])
-            allowed &= (
-                torch.bucketize(query_positions, ends, right=True)[:, None]
-                == torch.bucketize(key_positions, ends, right=True)[None, :]
+            query_document, key_document = (
+                torch.bucketize(x, ends, right=True) for x in (query_positions, key_positions)
             )
+            allowed &= query_document[:, None] == key_document[None, :]
         return allowed
 
 

@@ -1,8 +1,8 @@
-"""Bands of a rectangle of query-key pairs: the shape of everything a block kernel is asked for. Pure integers.
+"""A block of query-key pairs with a band mask: the shape of every kernel call. Pure integers.
 
-Query i and key j of a rectangle attend if lower <= j - i <= upper; None is no bound. The whole rectangle is (None,
-None), a causal square (None, 0). A trimmed rectangle has no row and no column that attends to nothing, so kernels
-never see a fully masked row, and its bounds are None where they cut nothing off.
+Query i and key j of a block attend if lower <= j - i <= upper; None is no bound. A full block is (None, None), a causal
+square (None, 0). A trimmed block has no query and no key without a partner, so kernels never see a fully masked row,
+and a bound that excludes nothing is None.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)  # thousands of them for packed documents
 class MaskedBlock:
-    """Queries [q_start, q_stop) against keys [k_start, k_stop), within a band counted from its own corner."""
+    """Queries [q_start, q_stop) against keys [k_start, k_stop), in a band that counts from the block's corner."""
 
     q_start: int
     q_stop: int
@@ -54,14 +54,14 @@ class MaskedBlock:
         return triangle + (self.num_queries - saturated) * self.num_keys
 
     def part(self, q_start: int, q_stop: int, k_start: int, k_stop: int) -> MaskedBlock | None:
-        """What attends within a smaller rectangle, in the same coordinates, trimmed; None if nothing does."""
+        """The pairs within a smaller block, in the same coordinates and trimmed; None if there are none."""
         shift = (q_start - self.q_start) - (k_start - self.k_start)
         lower = None if self.lower is None else self.lower + shift
         upper = None if self.upper is None else self.upper + shift
         return MaskedBlock(q_start, q_stop, k_start, k_stop, lower, upper).trimmed()
 
     def trimmed(self) -> MaskedBlock | None:
-        """The smallest rectangle with the same pairs, bounds that cut nothing off left out; None if there are none."""
+        """The smallest block with the same pairs; None if there are none."""
         lower = -self.num_queries if self.lower is None else self.lower
         upper = self.num_keys if self.upper is None else self.upper
         q_first, q_stop = max(0, -upper), min(self.num_queries, self.num_keys - lower)
@@ -79,20 +79,20 @@ class MaskedBlock:
         )
 
     def joined(self, other: MaskedBlock) -> MaskedBlock | None:
-        """One rectangle with the pairs of both, which must be disjoint; None if their union is not one."""
+        """One block with the pairs of both, which must be disjoint; None if no block has exactly these pairs."""
         box = (
             min(self.q_start, other.q_start),
             max(self.q_stop, other.q_stop),
             min(self.k_start, other.k_start),
             max(self.k_stop, other.k_stop),
         )
-        # the narrowest band around both; if it has as many pairs as they have, it has no others
+        # the narrowest band around both; if it has as many pairs as both together, it has no others
         edges = [edge for part in (self, other) for edge in part._edges(box[0], box[2])]
         candidate = MaskedBlock(*box, min(edges), max(edges)).trimmed()
         return candidate if candidate is not None and candidate.work == self.work + other.work else None
 
     def _edges(self, q_origin: int, k_origin: int) -> tuple[int, int]:
-        """The least and the greatest j - i that attend, counted from a corner of the caller's."""
+        """The least and the greatest j - i that attend, counted from the given corner."""
         shift = (self.k_start - k_origin) - (self.q_start - q_origin)
         lower = 1 - self.num_queries if self.lower is None else self.lower
         upper = self.num_keys - 1 if self.upper is None else self.upper

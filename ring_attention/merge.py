@@ -1,10 +1,10 @@
-"""The online softmax: joins attention over disjoint sets of keys, in fp32 (fp64 for fp64 input); and sums.
+"""The online softmax, which merges attention over disjoint sets of keys, and sums; in fp32 (fp64 for fp64 input).
 
     lse = log(exp(lse_1) + exp(lse_2))
     out = out_1 * exp(lse_1 - lse) + out_2 * exp(lse_2 - lse)
 
-On a GPU one pass, by `merge_triton`. Shapes: out [B, S, H, E], lse [B, H, S]. Source: Milakov & Gimelshein 2018; Dao et
-al. 2022, section 3.1.
+On a GPU `merge_triton` does each in one pass. Shapes: out [B, S, H, E], lse [B, H, S]. Source: Milakov & Gimelshein
+2018; Dao et al. 2022, section 3.1.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor
 
 
 def add_up(target: Tensor, addends: list[Tensor]) -> None:
-    """The sum of [B, S, H, D] tensors, added in fp32 (fp64 for fp64 ones) and rounded once, to `target`'s dtype.
+    """Write the sum of [B, S, H, D] tensors to `target`, rounded once to its dtype.
 
-    `target` may be the first of them. It is of their dtype, of fp32, or of fp64 for fp64 ones.
+    `target` may be the first addend. Its dtype is theirs, or fp32 (fp64 for fp64 addends).
     """
     dtype = functools.reduce(torch.promote_types, [addend.dtype for addend in addends], torch.float32)
     if len(addends) == 1:
@@ -32,27 +32,25 @@ def add_up(target: Tensor, addends: list[Tensor]) -> None:
         for other in addends[1:-1]:
             total = total + other
         torch.add(total, addends[-1], out=target)
-    else:  # PyTorch computes in the wider dtype of the two, or in fp32, and rounds to that
+    else:  # PyTorch rounds to the wider dtype of the two addends, so one of them must have the target's
         if target.dtype == dtype != addends[0].dtype:
             addends = [target.copy_(addends[0]), addends[1]]
         torch.add(*addends, out=target)
 
 
-def merge(
-    target_BSHE: Tensor, out_BSHE: Tensor, lse_BHS: Tensor, block_out_BSHE: Tensor, block_lse_BHS: Tensor
-) -> None:
-    """Merge one block's result with what is there: out into `target`, which may be `out` itself, lse in place.
+def merge(target_BSHE: Tensor, out_BSHE: Tensor, lse_BHS: Tensor, tile_out_BSHE: Tensor, tile_lse_BHS: Tensor) -> None:
+    """Merge a tile's out and lse into the state: out into `target`, which may be `out` itself, and lse in place.
 
-    A lse of -inf is a row that has seen no key yet and takes the block's result as it is; the block's own must be
-    finite, which trimmed rectangles guarantee. The three outs may differ in dtype.
+    A row that has seen no key yet has an lse of -inf and takes the tile's result as it is. The tile's own lse must be
+    finite, as it is for trimmed blocks. The three outs may differ in dtype.
     """
     if out_BSHE.is_cuda and lse_BHS.dtype == torch.float32:
         from ring_attention.merge_triton import merge_on_gpu  # needs Triton, which a CPU build of PyTorch lacks
 
-        merge_on_gpu(target_BSHE, out_BSHE, lse_BHS, block_out_BSHE, block_lse_BHS)
+        merge_on_gpu(target_BSHE, out_BSHE, lse_BHS, tile_out_BSHE, tile_lse_BHS)
         return
     # exp(lse_2 - lse) = sigmoid(lse_2 - lse_1), and the two weights sum to 1, so the update is one lerp
-    weight_BSH1 = torch.sigmoid(block_lse_BHS - lse_BHS).transpose(1, 2).unsqueeze(-1)
+    weight_BSH1 = torch.sigmoid(tile_lse_BHS - lse_BHS).transpose(1, 2).unsqueeze(-1)
     dtype = lse_BHS.dtype
-    target_BSHE.copy_(torch.lerp(out_BSHE.to(dtype), block_out_BSHE.to(dtype), weight_BSH1.to(dtype)))
-    lse_BHS.copy_(torch.logaddexp(lse_BHS, block_lse_BHS))
+    target_BSHE.copy_(torch.lerp(out_BSHE.to(dtype), tile_out_BSHE.to(dtype), weight_BSH1.to(dtype)))
+    lse_BHS.copy_(torch.logaddexp(lse_BHS, tile_lse_BHS))

@@ -1,5 +1,5 @@
 # pyright: reportMissingImports=false, reportIndexIssue=false
-"""`merge` and `add_up` on a GPU, each in one pass over its tensors, whatever their dtypes; lse in fp32."""
+"""`merge` and `add_up` on a GPU: each is one pass over tensors of any dtypes and strides; lse in fp32."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_ELEMENTS = 4096  # of a program: rows of one head size each
+_ELEMENTS = 4096  # per program, in rows of one head size
 
 
 @triton.jit
@@ -15,8 +15,8 @@ def _merge_kernel(
     target,
     out,
     lse,
-    block_out,
-    block_lse,
+    tile_out,
+    tile_lse,
     target_b,
     target_s,
     target_h,
@@ -26,12 +26,12 @@ def _merge_kernel(
     lse_b,
     lse_h,
     lse_s,
-    block_out_b,
-    block_out_s,
-    block_out_h,
-    block_lse_b,
-    block_lse_h,
-    block_lse_s,
+    tile_out_b,
+    tile_out_s,
+    tile_out_h,
+    tile_lse_b,
+    tile_lse_h,
+    tile_lse_s,
     num_rows,
     num_tokens,
     num_heads: tl.constexpr,
@@ -39,7 +39,7 @@ def _merge_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)  # numbers rows as [B, S, H] does
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)  # in the order of [B, S, H]
     is_row = row < num_rows
     h, s, b = row % num_heads, row // num_heads % num_tokens, row // num_heads // num_tokens
     column = tl.arange(0, COLUMNS)
@@ -47,15 +47,15 @@ def _merge_kernel(
 
     at = lse + b * lse_b + h * lse_h + s * lse_s
     lse_1 = tl.load(at, mask=is_row, other=0.0)
-    lse_2 = tl.load(block_lse + b * block_lse_b + h * block_lse_h + s * block_lse_s, mask=is_row, other=0.0)
+    lse_2 = tl.load(tile_lse + b * tile_lse_b + h * tile_lse_h + s * tile_lse_s, mask=is_row, other=0.0)
     weight = tl.sigmoid(lse_2 - lse_1)[:, None]
-    # logaddexp; of a row without keys lse_1 is -inf, and lse_2 comes out
+    # logaddexp; lse_1 is -inf for a row that has seen no key, and gives lse_2
     merged_lse = tl.maximum(lse_1, lse_2) + tl.log(1.0 + tl.exp(-tl.abs(lse_1 - lse_2)))
 
     rows_1 = (b * out_b + s * out_s + h * out_h)[:, None] + column[None, :]
-    rows_2 = (b * block_out_b + s * block_out_s + h * block_out_h)[:, None] + column[None, :]
+    rows_2 = (b * tile_out_b + s * tile_out_s + h * tile_out_h)[:, None] + column[None, :]
     out_1 = tl.load(out + rows_1, mask=mask, other=0.0).to(tl.float32)
-    out_2 = tl.load(block_out + rows_2, mask=mask, other=0.0).to(tl.float32)
+    out_2 = tl.load(tile_out + rows_2, mask=mask, other=0.0).to(tl.float32)
     merged = out_1 + weight * (out_2 - out_1)
     rows = (b * target_b + s * target_s + h * target_h)[:, None] + column[None, :]
     tl.store(target + rows, merged.to(target.dtype.element_ty), mask=mask)
@@ -63,10 +63,10 @@ def _merge_kernel(
 
 
 def merge_on_gpu(
-    target_BSHE: Tensor, out_BSHE: Tensor, lse_BHS: Tensor, block_out_BSHE: Tensor, block_lse_BHS: Tensor
+    target_BSHE: Tensor, out_BSHE: Tensor, lse_BHS: Tensor, tile_out_BSHE: Tensor, tile_lse_BHS: Tensor
 ) -> None:
-    """As `merge.merge`; elements of a head lie side by side in all three outs."""
-    for tensor in (target_BSHE, out_BSHE, block_out_BSHE):
+    """`merge.merge`; the last dim of all three outs must be contiguous."""
+    for tensor in (target_BSHE, out_BSHE, tile_out_BSHE):
         assert tensor.stride(-1) == 1, tensor.stride()
     batch, tokens, heads, head_dim = out_BSHE.shape
     num_rows, columns = batch * tokens * heads, triton.next_power_of_2(head_dim)
@@ -75,13 +75,13 @@ def merge_on_gpu(
         target_BSHE,
         out_BSHE,
         lse_BHS,
-        block_out_BSHE,
-        block_lse_BHS,
+        tile_out_BSHE,
+        tile_lse_BHS,
         *target_BSHE.stride()[:3],
         *out_BSHE.stride()[:3],
         *lse_BHS.stride(),
-        *block_out_BSHE.stride()[:3],
-        *block_lse_BHS.stride(),
+        *tile_out_BSHE.stride()[:3],
+        *tile_lse_BHS.stride(),
         num_rows,
         tokens,
         heads,
@@ -116,7 +116,7 @@ def _add_three_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)  # numbers rows as [B, S, H] does
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)  # in the order of [B, S, H]
     h, s, b = row % num_heads, row // num_heads % num_tokens, row // num_heads // num_tokens
     column = tl.arange(0, COLUMNS)
     mask = (row < num_rows)[:, None] & (column < head_dim)[None, :]
@@ -131,7 +131,7 @@ def _add_three_kernel(
 
 
 def add_three_on_gpu(target: Tensor, one: Tensor, two: Tensor, three: Tensor) -> None:
-    """As `merge.add_up` of three; elements of a head lie side by side in all."""
+    """`merge.add_up` of three; the last dim of all must be contiguous."""
     tensors = (target, one, two, three)
     for tensor in tensors:
         assert tensor.stride(-1) == 1, tensor.stride()

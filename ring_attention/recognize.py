@@ -1,9 +1,8 @@
-"""What attention does a module compute? For scripts that hand DistributedAttention their own.
+"""Recognises what attention a module computes, for scripts that pass their own module to DistributedAttention.
 
-A ring cannot run a module that sees whole sequences, but most of them are plain softmax attention, causal or full. The
-module is run on as many made-up tokens as the sequence has, 32768 at most, and compared with block kernels. What is
-anything else on so many tokens, such as a sliding window, a bias, dropout or another order of dims, is refused, not
-approximated.
+A ring cannot run a module that sees whole sequences, but most such modules are plain softmax attention, causal or full.
+The module is run on as many random tokens as the sequence has, at most 32768, and compared with a kernel. A module that
+differs on them, such as one with a sliding window, a bias, dropout or another order of dims, is refused.
 """
 
 from __future__ import annotations
@@ -14,15 +13,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ring_attention.kernels import KernelSpec, choose_kernel
+from ring_attention.kernels import KernelParams, KernelSpec, choose_kernel
 from ring_attention.mask import CAUSAL, FULL, Mask
 
 _MAX_TOKENS = 32768
 _TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float32: 1e-3, torch.float64: 1e-6}
 
 
-class Recognized:
-    """What is known of one module; asks it again for longer sequences and other kinds of calls."""
+class ModuleRecognizer:
+    """Remembers the mask of one module. Runs the module again for longer sequences and other kinds of calls."""
 
     def __init__(self) -> None:
         self._known: dict[tuple, tuple[int, Mask]] = {}
@@ -33,23 +32,17 @@ class Recognized:
         """The mask of `module`, which must be softmax attention with a scale of 1 / sqrt(D).
 
         Args:
-            query, key, value: of a call; their shapes, dtype and device are used. The module sees what
-                DistributedAttention would give it: all tokens, and 1 / num_ranks of the heads where they divide.
+            query, key, value: a call's tensors, for their shapes, dtype and device. The module sees what
+                DistributedAttention would pass: all tokens, and 1 / num_ranks of the heads if that divides them.
 
         Raises:
-            ValueError: if it is neither causal nor full attention.
+            ValueError: if the module is neither causal nor full attention.
         """
-        kind = (
-            query.dtype,
-            query.shape[2:],
-            key.shape[2:],
-            value.shape[2:],
-            batch_dim_idx,
-            getattr(module, "training", None),
-        )
+        shapes = (query.shape[2:], key.shape[2:], value.shape[2:])
+        kind = (query.dtype, *shapes, batch_dim_idx, getattr(module, "training", None))
         num_tokens = min(query.shape[1 - batch_dim_idx] * num_ranks, _MAX_TOKENS)
-        tested, mask = self._known.get(kind, (0, CAUSAL))
-        if num_tokens > tested:
+        num_tested, mask = self._known.get(kind, (0, CAUSAL))
+        if num_tokens > num_tested:
             mask = _recognize(module, query, key, value, batch_dim_idx, num_ranks, num_tokens)
             self._known[kind] = num_tokens, mask
         return mask
@@ -65,7 +58,7 @@ def _recognize(
         shape = list(tensor.shape)
         shape[sequence_dim], shape[2] = num_tokens, shape[2] // (num_ranks if divides else 1)
         inputs.append(torch.randn(shape, generator=generator))
-    # loud enough for every query to show whether it sees the first token: a window of fewer tokens shows
+    # A large first value reveals every query that does not see the first token, and so any shorter window.
     first = inputs[2].select(sequence_dim, 0)
     first.copy_(first.sign() * num_tokens)
     q, k, v = (tensor.to(query.device, query.dtype) for tensor in inputs)
@@ -75,17 +68,17 @@ def _recognize(
         raise ValueError(_refusal(module, f"its output is not shaped like the query, {list(q.shape)}"))
     if batch_dim_idx == 1:
         q, k, v, got = (tensor.transpose(0, 1) for tensor in (q, k, v, got))
-    block, errors = choose_kernel(KernelSpec.of(q, k, v))[0], {}
+    kernel, errors = choose_kernel(KernelSpec.of(q, k, v))[0], {}
     for name, mask in (("causal", CAUSAL), ("full", FULL)):
         upper = mask.right if num_tokens > 1 else None  # with one token they are the same
         with torch.no_grad():
-            expected = block.forward(q, k, v, None, upper, 1 / math.sqrt(q.shape[-1]))[0].float()
+            expected = kernel.forward(q, k, v, KernelParams(None, upper, 1 / math.sqrt(q.shape[-1])))[0].float()
         row_errors = (got.float() - expected).norm(dim=-1) / expected.norm(dim=-1)
         if (error := row_errors.max().item()) < _TOLERANCE[query.dtype]:
             return mask
         errors[name] = error
     found = " and ".join(f"{error:.1e} of {name} attention's" for name, error in errors.items())
-    raise ValueError(_refusal(module, f"on made-up tokens its worst row is off by {found} size"))
+    raise ValueError(_refusal(module, f"on random tokens its worst row is off by {found} size"))
 
 
 def _refusal(module: Callable, reason: str) -> str:

@@ -1,330 +1,216 @@
-"""The ring itself: a loop over stages, forward and backward, as one autograd function.
+"""Ring attention: the loop over ring steps, forward and backward, as one autograd function.
 
-Sits between `sequence` (what the modules share) and `schedule`, `exchange`, `blocks` and `merge`, which it joins.
+The schedules say what to compute and send, `transport` moves K,V, and `kernels` compute.
 Source: Liu, Zaharia & Abbeel, "Ring Attention with Blockwise Transformers", 2023; Dao, FlashAttention-2, section 3.1.
+`docs/teaching_ring.py` is the same algorithm in 60 lines.
 
 Shapes: B batch, S local tokens, T tokens of a source, H query heads, K key-value heads, D head size, E value head size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ring_attention.accumulators import GradientAccumulator, OnlineSoftmaxAccumulator, PiecewiseSum, TimeBreakdown
-from ring_attention.attend import ALL_ROWS, TileGradients, attend_backward, attend_forward
+from ring_attention.accumulators import GradientAccumulator, OnlineSoftmaxAccumulator
+from ring_attention.attend import BackwardInputs, attend_backward, attend_forward
+from ring_attention.backward_schedule import BackwardStep, GradientPiece, backward_schedule
 from ring_attention.checkpointing import saved_or_computed
 from ring_attention.kernels import AttentionKernel
-from ring_attention.kv import KeysValues, offset
-from ring_attention.layout import Layout
+from ring_attention.kv import KeysValues
+from ring_attention.layout import Layout, Spans, num_tokens, slice_within
 from ring_attention.mask import Mask
-from ring_attention.schedule import (
-    AttentionTile,
-    Spans,
-    Stage,
-    buffer_tokens,
-    gradient_buffer,
-    keys_buffer,
-    num_tokens,
-)
+from ring_attention.schedule import RingStep, buffer_tokens, gradient_buffer, keys_buffer, ring_schedule
 from ring_attention.trace import numbered, profiler_range
 from ring_attention.transport import P2PMessage, P2PTransport, Transfer
 
 
-class Moving(NamedTuple):
-    """K,V or their gradients, to or from a ring rank; `room` is as in `exchange.P2PMessage`."""
-
-    what: KeysValues
-    peer: int
-    room: str
-
-
 @dataclass(frozen=True)
 class Ring:
-    """Everything a ring needs beside its tensors: what to compute and send, with which kernel, and how K,V move."""
+    """All that a ring needs besides its tensors. `transport` is None for a ring of one rank."""
 
-    stages: tuple[Stage, ...]
-    exchange: P2PTransport | None  # None where there is one stage
-    block: AttentionKernel
+    layout: Layout
+    mask: Mask
+    transport: P2PTransport | None
+    kernel: AttentionKernel
     scale: float
 
-    def post(self, purpose: str, sends: list[Moving], receives: list[Moving]) -> Transfer | None:
-        """Post a hop, if there is anything to move."""
+    @property
+    def rank(self) -> int:
+        return 0 if self.transport is None else self.transport.ring_rank
+
+    @cached_property
+    def steps(self) -> tuple[RingStep, ...]:
+        return ring_schedule(self.layout, self.mask, self.rank)
+
+    def post_keys(
+        self, own: KeysValues, here: KeysValues | None, number: int, direction: str
+    ) -> tuple[Transfer | None, KeysValues | None]:
+        """Start the K,V transfers during ring step `number`. Returns them, and the K,V of the next step."""
+        if number + 1 >= len(self.steps):
+            return None, None
+        step, following, buffer = self.steps[number], self.steps[number + 1], keys_buffer(number)
+        sends, receives, incoming = [], [], None
+        if step.send_next is not None:
+            assert here is not None
+            sends.append(P2PMessage(here.take(step.send_next.spans).parts, step.send_next.peer, buffer))
+        if step.send_direct is not None:
+            sends.append(P2PMessage(own.take(step.send_direct.spans).parts, step.send_direct.peer, buffer))
+        if following.keys_from is not None:
+            incoming = self._receive_buffer(own, following.keys, buffer)
+            receives.append(P2PMessage(incoming.parts, following.keys_from, buffer))
+        return self._post(f"{direction} K,V after ring step {number}", sends, receives), incoming
+
+    def post_gradients(
+        self, own: KeysValues, step: BackwardStep, number: int, gradients: KeysValues | None
+    ) -> tuple[Transfer | None, KeysValues | None]:
+        """Start to send a step's dK,dV to their owner. Returns the transfers, and dK,dV of own tokens that return."""
+        buffer, sends, receives, returned = gradient_buffer(number), [], [], None
+        if gradients is not None:
+            sends.append(P2PMessage(gradients.parts, step.source, buffer))
+        if step.gradient_return is not None:
+            returned = self._receive_buffer(own, step.gradient_return.spans, buffer)
+            receives.append(P2PMessage(returned.parts, step.gradient_return.peer, buffer))
+        return self._post(f"backward dK,dV after ring step {number}", sends, receives), returned
+
+    def _receive_buffer(self, like: KeysValues, spans: Spans, buffer: str) -> KeysValues:
+        assert self.transport is not None
+        k = like.k_BTKD
+        return like.view(self.transport.receive_buffer(buffer, like.numel(spans), k.dtype, k.device), spans)
+
+    def _post(self, purpose: str, sends: list[P2PMessage], receives: list[P2PMessage]) -> Transfer | None:
         if not sends and not receives:
             return None
-        assert self.exchange is not None, "several stages need an exchange"
-        out, into = ([P2PMessage(moving.what.parts, *moving[1:]) for moving in moves] for moves in (sends, receives))
-        return self.exchange.post(purpose, out, into)
-
-    def receive(self, like: KeysValues, tokens: int, peer: int, room: str) -> Moving:
-        """What will come from `peer`: so many tokens of the same kind."""
-        assert self.exchange is not None
-        k = like.k_BTKD
-        message = self.exchange.room(room, like.numel(tokens), k.dtype, k.device)
-        return Moving(KeysValues.of_message(message, like.shapes_of(tokens)), peer, room)
-
-    def forward_keys(
-        self, own: KeysValues, here: KeysValues | None, step: int, way: str
-    ) -> tuple[Transfer | None, KeysValues | None]:
-        """Post the hop of K,V after stage `step`; returns what will be here once it is done."""
-        stage, room, sends, receives = self.stages[step], keys_buffer(step), [], []
-        if stage.forward is not None:
-            assert here is not None
-            sends.append(Moving(here.take(stage.keys, stage.forward.spans), stage.forward.peer, room))
-        if stage.direct is not None:
-            sends.append(Moving(own.take(self.stages[0].keys, stage.direct.spans), stage.direct.peer, room))
-        following = self.stages[step + 1] if step + 1 < len(self.stages) else None
-        if following is not None and following.keys_from is not None:
-            receives.append(self.receive(own, num_tokens(following.keys), following.keys_from, room))
-        incoming = receives[0].what if receives else None
-        return self.post(f"{way} K,V after stage {step}", sends, receives), incoming
+        assert self.transport is not None, "several ring steps need a transport"
+        return self.transport.post(purpose, sends, receives)
 
 
 def ring_forward(ring: Ring, q_BSHD: Tensor, kv: KeysValues) -> tuple[Tensor, Tensor]:
-    """Attention of the local queries over all keys of the ring.
+    """Attention of the local queries over all keys of the ring. Every rank must call it.
 
-    Every rank must call it. Returns out [B, S, H, E] in the input's dtype, cast once at the end, and lse [B, H, S] in
-    fp32 (fp64 for fp64 input).
+    Returns out [B, S, H, E] in the input's dtype, rounded once, and lse [B, H, S] in fp32 (fp64 for fp64 input).
     """
-    running = OnlineSoftmaxAccumulator(q_BSHD, kv.v_BTKE)
-    last = max((step for step, stage in enumerate(ring.stages) if stage.pairs), default=0)
+    accumulator = OnlineSoftmaxAccumulator(q_BSHD, kv.v_BTKE)
+    last = max((number for number, step in enumerate(ring.steps) if step.tiles), default=0)
     here: KeysValues | None = kv
-    for step, stage in numbered("forward stage", ring.stages):
-        hop, incoming = ring.forward_keys(kv, here, step, "forward")  # flies while this block is computed
+    for number, step in numbered("forward ring step", ring.steps):
+        transfer, incoming = ring.post_keys(kv, here, number, "forward")  # travels during this step's attention
         if here is not None:
-            attend_forward(running, ring.block, ring.scale, stage.pairs, q_BSHD, here, stage.keys, step == last)
-        if hop is not None:
-            hop.wait()
+            attend_forward(accumulator, ring.kernel, ring.scale, step.tiles, q_BSHD, here, is_last=number == last)
+        if transfer is not None:
+            transfer.wait()
         here = incoming
-    return running.result()
-
-
-class Part(NamedTuple):
-    """What is computed in one go: of these rows, if a pair names none."""
-
-    pairs: tuple[AttentionTile, ...]
-    rows: slice = ALL_ROWS
-
-
-class LocalBlock(NamedTuple):
-    """The local block of a backward pass: what is computed at once, and what is left for when the last dK,dV fly home.
-
-    The cuts are where dq ends at different times; half of its pieces, the first ones, with `later`.
-    """
-
-    at_once: Part
-    later: Part | None = None
-    row_cuts: tuple[int, ...] = ()
-    query_cuts: tuple[int, ...] = ()
-
-
-Sums = list[GradientAccumulator] | list[PiecewiseSum]
+    return accumulator.result()
 
 
 def ring_backward(
     ring: Ring, dout_BSHE: Tensor, q_BSHD: Tensor, kv: KeysValues, out_BSHE: Tensor, lse_BHS: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the local q, k, v; out and lse are the merged ones, so each block's softmax is the global one.
+    """Gradients of the local q, k, v, given the out and lse of `ring_forward`. Every rank must call it.
 
-    Every rank must call it. K,V travel again. Each stage's dK,dV go straight home, as the kernel gives them, in the
-    input's dtype, and are summed there in fp32. Where some come home after the last stage, part of the local block is
-    left for when they are on their way (`split`).
+    K,V travel around the ring again. Each step's dK,dV go straight to their owner, and `backward_schedule` says when
+    the owner adds them.
+
+    Precision: dK,dV travel in the input's dtype and their owner sums them in fp32. Other rings (ring-flash-attention,
+    picotron) send fp32 sums, which are twice the bytes. Here each ring step rounds its dK,dV once, as GPU kernels do
+    anyway. In bf16 on GPUs the error of dK and dV is 1.21 to 1.23 times that of one device (docs/performance.md).
     """
-    return _Backward(ring, dout_BSHE, q_BSHD, kv, out_BSHE, lse_BHS).run()
-
-
-class _ComingHome(NamedTuple):
-    """dK,dV of own tokens, from the rank that had the keys in stage `step`."""
-
-    step: int
-    what: KeysValues
-    spans: Spans
-
-
-class _Backward:
-    """What `ring_backward` has so far."""
-
-    def __init__(
-        self, ring: Ring, dout_BSHE: Tensor, q_BSHD: Tensor, kv: KeysValues, out_BSHE: Tensor, lse_BHS: Tensor
-    ) -> None:
-        self._ring, self._kv = ring, kv
-        self._queries = dout_BSHE, q_BSHD, out_BSHE, lse_BHS
-        self._comes_home = any(stage.home is not None for stage in ring.stages)
-        local = ring.stages[0].pairs
-        is_last = ring.stages[-1].home is not None
-        self._local = split(local, ring.block, len(q_BSHD)) if is_last else LocalBlock(Part(local))
-        self._last = max((step for step, stage in enumerate(ring.stages) if step and stage.pairs), default=0)
-        self._dq = PiecewiseSum(q_BSHD, self._local.row_cuts, self._local.query_cuts)
-        self._own = [PiecewiseSum(part, self._local.row_cuts) for part in (kv.k_BTKD, kv.v_BTKE)]
-        self._hop: Transfer | None = None  # which takes gradients home
-        self._coming: _ComingHome | None = None  # with it
-        self._came: list[_ComingHome] = []  # and was not added yet
-
-    def run(self) -> tuple[Tensor, Tensor, Tensor]:
-        ring, here = self._ring, self._kv
-        for step, stage in numbered("backward stage", ring.stages):
-            hop, incoming = ring.forward_keys(self._kv, here, step, "backward")
-            sums, spans = self._sums_of(step)
-            if here is not None:
-                for block in self._blocks(Part(stage.pairs) if step else self._local.at_once, here, stage.keys):
-                    self._add(block, step, sums, spans)
-                    del block
-            self._arrive()  # which this stage's blocks overlapped
-            if self._came and self._came[0].step < step - 1:  # its room is wanted; two are added in one pass
-                self._add_own(self._came)
-                self._came = []
-            self._post(step, sums)
-            del sums  # else they outlive their hop
-            if hop is not None:
-                hop.wait()
-            here = incoming
-        return self._finish()
-
-    def _blocks(self, part: Part, here: KeysValues, keys: Spans) -> Iterable[TileGradients]:
-        dout_BSHE, q_BSHD, out_BSHE, lse_BHS = self._queries
-        return attend_backward(
-            self._ring.block, self._ring.scale, part.pairs, keys, dout_BSHE, q_BSHD, here, out_BSHE, lse_BHS, part.rows
-        )
-
-    def _sums_of(self, step: int) -> tuple[Sums, Spans]:
-        """Where dK,dV of the keys that are here are summed, and which tokens of their source these are."""
-        if step == 0:
-            return self._own, self._ring.stages[0].keys
-        spans = self._ring.stages[step].gradients
-        shapes = self._kv.shapes_of(num_tokens(spans))
-        return [GradientAccumulator(shape, self._kv.k_BTKD.dtype) for shape in shapes], spans
-
-    def _arrive(self) -> None:
-        if self._hop is not None:
-            self._hop.wait()
-            self._hop = None
-        if self._coming is not None:
-            self._came.append(self._coming)
-            self._coming = None
-
-    def _add(self, block: TileGradients, step: int, sums: Sums, spans: Spans) -> None:
-        """Add one block's gradients."""
-        part = block.part
-        keys = slice(start := offset(spans, part.k_start), start + part.num_keys)
-        dq_ends = block.is_last and step == self._last
-        ends = block.is_last and (sums is not self._own or not self._comes_home)
-        with profiler_range("merge"):
-            self._dq.add(block.row, slice(part.q_start, part.q_stop), block.dq, dq_ends)
-            for total, gradient in zip(sums, (block.dk, block.dv), strict=True):
-                total.add(block.row, keys, gradient, ends)
-
-    def _post(self, step: int, sums: Sums) -> None:
-        """Send the gradients of this stage's keys home, and receive those of own ones."""
-        ring, stage, sends, receives = self._ring, self._ring.stages[step], [], []
-        if stage.gradients:
-            gradients = KeysValues(*(total.result().contiguous() for total in sums))
-            sends.append(Moving(gradients, stage.source, gradient_buffer(step)))
-        if stage.home is not None:
-            peer, spans = stage.home.peer, stage.home.spans
-            receives.append(ring.receive(self._kv, num_tokens(spans), peer, gradient_buffer(step)))
-            self._coming = _ComingHome(step, receives[-1].what, spans)
-        self._hop = ring.post(f"backward dK,dV after stage {step}", sends, receives)
-
-    def _finish(self) -> tuple[Tensor, Tensor, Tensor]:
-        """With the last gradients on their way, compute what was left; then add them."""
-        left: tuple[TimeBreakdown, TimeBreakdown] = [], []  # of dK and of dV
-        if self._local.later is not None:
-            for block in self._blocks(self._local.later, self._kv, self._ring.stages[0].keys):
-                part = block.part
+    schedule = backward_schedule(ring.layout, ring.mask, ring.rank, len(q_BSHD), ring.kernel.split)
+    inputs = BackwardInputs(dout_BSHE, q_BSHD, out_BSHE, lse_BHS)
+    dq = GradientAccumulator(q_BSHD.shape, q_BSHD.dtype, schedule.dq_pieces)
+    own_dk, own_dv = (GradientAccumulator(x.shape, x.dtype, schedule.own_pieces) for x in (kv.k_BTKD, kv.v_BTKE))
+    returned: dict[int, KeysValues] = {}  # dK,dV of own tokens, by the step that computed them
+    incoming = gradient_transfer = None
+    for number, step in numbered("backward ring step", schedule.steps):
+        here = kv if step.is_local else incoming
+        key_transfer, incoming = ring.post_keys(kv, here, number, "backward")  # travels during this step's attention
+        dk, dv = (own_dk, own_dv) if number == 0 else _new_sums(kv, step, number)
+        if here is not None:
+            rows = slice(*step.compute.rows)
+            for tile in attend_backward(ring.kernel, ring.scale, step.compute.tiles, inputs, here, rows):
+                ends, keys = number if tile.is_last else None, tile.keys_within(step.gradients)
                 with profiler_range("merge"):
-                    self._dq.add(block.row, slice(part.q_start, part.q_stop), block.dq, block.is_last, later=True)
-                for parts, gradient in zip(left, (block.dk, block.dv), strict=True):
-                    parts.append((block.row, slice(part.k_start, part.k_stop), gradient))
-        if self._coming is not None:
-            self._add_own(self._came)
-            self._came = []
-        self._arrive()
-        self._add_own(self._came, left, is_last=True)
-        with profiler_range("merge"):
-            return self._dq.result(), self._own[0].result(), self._own[1].result()
-
-    def _add_own(
-        self, came: list[_ComingHome], left: tuple[TimeBreakdown, TimeBreakdown] = ([], []), is_last: bool = False
-    ) -> None:
-        """Add what came home, and what was left of the local block, to dK and dV of this rank's own tokens."""
-        with profiler_range("merge"):
-            for total, parts, number in zip(self._own, left, (0, 1), strict=True):
-                total.add_several([*parts, *(part for each in came for part in self._parts(each)[number])], is_last)
-
-    def _parts(self, came: _ComingHome) -> tuple[TimeBreakdown, TimeBreakdown]:
-        """What came for dK and for dV, by run of this rank's tokens."""
-        keys, position = self._ring.stages[0].keys, 0
-        found: tuple[TimeBreakdown, TimeBreakdown] = [], []
-        for start, stop in came.spans:
-            here = slice(offset(keys, start), offset(keys, start) + stop - start)
-            for parts, gradient in zip(found, (came.what.k_BTKD, came.what.v_BTKE), strict=True):
-                parts.append((ALL_ROWS, here, gradient[:, position : position + stop - start]))
-            position += stop - start
-        return found
+                    dq.add(tile.rows, tile.queries, tile.dq, ends)
+                    dk.add(tile.rows, keys, tile.dk, ends)
+                    dv.add(tile.rows, keys, tile.dv, ends)
+                del tile  # its memory is free before the next kernel call
+        if gradient_transfer is not None:
+            gradient_transfer.wait()  # it travelled during this step's attention
+        if number in step.add:  # held back: own gradients, which need no transfer
+            returned[number] = KeysValues(dk.partial_sum(), dv.partial_sum(), step.gradients)
+        if step.add:
+            _add_returned(own_dk, own_dv, [returned.pop(source) for source in step.add], number)
+        gradients = None
+        if step.gradients and not step.is_local:
+            gradients = KeysValues(dk.result().contiguous(), dv.result().contiguous(), step.gradients)
+        gradient_transfer, arriving = ring.post_gradients(kv, step, number, gradients)
+        if arriving is not None:
+            returned[number] = arriving
+        del dk, dv, gradients, arriving  # the transfer holds what it needs
+        if key_transfer is not None:
+            key_transfer.wait()
+    with profiler_range("merge"):
+        return dq.result(), own_dk.result(), own_dv.result()
 
 
-def split(pairs: tuple[AttentionTile, ...], kernel: AttentionKernel, batch: int) -> LocalBlock:
-    """A local block in two: half of its rows each, or of a single one the late half of its queries and the early half.
+def _new_sums(kv: KeysValues, step: BackwardStep, number: int) -> list[GradientAccumulator]:
+    """For dK and dV of another rank's tokens; or of own ones that were held back, which are not rounded yet."""
+    rows, tokens = (0, step.compute.rows[1] - step.compute.rows[0]), (0, num_tokens(step.gradients))
+    dtype = kv.k_BTKD.dtype
+    if step.is_local:
+        dtype = torch.promote_types(dtype, torch.float32)
+    pieces = (GradientPiece(rows, tokens, number),)
+    return [GradientAccumulator((rows[1], tokens[1], *x.shape[2:]), dtype, pieces) for x in (kv.k_BTKD, kv.v_BTKE)]
 
-    Left whole if it is several already, as with windows and documents, or if the kernel needs several calls for half
-    of the queries: their copies and sums cost more than what is hidden (FFPA at 4 x 5,000 tokens, 16 heads x 512: a
-    call took 52.7 ms instead of 47.6, although it hid 1.4 ms more).
-    """
-    whole = LocalBlock(Part(pairs))
-    if len(pairs) != 1 or pairs[0].row is not None:
-        return whole
-    rectangle = pairs[0].rectangle
-    middle = (rectangle.q_start + rectangle.q_stop) // 2
-    late = rectangle.part(middle, rectangle.q_stop, rectangle.k_start, rectangle.k_stop)
-    early = rectangle.part(rectangle.q_start, middle, rectangle.k_start, rectangle.k_stop)
-    if late is None or early is None:
-        return whole
-    if batch > 1:
-        rows = batch // 2
-        return LocalBlock(Part(pairs, slice(rows, batch)), Part(pairs, slice(0, rows)), (rows,), (middle,))
-    if any(len(kernel.tiles(half)) > 1 for half in (late, early)):
-        return whole
-    return LocalBlock(Part((AttentionTile(None, late),)), Part((AttentionTile(None, early),)), (), (middle,))
+
+def _add_returned(
+    own_dk: GradientAccumulator, own_dv: GradientAccumulator, returned: list[KeysValues], number: int
+) -> None:
+    runs = [
+        (slice(0, len(kv.k_BTKD)), slice(*span), kv, slice_within(kv.spans, *span))
+        for kv in returned
+        for span in kv.spans
+    ]
+    with profiler_range("merge"):
+        own_dk.add_together([(rows, tokens, kv.k_BTKD[:, run]) for rows, tokens, kv, run in runs], number)
+        own_dv.add_together([(rows, tokens, kv.v_BTKE[:, run]) for rows, tokens, kv, run in runs], number)
 
 
 def buffer_bytes(layout: Layout, mask: Mask, k_BSKD: Tensor, v_BSKE: Tensor, trains: bool) -> dict[str, int]:
-    """What `P2PTransport.connect` wants to know: the most that any rank receives in each room.
-
-    Args:
-        trains: whether there is a backward pass.
-    """
-    kv = KeysValues(k_BSKD, v_BSKE)
+    """The size of each receive buffer, for `P2PTransport.connect`; without a backward pass K,V have the only ones."""
+    kv = KeysValues.of_parts(k_BSKD, v_BSKE)
     return {
-        room: kv.numel(tokens) * k_BSKD.dtype.itemsize
-        for room, tokens in buffer_tokens(layout, mask).items()
-        if trains or room.startswith("keys")
+        buffer: kv.numel(((0, tokens),)) * k_BSKD.dtype.itemsize
+        for buffer, tokens in buffer_tokens(layout, mask).items()
+        if trains or buffer.startswith("keys")
     }
 
 
 class RingFunction(torch.autograd.Function):
-    """`ring_forward` with `ring_backward` as its derivative; keeps the local q, k, v, out and lse: O(L/P) memory."""
+    """`ring_forward`, with `ring_backward` as its derivative. Saves the local q, k, v, out and lse: O(L/P) memory."""
 
     @staticmethod
     def forward(ctx: Any, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKE: Tensor, ring: Ring) -> Tensor:
-        everything, first = ring.stages[0].keys, ring.stages[0].forward
-        kv = KeysValues.of_parts(k_BSKD, v_BSKE)
-        if first is not None and first.spans == everything:
-            kv = kv.take(everything, everything)  # the message of the first hop, here and again in the backward pass
+        first, kv = ring.steps[0].send_next, KeysValues.of_parts(k_BSKD, v_BSKE)
+        if first is not None and first.spans == kv.spans:
+            kv = kv.take(kv.spans)  # one message, for the first transfer of both passes
         out_BSHE, lse_BHS = saved_or_computed(lambda: ring_forward(ring, q_BSHD, kv))
-        ctx.ring, ctx.kv_shapes = ring, kv.shapes
-        ctx.save_for_backward(
-            q_BSHD, out_BSHE, lse_BHS, *(kv.k_BTKD, kv.v_BTKE) if kv.message is None else (kv.message,)
-        )
+        ctx.ring, ctx.kv_shapes = ring, (kv.k_BTKD.shape, kv.v_BTKE.shape)
+        saved_kv = (kv.k_BTKD, kv.v_BTKE) if kv.message is None else (kv.message,)
+        ctx.save_for_backward(q_BSHD, out_BSHE, lse_BHS, *saved_kv)
         return out_BSHE
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        q_BSHD, out_BSHE, lse_BHS, *saved = ctx.saved_tensors
-        kv = KeysValues(*saved) if len(saved) == 2 else KeysValues.of_message(saved[0], ctx.kv_shapes)
+        q_BSHD, out_BSHE, lse_BHS, *saved_kv = ctx.saved_tensors
+        if len(saved_kv) == 2:
+            kv = KeysValues.of_parts(*saved_kv)
+        else:
+            kv = KeysValues.of_message(saved_kv[0], *ctx.kv_shapes, ctx.ring.steps[0].keys)
         return *ring_backward(ctx.ring, grad_outputs[0].contiguous(), q_BSHD, kv, out_BSHE, lse_BHS), None

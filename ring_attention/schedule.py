@@ -1,37 +1,43 @@
-"""What a ring rank computes, sends and receives at each stage. Pure integers: takes a rank, never a process group.
+"""What a ring rank computes, sends and receives in each ring step. Pure integers: a rank, never a process group.
 
-At stage t, ring rank r works with keys and values of rank (r - t) mod R, its source. Only ranks that need some of a
-source's keys get any: neighbours among them hand on what they and those behind them need, and where a stretch of
-ranks needs none, the source itself sends to the first rank behind it. Gradients of K,V go straight home after each
-stage, where they are summed. With a causal mask and zigzag all ranks need all sources, and every stage is one kernel
-call:
+In ring step t, rank r of R computes with the keys and values of its source, rank (r - t) mod R. While it does, K,V of
+the next step arrive. In the backward pass each step's dK,dV go straight back to their owner, which sums them. `routing`
+leaves out keys that nobody attends to.
 
-    source == r     both chunks against both: a causal square
-    source <  r     all queries see the source's early chunk, none its late one
-    source >  r     the late queries see both chunks, the early ones none
+Causal attention in the zigzag layout on four ranks. The sequence has chunks 0 to 7; r0 holds 0 and 7, r1 holds 1 and 6,
+r2 holds 2 and 5, r3 holds 3 and 4. Each number is the ring step in which these queries meet these keys:
+
+                     keys of   r0 r1 r2 r3 r3 r2 r1 r0
+                       chunk    0  1  2  3  4  5  6  7
+        queries of r0      0    0  .  .  .  .  .  .  .
+                   r1      1    1  0  .  .  .  .  .  .
+                   r2      2    2  1  0  .  .  .  .  .
+                   r3      3    3  2  1  0  .  .  .  .
+                   r3      4    3  2  1  0  0  .  .  .
+                   r2      5    2  1  0  3  3  0  .  .
+                   r1      6    1  0  3  2  2  3  0  .
+                   r0      7    0  3  2  1  1  2  3  0
+
+    ring step     0                1              2              3
+    r0            0,7 x 0,7        7 x 3,4        7 x 2,5        7 x 1,6        queries x keys, by chunk
+    r1            1,6 x 1,6        1,6 x 0        6 x 3,4        6 x 2,5
+    r2            2,5 x 2,5        2,5 x 1        2,5 x 0        5 x 3,4
+    r3            3,4 x 3,4        3,4 x 2        3,4 x 1        3,4 x 0
+                  causal square    full blocks of two chunks, equal on all ranks
+
+So each step is one kernel call. With an earlier source all queries see its early chunk; with a later source the late
+queries see both of its chunks.
 """
 
 from __future__ import annotations
 
-import bisect
 import functools
-import operator
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ring_attention.layout import Layout, Run
+from ring_attention.layout import Layout, Spans, num_tokens
 from ring_attention.mask import CAUSAL, Mask
-from ring_attention.masked_block import MaskedBlock
-
-Spans = tuple[tuple[int, int], ...]  # tokens of one rank as [start, stop), rising and apart
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionTile:
-    """A block of attention: which row of the batch (None: all), and which local queries meet which source's keys."""
-
-    row: int | None
-    rectangle: MaskedBlock
+from ring_attention.routing import key_routes, required_keys
+from ring_attention.tiles import AttentionTile, find_tiles
 
 
 @dataclass(frozen=True)
@@ -43,239 +49,121 @@ class Message:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One step of the ring; spans count the source's local tokens.
+class RingStep:
+    """One step of the ring. Tiles' keys and spans count the source's local tokens.
 
     Args:
-        source: the ring rank whose keys and values these are.
-        pairs: what to compute.
-        keys: which of the source's tokens are here: all at stage 0, later what came; () if none did.
+        source: the ring rank that owns these keys and values.
+        tiles: what to compute.
+        keys: which of the source's tokens are here: all in step 0, later those that arrived.
         keys_from: the rank that sent them; None if none did.
-        forward: which of them go on, for the next rank's next stage.
-        direct: which of this rank's own go straight to a rank further on, for its next stage.
-        gradients: of which of the source's tokens dK,dV go home after this stage; () at stage 0 and without pairs.
-        home: which of this rank's own dK,dV come home after this stage.
+        send_next: which of them to pass on to the next rank, for its next step.
+        send_direct: which of this rank's own keys to send to a rank further on, for its next step.
+        gradients: the source's tokens whose dK,dV to send to it after this step; () in step 0 and without tiles.
+        gradient_return: this rank's tokens whose dK,dV another rank computed in this step and sends back.
     """
 
     source: int
-    pairs: tuple[AttentionTile, ...]
+    tiles: tuple[AttentionTile, ...]
     keys: Spans
     keys_from: int | None
-    forward: Message | None
-    direct: Message | None
+    send_next: Message | None
+    send_direct: Message | None
     gradients: Spans
-    home: Message | None
+    gradient_return: Message | None
 
     @property
     def work(self) -> int:
-        """Query-key pairs that attend, in one row of the batch, or in all where rows differ."""
-        return sum(pair.rectangle.work for pair in self.pairs)
+        """Query-key pairs that attend, in one row of the batch, or in all rows where they differ."""
+        return sum(tile.block.work for tile in self.tiles)
 
     @property
     def keys_sent(self) -> int:
-        """Tokens whose K,V this rank sends after this stage."""
-        return sum(num_tokens(message.spans) for message in (self.forward, self.direct) if message)
+        """Tokens whose K,V this rank sends after this step."""
+        return sum(num_tokens(message.spans) for message in (self.send_next, self.send_direct) if message)
 
 
-@functools.lru_cache(maxsize=16)  # packed training has a new mask in each step, shared by all layers
-def ring_schedule(layout: Layout, mask: Mask, ring_rank: int) -> tuple[Stage, ...]:
-    """The stages of `ring_rank`, the local one first. Padding counts as tokens: it lies behind all real ones.
+@functools.lru_cache(maxsize=16)  # packed documents give each training step a mask of its own, which all layers share
+def ring_schedule(layout: Layout, mask: Mask, ring_rank: int) -> tuple[RingStep, ...]:
+    """The steps of `ring_rank`. Padding counts as tokens: it comes after all real ones.
 
     Raises:
         ValueError: if the mask's documents reach beyond the layout's padded length.
     """
     degree = layout.ring_degree
-    needs, routes, documents = _required_keys(layout, mask), _routes(layout, mask), mask.spans(layout.padded_length)
+    required, routes = required_keys(layout, mask), key_routes(layout, mask)
+    documents = mask.spans(layout.padded_length)
 
-    def carried(source: int, hops: int) -> Spans:
-        """Tokens of `source` that travel to the rank so many hops on."""
-        return routes[source][hops] if 0 < hops < degree else ()
+    def message(peer: int, spans: Spans) -> Message | None:
+        return Message(peer % degree, spans) if spans else None
 
-    stages = []
-    for step in range(degree):
-        source, following = (ring_rank - step) % degree, (ring_rank + 1) % degree
-        keys, further = carried(source, step), carried(source, step + 1)
-        own, own_further = carried(ring_rank, step), carried(ring_rank, step + 1)
-        come_from = (ring_rank - 1) % degree if carried(source, step - 1) else source
-        stages.append(
-            Stage(
+    steps = []
+    for number in range(degree):
+        source = (ring_rank - number) % degree
+        keys, passed_on = (routes[source][distance] for distance in (number, number + 1))
+        own_here, own_further = (routes[ring_rank][distance] for distance in (number, number + 1))
+        sender = ring_rank - 1 if number > 1 and routes[source][number - 1] else source
+        steps.append(
+            RingStep(
                 source,
                 find_tiles(layout.runs(ring_rank), layout.runs(source), mask, documents),
-                keys if step else ((0, layout.ring_length),),
-                come_from if keys else None,
-                Message(following, further) if further and (keys or step == 0) else None,
-                Message((ring_rank + step + 1) % degree, own_further) if step and own_further and not own else None,
-                needs[source][step],
-                Message((ring_rank + step) % degree, needs[ring_rank][step]) if needs[ring_rank][step] else None,
+                keys if number else ((0, layout.ring_length),),
+                sender % degree if keys else None,
+                message(ring_rank + 1, passed_on if keys or number == 0 else ()),
+                message(ring_rank + number + 1, own_further if number and not own_here else ()),
+                required[source][number],
+                message(ring_rank + number, required[ring_rank][number]),
             )
         )
-    return tuple(stages)
+    return tuple(steps)
 
 
 def work_per_rank(layout: Layout, mask: Mask = CAUSAL) -> list[list[int]]:
-    """Query-key pairs per ring rank per stage: ``work[ring_rank][stage]``."""
-    return [[stage.work for stage in ring_schedule(layout, mask, rank)] for rank in range(layout.ring_degree)]
+    """Query-key pairs: ``work[ring_rank][ring_step]``."""
+    return [[step.work for step in ring_schedule(layout, mask, rank)] for rank in range(layout.ring_degree)]
 
 
 def imbalance(layout: Layout, mask: Mask = CAUSAL) -> float:
-    """Lockstep time over mean work, at least 1: what waiting for the slowest rank of each stage costs.
+    """Time in lockstep over mean work, at least 1: the cost of waiting for the busiest rank of each ring step.
 
-    A stage takes as long as its busiest rank, so the time is the sum over stages of the maximum over ranks.
+    The time in lockstep is the sum over ring steps of the maximum over ranks.
     """
     work = work_per_rank(layout, mask)
-    lockstep = sum(max(rank_work[step] for rank_work in work) for step in range(layout.ring_degree))
+    lockstep = sum(max(rank_work[number] for rank_work in work) for number in range(layout.ring_degree))
     mean = sum(map(sum, work)) / layout.ring_degree
     return lockstep / mean
 
 
-def num_tokens(spans: Spans) -> int:
-    return sum(stop - start for start, stop in spans)
-
-
 def tokens_sent(layout: Layout, mask: Mask, ring_rank: int) -> tuple[int, int]:
-    """(tokens whose K,V a rank sends in a pass over the ring, tokens whose dK,dV it sends in a backward pass)."""
-    stages = ring_schedule(layout, mask, ring_rank)
-    return sum(stage.keys_sent for stage in stages), sum(num_tokens(stage.gradients) for stage in stages)
+    """Tokens whose K,V a rank sends in a pass over the ring, and tokens whose dK,dV it sends in a backward pass."""
+    steps = ring_schedule(layout, mask, ring_rank)
+    return sum(step.keys_sent for step in steps), sum(num_tokens(step.gradients) for step in steps)
 
 
 def keys_buffer(step: int) -> str:
-    """Where the K,V land whose receive is posted after a stage: while one room is computed with, the other fills."""
+    """The receive buffer of the K,V that arrive during a ring step. Kernels read one while the other fills."""
     return f"keys{step % 2}"
 
 
 def gradient_buffer(step: int) -> str:
-    """Where the dK,dV of a rank's own keys land after a stage: while one room waits to be added, the other fills."""
-    return f"home{step % 2}"
+    """The receive buffer of the dK,dV that return after a ring step. One waits to be added while the other fills."""
+    return f"gradients{step % 2}"
 
 
 @functools.lru_cache(maxsize=16)
 def buffer_tokens(layout: Layout, mask: Mask) -> dict[str, int]:
-    """How many tokens at most any rank receives in each room: the same on all ranks. Packed documents count as one."""
+    """The most tokens that any rank receives in each buffer: the same on all ranks. Documents count as one, since they
+    differ from step to step, and buffers should not.
+    """
     tokens: dict[str, int] = {}
 
-    def need(room: str, spans: Spans) -> None:
-        # packs differ from step to step, and rooms should not
+    def need(buffer: str, spans: Spans) -> None:
         size = num_tokens(spans) if mask.documents is None else layout.ring_length
-        tokens[room] = max(tokens.get(room, 0), size)
+        tokens[buffer] = max(tokens.get(buffer, 0), size)
 
-    for journey, needed in zip(_routes(layout, mask), _required_keys(layout, mask), strict=True):
-        for hops in range(1, layout.ring_degree):
-            if journey[hops]:
-                need(keys_buffer(hops - 1), journey[hops])
-                need(gradient_buffer(hops), needed[hops])
+    for route, required in zip(key_routes(layout, mask), required_keys(layout, mask), strict=True):
+        for distance in range(1, layout.ring_degree):
+            if route[distance]:
+                need(keys_buffer(distance - 1), route[distance])
+                need(gradient_buffer(distance), required[distance])
     return tokens
-
-
-def find_tiles(
-    query_runs: Sequence[Run], key_runs: Sequence[Run], mask: Mask, documents: list[list[tuple[int, int]]]
-) -> tuple[AttentionTile, ...]:
-    """The block pairs of local queries and keys at these runs of a sequence; `documents` are `mask.spans(length)`."""
-    pairs = []
-    for row, spans in enumerate(documents):
-        for first, last in _documents_of(query_runs, key_runs, spans):
-            for start, stop in spans[first:last]:
-                pieces = [
-                    piece
-                    for queries in _clipped(query_runs, start, stop)
-                    for keys in _clipped(key_runs, start, stop)
-                    if (piece := _band_of(queries, keys, mask)) is not None
-                ]
-                pairs += [AttentionTile(row if len(documents) > 1 else None, piece) for piece in _join(pieces)]
-    return tuple(pairs)
-
-
-@functools.lru_cache(maxsize=8)
-def _required_keys(layout: Layout, mask: Mask) -> list[list[Spans]]:
-    """``needs[source][hops]``: which of a source's tokens the rank so many hops on attends to; () for itself."""
-    degree = layout.ring_degree
-    documents, runs = mask.spans(layout.padded_length), [layout.runs(rank) for rank in range(degree)]
-    needs = []
-    for source in range(degree):
-        needs.append([()] * degree)
-        for hops in range(1, degree):
-            pairs = find_tiles(runs[(source + hops) % degree], runs[source], mask, documents)
-            needs[-1][hops] = _union((pair.rectangle.k_start, pair.rectangle.k_stop) for pair in pairs)
-    return needs
-
-
-@functools.lru_cache(maxsize=8)
-def _routes(layout: Layout, mask: Mask) -> list[list[Spans]]:
-    """``routes[source][hops]``: which of a source's tokens travel to the rank so many hops on.
-
-    Those that it needs itself or, if it needs any, that its neighbours behind it need, up to the first that needs none.
-    """
-    routes = []
-    for needed in _required_keys(layout, mask):
-        journey: list[Spans] = [()] * len(needed)
-        for hops in reversed(range(1, len(needed))):
-            if needed[hops]:
-                journey[hops] = _union([*needed[hops], *(journey[hops + 1] if hops + 1 < len(needed) else ())])
-        routes.append(journey)
-    return routes
-
-
-def _union(spans: Iterable[tuple[int, int]]) -> Spans:
-    union: list[tuple[int, int]] = []
-    for start, stop in sorted(spans):
-        if union and start <= union[-1][1]:
-            union[-1] = (union[-1][0], max(stop, union[-1][1]))
-        else:
-            union.append((start, stop))
-    return tuple(union)
-
-
-def _documents_of(
-    query_runs: Sequence[Run], key_runs: Sequence[Run], spans: list[tuple[int, int]]
-) -> list[tuple[int, int]]:
-    """Index ranges, rising and apart, of the documents that have queries and keys here."""
-
-    def touched(runs: Sequence[Run]) -> list[tuple[int, int]]:
-        return [
-            (
-                bisect.bisect_right(spans, run.position, key=_start) - 1,
-                bisect.bisect_left(spans, run.position + run.length, key=_start),
-            )
-            for run in runs
-        ]
-
-    shared = [
-        (max(first, other_first), min(last, other_last))
-        for first, last in touched(query_runs)
-        for other_first, other_last in touched(key_runs)
-    ]
-    return list(_union((first, last) for first, last in shared if first < last))
-
-
-_start = operator.itemgetter(0)
-
-
-def _clipped(runs: Sequence[Run], start: int, stop: int) -> list[Run]:
-    """What of `runs` lies at positions [start, stop)."""
-    clipped = []
-    for run in runs:
-        first, last = max(run.position, start), min(run.position + run.length, stop)
-        if first < last:
-            clipped.append(Run(run.local_start + first - run.position, first, last - first))
-    return clipped
-
-
-def _band_of(queries: Run, keys: Run, mask: Mask) -> MaskedBlock | None:
-    offset = queries.position - keys.position
-    return MaskedBlock(
-        queries.local_start,
-        queries.local_start + queries.length,
-        keys.local_start,
-        keys.local_start + keys.length,
-        None if mask.left is None else offset - mask.left,
-        None if mask.right is None else offset + mask.right,
-    ).trimmed()
-
-
-def _join(pieces: list[MaskedBlock]) -> list[MaskedBlock]:
-    """As few rectangles as pairwise joining gives, so as few kernel calls."""
-    for index, piece in enumerate(pieces):
-        for other_index in range(index + 1, len(pieces)):
-            if (joined := piece.joined(pieces[other_index])) is not None:
-                rest = [part for number, part in enumerate(pieces) if number not in (index, other_index)]
-                return _join([joined, *rest])
-    return pieces

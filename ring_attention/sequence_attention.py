@@ -1,7 +1,4 @@
-"""What all attention modules share: the call, its checks, the choice of the kernel, and the ring that they run.
-
-`attention` above has the modules themselves; below are `ring`, which computes, and `recognize`, which looks at what a
-user gave as local attention.
+"""What all attention modules share: the constructor, the call with its checks, the choice of the kernel, the ring.
 
 Shapes: B batch, S local tokens, H query heads, K key-value heads, D head size, E value head size.
 """
@@ -10,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -18,50 +15,93 @@ from torch import Tensor, nn
 
 from ring_attention.kernels import AttentionKernel, KernelSpec, choose_kernel
 from ring_attention.layout import Layout
-from ring_attention.mask import Mask
-from ring_attention.recognize import Recognized
+from ring_attention.mask import CAUSAL, Mask
+from ring_attention.recognize import ModuleRecognizer
 from ring_attention.ring import Ring, RingFunction, buffer_bytes
-from ring_attention.schedule import ring_schedule
 from ring_attention.transport import P2PTransport
+
+Hosts = Sequence[Hashable] | None
 
 
 class SequenceAttention(nn.Module):
-    """What the modules share: checks, the choice of the kernel, and where this rank stands in its sequence.
+    """Attention over a sequence whose tokens are spread over the ranks of a group.
 
-    `sequence_rank` is what `Layout.shard` and `Layout.positions` take: which part of a sequence this rank holds.
+    `sequence_rank` is the part of the sequence that this rank holds, as `Layout.shard` and `Layout.positions` take it.
+
+    Args:
+        local_attention: "auto" for the fastest kernel, a kernel, or a kernel's name. Also what DistributedAttention
+            takes: a module or function that sees whole sequences. That is run on random tokens, at most 32768, to check
+            that it is plain causal or full attention, which a kernel then computes (`recognize`).
+        sequence_process_group: the ranks that share a sequence.
+        scatter_idx, gather_idx: as in DistributedAttention: 2 (heads are dim 2), and 0 or 1. The dim of the tokens
+            follows from batch_dim_idx in each call.
+        sp_stream, num_kv_heads: go to DistributedAttention in modules that use it; ignored by the others.
+        mask: which keys a query sees.
+        layout: "contiguous" or "zigzag": how the caller shards sequences (`Layout.shard`).
+        transport: how K,V travel around a ring, a key of `ring_attention.transport.TRANSPORTS`; "auto" for the faster
+            one here.
+        hosts: the host of each rank of the group, needed where ranks are not in the order of hosts
+            (`topology.ring_order`).
+        ulysses_degree: ranks within Ulysses; a divisor of the group's ranks and of the key-value heads.
+
+    Raises:
+        ValueError: for an unknown layout, transport or kernel, or an option that the module does not take. In a call,
+            for a kernel that cannot do what it needs.
     """
+
+    _options: tuple[str, ...] = ()  # of transport, hosts and ulysses_degree, those that the module takes
 
     def __init__(
         self,
         local_attention: AttentionKernel | str | Callable,
-        mask: Mask,
-        layout: str,
-        exchange: P2PTransport | None,
-        dims: tuple[int, int],
-        ulysses_degree: int = 1,
-        ulysses_rank: int = 0,
+        sequence_process_group: Any = None,
+        scatter_idx: int = 2,
+        gather_idx: int = 0,
+        sp_stream: Any = None,
+        num_kv_heads: int | None = None,
+        *,
+        mask: Mask = CAUSAL,
+        layout: str = "contiguous",
+        transport: str = "auto",
+        hosts: Hosts = None,
+        ulysses_degree: int | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(local_attention, (AttentionKernel, str)) and not callable(local_attention):
             raise ValueError(f'local_attention={local_attention!r} must be "auto", a kernel or its name, or a module')
-        if dims not in ((2, 0), (2, 1)):
+        if (scatter_idx, gather_idx) not in ((2, 0), (2, 1)):
             raise ValueError(
-                f"scatter_idx={dims[0]}, gather_idx={dims[1]}: heads must be dim 2 and tokens dim 0 or 1, as in "
+                f"scatter_idx={scatter_idx}, gather_idx={gather_idx}: heads must be dim 2 and tokens dim 0 or 1, as in "
                 "[B, S, H, D] and [S, B, H, D], so use 2 and 0 or 1"
             )
         _check_mask(mask)
+        Layout(layout, 1, 1)  # refuses an unknown name here rather than in the first call
+        given = {"transport": transport != "auto", "hosts": hosts, "ulysses_degree": ulysses_degree}
+        if extra := [name for name, value in given.items() if value and name not in self._options]:
+            raise ValueError(f"{type(self).__name__} takes no {', '.join(extra)}: leave it out")
+        if "ulysses_degree" in self._options and ulysses_degree is None:
+            raise ValueError(f"{type(self).__name__} needs ulysses_degree, a divisor of the group's ranks")
         self.local_attn = local_attention  # named as in DistributedAttention
-        self._recognized = Recognized()
-        self._mask, self._layout_name, self._exchange = mask, layout, exchange
-        self.ring_degree, ring_rank = (exchange.ring_degree, exchange.ring_rank) if exchange else (1, 0)
-        self.ulysses_degree = ulysses_degree
-        self.sequence_rank = ring_rank * ulysses_degree + ulysses_rank
-        Layout(layout, 1, 1)  # refuses an unknown name here rather than in the first step
-        # compilers step around it: schedules are Python, and hops must keep their order on all ranks
+        self._recognizer = ModuleRecognizer()
+        self._mask, self._layout_name = mask, layout
+        self.ulysses_degree = 1 if ulysses_degree is None else ulysses_degree
+        # compilers skip it: schedules are Python, and transfers must keep their order on all ranks
         self._outside_compilers = _disable_compilers()
+        self._transport, ulysses_rank = self._join(sequence_process_group, transport, hosts, sp_stream, num_kv_heads)
+        self.ring_degree = self._transport.ring_degree if self._transport else 1
+        ring_rank = self._transport.ring_rank if self._transport else 0
+        self.sequence_rank = ring_rank * self.ulysses_degree + ulysses_rank
+
+    def _join(self, group: Any, transport: str, hosts: Hosts, *deepspeed: Any) -> tuple[P2PTransport | None, int]:
+        """Returns (the transport of this rank's ring, None without one; the rank within Ulysses).
+
+        Args:
+            deepspeed: sp_stream and num_kv_heads, for DistributedAttention.
+        """
+        return None, 0
 
     def layout(self, length: int) -> Layout:
-        """How sequences of `length` tokens must lie over the ranks."""
+        """How sequences of `length` tokens must be spread over the ranks."""
         return Layout(self._layout_name, self.ring_degree, length, self.ulysses_degree)
 
     def forward(
@@ -77,23 +117,22 @@ class SequenceAttention(nn.Module):
         dropout_p: float = 0.0,
         **kwargs: None,
     ) -> Tensor:
-        """Attention of this rank's queries over the whole sequence. Every rank must call it, all with one mask.
+        """Attention of this rank's queries over the whole sequence. Every rank must call it, with equal masks.
 
         Args:
-            query: [B, S, H, D] for batch_dim_idx 0, [S, B, H, D] for 1; S local tokens, the same on all ranks.
+            query: [B, S, H, D] for batch_dim_idx 0, [S, B, H, D] for 1; S local tokens, equal on all ranks.
             key: the same with K heads, H a multiple of K.
-            value: as key; its head size may be its own where a kernel has that.
-            mask: over the whole sequence, padding included; None is the constructor's, or what a module was recognised
-                to compute.
+            value: as key; its head size may differ if the kernel supports that.
+            rotary_pos_emb, args, kwargs: DistributedAttention would apply them or pass them on. Must be None here.
+            mask: over the whole sequence, padding included. None is the constructor's, or a recognised module's.
             softmax_scale: None is 1 / sqrt(D).
-            rotary_pos_emb, args, kwargs: what DistributedAttention would apply or hand on; only None is taken.
 
         Returns:
-            The output, shaped as `query` but with the value's head size, in its dtype.
+            The output, in the shape and dtype of `query`, but with the value's head size.
 
         Raises:
-            ValueError: for tensors that do not fit each other or the layout, a kernel that cannot do what is asked, a
-                local attention that is not recognised, an argument that nothing here applies, or dropout.
+            ValueError: for tensors that do not fit each other or the layout, a kernel that cannot do the call, a local
+                attention that is not recognised, an argument that must be None, or dropout.
         """
         extra = {"rotary_pos_emb": rotary_pos_emb, **{f"argument {6 + n}": x for n, x in enumerate(args)}, **kwargs}
         return self._outside_compilers(self, query, key, value, batch_dim_idx, extra, mask, softmax_scale, dropout_p)
@@ -118,11 +157,11 @@ class SequenceAttention(nn.Module):
         if dropout_p:
             raise ValueError(
                 f"dropout_p={dropout_p}: attention dropout is not supported, since the backward pass would need the "
-                "very elements that each kernel dropped at each stage on each rank: use 0, and dropout after the "
+                "very elements that each kernel dropped at each ring step on each rank: use 0, and dropout after the "
                 "output projection"
             )
         _check_tensors(query, key, value, batch_dim_idx)
-        # kernels read heads as runs of numbers; measured, the CPU's flash kernel gives wrong results otherwise
+        # kernels read heads as runs of numbers: without this the CPU's flash kernel gives wrong results (measured)
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
         if mask is not None:
             _check_mask(mask)
@@ -130,7 +169,7 @@ class SequenceAttention(nn.Module):
             mask = self._mask
             if not isinstance(self.local_attn, (AttentionKernel, str)):
                 num_ranks = self.ring_degree * self.ulysses_degree
-                mask = self._recognized.mask_of(self.local_attn, query, key, value, batch_dim_idx, num_ranks)
+                mask = self._recognizer.mask_of(self.local_attn, query, key, value, batch_dim_idx, num_ranks)
         if softmax_scale is None:
             softmax_scale = 1 / math.sqrt(query.shape[-1])
         if not 0 < softmax_scale < math.inf:
@@ -140,32 +179,34 @@ class SequenceAttention(nn.Module):
                 f"the mask has documents for {len(mask.documents)} rows, the batch has {query.shape[batch_dim_idx]}: "
                 "give one set of boundaries for all rows, or one per row"
             )
-        with torch.autocast(query.device.type, enabled=False):  # what tensors are in is what is computed in
+        with torch.autocast(query.device.type, enabled=False):  # compute in the dtype of the tensors
             return self._attend(query, key, value, batch_dim_idx, mask, softmax_scale)
 
-    def _attend(
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, batch_dim_idx: int, *mask_and_scale: Any) -> Tensor:
+        """Over this rank's ring. Modules with Ulysses put an all-to-all around it."""
+        return self._attend_ring(query, key, value, batch_dim_idx, *mask_and_scale)
+
+    def _attend_ring(
         self, query: Tensor, key: Tensor, value: Tensor, batch_dim_idx: int, mask: Mask, scale: float
     ) -> Tensor:
-        """Over the ring that this rank is on; one of one rank without an exchange."""
-        q_BSHD, k_BSKD, v_BSKE = batch_first((query, key, value), batch_dim_idx)
-        layout, ring_rank = self._layout_of(q_BSHD.shape[1]), 0
-        mask = mask.within(layout.padded_length)
-        if self._exchange is not None:
-            trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BSHD, k_BSKD, v_BSKE))
-            self._exchange.connect(q_BSHD, buffer_bytes(layout, mask, k_BSKD, v_BSKE, trains))
-            ring_rank = self._exchange.ring_rank
-        block = self._block(q_BSHD, k_BSKD, v_BSKE, mask)
-        ring = Ring(ring_schedule(layout, mask, ring_rank), self._exchange, block, scale)
-        (out,) = batch_first((RingFunction.apply(q_BSHD, k_BSKD, v_BSKE, ring),), batch_dim_idx)
-        return out
-
-    def _block(self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKE: Tensor, mask: Mask) -> AttentionKernel:
-        given = self.local_attn
+        inputs = (query, key, value)
+        q_BSHD, k_BSKD, v_BSKE = (x.transpose(0, 1) for x in inputs) if batch_dim_idx == 1 else inputs
+        layout = self._layout_of(q_BSHD.shape[1])
+        mask, given = mask.within(layout.padded_length), self.local_attn
         spec = KernelSpec.of(q_BSHD, k_BSKD, v_BSKE, mask.is_windowed)
-        return choose_kernel(spec, given if isinstance(given, (AttentionKernel, str)) else "auto")[0]
+        kernel, _ = choose_kernel(spec, given if isinstance(given, (AttentionKernel, str)) else "auto")
+        ring = Ring(layout, mask, self._transport, kernel, scale)
+        out_BSHE = self._compute(q_BSHD, k_BSKD, v_BSKE, ring)
+        return out_BSHE.transpose(0, 1) if batch_dim_idx == 1 else out_BSHE
+
+    def _compute(self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKE: Tensor, ring: Ring) -> Tensor:
+        if ring.transport is not None:
+            trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BSHD, k_BSKD, v_BSKE))
+            ring.transport.connect(q_BSHD, buffer_bytes(ring.layout, ring.mask, k_BSKD, v_BSKE, trains))
+        return RingFunction.apply(q_BSHD, k_BSKD, v_BSKE, ring)
 
     def _layout_of(self, ring_length: int) -> Layout:
-        """The ring's layout, given how many tokens each of its ranks holds."""
+        """The ring's layout, given the number of tokens on each of its ranks."""
         layout = Layout(self._layout_name, self.ring_degree, ring_length * self.ring_degree)
         if layout.ring_length != ring_length:
             raise ValueError(
@@ -177,12 +218,7 @@ class SequenceAttention(nn.Module):
 
 @functools.cache
 def _disable_compilers() -> Any:
-    return torch.compiler.disable(SequenceAttention._forward)  # imports the compiler, which takes a second
-
-
-def batch_first(tensors: tuple[Tensor, ...], batch_dim_idx: int) -> tuple[Tensor, ...]:
-    """[B, S, ...] from what the caller has, and back."""
-    return tuple(tensor.transpose(0, 1) for tensor in tensors) if batch_dim_idx == 1 else tensors
+    return torch.compiler.disable(SequenceAttention._forward)  # imports the compiler, for a second
 
 
 def _check_mask(mask: Mask) -> None:

@@ -1,11 +1,11 @@
-"""Names in a profiler's trace for what the attention modules do: `with profiler_range("merge"): ...`.
+"""Named ranges in a profiler's trace, and status reports of where a process is.
 
-Used by `ring` and `exchange`; `recipes.monitor.trace_analysis` reads the names. Outside a profiler a range costs 0.2 us;
-torch.profiler.record_function, for the same entry in the trace, 5 us. It also counts as an operator, so that a kernel
-which is launched past torch's operators, from Triton or CuTe, is linked to the range that it was launched in.
+`with profiler_range("merge"): ...` costs 0.2 us outside a profiler, `torch.profiler.record_function` 5 us for the same
+entry in a trace. A range also counts as an operator: the trace links it to kernels that are launched past torch's
+operators, from Triton or CuTe. `recipes.monitor.trace_analysis` reads the names.
 
-Who wants to know how long ranges of one name take, without a profiler, has them `observed_range`; who wants to know where
-the process is, for when it stands still, is told by `report_status`.
+`observed_range` times ranges without a profiler. `set_status_listener` receives what `report_status` says, so that a
+watchdog can tell where a process hangs.
 """
 
 from __future__ import annotations
@@ -19,57 +19,57 @@ from torch._C._profiler import _RecordFunctionFast  # torch's compiler labels it
 T = TypeVar("T")
 
 _observers: dict[str, Callable[[], None]] = {}
-_follower: Callable[[str, str], None] | None = None
+_status_listener: Callable[[str, str], None] | None = None
 
 
 def profiler_range(name: str) -> contextlib.AbstractContextManager[None]:
     """A range of this name in a profiler's trace, from entry to exit."""
-    note = _observers.get(name)
-    return _RecordFunctionFast(name) if note is None else _notifying_range(name, note)
+    observer = _observers.get(name)
+    return _RecordFunctionFast(name) if observer is None else _observed(name, observer)
 
 
 @contextlib.contextmanager
-def observed_range(name: str, note: Callable[[], None]) -> Iterator[None]:
-    """Within, `note` is called where a range of this name begins and where it ends, on the thread that runs it."""
-    _observers[name] = note
+def _observed(name: str, observer: Callable[[], None]) -> Iterator[None]:
+    with _RecordFunctionFast(name):
+        observer()
+        try:
+            yield
+        finally:
+            observer()
+
+
+@contextlib.contextmanager
+def observed_range(name: str, observer: Callable[[], None]) -> Iterator[None]:
+    """Within, call `observer` at the start and at the end of each range of this name, on the thread that runs it."""
+    _observers[name] = observer
     try:
         yield
     finally:
         del _observers[name]
 
 
-def set_status_listener(follower: Callable[[str, str], None] | None) -> None:
-    """From here on `report_status` calls `follower`, on whatever thread; None ends that."""
-    global _follower
-    _follower = follower
+def set_status_listener(listener: Callable[[str, str], None] | None) -> None:
+    """From here on `report_status` calls `listener`, on whatever thread reports; None removes it."""
+    global _status_listener
+    _status_listener = listener
 
 
 def report_status(kind: str, text: str = "") -> None:
-    """Say where this process is to who follows it: nothing else is done, and nothing where nobody does.
+    """Tell the listener where this process is; does nothing without a listener.
 
     Args:
-        kind: "stage", which is a stage of a ring, or "wait", which is who is waited for; callers may have others.
-        text: empty once that is over.
+        kind: "ring_step" for a step of a ring, or "wait" for a transfer that is waited for. Callers may add others.
+        text: empty once it is over.
     """
-    if _follower is not None:
-        _follower(kind, text)
+    if _status_listener is not None:
+        _status_listener(kind, text)
 
 
 def numbered(name: str, items: Iterable[T]) -> Iterator[tuple[int, T]]:
-    """`enumerate`, with what is done with each item labelled and told as the stage "NAME NUMBER"."""
+    """`enumerate`, with a profiler range and a ring step status "NAME NUMBER" around the work on each item."""
     for number, item in enumerate(items):
-        stage = f"{name} {number}"
-        report_status("stage", stage)
-        with profiler_range(stage):
+        ring_step = f"{name} {number}"
+        report_status("ring_step", ring_step)
+        with profiler_range(ring_step):
             yield number, item
-    report_status("stage")
-
-
-@contextlib.contextmanager
-def _notifying_range(name: str, note: Callable[[], None]) -> Iterator[None]:
-    with _RecordFunctionFast(name):
-        note()
-        try:
-            yield
-        finally:
-            note()
+    report_status("ring_step")

@@ -118,7 +118,7 @@ def sparsity_table() -> str:
         for name in ("zigzag", "contiguous"):
             layout = Layout(name, degree, length)
             schedules = [ring_schedule(layout, mask, rank) for rank in range(degree)]
-            blocks = [sum(len(stage.pairs) for stage in stages) for stages in schedules]
+            blocks = [sum(len(stage.tiles) for stage in stages) for stages in schedules]
             sent = [tokens_sent(layout, mask, rank) for rank in range(degree)]
             keys, gradients = ([tokens[index] for tokens in sent] for index in (0, 1))
             pairs = sum(map(sum, work_per_rank(layout, mask))) / all_pairs

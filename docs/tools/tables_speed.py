@@ -238,7 +238,7 @@ def auto_table() -> str:
         candidates = rank_methods(Workload(*shape, length, 1, 2, 0.6 * 989), Links(8, 280.0, 45.0), ranks)
         ring, taken = next(one for one in candidates if one.ulysses_degree == 1), candidates[0]
         grid = f"ring {taken.ring_degree} x Ulysses {taken.ulysses_degree}"
-        times = (ring.compute_ms / ranks, ring.hop_ms, ring.total_ms)
+        times = (ring.compute_ms / ranks, ring.transfer_ms, ring.total_ms)
         cells = [heads, f"{length:,}", f"{ranks}", *(f"{time:.2f}" for time in times)]
         lines.append("| " + " | ".join([*cells, grid, f"{taken.total_ms:.2f}"]) + " |")
     return "\n".join(lines)

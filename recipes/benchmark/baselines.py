@@ -40,7 +40,7 @@ class Baseline:
 
 
 def _refuse_without_cudnn(spec: KernelSpec) -> None:
-    refusal = KERNELS["cudnn"].supports(spec)
+    refusal = KERNELS["cudnn"].refusal(spec)
     if refusal is not None:
         raise ConfigError(f"PyTorch's fastest kernel for it, cuDNN's, {refusal}")
 

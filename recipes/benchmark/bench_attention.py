@@ -36,11 +36,12 @@ from recipes.engine.deepspeed_engine import extremes_over_ranks, max_over_ranks
 from recipes.monitor.device_metrics import StepClock, durations_s, mark
 from recipes.monitor.metric_registry import PARTS
 from recipes.monitor.reporter import Reporter
-from recipes.monitor.trace_analysis import attention_communication_off, step_breakdown
+from recipes.monitor.trace_analysis import step_breakdown
 from recipes.planning.plan import Plan
 from recipes.planning.throughput import attention_flops_per_token
 from ring_attention import LocalAttention
 from ring_attention.groups import ParallelGroups
+from ring_attention.transport import messages_stay_local
 
 RESULT_FILE = "bench_attention.json"
 TIMED_S = 0.1  # of calls, at least, in each round
@@ -140,7 +141,7 @@ def _timed(candidates: list[Candidate], plan: Plan, device: torch.device) -> lis
         for candidate in candidates:
             for kind in kinds:
                 for silent in (False, True) if candidate.sends else (False,):
-                    with candidate.around(), attention_communication_off() if silent else contextlib.nullcontext():
+                    with candidate.around(), messages_stay_local() if silent else contextlib.nullcontext():
                         seconds, until_issued = _seconds_of_a_call(getattr(candidate, kind), device)
                     if number:
                         times_s.setdefault((candidate.name, kind, silent), []).append(seconds)

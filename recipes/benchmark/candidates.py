@@ -21,8 +21,7 @@ from ring_attention.groups import ParallelGroups
 from ring_attention.kernels import KernelSpec, choose_kernel
 from ring_attention.kv import KeysValues
 from ring_attention.layout import Layout
-from ring_attention.ring import Moving, Ring, ring_backward, ring_forward
-from ring_attention.schedule import ring_schedule
+from ring_attention.ring import Ring, ring_backward, ring_forward
 
 METHODS = ("ring", "ulysses", "hybrid", "all_gather")  # of ours
 SIMULATED_DEGREES = (2, 4, 8, 16, 32, 64)
@@ -143,23 +142,21 @@ def _error(candidate: Candidate, layout: Layout, rank: int, expected: Tensor) ->
 class _Alone(Ring):
     """A ring whose messages are this rank's own keys and values; no gradients travel."""
 
-    def forward_keys(self, own: KeysValues, here: KeysValues | None, step: int, way: str) -> Any:
-        return None, own if step + 1 < len(self.stages) else None
+    def post_keys(self, own: KeysValues, here: KeysValues | None, number: int, direction: str) -> Any:
+        return None, own if number + 1 < len(self.steps) else None
 
-    def receive(self, like: KeysValues, tokens: int, peer: int, room: str) -> Moving:
-        return Moving(like.empty(tokens), peer, room)
-
-    def post(self, purpose: str, sends: Any, receives: Any) -> None:
-        return None
+    def post_gradients(self, own: KeysValues, step: Any, number: int, gradients: KeysValues | None) -> Any:
+        return None, None if step.gradient_return is None else own.empty(step.gradient_return.spans)
 
 
 def simulated(plan: Plan, whole: Shards, degree: int) -> Candidate:
     """Rank 0 of a larger ring."""
     layout = Layout(plan.config.attention.layout, degree, plan.config.data.sequence_length)
     q, k, v, dout = (layout.shard(x, 0, dim=1) for x in whole)
-    kv = KeysValues.of_message(torch.cat((k.flatten(), v.flatten())), (k.shape, v.shape))
+    kv = KeysValues.of_parts(k, v)
+    kv = kv.take(kv.spans)
     block = choose_kernel(KernelSpec.of(q, k, v), plan.config.attention.kernel)[0]
-    ring = _Alone(ring_schedule(layout, CAUSAL, 0), None, block, plan.config.model.head_dim**-0.5)
+    ring = _Alone(layout, CAUSAL, None, block, plan.config.model.head_dim**-0.5)
 
     def forward_backward() -> Any:
         return ring_backward(ring, dout, q, kv, *ring_forward(ring, q, kv))

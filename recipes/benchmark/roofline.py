@@ -25,7 +25,7 @@ from conf.schema import ModelConfig
 from recipes.monitor.device_metrics import StepClock
 from recipes.planning.plan import DTYPES, Plan
 from recipes.planning.throughput import attention_flops_per_token
-from ring_attention.kernels import KernelSpec, choose_kernel
+from ring_attention.kernels import KernelParams, KernelSpec, SavedTensors, choose_kernel
 
 MEASURED_S, CPU_MEASURED_S = 3.0, 0.2  # in a comparison
 MODELS = Path(__file__).parents[2] / "conf" / "model"
@@ -47,9 +47,10 @@ def parts_of_a_layer(model: ModelConfig, length: int, dtype: torch.dtype, device
         for heads in (model.num_heads, model.num_kv_heads, model.num_kv_heads, model.num_heads)
     )
     block, scale = choose_kernel(KernelSpec.of(q, k, v))[0], model.head_dim**-0.5
-    out, lse = block.forward(q, k, v, None, 0, scale)
+    params = KernelParams(None, 0, scale)
+    out, lse = block.forward(q, k, v, params)
     operations = length * attention_flops_per_token(model, length)
-    attention = [Part(f"attention ({block.name})", operations, lambda: block.forward(q, k, v, None, 0, scale))]
+    attention = [Part(f"attention ({block.name})", operations, lambda: block.forward(q, k, v, params))]
     gated = 2 if model.mlp == "swiglu" else 1
     sizes = {
         "qkv": (model.hidden_size, (model.num_heads + 2 * model.num_kv_heads) * model.head_dim),
@@ -61,8 +62,8 @@ def parts_of_a_layer(model: ModelConfig, length: int, dtype: torch.dtype, device
         name: _products(name, length, *size, model.init_std, dtype, device, trains) for name, size in sizes.items()
     }
     if trains:
-        arguments = (dout, q, k, v, out, lse, None, 0, scale)
-        attention.append(Part("attention, backward", 2.5 * operations, lambda: block.backward(*arguments)))
+        saved = SavedTensors(q, k, v, out, lse)
+        attention.append(Part("attention, backward", 2.5 * operations, lambda: block.backward(dout, saved, params)))
     order = [products["qkv"], attention, products["out"], products["up"], products["down"]]
     return [part for of_one in order for part in of_one]
 

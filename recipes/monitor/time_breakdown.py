@@ -17,9 +17,10 @@ from data.batch import TokenBatch
 from recipes.engine.build import Engine
 from recipes.engine.deepspeed_engine import TrainingEngine
 from recipes.monitor.metric_registry import PARTS
-from recipes.monitor.trace_analysis import attention_communication_off, step_breakdown
+from recipes.monitor.trace_analysis import step_breakdown
 from recipes.planning.plan import Plan
 from ring_attention.trace import profiler_range
+from ring_attention.transport import messages_stay_local
 
 MOST_MICRO_BATCHES = 4  # where more are more of the same: a whole batch may take a minute
 REPETITIONS = 3
@@ -93,7 +94,7 @@ def _exposed_by_attention_s(plan: Plan, engine: Engine, batch: Callable[[], list
     times_s: dict[bool, list[float]] = {True: [], False: []}
     for number in range(1 + REPETITIONS):
         for silent in (False, True) if number % 2 else (True, False):
-            with attention_communication_off() if silent else contextlib.nullcontext():
+            with messages_stay_local() if silent else contextlib.nullcontext():
                 times_s[silent].append(engine.max_over_ranks(_passes_s(plan, engine, batch())))
     whole_s, silent_s = (statistics.median(times_s[silent][1:]) for silent in (False, True))
     return max(0.0, whole_s - silent_s)

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: shares of its wall time by kind of work; and attention without its messages.
+"""Where the time of a step goes: shares of its wall time by kind of work.
 
 Beside `metrics`, which has the numbers that a run logs. What is labelled in a profile is said here and in
 `ring_attention.trace`: ranges that code opens with `profiler_range(name)`, operators, and names of kernels.
@@ -6,24 +6,19 @@ Beside `metrics`, which has the numbers that a run logs. What is labelled in a p
 
 from __future__ import annotations
 
-import contextlib
 import heapq
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import deepspeed.comm as dist
 import torch
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from recipes.monitor.metric_registry import PARTS
 from ring_attention.trace import profiler_range
-from ring_attention.transport import TRANSPORTS, P2PMessage, P2PTransport, Transfer, collectives
 
 COMPUTE = ("attention", "merge", "gemm", "optimizer", "other")
 
@@ -248,50 +243,3 @@ def read_events(kineto_events: Iterable[Any]) -> Iterator[Event]:
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-@contextlib.contextmanager
-def attention_communication_off() -> Iterator[None]:
-    """Within, the attention modules' messages stay on their rank: the difference in time is what they expose.
-
-    A rank receives what it sends, as far as it goes: with uninitialised buffers all that follows might be NaN, and a
-    GPU at its power limit multiplies those faster than numbers. These copies take time of their own, some tenth of what
-    the messages take between GPUs, which the difference lacks. For benchmarks only, and every rank must enter it. What
-    is computed within is garbage, and a training step leaves garbage weights. Modules are made outside, for their
-    groups are.
-    """
-    from deepspeed.sequence import layer  # takes seconds, and a ring alone does without
-
-    def post(self: P2PTransport, purpose: str, sends: list[P2PMessage], receives: list[P2PMessage]) -> Transfer:
-        for number, receive in enumerate(receives):
-            received = receive.tensor
-            _stay(received, sends[number].tensor if number < len(sends) else received[:0])
-        return Transfer([], [], [], "")
-
-    def all_to_all_single(received: Tensor, sent: Tensor, *args: Any, **kwargs: Any) -> Transfer:
-        _stay(received, sent)
-        return Transfer([], [], [], "")  # DeepSpeed waits for it as for a handle
-
-    def all_gather(gathered: Tensor, sent: Tensor, **kwargs: Any) -> None:
-        for received in gathered.view(-1, sent.numel()):
-            _stay(received, sent)
-
-    without_all_to_all = SimpleNamespace(**vars(layer.dist) | {"all_to_all_single": all_to_all_single})
-    patches = [
-        *[patch.object(transport, "post", post) for transport in TRANSPORTS.values()],
-        patch.object(collectives, "_all_gather", all_gather),
-        patch.object(collectives, "_reduce_scatter", lambda scattered, sent, **kwargs: _stay(scattered, sent)),
-        patch.object(layer, "dist", without_all_to_all),
-    ]
-    with contextlib.ExitStack() as stack:
-        for one in patches:
-            stack.enter_context(one)
-        yield
-
-
-def _stay(received: Tensor, sent: Tensor) -> None:
-    """Fill `received` with what `sent` begins with, beyond its end with 0."""
-    received, sent = received.view(-1), sent.reshape(-1)
-    both = min(len(received), len(sent))
-    received[:both] = sent[:both]
-    received[both:] = 0

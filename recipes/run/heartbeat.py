@@ -17,7 +17,7 @@ from pathlib import Path
 
 from recipes.run.run_dir import LOGS_DIR, PREEMPTED_FILE, STALL_FILE
 
-KINDS = ("step", "part", "stage", "wait")  # the coarse first: a new one ends the finer ones
+KINDS = ("step", "part", "ring_step", "wait")  # the coarse first: a new one ends the finer ones
 _RECORD_BYTES = 1024
 
 
@@ -55,7 +55,7 @@ class Heartbeat:
         if kind != "wait":
             self._progress += 1
         if kind in ("step", "part"):
-            now["stage"] = now["wait"] = ""
+            now["ring_step"] = now["wait"] = ""
         line = "\t".join((self._owner, f"{time.time():.6f}", str(self._progress), *now.values()))
         self._bytes[:] = line.encode()[: _RECORD_BYTES - 1].ljust(_RECORD_BYTES - 1) + b"\n"
 
@@ -76,16 +76,16 @@ class RankState:
     progress: int
     step: str
     part: str
-    stage: str
+    ring_step: str
     wait: str
 
     def __str__(self) -> str:
-        """Such as: step 7, forward, forward stage 1, waiting for (hop)."""
+        """Such as: step 7, forward, forward ring step 1, waiting for (hop)."""
         return ", ".join(
             [
                 *([f"step {self.step}"] if self.step else []),
                 self.part,
-                *([self.stage] if self.stage else []),
+                *([self.ring_step] if self.ring_step else []),
                 *([f"waiting in {self.wait}"] if self.wait else []),
             ]
         )

@@ -1,47 +1,47 @@
-"""FlashAttention-2 as PyTorch ships it (aten): CUDA, half precision, [B, S, H, D] and GQA as they come."""
+"""FlashAttention-2 as PyTorch ships it (aten): CUDA, half precision, [B, S, H, D] and GQA without copies."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ring_attention.kernels.base import AttentionKernel, KernelSpec, refuse_value_head_dim
+from ring_attention.kernels.base import (
+    AttentionKernel,
+    KernelParams,
+    KernelSpec,
+    SavedTensors,
+    flash_window,
+)
 from ring_attention.masked_block import MaskedBlock
 
 
 class AtenFlashKernel(AttentionKernel):
     name = "aten_flash"
-    device_type = "cuda"
     speed = "FlashAttention-2: 337 TFLOP/s forward on an H100 at 32 heads x 128"
 
-    def supports(self, spec: KernelSpec) -> str | None:
+    def _refusal(self, spec: KernelSpec) -> str | None:
         if spec.capability is None or spec.capability < (8, 0):
             return "needs compute capability 8.0 or newer"
-        if spec.dtype not in (torch.bfloat16, torch.float16):
-            return f"needs bf16 or fp16, not {spec.dtype}"
         if spec.head_dim > 256 or spec.head_dim % 8:
             return f"needs a head_dim that is a multiple of 8 up to 256, not {spec.head_dim}"
-        return refuse_value_head_dim(spec)
+        return None
 
-    def tiles(self, rectangle: MaskedBlock) -> list[MaskedBlock]:
-        """FlashAttention-2 takes a right bound of at least the number of keys for none, or none for that number.
+    def split(self, block: MaskedBlock) -> list[MaskedBlock]:
+        """Split blocks with more queries than keys until FlashAttention-2's shortcuts make no difference.
 
-        Both are wrong where there are more queries than keys, measured; rows are cut until it makes no difference.
+        It takes a right bound of at least the number of keys for no bound, and no right bound for that number. Both
+        give wrong results where there are more queries than keys (measured).
         """
-        right = None if rectangle.upper is None else rectangle.upper - (rectangle.num_keys - rectangle.num_queries)
-        is_bounded = right is not None and right < rectangle.num_keys
-        if rectangle.is_full or is_bounded or rectangle.num_queries <= rectangle.num_keys:
-            return [rectangle]
-        middle = rectangle.q_start + rectangle.num_keys
-        parts = [
-            rectangle.part(*queries, rectangle.k_start, rectangle.k_stop)
-            for queries in ((rectangle.q_start, middle), (middle, rectangle.q_stop))
-        ]
-        return [tile for part in parts if part is not None for tile in self.tiles(part)]
+        right = None if block.upper is None else block.upper - (block.num_keys - block.num_queries)
+        is_bounded = right is not None and right < block.num_keys
+        if block.is_full or is_bounded or block.num_queries <= block.num_keys:
+            return [block]
+        middle = block.q_start + block.num_keys
+        rows = [(block.q_start, middle), (middle, block.q_stop)]
+        parts = [block.part(*queries, block.k_start, block.k_stop) for queries in rows]
+        return [piece for part in parts if part is not None for piece in self.split(part)]
 
-    def forward(
-        self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, lower: int | None, upper: int | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, params: KernelParams) -> tuple[Tensor, Tensor]:
         out, lse_BHS, *_ = torch.ops.aten._flash_attention_forward(
             q_BSHD,
             k_BTKD,
@@ -53,23 +53,13 @@ class AtenFlashKernel(AttentionKernel):
             0.0,
             False,
             False,
-            scale=scale,
-            **window(q_BSHD.shape[1], k_BTKD.shape[1], lower, upper),
+            scale=params.scale,
+            **flash_window(q_BSHD.shape[1], k_BTKD.shape[1], params, -1),
         )
         return out, lse_BHS
 
-    def backward(
-        self,
-        dout_BSHE: Tensor,
-        q_BSHD: Tensor,
-        k_BTKD: Tensor,
-        v_BTKE: Tensor,
-        out_BSHE: Tensor,
-        lse_BHS: Tensor,
-        lower: int | None,
-        upper: int | None,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, dout_BSHE: Tensor, saved: SavedTensors, params: KernelParams) -> tuple[Tensor, Tensor, Tensor]:
+        q_BSHD, k_BTKD, v_BTKE, out_BSHE, lse_BHS = saved
         no_dropout_state = torch.empty(0, dtype=torch.uint64, device=q_BSHD.device)
         return torch.ops.aten._flash_attention_backward(
             dout_BSHE.contiguous(),
@@ -86,18 +76,6 @@ class AtenFlashKernel(AttentionKernel):
             False,
             no_dropout_state,
             no_dropout_state,
-            scale=scale,
-            **window(q_BSHD.shape[1], k_BTKD.shape[1], lower, upper),
+            scale=params.scale,
+            **flash_window(q_BSHD.shape[1], k_BTKD.shape[1], params, -1),
         )
-
-
-def window(num_queries: int, num_keys: int, lower: int | None, upper: int | None) -> dict[str, int]:
-    """The band as FlashAttention counts it, from the diagonal that ends in the last query and key; -1 is no bound.
-
-    In a trimmed rectangle both bounds include that diagonal, so they are never negative.
-    """
-    diagonal = num_keys - num_queries
-    return {
-        "window_size_left": -1 if lower is None else diagonal - lower,
-        "window_size_right": -1 if upper is None else upper - diagonal,
-    }

@@ -1,4 +1,7 @@
-"""What a block kernel is: attention of one rectangle of query-key pairs, with its log-sum-exp out and a given one in.
+"""The interface of attention kernels, and what several of them need.
+
+A kernel computes the attention of one masked block. It returns the output with the log-sum-exp of the scores (lse), and
+its backward pass takes an output and a lse that cover more keys than the block has. The ring needs both.
 
 Shapes: q [B, S, H, D]; k [B, T, K, D] and v [B, T, K, E] with H a multiple of K; out [B, S, H, E]; lse [B, H, S] in
     fp32 (fp64 for fp64 input). E is D for most kernels.
@@ -10,6 +13,7 @@ import functools
 import importlib.util
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,13 +23,13 @@ from ring_attention.masked_block import MaskedBlock
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """What a kernel is asked to do.
+    """What a call needs of a kernel.
 
     Args:
-        capability: the CUDA compute capability, None on the CPU.
+        capability: the CUDA compute capability; None on the CPU.
         value_head_dim: None if it is head_dim.
-        windowed: whether keys before a query may be cut off (`Mask.left`).
-        deterministic: the same bits every time.
+        windowed: whether the mask has a left bound (`Mask.left`).
+        deterministic: whether equal inputs must give equal bits.
     """
 
     device_type: str
@@ -53,54 +57,78 @@ class KernelSpec:
         )
 
 
+class KernelParams(NamedTuple):
+    """The softmax scale, and which pairs attend: query i and key j with lower <= j - i <= upper. None is no bound."""
+
+    lower: int | None
+    upper: int | None
+    scale: float
+
+
+class SavedTensors(NamedTuple):
+    """What `backward` needs beside dout. `out` and `lse` are over ALL keys of the sequence, not only the block's."""
+
+    q_BSHD: Tensor
+    k_BTKD: Tensor
+    v_BTKE: Tensor
+    out_BSHE: Tensor
+    lse_BHS: Tensor
+
+
+_DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
+
+
 class AttentionKernel(ABC):
-    """One attention kernel. Deterministic for equal inputs up to the kernel's own order of summation."""
+    """One attention kernel. Equal inputs give equal results, up to the kernel's own order of summation."""
 
     name: str
-    device_type: str | None  # "cuda", "cpu", or None for any
     speed: str  # why it ranks where it does, for the banner
+    device_type: str | None = "cuda"  # None for any
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)  # () for any
+    has_windows = True  # masks with a lower bound
+    has_value_head_dim = False  # values with a head size of their own
+    is_deterministic = True
+
+    def refusal(self, spec: KernelSpec) -> str | None:
+        """None if the kernel can do `spec`, else the reason why not."""
+        if self.device_type not in (None, spec.device_type):
+            return f"needs a {self.device_type} device, not {spec.device_type}"
+        if spec.deterministic and not self.is_deterministic:
+            return "its backward pass is not deterministic"
+        if self.dtypes and spec.dtype not in self.dtypes:
+            return f"needs {' or '.join(_DTYPE_NAMES[dtype] for dtype in self.dtypes)}, not {spec.dtype}"
+        if spec.windowed and not self.has_windows:
+            return "has no sliding window"
+        if spec.value_head_dim is not None and not self.has_value_head_dim:
+            return f"needs values of head size {spec.head_dim}, not {spec.value_head_dim}"
+        return self._refusal(spec)
+
+    def _refusal(self, spec: KernelSpec) -> str | None:
+        """The same for what the attributes above do not say: head sizes, compute capability, packages."""
+        return None
+
+    def split(self, block: MaskedBlock) -> list[MaskedBlock]:
+        """Split a trimmed block into trimmed blocks that one call computes each."""
+        return [block] if self.has_windows else split_causal(block)
 
     @abstractmethod
-    def supports(self, spec: KernelSpec) -> str | None:
-        """None if it can, else the reason why not; asked only for its own device type."""
+    def forward(self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, params: KernelParams) -> tuple[Tensor, Tensor]:
+        """Returns (out [B, S, H, E], lse [B, H, S]) of one block from `split`."""
 
     @abstractmethod
-    def tiles(self, rectangle: MaskedBlock) -> list[MaskedBlock]:
-        """A trimmed rectangle, cut into trimmed ones that one call computes."""
-
-    @abstractmethod
-    def forward(
-        self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, lower: int | None, upper: int | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """Returns (out [B, S, H, E], lse [B, H, S]) over pairs with lower <= j - i <= upper: one of `tiles`'
-        results.
-        """
-
-    @abstractmethod
-    def backward(
-        self,
-        dout_BSHE: Tensor,
-        q_BSHD: Tensor,
-        k_BTKD: Tensor,
-        v_BTKE: Tensor,
-        out_BSHE: Tensor,
-        lse_BHS: Tensor,
-        lower: int | None,
-        upper: int | None,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns (dq, dk, dv) of these pairs, where out and lse are those over ALL keys of the sequence."""
+    def backward(self, dout_BSHE: Tensor, saved: SavedTensors, params: KernelParams) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns (dq, dk, dv) of one block from `split`."""
 
 
-def causal_tiles(rectangle: MaskedBlock) -> list[MaskedBlock]:
-    """A rectangle without a lower bound as full rectangles and one causal square: at most three."""
-    if rectangle.is_full or rectangle.is_causal_square:
-        return [rectangle]
-    assert rectangle.lower is None, "there is a lower bound"
-    assert rectangle.upper is not None
-    q_start, q_stop, k_start, k_stop = rectangle.q_start, rectangle.q_stop, rectangle.k_start, rectangle.k_stop
-    # queries before q_split see all keys before k_split and a triangle of the others; from q_split on, all
-    k_split = k_start + rectangle.upper
+def split_causal(block: MaskedBlock) -> list[MaskedBlock]:
+    """Split a block without a lower bound into full blocks and one causal square: at most three."""
+    if block.is_full or block.is_causal_square:
+        return [block]
+    assert block.lower is None, "there is a lower bound"
+    assert block.upper is not None
+    q_start, q_stop, k_start, k_stop = block.q_start, block.q_stop, block.k_start, block.k_stop
+    # Queries before q_split see all keys before k_split, and a triangle of the others. Queries from q_split on see all.
+    k_split = k_start + block.upper
     q_split = q_start + k_stop - k_split
     parts = [
         (q_start, q_split, k_split, k_stop),
@@ -110,7 +138,7 @@ def causal_tiles(rectangle: MaskedBlock) -> list[MaskedBlock]:
     return [
         part
         for bounds in parts
-        if bounds[0] < bounds[1] and bounds[2] < bounds[3] and (part := rectangle.part(*bounds)) is not None
+        if bounds[0] < bounds[1] and bounds[2] < bounds[3] and (part := block.part(*bounds)) is not None
     ]
 
 
@@ -121,24 +149,29 @@ def band_mask(num_queries: int, num_keys: int, lower: int | None, upper: int | N
     return allowed if upper is None else allowed.tril(upper)
 
 
-def refuse_value_head_dim(spec: KernelSpec) -> str | None:
-    """The refusal of kernels for which keys and values have one head size."""
-    return (
-        None if spec.value_head_dim is None else f"needs values of head size {spec.head_dim}, not {spec.value_head_dim}"
-    )
+def flash_window(num_queries: int, num_keys: int, params: KernelParams, unbounded: int | None) -> dict[str, Any]:
+    """The band as FlashAttention counts it: from the diagonal that ends at the last query and the last key.
+
+    In a trimmed block both bounds include that diagonal, so neither size is negative. `unbounded` stands for no bound.
+    """
+    diagonal = num_keys - num_queries
+    return {
+        "window_size_left": unbounded if params.lower is None else diagonal - params.lower,
+        "window_size_right": unbounded if params.upper is None else params.upper - diagonal,
+    }
 
 
 @functools.cache
 def is_installed(module: str) -> bool:
-    """Whether a module is there, found without importing it: those of kernels take seconds."""
+    """Whether a module can be imported. Does not import it: kernel packages take seconds."""
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # find_spec imports what the module lies in
+    except ModuleNotFoundError:  # find_spec imports the parent package
         return False
 
 
 def refuse_missing_package(package: str, module: str) -> str | None:
-    """The refusal of kernels that come in a package of their own, which is no dependency of this one."""
+    """The refusal of kernels from an optional package."""
     return None if is_installed(module) else f"the package {package} is not installed: pip install -e '.[kernels]'"
 
 

@@ -7,67 +7,44 @@ from torch import Tensor
 
 from ring_attention.kernels.base import (
     AttentionKernel,
+    KernelParams,
     KernelSpec,
-    causal_tiles,
+    SavedTensors,
     expand_kv_heads,
     reduce_kv_heads,
-    refuse_value_head_dim,
 )
 from ring_attention.kernels.reference import ReferenceKernel
-from ring_attention.masked_block import MaskedBlock
 
 _REFERENCE = ReferenceKernel()
 
 
 class CudnnKernel(AttentionKernel):
     name = "cudnn"
-    device_type = "cuda"
     speed = "cuDNN SDPA: 611 TFLOP/s forward on an H100 at 32 heads x 128, FlashAttention-2 there 337"
+    has_windows = is_deterministic = False
 
-    def supports(self, spec: KernelSpec) -> str | None:
+    def _refusal(self, spec: KernelSpec) -> str | None:
         if spec.capability is None or spec.capability < (9, 0):
             return "ranked only where it was measured: compute capability 9.0 or newer"
-        if spec.deterministic:
-            return "its backward pass is not deterministic"
-        if spec.dtype not in (torch.bfloat16, torch.float16):
-            return f"needs bf16 or fp16, not {spec.dtype}"
         if spec.head_dim > 128 or spec.head_dim % 8:
             return f"needs a head_dim that is a multiple of 8 up to 128, not {spec.head_dim}"
-        if spec.windowed:
-            return "has no sliding window"
-        return refuse_value_head_dim(spec)
+        return None
 
-    def tiles(self, rectangle: MaskedBlock) -> list[MaskedBlock]:
-        return causal_tiles(rectangle)
-
-    def forward(
-        self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, lower: int | None, upper: int | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, params: KernelParams) -> tuple[Tensor, Tensor]:
         if q_BSHD.shape[1] == k_BTKD.shape[1] == 1:  # cuDNN refuses this one shape
-            return _REFERENCE.forward(q_BSHD, k_BTKD, v_BTKE, lower, upper, scale)
+            return _REFERENCE.forward(q_BSHD, k_BTKD, v_BTKE, params)
         k, v = (expand_kv_heads(x, q_BSHD.shape[2]).transpose(1, 2) for x in (k_BTKD, v_BTKE))
         out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            q_BSHD.transpose(1, 2), k, v, None, True, 0.0, upper is not None, False, scale=scale
+            q_BSHD.transpose(1, 2), k, v, None, True, 0.0, params.upper is not None, False, scale=params.scale
         )
         return out.transpose(1, 2), lse.view(out.shape[:3])  # cuDNN's lse has a trailing dim of 1
 
-    def backward(
-        self,
-        dout_BSHE: Tensor,
-        q_BSHD: Tensor,
-        k_BTKD: Tensor,
-        v_BTKE: Tensor,
-        out_BSHE: Tensor,
-        lse_BHS: Tensor,
-        lower: int | None,
-        upper: int | None,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, dout_BSHE: Tensor, saved: SavedTensors, params: KernelParams) -> tuple[Tensor, Tensor, Tensor]:
+        q_BSHD, k_BTKD, v_BTKE, out_BSHE, lse_BHS = saved
         if q_BSHD.shape[1] == k_BTKD.shape[1] == 1:
-            return _REFERENCE.backward(dout_BSHE, q_BSHD, k_BTKD, v_BTKE, out_BSHE, lse_BHS, lower, upper, scale)
+            return _REFERENCE.backward(dout_BSHE, saved, params)
         q_BSHD, out_BSHE, dout_BSHE = _with_equal_strides(q_BSHD, out_BSHE, dout_BSHE)
-        num_heads, num_kv_heads = q_BSHD.shape[2], k_BTKD.shape[2]
-        k, v = (expand_kv_heads(x, num_heads).transpose(1, 2) for x in (k_BTKD, v_BTKE))
+        k, v = (expand_kv_heads(x, q_BSHD.shape[2]).transpose(1, 2) for x in (k_BTKD, v_BTKE))
         no_dropout_state = torch.empty((), dtype=torch.int64, device=q_BSHD.device)
         dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
             dout_BSHE.transpose(1, 2),
@@ -84,16 +61,18 @@ class CudnnKernel(AttentionKernel):
             q_BSHD.shape[1],
             k.shape[2],
             0.0,
-            upper is not None,
-            scale=scale,
+            params.upper is not None,
+            scale=params.scale,
         )
-        dk, dv = (reduce_kv_heads(grad.transpose(1, 2), num_kv_heads) for grad in (dk, dv))
+        dk, dv = (reduce_kv_heads(grad.transpose(1, 2), k_BTKD.shape[2]) for grad in (dk, dv))
         return dq.transpose(1, 2), dk, dv
 
 
 def _with_equal_strides(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Of one shape: as they are, or all contiguous. PyTorch 2.11 keeps cuDNN's graphs by the shapes and strides of q, k
-    and v alone, and computes on any other out and dout as if they had the strides of those it built the graph for.
+    """The tensors, which have one shape, as they are if their strides agree, else all contiguous.
+
+    PyTorch 2.11 caches cuDNN's graphs by the shapes and strides of q, k and v alone. It runs a cached graph on an out
+    and a dout with other strides as if they had the strides of the graph's first call.
     """
     first, *others = ([n for n, size in zip(x.stride(), x.shape, strict=True) if size > 1] for x in tensors)
     return tensors if all(strides == first for strides in others) else tuple(x.contiguous() for x in tensors)

@@ -6,35 +6,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ring_attention.kernels.base import AttentionKernel, KernelSpec, causal_tiles, expand_kv_heads, reduce_kv_heads
-from ring_attention.masked_block import MaskedBlock
+from ring_attention.kernels.base import (
+    AttentionKernel,
+    KernelParams,
+    KernelSpec,
+    SavedTensors,
+    expand_kv_heads,
+    reduce_kv_heads,
+)
 
-_LSE_MULTIPLE = 32  # the kernel's log-sum-exp has rows of a multiple of this
+_LSE_MULTIPLE = 32  # the kernel pads the rows of its log-sum-exp to a multiple of this
 _NO_MASK, _CAUSAL = 0, 1
 
 
 class MemEfficientKernel(AttentionKernel):
     name = "mem_efficient"
-    device_type = "cuda"
     speed = "memory-efficient SDPA: 109 TFLOP/s forward on an H100 at 16 heads x 512, where FlashAttention refuses"
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    has_windows = is_deterministic = False
+    has_value_head_dim = True
 
-    def supports(self, spec: KernelSpec) -> str | None:
-        if spec.deterministic:
-            return "its backward pass is not deterministic"
-        if spec.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-            return f"needs bf16, fp16 or fp32, not {spec.dtype}"
+    def _refusal(self, spec: KernelSpec) -> str | None:
         multiple = 4 if spec.dtype == torch.float32 else 8
         for head_dim in (spec.head_dim, spec.value_head_dim or spec.head_dim):
             if head_dim % multiple:
                 return f"needs head sizes that are multiples of {multiple}, not {head_dim}"
-        return "has no sliding window" if spec.windowed else None
+        return None
 
-    def tiles(self, rectangle: MaskedBlock) -> list[MaskedBlock]:
-        return causal_tiles(rectangle)
-
-    def forward(
-        self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, lower: int | None, upper: int | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, params: KernelParams) -> tuple[Tensor, Tensor]:
         num_queries, num_heads = q_BSHD.shape[1:3]
         k, v = (expand_kv_heads(x, num_heads) for x in (k_BTKD, v_BTKE))
         out, lse_BHS, *_ = torch.ops.aten._efficient_attention_forward(
@@ -47,24 +46,14 @@ class MemEfficientKernel(AttentionKernel):
             num_queries,
             k.shape[1],
             0.0,
-            _NO_MASK if upper is None else _CAUSAL,
+            _NO_MASK if params.upper is None else _CAUSAL,
             compute_log_sumexp=True,
-            scale=scale,
+            scale=params.scale,
         )
         return out, lse_BHS[:, :, :num_queries]
 
-    def backward(
-        self,
-        dout_BSHE: Tensor,
-        q_BSHD: Tensor,
-        k_BTKD: Tensor,
-        v_BTKE: Tensor,
-        out_BSHE: Tensor,
-        lse_BHS: Tensor,
-        lower: int | None,
-        upper: int | None,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, dout_BSHE: Tensor, saved: SavedTensors, params: KernelParams) -> tuple[Tensor, Tensor, Tensor]:
+        q_BSHD, k_BTKD, v_BTKE, out_BSHE, lse_BHS = saved
         num_queries, num_heads = q_BSHD.shape[1:3]
         num_keys, num_kv_heads = k_BTKD.shape[1:3]
         k, v = (expand_kv_heads(x, num_heads) for x in (k_BTKD, v_BTKE))
@@ -75,7 +64,7 @@ class MemEfficientKernel(AttentionKernel):
             k,
             v,
             None,
-            out_BSHE.contiguous(),  # the kernel takes its rows to be heads x head size apart, whatever its strides say
+            out_BSHE.contiguous(),  # the kernel assumes rows that are heads x head size apart, whatever the strides say
             None,
             None,
             num_queries,
@@ -84,8 +73,8 @@ class MemEfficientKernel(AttentionKernel):
             0.0,
             no_dropout_state,
             no_dropout_state,
-            _NO_MASK if upper is None else _CAUSAL,
+            _NO_MASK if params.upper is None else _CAUSAL,
             False,
-            scale=scale,
+            scale=params.scale,
         )
         return dq, reduce_kv_heads(dk, num_kv_heads), reduce_kv_heads(dv, num_kv_heads)

@@ -1,66 +1,56 @@
-"""Plain matrix products and softmax in fp32 or fp64: the oracle, and the kernel of last resort. Memory O(S * T)."""
+"""Plain matrix products and softmax in fp32 or fp64: the tests' oracle and the last resort. Memory O(S * T)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ring_attention.kernels.base import AttentionKernel, KernelSpec, band_mask, expand_kv_heads, reduce_kv_heads
-from ring_attention.masked_block import MaskedBlock
+from ring_attention.kernels.base import (
+    AttentionKernel,
+    KernelParams,
+    SavedTensors,
+    band_mask,
+    expand_kv_heads,
+    reduce_kv_heads,
+)
 
 
 def _upcast(*tensors: Tensor) -> list[Tensor]:
     return [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
 
 
-def _scores(q_BSHD: Tensor, k_BTHD: Tensor, lower: int | None, upper: int | None, scale: float) -> Tensor:
-    scores_BHST = torch.einsum("bshd,bthd->bhst", q_BSHD, k_BTHD) * scale
-    if lower is None and upper is None:
+def _scores(q_BSHD: Tensor, k_BTHD: Tensor, params: KernelParams) -> Tensor:
+    scores_BHST = torch.einsum("bshd,bthd->bhst", q_BSHD, k_BTHD) * params.scale
+    if params.lower is None and params.upper is None:
         return scores_BHST
-    allowed = band_mask(q_BSHD.shape[1], k_BTHD.shape[1], lower, upper, q_BSHD.device)
+    allowed = band_mask(q_BSHD.shape[1], k_BTHD.shape[1], params.lower, params.upper, q_BSHD.device)
     return scores_BHST.masked_fill(~allowed, float("-inf"))
 
 
 class ReferenceKernel(AttentionKernel):
     name = "reference"
-    device_type = None
     speed = "plain matrix products with O(S^2) memory"
+    device_type = None
+    dtypes = ()
+    has_value_head_dim = True
 
-    def supports(self, spec: KernelSpec) -> str | None:
-        return None
-
-    def tiles(self, rectangle: MaskedBlock) -> list[MaskedBlock]:
-        return [rectangle]
-
-    def forward(
-        self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, lower: int | None, upper: int | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, params: KernelParams) -> tuple[Tensor, Tensor]:
         q, k, v = _upcast(q_BSHD, *(expand_kv_heads(x, q_BSHD.shape[2]) for x in (k_BTKD, v_BTKE)))
-        scores_BHST = _scores(q, k, lower, upper, scale)
+        scores_BHST = _scores(q, k, params)
         lse_BHS = torch.logsumexp(scores_BHST, -1)
         probabilities_BHST = torch.exp(scores_BHST - lse_BHS.unsqueeze(-1))
         return torch.einsum("bhst,bthd->bshd", probabilities_BHST, v), lse_BHS
 
-    def backward(
-        self,
-        dout_BSHE: Tensor,
-        q_BSHD: Tensor,
-        k_BTKD: Tensor,
-        v_BTKE: Tensor,
-        out_BSHE: Tensor,
-        lse_BHS: Tensor,
-        lower: int | None,
-        upper: int | None,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        num_kv_heads = k_BTKD.shape[2]
-        q, k, v = _upcast(q_BSHD, *(expand_kv_heads(x, q_BSHD.shape[2]) for x in (k_BTKD, v_BTKE)))
+    def backward(self, dout_BSHE: Tensor, saved: SavedTensors, params: KernelParams) -> tuple[Tensor, Tensor, Tensor]:
+        q_BSHD, k_BTKD, v_BTKE, out_BSHE, lse_BHS = saved
+        num_heads, num_kv_heads = q_BSHD.shape[2], k_BTKD.shape[2]
+        q, k, v = _upcast(q_BSHD, *(expand_kv_heads(x, num_heads) for x in (k_BTKD, v_BTKE)))
         dout, out = _upcast(dout_BSHE, out_BSHE)
-        probabilities_BHST = torch.exp(_scores(q, k, lower, upper, scale) - lse_BHS.unsqueeze(-1))
+        probabilities_BHST = torch.exp(_scores(q, k, params) - lse_BHS.unsqueeze(-1))
         dv = torch.einsum("bhst,bshd->bthd", probabilities_BHST, dout)
         dprobabilities_BHST = torch.einsum("bshd,bthd->bhst", dout, v)
         delta_BHS1 = (dout * out).sum(-1).transpose(1, 2).unsqueeze(-1)
-        dscores_BHST = probabilities_BHST * (dprobabilities_BHST - delta_BHS1) * scale
+        dscores_BHST = probabilities_BHST * (dprobabilities_BHST - delta_BHS1) * params.scale
         dq = torch.einsum("bhst,bthd->bshd", dscores_BHST, k)
         dk = torch.einsum("bhst,bshd->bthd", dscores_BHST, q)
         return dq, reduce_kv_heads(dk, num_kv_heads), reduce_kv_heads(dv, num_kv_heads)

@@ -1,13 +1,13 @@
-"""Moves tensors between the ranks that share a sequence. Knows nothing of attention; `ring` and `gather` decide what.
+"""Moves tensors between the ranks that share a sequence. `ring` and `gather` decide what to send.
 
-The only package of the library that calls torch.distributed directly: DeepSpeed's wrapper has no batched isend/irecv
-and no symmetric memory, and its groups no timeout. One file per transport, one registry:
+Only this folder calls torch.distributed directly. DeepSpeed's wrapper lacks batched isend/irecv and symmetric memory,
+and its groups have no timeout. One file per transport, one registry:
 
     p2p          batched isend/irecv, on NCCL or gloo
-    copy_engine  copies into the neighbours' memory instead of NCCL's kernels, by GPUs of one host; p2p between hosts
+    copy_engine  copies into the neighbours' memory, without NCCL kernels, among GPUs of one host; p2p between hosts
 
-All traffic of a ring goes in hops that all ranks post in one order, receives before sends: the first hop that is not
-done can always be completed, so nothing waits in a circle.
+All ranks post a ring's transfers in the same order, and receives before sends. So the first transfer that is not done
+can always complete, and no ranks wait for each other in a circle.
 """
 
 from __future__ import annotations
@@ -27,46 +27,44 @@ from ring_attention.transport.collectives import (
     subgroup,
 )
 from ring_attention.transport.copy_engine import CopyEngineTransport, release_symmetric_buffers, symmetric_buffer_bytes
+from ring_attention.transport.local import messages_stay_local
 from ring_attention.transport.p2p import P2PMessage, P2PTransport, Transfer, TransferError
 
 __all__ = [
     "TRANSPORTS",
     "CopyEngineTransport",
-    "Transfer",
-    "TransferError",
     "P2PMessage",
     "P2PTransport",
+    "Transfer",
+    "TransferError",
     "all_gather",
     "choose_transport",
     "flight_record",
     "group_timeout",
-    "symmetric_buffer_bytes",
     "make_transport",
+    "messages_stay_local",
     "rank_and_size",
     "reduce_scatter",
     "release_symmetric_buffers",
     "same_ranks",
     "subgroup",
+    "symmetric_buffer_bytes",
 ]
 
 TRANSPORTS: dict[str, type[P2PTransport]] = {"p2p": P2PTransport, "copy_engine": CopyEngineTransport}
 
 
 def choose_transport(device_type: str) -> str:
-    """The faster one: copies on NVIDIA GPUs (docs/performance.md)."""
+    """The faster transport: copies on NVIDIA GPUs (docs/performance.md), p2p elsewhere."""
     return "copy_engine" if device_type == "cuda" and torch.version.cuda else "p2p"
 
 
-def make_transport(
-    transport: str,
-    group: torch_dist.ProcessGroup,
-    order: Sequence[int] | None = None,
-) -> P2PTransport:
+def make_transport(transport: str, group: torch_dist.ProcessGroup, order: Sequence[int] | None = None) -> P2PTransport:
     """The named transport on `group`.
 
     Args:
         transport: a key of TRANSPORTS, or "auto".
-        order: the group's ranks in ring order (`topology.ring_order`); None is their own order.
+        order: the group's ranks in ring order (`topology.ring_order`); None keeps the group's order.
 
     Raises:
         ValueError: for an unknown name.

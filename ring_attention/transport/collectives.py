@@ -1,8 +1,9 @@
-"""Process groups of the ranks that share a sequence, and collectives over them, for `gather` and the transports."""
+"""Process groups of the ranks that share a sequence, and collectives over them."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -11,30 +12,39 @@ import torch.distributed as torch_dist
 from torch import Tensor
 from torch._C import _distributed_c10d  # the flight recorder has no public name
 
-# named anew in torch 2.13
+from ring_attention.transport.local import copy_local, messages_are_local
+
+# torch 2.13 renamed them
 _all_gather = getattr(torch_dist, "all_gather_single", None) or torch_dist.all_gather_into_tensor
 _reduce_scatter = getattr(torch_dist, "reduce_scatter_single", None) or torch_dist.reduce_scatter_tensor
 
 
 def all_gather(message: Tensor, group: torch_dist.ProcessGroup) -> Tensor:
-    """[N] -> [P, N]: the vectors of all ranks of `group`, which all must call it."""
+    """[N] -> [P, N]: the vectors of all ranks of `group`. Every rank must call it."""
     gathered = message.new_empty(torch_dist.get_world_size(group), len(message))
-    _all_gather(gathered.flatten(), message, group=group)
+    if messages_are_local():
+        for row in gathered:
+            copy_local(row, message)
+    else:
+        _all_gather(gathered.flatten(), message, group=group)
     return gathered
 
 
 def reduce_scatter(messages: Tensor, group: torch_dist.ProcessGroup) -> Tensor:
     """[P, N] -> [N]: row r of the sum over ranks, on rank r. Every rank of `group` must call it."""
     scattered = messages.new_empty(messages.shape[1])
-    _reduce_scatter(scattered, messages.flatten(), group=group)
+    if messages_are_local():
+        copy_local(scattered, messages)
+    else:
+        _reduce_scatter(scattered, messages.flatten(), group=group)
     return scattered
 
 
 def rank_and_size(group: torch_dist.ProcessGroup) -> tuple[int, int]:
-    """This rank's number in `group`, and how many there are.
+    """This rank's number in `group`, and the number of its ranks.
 
     Raises:
-        ValueError: for None, which is no group.
+        ValueError: if `group` is None.
     """
     if group is None:
         raise ValueError(
@@ -48,48 +58,48 @@ def same_ranks(group: Any, other: Any) -> bool:
 
 
 def group_timeout(group: torch_dist.ProcessGroup) -> timedelta:
-    """After which a collective of `group` that does not complete ends its rank."""
+    """How long a collective of `group` may take before it ends its rank."""
     device = "cuda" if torch_dist.get_backend(group) == "nccl" else "cpu"
     return group._get_backend(torch.device(device)).options._timeout  # has no public name
 
 
 def flight_record() -> tuple[bytes, list[str]]:
-    """What torch's flight recorder has of this process's collectives and messages.
+    """What torch's flight recorder holds of this process's collectives and messages.
 
-    Returns (the pickle that `torchfrtrace` reads, a line for each that has not ended).
+    Returns (the pickle that `torchfrtrace` reads, a line for each operation that has not ended).
     """
     name = "_dump_nccl_trace" if torch.cuda.is_available() else "_dump_fr_trace"
-    everything = getattr(_distributed_c10d, name)(True, True, False)
+    record = getattr(_distributed_c10d, name)(True, True, False)
     active = json.loads(getattr(_distributed_c10d, f"{name}_json")(True, True)).get("entries", [])
-    return everything, [
+    return record, [
         f"{entry['profiling_name']} of {entry['process_group'][1]}, {entry['state']}, sizes {entry['input_sizes']}"
         for entry in active
-        if not entry["retired"]  # gloo's never leave the state that they were scheduled in
+        if not entry["retired"]  # gloo's operations stay "scheduled" until they are retired
     ]
 
 
 _subgroups: dict[tuple[torch_dist.ProcessGroup, tuple[int, ...]], torch_dist.ProcessGroup] = {}
 
 
-def subgroup(group: Any, ranks: tuple[int, ...]) -> torch_dist.ProcessGroup:
-    """The process group of some ranks of `group`, with its timeout.
+def subgroup(group: Any, ranks: Sequence[int]) -> torch_dist.ProcessGroup:
+    """The process group of some ranks of `group`, with the timeout of `group`.
 
-    Its own ranks must call it, and on NCCL all others of the world as often, each for its own: DeepSpeed has torch
-    split groups off the world's communicator.
+    Those ranks must call it. On NCCL every other rank of the world must make as many calls, each for its own group:
+    DeepSpeed has torch split groups off the world's communicator.
 
-    Built once, as long as it lives: a gloo group has a thread that wakes up a hundred times a second.
+    Cached while the group exists, because each gloo group has a thread that wakes up a hundred times a second.
     """
     global_ranks = [torch_dist.get_global_rank(group, rank) for rank in ranks]
     if global_ranks == torch_dist.get_process_group_ranks(group):
         return group
-    for key, known in list(_subgroups.items()):
-        if not _exists(known):
-            del _subgroups[key]
-    if (group, ranks) not in _subgroups:
+    for destroyed in [key for key, known in _subgroups.items() if not _exists(known)]:
+        del _subgroups[destroyed]
+    key = (group, tuple(ranks))
+    if key not in _subgroups:
         built = torch_dist.new_group(global_ranks, timeout=group_timeout(group), use_local_synchronization=True)
         assert isinstance(built, torch_dist.ProcessGroup), "called by a rank outside"
-        _subgroups[group, ranks] = built
-    return _subgroups[group, ranks]
+        _subgroups[key] = built
+    return _subgroups[key]
 
 
 def _exists(group: torch_dist.ProcessGroup) -> bool:

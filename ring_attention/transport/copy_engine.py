@@ -1,22 +1,23 @@
-"""The transport `copy_engine`: ranks of one host copy straight into each other's memory; p2p goes between hosts.
+"""The transport `copy_engine`: ranks of one host copy straight into each other's memory. Between hosts it uses p2p.
 
-Copies are made by the GPU's copy engines and signalled by its front end, so that no kernel takes multiprocessors from
-the compute that the messages hide behind, and no host waits. Each rank owns a mailbox of symmetric memory with a few
-rooms, and every message says which room of the receiver's it goes to. Both ends count the messages from one to the
-other's room, and tell each other by flags, which hold such counts:
+The GPU's copy engines copy and its front end signals. No kernel takes multiprocessors from the compute that hides the
+messages, and no host waits. Each rank owns a few receive buffers in symmetric memory, and every message names the
+receiver's buffer that it goes to. Both ends count the messages from one rank to the other's buffer, and signal by flags
+that hold such counts:
 
-    receiver    posts the receive; once all that it enqueued before is done, `free` at the sender says: so many may come
-    sender      waits for `free` to be its count, copies into the room, and `full` at the receiver says: so many came
-    receiver    waits for `full` to be its count, then computes with what is in the room, or sends it on
+    receiver    posts the receive; once its earlier work is done, it writes the count to the sender's flag `free`
+    sender      waits until `free` has the count, copies into the buffer, writes the count to the receiver's flag `full`
+    receiver    waits until `full` has the count, then computes with the buffer or sends it on
 
-A rank's lane does its part of all hops in the order in which they were posted, receives before sends, so nothing waits
-in a circle here either. A hop that nobody waited for, after an exception, is counted all the same.
+A rank's copy stream does its part of all transfers in the order in which they were posted, receives before sends, so no
+ranks wait for each other in a circle. A transfer that nobody waits for, after an exception, is still counted.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import socket
 import warnings
 from collections.abc import Sequence
@@ -30,100 +31,108 @@ from ring_attention.trace import profiler_range
 from ring_attention.transport.collectives import group_timeout, rank_and_size
 from ring_attention.transport.p2p import P2PMessage, P2PTransport, Transfer
 
-ROOMS = ("keys0", "keys1", "home0", "home1")
+BUFFERS: tuple[str, ...] = ("keys0", "keys1", "gradients0", "gradients1")
 _ALIGNMENT = 512  # bytes
 
-Flags = list[tuple[Tensor, int]]  # with the count that each must come to
+Flags = list[tuple[Tensor, int]]  # each with the count that it must reach
 
 
 class CopyEngineTransport(P2PTransport):
-    """Hops by copies into symmetric memory among the ranks of a host whose NVIDIA GPUs reach each other's memory.
+    """Copies into symmetric memory among the ranks of a host whose NVIDIA GPUs can access each other's memory.
 
-    All exchanges of a group share one mailbox: their hops must not overlap.
+    All transports of a group share its symmetric buffers, so their transfers must not overlap.
     """
 
     def __init__(self, group: torch_dist.ProcessGroup, order: Sequence[int] | None = None) -> None:
         super().__init__(group, order)
-        self._mail: SymmetricBuffers | None = None  # as long as no rank is near
+        self._buffers: SymmetricBuffers | None = None  # stays None if no rank of the group can be copied to
 
-    def connect(self, tensor: Tensor, rooms: dict[str, int]) -> None:
-        """Make communicators and as much room as is asked for; waits for all ranks the first time, and to grow.
+    def connect(self, tensor: Tensor, buffer_bytes: dict[str, int]) -> None:
+        """Create communicators and buffers. Waits for all ranks the first time, and whenever a buffer must grow.
 
         Raises:
-            ValueError: if this is no NVIDIA GPU.
+            ValueError: if the tensor is not on an NVIDIA GPU.
         """
-        super().connect(tensor, rooms)
-        self._mail = _symmetric_buffers_of(self.group, tensor.device)  # a new one if they were released
-        if self._mail is not None:
-            self._mail.grow(rooms)
+        super().connect(tensor, buffer_bytes)
+        if self.group not in _symmetric_buffers:  # the first time, and after a release
+            host_group, neighbours = neighbours_of(self.group, tensor.device)
+            buffers = SymmetricBuffers(host_group, neighbours, tensor.device) if host_group else None
+            _symmetric_buffers[self.group] = buffers
+        self._buffers = _symmetric_buffers[self.group]
+        if self._buffers is not None:
+            self._buffers.grow(buffer_bytes)
 
-    def room(self, name: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        if self._mail is None:
-            return super().room(name, numel, dtype, device)
-        return self._mail.room(self._mail.rank, name, numel * dtype.itemsize).view(dtype)
+    def receive_buffer(self, name: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        if self._buffers is None:
+            return super().receive_buffer(name, numel, dtype, device)
+        return self._buffers.buffer(self._buffers.rank, name, numel * dtype.itemsize).view(dtype)
 
-    def post(self, purpose: str, sends: list[P2PMessage], receives: list[P2PMessage]) -> Transfer:
-        mail = self._mail
-        if mail is None:
-            return super().post(purpose, sends, receives)
-        near = [mail.neighbours.get(rank) for rank in self.order]  # None is on another host
-        far = [[move for move in moves if near[move.peer] is None] for moves in (sends, receives)]
-        hops = [super().post(purpose, *far)] if any(far) else []
-        mail.lane.follow()
-        full = []
-        for move in receives:
-            if (peer := near[move.peer]) is not None:
-                count = mail.count(peer, mail.rank, move.room)
-                mail.lane.tell(mail.flag(peer, "free", mail.rank, move.room), count)
-                full.append((mail.flag(mail.rank, "full", peer, move.room), count))
-        for move in sends:
-            if (peer := near[move.peer]) is not None:
-                parts = [part.view(torch.uint8) for part in move.parts]
-                room = mail.room(peer, move.room, sum(map(len, parts)))
-                count = mail.count(mail.rank, peer, move.room)
-                mail.lane.await_flag(mail.flag(mail.rank, "free", peer, move.room), count)
-                for target, part in zip(room.split([*map(len, parts)]), parts, strict=True):
-                    mail.lane.copy(target, part)
-                mail.lane.tell(mail.flag(peer, "full", mail.rank, move.room), count)
-        names = ", ".join(self._names(sends, receives))
-        where = f"{purpose}: ring rank {self.ring_rank} of {self.ring_degree}, {names}"
-        return _CopyTransfer(mail.lane, hops, full, [part for move in sends for part in move.parts], where, self._watch)
+    def _post(self, purpose: str, sends: list[P2PMessage], receives: list[P2PMessage]) -> Transfer:
+        buffers = self._buffers
+        if buffers is None:
+            return super()._post(purpose, sends, receives)
+        stream = buffers.stream
+        neighbours = [buffers.neighbours.get(rank) for rank in self.order]  # None is on another host
+        remote = [[message for message in some if neighbours[message.peer] is None] for some in (sends, receives)]
+        transfers = [super()._post(purpose, *remote)] if any(remote) else []
+        stream.wait_for_compute()
+        full: Flags = []
+        for message in receives:
+            if (peer := neighbours[message.peer]) is not None:
+                count = buffers.next_count(peer, buffers.rank, message.buffer)
+                stream.write_flag(buffers.flag(peer, "free", buffers.rank, message.buffer), count)
+                full.append((buffers.flag(buffers.rank, "full", peer, message.buffer), count))
+        for message in sends:
+            if (peer := neighbours[message.peer]) is not None:
+                parts = [part.view(torch.uint8) for part in message.parts]
+                target = buffers.buffer(peer, message.buffer, sum(map(len, parts)))
+                count = buffers.next_count(buffers.rank, peer, message.buffer)
+                stream.wait_flag(buffers.flag(buffers.rank, "free", peer, message.buffer), count)
+                for target_part, part in zip(target.split([*map(len, parts)]), parts, strict=True):
+                    stream.copy(target_part, part)
+                stream.write_flag(buffers.flag(peer, "full", buffers.rank, message.buffer), count)
+        where, names = self._describe(purpose, sends, receives)
+        sent = [part for message in sends for part in message.parts]
+        return _CopyTransfer(stream, transfers, full, sent, f"{where}, {', '.join(names)}", self._watchdog)
 
 
 class _CopyTransfer(Transfer):
-    """Copies in flight, and what goes between hosts in the same hop."""
+    """Copies in flight, and the messages between hosts of the same transfer."""
 
-    def __init__(self, lane: CopyStream, hops: list[Transfer], full: Flags, sent: list[Tensor], where: str, watch: Any):
+    def __init__(
+        self, stream: CopyStream, transfers: list[Transfer], full: Flags, sent: list[Tensor], where: str, watchdog: Any
+    ) -> None:
         super().__init__([], [], sent, where)
-        self._lane, self._hops, self._full, self._watch, self._copied = lane, hops, full, watch, lane.mark()
+        self._stream, self._transfers, self._full, self._watchdog = stream, transfers, full, watchdog
+        self._copied = stream.record_event()
 
     def wait(self) -> None:
-        for hop in self._hops:
-            hop.wait()
+        for transfer in self._transfers:
+            transfer.wait()
         with profiler_range("exchange wait"):
-            arrived = self._lane.compute_awaits(self._full, self._copied)
-        if self._watch is not None:
-            self._watch.add([self._copied, arrived], self._where)
+            arrived = self._stream.make_compute_wait(self._full, self._copied)
+        if self._watchdog is not None:
+            self._watchdog.add([self._copied.query, arrived.query], self._where)
         self._sent.clear()
 
 
 class CopyStream:
-    """What a GPU's copy engines and front end do, in order, beside the stream that computes. The host never waits."""
+    """A GPU's copies and flags, in order, on a stream beside the one that computes. The host never waits."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device, priority=-1)
 
     @staticmethod
     def obstacle(device: torch.device) -> str | None:
-        """Why this process cannot copy into the memory of all other GPUs that it sees; None if it can.
+        """The reason why this process cannot copy into the memory of all other GPUs that it sees; None if it can.
 
         Raises:
-            ValueError: for a device that is no NVIDIA GPU.
+            ValueError: if the device is not an NVIDIA GPU.
         """
         if device.type != "cuda" or torch.version.cuda is None:
             raise ValueError(f"transport=copy_engine needs NVIDIA GPUs, but the tensors are on {device.type}: use p2p")
         try:
-            importlib.import_module("cuda.bindings.driver")
+            _driver()
         except ImportError as error:
             return f"cuda.bindings, which PyTorch for CUDA brings, cannot be imported ({error})"
         others = {*range(torch.cuda.device_count())} - {device.index}
@@ -131,67 +140,57 @@ class CopyStream:
             return f"GPU {device.index} cannot access the memory of GPU {', '.join(map(str, unreached))}"
         return None
 
-    def follow(self) -> None:
-        """What comes waits for all that was given to the computing stream so far."""
+    def wait_for_compute(self) -> None:
+        """Make later work wait for all work on the computing stream so far."""
         self._stream.wait_stream(torch.cuda.current_stream())
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         with torch.cuda.stream(self._stream), profiler_range("exchange copy"):
             target.copy_(source, non_blocking=True)
 
-    def tell(self, flag: Tensor, count: int) -> None:
-        from cuda.bindings import driver  # pyright: ignore[reportMissingImports]
+    def write_flag(self, flag: Tensor, count: int) -> None:
+        # flags 0: the stream's earlier work, copies to other GPUs included, comes before this write
+        _check(*_driver().cuStreamWriteValue32(self._stream.cuda_stream, flag.data_ptr(), count % 2**32, 0))
 
-        # 0: what the stream did before, copies to another GPU too, comes before this write
-        _check(*driver.cuStreamWriteValue32(self._stream.cuda_stream, flag.data_ptr(), count % 2**32, 0))
+    def wait_flag(self, flag: Tensor, count: int) -> None:
+        _wait_flag(self._stream, flag, count)
 
-    def await_flag(self, flag: Tensor, count: int) -> None:
-        _await(self._stream, flag, count)
-
-    def mark(self) -> _Mark:
-        return _Mark(self._stream)
+    def record_event(self) -> torch.Event:
+        return self._stream.record_event()
 
     @staticmethod
-    def rest() -> None:
-        """The host waits until the GPU has nothing to do."""
+    def synchronize() -> None:
+        """The host waits until the GPU is idle."""
         torch.cuda.synchronize()
 
     @staticmethod
-    def compute_awaits(flags: Flags, mark: _Mark) -> _Mark:
-        """The computing stream goes on once these flags have come to their counts, and `mark` is reached."""
+    def make_compute_wait(flags: Flags, copied: torch.Event) -> torch.Event:
+        """Make the computing stream wait until the flags have their counts and `copied` is reached."""
         stream = torch.cuda.current_stream()
         for flag, count in flags:
-            _await(stream, flag, count)
-        stream.wait_event(mark.event)
-        return _Mark(stream)
+            _wait_flag(stream, flag, count)
+        stream.wait_event(copied)
+        return stream.record_event()
 
 
-class _Mark:
-    """A point in a stream."""
-
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        self.event = stream.record_event()
-
-    def is_completed(self) -> bool:
-        return self.event.query()
+@functools.cache
+def _driver() -> Any:
+    return importlib.import_module("cuda.bindings.driver")
 
 
-def _await(stream: torch.cuda.Stream, flag: Tensor, count: int) -> None:
-    from cuda.bindings import driver  # pyright: ignore[reportMissingImports]
-
+def _wait_flag(stream: torch.cuda.Stream, flag: Tensor, count: int) -> None:
     flags = _wait_flags(stream.device_index)
-    _check(*driver.cuStreamWaitValue32(stream.cuda_stream, flag.data_ptr(), count % 2**32, flags))
+    _check(*_driver().cuStreamWaitValue32(stream.cuda_stream, flag.data_ptr(), count % 2**32, flags))
 
 
 @functools.cache
 def _wait_flags(device_index: int) -> int:
-    """At least so much, counted around 2^32; and what other GPUs wrote before the flag is to be seen after it."""
-    from cuda.bindings import driver  # pyright: ignore[reportMissingImports]
-
+    """Wait for at least the count, modulo 2^32. What other GPUs wrote before the flag is visible afterwards."""
+    driver = _driver()
     kinds, attribute = driver.CUstreamWaitValue_flags, driver.CUdevice_attribute
     code, can_flush = driver.cuDeviceGetAttribute(attribute.CU_DEVICE_ATTRIBUTE_CAN_FLUSH_REMOTE_WRITES, device_index)
     _check(code)
-    flush = kinds.CU_STREAM_WAIT_VALUE_FLUSH.value if can_flush else 0  # else peers' writes arrive in order
+    flush = kinds.CU_STREAM_WAIT_VALUE_FLUSH.value if can_flush else 0  # without it, peers' writes arrive in order
     return kinds.CU_STREAM_WAIT_VALUE_GEQ.value | flush
 
 
@@ -201,66 +200,56 @@ def _check(code: Any) -> None:
 
 
 class SymmetricBuffers:
-    """The symmetric_buffers of a host's ranks of a group, and this rank's lane.
+    """The receive buffers and flags of a host's ranks of a group, and this rank's copy stream.
 
     Args:
-        group: those of this host.
-        neighbours: by rank in the whole group, the rank in `group`.
+        group: the ranks of this host.
+        neighbours: {rank in the whole group: rank in `group`}.
     """
 
     def __init__(self, group: torch_dist.ProcessGroup, neighbours: dict[int, int], device: torch.device) -> None:
         self.rank, self._degree = rank_and_size(group)
-        self.neighbours, self.lane = neighbours, CopyStream(device)
+        self.neighbours, self.stream = neighbours, CopyStream(device)
+        self.num_bytes = 0  # of this rank's flags and buffers
         self._group, self._device = group, device
         self._sizes: dict[str, int] = {}
+        self._starts: dict[str, int] = {}
         self._counts: dict[tuple[int, int, str], int] = {}
         self._memory: SymmetricMemory | None = None
 
-    def grow(self, rooms: dict[str, int]) -> None:
-        """Have at least so many bytes in each room. The same on all ranks, which wait for each other if it is more."""
-        wanted = {name: max(rooms.get(name, 0), self._sizes.get(name, 0)) for name in ROOMS}
-        if wanted == self._sizes:
+    def grow(self, buffer_bytes: dict[str, int]) -> None:
+        """Make each buffer at least so large. Equal on all ranks, which wait for each other if a buffer must grow."""
+        sizes = {name: max(buffer_bytes.get(name, 0), self._sizes.get(name, 0)) for name in BUFFERS}
+        if sizes == self._sizes:
             return
         self.release()
-        self._memory = SymmetricMemory(self._group, self._start_of(None, wanted), self._device)
-        self._sizes = wanted
+        parts = (4 * 2 * self._degree * len(BUFFERS), *sizes.values())  # the flags come first
+        *starts, num_bytes = itertools.accumulate(-(-part // _ALIGNMENT) * _ALIGNMENT for part in parts)
+        self._memory = SymmetricMemory(self._group, num_bytes, self._device)
+        self._sizes, self._starts, self.num_bytes = sizes, dict(zip(BUFFERS, starts, strict=True)), num_bytes
 
     def release(self) -> None:
-        """Give the memory back, once no rank uses it any more. All must call it."""
-        self.lane.rest()
+        """Free the memory once no rank uses it any more. All ranks must call it."""
+        self.stream.synchronize()
         torch_dist.barrier(self._group)
-        self._memory, self._sizes = None, {}
+        self._memory, self._sizes, self.num_bytes = None, {}, 0
         self._counts.clear()
 
-    def count(self, sender: int, receiver: int, room: str) -> int:
-        """The number of one more message from the sender to that room, from 1; both ends count alike."""
-        self._counts[sender, receiver, room] = 1 + self._counts.get((sender, receiver, room), 0)
-        return self._counts[sender, receiver, room]
+    def next_count(self, sender: int, receiver: int, buffer: str) -> int:
+        """The number of the next message from the sender to that buffer, from 1. Both ends count alike."""
+        self._counts[sender, receiver, buffer] = 1 + self._counts.get((sender, receiver, buffer), 0)
+        return self._counts[sender, receiver, buffer]
 
-    @property
-    def num_bytes(self) -> int:
-        """Of this rank's mailbox."""
-        return self._start_of(None, self._sizes) if self._sizes else 0
-
-    def _start_of(self, name: str | None, sizes: dict[str, int]) -> int:
-        """Of a room, in bytes; None is the end. In front of them are the flags."""
-        position = _aligned(4 * 2 * self._degree * len(ROOMS))
-        for other in ROOMS:
-            if other == name:
-                break
-            position += _aligned(sizes[other])
-        return position
-
-    def room(self, owner: int, name: str, num_bytes: int) -> Tensor:
-        """The first bytes of a room."""
+    def buffer(self, owner: int, name: str, num_bytes: int) -> Tensor:
+        """The first bytes of a buffer."""
         assert num_bytes <= self._sizes[name], (name, num_bytes, self._sizes)
-        return self._bytes(owner, self._start_of(name, self._sizes), num_bytes)
+        return self._bytes(owner, self._starts[name], num_bytes)
 
-    def flag(self, owner: int, kind: str, writer: int, room: str) -> Tensor:
-        """Of the owner's, what that writer says: of its room, that so many are in it ("full"); of the writer's own
-        room, that so many may come into it ("free").
+    def flag(self, owner: int, kind: str, writer: int, buffer: str) -> Tensor:
+        """The owner's flag that `writer` sets: "full" counts messages in the owner's buffer, "free" those that may come
+        into the writer's.
         """
-        number = (("full", "free").index(kind) * self._degree + writer) * len(ROOMS) + ROOMS.index(room)
+        number = (("full", "free").index(kind) * self._degree + writer) * len(BUFFERS) + BUFFERS.index(buffer)
         return self._bytes(owner, 4 * number, 4)
 
     def _bytes(self, owner: int, start: int, num_bytes: int) -> Tensor:
@@ -268,17 +257,13 @@ class SymmetricBuffers:
         return self._memory.of_ranks[owner][start : start + num_bytes]
 
 
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
-
-
 class SymmetricMemory:
-    """`of_ranks`: bytes of each rank of `group`, all 0, that every other can write to. Every rank must construct it."""
+    """`of_ranks`: zeroed bytes of each rank of `group`, which all others can write to. Every rank must construct it."""
 
     def __init__(self, group: torch_dist.ProcessGroup, num_bytes: int, device: torch.device) -> None:
         import torch.distributed._symmetric_memory as symmetric_memory
 
-        torch.cuda.empty_cache()  # it comes straight from the driver, which does not ask PyTorch for what it keeps
+        torch.cuda.empty_cache()  # the driver allocates this memory, and cannot use what PyTorch has cached
         self._own = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device).zero_()
         torch.cuda.synchronize(device)
         try:
@@ -289,59 +274,52 @@ class SymmetricMemory:
                 "(attention.transport=p2p)"
             ) from error
         ranks = range(self._handle.world_size)
-        # these own nothing: what they show lives as long as the two above
+        # views that own nothing: their memory lives as long as the two attributes above
         self.of_ranks = [self._handle.get_buffer(rank, (num_bytes,), torch.uint8) for rank in ranks]
 
 
-_symmetric_buffers: dict[torch_dist.ProcessGroup, SymmetricBuffers | None] = {}
-
-
-def _symmetric_buffers_of(group: torch_dist.ProcessGroup, device: torch.device) -> SymmetricBuffers | None:
-    """Every rank must call it. None if there is no rank of `group` that copies could go to."""
-    if group not in _symmetric_buffers:
-        own_group, neighbours = neighbours_of(group, device)
-        _symmetric_buffers[group] = SymmetricBuffers(own_group, neighbours, device) if own_group else None
-    return _symmetric_buffers[group]
+_symmetric_buffers: dict[torch_dist.ProcessGroup, SymmetricBuffers | None] = {}  # None: no rank can be copied to
 
 
 def release_symmetric_buffers() -> None:
-    """Give the memory of all symmetric_buffers back; `connect` makes new ones. All ranks that have one must call it."""
-    for symmetric_buffers in filter(None, _symmetric_buffers.values()):
-        symmetric_buffers.release()
+    """Free the memory of all symmetric buffers; `connect` makes new ones. All ranks that have some must call it."""
+    for buffers in filter(None, _symmetric_buffers.values()):
+        buffers.release()
     _symmetric_buffers.clear()
 
 
 def symmetric_buffer_bytes() -> int:
-    """Of this rank's symmetric_buffers, which PyTorch's allocator does not count."""
-    return sum(symmetric_buffers.num_bytes for symmetric_buffers in filter(None, _symmetric_buffers.values()))
+    """Of this rank's symmetric buffers, which PyTorch's allocator does not count."""
+    return sum(buffers.num_bytes for buffers in filter(None, _symmetric_buffers.values()))
 
 
 def neighbours_of(
     group: torch_dist.ProcessGroup, device: torch.device
 ) -> tuple[torch_dist.ProcessGroup | None, dict[int, int]]:
-    """The ranks of `group` that this one can exchange copies with: as a group, and {rank in `group`: rank in that}.
+    """The ranks of `group` that this rank can exchange copies with: as a group, and {rank in `group`: rank in that}.
 
-    Those of this host, itself included, if every GPU there reaches the others; else none. Every rank must call it.
+    They are the ranks of this host, itself included, if every GPU there can access the others; else none. Every rank
+    must call it.
     """
     own_rank, degree = rank_and_size(group)
     infos: list[Any] = [None] * degree
     torch_dist.all_gather_object(infos, (socket.gethostname(), device.index, CopyStream.obstacle(device)), group=group)
     members = [rank for rank in range(degree) if infos[rank][0] == infos[own_rank][0]]
-    own = group
+    host_group = group
     if len(members) < degree:
-        # by every rank, also where it is of no use: their names have the number of a rank's groups in them.
-        # gloo's are made by their members alone; NCCL's would be split off the world's, whose ranks may do otherwise
+        # Every rank builds it, needed or not, because a group's name has the number of the rank's groups in it. On gloo
+        # its members build it alone; an NCCL group would be split off the world's, whose other ranks may not take part.
         global_ranks = [torch_dist.get_global_rank(group, rank) for rank in members]
         timeout = group_timeout(group)
-        own = torch_dist.new_group(global_ranks, backend="gloo", timeout=timeout, use_local_synchronization=True)
-        assert isinstance(own, torch_dist.ProcessGroup)
+        host_group = torch_dist.new_group(global_ranks, backend="gloo", timeout=timeout, use_local_synchronization=True)
+        assert isinstance(host_group, torch_dist.ProcessGroup)
     if len(members) == 1:
         return None, {}
     devices, obstacles = ([infos[rank][number] for rank in members] for number in (1, 2))
     if device.index is not None and len({*devices}) < len(members):
         obstacles.append("its ranks do not see all of its GPUs (CUDA_VISIBLE_DEVICES)")
-    if why := next(filter(None, obstacles), None):
+    if obstacle := next(filter(None, obstacles), None):
         if own_rank == members[0]:
-            warnings.warn(f"transport=copy_engine: on this host messages go by p2p, for {why}", stacklevel=2)
+            warnings.warn(f"transport=copy_engine: messages on this host go by p2p, because {obstacle}", stacklevel=2)
         return None, {}
-    return own, {rank: number for number, rank in enumerate(members)}
+    return host_group, {rank: number for number, rank in enumerate(members)}

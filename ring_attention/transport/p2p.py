@@ -8,8 +8,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as torch_dist
@@ -17,64 +17,67 @@ from torch import Tensor
 
 from ring_attention.trace import profiler_range, report_status
 from ring_attention.transport.collectives import group_timeout, rank_and_size
+from ring_attention.transport.local import copy_local, messages_are_local
 
-_WATCH_INTERVAL_S = 1.0
+_WATCHDOG_INTERVAL_S = 1.0
 
 
 class TransferError(RuntimeError):
-    """A hop did not complete; names the stage, the ring rank and the neighbours.
+    """A transfer did not complete. Names the ring step, the ring rank and the neighbours.
 
-    Raised on gloo. On GPUs, where no host waits, it is printed to stderr at the process group's timeout, and the rank
-    aborts.
+    Raised on gloo. On GPUs no host waits for transfers, so the watchdog prints it to stderr at the process group's
+    timeout and aborts the rank.
     """
 
 
 class P2PMessage(NamedTuple):
-    """To or from a ring rank: vectors that arrive as one, in that `room` of the receiver (`P2PTransport.room`)."""
+    """A message to or from a ring rank: vectors that arrive as one, in the receiver's `receive_buffer` of that name."""
 
     parts: tuple[Tensor, ...]
     peer: int
-    room: str
+    buffer: str
 
     @property
     def tensor(self) -> Tensor:
-        """One vector: a copy if there are several."""
+        """The message as one vector: a copy if there are several parts."""
         return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
 
 
 class Transfer:
-    """Messages in flight. After `wait` they have arrived; on CUDA only the current stream waits, the host goes on.
+    """Messages in flight. They have arrived after `wait`, where on CUDA the current stream waits and the host does not.
 
     Args:
-        moves: what is done with each peer; gloo has one work for each, NCCL one for all.
-        sent: what must outlive the transfer.
+        works: one per message on gloo, one for all messages on NCCL.
+        messages: a description of each message.
+        sent: tensors that must outlive the transfer.
     """
 
-    def __init__(self, works: list[torch_dist.Work], moves: list[str], sent: list[Tensor], where: str) -> None:
-        self._works, self._moves, self._sent, self._where = works, moves, sent, where
+    def __init__(self, works: list[torch_dist.Work], messages: list[str], sent: list[Tensor], where: str) -> None:
+        self._works, self._messages, self._sent, self._where = works, messages, sent, where
 
     def wait(self) -> None:
         with profiler_range("exchange wait"):
             for index, work in enumerate(self._works):
-                move = self._moves[index] if len(self._works) == len(self._moves) else ", ".join(self._moves)
-                report_status("wait", f"{self._where}, {move}")
+                one_each = len(self._works) == len(self._messages)
+                where = f"{self._where}, {self._messages[index] if one_each else ', '.join(self._messages)}"
+                report_status("wait", where)
                 try:
                     work.wait()
                 except RuntimeError as error:
-                    raise TransferError(f"{self._where}, {move}: {error}") from error
+                    raise TransferError(f"{where}: {error}") from error
             report_status("wait")
-        self._works = []  # they hold what was moved
+        self._works = []  # they hold the tensors
         self._sent.clear()
 
 
 class P2PTransport:
     """Batched isend/irecv between ring ranks, on NCCL or gloo.
 
-    Every rank of `group` must post the same hops in the same order; one that neither sends nor receives in a hop
-    leaves it out. A receive must have the size of what is sent.
+    Every rank of `group` must post the same transfers in the same order. A rank skips a transfer in which it neither
+    sends nor receives. A receive must have the size of what is sent.
 
     Args:
-        order: the group's ranks in ring order (`topology.ring_order`); None is their own order.
+        order: the group's ranks in ring order (`topology.ring_order`); None keeps the group's order.
     """
 
     def __init__(self, group: torch_dist.ProcessGroup, order: Sequence[int] | None = None) -> None:
@@ -83,93 +86,99 @@ class P2PTransport:
         self.order = list(range(self.ring_degree) if order is None else order)
         self.ring_rank = self.order.index(own_rank)
         self._global_ranks = [torch_dist.get_global_rank(group, rank) for rank in self.order]
-        self._watch: _Watch | None = None
+        self._watchdog: TransferWatchdog | None = None  # on GPUs only
 
-    def connect(self, tensor: Tensor, rooms: dict[str, int]) -> None:
-        """Get ready for tensors on this one's device. Every rank must call it before its hops, all alike.
+    def connect(self, tensor: Tensor, buffer_bytes: dict[str, int]) -> None:
+        """Get ready for transfers on the device of `tensor`. Every rank must call it first, with equal arguments.
 
-        Makes NCCL's communicator, once: that takes all ranks, and a hop may have fewer.
+        Creates NCCL's communicator the first time: that takes all ranks, and a transfer may have fewer.
 
         Args:
-            rooms: how many bytes at most will be received in each.
+            buffer_bytes: the largest message of each receive buffer, by name.
         """
-        if tensor.is_cuda and self._watch is None:
-            self._watch = _connect(self.group, tensor.device)
+        if tensor.is_cuda and self._watchdog is None:
+            self._watchdog = _connect(self.group, tensor.device)
 
-    def room(self, name: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Where a message is received, a vector; it may be overwritten once the room is given out again.
+    def receive_buffer(self, name: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A vector to receive a message in. Its contents last until the buffer of that name is asked for again.
 
         Args:
-            name: both ends of a move must give the same; messages that are needed at once have rooms of their own.
+            name: as in the sender's P2PMessage. Messages that are needed at the same time need different names.
         """
         return torch.empty(numel, dtype=dtype, device=device)
 
     def post(self, purpose: str, sends: list[P2PMessage], receives: list[P2PMessage]) -> Transfer:
-        """Start sending and receiving, one message per rank and way. Returns at once.
+        """Start to send and receive, at most one message per peer and direction. Returns at once.
 
         Args:
-            purpose: what travels and at which stage, for the error that names it.
+            purpose: what is transferred, and at which ring step, for errors.
         """
+        if messages_are_local():
+            for number, receive in enumerate(receives):
+                received = receive.tensor
+                copy_local(received, sends[number].tensor if number < len(sends) else received[:0])
+            return Transfer([], [], [], purpose)
+        return self._post(purpose, sends, receives)
+
+    def _post(self, purpose: str, sends: list[P2PMessage], receives: list[P2PMessage]) -> Transfer:
         # receives first: no rank may fill its peer's queue before it offers a buffer itself
-        moves = [(torch_dist.irecv, move.tensor, move.peer) for move in receives]
-        moves += [(torch_dist.isend, move.tensor, move.peer) for move in sends]
-        where, names = f"{purpose}: ring rank {self.ring_rank} of {self.ring_degree}", self._names(sends, receives)
+        operations = [(torch_dist.irecv, message.tensor, message.peer) for message in receives]
+        operations += [(torch_dist.isend, message.tensor, message.peer) for message in sends]
+        where, names = self._describe(purpose, sends, receives)
         try:
             works = torch_dist.batch_isend_irecv(
                 [
                     torch_dist.P2POp(function, tensor, self._global_ranks[peer], self.group)
-                    for function, tensor, peer in moves
+                    for function, tensor, peer in operations
                 ]
             )
         except RuntimeError as error:
             raise TransferError(f"{where}, {', '.join(names)}: {error}") from error
-        if self._watch is not None:
-            self._watch.add(works, f"{where}, {', '.join(names)}")
-        return Transfer(works, names, [tensor for _, tensor, _ in moves[len(receives) :]], where)
+        if self._watchdog is not None:
+            self._watchdog.add([work.is_completed for work in works], f"{where}, {', '.join(names)}")
+        return Transfer(works, names, [tensor for _, tensor, _ in operations[len(receives) :]], where)
 
-    def _names(self, sends: list[P2PMessage], receives: list[P2PMessage]) -> list[str]:
-        return [
-            f"{verb} ring rank {move.peer} (global rank {self._global_ranks[move.peer]})"
-            for verb, moves in (("receiving from", receives), ("sending to", sends))
-            for move in moves
+    def _describe(self, purpose: str, sends: list[P2PMessage], receives: list[P2PMessage]) -> tuple[str, list[str]]:
+        """The transfer, and each of its messages, for errors."""
+        names = [
+            f"{verb} ring rank {message.peer} (global rank {self._global_ranks[message.peer]})"
+            for verb, messages in (("receiving from", receives), ("sending to", sends))
+            for message in messages
         ]
+        return f"{purpose}: ring rank {self.ring_rank} of {self.ring_degree}", names
 
 
-class Completable(Protocol):
-    def is_completed(self) -> bool: ...
+class TransferWatchdog:
+    """Aborts a rank whose transfer is overdue, and names the transfer on stderr. For GPUs, where no host waits.
 
-
-class _Watch:
-    """Ends a rank whose hop is overdue, on GPUs, where no host waits: names the hop on stderr and aborts.
-
-    NCCL's own watchdog does that too, but about a minute after the timeout, and it knows no stages. As for it,
-    TORCH_NCCL_ASYNC_ERROR_HANDLING=0 lets the rank wait.
+    NCCL's own watchdog aborts about a minute after the timeout, and knows no ring steps. As with that one, a rank waits
+    on under TORCH_NCCL_ASYNC_ERROR_HANDLING=0.
     """
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
-        self._hops: collections.deque[tuple[float, Sequence[Completable], str]] = collections.deque()
-        threading.Thread(target=self._run, daemon=True, name="hop watch").start()
+        self._transfers: collections.deque[tuple[float, Sequence[Callable[[], bool]], str]] = collections.deque()
+        threading.Thread(target=self._run, daemon=True, name="transfer watchdog").start()
 
-    def add(self, works: Sequence[Completable], where: str) -> None:
-        self._hops.append((time.monotonic(), works, where))
+    def add(self, is_completed: Sequence[Callable[[], bool]], where: str) -> None:
+        """Watch a transfer that starts now. It is done once all of `is_completed` return True."""
+        self._transfers.append((time.monotonic(), is_completed, where))
 
     def _run(self) -> None:
         while True:
-            time.sleep(_WATCH_INTERVAL_S)
-            while self._hops and all(work.is_completed() for work in self._hops[0][1]):
-                self._hops.popleft()
-            if not self._hops or time.monotonic() - self._hops[0][0] < self._timeout_s - _WATCH_INTERVAL_S:
+            time.sleep(_WATCHDOG_INTERVAL_S)
+            while self._transfers and all(is_completed() for is_completed in self._transfers[0][1]):
+                self._transfers.popleft()
+            if not self._transfers or time.monotonic() - self._transfers[0][0] < self._timeout_s - _WATCHDOG_INTERVAL_S:
                 continue
-            posted, _, where = self._hops.popleft()
-            print(
-                f"TransferError: {where}: not done after {time.monotonic() - posted:.0f} s", file=sys.stderr, flush=True
-            )
+            posted, _, where = self._transfers.popleft()
+            overdue = f"TransferError: {where}: not done after {time.monotonic() - posted:.0f} s"
+            print(overdue, file=sys.stderr, flush=True)
             if os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING") != "0":
                 os.abort()
 
 
 @functools.cache
-def _connect(group: torch_dist.ProcessGroup, device: torch.device) -> _Watch:
+def _connect(group: torch_dist.ProcessGroup, device: torch.device) -> TransferWatchdog:
     torch_dist.all_reduce(torch.zeros(1, device=device), group=group)
-    return _Watch(group_timeout(group).total_seconds())
+    return TransferWatchdog(group_timeout(group).total_seconds())

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ring_attention import CAUSAL, FULL, HybridAttention, LocalAttention, Mask, RingAttention, UlyssesAttention
 from ring_attention.kernels import KERNELS
-from ring_attention.schedule import num_tokens, ring_schedule, tokens_sent
+from ring_attention.layout import num_tokens
+from ring_attention.schedule import ring_schedule, tokens_sent
 from ring_attention.transport import P2PTransport
 from tests.cases import METHODS, Case, attend, build, check, draw, many_on_rank, on_rank
 from tests.pool import WorkerPool, parallel_groups
@@ -158,8 +159,8 @@ def test_what_is_sent_is_what_the_schedule_says(pool: WorkerPool, layout: str, m
     for ring_rank, sent in enumerate(pool.run(numbers_sent, case, num_ranks=4)):
         keys, gradients = tokens_sent(case.global_layout, mask, ring_rank)
         assert sent == (keys * per_token, (keys + gradients) * per_token)
-        stages = ring_schedule(case.global_layout, mask, ring_rank)
-        assert gradients == sum(num_tokens(stage.gradients) for stage in stages)
+        steps = ring_schedule(case.global_layout, mask, ring_rank)
+        assert gradients == sum(num_tokens(step.gradients) for step in steps)
 
 
 def uneven_heads(case: Case, initialised: bool) -> str | list[Tensor]:
@@ -253,7 +254,7 @@ def test_mistakes_are_refused_by_name(pool: WorkerPool):
         "batch_dim_idx=2 must be 0 ([B, S, H, D]) or 1 ([S, B, H, D])",
         "batch_dim_idx=2 must be 0 ([B, S, H, D]) or 1 ([S, B, H, D])",
         "dropout_p=0.1: attention dropout is not supported, since the backward pass would need the very elements that "
-        "each kernel dropped at each stage on each rank: use 0, and dropout after the output projection",
+        "each kernel dropped at each ring step on each rank: use 0, and dropout after the output projection",
         "rotary_pos_emb is Tensor, which nothing here applies: give what a query sees as mask=Mask(...), and rotate "
         "query and key before, by the global positions of Layout.positions",
         "attention_mask is Tensor, which nothing here applies: give what a query sees as mask=Mask(...), and rotate "
@@ -277,7 +278,7 @@ def test_mistakes_are_refused_by_name(pool: WorkerPool):
         "the mask has documents for 2 rows, the batch has 1: give one set of boundaries for all rows, or one per row",
         "key has shape [1, 3, 0, 8], value [1, 3, 0, 8]: no head or size may be 0",
         "kernel=cpu_flash cannot run here: needs values of head size 8, not 4; use kernel=auto",
-        "kernel=cudnn cannot run here: it does not run on cpu; use kernel=auto",
+        "kernel=cudnn cannot run here: needs a cuda device, not cpu; use kernel=auto",
         "the documents end at 4, but the sequence has 3 tokens over all ranks",
         "num_kv_heads=1 is less than ulysses_degree=2, which leaves ranks without a key-value head: use a "
         "ulysses_degree of [1], with a ring across (HybridAttention), or RingAttention",

@@ -8,8 +8,9 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from recipes.monitor.trace_analysis import PARTS, Breakdown, attention_communication_off, step_breakdown
+from recipes.monitor.trace_analysis import PARTS, Breakdown, step_breakdown
 from ring_attention import RingAttention
+from ring_attention.transport import messages_stay_local
 from tests.cases import Case, build, draw
 from tests.pool import WorkerPool, parallel_groups
 
@@ -60,7 +61,7 @@ def alone(case: Case) -> list[list[int]] | None:
     mpu = parallel_groups(data_degree=1, sequence_degree=2)  # for uneven heads
     torch.use_deterministic_algorithms(True)  # then uninitialised memory is NaN
     try:
-        with patch.object(groups, "mpu", mpu), attention_communication_off():
+        with patch.object(groups, "mpu", mpu), messages_stay_local():
             out = attention(*leaves, case.batch_dim_idx)
             out.backward(dout)
     finally:

@@ -1,6 +1,6 @@
-"""The protocol of the transport `copy_engine` on the CPU: rooms and flags in shared memory, a thread for each lane.
+"""The protocol of the transport `copy_engine` on the CPU: buffers and flags in shared memory, a thread per copy stream.
 
-What only a GPU can show, that its copies and flags do as they are told, is in tests/gpu/test_ring.py.
+tests/gpu/test_ring.py tests the copies and flags of real GPUs.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from recipes.monitor.trace_analysis import attention_communication_off
 from ring_attention import CAUSAL, FULL, Mask, RingAttention
 from ring_attention.transport import (
     CopyEngineTransport,
     P2PMessage,
     P2PTransport,
     copy_engine,
+    messages_stay_local,
     release_symmetric_buffers,
     subgroup,
     symmetric_buffer_bytes,
@@ -42,7 +42,7 @@ PATIENCE_S = 30
 
 
 class SharedMemory:
-    """For `copy_engine.SymmetricMemory`."""
+    """Stands in for `copy_engine.SymmetricMemory`."""
 
     def __init__(self, group: torch_dist.ProcessGroup, num_bytes: int, device: torch.device) -> None:
         folder: list[Any] = [tempfile.mkdtemp() if group.rank() == 0 else None]
@@ -56,8 +56,8 @@ class SharedMemory:
             Path(folder[0]).rmdir()
 
 
-class ThreadLane:
-    """For `copy_engine.CopyStream`; what computes is the thread of the rank itself. Now and then it is slow."""
+class ThreadCopyStream:
+    """Stands in for `copy_engine.CopyStream`: a thread that is slow at random. The rank's main thread computes."""
 
     def __init__(self, device: torch.device) -> None:
         self._jobs: queue.SimpleQueue[Callable[[], Any]] = queue.SimpleQueue()
@@ -74,58 +74,58 @@ class ThreadLane:
     def obstacle(device: torch.device) -> str | None:
         return None
 
-    def follow(self) -> None:
-        pass  # the thread that computes has done all that it was given
+    def wait_for_compute(self) -> None:
+        pass  # the main thread has no work left
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         self._jobs.put(lambda: target.copy_(source))
 
-    def tell(self, flag: Tensor, count: int) -> None:
+    def write_flag(self, flag: Tensor, count: int) -> None:
         self._jobs.put(lambda: flag.view(torch.int32).fill_(count))
 
-    def await_flag(self, flag: Tensor, count: int) -> None:
-        self._jobs.put(lambda: await_flag(flag, count))
+    def wait_flag(self, flag: Tensor, count: int) -> None:
+        self._jobs.put(lambda: wait_flag(flag, count))
 
-    def mark(self) -> threading.Event:
+    def record_event(self) -> threading.Event:
         event = threading.Event()
         self._jobs.put(event.set)
         return event
 
-    def rest(self) -> None:
-        assert self.mark().wait(PATIENCE_S)
+    def synchronize(self) -> None:
+        assert self.record_event().wait(PATIENCE_S)
 
-    def compute_awaits(self, flags: copy_engine.Flags, mark: threading.Event) -> None:
+    def make_compute_wait(self, flags: copy_engine.Flags, copied: threading.Event) -> None:
         for flag, count in flags:
-            await_flag(flag, count)
-        assert mark.wait(PATIENCE_S)
+            wait_flag(flag, count)
+        assert copied.wait(PATIENCE_S)
 
-    def poison(self, room: Tensor) -> None:
-        self._jobs.put(lambda: room.fill_(float("nan")))
+    def poison(self, buffer: Tensor) -> None:
+        self._jobs.put(lambda: buffer.fill_(float("nan")))
 
 
-def await_flag(flag: Tensor, count: int) -> None:
+def wait_flag(flag: Tensor, count: int) -> None:
     number = flag.view(torch.int32)
     stop = time.monotonic() + PATIENCE_S
     while number.item() < count:
-        assert time.monotonic() < stop, "nobody said so"
+        assert time.monotonic() < stop, f"the flag stayed below {count}"
         time.sleep(1e-5)
 
 
 @contextmanager
 def emulated() -> Iterator[None]:
-    """Copy engines on the CPU. What a room held is gone once its next receive is posted: it is overwritten with NaN."""
+    """Copy engines on the CPU. A receive buffer is overwritten with NaN once its next receive is posted."""
     post = CopyEngineTransport.post
 
     def poisoning(self: CopyEngineTransport, purpose: str, sends: list[P2PMessage], receives: list[P2PMessage]) -> Any:
-        for move in receives:
-            if self._mail is not None and self.order[move.peer] in self._mail.neighbours:
-                self._mail.lane.poison(move.tensor)  # pyright: ignore[reportAttributeAccessIssue]
+        for message in receives:
+            if self._buffers is not None and self.order[message.peer] in self._buffers.neighbours:
+                self._buffers.stream.poison(message.tensor)  # pyright: ignore[reportAttributeAccessIssue]
         return post(self, purpose, sends, receives)
 
     with ExitStack() as stack:
         stack.callback(release_symmetric_buffers)
         for owner, name, value in [
-            (copy_engine, "Lane", ThreadLane),
+            (copy_engine, "CopyStream", ThreadCopyStream),
             (copy_engine, "SymmetricMemory", SharedMemory),
             (CopyEngineTransport, "post", poisoning),
         ]:
@@ -136,16 +136,16 @@ def emulated() -> Iterator[None]:
 def many_on_rank(
     cases: list[Case], hosts: list[str] | None, without_access: str | None = None
 ) -> tuple[list[list[Tensor]], int, int]:
-    """Results, and how many messages went as copies and over gloo.
+    """Results, and the number of messages by copies and over gloo.
 
     Args:
-        hosts: where each rank is said to be.
-        without_access: the host whose GPUs are said not to reach each other.
+        hosts: the pretended host of each rank.
+        without_access: the host whose GPUs pretend not to reach each other.
     """
     counts = {"copies": 0, "p2p": 0}
-    copy, p2p_post = ThreadLane.copy, P2PTransport.post
+    copy, p2p_post = ThreadCopyStream.copy, P2PTransport._post
 
-    def counting_copy(self: ThreadLane, target: Tensor, source: Tensor) -> None:
+    def counting_copy(self: ThreadCopyStream, target: Tensor, source: Tensor) -> None:
         counts["copies"] += 1
         copy(self, target, source)
 
@@ -157,9 +157,9 @@ def many_on_rank(
     with (
         emulated(),
         patch.object(copy_engine.socket, "gethostname", lambda: host),
-        patch.object(ThreadLane, "obstacle", lambda device: "no access" if host == without_access else None),
-        patch.object(ThreadLane, "copy", counting_copy),
-        patch.object(P2PTransport, "post", counting_post),
+        patch.object(ThreadCopyStream, "obstacle", lambda device: "no access" if host == without_access else None),
+        patch.object(ThreadCopyStream, "copy", counting_copy),
+        patch.object(P2PTransport, "_post", counting_post),
     ):
         return [on_rank(case) for case in cases], counts["copies"], counts["p2p"]
 
@@ -179,8 +179,8 @@ def cases_of(num_ranks: int, method: str = "ring") -> list[Case]:
 
 
 @pytest.mark.parametrize(("num_ranks", "method"), [(2, "ring"), (3, "ring"), (4, "ring"), (4, "hybrid")])
-def test_messages_by_copies_equal_whole_attention(pool: WorkerPool, num_ranks: int, method: str):
-    """With every mask and layout, several passes over the same rooms, which grow."""
+def test_attention_by_copies_equals_whole_attention(pool: WorkerPool, num_ranks: int, method: str):
+    """With every mask and layout, in several passes over the same buffers, which grow."""
     cases = cases_of(num_ranks, method)
     ranks = pool.run(many_on_rank, cases, None, num_ranks=num_ranks)
     for case, *shards in zip(cases, *(results for results, _, _ in ranks), strict=True):
@@ -192,8 +192,8 @@ def test_messages_by_copies_equal_whole_attention(pool: WorkerPool, num_ranks: i
 @pytest.mark.parametrize(
     ("layout", "mask"), [("contiguous", Mask(8, 8)), ("zigzag", FULL.packed([0, 8, 28, 32]))], ids=["window", "packed"]
 )
-def test_gradients_that_come_home_twice_are_not_kept_where_they_arrive(pool: WorkerPool, layout: str, mask: Mask):
-    """Of all of a rank's tokens at once, before the last stage: the room is written to again in the same pass."""
+def test_gradients_that_return_twice_are_not_kept_in_the_receive_buffer(pool: WorkerPool, layout: str, mask: Mask):
+    """Gradients of all of a rank's tokens, before the last ring step: the same pass writes to the buffer again."""
     case = Case("ring", 4, 1, layout, mask, 32, 2, dtype=torch.float64, transport="copy_engine")
     ranks = pool.run(many_on_rank, [case], None, num_ranks=4)
     check(case, [results[0] for results, _, _ in ranks])
@@ -205,7 +205,7 @@ def test_between_hosts_messages_go_by_p2p(pool: WorkerPool):
     for case, *shards in zip(cases, *(results for results, _, _ in ranks), strict=True):
         check(case, shards)
     assert all(copies > 0 for _, copies, _ in ranks)
-    assert all(p2p > 0 for _, _, p2p in (ranks[1], ranks[3]))  # whose next rank is on the other host
+    assert all(p2p > 0 for _, _, p2p in (ranks[1], ranks[3]))  # their next rank is on the other host
 
 
 def test_on_a_host_whose_gpus_do_not_reach_each_other_messages_go_by_p2p(pool: WorkerPool):
@@ -217,7 +217,7 @@ def test_on_a_host_whose_gpus_do_not_reach_each_other_messages_go_by_p2p(pool: W
     assert all(p2p > 0 for _, _, p2p in (ranks[0], ranks[1], ranks[3]))
 
 
-def warned_for_one_gpu_that_each_rank_sees() -> tuple[bool, list[str]]:
+def warnings_with_one_gpu_per_rank() -> tuple[bool, list[str]]:
     with emulated(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         world = subgroup(torch_dist.group.WORLD, (0, 1))
@@ -225,10 +225,13 @@ def warned_for_one_gpu_that_each_rank_sees() -> tuple[bool, list[str]]:
     return group is None and not neighbours, [str(warning.message) for warning in caught]
 
 
-def test_ranks_that_see_one_gpu_each_are_told_of_it(pool: WorkerPool):
+def test_ranks_that_see_one_gpu_each_warn(pool: WorkerPool):
     why = "its ranks do not see all of its GPUs (CUDA_VISIBLE_DEVICES)"
-    expected = f"transport=copy_engine: on this host messages go by p2p, for {why}"
-    assert pool.run(warned_for_one_gpu_that_each_rank_sees, num_ranks=2) == [(True, [expected]), (True, [])]
+    (alone, warned), others = pool.run(warnings_with_one_gpu_per_rank, num_ranks=2)
+    assert alone
+    assert "copy_engine" in warned[0]
+    assert why in warned[0]
+    assert others == (True, [])
 
 
 def refusal_on_the_cpu() -> str:
@@ -239,25 +242,25 @@ def refusal_on_the_cpu() -> str:
     return str(raised.value)
 
 
-def test_without_a_gpu_it_is_refused(pool: WorkerPool):
+def test_copy_engine_without_a_gpu_is_refused(pool: WorkerPool):
     expected = "transport=copy_engine needs NVIDIA GPUs, but the tensors are on cpu: use p2p"
     assert pool.run(refusal_on_the_cpu, num_ranks=2) == [expected] * 2
 
 
-def test_a_room_that_is_shared_by_two_messages_at_once_would_be_seen(pool: WorkerPool):
-    """The poison works: with one room for all keys the results are not finite."""
+def test_two_messages_in_one_buffer_are_detected(pool: WorkerPool):
+    """The poison works: with one buffer for all keys the results are not finite."""
     case = replace(cases_of(4)[0], mask=CAUSAL)
-    ranks = pool.run(on_rank_with_one_room, case, num_ranks=4)
+    ranks = pool.run(on_rank_with_one_buffer, case, num_ranks=4)
     assert not all(part.isfinite().all() for shards in ranks for part in shards)
 
 
-def on_rank_with_one_room(case: Case) -> list[Tensor]:
+def on_rank_with_one_buffer(case: Case) -> list[Tensor]:
     with emulated(), patch("ring_attention.ring.keys_buffer", lambda step: "keys0"):
         return on_rank(case)
 
 
-def a_pass_after_one_that_was_abandoned(case: Case) -> tuple[list[Tensor], int, int]:
-    """All ranks' first pass ends with an exception while messages fly; results of the next, and bytes of symmetric_buffers."""
+def a_pass_after_an_abandoned_one(case: Case) -> tuple[list[Tensor], int, int]:
+    """An exception ends the first pass amid transfers. Results of the next pass, and the bytes of its buffers."""
     with emulated():
         with patch("ring_attention.ring.attend_forward", side_effect=MemoryError), pytest.raises(MemoryError):
             on_rank(case)
@@ -265,28 +268,28 @@ def a_pass_after_one_that_was_abandoned(case: Case) -> tuple[list[Tensor], int, 
     return results, num_bytes, symmetric_buffer_bytes()
 
 
-def test_a_pass_that_ended_in_the_middle_leaves_nothing_that_harms_the_next(pool: WorkerPool):
+def test_an_abandoned_pass_does_not_harm_the_next(pool: WorkerPool):
     case = cases_of(4)[0]
-    ranks = pool.run(a_pass_after_one_that_was_abandoned, case, num_ranks=4)
+    ranks = pool.run(a_pass_after_an_abandoned_one, case, num_ranks=4)
     check(case, [results for results, _, _ in ranks])
     numbers = 2 * case.batch * case.num_kv_heads * case.head_dim * case.global_layout.ring_length
-    for _, before, after in ranks:  # two rooms of keys, two for gradients that come home; and flags
+    for _, before, after in ranks:  # two buffers for keys, two for returned gradients, and flags
         assert 4 * numbers * case.dtype.itemsize < before < 4 * numbers * case.dtype.itemsize + 8192
         assert after == 0
 
 
-def copies_while_communication_is_off(case: Case) -> tuple[int, list[Tensor]]:
+def copies_with_local_messages(case: Case) -> tuple[int, list[Tensor]]:
     copied = []
-    with emulated(), patch.object(ThreadLane, "copy", lambda self, target, source: copied.append(target)):
-        with attention_communication_off():
+    with emulated(), patch.object(ThreadCopyStream, "copy", lambda self, target, source: copied.append(target)):
+        with messages_stay_local():
             on_rank(case)
         num_copies = len(copied)
     with emulated():
         return num_copies, on_rank(case)
 
 
-def test_messages_can_be_kept_on_their_rank(pool: WorkerPool):
+def test_messages_can_stay_local(pool: WorkerPool):
     case = cases_of(2)[0]
-    ranks = pool.run(copies_while_communication_is_off, case, num_ranks=2)
+    ranks = pool.run(copies_with_local_messages, case, num_ranks=2)
     assert [num_copies for num_copies, _ in ranks] == [0, 0]
     check(case, [results for _, results in ranks])

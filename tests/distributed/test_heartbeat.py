@@ -42,19 +42,19 @@ def attention_beside_a_late_rank(run_dir: Path) -> list[str]:
     return seen
 
 
-def test_the_stage_the_hop_and_the_late_rank_are_named(pool: WorkerPool, tmp_path: Path):
+def test_the_ring_step_the_transfer_and_the_late_rank_are_named(pool: WorkerPool, tmp_path: Path):
     (tmp_path / "logs").mkdir()
     for seen in pool.run(attention_beside_a_late_rank, tmp_path, num_ranks=4):
         places = [line.split(": ", 1)[1].partition(", for ") for line in seen]
         assert places[1][0] == "step 9, data"
         assert places[1][2].endswith(" s <- behind")
         assert places[2][0] == (
-            "step 9, forward, forward stage 0, waiting in forward K,V after stage 0: ring rank 2 of 4, receiving from "
-            "ring rank 1 (global rank 1)"
+            "step 9, forward, forward ring step 0, waiting in forward K,V after ring step 0: ring rank 2 of 4, "
+            "receiving from ring rank 1 (global rank 1)"
         )
         # rank 1 owes rank 2 keys, which rank 3 gets from it later
-        third = "step 9, forward, forward stage 1, waiting in forward K,V after stage 1: ring rank 3 of 4, receiving"
-        assert places[3][0].startswith(third)
+        third = "step 9, forward, forward ring step 1, waiting in forward K,V after ring step 1: ring rank 3 of 4, "
+        assert places[3][0].startswith(f"{third}receiving")
         assert not any("behind" in places[rank][2] for rank in (0, 2, 3))
     for rank in range(4):  # it is over
         assert str(read_rank_state(tmp_path, rank)) == "step 9, forward"

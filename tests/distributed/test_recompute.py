@@ -1,4 +1,4 @@
-"""Layers computed again in the backward pass: bit-equal to layers that are kept, and without attention's messages."""
+"""Layers recomputed in the backward pass: bit-equal to layers that are saved, and without attention's messages."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tests.pool import WorkerPool
 NUM_LAYERS = 2  # of parity's models
 
 
-def trained_in_every_way(cell: Cell) -> tuple[list[Trained], list[int]]:
-    """On each rank, with "none", "selective" and "full": what came out, and how often attention was computed."""
+def trained_with_every_policy(cell: Cell) -> tuple[list[Trained], list[int]]:
+    """On each rank, for "none", "selective" and "full": the results, and how often attention was computed."""
     results, counts = [], []
     for recompute in ("none", "selective", "full"):
         with (
@@ -43,23 +43,23 @@ def trained_in_every_way(cell: Cell) -> tuple[list[Trained], list[int]]:
     ids=str,
 )
 def test_gradients_are_bit_equal_and_selective_computes_attention_once(pool: WorkerPool, cell: Cell):
-    for (kept, *others), counts in pool.run(trained_in_every_way, cell, num_ranks=cell.num_ranks):
+    for (saved, *others), counts in pool.run(trained_with_every_policy, cell, num_ranks=cell.num_ranks):
         for other in others:
-            assert (other.losses, other.grad_norms) == (kept.losses, kept.grad_norms)
-            for name, gradient in kept.gradients.items():
+            assert (other.losses, other.grad_norms) == (saved.losses, saved.grad_norms)
+            for name, gradient in saved.gradients.items():
                 assert torch.equal(other.gradients[name], gradient), name
-            for name, parameter in kept.parameters.items():
+            for name, parameter in saved.parameters.items():
                 assert torch.equal(other.parameters[name], parameter), name
         once = NUM_STEPS * cell.accumulation_steps * NUM_LAYERS
         assert counts == [once, once, 2 * once]
 
 
 def trained_with_and_without_offload(cell: Cell) -> tuple[list[Trained], int]:
-    """On each rank: what came out, and how many tensors came back from the host."""
+    """On each rank: the results, and the number of tensors that returned from the host."""
     copy, numbers = ActivationOffload._copy, []
 
     def counted_copy(self: ActivationOffload, layer: Any, targets: list[torch.Tensor], sources: Any) -> None:
-        numbers.append(len(targets))  # no mock: it would hold what it was called with
+        numbers.append(len(targets))  # not a mock, which would hold its arguments
         copy(self, layer, targets, sources)
 
     with patch.object(ActivationOffload, "_copy", counted_copy):
@@ -68,13 +68,13 @@ def trained_with_and_without_offload(cell: Cell) -> tuple[list[Trained], int]:
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-def test_what_lay_on_the_host_comes_back_as_it_was(pool: WorkerPool, zero_stage: int):
+def test_tensors_return_from_the_host_unchanged(pool: WorkerPool, zero_stage: int):
     cell = Cell("fp32", zero_stage, 2, 1, 2, 29, model="deep", recompute="selective")
-    for (kept, offloaded), num_back in pool.run(trained_with_and_without_offload, cell, num_ranks=cell.num_ranks):
-        assert (offloaded.losses, offloaded.grad_norms) == (kept.losses, kept.grad_norms)
-        for name, gradient in kept.gradients.items():
+    for (saved, offloaded), num_back in pool.run(trained_with_and_without_offload, cell, num_ranks=cell.num_ranks):
+        assert (offloaded.losses, offloaded.grad_norms) == (saved.losses, saved.grad_norms)
+        for name, gradient in saved.gradients.items():
             assert torch.equal(offloaded.gradients[name], gradient), name
-        for name, parameter in kept.parameters.items():
+        for name, parameter in saved.parameters.items():
             assert torch.equal(offloaded.parameters[name], parameter), name
-        # of all layers but the last two: the input, attention's output and lse
+        # from all layers but the last two: the input, and attention's out and lse
         assert num_back == NUM_STEPS * cell.accumulation_steps * (5 - 2) * 3

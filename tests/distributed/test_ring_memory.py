@@ -1,4 +1,4 @@
-"""What a ring works with does not grow with layers nor with ranks; only what autograd keeps of each layer does."""
+"""Working memory of a ring grows neither with layers nor with ranks. Only what autograd saves grows with layers."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from tests.pool import WorkerPool
-from tests.tools.ring_memory import BATCH, HEAD_DIM, NUM_HEADS, fullest_of, measure_ring
+from tests.tools.ring_memory import BATCH, HEAD_DIM, NUM_HEADS, peak_of_ranks, measure_ring
 
 LENGTH = 512  # per rank
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_layers_add_what_autograd_keeps_and_nothing_else(pool: WorkerPool, dtype: torch.dtype, num_ranks: int):
+def test_layers_add_what_autograd_saves_and_nothing_else(pool: WorkerPool, dtype: torch.dtype, num_ranks: int):
     one, two, four = (
-        fullest_of(pool.run(measure_ring, num_layers, LENGTH, dtype, num_ranks, num_ranks=num_ranks))
+        peak_of_ranks(pool.run(measure_ring, num_layers, LENGTH, dtype, num_ranks, num_ranks=num_ranks))
         for num_layers in (1, 2, 4)
     )
     queries = BATCH * LENGTH * NUM_HEADS * HEAD_DIM * dtype.itemsize
@@ -28,6 +28,6 @@ def test_layers_add_what_autograd_keeps_and_nothing_else(pool: WorkerPool, dtype
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
-def test_two_blocks_of_keys_and_values_at_most_are_there_from_other_ranks(pool: WorkerPool, num_ranks: int):
-    memory = fullest_of(pool.run(measure_ring, 2, LENGTH, torch.bfloat16, num_ranks, num_ranks=num_ranks))
+def test_keys_and_values_of_at_most_two_ranks_are_alive(pool: WorkerPool, num_ranks: int):
+    memory = peak_of_ranks(pool.run(measure_ring, 2, LENGTH, torch.bfloat16, num_ranks, num_ranks=num_ranks))
     assert 0 < memory.keys_received <= 2 * memory.block

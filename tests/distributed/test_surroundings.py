@@ -1,4 +1,4 @@
-"""The modules within what people put around them: checkpointing, compilers, no_grad, other groups, Ulysses scripts."""
+"""The attention modules in use: checkpointing, compilers, no_grad, several groups, Ulysses scripts."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def compiled(kind: type[SequenceAttention]) -> tuple[float, int, int]:
 
 
 @pytest.mark.parametrize("kind", [RingAttention, UlyssesAttention])
-def test_a_compiled_block_breaks_around_the_attention_and_never_recompiles(pool: WorkerPool, kind):
+def test_a_compiled_layer_breaks_around_the_attention_and_never_recompiles(pool: WorkerPool, kind):
     for worst, graphs, graphs_later in pool.run(compiled, kind, num_ranks=NUM_RANKS):
         assert worst < 1e-6
         assert graphs > 0
@@ -109,7 +109,7 @@ def test_no_grad(pool: WorkerPool, kind):
 
 
 def several_at_once() -> list[list[Tensor]]:
-    """On 4 ranks: rings of 4 and of 2, a hybrid and a Ulysses of 2, whose forward and backward passes interleave."""
+    """On 4 ranks: rings of 4 and of 2, a hybrid, and Ulysses of 2, with interleaved forward and backward passes."""
     pairs = parallel_groups(data_degree=2, sequence_degree=2).get_sequence_parallel_group()
     modules = [
         RingAttention("auto", world(), layout="zigzag"),
@@ -159,7 +159,7 @@ def train_by_script(class_name: str) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("class_name", OURS)
-def test_a_ulysses_script_changes_its_import_and_class_name_only(pool: WorkerPool, class_name: str):
+def test_a_ulysses_script_needs_only_another_import_and_class_name(pool: WorkerPool, class_name: str):
     theirs = pool.run(train_by_script, "DistributedAttention", num_ranks=NUM_RANKS)
     ours = pool.run(train_by_script, class_name, num_ranks=NUM_RANKS)
     for their_tensors, our_tensors in zip(theirs, ours, strict=True):
@@ -168,7 +168,7 @@ def test_a_ulysses_script_changes_its_import_and_class_name_only(pool: WorkerPoo
 
 
 class Local(nn.Module):
-    """What people give DistributedAttention; options make it something that a ring must not run."""
+    """A typical local attention for DistributedAttention. Its options make it one that a ring cannot replace."""
 
     def __init__(
         self, causal: bool = True, window: int | None = None, dropout: float = 0.0, scale: float | None = None
@@ -193,7 +193,7 @@ def test_a_plain_local_attention_is_recognised(causal: bool, mask: Mask, dtype: 
 
 
 def test_a_function_is_recognised_like_a_module():
-    """DistributedAttention takes either; one that is not causal must not become so."""
+    """DistributedAttention takes either. A full one must not become causal."""
     q = torch.randn(1, 64, 2, 16)
     full = LocalAttention(Local(causal=False).forward)(q, q, q, 0)
     assert torch.equal(full, LocalAttention("auto", mask=FULL)(q, q, q, 0))
@@ -209,24 +209,21 @@ class Transposed(nn.Module):
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
-        (
-            Local(window=200),
-            "on made-up tokens its worst row is off by",
-        ),  # of 256: all but the last rows see everything
-        (Local(dropout=0.5), "on made-up tokens its worst row is off by"),
-        (Local(scale=0.1), "on made-up tokens its worst row is off by"),
+        (Local(window=200), "on random tokens its worst row is off by"),  # of 256: only the last rows show it
+        (Local(dropout=0.5), "on random tokens its worst row is off by"),
+        (Local(scale=0.1), "on random tokens its worst row is off by"),
         (Transposed(), "its output is not shaped like the query"),
     ],
     ids=["window", "dropout", "scale", "shape"],
 )
-def test_any_other_is_refused(module: nn.Module, reason: str):
+def test_any_other_local_attention_is_refused(module: nn.Module, reason: str):
     q = torch.randn(1, 256, 2, 16)
     with pytest.raises(ValueError, match=f"local_attention={type(module).__name__} is not recognised: {reason}"):
         LocalAttention(module)(q, q, q, 0)
 
 
-def test_a_module_is_asked_again_when_sequences_grow():
-    """A window of 8 is plain causal attention on 4 tokens, and what one token sees says nothing."""
+def test_a_module_is_checked_again_when_sequences_grow():
+    """On 4 tokens a window of 8 is plain causal attention. On one token, causal and full are the same."""
     windowed, full = LocalAttention(Local(window=8)), LocalAttention(Local(causal=False))
     q = torch.randn(1, 64, 2, 16)
     windowed(q[:, :4], q[:, :4], q[:, :4], 0)
@@ -237,7 +234,7 @@ def test_a_module_is_asked_again_when_sequences_grow():
     assert relative_error(full(q, q, q, 0), plain) < 1e-6
 
 
-def test_a_module_of_the_users_stays_a_submodule():
+def test_the_users_module_stays_a_submodule():
     class WithBuffer(Local):
         def __init__(self) -> None:
             super().__init__()
@@ -249,12 +246,29 @@ def test_a_module_of_the_users_stays_a_submodule():
     assert not any(module.training for module in attention.modules())
 
 
-def test_a_loud_value_fits_into_fp16():
+def test_the_large_first_value_fits_into_fp16():
     q = torch.randn(1, 4096, 1, 16, dtype=torch.float16)
     LocalAttention(Local())(q, q, q, 0)
 
 
-def test_autocast_does_not_lower_what_the_tensors_are_in():
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (LocalAttention, {"transport": "p2p"}, "LocalAttention takes no transport"),
+        (
+            UlyssesAttention,
+            {"hosts": ["a", "b"], "ulysses_degree": 2},
+            "UlyssesAttention takes no hosts, ulysses_degree",
+        ),
+        (HybridAttention, {}, "HybridAttention needs ulysses_degree"),
+    ],
+)
+def test_options_that_a_module_does_not_take_are_refused(kind: Any, options: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        kind("auto", None, **options)
+
+
+def test_autocast_does_not_lower_the_precision():
     q = torch.randn(1, 32, 2, 16)
     plain = LocalAttention("reference")(q, q, q, 0)
     with torch.autocast("cpu", torch.bfloat16):
@@ -268,14 +282,14 @@ def test_a_second_derivative_is_refused():
         gradient.sum().backward()
 
 
-def test_a_window_that_cuts_nothing_off_is_none():
+def test_a_window_of_the_whole_sequence_is_dropped():
     assert Mask(left=99, right=200).within(100) == FULL
     assert Mask(left=98).within(100) == Mask(left=98)
     assert Mask(left=5).within(1) == CAUSAL
 
 
-def test_the_backward_pass_of_a_window_takes_memory_of_its_tensors():
-    """Tiles of the CPU kernel are many; their gradients must not be held at once."""
+def test_the_backward_pass_of_a_window_holds_few_gradients_at_once():
+    """The CPU kernel splits a window into many calls. Their gradients must not be held all at once."""
     import resource
 
     q = torch.randn(1, 8192, 2, 64, requires_grad=True)  # 4 MiB

@@ -1,4 +1,4 @@
-"""A hop whose neighbour is gone or stalls says which hop it was, on which ring rank, and who the neighbours are."""
+"""A transfer whose neighbour is dead or stalls names the transfer, the ring rank and the neighbours."""
 
 from __future__ import annotations
 
@@ -18,38 +18,38 @@ def group() -> Any:
     return parallel_groups(data_degree=1, sequence_degree=3).get_sequence_parallel_group()
 
 
-def hop_with_a_dead_neighbour() -> str:
-    exchange = P2PTransport(group())
-    rank, tensor = exchange.ring_rank, torch.zeros(4)
+def transfer_with_a_dead_neighbour() -> str:
+    transport = P2PTransport(group())
+    rank = transport.ring_rank
 
     def post(purpose: str) -> None:
-        sends, receives = (
-            [P2PMessage((tensor,), (rank + 1) % 3, "")],
-            [P2PMessage((torch.empty(4),), (rank - 1) % 3, "")],
+        send, receive = (
+            P2PMessage((torch.zeros(4),), (rank + 1) % 3, ""),
+            P2PMessage((torch.empty(4),), (rank - 1) % 3, ""),
         )
-        exchange.post(purpose, sends, receives).wait()
+        transport.post(purpose, [send], [receive]).wait()
 
-    post("the first hop")  # connects
+    post("the first transfer")  # connects
     if rank == 1:
         os._exit(1)
     with pytest.raises(TransferError) as raised:
-        post("forward K,V after stage 0")
-    raise AssertionError(f"as wanted: {raised.value}")
+        post("forward K,V after ring step 0")
+    raise AssertionError(f"as expected: {raised.value}")
 
 
-def test_a_dead_neighbour_is_named_with_the_hop():
+def test_a_dead_neighbour_is_named_with_the_transfer():
     own_pool = WorkerPool(timeout_s=20)  # one of its ranks dies
     with pytest.raises(RankError, match="rank 1:\ndied") as raised:
-        own_pool.run(hop_with_a_dead_neighbour, num_ranks=3)
+        own_pool.run(transfer_with_a_dead_neighbour, num_ranks=3)
     own_pool.close()
     assert (
-        "as wanted: forward K,V after stage 0: ring rank 2 of 3, receiving from ring rank 1 (global rank 1): "
+        "as expected: forward K,V after ring step 0: ring rank 2 of 3, receiving from ring rank 1 (global rank 1): "
         in str(raised.value)
     )
 
 
 def attention_beside_a_stalled_rank() -> str:
-    """Rank 1 does not come; the others' error, and how long it took."""
+    """Rank 1 stalls. The others' error, and after how many seconds."""
     attention, q = RingAttention("auto", group()), torch.randn(1, 4, 2, 8)
     started = time.monotonic()
     if attention.sequence_rank == 1:
@@ -59,7 +59,7 @@ def attention_beside_a_stalled_rank() -> str:
         attention(q, q, q, 0)
     except TransferError as error:
         return f"{time.monotonic() - started:.0f} s: {error}"
-    return "unharmed"  # contiguous and causal: rank 0 waits for nobody but the one that takes its keys
+    return "unharmed"  # contiguous and causal: rank 0 waits only for rank 1 to take its keys
 
 
 def test_a_stalled_neighbour_ends_the_call_within_the_timeout_of_the_group():
@@ -67,7 +67,7 @@ def test_a_stalled_neighbour_ends_the_call_within_the_timeout_of_the_group():
     first, stalled, last = own_pool.run(attention_beside_a_stalled_rank, num_ranks=3)
     own_pool.close()
     assert stalled == "stalled"
-    assert ": forward K,V after stage 0: ring rank 2 of 3, receiving from ring rank 1 (global rank 1): " in last
+    assert ": forward K,V after ring step 0: ring rank 2 of 3, receiving from ring rank 1 (global rank 1): " in last
     assert float(last.split()[0]) < 5 + 3
     assert first == "unharmed" or "sending to ring rank 1 (global rank 1)" in first
 
@@ -80,8 +80,8 @@ def timeouts() -> list[float]:
     ]
 
 
-def test_groups_have_the_timeout_of_the_run():
-    """torch gives a new group its own default, half an hour, whatever the run's is."""
+def test_groups_inherit_the_timeout_of_the_run():
+    """By default torch gives a new group half an hour, whatever the run's timeout is."""
     own_pool = WorkerPool(timeout_s=33)
     assert own_pool.run(timeouts, num_ranks=2) == [[33.0, 33.0]] * 2
     own_pool.close()

@@ -1,4 +1,4 @@
-"""A DeepSpeed-Ulysses user's script, of which the test changes the import and the class name, nothing else."""
+"""A DeepSpeed-Ulysses user's script. The test changes only the import and the class name."""
 
 import deepspeed.comm as dist
 import torch

@@ -1,11 +1,11 @@
-"""The CUDA block kernels against attention in fp64: forward, and backward with a given out and lse."""
+"""The CUDA attention kernels against fp64 attention: forward, and backward with a given out and lse."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from ring_attention.kernels import KERNELS, KernelSpec
+from ring_attention.kernels import KERNELS, KernelParams, KernelSpec, SavedTensors
 from ring_attention.masked_block import MaskedBlock
 from tests.tools.measure import assert_equal_attention
 from tests.unit.test_attention_kernels import SCALE, computed, oracle
@@ -47,16 +47,16 @@ def draw(num_queries, num_keys, num_heads, num_kv_heads, head_dim, value_head_di
     ("num_heads", "num_kv_heads", "head_dim"), [(8, 8, 64), (8, 2, 128), (4, 1, 128), (4, 4, 512), (4, 2, 512)]
 )
 @pytest.mark.parametrize(("num_queries", "num_keys", "lower", "upper"), BANDS)
-def test_a_block_equals_fp64_attention(
+def test_a_kernel_equals_fp64_attention(
     name, dtype, num_heads, num_kv_heads, head_dim, num_queries, num_keys, lower, upper
 ):
     q, k, v, dout = draw(num_queries, num_keys, num_heads, num_kv_heads, head_dim, head_dim, dtype)
-    if refusal := KERNELS[name].supports(KernelSpec.of(q, k, v, windowed=lower is not None)):
+    if refusal := KERNELS[name].refusal(KernelSpec.of(q, k, v, windowed=lower is not None)):
         pytest.skip(refusal)
-    rectangle = MaskedBlock(0, num_queries, 0, num_keys, lower, upper).trimmed()
-    assert rectangle is not None
-    queries, keys = slice(rectangle.q_start, rectangle.q_stop), slice(rectangle.k_start, rectangle.k_stop)
-    arguments = (q[:, queries], k[:, keys], v[:, keys], dout[:, queries], rectangle.lower, rectangle.upper)
+    block = MaskedBlock(0, num_queries, 0, num_keys, lower, upper).trimmed()
+    assert block is not None
+    queries, keys = slice(block.q_start, block.q_stop), slice(block.k_start, block.k_stop)
+    arguments = (q[:, queries], k[:, keys], v[:, keys], dout[:, queries], block.lower, block.upper)
     assert_equal_attention(computed(name, *arguments), oracle(*arguments), dtype)
 
 
@@ -68,24 +68,25 @@ def test_a_block_equals_fp64_attention(
 )
 def test_head_sizes(name, dtype, head_dim, value_head_dim):
     q, k, v, dout = draw(200, 200, 4, 2, head_dim, value_head_dim, dtype)
-    if refusal := KERNELS[name].supports(KernelSpec.of(q, k, v)):
+    if refusal := KERNELS[name].refusal(KernelSpec.of(q, k, v)):
         pytest.skip(refusal)
     assert_equal_attention(computed(name, q, k, v, dout, None, 0), oracle(q, k, v, dout, None, 0), dtype)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_slices_of_larger_tensors_are_read_right(name):
-    """The ring passes views: chunks of q, of the log-sum-exp, and of a received buffer."""
+def test_slices_of_larger_tensors(name):
+    """The ring passes views of q, of the log-sum-exp and of a receive buffer."""
     q, k, v, dout = draw(512, 512, 4, 4, 64, 64, torch.bfloat16)
-    block, late, early = KERNELS[name], slice(256, 512), slice(0, 256)
-    if refusal := block.supports(KernelSpec.of(q, k, v)):
+    kernel, late, early = KERNELS[name], slice(256, 512), slice(0, 256)
+    if refusal := kernel.refusal(KernelSpec.of(q, k, v)):
         pytest.skip(refusal)
-    out, lse = block.forward(q[:, late], k[:, early], v[:, early], None, None, SCALE)
+    params = KernelParams(None, None, SCALE)
+    out, lse = kernel.forward(q[:, late], k[:, early], v[:, early], params)
     assert (lse.shape, lse.dtype) == ((2, 4, 256), torch.float32)
     whole_out, whole_lse = torch.randn_like(q), torch.randn(2, 4, 512, device="cuda")
     whole_out[:, late], whole_lse[:, :, late] = out, lse
-    arguments = (dout[:, late], q[:, late], k[:, early], v[:, early], whole_out[:, late], whole_lse[:, :, late])
-    gradients = block.backward(*arguments, None, None, SCALE)
+    saved = SavedTensors(q[:, late], k[:, early], v[:, early], whole_out[:, late], whole_lse[:, :, late])
+    gradients = kernel.backward(dout[:, late], saved, params)
     expected = oracle(q[:, late], k[:, early], v[:, early], dout[:, late], None, None)
     assert_equal_attention([out, *gradients], expected, torch.bfloat16)
 
@@ -93,10 +94,10 @@ def test_slices_of_larger_tensors_are_read_right(name):
 @pytest.mark.parametrize("name", ["flash_attn_4", "ffpa", "aten_flash"])  # cuBLAS, for the reference, needs a setting
 @pytest.mark.parametrize("head_dim", [128, 512])
 @pytest.mark.parametrize(("num_queries", "lower"), [(1000, None), (1000, -300), (400, None)])
-def test_a_kernel_that_says_it_is_deterministic_gives_the_same_bits(name, head_dim, num_queries, lower):
+def test_deterministic_kernels_give_the_same_bits(name, head_dim, num_queries, lower):
     q, k, v, dout = draw(num_queries, 1000, 4, 2, head_dim, head_dim, torch.bfloat16)
     spec = replace(KernelSpec.of(q, k, v, windowed=lower is not None), deterministic=True)
-    if refusal := KERNELS[name].supports(spec):
+    if refusal := KERNELS[name].refusal(spec):
         pytest.skip(refusal)
     torch.use_deterministic_algorithms(True)
     try:
@@ -108,25 +109,24 @@ def test_a_kernel_that_says_it_is_deterministic_gives_the_same_bits(name, head_d
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("head_dim", [128, 512])
-def test_keys_that_are_the_values_and_dims_that_are_transposed(name, head_dim):
-    """[S, B, H, D] callers give transposed views; some models use one tensor for keys and values."""
+def test_one_tensor_for_keys_and_values_and_transposed_dims(name, head_dim):
+    """[S, B, H, D] callers pass transposed views, and some models use one tensor for keys and values."""
     tensors = draw(300, 300, 4, 4, head_dim, head_dim, torch.bfloat16)
     q, k, _, dout = (tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in tensors)
-    if refusal := KERNELS[name].supports(KernelSpec.of(q, k, k)):
+    if refusal := KERNELS[name].refusal(KernelSpec.of(q, k, k)):
         pytest.skip(refusal)
     assert_equal_attention(computed(name, q, k, k, dout, None, 0), oracle(q, k, k, dout, None, 0), torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_out_and_its_gradient_may_lie_otherwise_than_in_the_call_before(name):
+def test_strides_of_out_and_dout_may_differ_from_the_call_before(name):
     q, k, v, dout = draw(256, 256, 8, 8, 64, 64, torch.bfloat16)
-    block = KERNELS[name]
-    if refusal := block.supports(KernelSpec.of(q, k, v)):
+    kernel, params = KERNELS[name], KernelParams(None, 0, SCALE)
+    if refusal := kernel.refusal(KernelSpec.of(q, k, v)):
         pytest.skip(refusal)
-    out, lse = block.forward(q, k, v, None, 0, SCALE)
-    expected = block.backward(dout, q, k, v, out, lse, None, 0, SCALE)
-    by_heads = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (dout, out)]
-    for got, wanted in zip(
-        block.backward(by_heads[0], q, k, v, by_heads[1], lse, None, 0, SCALE), expected, strict=True
-    ):
-        torch.testing.assert_close(got, wanted)
+    out, lse = kernel.forward(q, k, v, params)
+    expected = kernel.backward(dout, SavedTensors(q, k, v, out, lse), params)
+    dout_by_heads, out_by_heads = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (dout, out))
+    got = kernel.backward(dout_by_heads, SavedTensors(q, k, v, out_by_heads, lse), params)
+    for got_gradient, expected_gradient in zip(got, expected, strict=True):
+        torch.testing.assert_close(got_gradient, expected_gradient)

@@ -1,4 +1,4 @@
-"""The merge in one pass against the plain one on the CPU: dtypes, views, rows that have seen nothing."""
+"""The Triton merge and sum against the plain ones on the CPU: dtypes, views, rows that have seen no key."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ LIMIT = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 @pytest.mark.parametrize("head_dim", [8, 40, 128, 512])
 @pytest.mark.parametrize("target", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("state", [torch.float32, torch.bfloat16], ids=str)
-def test_the_merge_equals_that_on_the_cpu(head_dim: int, target: torch.dtype, state: torch.dtype):
+def test_the_merge_equals_the_cpu_merge(head_dim: int, target: torch.dtype, state: torch.dtype):
     torch.manual_seed(0)
     batch, tokens, heads = 2, 37, 3
     out = torch.randn(batch, 2 * tokens, heads, head_dim, device="cuda").to(state)[:, tokens:]
@@ -36,8 +36,8 @@ def test_the_merge_equals_that_on_the_cpu(head_dim: int, target: torch.dtype, st
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("first", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("num_addends", [1, 2, 3, 4])
-def test_sums_are_rounded_once(head_dim: int, dtype: torch.dtype, first: torch.dtype, num_addends: int):
-    """Into the first itself and beside it, there in fp32 too, of views."""
+def test_sums_round_once(head_dim: int, dtype: torch.dtype, first: torch.dtype, num_addends: int):
+    """Of views, into the first addend and into another tensor, of half precision and of fp32."""
     addends = [torch.randn(2, 3, 74, head_dim, device="cuda").to(dtype).transpose(1, 2)[:, 37:] for _ in range(4)]
     addends = [torch.randn(2, 37, 3, head_dim, device="cuda").to(first), *addends][:num_addends]
     exact = sum(addend.double() for addend in addends)

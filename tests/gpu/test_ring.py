@@ -1,4 +1,4 @@
-"""Every method over all GPUs of this machine, on NCCL: attention and training against one process."""
+"""Every method on all GPUs of this machine, over NCCL: attention and training against one process."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MASKS = [
     [("ring", "p2p"), ("ring", "copy_engine"), ("ulysses", "p2p"), ("hybrid", "p2p"), ("all_gather", "p2p")],
 )
 @pytest.mark.parametrize(
-    ("dtype", "block"),
+    ("dtype", "kernel"),
     [
         (torch.float64, "reference"),
         (torch.float32, "auto"),
@@ -51,18 +51,23 @@ MASKS = [
     ids=str,
 )
 def test_every_method_equals_whole_attention(
-    gpu_pool: WorkerPool, method: str, transport: str, dtype: torch.dtype, block: str
+    gpu_pool: WorkerPool, method: str, transport: str, dtype: torch.dtype, kernel: str
 ):
-    """With every mask that the kernel knows, layout and order of dims."""
+    """With every layout, order of dims and mask that the kernel supports."""
     if transport == "copy_engine" and NUM_RANKS < 2:
         pytest.skip("needs two GPUs")
-    head_dim, cases = 512 if block == "ffpa" else 64, []
+    head_dim, cases = 512 if kernel == "ffpa" else 64, []
     for layout in ("zigzag", "contiguous"):
         for mask in MASKS:
-            if block in ("cudnn", "ffpa", "mem_efficient") and (mask.left, mask.right) not in ((None, 0), (None, None)):
+            if kernel in ("cudnn", "ffpa", "mem_efficient") and (mask.left, mask.right) not in (
+                (None, 0),
+                (None, None),
+            ):
                 continue  # has no sliding window
             for batch, batch_dim_idx in itertools.product(batches(mask), (0, 1)):
-                case = Case(method, NUM_RANKS, 1, layout, mask, LENGTH, batch, 8, 4, head_dim, dtype=dtype, block=block)
+                case = Case(
+                    method, NUM_RANKS, 1, layout, mask, LENGTH, batch, 8, 4, head_dim, dtype=dtype, block=kernel
+                )
                 case = replace(case, transport=transport)
                 cases.append(grid(replace(case, batch_dim_idx=batch_dim_idx, contiguous=batch_dim_idx == 0)))
     if None in cases:
@@ -73,14 +78,14 @@ def test_every_method_equals_whole_attention(
 
 
 def many_with_poison(cases: list[Case]) -> list[list[torch.Tensor]]:
-    """On each rank: results. What a room of a mailbox held is overwritten with NaN once its next receive is posted."""
+    """On each rank: results. A receive buffer is overwritten with NaN once its next receive is posted."""
     post = CopyEngineTransport.post
 
     def poisoning(
         self: CopyEngineTransport, purpose: str, sends: list[P2PMessage], receives: list[P2PMessage]
     ) -> Transfer:
-        for move in receives:  # by the computing stream, which the lane must follow
-            move.tensor.fill_(float("nan"))
+        for message in receives:  # on the computing stream, which the copy stream must wait for
+            message.tensor.fill_(float("nan"))
         return post(self, purpose, sends, receives)
 
     with patch.object(CopyEngineTransport, "post", poisoning):
@@ -97,7 +102,7 @@ def test_training_with_copies_equals_one_process(gpu_pool: WorkerPool, zero_stag
 
 
 def attention_many_times(num_passes: int) -> tuple[int, int]:
-    """On each rank: how many outputs have the bits of the first, and how many do not, with all transports in turns."""
+    """On each rank: how many outputs have the bits of the first, and how many do not. Alternates between transports."""
     import deepspeed.comm as dist
 
     generator = torch.Generator("cuda").manual_seed(dist.get_rank())
@@ -117,7 +122,7 @@ def attention_many_times(num_passes: int) -> tuple[int, int]:
 
 
 @pytest.mark.skipif(NUM_RANKS < 2, reason="needs two GPUs")
-def test_copies_bring_what_messages_bring_however_ranks_drift(gpu_pool: WorkerPool):
+def test_all_transports_give_equal_bits_while_ranks_drift_apart(gpu_pool: WorkerPool):
     assert gpu_pool.run(attention_many_times, 300, num_ranks=NUM_RANKS) == [(300, 0)] * NUM_RANKS
 
 
@@ -157,7 +162,7 @@ def test_a_tied_head_biases_and_layer_norms(gpu_pool: WorkerPool, zero_stage):
 
 
 def attention_beside_a_stalled_rank(stderr_path: str, transport: str) -> None:
-    """Rank 0 makes one good pass, then stalls; the last rank's stderr goes to a file, for it will be ended."""
+    """Rank 0 stalls after one good pass. The last rank's stderr goes to a file, because that rank will abort."""
     import os
 
     import deepspeed.comm as dist
@@ -172,13 +177,13 @@ def attention_beside_a_stalled_rank(stderr_path: str, transport: str) -> None:
     if attention.sequence_rank == NUM_RANKS - 1:
         os.dup2(os.open(stderr_path, os.O_CREAT | os.O_WRONLY), 2)
         print(f"posting at {time.time()}", file=sys.stderr, flush=True)
-    attention(q, q, q, 0)  # returns at once: the host waits for nothing
+    attention(q, q, q, 0)  # returns at once: the host does not wait
     torch.cuda.synchronize()
 
 
 @pytest.mark.skipif(NUM_RANKS < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_stalled_neighbour_is_named_and_ends_the_rank_within_the_timeout_of_the_group(tmp_path, transport: str):
+def test_a_stalled_neighbour_is_named_and_aborts_the_rank_within_the_group_timeout(tmp_path, transport: str):
     own_pool, stderr_path = WorkerPool("cuda", timeout_s=10), tmp_path / "stderr"
     with pytest.raises(RankError, match="died"):
         own_pool.run(attention_beside_a_stalled_rank, str(stderr_path), transport, num_ranks=NUM_RANKS)
@@ -186,7 +191,7 @@ def test_a_stalled_neighbour_is_named_and_ends_the_rank_within_the_timeout_of_th
     posted, *lines = stderr_path.read_text().splitlines()
     peer = NUM_RANKS - 2
     expected = (
-        f"TransferError: forward K,V after stage 0: ring rank {NUM_RANKS - 1} of {NUM_RANKS}, "
+        f"TransferError: forward K,V after ring step 0: ring rank {NUM_RANKS - 1} of {NUM_RANKS}, "
         f"receiving from ring rank {peer} (global rank {peer}): not done after"
     )
     assert any(line.startswith(expected) for line in lines), lines

@@ -61,4 +61,4 @@ def test_a_run_logs_all_that_the_catalog_has_for_gpus(gpu_pool: WorkerPool, tmp_
         snapshot = pickle.loads((tmp_path / "profile" / f"memory_rank_{rank}.pickle").read_bytes())
         assert snapshot["segments"]
         assert snapshot["device_traces"]
-        assert "forward stage 0" in (tmp_path / "profile" / f"rank_{rank}.json").read_text()
+        assert "forward ring step 0" in (tmp_path / "profile" / f"rank_{rank}.json").read_text()

@@ -1,4 +1,4 @@
-"""A stopped rank on GPUs ends the run, and NCCL's flight recorder says what the others wait for."""
+"""A stopped rank on GPUs ends the run, and NCCL's flight recorder names the operations that wait for it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_a_stopped_rank_is_named_and_the_flight_recorder_has_what_waits_for_it(tmp_path):
+def test_a_stopped_rank_is_named_and_the_flight_recorder_has_the_pending_operations(tmp_path):
     case = Case(random.Random(0), Program(tmp_path))
     job = [*JOB, "engine.dtype=bf16", "launch.num_ranks=2", "num_steps=100000", "attention.transport=p2p"]
     with case.program.started(*job, wandb=True, CUDA_VISIBLE_DEVICES="0,1") as running:

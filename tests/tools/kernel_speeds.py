@@ -1,6 +1,7 @@
-"""How fast each block kernel is on this device, by head size and length: `python -m tests.tools.kernel_speeds --json FILE`.
+"""The speed of each attention kernel on this device, by head size and length.
 
-Causal squares, the kernels in turns over several rounds. The registry's order, fastest first, rests on this.
+`python -m tests.tools.kernel_speeds --json FILE` measures causal squares, in several rounds that alternate between the
+kernels. The registry's order, fastest first, comes from these numbers.
 """
 
 from __future__ import annotations
@@ -17,51 +18,47 @@ import torch
 
 from recipes.monitor.device_metrics import StepClock
 from recipes.planning.plan import DTYPES
-from ring_attention.kernels import KERNELS, AttentionKernel, KernelSpec
+from ring_attention.kernels import KERNELS, AttentionKernel, KernelParams, KernelSpec, SavedTensors
 from ring_attention.masked_block import MaskedBlock
 from tests.tools.measure import relative_error
 
 HEAD_DIMS = (64, 96, 128, 192, 256, 320, 512)
 LENGTHS = (2048, 8192, 32768)
-HIDDEN_SIZE = 4096  # heads x head size; a quarter of the heads have keys and values of their own
+HIDDEN_SIZE = 4096  # heads x head size; four query heads share one key-value head
 TIMED_S, ROUNDS = 0.05, 3
-SLOW = ("reference",)  # not where the faster ones can: its memory is O(L^2)
+SLOW = ("reference",)  # measured only where no other kernel runs: its memory is O(L^2)
 
 
 def num_heads(head_dim: int) -> int:
-    """Of about HIDDEN_SIZE in all."""
+    """The multiple of 4 that makes about HIDDEN_SIZE."""
     return 4 * max(1, HIDDEN_SIZE // head_dim // 4)
 
 
 def kernels(head_dim: int, length: int, dtype: str, device: str) -> dict[str, tuple[Callable[[], Any], ...]]:
-    """By kernel that can do it: its forward and its backward pass over one sequence, whose results were compared."""
+    """By kernel that can do it: its forward and its backward pass over one sequence, after a check of the output."""
     heads = num_heads(head_dim)
     counts = (heads, heads // 4, heads // 4, heads)
     q, k, v, dout = (torch.randn(1, length, n, head_dim, device=device).to(DTYPES[dtype]) for n in counts)
     spec, scale = KernelSpec.of(q, k, v), head_dim**-0.5
     found: dict[str, tuple[Callable[[], Any], ...]] = {}
     expected = None
-    for name, block in KERNELS.items():
-        if block.device_type not in (None, spec.device_type) or block.supports(spec) or (found and name in SLOW):
+    for name, kernel in KERNELS.items():
+        if kernel.refusal(spec) or (found and name in SLOW):
             continue
-        passes = _passes(block, q, k, v, dout, scale)
+        passes = _passes(kernel, q, k, v, dout, scale)
         got = passes[0]()
         expected = got if expected is None else expected
         error = relative_error(got, expected)
-        assert error < 2e-2, f"{name} is not what the others are: {error}"
+        assert error < 2e-2, f"{name} differs from the other kernels: {error}"
         found[name] = passes
     return found
 
 
-def _passes(block: AttentionKernel, q: Any, k: Any, v: Any, dout: Any, scale: float) -> tuple[Callable[[], Any], ...]:
-    """Through the tiles that the kernel asks for; of several the results are not joined."""
-    tiles = block.tiles(MaskedBlock(0, q.shape[1], 0, k.shape[1], None, 0))
-    assert len(tiles) == 1, "a causal square is one call"
-    out, lse = block.forward(q, k, v, None, 0, scale)
-    return (
-        lambda: block.forward(q, k, v, None, 0, scale)[0],
-        lambda: block.backward(dout, q, k, v, out, lse, None, 0, scale),
-    )
+def _passes(kernel: AttentionKernel, q: Any, k: Any, v: Any, dout: Any, scale: float) -> tuple[Callable[[], Any], ...]:
+    assert len(kernel.split(MaskedBlock(0, q.shape[1], 0, k.shape[1], None, 0))) == 1, "a causal square is one call"
+    params = KernelParams(None, 0, scale)
+    saved = SavedTensors(q, k, v, *kernel.forward(q, k, v, params))
+    return lambda: kernel.forward(q, k, v, params)[0], lambda: kernel.backward(dout, saved, params)
 
 
 def seconds(call: Callable[[], Any], number: int) -> float:
@@ -96,7 +93,7 @@ def measure(head_dim: int, length: int, dtype: str, device: str) -> list[dict[st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The speed of each block kernel on this device.")
+    parser = argparse.ArgumentParser(description="The speed of each attention kernel on this device.")
     parser.add_argument("--dtype", default="bf16", choices=tuple(DTYPES))
     parser.add_argument("--head-dims", type=int, nargs="+", default=HEAD_DIMS)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)

@@ -1,8 +1,8 @@
 """How the error of the ring grows with its degree: `python -m tests.tools.precision [--device cuda] [--json FILE]`.
 
 bf16 attention against fp64 from the same rounded inputs, causal, zigzag. Ranks are threads of one process that run the
-ring's own loops; only the exchange is replaced, by queues. Errors are ||got - expected|| / ||expected|| over the whole
-tensor; the goal is at most 1.2 times that of one rank.
+ring's own loops, with queues as their transport. The error is ||got - expected|| / ||expected|| over the whole tensor.
+The goal is at most 1.2 times that of one rank.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from ring_attention import CAUSAL, Layout
 from ring_attention.kernels import KernelSpec, choose_kernel
 from ring_attention.kv import KeysValues
 from ring_attention.ring import Ring, ring_backward, ring_forward
-from ring_attention.schedule import ring_schedule
 from ring_attention.transport import P2PMessage
 from tests.tools.measure import QUANTITIES, dense_attention, relative_error
 
@@ -34,7 +33,7 @@ GOAL = 1.2
 
 
 @dataclass
-class QueueHop:
+class QueueTransfer:
     receives: list[tuple[Tensor, Any]]
 
     def wait(self) -> None:
@@ -42,43 +41,43 @@ class QueueHop:
             buffer.copy_(messages.get(timeout=60))
 
 
-class QueueExchange:
-    """The exchange of one simulated rank; `queues[source, target]` are shared by all."""
+class QueueTransport:
+    """The transport of one simulated rank. All ranks share `queues[source, target]`."""
 
     def __init__(self, ring_rank: int, ring_degree: int, queues: dict[tuple[int, int], Any]) -> None:
         self.ring_rank, self.ring_degree, self._queues = ring_rank, ring_degree, queues
 
-    def room(self, name: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def receive_buffer(self, name: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(numel, dtype=dtype, device=device)
 
-    def post(self, purpose: str, sends: list[P2PMessage], receives: list[P2PMessage]) -> QueueHop:
-        for move in sends:
-            self._queues[self.ring_rank, move.peer].put(move.tensor.clone())
-        return QueueHop([(move.tensor, self._queues[move.peer, self.ring_rank]) for move in receives])
+    def post(self, purpose: str, sends: list[P2PMessage], receives: list[P2PMessage]) -> QueueTransfer:
+        for send in sends:
+            self._queues[self.ring_rank, send.peer].put(send.tensor.clone())
+        return QueueTransfer([(receive.tensor, self._queues[receive.peer, self.ring_rank]) for receive in receives])
 
 
-def in_turn(call: Callable[..., Any], turn: threading.Lock) -> Callable[..., Any]:
-    def called(*arguments: Any) -> Any:
-        with turn:
+def locked(call: Callable[..., Any], lock: threading.Lock) -> Callable[..., Any]:
+    def call_alone(*arguments: Any) -> Any:
+        with lock:
             return call(*arguments)
 
-    return called
+    return call_alone
 
 
 def simulated_ring(layout: Layout, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, scale: float) -> list[Tensor]:
-    """out, dq, dk, dv of whole sequences, computed by simulated ranks."""
+    """out, dq, dk, dv of the global sequence, computed by simulated ranks."""
     degree = layout.ring_degree
     queues = {(source, target): queue.Queue() for source in range(degree) for target in range(degree)}
-    block = copy.copy(choose_kernel(KernelSpec.of(q, k, v))[0])
-    turn = threading.Lock()  # flash-attn-4 compiles in its first call, and that is not for several threads
+    kernel = copy.copy(choose_kernel(KernelSpec.of(q, k, v))[0])
+    lock = threading.Lock()  # flash-attn-4 compiles in its first call, which is not thread-safe
     for name in ("forward", "backward"):
-        setattr(block, name, in_turn(getattr(block, name), turn))
+        setattr(kernel, name, locked(getattr(kernel, name), lock))
 
     def rank(ring_rank: int) -> list[Tensor]:
-        exchange: Any = QueueExchange(ring_rank, degree, queues)
-        ring = Ring(ring_schedule(layout, CAUSAL, ring_rank), exchange, block, scale)
+        transport: Any = QueueTransport(ring_rank, degree, queues)
+        ring = Ring(layout, CAUSAL, transport, kernel, scale)
         local_q, local_k, local_v, local_dout = (layout.shard(x, ring_rank, dim=1) for x in (q, k, v, dout))
-        kv = KeysValues(local_k, local_v)
+        kv = KeysValues.of_parts(local_k, local_v)
         out, lse = ring_forward(ring, local_q, kv)
         return [out, *ring_backward(ring, local_dout, local_q, kv, out, lse)]
 
@@ -88,9 +87,9 @@ def simulated_ring(layout: Layout, q: Tensor, k: Tensor, v: Tensor, dout: Tensor
 
 
 def curve(
-    device: str, length: int, num_seeds: int, say: Callable[[str], None], ring_degrees: tuple[int, ...] = RING_DEGREES
+    device: str, length: int, num_seeds: int, log: Callable[[str], None], ring_degrees: tuple[int, ...] = RING_DEGREES
 ) -> list[dict[str, Any]]:
-    """Per ring degree and quantity: the error's mean, smallest and largest over seeds, and the mean over one rank's."""
+    """Per ring degree and quantity: mean, least and greatest error over seeds, and the mean over that of one rank."""
     errors: dict[int, list[list[float]]] = {degree: [] for degree in ring_degrees}
     causal = torch.ones(1, length, length, dtype=torch.bool, device=device).tril()
     for seed in range(num_seeds):
@@ -101,14 +100,14 @@ def curve(
         for degree in ring_degrees:
             got = simulated_ring(Layout("zigzag", degree, length), q, k, v, dout, 64**-0.5)
             errors[degree].append([relative_error(*pair) for pair in zip(got, expected, strict=True)])
-        say(f"seed {seed + 1} of {num_seeds} done")
+        log(f"seed {seed + 1} of {num_seeds} done")
     rows = []
-    for degree, of_seeds in errors.items():
+    for degree, seed_errors in errors.items():
         for index, name in enumerate(QUANTITIES):
-            values = [seed_errors[index] for seed_errors in of_seeds]
+            values = [quantities[index] for quantities in seed_errors]
             mean = sum(values) / num_seeds
-            alone = sum(seed_errors[index] for seed_errors in errors[ring_degrees[0]]) / num_seeds
-            row = {"ring_degree": degree, "quantity": name, "error": mean, "ratio": mean / alone}
+            one_rank = sum(quantities[index] for quantities in errors[ring_degrees[0]]) / num_seeds
+            row = {"ring_degree": degree, "quantity": name, "error": mean, "ratio": mean / one_rank}
             rows.append({**row, "min": min(values), "max": max(values)})
     return rows
 

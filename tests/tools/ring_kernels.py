@@ -1,7 +1,7 @@
-"""The kernel calls of a ring, each alone on this device: what cutting attention into blocks costs, without merges.
+"""The kernel calls of a ring, each alone on this device: the cost of splitting attention into tiles, without merges.
 
-`python -m tests.tools.ring_kernels --length 65536 --ranks 2` prints each different call of any rank, forward and backward, in
-turns over several rounds, and the busiest rank's sum beside the whole sequence's time over the ring's degree.
+`python -m tests.tools.ring_kernels --length 65536 --ranks 2` times each distinct call of any rank, forward and backward,
+over several rounds. It compares the busiest rank's sum with the time of the whole sequence over the ring degree.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import torch
 
 from recipes.planning.plan import DTYPES
 from ring_attention import CAUSAL
-from ring_attention.kernels import AttentionKernel, KernelSpec, choose_kernel
+from ring_attention.backward_schedule import TileRows, backward_schedule
+from ring_attention.kernels import AttentionKernel, KernelParams, KernelSpec, SavedTensors, choose_kernel
 from ring_attention.layout import Layout
 from ring_attention.masked_block import MaskedBlock
-from ring_attention.ring import LocalBlock, Part, split
 from ring_attention.schedule import ring_schedule
 from tests.tools.kernel_speeds import seconds
 
@@ -38,7 +38,7 @@ class Call(NamedTuple):
 
     @property
     def pairs(self) -> int:
-        """Of queries and keys that attend, in one row."""
+        """Query-key pairs that attend, in one row."""
         return MaskedBlock(0, self.queries, 0, self.keys, None, self.upper).work
 
     def __str__(self) -> str:
@@ -47,18 +47,17 @@ class Call(NamedTuple):
 
 
 def calls(layout: Layout, rank: int, kernel: AttentionKernel, batch: int) -> Counter[Call]:
-    """What a rank asks of the kernel in one forward and one backward pass, causal."""
-    first, *later_stages = ring_schedule(layout, CAUSAL, rank)
-    local = split(first.pairs, kernel, batch) if later_stages else LocalBlock(Part(first.pairs))
-    later = [] if local.later is None else [local.later]
-    others = [Part(stage.pairs) for stage in later_stages]
-    parts = {"forward": [Part(first.pairs), *others], "backward": [local.at_once, *others, *later]}
+    """A rank's kernel calls in one causal forward and backward pass."""
+    steps = {
+        "forward": [TileRows(step.tiles, (0, batch)) for step in ring_schedule(layout, CAUSAL, rank)],
+        "backward": [step.compute for step in backward_schedule(layout, CAUSAL, rank, batch, kernel.split).steps],
+    }
     return Counter(
-        Call(kind, len(range(batch)[part.rows]), tile.num_queries, tile.num_keys, tile.upper)
+        Call(kind, stop - start, block.num_queries, block.num_keys, block.upper)
         for kind in KINDS
-        for part in parts[kind]
-        for pair in part.pairs
-        for tile in kernel.tiles(pair.rectangle)
+        for tiles, (start, stop) in steps[kind]
+        for tile in tiles
+        for block in kernel.split(tile.block)
     )
 
 
@@ -68,11 +67,11 @@ def runner(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes = ((call.queries, heads[0]), (call.keys, heads[1]), (call.keys, heads[1]), (call.queries, heads[0]))
     q, k, v, dout = (torch.randn(call.rows, *size, head_dim, device=device).to(dtype) for size in sizes)
-    band = (None, call.upper, head_dim**-0.5)
+    params = KernelParams(None, call.upper, head_dim**-0.5)
     if call.kind == "forward":
-        return lambda: kernel.forward(q, k, v, *band)
-    out, lse = kernel.forward(q, k, v, *band)
-    return lambda: kernel.backward(dout, q, k, v, out, lse, *band)
+        return lambda: kernel.forward(q, k, v, params)
+    out, lse = kernel.forward(q, k, v, params)
+    return lambda: kernel.backward(dout, SavedTensors(q, k, v, out, lse), params)
 
 
 def main() -> None:
@@ -89,9 +88,9 @@ def main() -> None:
     q, k = (torch.empty(1, 1, n, options.head_dim, device=device, dtype=dtype) for n in options.heads)
     kernel = choose_kernel(KernelSpec.of(q, k, k), "auto")[0]
     layout = Layout("zigzag", options.ranks, options.length)
-    by_rank = [calls(layout, rank, kernel, options.batch) for rank in range(options.ranks)]
+    rank_calls = [calls(layout, rank, kernel, options.batch) for rank in range(options.ranks)]
     whole = [Call(kind, options.batch, options.length, options.length, 0) for kind in KINDS]
-    others = sorted({call for own in by_rank for call in own}, key=str)
+    others = sorted({call for own in rank_calls for call in own}, key=str)
     times_ms: dict[Call, list[float]] = {call: [] for call in (*whole, *others)}
     for number in range(ROUNDS):
         print(f"round {number + 1} of {ROUNDS} ...", flush=True)
@@ -107,10 +106,10 @@ def main() -> None:
         rows.append({**call._asdict(), "ms": own, "tflops": tflops})
         print(f"{call}: {median[call]:.3f} ms ({min(own):.3f} - {max(own):.3f}), {tflops:.3g} TFLOP/s")
     for kind, at_once in zip(KINDS, whole, strict=True):
-        busiest = max(sum(n * median[call] for call, n in own.items() if call.kind == kind) for own in by_rank)
+        busiest = max(sum(n * median[call] for call, n in own.items() if call.kind == kind) for own in rank_calls)
         ideal = median[at_once] / options.ranks
         print(
-            f"{kind}: the busiest rank's calls {busiest:.3f} ms, the whole / {options.ranks} {ideal:.3f} ms, which is "
+            f"{kind}: the busiest rank's calls {busiest:.3f} ms, one call / {options.ranks} {ideal:.3f} ms, which is "
             f"{100 * ideal / busiest:.1f} %"
         )
     if options.json:

@@ -1,10 +1,10 @@
-"""What attention alone holds at its fullest, by counting storages, on 1 to 8 ranks.
+"""The peak memory of attention alone, by counting storages, on 1 to 8 ranks.
 
-`python -m tests.tools.ring_memory` prints it, and with `--json FILE` keeps it, for the table in docs/performance.md.
+`python -m tests.tools.ring_memory` prints it; `--json FILE` writes it for the table in docs/performance.md.
 
-torch's MemTracker sees every tensor that operators make, not what a CPU kernel allocates inside nor gloo's own buffers.
-Layers of nothing but attention make the difference between what autograd keeps of each, which grows with layers, and
-what one layer works with, which must not, nor with the number of ranks.
+torch's MemTracker sees every tensor that an operator returns, but not what a CPU kernel allocates inside, nor gloo's
+buffers. Layers of attention alone separate what autograd saves, which grows with layers, from what one layer works
+with, which must grow neither with layers nor with ranks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ring_attention.transport import P2PTransport
 from tests.pool import WorkerPool, parallel_groups
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 4, 2, 16
-BATCH = 2  # of several rows half are left for last in the backward pass
+BATCH = 2  # of several rows, the backward pass holds half back
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class RingMemory:
     """Bytes of one rank.
 
     Args:
-        kept: alive after the forward pass.
+        kept: alive after the forward pass, saved by autograd.
         forward_peak: in the forward pass.
         peak: in both passes.
         block: K,V of the rank's own tokens.
-        keys_received: the most that was alive at once of K,V that came from others.
+        keys_received: the most K,V from other ranks that were alive at once.
     """
 
     num_ranks: int
@@ -53,23 +53,23 @@ class RingMemory:
 
     @property
     def in_blocks(self) -> tuple[float, float]:
-        """What the forward and the backward pass need beyond what is kept, in blocks of K,V."""
+        """The peaks of the forward and of both passes beyond what autograd saves, over a rank's K,V."""
         return (self.forward_peak - self.kept) / self.block, (self.peak - self.kept) / self.block
 
 
 class KeysReceived:
-    """Counts what `P2PTransport.room` gave out to receive K,V in, and is alive still."""
+    """Counts the receive buffers of K,V that are alive."""
 
     def __init__(self) -> None:
         self.most = 0
-        self._rooms: list[tuple[StorageWeakRef, int]] = []
-        self._room = P2PTransport.room
+        self._buffers: list[tuple[StorageWeakRef, int]] = []
+        self._receive_buffer = P2PTransport.receive_buffer
 
-    def room(self, exchange: P2PTransport, name: str, *arguments: Any) -> torch.Tensor:
-        tensor = self._room(exchange, name, *arguments)
+    def receive_buffer(self, transport: P2PTransport, name: str, *arguments: Any) -> torch.Tensor:
+        tensor = self._receive_buffer(transport, name, *arguments)
         if name.startswith("keys"):
-            self._rooms.append((StorageWeakRef(tensor.untyped_storage()), tensor.nbytes))
-            self.most = max(self.most, sum(num_bytes for storage, num_bytes in self._rooms if not storage.expired()))
+            self._buffers.append((StorageWeakRef(tensor.untyped_storage()), tensor.nbytes))
+            self.most = max(self.most, sum(num_bytes for storage, num_bytes in self._buffers if not storage.expired()))
         return tensor
 
 
@@ -79,17 +79,17 @@ def total(tracker: MemTracker, kind: str) -> int:
 
 
 def measure_ring(num_layers: int, local_length: int, dtype: torch.dtype, num_ranks: int) -> RingMemory:
-    """On each rank: layers of attention, each on the output of the one before. Every rank must call it."""
+    """On each rank: layers of attention, each on the output of the previous one. Every rank must call it."""
     group = parallel_groups(1, num_ranks).get_sequence_parallel_group()
     attention = RingAttention("auto", group, layout="zigzag")
     x = torch.randn(BATCH, local_length, NUM_HEADS, HEAD_DIM, dtype=dtype, requires_grad=True)
     keys = KeysReceived()
-    received = partialmethod(lambda exchange, *arguments: keys.room(exchange, *arguments))
-    with patch.object(P2PTransport, "room", received), MemTracker() as tracker:
+    received = partialmethod(lambda transport, *arguments: keys.receive_buffer(transport, *arguments))
+    with patch.object(P2PTransport, "receive_buffer", received), MemTracker() as tracker:
         out = x
         for _ in range(num_layers):
             k, v = torch.stack((out[:, :, :NUM_KV_HEADS], out[:, :, NUM_KV_HEADS:])).unbind(0)
-            out = attention.forward(out, k, v, 0)  # MemTracker takes no second call of a module
+            out = attention.forward(out, k, v, 0)  # MemTracker refuses a second call of a module
             del k, v
         kept, forward_peak = total(tracker, "current"), total(tracker, "peak")
         out.backward(torch.ones_like(out))
@@ -98,8 +98,8 @@ def measure_ring(num_layers: int, local_length: int, dtype: torch.dtype, num_ran
     return RingMemory(num_ranks, num_layers, str(dtype), local_length, kept, forward_peak, peak, block, keys.most)
 
 
-def fullest_of(ranks: list[RingMemory]) -> RingMemory:
-    """The largest of each number."""
+def peak_of_ranks(ranks: list[RingMemory]) -> RingMemory:
+    """The maximum over ranks of each number."""
     largest = {
         name: max(getattr(rank, name) for rank in ranks) for name in ("kept", "forward_peak", "peak", "keys_received")
     }
@@ -108,7 +108,7 @@ def fullest_of(ranks: list[RingMemory]) -> RingMemory:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="keep the rows there")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
     arguments = parser.parse_args()
     rows = []
     pool = WorkerPool("cpu")
@@ -116,7 +116,7 @@ def main() -> None:
         for dtype in (torch.float32, torch.bfloat16):
             for num_layers in (1, 2, 4):
                 ranks = pool.run(measure_ring, num_layers, 512, dtype, num_ranks, num_ranks=num_ranks)
-                peak = fullest_of(ranks)
+                peak = peak_of_ranks(ranks)
                 rows.append({**asdict(peak), "in_blocks": peak.in_blocks})
                 print(rows[-1], flush=True)
     pool.close()

@@ -1,26 +1,24 @@
-"""The block kernels that run here against a dense softmax in fp64, and the registry's choices."""
+"""The CPU's attention kernels against a dense softmax in fp64, and the choice of a kernel."""
 
-import copy
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from ring_attention.accumulators import GradientAccumulator, OnlineSoftmaxAccumulator, PiecewiseSum
-from ring_attention.attend import attend_backward, attend_forward
-from ring_attention.kernels import KERNELS, KernelSpec, choose_kernel, flash_attn_4
-from ring_attention.kernels.base import band_mask, is_installed
+from ring_attention.accumulators import OnlineSoftmaxAccumulator
+from ring_attention.attend import BackwardInputs, attend_backward, attend_forward
+from ring_attention.kernels import KERNELS, KernelParams, KernelSpec, choose_kernel
+from ring_attention.kernels.base import band_mask, flash_window, is_installed
 from ring_attention.kv import KeysValues
 from ring_attention.masked_block import MaskedBlock
 from ring_attention.merge import merge
-from ring_attention.schedule import AttentionTile
+from ring_attention.tiles import AttentionTile
 from tests.tools.measure import Expected, assert_equal_attention, dense_attention, relative_error
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SCALE = 0.3
-# queries, keys, lower, upper: as trimmed rectangles have them
-BANDS = [
+BANDS = [  # queries, keys, lower, upper of trimmed blocks
     (9, 9, None, 0),
     (5, 10, None, None),
     (12, 3, None, None),
@@ -53,27 +51,26 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lower: int | None, upp
 def computed(
     name: str, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lower: int | None, upper: int | None
 ) -> list[Tensor]:
-    """The same by a kernel, through the tiles that it asks for."""
-    rectangle = MaskedBlock(0, q.shape[1], 0, k.shape[1], lower, upper)
-    assert rectangle.trimmed() == rectangle, "the test's band is not trimmed"
-    pairs, keys, here = [AttentionTile(None, rectangle)], ((0, k.shape[1]),), KeysValues(k, v)
-    running = OnlineSoftmaxAccumulator(q, v)
-    attend_forward(running, KERNELS[name], SCALE, pairs, q, here, keys, is_last=True)
-    out, lse = running.result()
-    gradients = [torch.zeros_like(tensor, dtype=lse.dtype) for tensor in (q, k, v)]
-    for block in attend_backward(KERNELS[name], SCALE, pairs, keys, dout, q, here, out, lse):
-        part, pieces = block.part, (block.dq, block.dk, block.dv)
-        queries, columns = slice(part.q_start, part.q_stop), slice(part.k_start, part.k_stop)
-        for gradient, piece, place in zip(gradients, pieces, (queries, columns, columns), strict=True):
-            gradient[:, place] += piece
-    return [out, *gradients]
+    """out, dq, dk, dv of one masked block by a kernel, with as many calls as the kernel's `split` asks for."""
+    block = MaskedBlock(0, q.shape[1], 0, k.shape[1], lower, upper)
+    assert block.trimmed() == block, "the test's band is not trimmed"
+    tiles, kv = [AttentionTile(None, block)], KeysValues.of_parts(k, v)
+    accumulator = OnlineSoftmaxAccumulator(q, v)
+    attend_forward(accumulator, KERNELS[name], SCALE, tiles, q, kv, is_last=True)
+    out, lse = accumulator.result()
+    totals = [torch.zeros_like(tensor, dtype=lse.dtype) for tensor in (q, k, v)]
+    for tile in attend_backward(KERNELS[name], SCALE, tiles, BackwardInputs(dout, q, out, lse), kv):
+        totals[0][:, tile.queries] += tile.dq
+        totals[1][:, tile.keys_within(kv.spans)] += tile.dk
+        totals[2][:, tile.keys_within(kv.spans)] += tile.dv
+    return [out, *totals]
 
 
 @pytest.mark.parametrize("name", ["reference", "cpu_flash"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("num_queries", "num_keys", "lower", "upper"), BANDS)
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (4, 2), (4, 1)])
-def test_a_block_equals_fp64_attention(name, dtype, num_queries, num_keys, lower, upper, num_heads, num_kv_heads):
+def test_a_kernel_equals_fp64_attention(name, dtype, num_queries, num_keys, lower, upper, num_heads, num_kv_heads):
     q, k, v = draw(dtype, num_queries, num_keys, num_heads, num_kv_heads)
     dout = torch.randn(q.shape, dtype=torch.float64).to(dtype)
     got = computed(name, q, k, v, dout, lower, upper)
@@ -84,22 +81,22 @@ def test_a_block_equals_fp64_attention(name, dtype, num_queries, num_keys, lower
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_log_sum_exp_is_in_fp32_at_least(name, dtype):
     q, k, v = draw(dtype, 5, 7, 4, 2)
-    out, lse = KERNELS[name].forward(q, k, v, None, None, SCALE)
+    out, lse = KERNELS[name].forward(q, k, v, KernelParams(None, None, SCALE))
     assert (out.shape, lse.shape) == (q.shape, (2, 4, 5))
     assert lse.dtype == torch.promote_types(dtype, torch.float32)
 
 
 def test_merging_two_halves_equals_the_whole():
     q, k, v = draw(torch.float64, 6, 10, 4, 2)
-    block = KERNELS["reference"]
-    whole_out, whole_lse = block.forward(q, k, v, None, None, SCALE)
-    out, lse = block.forward(q, k[:, :3], v[:, :3], None, None, SCALE)
-    merge(out, out, lse, *block.forward(q, k[:, 3:], v[:, 3:], None, None, SCALE))
+    kernel, params = KERNELS["reference"], KernelParams(None, None, SCALE)
+    whole_out, whole_lse = kernel.forward(q, k, v, params)
+    out, lse = kernel.forward(q, k[:, :3], v[:, :3], params)
+    merge(out, out, lse, *kernel.forward(q, k[:, 3:], v[:, 3:], params))
     assert relative_error(out, whole_out) < 1e-14
     assert relative_error(lse, whole_lse) < 1e-14
 
 
-def test_merging_into_a_row_that_has_seen_nothing_takes_the_block():
+def test_merging_into_a_row_that_has_seen_no_key_takes_the_new_result():
     out, lse = torch.zeros(1, 1, 1, 2), torch.full((1, 1, 1), float("-inf"))
     merge(out, out, lse, torch.full((1, 1, 1, 2), 3.0), torch.full((1, 1, 1), -5.0))
     assert (out.tolist(), lse.tolist()) == ([[[[3.0, 3.0]]]], [[[-5.0]]])
@@ -112,66 +109,9 @@ def test_merging_survives_scores_far_apart():
     assert lse.tolist() == [[[1e4]]]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_a_running_sum_is_rounded_once(dtype):
-    """Parts of all and of some tokens, in any order: the exact sum, rounded to the dtype."""
-    whole, half, other = (torch.randn(2, n, 3, 4, dtype=torch.float64).to(dtype) for n in (6, 3, 3))
-    everything, first, last = slice(None), slice(0, 3), slice(3, 6)
-    exact = whole.double().clone()
-    exact[:, first] += half.double()
-    exact[:, last] += other.double()
-    exact += whole.double()
-    total = GradientAccumulator(whole.shape, dtype)
-    total.add(everything, everything, whole.clone(), False)
-    total.add(everything, first, half, False)
-    total.add(everything, everything, whole.clone(), False)
-    total.add(everything, last, other, True)
-    assert total.result().dtype == dtype
-    # Half a unit in the last place; the rest is the sum's own rounding in fp32 (fp64) where terms cancel.
-    rtol, atol = {torch.float64: (1e-15, 1e-14), torch.float32: (2e-7, 2e-6), torch.bfloat16: (2.0**-8, 2e-6)}[dtype]
-    torch.testing.assert_close(total.result().double(), exact, rtol=rtol, atol=atol)
-    parts = GradientAccumulator(whole.shape, dtype)
-    parts.add(everything, last, other, False)
-    parts.add(everything, first, half, True)
-    assert torch.equal(parts.result(), torch.cat((half, other), 1))
-
-    at_once = GradientAccumulator(whole.shape, dtype)
-    at_once.add(everything, everything, whole.clone(), False)
-    parts = [(everything, first, half), (everything, slice(0, 6), whole.clone()), (everything, last, other)]
-    at_once.add_several(parts, True)
-    torch.testing.assert_close(at_once.result().double(), exact, rtol=rtol, atol=atol)
-
-    started = GradientAccumulator(whole.shape, dtype)  # by the first of several
-    started.add_several([(everything, slice(0, 6), whole.clone()), *parts], True)
-    torch.testing.assert_close(started.result().double(), exact, rtol=rtol, atol=atol)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("cuts", [((), ()), ((), (3,)), ((1,), ()), ((1,), (3,))], ids=str)
-def test_each_piece_of_a_sum_is_rounded_once(cuts, dtype):
-    """The first half of the pieces ends later; parts are of all and of some rows and tokens."""
-    whole, half, other = (torch.randn(2, n, 3, 4, dtype=torch.float64).to(dtype) for n in (6, 3, 3))
-    everything, first, last = slice(None), slice(0, 3), slice(3, 6)
-    exact = 2 * whole.double()
-    exact[:, first] += half.double()
-    exact[:, last] += other.double()
-    pieces = PiecewiseSum(whole, *cuts)
-    pieces.add(slice(1, 2), slice(0, 6), whole[1:].clone(), False)
-    pieces.add(everything, last, other, False)
-    pieces.add(everything, slice(0, 6), whole.clone(), False)
-    by_parts = copy.deepcopy(pieces)
-    pieces.add(everything, first, half, cuts != ((), ()))
-    pieces.add(slice(0, 1), slice(0, 6), whole[:1].clone(), True, later=True)
-    rtol, atol = {torch.float64: (1e-15, 1e-14), torch.float32: (2e-7, 2e-6), torch.bfloat16: (2.0**-8, 2e-6)}[dtype]
-    torch.testing.assert_close(pieces.result().double(), exact, rtol=rtol, atol=atol)
-    if cuts[0]:  # else not all rows of the piece come with the last part
-        by_parts.add_several([(everything, first, half), (slice(0, 1), slice(0, 6), whole[:1])], True)
-        torch.testing.assert_close(by_parts.result().double(), exact, rtol=rtol, atol=atol)
-
-
 @pytest.fixture
 def packages(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """The modules of kernel packages that count as installed: none, until a test adds them."""
+    """The kernel packages that count as installed: none, until a test adds them."""
     installed: set[str] = set()
     monkeypatch.setattr("ring_attention.kernels.base.is_installed", installed.__contains__)
     return installed
@@ -197,7 +137,7 @@ def spec(device_type: str, capability: tuple[int, int] | None, dtype: torch.dtyp
         (replace(spec("cpu", None, torch.float32, 64), value_head_dim=32), "reference"),
     ],
 )
-def test_the_fastest_kernel_that_can_is_chosen(wanted: KernelSpec, chosen: str, packages: set[str]):
+def test_the_fastest_kernel_that_can_do_it_is_chosen(wanted: KernelSpec, chosen: str, packages: set[str]):
     assert choose_kernel(wanted)[0].name == chosen
 
 
@@ -227,17 +167,17 @@ HOPPER_BF16 = spec("cuda", (9, 0), torch.bfloat16, 128)
         (spec("cpu", None, torch.bfloat16, 128), "cpu_flash"),
     ],
 )
-def test_kernels_of_packages_that_are_installed_come_first(wanted: KernelSpec, chosen: str, packages: set[str]):
+def test_kernels_of_installed_packages_come_first(wanted: KernelSpec, chosen: str, packages: set[str]):
     packages |= {"flash_attn.cute", "ffpa_attn"}
     assert choose_kernel(wanted)[0].name == chosen
 
 
-def test_a_fallback_says_what_was_not_possible(packages: set[str]):
+def test_a_fallback_gives_the_reason(packages: set[str]):
     reason = choose_kernel(spec("cuda", (9, 0), torch.float32, 128))[1]
     assert "not cudnn: needs bf16 or fp16, not torch.float32" in reason
 
 
-def test_a_fallback_says_what_to_install_where_that_helps(packages: set[str]):
+def test_a_fallback_says_what_to_install_if_that_helps(packages: set[str]):
     install = "is not installed: pip install -e '.[kernels]'"
     reason = choose_kernel(HOPPER_BF16)[1]
     assert f"not flash_attn_4: the package flash-attn-4 {install}" in reason
@@ -250,8 +190,8 @@ def test_a_fallback_from_large_heads_says_what_it_costs(packages: set[str]):
         "without it attention is about 4 times slower forward and 6 times backward (16 heads x 512 on an H100: 109 and "
         "35 TFLOP/s against 465 and 215)"
     )
-    block, reason = choose_kernel(replace(HOPPER_BF16, head_dim=512))
-    assert block.name == "mem_efficient"
+    kernel, reason = choose_kernel(replace(HOPPER_BF16, head_dim=512))
+    assert kernel.name == "mem_efficient"
     assert f"not ffpa: the package ffpa-attn is not installed: pip install -e '.[kernels]'; {cost}" in reason
     reason = choose_kernel(replace(HOPPER_BF16, head_dim=512, capability=(8, 0)))[1]
     assert (
@@ -269,9 +209,9 @@ def test_a_package_is_found_without_importing_it():
 @pytest.mark.parametrize(
     ("num_queries", "num_keys", "lower", "upper"), [*BANDS, (5, 10, None, 5), (313, 200, -200, None)]
 )
-def test_flash_attention_4_is_asked_for_the_band(num_queries: int, num_keys: int, lower: int | None, upper: int | None):
-    """The window counts from the diagonal that ends in the last query and key, as the kernel's masks do."""
-    window = flash_attn_4._window(num_queries, num_keys, lower, upper)
+def test_flash_windows_are_the_band(num_queries: int, num_keys: int, lower: int | None, upper: int | None):
+    """The window counts from the diagonal that ends at the last query and key, as in the kernel's masks."""
+    window = flash_window(num_queries, num_keys, KernelParams(lower, upper, SCALE), None)
     left, right = window["window_size_left"], window["window_size_right"]
     diagonal = torch.arange(num_queries)[:, None] + num_keys - num_queries
     keys = torch.arange(num_keys)
@@ -290,7 +230,7 @@ def test_flash_attention_4_is_asked_for_the_band(num_queries: int, num_keys: int
     [
         ("cpu_flash", "kernel=cpu_flash cannot run here: needs values of head size 64, not 32; use kernel=auto"),
         ("flash9", "kernel=flash9 is unknown: use auto, flash_attn_4, ffpa, cudnn, aten_flash, mem_efficient, "),
-        ("cudnn", "kernel=cudnn cannot run here: it does not run on cpu; use kernel=auto"),
+        ("cudnn", "kernel=cudnn cannot run here: needs a cuda device, not cpu; use kernel=auto"),
     ],
 )
 def test_a_kernel_that_cannot_run_is_refused(name: str, message: str):

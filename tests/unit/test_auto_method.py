@@ -1,4 +1,4 @@
-"""attention=auto: arithmetic whose numbers a reader can check by hand."""
+"""attention=auto: an estimate whose numbers can be checked by hand."""
 
 from dataclasses import replace
 from typing import Any
@@ -18,15 +18,15 @@ def workload(length: int, num_heads: int = 32, num_kv_heads: int = 8) -> Workloa
 
 
 def test_the_ring_by_hand():
-    """L = 131072 on 8 ranks: 2 * 32 * 128 * L^2 / 8 = 17.6 TFLOP; a hop is 2 * 8 heads * 16384 tokens * 256 bytes."""
+    """L = 131072 on 8 ranks: 2 * 32 * 128 * L^2 / 8 = 17.6 TFLOP. A transfer: 2 * 8 heads * 16384 tokens * 256 bytes."""
     ring = next(c for c in rank_methods(workload(131072), NVLINK, 8) if c.ring_degree == 8)
     assert ring.compute_ms == pytest.approx(29.32, rel=1e-3)
-    assert ring.hop_ms == pytest.approx(0.05 + 67.1e6 / 280e6, rel=1e-3)
-    assert ring.exposed_ms == pytest.approx(7 * 0.05)  # hops hide: latency only
+    assert ring.transfer_ms == pytest.approx(0.05 + 67.1e6 / 280e6, rel=1e-3)
+    assert ring.exposed_ms == pytest.approx(7 * 0.05)  # transfers are hidden but for their latency
 
 
 def test_ulysses_by_hand():
-    """Each of 8 ranks has 2048 tokens and sends each peer 1/8 of 80 heads of them."""
+    """Each of 8 ranks has 2048 tokens of 80 heads in all, and sends 1/8 of them to each peer."""
     ulysses = next(c for c in rank_methods(workload(16384), NVLINK, 8) if c.ulysses_degree == 8)
     assert ulysses.all_to_all_ms == pytest.approx(7 * 80 * 2048 / 8 * 256 / 280e6 + 4 * 0.05, rel=1e-3)
     assert ulysses.method == "ulysses"
@@ -35,15 +35,15 @@ def test_ulysses_by_hand():
 @pytest.mark.parametrize(
     ("length", "num_ranks", "links", "kv_heads", "method", "split"),
     [
-        (131072, 8, NVLINK, 8, "ring", (8, 1)),  # hops hide behind compute
-        (4096, 8, NVLINK, 8, "ulysses", (1, 8)),  # too short to hide hops, and they are more messages
-        (32768, 16, Links(8, 280, 5), 8, "hybrid", (2, 8)),  # slow links: Ulysses inside, one hop across
-        (1024, 2, NVLINK, 8, "ring", (2, 1)),  # one hop is less than four all-to-alls
-        (4096, 8, NVLINK, 1, "ring", (8, 1)),  # one key-value head cannot be dealt out
+        (131072, 8, NVLINK, 8, "ring", (8, 1)),  # transfers hide behind compute
+        (4096, 8, NVLINK, 8, "ulysses", (1, 8)),  # too short to hide a ring's transfers
+        (32768, 16, Links(8, 280, 5), 8, "hybrid", (2, 8)),  # slow links: Ulysses inside, one transfer across
+        (1024, 2, NVLINK, 8, "ring", (2, 1)),  # one transfer costs less than four all-to-alls
+        (4096, 8, NVLINK, 1, "ring", (8, 1)),  # one key-value head cannot be split
         (4096, 1, NVLINK, 8, "local", (1, 1)),
     ],
 )
-def test_what_is_chosen(length, num_ranks, links, kv_heads, method, split):
+def test_the_choice(length, num_ranks, links, kv_heads, method, split):
     best = rank_methods(workload(length, num_kv_heads=kv_heads), links, num_ranks)[0]
     assert (best.method, (best.ring_degree, best.ulysses_degree)) == (method, split), best
 
@@ -66,7 +66,7 @@ def plan(**parallelism: Any) -> Plan:
     return Plan(config, 8, "cuda", "NVIDIA H200", (9, 0), ranks_per_host=8)
 
 
-def test_the_plan_takes_the_first_and_explains_every_line(tmp_path):
+def test_the_plan_takes_the_fastest_and_explains_every_candidate(tmp_path):
     assert (plan().method, plan().degrees) == ("ring", (1, 8, 1, 1, 1))
     assert plan(data_degree=4).degrees == (4, 2, 1, 1, 1)
     text = "\n".join(explanation(plan(), tmp_path))
@@ -76,6 +76,6 @@ def test_the_plan_takes_the_first_and_explains_every_line(tmp_path):
         assert text.count(candidate) == 1
 
 
-def test_degrees_are_not_for_auto():
+def test_auto_refuses_degrees():
     with pytest.raises(ConfigError, match=r"attention=auto chooses by itself, but parallelism\.ring_degree=4: leave"):
         plan(ring_degree=4)

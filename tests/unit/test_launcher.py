@@ -41,7 +41,7 @@ def test_four_ranks_are_the_default_on_the_cpu():
         ),
         (
             Config(attention=AttentionConfig(kernel="cudnn")),
-            "attention.kernel=cudnn cannot run here: it does not run on cpu; use attention.kernel=auto",
+            "attention.kernel=cudnn cannot run here: needs a cuda device, not cpu; use attention.kernel=auto",
         ),
         (
             Config(attention=AttentionConfig(transport="copy_engine")),
@@ -129,7 +129,7 @@ def test_a_model_too_large_for_the_ranks_is_refused(monkeypatch):
 
 def test_overdue_hops_are_shown_where_the_watchdog_ended_a_rank(tmp_path):
     (tmp_path / "logs").mkdir()
-    hop = "TransferError: forward K,V after stage 1: ring rank 1 of 4, receiving from ring rank 0 (global rank 0)"
+    hop = "TransferError: forward K,V after ring step 1: ring rank 1 of 4, receiving from ring rank 0 (global rank 0)"
     (tmp_path / "logs" / "rank_1.log").write_text(f"noise\n{hop}\nterminate called\n")
     (tmp_path / "logs" / "rank_0.log").write_text("noise\n")
     message = _explain_failure([0, -6, 0, 0], 1, [], tmp_path)

@@ -35,9 +35,9 @@ def test_ids_and_cu_seqlens_say_the_same():
     [
         (lambda: Mask(left=-1), "left=-1 must be 0 or more tokens, or None for all"),
         (lambda: CAUSAL.packed([1, 4]), r"boundaries \(1, 4\) must start at 0, as cu_seqlens do"),
-        (lambda: CAUSAL.packed([0, 4, 3]), "boundaries must not fall, but 3 follows 4"),
+        (lambda: CAUSAL.packed([0, 4, 3]), "must not decrease, but 3 follows 4"),
         (lambda: CAUSAL.packed([]), r"boundaries \(\) must start at 0"),
-        (lambda: CAUSAL.packed_by_ids(torch.tensor([1, 2, 1])), "a document id comes back after another"),
+        (lambda: CAUSAL.packed_by_ids(torch.tensor([1, 2, 1])), "a document id occurs in two runs"),
         (lambda: CAUSAL.packed([0, 9]).spans(8), "the documents end at 9, but the sequence has 8 tokens"),
         (lambda: Mask(documents=()), r"documents=\(\) has no row"),
     ],

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ring_attention.kernels.aten_flash import AtenFlashKernel, window
-from ring_attention.kernels.base import causal_tiles
+from ring_attention.kernels.aten_flash import AtenFlashKernel
+from ring_attention.kernels.base import KernelParams, flash_window, split_causal
 from ring_attention.kernels.cpu_flash import CpuFlashKernel
 from ring_attention.masked_block import MaskedBlock
 
@@ -80,7 +80,7 @@ def test_causal_tiles_are_full_or_causal_squares(rectangle: MaskedBlock):
     trimmed = rectangle.trimmed()
     if trimmed is None:
         return
-    tiles = causal_tiles(trimmed)
+    tiles = split_causal(trimmed)
     assert len(tiles) <= 3
     assert all(tile.is_full or tile.is_causal_square for tile in tiles)
     assert sorted(pair for tile in tiles for pair in pairs(tile)) == sorted(pairs(trimmed))
@@ -88,7 +88,7 @@ def test_causal_tiles_are_full_or_causal_squares(rectangle: MaskedBlock):
 
 def test_the_cpu_kernel_cuts_a_window_into_short_rows():
     window = MaskedBlock(0, 1000, 0, 1000, -64, 0)
-    tiles = CpuFlashKernel().tiles(window)
+    tiles = CpuFlashKernel().split(window)
     assert sorted(pair for tile in tiles for pair in pairs(tile)) == sorted(pairs(window))
     assert sum(tile.num_queries * tile.num_keys for tile in tiles) < 3 * window.work
 
@@ -98,7 +98,7 @@ def flash_pairs(tile: MaskedBlock) -> set[tuple[int, int]]:
     right bound beside a left one becomes the number of keys.
     """
     num_queries, num_keys = tile.num_queries, tile.num_keys
-    left, right = window(num_queries, num_keys, tile.lower, tile.upper).values()
+    left, right = flash_window(num_queries, num_keys, KernelParams(tile.lower, tile.upper, 1.0), -1).values()
     left, right = (-1 if bound >= num_keys else bound for bound in (left, right))
     if left >= 0 and right < 0:
         right = num_keys
@@ -116,5 +116,5 @@ def flash_pairs(tile: MaskedBlock) -> set[tuple[int, int]]:
 def test_flash_attention_gets_windows_that_it_reads_right(rectangle: MaskedBlock):
     trimmed = rectangle.trimmed()
     if trimmed is not None:
-        computed = [pair for tile in AtenFlashKernel().tiles(trimmed) for pair in flash_pairs(tile)]
+        computed = [pair for tile in AtenFlashKernel().split(trimmed) for pair in flash_pairs(tile)]
         assert sorted(computed) == sorted(pairs(trimmed))

@@ -192,9 +192,9 @@ def test_the_message_says_where_the_rank_was(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "3")
     (tmp_path / "logs").mkdir()
     heartbeat = Heartbeat(tmp_path, 3)
-    for kind, text in (("step", "7"), ("part", "backward"), ("stage", "backward stage 1")):
+    for kind, text in (("step", "7"), ("part", "backward"), ("ring_step", "backward ring step 1")):
         heartbeat.tell(kind, text)
-    assert message_lines(tmp_path)[0] == "rank 3 ran out of memory (step 7, backward, backward stage 1)"
+    assert message_lines(tmp_path)[0] == "rank 3 ran out of memory (step 7, backward, backward ring step 1)"
 
 
 def test_a_gpus_memory_snapshot_is_written_and_a_full_disk_hides_nothing_else(tmp_path, monkeypatch):

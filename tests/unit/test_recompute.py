@@ -1,4 +1,4 @@
-"""What a layer keeps for the backward pass, by counting the storages that are alive after a forward pass."""
+"""What a layer saves for the backward pass: the storages that are alive after a forward pass."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LENGTH = 256
 
 
 class Storages(TorchDispatchMode):
-    """Those that operators made within."""
+    """The storages that operators make within."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Storages(TorchDispatchMode):
         return sum(num_bytes for reference, num_bytes in self._made.values() if not reference.expired())
 
 
-def kept_bytes(recompute: str, num_layers: int) -> int:
+def saved_bytes(recompute: str, num_layers: int) -> int:
     config = ModelConfig(num_layers=num_layers, hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, mlp_size=192)
     model = Transformer(config, LocalAttention("auto"), recompute=recompute)
     tokens = torch.randint(0, 257, (1, LENGTH))
@@ -48,12 +48,12 @@ def kept_bytes(recompute: str, num_layers: int) -> int:
         loss = model(tokens, torch.arange(LENGTH).unsqueeze(0), tokens)
     num_bytes = storages.alive_bytes()
     loss.backward()
-    return num_bytes - storages.alive_bytes()  # what is alive still are weights, of which there were views
+    return num_bytes - storages.alive_bytes()  # weights, which have views, are still alive
 
 
-def test_what_a_layer_keeps():
+def test_what_a_layer_saves():
     per_token = {
-        recompute: (kept_bytes(recompute, 4) - kept_bytes(recompute, 2)) / 2 / LENGTH / 4  # fp32
+        recompute: (saved_bytes(recompute, 4) - saved_bytes(recompute, 2)) / 2 / LENGTH / 4  # fp32
         for recompute in ("none", "selective", "full")
     }
     assert per_token["full"] == 64  # its input
@@ -62,12 +62,12 @@ def test_what_a_layer_keeps():
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_two_layers_are_on_the_device_whatever_their_number(recompute: str):
-    """After a forward pass, and whenever a layer is computed again."""
+def test_two_layers_are_on_the_device_however_many_there_are(recompute: str):
+    """After a forward pass, and whenever a layer is recomputed."""
     num_layers, kind, seen = 6, activation_offload._Layer, []
     config = ModelConfig(num_layers=num_layers, hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, mlp_size=192)
     model = Transformer(config, LocalAttention("auto"), recompute=recompute, offload=True)
-    layers: list[Any] = []  # what each has kept
+    layers: list[Any] = []  # what each has saved
 
     def on_device() -> list[int]:
         return [index for index, kept in enumerate(layers) if (layer := kept()) and layer.on_device]
@@ -76,11 +76,11 @@ def test_two_layers_are_on_the_device_whatever_their_number(recompute: str):
         layers.append(weakref.ref(made := kind(*arguments)))
         return made
 
-    def kept_with_graphs() -> int:
+    def saved_with_graphs() -> int:
         alive = [layer for kept in layers if (layer := kept())]
         return sum(tensor.grad_fn is not None for layer in alive for tensor in layer.on_device or [])
 
-    graphs: list[int] = []  # once attention is there: what else would live as long as what is kept
+    graphs: list[int] = []  # saved tensors with a graph, which would live as long as they do
     tokens = torch.randint(0, 257, (1, LENGTH))
     with patch.object(activation_offload, "_Layer", side_effect=make):
         loss = model(tokens, torch.arange(LENGTH).unsqueeze(0), tokens)
@@ -88,29 +88,29 @@ def test_two_layers_are_on_the_device_whatever_their_number(recompute: str):
     assert [bool(layer.on_host) for kept in layers if (layer := kept())] == [True] * 4 + [False] * 2
     for index, layer in enumerate(model.layers):
         layer.register_forward_pre_hook(lambda *_, index=index: seen.append((index, on_device())))
-        layer.get_submodule("attention.out").register_forward_pre_hook(lambda *_: graphs.append(kept_with_graphs()))
+        layer.get_submodule("attention.out").register_forward_pre_hook(lambda *_: graphs.append(saved_with_graphs()))
     loss.backward()
     assert seen == [(5, [4, 5]), (4, [3, 4]), (3, [2, 3]), (2, [1, 2]), (1, [0, 1]), (0, [0])]
     assert graphs == [0] * num_layers
     assert on_device() == []
 
 
-def test_micro_batches_share_their_room_on_the_host():
+def test_micro_batches_share_their_host_buffers():
     config = ModelConfig(num_layers=5, hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, mlp_size=192)
     model = Transformer(config, LocalAttention("auto"), recompute="selective", offload=True)
-    rooms: set[int] = set()
+    buffers: set[int] = set()
     room_for = activation_offload.ActivationOffload._room_for
 
     def noted(self: activation_offload.ActivationOffload, tensor: torch.Tensor) -> torch.Tensor:
-        room = room_for(self, tensor)
-        rooms.add(room.data_ptr())
-        return room
+        buffer = room_for(self, tensor)
+        buffers.add(buffer.data_ptr())
+        return buffer
 
     with patch.object(activation_offload.ActivationOffload, "_room_for", noted):
         for _ in range(3):
             tokens = torch.randint(0, 257, (1, LENGTH))
             model(tokens, torch.arange(LENGTH).unsqueeze(0), tokens).backward()
-    assert len(rooms) == 3 * 3  # of three layers: input, out and lse
+    assert len(buffers) == 3 * 3  # three layers' input, out and lse
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])

@@ -1,4 +1,4 @@
-"""conf.schema imports no project code, so it repeats the names of the registries: they must be the same."""
+"""conf.schema imports no project code, so it repeats the names of the registries. They must agree."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from ring_attention.transport import TRANSPORTS
 @pytest.mark.parametrize(
     ("field", "names"), [("layout", [*LAYOUTS]), ("transport", ["auto", *TRANSPORTS]), ("kernel", ["auto", *KERNELS])]
 )
-def test_the_schema_knows_exactly_what_is_registered(field: str, names: list[str]):
+def test_the_schema_has_the_names_of_the_registry(field: str, names: list[str]):
     attention = AttentionConfig()
     setattr(attention, field, "nothing")
     with pytest.raises(ConfigError, match=f"attention.{field}=nothing is not known: use {', '.join(names)}$"):

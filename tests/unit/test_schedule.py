@@ -2,21 +2,20 @@ import pytest
 import torch
 
 from ring_attention import CAUSAL, FULL, Layout, Mask
-from ring_attention.layout import LAYOUTS
+from ring_attention.layout import LAYOUTS, num_tokens
 from ring_attention.masked_block import MaskedBlock
 from ring_attention.schedule import (
-    AttentionTile,
     Message,
-    Stage,
+    RingStep,
     buffer_tokens,
     gradient_buffer,
     imbalance,
     keys_buffer,
-    num_tokens,
     ring_schedule,
     tokens_sent,
     work_per_rank,
 )
+from ring_attention.tiles import AttentionTile
 
 ZIGZAG = Layout("zigzag", ring_degree=3, length=12)  # chunks of 2, 4 tokens a rank
 ALL, EARLY = ((0, 4),), ((0, 2),)
@@ -26,42 +25,42 @@ LATE_QUERIES = (AttentionTile(None, MaskedBlock(2, 4, 0, 4)),)
 
 
 def test_zigzag_on_three_ranks():
-    """Nobody sees rank 0's late chunk; all keys make two hops, and their gradients come home after each."""
+    """No rank sees rank 0's late chunk. All other keys travel twice, and gradients return after each ring step."""
     assert ring_schedule(ZIGZAG, CAUSAL, 0) == (
-        Stage(0, SQUARE, ALL, None, Message(1, EARLY), None, (), None),
-        Stage(2, LATE_QUERIES, ALL, 2, Message(1, ALL), None, ALL, Message(1, EARLY)),
-        Stage(1, LATE_QUERIES, ALL, 2, None, None, ALL, Message(2, EARLY)),
+        RingStep(0, SQUARE, ALL, None, Message(1, EARLY), None, (), None),
+        RingStep(2, LATE_QUERIES, ALL, 2, Message(1, ALL), None, ALL, Message(1, EARLY)),
+        RingStep(1, LATE_QUERIES, ALL, 2, None, None, ALL, Message(2, EARLY)),
     )
     assert ring_schedule(ZIGZAG, CAUSAL, 1) == (
-        Stage(1, SQUARE, ALL, None, Message(2, ALL), None, (), None),
-        Stage(0, EARLY_KEYS, EARLY, 0, Message(2, EARLY), None, EARLY, Message(2, EARLY)),
-        Stage(2, LATE_QUERIES, ALL, 0, None, None, ALL, Message(0, ALL)),
+        RingStep(1, SQUARE, ALL, None, Message(2, ALL), None, (), None),
+        RingStep(0, EARLY_KEYS, EARLY, 0, Message(2, EARLY), None, EARLY, Message(2, EARLY)),
+        RingStep(2, LATE_QUERIES, ALL, 0, None, None, ALL, Message(0, ALL)),
     )
 
 
-def test_contiguous_keys_go_no_further_than_the_last_rank():
+def test_contiguous_keys_travel_no_further_than_the_last_rank():
     layout = Layout("contiguous", ring_degree=3, length=12)
     full = (AttentionTile(None, MaskedBlock(0, 4, 0, 4)),)
     assert ring_schedule(layout, CAUSAL, 0) == (
-        Stage(0, SQUARE, ALL, None, Message(1, ALL), None, (), None),
-        Stage(2, (), (), None, None, None, (), Message(1, ALL)),
-        Stage(1, (), (), None, None, None, (), Message(2, ALL)),
+        RingStep(0, SQUARE, ALL, None, Message(1, ALL), None, (), None),
+        RingStep(2, (), (), None, None, None, (), Message(1, ALL)),
+        RingStep(1, (), (), None, None, None, (), Message(2, ALL)),
     )
     assert ring_schedule(layout, CAUSAL, 2) == (
-        Stage(2, SQUARE, ALL, None, None, None, (), None),
-        Stage(1, full, ALL, 1, None, None, ALL, None),
-        Stage(0, full, ALL, 1, None, None, ALL, None),
+        RingStep(2, SQUARE, ALL, None, None, None, (), None),
+        RingStep(1, full, ALL, 1, None, None, ALL, None),
+        RingStep(0, full, ALL, 1, None, None, ALL, None),
     )
 
 
-def test_a_window_that_looks_both_ways_sends_to_both_neighbours_and_to_nobody_else():
+def test_a_two_sided_window_sends_to_both_neighbours_only():
     layout = Layout("contiguous", ring_degree=4, length=16)
-    stages = ring_schedule(layout, Mask(left=1, right=1), 1)
-    assert [stage.source for stage in stages if stage.pairs] == [1, 0, 2]
-    assert stages[0].forward == Message(2, ((3, 4),))  # its last token, to the next rank
-    assert stages[2].direct == Message(0, ((0, 1),))  # its first token, straight to the rank before
-    assert [stage.keys for stage in stages[1:]] == [((3, 4),), (), ((0, 1),)]
-    assert [stage.home for stage in stages] == [None, Message(2, ((3, 4),)), None, Message(0, ((0, 1),))]
+    steps = ring_schedule(layout, Mask(left=1, right=1), 1)
+    assert [step.source for step in steps if step.tiles] == [1, 0, 2]
+    assert steps[0].send_next == Message(2, ((3, 4),))  # its last token
+    assert steps[2].send_direct == Message(0, ((0, 1),))  # its first token, which the ranks in between do not need
+    assert [step.keys for step in steps[1:]] == [((3, 4),), (), ((0, 1),)]
+    assert [step.gradient_return for step in steps] == [None, Message(2, ((3, 4),)), None, Message(0, ((0, 1),))]
 
 
 MASKS = {
@@ -86,9 +85,9 @@ def test_every_pair_of_tokens_is_computed_exactly_once(name: str, ring_degree: i
     num_rows = len(mask.documents or [()])
     seen = torch.zeros(num_rows, layout.padded_length, layout.padded_length, dtype=torch.int)
     for rank in range(ring_degree):
-        for stage in ring_schedule(layout, mask, rank):
-            for pair in stage.pairs:
-                part = pair.rectangle
+        for step in ring_schedule(layout, mask, rank):
+            for tile in step.tiles:
+                part = tile.block
                 block = torch.ones(part.num_queries, part.num_keys, dtype=torch.int)
                 block = block if part.lower is None else block.triu(part.lower)
                 block = block if part.upper is None else block.tril(part.upper)
@@ -96,8 +95,8 @@ def test_every_pair_of_tokens_is_computed_exactly_once(name: str, ring_degree: i
                 assert block.any(1).all()  # no fully masked row reaches a kernel
                 assert block.sum() == part.work
                 rows = layout.positions(rank)[part.q_start : part.q_stop]
-                columns = layout.positions(stage.source)[part.k_start : part.k_stop]
-                seen[slice(None) if pair.row is None else pair.row, rows[:, None], columns[None, :]] += block
+                columns = layout.positions(step.source)[part.k_start : part.k_stop]
+                seen[slice(None) if tile.row is None else tile.row, rows[:, None], columns[None, :]] += block
     everywhere = torch.arange(layout.padded_length)
     for row in range(num_rows):
         assert torch.equal(seen[row], mask.allows(everywhere, everywhere, row).int())
@@ -106,56 +105,56 @@ def test_every_pair_of_tokens_is_computed_exactly_once(name: str, ring_degree: i
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("ring_degree", [2, 3, 4, 8])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_what_is_sent_is_what_is_received_in_the_same_hop(name: str, ring_degree: int, mask: Mask):
-    """A receive that the neighbour does not answer, or with another size, would hang."""
+def test_each_message_that_is_sent_is_received_in_the_same_ring_step(name: str, ring_degree: int, mask: Mask):
+    """A receive without a send, or of another size, would hang."""
     layout = Layout(name, ring_degree, 23)
     schedules = [ring_schedule(layout, mask, rank) for rank in range(ring_degree)]
-    for step in range(ring_degree):
+    for number in range(ring_degree):
         sent, received, sent_gradients, received_gradients = [], [], [], []
-        for rank, stages in enumerate(schedules):
-            stage, following = stages[step], stages[step + 1] if step + 1 < ring_degree else None
-            sent += [(rank, m.peer, m.spans) for m in (stage.forward, stage.direct) if m]
-            if stage.gradients:
-                sent_gradients.append((rank, stage.source, stage.gradients))
+        for rank, steps in enumerate(schedules):
+            step, following = steps[number], steps[number + 1] if number + 1 < ring_degree else None
+            sent += [(rank, m.peer, m.spans) for m in (step.send_next, step.send_direct) if m]
+            if step.gradients:
+                sent_gradients.append((rank, step.source, step.gradients))
             if following is not None and following.keys_from is not None:
                 received.append((following.keys_from, rank, following.keys))
-            if stage.home is not None:
-                received_gradients.append((stage.home.peer, rank, stage.home.spans))
+            if step.gradient_return is not None:
+                received_gradients.append((step.gradient_return.peer, rank, step.gradient_return.spans))
         assert sorted(sent) == sorted(received)
         assert sorted(sent_gradients) == sorted(received_gradients)
         for messages in (sent, sent_gradients):
-            assert len({(source, target) for source, target, _ in messages}) == len(messages)  # one per pair and hop
+            assert len({(source, target) for source, target, _ in messages}) == len(messages)  # one per pair of ranks
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("ring_degree", [2, 3, 4, 8])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_rooms_are_as_large_as_the_largest_message(name: str, ring_degree: int, mask: Mask):
+def test_receive_buffers_are_as_large_as_the_largest_message(name: str, ring_degree: int, mask: Mask):
     layout = Layout(name, ring_degree, 23)
     largest: dict[str, int] = {}
     for rank in range(ring_degree):
-        stages = ring_schedule(layout, mask, rank)
-        for step, stage in enumerate(stages):
-            received = {gradient_buffer(step): stage.home.spans if stage.home else ()}
-            if step + 1 < ring_degree:
-                following = stages[step + 1]
-                received[keys_buffer(step)] = following.keys if following.keys_from is not None else ()
-            for room, spans in received.items():
-                largest[room] = max(largest.get(room, 0), num_tokens(spans))
-    largest = {room: tokens for room, tokens in largest.items() if tokens}
-    rooms = buffer_tokens(layout, mask)
-    assert rooms.keys() == largest.keys()
-    assert rooms == (largest if mask.documents is None else dict.fromkeys(largest, layout.ring_length))
+        steps = ring_schedule(layout, mask, rank)
+        for number, step in enumerate(steps):
+            received = {gradient_buffer(number): step.gradient_return.spans if step.gradient_return else ()}
+            if number + 1 < ring_degree:
+                following = steps[number + 1]
+                received[keys_buffer(number)] = following.keys if following.keys_from is not None else ()
+            for buffer, spans in received.items():
+                largest[buffer] = max(largest.get(buffer, 0), num_tokens(spans))
+    largest = {buffer: tokens for buffer, tokens in largest.items() if tokens}
+    buffers = buffer_tokens(layout, mask)
+    assert buffers.keys() == largest.keys()
+    assert buffers == (largest if mask.documents is None else dict.fromkeys(largest, layout.ring_length))
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_keys_are_there_when_they_are_needed(mask: Mask):
+def test_keys_arrive_before_their_tiles(mask: Mask):
     layout = Layout("zigzag", 5, 37)
     for rank in range(5):
-        for stage in ring_schedule(layout, mask, rank):
-            here = {token for start, stop in stage.keys for token in range(start, stop)}
+        for step in ring_schedule(layout, mask, rank):
+            here = {token for start, stop in step.keys for token in range(start, stop)}
             assert here.issuperset(
-                token for pair in stage.pairs for token in range(pair.rectangle.k_start, pair.rectangle.k_stop)
+                token for tile in step.tiles for token in range(tile.block.k_start, tile.block.k_stop)
             )
 
 
@@ -172,7 +171,7 @@ def test_zigzag_is_balanced_and_contiguous_is_not(ring_degree: int):
 
 
 def test_a_window_costs_its_width_whatever_the_length():
-    """On 8 ranks each sends the 64 tokens that its neighbour sees, and as many gradients back; zigzag twice that."""
+    """Each rank sends the 64 tokens that its neighbour sees, and as many gradients; in zigzag both chunks do."""
     for length in (1024, 8192):
         assert tokens_sent(Layout("contiguous", 8, length), Mask(left=64), 3) == (64, 64)
         assert tokens_sent(Layout("zigzag", 8, length), Mask(left=64), 3) == (128, 128)

@@ -48,7 +48,7 @@ def two_ranks(own: dict[str, float]) -> dict[str, tuple[float, float]]:
 def step(watch: StepTimer, is_logged: bool, clock: Clock) -> None:
     with watch.data():
         clock.sleep(WAIT_S)
-    with watch.step(is_logged), profiler_range("forward stage 0"):
+    with watch.step(is_logged), profiler_range("forward ring step 0"):
         for _ in range(2):
             with profiler_range("exchange wait"):
                 clock.sleep(WAIT_S)

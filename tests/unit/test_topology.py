@@ -5,13 +5,13 @@ from ring_attention.topology import hybrid_split, ring_order
 
 def test_the_ring_visits_all_ranks_of_a_host_before_it_crosses():
     assert ring_order("AAAABBBB") == [0, 1, 2, 3, 4, 5, 6, 7]
-    assert ring_order("ABABABAB") == [0, 2, 4, 6, 1, 3, 5, 7]  # dealt in turn, as some schedulers do
+    assert ring_order("ABABABAB") == [0, 2, 4, 6, 1, 3, 5, 7]  # round robin, as some schedulers do
     assert ring_order("BAAB") == [0, 3, 1, 2]
     assert ring_order("ABCABC") == [0, 3, 1, 4, 2, 5]
 
 
 @pytest.mark.parametrize("hosts", ["AAAABBBB", "ABABABAB", "BAAB", "ABCABC"])
-def test_so_it_crosses_once_per_host(hosts: str):
+def test_the_ring_crosses_once_per_host(hosts: str):
     ring = [hosts[rank] for rank in ring_order(hosts)]
     assert sum(host != ring[index - 1] for index, host in enumerate(ring)) == len(set(hosts))
 
@@ -21,9 +21,7 @@ def test_the_hybrid_keeps_ulysses_within_a_host_and_rings_across():
     assert hybrid_split("AAAABBBB", 2).grid == ((0, 1), (2, 3), (4, 5), (6, 7))
     assert hybrid_split("ABABABAB", 4).grid == ((0, 2, 4, 6), (1, 3, 5, 7))
     assert hybrid_split("ABBA", 2).grid == ((0, 3), (1, 2))
-    assert hybrid_split("ABBA", 2).ring(1) == [3, 2]
-    assert hybrid_split("ABBA", 2).place(3) == (0, 1)
-    assert hybrid_split("AABB", 4).grid == ((0, 1, 2, 3),)  # more than a host has
+    assert hybrid_split("AABB", 4).grid == ((0, 1, 2, 3),)  # more than one host has
 
 
 def test_a_degree_that_does_not_divide_is_refused():

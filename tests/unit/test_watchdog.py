@@ -59,11 +59,16 @@ def test_a_record_says_where_its_rank_is_and_is_whole_however_long_the_text(tmp_
     (tmp_path / "logs").mkdir()
     record = Heartbeat(tmp_path, 3)
     assert str(read_rank_state(tmp_path, 3)) == "starting"
-    for kind, text in (("step", "7"), ("part", "backward"), ("stage", "backward stage 1"), ("wait", "x" * 5000)):
+    for kind, text in (
+        ("step", "7"),
+        ("part", "backward"),
+        ("ring_step", "backward ring step 1"),
+        ("wait", "x" * 5000),
+    ):
         record.tell(kind, text)
     place = read_rank_state(tmp_path, 3)
     assert place is not None
-    assert str(place).startswith("step 7, backward, backward stage 1, waiting in xxx")
+    assert str(place).startswith("step 7, backward, backward ring step 1, waiting in xxx")
     assert (place.rank, place.pid, place.trouble) == (3, os.getpid(), "")
     assert record_path(tmp_path, 3).stat().st_size == 1024
     record.tell("wait", "")
