@@ -18,7 +18,7 @@ def workload(length: int, num_heads: int = 32, num_kv_heads: int = 8) -> Workloa
 
 
 def test_the_ring_by_hand():
-    """L = 131072 on 8 ranks: 2 * 32 * 128 * L^2 / 8 = 17.6 TFLOP. A transfer: 2 * 8 heads * 16384 tokens * 256 bytes."""
+    """L = 131072 on 8 ranks: 2 * 32 * 128 * L^2 / 8 = 17.6 TFLOP. Transfer: 2 * 8 heads * 16384 tokens * 256 bytes."""
     ring = next(c for c in rank_methods(workload(131072), NVLINK, 8) if c.ring_degree == 8)
     assert ring.compute_ms == pytest.approx(29.32, rel=1e-3)
     assert ring.transfer_ms == pytest.approx(0.05 + 67.1e6 / 280e6, rel=1e-3)
