@@ -26,7 +26,7 @@ from ring_attention.masked_block import MaskedBlock
 from ring_attention.schedule import Message, RingStep, ring_schedule
 from ring_attention.tiles import AttentionTile
 
-KernelTiles = Callable[[MaskedBlock], list[MaskedBlock]]  # `AttentionKernel.tiles`
+KernelTiles = Callable[[MaskedBlock], list[MaskedBlock]]  # `AttentionKernel.split`
 
 
 class TileRows(NamedTuple):

@@ -38,7 +38,7 @@ def banner(plan: Plan, run_dir: Path) -> list[str]:
         *(("!!!", warning) for warning in (plan.slow_step_warning, plan.memory_warning) if warning),
         ("run dir", str(run_dir)),
     ]
-    return [f"{name:>16}  {value}" for name, value in rows]
+    return [f"{name:>17}  {value}" for name, value in rows]
 
 
 def explanation(plan: Plan, run_dir: Path) -> list[str]:

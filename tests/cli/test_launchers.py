@@ -43,9 +43,10 @@ def test_ranks_of_torchrun_are_one_run_and_profile_each_rank(program):
     names = Counter(event["name"] for event in events if event.get("ph") == "X")
     assert [name for name in names if name.startswith("ProfilerStep")] == ["ProfilerStep#3"]  # counted from 0
     ring_steps = {name: count for name, count in names.items() if " ring step " in name}
-    assert ring_steps == {
-        f"{way} ring step {step}": 2 for way in ("forward", "backward") for step in (0, 1)
-    }  # 2 layers
+    # 2 layers; the backward pass computes half of the local attention in one step more
+    assert ring_steps == dict.fromkeys(
+        ["forward ring step 0", "forward ring step 1", *(f"backward ring step {step}" for step in (0, 1, 2))], 2
+    )
     assert all(names[name] > 0 for name in ("attention kernel", "merge", "exchange wait", "optimizer", "data"))
     assert "\nmemory snapshots:      none, they need a GPU\n" in result.stdout
 

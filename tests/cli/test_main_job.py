@@ -87,7 +87,7 @@ def test_the_summary_has_the_losses_the_throughput_and_what_to_type_next(main_ru
         rf"^median throughput: {NUMBER} tok/s, {NUMBER} tok/s/rank, TPOT {NUMBER} ms, {NUMBER} model TFLOP/s per rank$"
     )
     assert re.search(speed, main_run.stdout, re.MULTILINE)
-    assert command_after(main_run.stdout, "JSON lines:") == str(main_run.run_dir / "metrics.jsonl")
+    assert command_after(main_run.stdout, r"^metrics \(JSON lines\): ") == str(main_run.run_dir / "metrics.jsonl")
     assert command_after(main_run.stdout, "wandb leet") == command_after(main_run.stdout, "wandb sync")
 
 
