@@ -10,6 +10,7 @@ import torch
 
 from conf.schema import (
     AttentionConfig,
+    CompareConfig,
     DataConfig,
     EngineConfig,
     ParallelismConfig,
@@ -44,15 +45,6 @@ RING_8 = "parallelism.data_degree=1 parallelism.ring_degree=8"
         (  # a CPU rank's memory is the host's
             {"engine": EngineConfig(zero_stage=3, recompute="full"), "device_type": "cpu"},
             [HALF, "model.num_layers=16", "model.mlp_size=7168"],
-        ),
-        ({"engine": EngineConfig(tile_tokens=0)}, [RECOMPUTE, "engine.zero_stage=3", ALLOCATOR]),  # 256 tokens per rank
-        (
-            {"engine": EngineConfig(tile_tokens=0), "data": DataConfig(sequence_length=2**17)},
-            ["engine.tile_tokens=null", RECOMPUTE, "engine.zero_stage=3"],
-        ),
-        (
-            {"engine": EngineConfig(tile_tokens=4096), "data": DataConfig(sequence_length=2**17)},
-            [RECOMPUTE, "engine.zero_stage=3", ALLOCATOR],
         ),
         (
             {"engine": EngineConfig(micro_batch_size=4), "attention": AttentionConfig(kernel="reference")},
@@ -91,19 +83,7 @@ RING_8 = "parallelism.data_degree=1 parallelism.ring_degree=8"
                 "engine.zero_stage=3",
             ],
         ),
-        (
-            tensor_pipeline(),
-            ["parallelism.tensor_degree=8 parallelism.pipeline_degree=1 parallelism.data_degree=1", ALLOCATOR, HALF],
-        ),
-        (
-            tensor_pipeline(tensor_degree=2, pipeline_degree=1),
-            [
-                "parallelism.tensor_degree=4 parallelism.pipeline_degree=1 parallelism.data_degree=2 "
-                "engine.train_batch_size=4",
-                ALLOCATOR,
-                HALF,
-            ],
-        ),
+        (tensor_pipeline(), [ALLOCATOR, HALF, "model.num_layers=16"]),
         (
             {"num_ranks": 1, "device_type": "cpu", "recipe": "forward"},
             [HALF, "model.num_layers=16", "model.mlp_size=7168"],
@@ -124,7 +104,8 @@ def test_overrides_that_are_set_are_not_suggested():
 
 
 def test_a_comparison_has_its_own_field_for_micro_batches():
-    overrides = helpful_overrides(plan(engine=EngineConfig(micro_batch_size=4)), compares=True)
+    compare = CompareConfig(entries={"ring": []})
+    overrides = helpful_overrides(plan(engine=EngineConfig(micro_batch_size=4), compare=compare))
     assert overrides[0] == "compare.micro_batch_sizes=[1]  (now 4)"
 
 
