@@ -1,8 +1,8 @@
 """The files of checkpoints: what each must hold, which checkpoint is the newest, and which run it belongs to.
 
-RUN_DIR/checkpoints holds one folder per checkpoint, named by its step, with DeepSpeed's files, the ranks' random states
-and a manifest of them all; and `latest`, which names the newest for DeepSpeed's own tools. A folder with such a name is
-complete: it is written below `writing` and then renamed. No torch here, because the launcher's parent reads manifests.
+RUN_DIR/checkpoints/step_N holds DeepSpeed's files, the ranks' random states and a manifest of them all. It is complete,
+since it is written below `writing` and then renamed. `latest` names the newest, for DeepSpeed's own tools. No torch
+here, because the launcher's parent reads manifests.
 """
 
 from __future__ import annotations
@@ -20,16 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema import Config, ConfigError, flatten
+from recipes.run.run_dir import BOOKKEEPING, replace_file
 
 CHECKPOINTS_DIR, WRITING_DIR = "checkpoints", "writing"
 LATEST_FILE, MANIFEST_FILE = "latest", "manifest.json"
 # fields that may change on resume because they do not change the result
 RESUME_SAFE = (
-    "logging.",
-    "checkpoint.",
-    "compare.",
-    "max_length.",
-    "sweep.",
+    *BOOKKEEPING,
     "launch.timeout_s",
     "launch.stall_factor",
     "launch.stall_s",
@@ -37,10 +34,6 @@ RESUME_SAFE = (
     "engine.detect_anomaly",
     "engine.offload_activations",
     "attention.transport",
-    "explain",
-    "profile",
-    "memory_snapshot",
-    "breakdown",
 )
 # fields that may change on resume because they only change which rank computes what: sums are in another order, so
 # results differ by rounding. DeepSpeed shards over all data x sequence ranks, so only the last two change its files.
@@ -119,11 +112,9 @@ def fingerprint(path: Path) -> Fingerprint:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     content = asdict(manifest)
-    text = json.dumps({**content, "sha256": _checksum(content)}, indent=1) + "\n"
-    with (folder / MANIFEST_FILE).open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    path = folder / MANIFEST_FILE
+    path.write_text(json.dumps({**content, "sha256": _checksum(content)}, indent=1) + "\n", encoding="utf-8")
+    _sync(path)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -175,10 +166,7 @@ def publish(run_dir: Path, step: int, keep: int) -> None:
     if (folder / name).exists():
         shutil.rmtree(folder / name)
     (folder / WRITING_DIR / name).rename(folder / name)
-    new = folder / f"{LATEST_FILE}.new"
-    new.write_text(name, encoding="utf-8")
-    _sync(folder)
-    new.replace(folder / LATEST_FILE)
+    replace_file(folder / LATEST_FILE, name)
     _sync(folder)
     shutil.rmtree(folder / WRITING_DIR)
     checkpoints = newest_first(run_dir)
@@ -187,9 +175,9 @@ def publish(run_dir: Path, step: int, keep: int) -> None:
         shutil.rmtree(path)
 
 
-def _sync(folder: Path) -> None:
-    """Put the names in the folder on the disk for good."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Put the file's content, or the folder's names, on the disk for good."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -207,8 +195,8 @@ def check_same_run(folder: Path, manifest: Manifest, config: Config) -> list[str
     """The changed RESHARDABLE fields, such as "attention.method ring -> ulysses", which only change rounding.
 
     Raises:
-        ConfigError: naming the fields, if the resolved configuration would compute something else, or if a step would
-            take another number of sequences.
+        ConfigError: naming the fields, if the resolved configuration would compute something else, if a step would
+            take another number of sequences, or if the ZeRO stages cannot be resharded.
     """
     before, now = flatten(manifest.config), flatten(asdict(config))
     differing = [name for name in now if not name.startswith(RESUME_SAFE) and before.get(name) != now[name]]
@@ -224,18 +212,13 @@ def check_same_run(folder: Path, manifest: Manifest, config: Config) -> list[str
             "another hydra.run.dir"
         )
     _check_batch(folder, before, now)
-    _check_zero_stage(folder, before, now)
-    return [f"{name} {before.get(name)} -> {now[name]}" for name in differing]
-
-
-def _check_zero_stage(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises ConfigError if neither DeepSpeed nor `resharding` can reshard the states."""
     old, new = before["engine.zero_stage"], now["engine.zero_stage"]
     if old != new and 0 in (old, new):
         raise ConfigError(
             f"{folder} was saved with engine.zero_stage={old} and cannot resume with {new}: stages 1, 2 and 3 resume "
             f"from each other, stage 0 only from itself: type engine.zero_stage={old}, or use another hydra.run.dir"
         )
+    return [f"{name} {before.get(name)} -> {now[name]}" for name in differing]
 
 
 def _check_batch(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
