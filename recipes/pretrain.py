@@ -123,8 +123,9 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
 
             is_agreed = stop_request is not None and stop_request.is_agreed(result.num_stop_requests)
             preempted = is_agreed and not is_last
+            is_due = checkpoints.are_enabled and _is_multiple(step, config.checkpoint.every_n_steps)
             # the last checkpoint follows the summary: a run that has it is finished
-            if preempted or (checkpoints.are_due(step) and not is_last):
+            if preempted or (is_due and not is_last):
                 save(step, preempted)
                 logger.restart()
             if preempted:

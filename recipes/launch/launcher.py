@@ -1,10 +1,8 @@
 """Starts a run's ranks on this machine, or joins those that a launcher has started, and ends them together.
 
-Ranks run a `Task`: a recipe, or the measurements of `recipes.benchmark.compare`. `python train.py` starts one process
-per GPU, or a few on the CPU. Under torchrun, `deepspeed --no_local_rank` and srun, all ranks use rank 0's task and run
-dir. A rank's output, including that of libraries, goes to RUN_DIR/logs/rank_N.log; the console shows rank 0's report.
-
-The parent must not import DeepSpeed, which takes seconds, nor use a GPU's memory, so only ranks import what needs them.
+`python train.py` starts one process per GPU, or a few on the CPU. A rank's output, including that of libraries, goes to
+RUN_DIR/logs/rank_N.log; the console shows rank 0's report. The parent must not import DeepSpeed, which takes seconds,
+nor use a GPU's memory, so only ranks import what needs them.
 """
 
 from __future__ import annotations
@@ -108,7 +106,7 @@ def shared_plan(config: Config) -> Plan:
         except ConfigError as error:
             shared = [error]
     dist.broadcast_object_list(shared, src=0)
-    [plan] = shared
+    plan = shared[0]
     if isinstance(plan, ConfigError):
         raise plan
     plan.resolve_config()
@@ -133,8 +131,7 @@ def result_if_finished(config: Config, num_ranks: int, run_dir: Path) -> float |
         return None
     if os.environ.get("RANK", "0") == "0":
         print(f"all {manifest.step} steps of {run_dir} are done: to train again, use another hydra.run.dir")
-    path = run_dir / SUMMARY_FILE
-    loss = json.loads(path.read_text(encoding="utf-8"))["validation_loss"] if path.exists() else None
+    loss = json.loads((run_dir / SUMMARY_FILE).read_text(encoding="utf-8"))["validation_loss"]  # null if it was nan
     return float("nan") if loss is None else loss
 
 
@@ -152,26 +149,19 @@ def start(task: Task, num_ranks: int, run_dir: Path) -> float:
         return run_rank(task, run_dir, init_method=None)
     except (RunFailed, Preempted) as error:
         if error.of_all_ranks:
-            _wait_for_rank_0(error)
+            import deepspeed.comm as dist
+
+            if dist.get_rank() == 0 and isinstance(error, RunFailed):
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            dist.barrier()  # once any rank exits, the launcher ends the others
         raise
     finally:
         if rendezvous := os.environ.get(RENDEZVOUS):  # used by this run alone, which ends with any of its ranks
             shutil.rmtree(rendezvous, ignore_errors=True)
 
 
-def _wait_for_rank_0(error: RunFailed | Preempted) -> None:
-    """Let rank 0 close its files and print the error: once any rank exits, the launcher ends the others."""
-    import deepspeed.comm as dist
-
-    if dist.get_rank() == 0 and isinstance(error, RunFailed):
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    dist.barrier()
-
-
 def launch(task: Task, num_ranks: int, run_dir: Path) -> float:
-    """Start `num_ranks` processes on this machine, run the task, and return rank 0's result.
-
-    No process is left afterwards, whatever happens.
+    """Start processes on this machine, run the task, and return rank 0's result. No process is left afterwards.
 
     Raises:
         RunFailed: if a rank failed.
@@ -214,25 +204,15 @@ def launch(task: Task, num_ranks: int, run_dir: Path) -> float:
 
 
 def _rank_process(
-    rank: int,
-    parent_pid: int,
-    task: Task,
-    num_ranks: int,
-    run_dir: Path,
-    rendezvous_dir: Path,
-    pipes: list[Connection],
+    rank: int, parent_pid: int, task: Task, num_ranks: int, run_dir: Path, rendezvous_dir: Path, pipes: list[Connection]
 ) -> None:
     if rank:
         die_on_sigint()  # which is also sent when the parent dies
     if os.getppid() != parent_pid:  # the parent died while this rank was starting
         return
-    os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(num_ranks),
-        LOCAL_RANK=str(rank),
-        LOCAL_WORLD_SIZE=str(num_ranks),
-        MASTER_ADDR="127.0.0.1",
-    )
+    os.environ |= dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
+    os.environ |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(num_ranks))
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
     try:
         if rank == 0:
             close_on_sigint()  # it has files and a wandb run to close

@@ -14,8 +14,8 @@ import torch
 
 from conf.schema import Config, ConfigError
 from recipes.launch import startup
-from recipes.launch.disk_errors import full_disk_explained
 from recipes.launch.environment import RENDEZVOUS
+from recipes.launch.failure import full_disk_explained
 from recipes.run.errors import RunFailed
 from recipes.run.heartbeat import LOGS_DIR, clear_rank_states, position
 
@@ -24,9 +24,7 @@ class Task(Protocol):
     """What all ranks do once they are connected; pickled, and rank 0's is used by all."""
 
     @property
-    def config(self) -> Config:
-        """Settings needed before the task: timeouts, determinism."""
-        ...
+    def config(self) -> Config: ...
 
     def run(self, run_dir: Path, console: TextIO) -> float:
         """Run on one rank; `launch` returns rank 0's result.
@@ -44,7 +42,7 @@ def run_rank(task: Task, run_dir: Path, init_method: str | None) -> float:
         init_method: the rendezvous of ranks that `launcher.launch` started; None for an external launcher's ranks.
 
     Raises:
-        RunFailed: for any error of the task, in an external launcher's ranks; `launcher.launch` explains the others.
+        RunFailed: for any error of the task, in an external launcher's ranks.
     """
     rank, num_ranks, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
