@@ -13,8 +13,7 @@ from data.pack import open_corpus
 from recipes.checkpoint.manager import Checkpoints, TrainingData
 from recipes.checkpoint.manifest import Manifest, is_resharded
 from recipes.engine.build import build_engine, build_sharder
-from recipes.launch.bad_steps import BadSteps
-from recipes.launch.stop_request import StopRequest
+from recipes.launch.stopping import BadSteps, StopRequest
 from recipes.monitor.device_metrics import perplexity
 from recipes.monitor.profiling import profiler
 from recipes.monitor.reporter import Reporter
@@ -35,7 +34,7 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
 
     Raises:
         Preempted: on every rank, after a checkpoint, if a signal asked one of them to stop.
-        RunFailed: on every rank, if a loss is not finite (`bad_steps`).
+        RunFailed: on every rank, if a loss is not finite (`BadSteps`).
     """
     # build
     config = plan.config

@@ -12,7 +12,6 @@ import importlib
 import os
 import threading
 from datetime import timedelta
-from typing import NoReturn
 
 from conf.schema import ConfigError
 
@@ -93,10 +92,6 @@ def init_distributed(init_method: str | None, timeout_s: float) -> None:
         ) from error
 
 
-def exit_now(code: int) -> NoReturn:
-    """End this process without Python's own shutdown. Files and the wandb run must be closed.
-
-    The shutdown takes seconds, NCCL's part of it can wait for a dead peer, and threads that libraries leave behind can
-    abort it (apache/arrow#45214).
-    """
-    os._exit(code)
+# Ends this process without Python's own shutdown; files and the wandb run must be closed. The shutdown takes seconds,
+# NCCL's part of it can wait for a dead peer, and threads that libraries leave behind can abort it (apache/arrow#45214).
+exit_now = os._exit

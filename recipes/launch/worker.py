@@ -35,11 +35,11 @@ class Task(Protocol):
         ...
 
 
-def run_rank(task: Task, run_dir: Path, init_method: str | None) -> float:
+def run_rank(task: Task, run_dir: Path, has_parent: bool) -> float:
     """Run the task as the rank that the environment names. All ranks use rank 0's task and run dir.
 
     Args:
-        init_method: the rendezvous of ranks that `launcher.launch` started; None for an external launcher's ranks.
+        has_parent: whether `launcher.launch` has started it, which explains its errors.
 
     Raises:
         RunFailed: for any error of the task, in an external launcher's ranks.
@@ -54,13 +54,11 @@ def run_rank(task: Task, run_dir: Path, init_method: str | None) -> float:
 
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
-    has_parent = init_method is not None
     if rendezvous := os.environ.get(RENDEZVOUS):
         Path(rendezvous).mkdir(mode=0o700, exist_ok=True)
-        init_method = f"file://{rendezvous}/rendezvous"
-    startup.init_distributed(init_method, task.config.launch.timeout_s)
-    if rank == 0:
-        clear_rank_states(run_dir)  # an external launcher has not done it
+    startup.init_distributed(rendezvous and f"file://{rendezvous}/rendezvous", task.config.launch.timeout_s)
+    if rank == 0 and not has_parent:
+        clear_rank_states(run_dir)
     shared = [task, run_dir]
     dist.broadcast_object_list(shared, src=0)
     task, run_dir = shared

@@ -21,7 +21,7 @@ from recipes.checkpoint.manager import (
 )
 from recipes.checkpoint.manifest import Manifest
 from recipes.export import consolidated_weights, export, find_checkpoint
-from recipes.launch.stop_request import StopRequest
+from recipes.launch.stopping import StopRequest
 from recipes.monitor.reporter import drop_rows_after
 
 LENGTH = 7
