@@ -48,7 +48,7 @@ from recipes.run.heartbeat import LOGS_DIR, PREEMPTED_FILE
 
 # the classes that DeepSpeed 0.19.8 pickles beside tensors and plain values
 KNOWN_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
-VERSIONED = ("torch", "deepspeed", "numpy", "datasets")
+RANDOM_STATES_FILE = "random_states_rank_{}.pt"
 
 
 @contextlib.contextmanager
@@ -107,7 +107,8 @@ def _gathered(value: Any) -> list[Any]:
 
 
 def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: version(name) for name in VERSIONED}}
+    packages = ("torch", "deepspeed", "numpy", "datasets")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def _changed_versions(manifest: Manifest) -> str:
@@ -116,7 +117,7 @@ def _changed_versions(manifest: Manifest) -> str:
     return f" with other versions, which may round differently: {', '.join(changed)}" if changed else ""
 
 
-class TrainingData:
+class TrainingData(Iterator[Tokens]):
     """The training sequences after a checkpoint, or from the start.
 
     Raises:
@@ -124,7 +125,7 @@ class TrainingData:
     """
 
     def __init__(self, corpus: Corpus, resumed: Manifest | None) -> None:
-        self._last: Tokens | None = None
+        self._last: Tokens  # once `next` was called
         cursor = resumed.data_cursor if resumed else 0
         self._sequences = corpus.training(max(0, cursor - corpus.sequence_tokens))
         if resumed and cursor:
@@ -135,9 +136,6 @@ class TrainingData:
                     "is another one; use the same files, or another hydra.run.dir"
                 )
 
-    def __iter__(self) -> Iterator[Tokens]:
-        return self
-
     def __next__(self) -> Tokens:
         self._last = next(self._sequences)
         return self._last
@@ -145,7 +143,6 @@ class TrainingData:
     @property
     def last_sha256(self) -> str:
         """Of the last sequence taken."""
-        assert self._last is not None
         return hashlib.sha256(self._last.tobytes()).hexdigest()
 
 
@@ -177,14 +174,14 @@ class Checkpoints:
             shutil.rmtree(writing, ignore_errors=True)  # of a run that was killed
             folder.mkdir(parents=True)
         dist.barrier()
-        torch.save(random_states(), folder / _random_states_file(rank))
+        torch.save(random_states(), folder / RANDOM_STATES_FILE.format(rank))
         # ends with a barrier, after which all files exist
         self._engine.deepspeed.save_checkpoint(writing, tag, self._engine.client_state, save_latest=False)
         names = sorted(path.name for path in folder.iterdir())
         parts = _gathered({name: fingerprint(folder / name) for name in names[rank::num_ranks]})
         if rank == 0:
             files = {name: print_ for part in parts for name, print_ in part.items()}
-            if missing := {_random_states_file(other) for other in range(num_ranks)} - files.keys():
+            if missing := set(map(RANDOM_STATES_FILE.format, range(num_ranks))) - files.keys():
                 raise RunFailed(
                     f"{folder} has no {min(missing)}, which another rank has written: use hydra.run.dir on a disk that "
                     "all hosts share"
@@ -211,20 +208,18 @@ class Checkpoints:
                 assert path is not None, f"DeepSpeed has not loaded {folder / tag}"
             # with other ranks each keeps its own states: nothing is drawn once the weights are initialised
             if manifest.config["launch"]["num_ranks"] == self._config.launch.num_ranks:
-                restore_random_states(torch.load(folder / tag / _random_states_file(dist.get_rank())))
-
-
-def _random_states_file(rank: int) -> str:
-    return f"random_states_rank_{rank}.pt"
+                restore_random_states(torch.load(folder / tag / RANDOM_STATES_FILE.format(dist.get_rank())))
 
 
 def random_states() -> dict[str, Any]:
     """The states of Python's, NumPy's, PyTorch's and the GPU's generators, as plain values and tensors."""
     name, keys, *rest = np.random.get_state()
-    states = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
+    return {
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
 
 
 def restore_random_states(states: dict[str, Any]) -> None:

@@ -28,8 +28,7 @@ LATEST_FILE, MANIFEST_FILE = "latest", "manifest.json"
 RESUME_SAFE = (
     *BOOKKEEPING,
     "launch.timeout_s",
-    "launch.stall_factor",
-    "launch.stall_s",
+    "launch.stall_",
     "engine.on_bad_step",
     "engine.detect_anomaly",
     "engine.offload_activations",
@@ -56,34 +55,17 @@ class BrokenCheckpoint(Exception):
 
 
 @dataclass(frozen=True)
-class Fingerprint:
-    """What a file must be."""
-
-    num_bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
 class Manifest:
-    """A checkpoint in numbers.
-
-    Args:
-        data_cursor: number of the next training token (`data.pack.Corpus.training`).
-        last_sequence_sha256: of the sequence before it, to recognise the corpus.
-        elapsed_s: time spent training so far.
-        config: resolved, as in RUN_DIR/config.yaml.
-        versions: of Python and the packages that compute.
-        files: by name in the checkpoint's folder.
-    """
+    """A checkpoint in numbers."""
 
     step: int
-    data_cursor: int
-    last_sequence_sha256: str
-    elapsed_s: float
+    data_cursor: int  # number of the next training token (`data.pack.Corpus.training`)
+    last_sequence_sha256: str  # of the sequence before it, to recognise the corpus
+    elapsed_s: float  # time spent training so far
     wandb_run_id: str
-    config: dict[str, Any]
-    versions: dict[str, str]
-    files: dict[str, Fingerprint]
+    config: dict[str, Any]  # resolved, as in RUN_DIR/config.yaml
+    versions: dict[str, str]  # of Python and the packages that compute
+    files: dict[str, dict[str, Any]]  # fingerprints by name in the checkpoint's folder
 
 
 def step_name(step: int) -> str:
@@ -103,11 +85,11 @@ def resume_hint(run_dir: Path) -> str:
     return f"the same command resumes from {checkpoints[0].name}" if checkpoints else "there is no checkpoint yet"
 
 
-def fingerprint(path: Path) -> Fingerprint:
-    """Of the file, once it is on the disk for good."""
+def fingerprint(path: Path) -> dict[str, Any]:
+    """The file's num_bytes and sha256, once it is on the disk for good."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
-        return Fingerprint(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+        return {"num_bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -124,8 +106,7 @@ def read_manifest(folder: Path) -> Manifest:
         content = json.loads(path.read_bytes())
         if content.pop("sha256") != _checksum(content):
             raise ValueError
-        files = {name: Fingerprint(**numbers) for name, numbers in content.pop("files").items()}
-        return Manifest(**content, files=files)
+        return Manifest(**content)
     except OSError as error:
         raise BrokenCheckpoint(f"{path}: {error.strerror}") from error
     except (ValueError, TypeError, AttributeError, KeyError) as error:  # not JSON, or JSON of something else
@@ -150,10 +131,10 @@ def check_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
         path, expected = folder / name, manifest.files[name]
         if not path.is_file():
             raise BrokenCheckpoint(f"{path} is missing")
-        if path.stat().st_size != expected.num_bytes:
-            raise BrokenCheckpoint(f"{path} has {path.stat().st_size:,} bytes, not {expected.num_bytes:,}")
+        if path.stat().st_size != expected["num_bytes"]:
+            raise BrokenCheckpoint(f"{path} has {path.stat().st_size:,} bytes, not {expected['num_bytes']:,}")
         with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != expected.sha256:
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
                 raise BrokenCheckpoint(f"{path} has another checksum than when it was written")
 
 
@@ -163,8 +144,7 @@ def publish(run_dir: Path, step: int, keep: int) -> None:
     Checkpoints of this and later steps are removed too: they were broken, or the run would have resumed from them.
     """
     folder, name = run_dir / CHECKPOINTS_DIR, step_name(step)
-    if (folder / name).exists():
-        shutil.rmtree(folder / name)
+    shutil.rmtree(folder / name, ignore_errors=True)
     (folder / WRITING_DIR / name).rename(folder / name)
     replace_file(folder / LATEST_FILE, name)
     _sync(folder)

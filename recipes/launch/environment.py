@@ -78,6 +78,5 @@ def adopt_submitit_tasks() -> None:
 
 def _first_host(nodelist: str) -> str:
     """SLURM's node[003-007,9],gpu1 -> node003."""
-    first = re.match(r"([^,\[]|\[[^\]]*\])+", nodelist)
-    assert first is not None
-    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first.group())
+    first, *_ = re.split(r",(?![^\[]*\])", nodelist)  # at commas outside of brackets
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)

@@ -17,23 +17,17 @@ from recipes.run.errors import RunFailed
 from recipes.run.heartbeat import LOGS_DIR, STALL_FILE, describe_ranks, position
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-_PROBE_BYTES = 2**20
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a rank sends its parent: the recipe's result, or an error for people.
-
-    Args:
-        refused: whether the configuration is at fault, not this rank.
-        reported: when, by the host's clock.
-    """
+    """What a rank sends its parent: the recipe's result, or an error for people."""
 
     rank: int
     result: float = float("nan")
     error: str = ""
-    refused: bool = False
-    reported: float = field(default_factory=time.monotonic)
+    refused: bool = False  # whether the configuration is at fault, not this rank
+    reported: float = field(default_factory=time.monotonic)  # when, by the host's clock
 
 
 def explain_failure(exit_codes: Sequence[int], first_seen: int, outcomes: Sequence[Outcome], run_dir: Path) -> str:
@@ -42,7 +36,6 @@ def explain_failure(exit_codes: Sequence[int], first_seen: int, outcomes: Sequen
     Args:
         exit_codes: by rank, when the first failure was seen; 0 for ranks that still ran.
         first_seen: the rank whose failure was seen first.
-        outcomes: in any order.
     """
     with contextlib.suppress(FileNotFoundError):  # the watchdog has ended the run
         return (run_dir / LOGS_DIR / STALL_FILE).read_text(encoding="utf-8").rstrip()
@@ -82,14 +75,11 @@ def _overdue_transfers(run_dir: Path) -> list[str]:
 
 @contextlib.contextmanager
 def full_disk_explained(run_dir: Path, rank: int) -> Iterator[None]:
-    """Raise RunFailed from an error of the block that a disk has caused. Every rank runs its task within this.
-
-    PyTorch does not say why it could not write a file ("iostream error"), so a test file finds out.
-    """
+    """Raise RunFailed from an error of the block that a disk has caused. Every rank runs its task within this."""
     try:
         yield
     except (OSError, RuntimeError) as error:
-        reason = _named_reason(error) or _found_reason(run_dir)
+        reason = _disk_problem(error, run_dir)
         if isinstance(error, RunFailed) or reason is None:
             raise
         raise RunFailed(
@@ -98,20 +88,15 @@ def full_disk_explained(run_dir: Path, rank: int) -> Iterator[None]:
         ) from error
 
 
-def _named_reason(error: BaseException) -> str | None:
-    """The reason that the error names; None if it names none, or no disk's."""
+def _disk_problem(error: Exception, run_dir: Path) -> str | None:
+    """The disk's problem that the error names, or that writing a test file finds; None if there is none."""
     if any(words in str(error) for words in ("/dev/shm", "shared memory object", "shared memory(shm)")):
         return f"/dev/shm is full: {error}"
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
-    return None
-
-
-def _found_reason(run_dir: Path) -> str | None:
-    """Why a small file cannot be written to the run dir; None if it can."""
-    try:
+    try:  # PyTorch does not say why it could not write a file ("iostream error")
         with tempfile.NamedTemporaryFile(dir=run_dir) as probe:
-            os.posix_fallocate(probe.fileno(), 0, _PROBE_BYTES)
-    except OSError as error:
-        return f"{error.strerror}: {run_dir}"
+            os.posix_fallocate(probe.fileno(), 0, 2**20)
+    except OSError as found:
+        return f"{found.strerror}: {run_dir}"
     return None

@@ -54,15 +54,14 @@ def make_plan(config: Config, num_ranks: int) -> Plan:
     Raises:
         ConfigError: if the configuration does not fit the ranks or the device.
     """
+    ranks_per_host = _ranks_per_host(num_ranks)
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
-        capability = (gpu.major, gpu.minor)
-        return Plan(config, num_ranks, "cuda", gpu.name, capability, _ranks_per_host(num_ranks), gpu.total_memory)
+        return Plan(config, num_ranks, "cuda", gpu.name, (gpu.major, gpu.minor), ranks_per_host, gpu.total_memory)
     if config.engine.dtype == "fp16":
         raise ConfigError("engine.dtype=fp16 needs a GPU: use engine.dtype=bf16 or engine.dtype=fp32 on the CPU")
     if config.attention.transport == "copy_engine":
         raise ConfigError("attention.transport=copy_engine needs GPUs: use attention.transport=p2p on the CPU")
-    ranks_per_host = _ranks_per_host(num_ranks)
     memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks_per_host
     return Plan(config, num_ranks, "cpu", "CPU", None, ranks_per_host, memory_bytes)
 

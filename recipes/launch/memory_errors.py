@@ -21,7 +21,6 @@ from recipes.run.heartbeat import LOGS_DIR, position
 NUM_OVERRIDES = 3
 # in errors other than torch.OutOfMemoryError: PyTorch's CPU allocator, CUDA and NCCL calls
 OUT_OF_MEMORY_WORDS = ("DefaultCPUAllocator", "out of memory")
-ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 @contextlib.contextmanager
@@ -33,7 +32,7 @@ def out_of_memory_explained(plan: Plan, run_dir: Path) -> Iterator[None]:
         cause = out_of_memory_cause(error)
         if cause is None:
             raise
-        allocator = next((os.environ[name] for name in ALLOCATOR_VARIABLES if name in os.environ), "")
+        allocator = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
         rank = int(os.environ["RANK"])
         lines = [
             f"rank {rank} ran out of memory{position(run_dir, rank)}",

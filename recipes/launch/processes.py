@@ -29,11 +29,10 @@ from recipes.launch.environment import RENDEZVOUS
 from recipes.launch.failure import Outcome, explain_failure
 from recipes.launch.startup import exit_now
 from recipes.launch.worker import Task, run_rank
-from recipes.run.errors import Preempted, RunFailed
+from recipes.run.errors import STOP_SIGNALS, Preempted, RunFailed
 from recipes.run.heartbeat import LOGS_DIR, clear_rank_states
 
 CLOSING_S = 10.0  # wandb's offline run takes one to four to close
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # schedulers send one of them some time before they kill
 
 
 def launch(task: Task, num_ranks: int, run_dir: Path) -> float:
@@ -154,10 +153,9 @@ def _restore(handlers: Mapping[signal.Signals, Any]) -> None:
 
 def first_to_fail(processes: Sequence[BaseProcess]) -> int | None:
     """Wait until all ranks have ended well or preempted, or return the first rank that has not."""
-    running = {process.sentinel: rank for rank, process in enumerate(processes)}
+    running: dict[Any, int] = {process.sentinel: rank for rank, process in enumerate(processes)}
     while running:
         for sentinel in multiprocessing.connection.wait(list(running)):
-            assert isinstance(sentinel, int)
             rank = running.pop(sentinel)
             processes[rank].join()
             if processes[rank].exitcode not in (0, Preempted.EXIT_CODE):

@@ -1,7 +1,6 @@
-"""What makes the program and its ranks start and exit fast, all in one place; each step says what it saves.
+"""What makes the program and its ranks start and exit fast. `train.py` imports this file before torch.
 
-Times are of 2 CPU cores, PyTorch 2.13 and DeepSpeed 0.19.8. `train.py` imports this file before torch, so it imports
-torch only within functions.
+Times are of 2 CPU cores, PyTorch 2.13 and DeepSpeed 0.19.8.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ def init_distributed(init_method: str | None, timeout_s: float) -> None:
     """Join the process group that RANK and WORLD_SIZE name: NCCL on GPUs, gloo on the CPU. Every rank must call it.
 
     Args:
-        init_method: the rendezvous, for example file:///tmp/rendezvous; None uses MASTER_ADDR and MASTER_PORT.
+        init_method: such as file:///tmp/rendezvous; None uses MASTER_ADDR and MASTER_PORT.
 
     Raises:
         ConfigError: on rank 0, if another program listens on the port.

@@ -12,9 +12,8 @@ from torch import Tensor
 from recipes.checkpoint.manager import TrainingData
 from recipes.checkpoint.manifest import resume_hint
 from recipes.engine.base import Engine, StepResult
-from recipes.launch.processes import STOP_SIGNALS
 from recipes.planning.plan import Plan
-from recipes.run.errors import RunFailed
+from recipes.run.errors import STOP_SIGNALS, RunFailed
 
 MAX_BAD_STEPS = 10  # in a row; then the batch is not the cause
 

@@ -112,12 +112,10 @@ def _end(message: str, run_dir: Path, rank: int, num_ranks: int, console: TextIO
         logs = run_dir / LOGS_DIR
         where = f"stacks of all threads and pending collectives are in {logs}/rank_*.log"
         text = "\n".join([message, *describe_ranks(run_dir, num_ranks, time.time()), where])
-        try:
-            with (logs / STALL_FILE).open("x", encoding="utf-8") as file:
-                file.write(text + "\n")
+        is_first = False
+        with contextlib.suppress(FileExistsError), (logs / STALL_FILE).open("x", encoding="utf-8") as file:
+            file.write(text + "\n")
             is_first = True
-        except FileExistsError:
-            is_first = False
         print(text, file=sys.stderr, flush=True)  # this rank's log
         faulthandler.dump_traceback(sys.stderr.fileno())
         pickled, pending = flight_record()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # schedulers send one of them some time before they kill
+
 
 class RunFailed(RuntimeError):
     """A rank failed. The message names the rank, shows its error and says where its log is.

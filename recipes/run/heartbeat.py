@@ -43,30 +43,23 @@ class Heartbeat:
 
     def update(self, kind: str, text: str) -> None:
         """Record that the rank is now at this step, part, ring step or wait; an empty text ends it."""
-        state = self._state
-        state[kind] = text
-        if kind != "wait":
-            self._progress += 1
+        self._state[kind] = text
+        self._progress += kind != "wait"
         if kind in ("step", "part"):
-            state["ring_step"] = state["wait"] = ""
-        line = "\t".join((self._owner, f"{time.time():.6f}", str(self._progress), *state.values()))
+            self._state |= {"ring_step": "", "wait": ""}
+        line = "\t".join((self._owner, f"{time.time():.6f}", str(self._progress), *self._state.values()))
         self._bytes[:] = line.encode()[: _RECORD_BYTES - 1].ljust(_RECORD_BYTES - 1) + b"\n"
 
 
 @dataclass(frozen=True)
 class RankState:
-    """The last recorded state of a rank.
-
-    Args:
-        since: seconds since the epoch, by the clock of the rank's host.
-        progress: number of updates so far, waits excluded; it is comparable, since all ranks make the same updates.
-    """
+    """The last recorded state of a rank."""
 
     rank: int
     pid: int
     host: str
-    since: float
-    progress: int
+    since: float  # seconds since the epoch, by the clock of the rank's host
+    progress: int  # number of updates so far, waits excluded: all ranks make the same ones
     step: str
     part: str
     ring_step: str

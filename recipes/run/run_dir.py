@@ -30,19 +30,12 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """One run of recipe=pretrain or recipe=forward.
+    """One run of recipe=pretrain or recipe=forward."""
 
-    Args:
-        name: unique among the runs that were loaded together.
-        settings: by dotted name, such as optimizer.lr. Empty if they cannot be read.
-        rows: one per logged step, in order. None where a number was not finite.
-        summary: metrics of the whole run, such as the parts of a step's time.
-    """
-
-    name: str
-    settings: dict[str, Any]
-    rows: list[Row]
-    summary: dict[str, float | None]
+    name: str  # unique among the runs that were loaded together
+    settings: dict[str, Any]  # by dotted name, such as optimizer.lr; empty if they cannot be read
+    rows: list[Row]  # one per logged step, in order; None where a number was not finite
+    summary: dict[str, float | None]  # metrics of the whole run, such as the parts of a step's time
 
     def column(self, name: str) -> list[float | None]:
         """One value per row, None where the metric was not logged."""
@@ -110,7 +103,9 @@ def run_folders(folder: Path) -> Iterator[Path]:
     """The run dirs at or below `folder`, sorted by name, numbers by value."""
     if not folder.is_dir():
         return
-    children = [child for child in folder.iterdir() if child.is_dir() and not _is_ignored(child.name)]
+    # without wandb's files and trials' interrupted attempts
+    named = [child for child in folder.iterdir() if child.name != "wandb" and ".interrupted-" not in child.name]
+    children = [child for child in named if child.is_dir()]
     children.sort(key=lambda path: (not path.name.isdigit(), path.name.zfill(9)))
     if _is_run(folder) and not any(_is_run(child) for child in children):  # sweeps may write files of these names
         yield folder
@@ -124,11 +119,6 @@ def replace_file(path: Path, text: str) -> None:
     part = path.with_name(f".{path.name}.part")
     part.write_text(text, encoding="utf-8")
     part.replace(path)
-
-
-def _is_ignored(name: str) -> bool:
-    """Whether a folder holds a trial's interrupted attempt, or wandb's files."""
-    return ".interrupted-" in name or name == "wandb"
 
 
 def _is_run(folder: Path) -> bool:
@@ -155,11 +145,9 @@ def _read_comparison(name: str, path: Path, loaded: LoadedRuns) -> None:
 
 def _read_rows(path: Path, problems: list[str]) -> list[Row]:
     """The rows of a metrics file by step. If a step was logged twice, the later row counts."""
-    if not path.exists():
-        problems.append(f"{path} is missing: no step was logged")
-        return []
     rows: dict[int, Row] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for number, line in enumerate(text.splitlines(), 1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:

@@ -125,7 +125,7 @@ def test_a_run_without_a_step_is_a_problem(tmp_path):
     assert loaded.problems == [
         f"{begun}/metrics.jsonl has no logged step yet",
         f"{failed}/summary.json is cut off or not valid JSON: skipped",
-        f"{failed}/metrics.jsonl is missing: no step was logged",
+        f"{failed}/metrics.jsonl has no logged step yet",
     ]
 
 
