@@ -65,9 +65,7 @@ def only_known_classes() -> Iterator[None]:
 def choose_checkpoint(config: Config, run_dir: Path, say: Callable[[str], None]) -> Manifest | None:
     """The run's newest checkpoint whose checksums match; None if there are no checkpoints. Ranks share the reading.
 
-    Args:
-        config: resolved.
-        say: prints a line; rank 0's is used.
+    The configuration is resolved. `say` prints a line; rank 0's is used.
 
     Raises:
         ConfigError: on every rank, if all checkpoints are broken, or if the newest intact one belongs to another run.
@@ -164,8 +162,7 @@ class Checkpoints:
     ) -> None:
         """Write a checkpoint below `writing`, then rename it. Arguments are rank 0's, as in `Manifest`.
 
-        Args:
-            preempted: whether the run ends after it; then RUN_DIR/logs/preempted is written.
+        If the run ends after it because it is `preempted`, RUN_DIR/logs/preempted is written.
         """
         rank, num_ranks = dist.get_rank(), dist.get_world_size()
         writing, tag = self._run_dir / CHECKPOINTS_DIR / WRITING_DIR, step_name(step)
@@ -216,7 +213,7 @@ def random_states() -> dict[str, Any]:
     name, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
-        "numpy": (name, keys.tolist(), *rest),
+        "numpy": (name, np.asarray(keys).tolist(), *rest),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }

@@ -27,26 +27,17 @@ LATEST_FILE, MANIFEST_FILE = "latest", "manifest.json"
 # fields that may change on resume because they do not change the result
 RESUME_SAFE = (
     *BOOKKEEPING,
-    "launch.timeout_s",
-    "launch.stall_",
-    "engine.on_bad_step",
-    "engine.detect_anomaly",
-    "engine.offload_activations",
-    "attention.transport",
+    *("launch.timeout_s", "launch.stall_", "attention.transport"),
+    *("engine.on_bad_step", "engine.detect_anomaly", "engine.offload_activations"),
 )
 # fields that may change on resume because they only change which rank computes what: sums are in another order, so
 # results differ by rounding. DeepSpeed shards over all data x sequence ranks, so only the last two change its files.
 RESHARDABLE = (
     "attention.",
-    "parallelism.data_degree",
-    "parallelism.ring_degree",
-    "parallelism.ulysses_degree",
-    "engine.micro_batch_size",
-    "engine.gradient_accumulation_steps",
-    "engine.recompute",  # it may tile the MLPs
-    "engine.tile_tokens",
-    "engine.zero_stage",
-    "launch.num_ranks",
+    *("parallelism.data_degree", "parallelism.ring_degree", "parallelism.ulysses_degree"),
+    *("engine.micro_batch_size", "engine.gradient_accumulation_steps"),
+    *("engine.recompute", "engine.tile_tokens"),  # the former may tile the MLPs
+    *("engine.zero_stage", "launch.num_ranks"),
 )
 
 
@@ -158,10 +149,8 @@ def publish(run_dir: Path, step: int, keep: int) -> None:
 def _sync(path: Path) -> None:
     """Put the file's content, or the folder's names, on the disk for good."""
     descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def is_resharded(manifest: Manifest, config: Config) -> bool:

@@ -78,17 +78,11 @@ def _stage_3_slices(shapes: Mapping[str, torch.Size], num_ranks: int) -> dict[st
 
 @torch.no_grad()
 def load_into_engine(states: ConsolidatedState, engine: Any, parameters: Mapping[str, torch.nn.Parameter]) -> None:
-    """Load the states into a new DeepSpeed engine of ZeRO 1 to 3. Every rank must call it.
-
-    Args:
-        parameters: of the engine's module, by name.
-    """
+    """Load the states into a new DeepSpeed engine of ZeRO 1 to 3 with these parameters. Every rank must call it."""
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
-    flats = (
-        optimizer.fp32_partitioned_groups_flat
-        if stage == 3
-        else [flat for group in optimizer.param_groups for flat in group["params"]]
-    )
+    flats = [flat for group in optimizer.param_groups for flat in group["params"]]
+    if stage == 3:
+        flats = optimizer.fp32_partitioned_groups_flat
     if states.num_updates:
         for flat in flats:
             step = torch.tensor(float(states.num_updates), device=flat.device)

@@ -63,10 +63,7 @@ def adopt_external_ranks() -> bool:
 
 
 def adopt_submitit_tasks() -> None:
-    """In a submitit job of several tasks (Hydra's SLURM launcher), make each task a rank of one run.
-
-    A job of one task, the default, starts its own ranks, one per GPU.
-    """
+    """In a submitit job of several tasks (Hydra's SLURM launcher), make each a rank; a single task starts its own."""
     if "SUBMITIT_EXECUTOR" not in os.environ:
         return
     from submitit import JobEnvironment

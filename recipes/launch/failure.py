@@ -79,8 +79,7 @@ def full_disk_explained(run_dir: Path, rank: int) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        reason = _disk_problem(error, run_dir)
-        if isinstance(error, RunFailed) or reason is None:
+        if isinstance(error, RunFailed) or (reason := _disk_problem(error, run_dir)) is None:
             raise
         raise RunFailed(
             f"rank {rank} could not write{position(run_dir, rank)}: {reason}\n{resume_hint(run_dir)}: first free space "

@@ -32,7 +32,6 @@ def out_of_memory_explained(plan: Plan, run_dir: Path) -> Iterator[None]:
         cause = out_of_memory_cause(error)
         if cause is None:
             raise
-        allocator = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
         rank = int(os.environ["RANK"])
         lines = [
             f"rank {rank} ran out of memory{position(run_dir, rank)}",
@@ -42,7 +41,7 @@ def out_of_memory_explained(plan: Plan, run_dir: Path) -> Iterator[None]:
             *state_lines(plan),
             *step_memory_lines(plan),
             f"the {NUM_OVERRIDES} overrides most likely to help, best first:",
-            *(f"  {override}" for override in helpful_overrides(plan, allocator)),
+            *(f"  {override}" for override in helpful_overrides(plan)),
         ]
         raise RunFailed("\n".join(lines)) from error
 
@@ -51,7 +50,6 @@ def _write_snapshot(run_dir: Path, rank: int) -> str:
     """Write what this rank's GPU memory holds, which the error's frames keep, to a file; returns a line about it."""
     path = run_dir / LOGS_DIR / f"memory_rank_{rank}.pickle"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         torch.cuda.memory._dump_snapshot(str(path))
     except Exception as error:  # a full disk or a CUDA error must not hide the rest of the message
         return f"no memory snapshot: {error}"
@@ -69,17 +67,13 @@ def out_of_memory_cause(error: BaseException | None) -> BaseException | None:
     return None
 
 
-def helpful_overrides(plan: Plan, allocator: str = "") -> list[str]:
-    """Up to three lines to type that reduce memory and are not set yet, best first.
-
-    Args:
-        allocator: the value of PYTORCH_ALLOC_CONF.
-    """
-    overrides = [*_for_the_same_job(plan, allocator), *_for_a_smaller_job(plan)]
+def helpful_overrides(plan: Plan) -> list[str]:
+    """Up to three lines to type that reduce memory and are not set yet, best first."""
+    overrides = [*_for_the_same_job(plan), *_for_a_smaller_job(plan)]
     return [f"{override}  ({why})" for override, why in overrides][:NUM_OVERRIDES]
 
 
-def _for_the_same_job(plan: Plan, allocator: str) -> Iterator[tuple[str, str]]:
+def _for_the_same_job(plan: Plan) -> Iterator[tuple[str, str]]:
     """Overrides, and why they help, that train the same model on the same batches."""
     engine, degrees, tokens = plan.config.engine, plan.degrees, plan.local_tokens
     if plan.config.attention.kernel == "reference":
@@ -102,6 +96,7 @@ def _for_the_same_job(plan: Plan, allocator: str) -> Iterator[tuple[str, str]]:
     if is_sequence_parallel and engine.zero_stage < 3 and plan.num_ranks > 1:
         states = "weights, gradients and optimizer states" if plan.trains else "weights"
         yield "engine.zero_stage=3", f"shards {states} over all {plan.num_ranks} ranks"
+    allocator = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
     if plan.on_gpu and "expandable_segments" not in allocator:
         value = f"{allocator},expandable_segments:True".lstrip(",")
         yield f"PYTORCH_ALLOC_CONF={value}", "before the command: reduces fragmentation"
@@ -131,15 +126,14 @@ def _same_batch(plan: Plan) -> str:
 
 def _more_ranks_per_sequence(plan: Plan) -> str | None:
     """Overrides for all ranks on one sequence; None if they are, or if there are too few heads."""
-    degrees, num_ranks, all_ranks = plan.degrees, plan.num_ranks, "parallelism.data_degree=1"
-    if degrees.data == 1:
+    num_ranks, ulysses = plan.num_ranks, plan.degrees.ulysses
+    if plan.degrees.data == 1 or (plan.method == "ulysses" and plan.config.model.num_kv_heads < num_ranks):
         return None
-    if plan.candidates:
-        return all_ranks  # attention=auto chooses the other degrees
-    if plan.method == "local":
-        return f"attention=ring {all_ranks}"
-    if plan.method == "ulysses":
-        fits = plan.config.model.num_kv_heads >= num_ranks
-        return f"{all_ranks} parallelism.ulysses_degree={num_ranks}" if fits else None
-    ring = f"{all_ranks} parallelism.ring_degree={num_ranks // degrees.ulysses}"
-    return f"{ring} parallelism.ulysses_degree={degrees.ulysses}" if plan.method == "hybrid" else ring
+    by_method = {
+        "local": "attention=ring",
+        "ulysses": f"parallelism.ulysses_degree={num_ranks}",
+        "hybrid": f"parallelism.ring_degree={num_ranks // ulysses} parallelism.ulysses_degree={ulysses}",
+    }
+    # attention=auto chooses the other degrees
+    others = "" if plan.candidates else by_method.get(plan.method, f"parallelism.ring_degree={num_ranks}")
+    return f"parallelism.data_degree=1 {others}".rstrip()

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -52,8 +52,7 @@ def launch(task: Task, num_ranks: int, run_dir: Path) -> float:
     try:
         with signals_deferred():
             arguments = (os.getpid(), task, num_ranks, run_dir, rendezvous, [writer for _, writer in pipes])
-            context = mp.start_processes(_rank_process, arguments, num_ranks, join=False, start_method="spawn")
-        assert context is not None
+            context: Any = mp.start_processes(_rank_process, arguments, num_ranks, join=False, start_method="spawn")
         processes = context.processes
         with signals_passed_on(processes) as passed_on:
             failed = first_to_fail(processes)
@@ -108,47 +107,46 @@ def _rank_process(
 
 @contextlib.contextmanager
 def signals_deferred() -> Iterator[None]:
-    """Ctrl-C, SIGTERM and SIGUSR1 take effect after the block. Processes started in it have SIGINT blocked.
+    """Ctrl-C, SIGTERM and SIGUSR1 take effect after the block. Processes that start in it have SIGINT blocked.
 
-    Processes that are starting would print tracebacks.
+    Until they run our code they would print tracebacks.
     """
     received: list[int] = []
-    numbers = (signal.SIGINT, *STOP_SIGNALS)
-    handlers = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        _restore(handlers)
-        for number in received:
-            signal.raise_signal(number)
+    with _handled((signal.SIGINT, *STOP_SIGNALS), lambda number, _: received.append(number)):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    for number in received:
+        signal.raise_signal(number)
 
 
 @contextlib.contextmanager
 def signals_passed_on(processes: Sequence[BaseProcess]) -> Iterator[list[int]]:
-    """Pass the first SIGTERM or SIGUSR1 on to the ranks and put it in the list; later ones act as before the block."""
+    """Pass the first SIGTERM or SIGUSR1 on to the ranks and put it in the list; a later one raises Preempted."""
     passed_on: list[int] = []
-    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
     def pass_on(number: int, _: object) -> None:
+        if passed_on:
+            raise Preempted
         passed_on.append(number)
-        _restore(handlers)
         for process in processes:
             if process.pid is not None and process.is_alive():
                 os.kill(process.pid, number)
 
-    for number in STOP_SIGNALS:
-        signal.signal(number, pass_on)
-    try:
+    with _handled(STOP_SIGNALS, pass_on):
         yield passed_on
+
+
+@contextlib.contextmanager
+def _handled(numbers: Sequence[signal.Signals], handler: Callable[[int, Any], None]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
     finally:
-        _restore(handlers)
-
-
-def _restore(handlers: Mapping[signal.Signals, Any]) -> None:
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def first_to_fail(processes: Sequence[BaseProcess]) -> int | None:

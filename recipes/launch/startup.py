@@ -50,18 +50,15 @@ def import_deepspeed() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if hasattr(torch.compiler, "set_default_backend"):  # since PyTorch 2.13
         torch.compiler.set_default_backend("eager")
-        try:
-            importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
-        finally:
-            torch.compiler.set_default_backend(None)
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+        torch.compiler.set_default_backend(None)
     gc.freeze()  # DeepSpeed collects garbage six times while it starts and would search all modules each time
 
 
 def init_distributed(init_method: str | None, timeout_s: float) -> None:
     """Join the process group that RANK and WORLD_SIZE name: NCCL on GPUs, gloo on the CPU. Every rank must call it.
 
-    Args:
-        init_method: such as file:///tmp/rendezvous; None uses MASTER_ADDR and MASTER_PORT.
+    They meet at `init_method`, such as file:///tmp/rendezvous; None uses MASTER_ADDR and MASTER_PORT.
 
     Raises:
         ConfigError: on rank 0, if another program listens on the port.

@@ -36,11 +36,7 @@ class StopRequest:
         self.is_received = True
 
     def is_agreed(self, num_stop_requests: Tensor) -> bool:
-        """Whether to stop after this step, equal on all ranks.
-
-        Args:
-            num_stop_requests: of this step, as in `StepResult`.
-        """
+        """Whether to stop after this step, equal on all ranks, whose `StepResult` has `num_stop_requests`."""
         count = num_stop_requests.to("cpu", non_blocking=True)  # valid after the event
         copied = torch.cuda.current_stream().record_event() if num_stop_requests.is_cuda else None
         previous, self._previous = self._previous, (count, copied)
@@ -65,8 +61,7 @@ class BadSteps:
     def check(self, step: int, result: StepResult, data: TrainingData) -> str | None:
         """A line about a step that was skipped; None if the step is good. Waits for the device only if it may be bad.
 
-        Args:
-            data: has just yielded the step's last sequence.
+        The data has just yielded the step's last sequence.
 
         Raises:
             RunFailed: on every rank, if the run must stop.

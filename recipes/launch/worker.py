@@ -27,10 +27,9 @@ class Task(Protocol):
     def config(self) -> Config: ...
 
     def run(self, run_dir: Path, console: TextIO) -> float:
-        """Run on one rank; `launch` returns rank 0's result.
+        """Run on one rank; `launch` returns rank 0's result. People see what rank 0 writes to the console.
 
-        Args:
-            console: where rank 0 writes what people see; all other output goes to the rank's log.
+        All other output goes to the rank's log.
         """
         ...
 
@@ -38,8 +37,7 @@ class Task(Protocol):
 def run_rank(task: Task, run_dir: Path, has_parent: bool) -> float:
     """Run the task as the rank that the environment names. All ranks use rank 0's task and run dir.
 
-    Args:
-        has_parent: whether `launcher.launch` has started it, which explains its errors.
+    It `has_parent` if `processes.launch` has started it, which explains its errors.
 
     Raises:
         RunFailed: for any error of the task, in an external launcher's ranks.

@@ -115,11 +115,7 @@ def position(run_dir: Path, rank: int) -> str:
 
 
 def describe_ranks(run_dir: Path, num_ranks: int, now: float) -> list[str]:
-    """One line per rank: its position, for how long, whether it is behind the others, and its process's problem.
-
-    Args:
-        now: seconds since the epoch.
-    """
+    """One line per rank: its state, for how long at `now` (seconds since the epoch), and what keeps it from running."""
     states = [state for rank in range(num_ranks) if (state := read_rank_state(run_dir, rank))]
     progress = [state.progress for state in states]
     return [

@@ -65,7 +65,7 @@ RING_8 = "parallelism.data_degree=1 parallelism.ring_degree=8"
         (
             {"attention": AttentionConfig("local")},
             [
-                "attention=ring parallelism.data_degree=1 engine.train_batch_size=8",
+                "parallelism.data_degree=1 attention=ring engine.train_batch_size=8",
                 RECOMPUTE,
                 "engine.zero_stage=3",
             ],
@@ -94,12 +94,13 @@ def test_the_three_best_overrides_that_apply(fields, expected):
     assert [override.partition("  (")[0] for override in helpful_overrides(plan(**fields))] == expected
 
 
-def test_overrides_that_are_set_are_not_suggested():
-    overrides = helpful_overrides(plan(), allocator="expandable_segments:True")
-    assert not any("PYTORCH_ALLOC_CONF" in override for override in overrides)
+def test_overrides_that_are_set_are_not_suggested(monkeypatch):
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    assert not any("PYTORCH_ALLOC_CONF" in override for override in helpful_overrides(plan()))
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64")
     assert any(
         "PYTORCH_ALLOC_CONF=max_split_size_mb:64,expandable_segments:True " in override
-        for override in helpful_overrides(plan(), allocator="max_split_size_mb:64")
+        for override in helpful_overrides(plan())
     )
 
 
@@ -186,6 +187,7 @@ def test_a_gpus_memory_snapshot_is_written_and_a_full_disk_hides_nothing_else(tm
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: Path(path).write_bytes(b"held"))
     path = tmp_path / "logs" / "memory_rank_3.pickle"
+    path.parent.mkdir()
     line = f"memory snapshot: {path}, for https://docs.pytorch.org/memory_viz"
     assert message_lines(tmp_path)[2] == line
     assert path.read_bytes() == b"held"
