@@ -1,7 +1,4 @@
-"""Explains a rank that ran out of memory: the plan, its memory, and three overrides that help.
-
-Recipes and the measurements of a comparison run within `out_of_memory_explained`.
-"""
+"""Explains a rank that ran out of memory: the plan, its memory, and three overrides that help."""
 
 from __future__ import annotations
 
@@ -25,7 +22,7 @@ OUT_OF_MEMORY_WORDS = ("DefaultCPUAllocator", "out of memory")
 
 @contextlib.contextmanager
 def out_of_memory_explained(plan: Plan, run_dir: Path) -> Iterator[None]:
-    """Raise RunFailed from an error of the block that has run out of memory."""
+    """Raise RunFailed from an error of the block that has run out of memory. Recipes and comparisons run within this."""
     try:
         yield
     except Exception as error:
