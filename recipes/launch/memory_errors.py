@@ -22,7 +22,7 @@ OUT_OF_MEMORY_WORDS = ("DefaultCPUAllocator", "out of memory")
 
 @contextlib.contextmanager
 def out_of_memory_explained(plan: Plan, run_dir: Path) -> Iterator[None]:
-    """Raise RunFailed from an error of the block that has run out of memory. Recipes and comparisons run within this."""
+    """Raise RunFailed from an error of the block that has run out of memory. Recipes and comparisons run in it."""
     try:
         yield
     except Exception as error:
