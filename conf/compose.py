@@ -105,7 +105,6 @@ def describe_error(error: Exception) -> str:
     """An error of Hydra or OmegaConf in one line: the value, the rule and what to type. Other errors unchanged."""
     if not isinstance(error, (CompactHydraException, OmegaConfBaseException)):
         return str(error)
-    text = " ".join(str(error).split())
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
@@ -113,27 +112,25 @@ def describe_error(error: Exception) -> str:
         options = ", ".join(f"{setting}={name}" for name in error.options or [])
         return f"{setting}={option} is not known: " + (f"use {options}" if options else "see python train.py --help")
     if isinstance(error, OverrideParseException):
-        example = "data.files='[a.txt,b.txt]'"
-        if _ENTRIES in error.override:
-            example = "\"+compare.entries.mine=['+experiment=dp','engine.zero_stage=2']\""
         reason = error.message.splitlines()[-2]  # the last line is a link
+        example = "\"data.files=['a.txt','b.txt']\""
         return f"{error.override} is not of the form field=value ({reason}): quote special characters, as in {example}"
-    if isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
-        typed = re.search(rf"{re.escape(str(cause.full_key))}=(.*)", str(error))
-        return _unknown_field(str(cause.full_key), typed[1] if typed else "...")
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
-        if cause.full_key in _DATACLASSES:
-            return f"{cause.full_key} has no options, only fields: type {cause.full_key}.FIELD=value"
-        is_override = text.startswith("Error merging override ")
-        setting = text.removeprefix("Error merging override ") if is_override else cause.full_key
+        name = str(cause.full_key)
+        typed = re.search(rf"{re.escape(name)}=(.*)", str(error))
+        setting, value = (typed[0], typed[1]) if typed else (name, "...")
+        if isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
+            return _unknown_field(name, value)
+        if name in _DATACLASSES:
+            return f"{name} has no options, only fields: type {name}.FIELD=value"
         if "is not a ListConfig" in str(cause):
-            return f"{setting} must be a list: type {setting.replace('=', '=[', 1)}]"
+            return f"{setting} must be a list: type {name}=[{value}]"
         return f"{setting} is refused: {str(cause).splitlines()[0]}"
-    if twice := re.match(r"Multiple values for (\w+)", text):
+    if twice := re.match(r"Multiple values for (\w+)", str(error)):
         group = twice[1]
         advice = f"{group}=OPTION, without a plus" if group in _GROUPS_WITH_DEFAULT else f"+{group}=[ONE,OTHER]"
         return f"{group} is chosen twice: type {advice}"
-    return text
+    return " ".join(str(error).split())
 
 
 def _unknown_field(name: str, value: Any) -> str:
