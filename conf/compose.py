@@ -48,8 +48,7 @@ def to_config(composed: DictConfig) -> Config:
 
 def check_fields(composed: DictConfig) -> None:
     """Raises ConfigError for a field that the schema lacks, because Hydra accepts +data.nosuch=1."""
-    container = OmegaConf.to_container(composed)
-    assert isinstance(container, dict)
+    container: Any = OmegaConf.to_container(composed)
     for name, value in flatten(container).items():
         if name not in _FIELDS and not name.startswith(_ENTRIES):
             raise ConfigError(_unknown_field(name, value))

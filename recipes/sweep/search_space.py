@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,22 +43,14 @@ class SearchSpace:
             return None
         return math.prod(len(_values(distribution)) for distribution in self.swept.values())
 
-    def grid(self) -> list[dict[str, Any]]:
-        """All combinations. The last field changes fastest, as in Hydra's sweeps."""
-        values = [_values(distribution) for distribution in self.swept.values()]
-        return [dict(zip(self.swept, combination, strict=True)) for combination in itertools.product(*values)]
-
-    def first_overrides(self) -> list[str]:
-        """The overrides of a trial with the first value of each field."""
-        first = {
-            name: distribution.choices[0] if isinstance(distribution, CategoricalDistribution) else distribution.low
-            for name, distribution in self.swept.items()
-        }
-        return self.overrides(first)
+    def grid(self) -> Iterator[dict[str, Any]]:
+        """All combinations, with the lowest number of an interval. The last field changes fastest, as in Hydra."""
+        for combination in itertools.product(*map(_values, self.swept.values())):
+            yield dict(zip(self.swept, combination, strict=True))
 
     def overrides(self, values: dict[str, Any]) -> list[str]:
-        """All overrides of a trial."""
-        return [*self.common, *(f"{key}={values[name]}" for name, key in self.keys.items())]
+        """All overrides of a trial. One that was interrupted while it was drawn may lack values."""
+        return [*self.common, *(f"{key}={values[name]}" for name, key in self.keys.items() if name in values)]
 
     def describe(self, values: dict[str, Any]) -> str:
         """The swept overrides of a trial for people, with rounded numbers."""
@@ -122,5 +115,6 @@ def _distribution(override: Override) -> Distribution:
 def _values(distribution: Distribution) -> list[Any]:
     if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
-    assert isinstance(distribution, IntDistribution), "an interval of real numbers has no list of values"
+    if isinstance(distribution, FloatDistribution):
+        return [distribution.low]
     return list(range(distribution.low, distribution.high + 1, distribution.step))

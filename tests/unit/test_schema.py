@@ -123,7 +123,7 @@ MISTAKES = [
     ("compare.steps_per_round=0", "compare.steps_per_round=0 must be at least 1"),
     ("compare.step_time_s=inf", "compare.step_time_s=inf must be at least 1 and below inf"),
     ("compare.micro_batch_sizes=[]", "compare.micro_batch_sizes=[] must be numbers of at least 1: use compare.micro_batch_sizes=[1]"),
-    ("compare.micro_batch_sizes=[1,0]", "compare.micro_batch_sizes=0 must be at least 1"),
+    ("compare.micro_batch_sizes=[1,0]", "compare.micro_batch_sizes=[1, 0] must be numbers of at least 1: use compare.micro_batch_sizes=[1]"),
     ("model.hidden_size=0", "model.hidden_size=0 must be at least 1"),
     ("parallelism.ring_degree=0", "parallelism.ring_degree=0 must be at least 1"),
     ("parallelism.ulysses_degree=0", "parallelism.ulysses_degree=0 must be at least 1"),
