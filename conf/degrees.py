@@ -25,10 +25,9 @@ def resolve_degrees(config: Config, num_ranks: int, ranks_per_host: int | None =
     given = {name: getattr(config.parallelism, f"{name}_degree") for name in Degrees._fields}
     for name, degree in given.items():
         if degree is not None and num_ranks % degree:
-            legal = divisors(num_ranks)
             raise ConfigError(
-                f"parallelism.{name}_degree={degree} does not divide the {num_ranks} ranks: use one of {legal} "
-                f"(parallelism.{name}_degree={legal[-1]}) or another launch.num_ranks"
+                f"parallelism.{name}_degree={degree} does not divide the {num_ranks} ranks: use one of "
+                f"{divisors(num_ranks)} (parallelism.{name}_degree={num_ranks}) or another launch.num_ranks"
             )
     if config.parallelism.method == "tensor_pipeline":
         chosen = _choose_tensor_pipeline(config, given, num_ranks)
@@ -38,13 +37,9 @@ def resolve_degrees(config: Config, num_ranks: int, ranks_per_host: int | None =
         if chosen[name] is None:
             chosen[name] = _ranks_left(num_ranks, chosen)
     degrees = Degrees(**chosen)
-    product = math.prod(degrees)
-    if product != num_ranks:
-        grid = " x ".join(
-            f"parallelism.{name}_degree={degree}"
-            for name, degree in chosen.items()
-            if degree > 1 or given[name] is not None
-        )
+    if (product := math.prod(degrees)) != num_ranks:
+        shown = [name for name, degree in chosen.items() if degree > 1 or given[name] is not None]
+        grid = " x ".join(f"parallelism.{name}_degree={chosen[name]}" for name in shown)
         raise ConfigError(
             f"{grid} is {product} ranks, but there are {num_ranks}: leave one of them unset, or "
             f"launch.num_ranks={product}"
@@ -134,10 +129,8 @@ def _check_heads(config: Config, num_ranks: int, degrees: Degrees) -> None:
     if heads < degrees.ulysses or (method == "hybrid" and heads % degrees.ulysses):
         raise ConfigError(
             f"attention={method} with parallelism.ulysses_degree={degrees.ulysses} does not fit "
-            f"model.num_kv_heads={heads}: "
-            f"use attention=hybrid, a multiple of {degrees.ulysses} heads (model.num_kv_heads={degrees.ulysses}), "
-            f"fewer ranks per sequence (parallelism.ulysses_degree={math.gcd(heads, num_ranks)}), or attention=ring, "
-            "which takes any heads"
+            f"model.num_kv_heads={heads}: use attention=hybrid, model.num_kv_heads={degrees.ulysses}, "
+            f"parallelism.ulysses_degree={math.gcd(heads, num_ranks)}, or attention=ring, which takes any heads"
         )
     for name, size in (("num_kv_heads", heads), ("mlp_size", model.mlp_size)):
         if size % degrees.tensor:

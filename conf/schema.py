@@ -35,8 +35,8 @@ def choice(*choices: Any, default: Any = None) -> Any:
     return field(default=choices[0] if default is None else default, metadata={"choices": choices})
 
 
-def number(default: Any, minimum: float | None = None, below: float = math.inf) -> Any:
-    """A field that takes a number from `minimum` on, or above 0, and below `below`. A default of None stays legal."""
+def number(default: Any, minimum: float, below: float = math.inf) -> Any:
+    """A field that takes a number from `minimum` on, below `below`. A default of None stays legal."""
     return field(default=default, metadata={"minimum": minimum, "below": below})
 
 
@@ -58,13 +58,11 @@ class _Checked:
             setting = f"{self._prefix}{spec.name}={value}"
             if "choices" in declared and value not in declared["choices"]:
                 raise ConfigError(f"{setting} is not known: use {', '.join(map(str, declared['choices']))}")
-            if "below" in declared and value is not None:
+            if "minimum" in declared and value is not None:
                 minimum, below = declared["minimum"], declared["below"]
-                rule = "above 0" if minimum is None else f"at least {minimum}"
-                if value >= below:
-                    raise ConfigError(f"{setting} must be {rule} and below {below}")
-                if not (value > 0 if minimum is None else value >= minimum):
-                    raise ConfigError(f"{setting} must be {rule}")
+                if not minimum <= value < below:
+                    upper = f" and below {below}" if value >= below else ""
+                    raise ConfigError(f"{setting} must be at least {minimum}{upper}")
         for problem in self.problems():
             raise ConfigError(problem)
 
@@ -94,11 +92,9 @@ class ModelConfig(_Checked, prefix="model."):
     init_std: float = number(0.02, minimum=0)
 
     def problems(self) -> Iterator[str]:
-        if self.num_heads % self.num_kv_heads:
-            yield (
-                f"model.num_kv_heads={self.num_kv_heads} does not divide model.num_heads={self.num_heads}: "
-                f"use one of {divisors(self.num_heads)}"
-            )
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        if heads % kv_heads:
+            yield f"model.num_kv_heads={kv_heads} does not divide model.num_heads={heads}: use one of {divisors(heads)}"
         if self.head_dim % 2:
             yield f"model.head_dim={self.head_dim} must be even: rotary embeddings rotate pairs of values"
 
@@ -111,8 +107,12 @@ class AttentionConfig(_Checked, prefix="attention."):
     layout: str = choice("zigzag", "contiguous")  # which positions each rank holds
     transport: str = choice(*TRANSPORTS)  # p2p (NCCL, gloo), copy_engine (NVIDIA GPUs of one host), auto: by the device
     kernel: str = choice(*KERNELS)  # auto: the fastest that supports the device, dtype and head size
-    intra_host_gb_per_s: Optional[float] = number(None)  # method=auto: a rank's link in its host; unset: 280, CPU 2
-    inter_host_gb_per_s: Optional[float] = number(None)  # method=auto: a rank's link between hosts; unset: 45, CPU 1
+    intra_host_gb_per_s: Optional[float] = number(
+        None, 0.001
+    )  # method=auto: a rank's link in its host; unset: 280, CPU 2
+    inter_host_gb_per_s: Optional[float] = number(
+        None, 0.001
+    )  # method=auto: a rank's link between hosts; unset: 45, CPU 1
 
 
 class Degrees(NamedTuple):
@@ -177,10 +177,7 @@ class EngineConfig(_Checked, prefix="engine."):
             # DeepSpeed would not scale the loss, but unscale the gradients
             yield "engine.dtype=fp16 cannot go with engine.zero_stage=0: use engine.zero_stage=1"
         if self.train_batch_size is not None and self.gradient_accumulation_steps != 1:
-            yield (
-                f"engine.train_batch_size={self.train_batch_size} sets the accumulation steps: leave out "
-                f"engine.gradient_accumulation_steps={self.gradient_accumulation_steps}"
-            )
+            yield f"engine.train_batch_size={self.train_batch_size} sets engine.gradient_accumulation_steps: omit it"
 
 
 @dataclass
@@ -294,7 +291,7 @@ class CompareConfig(_Checked, prefix="compare."):
 class MaxLengthConfig(_Checked, prefix="max_length."):
     """recipe=max_length: the longest sequence that this configuration can train."""
 
-    memory_gib: Optional[float] = number(None)  # per rank; unset: 90 % of the GPU; CPU: a share, less 1 GiB
+    memory_gib: Optional[float] = number(None, 0.001)  # per rank; unset: 90 % of the GPU; CPU: a share, less 1 GiB
     confirm_s: float = number(600.0, minimum=0)  # train two steps at the length found unless they take longer; 0: never
 
 

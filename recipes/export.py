@@ -21,7 +21,6 @@ from torch import Tensor
 
 from conf.schema import ConfigError
 from recipes.checkpoint.manifest import (
-    CHECKPOINTS_DIR,
     MANIFEST_FILE,
     BrokenCheckpoint,
     Manifest,
@@ -40,8 +39,7 @@ def find_checkpoint(given: Path) -> tuple[Path, Manifest]:
     candidates = [given] if (given / MANIFEST_FILE).exists() else newest_first(given)
     if not candidates:
         raise ConfigError(
-            f"{given} has no {CHECKPOINTS_DIR}: give a run dir, such as outputs/DATE/TIME, or one checkpoint of it, "
-            f"such as outputs/DATE/TIME/{CHECKPOINTS_DIR}/step_00000100"
+            f"{given} has no checkpoints: give a run dir, such as outputs/DATE/TIME, or a folder in its checkpoints/"
         )
     for folder in candidates:
         print(f"reading {folder} ...", flush=True)

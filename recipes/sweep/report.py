@@ -35,18 +35,10 @@ def report(study: optuna.Study, objective: str, space: SearchSpace, folder: Path
 
 
 def write_files(study: optuna.Study, objective: str, space: SearchSpace, folder: Path) -> list[dict[str, Any]]:
-    """Write sweep.json and sweep.csv, and return their rows."""
-    rows = summarize(study, objective, space, folder)
-    content = {"objective": objective, "direction": study.direction.name.lower(), "space": space.texts, "trials": rows}
-    replace_file(folder / SWEEP_FILE, json.dumps(content, indent=1) + "\n")
-    flat = pandas.DataFrame([{**row, **row["overrides"]} for row in rows])
-    flat = flat.drop(columns=["overrides", "error_in_full"], errors="ignore")
-    replace_file(folder / "sweep.csv", flat.to_csv(index=False))
-    return rows
+    """Write sweep.json and sweep.csv, and return their rows.
 
-
-def summarize(study: optuna.Study, objective: str, space: SearchSpace, folder: Path) -> list[dict[str, Any]]:
-    """A row for each trial that has started. The best come first, trials without a result last."""
+    There is a row for each trial that has started. The best come first, trials without a result last.
+    """
     sign = -1 if study.direction == StudyDirection.MAXIMIZE else 1
     rows = []
     for trial in sorted(
@@ -67,6 +59,11 @@ def summarize(study: optuna.Study, objective: str, space: SearchSpace, folder: P
                 **({"run_dir": str(run_dir)} if run_dir.exists() else {}),
             }
         )
+    content = {"objective": objective, "direction": study.direction.name.lower(), "space": space.texts, "trials": rows}
+    replace_file(folder / SWEEP_FILE, json.dumps(content, indent=1) + "\n")
+    flat = pandas.DataFrame([{**row, **row["overrides"]} for row in rows])
+    flat = flat.drop(columns=["overrides", "error_in_full"], errors="ignore")
+    replace_file(folder / "sweep.csv", flat.to_csv(index=False))
     return rows
 
 

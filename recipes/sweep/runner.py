@@ -88,8 +88,7 @@ def run_sweep(
     )
     if composed.explain:
         return
-    resume_hint = f"to resume, repeat the command with hydra.sweep.dir={shlex.quote(str(folder))}"
-    print(f"folder: {folder}\nif interrupted: {resume_hint}", flush=True)
+    print(f"to resume, repeat the command with hydra.sweep.dir={shlex.quote(str(folder))}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(folder / LOCK_FILE).acquire(blocking=False)
@@ -97,11 +96,7 @@ def run_sweep(
         raise ConfigError(f"a sweep is running in {folder}: wait for it, or use another hydra.sweep.dir") from None
     with lock:
         study = _open_study(composed, settings, space, folder, is_exhaustive)
-        try:
-            _Sweep(study, settings, space, num_trials, folder, run_trial).run()
-        except (KeyboardInterrupt, SystemExit):
-            print(f"\ninterrupted: {resume_hint}", flush=True)
-            raise
+        _Sweep(study, settings, space, num_trials, folder, run_trial).run()
         report.report(study, settings.objective, space, folder)
     if not any(trial.state == TrialState.COMPLETE for trial in study.trials):
         reasons = {trial.user_attrs["error"] for trial in study.trials}

@@ -90,10 +90,9 @@ def read_space(overrides: list[Override], sampler: str) -> SearchSpace:
 def _distribution(override: Override) -> Distribution:
     value = override.value()
     if isinstance(value, IntervalSweep):
-        low, high = value.start, value.end
+        low: Any = value.start
+        high: Any = value.end
         is_log = "log" in value.tags
-        assert low is not None
-        assert high is not None
         if not low < high or (is_log and low <= 0):
             raise ConfigError(f"{override.input_line} must be ascending" + (" and above 0" if is_log else ""))
         if isinstance(low, int) and isinstance(high, int):
