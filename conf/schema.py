@@ -107,12 +107,8 @@ class AttentionConfig(_Checked, prefix="attention."):
     layout: str = choice("zigzag", "contiguous")  # which positions each rank holds
     transport: str = choice(*TRANSPORTS)  # p2p (NCCL, gloo), copy_engine (NVIDIA GPUs of one host), auto: by the device
     kernel: str = choice(*KERNELS)  # auto: the fastest that supports the device, dtype and head size
-    intra_host_gb_per_s: Optional[float] = number(
-        None, 0.001
-    )  # method=auto: a rank's link in its host; unset: 280, CPU 2
-    inter_host_gb_per_s: Optional[float] = number(
-        None, 0.001
-    )  # method=auto: a rank's link between hosts; unset: 45, CPU 1
+    intra_host_gb_per_s: Optional[float] = number(None, 0.001)  # auto: a rank's link in its host; unset: 280, CPU 2
+    inter_host_gb_per_s: Optional[float] = number(None, 0.001)  # auto: a rank's link between hosts; unset: 45, CPU 1
 
 
 class Degrees(NamedTuple):
