@@ -41,13 +41,9 @@ def number(default: Any, minimum: float, below: float = math.inf) -> Any:
 
 
 class _Checked:
-    """A group of settings that checks what `choice` and `number` declare, and its `problems`.
+    """A group of settings, checked by what `choice` and `number` declare and by its `problems`."""
 
-    Args:
-        prefix: of the group's fields in overrides and errors, such as "model.".
-    """
-
-    _prefix = ""
+    _prefix = ""  # of the group's fields in overrides and errors, such as "model."
 
     def __init_subclass__(cls, prefix: str = "") -> None:
         cls._prefix = prefix

@@ -75,10 +75,7 @@ def read_space(overrides: list[Override], sampler: str) -> SearchSpace:
     texts = {name: str(override.input_line).partition("=")[2] for name, override in swept.items()}
     for name, override in swept.items():
         if sampler == "grid" and override.is_interval_sweep():
-            raise ConfigError(
-                f"{name}={texts[name]} has infinitely many values, which a grid cannot try: use sweep.sampler=tpe, or "
-                "choice(...) or range(...)"
-            )
+            raise ConfigError(f"{name}={texts[name]} has infinitely many values: use sweep.sampler=tpe or choice(...)")
     return SearchSpace(
         swept={name: _distribution(override) for name, override in swept.items()},
         texts=texts,
