@@ -18,7 +18,6 @@ from recipes.monitor.device_metrics import perplexity
 from recipes.monitor.profiling import profiler
 from recipes.monitor.reporter import Reporter
 from recipes.monitor.step_logger import StepLogger
-from recipes.monitor.step_timer import with_prefix
 from recipes.planning.explain import banner
 from recipes.planning.plan import Plan
 from recipes.run.errors import Preempted
@@ -78,6 +77,7 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
 
     # train
     stop_request = StopRequest() if checkpoints.are_enabled else None
+    validate_every = config.logging.validate_every_n_steps
     losses: list[float] = []  # of logged steps
     validation_loss = float("nan")
     with profiler(config, run_dir) as profiler_step:
@@ -112,11 +112,9 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
                 }
                 metrics |= logger.step_metrics(step, numbers)
             is_last = step == config.num_steps
-            if is_last or _is_multiple(step, config.logging.validate_every_n_steps):
+            if is_last or (validate_every > 0 and step % validate_every == 0):
                 validation_loss = validate(step)
-                metrics |= with_prefix(
-                    "validation", {"loss": validation_loss, "perplexity": perplexity(validation_loss)}
-                )
+                metrics |= {"validation/loss": validation_loss, "validation/perplexity": perplexity(validation_loss)}
             if metrics:
                 logger.write(step, metrics)
 
@@ -148,8 +146,3 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
             *reporter.summary(throughput),
         )
     return validation_loss
-
-
-def _is_multiple(step: int, interval: int) -> bool:
-    """Whether something due every `interval` steps is due; 0 is never."""
-    return interval > 0 and step % interval == 0

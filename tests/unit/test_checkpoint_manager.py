@@ -99,8 +99,7 @@ def test_export_needs_an_intact_checkpoint(tmp_path):
     with pytest.raises(ConfigError) as caught:
         find_checkpoint(tmp_path)
     assert str(caught.value) == (
-        f"{tmp_path} has no checkpoints: give a run dir, such as outputs/DATE/TIME, or one checkpoint of it, such as "
-        "outputs/DATE/TIME/checkpoints/step_00000100"
+        f"{tmp_path} has no checkpoints: give a run dir, such as outputs/DATE/TIME, or a folder in its checkpoints/"
     )
     folder = tmp_path / "checkpoints" / "step_00000100"
     folder.mkdir(parents=True)
