@@ -1,7 +1,7 @@
 """Other libraries' distributed attention, which `bench_attention` times beside ours.
 
-Each baseline gets its shards in its own layout and PyTorch's fastest kernel that it supports. One that cannot run on
-this machine raises an error that says why. ring-flash-attn and yunchang are missing: they import FlashAttention 2.
+Each baseline gets its shards in its own layout and PyTorch's fastest kernel that it supports. ring-flash-attn and
+yunchang are missing: they import FlashAttention 2.
 """
 
 from __future__ import annotations
@@ -22,27 +22,31 @@ from ring_attention.kernels import KERNELS, KernelSpec
 from ring_attention.layout import Layout
 
 
-class Baseline(NamedTuple):
-    """One library on this rank.
+class ShardedAttention(NamedTuple):
+    """Attention over sequences that all ranks share.
 
     Args:
-        layout: how it shards sequences over the ranks of the group.
-        attend: computes this rank's output from its q, k, v, all [B, S, heads, D].
+        rank: which shard this process holds.
+        attend: computes the shard's output from its q, k, v, all [B, S, heads, D].
+        grid: for people.
+        has_messages: whether `messages_stay_local` keeps its messages on their rank.
         context: what its calls must run within.
     """
 
     layout: Layout
+    rank: int
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+    grid: str = ""
+    has_messages: bool = False
     context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
 
 
 def _check_cudnn(spec: KernelSpec) -> None:
-    refusal = KERNELS["cudnn"].refusal(spec)
-    if refusal is not None:
+    if refusal := KERNELS["cudnn"].refusal(spec):
         raise ConfigError(f"PyTorch's fastest kernel for it, cuDNN's, {refusal}")
 
 
-def torch_context_parallel(groups: ParallelGroups, length: int, spec: KernelSpec) -> Baseline:
+def torch_context_parallel(groups: ParallelGroups, length: int, spec: KernelSpec) -> ShardedAttention:
     """torch.distributed.tensor.experimental.context_parallel with cuDNN's attention.
 
     Raises:
@@ -76,10 +80,11 @@ def torch_context_parallel(groups: ParallelGroups, length: int, spec: KernelSpec
         # looked up at each call, because the context replaces it
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
-    return Baseline(Layout("zigzag", degree, length), attend, context)
+    layout, rank = Layout("zigzag", degree, length), groups.get_sequence_parallel_rank()
+    return ShardedAttention(layout, rank, attend, context=context)
 
 
-def deepspeed_ulysses(groups: ParallelGroups, length: int, spec: KernelSpec) -> Baseline:
+def deepspeed_ulysses(groups: ParallelGroups, length: int, spec: KernelSpec) -> ShardedAttention:
     """deepspeed.sequence.layer.DistributedAttention around PyTorch's attention.
 
     Raises:
@@ -101,8 +106,9 @@ def deepspeed_ulysses(groups: ParallelGroups, length: int, spec: KernelSpec) -> 
         return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
 
     attention = DistributedAttention(local, groups.get_sequence_parallel_group(), scatter_idx=2, gather_idx=1)  # pyright: ignore[reportArgumentType]
+    layout, rank = Layout("contiguous", degree, length), groups.get_sequence_parallel_rank()
     context = (lambda: sdpa_kernel(SDPBackend.CUDNN_ATTENTION)) if on_gpu else contextlib.nullcontext
-    return Baseline(Layout("contiguous", degree, length), lambda q, k, v: attention(q, k, v, 0), context)
+    return ShardedAttention(layout, rank, lambda q, k, v: attention(q, k, v, 0), context=context)
 
 
 BASELINES = {"torch context_parallel": torch_context_parallel, "DeepSpeed Ulysses": deepspeed_ulysses}
