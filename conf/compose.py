@@ -23,6 +23,7 @@ RENAMED = {
 }
 # Fields that no longer exist, with what to do instead.
 REMOVED = {
+    "compare.plot": "leave it out, entries on several numbers of ranks are drawn over these",
     "parallelism.sequence_sharded_norms": "leave it out, tensor ranks always shard the norms by sequence",
 }
 _ENTRIES = "compare.entries."  # followed by names that the user chooses

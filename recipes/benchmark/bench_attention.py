@@ -63,7 +63,7 @@ def bench_attention(plan: Plan, run_dir: Path, reporter: Reporter | None) -> flo
     if config.breakdown:
         say("profiling ...")
         for row, candidate in zip(rows, candidates, strict=True):
-            with candidate.context():
+            with candidate.attention.context():
                 breakdown = step_breakdown(candidate.forward_backward)
             own_ms = {part: 1e3 * share * breakdown.step_time_s for part, share in breakdown.shares.items()}
             row["parts_ms"] = extremes_over_ranks(own_ms, device)
@@ -96,8 +96,8 @@ def _time(candidates: list[Candidate], plan: Plan, device: torch.device) -> list
     samples: dict[tuple[str, str, bool], list[tuple[float, float]]] = collections.defaultdict(list)
     for number in range(1 + plan.config.compare.rounds):  # the first one warms up
         for candidate, kind in itertools.product(candidates, KINDS):
-            for is_silent in (False, True) if candidate.has_messages else (False,):
-                with candidate.context(), messages_stay_local() if is_silent else contextlib.nullcontext():
+            for is_silent in (False, True) if candidate.attention.has_messages else (False,):
+                with candidate.attention.context(), messages_stay_local() if is_silent else contextlib.nullcontext():
                     sample = _seconds_of_a_call(getattr(candidate, kind), device)
                 if number:
                     samples[candidate.name, kind, is_silent].append(sample)
@@ -106,7 +106,8 @@ def _time(candidates: list[Candidate], plan: Plan, device: torch.device) -> list
     flops = plan.config.engine.micro_batch_size * length * attention_flops_per_token(model, length)
     rows = []
     for candidate in candidates:
-        row: dict[str, Any] = {"name": candidate.name, "grid": candidate.grid}
+        row: dict[str, Any] = {"name": candidate.name, "grid": candidate.attention.grid}
+        share = 1 / candidate.attention.layout.sequence_degree
         for kind, (_, passes) in KINDS.items():
             times_s, issued_s = zip(*samples[candidate.name, kind, False], strict=True)
             time_s, silent_s = median_s[candidate.name, kind, False], median_s.get((candidate.name, kind, True))
@@ -115,8 +116,8 @@ def _time(candidates: list[Candidate], plan: Plan, device: torch.device) -> list
                 "min_ms": 1e3 * min(times_s),
                 "max_ms": 1e3 * max(times_s),
                 "host_ms": 1e3 * statistics.median(issued_s),
-                "tflops": flops * candidate.share * passes / time_s / 1e12,
-                "ideal_pct": 100 * median_s[candidates[0].name, kind, False] * candidate.share / time_s,
+                "tflops": flops * share * passes / time_s / 1e12,
+                "ideal_pct": 100 * median_s[candidates[0].name, kind, False] * share / time_s,
                 "exposed_ms": None if silent_s is None else max(0.0, 1e3 * (time_s - silent_s)),
             }
         rows.append(row)

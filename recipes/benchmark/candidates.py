@@ -5,13 +5,10 @@ All compute the same attention of the same random tensors.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,35 +23,27 @@ from ring_attention.groups import ParallelGroups
 from ring_attention.kernels import KernelSpec, choose_kernel
 from ring_attention.kv import KeysValues
 from ring_attention.layout import Layout
-from ring_attention.ring import Ring, ring_backward, ring_forward
+from ring_attention.ring import Ring, RingFunction
 
 METHODS = ("ring", "ulysses", "hybrid", "all_gather")
 SIMULATED_DEGREES = (2, 4, 8, 16, 32, 64)
 MAX_ERROR = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 4e-3}  # of an output, relative: several roundings
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # q, k, v, dout, each [B, S, heads, D]
-Calls = tuple[Callable[[], Any], Callable[[], Any]]  # a candidate's forward, and forward_backward
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """What is timed.
 
     Args:
-        share: the fraction of the attention that each device computes.
         forward: one call without gradients; returns this rank's output.
         forward_backward: one call with its backward pass.
-        has_messages: whether its messages can be kept on their rank.
-        context: what the calls must run within.
     """
 
     name: str
-    grid: str
-    share: float
-    forward: Callable[[], Any]
+    attention: ShardedAttention
+    forward: Callable[[], Tensor]
     forward_backward: Callable[[], Any]
-    has_messages: bool = False
-    context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
 
 
 def make_candidates(plan: Plan, device: torch.device, say: Callable[..., None]) -> list[Candidate]:
@@ -66,30 +55,25 @@ def make_candidates(plan: Plan, device: torch.device, say: Callable[..., None]) 
     Raises:
         RuntimeError: if an output differs from that of full attention.
     """
-    inputs, local = _random_inputs(plan, device), LocalAttention(plan.config.attention.kernel)
-    one_device = Candidate("one device", "full sequences", 1.0, *_calls(lambda q, k, v: local(q, k, v, 0), *inputs))
-    length = plan.config.data.sequence_length
+    inputs = _random_inputs(plan, device)
+    one_device = _candidate("one device", _one_device(plan), inputs)
+    spec, length = KernelSpec.of(*inputs[:3]), plan.config.data.sequence_length
     if plan.num_ranks == 1:
         degrees = [degree for degree in SIMULATED_DEGREES if 2 * degree <= length]
-        return [one_device, *(_simulated(plan, inputs, degree) for degree in degrees)]
+        rings = {f"ring of {degree}": _simulated_ring(plan, spec, degree) for degree in degrees}
+        return [one_device, *(_candidate(name, ring, inputs) for name, ring in rings.items())]
     groups, expected, candidates = ParallelGroups(1, plan.num_ranks), one_device.forward(), [one_device]
     makers = {method: functools.partial(_our_method, plan, method, plan.transport, groups) for method in METHODS}
     if plan.transport != "p2p":
         makers["ring, p2p"] = functools.partial(_our_method, plan, "ring", "p2p", groups)
-    spec = KernelSpec.of(*inputs[:3])
     makers |= {name: functools.partial(make, groups, length, spec) for name, make in BASELINES.items()}
     for name, make in makers.items():
         try:
-            method = make()
+            candidate = _candidate(name, make(), inputs)
         except ValueError as refusal:
             say(f"left out: {name}: {refusal}")
             continue
-        q, k, v, dout = (method.layout.shard(x, method.rank, dim=1) for x in inputs)
-        k, v = torch.stack((k, v)).unbind(0)  # one message, as the recipes' model gives them
-        calls = _calls(method.attend, q, k, v, dout)
-        candidate = Candidate(name, method.grid, 1 / plan.num_ranks, *calls, method.has_messages, method.context)
-        with candidate.context():
-            error = max_over_ranks(_relative_error(candidate.forward(), method, expected), device)
+        error = max_over_ranks(_relative_error(candidate, expected), device)
         if not error < MAX_ERROR[plan.config.engine.dtype]:
             raise RuntimeError(f"the output of {name} differs from that of full attention: relative error {error:.1e}")
         candidates.append(candidate)
@@ -108,22 +92,36 @@ def _random_inputs(plan: Plan, device: torch.device) -> Inputs:
     return draw(model.num_heads), draw(model.num_kv_heads), draw(model.num_kv_heads), draw(model.num_heads)
 
 
-def _calls(attend: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Calls:
+def _candidate(name: str, attention: ShardedAttention, inputs: Inputs) -> Candidate:
+    layout, attend = attention.layout, attention.attend
+    q, k, v, dout = inputs
+    if layout.sequence_degree > 1:
+        q, k, v, dout = (layout.shard(x, attention.rank, dim=1) for x in inputs)
+        k, v = torch.stack((k, v)).unbind(0)  # one message, as the recipes' model gives them
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
 
     def forward() -> Tensor:
         with torch.no_grad():
             return attend(q, k, v)
 
-    return forward, lambda: torch.autograd.grad(attend(*leaves), leaves, dout)
+    return Candidate(name, attention, forward, lambda: torch.autograd.grad(attend(*leaves), leaves, dout))
 
 
-def _relative_error(local_out: Tensor, method: ShardedAttention, expected: Tensor) -> float:
+def _relative_error(candidate: Candidate, expected: Tensor) -> float:
     """Of this rank's output against the full sequence's, without padding."""
-    positions = method.layout.positions(method.rank).to(expected.device)
-    is_token = positions < method.layout.length
+    attention = candidate.attention
+    positions = attention.layout.positions(attention.rank).to(expected.device)
+    is_token = positions < attention.layout.length
+    with attention.context():
+        got = candidate.forward()[:, is_token].float()
     wanted = expected[:, positions[is_token]].float()
-    return ((local_out[:, is_token].float() - wanted).norm() / wanted.norm()).item()
+    return ((got - wanted).norm() / wanted.norm()).item()
+
+
+def _one_device(plan: Plan) -> ShardedAttention:
+    module = LocalAttention(plan.config.attention.kernel)
+    layout = Layout("contiguous", 1, plan.config.data.sequence_length)
+    return ShardedAttention(layout, 0, lambda q, k, v: module(q, k, v, 0), "full sequences")
 
 
 def _our_method(plan: Plan, method: str, transport: str, groups: ParallelGroups) -> ShardedAttention:
@@ -157,19 +155,10 @@ class _Alone(Ring):
         return None, None if step.gradient_return is None else own.empty(step.gradient_return.spans)
 
 
-def _simulated(plan: Plan, inputs: Inputs, degree: int) -> Candidate:
+def _simulated_ring(plan: Plan, spec: KernelSpec, degree: int) -> ShardedAttention:
     """Rank 0 of a ring of `degree`, which costs its tiles and merges but no communication."""
     layout = Layout(plan.config.attention.layout, degree, plan.config.data.sequence_length)
-    q, k, v, dout = (layout.shard(x, 0, dim=1) for x in inputs)
-    kv = KeysValues.of_parts(k, v)
-    kv = kv.take(kv.spans)
-    kernel = choose_kernel(KernelSpec.of(q, k, v), plan.config.attention.kernel)[0]
+    kernel = choose_kernel(spec, plan.config.attention.kernel)[0]
     ring = _Alone(layout, CAUSAL, None, kernel, plan.config.model.head_dim**-0.5)
-
-    def forward() -> Any:
-        return ring_forward(ring, q, kv)
-
-    def forward_backward() -> Any:
-        return ring_backward(ring, dout, q, kv, *ring_forward(ring, q, kv))
-
-    return Candidate(f"ring of {degree}", f"{layout.local_length:,} tokens", 1 / degree, forward, forward_backward)
+    grid = f"{layout.local_length:,} tokens"
+    return ShardedAttention(layout, 0, lambda q, k, v: RingFunction.apply(q, k, v, ring), grid)
