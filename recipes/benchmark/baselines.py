@@ -7,6 +7,7 @@ yunchang are missing: they import FlashAttention 2.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from conf.schema import ConfigError
 from ring_attention.groups import ParallelGroups
 from ring_attention.kernels import KERNELS, KernelSpec
+from ring_attention.kernels.base import expand_kv_heads
 from ring_attention.layout import Layout
 
 
@@ -50,15 +52,12 @@ def torch_context_parallel(groups: ParallelGroups, length: int, spec: KernelSpec
     """torch.distributed.tensor.experimental.context_parallel with cuDNN's attention.
 
     Raises:
-        ConfigError: without a GPU, for what cuDNN does not support, and for a length that its balanced layout cannot
-            shard.
+        ConfigError: for what cuDNN does not support, such as a CPU, and for a length that its layout cannot shard.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.experimental import context_parallel
 
     degree = groups.sequence_degree
-    if spec.device_type != "cuda":
-        raise ConfigError("it has no kernel for the CPU")
     _check_cudnn(spec)
     if length % (2 * degree):
         raise ConfigError(f"{length} tokens are not a multiple of {2 * degree}, twice the ranks")
@@ -75,13 +74,13 @@ def torch_context_parallel(groups: ParallelGroups, length: int, spec: KernelSpec
 
     def attend(q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor) -> Tensor:
         if q_BSHD.shape[2] != k_BSKD.shape[2]:  # it needs as many key-value heads as query heads
-            k_BSKD, v_BSKD = (x.repeat_interleave(q_BSHD.shape[2] // x.shape[2], 2) for x in (k_BSKD, v_BSKD))
+            k_BSKD, v_BSKD = (expand_kv_heads(x, q_BSHD.shape[2]) for x in (k_BSKD, v_BSKD))
         q, k, v = (x.transpose(1, 2).contiguous() for x in (q_BSHD, k_BSKD, v_BSKD))
         # looked up at each call, because the context replaces it
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
-    layout, rank = Layout("zigzag", degree, length), groups.get_sequence_parallel_rank()
-    return ShardedAttention(layout, rank, attend, context=context)
+    layout = Layout("zigzag", degree, length)
+    return ShardedAttention(layout, groups.get_sequence_parallel_rank(), attend, context=context)
 
 
 def deepspeed_ulysses(groups: ParallelGroups, length: int, spec: KernelSpec) -> ShardedAttention:
@@ -96,9 +95,10 @@ def deepspeed_ulysses(groups: ParallelGroups, length: int, spec: KernelSpec) -> 
     degree = groups.sequence_degree
     if length % degree or spec.num_kv_heads % degree:
         raise ConfigError(f"{length} tokens or {spec.num_kv_heads} kv heads are not a multiple of the {degree} ranks")
-    on_gpu = spec.device_type == "cuda"
-    if on_gpu:
+    context = contextlib.nullcontext
+    if spec.device_type == "cuda":
         _check_cudnn(spec)
+        context = functools.partial(sdpa_kernel, SDPBackend.CUDNN_ATTENTION)
 
     def local(q_BGHD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q_BGHD, k_BGKD, v_BGKD))
@@ -107,7 +107,6 @@ def deepspeed_ulysses(groups: ParallelGroups, length: int, spec: KernelSpec) -> 
 
     attention = DistributedAttention(local, groups.get_sequence_parallel_group(), scatter_idx=2, gather_idx=1)  # pyright: ignore[reportArgumentType]
     layout, rank = Layout("contiguous", degree, length), groups.get_sequence_parallel_rank()
-    context = (lambda: sdpa_kernel(SDPBackend.CUDNN_ATTENTION)) if on_gpu else contextlib.nullcontext
     return ShardedAttention(layout, rank, lambda q, k, v: attention(q, k, v, 0), context=context)
 
 

@@ -1,10 +1,8 @@
 """Compares several configurations on the same hardware: measures all in rounds, and reports one table.
 
-Ranks build an entry's model, warm it up, time some steps and free everything; then the next entry follows. Every round
-measures each entry, so that drift affects all alike. Before the rounds, each entry tries its micro-batch sizes and
-keeps the fastest. Every result goes to RUN_DIR/results.jsonl at once. If an entry ends its ranks, for example because
-it runs out of memory, its failure is recorded and new ranks continue with the rest. The same command with the
-hydra.run.dir of an earlier comparison resumes it.
+Ranks build an entry's model, warm it up, time some steps and free everything; then the next entry follows. Every result
+goes to RUN_DIR/results.jsonl at once. If an entry ends its ranks, for example because it runs out of memory, its
+failure is recorded and new ranks continue with the rest.
 """
 
 from __future__ import annotations
@@ -76,32 +74,29 @@ class ComparisonTask:
         header = {**measurement._asdict(), "settings": rounds.settings_of(config)}
         config.engine.micro_batch_size = measurement.micro_batch_size
         current = run_dir / rounds.CURRENT_FILE
+
+        def record(result: Row) -> None:
+            if console:
+                rounds.append_result(run_dir, {**header, **result})
+                if "parts" not in result:
+                    print(comparison_report.measurement_line(result), file=console, flush=True)
+
         if console:
             current.write_text(json.dumps(header))
             number, total = self.progress(rounds.read_results(run_dir))
             begins = comparison_report.measurement_header(header, number, total, self.config.compare.rounds)
             print(begins, end="", file=console, flush=True)
-        for result in self._results(measurement, config, run_dir, console):
-            if console:
-                rounds.append_result(run_dir, {**header, **result})
-                if "parts" not in result:
-                    print(comparison_report.measurement_line(result), file=console, flush=True)
-        if console:
-            current.unlink()
-
-    def _results(
-        self, measurement: Measurement, config: Config, run_dir: Path, console: TextIO | None
-    ) -> Iterator[Row]:
         try:
             plan = launcher.shared_plan(config)
         except ConfigError as error:  # on all ranks alike
-            yield {"error": str(error)}
-            return
-        with out_of_memory_explained(plan, run_dir, compares=True):
-            if measurement.entry == rounds.ROOFLINE:
-                yield _roofline(plan)
-            else:
-                yield from self._timed(measurement, plan, console)
+            record({"error": str(error)})
+        else:
+            is_roofline = measurement.entry == rounds.ROOFLINE
+            with out_of_memory_explained(plan, run_dir, compares=True):
+                for result in _roofline(plan) if is_roofline else self._timed(measurement, plan, console):
+                    record(result)
+        if console:
+            current.unlink()
 
     def _timed(self, measurement: Measurement, plan: Plan, console: TextIO | None) -> Iterator[Row]:
         """Some steps and, in the last round, their breakdown."""
@@ -125,8 +120,7 @@ class ComparisonTask:
             if step == 0:
                 clock.take()  # warm-up: kernels are chosen and compiled, and communicators connect
                 clock.restart()
-        times_s = clock.take()
-        peak_gib = engine.max_over_ranks(device_metrics.peak_memory_gib())
+        times_s, peak_gib = clock.take(), engine.max_over_ranks(device_metrics.peak_memory_gib())
         yield {
             **_numbers(plan, times_s),
             # on the CPU it is the process's, which all entries share
@@ -165,14 +159,14 @@ def _numbers(plan: Plan, step_times_s: list[float]) -> Row:
     }
 
 
-def _roofline(plan: Plan) -> Row:
+def _roofline(plan: Plan) -> Iterator[Row]:
     """A measurement without a model: all ranks compute a layer's kernels at once, each alone; the slowest counts."""
     from recipes.benchmark.roofline import seconds_of_a_sequence
     from recipes.engine.base import max_over_ranks
 
     sequence_s = max_over_ranks(seconds_of_a_sequence(plan), torch.device(plan.device_type))
     step_time_s = plan.sequences_per_step * sequence_s / plan.num_ranks
-    return {**_numbers(plan, [step_time_s]), "peak_memory_gib": None, "losses": [None], "degrees": {}}
+    yield {**_numbers(plan, [step_time_s]), "peak_memory_gib": None, "losses": [None], "degrees": {}}
 
 
 def compare(config: Config, composed: dict[str, Config], run_dir: Path) -> None:
@@ -233,9 +227,8 @@ def _start_until_done(task: ComparisonTask, num_ranks: int, run_dir: Path) -> Ru
         try:
             launcher.start(task, num_ranks, run_dir)
         except RunFailed as error:
-            row = _record_failure(run_dir, str(error))
-            if row is not None:
-                print(comparison_report.measurement_line(row), flush=True)
+            if _record_failure(run_dir, str(error)):
+                print(comparison_report.measurement_line({"error": str(error)}), flush=True)
             elif len(rounds.read_results(run_dir)) == len(results):
                 return error
         except (KeyboardInterrupt, Preempted):
@@ -244,12 +237,10 @@ def _start_until_done(task: ComparisonTask, num_ranks: int, run_dir: Path) -> Ru
     return None
 
 
-def _record_failure(run_dir: Path, error: str) -> Row | None:
-    """Add a failed row for the measurement that was running, if there was one, and return it."""
+def _record_failure(run_dir: Path, error: str) -> bool:
+    """Add a failed row for the measurement that was running; False if there was none."""
     current = run_dir / rounds.CURRENT_FILE
-    if not current.exists():
-        return None
-    row = {**json.loads(current.read_text()), "error": error}
-    rounds.append_result(run_dir, row)
-    current.unlink()
-    return row
+    if was_running := current.exists():
+        rounds.append_result(run_dir, {**json.loads(current.read_text()), "error": error})
+        current.unlink()
+    return was_running

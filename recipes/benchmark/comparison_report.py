@@ -26,16 +26,10 @@ sequences, it is how much longer a step takes than one whose messages stay on th
 breakdown's "exchange", it is the time when only communication runs, waiting for slower ranks included."""
 ROOFLINE_LEGEND = f"""{ROOFLINE}: a layer's matrix products and attention, repeated on each rank by itself; no method
 with these kernels is faster."""
-COPIED = ("num_ranks", "micro_batch_size", "sequences_per_step", "sequence_length", "kernel", "device")
 
 
 def measurement_header(header: Row, number: int, total: int, num_rounds: int) -> str:
-    """The start of a measurement's line, which `measurement_line` completes.
-
-    Args:
-        number: of the measurement, from 1.
-        total: the number of measurements if none fails.
-    """
+    """The start of the line of a measurement, the `number`th of `total`. `measurement_line` completes it."""
     phase = f"round {header['round']}/{num_rounds}" if header["round"] else "micro-batch trial"
     return f"measurement {number}/{total} | {phase} | {header['entry']}, micro-batch {header['micro_batch_size']} | "
 
@@ -82,7 +76,8 @@ def _summary(entry: str, own: list[Row]) -> Row | None:
     return {
         "entry": entry,
         "grid": grid or ("1 rank" if last["degrees"] else "each rank alone"),
-        **{name: last[name] for name in COPIED},
+        **{name: last[name] for name in ("num_ranks", "micro_batch_size", "sequences_per_step", "sequence_length")},
+        **{name: last[name] for name in ("kernel", "device")},
         "tokens_per_s": tokens_per_s,
         "tokens_per_s_min": speeds[0],
         "tokens_per_s_max": speeds[-1],
