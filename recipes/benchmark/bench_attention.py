@@ -34,7 +34,7 @@ from ring_attention.transport import messages_stay_local
 
 RESULT_FILE = "bench_attention.json"
 TIMED_S = 0.1  # duration of the calls in each round, at least
-KINDS = {"forward": ("forward", 1), "forward_backward": ("forward + backward", 3)}  # title, and forward passes' FLOPs
+KINDS = {"forward": 1, "forward_backward": 3}  # what is timed, and how many forward passes' FLOPs it has
 
 
 def bench_attention(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
@@ -79,14 +79,8 @@ def bench_attention(plan: Plan, run_dir: Path, reporter: Reporter | None) -> flo
     if reporter:
         result = {"device": plan.device_name, "num_ranks": num_ranks, "config": asdict(config), "rows": rows}
         (run_dir / RESULT_FILE).write_text(json.dumps(result, indent=1) + "\n")
-        reporter.write_summary(
-            {
-                f"{row['name']}/{kind}/{name}": value
-                for row in rows
-                for kind in KINDS
-                for name, value in row[kind].items()
-            }
-        )
+        for row, kind in itertools.product(rows, KINDS):
+            reporter.write_summary({f"{row['name']}/{kind}/{name}": value for name, value in row[kind].items()})
         say(f"all numbers: {run_dir / RESULT_FILE}", *reporter.view_hints()[1:])
     return rows[min(1, len(rows) - 1)]["forward_backward"]["tflops"]
 
@@ -108,7 +102,7 @@ def _time(candidates: list[Candidate], plan: Plan, device: torch.device) -> list
     for candidate in candidates:
         row: dict[str, Any] = {"name": candidate.name, "grid": candidate.attention.grid}
         share = 1 / candidate.attention.layout.sequence_degree
-        for kind, (_, passes) in KINDS.items():
+        for kind, passes in KINDS.items():
             times_s, issued_s = zip(*samples[candidate.name, kind, False], strict=True)
             time_s, silent_s = median_s[candidate.name, kind, False], median_s.get((candidate.name, kind, True))
             row[kind] = {
@@ -143,10 +137,8 @@ def _seconds_of_a_call(call: Callable[[], Any], device: torch.device) -> tuple[f
 
 
 def _times_table(rows: list[dict[str, Any]], num_ranks: int) -> list[str]:
-    header = ["method", "grid"]
-    for title, _ in KINDS.values():
-        header += [f"{title} ms (min - max)", "host", "TFLOP/s", "of ideal", *(["exposed ms"] if num_ranks > 1 else [])]
-    cells = [header]
+    names = ["host", "TFLOP/s", "of ideal", *(["exposed ms"] if num_ranks > 1 else [])]
+    cells = [["method", "grid", "forward ms (min - max)", *names, "forward + backward ms (min - max)", *names]]
     for row in rows:
         line = [row["name"], row["grid"]]
         for own in (row[kind] for kind in KINDS):

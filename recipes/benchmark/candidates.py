@@ -55,9 +55,10 @@ def make_candidates(plan: Plan, device: torch.device, say: Callable[..., None]) 
     Raises:
         RuntimeError: if an output differs from that of full attention.
     """
-    inputs = _random_inputs(plan, device)
-    one_device = _candidate("one device", _one_device(plan), inputs)
+    inputs, local = _random_inputs(plan, device), LocalAttention(plan.config.attention.kernel)
     spec, length = KernelSpec.of(*inputs[:3]), plan.config.data.sequence_length
+    full = ShardedAttention(Layout("contiguous", 1, length), 0, lambda q, k, v: local(q, k, v, 0), "full sequences")
+    one_device = _candidate("one device", full, inputs)
     if plan.num_ranks == 1:
         degrees = [degree for degree in SIMULATED_DEGREES if 2 * degree <= length]
         rings = {f"ring of {degree}": _simulated_ring(plan, spec, degree) for degree in degrees}
@@ -116,12 +117,6 @@ def _relative_error(candidate: Candidate, expected: Tensor) -> float:
         got = candidate.forward()[:, is_token].float()
     wanted = expected[:, positions[is_token]].float()
     return ((got - wanted).norm() / wanted.norm()).item()
-
-
-def _one_device(plan: Plan) -> ShardedAttention:
-    module = LocalAttention(plan.config.attention.kernel)
-    layout = Layout("contiguous", 1, plan.config.data.sequence_length)
-    return ShardedAttention(layout, 0, lambda q, k, v: module(q, k, v, 0), "full sequences")
 
 
 def _our_method(plan: Plan, method: str, transport: str, groups: ParallelGroups) -> ShardedAttention:

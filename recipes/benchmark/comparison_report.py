@@ -54,9 +54,8 @@ def summarize(results: list[Row], entries: list[str], baseline: str) -> list[Row
     rows = [row for name in entries if (row := _summary(name, [row for row in results if row["entry"] == name]))]
     speeds = {row["entry"]: row["tokens_per_s"] for row in _measured(rows)}
     for row in _measured(rows):
-        speed = row["tokens_per_s"]
-        row["change_pct"] = 100 * speed / speeds[baseline] - 100 if baseline in speeds else None
-        row["roofline_pct"] = 100 * speed / speeds[ROOFLINE] if ROOFLINE in speeds else None
+        for field, reference, offset in (("change_pct", baseline, 100), ("roofline_pct", ROOFLINE, 0)):
+            row[field] = 100 * row["tokens_per_s"] / speeds[reference] - offset if reference in speeds else None
     return rows
 
 
@@ -126,10 +125,9 @@ def table(rows: list[Row], baseline: str) -> list[str]:
     common = [f"{name} {cells.pop(name)[0]}" for name in ("L", "batch") if len(set(cells[name])) == 1]
     cells = {name: column for name, column in cells.items() if set(column) != {"n/a"}}
     measured = iter(zip(*cells.values(), strict=True))
-    lines = [["method", *cells]]
-    for row in rows:
-        lines.append([row["entry"], *([f"FAILED: {_cause(row['error'])}"] if "error" in row else next(measured))])
-    return ([", ".join(common)] if common else []) + text_table(lines)
+    body = [[f"FAILED: {_cause(row['error'])}"] if "error" in row else next(measured) for row in rows]
+    lines = [[row["entry"], *own] for row, own in zip(rows, body, strict=True)]
+    return ([", ".join(common)] if common else []) + text_table([["method", *cells], *lines])
 
 
 def agreement(rows: list[Row]) -> str | None:
@@ -144,9 +142,8 @@ def agreement(rows: list[Row]) -> str | None:
 
 def shares_table(rows: list[Row]) -> list[str]:
     """The time breakdown of a step, for the rows that have one."""
-    lines = [
-        [row["entry"], *(f"{row['shares_pct'][part]:.1f}" for part in PARTS)] for row in rows if row.get("shares_pct")
-    ]
+    profiled = [row for row in rows if row.get("shares_pct")]
+    lines = [[row["entry"], *(f"{row['shares_pct'][part]:.1f}" for part in PARTS)] for row in profiled]
     return text_table([["time of a step, %", *PARTS], *lines]) if lines else []
 
 
@@ -181,7 +178,7 @@ def report(config: Config, entries: dict[str, Config], notes: list[str], results
 
 
 def _log_to_wandb(config: Config, configs: dict[str, Any], rows: list[Row], figure: Path, run_dir: Path) -> None:
-    run = start_wandb(config.logging, run_dir, configs, lambda line: print(line, flush=True))
+    run = start_wandb(config.logging, run_dir, configs, print)
     columns = dict.fromkeys(name for row in rows for name, value in row.items() if not isinstance(value, dict | list))
     named = {f"{row['entry']}/{name}": value for row in rows for name, value in row.items()}
     numbers = {name: value for name, value in named.items() if isinstance(value, int | float)}
@@ -192,19 +189,18 @@ def _log_to_wandb(config: Config, configs: dict[str, Any], rows: list[Row], figu
 
 
 def _print_tables(rows: list[Row], baseline: str, on_cpu: bool) -> None:
-    lines = ["", *table(rows, baseline)]
-    if shares := shares_table(rows):
-        lines += ["", *shares]
-    failed = [row for row in _measured(rows) if row["errors"]]
-    lines += [f"{row['entry']}: some measurements failed, the last with: {_cause(row['errors'][-1])}" for row in failed]
-    lines += ["", *filter(None, [agreement(rows)]), LEGEND]
-    if any(row["entry"] == ROOFLINE for row in rows):
-        lines.append(ROOFLINE_LEGEND)
+    lines, shares = ["", *table(rows, baseline)], shares_table(rows)
+    lines += ["", *shares] if shares else []
     kernels: dict[str, list[str]] = {}
     for row in _measured(rows):
         kernels.setdefault(row["kernel"], []).append(row["entry"])
+        if row["errors"]:
+            lines.append(f"{row['entry']}: some measurements failed, the last with: {_cause(row['errors'][-1])}")
+    lines += ["", *filter(None, [agreement(rows)]), LEGEND]
+    lines += [ROOFLINE_LEGEND] if any(row["entry"] == ROOFLINE for row in rows) else []
     lines += [f"attention kernel {kernel}: {', '.join(names)}" for kernel, names in kernels.items()]
-    print(*lines, *([f"!!! {CPU_WARNING}"] if on_cpu else []), sep="\n", flush=True)
+    lines += [f"!!! {CPU_WARNING}"] if on_cpu else []
+    print(*lines, sep="\n", flush=True)
 
 
 def _measured(rows: list[Row]) -> list[Row]:
@@ -213,13 +209,11 @@ def _measured(rows: list[Row]) -> list[Row]:
 
 def draw(rows: list[Row], title: str, run_dir: Path) -> list[Path]:
     """The throughput, with its spread, as bars or over the number of ranks if that differs; the figure's paths."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # takes a second
 
     rows = _measured(rows)
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     throughput = "tokens/s, all ranks: median, smallest and largest step"
     if len({row["num_ranks"] for row in rows}) > 1:
         _draw_scaling(axes, rows)
@@ -233,7 +227,6 @@ def draw(rows: list[Row], title: str, run_dir: Path) -> list[Path]:
     paths = [run_dir / f"comparison.{kind}" for kind in ("png", "svg")]
     for path in paths:
         figure.savefig(path, dpi=150)
-    pyplot.close(figure)
     return paths
 
 
@@ -248,12 +241,9 @@ def _draw_scaling(axes: Any, rows: list[Row]) -> None:
     for name, own in series.items():
         ranks, speeds = [row["num_ranks"] for row in own], [row["tokens_per_s"] for row in own]
         axes.errorbar(ranks, speeds, _spread(own), marker="o", capsize=3, label=name)
-    first = min(rows, key=lambda row: row["num_ranks"])
-    ideal = {
-        row["num_ranks"]: row["tokens_per_s"] * first["model_tflops_per_rank"] / row["model_tflops_per_rank"]
-        for row in sorted(rows, key=lambda row: row["num_ranks"])
-    }
-    label = f"ideal: operations/s per rank of {first['entry']}"
+    rows = sorted(rows, key=lambda row: row["num_ranks"])
+    tflops, label = rows[0]["model_tflops_per_rank"], f"ideal: operations/s per rank of {rows[0]['entry']}"
+    ideal = {row["num_ranks"]: row["tokens_per_s"] * tflops / row["model_tflops_per_rank"] for row in rows}
     axes.plot([*ideal], [*ideal.values()], linestyle="--", color="gray", label=label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
 from typing import NamedTuple
@@ -46,13 +47,12 @@ def choose_entries(config: Config, composed: dict[str, Config]) -> tuple[dict[st
     """
     on_gpu = torch.cuda.device_count() > 0
     entries, left_out = _fitting(config, composed, on_gpu)
+    missing = [name for name in config.compare.only if name not in entries]
     if not entries:
-        raise ConfigError("none of the entries fits:\n" + "\n".join(left_out))
-    if missing := [name for name in config.compare.only if name not in entries]:
-        raise ConfigError(
-            f"compare.only has {', '.join(missing)}, which cannot run here: take it out, or use other ranks:\n"
-            + "\n".join(left_out)
-        )
+        raise ConfigError("\n".join(["none of the entries fits:", *left_out]))
+    if missing:
+        advice = "which cannot run here: take it out, or use other ranks:"
+        raise ConfigError("\n".join([f"compare.only has {', '.join(missing)}, {advice}", *left_out]))
     _set_batches(config, composed, entries, on_gpu)
     notes = [] if on_gpu else [f"!!! {CPU_WARNING}"]
     notes += _change_notes(config, composed, entries)
@@ -97,14 +97,12 @@ def _fitting(config: Config, composed: dict[str, Config], on_gpu: bool) -> tuple
 
 def _set_batches(config: Config, composed: dict[str, Config], entries: dict[str, Entry], on_gpu: bool) -> None:
     """Give entries of equal length and ranks one batch, except those whose own is configured and not downscaled."""
+    alike_by_kind = collections.defaultdict(list)
+    for entry in entries.values():
+        alike_by_kind[entry.num_ranks, entry.config.data.sequence_length].append((entry.config, entry.degrees))
     for name, entry in entries.items():
         own, configured = entry.config.engine, composed[name].engine.train_batch_size
-        length = entry.config.data.sequence_length
-        alike = [
-            (other.config, other.degrees)
-            for other in entries.values()
-            if (other.num_ranks, other.config.data.sequence_length) == (entry.num_ranks, length)
-        ]
+        alike = alike_by_kind[entry.num_ranks, entry.config.data.sequence_length]
         if config.compare.downscale:
             own.train_batch_size = downscale.common_batch(alike, configured, on_gpu)
         elif configured is None:
@@ -114,14 +112,13 @@ def _set_batches(config: Config, composed: dict[str, Config], entries: dict[str,
 
 def _change_notes(config: Config, composed: dict[str, Config], entries: dict[str, Entry]) -> list[str]:
     """A line for each changed field, which names its entries unless it is changed in all."""
-    changed: dict[str, list[str]] = {}
+    changed = collections.defaultdict(list)
     for name, entry in entries.items():
         for change in downscale.changes(composed[name], entry.config):
-            changed.setdefault(change, []).append(name)
-    notes = [
-        f"changed: {change}" + ("" if len(names) == len(entries) else f" ({', '.join(names)})")
-        for change, names in changed.items()
-    ]
+            changed[change].append(name)
+    notes = []
+    for change, names in changed.items():
+        notes.append(f"changed: {change}" + ("" if len(names) == len(entries) else f" ({', '.join(names)})"))
     if config.compare.downscale and notes:
         notes.append("compare.downscale=false changes nothing: sizes stay as typed, or as in the workload")
     return notes

@@ -38,12 +38,10 @@ def max_length(config: Config, run_dir: Path) -> float:
         raise ConfigError("recipe=max_length starts its own ranks: type python train.py, without a launcher")
     trained = dataclasses.replace(config, recipe="pretrain", explain=False, num_steps=NUM_STEPS)
     plan = launcher.make_plan(trained, launcher.count_ranks(trained))
-    limit_gib, origin = config.max_length.memory_gib, "max_length.memory_gib"
+    limit_gib = config.max_length.memory_gib
     if limit_gib is None:
         assert plan.memory_bytes is not None
-        limit_gib, origin = (1 - MARGIN) * plan.memory_bytes / 2**30, f"its memory less {100 * MARGIN:g} %"
-        if not plan.on_gpu:
-            limit_gib, origin = limit_gib - CPU_LIBRARIES_GIB, f"{origin} and {CPU_LIBRARIES_GIB:g} GiB for libraries"
+        limit_gib = (1 - MARGIN) * plan.memory_bytes / 2**30 - (0 if plan.on_gpu else CPU_LIBRARIES_GIB)
     multiple = TOKENS_PER_RANK * plan.degrees.sequence
     plan = _at_longest(plan, limit_gib, multiple)
     length, predicted_s = plan.config.data.sequence_length, NUM_STEPS * plan.estimated_step_s
@@ -51,8 +49,7 @@ def max_length(config: Config, run_dir: Path) -> float:
     curve = {at: _peak_gib(_at_length(plan, at)) for at in lengths}
     print(
         *([] if plan.on_gpu else [f"!!! {CPU_WARNING}"]),
-        f"{config.model.num_layers} layers on {plan.num_ranks} x {plan.device_name}; {limit_gib:.2f} GiB per rank, "
-        f"{origin}",
+        f"{config.model.num_layers} layers on {plan.num_ranks} x {plan.device_name}; {limit_gib:.2f} GiB per rank",
         f"{'L':>12} {'GiB per rank':>13}",
         *(f"{at:12,} {peak_gib:13.3f}" for at, peak_gib in curve.items()),
         *timeline_lines(plan.step_memory),

@@ -63,9 +63,8 @@ def best_size(candidates: list[int], entry: str, results: list[dict[str, Any]]) 
     speeds = {(row["micro_batch_size"], row["round"]): row["tokens_per_s"] for row in own if "tokens_per_s" in row}
     errors = [(row["micro_batch_size"], row["round"]) for row in own if "error" in row]
     failed = {size for size, number in errors if (size, number) not in speeds}
-    working = [size for size in candidates if size not in failed]
-    if len(candidates) > 1:
-        working = [size for size in working if (size, 0) in speeds]
+    tried = candidates if len(candidates) == 1 else [size for size in candidates if (size, 0) in speeds]
+    working = [size for size in tried if size not in failed]
     return max(working, key=lambda size: speeds.get((size, 0), 0), default=None)
 
 
