@@ -102,8 +102,8 @@ def deepspeed_ulysses(groups: ParallelGroups, length: int, spec: KernelSpec) -> 
 
     def local(q_BGHD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q_BGHD, k_BGKD, v_BGKD))
-        grouped = q.shape[1] != k.shape[1]
-        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
+        is_grouped = q.shape[1] != k.shape[1]
+        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=is_grouped).transpose(1, 2)
 
     attention = DistributedAttention(local, groups.get_sequence_parallel_group(), scatter_idx=2, gather_idx=1)  # pyright: ignore[reportArgumentType]
     layout, rank = Layout("contiguous", degree, length), groups.get_sequence_parallel_rank()

@@ -29,8 +29,6 @@ METHODS = ("ring", "ulysses", "hybrid", "all_gather")
 SIMULATED_DEGREES = (2, 4, 8, 16, 32, 64)
 MAX_ERROR = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 4e-3}  # of an output, relative: several roundings
 
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # q, k, v, dout, each [B, S, heads, D]
-
 
 class Candidate(NamedTuple):
     """What is timed.
@@ -56,7 +54,7 @@ def make_candidates(plan: Plan, device: torch.device, say: Callable[..., None]) 
         RuntimeError: if an output differs from that of full attention.
     """
     inputs, local = _random_inputs(plan, device), LocalAttention(plan.config.attention.kernel)
-    spec, length = KernelSpec.of(*inputs[:3]), plan.config.data.sequence_length
+    spec, length = KernelSpec.of(inputs[0], inputs[1], inputs[2]), plan.config.data.sequence_length
     full = ShardedAttention(Layout("contiguous", 1, length), 0, lambda q, k, v: local(q, k, v, 0), "full sequences")
     one_device = _candidate("one device", full, inputs)
     if plan.num_ranks == 1:
@@ -81,19 +79,19 @@ def make_candidates(plan: Plan, device: torch.device, say: Callable[..., None]) 
     return candidates
 
 
-def _random_inputs(plan: Plan, device: torch.device) -> Inputs:
-    """Full sequences, equal on all ranks."""
+def _random_inputs(plan: Plan, device: torch.device) -> list[Tensor]:
+    """Full sequences of q, k, v and dout, each [B, L, heads, D], equal on all ranks."""
     config, model = plan.config, plan.config.model
     generator = torch.Generator(device).manual_seed(config.seed)
+    shapes = [
+        (config.engine.micro_batch_size, config.data.sequence_length, heads, model.head_dim)
+        for heads in (model.num_heads, model.num_kv_heads, model.num_kv_heads, model.num_heads)
+    ]
+    dtype = DTYPES[config.engine.dtype]
+    return [torch.randn(shape, device=device, generator=generator).to(dtype) for shape in shapes]
 
-    def draw(heads: int) -> Tensor:
-        shape = (config.engine.micro_batch_size, config.data.sequence_length, heads, model.head_dim)
-        return torch.randn(shape, device=device, generator=generator).to(DTYPES[config.engine.dtype])
 
-    return draw(model.num_heads), draw(model.num_kv_heads), draw(model.num_kv_heads), draw(model.num_heads)
-
-
-def _candidate(name: str, attention: ShardedAttention, inputs: Inputs) -> Candidate:
+def _candidate(name: str, attention: ShardedAttention, inputs: list[Tensor]) -> Candidate:
     layout, attend = attention.layout, attention.attend
     q, k, v, dout = inputs
     if layout.sequence_degree > 1:

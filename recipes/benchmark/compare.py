@@ -31,8 +31,7 @@ from recipes.launch.memory_errors import out_of_memory_explained
 from recipes.planning.explain import banner, state_lines
 from recipes.planning.plan import Plan
 from recipes.run.errors import Preempted, RunFailed
-
-Row = dict[str, Any]  # of the results
+from recipes.run.run_dir import Row
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,8 @@ from conf.schema import Config
 from recipes.benchmark.rounds import ROOFLINE
 from recipes.monitor.metric_registry import PARTS
 from recipes.monitor.reporter import start_wandb, wandb_hints
-from recipes.run.run_dir import COMPARISON_FILE
+from recipes.run.run_dir import COMPARISON_FILE, Row
 from recipes.run.text_table import text_table
-
-Row = dict[str, Any]
 
 CPU_WARNING = "ON THE CPU ranks share cores and memory: these ratios say nothing about GPUs or about the paper's result"
 LEGEND = """TPS: tokens per second of all ranks. TPOT: step time / sequence length, as in the paper; compare it at equal

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 from conf.schema import Config, ConfigError
 from recipes.benchmark.probe import train_probe
@@ -15,6 +14,7 @@ from recipes.planning.explain import timeline_lines
 from recipes.planning.memory import changed
 from recipes.planning.plan import Plan
 from recipes.run.errors import RunFailed
+from recipes.run.run_dir import Row
 
 RESULT_FILE = "max_length.json"
 TOKENS_PER_RANK = 256  # a multiple of them is used: kernels work on tiles of 64 to 256 tokens
@@ -23,7 +23,6 @@ MARGIN = 0.1  # of a device: CUDA's context and NCCL's buffers take 1 to 2 GiB, 
 CPU_LIBRARIES_GIB = 1.0  # per process; no prediction counts them
 STEP_DOWN = 0.05  # after an attempt that does not fit
 MAX_ATTEMPTS = 4
-Row = dict[str, Any]  # an attempt
 CPU_WARNING = "ON THE CPU memory is what training adds to a process: these figures say nothing of GPUs"
 
 
@@ -59,7 +58,7 @@ def max_length(config: Config, run_dir: Path) -> float:
     )
     if config.explain:
         return float("nan")
-    attempts: list[dict[str, Any]] = []
+    attempts: list[Row] = []
     confirmed = None
     if predicted_s > config.max_length.confirm_s:
         print(f"not confirmed: that is more than max_length.confirm_s={config.max_length.confirm_s:g}", flush=True)
