@@ -22,7 +22,10 @@ RENAMED = {
     "compare.parts_alone": "compare.roofline",
 }
 # Fields that no longer exist, with what to do instead.
-REMOVED = {"parallelism.sequence_sharded_norms": "leave it out, tensor ranks always shard the norms by sequence"}
+REMOVED = {
+    "compare.plot": "leave it out, entries on several numbers of ranks are drawn over these",
+    "parallelism.sequence_sharded_norms": "leave it out, tensor ranks always shard the norms by sequence",
+}
 _ENTRIES = "compare.entries."  # followed by names that the user chooses
 _FIELDS = flatten(asdict(Config()))
 _DATACLASSES = {name.partition(".")[0] for name in _FIELDS if "." in name}

@@ -268,7 +268,6 @@ class CompareConfig(_Checked, prefix="compare."):
     downscale: bool = False  # reduce the batch to step_time_s per step; on the CPU, the model and length too
     step_time_s: float = number(4.0, minimum=1)  # estimated step time that downscale aims for
     roofline: bool = False  # also measure matrix products and attention alone: the fastest step these ranks allow
-    plot: str = choice("bars", "scaling")  # scaling: throughput over the number of ranks
 
     def problems(self) -> Iterator[str]:
         for name, value in [("baseline", self.baseline), *(("only", entry) for entry in self.only)]:

@@ -1,12 +1,13 @@
 """Other libraries' distributed attention, which `bench_attention` times beside ours.
 
-Each baseline gets its shards in its own layout and PyTorch's fastest kernel that it supports. One that cannot run on
-this machine raises an error that says why. ring-flash-attn and yunchang are missing: they import FlashAttention 2.
+Each baseline gets its shards in its own layout and PyTorch's fastest kernel that it supports. ring-flash-attn and
+yunchang are missing: they import FlashAttention 2.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -19,42 +20,44 @@ from torch.nn.functional import scaled_dot_product_attention
 from conf.schema import ConfigError
 from ring_attention.groups import ParallelGroups
 from ring_attention.kernels import KERNELS, KernelSpec
+from ring_attention.kernels.base import expand_kv_heads
 from ring_attention.layout import Layout
 
 
-class Baseline(NamedTuple):
-    """One library on this rank.
+class ShardedAttention(NamedTuple):
+    """Attention over sequences that all ranks share.
 
     Args:
-        layout: how it shards sequences over the ranks of the group.
-        attend: computes this rank's output from its q, k, v, all [B, S, heads, D].
+        rank: which shard this process holds.
+        attend: computes the shard's output from its q, k, v, all [B, S, heads, D].
+        grid: for people.
+        has_messages: whether `messages_stay_local` keeps its messages on their rank.
         context: what its calls must run within.
     """
 
     layout: Layout
+    rank: int
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+    grid: str = ""
+    has_messages: bool = False
     context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
 
 
 def _check_cudnn(spec: KernelSpec) -> None:
-    refusal = KERNELS["cudnn"].refusal(spec)
-    if refusal is not None:
+    if refusal := KERNELS["cudnn"].refusal(spec):
         raise ConfigError(f"PyTorch's fastest kernel for it, cuDNN's, {refusal}")
 
 
-def torch_context_parallel(groups: ParallelGroups, length: int, spec: KernelSpec) -> Baseline:
+def torch_context_parallel(groups: ParallelGroups, length: int, spec: KernelSpec) -> ShardedAttention:
     """torch.distributed.tensor.experimental.context_parallel with cuDNN's attention.
 
     Raises:
-        ConfigError: without a GPU, for what cuDNN does not support, and for a length that its balanced layout cannot
-            shard.
+        ConfigError: for what cuDNN does not support, such as a CPU, and for a length that its layout cannot shard.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.experimental import context_parallel
 
     degree = groups.sequence_degree
-    if spec.device_type != "cuda":
-        raise ConfigError("it has no kernel for the CPU")
     _check_cudnn(spec)
     if length % (2 * degree):
         raise ConfigError(f"{length} tokens are not a multiple of {2 * degree}, twice the ranks")
@@ -71,15 +74,16 @@ def torch_context_parallel(groups: ParallelGroups, length: int, spec: KernelSpec
 
     def attend(q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor) -> Tensor:
         if q_BSHD.shape[2] != k_BSKD.shape[2]:  # it needs as many key-value heads as query heads
-            k_BSKD, v_BSKD = (x.repeat_interleave(q_BSHD.shape[2] // x.shape[2], 2) for x in (k_BSKD, v_BSKD))
+            k_BSKD, v_BSKD = (expand_kv_heads(x, q_BSHD.shape[2]) for x in (k_BSKD, v_BSKD))
         q, k, v = (x.transpose(1, 2).contiguous() for x in (q_BSHD, k_BSKD, v_BSKD))
         # looked up at each call, because the context replaces it
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
-    return Baseline(Layout("zigzag", degree, length), attend, context)
+    layout = Layout("zigzag", degree, length)
+    return ShardedAttention(layout, groups.get_sequence_parallel_rank(), attend, context=context)
 
 
-def deepspeed_ulysses(groups: ParallelGroups, length: int, spec: KernelSpec) -> Baseline:
+def deepspeed_ulysses(groups: ParallelGroups, length: int, spec: KernelSpec) -> ShardedAttention:
     """deepspeed.sequence.layer.DistributedAttention around PyTorch's attention.
 
     Raises:
@@ -91,18 +95,19 @@ def deepspeed_ulysses(groups: ParallelGroups, length: int, spec: KernelSpec) -> 
     degree = groups.sequence_degree
     if length % degree or spec.num_kv_heads % degree:
         raise ConfigError(f"{length} tokens or {spec.num_kv_heads} kv heads are not a multiple of the {degree} ranks")
-    on_gpu = spec.device_type == "cuda"
-    if on_gpu:
+    context = contextlib.nullcontext
+    if spec.device_type == "cuda":
         _check_cudnn(spec)
+        context = functools.partial(sdpa_kernel, SDPBackend.CUDNN_ATTENTION)
 
     def local(q_BGHD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q_BGHD, k_BGKD, v_BGKD))
-        grouped = q.shape[1] != k.shape[1]
-        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
+        is_grouped = q.shape[1] != k.shape[1]
+        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=is_grouped).transpose(1, 2)
 
     attention = DistributedAttention(local, groups.get_sequence_parallel_group(), scatter_idx=2, gather_idx=1)  # pyright: ignore[reportArgumentType]
-    context = (lambda: sdpa_kernel(SDPBackend.CUDNN_ATTENTION)) if on_gpu else contextlib.nullcontext
-    return Baseline(Layout("contiguous", degree, length), lambda q, k, v: attention(q, k, v, 0), context)
+    layout, rank = Layout("contiguous", degree, length), groups.get_sequence_parallel_rank()
+    return ShardedAttention(layout, rank, lambda q, k, v: attention(q, k, v, 0), context=context)
 
 
 BASELINES = {"torch context_parallel": torch_context_parallel, "DeepSpeed Ulysses": deepspeed_ulysses}

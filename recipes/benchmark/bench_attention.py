@@ -7,7 +7,9 @@ one rank of larger rings, which measures what splitting attention into tiles and
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import itertools
 import json
 import statistics
 import time
@@ -32,7 +34,7 @@ from ring_attention.transport import messages_stay_local
 
 RESULT_FILE = "bench_attention.json"
 TIMED_S = 0.1  # duration of the calls in each round, at least
-KINDS = {"forward": ("forward", 1), "forward_backward": ("forward + backward", 3)}  # title, and forward passes' FLOPs
+KINDS = {"forward": 1, "forward_backward": 3}  # what is timed, and how many forward passes' FLOPs it has
 
 
 def bench_attention(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
@@ -61,7 +63,10 @@ def bench_attention(plan: Plan, run_dir: Path, reporter: Reporter | None) -> flo
     if config.breakdown:
         say("profiling ...")
         for row, candidate in zip(rows, candidates, strict=True):
-            row["parts_ms"] = _parts_ms(candidate, device)
+            with candidate.attention.context():
+                breakdown = step_breakdown(candidate.forward_backward)
+            own_ms = {part: 1e3 * share * breakdown.step_time_s for part, share in breakdown.shares.items()}
+            row["parts_ms"] = extremes_over_ranks(own_ms, device)
         say("", *_parts_table(rows), "")
     say(
         "ms: one call, on the slowest rank. host: the part of it until the host has issued the call; if the two are",
@@ -74,48 +79,39 @@ def bench_attention(plan: Plan, run_dir: Path, reporter: Reporter | None) -> flo
     if reporter:
         result = {"device": plan.device_name, "num_ranks": num_ranks, "config": asdict(config), "rows": rows}
         (run_dir / RESULT_FILE).write_text(json.dumps(result, indent=1) + "\n")
-        reporter.write_summary(
-            {
-                f"{row['name']}/{kind}/{name}": value
-                for row in rows
-                for kind in KINDS
-                for name, value in row[kind].items()
-            }
-        )
+        for row, kind in itertools.product(rows, KINDS):
+            reporter.write_summary({f"{row['name']}/{kind}/{name}": value for name, value in row[kind].items()})
         say(f"all numbers: {run_dir / RESULT_FILE}", *reporter.view_hints()[1:])
     return rows[min(1, len(rows) - 1)]["forward_backward"]["tflops"]
 
 
 def _time(candidates: list[Candidate], plan: Plan, device: torch.device) -> list[dict[str, Any]]:
     """A row of times in ms for each candidate. Every round times all of them, so that drift affects all alike."""
-    samples: dict[tuple[str, str, bool], list[tuple[float, float]]] = {}
+    samples: dict[tuple[str, str, bool], list[tuple[float, float]]] = collections.defaultdict(list)
     for number in range(1 + plan.config.compare.rounds):  # the first one warms up
-        for candidate in candidates:
-            for kind in KINDS:
-                for is_silent in (False, True) if candidate.has_messages else (False,):
-                    silence = messages_stay_local() if is_silent else contextlib.nullcontext()
-                    with candidate.context(), silence:
-                        sample = _seconds_of_a_call(getattr(candidate, kind), device)
-                    if number:
-                        samples.setdefault((candidate.name, kind, is_silent), []).append(sample)
+        for candidate, kind in itertools.product(candidates, KINDS):
+            for is_silent in (False, True) if candidate.attention.has_messages else (False,):
+                with candidate.attention.context(), messages_stay_local() if is_silent else contextlib.nullcontext():
+                    sample = _seconds_of_a_call(getattr(candidate, kind), device)
+                if number:
+                    samples[candidate.name, kind, is_silent].append(sample)
     median_s = {key: statistics.median(total_s for total_s, _ in own) for key, own in samples.items()}
-    length = plan.config.data.sequence_length
-    tokens = plan.config.engine.micro_batch_size * length
-    operations = tokens * attention_flops_per_token(plan.config.model, length)
+    model, length = plan.config.model, plan.config.data.sequence_length
+    flops = plan.config.engine.micro_batch_size * length * attention_flops_per_token(model, length)
     rows = []
     for candidate in candidates:
-        row: dict[str, Any] = {"name": candidate.name, "grid": candidate.grid}
-        for kind, (_, passes) in KINDS.items():
+        row: dict[str, Any] = {"name": candidate.name, "grid": candidate.attention.grid}
+        share = 1 / candidate.attention.layout.sequence_degree
+        for kind, passes in KINDS.items():
             times_s, issued_s = zip(*samples[candidate.name, kind, False], strict=True)
-            time_s, silent_s = statistics.median(times_s), median_s.get((candidate.name, kind, True))
-            ideal_s = median_s[candidates[0].name, kind, False] * candidate.share
+            time_s, silent_s = median_s[candidate.name, kind, False], median_s.get((candidate.name, kind, True))
             row[kind] = {
                 "ms": 1e3 * time_s,
                 "min_ms": 1e3 * min(times_s),
                 "max_ms": 1e3 * max(times_s),
                 "host_ms": 1e3 * statistics.median(issued_s),
-                "tflops": operations * candidate.share * passes / time_s / 1e12,
-                "ideal_pct": 100 * ideal_s / time_s,
+                "tflops": flops * share * passes / time_s / 1e12,
+                "ideal_pct": 100 * median_s[candidates[0].name, kind, False] * share / time_s,
                 "exposed_ms": None if silent_s is None else max(0.0, 1e3 * (time_s - silent_s)),
             }
         rows.append(row)
@@ -123,10 +119,7 @@ def _time(candidates: list[Candidate], plan: Plan, device: torch.device) -> list
 
 
 def _seconds_of_a_call(call: Callable[[], Any], device: torch.device) -> tuple[float, float]:
-    """The mean time of a call, and the time until the host has issued it, each of the slowest rank.
-
-    The mean is over as many calls as take TIMED_S.
-    """
+    """The time of a call, and the part until the host has issued it, on the slowest rank: means over TIMED_S."""
     clock = StepClock()
 
     def seconds(num_calls: int) -> tuple[float, float]:
@@ -137,30 +130,18 @@ def _seconds_of_a_call(call: Callable[[], Any], device: torch.device) -> tuple[f
             call()
         issued_s = time.perf_counter() - started
         clock.tick()
-        own = {"total": clock.take()[0] / num_calls, "issued": issued_s / num_calls}
-        extremes = extremes_over_ranks(own, device)
-        return extremes["total"][1], extremes["issued"][1]
+        extremes = extremes_over_ranks({"total": clock.take()[0], "issued": issued_s}, device)
+        return extremes["total"][1] / num_calls, extremes["issued"][1] / num_calls
 
     return seconds(max(1, round(TIMED_S / seconds(1)[0])))
 
 
-def _parts_ms(candidate: Candidate, device: torch.device) -> dict[str, tuple[float, float]]:
-    """The parts of a call with its backward pass, under the profiler: the least and the most of all ranks."""
-    with candidate.context():
-        breakdown = step_breakdown(candidate.forward_backward)
-    parts_ms = {part: 1e3 * share * breakdown.step_time_s for part, share in breakdown.shares.items()}
-    return extremes_over_ranks(parts_ms, device)
-
-
 def _times_table(rows: list[dict[str, Any]], num_ranks: int) -> list[str]:
-    header = ["method", "grid"]
-    for title, _ in KINDS.values():
-        header += [f"{title} ms (min - max)", "host", "TFLOP/s", "of ideal", *(["exposed ms"] if num_ranks > 1 else [])]
-    cells = [header]
+    names = ["host", "TFLOP/s", "of ideal", *(["exposed ms"] if num_ranks > 1 else [])]
+    cells = [["method", "grid", "forward ms (min - max)", *names, "forward + backward ms (min - max)", *names]]
     for row in rows:
         line = [row["name"], row["grid"]]
-        for kind in KINDS:
-            own = row[kind]
+        for own in (row[kind] for kind in KINDS):
             line += [f"{own['ms']:.3f} ({own['min_ms']:.3f} - {own['max_ms']:.3f})", f"{own['host_ms']:.3f}"]
             line += [f"{own['tflops']:.3g}", f"{own['ideal_pct']:.1f} %"]
             if num_ranks > 1:
@@ -173,6 +154,5 @@ def _parts_table(rows: list[dict[str, Any]]) -> list[str]:
     parts = [part for part in PARTS if any(row["parts_ms"][part][1] for row in rows)]
     cells = [["parts, ms (least - most of all ranks)", *parts]]
     for row in rows:
-        spans = [row["parts_ms"][part] for part in parts]
-        cells.append([row["name"], *(f"{least:.3f} - {most:.3f}" for least, most in spans)])
+        cells.append([row["name"], *("{:.3f} - {:.3f}".format(*row["parts_ms"][part]) for part in parts)])
     return text_table(cells)

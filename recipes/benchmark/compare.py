@@ -1,21 +1,18 @@
 """Compares several configurations on the same hardware: measures all in rounds, and reports one table.
 
-Ranks build an entry's model, warm it up, time some steps and free everything; then the next entry follows. Every round
-measures each entry, so that drift affects all alike. Before the rounds, each entry tries its micro-batch sizes and
-keeps the fastest. Every result goes to RUN_DIR/results.jsonl at once. If an entry ends its ranks, for example because
-it runs out of memory, its failure is recorded and new ranks continue with the rest. The same command with the
-hydra.run.dir of an earlier comparison resumes it.
+Ranks build an entry's model, warm it up, time some steps and free everything; then the next entry follows. Every result
+goes to RUN_DIR/results.jsonl at once. If an entry ends its ranks, for example because it runs out of memory, its
+failure is recorded and new ranks continue with the rest.
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import json
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -27,19 +24,19 @@ from data.pack import open_corpus
 from data.source import is_local
 from recipes.benchmark import comparison_report, rounds
 from recipes.benchmark.entries import Entry, choose_entries, roofline_entry
+from recipes.benchmark.rounds import Measurement
 from recipes.launch import launcher
 from recipes.launch.environment import ranks_are_started
 from recipes.launch.memory_errors import out_of_memory_explained
 from recipes.planning.explain import banner, state_lines
 from recipes.planning.plan import Plan
 from recipes.run.errors import Preempted, RunFailed
-
-Record = Callable[[dict[str, Any]], None]  # adds a row to the results
+from recipes.run.run_dir import Row
 
 
 @dataclass(frozen=True)
 class ComparisonTask:
-    """The task of ranks that measure the entries of one number of ranks.
+    """The measurements of all entries of one number of ranks, as a `Task` of these ranks.
 
     Args:
         config: the comparison's own.
@@ -48,9 +45,16 @@ class ComparisonTask:
     config: Config
     entries: dict[str, Entry]
 
-    def next(self, results: list[dict[str, Any]]) -> rounds.Measurement | None:
+    def next(self, results: list[Row]) -> Measurement | None:
         sizes = {name: entry.micro_batch_sizes for name, entry in self.entries.items()}
         return rounds.next_measurement(sizes, self.config.compare.rounds, results)
+
+    def progress(self, results: list[Row]) -> tuple[int, int]:
+        """The number of the next measurement, from 1, and how many there are if none fails."""
+        sizes = [entry.micro_batch_sizes for entry in self.entries.values()]
+        trials = sum(len(tried) for tried in sizes if len(tried) > 1)
+        number = 1 + sum(row["entry"] in self.entries and "parts" not in row for row in results)
+        return number, max(number, trials + len(self.entries) * self.config.compare.rounds)
 
     def run(self, run_dir: Path, console: TextIO) -> float:
         """Measure until nothing is left to do. Every rank must call it; rank 0 chooses, writes and prints."""
@@ -60,50 +64,51 @@ class ComparisonTask:
         while True:
             chosen = [self.next(rounds.read_results(run_dir)) if is_first else None]
             dist.broadcast_object_list(chosen, src=0)
-            if (measurement := chosen[0]) is None:
+            if chosen[0] is None:
                 return float("nan")
-            config = copy.deepcopy(self.entries[measurement.entry].config)
-            header = {**dataclasses.asdict(measurement), "settings": rounds.settings_of(config)}
-            config.engine.micro_batch_size = measurement.micro_batch_size
-            if is_first:
-                (run_dir / rounds.CURRENT_FILE).write_text(json.dumps(header))
-                number, total = self.progress(rounds.read_results(run_dir))
-                begins = comparison_report.measurement_header(header, number, total, self.config.compare.rounds)
-                print(begins, end="", file=console, flush=True)
-            record = functools.partial(_record, run_dir, console, header) if is_first else (lambda result: None)
-            try:
-                plan = launcher.shared_plan(config)
-            except ConfigError as error:  # on all ranks alike
-                record({"error": str(error)})
-            else:
-                with out_of_memory_explained(plan, run_dir):
-                    if measurement.entry == rounds.ROOFLINE:
-                        record(_roofline(plan))
-                    else:
-                        self._measure(measurement, plan, record, console if is_first else None)
-            if is_first:
-                (run_dir / rounds.CURRENT_FILE).unlink()
+            self._measure(chosen[0], run_dir, console if is_first else None)
 
-    def progress(self, results: list[dict[str, Any]]) -> tuple[int, int]:
-        """The number of the next measurement, from 1, and how many there are if none fails."""
-        sizes = [entry.micro_batch_sizes for entry in self.entries.values()]
-        trials = sum(len(tried) for tried in sizes if len(tried) > 1)
-        num_done = sum(row["entry"] in self.entries and "parts" not in row for row in results)
-        return num_done + 1, max(num_done + 1, trials + len(self.entries) * self.config.compare.rounds)
+    def _measure(self, measurement: Measurement, run_dir: Path, console: TextIO | None) -> None:
+        config = copy.deepcopy(self.entries[measurement.entry].config)
+        header = {**measurement._asdict(), "settings": rounds.settings_of(config)}
+        config.engine.micro_batch_size = measurement.micro_batch_size
+        current = run_dir / rounds.CURRENT_FILE
 
-    def _measure(self, measurement: rounds.Measurement, plan: Plan, record: Record, console: TextIO | None) -> None:
-        """Time some steps and, in the last round, their breakdown."""
+        def record(result: Row) -> None:
+            if console:
+                rounds.append_result(run_dir, {**header, **result})
+                if "parts" not in result:
+                    print(comparison_report.measurement_line(result), file=console, flush=True)
+
+        if console:
+            current.write_text(json.dumps(header))
+            number, total = self.progress(rounds.read_results(run_dir))
+            begins = comparison_report.measurement_header(header, number, total, self.config.compare.rounds)
+            print(begins, end="", file=console, flush=True)
+        try:
+            plan = launcher.shared_plan(config)
+        except ConfigError as error:  # on all ranks alike
+            record({"error": str(error)})
+        else:
+            is_roofline = measurement.entry == rounds.ROOFLINE
+            with out_of_memory_explained(plan, run_dir):
+                for result in _roofline(plan) if is_roofline else self._timed(measurement, plan, console):
+                    record(result)
+        if console:
+            current.unlink()
+
+    def _timed(self, measurement: Measurement, plan: Plan, console: TextIO | None) -> Iterator[Row]:
+        """Some steps and, in the last round, their breakdown."""
         from recipes.engine.build import build_engine, build_sharder
         from recipes.monitor import device_metrics
         from recipes.monitor.time_breakdown import measure_time_breakdown
 
         torch.compiler.reset()  # shapes of other entries would count as dynamic, and compile to slower kernels
-        config, compare = plan.config, self.config.compare
-        is_sequence = config.parallelism.method == "sequence"
+        compare, is_sequence = self.config.compare, plan.config.parallelism.method == "sequence"
         groups = _groups(plan.degrees.data, plan.degrees.sequence) if is_sequence else None
         engine = build_engine(plan, groups, forward_only=not plan.trains)
         device_metrics.reset_peak_memory()  # building takes more than steps do: weights are made in fp32
-        corpus = open_corpus(config.data)
+        corpus = open_corpus(plan.config.data)
         sharder = build_sharder(plan, engine)
         steps = sharder.steps(corpus.training(cursor=0), plan.accumulation_steps)
         clock, losses = device_metrics.StepClock(), []
@@ -114,22 +119,19 @@ class ComparisonTask:
             if step == 0:
                 clock.take()  # warm-up: kernels are chosen and compiled, and communicators connect
                 clock.restart()
-        times_s = clock.take()
-        peak_gib = engine.max_over_ranks(device_metrics.peak_memory_gib())
-        record(
-            {
-                **_result(plan, times_s),
-                # on the CPU it is the process's, which all entries share
-                "peak_memory_gib": peak_gib if torch.cuda.is_available() else None,
-                "losses": [loss.item() if loss.isfinite() else None for loss in losses],  # JSON has no NaN
-                "degrees": plan.degrees._asdict(),
-            }
-        )
+        times_s, peak_gib = clock.take(), engine.max_over_ranks(device_metrics.peak_memory_gib())
+        yield {
+            **_numbers(plan, times_s),
+            # on the CPU it is the process's, which all entries share
+            "peak_memory_gib": peak_gib if plan.on_gpu else None,
+            "losses": [loss.item() if loss.isfinite() else None for loss in losses],  # JSON has no NaN
+            "degrees": plan.degrees._asdict(),
+        }
         if self.config.breakdown and measurement.round == compare.rounds:
             if console:
                 print(f"measuring the time breakdown of {measurement.entry} ...", file=console, flush=True)
-            parts = measure_time_breakdown(plan, engine, functools.partial(sharder.steps, corpus.training(cursor=0)))
-            record({"parts": parts.metrics})
+            batches = functools.partial(sharder.steps, corpus.training(cursor=0))
+            yield {"parts": measure_time_breakdown(plan, engine, batches).metrics}
         engine.close()
         del engine
         device_metrics.reset_peak_memory()  # frees the memory before the next model is built
@@ -142,14 +144,8 @@ def _groups(data_degree: int, sequence_degree: int) -> Any:
     return ParallelGroups(data_degree, sequence_degree)
 
 
-def _record(run_dir: Path, console: TextIO, header: dict[str, Any], result: dict[str, Any]) -> None:
-    rounds.append_result(run_dir, {**header, **result})
-    if "parts" not in result:
-        print(comparison_report.measurement_line(result), file=console, flush=True)
-
-
-def _result(plan: Plan, step_times_s: list[float]) -> dict[str, Any]:
-    """The fields that all measurements have."""
+def _numbers(plan: Plan, step_times_s: list[float]) -> Row:
+    """What all measurements have."""
     return {
         "step_times_s": step_times_s,
         **plan.throughput(statistics.median(step_times_s)).numbers,
@@ -162,14 +158,14 @@ def _result(plan: Plan, step_times_s: list[float]) -> dict[str, Any]:
     }
 
 
-def _roofline(plan: Plan) -> dict[str, Any]:
+def _roofline(plan: Plan) -> Iterator[Row]:
     """A measurement without a model: all ranks compute a layer's kernels at once, each alone; the slowest counts."""
     from recipes.benchmark.roofline import seconds_of_a_sequence
     from recipes.engine.base import max_over_ranks
 
     sequence_s = max_over_ranks(seconds_of_a_sequence(plan), torch.device(plan.device_type))
     step_time_s = plan.sequences_per_step * sequence_s / plan.num_ranks
-    return {**_result(plan, [step_time_s]), "peak_memory_gib": None, "losses": [None], "degrees": {}}
+    yield {**_numbers(plan, [step_time_s]), "peak_memory_gib": None, "losses": [None], "degrees": {}}
 
 
 def compare(config: Config, composed: dict[str, Config], run_dir: Path) -> None:
@@ -210,27 +206,17 @@ def compare(config: Config, composed: dict[str, Config], run_dir: Path) -> None:
         print(*notes, *([f"resuming: {num_done} measurements are done"] if num_done else []), sep="\n", flush=True)
     if is_first and is_started:  # failures of our own ranks are recorded at once
         _record_failure(run_dir, "its ranks ended, and only their launcher can start them again: see its logs")
-    failure = _measure_all(config, entries, run_dir, is_started)
-    if is_first and (results := rounds.read_results(run_dir)):
-        comparison_report.report(config, {name: own for name, (own, _) in entries.items()}, notes, results, run_dir)
-    if failure is not None:
-        raise failure
-
-
-def _measure_all(config: Config, entries: dict[str, Entry], run_dir: Path, is_started: bool) -> RunFailed | None:
-    """Run a task for each number of ranks; the last failure of ranks that ended before their first measurement."""
-    failure: RunFailed | None = None
+    failure = None
     for num_ranks in dict.fromkeys(entry.num_ranks for entry in entries.values()):
         task = ComparisonTask(config, {name: own for name, own in entries.items() if own.num_ranks == num_ranks})
         if is_started:
             launcher.start(task, num_ranks, run_dir)
-            continue
-        try:
+        else:
             failure = _start_until_done(task, num_ranks, run_dir) or failure
-        except (KeyboardInterrupt, Preempted):
-            print(f"\nto resume, run the same command with hydra.run.dir={run_dir}", flush=True)
-            raise
-    return failure
+    if is_first and (results := rounds.read_results(run_dir)):
+        comparison_report.report(config, {name: own for name, (own, _) in entries.items()}, notes, results, run_dir)
+    if failure is not None:
+        raise failure
 
 
 def _start_until_done(task: ComparisonTask, num_ranks: int, run_dir: Path) -> RunFailed | None:
@@ -240,20 +226,20 @@ def _start_until_done(task: ComparisonTask, num_ranks: int, run_dir: Path) -> Ru
         try:
             launcher.start(task, num_ranks, run_dir)
         except RunFailed as error:
-            row = _record_failure(run_dir, str(error))
-            if row is not None:
-                print(comparison_report.measurement_line(row), flush=True)
+            if _record_failure(run_dir, str(error)):
+                print(comparison_report.measurement_line({"error": str(error)}), flush=True)
             elif len(rounds.read_results(run_dir)) == len(results):
                 return error
+        except (KeyboardInterrupt, Preempted):
+            print(f"\nto resume, run the same command with hydra.run.dir={run_dir}", flush=True)
+            raise
     return None
 
 
-def _record_failure(run_dir: Path, error: str) -> dict[str, Any] | None:
-    """Add a failed row for the measurement that was running, if there was one, and return it."""
+def _record_failure(run_dir: Path, error: str) -> bool:
+    """Add a failed row for the measurement that was running; False if there was none."""
     current = run_dir / rounds.CURRENT_FILE
-    if not current.exists():
-        return None
-    row = {**json.loads(current.read_text()), "error": error}
-    rounds.append_result(run_dir, row)
-    current.unlink()
-    return row
+    if was_running := current.exists():
+        rounds.append_result(run_dir, {**json.loads(current.read_text()), "error": error})
+        current.unlink()
+    return was_running

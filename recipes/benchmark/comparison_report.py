@@ -14,10 +14,8 @@ from conf.schema import Config
 from recipes.benchmark.rounds import ROOFLINE
 from recipes.monitor.metric_registry import PARTS
 from recipes.monitor.reporter import start_wandb, wandb_hints
-from recipes.run.run_dir import COMPARISON_FILE
+from recipes.run.run_dir import COMPARISON_FILE, Row
 from recipes.run.text_table import text_table
-
-Row = dict[str, Any]
 
 CPU_WARNING = "ON THE CPU ranks share cores and memory: these ratios say nothing about GPUs or about the paper's result"
 LEGEND = """TPS: tokens per second of all ranks. TPOT: step time / sequence length, as in the paper; compare it at equal
@@ -26,17 +24,10 @@ sequences, it is how much longer a step takes than one whose messages stay on th
 breakdown's "exchange", it is the time when only communication runs, waiting for slower ranks included."""
 ROOFLINE_LEGEND = f"""{ROOFLINE}: a layer's matrix products and attention, repeated on each rank by itself; no method
 with these kernels is faster."""
-COPIED = ("num_ranks", "micro_batch_size", "sequences_per_step", "sequence_length", "kernel", "device")
-LOGGED = ("tokens_per_s", "tokens_per_s_per_rank", "tpot_ms", "change_pct", "mfu_pct", "peak_memory_gib")
 
 
 def measurement_header(header: Row, number: int, total: int, num_rounds: int) -> str:
-    """The start of a measurement's line, which `measurement_line` completes.
-
-    Args:
-        number: of the measurement, from 1.
-        total: the number of measurements if none fails.
-    """
+    """The start of the line of a measurement, the `number`th of `total`. `measurement_line` completes it."""
     phase = f"round {header['round']}/{num_rounds}" if header["round"] else "micro-batch trial"
     return f"measurement {number}/{total} | {phase} | {header['entry']}, micro-batch {header['micro_batch_size']} | "
 
@@ -59,11 +50,10 @@ def summarize(results: list[Row], entries: list[str], baseline: str) -> list[Row
         baseline: the entry that `change_pct` refers to; None there if it has no throughput.
     """
     rows = [row for name in entries if (row := _summary(name, [row for row in results if row["entry"] == name]))]
-    measured = {row["entry"]: row for row in rows if "error" not in row}
-    for row in measured.values():
+    speeds = {row["entry"]: row["tokens_per_s"] for row in _measured(rows)}
+    for row in _measured(rows):
         for field, reference, offset in (("change_pct", baseline, 100), ("roofline_pct", ROOFLINE, 0)):
-            base = measured.get(reference)
-            row[field] = None if base is None else 100 * row["tokens_per_s"] / base["tokens_per_s"] - offset
+            row[field] = 100 * row["tokens_per_s"] / speeds[reference] - offset if reference in speeds else None
     return rows
 
 
@@ -73,9 +63,8 @@ def _summary(entry: str, own: list[Row]) -> Row | None:
     if not rounds:
         return {"entry": entry, "error": errors[-1]} if errors else None
     last = rounds[-1]
-    size = last["micro_batch_size"]  # larger ones may have failed after some rounds
-    rounds = [row for row in rounds if row["micro_batch_size"] == size]
-    tokens = last["tokens_per_step"]
+    size, tokens = last["micro_batch_size"], last["tokens_per_step"]
+    rounds = [row for row in rounds if row["micro_batch_size"] == size]  # larger ones may have failed after some rounds
     speeds = sorted(tokens / seconds for row in rounds for seconds in row["step_times_s"])
     tokens_per_s = statistics.median(speeds)
     speedup = tokens_per_s / last["tokens_per_s"]  # over the last round, whose FLOP rates are known
@@ -84,7 +73,8 @@ def _summary(entry: str, own: list[Row]) -> Row | None:
     return {
         "entry": entry,
         "grid": grid or ("1 rank" if last["degrees"] else "each rank alone"),
-        **{name: last[name] for name in COPIED},
+        **{name: last[name] for name in ("num_ranks", "micro_batch_size", "sequences_per_step", "sequence_length")},
+        **{name: last[name] for name in ("kernel", "device")},
         "tokens_per_s": tokens_per_s,
         "tokens_per_s_min": speeds[0],
         "tokens_per_s_max": speeds[-1],
@@ -129,15 +119,13 @@ def table(rows: list[Row], baseline: str) -> list[str]:
         except TypeError:  # the value is None
             return "n/a"
 
-    measured = [row for row in rows if "error" not in row]
-    cells = {name: [cell(form, row) for row in measured] for name, form in columns.items()}
+    cells = {name: [cell(form, row) for row in _measured(rows)] for name, form in columns.items()}
     common = [f"{name} {cells.pop(name)[0]}" for name in ("L", "batch") if len(set(cells[name])) == 1]
     cells = {name: column for name, column in cells.items() if set(column) != {"n/a"}}
-    measured_cells = iter(zip(*cells.values(), strict=True))
-    lines = [["method", *cells]]
-    for row in rows:
-        lines.append([row["entry"], *([f"FAILED: {_cause(row['error'])}"] if "error" in row else next(measured_cells))])
-    return ([", ".join(common)] if common else []) + text_table(lines)
+    measured = iter(zip(*cells.values(), strict=True))
+    body = [[f"FAILED: {_cause(row['error'])}"] if "error" in row else next(measured) for row in rows]
+    lines = [[row["entry"], *own] for row, own in zip(rows, body, strict=True)]
+    return ([", ".join(common)] if common else []) + text_table([["method", *cells], *lines])
 
 
 def agreement(rows: list[Row]) -> str | None:
@@ -152,8 +140,8 @@ def agreement(rows: list[Row]) -> str | None:
 
 def shares_table(rows: list[Row]) -> list[str]:
     """The time breakdown of a step, for the rows that have one."""
-    measured = [row for row in rows if row.get("shares_pct")]
-    lines = [[row["entry"], *(f"{row['shares_pct'][part]:.1f}" for part in PARTS)] for row in measured]
+    profiled = [row for row in rows if row.get("shares_pct")]
+    lines = [[row["entry"], *(f"{row['shares_pct'][part]:.1f}" for part in PARTS)] for row in profiled]
     return text_table([["time of a step, %", *PARTS], *lines]) if lines else []
 
 
@@ -169,75 +157,63 @@ def report(config: Config, entries: dict[str, Config], notes: list[str], results
     rows = summarize(results, [*entries], baseline)
     on_cpu = any(CPU_WARNING in note for note in notes)
     _print_tables(rows, baseline, on_cpu)
-    model = next(iter(entries.values())).model.name
-    configs = {name: asdict(entry) for name, entry in entries.items()}
     content = {
         "recipe": config.compare.recipe,
-        "model": model,
+        "model": next(iter(entries.values())).model.name,
         "baseline": baseline,
         "notes": notes,
         "rows": rows,
-        "configs": configs,
+        "configs": {name: asdict(entry) for name, entry in entries.items()},
         "measurements": results,
     }
     path = run_dir / COMPARISON_FILE
     path.write_text(json.dumps(content, indent=1) + "\n")
-    lengths = sorted({row["sequence_length"] for row in rows if "error" not in row})
-    shown = " to ".join(f"{length:,}" for length in dict.fromkeys((*lengths[:1], *lengths[-1:])))
-    title = f"{model}, {config.compare.recipe}, L = {shown}" + (f"\n{CPU_WARNING}" if on_cpu else "")
-    figures = draw(config, rows, title, run_dir)
+    lengths = ", ".join(f"{length:,}" for length in sorted({row["sequence_length"] for row in _measured(rows)}))
+    title = f"{content['model']}, {config.compare.recipe}, L = {lengths}" + (f"\n{CPU_WARNING}" if on_cpu else "")
+    figures = draw(rows, title, run_dir)
     print(f"all numbers: {path}", *(f"figure:      {figure}" for figure in figures), sep="\n", flush=True)
-    _log_to_wandb(config, configs, rows, figures[0], run_dir)
-
-
-def _print_tables(rows: list[Row], baseline: str, on_cpu: bool) -> None:
-    print("", *table(rows, baseline), sep="\n")
-    if shares := shares_table(rows):
-        print("", *shares, sep="\n")
-    kernels: dict[str, list[str]] = {}
-    for row in rows:
-        if "kernel" in row:
-            kernels.setdefault(row["kernel"], []).append(row["entry"])
-        if row.get("errors"):
-            print(f"{row['entry']}: some measurements failed, the last with: {_cause(row['errors'][-1])}")
-    print(
-        "",
-        *([line] if (line := agreement(rows)) else []),
-        LEGEND,
-        *([ROOFLINE_LEGEND] if any(row["entry"] == ROOFLINE for row in rows) else []),
-        *(f"attention kernel {kernel}: {', '.join(names)}" for kernel, names in kernels.items()),
-        *([f"!!! {CPU_WARNING}"] if on_cpu else []),
-        sep="\n",
-        flush=True,
-    )
+    _log_to_wandb(config, content["configs"], rows, figures[0], run_dir)
 
 
 def _log_to_wandb(config: Config, configs: dict[str, Any], rows: list[Row], figure: Path, run_dir: Path) -> None:
-    run = start_wandb(config.logging, run_dir, configs, lambda line: print(line, flush=True))
-    scalar = (str, int, float, type(None))
-    columns = dict.fromkeys(name for row in rows for name, value in row.items() if isinstance(value, scalar))
-    run.log(
-        {
-            "comparison": wandb.Table([*columns], [[row.get(name) for name in columns] for row in rows]),
-            "figure": wandb.Image(str(figure)),
-            **{f"{row['entry']}/{name}": row[name] for row in rows for name in LOGGED if row.get(name) is not None},
-        }
-    )
+    run = start_wandb(config.logging, run_dir, configs, print)
+    columns = dict.fromkeys(name for row in rows for name, value in row.items() if not isinstance(value, dict | list))
+    named = {f"{row['entry']}/{name}": value for row in rows for name, value in row.items()}
+    numbers = {name: value for name, value in named.items() if isinstance(value, int | float)}
+    rows_table = wandb.Table([*columns], [[row.get(name) for name in columns] for row in rows])
+    run.log({"comparison": rows_table, "figure": wandb.Image(str(figure)), **numbers})
     print(*wandb_hints(run), sep="\n", flush=True)
     run.finish()
 
 
-def draw(config: Config, rows: list[Row], title: str, run_dir: Path) -> list[Path]:
-    """The throughput, with its spread, as bars or over the number of ranks; the paths of the figure."""
-    import matplotlib
+def _print_tables(rows: list[Row], baseline: str, on_cpu: bool) -> None:
+    lines, shares = ["", *table(rows, baseline)], shares_table(rows)
+    lines += ["", *shares] if shares else []
+    kernels: dict[str, list[str]] = {}
+    for row in _measured(rows):
+        kernels.setdefault(row["kernel"], []).append(row["entry"])
+        if row["errors"]:
+            lines.append(f"{row['entry']}: some measurements failed, the last with: {_cause(row['errors'][-1])}")
+    lines += ["", *filter(None, [agreement(rows)]), LEGEND]
+    lines += [ROOFLINE_LEGEND] if any(row["entry"] == ROOFLINE for row in rows) else []
+    lines += [f"attention kernel {kernel}: {', '.join(names)}" for kernel, names in kernels.items()]
+    lines += [f"!!! {CPU_WARNING}"] if on_cpu else []
+    print(*lines, sep="\n", flush=True)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    rows = [row for row in rows if "error" not in row]
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+def _measured(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if "error" not in row]
+
+
+def draw(rows: list[Row], title: str, run_dir: Path) -> list[Path]:
+    """The throughput, with its spread, as bars or over the number of ranks if that differs; the figure's paths."""
+    from matplotlib.figure import Figure  # takes a second
+
+    rows = _measured(rows)
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     throughput = "tokens/s, all ranks: median, smallest and largest step"
-    if config.compare.plot == "scaling" and rows:
+    if len({row["num_ranks"] for row in rows}) > 1:
         _draw_scaling(axes, rows)
         axes.set(xlabel="ranks", ylabel=throughput)
     else:
@@ -249,7 +225,6 @@ def draw(config: Config, rows: list[Row], title: str, run_dir: Path) -> list[Pat
     paths = [run_dir / f"comparison.{kind}" for kind in ("png", "svg")]
     for path in paths:
         figure.savefig(path, dpi=150)
-    pyplot.close(figure)
     return paths
 
 
@@ -264,17 +239,13 @@ def _draw_scaling(axes: Any, rows: list[Row]) -> None:
     for name, own in series.items():
         ranks, speeds = [row["num_ranks"] for row in own], [row["tokens_per_s"] for row in own]
         axes.errorbar(ranks, speeds, _spread(own), marker="o", capsize=3, label=name)
-    first = min(rows, key=lambda row: row["num_ranks"])
-    ideal = {
-        row["num_ranks"]: row["tokens_per_s"] * first["model_tflops_per_rank"] / row["model_tflops_per_rank"]
-        for row in rows
-    }
-    ranks = sorted(ideal)
-    label = f"ideal: operations/s per rank of {first['entry']}"
-    axes.plot(ranks, [ideal[n] for n in ranks], linestyle="--", color="gray", label=label)
+    rows = sorted(rows, key=lambda row: row["num_ranks"])
+    tflops, label = rows[0]["model_tflops_per_rank"], f"ideal: operations/s per rank of {rows[0]['entry']}"
+    ideal = {row["num_ranks"]: row["tokens_per_s"] * tflops / row["model_tflops_per_rank"] for row in rows}
+    axes.plot([*ideal], [*ideal.values()], linestyle="--", color="gray", label=label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xticks(ranks, [str(n) for n in ranks])
+    axes.set_xticks([*ideal], [*map(str, ideal)])
     axes.legend()
 
 

@@ -7,9 +7,10 @@ that the command works.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
-from conf.schema import Config, Degrees
+from conf.schema import Config, Degrees, flatten
 from recipes.planning.plan import CPU_TFLOPS
 from recipes.planning.throughput import forward_flops_per_token
 
@@ -40,13 +41,11 @@ def downscale_to_cpu(config: Config, longest: int) -> None:
 
 def smallest_batch(entries: list[tuple[Config, Degrees]], on_gpu: bool) -> int:
     """Sequences per step that every micro-batch size of every entry divides and that keep pipelines full."""
-    smallest = 1
+    per_stage, multiples = PIPELINE_MICRO_BATCHES if on_gpu else CPU_PIPELINE_MICRO_BATCHES, []
     for entry, degrees in entries:
-        micro_batches = 1
-        if degrees.pipeline > 1:
-            micro_batches = (PIPELINE_MICRO_BATCHES if on_gpu else CPU_PIPELINE_MICRO_BATCHES) * (degrees.pipeline - 1)
-        smallest = math.lcm(smallest, degrees.data * micro_batches * math.lcm(*entry.compare.micro_batch_sizes))
-    return smallest
+        micro_batches = max(1, per_stage * (degrees.pipeline - 1))
+        multiples.append(degrees.data * micro_batches * math.lcm(*entry.compare.micro_batch_sizes))
+    return math.lcm(*multiples)
 
 
 def common_batch(entries: list[tuple[Config, Degrees]], configured: int | None, on_gpu: bool) -> int:
@@ -66,10 +65,5 @@ def common_batch(entries: list[tuple[Config, Degrees]], configured: int | None, 
 
 def changes(before: Config, after: Config) -> list[str]:
     """The fields that differ, such as "model.num_heads 16 -> 4"."""
-    lines = []
-    for group in ("model", "data", "engine", "compare"):
-        for name, old in vars(getattr(before, group)).items():
-            new = getattr(getattr(after, group), name)
-            if new != old:
-                lines.append(f"{group}.{name} {old} -> {new}")
-    return lines
+    old, new = flatten(dataclasses.asdict(before)), flatten(dataclasses.asdict(after))
+    return [f"{name} {old[name]} -> {value}" for name, value in new.items() if value != old[name]]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
-import os
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from conf.schema import Config, ConfigError, Degrees
 from recipes.benchmark import downscale
 from recipes.benchmark.comparison_report import CPU_WARNING
 from recipes.launch import launcher
-from recipes.launch.environment import ranks_are_started
+from recipes.launch.environment import ranks_are_started, ranks_given
 from ring_attention.transport import choose_transport
 
 
@@ -47,13 +47,12 @@ def choose_entries(config: Config, composed: dict[str, Config]) -> tuple[dict[st
     """
     on_gpu = torch.cuda.device_count() > 0
     entries, left_out = _fitting(config, composed, on_gpu)
+    missing = [name for name in config.compare.only if name not in entries]
     if not entries:
-        raise ConfigError("none of the entries fits:\n" + "\n".join(left_out))
-    if missing := [name for name in config.compare.only if name not in entries]:
-        raise ConfigError(
-            f"compare.only has {', '.join(missing)}, which cannot run here: take it out, or use other ranks:\n"
-            + "\n".join(left_out)
-        )
+        raise ConfigError("\n".join(["none of the entries fits:", *left_out]))
+    if missing:
+        advice = "which cannot run here: take it out, or use other ranks:"
+        raise ConfigError("\n".join([f"compare.only has {', '.join(missing)}, {advice}", *left_out]))
     _set_batches(config, composed, entries, on_gpu)
     notes = [] if on_gpu else [f"!!! {CPU_WARNING}"]
     notes += _change_notes(config, composed, entries)
@@ -61,28 +60,23 @@ def choose_entries(config: Config, composed: dict[str, Config]) -> tuple[dict[st
     if config.compare.baseline and config.compare.baseline not in entries:
         notes.append(f"baseline: {next(iter(entries))}, because {config.compare.baseline} is left out")
     if not on_gpu:
-        plans = [launcher.make_plan(*entry) for entry in entries.values()]
-        notes += dict.fromkeys(f"!!! {plan.slow_step_warning}" for plan in plans if plan.slow_step_warning)
+        warnings = [launcher.make_plan(*entry).slow_step_warning for entry in entries.values()]
+        notes += dict.fromkeys(f"!!! {warning}" for warning in warnings if warning)
     return entries, notes
 
 
 def _fitting(config: Config, composed: dict[str, Config], on_gpu: bool) -> tuple[dict[str, Entry], list[str]]:
     """The entries that fit the ranks, without duplicates, downscaled if configured; and why others are left out."""
-    is_started = ranks_are_started()
-    available = int(os.environ["WORLD_SIZE"]) if is_started else config.launch.num_ranks or torch.cuda.device_count()
-
-    def fits(num_ranks: int | None) -> bool:
-        return not num_ranks or not available or (num_ranks == available if is_started else num_ranks <= available)
-
-    left_out = [
-        f"{name}: it needs launch.num_ranks={own.launch.num_ranks}, and there are {available}"
-        for name, own in composed.items()
-        if not fits(own.launch.num_ranks)
-    ]
-    fitting = {name: copy.deepcopy(own) for name, own in composed.items() if fits(own.launch.num_ranks)}
-    longest = max((own.data.sequence_length for own in fitting.values()), default=0)
+    available = ranks_given(config) or torch.cuda.device_count()
     entries: dict[str, Entry] = {}
-    same_as: dict[str, str] = {}
+    left_out, same_as, fitting = [], {}, {}
+    for name, own in composed.items():
+        needed = own.launch.num_ranks or available
+        if available and (needed != available if ranks_are_started() else needed > available):
+            left_out.append(f"{name}: it needs launch.num_ranks={needed}, and there are {available}")
+        else:
+            fitting[name] = copy.deepcopy(own)
+    longest = max((own.data.sequence_length for own in fitting.values()), default=0)
     for name, own in fitting.items():
         if config.compare.downscale:
             own.engine.train_batch_size = None  # until `_set_batches`
@@ -103,28 +97,27 @@ def _fitting(config: Config, composed: dict[str, Config], on_gpu: bool) -> tuple
 
 def _set_batches(config: Config, composed: dict[str, Config], entries: dict[str, Entry], on_gpu: bool) -> None:
     """Give entries of equal length and ranks one batch, except those whose own is configured and not downscaled."""
-    kinds: dict[tuple[int, int], list[tuple[Config, Degrees]]] = {}
+    alike_by_kind = collections.defaultdict(list)
     for entry in entries.values():
-        kind = entry.num_ranks, entry.config.data.sequence_length
-        kinds.setdefault(kind, []).append((entry.config, entry.degrees))
-    for name, (own, num_ranks) in entries.items():
-        alike = kinds[num_ranks, own.data.sequence_length]
+        alike_by_kind[entry.num_ranks, entry.config.data.sequence_length].append((entry.config, entry.degrees))
+    for name, entry in entries.items():
+        own, configured = entry.config.engine, composed[name].engine.train_batch_size
+        alike = alike_by_kind[entry.num_ranks, entry.config.data.sequence_length]
         if config.compare.downscale:
-            configured = composed[name].engine.train_batch_size
-            own.engine.train_batch_size = downscale.common_batch(alike, configured, on_gpu)
-        elif own.engine.train_batch_size is None:
-            own.engine.train_batch_size = (
-                downscale.smallest_batch(alike, on_gpu) * own.engine.gradient_accumulation_steps
-            )
-            own.engine.gradient_accumulation_steps = 1
+            own.train_batch_size = downscale.common_batch(alike, configured, on_gpu)
+        elif configured is None:
+            own.train_batch_size = downscale.smallest_batch(alike, on_gpu) * own.gradient_accumulation_steps
+            own.gradient_accumulation_steps = 1
 
 
 def _change_notes(config: Config, composed: dict[str, Config], entries: dict[str, Entry]) -> list[str]:
     """A line for each changed field, which names its entries unless it is changed in all."""
-    changed = {name: downscale.changes(composed[name], entry.config) for name, entry in entries.items()}
+    changed = collections.defaultdict(list)
+    for name, entry in entries.items():
+        for change in downscale.changes(composed[name], entry.config):
+            changed[change].append(name)
     notes = []
-    for change in dict.fromkeys(line for lines in changed.values() for line in lines):
-        names = [name for name, lines in changed.items() if change in lines]
+    for change, names in changed.items():
         notes.append(f"changed: {change}" + ("" if len(names) == len(entries) else f" ({', '.join(names)})"))
     if config.compare.downscale and notes:
         notes.append("compare.downscale=false changes nothing: sizes stay as typed, or as in the workload")
@@ -133,24 +126,17 @@ def _change_notes(config: Config, composed: dict[str, Config], entries: dict[str
 
 def _what_runs(entry: Entry) -> str:
     """Equal for entries that compute the same: their settings, with the resolved method and degrees."""
-    config, degrees = entry.config, entry.degrees
-    settings = dataclasses.asdict(config)
-    if config.attention.transport == "auto":
-        settings["attention"]["transport"] = choose_transport("cuda" if torch.cuda.device_count() else "cpu")
-    del settings["attention"]["method"], settings["launch"]
-    settings["parallelism"] = (_method(config, degrees), degrees)
-    return repr(settings)
-
-
-def _method(config: Config, degrees: Degrees) -> str:
-    """The method that runs: a hybrid with a degree of 1 is the other method."""
-    if config.parallelism.method == "tensor_pipeline":
-        return "tensor_pipeline"
+    settings, degrees = dataclasses.asdict(entry.config), entry.degrees
+    attention = settings["attention"]
+    if attention["transport"] == "auto":
+        attention["transport"] = choose_transport("cuda" if torch.cuda.device_count() else "cpu")
     if degrees.sequence == 1:
-        return "local"
-    if config.attention.method == "hybrid":
-        return "ring" if degrees.ulysses == 1 else "ulysses" if degrees.ring == 1 else "hybrid"
-    return config.attention.method
+        attention["method"] = "local"
+    elif attention["method"] == "hybrid" and 1 in (degrees.ring, degrees.ulysses):
+        attention["method"] = "ring" if degrees.ulysses == 1 else "ulysses"
+    settings["parallelism"] = (entry.config.parallelism.method, degrees)
+    del settings["launch"]
+    return repr(settings)
 
 
 def roofline_entry(entries: dict[str, Entry]) -> Entry:

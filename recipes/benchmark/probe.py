@@ -1,10 +1,8 @@
-"""What a few training steps really take, time and memory, on random tokens.
-
-Each probe has its own processes, so one that runs out of memory harms nothing else.
-"""
+"""What a few training steps really take, time and memory, on random tokens, in processes of their own."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -36,11 +34,9 @@ class Probe:
         try:
             self._measure(run_dir)
         except Exception as error:
-            cause = out_of_memory_cause(error)
-            if cause is None:
-                raise
-            (run_dir / NO_MEMORY_FILE).write_text(str(cause), encoding="utf-8")
-            raise RunFailed(f"out of memory: {cause}") from error
+            if cause := out_of_memory_cause(error):
+                (run_dir / NO_MEMORY_FILE).write_text(str(cause), encoding="utf-8")
+            raise
         return float("nan")
 
     def _measure(self, run_dir: Path) -> None:
@@ -55,7 +51,7 @@ class Probe:
         device_metrics.reset_peak_memory()  # building the fp32 weights may have needed more
         batches = build_sharder(plan, engine).steps(_random_sequences(plan.config), plan.accumulation_steps)
         clock = device_metrics.StepClock()
-        for micro_batches in (next(batches) for _ in range(plan.config.num_steps)):
+        for micro_batches in itertools.islice(batches, plan.config.num_steps):
             clock.restart()
             engine.train_step(micro_batches)
             clock.tick()

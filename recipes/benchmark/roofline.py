@@ -52,43 +52,29 @@ def layer_calls(model: ModelConfig, length: int, dtype: torch.dtype, device: str
     If the recipe trains, each is followed by its gradients.
     """
 
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
     def products(num_in: int, num_out: int) -> list[KernelCall]:
-        return _matrix_products(length, num_in, num_out, model.init_std, dtype, device, trains)
+        """y = x W^T + b and, in training, dx = dy W and dW = dy^T x."""
+        x, weight, bias = draw(length, num_in), model.init_std * draw(num_out, num_in), draw(num_out)
+        dy = draw(length, num_out)
+        calls = [lambda: F.linear(x, weight, bias), lambda: dy @ weight, lambda: dy.T @ x]
+        return calls if trains else calls[:1]
+
+    def attention() -> list[KernelCall]:
+        q, dout = (draw(1, length, model.num_heads, model.head_dim) for _ in range(2))
+        k, v = (draw(1, length, model.num_kv_heads, model.head_dim) for _ in range(2))
+        kernel, params = choose_kernel(KernelSpec.of(q, k, v))[0], KernelParams(None, 0, model.head_dim**-0.5)
+        saved = SavedTensors(q, k, v, *kernel.forward(q, k, v, params))
+        calls = [lambda: kernel.forward(q, k, v, params), lambda: kernel.backward(dout, saved, params)]
+        return calls if trains else calls[:1]
 
     gated = 2 if model.mlp == "swiglu" else 1
     return [
         *products(model.hidden_size, (model.num_heads + 2 * model.num_kv_heads) * model.head_dim),
-        *_attention(model, length, dtype, device, trains),
+        *attention(),
         *products(model.num_heads * model.head_dim, model.hidden_size),
         *products(model.hidden_size, gated * model.mlp_size),
         *products(model.mlp_size, model.hidden_size),
     ]
-
-
-def _attention(model: ModelConfig, length: int, dtype: torch.dtype, device: str, trains: bool) -> list[KernelCall]:
-    q, k, v, dout = (
-        torch.randn(1, length, heads, model.head_dim, device=device).to(dtype)
-        for heads in (model.num_heads, model.num_kv_heads, model.num_kv_heads, model.num_heads)
-    )
-    kernel, params = choose_kernel(KernelSpec.of(q, k, v))[0], KernelParams(None, 0, model.head_dim**-0.5)
-    calls: list[KernelCall] = [lambda: kernel.forward(q, k, v, params)]
-    if trains:
-        saved = SavedTensors(q, k, v, *kernel.forward(q, k, v, params))
-        calls.append(lambda: kernel.backward(dout, saved, params))
-    return calls
-
-
-def _matrix_products(
-    length: int, num_in: int, num_out: int, std: float, dtype: torch.dtype, device: str, trains: bool
-) -> list[KernelCall]:
-    """y = x W^T + b and, in training, dx = dy W and dW = dy^T x."""
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device).to(dtype)
-
-    x, weight, bias = draw(length, num_in), std * draw(num_out, num_in), draw(num_out)
-    calls: list[KernelCall] = [lambda: F.linear(x, weight, bias)]
-    if trains:
-        dy = draw(length, num_out)
-        calls += [lambda: dy @ weight, lambda: dy.T @ x]
-    return calls

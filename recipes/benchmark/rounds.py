@@ -9,9 +9,8 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from conf.schema import Config, flatten
 from recipes.run.run_dir import BOOKKEEPING, RESULTS_FILE
@@ -21,8 +20,7 @@ ROOFLINE = "roofline"  # the entry that compare.roofline=true adds
 NOT_IN_SETTINGS = (*BOOKKEEPING, "launch.", "num_steps")
 
 
-@dataclass(frozen=True)
-class Measurement:
+class Measurement(NamedTuple):
     """One entry with one micro-batch size, in a round from 1 on; round 0 tries the size."""
 
     entry: str
@@ -39,23 +37,20 @@ def next_measurement(sizes: dict[str, list[int]], rounds: int, results: list[dic
     Args:
         sizes: by entry, the micro-batch sizes to try, ascending. A single size is not tried.
     """
-
-    def results_of(measurement: Measurement) -> list[dict[str, Any]]:
-        key, names = dataclasses.astuple(measurement), ("entry", "micro_batch_size", "round")
-        return [row for row in results if tuple(row[name] for name in names) == key and "parts" not in row]
-
+    has_failed: dict[Measurement, bool] = {}
+    for row in results:
+        if "parts" not in row:
+            has_failed.setdefault(Measurement(*(row[name] for name in Measurement._fields)), "error" in row)
     for entry, candidates in sizes.items():
-        if len(candidates) > 1:
-            for size in candidates:
-                tried = results_of(trial := Measurement(entry, size, 0))
-                if not tried:
-                    return trial
-                if "error" in tried[0]:
-                    break
+        for size in candidates if len(candidates) > 1 else ():
+            if (trial := Measurement(entry, size, 0)) not in has_failed:
+                return trial
+            if has_failed[trial]:
+                break
     for number in range(1, rounds + 1):
         for entry, candidates in sizes.items():
             size = best_size(candidates, entry, results)
-            if size is not None and not results_of(measurement := Measurement(entry, size, number)):
+            if size is not None and (measurement := Measurement(entry, size, number)) not in has_failed:
                 return measurement
     return None
 
@@ -66,17 +61,12 @@ def best_size(candidates: list[int], entry: str, results: list[dict[str, Any]]) 
     A measurement whose steps were timed has not failed, even if its breakdown did.
     """
     own = [row for row in results if row["entry"] == entry]
-    timed = {(row["round"], row["micro_batch_size"]) for row in own if "tokens_per_s" in row}
-    failed = {
-        row["micro_batch_size"]
-        for row in own
-        if "error" in row and (row["round"], row["micro_batch_size"]) not in timed
-    }
-    working = [size for size in candidates if size not in failed]
-    if len(candidates) == 1:
-        return next(iter(working), None)
-    speeds = {row["micro_batch_size"]: row["tokens_per_s"] for row in own if not row["round"] and "tokens_per_s" in row}
-    return max((size for size in working if size in speeds), key=lambda size: speeds[size], default=None)
+    speeds = {(row["micro_batch_size"], row["round"]): row["tokens_per_s"] for row in own if "tokens_per_s" in row}
+    errors = [(row["micro_batch_size"], row["round"]) for row in own if "error" in row]
+    failed = {size for size, number in errors if (size, number) not in speeds}
+    tried = candidates if len(candidates) == 1 else [size for size in candidates if (size, 0) in speeds]
+    working = [size for size in tried if size not in failed]
+    return max(working, key=lambda size: speeds.get((size, 0), 0), default=None)
 
 
 def settings_of(entry: Config) -> str:

@@ -71,7 +71,7 @@ def test_an_unset_batch_is_what_the_step_time_allows():
     [
         ("paper_10k", [
             "model.hidden_size 8192 -> 128", "model.head_dim 512 -> 8", "model.mlp_size 32768 -> 512",
-            "data.sequence_length 10000 -> 1250", "data.validation_sequences 8 -> 1", "engine.dtype fp16 -> bf16",
+            "engine.dtype fp16 -> bf16", "data.sequence_length 10000 -> 1250", "data.validation_sequences 8 -> 1",
             "compare.micro_batch_sizes [1, 2, 4] -> [1]",
         ]),
         ("paper_100k", [

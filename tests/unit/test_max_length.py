@@ -148,6 +148,6 @@ def test_a_probe_reports_only_running_out_of_memory(monkeypatch, tmp_path):
         probe.run(tmp_path, io.StringIO())
     assert not (tmp_path / NO_MEMORY_FILE).exists()
     fails(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
-    with pytest.raises(RunFailed, match="out of memory: CUDA out of memory"):
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
         probe.run(tmp_path, io.StringIO())
     assert (tmp_path / NO_MEMORY_FILE).read_text() == "CUDA out of memory. Tried to allocate 2 GiB"

@@ -118,7 +118,6 @@ MISTAKES = [
     ("max_length.memory_gib=0", "max_length.memory_gib=0.0 must be at least 0.001"),
     ("max_length.confirm_s=-1", "max_length.confirm_s=-1.0 must be at least 0"),
     ("compare.recipe=x", "compare.recipe=x is not known: use forward, pretrain"),
-    ("compare.plot=x", "compare.plot=x is not known: use bars, scaling"),
     ("compare.rounds=0", "compare.rounds=0 must be at least 1"),
     ("compare.steps_per_round=0", "compare.steps_per_round=0 must be at least 1"),
     ("compare.step_time_s=inf", "compare.step_time_s=inf must be at least 1 and below inf"),
