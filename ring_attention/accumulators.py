@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ring_attention.backward_schedule import GradientPiece
-from ring_attention.layout import Span
 from ring_attention.merge import add_up, merge
 
 Addend = tuple[slice, slice, Tensor]  # rows, tokens, and values [those rows, those tokens, H, D]
@@ -65,6 +64,10 @@ class GradientAccumulator:
         self._shape, self._dtype = torch.Size(shape), dtype
         self._state_dtype = torch.promote_types(dtype, torch.float32)
         self._pieces = pieces or (GradientPiece((0, shape[0]), (0, shape[1]), 0),)
+        self._shapes = [
+            torch.Size((piece.rows[1] - piece.rows[0], piece.tokens[1] - piece.tokens[0], *shape[2:]))
+            for piece in self._pieces
+        ]
         self._sums: list[Tensor | None] = [None] * len(self._pieces)
         self._is_written = [False] * len(self._pieces)  # to the result
         self._result: Tensor | None = None  # if there are several pieces
@@ -80,14 +83,14 @@ class GradientAccumulator:
             if addend is None:
                 continue
             rows_within, tokens_within, part = addend
-            has_all_rows, total = part.shape[0] == _length(piece.rows), self._sums[index]
-            if total is None and has_all_rows and part.shape[1] == _length(piece.tokens):
+            total, shape = self._sums[index], self._shapes[index]
+            if total is None and part.shape == shape:
                 self._sums[index] = part
-            elif ends is not None and ends == piece.last_step and has_all_rows and self._dtype != self._state_dtype:
+            elif part.shape[0] == shape[0] and self._is_last(piece, ends):
                 self._add_in_one_pass(index, [addend], is_last=True)
             else:
                 if total is None:
-                    total = part.new_zeros(self._shape_of(piece), dtype=self._state_dtype)
+                    total = part.new_zeros(shape, dtype=self._state_dtype)
                 # converted first: PyTorch computes in the wider dtype of the two
                 total = self._sums[index] = total.to(self._state_dtype)
                 total[rows_within, tokens_within].add_(part)
@@ -101,7 +104,7 @@ class GradientAccumulator:
         for index, piece in enumerate(self._pieces):
             within = [part for addend in addends if (part := self._within(piece, addend)) is not None]
             if within:
-                self._add_in_one_pass(index, within, ends == piece.last_step and self._dtype != self._state_dtype)
+                self._add_in_one_pass(index, within, self._is_last(piece, ends))
 
     def partial_sum(self) -> Tensor:
         """The sum of a single piece so far, in the dtype that it has."""
@@ -120,16 +123,20 @@ class GradientAccumulator:
         assert self._result is not None
         return self._result
 
+    def _is_last(self, piece: GradientPiece, ends: int | None) -> bool:
+        """Whether these addends complete the piece, and the sum with them must be rounded."""
+        return ends is not None and ends == piece.last_step and self._dtype != self._state_dtype
+
     def _add_in_one_pass(self, index: int, addends: list[Addend], is_last: bool) -> None:
-        total, piece = self._sums[index], self._pieces[index]
+        total, shape = self._sums[index], self._shapes[index]
         if is_last:
             target = self._place_of(index, addends[0][2])
             self._is_written[index] = True
         elif total is not None and total.dtype == self._state_dtype:
             target = total
         else:
-            target = addends[0][2].new_empty(self._shape_of(piece), dtype=self._state_dtype)
-        edges = {0, _length(piece.tokens), *(edge for _, tokens, _ in addends for edge in (tokens.start, tokens.stop))}
+            target = addends[0][2].new_empty(shape, dtype=self._state_dtype)
+        edges = {0, shape[1], *(edge for _, tokens, _ in addends for edge in (tokens.start, tokens.stop))}
         for start, stop in itertools.pairwise(sorted(edges)):
             parts = [
                 values[:, start - tokens.start : stop - tokens.start]
@@ -155,9 +162,6 @@ class GradientAccumulator:
         piece = self._pieces[index]
         return self._result[slice(*piece.rows), slice(*piece.tokens)]
 
-    def _shape_of(self, piece: GradientPiece) -> torch.Size:
-        return torch.Size((_length(piece.rows), _length(piece.tokens), *self._shape[2:]))
-
     def _within(self, piece: GradientPiece, addend: Addend) -> Addend | None:
         """The part of an addend in a piece, with rows and tokens counted from the piece's corner."""
         if len(self._pieces) == 1:
@@ -171,7 +175,3 @@ class GradientAccumulator:
             inner.append(slice(low - start, high - start))
             outer.append(slice(low - first, high - first))
         return inner[0], inner[1], addend[2][outer[0], outer[1]]
-
-
-def _length(span: Span) -> int:
-    return span[1] - span[0]

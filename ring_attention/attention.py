@@ -69,7 +69,7 @@ class HybridAttention(SequenceAttention):
         from deepspeed.sequence.layer import DistributedAttention
 
         group_rank, num_ranks = rank_and_size(group)
-        grid = hybrid_split([0] * num_ranks if hosts is None else hosts, self.ulysses_degree).grid
+        grid = hybrid_split([0] * num_ranks if hosts is None else hosts, self.ulysses_degree)
         row = next(row for row in grid if group_rank in row)
         ulysses_rank = row.index(group_rank)
         ring = None

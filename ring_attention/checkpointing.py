@@ -28,12 +28,8 @@ def saved_or_computed(compute: Callable[[], Result]) -> Result:
     return compute() if _policy is None else _policy(compute)
 
 
-def _identity(tensor: Tensor) -> Tensor:
-    return tensor
-
-
 def selective_checkpointing(
-    pack: Callable[[Tensor], Any] = _identity, unpack: Callable[[Any], Tensor] = _identity
+    pack: Callable[[Tensor], Any] = lambda tensor: tensor, unpack: Callable[[Any], Tensor] = lambda tensor: tensor
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """For `checkpoint`'s context_fn: the contexts of a layer's forward pass and of its recomputation."""
     saved: deque[tuple[Any, Any]] = deque()

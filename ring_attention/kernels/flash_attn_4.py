@@ -27,12 +27,11 @@ from ring_attention.kernels.base import (
 class FlashAttention4Kernel(AttentionKernel):
     name = "flash_attn_4"
     speed = "flash-attn-4: 681 TFLOP/s forward, 620 backward on an H100 at 32 heads x 128; cuDNN SDPA 611 and 546"
+    head_dims = range(64, 257, 8)
 
     def _refusal(self, spec: KernelSpec) -> str | None:
         if spec.capability is None or spec.capability[0] != 9:
             return "ranked only where it was measured: compute capability 9.x (Hopper)"
-        if not 64 <= spec.head_dim <= 256 or spec.head_dim % 8:
-            return f"taken for a head_dim that is a multiple of 8 from 64 to 256, not {spec.head_dim}"
         # last, so that it is said only where installing it helps
         return refuse_missing_package("flash-attn-4", "flash_attn.cute")
 
@@ -46,17 +45,10 @@ class FlashAttention4Kernel(AttentionKernel):
 
     def backward(self, dout_BSHE: Tensor, saved: SavedTensors, params: KernelParams) -> tuple[Tensor, Tensor, Tensor]:
         q_BSHD, k_BTKD, v_BTKE, out_BSHE, lse_BHS = saved
-        return _interface()._flash_attn_bwd(
-            q_BSHD,
-            k_BTKD,
-            v_BTKE,
-            out_BSHE,
-            dout_BSHE,
-            lse_BHS,
-            softmax_scale=params.scale,
-            deterministic=torch.are_deterministic_algorithms_enabled(),  # what PyTorch's own kernels go by
-            **flash_window(q_BSHD.shape[1], k_BTKD.shape[1], params, None),
-        )
+        window = flash_window(q_BSHD.shape[1], k_BTKD.shape[1], params, None)
+        deterministic = torch.are_deterministic_algorithms_enabled()  # what PyTorch's own kernels go by
+        tensors = (q_BSHD, k_BTKD, v_BTKE, out_BSHE, dout_BSHE, lse_BHS)
+        return _interface()._flash_attn_bwd(*tensors, softmax_scale=params.scale, deterministic=deterministic, **window)
 
 
 @functools.cache

@@ -10,6 +10,7 @@ All ranks post a ring's transfers in the same order, and receives before sends. 
 can always complete, and no ranks wait for each other in a circle.
 """
 
+# ruff: noqa: F401
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -29,27 +30,6 @@ from ring_attention.transport.collectives import (
 from ring_attention.transport.copy_engine import CopyEngineTransport, release_symmetric_buffers, symmetric_buffer_bytes
 from ring_attention.transport.local import messages_stay_local
 from ring_attention.transport.p2p import P2PMessage, P2PTransport, Transfer, TransferError
-
-__all__ = [
-    "TRANSPORTS",
-    "CopyEngineTransport",
-    "P2PMessage",
-    "P2PTransport",
-    "Transfer",
-    "TransferError",
-    "all_gather",
-    "choose_transport",
-    "flight_record",
-    "group_timeout",
-    "make_transport",
-    "messages_stay_local",
-    "rank_and_size",
-    "reduce_scatter",
-    "release_symmetric_buffers",
-    "same_ranks",
-    "subgroup",
-    "symmetric_buffer_bytes",
-]
 
 TRANSPORTS: dict[str, type[P2PTransport]] = {"p2p": P2PTransport, "copy_engine": CopyEngineTransport}
 
