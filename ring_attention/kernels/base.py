@@ -1,7 +1,7 @@
 """The interface of attention kernels, and what several of them need.
 
-A kernel computes the attention of one masked block. It returns the output with the log-sum-exp of the scores (lse), and
-its backward pass takes an output and a lse that cover more keys than the block has. The ring needs both.
+A kernel computes one masked block. It returns the output with the log-sum-exp of the scores (lse), and its backward
+pass takes an output and a lse that cover more keys than the block has. The ring needs both.
 
 Shapes: q [B, S, H, D]; k [B, T, K, D] and v [B, T, K, E] with H a multiple of K; out [B, S, H, E]; lse [B, H, S] in
     fp32 (fp64 for fp64 input). E is D for most kernels.
@@ -103,13 +103,13 @@ class AttentionKernel(ABC):
             return "has no sliding window"
         if spec.value_head_dim is not None and not self.has_value_head_dim:
             return f"needs values of head size {spec.head_dim}, not {spec.value_head_dim}"
-        if (sizes := self.head_dims) and spec.head_dim not in sizes:
-            multiple = f"a head_dim that is a multiple of {sizes.step} from {sizes[0]} to {sizes[-1]}"
-            return f"needs {multiple}, not {spec.head_dim}"
+        if (dims := self.head_dims) and spec.head_dim not in dims:
+            multiple = f"multiple of {dims.step} from {dims[0]} to {dims[-1]}"
+            return f"needs a head_dim that is a {multiple}, not {spec.head_dim}"
         return self._refusal(spec)
 
     def _refusal(self, spec: KernelSpec) -> str | None:
-        """The same for what the attributes above do not say, such as compute capability and packages."""
+        """The same for what the attributes do not say, such as compute capability and packages."""
         return None
 
     def split(self, block: MaskedBlock) -> list[MaskedBlock]:
@@ -140,11 +140,11 @@ class EqualHeadsKernel(AttentionKernel):
 
     @abstractmethod
     def _forward(self, q_BSHD: Tensor, k_BTHD: Tensor, v_BTHE: Tensor, params: KernelParams) -> tuple[Tensor, Tensor]:
-        """`forward` for as many key-value heads as query heads."""
+        """`forward` with H key-value heads."""
 
     @abstractmethod
     def _backward(self, dout_BSHE: Tensor, saved: SavedTensors, params: KernelParams) -> tuple[Tensor, Tensor, Tensor]:
-        """`backward` for as many key-value heads as query heads."""
+        """`backward` with H key-value heads."""
 
 
 def _expand_heads(kv_BTKD: Tensor, num_heads: int) -> Tensor:

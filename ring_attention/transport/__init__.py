@@ -6,8 +6,8 @@ and its groups have no timeout. One file per transport, one registry:
     p2p          batched isend/irecv, on NCCL or gloo
     copy_engine  copies into the neighbours' memory, without NCCL kernels, among GPUs of one host; p2p between hosts
 
-All ranks post a ring's transfers in the same order, and receives before sends. So the first transfer that is not done
-can always complete, and no ranks wait for each other in a circle.
+All ranks post a ring's transfers in the same order, receives before sends. So the first transfer that is not done can
+always complete, and no ranks wait for each other in a circle.
 """
 
 # ruff: noqa: F401
@@ -40,10 +40,9 @@ def choose_transport(device_type: str) -> str:
 
 
 def make_transport(transport: str, group: torch_dist.ProcessGroup, order: Sequence[int] | None = None) -> P2PTransport:
-    """The named transport on `group`.
+    """The transport on `group` of this name in TRANSPORTS, or the faster one for "auto".
 
     Args:
-        transport: a key of TRANSPORTS, or "auto".
         order: the group's ranks in ring order (`topology.ring_order`); None keeps the group's order.
 
     Raises:

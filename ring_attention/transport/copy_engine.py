@@ -1,9 +1,8 @@
 """The transport `copy_engine`: ranks of one host copy straight into each other's memory. Between hosts it uses p2p.
 
-The GPU's copy engines copy and its front end signals. No kernel takes multiprocessors from the compute that hides the
-messages, and no host waits. Each rank owns a few receive buffers in symmetric memory, and every message names the
-receiver's buffer that it goes to. Both ends count the messages from one rank to the other's buffer, and signal by flags
-that hold such counts:
+Copy engines copy and the GPU's front end signals: no kernel takes multiprocessors from the compute, and no host waits.
+Each rank owns a few receive buffers in symmetric memory, and every message names the receiver's buffer that it goes to.
+Both ends count the messages from one rank to a buffer of the other, and signal by flags that hold such counts:
 
     receiver    posts the receive; once its earlier work is done, it writes the count to the sender's flag `free`
     sender      waits until `free` has the count, copies into the buffer, writes the count to the receiver's flag `full`
@@ -52,9 +51,7 @@ class CopyEngineTransport(P2PTransport):
         """
         super().connect(tensor, buffer_bytes)
         if self.group not in _symmetric_buffers:  # the first time, and after a release
-            host_group, neighbours = neighbours_of(self.group, tensor.device)
-            buffers = SymmetricBuffers(host_group, neighbours, tensor.device) if host_group else None
-            _symmetric_buffers[self.group] = buffers
+            _symmetric_buffers[self.group] = make_symmetric_buffers(self.group, tensor.device)
         self._buffers = _symmetric_buffers[self.group]
         if self._buffers is not None:
             self._buffers.grow(buffer_bytes)
@@ -100,7 +97,7 @@ class CopyStream:
 
     @staticmethod
     def obstacle(device: torch.device) -> str | None:
-        """The reason why this process cannot copy into the memory of all other GPUs that it sees; None if it can.
+        """Why this process cannot copy into the memory of all other GPUs that it sees; None if it can.
 
         Raises:
             ValueError: if the device is not an NVIDIA GPU.
@@ -186,25 +183,24 @@ class SymmetricBuffers:
     def __init__(self, group: torch_dist.ProcessGroup, neighbours: dict[int, int], device: torch.device) -> None:
         self.rank, self._degree = rank_and_size(group)
         self.neighbours, self.stream = neighbours, CopyStream(device)
-        self.num_bytes = 0  # of this rank's flags and buffers
         self._group, self._device = group, device
-        self._memory: SymmetricMemory | None = None
+        self.memory: SymmetricMemory | None = None
         self._sizes: dict[str, int] = {}
         self._flags: list[Tensor] = []  # of each rank: [full or free, writer, buffer]
         self._buffers: list[dict[str, Tensor]] = []  # of each rank
         self._counts: collections.Counter[tuple[int, int, str]] = collections.Counter()
 
     def grow(self, buffer_bytes: dict[str, int]) -> None:
-        """Make each buffer at least so large. Equal on all ranks, which wait for each other if a buffer must grow."""
+        """Make each buffer at least so large. All ranks must call it, with equal sizes."""
         sizes = {name: max(buffer_bytes.get(name, 0), self._sizes.get(name, 0)) for name in BUFFERS}
         if sizes == self._sizes:
             return
         self.release()
         parts = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in (4 * 2 * self._degree * len(BUFFERS), *sizes.values())]
-        self._memory = SymmetricMemory(self._group, sum(parts), self._device)
-        self._sizes, self.num_bytes = sizes, sum(parts)
-        for memory in self._memory.of_ranks:
-            flags, *buffers = memory.split(parts)
+        self.memory = SymmetricMemory(self._group, sum(parts), self._device)
+        self._sizes = sizes
+        for rank_bytes in self.memory.of_ranks:
+            flags, *buffers = rank_bytes.split(parts)
             self._flags.append(flags.view(torch.int32).view(2, -1, len(BUFFERS)))
             self._buffers.append(dict(zip(BUFFERS, buffers, strict=True)))
 
@@ -212,7 +208,7 @@ class SymmetricBuffers:
         """Free the memory once no rank uses it any more. All ranks must call it."""
         self.stream.synchronize()
         torch_dist.barrier(self._group)
-        self._memory, self._sizes, self.num_bytes = None, {}, 0
+        self.memory, self._sizes = None, {}
         for views in (self._flags, self._buffers, self._counts):
             views.clear()
 
@@ -243,9 +239,7 @@ class SymmetricBuffers:
         return self._counts[sender, receiver, buffer]
 
     def _flag(self, owner: int, kind: str, writer: int, buffer: str) -> Tensor:
-        """The owner's flag that `writer` sets: "full" counts messages in the owner's buffer, "free" those that may come
-        into the writer's.
-        """
+        """The owner's flag that `writer` sets: "full" for messages in the owner's buffer, "free" for the writer's."""
         return self._flags[owner][("full", "free").index(kind), writer, BUFFERS.index(buffer)]
 
 
@@ -282,16 +276,13 @@ def release_symmetric_buffers() -> None:
 
 def symmetric_buffer_bytes() -> int:
     """Of this rank's symmetric buffers, which PyTorch's allocator does not count."""
-    return sum(buffers.num_bytes for buffers in filter(None, _symmetric_buffers.values()))
+    return sum(len(some.memory.of_ranks[0]) for some in _symmetric_buffers.values() if some and some.memory)
 
 
-def neighbours_of(
-    group: torch_dist.ProcessGroup, device: torch.device
-) -> tuple[torch_dist.ProcessGroup | None, dict[int, int]]:
-    """The ranks of `group` that this rank can exchange copies with: as a group, and {rank in `group`: rank in that}.
+def make_symmetric_buffers(group: torch_dist.ProcessGroup, device: torch.device) -> SymmetricBuffers | None:
+    """Buffers of this host's ranks of `group`; None if it is alone, or if a GPU here cannot access another.
 
-    They are the ranks of this host, itself included, if every GPU there can access the others; else none. Every rank
-    must call it.
+    Every rank must call it.
     """
     own_rank, degree = rank_and_size(group)
     infos: list[Any] = [None] * degree
@@ -306,12 +297,12 @@ def neighbours_of(
         host_group = torch_dist.new_group(global_ranks, backend="gloo", timeout=timeout, use_local_synchronization=True)
         assert isinstance(host_group, torch_dist.ProcessGroup)
     if len(members) == 1:
-        return None, {}
+        return None
     devices, obstacles = ([infos[rank][number] for rank in members] for number in (1, 2))
     if device.index is not None and len({*devices}) < len(members):
         obstacles.append("its ranks do not see all of its GPUs (CUDA_VISIBLE_DEVICES)")
     if obstacle := next(filter(None, obstacles), None):
         if own_rank == members[0]:
             warnings.warn(f"transport=copy_engine: messages on this host go by p2p, because {obstacle}", stacklevel=2)
-        return None, {}
-    return host_group, {rank: number for number, rank in enumerate(members)}
+        return None
+    return SymmetricBuffers(host_group, {rank: number for number, rank in enumerate(members)}, device)

@@ -27,8 +27,7 @@ _WATCHDOG_INTERVAL_S = 1.0
 class TransferError(RuntimeError):
     """A transfer did not complete. Names the ring step, the ring rank and the neighbours.
 
-    Raised on gloo. On GPUs no host waits for transfers, so the watchdog prints it to stderr at the process group's
-    timeout and aborts the rank.
+    Raised on gloo. On GPUs, where no host waits, the watchdog prints it at the group's timeout and aborts the rank.
     """
 
 
@@ -89,7 +88,7 @@ class P2PTransport:
     def connect(self, tensor: Tensor, buffer_bytes: dict[str, int]) -> None:
         """Get ready for transfers on the device of `tensor`. Every rank must call it first, with equal arguments.
 
-        Creates NCCL's communicator the first time: that takes all ranks, and a transfer may have fewer.
+        The first call creates NCCL's communicator, which takes all ranks; a transfer may have fewer.
 
         Args:
             buffer_bytes: the largest message of each receive buffer, by name.
@@ -151,8 +150,7 @@ class P2PTransport:
 class TransferWatchdog:
     """Aborts a rank whose transfer is overdue, and names the transfer on stderr. For GPUs, where no host waits.
 
-    NCCL's own watchdog aborts about a minute after the timeout, and knows no ring steps. As with that one, a rank waits
-    on under TORCH_NCCL_ASYNC_ERROR_HANDLING=0.
+    NCCL's own watchdog, a minute later, knows no ring steps. TORCH_NCCL_ASYNC_ERROR_HANDLING=0 lets the rank wait on.
     """
 
     def __init__(self, timeout_s: float) -> None:
