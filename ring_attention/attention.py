@@ -22,7 +22,8 @@ from ring_attention.gather import AllGather, AllGatherFunction
 from ring_attention.ring import Ring
 from ring_attention.sequence_attention import Hosts, SequenceAttention
 from ring_attention.topology import hybrid_split, ring_order
-from ring_attention.transport import P2PTransport, make_transport, rank_and_size, same_ranks, subgroup
+from ring_attention.transport import P2PTransport, make_transport
+from ring_attention.transport.collectives import rank_and_size, same_ranks, subgroup
 
 
 class LocalAttention(SequenceAttention):

@@ -13,7 +13,7 @@ _ELEMENTS = 4096  # per program, in rows of one head size
 
 
 @triton.jit
-def _merge_kernel(
+def merge_kernel(
     target, out, lse, tile_out, tile_lse,
     target_b, target_s, target_h,
     out_b, out_s, out_h,
@@ -46,7 +46,7 @@ def _merge_kernel(
 
 
 @triton.jit
-def _add_three_kernel(
+def add_three_kernel(
     target, one, two, three,
     target_b, target_s, target_h,
     one_b, one_s, one_h,
@@ -68,20 +68,8 @@ def _add_three_kernel(
     tl.store(target + at, total.to(target.dtype.element_ty), mask=mask)
 
 
-def merge_on_gpu(
-    target_BSHE: Tensor, out_BSHE: Tensor, lse_BHS: Tensor, tile_out_BSHE: Tensor, tile_lse_BHS: Tensor
-) -> None:
-    """`merge.merge`; the last dim of all three outs must be contiguous."""
-    _launch(_merge_kernel, target_BSHE, out_BSHE, lse_BHS, tile_out_BSHE, tile_lse_BHS)
-
-
-def add_three_on_gpu(target: Tensor, one: Tensor, two: Tensor, three: Tensor) -> None:
-    """`merge.add_up` of three; the last dim of all must be contiguous."""
-    _launch(_add_three_kernel, target, one, two, three)
-
-
-def _launch(kernel: Any, *tensors: Tensor) -> None:
-    """Run a kernel on tensors of [B, S, H, D], the target first, and of [B, H, S]."""
+def launch(kernel: Any, *tensors: Tensor) -> None:
+    """Run a kernel on tensors of [B, S, H, D], the target first, with contiguous last dims, and of [B, H, S]."""
     assert all(tensor.stride(-1) == 1 for tensor in tensors if tensor.dim() == 4), [x.stride() for x in tensors]
     batch, tokens, heads, head_dim = tensors[0].shape
     num_rows, columns = batch * tokens * heads, triton.next_power_of_2(head_dim)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ring_attention.kernels.base import AttentionKernel, KernelParams, KernelSpec, SavedTensors, flash_window, parts_of
+from ring_attention.kernels.base import AttentionKernel, KernelParams, SavedTensors, flash_window, parts_of
 from ring_attention.masked_block import MaskedBlock
 
 
@@ -13,9 +13,7 @@ class AtenFlashKernel(AttentionKernel):
     name = "aten_flash"
     speed = "FlashAttention-2: 337 TFLOP/s forward on an H100 at 32 heads x 128"
     head_dims = range(8, 257, 8)
-
-    def _refusal(self, spec: KernelSpec) -> str | None:
-        return None if spec.capability and spec.capability >= (8, 0) else "needs compute capability 8.0 or newer"
+    min_capability = (8, 0)
 
     def split(self, block: MaskedBlock) -> list[MaskedBlock]:
         """Split blocks with more queries than keys until FlashAttention-2's shortcuts make no difference.

@@ -90,6 +90,7 @@ class AttentionKernel(ABC):
     has_value_head_dim = False  # values with a head size of their own
     is_deterministic = True
     head_dims: range | None = None  # None for any
+    min_capability = (0, 0)
 
     def refusal(self, spec: KernelSpec) -> str | None:
         """None if the kernel can do `spec`, else the reason why not."""
@@ -106,10 +107,12 @@ class AttentionKernel(ABC):
         if (dims := self.head_dims) and spec.head_dim not in dims:
             multiple = f"multiple of {dims.step} from {dims[0]} to {dims[-1]}"
             return f"needs a head_dim that is a {multiple}, not {spec.head_dim}"
+        if spec.device_type == "cuda" and (spec.capability or (0, 0)) < self.min_capability:
+            return f"needs compute capability {'.'.join(map(str, self.min_capability))} or newer"
         return self._refusal(spec)
 
     def _refusal(self, spec: KernelSpec) -> str | None:
-        """The same for what the attributes do not say, such as compute capability and packages."""
+        """The same for what the attributes do not say, such as packages."""
         return None
 
     def split(self, block: MaskedBlock) -> list[MaskedBlock]:

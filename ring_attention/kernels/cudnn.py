@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ring_attention.kernels.base import EqualHeadsKernel, KernelParams, KernelSpec, SavedTensors
+from ring_attention.kernels.base import EqualHeadsKernel, KernelParams, SavedTensors
 from ring_attention.kernels.reference import ReferenceKernel
 
 _REFERENCE = ReferenceKernel()
@@ -16,11 +16,7 @@ class CudnnKernel(EqualHeadsKernel):
     speed = "cuDNN SDPA: 611 TFLOP/s forward on an H100 at 32 heads x 128, FlashAttention-2 there 337"
     has_windows = is_deterministic = False
     head_dims = range(8, 129, 8)
-
-    def _refusal(self, spec: KernelSpec) -> str | None:
-        if spec.capability is None or spec.capability < (9, 0):
-            return "ranked only where it was measured: compute capability 9.0 or newer"
-        return None
+    min_capability = (9, 0)  # ranked only where it was measured
 
     def _forward(self, q_BSHD: Tensor, k_BTHD: Tensor, v_BTHE: Tensor, params: KernelParams) -> tuple[Tensor, Tensor]:
         if q_BSHD.shape[1] == k_BTHD.shape[1] == 1:  # cuDNN refuses this one shape

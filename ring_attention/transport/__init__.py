@@ -18,15 +18,6 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as torch_dist
 
-from ring_attention.transport.collectives import (
-    all_gather,
-    flight_record,
-    group_timeout,
-    rank_and_size,
-    reduce_scatter,
-    same_ranks,
-    subgroup,
-)
 from ring_attention.transport.copy_engine import CopyEngineTransport, release_symmetric_buffers, symmetric_buffer_bytes
 from ring_attention.transport.local import messages_stay_local
 from ring_attention.transport.p2p import P2PMessage, P2PTransport, Transfer, TransferError

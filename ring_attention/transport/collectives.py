@@ -47,9 +47,7 @@ def rank_and_size(group: torch_dist.ProcessGroup) -> tuple[int, int]:
         ValueError: if `group` is None.
     """
     if group is None:
-        raise ValueError(
-            "the process group is None: pass one, such as ParallelGroups(...).get_sequence_parallel_group()"
-        )
+        raise ValueError("no process group: pass one, such as ParallelGroups(...).get_sequence_parallel_group()")
     return torch_dist.get_rank(group), torch_dist.get_world_size(group)
 
 

@@ -173,11 +173,9 @@ def _check(code: Any) -> None:
 
 
 class SymmetricBuffers:
-    """The receive buffers and flags of a host's ranks of a group, and this rank's copy stream.
+    """The receive buffers and flags of `group`, the ranks of one host, and this rank's copy stream.
 
-    Args:
-        group: the ranks of this host.
-        neighbours: {rank in the whole group: rank in `group`}.
+    `neighbours` is {rank in the whole group: rank in `group`}.
     """
 
     def __init__(self, group: torch_dist.ProcessGroup, neighbours: dict[int, int], device: torch.device) -> None:
@@ -255,10 +253,8 @@ class SymmetricMemory:
         try:
             self._handle = symmetric_memory.rendezvous(self._own, group)
         except RuntimeError as error:
-            raise ValueError(
-                f"transport=copy_engine: ranks of this host cannot share GPU memory ({error}): use p2p "
-                "(attention.transport=p2p)"
-            ) from error
+            message = f"transport=copy_engine: ranks of this host cannot share GPU memory ({error}): use transport=p2p"
+            raise ValueError(message) from error
         ranks = range(self._handle.world_size)
         # views that own nothing: their memory lives as long as the two attributes above
         self.of_ranks = [self._handle.get_buffer(rank, (num_bytes,), torch.uint8) for rank in ranks]

@@ -31,9 +31,9 @@ from ring_attention.transport import (
     copy_engine,
     messages_stay_local,
     release_symmetric_buffers,
-    subgroup,
     symmetric_buffer_bytes,
 )
+from ring_attention.transport.collectives import subgroup
 from tests.cases import Case, check, on_rank
 from tests.distributed.test_attention import LENGTH, MASKS, grid
 from tests.pool import WorkerPool
