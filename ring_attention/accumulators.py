@@ -72,11 +72,7 @@ class GradientAccumulator:
         self._result: Tensor | None = None  # if there are several pieces
 
     def add(self, rows: slice, tokens: slice, values: Tensor, ends: int | None = None) -> None:
-        """Add one tile's gradient, which may be taken over.
-
-        Args:
-            ends: the step whose last addend this is; None if more come in this step.
-        """
+        """Add one tile's gradient, which may be taken over: the last addend of step `ends`, unless that is None."""
         for index, piece in enumerate(self._pieces):
             addend = self._within(piece, (rows, tokens, values))
             if addend is None:
@@ -95,10 +91,9 @@ class GradientAccumulator:
                 total[*corner].add_(part)
 
     def add_together(self, addends: list[Addend], ends: int) -> None:
-        """Add values, which may overlap, in one pass, and keep none of them. Each has all rows of the pieces it meets.
+        """Add the last addends of step `ends` in one pass, and keep none of them.
 
-        Args:
-            ends: the step whose last addends these are.
+        They may overlap. Each has all rows of the pieces it meets.
         """
         for index, piece in enumerate(self._pieces):
             within = [part for addend in addends if (part := self._within(piece, addend)) is not None]

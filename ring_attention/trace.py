@@ -65,8 +65,7 @@ def report_status(kind: str, text: str = "") -> None:
 def numbered(name: str, items: Iterable[T]) -> Iterator[tuple[int, T]]:
     """`enumerate`, with a profiler range and a ring step status "NAME NUMBER" around the work on each item."""
     for number, item in enumerate(items):
-        ring_step = f"{name} {number}"
-        report_status("ring_step", ring_step)
-        with profiler_range(ring_step):
+        report_status("ring_step", f"{name} {number}")
+        with profiler_range(f"{name} {number}"):
             yield number, item
     report_status("ring_step")

@@ -33,10 +33,9 @@ class AtenFlashKernel(AttentionKernel):
     def forward(self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, params: KernelParams) -> tuple[Tensor, Tensor]:
         num_queries, num_keys = q_BSHD.shape[1], k_BTKD.shape[1]
         window = flash_window(num_queries, num_keys, params, -1)
-        out, lse_BHS, *_ = torch.ops.aten._flash_attention_forward(
+        return torch.ops.aten._flash_attention_forward(
             q_BSHD, k_BTKD, v_BTKE, None, None, num_queries, num_keys, 0.0, False, False, scale=params.scale, **window
-        )
-        return out, lse_BHS
+        )[:2]
 
     def backward(self, dout_BSHE: Tensor, saved: SavedTensors, params: KernelParams) -> tuple[Tensor, Tensor, Tensor]:
         num_queries, num_keys = saved.q_BSHD.shape[1], saved.k_BTKD.shape[1]

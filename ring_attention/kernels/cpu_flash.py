@@ -25,7 +25,7 @@ class CpuFlashKernel(EqualHeadsKernel):
             return [block]
         if block.lower is None:
             return split_causal(block)
-        edges = itertools.chain(range(block.q_start, block.q_stop, _MASKED_QUERIES), [block.q_stop])
+        edges = [*range(block.q_start, block.q_stop, _MASKED_QUERIES), block.q_stop]
         return parts_of(block, [(*queries, block.k_start, block.k_stop) for queries in itertools.pairwise(edges)])
 
     def _forward(self, q_BSHD: Tensor, k_BTHD: Tensor, v_BTHE: Tensor, params: KernelParams) -> tuple[Tensor, Tensor]:

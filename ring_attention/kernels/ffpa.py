@@ -1,8 +1,7 @@
 """FFPA (package ffpa-attn, in CuTe DSL): head sizes beyond FlashAttention's, on Hopper, in half precision.
 
-Written against 0.2.4, `ffpa_attn/cute/__init__.py`. Its operators are not public, so the `kernels` extra pins it. The
-package also has a kernel for compute capability 10.0 (a head_dim of 512) and a plainer one for all others from 8.0 on;
-both are refused here because nobody has measured them. The first call of each kind compiles for seconds.
+Written against 0.2.4, `ffpa_attn/cute/__init__.py`. Its operators are not public, so the `kernels` extra pins it. Its
+kernels for other GPUs are refused because nobody has measured them. The first call of each kind compiles for seconds.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """FlashAttention-4 (package flash-attn-4, in CuTe DSL): Hopper, half precision, [B, S, H, D] and GQA without copies.
 
 Written against 4.0.0b36, `flash_attn/cute/interface.py`. Its functions are not public, so the `kernels` extra pins it.
-The package also has forward and backward for Blackwell (compute capability 10.x: a head_dim up to 128, or 256), which
-is refused here because nobody has measured it. The first call of each kind compiles for seconds.
+Its kernels for Blackwell (a head_dim up to 128, or 256) are refused because nobody has measured them. The first call of
+each kind compiles for seconds.
 """
 
 from __future__ import annotations
@@ -38,10 +38,9 @@ class FlashAttention4Kernel(AttentionKernel):
     def forward(self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, params: KernelParams) -> tuple[Tensor, Tensor]:
         # the kernel calls no left bound with a right bound of 0 causal
         window = flash_window(q_BSHD.shape[1], k_BTKD.shape[1], params, None)
-        out, lse_BHS, *_ = _interface()._flash_attn_fwd(
+        return _interface()._flash_attn_fwd(
             q_BSHD, k_BTKD, v_BTKE, softmax_scale=params.scale, return_lse=True, **window
-        )
-        return out, lse_BHS
+        )[:2]
 
     def backward(self, dout_BSHE: Tensor, saved: SavedTensors, params: KernelParams) -> tuple[Tensor, Tensor, Tensor]:
         q_BSHD, k_BTKD, v_BTKE, out_BSHE, lse_BHS = saved

@@ -41,7 +41,6 @@ class MemEfficientKernel(EqualHeadsKernel):
         lse = F.pad(saved.lse_BHS, (0, -num_queries % _LSE_MULTIPLE), value=float("inf"))
         no_dropout = (0.0, *[torch.empty((), dtype=torch.int64)] * 2)  # seed and offset
         mask = _NO_MASK if params.upper is None else _CAUSAL
-        dq, dk, dv, _ = torch.ops.aten._efficient_attention_backward(
+        return torch.ops.aten._efficient_attention_backward(
             *tensors, None, out, None, None, num_queries, num_keys, lse, *no_dropout, mask, False, scale=params.scale
-        )
-        return dq, dk, dv
+        )[:3]

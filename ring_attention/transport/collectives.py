@@ -62,16 +62,13 @@ def group_timeout(group: torch_dist.ProcessGroup) -> timedelta:
 
 
 def flight_record() -> tuple[bytes, list[str]]:
-    """What torch's flight recorder holds of this process's collectives and messages.
-
-    Returns (the pickle that `torchfrtrace` reads, a line for each operation that has not ended).
-    """
+    """Torch's flight recorder: the pickle that `torchfrtrace` reads, and a line for each operation not yet ended."""
     name = "_dump_nccl_trace" if torch.cuda.is_available() else "_dump_fr_trace"
     record = getattr(_distributed_c10d, name)(True, True, False)
-    active = json.loads(getattr(_distributed_c10d, f"{name}_json")(True, True)).get("entries", [])
+    entries = json.loads(getattr(_distributed_c10d, f"{name}_json")(True, True)).get("entries", [])
     return record, [
         f"{entry['profiling_name']} of {entry['process_group'][1]}, {entry['state']}, sizes {entry['input_sizes']}"
-        for entry in active
+        for entry in entries
         if not entry["retired"]  # gloo's operations stay "scheduled" until they are retired
     ]
 
@@ -83,9 +80,7 @@ def subgroup(group: Any, ranks: Sequence[int]) -> torch_dist.ProcessGroup:
     """The process group of some ranks of `group`, with the timeout of `group`.
 
     Those ranks must call it. On NCCL every other rank of the world must make as many calls, each for its own group:
-    DeepSpeed has torch split groups off the world's communicator.
-
-    Cached, because each gloo group has a thread that wakes up a hundred times a second.
+    DeepSpeed has torch split groups off the world's communicator. Cached, because each gloo group has a polling thread.
     """
     global_ranks = [torch_dist.get_global_rank(group, rank) for rank in ranks]
     if global_ranks == torch_dist.get_process_group_ranks(group):

@@ -44,7 +44,7 @@ class CopyEngineTransport(P2PTransport):
     _buffers: SymmetricBuffers | None = None  # stays None if no rank of the group can be copied to
 
     def connect(self, tensor: Tensor, buffer_bytes: dict[str, int]) -> None:
-        """Create communicators and buffers. Waits for all ranks the first time, and whenever a buffer must grow.
+        """Also create the buffers. Waits for all ranks the first time, and whenever a buffer must grow.
 
         Raises:
             ValueError: if the tensor is not on an NVIDIA GPU.
@@ -255,9 +255,8 @@ class SymmetricMemory:
         except RuntimeError as error:
             message = f"transport=copy_engine: ranks of this host cannot share GPU memory ({error}): use transport=p2p"
             raise ValueError(message) from error
-        ranks = range(self._handle.world_size)
         # views that own nothing: their memory lives as long as the two attributes above
-        self.of_ranks = [self._handle.get_buffer(rank, (num_bytes,), torch.uint8) for rank in ranks]
+        self.of_ranks = [self._handle.get_buffer(rank, (num_bytes,), torch.uint8) for rank in range(group.size())]
 
 
 _symmetric_buffers: dict[torch_dist.ProcessGroup, SymmetricBuffers | None] = {}  # None: no rank can be copied to
@@ -276,10 +275,7 @@ def symmetric_buffer_bytes() -> int:
 
 
 def make_symmetric_buffers(group: torch_dist.ProcessGroup, device: torch.device) -> SymmetricBuffers | None:
-    """Buffers of this host's ranks of `group`; None if it is alone, or if a GPU here cannot access another.
-
-    Every rank must call it.
-    """
+    """For this host's ranks of `group`; None for one rank, or GPUs without access. Every rank must call it."""
     own_rank, degree = rank_and_size(group)
     infos: list[Any] = [None] * degree
     torch_dist.all_gather_object(infos, (socket.gethostname(), device.index, CopyStream.obstacle(device)), group=group)

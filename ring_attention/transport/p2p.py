@@ -88,27 +88,23 @@ class P2PTransport:
     def connect(self, tensor: Tensor, buffer_bytes: dict[str, int]) -> None:
         """Get ready for transfers on the device of `tensor`. Every rank must call it first, with equal arguments.
 
-        The first call creates NCCL's communicator, which takes all ranks; a transfer may have fewer.
-
-        Args:
-            buffer_bytes: the largest message of each receive buffer, by name.
+        `buffer_bytes` has the largest message of each receive buffer, by name. The first call creates NCCL's
+        communicator, which takes all ranks; a transfer may have fewer.
         """
         if tensor.is_cuda and self._watchdog is None:
             self._watchdog = _connect(self.group, tensor.device)
 
     def receive_buffer(self, name: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A vector to receive a message in. Its contents last until the buffer of that name is asked for again.
+        """A vector to receive a message in, with the name in the sender's P2PMessage.
 
-        Args:
-            name: as in the sender's P2PMessage. Messages that are needed at the same time need different names.
+        Its contents last until the buffer of that name is asked for again.
         """
         return torch.empty(numel, dtype=dtype, device=device)
 
     def post(self, purpose: str, sends: list[P2PMessage], receives: list[P2PMessage]) -> Transfer:
         """Start to send and receive, at most one message per peer and direction. Returns at once.
 
-        Args:
-            purpose: what is transferred, and at which ring step, for errors.
+        `purpose` says for errors what is transferred, and at which ring step.
         """
         if messages_are_local():
             for number, receive in enumerate(receives):
@@ -170,8 +166,8 @@ class TransferWatchdog:
             if not self._transfers or time.monotonic() - self._transfers[0][0] < self._timeout_s - _WATCHDOG_INTERVAL_S:
                 continue
             posted, _, where = self._transfers.popleft()
-            overdue = f"TransferError: {where}: not done after {time.monotonic() - posted:.0f} s"
-            print(overdue, file=sys.stderr, flush=True)
+            overdue_s = time.monotonic() - posted
+            print(f"TransferError: {where}: not done after {overdue_s:.0f} s", file=sys.stderr, flush=True)
             if os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING") != "0":
                 os.abort()
 
