@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ring_attention.backward_schedule import GradientPiece
-from ring_attention.layout import Span
 from ring_attention.merge import add_up, merge
 
 Addend = tuple[slice, slice, Tensor]  # rows, tokens, and values [those rows, those tokens, H, D]
@@ -27,28 +26,28 @@ class OnlineSoftmaxAccumulator:
     def __init__(self, q_BSHD: Tensor, v_BTKE: Tensor) -> None:
         self._shape = torch.Size((*q_BSHD.shape[:3], v_BTKE.shape[-1]))
         self._dtype, self._state_dtype = q_BSHD.dtype, torch.promote_types(q_BSHD.dtype, torch.float32)
-        self._out: Tensor | None = None
-        self._lse: Tensor | None = None
+        self._state: tuple[Tensor, Tensor] | None = None  # out and lse
 
     def result(self) -> tuple[Tensor, Tensor]:
         """out in the input's dtype, and lse in fp32 (fp64)."""
-        assert self._out is not None, "no keys were seen"
-        assert self._lse is not None
-        return self._out.to(self._dtype), self._lse
+        assert self._state is not None, "no keys were seen"
+        return self._state[0].to(self._dtype), self._state[1]
 
     def add(self, rows: slice, queries: slice, out: Tensor, lse: Tensor, is_last: bool) -> None:
         """Merge in one tile's result."""
-        if self._out is None or self._lse is None:
-            if out.shape == self._shape:
-                self._out, self._lse = out, lse
-                return
-            self._out = out.new_zeros(self._shape, dtype=self._state_dtype)
-            self._lse = lse.new_full((self._shape[0], self._shape[2], self._shape[1]), float("-inf"))
-        dtype, target = self._dtype if is_last else self._state_dtype, self._out
+        if self._state is None and out.shape == self._shape:
+            self._state = out, lse
+            return
+        if self._state is None:
+            batch, tokens, heads, _ = self._shape
+            zeros = out.new_zeros(self._shape, dtype=self._state_dtype)
+            self._state = zeros, lse.new_full((batch, heads, tokens), float("-inf"))
+        (old_out, old_lse), dtype = self._state, self._dtype if is_last else self._state_dtype
+        target = old_out
         if target.dtype != dtype:
             target = out.new_empty(self._shape, dtype=dtype) if out.shape == self._shape else target.to(dtype)
-        merge(target[rows, queries], self._out[rows, queries], self._lse[rows, :, queries], out, lse)
-        self._out = target
+        merge(target[rows, queries], old_out[rows, queries], old_lse[rows, :, queries], out, lse)
+        self._state = target, old_lse
 
 
 class GradientAccumulator:
@@ -64,44 +63,42 @@ class GradientAccumulator:
     ) -> None:
         self._shape, self._dtype = torch.Size(shape), dtype
         self._state_dtype = torch.promote_types(dtype, torch.float32)
+        self._is_rounded = dtype != self._state_dtype
         self._pieces = pieces or (GradientPiece((0, shape[0]), (0, shape[1]), 0),)
+        sizes = [[stop - start for start, stop in (piece.rows, piece.tokens)] for piece in self._pieces]
+        self._shapes = [torch.Size((*rows_and_tokens, *shape[2:])) for rows_and_tokens in sizes]
         self._sums: list[Tensor | None] = [None] * len(self._pieces)
         self._is_written = [False] * len(self._pieces)  # to the result
         self._result: Tensor | None = None  # if there are several pieces
 
     def add(self, rows: slice, tokens: slice, values: Tensor, ends: int | None = None) -> None:
-        """Add one tile's gradient, which may be taken over.
-
-        Args:
-            ends: the step whose last addend this is; None if more come in this step.
-        """
+        """Add one tile's gradient, which may be taken over: the last addend of step `ends`, unless that is None."""
         for index, piece in enumerate(self._pieces):
             addend = self._within(piece, (rows, tokens, values))
             if addend is None:
                 continue
-            rows_within, tokens_within, part = addend
-            has_all_rows, total = part.shape[0] == _length(piece.rows), self._sums[index]
-            if total is None and has_all_rows and part.shape[1] == _length(piece.tokens):
+            *corner, part = addend
+            total, shape = self._sums[index], self._shapes[index]
+            if total is None and part.shape == shape:
                 self._sums[index] = part
-            elif ends is not None and ends == piece.last_step and has_all_rows and self._dtype != self._state_dtype:
+            elif self._is_rounded and ends is not None and ends == piece.last_step and part.shape[0] == shape[0]:
                 self._add_in_one_pass(index, [addend], is_last=True)
             else:
                 if total is None:
-                    total = part.new_zeros(self._shape_of(piece), dtype=self._state_dtype)
+                    total = part.new_zeros(shape, dtype=self._state_dtype)
                 # converted first: PyTorch computes in the wider dtype of the two
                 total = self._sums[index] = total.to(self._state_dtype)
-                total[rows_within, tokens_within].add_(part)
+                total[*corner].add_(part)
 
     def add_together(self, addends: list[Addend], ends: int) -> None:
-        """Add values, which may overlap, in one pass, and keep none of them. Each has all rows of the pieces it meets.
+        """Add the last addends of step `ends` in one pass, and keep none of them.
 
-        Args:
-            ends: the step whose last addends these are.
+        They may overlap. Each has all rows of the pieces it meets.
         """
         for index, piece in enumerate(self._pieces):
             within = [part for addend in addends if (part := self._within(piece, addend)) is not None]
             if within:
-                self._add_in_one_pass(index, within, ends == piece.last_step and self._dtype != self._state_dtype)
+                self._add_in_one_pass(index, within, is_last=self._is_rounded and ends == piece.last_step)
 
     def partial_sum(self) -> Tensor:
         """The sum of a single piece so far, in the dtype that it has."""
@@ -121,15 +118,15 @@ class GradientAccumulator:
         return self._result
 
     def _add_in_one_pass(self, index: int, addends: list[Addend], is_last: bool) -> None:
-        total, piece = self._sums[index], self._pieces[index]
+        total, shape = self._sums[index], self._shapes[index]
         if is_last:
             target = self._place_of(index, addends[0][2])
             self._is_written[index] = True
         elif total is not None and total.dtype == self._state_dtype:
             target = total
         else:
-            target = addends[0][2].new_empty(self._shape_of(piece), dtype=self._state_dtype)
-        edges = {0, _length(piece.tokens), *(edge for _, tokens, _ in addends for edge in (tokens.start, tokens.stop))}
+            target = addends[0][2].new_empty(shape, dtype=self._state_dtype)
+        edges = {0, shape[1], *(edge for _, tokens, _ in addends for edge in (tokens.start, tokens.stop))}
         for start, stop in itertools.pairwise(sorted(edges)):
             parts = [
                 values[:, start - tokens.start : stop - tokens.start]
@@ -146,17 +143,14 @@ class GradientAccumulator:
 
     def _place_of(self, index: int, like: Tensor) -> Tensor:
         """Where the result of a piece belongs: in the result, or in the sum itself if its dtype allows."""
+        total, piece = self._sums[index], self._pieces[index]
+        if len(self._pieces) == 1 and total is not None and total.dtype == self._dtype:
+            return total
         if len(self._pieces) == 1:
-            total = self._sums[0]
-            in_place = total is not None and total.dtype == self._dtype
-            return total if in_place else like.new_empty(self._shape, dtype=self._dtype)  # pyright: ignore[reportReturnType]
+            return like.new_empty(self._shape, dtype=self._dtype)
         if self._result is None:
             self._result = like.new_empty(self._shape, dtype=self._dtype)
-        piece = self._pieces[index]
         return self._result[slice(*piece.rows), slice(*piece.tokens)]
-
-    def _shape_of(self, piece: GradientPiece) -> torch.Size:
-        return torch.Size((_length(piece.rows), _length(piece.tokens), *self._shape[2:]))
 
     def _within(self, piece: GradientPiece, addend: Addend) -> Addend | None:
         """The part of an addend in a piece, with rows and tokens counted from the piece's corner."""
@@ -171,7 +165,3 @@ class GradientAccumulator:
             inner.append(slice(low - start, high - start))
             outer.append(slice(low - first, high - first))
         return inner[0], inner[1], addend[2][outer[0], outer[1]]
-
-
-def _length(span: Span) -> int:
-    return span[1] - span[0]

@@ -22,7 +22,8 @@ from ring_attention.gather import AllGather, AllGatherFunction
 from ring_attention.ring import Ring
 from ring_attention.sequence_attention import Hosts, SequenceAttention
 from ring_attention.topology import hybrid_split, ring_order
-from ring_attention.transport import P2PTransport, make_transport, rank_and_size, same_ranks, subgroup
+from ring_attention.transport import P2PTransport, make_transport
+from ring_attention.transport.collectives import rank_and_size, same_ranks, subgroup
 
 
 class LocalAttention(SequenceAttention):
@@ -69,7 +70,7 @@ class HybridAttention(SequenceAttention):
         from deepspeed.sequence.layer import DistributedAttention
 
         group_rank, num_ranks = rank_and_size(group)
-        grid = hybrid_split([0] * num_ranks if hosts is None else hosts, self.ulysses_degree).grid
+        grid = hybrid_split([0] * num_ranks if hosts is None else hosts, self.ulysses_degree)
         row = next(row for row in grid if group_rank in row)
         ulysses_rank = row.index(group_rank)
         ring = None

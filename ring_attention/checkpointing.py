@@ -3,8 +3,7 @@
     torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, context_fn=selective_checkpointing)
 
 Attention is most of a long sequence's operations and all of its messages, but out and lse take only O(L/P) memory.
-Queries, keys and values are recomputed. `pack` and `unpack`, as in autograd's `saved_tensors_hooks`, can save out and
-lse elsewhere, such as on the host.
+`pack` and `unpack`, as in autograd's `saved_tensors_hooks`, can save them elsewhere, such as on the host.
 """
 
 from __future__ import annotations
@@ -24,16 +23,12 @@ _policy: Policy | None = None  # how attention gets its result now; None compute
 
 
 def saved_or_computed(compute: Callable[[], Result]) -> Result:
-    """The result of `compute`, or the result that was saved when this layer was first computed."""
+    """The result of `compute`, or what was saved when this layer was first computed."""
     return compute() if _policy is None else _policy(compute)
 
 
-def _identity(tensor: Tensor) -> Tensor:
-    return tensor
-
-
 def selective_checkpointing(
-    pack: Callable[[Tensor], Any] = _identity, unpack: Callable[[Any], Tensor] = _identity
+    pack: Callable[[Tensor], Any] = lambda tensor: tensor, unpack: Callable[[Any], Tensor] = lambda tensor: tensor
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """For `checkpoint`'s context_fn: the contexts of a layer's forward pass and of its recomputation."""
     saved: deque[tuple[Any, Any]] = deque()

@@ -24,7 +24,8 @@ from ring_attention.layout import Layout, Run
 from ring_attention.mask import Mask
 from ring_attention.tiles import AttentionTile, find_tiles
 from ring_attention.trace import profiler_range
-from ring_attention.transport import P2PTransport, all_gather, reduce_scatter
+from ring_attention.transport import P2PTransport
+from ring_attention.transport.collectives import all_gather, reduce_scatter
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 import deepspeed.comm as dist
 
 from ring_attention.topology import ring_order
-from ring_attention.transport import subgroup
+from ring_attention.transport.collectives import subgroup
 
 
 class ParallelGroups:

@@ -24,9 +24,9 @@ def add_up(target: Tensor, addends: list[Tensor]) -> None:
     if len(addends) == 1:
         target.copy_(addends[0])
     elif target.is_cuda and len(addends) == 3 and dtype == torch.float32:
-        from ring_attention.merge_triton import add_three_on_gpu  # needs Triton, which a CPU build of PyTorch lacks
+        from ring_attention.merge_triton import add_three_kernel, launch  # needs Triton, which CPU builds lack
 
-        add_three_on_gpu(target, *addends)
+        launch(add_three_kernel, target, *addends)
     elif len(addends) > 2:
         total = addends[0].to(dtype)
         for other in addends[1:-1]:
@@ -45,9 +45,9 @@ def merge(target_BSHE: Tensor, out_BSHE: Tensor, lse_BHS: Tensor, tile_out_BSHE:
     finite, as it is for trimmed blocks. The three outs may differ in dtype.
     """
     if out_BSHE.is_cuda and lse_BHS.dtype == torch.float32:
-        from ring_attention.merge_triton import merge_on_gpu  # needs Triton, which a CPU build of PyTorch lacks
+        from ring_attention.merge_triton import launch, merge_kernel  # needs Triton, which CPU builds lack
 
-        merge_on_gpu(target_BSHE, out_BSHE, lse_BHS, tile_out_BSHE, tile_lse_BHS)
+        launch(merge_kernel, target_BSHE, out_BSHE, lse_BHS, tile_out_BSHE, tile_lse_BHS)
         return
     # exp(lse_2 - lse) = sigmoid(lse_2 - lse_1), and the two weights sum to 1, so the update is one lerp
     weight_BSH1 = torch.sigmoid(tile_lse_BHS - lse_BHS).transpose(1, 2).unsqueeze(-1)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -11,34 +13,15 @@ _ELEMENTS = 4096  # per program, in rows of one head size
 
 
 @triton.jit
-def _merge_kernel(
-    target,
-    out,
-    lse,
-    tile_out,
-    tile_lse,
-    target_b,
-    target_s,
-    target_h,
-    out_b,
-    out_s,
-    out_h,
-    lse_b,
-    lse_h,
-    lse_s,
-    tile_out_b,
-    tile_out_s,
-    tile_out_h,
-    tile_lse_b,
-    tile_lse_h,
-    tile_lse_s,
-    num_rows,
-    num_tokens,
-    num_heads: tl.constexpr,
-    head_dim: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+def merge_kernel(
+    target, out, lse, tile_out, tile_lse,
+    target_b, target_s, target_h,
+    out_b, out_s, out_h,
+    lse_b, lse_h, lse_s,
+    tile_out_b, tile_out_s, tile_out_h,
+    tile_lse_b, tile_lse_h, tile_lse_s,
+    num_rows, num_tokens, num_heads: tl.constexpr, head_dim: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)  # in the order of [B, S, H]
     is_row = row < num_rows
     h, s, b = row % num_heads, row // num_heads % num_tokens, row // num_heads // num_tokens
@@ -62,60 +45,15 @@ def _merge_kernel(
     tl.store(at, merged_lse, mask=is_row)
 
 
-def merge_on_gpu(
-    target_BSHE: Tensor, out_BSHE: Tensor, lse_BHS: Tensor, tile_out_BSHE: Tensor, tile_lse_BHS: Tensor
-) -> None:
-    """`merge.merge`; the last dim of all three outs must be contiguous."""
-    for tensor in (target_BSHE, out_BSHE, tile_out_BSHE):
-        assert tensor.stride(-1) == 1, tensor.stride()
-    batch, tokens, heads, head_dim = out_BSHE.shape
-    num_rows, columns = batch * tokens * heads, triton.next_power_of_2(head_dim)
-    rows = max(1, _ELEMENTS // columns)
-    _merge_kernel[(triton.cdiv(num_rows, rows),)](
-        target_BSHE,
-        out_BSHE,
-        lse_BHS,
-        tile_out_BSHE,
-        tile_lse_BHS,
-        *target_BSHE.stride()[:3],
-        *out_BSHE.stride()[:3],
-        *lse_BHS.stride(),
-        *tile_out_BSHE.stride()[:3],
-        *tile_lse_BHS.stride(),
-        num_rows,
-        tokens,
-        heads,
-        head_dim,
-        rows,
-        columns,
-    )
-
-
 @triton.jit
-def _add_three_kernel(
-    target,
-    one,
-    two,
-    three,
-    target_b,
-    target_s,
-    target_h,
-    one_b,
-    one_s,
-    one_h,
-    two_b,
-    two_s,
-    two_h,
-    three_b,
-    three_s,
-    three_h,
-    num_rows,
-    num_tokens,
-    num_heads: tl.constexpr,
-    head_dim: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+def add_three_kernel(
+    target, one, two, three,
+    target_b, target_s, target_h,
+    one_b, one_s, one_h,
+    two_b, two_s, two_h,
+    three_b, three_s, three_h,
+    num_rows, num_tokens, num_heads: tl.constexpr, head_dim: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)  # in the order of [B, S, H]
     h, s, b = row % num_heads, row // num_heads % num_tokens, row // num_heads // num_tokens
     column = tl.arange(0, COLUMNS)
@@ -130,15 +68,11 @@ def _add_three_kernel(
     tl.store(target + at, total.to(target.dtype.element_ty), mask=mask)
 
 
-def add_three_on_gpu(target: Tensor, one: Tensor, two: Tensor, three: Tensor) -> None:
-    """`merge.add_up` of three; the last dim of all must be contiguous."""
-    tensors = (target, one, two, three)
-    for tensor in tensors:
-        assert tensor.stride(-1) == 1, tensor.stride()
-    batch, tokens, heads, head_dim = target.shape
+def launch(kernel: Any, *tensors: Tensor) -> None:
+    """Run a kernel on tensors of [B, S, H, D], the target first, with contiguous last dims, and of [B, H, S]."""
+    assert all(tensor.stride(-1) == 1 for tensor in tensors if tensor.dim() == 4), [x.stride() for x in tensors]
+    batch, tokens, heads, head_dim = tensors[0].shape
     num_rows, columns = batch * tokens * heads, triton.next_power_of_2(head_dim)
     rows = max(1, _ELEMENTS // columns)
     strides = [stride for tensor in tensors for stride in tensor.stride()[:3]]
-    _add_three_kernel[(triton.cdiv(num_rows, rows),)](
-        *tensors, *strides, num_rows, tokens, heads, head_dim, rows, columns
-    )
+    kernel[(triton.cdiv(num_rows, rows),)](*tensors, *strides, num_rows, tokens, heads, head_dim, rows, columns)

@@ -7,7 +7,6 @@ crosses to the next, and Ulysses, whose all-to-all sends most of its bytes to ev
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 
 
 def ring_order(hosts: Sequence[Hashable]) -> list[int]:
@@ -15,15 +14,10 @@ def ring_order(hosts: Sequence[Hashable]) -> list[int]:
     return sorted(range(len(hosts)), key=lambda rank: hosts.index(hosts[rank]))
 
 
-@dataclass(frozen=True)
-class Split:
-    """The group's ranks as a grid: ``grid[ring_rank][ulysses_rank]``. Rows are Ulysses groups, columns are rings."""
+def hybrid_split(hosts: Sequence[Hashable], ulysses_degree: int) -> tuple[tuple[int, ...], ...]:
+    """The group's ranks as ``grid[ring_rank][ulysses_rank]``: rows are Ulysses groups, columns are rings.
 
-    grid: tuple[tuple[int, ...], ...]
-
-
-def hybrid_split(hosts: Sequence[Hashable], ulysses_degree: int) -> Split:
-    """Ulysses groups of neighbours in ring order, so within one host if the degree divides its ranks; rings across.
+    A row is neighbours in ring order, so it lies within one host if the degree divides the host's ranks.
 
     Raises:
         ValueError: if the degree does not divide the ranks.
@@ -35,4 +29,4 @@ def hybrid_split(hosts: Sequence[Hashable], ulysses_degree: int) -> Split:
     order = ring_order(hosts)
     starts = range(0, num_ranks, ulysses_degree)
     # ascending within a row, as process groups number their ranks
-    return Split(tuple(tuple(sorted(order[start : start + ulysses_degree])) for start in starts))
+    return tuple(tuple(sorted(order[start : start + ulysses_degree])) for start in starts)

@@ -1,11 +1,8 @@
 """Named ranges in a profiler's trace, and status reports of where a process is.
 
-`with profiler_range("merge"): ...` costs 0.2 us outside a profiler, `torch.profiler.record_function` 5 us for the same
-entry in a trace. A range also counts as an operator: the trace links it to kernels that are launched past torch's
-operators, from Triton or CuTe. `recipes.monitor.trace_analysis` reads the names.
-
-`observed_range` times ranges without a profiler. `set_status_listener` receives what `report_status` says, so that a
-watchdog can tell where a process hangs.
+`with profiler_range("merge"): ...` costs 0.2 us outside a profiler; `torch.profiler.record_function` costs 5. A range
+counts as an operator, so the trace links it to kernels that are launched past torch's operators, from Triton or CuTe.
+`recipes.monitor.trace_analysis` reads the names.
 """
 
 from __future__ import annotations
@@ -40,7 +37,7 @@ def _observed(name: str, observer: Callable[[], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def observed_range(name: str, observer: Callable[[], None]) -> Iterator[None]:
-    """Within, call `observer` at the start and at the end of each range of this name, on the thread that runs it."""
+    """Within, call `observer` at the start and end of each range of this name, on the thread that runs it."""
     _observers[name] = observer
     try:
         yield
@@ -58,7 +55,7 @@ def report_status(kind: str, text: str = "") -> None:
     """Tell the listener where this process is; does nothing without a listener.
 
     Args:
-        kind: "ring_step" for a step of a ring, or "wait" for a transfer that is waited for. Callers may add others.
+        kind: "ring_step", or "wait" for a transfer that is waited for; callers may add others.
         text: empty once it is over.
     """
     if _status_listener is not None:
@@ -68,8 +65,7 @@ def report_status(kind: str, text: str = "") -> None:
 def numbered(name: str, items: Iterable[T]) -> Iterator[tuple[int, T]]:
     """`enumerate`, with a profiler range and a ring step status "NAME NUMBER" around the work on each item."""
     for number, item in enumerate(items):
-        ring_step = f"{name} {number}"
-        report_status("ring_step", ring_step)
-        with profiler_range(ring_step):
+        report_status("ring_step", f"{name} {number}")
+        with profiler_range(f"{name} {number}"):
             yield number, item
     report_status("ring_step")

@@ -23,7 +23,7 @@ from typing import TextIO
 from conf.schema import LaunchConfig
 from recipes.run.heartbeat import LOGS_DIR, STALL_FILE, Heartbeat, describe_ranks, record_path
 from ring_attention import trace
-from ring_attention.transport import flight_record
+from ring_attention.transport.collectives import flight_record
 
 NUM_STEPS_OF_MEDIAN = 50
 MIN_STEPS = 5  # for a median; the first step, which compiles and allocates, does not count

@@ -1,5 +1,6 @@
 """Attention kernels and their registry. A new kernel is one file here and one entry in `KERNELS`, fastest first."""
 
+# ruff: noqa: F401
 from __future__ import annotations
 
 from ring_attention.kernels.aten_flash import AtenFlashKernel
@@ -42,12 +43,8 @@ def choose_kernel(spec: KernelSpec, name: str | AttentionKernel = "auto") -> tup
         return kernel, "asked for"
     refusals = []
     for kernel in KERNELS.values():
-        refusal = kernel.refusal(spec)
-        if refusal is None:
+        if not (refusal := kernel.refusal(spec)):
             return kernel, "; ".join([kernel.speed, *refusals])
         if kernel.device_type == spec.device_type:
             refusals.append(f"not {kernel.name}: {refusal}")
     raise AssertionError("the reference kernel supports everything")
-
-
-__all__ = ["KERNELS", "AttentionKernel", "KernelParams", "KernelSpec", "SavedTensors", "choose_kernel"]

@@ -5,26 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ring_attention.kernels.base import (
-    AttentionKernel,
-    KernelParams,
-    KernelSpec,
-    SavedTensors,
-    flash_window,
-)
+from ring_attention.kernels.base import AttentionKernel, KernelParams, SavedTensors, flash_window, parts_of
 from ring_attention.masked_block import MaskedBlock
 
 
 class AtenFlashKernel(AttentionKernel):
     name = "aten_flash"
     speed = "FlashAttention-2: 337 TFLOP/s forward on an H100 at 32 heads x 128"
-
-    def _refusal(self, spec: KernelSpec) -> str | None:
-        if spec.capability is None or spec.capability < (8, 0):
-            return "needs compute capability 8.0 or newer"
-        if spec.head_dim > 256 or spec.head_dim % 8:
-            return f"needs a head_dim that is a multiple of 8 up to 256, not {spec.head_dim}"
-        return None
+    head_dims = range(8, 257, 8)
+    min_capability = (8, 0)
 
     def split(self, block: MaskedBlock) -> list[MaskedBlock]:
         """Split blocks with more queries than keys until FlashAttention-2's shortcuts make no difference.
@@ -37,45 +26,22 @@ class AtenFlashKernel(AttentionKernel):
         if block.is_full or is_bounded or block.num_queries <= block.num_keys:
             return [block]
         middle = block.q_start + block.num_keys
-        rows = [(block.q_start, middle), (middle, block.q_stop)]
-        parts = [block.part(*queries, block.k_start, block.k_stop) for queries in rows]
-        return [piece for part in parts if part is not None for piece in self.split(part)]
+        rows = ((block.q_start, middle), (middle, block.q_stop))
+        parts = parts_of(block, [(*queries, block.k_start, block.k_stop) for queries in rows])
+        return [piece for part in parts for piece in self.split(part)]
 
     def forward(self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, params: KernelParams) -> tuple[Tensor, Tensor]:
-        out, lse_BHS, *_ = torch.ops.aten._flash_attention_forward(
-            q_BSHD,
-            k_BTKD,
-            v_BTKE,
-            None,
-            None,
-            q_BSHD.shape[1],
-            k_BTKD.shape[1],
-            0.0,
-            False,
-            False,
-            scale=params.scale,
-            **flash_window(q_BSHD.shape[1], k_BTKD.shape[1], params, -1),
-        )
-        return out, lse_BHS
+        num_queries, num_keys = q_BSHD.shape[1], k_BTKD.shape[1]
+        window = flash_window(num_queries, num_keys, params, -1)
+        return torch.ops.aten._flash_attention_forward(
+            q_BSHD, k_BTKD, v_BTKE, None, None, num_queries, num_keys, 0.0, False, False, scale=params.scale, **window
+        )[:2]
 
     def backward(self, dout_BSHE: Tensor, saved: SavedTensors, params: KernelParams) -> tuple[Tensor, Tensor, Tensor]:
-        q_BSHD, k_BTKD, v_BTKE, out_BSHE, lse_BHS = saved
-        no_dropout_state = torch.empty(0, dtype=torch.uint64, device=q_BSHD.device)
+        num_queries, num_keys = saved.q_BSHD.shape[1], saved.k_BTKD.shape[1]
+        window = flash_window(num_queries, num_keys, params, -1)
+        tensors = (dout_BSHE.contiguous(), *saved[:4], saved.lse_BHS.contiguous())
+        no_dropout = [torch.empty(0, dtype=torch.uint64, device=dout_BSHE.device)] * 2  # two random states
         return torch.ops.aten._flash_attention_backward(
-            dout_BSHE.contiguous(),
-            q_BSHD,
-            k_BTKD,
-            v_BTKE,
-            out_BSHE,
-            lse_BHS.contiguous(),
-            None,
-            None,
-            q_BSHD.shape[1],
-            k_BTKD.shape[1],
-            0.0,
-            False,
-            no_dropout_state,
-            no_dropout_state,
-            scale=params.scale,
-            **flash_window(q_BSHD.shape[1], k_BTKD.shape[1], params, -1),
+            *tensors, None, None, num_queries, num_keys, 0.0, False, *no_dropout, scale=params.scale, **window
         )

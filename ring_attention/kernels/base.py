@@ -1,7 +1,7 @@
 """The interface of attention kernels, and what several of them need.
 
-A kernel computes the attention of one masked block. It returns the output with the log-sum-exp of the scores (lse), and
-its backward pass takes an output and a lse that cover more keys than the block has. The ring needs both.
+A kernel computes one masked block. It returns the output with the log-sum-exp of the scores (lse), and its backward
+pass takes an output and a lse that cover more keys than the block has. The ring needs both.
 
 Shapes: q [B, S, H, D]; k [B, T, K, D] and v [B, T, K, E] with H a multiple of K; out [B, S, H, E]; lse [B, H, S] in
     fp32 (fp64 for fp64 input). E is D for most kernels.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -88,6 +89,8 @@ class AttentionKernel(ABC):
     has_windows = True  # masks with a lower bound
     has_value_head_dim = False  # values with a head size of their own
     is_deterministic = True
+    head_dims: range | None = None  # None for any
+    min_capability = (0, 0)
 
     def refusal(self, spec: KernelSpec) -> str | None:
         """None if the kernel can do `spec`, else the reason why not."""
@@ -101,10 +104,15 @@ class AttentionKernel(ABC):
             return "has no sliding window"
         if spec.value_head_dim is not None and not self.has_value_head_dim:
             return f"needs values of head size {spec.head_dim}, not {spec.value_head_dim}"
+        if (dims := self.head_dims) and spec.head_dim not in dims:
+            multiple = f"multiple of {dims.step} from {dims[0]} to {dims[-1]}"
+            return f"needs a head_dim that is a {multiple}, not {spec.head_dim}"
+        if spec.device_type == "cuda" and (spec.capability or (0, 0)) < self.min_capability:
+            return f"needs compute capability {'.'.join(map(str, self.min_capability))} or newer"
         return self._refusal(spec)
 
     def _refusal(self, spec: KernelSpec) -> str | None:
-        """The same for what the attributes above do not say: head sizes, compute capability, packages."""
+        """The same for what the attributes do not say, such as packages."""
         return None
 
     def split(self, block: MaskedBlock) -> list[MaskedBlock]:
@@ -120,6 +128,41 @@ class AttentionKernel(ABC):
         """Returns (dq, dk, dv) of one block from `split`."""
 
 
+class EqualHeadsKernel(AttentionKernel):
+    """A kernel without GQA: keys and values are repeated for each query head, and their gradients summed."""
+
+    def forward(self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, params: KernelParams) -> tuple[Tensor, Tensor]:
+        num_heads = q_BSHD.shape[2]
+        return self._forward(q_BSHD, _expand_heads(k_BTKD, num_heads), _expand_heads(v_BTKE, num_heads), params)
+
+    def backward(self, dout_BSHE: Tensor, saved: SavedTensors, params: KernelParams) -> tuple[Tensor, Tensor, Tensor]:
+        num_heads, num_kv_heads = saved.q_BSHD.shape[2], saved.k_BTKD.shape[2]
+        k_BTHD, v_BTHE = (_expand_heads(x, num_heads) for x in (saved.k_BTKD, saved.v_BTKE))
+        dq, dk, dv = self._backward(dout_BSHE, saved._replace(k_BTKD=k_BTHD, v_BTKE=v_BTHE), params)
+        return dq, _reduce_heads(dk, num_kv_heads), _reduce_heads(dv, num_kv_heads)
+
+    @abstractmethod
+    def _forward(self, q_BSHD: Tensor, k_BTHD: Tensor, v_BTHE: Tensor, params: KernelParams) -> tuple[Tensor, Tensor]:
+        """`forward` with H key-value heads."""
+
+    @abstractmethod
+    def _backward(self, dout_BSHE: Tensor, saved: SavedTensors, params: KernelParams) -> tuple[Tensor, Tensor, Tensor]:
+        """`backward` with H key-value heads."""
+
+
+def _expand_heads(kv_BTKD: Tensor, num_heads: int) -> Tensor:
+    """[B, T, K, D] -> [B, T, H, D]: query head h uses key-value head h // (H // K)."""
+    return kv_BTKD.repeat_interleave(num_heads // kv_BTKD.shape[2], dim=2)
+
+
+def _reduce_heads(grad_BTHD: Tensor, num_kv_heads: int) -> Tensor:
+    """The adjoint of `_expand_heads`, summed in fp32 at least."""
+    if grad_BTHD.shape[2] == num_kv_heads:
+        return grad_BTHD
+    sum_dtype = torch.promote_types(grad_BTHD.dtype, torch.float32)
+    return grad_BTHD.unflatten(2, (num_kv_heads, -1)).sum(3, dtype=sum_dtype)
+
+
 def split_causal(block: MaskedBlock) -> list[MaskedBlock]:
     """Split a block without a lower bound into full blocks and one causal square: at most three."""
     if block.is_full or block.is_causal_square:
@@ -130,16 +173,13 @@ def split_causal(block: MaskedBlock) -> list[MaskedBlock]:
     # Queries before q_split see all keys before k_split, and a triangle of the others. Queries from q_split on see all.
     k_split = k_start + block.upper
     q_split = q_start + k_stop - k_split
-    parts = [
-        (q_start, q_split, k_split, k_stop),
-        (q_start, q_split, k_start, k_split),
-        (q_split, q_stop, k_start, k_stop),
-    ]
-    return [
-        part
-        for bounds in parts
-        if bounds[0] < bounds[1] and bounds[2] < bounds[3] and (part := block.part(*bounds)) is not None
-    ]
+    early, late = (q_start, q_split), (q_split, q_stop)
+    return parts_of(block, [(*early, k_split, k_stop), (*early, k_start, k_split), (*late, k_start, k_stop)])
+
+
+def parts_of(block: MaskedBlock, bounds: Iterable[tuple[int, int, int, int]]) -> list[MaskedBlock]:
+    """The parts of a block with these queries and keys [start, stop), without empty ones."""
+    return [part for each in bounds if (part := block.part(*each)) is not None]
 
 
 def band_mask(num_queries: int, num_keys: int, lower: int | None, upper: int | None, device: torch.device) -> Tensor:
@@ -173,16 +213,3 @@ def is_installed(module: str) -> bool:
 def refuse_missing_package(package: str, module: str) -> str | None:
     """The refusal of kernels from an optional package."""
     return None if is_installed(module) else f"the package {package} is not installed: pip install -e '.[kernels]'"
-
-
-def expand_kv_heads(kv_BTKD: Tensor, num_heads: int) -> Tensor:
-    """[B, T, K, D] -> [B, T, H, D]: query head h uses key-value head h // (H // K). For kernels without GQA."""
-    return kv_BTKD.repeat_interleave(num_heads // kv_BTKD.shape[2], dim=2)
-
-
-def reduce_kv_heads(grad_BTHD: Tensor, num_kv_heads: int) -> Tensor:
-    """The adjoint of `expand_kv_heads`, summed in fp32 at least: [B, T, H, D] -> [B, T, K, D]."""
-    if grad_BTHD.shape[2] == num_kv_heads:
-        return grad_BTHD
-    sum_dtype = torch.promote_types(grad_BTHD.dtype, torch.float32)
-    return grad_BTHD.unflatten(2, (num_kv_heads, -1)).sum(3, dtype=sum_dtype)

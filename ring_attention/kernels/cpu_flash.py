@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ring_attention.kernels.base import (
-    AttentionKernel,
-    KernelParams,
-    SavedTensors,
-    band_mask,
-    expand_kv_heads,
-    reduce_kv_heads,
-    split_causal,
-)
+from ring_attention.kernels.base import EqualHeadsKernel, KernelParams, SavedTensors, band_mask, parts_of, split_causal
 from ring_attention.masked_block import MaskedBlock
 
 _MASKED_QUERIES = 128  # rows of a block whose mask is a tensor: few, so that little masked work is computed
 
 
-class CpuFlashKernel(AttentionKernel):
+class CpuFlashKernel(EqualHeadsKernel):
     name = "cpu_flash"
     speed = "the flash kernel that PyTorch has for the CPU"
     device_type = "cpu"
@@ -32,34 +25,23 @@ class CpuFlashKernel(AttentionKernel):
             return [block]
         if block.lower is None:
             return split_causal(block)
-        starts = range(block.q_start, block.q_stop, _MASKED_QUERIES)
-        rows = [(start, min(start + _MASKED_QUERIES, block.q_stop)) for start in starts]
-        parts = [block.part(start, stop, block.k_start, block.k_stop) for start, stop in rows]
-        return [part for part in parts if part is not None]
+        edges = [*range(block.q_start, block.q_stop, _MASKED_QUERIES), block.q_stop]
+        return parts_of(block, [(*queries, block.k_start, block.k_stop) for queries in itertools.pairwise(edges)])
 
-    def forward(self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, params: KernelParams) -> tuple[Tensor, Tensor]:
-        k, v = (expand_kv_heads(x, q_BSHD.shape[2]).transpose(1, 2) for x in (k_BTKD, v_BTKE))
+    def _forward(self, q_BSHD: Tensor, k_BTHD: Tensor, v_BTHE: Tensor, params: KernelParams) -> tuple[Tensor, Tensor]:
+        q, k, v = (x.transpose(1, 2) for x in (q_BSHD, k_BTHD, v_BTHE))
         out, lse_BHS = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q_BSHD.transpose(1, 2), k, v, 0.0, **_masking(q_BSHD, k_BTKD, params), scale=params.scale
+            q, k, v, 0.0, **_masking(q_BSHD, k_BTHD, params), scale=params.scale
         )
         return out.transpose(1, 2), lse_BHS
 
-    def backward(self, dout_BSHE: Tensor, saved: SavedTensors, params: KernelParams) -> tuple[Tensor, Tensor, Tensor]:
-        q_BSHD, k_BTKD, v_BTKE, out_BSHE, lse_BHS = saved
-        k, v = (expand_kv_heads(x, q_BSHD.shape[2]).transpose(1, 2) for x in (k_BTKD, v_BTKE))
+    def _backward(self, dout_BSHE: Tensor, saved: SavedTensors, params: KernelParams) -> tuple[Tensor, Tensor, Tensor]:
+        tensors = (x.transpose(1, 2) for x in (dout_BSHE, *saved[:4]))
+        masking = _masking(saved.q_BSHD, saved.k_BTKD, params)
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            dout_BSHE.transpose(1, 2),
-            q_BSHD.transpose(1, 2),
-            k,
-            v,
-            out_BSHE.transpose(1, 2),
-            lse_BHS,
-            0.0,
-            **_masking(q_BSHD, k_BTKD, params),
-            scale=params.scale,
+            *tensors, saved.lse_BHS, 0.0, **masking, scale=params.scale
         )
-        dk, dv = (reduce_kv_heads(grad.transpose(1, 2), k_BTKD.shape[2]) for grad in (dk, dv))
-        return dq.transpose(1, 2), dk, dv
+        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
 def _masking(q_BSHD: Tensor, k_BTKD: Tensor, params: KernelParams) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """FFPA (package ffpa-attn, in CuTe DSL): head sizes beyond FlashAttention's, on Hopper, in half precision.
 
-Written against 0.2.4, `ffpa_attn/cute/__init__.py`. Its operators are not public, so the `kernels` extra pins it. The
-package also has a kernel for compute capability 10.0 (a head_dim of 512) and a plainer one for all others from 8.0 on;
-both are refused here because nobody has measured them. The first call of each kind compiles for seconds.
+Written against 0.2.4, `ffpa_attn/cute/__init__.py`. Its operators are not public, so the `kernels` extra pins it. Its
+kernels for other GPUs are refused because nobody has measured them. The first call of each kind compiles for seconds.
 """
 
 from __future__ import annotations
@@ -14,13 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ring_attention.kernels.base import (
-    AttentionKernel,
-    KernelParams,
-    KernelSpec,
-    SavedTensors,
-    refuse_missing_package,
-)
+from ring_attention.kernels.base import AttentionKernel, KernelParams, KernelSpec, SavedTensors, refuse_missing_package
 
 _GRADIENTS_AS_INPUTS = 0  # the dtype of dK and dV; its other values are for older GPUs
 _TILE_QUERIES = 64  # rows of a forward tile, which the query heads of one key-value head share
@@ -36,15 +29,11 @@ class FfpaKernel(AttentionKernel):
         "ffpa-attn: 465 TFLOP/s forward, 215 backward on an H100 at 16 heads x 512; memory-efficient SDPA 109 and 35"
     )
     has_windows = False  # the forward pass has them, the backward pass does not
+    head_dims = range(320, 513, 8)
 
     def _refusal(self, spec: KernelSpec) -> str | None:
-        if not 320 <= spec.head_dim <= 512 or spec.head_dim % 8:
-            return f"needs a head_dim that is a multiple of 8 from 320 to 512, not {spec.head_dim}"
-        if _TILE_QUERIES % (spec.num_heads // spec.num_kv_heads):
-            return (
-                f"needs a power of 2 up to {_TILE_QUERIES} as query heads per key-value head, not "
-                f"{spec.num_heads // spec.num_kv_heads}"
-            )
+        if _TILE_QUERIES % (heads := spec.num_heads // spec.num_kv_heads):
+            return f"needs a power of 2 up to {_TILE_QUERIES} as query heads per key-value head, not {heads}"
         if spec.capability is None or spec.capability[0] != 9:
             return f"needs a Hopper GPU (compute capability 9.x), or a head_dim up to 256 for FlashAttention; {_COST}"
         refusal = refuse_missing_package("ffpa-attn", "ffpa_attn")

@@ -1,8 +1,8 @@
 """FlashAttention-4 (package flash-attn-4, in CuTe DSL): Hopper, half precision, [B, S, H, D] and GQA without copies.
 
 Written against 4.0.0b36, `flash_attn/cute/interface.py`. Its functions are not public, so the `kernels` extra pins it.
-The package also has forward and backward for Blackwell (compute capability 10.x: a head_dim up to 128, or 256), which
-is refused here because nobody has measured it. The first call of each kind compiles for seconds.
+Its kernels for Blackwell (a head_dim up to 128, or 256) are refused because nobody has measured them. The first call of
+each kind compiles for seconds.
 """
 
 from __future__ import annotations
@@ -27,36 +27,27 @@ from ring_attention.kernels.base import (
 class FlashAttention4Kernel(AttentionKernel):
     name = "flash_attn_4"
     speed = "flash-attn-4: 681 TFLOP/s forward, 620 backward on an H100 at 32 heads x 128; cuDNN SDPA 611 and 546"
+    head_dims = range(64, 257, 8)
 
     def _refusal(self, spec: KernelSpec) -> str | None:
         if spec.capability is None or spec.capability[0] != 9:
             return "ranked only where it was measured: compute capability 9.x (Hopper)"
-        if not 64 <= spec.head_dim <= 256 or spec.head_dim % 8:
-            return f"taken for a head_dim that is a multiple of 8 from 64 to 256, not {spec.head_dim}"
         # last, so that it is said only where installing it helps
         return refuse_missing_package("flash-attn-4", "flash_attn.cute")
 
     def forward(self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, params: KernelParams) -> tuple[Tensor, Tensor]:
         # the kernel calls no left bound with a right bound of 0 causal
         window = flash_window(q_BSHD.shape[1], k_BTKD.shape[1], params, None)
-        out, lse_BHS, *_ = _interface()._flash_attn_fwd(
+        return _interface()._flash_attn_fwd(
             q_BSHD, k_BTKD, v_BTKE, softmax_scale=params.scale, return_lse=True, **window
-        )
-        return out, lse_BHS
+        )[:2]
 
     def backward(self, dout_BSHE: Tensor, saved: SavedTensors, params: KernelParams) -> tuple[Tensor, Tensor, Tensor]:
         q_BSHD, k_BTKD, v_BTKE, out_BSHE, lse_BHS = saved
-        return _interface()._flash_attn_bwd(
-            q_BSHD,
-            k_BTKD,
-            v_BTKE,
-            out_BSHE,
-            dout_BSHE,
-            lse_BHS,
-            softmax_scale=params.scale,
-            deterministic=torch.are_deterministic_algorithms_enabled(),  # what PyTorch's own kernels go by
-            **flash_window(q_BSHD.shape[1], k_BTKD.shape[1], params, None),
-        )
+        window = flash_window(q_BSHD.shape[1], k_BTKD.shape[1], params, None)
+        deterministic = torch.are_deterministic_algorithms_enabled()  # what PyTorch's own kernels go by
+        tensors = (q_BSHD, k_BTKD, v_BTKE, out_BSHE, dout_BSHE, lse_BHS)
+        return _interface()._flash_attn_bwd(*tensors, softmax_scale=params.scale, deterministic=deterministic, **window)
 
 
 @functools.cache

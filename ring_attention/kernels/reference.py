@@ -5,14 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ring_attention.kernels.base import (
-    AttentionKernel,
-    KernelParams,
-    SavedTensors,
-    band_mask,
-    expand_kv_heads,
-    reduce_kv_heads,
-)
+from ring_attention.kernels.base import EqualHeadsKernel, KernelParams, SavedTensors, band_mask
 
 
 def _upcast(*tensors: Tensor) -> list[Tensor]:
@@ -27,30 +20,27 @@ def _scores(q_BSHD: Tensor, k_BTHD: Tensor, params: KernelParams) -> Tensor:
     return scores_BHST.masked_fill(~allowed, float("-inf"))
 
 
-class ReferenceKernel(AttentionKernel):
+class ReferenceKernel(EqualHeadsKernel):
     name = "reference"
     speed = "plain matrix products with O(S^2) memory"
     device_type = None
     dtypes = ()
     has_value_head_dim = True
 
-    def forward(self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, params: KernelParams) -> tuple[Tensor, Tensor]:
-        q, k, v = _upcast(q_BSHD, *(expand_kv_heads(x, q_BSHD.shape[2]) for x in (k_BTKD, v_BTKE)))
+    def _forward(self, q_BSHD: Tensor, k_BTHD: Tensor, v_BTHE: Tensor, params: KernelParams) -> tuple[Tensor, Tensor]:
+        q, k, v = _upcast(q_BSHD, k_BTHD, v_BTHE)
         scores_BHST = _scores(q, k, params)
         lse_BHS = torch.logsumexp(scores_BHST, -1)
         probabilities_BHST = torch.exp(scores_BHST - lse_BHS.unsqueeze(-1))
         return torch.einsum("bhst,bthd->bshd", probabilities_BHST, v), lse_BHS
 
-    def backward(self, dout_BSHE: Tensor, saved: SavedTensors, params: KernelParams) -> tuple[Tensor, Tensor, Tensor]:
-        q_BSHD, k_BTKD, v_BTKE, out_BSHE, lse_BHS = saved
-        num_heads, num_kv_heads = q_BSHD.shape[2], k_BTKD.shape[2]
-        q, k, v = _upcast(q_BSHD, *(expand_kv_heads(x, num_heads) for x in (k_BTKD, v_BTKE)))
-        dout, out = _upcast(dout_BSHE, out_BSHE)
-        probabilities_BHST = torch.exp(_scores(q, k, params) - lse_BHS.unsqueeze(-1))
+    def _backward(self, dout_BSHE: Tensor, saved: SavedTensors, params: KernelParams) -> tuple[Tensor, Tensor, Tensor]:
+        dout, q, k, v, out = _upcast(dout_BSHE, *saved[:4])
+        probabilities_BHST = torch.exp(_scores(q, k, params) - saved.lse_BHS.unsqueeze(-1))
         dv = torch.einsum("bhst,bshd->bthd", probabilities_BHST, dout)
         dprobabilities_BHST = torch.einsum("bshd,bthd->bhst", dout, v)
         delta_BHS1 = (dout * out).sum(-1).transpose(1, 2).unsqueeze(-1)
         dscores_BHST = probabilities_BHST * (dprobabilities_BHST - delta_BHS1) * params.scale
         dq = torch.einsum("bhst,bthd->bshd", dscores_BHST, k)
         dk = torch.einsum("bhst,bshd->bthd", dscores_BHST, q)
-        return dq, reduce_kv_heads(dk, num_kv_heads), reduce_kv_heads(dv, num_kv_heads)
+        return dq, dk, dv

@@ -6,10 +6,11 @@ and its groups have no timeout. One file per transport, one registry:
     p2p          batched isend/irecv, on NCCL or gloo
     copy_engine  copies into the neighbours' memory, without NCCL kernels, among GPUs of one host; p2p between hosts
 
-All ranks post a ring's transfers in the same order, and receives before sends. So the first transfer that is not done
-can always complete, and no ranks wait for each other in a circle.
+All ranks post a ring's transfers in the same order, receives before sends. So the first transfer that is not done can
+always complete, and no ranks wait for each other in a circle.
 """
 
+# ruff: noqa: F401
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -17,39 +18,9 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as torch_dist
 
-from ring_attention.transport.collectives import (
-    all_gather,
-    flight_record,
-    group_timeout,
-    rank_and_size,
-    reduce_scatter,
-    same_ranks,
-    subgroup,
-)
 from ring_attention.transport.copy_engine import CopyEngineTransport, release_symmetric_buffers, symmetric_buffer_bytes
 from ring_attention.transport.local import messages_stay_local
 from ring_attention.transport.p2p import P2PMessage, P2PTransport, Transfer, TransferError
-
-__all__ = [
-    "TRANSPORTS",
-    "CopyEngineTransport",
-    "P2PMessage",
-    "P2PTransport",
-    "Transfer",
-    "TransferError",
-    "all_gather",
-    "choose_transport",
-    "flight_record",
-    "group_timeout",
-    "make_transport",
-    "messages_stay_local",
-    "rank_and_size",
-    "reduce_scatter",
-    "release_symmetric_buffers",
-    "same_ranks",
-    "subgroup",
-    "symmetric_buffer_bytes",
-]
 
 TRANSPORTS: dict[str, type[P2PTransport]] = {"p2p": P2PTransport, "copy_engine": CopyEngineTransport}
 
@@ -60,10 +31,9 @@ def choose_transport(device_type: str) -> str:
 
 
 def make_transport(transport: str, group: torch_dist.ProcessGroup, order: Sequence[int] | None = None) -> P2PTransport:
-    """The named transport on `group`.
+    """The transport on `group` of this name in TRANSPORTS, or the faster one for "auto".
 
     Args:
-        transport: a key of TRANSPORTS, or "auto".
         order: the group's ranks in ring order (`topology.ring_order`); None keeps the group's order.
 
     Raises:

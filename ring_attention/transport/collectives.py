@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -12,7 +13,7 @@ import torch.distributed as torch_dist
 from torch import Tensor
 from torch._C import _distributed_c10d  # the flight recorder has no public name
 
-from ring_attention.transport.local import copy_local, messages_are_local
+from ring_attention.transport.local import messages_are_local
 
 # torch 2.13 renamed them
 _all_gather = getattr(torch_dist, "all_gather_single", None) or torch_dist.all_gather_into_tensor
@@ -23,8 +24,7 @@ def all_gather(message: Tensor, group: torch_dist.ProcessGroup) -> Tensor:
     """[N] -> [P, N]: the vectors of all ranks of `group`. Every rank must call it."""
     gathered = message.new_empty(torch_dist.get_world_size(group), len(message))
     if messages_are_local():
-        for row in gathered:
-            copy_local(row, message)
+        gathered.copy_(message)
     else:
         _all_gather(gathered.flatten(), message, group=group)
     return gathered
@@ -34,7 +34,7 @@ def reduce_scatter(messages: Tensor, group: torch_dist.ProcessGroup) -> Tensor:
     """[P, N] -> [N]: row r of the sum over ranks, on rank r. Every rank of `group` must call it."""
     scattered = messages.new_empty(messages.shape[1])
     if messages_are_local():
-        copy_local(scattered, messages)
+        scattered.copy_(messages[0])
     else:
         _reduce_scatter(scattered, messages.flatten(), group=group)
     return scattered
@@ -47,9 +47,7 @@ def rank_and_size(group: torch_dist.ProcessGroup) -> tuple[int, int]:
         ValueError: if `group` is None.
     """
     if group is None:
-        raise ValueError(
-            "the process group is None: pass one, such as ParallelGroups(...).get_sequence_parallel_group()"
-        )
+        raise ValueError("no process group: pass one, such as ParallelGroups(...).get_sequence_parallel_group()")
     return torch_dist.get_rank(group), torch_dist.get_world_size(group)
 
 
@@ -64,46 +62,32 @@ def group_timeout(group: torch_dist.ProcessGroup) -> timedelta:
 
 
 def flight_record() -> tuple[bytes, list[str]]:
-    """What torch's flight recorder holds of this process's collectives and messages.
-
-    Returns (the pickle that `torchfrtrace` reads, a line for each operation that has not ended).
-    """
+    """Torch's flight recorder: the pickle that `torchfrtrace` reads, and a line for each operation not yet ended."""
     name = "_dump_nccl_trace" if torch.cuda.is_available() else "_dump_fr_trace"
     record = getattr(_distributed_c10d, name)(True, True, False)
-    active = json.loads(getattr(_distributed_c10d, f"{name}_json")(True, True)).get("entries", [])
+    entries = json.loads(getattr(_distributed_c10d, f"{name}_json")(True, True)).get("entries", [])
     return record, [
         f"{entry['profiling_name']} of {entry['process_group'][1]}, {entry['state']}, sizes {entry['input_sizes']}"
-        for entry in active
+        for entry in entries
         if not entry["retired"]  # gloo's operations stay "scheduled" until they are retired
     ]
 
 
-_subgroups: dict[tuple[torch_dist.ProcessGroup, tuple[int, ...]], torch_dist.ProcessGroup] = {}
+_subgroups = weakref.WeakValueDictionary[tuple[Any, tuple[int, ...]], torch_dist.ProcessGroup]()  # torch holds them
 
 
 def subgroup(group: Any, ranks: Sequence[int]) -> torch_dist.ProcessGroup:
     """The process group of some ranks of `group`, with the timeout of `group`.
 
     Those ranks must call it. On NCCL every other rank of the world must make as many calls, each for its own group:
-    DeepSpeed has torch split groups off the world's communicator.
-
-    Cached while the group exists, because each gloo group has a thread that wakes up a hundred times a second.
+    DeepSpeed has torch split groups off the world's communicator. Cached, because each gloo group has a polling thread.
     """
     global_ranks = [torch_dist.get_global_rank(group, rank) for rank in ranks]
     if global_ranks == torch_dist.get_process_group_ranks(group):
         return group
-    for destroyed in [key for key, known in _subgroups.items() if not _exists(known)]:
-        del _subgroups[destroyed]
     key = (group, tuple(ranks))
     if key not in _subgroups:
         built = torch_dist.new_group(global_ranks, timeout=group_timeout(group), use_local_synchronization=True)
         assert isinstance(built, torch_dist.ProcessGroup), "called by a rank outside"
         _subgroups[key] = built
     return _subgroups[key]
-
-
-def _exists(group: torch_dist.ProcessGroup) -> bool:
-    try:
-        return bool(torch_dist.get_process_group_ranks(group))
-    except (KeyError, ValueError):  # destroyed
-        return False

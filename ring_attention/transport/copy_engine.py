@@ -1,9 +1,8 @@
 """The transport `copy_engine`: ranks of one host copy straight into each other's memory. Between hosts it uses p2p.
 
-The GPU's copy engines copy and its front end signals. No kernel takes multiprocessors from the compute that hides the
-messages, and no host waits. Each rank owns a few receive buffers in symmetric memory, and every message names the
-receiver's buffer that it goes to. Both ends count the messages from one rank to the other's buffer, and signal by flags
-that hold such counts:
+Copy engines copy and the GPU's front end signals: no kernel takes multiprocessors from the compute, and no host waits.
+Each rank owns a few receive buffers in symmetric memory, and every message names the receiver's buffer that it goes to.
+Both ends count the messages from one rank to a buffer of the other, and signal by flags that hold such counts:
 
     receiver    posts the receive; once its earlier work is done, it writes the count to the sender's flag `free`
     sender      waits until `free` has the count, copies into the buffer, writes the count to the receiver's flag `full`
@@ -15,12 +14,11 @@ ranks wait for each other in a circle. A transfer that nobody waits for, after a
 
 from __future__ import annotations
 
+import collections
 import functools
 import importlib
-import itertools
 import socket
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,21 +41,17 @@ class CopyEngineTransport(P2PTransport):
     All transports of a group share its symmetric buffers, so their transfers must not overlap.
     """
 
-    def __init__(self, group: torch_dist.ProcessGroup, order: Sequence[int] | None = None) -> None:
-        super().__init__(group, order)
-        self._buffers: SymmetricBuffers | None = None  # stays None if no rank of the group can be copied to
+    _buffers: SymmetricBuffers | None = None  # stays None if no rank of the group can be copied to
 
     def connect(self, tensor: Tensor, buffer_bytes: dict[str, int]) -> None:
-        """Create communicators and buffers. Waits for all ranks the first time, and whenever a buffer must grow.
+        """Also create the buffers. Waits for all ranks the first time, and whenever a buffer must grow.
 
         Raises:
             ValueError: if the tensor is not on an NVIDIA GPU.
         """
         super().connect(tensor, buffer_bytes)
         if self.group not in _symmetric_buffers:  # the first time, and after a release
-            host_group, neighbours = neighbours_of(self.group, tensor.device)
-            buffers = SymmetricBuffers(host_group, neighbours, tensor.device) if host_group else None
-            _symmetric_buffers[self.group] = buffers
+            _symmetric_buffers[self.group] = make_symmetric_buffers(self.group, tensor.device)
         self._buffers = _symmetric_buffers[self.group]
         if self._buffers is not None:
             self._buffers.grow(buffer_bytes)
@@ -71,49 +65,28 @@ class CopyEngineTransport(P2PTransport):
         buffers = self._buffers
         if buffers is None:
             return super()._post(purpose, sends, receives)
-        stream = buffers.stream
         neighbours = [buffers.neighbours.get(rank) for rank in self.order]  # None is on another host
         remote = [[message for message in some if neighbours[message.peer] is None] for some in (sends, receives)]
-        transfers = [super()._post(purpose, *remote)] if any(remote) else []
-        stream.wait_for_compute()
+        transfer = super()._post(purpose, *remote) if any(remote) else Transfer([], [])
+        buffers.stream.wait_for_compute()
         full: Flags = []
         for message in receives:
             if (peer := neighbours[message.peer]) is not None:
-                count = buffers.next_count(peer, buffers.rank, message.buffer)
-                stream.write_flag(buffers.flag(peer, "free", buffers.rank, message.buffer), count)
-                full.append((buffers.flag(buffers.rank, "full", peer, message.buffer), count))
+                full.append(buffers.offer(peer, message.buffer))
         for message in sends:
             if (peer := neighbours[message.peer]) is not None:
-                parts = [part.view(torch.uint8) for part in message.parts]
-                target = buffers.buffer(peer, message.buffer, sum(map(len, parts)))
-                count = buffers.next_count(buffers.rank, peer, message.buffer)
-                stream.wait_flag(buffers.flag(buffers.rank, "free", peer, message.buffer), count)
-                for target_part, part in zip(target.split([*map(len, parts)]), parts, strict=True):
-                    stream.copy(target_part, part)
-                stream.write_flag(buffers.flag(peer, "full", buffers.rank, message.buffer), count)
-        where, names = self._describe(purpose, sends, receives)
-        sent = [part for message in sends for part in message.parts]
-        return _CopyTransfer(stream, transfers, full, sent, f"{where}, {', '.join(names)}", self._watchdog)
+                buffers.send(peer, message)
+                transfer.sent += message.parts
+        copied = buffers.stream.record_event()
+        where, _ = self._describe(purpose, sends, receives)
 
+        def wait_for_copies() -> None:
+            arrived = buffers.stream.make_compute_wait(full, copied)
+            if self._watchdog is not None:
+                self._watchdog.add([copied.query, arrived.query], where)
 
-class _CopyTransfer(Transfer):
-    """Copies in flight, and the messages between hosts of the same transfer."""
-
-    def __init__(
-        self, stream: CopyStream, transfers: list[Transfer], full: Flags, sent: list[Tensor], where: str, watchdog: Any
-    ) -> None:
-        super().__init__([], [], sent, where)
-        self._stream, self._transfers, self._full, self._watchdog = stream, transfers, full, watchdog
-        self._copied = stream.record_event()
-
-    def wait(self) -> None:
-        for transfer in self._transfers:
-            transfer.wait()
-        with profiler_range("exchange wait"):
-            arrived = self._stream.make_compute_wait(self._full, self._copied)
-        if self._watchdog is not None:
-            self._watchdog.add([self._copied.query, arrived.query], self._where)
-        self._sent.clear()
+        transfer.waits.append((where, wait_for_copies))
+        return transfer
 
 
 class CopyStream:
@@ -124,7 +97,7 @@ class CopyStream:
 
     @staticmethod
     def obstacle(device: torch.device) -> str | None:
-        """The reason why this process cannot copy into the memory of all other GPUs that it sees; None if it can.
+        """Why this process cannot copy into the memory of all other GPUs that it sees; None if it can.
 
         Raises:
             ValueError: if the device is not an NVIDIA GPU.
@@ -200,61 +173,72 @@ def _check(code: Any) -> None:
 
 
 class SymmetricBuffers:
-    """The receive buffers and flags of a host's ranks of a group, and this rank's copy stream.
+    """The receive buffers and flags of `group`, the ranks of one host, and this rank's copy stream.
 
-    Args:
-        group: the ranks of this host.
-        neighbours: {rank in the whole group: rank in `group`}.
+    `neighbours` is {rank in the whole group: rank in `group`}.
     """
 
     def __init__(self, group: torch_dist.ProcessGroup, neighbours: dict[int, int], device: torch.device) -> None:
         self.rank, self._degree = rank_and_size(group)
         self.neighbours, self.stream = neighbours, CopyStream(device)
-        self.num_bytes = 0  # of this rank's flags and buffers
         self._group, self._device = group, device
+        self.memory: SymmetricMemory | None = None
         self._sizes: dict[str, int] = {}
-        self._starts: dict[str, int] = {}
-        self._counts: dict[tuple[int, int, str], int] = {}
-        self._memory: SymmetricMemory | None = None
+        self._flags: list[Tensor] = []  # of each rank: [full or free, writer, buffer]
+        self._buffers: list[dict[str, Tensor]] = []  # of each rank
+        self._counts: collections.Counter[tuple[int, int, str]] = collections.Counter()
 
     def grow(self, buffer_bytes: dict[str, int]) -> None:
-        """Make each buffer at least so large. Equal on all ranks, which wait for each other if a buffer must grow."""
+        """Make each buffer at least so large. All ranks must call it, with equal sizes."""
         sizes = {name: max(buffer_bytes.get(name, 0), self._sizes.get(name, 0)) for name in BUFFERS}
         if sizes == self._sizes:
             return
         self.release()
-        parts = (4 * 2 * self._degree * len(BUFFERS), *sizes.values())  # the flags come first
-        *starts, num_bytes = itertools.accumulate(-(-part // _ALIGNMENT) * _ALIGNMENT for part in parts)
-        self._memory = SymmetricMemory(self._group, num_bytes, self._device)
-        self._sizes, self._starts, self.num_bytes = sizes, dict(zip(BUFFERS, starts, strict=True)), num_bytes
+        parts = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in (4 * 2 * self._degree * len(BUFFERS), *sizes.values())]
+        self.memory = SymmetricMemory(self._group, sum(parts), self._device)
+        self._sizes = sizes
+        for rank_bytes in self.memory.of_ranks:
+            flags, *buffers = rank_bytes.split(parts)
+            self._flags.append(flags.view(torch.int32).view(2, -1, len(BUFFERS)))
+            self._buffers.append(dict(zip(BUFFERS, buffers, strict=True)))
 
     def release(self) -> None:
         """Free the memory once no rank uses it any more. All ranks must call it."""
         self.stream.synchronize()
         torch_dist.barrier(self._group)
-        self._memory, self._sizes, self.num_bytes = None, {}, 0
-        self._counts.clear()
+        self.memory, self._sizes = None, {}
+        for views in (self._flags, self._buffers, self._counts):
+            views.clear()
 
-    def next_count(self, sender: int, receiver: int, buffer: str) -> int:
-        """The number of the next message from the sender to that buffer, from 1. Both ends count alike."""
-        self._counts[sender, receiver, buffer] = 1 + self._counts.get((sender, receiver, buffer), 0)
-        return self._counts[sender, receiver, buffer]
+    def offer(self, peer: int, buffer: str) -> tuple[Tensor, int]:
+        """Let the peer's next message come into that buffer. Returns the flag that says it is there, and its count."""
+        count = self._next_count(peer, self.rank, buffer)
+        self.stream.write_flag(self._flag(peer, "free", self.rank, buffer), count)
+        return self._flag(self.rank, "full", peer, buffer), count
+
+    def send(self, peer: int, message: P2PMessage) -> None:
+        """Copy a message into the peer's buffer, once that is free."""
+        parts = [part.view(torch.uint8) for part in message.parts]
+        sizes = [len(part) for part in parts]
+        count = self._next_count(self.rank, peer, message.buffer)
+        self.stream.wait_flag(self._flag(self.rank, "free", peer, message.buffer), count)
+        for target, part in zip(self.buffer(peer, message.buffer, sum(sizes)).split(sizes), parts, strict=True):
+            self.stream.copy(target, part)
+        self.stream.write_flag(self._flag(peer, "full", self.rank, message.buffer), count)
 
     def buffer(self, owner: int, name: str, num_bytes: int) -> Tensor:
         """The first bytes of a buffer."""
         assert num_bytes <= self._sizes[name], (name, num_bytes, self._sizes)
-        return self._bytes(owner, self._starts[name], num_bytes)
+        return self._buffers[owner][name][:num_bytes]
 
-    def flag(self, owner: int, kind: str, writer: int, buffer: str) -> Tensor:
-        """The owner's flag that `writer` sets: "full" counts messages in the owner's buffer, "free" those that may come
-        into the writer's.
-        """
-        number = (("full", "free").index(kind) * self._degree + writer) * len(BUFFERS) + BUFFERS.index(buffer)
-        return self._bytes(owner, 4 * number, 4)
+    def _next_count(self, sender: int, receiver: int, buffer: str) -> int:
+        """The number of the next message from the sender to that buffer, from 1. Both ends count alike."""
+        self._counts[sender, receiver, buffer] += 1
+        return self._counts[sender, receiver, buffer]
 
-    def _bytes(self, owner: int, start: int, num_bytes: int) -> Tensor:
-        assert self._memory is not None
-        return self._memory.of_ranks[owner][start : start + num_bytes]
+    def _flag(self, owner: int, kind: str, writer: int, buffer: str) -> Tensor:
+        """The owner's flag that `writer` sets: "full" for messages in the owner's buffer, "free" for the writer's."""
+        return self._flags[owner][("full", "free").index(kind), writer, BUFFERS.index(buffer)]
 
 
 class SymmetricMemory:
@@ -269,13 +253,10 @@ class SymmetricMemory:
         try:
             self._handle = symmetric_memory.rendezvous(self._own, group)
         except RuntimeError as error:
-            raise ValueError(
-                f"transport=copy_engine: ranks of this host cannot share GPU memory ({error}): use p2p "
-                "(attention.transport=p2p)"
-            ) from error
-        ranks = range(self._handle.world_size)
+            message = f"transport=copy_engine: ranks of this host cannot share GPU memory ({error}): use transport=p2p"
+            raise ValueError(message) from error
         # views that own nothing: their memory lives as long as the two attributes above
-        self.of_ranks = [self._handle.get_buffer(rank, (num_bytes,), torch.uint8) for rank in ranks]
+        self.of_ranks = [self._handle.get_buffer(rank, (num_bytes,), torch.uint8) for rank in range(group.size())]
 
 
 _symmetric_buffers: dict[torch_dist.ProcessGroup, SymmetricBuffers | None] = {}  # None: no rank can be copied to
@@ -290,17 +271,11 @@ def release_symmetric_buffers() -> None:
 
 def symmetric_buffer_bytes() -> int:
     """Of this rank's symmetric buffers, which PyTorch's allocator does not count."""
-    return sum(buffers.num_bytes for buffers in filter(None, _symmetric_buffers.values()))
+    return sum(len(some.memory.of_ranks[0]) for some in _symmetric_buffers.values() if some and some.memory)
 
 
-def neighbours_of(
-    group: torch_dist.ProcessGroup, device: torch.device
-) -> tuple[torch_dist.ProcessGroup | None, dict[int, int]]:
-    """The ranks of `group` that this rank can exchange copies with: as a group, and {rank in `group`: rank in that}.
-
-    They are the ranks of this host, itself included, if every GPU there can access the others; else none. Every rank
-    must call it.
-    """
+def make_symmetric_buffers(group: torch_dist.ProcessGroup, device: torch.device) -> SymmetricBuffers | None:
+    """For this host's ranks of `group`; None for one rank, or GPUs without access. Every rank must call it."""
     own_rank, degree = rank_and_size(group)
     infos: list[Any] = [None] * degree
     torch_dist.all_gather_object(infos, (socket.gethostname(), device.index, CopyStream.obstacle(device)), group=group)
@@ -314,12 +289,12 @@ def neighbours_of(
         host_group = torch_dist.new_group(global_ranks, backend="gloo", timeout=timeout, use_local_synchronization=True)
         assert isinstance(host_group, torch_dist.ProcessGroup)
     if len(members) == 1:
-        return None, {}
+        return None
     devices, obstacles = ([infos[rank][number] for rank in members] for number in (1, 2))
     if device.index is not None and len({*devices}) < len(members):
         obstacles.append("its ranks do not see all of its GPUs (CUDA_VISIBLE_DEVICES)")
     if obstacle := next(filter(None, obstacles), None):
         if own_rank == members[0]:
             warnings.warn(f"transport=copy_engine: messages on this host go by p2p, because {obstacle}", stacklevel=2)
-        return None, {}
-    return host_group, {rank: number for number, rank in enumerate(members)}
+        return None
+    return SymmetricBuffers(host_group, {rank: number for number, rank in enumerate(members)}, device)

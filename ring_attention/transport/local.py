@@ -21,11 +21,11 @@ def messages_are_local() -> bool:
 def messages_stay_local() -> Iterator[None]:
     """Within, no attention module sends anything: each rank receives a copy of what it sends.
 
-    For benchmarks only. All results within are garbage, and a training step leaves garbage weights. Every rank must
+    For benchmarks only: all results within are garbage, and so are the weights after a training step. Every rank must
     enter it, with modules made before, because making one builds process groups.
 
     The copies keep uninitialised memory out of the results: a GPU at its power limit multiplies NaN faster than
-    numbers. They take about a tenth of the time that the messages take between GPUs, which the difference misses.
+    numbers. They take about a tenth of the time of the messages between GPUs, which the difference misses.
     """
     global _stay_local
     # Ulysses' all-to-all is DeepSpeed's. Its module is loaded if there is a module that uses it.

@@ -19,14 +19,15 @@ from ring_attention.trace import profiler_range, report_status
 from ring_attention.transport.collectives import group_timeout, rank_and_size
 from ring_attention.transport.local import copy_local, messages_are_local
 
+Waits = list[tuple[str, Callable[[], object]]]  # what each waits for, in words, and the function that waits
+
 _WATCHDOG_INTERVAL_S = 1.0
 
 
 class TransferError(RuntimeError):
     """A transfer did not complete. Names the ring step, the ring rank and the neighbours.
 
-    Raised on gloo. On GPUs no host waits for transfers, so the watchdog prints it to stderr at the process group's
-    timeout and aborts the rank.
+    Raised on gloo. On GPUs, where no host waits, the watchdog prints it at the group's timeout and aborts the rank.
     """
 
 
@@ -47,27 +48,23 @@ class Transfer:
     """Messages in flight. They have arrived after `wait`, where on CUDA the current stream waits and the host does not.
 
     Args:
-        works: one per message on gloo, one for all messages on NCCL.
-        messages: a description of each message.
+        waits: one per message on gloo, one for all messages on GPUs.
         sent: tensors that must outlive the transfer.
     """
 
-    def __init__(self, works: list[torch_dist.Work], messages: list[str], sent: list[Tensor], where: str) -> None:
-        self._works, self._messages, self._sent, self._where = works, messages, sent, where
+    def __init__(self, waits: Waits, sent: list[Tensor]) -> None:
+        self.waits, self.sent = waits, sent
 
     def wait(self) -> None:
         with profiler_range("exchange wait"):
-            for index, work in enumerate(self._works):
-                one_each = len(self._works) == len(self._messages)
-                where = f"{self._where}, {self._messages[index] if one_each else ', '.join(self._messages)}"
+            for where, wait in self.waits:
                 report_status("wait", where)
                 try:
-                    work.wait()
+                    wait()
                 except RuntimeError as error:
                     raise TransferError(f"{where}: {error}") from error
             report_status("wait")
-        self._works = []  # they hold the tensors
-        self._sent.clear()
+        self.waits, self.sent = [], []  # both hold tensors
 
 
 class P2PTransport:
@@ -91,68 +88,65 @@ class P2PTransport:
     def connect(self, tensor: Tensor, buffer_bytes: dict[str, int]) -> None:
         """Get ready for transfers on the device of `tensor`. Every rank must call it first, with equal arguments.
 
-        Creates NCCL's communicator the first time: that takes all ranks, and a transfer may have fewer.
-
-        Args:
-            buffer_bytes: the largest message of each receive buffer, by name.
+        `buffer_bytes` has the largest message of each receive buffer, by name. The first call creates NCCL's
+        communicator, which takes all ranks; a transfer may have fewer.
         """
         if tensor.is_cuda and self._watchdog is None:
             self._watchdog = _connect(self.group, tensor.device)
 
     def receive_buffer(self, name: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A vector to receive a message in. Its contents last until the buffer of that name is asked for again.
+        """A vector to receive a message in, with the name in the sender's P2PMessage.
 
-        Args:
-            name: as in the sender's P2PMessage. Messages that are needed at the same time need different names.
+        Its contents last until the buffer of that name is asked for again.
         """
         return torch.empty(numel, dtype=dtype, device=device)
 
     def post(self, purpose: str, sends: list[P2PMessage], receives: list[P2PMessage]) -> Transfer:
         """Start to send and receive, at most one message per peer and direction. Returns at once.
 
-        Args:
-            purpose: what is transferred, and at which ring step, for errors.
+        `purpose` says for errors what is transferred, and at which ring step.
         """
         if messages_are_local():
             for number, receive in enumerate(receives):
                 received = receive.tensor
                 copy_local(received, sends[number].tensor if number < len(sends) else received[:0])
-            return Transfer([], [], [], purpose)
+            return Transfer([], [])
         return self._post(purpose, sends, receives)
 
     def _post(self, purpose: str, sends: list[P2PMessage], receives: list[P2PMessage]) -> Transfer:
         # receives first: no rank may fill its peer's queue before it offers a buffer itself
-        operations = [(torch_dist.irecv, message.tensor, message.peer) for message in receives]
-        operations += [(torch_dist.isend, message.tensor, message.peer) for message in sends]
-        where, names = self._describe(purpose, sends, receives)
+        messages = [(torch_dist.irecv, message) for message in receives]
+        messages += [(torch_dist.isend, message) for message in sends]
+        operations = [
+            torch_dist.P2POp(function, message.tensor, self._global_ranks[message.peer], self.group)
+            for function, message in messages
+        ]
+        whole, each = self._describe(purpose, sends, receives)
         try:
-            works = torch_dist.batch_isend_irecv(
-                [
-                    torch_dist.P2POp(function, tensor, self._global_ranks[peer], self.group)
-                    for function, tensor, peer in operations
-                ]
-            )
+            works = torch_dist.batch_isend_irecv(operations)
         except RuntimeError as error:
-            raise TransferError(f"{where}, {', '.join(names)}: {error}") from error
+            raise TransferError(f"{whole}: {error}") from error
         if self._watchdog is not None:
-            self._watchdog.add([work.is_completed for work in works], f"{where}, {', '.join(names)}")
-        return Transfer(works, names, [tensor for _, tensor, _ in operations[len(receives) :]], where)
+            self._watchdog.add([work.is_completed for work in works], whole)
+        descriptions = each if len(works) == len(each) else [whole] * len(works)
+        waits: Waits = [(where, work.wait) for where, work in zip(descriptions, works, strict=True)]
+        return Transfer(waits, [operation.tensor for operation in operations[len(receives) :]])
 
     def _describe(self, purpose: str, sends: list[P2PMessage], receives: list[P2PMessage]) -> tuple[str, list[str]]:
         """The transfer, and each of its messages, for errors."""
+        where = f"{purpose}: ring rank {self.ring_rank} of {self.ring_degree}"
         names = [
             f"{verb} ring rank {message.peer} (global rank {self._global_ranks[message.peer]})"
             for verb, messages in (("receiving from", receives), ("sending to", sends))
             for message in messages
         ]
-        return f"{purpose}: ring rank {self.ring_rank} of {self.ring_degree}", names
+        return ", ".join([where, *names]), [f"{where}, {name}" for name in names]
 
 
 class TransferWatchdog:
     """Aborts a rank whose transfer is overdue, and names the transfer on stderr. For GPUs, where no host waits.
 
-    NCCL's own watchdog aborts about a minute after the timeout, and knows no ring steps. As with that one, a rank waits
-    on under TORCH_NCCL_ASYNC_ERROR_HANDLING=0.
+    NCCL's own watchdog, a minute later, knows no ring steps. TORCH_NCCL_ASYNC_ERROR_HANDLING=0 lets the rank wait on.
     """
 
     def __init__(self, timeout_s: float) -> None:
@@ -172,8 +166,8 @@ class TransferWatchdog:
             if not self._transfers or time.monotonic() - self._transfers[0][0] < self._timeout_s - _WATCHDOG_INTERVAL_S:
                 continue
             posted, _, where = self._transfers.popleft()
-            overdue = f"TransferError: {where}: not done after {time.monotonic() - posted:.0f} s"
-            print(overdue, file=sys.stderr, flush=True)
+            overdue_s = time.monotonic() - posted
+            print(f"TransferError: {where}: not done after {overdue_s:.0f} s", file=sys.stderr, flush=True)
             if os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING") != "0":
                 os.abort()
 

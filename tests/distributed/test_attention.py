@@ -266,7 +266,7 @@ def test_mistakes_are_refused_by_name(pool: WorkerPool):
         "scatter_idx=1, gather_idx=2: heads must be dim 2 and tokens dim 0 or 1, as in [B, S, H, D] and [S, B, H, D], "
         "so use 2 and 0 or 1",
         'local_attention=7 must be "auto", a kernel or its name, or a module',
-        "the process group is None: pass one, such as ParallelGroups(...).get_sequence_parallel_group()",
+        "no process group: pass one, such as ParallelGroups(...).get_sequence_parallel_group()",
         "softmax_scale=0.0 must be above 0, and finite: kernels mask by -inf * scale",
         "query has shape [3, 2, 8], but four dims are needed: [B, S, heads, head size]",
         "key is torch.float16, but query is torch.float32: cast them to one dtype",

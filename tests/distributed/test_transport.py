@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from ring_attention import RingAttention
-from ring_attention.transport import P2PMessage, P2PTransport, TransferError, group_timeout
+from ring_attention.transport import P2PMessage, P2PTransport, TransferError
+from ring_attention.transport.collectives import group_timeout
 from tests.pool import RankError, WorkerPool, parallel_groups
 
 

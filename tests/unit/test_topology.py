@@ -17,11 +17,11 @@ def test_the_ring_crosses_once_per_host(hosts: str):
 
 
 def test_the_hybrid_keeps_ulysses_within_a_host_and_rings_across():
-    assert hybrid_split("AAAABBBB", 4).grid == ((0, 1, 2, 3), (4, 5, 6, 7))
-    assert hybrid_split("AAAABBBB", 2).grid == ((0, 1), (2, 3), (4, 5), (6, 7))
-    assert hybrid_split("ABABABAB", 4).grid == ((0, 2, 4, 6), (1, 3, 5, 7))
-    assert hybrid_split("ABBA", 2).grid == ((0, 3), (1, 2))
-    assert hybrid_split("AABB", 4).grid == ((0, 1, 2, 3),)  # more than one host has
+    assert hybrid_split("AAAABBBB", 4) == ((0, 1, 2, 3), (4, 5, 6, 7))
+    assert hybrid_split("AAAABBBB", 2) == ((0, 1), (2, 3), (4, 5), (6, 7))
+    assert hybrid_split("ABABABAB", 4) == ((0, 2, 4, 6), (1, 3, 5, 7))
+    assert hybrid_split("ABBA", 2) == ((0, 3), (1, 2))
+    assert hybrid_split("AABB", 4) == ((0, 1, 2, 3),)  # more than one host has
 
 
 def test_a_degree_that_does_not_divide_is_refused():
