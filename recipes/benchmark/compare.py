@@ -101,7 +101,7 @@ class ComparisonTask:
         config, compare = plan.config, self.config.compare
         is_sequence = config.parallelism.method == "sequence"
         groups = _groups(plan.degrees.data, plan.degrees.sequence) if is_sequence else None
-        engine = build_engine(plan, groups, forward_only=not plan.trains)
+        engine = build_engine(plan, groups)
         device_metrics.reset_peak_memory()  # building takes more than steps do: weights are made in fp32
         corpus = open_corpus(config.data)
         sharder = build_sharder(plan, engine)
@@ -152,7 +152,7 @@ def _result(plan: Plan, step_times_s: list[float]) -> dict[str, Any]:
     """The fields that all measurements have."""
     return {
         "step_times_s": step_times_s,
-        **plan.throughput(statistics.median(step_times_s)).numbers,
+        **plan.throughput(statistics.median(step_times_s))._asdict(),
         "tokens_per_step": plan.tokens_per_step,
         "sequence_length": plan.config.data.sequence_length,
         "sequences_per_step": plan.sequences_per_step,

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from conf.schema import Config, Degrees, ModelConfig
 from data.batch import TokenBatch
 from recipes.engine.base import Engine, StepResult, deepspeed_config
-from recipes.engine.loss import pipeline_loss_multiplier
 from recipes.engine.optimizer import optimizer_arguments
 from recipes.engine.tensor_parallel import TensorGroup, shard_layer_, sum_replicated_gradients_
 from recipes.model.ops import cross_entropy_sum, make_norm
@@ -155,7 +154,8 @@ class PipelinedEngine(Engine):
             torch.stack([num_valid, num_valid.new_full((), float(stop_requested))])
         )
         num_valid = (num_valid / self._pipeline_degree).clamp(min=1)  # every stage counted the same tokens
-        self._loss_factor = (pipeline_loss_multiplier(self.data_degree, len(micro_batches)) / num_valid).float()
+        # DeepSpeed's pipeline engine averages losses over micro-batches and data ranks; ours are sums
+        self._loss_factor = (self.data_degree * len(micro_batches) / num_valid).float()
         loss = run(iter([(batch.tokens_BS, batch.labels_BS) for batch in micro_batches]))
         if self._tensor.degree > 1:
             dist.all_reduce(loss, group=self._tensor.group)

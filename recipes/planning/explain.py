@@ -19,18 +19,13 @@ def banner(plan: Plan, run_dir: Path) -> list[str]:
     tokens = f"{layout.local_length:,} per rank of {layout.length:,} per sequence"
     if padding := layout.padded_length - layout.length:
         tokens += f" ({padding} of padding)"
+    shape = f"{model.num_layers} layers, {model.num_heads} heads x {model.head_dim}, {model.num_kv_heads} kv heads"
+    passes = "forward and backward" if plan.trains else "forward"
     rows = [
         ("ranks", _ranks(plan)),
         ("tokens", f"{tokens}; {plan.tokens_per_step:,} per step"),
-        (
-            "model",
-            f"{model.name}: {num_parameters(model) / 1e6:,.2f} M parameters, {model.num_layers} layers, "
-            f"{model.num_heads} heads x {model.head_dim}, {model.num_kv_heads} kv heads",
-        ),
-        (
-            "FLOPs per token",
-            f"{plan.flops / 1e6:,.1f} M {'forward and backward' if plan.trains else 'forward'}, causal counted once",
-        ),
+        ("model", f"{model.name}: {num_parameters(model) / 1e6:,.2f} M parameters, {shape}"),
+        ("FLOPs per token", f"{plan.flops / 1e6:,.1f} M {passes}, causal counted once"),
         ("attention", _attention(plan)),
         ("attention kernel", f"{kernel} ({reason})"),
         ("engine", _engine(plan)),
@@ -114,8 +109,7 @@ def timeline_lines(step: StepMemory) -> list[str]:
 
 
 def _ranks(plan: Plan) -> str:
-    is_pipeline = plan.config.parallelism.method == "tensor_pipeline"
-    always = ("data", "tensor", "pipeline") if is_pipeline else ("data", "ring")
+    always = ("data", "ring") if plan.config.parallelism.method == "sequence" else ("data", "tensor", "pipeline")
     degrees = plan.degrees._asdict().items()
     grid = " x ".join(f"{degree} {name}" for name, degree in degrees if name in always or degree > 1)
     unsharded = plan.degrees.sequence == plan.degrees.tensor == 1
@@ -123,16 +117,15 @@ def _ranks(plan: Plan) -> str:
 
 
 def _attention(plan: Plan) -> str:
-    attention = plan.config.attention
-    is_spread, sends_kv = plan.degrees.sequence > 1, plan.method in ("ring", "hybrid")
-    text = f"{plan.method}, layout {attention.layout}" if is_spread else "local"
-    text += " (chosen by arithmetic: explain=true shows it)" if plan.candidates else ""
-    if not is_spread:
-        return text
-    carrier = "NCCL" if plan.on_gpu else "gloo"
-    if sends_kv and plan.transport == "copy_engine":
+    chosen = " (chosen by arithmetic: explain=true shows it)" if plan.candidates else ""
+    if plan.degrees.sequence == 1:
+        return f"local{chosen}"
+    text, carrier = f"{plan.method}, layout {plan.config.attention.layout}{chosen}", "NCCL" if plan.on_gpu else "gloo"
+    if not plan.has_ring:
+        return f"{text}, over {carrier}"
+    if plan.transport == "copy_engine":
         carrier = "symmetric memory" + ("" if plan.degrees.ring <= plan.ranks_per_host else f" and {carrier}")
-    return text + (f", transport {plan.transport}" if sends_kv else ",") + f" over {carrier}"
+    return f"{text}, transport {plan.transport} over {carrier}"
 
 
 def _engine(plan: Plan) -> str:
@@ -143,14 +136,14 @@ def _engine(plan: Plan) -> str:
 
 
 def _tiles(plan: Plan) -> list[tuple[str, str]]:
-    config, rows = plan.config, []
-    of_all = f"at a time, of {plan.local_tokens:,} per rank and micro-batch"
+    rows, of_all = [], f"at a time, of {plan.local_tokens:,} per rank and micro-batch"
     if plan.tile_tokens:
         rows.append(("loss", f"logits of {plan.tile_tokens:,} tokens {of_all}"))
     if plan.mlp_tile_tokens:
-        reason = f"engine.tile_tokens={config.engine.tile_tokens}"
-        if config.engine.tile_tokens is None:
-            reason = f"all at once would need {gib(mlp_bytes(config) * plan.local_tokens)} GiB with their gradients"
+        reason = f"engine.tile_tokens={plan.config.engine.tile_tokens}"
+        if plan.config.engine.tile_tokens is None:
+            all_bytes = mlp_bytes(plan.config) * plan.local_tokens
+            reason = f"all at once would need {gib(all_bytes)} GiB with their gradients"
         rows.append(("MLP", f"hidden activations of {plan.mlp_tile_tokens:,} tokens {of_all} ({reason})"))
     return rows
 

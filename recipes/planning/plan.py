@@ -197,14 +197,11 @@ class Plan:
         return (3 if self.trains else 1) * self.forward_flops
 
     def throughput(self, step_time_s: float) -> Throughput:
-        return Throughput(
-            step_time_s,
-            self.tokens_per_step,
-            self.config.data.sequence_length,
-            self.num_ranks,
-            self.flops,
-            peak_tflops(self.device_name, self.config.engine.dtype),
-        )
+        """Of steps that take `step_time_s`."""
+        per_rank = self.tokens_per_step / step_time_s / self.num_ranks
+        tpot_ms = 1e3 * step_time_s / self.config.data.sequence_length
+        tflops, peak = per_rank * self.flops / 1e12, peak_tflops(self.device_name, self.config.engine.dtype)
+        return Throughput(per_rank * self.num_ranks, per_rank, tpot_ms, tflops, 100 * tflops / peak if peak else None)
 
     @property
     def estimated_step_s(self) -> float:
