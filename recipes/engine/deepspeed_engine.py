@@ -74,12 +74,8 @@ class TrainingEngine(Engine):
             names = {parameter: name for name, parameter in self.model.named_parameters()}
             param_groups = self.deepspeed.optimizer.fp16_groups
             self.client_state = {MASTER_WEIGHT_NAMES: [[names[p] for p in group] for group in param_groups]}
-        self._loss_multiplier = loss_multiplier(
-            engine_config.zero_stage,
-            groups.data_degree,
-            groups.sequence_degree,
-            engine_config.gradient_accumulation_steps,
-        )
+        stage, accumulation_steps = engine_config.zero_stage, engine_config.gradient_accumulation_steps
+        self._loss_multiplier = loss_multiplier(stage, groups.data_degree, groups.sequence_degree, accumulation_steps)
 
     def accumulate(self, micro_batches: Sequence[TokenBatch], stop_requested: bool = False) -> tuple[Tensor, Tensor]:
         """Forward and backward passes of one step. Afterwards the engine holds the reduced gradients for `update`.
@@ -87,7 +83,6 @@ class TrainingEngine(Engine):
         Returns:
             The mean token loss over the global batch, and the number of ranks that passed `stop_requested`.
         """
-        assert len(micro_batches) <= self.config.gradient_accumulation_steps
         self.deepspeed.train()
         num_valid = self._sum_over_ranks(torch.stack([batch.num_valid() for batch in micro_batches]).sum())
         loss_sum = torch.zeros((), device=self.device)
@@ -148,8 +143,6 @@ class TrainingEngine(Engine):
 
     def _loss_sum(self, micro_batch: TokenBatch) -> Tensor:
         with profiler_range("data"):
-            inputs = [
-                tensor.to(self.device, non_blocking=True)
-                for tensor in (micro_batch.tokens_BS, micro_batch.positions_1S, micro_batch.labels_BS)
-            ]
+            tensors = micro_batch.tokens_BS, micro_batch.positions_1S, micro_batch.labels_BS
+            inputs = [tensor.to(self.device, non_blocking=True) for tensor in tensors]
         return self.deepspeed(*inputs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from recipes.planning.memory import LAYERS_ON_DEVICE, changed, gib, mlp_bytes, num_parameters, offloaded_bytes
+from recipes.planning.memory import changed, gib, mlp_bytes, num_parameters, offloaded_bytes
 from recipes.planning.memory_timeline import StepMemory
 from recipes.planning.plan import DTYPES, Plan
 from ring_attention.auto_method import MESSAGE_LATENCY_MS
@@ -56,7 +56,6 @@ def explanation(plan: Plan, run_dir: Path) -> list[str]:
         *lines,
         "",
         f"parameters: {num_parameters(config.model):,}",
-        f"FLOPs per token, forward: {plan.forward_flops:,.0f}; backward is twice that",
         "",
         *state_lines(plan),
         *step_memory_lines(plan),
@@ -149,16 +148,14 @@ def _tiles(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _offloads(plan: Plan) -> list[tuple[str, str]]:
-    config, engine, rows = plan.config, plan.config.engine, []
+    engine, rows = plan.config.engine, []
     if engine.offload_parameters:
         rows.append(("offload", "weights on the host, copied to the device when used"))
     if plan.trains and engine.offload_optimizer:
         rows.append(("offload", "optimizer states and the optimizer step on the host"))
     if plan.trains and engine.offload_activations:
         what = "layer inputs" + (" and attention outputs" if engine.recompute == "selective" else "")
-        moved = f"{gib(offloaded_bytes(config, plan.local_tokens))} GiB of host memory per rank"
-        if config.model.num_layers <= LAYERS_ON_DEVICE:
-            moved = f"none, since those of the last {LAYERS_ON_DEVICE} layers stay on the device"
+        moved = f"{gib(offloaded_bytes(plan.config, plan.local_tokens))} GiB of host memory per rank"
         rows.append(("offload", f"{what} of a micro-batch: {moved}"))
     return rows
 

@@ -20,7 +20,7 @@ from conf.schema import Config, Degrees
 from recipes.planning.engine_memory import gradient_sum_bytes, on_cpu, on_gpu, sharded_parameters
 from recipes.planning.memory import (
     LAYERS_ON_DEVICE,
-    checkpoint_bytes,
+    checkpoint_tensors,
     dtype_bytes,
     layer_matmul_parameters,
     mlp_bytes,
@@ -208,14 +208,14 @@ class StepMemory:
         engine, num_layers = self.config.engine, self.config.model.num_layers
         if engine.offload_activations:
             num_layers = min(LAYERS_ON_DEVICE, num_layers)
-        layer = sum(self.layer_per_token.values()) if engine.recompute == "none" else checkpoint_bytes(self.config)
-        return num_layers * layer + 4 * self.config.model.head_dim  # layers share the rotary cos and sin
+        tensors = self.layer_per_token.values() if engine.recompute == "none" else checkpoint_tensors(self.config)
+        return num_layers * sum(tensors) + 4 * self.config.model.head_dim  # layers share the rotary cos and sin
 
     def _recomputed_per_token(self) -> float:
         """What the recomputation of one layer adds to what it saved."""
         if self.config.engine.recompute == "none":
             return 0
-        recomputed = sum(self.layer_per_token.values()) - (checkpoint_bytes(self.config) - self._hidden)
+        recomputed = sum(self.layer_per_token.values()) - (sum(checkpoint_tensors(self.config)) - self._hidden)
         # the norm saves the layer's input, which is saved already, unless the CPU's RMSNorm casts it to fp32
         if self.on_gpu or self.config.model.norm == "layernorm" or self._size == 4:
             recomputed -= self._hidden

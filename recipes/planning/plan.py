@@ -87,15 +87,15 @@ class Plan:
     def attained_tflops(self) -> float:
         """What kernels reach on one rank: 0.6 of the peak, as cuDNN's on an H200, or a guess for other devices."""
         peak = peak_tflops(self.device_name, self.config.engine.dtype)
-        return 0.6 * peak if peak else {"cpu": CPU_TFLOPS}.get(self.device_type, 200.0)
+        guess = CPU_TFLOPS if self.device_type == "cpu" else 200.0
+        return 0.6 * peak if peak else guess
 
     @property
     def links(self) -> Links:
         given = self.config.attention
+        intra_host, inter_host = (2.0, 1.0) if self.device_type == "cpu" else (280.0, 45.0)
         return Links(
-            self.ranks_per_host,
-            given.intra_host_gb_per_s or (2.0 if self.device_type == "cpu" else 280.0),
-            given.inter_host_gb_per_s or (1.0 if self.device_type == "cpu" else 45.0),
+            self.ranks_per_host, given.intra_host_gb_per_s or intra_host, given.inter_host_gb_per_s or inter_host
         )
 
     @functools.cached_property
@@ -149,8 +149,8 @@ class Plan:
 
     def resolve_config(self) -> None:
         """Write what the configuration left open into it, as the record of a run."""
-        method, degrees = self.method, self.degrees
-        self.config.attention.method, self.config.attention.transport = method, self.transport
+        degrees = self.degrees  # before the method is no longer auto
+        self.config.attention.method, self.config.attention.transport = self.method, self.transport
         resolve_config(self.config, degrees, self.num_ranks)
 
     @property
@@ -187,14 +187,10 @@ class Plan:
         return mlp_tile_tokens(self.config, self.local_tokens)
 
     @property
-    def forward_flops(self) -> float:
-        """Per token."""
-        return forward_flops_per_token(self.config.model, self.config.data.sequence_length)
-
-    @property
     def flops(self) -> float:
         """Per token of a step. Training costs three forward passes."""
-        return (3 if self.trains else 1) * self.forward_flops
+        forward = forward_flops_per_token(self.config.model, self.config.data.sequence_length)
+        return 3 * forward if self.trains else forward
 
     def throughput(self, step_time_s: float) -> Throughput:
         """Of steps that take `step_time_s`."""

@@ -263,7 +263,7 @@ def test_the_banner_shows_offloaded_activations(recompute, per_token, what):
 def test_the_activations_of_two_layers_stay_on_the_device():
     engine = EngineConfig(recompute="full", offload_activations=True)
     assert rows("offload", plan(model=ModelConfig(num_layers=2), engine=engine)) == [
-        "layer inputs of a micro-batch: none, since those of the last 2 layers stay on the device"
+        "layer inputs of a micro-batch: 0 GiB of host memory per rank"
     ]
 
 
