@@ -7,9 +7,7 @@ Two of DeepSpeed's routes to sequence parallelism are not used, because sequence
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
-import deepspeed
 import deepspeed.comm as dist
 import torch
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
@@ -17,9 +15,8 @@ from torch import Tensor, nn
 
 from conf.schema import EngineConfig, OptimizerConfig
 from data.batch import TokenBatch
-from recipes.engine.base import Engine, StepResult, deepspeed_config
+from recipes.engine.base import Engine, StepResult
 from recipes.engine.loss import loss_multiplier
-from recipes.engine.optimizer import optimizer_arguments
 from ring_attention.groups import ParallelGroups
 from ring_attention.trace import profiler_range, report_status
 from ring_attention.transport import release_symmetric_buffers
@@ -61,14 +58,7 @@ class TrainingEngine(Engine):
         super().__init__(engine_config, sequence_rank, groups.data_rank, groups.data_degree)
         with self.device:
             self.model = build_model()
-        num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        self.deepspeed: Any = deepspeed.initialize(
-            model=self.model,
-            config=deepspeed_config(engine_config, num_parameters, forward_only=num_steps is None),
-            mpu=groups,
-            dist_init_required=False,
-            **optimizer_arguments(self.model, engine_config, optimizer_config, num_steps),
-        )[0]
+        self._start_deepspeed(optimizer_config, num_steps, groups, seq_parallel_communication_data_type="fp32")
         if isinstance(self.deepspeed.optimizer, FP16_UnfusedOptimizer):
             _undo_dummy_step(self.deepspeed.optimizer)
             names = {parameter: name for name, parameter in self.model.named_parameters()}
