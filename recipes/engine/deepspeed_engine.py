@@ -41,7 +41,7 @@ class TrainingEngine(Engine):
 
     Args:
         build_model: makes the model on torch's default device, with the same weights on all ranks.
-        groups: the process groups, which DeepSpeed takes as its mpu.
+        groups: DeepSpeed's mpu.
         sequence_rank: which shard of a sequence's tokens this rank takes.
         num_steps: the length of the learning rate schedule; None for forward passes only, without an optimizer.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from recipes.planning.memory import changed, gib, mlp_bytes, num_parameters, offloaded_bytes
@@ -14,13 +15,15 @@ from ring_attention.schedule import imbalance, tokens_sent, work_per_rank
 
 def banner(plan: Plan, run_dir: Path) -> list[str]:
     """What will run, in about ten aligned lines."""
-    model, layout = plan.config.model, plan.layout
+    model, engine, layout = plan.config.model, plan.config.engine, plan.layout
     kernel, reason = plan.kernel_choice()
     tokens = f"{layout.local_length:,} per rank of {layout.length:,} per sequence"
     if padding := layout.padded_length - layout.length:
         tokens += f" ({padding} of padding)"
     shape = f"{model.num_layers} layers, {model.num_heads} heads x {model.head_dim}, {model.num_kv_heads} kv heads"
     passes = "forward and backward" if plan.trains else "forward"
+    is_sharded = plan.trains or engine.zero_stage == 3
+    sharding = f"ZeRO stage {engine.zero_stage}" if is_sharded else "all weights on every rank, no optimizer"
     rows = [
         ("ranks", _ranks(plan)),
         ("tokens", f"{tokens}; {plan.tokens_per_step:,} per step"),
@@ -28,7 +31,7 @@ def banner(plan: Plan, run_dir: Path) -> list[str]:
         ("FLOPs per token", f"{plan.flops / 1e6:,.1f} M {passes}, causal counted once"),
         ("attention", _attention(plan)),
         ("attention kernel", f"{kernel} ({reason})"),
-        ("engine", _engine(plan)),
+        ("engine", f"{sharding}, {engine.dtype}"),
         *([] if plan.config.recipe == "bench_attention" else [*_tiles(plan), *_offloads(plan)]),
         *(("!!!", warning) for warning in (plan.slow_step_warning, plan.memory_warning) if warning),
         ("run dir", str(run_dir)),
@@ -39,7 +42,9 @@ def banner(plan: Plan, run_dir: Path) -> list[str]:
 def explanation(plan: Plan, run_dir: Path) -> list[str]:
     """The banner, and the arithmetic behind its numbers."""
     config = plan.config
-    lines = [
+    candidates = ["", *_candidates(plan)] if plan.candidates else []
+    ring_work = ["", *_ring_work(plan)] if plan.degrees.sequence > 1 else []
+    return [
         *banner(plan, run_dir),
         "",
         "batch",
@@ -47,13 +52,8 @@ def explanation(plan: Plan, run_dir: Path) -> list[str]:
         f"{plan.accumulation_steps} micro-batches = {plan.sequences_per_step} sequences per step",
         f"  x {plan.layout.length:,} tokens = {plan.tokens_per_step:,} tokens per step, "
         f"{plan.tokens_per_step * config.num_steps:,} in {config.num_steps} steps",
-    ]
-    if plan.candidates:
-        lines += ["", *_candidates(plan)]
-    if plan.degrees.sequence > 1:
-        lines += ["", *_ring_work(plan)]
-    return [
-        *lines,
+        *candidates,
+        *ring_work,
         "",
         f"parameters: {num_parameters(config.model):,}",
         "",
@@ -80,18 +80,13 @@ def step_memory_lines(plan: Plan) -> list[str]:
     step = plan.step_memory
     if step.unsupported:
         return [f"memory of a step: {step.unsupported}"]
-    lines = [
-        *timeline_lines(step),
-        "  bytes per token and layer, without recomputation: "
-        + ", ".join(f"{name} {size:,.0f}" for name, size in step.layer_per_token.items()),
-        "  workspaces inside kernels are not counted",
-    ]
+    lines = [*timeline_lines(step), "  workspaces inside kernels are not counted"]
     if plan.memory_bytes is None:
         return lines
     recompute = plan.config.engine.recompute
     for trial in ("none", "selective") if recompute == "none" else (recompute,):
-        trial_config = changed(plan.config, **{"engine.recompute": trial})
-        longest = StepMemory(trial_config, plan.degrees, plan.method, 1, plan.on_gpu).longest_length(plan.memory_bytes)
+        trial_step = dataclasses.replace(step, config=changed(plan.config, **{"engine.recompute": trial}))
+        longest = trial_step.longest_length(plan.memory_bytes)
         fits = f"sequences of {longest:,} tokens" if longest else "no sequence"
         lines.append(f"  {gib(plan.memory_bytes)} GiB hold {fits} with engine.recompute={trial}")
     return lines
@@ -125,13 +120,6 @@ def _attention(plan: Plan) -> str:
     if plan.transport == "copy_engine":
         carrier = "symmetric memory" + ("" if plan.degrees.ring <= plan.ranks_per_host else f" and {carrier}")
     return f"{text}, transport {plan.transport} over {carrier}"
-
-
-def _engine(plan: Plan) -> str:
-    engine = plan.config.engine
-    if not plan.trains and engine.zero_stage < 3:
-        return f"all weights on every rank, no optimizer, {engine.dtype}"
-    return f"ZeRO stage {engine.zero_stage}, {engine.dtype}"
 
 
 def _tiles(plan: Plan) -> list[tuple[str, str]]:

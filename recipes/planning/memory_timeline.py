@@ -71,7 +71,7 @@ class StepMemory:
         self._head, self._mlp_down = model.vocab_size * model.hidden_size, model.mlp_size * model.hidden_size
         self._hidden = self._size * model.hidden_size  # bytes per token
         self._norm_per_token = self._norm_bytes()
-        self.layer_per_token = self._layer_bytes()
+        self._layer_per_token = self._layer_bytes()
         self._states = {STATES: self._engine.persistent - (self._engine.adam if config.num_steps == 1 else 0)}
         if config.engine.zero_stage == 3 and num_ranks > 1:
             self._states["gathered parameters"] = self._size * min(sharded_parameters(model), MAX_LIVE)
@@ -152,7 +152,7 @@ class StepMemory:
             # ZeRO-3 has no buckets: the gradient of the down projection waits for its reduction
             waiting = self._size * self._mlp_down if self._zero3_on_gpu else 0
             yield self._layer_point(name, recomputed, gradients, num_gradients + self._mlp_down, waiting)
-        recomputed -= self.layer_per_token["MLP"]
+        recomputed -= self._layer_per_token["MLP"]
         if self.on_gpu:  # the CPU's bytes per token of attention were counted with the MLP's gradients
             num_gradients += (3 if model.mlp == "swiglu" else 2) * self._mlp_down
         if has_cpu_rmsnorm and self.config.engine.recompute != "none":
@@ -208,14 +208,14 @@ class StepMemory:
         engine, num_layers = self.config.engine, self.config.model.num_layers
         if engine.offload_activations:
             num_layers = min(LAYERS_ON_DEVICE, num_layers)
-        tensors = self.layer_per_token.values() if engine.recompute == "none" else checkpoint_tensors(self.config)
+        tensors = self._layer_per_token.values() if engine.recompute == "none" else checkpoint_tensors(self.config)
         return num_layers * sum(tensors) + 4 * self.config.model.head_dim  # layers share the rotary cos and sin
 
     def _recomputed_per_token(self) -> float:
         """What the recomputation of one layer adds to what it saved."""
         if self.config.engine.recompute == "none":
             return 0
-        recomputed = sum(self.layer_per_token.values()) - (sum(checkpoint_tensors(self.config)) - self._hidden)
+        recomputed = sum(self._layer_per_token.values()) - (sum(checkpoint_tensors(self.config)) - self._hidden)
         # the norm saves the layer's input, which is saved already, unless the CPU's RMSNorm casts it to fp32
         if self.on_gpu or self.config.model.norm == "layernorm" or self._size == 4:
             recomputed -= self._hidden

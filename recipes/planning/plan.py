@@ -13,7 +13,7 @@ import torch
 from conf.degrees import accumulation_steps, resolve_config, resolve_degrees
 from conf.schema import Config, ConfigError, Degrees
 from recipes.planning.memory import StateBytes, changed, gib, mlp_tile_tokens, state_bytes, tile_tokens
-from recipes.planning.memory_timeline import MemoryPoint, StepMemory
+from recipes.planning.memory_timeline import StepMemory
 from recipes.planning.refusal import refusal
 from recipes.planning.throughput import Throughput, forward_flops_per_token, peak_tflops
 from ring_attention.auto_method import Candidate, Links, Workload, rank_methods
@@ -230,7 +230,7 @@ class Plan:
 
     @property
     def refusal(self) -> str | None:
-        """Why the ranks' memory cannot hold the model; None if it can, if it is unknown, or if there is no model."""
+        """Why the ranks' memory cannot hold the model; None if it can, or if that is unknown, or without a model."""
         if self.memory_bytes is None or self.config.recipe == "bench_attention":
             return None
         host_ranks = self.ranks_per_host if self.device_type == "cpu" else None
@@ -241,18 +241,12 @@ class Plan:
         return StepMemory(self.config, self.degrees, self.method, self.local_tokens, self.on_gpu)
 
     @property
-    def peak(self) -> MemoryPoint | None:
-        """Where a training step needs most of a rank's memory; None if that is not predicted."""
-        step = self.step_memory
-        return None if step.unsupported else step.peak
-
-    @property
     def memory_warning(self) -> str | None:
         """Of steps that need more memory than there is, by a prediction that may be some percent off."""
-        peak = self.peak
-        if self.memory_bytes is None or self.refusal or peak is None or peak.total <= self.memory_bytes:
+        step = self.step_memory
+        if self.memory_bytes is None or self.refusal or step.unsupported or step.peak.total <= self.memory_bytes:
             return None
         return (
-            f"a step should need {gib(peak.total)} GiB per rank, and there are {gib(self.memory_bytes)}: explain=true "
+            f"a step should need {gib(step.peak.total)} GiB per rank, and there are {gib(self.memory_bytes)}: explain=true "
             "shows its parts, and the longest sequence that fits"
         )

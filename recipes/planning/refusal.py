@@ -52,22 +52,14 @@ def _remedies(config: Config, degrees: Degrees, memory_bytes: int, host_ranks: i
             ranks *= 2
             hosts = f", on {math.ceil(ranks / host_ranks)} hosts like this one" if host_ranks else ""
             remedies = first_fitting(_grids(config, ranks), f"{ranks} ranks with as much memory each{hosts}, and ")
-        if host_ranks is None:
-            offloads = ((changes, degrees) for changes in _optimizer_offloads(config))
+        engine, is_sequence = config.engine, config.parallelism.method == "sequence"
+        if host_ranks is None and config.recipe == "pretrain" and is_sequence and not engine.offload_optimizer:
+            stages = range(max(1, engine.zero_stage), 4)
+            offloads = (({"engine.zero_stage": n, "engine.offload_optimizer": True}, degrees) for n in stages)
             remedies += first_fitting(offloads, after=", the optimizer states on the host")
     layers = range(config.model.num_layers - 1, degrees.pipeline - 1, -1)
     smaller = (({"model.num_layers": num_layers}, degrees) for num_layers in layers)
     return remedies + first_fitting(smaller, "a smaller model, such as ")
-
-
-def _optimizer_offloads(config: Config) -> Iterator[dict[str, Any]]:
-    """Fields to change for offloaded optimizer states, the present ZeRO stage first."""
-    engine = config.engine
-    if config.recipe != "pretrain" or config.parallelism.method != "sequence" or engine.offload_optimizer:
-        return
-    for stage in range(max(1, engine.zero_stage), 4):
-        changes: dict[str, Any] = {} if stage == engine.zero_stage else {"engine.zero_stage": stage}
-        yield changes | {"engine.offload_optimizer": True}
 
 
 def _grids(config: Config, num_ranks: int) -> Iterator[tuple[dict[str, Any], Degrees]]:
