@@ -247,6 +247,6 @@ class Plan:
         if self.memory_bytes is None or self.refusal or step.unsupported or step.peak.total <= self.memory_bytes:
             return None
         return (
-            f"a step should need {gib(step.peak.total)} GiB per rank, and there are {gib(self.memory_bytes)}: explain=true "
-            "shows its parts, and the longest sequence that fits"
+            f"a step should need {gib(step.peak.total)} GiB per rank, and there are {gib(self.memory_bytes)}: "
+            "explain=true shows its parts, and the longest sequence that fits"
         )
