@@ -24,7 +24,7 @@ def forward(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
     config = plan.config
     if reporter:
         reporter.say(*banner(plan, run_dir), "", "building the model ...")
-    engine = build_engine(plan, forward_only=True)
+    engine = build_engine(plan)
     reset_peak_memory()  # building takes more: weights are made in fp32
     logger = StepLogger(plan, engine, "forward", reporter)
     corpus = open_corpus(config.data)
@@ -47,6 +47,6 @@ def forward(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
 
     throughput = logger.median_throughput()
     if reporter:
-        reporter.write_summary(throughput.numbers)
+        reporter.write_summary(throughput._asdict())
         reporter.say("", f"done: {config.num_steps} steps", *reporter.summary(throughput))
     return throughput.tokens_per_s

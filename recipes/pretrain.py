@@ -131,7 +131,7 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
     # conclude
     throughput = logger.median_throughput()
     if reporter:
-        reporter.write_summary({"validation_loss": validation_loss, **throughput.numbers})
+        reporter.write_summary({"validation_loss": validation_loss, **throughput._asdict()})
     if checkpoints.are_enabled:
         save(config.num_steps)
     if config.breakdown:

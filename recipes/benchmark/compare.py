@@ -106,7 +106,7 @@ class ComparisonTask:
         torch.compiler.reset()  # shapes of other entries would count as dynamic, and compile to slower kernels
         compare, is_sequence = self.config.compare, plan.config.parallelism.method == "sequence"
         groups = _groups(plan.degrees.data, plan.degrees.sequence) if is_sequence else None
-        engine = build_engine(plan, groups, forward_only=not plan.trains)
+        engine = build_engine(plan, groups)
         device_metrics.reset_peak_memory()  # building takes more than steps do: weights are made in fp32
         corpus = open_corpus(plan.config.data)
         sharder = build_sharder(plan, engine)
@@ -148,7 +148,7 @@ def _numbers(plan: Plan, step_times_s: list[float]) -> Row:
     """What all measurements have."""
     return {
         "step_times_s": step_times_s,
-        **plan.throughput(statistics.median(step_times_s)).numbers,
+        **plan.throughput(statistics.median(step_times_s))._asdict(),
         "tokens_per_step": plan.tokens_per_step,
         "sequence_length": plan.config.data.sequence_length,
         "sequences_per_step": plan.sequences_per_step,

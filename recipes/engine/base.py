@@ -7,12 +7,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import deepspeed
 import deepspeed.comm as dist
 import torch
 from torch import Tensor, nn
 
-from conf.schema import EngineConfig
+from conf.schema import EngineConfig, OptimizerConfig
 from data.batch import TokenBatch
+from recipes.engine.optimizer import optimizer_arguments
 from recipes.planning.memory import bucket_size
 
 
@@ -60,7 +62,6 @@ def deepspeed_config(config: EngineConfig, num_parameters: int, forward_only: bo
         "zero_optimization": zero,
         # the ranks of a sequence hold partial gradients: sum them in fp32, as DeepSpeed's own sequence parallelism does
         "communication_data_type": "fp32",
-        "seq_parallel_communication_data_type": "fp32",
         "steps_per_print": 2**31,
         # torch's fused AdamW is as fast on the CPU as DeepSpeed's, which must be compiled
         "zero_force_ds_cpu_optimizer": False,
@@ -127,10 +128,7 @@ class Engine(ABC):
         """For logs, in fp16 only: the loss scale, and how many steps were skipped because gradients overflowed."""
         if self.config.dtype != "fp16":
             return {}
-        return {
-            "loss_scale": float(self.deepspeed.optimizer.cur_scale),
-            "skipped_steps": self.deepspeed.skipped_steps,
-        }
+        return {"loss_scale": float(self.deepspeed.optimizer.cur_scale), "skipped_steps": self.deepspeed.skipped_steps}
 
     def extremes_over_ranks(self, values: dict[str, float]) -> dict[str, tuple[float, float]]:
         """(smallest, largest) over all ranks of each value, in one collective."""
@@ -153,6 +151,24 @@ class Engine(ABC):
                 vars(holder).clear()
         for parameter in parameters:
             parameter.grad, parameter.data = None, parameter.data.new_empty(0)
+
+    def _start_deepspeed(
+        self, optimizer: OptimizerConfig, num_steps: int | None, mpu: Any = None, **settings: Any
+    ) -> None:
+        """Put the model under DeepSpeed.
+
+        Args:
+            num_steps: the length of the learning rate schedule; None for forward passes only, without an optimizer.
+            settings: of DeepSpeed, in addition to `deepspeed_config`.
+        """
+        num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        self.deepspeed = deepspeed.initialize(
+            model=self.model,
+            config=deepspeed_config(self.config, num_parameters, forward_only=num_steps is None) | settings,
+            mpu=mpu,
+            dist_init_required=False,
+            **optimizer_arguments(self.model, self.config, optimizer, num_steps),
+        )[0]
 
     def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
         """In place where the tensor is on the device already."""

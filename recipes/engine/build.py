@@ -33,33 +33,27 @@ def build_attention(plan: Plan, groups: ParallelGroups) -> SequenceAttention:
     return module(config.kernel, groups.get_sequence_parallel_group(), layout=config.layout, **options)
 
 
-def build_engine(plan: Plan, groups: ParallelGroups | None = None, forward_only: bool = False) -> Engine:
-    """The plan's model under DeepSpeed. Every rank must call it.
+def build_engine(plan: Plan, groups: ParallelGroups | None = None) -> Engine:
+    """The plan's model under DeepSpeed, without optimizer if the plan does not train. Every rank must call it.
 
     Args:
         groups: for the plan's data and sequence degrees, if they exist already.
-        forward_only: without optimizer and gradients.
     """
     config = plan.config
-    num_steps = None if forward_only else config.num_steps
+    num_steps = config.num_steps if plan.trains else None
     if config.parallelism.method == "tensor_pipeline":
         attention = LocalAttention(config.attention.kernel)
         return PipelinedEngine(config, plan.degrees, attention, plan.layout.padded_length, num_steps)
     groups = groups or ParallelGroups(plan.degrees.data, plan.degrees.sequence)
     attention = build_attention(plan, groups)
+    tiles, engine = (plan.tile_tokens, plan.mlp_tile_tokens), config.engine
     return TrainingEngine(
         lambda: Transformer(
-            config.model,
-            attention,
-            config.seed,
-            config.engine.recompute,
-            plan.tile_tokens,
-            plan.mlp_tile_tokens,
-            config.engine.offload_activations,
+            config.model, attention, config.seed, engine.recompute, *tiles, offload=engine.offload_activations
         ),
         groups,
         attention.sequence_rank,
-        config.engine,
+        engine,
         config.optimizer,
         num_steps,
     )
@@ -67,6 +61,5 @@ def build_engine(plan: Plan, groups: ParallelGroups | None = None, forward_only:
 
 def build_sharder(plan: Plan, engine: Engine) -> Sharder:
     """Shards sequences into this rank's micro-batches."""
-    return Sharder(
-        plan.layout, engine.sequence_rank, engine.data_rank, engine.data_degree, plan.config.engine.micro_batch_size
-    )
+    micro_batch_size = plan.config.engine.micro_batch_size
+    return Sharder(plan.layout, engine.sequence_rank, engine.data_rank, engine.data_degree, micro_batch_size)

@@ -7,9 +7,7 @@ Two of DeepSpeed's routes to sequence parallelism are not used, because sequence
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
-import deepspeed
 import deepspeed.comm as dist
 import torch
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
@@ -17,9 +15,8 @@ from torch import Tensor, nn
 
 from conf.schema import EngineConfig, OptimizerConfig
 from data.batch import TokenBatch
-from recipes.engine.base import Engine, StepResult, deepspeed_config
+from recipes.engine.base import Engine, StepResult
 from recipes.engine.loss import loss_multiplier
-from recipes.engine.optimizer import optimizer_arguments
 from ring_attention.groups import ParallelGroups
 from ring_attention.trace import profiler_range, report_status
 from ring_attention.transport import release_symmetric_buffers
@@ -44,7 +41,7 @@ class TrainingEngine(Engine):
 
     Args:
         build_model: makes the model on torch's default device, with the same weights on all ranks.
-        groups: the process groups, which DeepSpeed takes as its mpu.
+        groups: DeepSpeed's mpu.
         sequence_rank: which shard of a sequence's tokens this rank takes.
         num_steps: the length of the learning rate schedule; None for forward passes only, without an optimizer.
     """
@@ -61,25 +58,14 @@ class TrainingEngine(Engine):
         super().__init__(engine_config, sequence_rank, groups.data_rank, groups.data_degree)
         with self.device:
             self.model = build_model()
-        num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        self.deepspeed: Any = deepspeed.initialize(
-            model=self.model,
-            config=deepspeed_config(engine_config, num_parameters, forward_only=num_steps is None),
-            mpu=groups,
-            dist_init_required=False,
-            **optimizer_arguments(self.model, engine_config, optimizer_config, num_steps),
-        )[0]
+        self._start_deepspeed(optimizer_config, num_steps, groups, seq_parallel_communication_data_type="fp32")
         if isinstance(self.deepspeed.optimizer, FP16_UnfusedOptimizer):
             _undo_dummy_step(self.deepspeed.optimizer)
             names = {parameter: name for name, parameter in self.model.named_parameters()}
             param_groups = self.deepspeed.optimizer.fp16_groups
             self.client_state = {MASTER_WEIGHT_NAMES: [[names[p] for p in group] for group in param_groups]}
-        self._loss_multiplier = loss_multiplier(
-            engine_config.zero_stage,
-            groups.data_degree,
-            groups.sequence_degree,
-            engine_config.gradient_accumulation_steps,
-        )
+        stage, accumulation_steps = engine_config.zero_stage, engine_config.gradient_accumulation_steps
+        self._loss_multiplier = loss_multiplier(stage, groups.data_degree, groups.sequence_degree, accumulation_steps)
 
     def accumulate(self, micro_batches: Sequence[TokenBatch], stop_requested: bool = False) -> tuple[Tensor, Tensor]:
         """Forward and backward passes of one step. Afterwards the engine holds the reduced gradients for `update`.
@@ -87,7 +73,6 @@ class TrainingEngine(Engine):
         Returns:
             The mean token loss over the global batch, and the number of ranks that passed `stop_requested`.
         """
-        assert len(micro_batches) <= self.config.gradient_accumulation_steps
         self.deepspeed.train()
         num_valid = self._sum_over_ranks(torch.stack([batch.num_valid() for batch in micro_batches]).sum())
         loss_sum = torch.zeros((), device=self.device)
@@ -148,8 +133,6 @@ class TrainingEngine(Engine):
 
     def _loss_sum(self, micro_batch: TokenBatch) -> Tensor:
         with profiler_range("data"):
-            inputs = [
-                tensor.to(self.device, non_blocking=True)
-                for tensor in (micro_batch.tokens_BS, micro_batch.positions_1S, micro_batch.labels_BS)
-            ]
+            tensors = micro_batch.tokens_BS, micro_batch.positions_1S, micro_batch.labels_BS
+            inputs = [tensor.to(self.device, non_blocking=True) for tensor in tensors]
         return self.deepspeed(*inputs)

@@ -18,8 +18,3 @@ def loss_multiplier(zero_stage: int, data_degree: int, sequence_degree: int, acc
     reduction divides the sum over all ranks by data_degree on stages 0, 1 and 2, and by all ranks on stage 3.
     """
     return accumulation_steps * data_degree * (sequence_degree if zero_stage == 3 else 1)
-
-
-def pipeline_loss_multiplier(data_degree: int, num_micro_batches: int) -> int:
-    """The same for DeepSpeed's pipeline engine, which averages losses over micro-batches and data ranks."""
-    return num_micro_batches * data_degree

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,6 @@ from conf.schema import EngineConfig, OptimizerConfig
 
 def learning_rate_factor(config: OptimizerConfig, num_steps: int) -> Callable[[int], float]:
     """step (from 0) -> factor on lr: linear warm-up to 1, then decay to min_lr_ratio at the last step."""
-
     warmup_steps = round(config.warmup_fraction * num_steps)
 
     def factor(step: int) -> float:
@@ -38,45 +38,30 @@ class SkippingAdamW(torch.optim.AdamW):
         return None if self.overflow else super().step(closure)
 
 
-def make_optimizer(
-    model: nn.Module,
-    config: OptimizerConfig,
-    kind: type[torch.optim.AdamW] = torch.optim.AdamW,
-    on_host: bool = False,
-) -> torch.optim.AdamW:
-    """AdamW without weight decay on norms, biases (one dimension) and embeddings.
-
-    Args:
-        on_host: whether the optimizer steps on the CPU (ZeRO-Offload). Torch's fused AdamW serves there too.
-    """
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    decayed, not_decayed = [], []
-    for parameter in model.parameters():
-        (not_decayed if parameter.dim() < 2 or id(parameter) in embeddings else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": not_decayed, "weight_decay": 0.0}]
-    return kind(
-        groups,
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=torch.cuda.is_available() or on_host,
-    )
-
-
 def optimizer_arguments(
     model: nn.Module, engine: EngineConfig, config: OptimizerConfig, num_steps: int | None
 ) -> dict[str, Any]:
-    """The optimizer and its schedule, as arguments for `deepspeed.initialize`; none for forward passes only.
+    """AdamW and its schedule, as arguments for `deepspeed.initialize`; none for forward passes only.
+
+    Norms, biases (one dimension) and embeddings have no weight decay.
 
     Args:
         num_steps: the length of the schedule; None for forward passes only.
     """
     if num_steps is None:
         return {}
-    factor = learning_rate_factor(config, num_steps)
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    decayed, not_decayed = [], []
+    for parameter in model.parameters():
+        (not_decayed if parameter.dim() < 2 or id(parameter) in embeddings else decayed).append(parameter)
     # fp32 on stage 0 is the one case in which DeepSpeed does not skip steps itself; ZeRO accepts only classes it knows
     kind = SkippingAdamW if engine.dtype == "fp32" and engine.zero_stage == 0 else torch.optim.AdamW
-    return {
-        "optimizer": make_optimizer(model, config, kind, engine.offload_optimizer),
-        "lr_scheduler": lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
-    }
+    optimizer = kind(
+        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": not_decayed, "weight_decay": 0.0}],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=torch.cuda.is_available() or engine.offload_optimizer,  # torch's fused AdamW serves on the host too
+    )
+    schedule = functools.partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=learning_rate_factor(config, num_steps))
+    return {"optimizer": optimizer, "lr_scheduler": schedule}

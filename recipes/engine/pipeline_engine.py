@@ -10,7 +10,6 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import deepspeed
 import deepspeed.comm as dist
 import torch
 import torch.nn.functional as F
@@ -20,9 +19,7 @@ from torch import Tensor, nn
 
 from conf.schema import Config, Degrees, ModelConfig
 from data.batch import TokenBatch
-from recipes.engine.base import Engine, StepResult, deepspeed_config
-from recipes.engine.loss import pipeline_loss_multiplier
-from recipes.engine.optimizer import optimizer_arguments
+from recipes.engine.base import Engine, StepResult
 from recipes.engine.tensor_parallel import TensorGroup, shard_layer_, sum_replicated_gradients_
 from recipes.model.ops import cross_entropy_sum, make_norm
 from recipes.model.transformer import Layer, make_embedding, make_head, make_layer, rotary_cos_sin
@@ -105,17 +102,9 @@ class PipelinedEngine(Engine):
         self._grid = model.mpu()
         self._tensor.group = self._grid.get_slice_parallel_group()
         sum_replicated_gradients_(model, self._tensor)
-        num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        settings = deepspeed_config(config.engine, num_parameters, forward_only=num_steps is None)
         # DeepSpeed need not partition activations between stages: tensor ranks hold different tokens
-        settings["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
-        del settings["seq_parallel_communication_data_type"]
-        self.deepspeed: Any = deepspeed.initialize(
-            model=self.model,
-            config=settings,
-            dist_init_required=False,
-            **optimizer_arguments(self.model, config.engine, config.optimizer, num_steps),
-        )[0]
+        pipeline = {"pipe_partitioned": False, "grad_partitioned": False}
+        self._start_deepspeed(config.optimizer, num_steps, pipeline=pipeline)
         self._loss_factor: Tensor | float = 1.0
         self._shape: torch.Size | None = None
 
@@ -134,13 +123,8 @@ class PipelinedEngine(Engine):
         """Free all memory, and the process groups that each PipelineModule makes anew. Every rank must call it."""
         super().close()
         grid = self._grid
-        for group in (
-            self.model.world_group,
-            grid.ds_model_proc_group,
-            grid.dp_proc_group,
-            grid.pp_proc_group,
-            grid.slice_proc_group,
-        ):
+        of_grid = grid.ds_model_proc_group, grid.dp_proc_group, grid.pp_proc_group, grid.slice_proc_group
+        for group in (self.model.world_group, *of_grid):
             dist.destroy_process_group(group)
 
     def _run(
@@ -155,7 +139,8 @@ class PipelinedEngine(Engine):
             torch.stack([num_valid, num_valid.new_full((), float(stop_requested))])
         )
         num_valid = (num_valid / self._pipeline_degree).clamp(min=1)  # every stage counted the same tokens
-        self._loss_factor = (pipeline_loss_multiplier(self.data_degree, len(micro_batches)) / num_valid).float()
+        # DeepSpeed's pipeline engine averages losses over micro-batches and data ranks; ours are sums
+        self._loss_factor = (self.data_degree * len(micro_batches) / num_valid).float()
         loss = run(iter([(batch.tokens_BS, batch.labels_BS) for batch in micro_batches]))
         if self._tensor.degree > 1:
             dist.all_reduce(loss, group=self._tensor.group)

@@ -101,9 +101,8 @@ class ColumnLinear(nn.Linear):
     """
 
     def __init__(self, full: nn.Linear, tensor: TensorGroup, rows: Tensor) -> None:
-        super().__init__(full.in_features, len(rows), full.bias is not None, device="meta")
-        self.tensor = tensor
-        self.weight = _shard_parameter(full.weight[rows])
+        super().__init__(full.in_features, len(rows), bias=False, device="meta")
+        self.tensor, self.weight = tensor, _shard_parameter(full.weight[rows])
         if full.bias is not None:
             self.bias = _shard_parameter(full.bias[rows])
 
@@ -115,11 +114,9 @@ class RowLinear(nn.Linear):
     """A linear layer sharded by inputs: [B, L, inputs of this rank] -> [B, S, E]. The bias is added after the sum."""
 
     def __init__(self, full: nn.Linear, tensor: TensorGroup) -> None:
-        super().__init__(full.in_features // tensor.degree, full.out_features, full.bias is not None, device="meta")
-        self.tensor = tensor
-        self.weight = _shard_parameter(tensor.shard(full.weight.T).T)
-        if full.bias is not None:
-            self.bias = full.bias
+        super().__init__(full.in_features // tensor.degree, full.out_features, bias=False, device="meta")
+        self.tensor, self.weight = tensor, _shard_parameter(tensor.shard(full.weight.T).T)
+        self.bias = full.bias
 
     def forward(self, input: Tensor) -> Tensor:
         summed = _ReduceScatter.apply(F.linear(input, self.weight), self.tensor)

@@ -10,7 +10,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,9 +34,7 @@ class _Layer:
     copied: torch.Event | None = None  # the end of the last copy, in either direction
 
 
-class _Handle(NamedTuple):
-    layer: _Layer
-    slot: int
+_Handle = tuple[_Layer, int]  # and which of its tensors
 
 
 class ActivationOffload:
@@ -48,8 +45,8 @@ class ActivationOffload:
     running layer and the next one, which is being copied in. So the last two layers are never copied.
 
     Copies wait for the compute stream, and the compute stream waits for a copy before it uses or frees a tensor. So all
-    memory belongs to the compute stream and is free again in its order. `record_stream` would delay that until the host
-    sees the end of the copy, and the host runs whole layers ahead.
+    memory belongs to the compute stream and is free again in its order. `record_stream` would delay that until the
+    host, which runs whole layers ahead, sees the end of the copy.
 
     On the CPU tensors are copied too, for tests: it saves nothing.
     """
@@ -93,17 +90,18 @@ class ActivationOffload:
             layer.on_host.append(self._host_buffer(tensor))
             self._copy(layer, layer.on_host[-1:], [tensor])
         layer.on_device.append(tensor)
-        return _Handle(layer, len(layer.on_device) - 1)
+        return layer, len(layer.on_device) - 1
 
     def unpack(self, saved: Tensor | _Handle) -> Tensor:
         """The packed tensor, on its device; starts to copy the previous layer's tensors back."""
         if isinstance(saved, Tensor):
             return saved
-        on_device = self._fetch(saved.layer)
-        self._wait_for_copy(saved.layer)
-        if previous := saved.layer.previous():
+        layer, slot = saved
+        on_device = self._fetch(layer)
+        self._wait_for_copy(layer)
+        if previous := layer.previous():
             self._fetch(previous)
-        return on_device[saved.slot].detach()  # autograd attaches the graph to the tensor that it gets
+        return on_device[slot].detach()  # autograd attaches the graph to the tensor that it gets
 
     def _pack_input(self, tensor: Tensor) -> Tensor | _Handle:
         """Of what checkpoint saves, offload only the layer's input: not the rotary cos and sin, which layers share."""

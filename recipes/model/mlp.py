@@ -39,7 +39,7 @@ class MLP(nn.Module):
         x_TE = x_BSE.flatten(0, -2)
         if torch.is_grad_enabled():
             parameters = self.up.weight, self.up.bias, self.down.weight, self.down.bias
-            x_TE = _TiledBackward.apply(x_TE, *parameters, self.gated, self.tile_tokens)
+            x_TE = _TiledBackward.apply(x_TE, self.gated, self.tile_tokens, *parameters)
         return _TiledForward.apply(x_TE, self).view_as(x_BSE)  # pyright: ignore[reportAttributeAccessIssue]
 
     def untiled(self, x: Tensor) -> Tensor:
@@ -68,24 +68,16 @@ class _TiledForward(torch.autograd.Function):
 
 
 class _TiledBackward(torch.autograd.Function):
-    """The identity on x. Its backward pass takes the gradient of the MLP's OUTPUT and gives those of x and parameters.
+    """The identity on x. Its backward pass takes the gradient of the MLP's OUTPUT and gives those of x and parameters
+    (up, its bias, down, its bias; None where there is no bias).
 
     It is separate from `_TiledForward` and runs before it for the sake of activation checkpointing. Recomputation stops
     at the last tensor saved for backward. All tensors are saved here, so no tile's forward pass is recomputed.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x_TE: Tensor,
-        up_UE: Tensor,
-        up_bias_U: Tensor | None,
-        down_EF: Tensor,
-        down_bias_E: Tensor | None,
-        gated: bool,
-        tile_tokens: int,
-    ) -> Tensor:
-        ctx.save_for_backward(x_TE, up_UE, up_bias_U, down_EF, down_bias_E)
+    def forward(ctx: Any, x_TE: Tensor, gated: bool, tile_tokens: int, *parameters: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x_TE, *parameters)
         ctx.gated, ctx.tile_tokens = gated, tile_tokens
         return x_TE.view_as(x_TE)
 
@@ -97,13 +89,13 @@ class _TiledBackward(torch.autograd.Function):
         totals = [None if parameter is None else fp32_zeros_like(parameter) for parameter in parameters]
         for dout, x, dx in zip(*(t.split(ctx.tile_tokens) for t in (grad_outputs[0], x_TE, dx_TE)), strict=True):
             _tile_backward(dout, x, dx, parameters, totals, ctx.gated)
-        return dx_TE, *(None if total is None else total.to(x_TE.dtype) for total in totals), None, None
+        return dx_TE, None, None, *(None if total is None else total.to(x_TE.dtype) for total in totals)
 
 
 def _tile_backward(
     dout_TE: Tensor, x_TE: Tensor, dx_TE: Tensor, parameters: list[Tensor], totals: list[Any], gated: bool
 ) -> None:
-    """Write one tile's `dx_TE`; add to the gradients of (up, its bias, down, its bias), None where there is no bias.
+    """Write one tile's `dx_TE`; add to the parameters' gradients.
 
     A function of its own, so that its activations are freed before the next tile's are computed. It does not recompute
     the down projection, which no gradient needs.

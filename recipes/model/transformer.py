@@ -148,8 +148,8 @@ class Transformer(nn.Module):
     def _checkpointed(self, layer: nn.Module, index: int, *inputs: Tensor) -> Tensor:
         offload, context_fn = self._offload, noop_context_fn
         if self.recompute == "selective":
-            packing = () if offload is None else (offload.pack, offload.unpack)
+            packing = (offload.pack, offload.unpack) if offload else ()
             context_fn = functools.partial(selective_checkpointing, *packing)
-        with contextlib.nullcontext() if offload is None else offload.layer(self.config.num_layers - 1 - index):
+        with offload.layer(self.config.num_layers - 1 - index) if offload else contextlib.nullcontext():
             # no random numbers are drawn, so there is no state to preserve
             return checkpoint(layer, *inputs, use_reentrant=False, context_fn=context_fn, preserve_rng_state=False)

@@ -83,11 +83,11 @@ class StepTimer:
 def speed_metrics(throughput: Throughput, times_s: list[float], num_steps_left: int) -> dict[str, float | None]:
     """Throughput and step times since the last log."""
     return {
-        **throughput.numbers,
+        **throughput._asdict(),
         "step_time_p50_s": percentile(times_s, 50),
         "step_time_p95_s": percentile(times_s, 95),
         "step_time_max_s": max(times_s),
-        "eta_s": throughput.step_time_s * num_steps_left,
+        "eta_s": statistics.median(times_s) * num_steps_left,
     }
 
 

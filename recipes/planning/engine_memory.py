@@ -21,23 +21,18 @@ class EngineMemory(NamedTuple):
     Args:
         persistent: throughout the step: parameters, optimizer states, buffers, but no gradients.
         adam: the part of `persistent` that Adam's moments take. The first step allocates them at its end.
+        step_end: peak beyond `persistent` while gradients are reduced and Adam steps.
         buckets: reduction buckets of the backward pass.
         gradients: fp32 sums of all gradients, allocated during the backward pass.
-        step_end: peak beyond `persistent` while gradients are reduced and Adam steps.
         head_reduction: beyond `persistent` and `buckets`, while a head larger than a bucket is reduced.
     """
 
     persistent: float
     adam: float
-    buckets: float
-    gradients: float
     step_end: float
+    buckets: float = 0
+    gradients: float = 0
     head_reduction: float = 0
-
-
-def engine_memory(config: Config, num_ranks: int, on_gpu: bool) -> EngineMemory:
-    """What one of `num_ranks` ranks allocates."""
-    return _on_gpu(config, num_ranks) if on_gpu else _on_cpu(config, num_ranks)
 
 
 def gradient_sum_bytes(model: ModelConfig, size: int, all_bytes: float, num_gradients: int) -> float:
@@ -51,78 +46,73 @@ def gradient_sum_bytes(model: ModelConfig, size: int, all_bytes: float, num_grad
         all_bytes: the sums of all parameters.
         num_gradients: gradients computed so far, from the end of the model.
     """
-    bucket, reduced = bucket_size(num_parameters(model)), []
+    bucket, allocated, reduced = bucket_size(num_parameters(model)), 0.0, 0
     for filled, _ in _reductions(model, bucket):
         # a full bucket waits for its next parameter; a parameter beyond a bucket's size does not
-        needed = sum(reduced) + filled + (filled <= bucket)
-        if num_gradients < needed:
+        if num_gradients < reduced + filled + (filled <= bucket):
             break
-        reduced.append(filled)
-    if not reduced:
-        return 0
-    if size == 2 and reduced == [model.vocab_size * model.hidden_size]:  # the head alone, which decays
-        return all_bytes * _num_decayed(model) / num_parameters(model)
-    return all_bytes
+        is_head_alone = size == 2 and not reduced and filled == model.vocab_size * model.hidden_size
+        allocated = all_bytes * (_num_decayed(model) / num_parameters(model) if is_head_alone else 1)
+        reduced += filled
+    return allocated
 
 
-def num_persistent_parameters(model: ModelConfig) -> int:
-    """Numbers in parameters that ZeRO-3 never shards: all but the large matrices."""
-    return num_parameters(model) - sum(size for size in _matrices(model) if size >= PERSISTENT)
+def sharded_parameters(model: ModelConfig) -> int:
+    """Numbers in parameters that ZeRO-3 shards: the large matrices."""
+    return sum(size for size in _matrices(model) if size >= PERSISTENT)
 
 
-def _on_cpu(config: Config, num_ranks: int) -> EngineMemory:
-    """With PyTorch's Adam and its temporaries."""
+def on_cpu(config: Config, num_ranks: int) -> EngineMemory:
+    """What one of `num_ranks` ranks allocates on the CPU, with PyTorch's Adam and its temporaries."""
     model, stage, size = config.model, config.engine.zero_stage, dtype_bytes(config)
     parameters = num_parameters(model)
     shard, bucket, is_sharded = parameters / num_ranks, bucket_size(parameters), num_ranks > 1
     temporary = 4 * _num_decayed(model) / num_ranks  # one of Adam's
-    buckets = 0
+    reduced, buckets = 4 * bucket * is_sharded, 0
     if stage == 0:
         # at the end: gradients, their flat copy and, in half precision, that copy in fp32
-        return EngineMemory(parameters * (12 if size == 4 else 14), 8 * parameters, 0, 0, step_end=parameters * 8)
+        return EngineMemory(parameters * (12 if size == 4 else 14), 8 * parameters, step_end=8 * parameters)
     if stage == 3:
         persistent = _zero3_persistent(model, size, num_ranks)
-        step_end = max(8 * bucket if is_sharded else 0, 3 * temporary)
+        step_end = max(2 * reduced, 3 * temporary)
     elif size == 4:
         persistent, buckets = 4 * parameters + 12 * shard, 8 * bucket
-        step_end = max(8 * bucket + (4 * bucket if is_sharded else 0), 4 * bucket + 3 * temporary)
+        step_end = 4 * bucket + max(4 * bucket + reduced, 3 * temporary)
     elif stage == 1:
         persistent = 6 * parameters + 12 * shard
-        step_end = 2 * parameters + max(4 * bucket if is_sharded else 0, 2 * temporary)
+        step_end = 2 * parameters + max(reduced, 2 * temporary)
     else:
         persistent, buckets = 2 * parameters + 12 * shard, 4 * bucket
         step_end = 10 * bucket + temporary
-    return EngineMemory(persistent, 8 * shard, buckets, 0, step_end)
+    return EngineMemory(persistent, 8 * shard, step_end, buckets)
 
 
-def _on_gpu(config: Config, num_ranks: int) -> EngineMemory:
-    """With the fused Adam, which has no temporaries."""
-    model, engine = config.model, config.engine
-    stage, size = engine.zero_stage, dtype_bytes(config)
+def on_gpu(config: Config, num_ranks: int) -> EngineMemory:
+    """What one of `num_ranks` ranks allocates on a GPU, with the fused Adam, which has no temporaries."""
+    model, offloads = config.model, config.engine.offload_optimizer
+    stage, size = config.engine.zero_stage, dtype_bytes(config)
     parameters, is_first = num_parameters(model), config.num_steps == 1
-    shard = parameters / num_ranks if stage else parameters
-    bucket = bucket_size(parameters)
-    adam = 0 if engine.offload_optimizer else 8 * shard
-    missing_adam = adam if is_first else 0
+    shard, bucket = parameters / num_ranks if stage else parameters, bucket_size(parameters)
     # Adam updates the decayed group first; in the first step the other group has no moments until then
     decayed = _num_decayed(model) / parameters * shard
     not_decayed = shard - decayed
-    missing_moments = 8 * not_decayed if is_first else 0
+    adam = 0 if offloads else 8 * shard
+    missing_adam, missing_moments = (adam, 8 * not_decayed) if is_first else (0, 0)
+    # Adam's copy of a group: its gradients in fp32
+    group_copy = max(4 * decayed - missing_moments, 4 * not_decayed)
 
-    if stage == 0 or (stage == 1 and size == 2 and not engine.offload_optimizer):
+    if stage == 0 or (stage == 1 and size == 2 and not offloads):
         # All gradients stay in the model's dtype. Their fp32 sums are persistent on stage 1, temporary on stage 0.
         persistent = size * parameters + (4 * shard if size == 2 else 0) + (4 * parameters if stage else 0) + adam
         in_fp32 = 4 * parameters if size == 2 and not stage else 0
         reduced = _all_reduced(model) * (4 if stage or size == 4 else 6)  # a flat copy, and that copy in fp32
-        step_end = size * parameters + max(reduced - missing_adam, in_fp32)
-        return EngineMemory(persistent, adam, 0, 0, step_end)
+        return EngineMemory(persistent, adam, size * parameters + max(reduced - missing_adam, in_fp32))
 
     if stage == 3:
         reduced = max(8 * filled for filled, _ in _reductions(model, bucket))  # sent and received gradients
-        step_end = max(reduced - missing_adam, 4 * decayed - missing_moments, 4 * not_decayed)
-        return EngineMemory(_zero3_persistent(model, size, num_ranks), adam, 0, 0, step_end)
+        return EngineMemory(_zero3_persistent(model, size, num_ranks), adam, max(reduced - missing_adam, group_copy))
 
-    persistent = size * parameters + (0 if engine.offload_optimizer else 4 * shard) + adam
+    persistent = size * parameters + (0 if offloads else 4 * shard) + adam
     gradient_size = 4 if size == 4 or stage == 1 else 2  # in each of two buckets
     buckets, gradients = 2 * gradient_size * bucket, 4 * shard
     # while a bucket is reduced: its flat copy, in fp32 too; one rank alone uses an fp32 bucket as it is
@@ -134,22 +124,21 @@ def _on_gpu(config: Config, num_ranks: int) -> EngineMemory:
     )
     head = model.vocab_size * model.hidden_size
     head_reduction = 0 if model.tied_head or head <= bucket else message * head + (4 * decayed if size == 2 else 0)
-    if engine.offload_optimizer:  # gradients go to the host one parameter at a time; their norm is taken in fp64
+    if offloads:  # gradients go to the host one parameter at a time; their norm is taken in fp64
         largest = max(_matrices(model))
         persistent += size * largest
         step_end = max(buckets + reduced, buckets + gradients + 8 * largest)
         head_reduction += 8 * head if head_reduction else 0
     else:
         # Adam's step; training in fp32 has a flat copy of the updated group beside the gradients
-        group_copy = max(4 * decayed - missing_moments, 4 * not_decayed)
         stepping = gradients + group_copy if size == 4 else max(gradients - missing_moments, 4 * not_decayed)
         step_end = max(buckets + max(reduced, gradients) - missing_adam, stepping)
-    return EngineMemory(persistent, adam, buckets, gradients, step_end, head_reduction)
+    return EngineMemory(persistent, adam, step_end, buckets, gradients, head_reduction)
 
 
 def _zero3_persistent(model: ModelConfig, size: int, num_ranks: int) -> float:
     parameters = num_parameters(model)
-    unsharded = size * num_persistent_parameters(model) if num_ranks > 1 else 0
+    unsharded = size * (parameters - sharded_parameters(model)) if num_ranks > 1 else 0
     return parameters / num_ranks * (20 if size == 4 else 18) + 4 * bucket_size(parameters) + unsharded
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
-from recipes.planning.memory import LAYERS_ON_DEVICE, changed, gib, mlp_bytes, num_parameters, offloaded_bytes
+from recipes.planning.memory import changed, gib, mlp_bytes, num_parameters, offloaded_bytes
 from recipes.planning.memory_timeline import StepMemory
 from recipes.planning.plan import DTYPES, Plan
 from ring_attention.auto_method import MESSAGE_LATENCY_MS
@@ -14,26 +15,23 @@ from ring_attention.schedule import imbalance, tokens_sent, work_per_rank
 
 def banner(plan: Plan, run_dir: Path) -> list[str]:
     """What will run, in about ten aligned lines."""
-    model, layout = plan.config.model, plan.layout
+    model, engine, layout = plan.config.model, plan.config.engine, plan.layout
     kernel, reason = plan.kernel_choice()
     tokens = f"{layout.local_length:,} per rank of {layout.length:,} per sequence"
     if padding := layout.padded_length - layout.length:
         tokens += f" ({padding} of padding)"
+    shape = f"{model.num_layers} layers, {model.num_heads} heads x {model.head_dim}, {model.num_kv_heads} kv heads"
+    passes = "forward and backward" if plan.trains else "forward"
+    is_sharded = plan.trains or engine.zero_stage == 3
+    sharding = f"ZeRO stage {engine.zero_stage}" if is_sharded else "all weights on every rank, no optimizer"
     rows = [
         ("ranks", _ranks(plan)),
         ("tokens", f"{tokens}; {plan.tokens_per_step:,} per step"),
-        (
-            "model",
-            f"{model.name}: {num_parameters(model) / 1e6:,.2f} M parameters, {model.num_layers} layers, "
-            f"{model.num_heads} heads x {model.head_dim}, {model.num_kv_heads} kv heads",
-        ),
-        (
-            "FLOPs per token",
-            f"{plan.flops / 1e6:,.1f} M {'forward and backward' if plan.trains else 'forward'}, causal counted once",
-        ),
+        ("model", f"{model.name}: {num_parameters(model) / 1e6:,.2f} M parameters, {shape}"),
+        ("FLOPs per token", f"{plan.flops / 1e6:,.1f} M {passes}, causal counted once"),
         ("attention", _attention(plan)),
         ("attention kernel", f"{kernel} ({reason})"),
-        ("engine", _engine(plan)),
+        ("engine", f"{sharding}, {engine.dtype}"),
         *([] if plan.config.recipe == "bench_attention" else [*_tiles(plan), *_offloads(plan)]),
         *(("!!!", warning) for warning in (plan.slow_step_warning, plan.memory_warning) if warning),
         ("run dir", str(run_dir)),
@@ -44,7 +42,9 @@ def banner(plan: Plan, run_dir: Path) -> list[str]:
 def explanation(plan: Plan, run_dir: Path) -> list[str]:
     """The banner, and the arithmetic behind its numbers."""
     config = plan.config
-    lines = [
+    candidates = ["", *_candidates(plan)] if plan.candidates else []
+    ring_work = ["", *_ring_work(plan)] if plan.degrees.sequence > 1 else []
+    return [
         *banner(plan, run_dir),
         "",
         "batch",
@@ -52,16 +52,10 @@ def explanation(plan: Plan, run_dir: Path) -> list[str]:
         f"{plan.accumulation_steps} micro-batches = {plan.sequences_per_step} sequences per step",
         f"  x {plan.layout.length:,} tokens = {plan.tokens_per_step:,} tokens per step, "
         f"{plan.tokens_per_step * config.num_steps:,} in {config.num_steps} steps",
-    ]
-    if plan.candidates:
-        lines += ["", *_candidates(plan)]
-    if plan.degrees.sequence > 1:
-        lines += ["", *_ring_work(plan)]
-    return [
-        *lines,
+        *candidates,
+        *ring_work,
         "",
         f"parameters: {num_parameters(config.model):,}",
-        f"FLOPs per token, forward: {plan.forward_flops:,.0f}; backward is twice that",
         "",
         *state_lines(plan),
         *step_memory_lines(plan),
@@ -86,18 +80,13 @@ def step_memory_lines(plan: Plan) -> list[str]:
     step = plan.step_memory
     if step.unsupported:
         return [f"memory of a step: {step.unsupported}"]
-    lines = [
-        *timeline_lines(step),
-        "  bytes per token and layer, without recomputation: "
-        + ", ".join(f"{name} {size:,.0f}" for name, size in step.layer_per_token.items()),
-        "  workspaces inside kernels are not counted",
-    ]
+    lines = [*timeline_lines(step), "  workspaces inside kernels are not counted"]
     if plan.memory_bytes is None:
         return lines
     recompute = plan.config.engine.recompute
     for trial in ("none", "selective") if recompute == "none" else (recompute,):
-        trial_config = changed(plan.config, **{"engine.recompute": trial})
-        longest = StepMemory(trial_config, plan.degrees, plan.method, 1, plan.on_gpu).longest_length(plan.memory_bytes)
+        trial_step = dataclasses.replace(step, config=changed(plan.config, **{"engine.recompute": trial}))
+        longest = trial_step.longest_length(plan.memory_bytes)
         fits = f"sequences of {longest:,} tokens" if longest else "no sequence"
         lines.append(f"  {gib(plan.memory_bytes)} GiB hold {fits} with engine.recompute={trial}")
     return lines
@@ -114,8 +103,7 @@ def timeline_lines(step: StepMemory) -> list[str]:
 
 
 def _ranks(plan: Plan) -> str:
-    is_pipeline = plan.config.parallelism.method == "tensor_pipeline"
-    always = ("data", "tensor", "pipeline") if is_pipeline else ("data", "ring")
+    always = ("data", "ring") if plan.config.parallelism.method == "sequence" else ("data", "tensor", "pipeline")
     degrees = plan.degrees._asdict().items()
     grid = " x ".join(f"{degree} {name}" for name, degree in degrees if name in always or degree > 1)
     unsharded = plan.degrees.sequence == plan.degrees.tensor == 1
@@ -123,49 +111,39 @@ def _ranks(plan: Plan) -> str:
 
 
 def _attention(plan: Plan) -> str:
-    attention = plan.config.attention
-    is_spread, sends_kv = plan.degrees.sequence > 1, plan.method in ("ring", "hybrid")
-    text = f"{plan.method}, layout {attention.layout}" if is_spread else "local"
-    text += " (chosen by arithmetic: explain=true shows it)" if plan.candidates else ""
-    if not is_spread:
-        return text
-    carrier = "NCCL" if plan.on_gpu else "gloo"
-    if sends_kv and plan.transport == "copy_engine":
+    chosen = " (chosen by arithmetic: explain=true shows it)" if plan.candidates else ""
+    if plan.degrees.sequence == 1:
+        return f"local{chosen}"
+    text, carrier = f"{plan.method}, layout {plan.config.attention.layout}{chosen}", "NCCL" if plan.on_gpu else "gloo"
+    if not plan.has_ring:
+        return f"{text}, over {carrier}"
+    if plan.transport == "copy_engine":
         carrier = "symmetric memory" + ("" if plan.degrees.ring <= plan.ranks_per_host else f" and {carrier}")
-    return text + (f", transport {plan.transport}" if sends_kv else ",") + f" over {carrier}"
-
-
-def _engine(plan: Plan) -> str:
-    engine = plan.config.engine
-    if not plan.trains and engine.zero_stage < 3:
-        return f"all weights on every rank, no optimizer, {engine.dtype}"
-    return f"ZeRO stage {engine.zero_stage}, {engine.dtype}"
+    return f"{text}, transport {plan.transport} over {carrier}"
 
 
 def _tiles(plan: Plan) -> list[tuple[str, str]]:
-    config, rows = plan.config, []
-    of_all = f"at a time, of {plan.local_tokens:,} per rank and micro-batch"
+    rows, of_all = [], f"at a time, of {plan.local_tokens:,} per rank and micro-batch"
     if plan.tile_tokens:
         rows.append(("loss", f"logits of {plan.tile_tokens:,} tokens {of_all}"))
     if plan.mlp_tile_tokens:
-        reason = f"engine.tile_tokens={config.engine.tile_tokens}"
-        if config.engine.tile_tokens is None:
-            reason = f"all at once would need {gib(mlp_bytes(config) * plan.local_tokens)} GiB with their gradients"
+        reason = f"engine.tile_tokens={plan.config.engine.tile_tokens}"
+        if plan.config.engine.tile_tokens is None:
+            all_bytes = mlp_bytes(plan.config) * plan.local_tokens
+            reason = f"all at once would need {gib(all_bytes)} GiB with their gradients"
         rows.append(("MLP", f"hidden activations of {plan.mlp_tile_tokens:,} tokens {of_all} ({reason})"))
     return rows
 
 
 def _offloads(plan: Plan) -> list[tuple[str, str]]:
-    config, engine, rows = plan.config, plan.config.engine, []
+    engine, rows = plan.config.engine, []
     if engine.offload_parameters:
         rows.append(("offload", "weights on the host, copied to the device when used"))
     if plan.trains and engine.offload_optimizer:
         rows.append(("offload", "optimizer states and the optimizer step on the host"))
     if plan.trains and engine.offload_activations:
         what = "layer inputs" + (" and attention outputs" if engine.recompute == "selective" else "")
-        moved = f"{gib(offloaded_bytes(config, plan.local_tokens))} GiB of host memory per rank"
-        if config.model.num_layers <= LAYERS_ON_DEVICE:
-            moved = f"none, since those of the last {LAYERS_ON_DEVICE} layers stay on the device"
+        moved = f"{gib(offloaded_bytes(plan.config, plan.local_tokens))} GiB of host memory per rank"
         rows.append(("offload", f"{what} of a micro-batch: {moved}"))
     return rows
 

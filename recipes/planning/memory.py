@@ -92,19 +92,14 @@ def mlp_bytes(config: Config) -> int:
     return widths * config.model.mlp_size * dtype_bytes(config)
 
 
-def checkpoint_bytes(config: Config) -> int:
-    """What a recomputed layer saves, per token."""
-    return sum(_checkpoint_tensors(config))
-
-
 def offloaded_bytes(config: Config, local_tokens: int) -> int:
     """Host memory for engine.offload_activations and one micro-batch. Pinned memory comes in powers of two."""
-    tensors = [2 ** math.ceil(math.log2(per_token * local_tokens)) for per_token in _checkpoint_tensors(config)]
+    tensors = [2 ** math.ceil(math.log2(per_token * local_tokens)) for per_token in checkpoint_tensors(config)]
     return max(0, config.model.num_layers - LAYERS_ON_DEVICE) * sum(tensors)
 
 
-def _checkpoint_tensors(config: Config) -> list[int]:
-    """Bytes per token: a layer's input and, with selective recomputation, attention's output and lse."""
+def checkpoint_tensors(config: Config) -> list[int]:
+    """Bytes per token that a recomputed layer saves: its input and, if selective, attention's output and lse."""
     model, size = config.model, dtype_bytes(config)
     attention = [size * model.num_heads * model.head_dim, 4 * model.num_heads]
     return [size * model.hidden_size, *(attention if config.engine.recompute == "selective" else [])]
@@ -145,7 +140,7 @@ def state_bytes(config: Config, degrees: Degrees) -> StateBytes:
     one. Norms and biases count as divided. Forward passes need weights alone.
     """
     model, engine, num_ranks = config.model, config.engine, math.prod(degrees)
-    weight_size = dtype_bytes(config)
+    weight_size = 0 if engine.offload_parameters else dtype_bytes(config)
     gradient_size = 4 if engine.zero_stage >= 1 else weight_size
     optimizer_size = 8 if engine.dtype == "fp32" else 12  # Adam's two moments and, in half precision, fp32 weights
     if config.parallelism.method == "tensor_pipeline":
@@ -160,14 +155,11 @@ def state_bytes(config: Config, degrees: Degrees) -> StateBytes:
         optimizer_size = 0
         if engine.zero_stage == 3 or engine.dtype == "fp32":  # else DeepSpeed 0.19.8 sums gradients on the device
             gradient_size = 0
-    if engine.offload_parameters:
-        weight_size = 0
     if config.recipe == "forward":
-        return StateBytes(parameters * weight_size / num_shards[0], 0, 0, built=parameters * 4)
+        gradient_size = optimizer_size = 0
     sizes = (weight_size, gradient_size, optimizer_size)
-    return StateBytes(
-        *(parameters * size / shards for size, shards in zip(sizes, num_shards, strict=True)), built=parameters * 4
-    )
+    states = (parameters * size / shards for size, shards in zip(sizes, num_shards, strict=True))
+    return StateBytes(*states, built=4 * parameters)
 
 
 def gib(size: float) -> str:

@@ -11,19 +11,20 @@ Names end in their unit: `_bytes`, or `_per_token` for bytes per token of this r
 
 from __future__ import annotations
 
+import bisect
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from conf.schema import Config, Degrees
-from recipes.planning.engine_memory import engine_memory, gradient_sum_bytes, num_persistent_parameters
+from recipes.planning.engine_memory import gradient_sum_bytes, on_cpu, on_gpu, sharded_parameters
 from recipes.planning.memory import (
     LAYERS_ON_DEVICE,
-    checkpoint_bytes,
+    checkpoint_tensors,
     dtype_bytes,
     layer_matmul_parameters,
     mlp_bytes,
     mlp_tile_tokens,
-    num_parameters,
     tile_tokens,
 )
 
@@ -59,69 +60,54 @@ class StepMemory:
     on_gpu: bool
 
     def __post_init__(self) -> None:
-        model, num_ranks = self.config.model, math.prod(self.degrees)
-        self._size = dtype_bytes(self.config)
-        self._engine = engine_memory(self.config, num_ranks, self.on_gpu)
-        self._mlp_tile = mlp_tile_tokens(self.config, self.local_tokens)
+        config, model, num_ranks = self.config, self.config.model, math.prod(self.degrees)
+        self._size = dtype_bytes(config)
+        self._engine = (on_gpu if self.on_gpu else on_cpu)(config, num_ranks)
+        self._mlp_tile = mlp_tile_tokens(config, self.local_tokens)
         self._has_ring = self.method in ("ring", "hybrid") and self.degrees.ring > 1
+        self._zero3_on_gpu = self.on_gpu and config.engine.zero_stage == 3  # it reduces gradients at once
         # numbers per token, and in matrices
         self._queries, self._keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
         self._head, self._mlp_down = model.vocab_size * model.hidden_size, model.mlp_size * model.hidden_size
         self._hidden = self._size * model.hidden_size  # bytes per token
         self._norm_per_token = self._norm_bytes()
-        self.layer_per_token = self._layer_bytes()
-        self._saved_per_token, self._recomputed_per_token = self._activation_bytes()
-        self._states = {STATES: self._engine.persistent - (self._engine.adam if self.config.num_steps == 1 else 0)}
-        if self.config.engine.zero_stage == 3 and num_ranks > 1:
-            sharded = num_parameters(model) - num_persistent_parameters(model)
-            self._states["gathered parameters"] = self._size * min(sharded, MAX_LIVE)
+        self._layer_per_token = self._layer_bytes()
+        self._states = {STATES: self._engine.persistent - (self._engine.adam if config.num_steps == 1 else 0)}
+        if config.engine.zero_stage == 3 and num_ranks > 1:
+            self._states["gathered parameters"] = self._size * min(sharded_parameters(model), MAX_LIVE)
         # receive buffers of the copy engine for K,V and their gradients, allocated by the first layer
         self._symmetric_per_token = 0
-        if self.on_gpu and self._has_ring and self.config.attention.transport != "p2p":
+        if self.on_gpu and self._has_ring and config.attention.transport != "p2p":
             self._symmetric_per_token = (2 if self.degrees.ring == 2 else 4) * 2 * self._size * self._keys
             self._states["the ring's symmetric buffers"] = self._symmetric_per_token * self.local_tokens
-        # numbers whose gradients exist when the backward pass of the layer at the peak begins, and after its MLP
-        self._num_gradients = self._head
-        if self.on_gpu and self.config.engine.offload_activations:
-            # all layers but the first ones hold the same, and gradients accumulate
-            self._num_gradients += max(0, model.num_layers - LAYERS_ON_DEVICE) * layer_matmul_parameters(model)
-        # the CPU's bytes per token of attention were counted with the MLP's gradients
-        mlp_matrices = (3 if model.mlp == "swiglu" else 2) if self.on_gpu else 0
-        self._num_gradients_after_mlp = self._num_gradients + mlp_matrices * self._mlp_down
-        # whether gradients are reduced as soon as they are computed, not after the backward pass
-        self._reduces_early = self._engine.buckets > 0 or (self.on_gpu and self.config.engine.zero_stage == 3)
 
     @property
     def unsupported(self) -> str | None:
-        """Why there is no prediction, and for what there is; None if there is one. All else requires that."""
-        engine, recipe = self.config.engine, self.config.recipe
-        accumulates = engine.gradient_accumulation_steps > 1 or engine.train_batch_size is not None
+        """Why there is no prediction; None if there is one. All else requires that."""
+        config, engine, method = self.config, self.config.engine, self.config.parallelism.method
+        accumulation = engine.gradient_accumulation_steps
         can_offload = self.on_gpu and engine.zero_stage < 3 and engine.dtype != "fp32"
-        offload = f"an offloaded optimizer with engine.zero_stage={engine.zero_stage} engine.dtype={engine.dtype} here"
-        reasons = {
-            f"recipe={recipe}, only for recipe=pretrain": recipe != "pretrain",
-            "tensor and pipeline ranks, only for parallelism.method=sequence": (
-                self.config.parallelism.method != "sequence"
+        for applies, setting in (
+            (config.recipe != "pretrain", f"recipe={config.recipe}"),
+            (method != "sequence", f"parallelism={method}"),
+            (accumulation > 1, f"engine.gradient_accumulation_steps={accumulation}"),
+            (engine.train_batch_size is not None, "engine.train_batch_size"),
+            (engine.offload_parameters, "engine.offload_parameters=true"),
+            (
+                engine.offload_optimizer and not can_offload,
+                "engine.offload_optimizer=true, except on GPUs with bf16 and ZeRO stages 1 and 2",
             ),
-            "steps of several micro-batches, only for engine.gradient_accumulation_steps=1 without "
-            "engine.train_batch_size": accumulates,
-            "offloaded weights, only for engine.offload_parameters=false": engine.offload_parameters,
-            f"{offload}, only for engine.offload_optimizer=false, or on GPUs bf16 with stages 1 and 2": (
-                engine.offload_optimizer and not can_offload
-            ),
-            "engine.dtype=fp16, only for bf16 and fp32": engine.dtype == "fp16",
-        }
-        return next((f"not predicted for {reason}" for reason, applies in reasons.items() if applies), None)
+            (engine.dtype == "fp16", "engine.dtype=fp16"),
+        ):
+            if applies:
+                return f"not predicted for {setting}"
+        return None
 
     @property
     def timeline(self) -> list[MemoryPoint]:
-        """Every point that is the peak of some configuration."""
-        points = [self._loss(), self._mlp(), self._attention(), self._step_end()]
-        if self.config.model.norm == "rmsnorm" and not self.on_gpu:
-            points.append(self._norm())
-        if self._engine.head_reduction:
-            points.append(self._head_reduction())
-        return points
+        """Every point that is the peak of some configuration, in their order."""
+        parts = {STATES: self._engine.persistent, "gradients, buckets, optimizer temporaries": self._engine.step_end}
+        return [*self._loss_points(), *self._layer_points(), MemoryPoint("the end of the step", parts)]
 
     @property
     def peak(self) -> MemoryPoint:
@@ -133,67 +119,52 @@ class StepMemory:
 
     def longest_length(self, memory_bytes: float) -> int:
         """The most tokens of a sequence, a multiple of its ranks, that fit in a rank's memory; 0 if none do."""
+        local_lengths = range(1, 2**40)
+        num_fitting = bisect.bisect(local_lengths, memory_bytes, key=lambda n: self.at_local_length(n).peak.total)
+        return num_fitting * self.degrees.sequence
 
-        def fits(local_length: int) -> bool:
-            return self.at_local_length(local_length).peak.total <= memory_bytes
-
-        if not fits(1):
-            return 0
-        fitting, too_long = 1, 2
-        while fits(too_long):
-            fitting, too_long = too_long, 2 * too_long
-        while too_long - fitting > 1:
-            middle = (fitting + too_long) // 2
-            fitting, too_long = (middle, too_long) if fits(middle) else (fitting, middle)
-        return fitting * self.degrees.sequence
-
-    # The points of a step. In the backward pass, that of the last layer is the peak: all others still hold theirs.
-
-    def _loss(self) -> MemoryPoint:
+    def _loss_points(self) -> Iterator[MemoryPoint]:
         norm = self._norm_per_token * self.local_tokens
-        return self._backward_point("the loss, backward", {"final norm": norm, **self._loss_parts()})
+        yield self._backward_point("the loss, backward", {"final norm": norm, **self._loss_parts()})
+        if self._engine.head_reduction:
+            reduced = self._engine.buckets + self._engine.head_reduction
+            parts = {
+                "gradients and backward temporaries": self._hidden * self.local_tokens,
+                "gradient buckets and the reduced gradient": reduced,
+            }
+            yield self._backward_point("the reduction of the head's gradient", parts)
 
-    def _mlp(self) -> MemoryPoint:
-        model, num_gradients = self.config.model, self._num_gradients
+    def _layer_points(self) -> Iterator[MemoryPoint]:
+        """The backward pass of the last layer, while all others still hold their activations."""
+        model, recomputed = self.config.model, self._recomputed_per_token()
+        has_cpu_rmsnorm = model.norm == "rmsnorm" and not self.on_gpu  # with five tensors in fp32
+        if has_cpu_rmsnorm and self.config.engine.recompute == "none":  # ... and the input of the final norm
+            yield self._layer_point("the final norm, backward", 0, 24 * model.hidden_size, self._head)
+        num_gradients = self._head
+        if self.on_gpu and self.config.engine.offload_activations:
+            # all layers but the first ones hold the same, and gradients accumulate
+            num_gradients += max(0, model.num_layers - LAYERS_ON_DEVICE) * layer_matmul_parameters(model)
+        name = "the last layer's MLP, backward"
         if self._mlp_tile:
-            gradients, extra_bytes = 2 * self._hidden, self._tiled_mlp_bytes()
+            yield self._layer_point(name, recomputed, 2 * self._hidden, num_gradients, self._tiled_mlp_bytes())
         else:  # gradients of the MLP's product, of one factor, and of the layer's output
             gradients = (2 if model.mlp == "swiglu" else 1) * self._size * model.mlp_size + self._hidden
-            num_gradients += self._mlp_down
             # ZeRO-3 has no buckets: the gradient of the down projection waits for its reduction
-            extra_bytes = self._size * self._mlp_down if self._reduces_early and not self._engine.buckets else 0
-        name, recomputed = "the last layer's MLP, backward", self._recomputed_per_token
-        return self._layer_point(name, recomputed, gradients, num_gradients, extra_bytes)
-
-    def _attention(self) -> MemoryPoint:
-        recomputed = self._recomputed_per_token - self.layer_per_token["MLP"] - self._norm_per_token
+            waiting = self._size * self._mlp_down if self._zero3_on_gpu else 0
+            yield self._layer_point(name, recomputed, gradients, num_gradients + self._mlp_down, waiting)
+        recomputed -= self._layer_per_token["MLP"]
+        if self.on_gpu:  # the CPU's bytes per token of attention were counted with the MLP's gradients
+            num_gradients += (3 if model.mlp == "swiglu" else 2) * self._mlp_down
+        if has_cpu_rmsnorm and self.config.engine.recompute != "none":
+            name, gradients = "the last layer's second norm, backward", 16 * model.hidden_size + self._hidden
+            yield self._layer_point(name, recomputed, gradients, num_gradients)
+        recomputed -= self._norm_per_token
         gradients = self._attention_per_token() - self._symmetric_per_token + self._hidden
-        name = "the last layer's attention, backward"
-        return self._layer_point(name, recomputed, gradients, self._num_gradients_after_mlp)
-
-    def _norm(self) -> MemoryPoint:
-        """RMSNorm on the CPU: five tensors in fp32, and of the final norm its input."""
-        hidden_size = self.config.model.hidden_size
-        if self.config.engine.recompute == "none":
-            return self._layer_point("the final norm, backward", 0, 24 * hidden_size, self._head)
-        recomputed = self._recomputed_per_token - self.layer_per_token["MLP"]
-        name, gradients = "the last layer's second norm, backward", 16 * hidden_size + self._hidden
-        return self._layer_point(name, recomputed, gradients, self._num_gradients_after_mlp)
-
-    def _head_reduction(self) -> MemoryPoint:
-        parts = {
-            "gradients and backward temporaries": self._hidden * self.local_tokens,
-            "gradient buckets and the reduced gradient": self._engine.buckets + self._engine.head_reduction,
-        }
-        return self._backward_point("the reduction of the head's gradient", parts)
-
-    def _step_end(self) -> MemoryPoint:
-        parts = {STATES: self._engine.persistent, "gradients, buckets, optimizer temporaries": self._engine.step_end}
-        return MemoryPoint("the end of the step", parts)
+        yield self._layer_point("the last layer's attention, backward", recomputed, gradients, num_gradients)
 
     def _backward_point(self, name: str, parts: dict[str, float], freed: float = 0) -> MemoryPoint:
         """A point in the backward pass: states, saved activations but those `freed` per token, and `parts`."""
-        saved = (self._saved_per_token - freed) * self.local_tokens
+        saved = (self._saved_per_token() - freed) * self.local_tokens
         return MemoryPoint(name, {**self._states, "saved activations": saved, **parts})
 
     def _layer_point(
@@ -214,15 +185,12 @@ class StepMemory:
         }
         return self._backward_point(name, parts, freed=max(-recomputed, 0))
 
-    # What the points are made of.
-
     def _norm_bytes(self) -> float:
         """Per token: input, output and statistics. The CPU's RMSNorm saves its input, also normalised, in fp32."""
-        hidden_size, size = self.config.model.hidden_size, self._size
-        has_mean = self.config.model.norm == "layernorm"
+        hidden, has_mean = self._hidden, self.config.model.norm == "layernorm"
         if self.on_gpu:
-            return 2 * size * hidden_size + (8 if has_mean else 4)
-        return 2 * size * hidden_size + 2 * size if has_mean else 8 * hidden_size + 4 + size * hidden_size
+            return 2 * hidden + (8 if has_mean else 4)
+        return 2 * hidden + 2 * self._size if has_mean else 8 * self.config.model.hidden_size + 4 + hidden
 
     def _layer_bytes(self) -> dict[str, float]:
         """Per token: what a layer saves for its backward pass, by part."""
@@ -235,23 +203,27 @@ class StepMemory:
         mlp = 0 if self._mlp_tile else self._size * model.mlp_size * widths
         return {"norms": 2 * self._norm_per_token, "attention": attention, "MLP": mlp}
 
-    def _activation_bytes(self) -> tuple[float, float]:
-        """Per token: what all layers save for the backward pass, and what the recomputation of one layer adds."""
-        model, engine, layer = self.config.model, self.config.engine, sum(self.layer_per_token.values())
-        cos_sin = 4 * model.head_dim  # which the layers share
-        if engine.recompute == "none":
-            return model.num_layers * layer + cos_sin, 0
-        on_device = min(LAYERS_ON_DEVICE, model.num_layers) if engine.offload_activations else model.num_layers
-        checkpoint = checkpoint_bytes(self.config)
-        recomputed = layer - (checkpoint - self._hidden)
+    def _saved_per_token(self) -> float:
+        """What all layers save for the backward pass."""
+        engine, num_layers = self.config.engine, self.config.model.num_layers
+        if engine.offload_activations:
+            num_layers = min(LAYERS_ON_DEVICE, num_layers)
+        tensors = self._layer_per_token.values() if engine.recompute == "none" else checkpoint_tensors(self.config)
+        return num_layers * sum(tensors) + 4 * self.config.model.head_dim  # layers share the rotary cos and sin
+
+    def _recomputed_per_token(self) -> float:
+        """What the recomputation of one layer adds to what it saved."""
+        if self.config.engine.recompute == "none":
+            return 0
+        recomputed = sum(self._layer_per_token.values()) - (sum(checkpoint_tensors(self.config)) - self._hidden)
         # the norm saves the layer's input, which is saved already, unless the CPU's RMSNorm casts it to fp32
-        if self.on_gpu or model.norm == "layernorm" or self._size == 4:
+        if self.on_gpu or self.config.model.norm == "layernorm" or self._size == 4:
             recomputed -= self._hidden
-        return on_device * checkpoint + cos_sin, recomputed
+        return recomputed
 
     def _gradient_bytes(self, num_gradients: int) -> float:
         """Gradients, or their fp32 sums, once so many numbers have theirs."""
-        if not self._reduces_early:
+        if not self._engine.buckets and not self._zero3_on_gpu:  # they are reduced after the backward pass
             return self._size * num_gradients
         if not self.on_gpu:
             return 0
@@ -264,33 +236,34 @@ class StepMemory:
         """Logits in fp32 and two gradients of them. On a GPU, where only compiled kernels use fp32, logits and one."""
         vocab_size, hidden_size, size = self.config.model.vocab_size, self.config.model.hidden_size, self._size
         tile = tile_tokens(self.config, self.local_tokens)
-        sums = {"gradients of the loss, fp32": 4.0 * hidden_size * (self.local_tokens + vocab_size)} if tile else {}
-        if self.on_gpu and not tile:
-            # both, or the logits' gradient beside the weight's
-            numbers = max(2 * self.local_tokens, self.local_tokens + hidden_size)
+        if not tile and self.on_gpu:  # both, or the logits' gradient beside the weight's
+            numbers = self.local_tokens + max(self.local_tokens, hidden_size)
             return {"logits and their gradient": float(size * vocab_size * numbers)}
-        if self.on_gpu:
-            # the forward pass holds a tile beside the fp32 sums; the backward pass casts these one after the other
-            numbers = max(2.0 * tile, hidden_size)
-            return {"logits of a tile and their gradient, or cast gradients": size * vocab_size * numbers, **sums}
         if not tile:
             return {"logits and two gradients of them, fp32": 12.0 * vocab_size * self.local_tokens}
+        sums = {"gradients of the loss, fp32": 4.0 * hidden_size * (self.local_tokens + vocab_size)}
+        if self.on_gpu:
+            # the forward pass holds a tile beside the fp32 sums; the backward pass casts these one after the other
+            cast = size * vocab_size * max(2.0 * tile, hidden_size)
+            return {"logits of a tile and their gradient, or cast gradients": cast, **sums}
         # fp32 beside the logits; or, in half precision, logits and their gradient, which the CPU casts with the weight
-        casts = 4 * vocab_size * (tile + hidden_size) if size == 2 else 0
-        logits = max((12 + size) * vocab_size * tile, 2 * size * vocab_size * tile + casts)
+        logits = (12 + size) * vocab_size * tile
+        if size == 2:
+            logits = max(logits, 4 * vocab_size * (2 * tile + hidden_size))
         return {"logits of a tile and their gradients": logits, **sums}
 
     def _tiled_mlp_bytes(self) -> float:
         """The backward pass of tiles: fp32 sums of the weights' gradients, and one tile's tensors."""
         model, size, tile = self.config.model, self._size, self._mlp_tile
         is_gated, width = model.mlp == "swiglu", model.mlp_size
-        weights = (3 if is_gated else 2) * width * model.hidden_size
+        weights = (3 if is_gated else 2) * self._mlp_down
         if self.on_gpu:  # a tile's activations and their gradients; at last, in half precision, the cast sums
             return 4 * weights + max(mlp_bytes(self.config) * tile, 2 * weights if size == 2 else 0)
         # gate and up, the product, gradients of these, of one factor and of silu. Half precision lacks the last two,
         # but the CPU casts the gradient of gate and up, and the input.
-        half_per_token = (18 if is_gated else 10) * width + 4 * model.hidden_size
-        per_token = 4 * (8 if is_gated else 4) * width if size == 4 else half_per_token
+        per_token = (32 if is_gated else 16) * width
+        if size == 2:
+            per_token = (18 if is_gated else 10) * width + 4 * model.hidden_size
         return 4 * weights + per_token * tile
 
     def _attention_per_token(self) -> float:

@@ -13,7 +13,7 @@ import torch
 from conf.degrees import accumulation_steps, resolve_config, resolve_degrees
 from conf.schema import Config, ConfigError, Degrees
 from recipes.planning.memory import StateBytes, changed, gib, mlp_tile_tokens, state_bytes, tile_tokens
-from recipes.planning.memory_timeline import MemoryPoint, StepMemory
+from recipes.planning.memory_timeline import StepMemory
 from recipes.planning.refusal import refusal
 from recipes.planning.throughput import Throughput, forward_flops_per_token, peak_tflops
 from ring_attention.auto_method import Candidate, Links, Workload, rank_methods
@@ -87,15 +87,15 @@ class Plan:
     def attained_tflops(self) -> float:
         """What kernels reach on one rank: 0.6 of the peak, as cuDNN's on an H200, or a guess for other devices."""
         peak = peak_tflops(self.device_name, self.config.engine.dtype)
-        return 0.6 * peak if peak else {"cpu": CPU_TFLOPS}.get(self.device_type, 200.0)
+        guess = CPU_TFLOPS if self.device_type == "cpu" else 200.0
+        return 0.6 * peak if peak else guess
 
     @property
     def links(self) -> Links:
         given = self.config.attention
+        intra_host, inter_host = (2.0, 1.0) if self.device_type == "cpu" else (280.0, 45.0)
         return Links(
-            self.ranks_per_host,
-            given.intra_host_gb_per_s or (2.0 if self.device_type == "cpu" else 280.0),
-            given.inter_host_gb_per_s or (1.0 if self.device_type == "cpu" else 45.0),
+            self.ranks_per_host, given.intra_host_gb_per_s or intra_host, given.inter_host_gb_per_s or inter_host
         )
 
     @functools.cached_property
@@ -149,8 +149,8 @@ class Plan:
 
     def resolve_config(self) -> None:
         """Write what the configuration left open into it, as the record of a run."""
-        method, degrees = self.method, self.degrees
-        self.config.attention.method, self.config.attention.transport = method, self.transport
+        degrees = self.degrees  # before the method is no longer auto
+        self.config.attention.method, self.config.attention.transport = self.method, self.transport
         resolve_config(self.config, degrees, self.num_ranks)
 
     @property
@@ -187,24 +187,17 @@ class Plan:
         return mlp_tile_tokens(self.config, self.local_tokens)
 
     @property
-    def forward_flops(self) -> float:
-        """Per token."""
-        return forward_flops_per_token(self.config.model, self.config.data.sequence_length)
-
-    @property
     def flops(self) -> float:
         """Per token of a step. Training costs three forward passes."""
-        return (3 if self.trains else 1) * self.forward_flops
+        forward = forward_flops_per_token(self.config.model, self.config.data.sequence_length)
+        return 3 * forward if self.trains else forward
 
     def throughput(self, step_time_s: float) -> Throughput:
-        return Throughput(
-            step_time_s,
-            self.tokens_per_step,
-            self.config.data.sequence_length,
-            self.num_ranks,
-            self.flops,
-            peak_tflops(self.device_name, self.config.engine.dtype),
-        )
+        """Of steps that take `step_time_s`."""
+        per_rank = self.tokens_per_step / step_time_s / self.num_ranks
+        tpot_ms = 1e3 * step_time_s / self.config.data.sequence_length
+        tflops, peak = per_rank * self.flops / 1e12, peak_tflops(self.device_name, self.config.engine.dtype)
+        return Throughput(per_rank * self.num_ranks, per_rank, tpot_ms, tflops, 100 * tflops / peak if peak else None)
 
     @property
     def estimated_step_s(self) -> float:
@@ -237,7 +230,7 @@ class Plan:
 
     @property
     def refusal(self) -> str | None:
-        """Why the ranks' memory cannot hold the model; None if it can, if it is unknown, or if there is no model."""
+        """Why the ranks' memory cannot hold the model; None if it can, or if that is unknown, or without a model."""
         if self.memory_bytes is None or self.config.recipe == "bench_attention":
             return None
         host_ranks = self.ranks_per_host if self.device_type == "cpu" else None
@@ -248,18 +241,12 @@ class Plan:
         return StepMemory(self.config, self.degrees, self.method, self.local_tokens, self.on_gpu)
 
     @property
-    def peak(self) -> MemoryPoint | None:
-        """Where a training step needs most of a rank's memory; None if that is not predicted."""
-        step = self.step_memory
-        return None if step.unsupported else step.peak
-
-    @property
     def memory_warning(self) -> str | None:
         """Of steps that need more memory than there is, by a prediction that may be some percent off."""
-        peak = self.peak
-        if self.memory_bytes is None or self.refusal or peak is None or peak.total <= self.memory_bytes:
+        step = self.step_memory
+        if self.memory_bytes is None or self.refusal or step.unsupported or step.peak.total <= self.memory_bytes:
             return None
         return (
-            f"a step should need {gib(peak.total)} GiB per rank, and there are {gib(self.memory_bytes)}: explain=true "
-            "shows its parts, and the longest sequence that fits"
+            f"a step should need {gib(step.peak.total)} GiB per rank, and there are {gib(self.memory_bytes)}: "
+            "explain=true shows its parts, and the longest sequence that fits"
         )

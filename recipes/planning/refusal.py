@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from conf.schema import Config, Degrees
@@ -25,54 +25,41 @@ def refusal(config: Config, degrees: Degrees, memory_bytes: int, host_ranks: int
     if config.parallelism.method == "tensor_pipeline":
         grid = f"{degrees.data} data x {degrees.tensor} tensor x {degrees.pipeline} pipeline ranks"
     remedies = _remedies(config, degrees, memory_bytes, host_ranks)
-    return "\n".join(
-        [
-            f"model {config.model.name} with {num_parameters(config.model) / 1e6:,.2f} M parameters does not fit: "
-            f"{grid} needs, per rank and without activations,",
-            f"  {state} > {gib(memory_bytes)} GiB, the memory of one rank",
-            *(f"  {'or' if number else 'use'} {remedy}" for number, remedy in enumerate(remedies)),
-            *([] if remedies else ["  no override makes it fit: use a smaller model"]),
-        ]
-    )
+    lines = [
+        f"model {config.model.name} with {num_parameters(config.model) / 1e6:,.2f} M parameters does not fit: "
+        f"{grid} needs, per rank and without activations,",
+        f"  {state} > {gib(memory_bytes)} GiB, the memory of one rank",
+        "  use " + "\n  or ".join(remedies) if remedies else "  no override makes it fit: use a smaller model",
+    ]
+    return "\n".join(lines)
 
 
 def _remedies(config: Config, degrees: Degrees, memory_bytes: int, host_ranks: int | None) -> list[str]:
     """What to type, each with the memory it needs: on these ranks if possible, else on more; a smaller model."""
 
-    def needed(changes: dict[str, Any], trial_degrees: Degrees = degrees) -> float:
-        return state_bytes(changed(config, **changes), trial_degrees).needed
+    def first_fitting(trials: Iterable[tuple[dict[str, Any], Degrees]], before: str = "", after: str = "") -> list[str]:
+        for changes, trial_degrees in trials:
+            needed = state_bytes(changed(config, **changes), trial_degrees).needed
+            if needed <= memory_bytes:
+                typed = " ".join(f"{name}={str(value).lower()}" for name, value in changes.items())
+                return [f"{(before + typed).removesuffix(', and ')}{after}: {gib(needed)} GiB"]
+        return []
 
-    num_ranks, remedies, fits_here = math.prod(degrees), [], False
-    ranks = num_ranks
-    while ranks <= MAX_RANKS and not remedies:
-        for changes, trial_degrees in _grids(config, ranks):
-            if (size := needed(changes, trial_degrees)) <= memory_bytes:
-                fits_here = ranks == num_ranks
-                hosts = f", on {math.ceil(ranks / host_ranks)} hosts like this one" if host_ranks else ""
-                more_ranks = f"{ranks} ranks with as much memory each{hosts}{', and ' if changes else ''}"
-                remedies.append(f"{'' if fits_here else more_ranks}{_typed(changes)}: {gib(size)} GiB")
-                break
-        ranks *= 2
-    if host_ranks is None and not fits_here:
-        for changes in _optimizer_offloads(config):
-            if (size := needed(changes)) <= memory_bytes:
-                remedies.append(f"{_typed(changes)}, the optimizer states on the host: {gib(size)} GiB")
-                break
-    for num_layers in range(config.model.num_layers - 1, degrees.pipeline - 1, -1):
-        if (size := needed({"model.num_layers": num_layers})) <= memory_bytes:
-            remedies.append(f"a smaller model, such as model.num_layers={num_layers}: {gib(size)} GiB")
-            break
-    return remedies
-
-
-def _optimizer_offloads(config: Config) -> Iterator[dict[str, Any]]:
-    """Fields to change for offloaded optimizer states, the present ZeRO stage first."""
-    engine = config.engine
-    if config.recipe != "pretrain" or config.parallelism.method != "sequence" or engine.offload_optimizer:
-        return
-    for stage in range(max(1, engine.zero_stage), 4):
-        changes: dict[str, Any] = {} if stage == engine.zero_stage else {"engine.zero_stage": stage}
-        yield changes | {"engine.offload_optimizer": True}
+    ranks = math.prod(degrees)
+    remedies = first_fitting(_grids(config, ranks))
+    if not remedies:
+        while ranks < MAX_RANKS and not remedies:
+            ranks *= 2
+            hosts = f", on {math.ceil(ranks / host_ranks)} hosts like this one" if host_ranks else ""
+            remedies = first_fitting(_grids(config, ranks), f"{ranks} ranks with as much memory each{hosts}, and ")
+        engine, is_sequence = config.engine, config.parallelism.method == "sequence"
+        if host_ranks is None and config.recipe == "pretrain" and is_sequence and not engine.offload_optimizer:
+            stages = range(max(1, engine.zero_stage), 4)
+            offloads = (({"engine.zero_stage": n, "engine.offload_optimizer": True}, degrees) for n in stages)
+            remedies += first_fitting(offloads, after=", the optimizer states on the host")
+    layers = range(config.model.num_layers - 1, degrees.pipeline - 1, -1)
+    smaller = (({"model.num_layers": num_layers}, degrees) for num_layers in layers)
+    return remedies + first_fitting(smaller, "a smaller model, such as ")
 
 
 def _grids(config: Config, num_ranks: int) -> Iterator[tuple[dict[str, Any], Degrees]]:
@@ -97,7 +84,3 @@ def _grids(config: Config, num_ranks: int) -> Iterator[tuple[dict[str, Any], Deg
             changes["parallelism.data_degree"] = degrees.data
         if engine.train_batch_size is None or engine.train_batch_size % (degrees.data * engine.micro_batch_size) == 0:
             yield changes, degrees
-
-
-def _typed(changes: dict[str, Any]) -> str:
-    return " ".join(f"{name}={str(value).lower()}" for name, value in changes.items())

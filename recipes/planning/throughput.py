@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from conf.schema import ModelConfig
 from recipes.planning.memory import layer_matmul_parameters
@@ -25,46 +25,21 @@ def peak_tflops(device_name: str, dtype: str) -> float | None:
     return next((peak for prefix, peak in _PEAK_TFLOPS.items() if device_name.startswith(prefix)), None)
 
 
-@dataclass(frozen=True)
-class Throughput:
-    """The throughput of steps of `step_time_s`. Tokens are those of the global batch, FLOPs those of a whole step."""
+class Throughput(NamedTuple):
+    """The throughput of steps. Tokens are those of the global batch.
 
-    step_time_s: float
-    tokens_per_step: int
-    sequence_length: int
-    num_ranks: int
-    flops_per_token: float
-    peak_tflops: float | None
+    Args:
+        tokens_per_s_per_rank: divided by all ranks, also those that share a sequence.
+        tpot_ms: the ring attention paper's time per output token: step time over sequence length.
+        model_tflops_per_rank: what the model needs, causal attention counted once, without recomputed or masked work.
+        mfu_pct: model FLOPs utilisation: `model_tflops_per_rank` over the data sheet's dense peak; None if unknown.
+    """
 
-    @property
-    def tokens_per_s(self) -> float:
-        return self.tokens_per_step / self.step_time_s
-
-    @property
-    def tokens_per_s_per_rank(self) -> float:
-        """Divided by all ranks, also those that share a sequence."""
-        return self.tokens_per_s / self.num_ranks
-
-    @property
-    def tpot_ms(self) -> float:
-        """The ring attention paper's time per output token: step time over sequence length."""
-        return 1e3 * self.step_time_s / self.sequence_length
-
-    @property
-    def model_tflops_per_rank(self) -> float:
-        """FLOPs that the model needs, causal attention counted once, without recomputation or masked work."""
-        return self.tokens_per_s_per_rank * self.flops_per_token / 1e12
-
-    @property
-    def mfu_pct(self) -> float | None:
-        """Model FLOPs utilisation: `model_tflops_per_rank` over the data sheet's dense peak."""
-        return None if self.peak_tflops is None else 100 * self.model_tflops_per_rank / self.peak_tflops
-
-    @property
-    def numbers(self) -> dict[str, float | None]:
-        """By name, for logs."""
-        names = ("tokens_per_s", "tokens_per_s_per_rank", "tpot_ms", "model_tflops_per_rank", "mfu_pct")
-        return {name: getattr(self, name) for name in names}
+    tokens_per_s: float
+    tokens_per_s_per_rank: float
+    tpot_ms: float
+    model_tflops_per_rank: float
+    mfu_pct: float | None
 
 
 def forward_flops_per_token(model: ModelConfig, sequence_length: int) -> float:

@@ -48,7 +48,7 @@ def bytes_of_an_engine(recipe: str, method: str, dtype: str, zero_stage: int) ->
     plan = Plan(config, 2, "cpu", "CPU", None, ranks_per_host=2)
     groups = parallel_groups(1, 2) if method == "ring" else None
     before = held_bytes()
-    engine = build_engine(plan, groups, forward_only=not plan.trains)
+    engine = build_engine(plan, groups)
     steps = build_sharder(plan, engine).steps(Corpus(DOCUMENTS, LENGTH, 1).training(cursor=0), plan.accumulation_steps)
     for _ in range(2):
         if plan.trains:

@@ -34,8 +34,8 @@ def composed(setting: str) -> Config:
 
 def predicted(plan: Plan) -> dict[str, Any]:
     """`predicted_gib` and the point of the peak; nothing where it is not predicted."""
-    peak = plan.peak
-    return {} if peak is None else {"predicted_gib": peak.total / 2**30, "fullest_at": peak.name}
+    memory = plan.step_memory
+    return {} if memory.unsupported else {"predicted_gib": memory.peak.total / 2**30, "fullest_at": memory.peak.name}
 
 
 def predicted_again(row: dict[str, Any]) -> dict[str, Any]:

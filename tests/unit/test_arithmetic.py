@@ -7,13 +7,13 @@ from unittest import mock
 import pytest
 import torch
 
-from conf.schema import AttentionConfig, Config, EngineConfig, ModelConfig, OptimizerConfig
+from conf.schema import AttentionConfig, Config, DataConfig, EngineConfig, ModelConfig, OptimizerConfig
 from recipes.model.transformer import Transformer, rotary_cos_sin
 from recipes.monitor.device_metrics import percentile
 from recipes.planning.explain import banner, explanation
 from recipes.planning.memory import num_parameters
 from recipes.planning.plan import Plan
-from recipes.planning.throughput import Throughput, forward_flops_per_token, peak_tflops
+from recipes.planning.throughput import forward_flops_per_token, peak_tflops
 from ring_attention import LocalAttention
 
 SHAPES = [
@@ -86,13 +86,12 @@ def test_only_fp16_has_a_loss_scale():
 
 
 def test_norms_biases_and_embeddings_have_no_weight_decay():
-    from recipes.engine.optimizer import make_optimizer
+    from recipes.engine.optimizer import optimizer_arguments
 
     model = Transformer(ModelConfig(norm="layernorm", bias=True), LocalAttention("auto"))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decayed, not_decayed = (
-        {names[id(p)] for p in group["params"]} for group in make_optimizer(model, OptimizerConfig()).param_groups
-    )
+    optimizer = optimizer_arguments(model, EngineConfig(), OptimizerConfig(), num_steps=1)["optimizer"]
+    decayed, not_decayed = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
     assert decayed == {
         n for n in names.values() if n.endswith("weight") and "norm" not in n and n != "embedding.weight"
     }
@@ -100,25 +99,21 @@ def test_norms_biases_and_embeddings_have_no_weight_decay():
 
 
 def test_throughput_divides_by_all_ranks():
-    throughput = Throughput(
-        step_time_s=0.5,
-        tokens_per_step=4000,
-        sequence_length=2000,
-        num_ranks=4,
-        flops_per_token=1e9,
-        peak_tflops=10,
-    )
+    config = Config(data=DataConfig(sequence_length=2000), engine=EngineConfig(micro_batch_size=2))
+    plan = Plan(config, 4, "cuda", "NVIDIA H200", (9, 0), ranks_per_host=4)
+    throughput = plan.throughput(step_time_s=0.5)
     assert throughput.tokens_per_s == 8000
     assert throughput.tokens_per_s_per_rank == 2000
     assert throughput.tpot_ms == 0.25
-    assert throughput.mfu_pct == pytest.approx(20.0)
+    assert throughput.model_tflops_per_rank == pytest.approx(2000 * plan.flops / 1e12)
+    assert throughput.mfu_pct == pytest.approx(throughput.model_tflops_per_rank / 9.894)
 
 
 def test_mfu_is_unknown_for_unknown_hardware():
     assert peak_tflops("NVIDIA H200", "bf16") == 989.4
     assert peak_tflops("NVIDIA H200", "fp32") is None
     assert peak_tflops("CPU", "bf16") is None
-    assert Throughput(1.0, 1, 1, 1, 1.0, None).mfu_pct is None
+    assert Plan(Config(), 1, "cpu", "CPU", None, ranks_per_host=1).throughput(1.0).mfu_pct is None
 
 
 def test_percentiles_interpolate():

@@ -101,7 +101,7 @@ def test_time_between_a_log_and_the_next_step_counts_for_no_step(clock):
 
 
 def test_speed_metrics_have_median_maximum_and_eta():
-    throughput = Throughput(0.5, 100, 10, 2, 1.0, None)
+    throughput = Throughput(200.0, 100.0, 50.0, 1e-10, None)
     numbers = speed_metrics(throughput, [0.1, 0.5, 0.9], num_steps_left=4)
     assert (numbers["step_time_p50_s"], numbers["step_time_max_s"], numbers["eta_s"]) == (0.5, 0.9, 2.0)
 
