@@ -19,7 +19,6 @@ from recipes.monitor.device_metrics import perplexity
 from recipes.monitor.profiling import profiler
 from recipes.monitor.reporter import Reporter
 from recipes.monitor.step_logger import StepLogger
-from recipes.monitor.step_timer import with_prefix
 from recipes.planning.explain import banner
 from recipes.planning.plan import Plan
 from recipes.run.errors import Preempted
@@ -94,8 +93,6 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
             report_status("step")
             report_status("part", f"between steps {step} and {step + 1}")
             profiler_step()
-            if reporter:
-                reporter.advance()
             if skipped:
                 logger.say(skipped)
 
@@ -115,9 +112,8 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
             is_last = step == config.num_steps
             if is_last or _is_multiple(step, config.logging.validate_every_n_steps):
                 validation_loss = validate(step)
-                metrics |= with_prefix(
-                    "validation", {"loss": validation_loss, "perplexity": perplexity(validation_loss)}
-                )
+                metrics["validation/loss"] = validation_loss
+                metrics["validation/perplexity"] = perplexity(validation_loss)
             if metrics:
                 logger.write(step, metrics)
 

@@ -147,9 +147,8 @@ def _seconds_of_a_call(call: Callable[[], Any], device: torch.device) -> tuple[f
 def _parts_ms(candidate: Candidate, device: torch.device) -> dict[str, tuple[float, float]]:
     """The parts of a call with its backward pass, under the profiler: the least and the most of all ranks."""
     with candidate.context():
-        breakdown = step_breakdown(candidate.forward_backward)
-    parts_ms = {part: 1e3 * share * breakdown.step_time_s for part, share in breakdown.shares.items()}
-    return extremes_over_ranks(parts_ms, device)
+        times_s = step_breakdown(candidate.forward_backward)
+    return extremes_over_ranks({part: 1e3 * time_s for part, time_s in times_s.items()}, device)
 
 
 def _times_table(rows: list[dict[str, Any]], num_ranks: int) -> list[str]:

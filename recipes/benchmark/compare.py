@@ -128,8 +128,8 @@ class ComparisonTask:
         if self.config.breakdown and measurement.round == compare.rounds:
             if console:
                 print(f"measuring the time breakdown of {measurement.entry} ...", file=console, flush=True)
-            parts = measure_time_breakdown(plan, engine, functools.partial(sharder.steps, corpus.training(cursor=0)))
-            record({"parts": parts.metrics})
+            steps_of = functools.partial(sharder.steps, corpus.training(cursor=0))
+            record({"parts": measure_time_breakdown(plan, engine, steps_of)})
         engine.close()
         del engine
         device_metrics.reset_peak_memory()  # frees the memory before the next model is built

@@ -35,11 +35,6 @@ class Metric:
     def logged_names(self) -> list[str]:
         return [f"{prefix}/{self.name}" if prefix else self.name for prefix in self.prefixes]
 
-    @property
-    def label(self) -> str:
-        """The title with its unit."""
-        return f"{self.title} ({self.unit})" if self.unit else self.title
-
 
 TRAIN, TRAIN_AND_VALIDATION = ("train",), ("train", "validation")
 
@@ -84,8 +79,3 @@ SUMMARY_METRICS = (
     *(Metric(f"{part}_pct", f"time of a step: {part}", "%", "Communication", ("parts",)) for part in PARTS),
     Metric("exposed_communication_ms", "exposed communication per step", "ms", "Communication", ("parts",)),
 )
-
-
-def minutes(seconds: float) -> str:
-    """65 -> "1:05"."""
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -33,10 +33,10 @@ from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import Trial, TrialState
+from tqdm import tqdm
 
 from conf.compose import describe_error
 from conf.schema import OBJECTIVES, ConfigError, SweepConfig, flatten
-from recipes.monitor.metric_registry import minutes
 from recipes.run.errors import RunFailed
 from recipes.run.run_dir import SUMMARY_FILE
 from recipes.run.text_table import text_table
@@ -274,7 +274,7 @@ class _Sweep:
         timed = [other for other in complete or finished if "duration_s" in other.user_attrs] or [result]
         num_rounds = math.ceil((self.num_trials - len(finished)) / self.settings.num_parallel)
         eta_s = num_rounds * statistics.mean(other.user_attrs["duration_s"] for other in timed)
-        return [*parts, best, f"{len(finished)} of {self.num_trials} done, ETA {minutes(eta_s)}"]
+        return [*parts, best, f"{len(finished)} of {self.num_trials} done, ETA {tqdm.format_interval(eta_s)}"]
 
     def _run_dir(self, trial: Trial) -> Path:
         return self.folder / str(trial.number + 1)
