@@ -50,11 +50,7 @@ def main(arguments: list[str]) -> None:
 
 
 def write(run_dirs: list[Path], output: Path, reported: set[str], reload_s: int | None = None) -> None:
-    """Write the page, and print its contents and problems.
-
-    Args:
-        reported: problems that were printed before; this call adds its own.
-        reload_s: interval at which browsers reload the page; None: never.
+    """Write the page, and print its contents and those problems that are not yet in `reported`.
 
     Raises:
         ConfigError: if there is nothing to show.

@@ -89,12 +89,11 @@ def _axis(title: str, **settings: Any) -> dict[str, Any]:
 
 def _exposed_communication_chart(runs: list[StyledRun]) -> Chart:
     """A bar for each run that has measured it."""
-    values = [run.summary.get("parts/exposed_communication_ms") for run, *_ in runs]
     hover = "%{x:.5~g}<extra>%{y}</extra>"
     traces = [
         _bars([value], [run.name], color, name=label, meta={"run": number}, hovertemplate=hover)
-        for number, ((run, label, color, _), value) in enumerate(zip(runs, values, strict=True))
-        if value is not None
+        for number, (run, label, color, _) in enumerate(runs)
+        if (value := run.summary.get("parts/exposed_communication_ms")) is not None
     ]
     layout = {"xaxis": _axis("ms"), "yaxis": NAME_AXIS, "showlegend": False}
     return Chart("exposed communication per step", traces, layout, num_bars=len(runs))
@@ -127,11 +126,7 @@ def method_of(row: dict[str, Any]) -> str:
 
 
 def comparison_charts(comparison: Comparison, colors: dict[str, str]) -> list[Chart]:
-    """Throughput, and the time of a step by part.
-
-    Args:
-        colors: by method.
-    """
+    """Throughput, and the time of a step by part. `colors` are by method."""
     rows = [row for row in comparison.content["rows"] if "error" not in row]
     is_scaling = len({row["num_ranks"] for row in rows}) > 1
     throughput = _scaling_chart(rows, colors) if is_scaling else _throughput_chart(rows, colors)

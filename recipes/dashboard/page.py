@@ -26,11 +26,7 @@ Table = list[dict[str, Any]]  # rows with the same columns; cells are text, numb
 
 
 def render(loaded: LoadedRuns, reload_s: int | None = None) -> str:
-    """The page as HTML.
-
-    Args:
-        reload_s: interval at which browsers reload the page; None: never.
-    """
+    """The page as HTML. Browsers reload it every `reload_s` seconds; None: never."""
     differing = loaded.differing_settings
     styles = itertools.cycle(itertools.product(DASHES, COLORS))
     runs = [

@@ -27,12 +27,7 @@ from recipes.run.run_dir import METRICS_FILE, SUMMARY_FILE, replace_file
 def start_wandb(
     logging: LoggingConfig, run_dir: Path, config: dict[str, Any], say: Callable[[str], None], run_id: str | None = None
 ) -> Any:
-    """A wandb run in `run_dir`. logging.wandb=auto is online with a login and offline without a login or a server.
-
-    Args:
-        say: prints a line for people.
-        run_id: of the wandb run to resume.
-    """
+    """A wandb run in `run_dir`, or `run_id` resumed. logging.wandb=auto is offline without a login or a server."""
     import wandb  # takes a second, which errors before the run should not wait for
 
     init = functools.partial(
@@ -95,6 +90,7 @@ class Reporter:
             self.say,
             self._resumed.wandb_run_id if self._resumed else None,
         )
+        self.wandb_run_id: str = self._wandb.id
         self._wandb.define_metric("step")
         self._wandb.define_metric("*", step_metric="step")
         self._wandb.define_metric("validation/loss", step_metric="step", summary="min")
@@ -129,10 +125,6 @@ class Reporter:
     def elapsed_s(self) -> float:
         """Since the start. Excludes interruptions, and steps that an interruption lost."""
         return round(time.perf_counter() - self._started, 3)
-
-    @property
-    def wandb_run_id(self) -> str:
-        return self._wandb.id
 
     def say(self, *lines: str) -> None:
         """Print lines for people."""
@@ -190,8 +182,7 @@ class Reporter:
         if self._config.memory_snapshot:
             where = self._run_dir / "profile" if self._plan.device_type == "cuda" else "none, they need a GPU"
             lines.append(f"memory snapshots:      {where}")
-        lines += wandb_hints(self._wandb)
-        return lines
+        return [*lines, *wandb_hints(self._wandb)]
 
 
 def _known(metrics: dict[str, float | None]) -> dict[str, float]:

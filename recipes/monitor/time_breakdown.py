@@ -1,7 +1,4 @@
-"""Where the time of an engine's steps goes, and how much of it is communication that no compute hides.
-
-Recipes measure it after their own steps.
-"""
+"""Where the time of an engine's steps goes, and how much of it is communication that no compute hides."""
 
 from __future__ import annotations
 

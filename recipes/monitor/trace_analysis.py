@@ -1,8 +1,7 @@
-"""Where the time of a step goes: its share for each kind of work, from the profiler's trace.
+"""Where the time of a step goes, from the profiler's trace.
 
-Three steps: `read_events` reads the profile, `classify` makes spans of one part each, and `time_per_part` sweeps over
-them. The trace says what runs by the ranges that code opens with `profiler_range(name)`, by operators, and by the names
-of kernels.
+`read_events` reads the profile, `classify` makes spans of one part each, and `time_per_part` sweeps over them. Ranges
+that code opens with `profiler_range(name)`, operators and the names of kernels say what runs.
 """
 
 from __future__ import annotations
@@ -67,29 +66,22 @@ def step_breakdown(step: Callable[[], object], num_steps: int = 2) -> dict[str, 
             for _ in range(num_steps):
                 step()
             _synchronize()
-    assert profiler.profiler is not None
-    results = profiler.profiler.kineto_results
-    assert results is not None
+    results: Any = profiler.profiler.kineto_results  # pyright: ignore[reportOptionalMemberAccess]
     spans, start_ns, stop_ns = classify(read_events(results.events()))
     times_ns = time_per_part(spans, start_ns, stop_ns)
     return {part: time_ns / 1e9 / num_steps for part, time_ns in times_ns.items()}
 
 
 class Event(NamedTuple):
-    """An operator, a range, or (`on_device`) a kernel or copy in a profile.
-
-    Args:
-        number: an operator's own; `launched_by` is the number of the operator that launched a kernel, 0 if unknown.
-        is_async: it may end on another thread, and does not contain what runs meanwhile on its own.
-    """
+    """An operator, a range, or (`on_device`) a kernel or copy in a profile."""
 
     name: str
     start_ns: int
     stop_ns: int
     thread: int
-    number: int
-    launched_by: int = 0
-    is_async: bool = False
+    number: int  # an operator's own
+    launched_by: int = 0  # the number of the operator that launched a kernel; 0 if unknown
+    is_async: bool = False  # may end on another thread, and does not contain what runs meanwhile on its own
     on_device: bool = False
 
 
