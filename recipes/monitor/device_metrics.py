@@ -66,18 +66,16 @@ def reset_peak_memory() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def peak_memory_gib() -> float:
-    """This rank's peak: reserved GPU memory and symmetric buffers, or the resident set of the process on the CPU."""
+def peak_memory_gib(in_use: bool = False) -> float:
+    """This rank's peak: GPU memory and symmetric buffers, or the resident set of the process on the CPU.
+
+    Args:
+        in_use: leaves out GPU memory that the allocator only caches.
+    """
     if torch.cuda.is_available():
-        return (torch.cuda.max_memory_reserved() + symmetric_buffer_bytes()) / 2**30
+        peak = torch.cuda.max_memory_allocated() if in_use else torch.cuda.max_memory_reserved()
+        return (peak + symmetric_buffer_bytes()) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def peak_memory_in_use_gib() -> float:
-    """Like `peak_memory_gib`, without memory that the allocator only caches."""
-    if torch.cuda.is_available():
-        return (torch.cuda.max_memory_allocated() + symmetric_buffer_bytes()) / 2**30
-    return peak_memory_gib()
 
 
 def allocator_stats() -> dict[str, float]:
