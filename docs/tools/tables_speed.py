@@ -13,6 +13,10 @@ from recipes.planning.throughput import attention_flops_per_token, forward_flops
 from ring_attention.auto_method import Links, Workload, rank_methods
 
 ATTENTION_PASSES = ("forward", "forward_backward")
+INTERRUPTED = {  # entries and baseline of comparisons that were cut off
+    "rivals_100k_pretrain_2xH200.jsonl": (["tp_pp", "pp", "ra_sp", "dp"], "tp_pp"),
+    "transports_100k_forward_2xH200.jsonl": (["ra_sp", "ra_copies", "dp"], "dp"),
+}
 
 
 def main_job() -> str:
@@ -30,10 +34,18 @@ def _shares(rows: list[dict[str, Any]]) -> str:
     return "\n\n" + table(" | ".join(["time of a step, %", *parts]), body)
 
 
+def _compared(name: str) -> tuple[list[dict[str, Any]], str]:
+    """The rows of a comparison that did not fail, and its baseline."""
+    result = load(name)
+    if name in INTERRUPTED:
+        entries, baseline = INTERRUPTED[name]
+        return summarize(result, entries, baseline), baseline
+    return [row for row in result["rows"] if "error" not in row], result["baseline"]
+
+
 def comparison(name: str) -> str:
     """What recipe=compare measured, how the micro-batch was chosen, and where the time went."""
-    result = load(name)
-    rows, baseline = [row for row in result["rows"] if "error" not in row], result["baseline"]
+    rows, baseline = _compared(name)
     base = next(row["tokens_per_s"] for row in rows if row["entry"] == baseline)
     text = table(
         f"method | grid | batch | micro-batch | TPS, median (min - max) | TPS per GPU | TPOT ms | vs {baseline} "
@@ -56,30 +68,11 @@ def comparison(name: str) -> str:
     if sizes := sorted({int(size) for row in rows for size in row["tried"]}):
         body = []
         for row in rows:
-            tried = [row["tried"].get(str(size)) for size in sizes]
+            tried = [row["tried"].get(str(size), row["tried"].get(size)) for size in sizes]
             speeds = ["n/a" if speed is None else f"{speed / row['num_ranks']:,.0f}" for speed in tried]
             body.append([row["entry"], *speeds])
         text += "\n\n" + table(" | ".join(["TPS per GPU by micro-batch", *map(str, sizes)]), body)
     return text + _shares(rows)
-
-
-def interrupted_comparison(name: str, entries: list[str], baseline: str) -> str:
-    """A comparison that was cut off, from its results.jsonl."""
-    return table(
-        f"method | micro-batch | TPS, median (min - max) | TPS per GPU | vs {baseline} | TFLOP/s per GPU | peak GiB",
-        (
-            [
-                row["entry"],
-                row["micro_batch_size"],
-                spread(row, "tokens_per_s"),
-                f"{row['tokens_per_s_per_rank']:,.0f}",
-                f"{row['change_pct']:+.1f} %",
-                f"{row['model_tflops_per_rank']:.0f}",
-                f"{row['peak_memory_gib']:.1f}",
-            ]
-            for row in summarize(load(name), entries, baseline)
-        ),
-    )
 
 
 def comparison_summary(files: dict[str, str]) -> str:
@@ -87,8 +80,7 @@ def comparison_summary(files: dict[str, str]) -> str:
     others = ("tp_pp", "tp", "pp", "ulysses", "hybrid", "all_gather")
     body = []
     for label, name in files.items():
-        result = load(name)
-        rows = summarize(result, ["tp_pp", "pp", "ra_sp", "dp"], "tp_pp") if name.endswith(".jsonl") else result["rows"]
+        rows, _ = _compared(name)
         speeds = {row["entry"]: row["tokens_per_s"] for row in rows}
         ours = next(row for row in rows if row["entry"] == "ra_sp")
         cells = [label, f"{ours['tokens_per_s_per_rank']:,.0f}"]
