@@ -93,6 +93,7 @@ class Reporter:
         self.wandb_run_id: str = self._wandb.id
         self._wandb.define_metric("step")
         self._wandb.define_metric("*", step_metric="step")
+        self._wandb.define_metric("train/loss", step_metric="step", summary="last")
         self._wandb.define_metric("validation/loss", step_metric="step", summary="min")
         self._bar = tqdm(
             total=self._config.num_steps,
