@@ -67,7 +67,7 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory_gib(in_use: bool = False) -> float:
-    """This rank: GPU memory (`in_use`: less what is only cached) and symmetric buffers; on the CPU, resident memory."""
+    """The peak of GPU memory (`in_use`: without cached memory) and symmetric buffers; on CPUs, of resident memory."""
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated() if in_use else torch.cuda.max_memory_reserved()
         return (peak + symmetric_buffer_bytes()) / 2**30
