@@ -15,7 +15,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, open_dict
 
 from conf.compose import check_multirun, compose_entries, describe_error, to_config
 from conf.degrees import accumulation_steps, resolve_degrees
@@ -97,17 +97,14 @@ def execute(config: Config, overrides: list[str], run_dir: Path) -> float | None
 def run_as_one_rank(arguments: list[str]) -> None:
     """Run as a rank of torchrun, deepspeed or srun. One rank per host reports a mistake in the configuration."""
     try:
-        flag = next((argument for argument in arguments if argument.startswith("-")), None)
-        if flag is not None:
+        if flag := next((argument for argument in arguments if argument.startswith("-")), None):
             advice = "deepspeed --no_local_rank" if flag.startswith("--local") else f"python train.py {flag}"
             raise ConfigError(f"{flag} cannot be used in ranks that a launcher has started: use {advice}")
         with hydra.initialize(version_base="1.3", config_path="conf"):
             composed = hydra.compose("config", arguments, return_hydra_config=True)
             check_multirun(composed.hydra)
-            run_dir = Path(composed.hydra.run.dir).absolute()
-            OmegaConf.set_readonly(composed, False)
-            OmegaConf.set_struct(composed, False)
-            del composed["hydra"]
+            with open_dict(composed):
+                run_dir = Path(composed.pop("hydra").run.dir).absolute()
             execute(to_config(composed), arguments, run_dir)
     except (ConfigError, CompactHydraException) as error:
         sys.exit(f"error: {describe_error(error)}" if os.environ["LOCAL_RANK"] == "0" else 1)

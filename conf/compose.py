@@ -22,9 +22,7 @@ RENAMED = {
     "compare.parts_alone": "compare.roofline",
 }
 # Fields that no longer exist, with what to do instead.
-REMOVED = {
-    "parallelism.sequence_sharded_norms": "leave it out, tensor ranks always shard the norms by sequence",
-}
+REMOVED = {"parallelism.sequence_sharded_norms": "leave it out, tensor ranks always shard the norms by sequence"}
 _ENTRIES = "compare.entries."  # followed by names that the user chooses
 _FIELDS = flatten(asdict(Config()))
 _DATACLASSES = {name.partition(".")[0] for name in _FIELDS if "." in name}
@@ -48,8 +46,7 @@ def to_config(composed: DictConfig) -> Config:
 
 def check_fields(composed: DictConfig) -> None:
     """Raises ConfigError for a field that the schema lacks, because Hydra accepts +data.nosuch=1."""
-    container = OmegaConf.to_container(composed)
-    assert isinstance(container, dict)
+    container: Any = OmegaConf.to_container(composed)
     for name, value in flatten(container).items():
         if name not in _FIELDS and not name.startswith(_ENTRIES):
             raise ConfigError(_unknown_field(name, value))
@@ -105,7 +102,6 @@ def describe_error(error: Exception) -> str:
     """An error of Hydra or OmegaConf in one line: the value, the rule and what to type. Other errors unchanged."""
     if not isinstance(error, (CompactHydraException, OmegaConfBaseException)):
         return str(error)
-    text = " ".join(str(error).split())
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
@@ -113,27 +109,25 @@ def describe_error(error: Exception) -> str:
         options = ", ".join(f"{setting}={name}" for name in error.options or [])
         return f"{setting}={option} is not known: " + (f"use {options}" if options else "see python train.py --help")
     if isinstance(error, OverrideParseException):
-        example = "data.files='[a.txt,b.txt]'"
-        if _ENTRIES in error.override:
-            example = "\"+compare.entries.mine=['+experiment=dp','engine.zero_stage=2']\""
         reason = error.message.splitlines()[-2]  # the last line is a link
+        example = "\"data.files=['a.txt','b.txt']\""
         return f"{error.override} is not of the form field=value ({reason}): quote special characters, as in {example}"
-    if isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
-        typed = re.search(rf"{re.escape(str(cause.full_key))}=(.*)", str(error))
-        return _unknown_field(str(cause.full_key), typed[1] if typed else "...")
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
-        if cause.full_key in _DATACLASSES:
-            return f"{cause.full_key} has no options, only fields: type {cause.full_key}.FIELD=value"
-        is_override = text.startswith("Error merging override ")
-        setting = text.removeprefix("Error merging override ") if is_override else cause.full_key
+        name = str(cause.full_key)
+        typed = re.search(rf"{re.escape(name)}=(.*)", str(error))
+        setting, value = (typed[0], typed[1]) if typed else (name, "...")
+        if isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
+            return _unknown_field(name, value)
+        if name in _DATACLASSES:
+            return f"{name} has no options, only fields: type {name}.FIELD=value"
         if "is not a ListConfig" in str(cause):
-            return f"{setting} must be a list: type {setting.replace('=', '=[', 1)}]"
+            return f"{setting} must be a list: type {name}=[{value}]"
         return f"{setting} is refused: {str(cause).splitlines()[0]}"
-    if twice := re.match(r"Multiple values for (\w+)", text):
+    if twice := re.match(r"Multiple values for (\w+)", str(error)):
         group = twice[1]
         advice = f"{group}=OPTION, without a plus" if group in _GROUPS_WITH_DEFAULT else f"+{group}=[ONE,OTHER]"
         return f"{group} is chosen twice: type {advice}"
-    return text
+    return " ".join(str(error).split())
 
 
 def _unknown_field(name: str, value: Any) -> str:

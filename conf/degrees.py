@@ -7,6 +7,7 @@ start.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from conf.schema import Config, ConfigError, Degrees, divisors
 
@@ -21,27 +22,24 @@ def resolve_degrees(config: Config, num_ranks: int, ranks_per_host: int | None =
     Raises:
         ConfigError: if the degrees contradict each other, the ranks, the heads or the attention method.
     """
-    given = config.parallelism
-    for name in Degrees._fields:
-        degree = getattr(given, f"{name}_degree")
+    given = {name: getattr(config.parallelism, f"{name}_degree") for name in Degrees._fields}
+    for name, degree in given.items():
         if degree is not None and num_ranks % degree:
-            legal = divisors(num_ranks)
             raise ConfigError(
-                f"parallelism.{name}_degree={degree} does not divide the {num_ranks} ranks: use one of {legal} "
-                f"(parallelism.{name}_degree={legal[-1]}) or another launch.num_ranks"
+                f"parallelism.{name}_degree={degree} does not divide the {num_ranks} ranks: use one of "
+                f"{divisors(num_ranks)} (parallelism.{name}_degree={num_ranks}) or another launch.num_ranks"
             )
-    degrees = (
-        _tensor_pipeline_degrees(config, num_ranks)
-        if given.method == "tensor_pipeline"
-        else _sequence_degrees(config, num_ranks, ranks_per_host)
-    )
-    product = math.prod(degrees)
-    if product != num_ranks:
-        grid = " x ".join(
-            f"parallelism.{name}_degree={degree}"
-            for name, degree in degrees._asdict().items()
-            if degree > 1 or getattr(given, f"{name}_degree") is not None
-        )
+    if config.parallelism.method == "tensor_pipeline":
+        chosen = _choose_tensor_pipeline(config, given, num_ranks)
+    else:
+        chosen = _choose_sequence(config, given, num_ranks, ranks_per_host)
+    for name in ("ulysses", "ring", "pipeline", "tensor", "data"):
+        if chosen[name] is None:
+            chosen[name] = _ranks_left(num_ranks, chosen)
+    degrees = Degrees(**chosen)
+    if (product := math.prod(degrees)) != num_ranks:
+        shown = [name for name, degree in chosen.items() if degree > 1 or given[name] is not None]
+        grid = " x ".join(f"parallelism.{name}_degree={chosen[name]}" for name in shown)
         raise ConfigError(
             f"{grid} is {product} ranks, but there are {num_ranks}: leave one of them unset, or "
             f"launch.num_ranks={product}"
@@ -78,66 +76,50 @@ def resolve_config(config: Config, degrees: Degrees, num_ranks: int) -> None:
     config.launch.num_ranks = num_ranks
 
 
-def _sequence_degrees(config: Config, num_ranks: int, ranks_per_host: int | None) -> Degrees:
-    method, given, heads = config.attention.method, config.parallelism, config.model.num_kv_heads
-    fixed = {  # degrees that are always 1
-        "ring": ("ulysses",),
-        "all_gather": ("ulysses",),
-        "auto": ("ulysses",),
-        "ulysses": ("ring",),
-        "local": ("ring", "ulysses"),
-    }
-    for name in fixed.get(method, ()):
-        if (degree := getattr(given, f"{name}_degree") or 1) > 1:
-            reason, other = f"has no {name} ranks", "hybrid"
-            if method == "local":
-                reason, other = "sees only the tokens of one rank", name
+def _ranks_left(num_ranks: int, degrees: dict[str, Any]) -> int:
+    """What the degrees that are set leave to one that is unset."""
+    return max(1, num_ranks // math.prod(degree or 1 for degree in degrees.values()))
+
+
+def _choose_sequence(
+    config: Config, given: dict[str, Any], num_ranks: int, ranks_per_host: int | None
+) -> dict[str, Any]:
+    """`given` with the degrees that the method fixes, and a hybrid's Ulysses degree."""
+    method = config.attention.method
+    fixed = {"ulysses": ("ring",), "hybrid": (), "local": ("ring", "ulysses")}.get(method, ("ulysses",))
+    for name in fixed:
+        if (given[name] or 1) > 1:
             raise ConfigError(
-                f"attention={method} {reason}, but parallelism.{name}_degree={degree}: use attention={other} or leave "
-                "the degree unset"
+                f"attention={method} has no {name} ranks: leave out parallelism.{name}_degree={given[name]}, or use "
+                f"attention={name if method == 'local' else 'hybrid'}"
             )
-    data = given.data_degree
-    ring = 1 if "ring" in fixed.get(method, ()) else given.ring_degree
-    ulysses = 1 if "ulysses" in fixed.get(method, ()) else given.ulysses_degree
-    if ulysses is None:
-        share = max(1, num_ranks // (data or 1) // (ring or 1))
+    chosen = given | dict.fromkeys((*fixed, "tensor", "pipeline"), 1)
+    if method == "hybrid" and given["ring"] is None and given["ulysses"] is None:
+        share = _ranks_left(num_ranks, chosen)
         per_host = math.gcd(share, ranks_per_host or share)
-        ulysses = share
-        if method == "hybrid" and ring is None:
-            ulysses = max(degree for degree in divisors(per_host) if heads % degree == 0)
-    if ring is None:
-        ring = max(1, num_ranks // (data or 1) // ulysses)
-    if data is None:
-        data = max(1, num_ranks // ring // ulysses)
-    return Degrees(data, ring, ulysses)
+        chosen["ulysses"] = max(degree for degree in divisors(per_host) if config.model.num_kv_heads % degree == 0)
+    return chosen
 
 
-def _tensor_pipeline_degrees(config: Config, num_ranks: int) -> Degrees:
-    given, engine = config.parallelism, config.engine
+def _choose_tensor_pipeline(config: Config, given: dict[str, Any], num_ranks: int) -> dict[str, Any]:
+    """`given` with a number of stages, unless they must fill the ranks."""
+    engine = config.engine
     for name, value, legal, reason in (
         ("attention", config.attention.method, "local", ", whose ranks hold all tokens of some heads"),
         ("engine.zero_stage", engine.zero_stage, 1, ", whose DeepSpeed engine supports only stage 1"),
         ("engine.recompute", engine.recompute, "none", ""),
         ("engine.offload_optimizer", str(engine.offload_optimizer).lower(), "false", ""),
         ("engine.tile_tokens", engine.tile_tokens or 0, 0, ", whose last stage computes all logits at once"),
-        ("parallelism.ring_degree", given.ring_degree or 1, 1, ""),
-        ("parallelism.ulysses_degree", given.ulysses_degree or 1, 1, ""),
+        ("parallelism.ring_degree", given["ring"] or 1, 1, ""),
+        ("parallelism.ulysses_degree", given["ulysses"] or 1, 1, ""),
     ):
         if value != legal:
             raise ConfigError(f"{name}={value} cannot go with parallelism=tensor_pipeline{reason}: use {name}={legal}")
-    data, tensor, pipeline = given.data_degree, given.tensor_degree, given.pipeline_degree
-    left = max(1, num_ranks // (data or 1) // (tensor or 1))
-    if pipeline is None:
-        pipeline = 1
-        if tensor is not None and data is not None:
-            pipeline = left
-        elif tensor is None and left % 2 == 0 and left >= 4:
-            pipeline = 2
-    if tensor is None:
-        tensor = max(1, left // pipeline)
-    if data is None:
-        data = max(1, num_ranks // tensor // pipeline)
-    return Degrees(data, 1, 1, tensor, pipeline)
+    chosen = given | {"ring": 1, "ulysses": 1}
+    if given["pipeline"] is None and (given["tensor"] is None or given["data"] is None):
+        left = _ranks_left(num_ranks, chosen)
+        chosen["pipeline"] = 2 if given["tensor"] is None and left % 2 == 0 and left >= 4 else 1
+    return chosen
 
 
 def _check_heads(config: Config, num_ranks: int, degrees: Degrees) -> None:
@@ -147,10 +129,8 @@ def _check_heads(config: Config, num_ranks: int, degrees: Degrees) -> None:
     if heads < degrees.ulysses or (method == "hybrid" and heads % degrees.ulysses):
         raise ConfigError(
             f"attention={method} with parallelism.ulysses_degree={degrees.ulysses} does not fit "
-            f"model.num_kv_heads={heads}: "
-            f"use attention=hybrid, a multiple of {degrees.ulysses} heads (model.num_kv_heads={degrees.ulysses}), "
-            f"fewer ranks per sequence (parallelism.ulysses_degree={math.gcd(heads, num_ranks)}), or attention=ring, "
-            "which takes any heads"
+            f"model.num_kv_heads={heads}: use attention=hybrid, model.num_kv_heads={degrees.ulysses}, "
+            f"parallelism.ulysses_degree={math.gcd(heads, num_ranks)}, or attention=ring, which takes any heads"
         )
     for name, size in (("num_kv_heads", heads), ("mlp_size", model.mlp_size)):
         if size % degrees.tensor:

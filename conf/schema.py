@@ -10,6 +10,7 @@ import dataclasses
 import glob
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Optional
 
@@ -23,7 +24,6 @@ OBJECTIVES = {
     "tokens_per_s": ("maximize", ("pretrain", "forward")),
     "model_tflops_per_rank": ("maximize", ("pretrain", "forward")),
 }
-BYTE_VOCAB_SIZE = 257  # 256 byte values and the document separator
 
 
 class ConfigError(ValueError):
@@ -35,38 +35,36 @@ def choice(*choices: Any, default: Any = None) -> Any:
     return field(default=choices[0] if default is None else default, metadata={"choices": choices})
 
 
-def number(default: Any, minimum: float | None = None) -> Any:
-    """A field that takes a finite number: at least `minimum`, else above 0. A default of None stays legal."""
-    return field(default=default, metadata={"minimum": minimum})
-
-
-def check_minimum(name: str, value: float, minimum: float | None) -> None:
-    """Raises ConfigError for a value that is too small, infinite or nan."""
-    if not (value > 0 if minimum is None else value >= minimum) or value == math.inf:
-        rule = "above 0" if minimum is None else f"at least {minimum}"
-        raise ConfigError(f"{name}={value} must be {rule}" + (", and finite" if value == math.inf else ""))
+def number(default: Any, minimum: float, below: float = math.inf) -> Any:
+    """A field that takes a number from `minimum` on, below `below`. A default of None stays legal."""
+    return field(default=default, metadata={"minimum": minimum, "below": below})
 
 
 class _Checked:
-    """A group of settings that checks what `choice` and `number` declare.
+    """A group of settings, checked by what `choice` and `number` declare and by its `problems`."""
 
-    Args:
-        prefix: of the group's fields in overrides and errors, such as "model.".
-    """
-
-    _prefix = ""
+    _prefix = ""  # of the group's fields in overrides and errors, such as "model."
 
     def __init_subclass__(cls, prefix: str = "") -> None:
         cls._prefix = prefix
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
-            name, value = f"{self._prefix}{spec.name}", getattr(self, spec.name)
-            choices = spec.metadata.get("choices", (value,))
-            if value not in choices:
-                raise ConfigError(f"{name}={value} is not known: use {', '.join(map(str, choices))}")
-            if "minimum" in spec.metadata and value is not None:
-                check_minimum(name, value, spec.metadata["minimum"])
+            value, declared = getattr(self, spec.name), spec.metadata
+            setting = f"{self._prefix}{spec.name}={value}"
+            if "choices" in declared and value not in declared["choices"]:
+                raise ConfigError(f"{setting} is not known: use {', '.join(map(str, declared['choices']))}")
+            if "minimum" in declared and value is not None:
+                minimum, below = declared["minimum"], declared["below"]
+                if not minimum <= value < below:
+                    upper = f" and below {below}" if value >= below else ""
+                    raise ConfigError(f"{setting} must be at least {minimum}{upper}")
+        for problem in self.problems():
+            raise ConfigError(problem)
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with settings that are legal one by one."""
+        yield from ()
 
 
 @dataclass
@@ -83,21 +81,18 @@ class ModelConfig(_Checked, prefix="model."):
     mlp: str = choice("swiglu", "gelu")
     norm: str = choice("rmsnorm", "layernorm")
     norm_eps: float = number(1e-5, minimum=0)
-    vocab_size: int = BYTE_VOCAB_SIZE
+    vocab_size: int = number(257, minimum=257)  # data has 256 byte values and the document separator
     tied_head: bool = False  # the output head shares the embedding's weight
     bias: bool = False  # in every linear layer except the head
     rope_theta: float = number(10000.0, minimum=1)
     init_std: float = number(0.02, minimum=0)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.num_heads % self.num_kv_heads:
-            raise ConfigError(
-                f"model.num_kv_heads={self.num_kv_heads} does not divide model.num_heads={self.num_heads}: "
-                f"use one of {divisors(self.num_heads)}"
-            )
+    def problems(self) -> Iterator[str]:
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        if heads % kv_heads:
+            yield f"model.num_kv_heads={kv_heads} does not divide model.num_heads={heads}: use one of {divisors(heads)}"
         if self.head_dim % 2:
-            raise ConfigError(f"model.head_dim={self.head_dim} must be even: rotary embeddings rotate pairs of values")
+            yield f"model.head_dim={self.head_dim} must be even: rotary embeddings rotate pairs of values"
 
 
 @dataclass
@@ -108,8 +103,8 @@ class AttentionConfig(_Checked, prefix="attention."):
     layout: str = choice("zigzag", "contiguous")  # which positions each rank holds
     transport: str = choice(*TRANSPORTS)  # p2p (NCCL, gloo), copy_engine (NVIDIA GPUs of one host), auto: by the device
     kernel: str = choice(*KERNELS)  # auto: the fastest that supports the device, dtype and head size
-    intra_host_gb_per_s: Optional[float] = number(None)  # method=auto: a rank's link in its host; unset: 280, CPU 2
-    inter_host_gb_per_s: Optional[float] = number(None)  # method=auto: a rank's link between hosts; unset: 45, CPU 1
+    intra_host_gb_per_s: Optional[float] = number(None, 0.001)  # auto: a rank's link in its host; unset: 280, CPU 2
+    inter_host_gb_per_s: Optional[float] = number(None, 0.001)  # auto: a rank's link between hosts; unset: 45, CPU 1
 
 
 class Degrees(NamedTuple):
@@ -138,11 +133,10 @@ class ParallelismConfig(_Checked, prefix="parallelism."):
     tensor_degree: Optional[int] = number(None, minimum=1)  # tensor_pipeline: ranks that share each layer's weights
     pipeline_degree: Optional[int] = number(None, minimum=1)  # tensor_pipeline: pipeline stages
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def problems(self) -> Iterator[str]:
         for name, degree in (("tensor_degree", self.tensor_degree), ("pipeline_degree", self.pipeline_degree)):
             if self.method == "sequence" and (degree or 1) > 1:
-                raise ConfigError(f"parallelism.{name}={degree} needs parallelism=tensor_pipeline: +experiment=tp_pp")
+                yield f"parallelism.{name}={degree} needs parallelism=tensor_pipeline: +experiment=tp_pp"
 
 
 @dataclass
@@ -164,24 +158,18 @@ class EngineConfig(_Checked, prefix="engine."):
     deterministic: bool = False  # use deterministic kernels only; slower
     detect_anomaly: bool = False  # name the forward operation whose gradient is NaN; slow
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def problems(self) -> Iterator[str]:
         if self.offload_activations and self.recompute == "none":
-            raise ConfigError(
-                "engine.offload_activations=true needs recomputation: use engine.recompute=selective, or full"
-            )
+            yield "engine.offload_activations=true needs recomputation: use engine.recompute=selective, or full"
         if self.offload_optimizer and self.zero_stage == 0:
-            raise ConfigError("engine.offload_optimizer=true cannot go with engine.zero_stage=0: use 1, 2 or 3")
+            yield "engine.offload_optimizer=true cannot go with engine.zero_stage=0: use 1, 2 or 3"
         if self.offload_parameters and self.zero_stage != 3:
-            raise ConfigError(f"engine.offload_parameters=true needs engine.zero_stage=3, not stage {self.zero_stage}")
+            yield f"engine.offload_parameters=true needs engine.zero_stage=3, not stage {self.zero_stage}"
         if self.dtype == "fp16" and self.zero_stage == 0:
             # DeepSpeed would not scale the loss, but unscale the gradients
-            raise ConfigError("engine.dtype=fp16 cannot go with engine.zero_stage=0: use engine.zero_stage=1")
+            yield "engine.dtype=fp16 cannot go with engine.zero_stage=0: use engine.zero_stage=1"
         if self.train_batch_size is not None and self.gradient_accumulation_steps != 1:
-            raise ConfigError(
-                f"engine.train_batch_size={self.train_batch_size} sets the accumulation steps: leave out "
-                f"engine.gradient_accumulation_steps={self.gradient_accumulation_steps}"
-            )
+            yield f"engine.train_batch_size={self.train_batch_size} sets engine.gradient_accumulation_steps: omit it"
 
 
 @dataclass
@@ -189,21 +177,17 @@ class OptimizerConfig(_Checked, prefix="optimizer."):
     """AdamW, with linear warm-up and decay to min_lr_ratio * lr at the last step."""
 
     lr: float = number(3e-3, minimum=0)
-    beta1: float = 0.9
-    beta2: float = 0.95
+    beta1: float = number(0.9, minimum=0, below=1)
+    beta2: float = number(0.95, minimum=0, below=1)
     eps: float = number(1e-8, minimum=0)
     weight_decay: float = number(0.1, minimum=0)  # not applied to norms, biases and embeddings
-    warmup_fraction: float = 0.1  # of num_steps
+    warmup_fraction: float = number(0.1, minimum=0, below=1)  # of num_steps
     decay: str = choice("cosine", "linear", "constant")
-    min_lr_ratio: float = 0.1
+    min_lr_ratio: float = number(0.1, minimum=0)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("beta1", "beta2", "warmup_fraction"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"optimizer.{name}={getattr(self, name)} must be in [0, 1)")
-        if not 0 <= self.min_lr_ratio <= 1:
-            raise ConfigError(f"optimizer.min_lr_ratio={self.min_lr_ratio} must be in [0, 1]")
+    def problems(self) -> Iterator[str]:
+        if self.min_lr_ratio > 1:
+            yield f"optimizer.min_lr_ratio={self.min_lr_ratio} must be at most 1"
 
 
 @dataclass
@@ -221,26 +205,19 @@ class DataConfig(_Checked, prefix="data."):
     shuffle_seed: int = 0  # order of the files
     overfit_one_batch: bool = False  # train on the first batch only, to check that learning works
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def problems(self) -> Iterator[str]:
         for name in ("name", "files"):
             if re.search(r"://[^/]*@", str(getattr(self, name))):  # the value may hold a password: do not print it
-                raise ConfigError(
-                    f"data.{name} is a URL with a login, which the run would save: leave it out, and use HF_TOKEN for "
-                    "private data sets"
-                )
-        if self.source == "text_files":
-            self._check_files()
+                yield f"data.{name} is a URL with a login, which the run would save: use HF_TOKEN for private data sets"
         if self.source == "hub" and not self.name:
-            raise ConfigError("data=hub needs a data set: data.name=OWNER/NAME or a local folder")
-
-    def _check_files(self) -> None:
-        patterns = [self.files] if isinstance(self.files, str) else self.files
-        if not patterns or not isinstance(patterns, list) or not all(isinstance(p, str) for p in patterns):
-            raise ConfigError("data=text_files needs files: data.files='texts/*.txt' or data.files=[a.txt,b.txt]")
-        for pattern in patterns:
-            if not glob.glob(pattern, recursive=True):
-                raise ConfigError(f"data.files={pattern} matches no file in this folder: give a path or a glob")
+            yield "data=hub needs a data set: data.name=OWNER/NAME or a local folder"
+        if self.source == "text_files":
+            patterns = [self.files] if isinstance(self.files, str) else self.files
+            if not patterns or not isinstance(patterns, list) or not all(isinstance(p, str) for p in patterns):
+                yield "data=text_files needs files: data.files='texts/*.txt' or data.files=[a.txt,b.txt]"
+            for pattern in patterns:
+                if not glob.glob(pattern, recursive=True):
+                    yield f"data.files={pattern} matches no file in this folder: give a path or a glob"
 
 
 @dataclass
@@ -272,10 +249,9 @@ class LaunchConfig(_Checked, prefix="launch."):
     stall_factor: float = number(20.0, minimum=0)  # so does a step of this multiple of the median step time; 0: off
     stall_s: float = number(60.0, minimum=1)  # but never before this time
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def problems(self) -> Iterator[str]:
         if 0 < self.stall_factor < 2:
-            raise ConfigError(f"launch.stall_factor={self.stall_factor} must be at least 2, or 0 to switch it off")
+            yield f"launch.stall_factor={self.stall_factor} must be at least 2, or 0 to switch it off"
 
 
 @dataclass
@@ -294,23 +270,20 @@ class CompareConfig(_Checked, prefix="compare."):
     roofline: bool = False  # also measure matrix products and attention alone: the fastest step these ranks allow
     plot: str = choice("bars", "scaling")  # scaling: throughput over the number of ranks
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, values in (("baseline", [self.baseline] if self.baseline else []), ("only", self.only)):
-            for value in values:
-                if self.entries and value not in self.entries:
-                    raise ConfigError(f"compare.{name}={value} is no entry: use {', '.join(self.entries)}")
-        if not self.micro_batch_sizes:
-            raise ConfigError("compare.micro_batch_sizes is empty: use compare.micro_batch_sizes=[1]")
-        for size in self.micro_batch_sizes:
-            check_minimum("compare.micro_batch_sizes", size, 1)
+    def problems(self) -> Iterator[str]:
+        for name, value in [("baseline", self.baseline), *(("only", entry) for entry in self.only)]:
+            if self.entries and value not in ("", *self.entries):
+                yield f"compare.{name}={value} is no entry: use {', '.join(self.entries)}"
+        if min(self.micro_batch_sizes, default=0) < 1:
+            sizes = self.micro_batch_sizes
+            yield f"compare.micro_batch_sizes={sizes} must be numbers of at least 1: use compare.micro_batch_sizes=[1]"
 
 
 @dataclass
 class MaxLengthConfig(_Checked, prefix="max_length."):
     """recipe=max_length: the longest sequence that this configuration can train."""
 
-    memory_gib: Optional[float] = number(None)  # per rank; unset: 90 % of the GPU; CPU: a share, less 1 GiB
+    memory_gib: Optional[float] = number(None, 0.001)  # per rank; unset: 90 % of the GPU; CPU: a share, less 1 GiB
     confirm_s: float = number(600.0, minimum=0)  # train two steps at the length found unless they take longer; 0: never
 
 
@@ -349,41 +322,27 @@ class Config(_Checked):
     num_steps: int = number(300, minimum=1)  # optimizer steps, or forward passes over a batch
     seed: int = 0  # of the weights
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def problems(self) -> Iterator[str]:
         if self.recipe == "compare" and not self.compare.entries:
-            raise ConfigError("recipe=compare has nothing to compare: type recipe=compare +experiment=paper_table")
+            yield "recipe=compare has nothing to compare: type recipe=compare +experiment=paper_table"
         if self.recipe == "max_length" and self.attention.method == "auto":
-            raise ConfigError("attention=auto may change with the length, so recipe=max_length needs attention=ring")
+            yield "attention=auto may change with the length, so recipe=max_length needs attention=ring"
         if self.recipe == "max_length" and self.parallelism.method == "tensor_pipeline":
-            raise ConfigError("recipe=max_length does not predict tensor and pipeline ranks: use +experiment=ra_sp")
+            yield "recipe=max_length does not predict tensor and pipeline ranks: use +experiment=ra_sp"
         for name in ("ring_degree", "ulysses_degree"):
             degree = getattr(self.parallelism, name)
             if self.attention.method == "auto" and degree is not None:
-                raise ConfigError(
-                    f"attention=auto chooses by itself, but parallelism.{name}={degree}: leave it unset, or use "
-                    "attention=hybrid"
-                )
-        if self.model.vocab_size < BYTE_VOCAB_SIZE:
-            raise ConfigError(
-                f"model.vocab_size={self.model.vocab_size} is too small for byte tokens: use {BYTE_VOCAB_SIZE}"
-            )
-        self._check_profile()
-
-    def _check_profile(self) -> None:
+                yield f"attention=auto chooses degrees: leave out parallelism.{name}={degree}, or use attention=hybrid"
         for name in ("profile", "memory_snapshot"):
-            if self.recipe in ("compare", "bench_attention", "max_length") and getattr(self, name):
-                raise ConfigError(f"{name}=true needs recipe=pretrain or recipe=forward, not recipe={self.recipe}")
-        if len(self.profile_steps) != 2 or not 2 <= self.profile_steps[0] <= self.profile_steps[1]:
-            raise ConfigError(
-                f"profile_steps={self.profile_steps} must be the first and the last step to record, from step 2 on: "
-                "use profile_steps=[3,4]"
-            )
-        if self.profile_steps != [3, 4] and not self.profile:
-            raise ConfigError(f"profile_steps={self.profile_steps} has no effect without profile=true: add it")
-        if self.profile and self.num_steps < self.profile_steps[1]:
-            last = self.profile_steps[1]
-            raise ConfigError(f"profile=true records step {last}, but num_steps={self.num_steps}: use num_steps={last}")
+            if getattr(self, name) and self.recipe not in ("pretrain", "forward"):
+                yield f"{name}=true needs recipe=pretrain or recipe=forward, not recipe={self.recipe}"
+        steps = self.profile_steps
+        if len(steps) != 2 or not 2 <= steps[0] <= steps[1]:
+            yield f"profile_steps={steps} must be the first and the last step, from step 2 on: use profile_steps=[3,4]"
+        if steps != [3, 4] and not self.profile:
+            yield f"profile_steps={steps} has no effect without profile=true: add it"
+        if self.profile and self.num_steps < steps[1]:
+            yield f"profile=true records step {steps[1]}, but num_steps={self.num_steps}: use num_steps={steps[1]}"
 
 
 def divisors(number: int) -> list[int]:
@@ -395,8 +354,5 @@ def flatten(settings: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
     """{"optimizer": {"lr": 1}} -> {"optimizer.lr": 1}."""
     by_name: dict[str, Any] = {}
     for name, value in settings.items():
-        if isinstance(value, dict):
-            by_name |= flatten(value, f"{prefix}{name}.")
-        else:
-            by_name[f"{prefix}{name}"] = value
+        by_name |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return by_name

@@ -42,8 +42,8 @@ class Corpus:
     def check(self) -> None:
         """Raises CorpusError unless there are enough tokens for validation and one training sequence."""
         needed, found = self._held_out_tokens + self.sequence_tokens, 0
-        for document in self._documents:
-            found += len(tokenize(document))
+        for tokens in self._epoch(0):
+            found += len(tokens)
             if found >= needed:
                 return
         raise CorpusError(

@@ -44,7 +44,11 @@ class Documents:
                 if isinstance(text, str):
                     yield text
                 elif text is not None or self._text_field not in row:
-                    raise self._not_text(row)
+                    found = f"{type(text).__name__}, not text, in its" if self._text_field in row else "no"
+                    raise CorpusError(
+                        f"{self.description} has {found} column {self._text_field!r}: set data.text_field to one of "
+                        f"{sorted(row)}"
+                    )
         except CorpusError:
             raise
         # pyarrow raises ValueErrors; truncated or damaged compressed files raise the last three
@@ -52,12 +56,6 @@ class Documents:
             # for a file that was deleted after it was listed, `datasets` gives only the name
             reason = "no such file: " if isinstance(error, FileNotFoundError) and error.errno is None else ""
             raise CorpusError(f"{self.description} cannot be read: {reason}{error}") from error
-
-    def _not_text(self, row: dict) -> CorpusError:
-        problem = f"has no column {self._text_field!r}"
-        if self._text_field in row:
-            problem = f"has {type(row[self._text_field]).__name__}, not text, in its column {self._text_field!r}"
-        return CorpusError(f"{self.description} {problem}: set data.text_field to one of {sorted(row)}")
 
 
 def open_documents(config: DataConfig) -> Documents:

@@ -33,8 +33,8 @@ class Trials(Sweeper):
         self._params = params or {}
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.hydra_context, self.config = hydra_context, config
-        self.launcher = Plugins.instance().instantiate_launcher(
+        self._loader, self._config = hydra_context.config_loader, config
+        self._launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
@@ -48,34 +48,29 @@ class Trials(Sweeper):
             ConfigError: before any trial, if the sweep cannot run.
             RunFailed: if all trials failed.
         """
-        assert self.config is not None
-        assert self.hydra_context is not None
-        settings = OmegaConf.to_object(self.config.sweep)
+        settings = OmegaConf.to_object(self._config.sweep)
         assert isinstance(settings, SweepConfig)
         if importlib.util.find_spec("optuna") is None:
             raise ConfigError('+sweep=... needs Optuna: type pip install -e ".[sweep]" -c constraints.txt')
-        if settings.num_parallel > 1 and self.config.hydra.launcher._target_.endswith(".BasicLauncher"):
+        if settings.num_parallel > 1 and self._config.hydra.launcher._target_.endswith(".BasicLauncher"):
             raise ConfigError(
                 f"sweep.num_parallel={settings.num_parallel} needs a launcher that runs jobs in parallel: add "
                 "hydra/launcher=submitit_slurm or hydra/launcher=submitit_local"
             )
         from recipes.sweep import runner  # slow: imports Optuna and matplotlib
 
-        parser = OverridesParser.create(self.hydra_context.config_loader)
         typed = [*(f"{field}={values}" for field, values in self._params.items()), *arguments]
-        runner.run_sweep(self.config, settings, parser.parse_overrides(typed), self._check, self._run_trial)
+        overrides = OverridesParser.create(self._loader).parse_overrides(typed)
+        runner.run_sweep(self._config, settings, overrides, self._check, self._run_trial)
 
     def _check(self, overrides: list[str]) -> None:
         """Raises for unknown fields and options. What only some trials cannot run is a failure of those trials."""
-        assert self.hydra_context is not None
-        assert self.config is not None
-        composed = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
+        composed = self._loader.load_sweep_config(self._config, overrides)
         with open_dict(composed):
             del composed["hydra"]
         check_fields(composed)
 
     def _run_trial(self, overrides: list[str], number: int) -> JobReturn:
-        self.validate_batch_is_legal([overrides])  # before the job is queued
-        assert self.launcher is not None
-        results: Any = self.launcher.launch([overrides], initial_job_idx=number)
+        self._check(overrides)  # before the job is queued
+        results: Any = self._launcher.launch([overrides], initial_job_idx=number)
         return results[0]

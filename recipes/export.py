@@ -13,7 +13,6 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,7 +21,6 @@ from torch import Tensor
 
 from conf.schema import ConfigError
 from recipes.checkpoint.manifest import (
-    CHECKPOINTS_DIR,
     MANIFEST_FILE,
     BrokenCheckpoint,
     Manifest,
@@ -38,23 +36,20 @@ def find_checkpoint(given: Path) -> tuple[Path, Manifest]:
     Raises:
         ConfigError: if there is none.
     """
-    is_checkpoint = (given / MANIFEST_FILE).exists()
-    candidates = [given] if is_checkpoint else newest_first(given)
+    candidates = [given] if (given / MANIFEST_FILE).exists() else newest_first(given)
+    if not candidates:
+        raise ConfigError(
+            f"{given} has no checkpoints: give a run dir, such as outputs/DATE/TIME, or a folder in its checkpoints/"
+        )
     for folder in candidates:
         print(f"reading {folder} ...", flush=True)
         try:
             manifest = read_manifest(folder)
             check_files(folder, manifest, manifest.files)
+            return folder, manifest
         except BrokenCheckpoint as error:
             print(f"checkpoint {folder.name} is broken: {error}", file=sys.stderr, flush=True)
-        else:
-            return folder, manifest
-    if candidates:
-        raise ConfigError(f"every checkpoint of {given} is broken")
-    raise ConfigError(
-        f"{given} has no {CHECKPOINTS_DIR}: give a run dir, such as outputs/DATE/TIME, or one checkpoint of it, such "
-        f"as outputs/DATE/TIME/{CHECKPOINTS_DIR}/step_00000100"
-    )
+    raise ConfigError(f"every checkpoint of {given} is broken")
 
 
 def consolidated_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
@@ -71,29 +66,23 @@ def consolidated_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from recipes.checkpoint.manager import only_known_classes
     from recipes.checkpoint.resharding import MASTER, ConsolidatedState
+    from recipes.engine.deepspeed_engine import MASTER_WEIGHT_NAMES
 
     zero_stage = manifest.config["engine"]["zero_stage"]
     with only_known_classes():
         if zero_stage == 0:
             states = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu")
-            weights = {name: tensor.float() for name, tensor in states["module"].items()} | _stage_0_masters(states)
+            weights = {name: tensor.float() for name, tensor in states["module"].items()}
+            if MASTER_WEIGHT_NAMES in states:  # not in fp32, where the optimizer updates the model's own
+                names = itertools.chain.from_iterable(states[MASTER_WEIGHT_NAMES])
+                masters = itertools.chain.from_iterable(states["optimizer"]["fp32_groups"])
+                weights |= zip(names, masters, strict=True)
         else:
             consolidated = ConsolidatedState(folder, zero_stage)
             weights = {name: consolidated.tensor(name, MASTER) for name in consolidated.names}
         if manifest.config["model"]["tied_head"]:  # the optimizer has only one of the two names
             weights["head.weight"] = weights["embedding.weight"]
         return {name: tensor.detach().clone() for name, tensor in weights.items()}  # safetensors refuses shared storage
-
-
-def _stage_0_masters(states: dict[str, Any]) -> dict[str, Tensor]:
-    """The optimizer's fp32 weights by name; none in fp32, where it updates the model's own."""
-    from recipes.engine.deepspeed_engine import MASTER_WEIGHT_NAMES
-
-    if MASTER_WEIGHT_NAMES not in states:
-        return {}
-    names = itertools.chain.from_iterable(states[MASTER_WEIGHT_NAMES])
-    masters = itertools.chain.from_iterable(states["optimizer"]["fp32_groups"])
-    return dict(zip(names, masters, strict=True))
 
 
 def export(given: Path, output: Path) -> None:

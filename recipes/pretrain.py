@@ -13,8 +13,7 @@ from data.pack import open_corpus
 from recipes.checkpoint.manager import Checkpoints, TrainingData
 from recipes.checkpoint.manifest import Manifest, is_resharded
 from recipes.engine.build import build_engine, build_sharder
-from recipes.launch.bad_steps import BadSteps
-from recipes.launch.stop_request import StopRequest
+from recipes.launch.stopping import BadSteps, StopRequest
 from recipes.monitor.device_metrics import perplexity
 from recipes.monitor.profiling import profiler
 from recipes.monitor.reporter import Reporter
@@ -34,7 +33,7 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
 
     Raises:
         Preempted: on every rank, after a checkpoint, if a signal asked one of them to stop.
-        RunFailed: on every rank, if a loss is not finite (`bad_steps`).
+        RunFailed: on every rank, if a loss is not finite (`BadSteps`).
     """
     # build
     config = plan.config
@@ -78,6 +77,7 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
 
     # train
     stop_request = StopRequest() if checkpoints.are_enabled else None
+    validate_every = config.logging.validate_every_n_steps
     losses: list[float] = []  # of logged steps
     validation_loss = float("nan")
     with profiler(config, run_dir) as profiler_step:
@@ -110,17 +110,17 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
                 }
                 metrics |= logger.step_metrics(step, numbers)
             is_last = step == config.num_steps
-            if is_last or _is_multiple(step, config.logging.validate_every_n_steps):
+            if is_last or (validate_every > 0 and step % validate_every == 0):
                 validation_loss = validate(step)
-                metrics["validation/loss"] = validation_loss
-                metrics["validation/perplexity"] = perplexity(validation_loss)
+                metrics |= {"validation/loss": validation_loss, "validation/perplexity": perplexity(validation_loss)}
             if metrics:
                 logger.write(step, metrics)
 
             is_agreed = stop_request is not None and stop_request.is_agreed(result.num_stop_requests)
             preempted = is_agreed and not is_last
+            is_due = checkpoints.are_enabled and _is_multiple(step, config.checkpoint.every_n_steps)
             # the last checkpoint follows the summary: a run that has it is finished
-            if preempted or (checkpoints.are_due(step) and not is_last):
+            if preempted or (is_due and not is_last):
                 save(step, preempted)
                 logger.restart()
             if preempted:
@@ -144,8 +144,3 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
             *reporter.summary(throughput),
         )
     return validation_loss
-
-
-def _is_multiple(step: int, interval: int) -> bool:
-    """Whether something due every `interval` steps is due; 0 is never."""
-    return interval > 0 and step % interval == 0

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from omegaconf import OmegaConf
 
@@ -38,18 +38,16 @@ class RecipeTask:
 
         plan = shared_plan(self.config)
         is_first = os.environ["RANK"] == "0"
-        resumed = None
+        options: dict[str, Any] = {}
         if self.config.recipe == "pretrain":
             from recipes.checkpoint.manager import choose_checkpoint
 
-            resumed = choose_checkpoint(plan.config, run_dir, lambda line: print(line, file=console, flush=True))
+            say = functools.partial(print, file=console, flush=True)
+            options["resumed"] = choose_checkpoint(plan.config, run_dir, say)
         if is_first:
             OmegaConf.save(OmegaConf.structured(plan.config), run_dir / CONFIG_FILE)
-        recipe = registry()[self.config.recipe]
-        if resumed:
-            recipe = functools.partial(recipe, resumed=resumed)
         with (
             out_of_memory_explained(plan, run_dir),
-            Reporter(plan, run_dir, console, resumed) if is_first else contextlib.nullcontext() as reporter,
+            Reporter(plan, run_dir, console, **options) if is_first else contextlib.nullcontext() as reporter,
         ):
-            return recipe(plan, run_dir, reporter)
+            return registry()[self.config.recipe](plan, run_dir, reporter, **options)

@@ -76,7 +76,7 @@ class ComparisonTask:
             except ConfigError as error:  # on all ranks alike
                 record({"error": str(error)})
             else:
-                with out_of_memory_explained(plan, run_dir, compares=True):
+                with out_of_memory_explained(plan, run_dir):
                     if measurement.entry == rounds.ROOFLINE:
                         record(_roofline(plan))
                     else:

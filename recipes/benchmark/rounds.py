@@ -13,15 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conf.schema import Config
-from recipes.run.run_dir import RESULTS_FILE
+from conf.schema import Config, flatten
+from recipes.run.run_dir import BOOKKEEPING, RESULTS_FILE
 
 CURRENT_FILE = "current_measurement.json"  # exists while a measurement runs
 ROOFLINE = "roofline"  # the entry that compare.roofline=true adds
-NOT_IN_SETTINGS = (
-    *("launch", "logging", "checkpoint", "compare", "max_length", "sweep", "explain", "breakdown"),
-    *("num_steps", "profile", "profile_steps", "memory_snapshot"),
-)
+NOT_IN_SETTINGS = (*BOOKKEEPING, "launch.", "num_steps")
 
 
 @dataclass(frozen=True)
@@ -84,8 +81,9 @@ def best_size(candidates: list[int], entry: str, results: list[dict[str, Any]]) 
 
 def settings_of(entry: Config) -> str:
     """A fingerprint of what an entry runs. Its results are only valid for entries with the same fingerprint."""
-    settings = {name: value for name, value in dataclasses.asdict(entry).items() if name not in NOT_IN_SETTINGS}
-    return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
+    settings = flatten(dataclasses.asdict(entry)).items()
+    own = {name: value for name, value in settings if not name.startswith(NOT_IN_SETTINGS)}
+    return hashlib.sha256(repr(own).encode()).hexdigest()[:16]
 
 
 def read_results(run_dir: Path) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """Checkpoints on all ranks: written through DeepSpeed, verified, and loaded.
 
-Every rank must make the same calls in the same order. `manifest` knows the files on the disk.
+Every rank must make the same calls in the same order.
 """
 
 from __future__ import annotations
@@ -48,43 +48,33 @@ from recipes.run.heartbeat import LOGS_DIR, PREEMPTED_FILE
 
 # the classes that DeepSpeed 0.19.8 pickles beside tensors and plain values
 KNOWN_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
-VERSIONED = ("torch", "deepspeed", "numpy", "datasets")
+RANDOM_STATES_FILE = "random_states_rank_{}.pt"
 
 
 @contextlib.contextmanager
 def only_known_classes() -> Iterator[None]:
     """In the block `torch.load` unpickles only tensors, plain values and KNOWN_CLASSES, whatever its arguments say."""
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:
         with torch.serialization.safe_globals(KNOWN_CLASSES):
             yield
     finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
 
 
 def choose_checkpoint(config: Config, run_dir: Path, say: Callable[[str], None]) -> Manifest | None:
     """The run's newest checkpoint whose checksums match; None if there are no checkpoints. Ranks share the reading.
 
-    Args:
-        config: resolved.
-        say: prints a line; only rank 0 calls it.
+    The configuration is resolved. `say` prints a line; rank 0's is used.
 
     Raises:
         ConfigError: on every rank, if all checkpoints are broken, or if the newest intact one belongs to another run.
     """
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
-    is_first = rank == 0
-    shared: list[Any] = [newest_first(run_dir) if is_first else None]
-    dist.broadcast_object_list(shared, src=0)
-    [folders] = shared
+    say = say if rank == 0 else lambda _: None
+    folders = _gathered(newest_first(run_dir))[0]
     for folder in folders:
-        if is_first:
-            say(f"reading {folder} ...")
+        say(f"reading {folder} ...")
         manifest, problem = None, None
         try:
             manifest = read_manifest(folder)
@@ -92,16 +82,13 @@ def choose_checkpoint(config: Config, run_dir: Path, say: Callable[[str], None])
         except BrokenCheckpoint as error:
             problem = str(error)
         problem = next(filter(None, _gathered(problem)), None)
-        if problem is None:
-            assert manifest is not None
+        if manifest and not problem:
             changes = check_same_run(folder, manifest, config)
-            if is_first:
-                resharded = f", resharded: {', '.join(changes)}" if changes else ""
-                say(f"resuming after step {manifest.step}{resharded}{_changed_versions(manifest)}")
+            resharded = f", resharded: {', '.join(changes)}" if changes else ""
+            say(f"resuming after step {manifest.step}{resharded}{_changed_versions(manifest)}")
             return manifest
-        if is_first:
-            next_one = ", so the one before it is tried" if folder != folders[-1] else ""
-            say(f"checkpoint {folder.name} is broken{next_one}: {problem}")
+        next_one = ", so the one before it is tried" if folder != folders[-1] else ""
+        say(f"checkpoint {folder.name} is broken{next_one}: {problem}")
     if folders:
         raise ConfigError(
             f"every checkpoint in {run_dir / CHECKPOINTS_DIR} is broken: delete that folder to start from the "
@@ -118,7 +105,8 @@ def _gathered(value: Any) -> list[Any]:
 
 
 def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: version(name) for name in VERSIONED}}
+    packages = ("torch", "deepspeed", "numpy", "datasets")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def _changed_versions(manifest: Manifest) -> str:
@@ -127,7 +115,7 @@ def _changed_versions(manifest: Manifest) -> str:
     return f" with other versions, which may round differently: {', '.join(changed)}" if changed else ""
 
 
-class TrainingData:
+class TrainingData(Iterator[Tokens]):
     """The training sequences after a checkpoint, or from the start.
 
     Raises:
@@ -135,19 +123,16 @@ class TrainingData:
     """
 
     def __init__(self, corpus: Corpus, resumed: Manifest | None) -> None:
-        self._last: Tokens | None = None
-        self._sequences = corpus.training(0)
-        if resumed and resumed.data_cursor:
-            self._sequences = corpus.training(resumed.data_cursor - corpus.sequence_tokens)
+        self._last: Tokens  # once `next` was called
+        cursor = resumed.data_cursor if resumed else 0
+        self._sequences = corpus.training(max(0, cursor - corpus.sequence_tokens))
+        if resumed and cursor:
             next(self)
             if self.last_sha256 != resumed.last_sequence_sha256:
                 raise ConfigError(
-                    f"the corpus has changed since step {resumed.step}: the sequence before training token "
-                    f"{resumed.data_cursor:,} is another one; use the same files, or another hydra.run.dir"
+                    f"the corpus has changed since step {resumed.step}: the sequence before training token {cursor:,} "
+                    "is another one; use the same files, or another hydra.run.dir"
                 )
-
-    def __iter__(self) -> Iterator[Tokens]:
-        return self
 
     def __next__(self) -> Tokens:
         self._last = next(self._sequences)
@@ -156,25 +141,15 @@ class TrainingData:
     @property
     def last_sha256(self) -> str:
         """Of the last sequence taken."""
-        assert self._last is not None
         return hashlib.sha256(self._last.tobytes()).hexdigest()
 
 
 class Checkpoints:
-    """The checkpoints of one run.
-
-    Args:
-        config: resolved.
-    """
+    """The checkpoints of one run, whose configuration is resolved."""
 
     def __init__(self, config: Config, run_dir: Path, engine: Engine) -> None:
         self._config, self._run_dir, self._engine = config, run_dir, engine
         self.are_enabled = config.checkpoint.keep > 0
-
-    def are_due(self, step: int) -> bool:
-        """Whether to save one after this step."""
-        every = self._config.checkpoint.every_n_steps
-        return self.are_enabled and every > 0 and step % every == 0
 
     def save(
         self,
@@ -187,8 +162,7 @@ class Checkpoints:
     ) -> None:
         """Write a checkpoint below `writing`, then rename it. Arguments are rank 0's, as in `Manifest`.
 
-        Args:
-            preempted: whether the run ends after it; then RUN_DIR/logs/preempted is written.
+        If the run ends after it because it is `preempted`, RUN_DIR/logs/preempted is written.
         """
         rank, num_ranks = dist.get_rank(), dist.get_world_size()
         writing, tag = self._run_dir / CHECKPOINTS_DIR / WRITING_DIR, step_name(step)
@@ -197,20 +171,17 @@ class Checkpoints:
             shutil.rmtree(writing, ignore_errors=True)  # of a run that was killed
             folder.mkdir(parents=True)
         dist.barrier()
-        torch.save(random_states(), folder / _random_states_file(rank))
+        torch.save(random_states(), folder / RANDOM_STATES_FILE.format(rank))
         # ends with a barrier, after which all files exist
-        self._engine.deepspeed.save_checkpoint(
-            writing, tag=tag, client_state=self._engine.client_state, save_latest=False
-        )
+        self._engine.deepspeed.save_checkpoint(writing, tag, self._engine.client_state, save_latest=False)
         names = sorted(path.name for path in folder.iterdir())
         parts = _gathered({name: fingerprint(folder / name) for name in names[rank::num_ranks]})
         if rank == 0:
             files = {name: print_ for part in parts for name, print_ in part.items()}
-            missing = [name for name in map(_random_states_file, range(num_ranks)) if name not in files]
-            if missing:
+            if missing := set(map(RANDOM_STATES_FILE.format, range(num_ranks))) - files.keys():
                 raise RunFailed(
-                    f"{folder} has no {missing[0]}, which another rank has written: the run dir must be one folder for "
-                    "all hosts: use hydra.run.dir on a disk that they share"
+                    f"{folder} has no {min(missing)}, which another rank has written: use hydra.run.dir on a disk that "
+                    "all hosts share"
                 )
             progress = (step, data_cursor, last_sequence_sha256, elapsed_s, wandb_run_id)
             write_manifest(folder, Manifest(*progress, asdict(self._config), _versions(), files))
@@ -220,12 +191,9 @@ class Checkpoints:
         dist.barrier()  # a rank that exits earlier would make launchers end the others
 
     def load(self, manifest: Manifest) -> None:
-        """Load the states into a new engine and restore this rank's random states.
+        """Load what `choose_checkpoint` has verified into a new engine, and restore this rank's random states.
 
         On another number of ranks or another ZeRO stage, every rank builds its shards from the files of all ranks.
-
-        Args:
-            manifest: from `choose_checkpoint`, which has verified the files.
         """
         folder, tag = self._run_dir / CHECKPOINTS_DIR, step_name(manifest.step)
         with only_known_classes():
@@ -237,27 +205,23 @@ class Checkpoints:
                 assert path is not None, f"DeepSpeed has not loaded {folder / tag}"
             # with other ranks each keeps its own states: nothing is drawn once the weights are initialised
             if manifest.config["launch"]["num_ranks"] == self._config.launch.num_ranks:
-                restore_random_states(torch.load(folder / tag / _random_states_file(dist.get_rank())))
-
-
-def _random_states_file(rank: int) -> str:
-    return f"random_states_rank_{rank}.pt"
+                restore_random_states(torch.load(folder / tag / RANDOM_STATES_FILE.format(dist.get_rank())))
 
 
 def random_states() -> dict[str, Any]:
     """The states of Python's, NumPy's, PyTorch's and the GPU's generators, as plain values and tensors."""
     name, keys, *rest = np.random.get_state()
-    numpy_state = (name, torch.from_numpy(keys), *rest)
-    states = {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
+    return {
+        "python": random.getstate(),
+        "numpy": (name, np.asarray(keys).tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
 
 
 def restore_random_states(states: dict[str, Any]) -> None:
     random.setstate(states["python"])
-    name, keys, *rest = states["numpy"]
-    np.random.set_state((name, keys.numpy(), *rest))
+    np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
     if torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])

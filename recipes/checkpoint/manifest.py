@@ -1,8 +1,8 @@
 """The files of checkpoints: what each must hold, which checkpoint is the newest, and which run it belongs to.
 
-RUN_DIR/checkpoints holds one folder per checkpoint, named by its step, with DeepSpeed's files, the ranks' random states
-and a manifest of them all; and `latest`, which names the newest for DeepSpeed's own tools. A folder with such a name is
-complete: it is written below `writing` and then renamed. No torch here, because the launcher's parent reads manifests.
+RUN_DIR/checkpoints/step_N holds DeepSpeed's files, the ranks' random states and a manifest of them all. It is complete,
+since it is written below `writing` and then renamed. `latest` names the newest, for DeepSpeed's own tools. No torch
+here, because the launcher's parent reads manifests.
 """
 
 from __future__ import annotations
@@ -20,41 +20,24 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema import Config, ConfigError, flatten
+from recipes.run.run_dir import BOOKKEEPING, replace_file
 
 CHECKPOINTS_DIR, WRITING_DIR = "checkpoints", "writing"
 LATEST_FILE, MANIFEST_FILE = "latest", "manifest.json"
 # fields that may change on resume because they do not change the result
 RESUME_SAFE = (
-    "logging.",
-    "checkpoint.",
-    "compare.",
-    "max_length.",
-    "sweep.",
-    "launch.timeout_s",
-    "launch.stall_factor",
-    "launch.stall_s",
-    "engine.on_bad_step",
-    "engine.detect_anomaly",
-    "engine.offload_activations",
-    "attention.transport",
-    "explain",
-    "profile",
-    "memory_snapshot",
-    "breakdown",
+    *BOOKKEEPING,
+    *("launch.timeout_s", "launch.stall_", "attention.transport"),
+    *("engine.on_bad_step", "engine.detect_anomaly", "engine.offload_activations"),
 )
 # fields that may change on resume because they only change which rank computes what: sums are in another order, so
 # results differ by rounding. DeepSpeed shards over all data x sequence ranks, so only the last two change its files.
 RESHARDABLE = (
     "attention.",
-    "parallelism.data_degree",
-    "parallelism.ring_degree",
-    "parallelism.ulysses_degree",
-    "engine.micro_batch_size",
-    "engine.gradient_accumulation_steps",
-    "engine.recompute",  # it may tile the MLPs
-    "engine.tile_tokens",
-    "engine.zero_stage",
-    "launch.num_ranks",
+    *("parallelism.data_degree", "parallelism.ring_degree", "parallelism.ulysses_degree"),
+    *("engine.micro_batch_size", "engine.gradient_accumulation_steps"),
+    *("engine.recompute", "engine.tile_tokens"),  # the former may tile the MLPs
+    *("engine.zero_stage", "launch.num_ranks"),
 )
 
 
@@ -63,34 +46,17 @@ class BrokenCheckpoint(Exception):
 
 
 @dataclass(frozen=True)
-class Fingerprint:
-    """What a file must be."""
-
-    num_bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
 class Manifest:
-    """A checkpoint in numbers.
-
-    Args:
-        data_cursor: number of the next training token (`data.pack.Corpus.training`).
-        last_sequence_sha256: of the sequence before it, to recognise the corpus.
-        elapsed_s: time spent training so far.
-        config: resolved, as in RUN_DIR/config.yaml.
-        versions: of Python and the packages that compute.
-        files: by name in the checkpoint's folder.
-    """
+    """A checkpoint in numbers."""
 
     step: int
-    data_cursor: int
-    last_sequence_sha256: str
-    elapsed_s: float
+    data_cursor: int  # number of the next training token (`data.pack.Corpus.training`)
+    last_sequence_sha256: str  # of the sequence before it, to recognise the corpus
+    elapsed_s: float  # time spent training so far
     wandb_run_id: str
-    config: dict[str, Any]
-    versions: dict[str, str]
-    files: dict[str, Fingerprint]
+    config: dict[str, Any]  # resolved, as in RUN_DIR/config.yaml
+    versions: dict[str, str]  # of Python and the packages that compute
+    files: dict[str, dict[str, Any]]  # fingerprints by name in the checkpoint's folder
 
 
 def step_name(step: int) -> str:
@@ -110,20 +76,18 @@ def resume_hint(run_dir: Path) -> str:
     return f"the same command resumes from {checkpoints[0].name}" if checkpoints else "there is no checkpoint yet"
 
 
-def fingerprint(path: Path) -> Fingerprint:
-    """Of the file, once it is on the disk for good."""
+def fingerprint(path: Path) -> dict[str, Any]:
+    """The file's num_bytes and sha256, once it is on the disk for good."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
-        return Fingerprint(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+        return {"num_bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     content = asdict(manifest)
-    text = json.dumps({**content, "sha256": _checksum(content)}, indent=1) + "\n"
-    with (folder / MANIFEST_FILE).open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    path = folder / MANIFEST_FILE
+    path.write_text(json.dumps({**content, "sha256": _checksum(content)}, indent=1) + "\n", encoding="utf-8")
+    _sync(path)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -133,8 +97,7 @@ def read_manifest(folder: Path) -> Manifest:
         content = json.loads(path.read_bytes())
         if content.pop("sha256") != _checksum(content):
             raise ValueError
-        files = {name: Fingerprint(**numbers) for name, numbers in content.pop("files").items()}
-        return Manifest(**content, files=files)
+        return Manifest(**content)
     except OSError as error:
         raise BrokenCheckpoint(f"{path}: {error.strerror}") from error
     except (ValueError, TypeError, AttributeError, KeyError) as error:  # not JSON, or JSON of something else
@@ -159,10 +122,10 @@ def check_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
         path, expected = folder / name, manifest.files[name]
         if not path.is_file():
             raise BrokenCheckpoint(f"{path} is missing")
-        if path.stat().st_size != expected.num_bytes:
-            raise BrokenCheckpoint(f"{path} has {path.stat().st_size:,} bytes, not {expected.num_bytes:,}")
+        if path.stat().st_size != expected["num_bytes"]:
+            raise BrokenCheckpoint(f"{path} has {path.stat().st_size:,} bytes, not {expected['num_bytes']:,}")
         with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != expected.sha256:
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
                 raise BrokenCheckpoint(f"{path} has another checksum than when it was written")
 
 
@@ -172,13 +135,9 @@ def publish(run_dir: Path, step: int, keep: int) -> None:
     Checkpoints of this and later steps are removed too: they were broken, or the run would have resumed from them.
     """
     folder, name = run_dir / CHECKPOINTS_DIR, step_name(step)
-    if (folder / name).exists():
-        shutil.rmtree(folder / name)
+    shutil.rmtree(folder / name, ignore_errors=True)
     (folder / WRITING_DIR / name).rename(folder / name)
-    new = folder / f"{LATEST_FILE}.new"
-    new.write_text(name, encoding="utf-8")
-    _sync(folder)
-    new.replace(folder / LATEST_FILE)
+    replace_file(folder / LATEST_FILE, name)
     _sync(folder)
     shutil.rmtree(folder / WRITING_DIR)
     checkpoints = newest_first(run_dir)
@@ -187,13 +146,11 @@ def publish(run_dir: Path, step: int, keep: int) -> None:
         shutil.rmtree(path)
 
 
-def _sync(folder: Path) -> None:
-    """Put the names in the folder on the disk for good."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _sync(path: Path) -> None:
+    """Put the file's content, or the folder's names, on the disk for good."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def is_resharded(manifest: Manifest, config: Config) -> bool:
@@ -207,8 +164,8 @@ def check_same_run(folder: Path, manifest: Manifest, config: Config) -> list[str
     """The changed RESHARDABLE fields, such as "attention.method ring -> ulysses", which only change rounding.
 
     Raises:
-        ConfigError: naming the fields, if the resolved configuration would compute something else, or if a step would
-            take another number of sequences.
+        ConfigError: naming the fields, if the resolved configuration would compute something else, if a step would
+            take another number of sequences, or if the ZeRO stages cannot be resharded.
     """
     before, now = flatten(manifest.config), flatten(asdict(config))
     differing = [name for name in now if not name.startswith(RESUME_SAFE) and before.get(name) != now[name]]
@@ -224,18 +181,13 @@ def check_same_run(folder: Path, manifest: Manifest, config: Config) -> list[str
             "another hydra.run.dir"
         )
     _check_batch(folder, before, now)
-    _check_zero_stage(folder, before, now)
-    return [f"{name} {before.get(name)} -> {now[name]}" for name in differing]
-
-
-def _check_zero_stage(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises ConfigError if neither DeepSpeed nor `resharding` can reshard the states."""
     old, new = before["engine.zero_stage"], now["engine.zero_stage"]
     if old != new and 0 in (old, new):
         raise ConfigError(
             f"{folder} was saved with engine.zero_stage={old} and cannot resume with {new}: stages 1, 2 and 3 resume "
             f"from each other, stage 0 only from itself: type engine.zero_stage={old}, or use another hydra.run.dir"
         )
+    return [f"{name} {before.get(name)} -> {now[name]}" for name in differing]
 
 
 def _check_batch(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

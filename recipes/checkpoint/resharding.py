@@ -1,13 +1,14 @@
 """Resharding: a checkpoint's fp32 weights and Adam moments, for another number of ranks or another ZeRO stage.
 
-DeepSpeed 0.19.8's universal checkpoint does not work here. Its converter writes different files for stage 3 than for
-stages 1 and 2, so neither can resume from the other. Its loader calls a getter that our mpu lacks. On stage 3 it shares
-one step count among all groups, and each group advances it. So shards are joined tensor by tensor from memory-mapped
-files and set through DeepSpeed's interface for single parameters.
+DeepSpeed 0.19.8's universal checkpoint cannot turn stage 3 into stages 1 and 2 or back, and on stage 3 each group of
+parameters advances one shared step count. So shards are joined tensor by tensor from memory-mapped files and set
+through DeepSpeed's interface for single parameters.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ from deepspeed.utils import (
 from torch import Tensor
 
 MASTER, MOMENTS = "fp32", ("exp_avg", "exp_avg_sq")
-Slices = Mapping[str, tuple[int, int]]  # by parameter name: (start in a flat tensor, number of elements)
+_mapped = functools.partial(torch.load, map_location="cpu", mmap=True)
 
 
 class ConsolidatedState:
@@ -38,6 +39,7 @@ class ConsolidatedState:
         self.model_states: dict[str, Any] = _mapped(folder / f"{prefix}mp_rank_00_model_states.pt")
         num_ranks = self.model_states["dp_world_size"]
         self._shapes = {name: shape for group in self.model_states["param_shapes"] for name, shape in group.items()}
+        self.names = list(self._shapes)  # of parameters that share a tensor only the first
         # by parameter name, one entry per rank: flat tensors by kind, and the parameter's start and size in them
         self._parts: dict[str, list[tuple[dict[str, Tensor], int, int]]] = {name: [] for name in self._shapes}
         for rank in range(num_ranks):
@@ -60,11 +62,6 @@ class ConsolidatedState:
                 for name, (start, numel) in slices.items():
                     self._parts[name].append((flat, start, numel))
 
-    @property
-    def names(self) -> list[str]:
-        """The parameters' names; of parameters that share a tensor only the first."""
-        return list(self._shapes)
-
     def tensor(self, name: str, kind: str) -> Tensor:
         """A parameter's fp32 master weight or one of its moments, unsharded."""
         shape = self._shapes[name]
@@ -72,33 +69,20 @@ class ConsolidatedState:
         return flat[: math.prod(shape)].view(shape)  # stage 3 pads
 
 
-def _mapped(path: Path) -> dict[str, Any]:
-    return torch.load(path, map_location="cpu", mmap=True)
-
-
-def _stage_3_slices(shapes: Mapping[str, torch.Size], num_ranks: int) -> Slices:
-    """Every rank holds an equal part of each parameter, one after the other; the last rank's part is padded."""
-    slices, start = {}, 0
-    for name, shape in shapes.items():
-        numel = math.ceil(math.prod(shape) / num_ranks)
-        slices[name] = (start, numel)
-        start += numel
-    return slices
+def _stage_3_slices(shapes: Mapping[str, torch.Size], num_ranks: int) -> dict[str, tuple[int, int]]:
+    """Start and size by name. Each rank holds an equal part of each parameter, in order; the last is padded."""
+    numels = [math.ceil(math.prod(shape) / num_ranks) for shape in shapes.values()]
+    starts = itertools.accumulate(numels, initial=0)
+    return dict(zip(shapes, zip(starts, numels, strict=False), strict=True))
 
 
 @torch.no_grad()
 def load_into_engine(states: ConsolidatedState, engine: Any, parameters: Mapping[str, torch.nn.Parameter]) -> None:
-    """Load the states into a new DeepSpeed engine of ZeRO 1 to 3. Every rank must call it.
-
-    Args:
-        parameters: of the engine's module, by name.
-    """
+    """Load the states into a new DeepSpeed engine of ZeRO 1 to 3 with these parameters. Every rank must call it."""
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
-    flats = (
-        optimizer.fp32_partitioned_groups_flat
-        if stage == 3
-        else [flat for group in optimizer.param_groups for flat in group["params"]]
-    )
+    flats = [flat for group in optimizer.param_groups for flat in group["params"]]
+    if stage == 3:
+        flats = optimizer.fp32_partitioned_groups_flat
     if states.num_updates:
         for flat in flats:
             step = torch.tensor(float(states.num_updates), device=flat.device)
@@ -116,7 +100,13 @@ def load_into_engine(states: ConsolidatedState, engine: Any, parameters: Mapping
             for kind in MOMENTS if states.num_updates else ():
                 safe_set_full_optimizer_state(parameters[name], states.tensor(name, kind), kind)
         optimizer.update_lp_params()
-    _set_counts(states, engine)
+    engine.lr_scheduler.load_state_dict(states.model_states["lr_scheduler"])
+    for group, rate in zip(optimizer.param_groups, engine.lr_scheduler.get_last_lr(), strict=True):
+        group["lr"] = rate
+    for count in ("global_steps", "global_samples", "skipped_steps"):
+        setattr(engine, count, states.model_states[count])
+    if engine.fp16_enabled():
+        optimizer.loss_scaler = states.optimizer_states["loss_scaler"]
 
 
 def _set_own_part(states: ConsolidatedState, name: str, parameter: Any) -> None:
@@ -133,14 +123,3 @@ def _set_own_part(states: ConsolidatedState, name: str, parameter: Any) -> None:
     parameter.ds_tensor.copy_(master)
     for kind in MOMENTS if states.num_updates else ():
         safe_set_local_optimizer_state(parameter, own_part(kind), kind)
-
-
-def _set_counts(states: ConsolidatedState, engine: Any) -> None:
-    """Set the schedule, DeepSpeed's step counts, and in fp16 the loss scale."""
-    engine.lr_scheduler.load_state_dict(states.model_states["lr_scheduler"])
-    for group, rate in zip(engine.optimizer.param_groups, engine.lr_scheduler.get_last_lr(), strict=True):
-        group["lr"] = rate
-    for count in ("global_steps", "global_samples", "skipped_steps"):
-        setattr(engine, count, states.model_states[count])
-    if engine.fp16_enabled():
-        engine.optimizer.loss_scaler = states.optimizer_states["loss_scaler"]

@@ -63,10 +63,7 @@ def adopt_external_ranks() -> bool:
 
 
 def adopt_submitit_tasks() -> None:
-    """In a submitit job of several tasks (Hydra's SLURM launcher), make each task a rank of one run.
-
-    A job of one task, the default, starts its own ranks, one per GPU.
-    """
+    """In a submitit job of several tasks (Hydra's SLURM launcher), make each a rank; a single task starts its own."""
     if "SUBMITIT_EXECUTOR" not in os.environ:
         return
     from submitit import JobEnvironment
@@ -78,6 +75,5 @@ def adopt_submitit_tasks() -> None:
 
 def _first_host(nodelist: str) -> str:
     """SLURM's node[003-007,9],gpu1 -> node003."""
-    first = re.match(r"([^,\[]|\[[^\]]*\])+", nodelist)
-    assert first is not None
-    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first.group())
+    first, *_ = re.split(r",(?![^\[]*\])", nodelist)  # at commas outside of brackets
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)

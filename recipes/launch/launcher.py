@@ -1,8 +1,4 @@
-"""Starts a run's ranks on this machine, or joins those that a launcher has started, and ends them together.
-
-Ranks run a `Task`: a recipe, or the measurements of `recipes.benchmark.compare`. `python train.py` starts one process
-per GPU, or a few on the CPU. Under torchrun, `deepspeed --no_local_rank` and srun, all ranks use rank 0's task and run
-dir. A rank's output, including that of libraries, goes to RUN_DIR/logs/rank_N.log; the console shows rank 0's report.
+"""How many ranks a run has and what they plan, and its start: on new ranks, or on those of another launcher.
 
 The parent must not import DeepSpeed, which takes seconds, nor use a GPU's memory, so only ranks import what needs them.
 """
@@ -11,40 +7,22 @@ from __future__ import annotations
 
 import copy
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 import sys
-import tempfile
-import traceback
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
 
 from conf.degrees import accumulation_steps, resolve_config, resolve_degrees
 from conf.schema import Config, ConfigError
 from recipes.checkpoint.manifest import check_same_run, newest_readable
 from recipes.launch.environment import RENDEZVOUS, ranks_are_started, ranks_given
-from recipes.launch.failure import Outcome, explain_failure
-from recipes.launch.processes import (
-    close_on_sigint,
-    die_on_sigint,
-    end_rank_0_last,
-    exit_by_sigint,
-    first_to_fail,
-    kill_all,
-    signals_deferred,
-    signals_passed_on,
-)
-from recipes.launch.startup import exit_now
+from recipes.launch.processes import launch
 from recipes.launch.worker import Task, run_rank
 from recipes.planning.plan import Plan
 from recipes.run.errors import Preempted, RunFailed
-from recipes.run.heartbeat import LOGS_DIR, clear_rank_states
 from recipes.run.run_dir import SUMMARY_FILE
 
 DEFAULT_CPU_RANKS = 4
@@ -76,15 +54,14 @@ def make_plan(config: Config, num_ranks: int) -> Plan:
     Raises:
         ConfigError: if the configuration does not fit the ranks or the device.
     """
+    ranks_per_host = _ranks_per_host(num_ranks)
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
-        capability = (gpu.major, gpu.minor)
-        return Plan(config, num_ranks, "cuda", gpu.name, capability, _ranks_per_host(num_ranks), gpu.total_memory)
+        return Plan(config, num_ranks, "cuda", gpu.name, (gpu.major, gpu.minor), ranks_per_host, gpu.total_memory)
     if config.engine.dtype == "fp16":
         raise ConfigError("engine.dtype=fp16 needs a GPU: use engine.dtype=bf16 or engine.dtype=fp32 on the CPU")
     if config.attention.transport == "copy_engine":
         raise ConfigError("attention.transport=copy_engine needs GPUs: use attention.transport=p2p on the CPU")
-    ranks_per_host = _ranks_per_host(num_ranks)
     memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks_per_host
     return Plan(config, num_ranks, "cpu", "CPU", None, ranks_per_host, memory_bytes)
 
@@ -108,7 +85,7 @@ def shared_plan(config: Config) -> Plan:
         except ConfigError as error:
             shared = [error]
     dist.broadcast_object_list(shared, src=0)
-    [plan] = shared
+    plan = shared[0]
     if isinstance(plan, ConfigError):
         raise plan
     plan.resolve_config()
@@ -149,103 +126,15 @@ def start(task: Task, num_ranks: int, run_dir: Path) -> float:
     if not ranks_are_started():
         return launch(task, num_ranks, run_dir)
     try:
-        return run_rank(task, run_dir, init_method=None)
+        return run_rank(task, run_dir, has_parent=False)
     except (RunFailed, Preempted) as error:
         if error.of_all_ranks:
-            _wait_for_rank_0(error)
+            import deepspeed.comm as dist
+
+            if dist.get_rank() == 0 and isinstance(error, RunFailed):
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            dist.barrier()  # once any rank exits, the launcher ends the others
         raise
     finally:
         if rendezvous := os.environ.get(RENDEZVOUS):  # used by this run alone, which ends with any of its ranks
             shutil.rmtree(rendezvous, ignore_errors=True)
-
-
-def _wait_for_rank_0(error: RunFailed | Preempted) -> None:
-    """Let rank 0 close its files and print the error: once any rank exits, the launcher ends the others."""
-    import deepspeed.comm as dist
-
-    if dist.get_rank() == 0 and isinstance(error, RunFailed):
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    dist.barrier()
-
-
-def launch(task: Task, num_ranks: int, run_dir: Path) -> float:
-    """Start `num_ranks` processes on this machine, run the task, and return rank 0's result.
-
-    No process is left afterwards, whatever happens.
-
-    Raises:
-        RunFailed: if a rank failed.
-        Preempted: on SIGTERM or SIGUSR1. Ranks that train save a checkpoint first; others end at once, as all do on a
-            second signal.
-    """
-    print(f"starting {num_ranks} rank{'s' if num_ranks > 1 else ''}; logs in {run_dir / LOGS_DIR}", flush=True)
-    clear_rank_states(run_dir)
-    # neither a queue, whose lock needs /dev/shm, nor files, which need room on a disk
-    pipes = [multiprocessing.Pipe(duplex=False) for _ in range(num_ranks)]
-    rendezvous_dir = Path(tempfile.mkdtemp(prefix="ring_attention_"))  # network disks may lack locks
-    processes: Any = None
-    try:
-        with signals_deferred():
-            arguments = (os.getpid(), task, num_ranks, run_dir, rendezvous_dir, [writer for _, writer in pipes])
-            context = mp.start_processes(_rank_process, arguments, num_ranks, join=False, start_method="spawn")
-        assert context is not None
-        processes = context.processes
-        with signals_passed_on(processes) as passed_on:
-            failed = first_to_fail(processes)
-        exit_codes = [process.exitcode or 0 for process in processes]
-        outcomes: list[Outcome] = [reader.recv() for reader, _ in pipes if reader.poll()]
-        if failed is None:
-            if Preempted.EXIT_CODE in exit_codes:
-                raise Preempted
-            return next(outcome.result for outcome in outcomes if outcome.rank == 0)
-        if exit_codes[failed] == -signal.SIGINT:
-            raise KeyboardInterrupt  # a terminal sends Ctrl-C to all, and this rank was faster than we
-        if passed_on and -passed_on[0] in exit_codes:
-            raise Preempted
-        raise RunFailed(explain_failure(exit_codes, failed, outcomes, run_dir))
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; the run so far: {run_dir}", flush=True)
-        if processes:
-            end_rank_0_last(processes)
-        raise
-    finally:
-        kill_all(multiprocessing.active_children())  # includes the processes of an interrupted start
-        shutil.rmtree(rendezvous_dir, ignore_errors=True)
-
-
-def _rank_process(
-    rank: int,
-    parent_pid: int,
-    task: Task,
-    num_ranks: int,
-    run_dir: Path,
-    rendezvous_dir: Path,
-    pipes: list[Connection],
-) -> None:
-    if rank:
-        die_on_sigint()  # which is also sent when the parent dies
-    if os.getppid() != parent_pid:  # the parent died while this rank was starting
-        return
-    os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(num_ranks),
-        LOCAL_RANK=str(rank),
-        LOCAL_WORLD_SIZE=str(num_ranks),
-        MASTER_ADDR="127.0.0.1",
-    )
-    try:
-        if rank == 0:
-            close_on_sigint()  # it has files and a wandb run to close
-        result = run_rank(task, run_dir, f"file://{rendezvous_dir / 'rendezvous'}")
-    except Exception as error:
-        is_explained = isinstance(error, (ConfigError, RunFailed))
-        # a pipe holds 64 KiB; a longer message would block
-        text = str(error) if is_explained else f"rank {rank} failed:\n{traceback.format_exc()[-20_000:]}"
-        pipes[rank].send(Outcome(rank, error=text, refused=isinstance(error, ConfigError)))
-        exit_now(1)
-    except KeyboardInterrupt:
-        exit_by_sigint()
-    except Preempted:
-        exit_now(Preempted.EXIT_CODE)
-    pipes[rank].send(Outcome(rank, result))
-    exit_now(0)

@@ -1,7 +1,4 @@
-"""Explains a rank that ran out of memory: the plan, its memory, and three overrides that help.
-
-The launcher and the rounds of a comparison run their recipe within `out_of_memory_explained`.
-"""
+"""Explains a rank that ran out of memory: the plan, its memory, and three overrides that help."""
 
 from __future__ import annotations
 
@@ -13,55 +10,43 @@ from pathlib import Path
 import torch
 
 from recipes.planning.explain import banner, state_lines, step_memory_lines
-from recipes.planning.memory import changed, gib, offloaded_bytes, tile_tokens
+from recipes.planning.memory import gib, offloaded_bytes
 from recipes.planning.plan import Plan
 from recipes.run.errors import RunFailed
-from recipes.run.heartbeat import LOGS_DIR, read_rank_state
+from recipes.run.heartbeat import LOGS_DIR, position
 
 NUM_OVERRIDES = 3
 # in errors other than torch.OutOfMemoryError: PyTorch's CPU allocator, CUDA and NCCL calls
 OUT_OF_MEMORY_WORDS = ("DefaultCPUAllocator", "out of memory")
-ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 @contextlib.contextmanager
-def out_of_memory_explained(plan: Plan, run_dir: Path, compares: bool = False) -> Iterator[None]:
-    """Raise RunFailed from an error of the block that has run out of memory.
-
-    Args:
-        compares: whether the block is an entry of a comparison.
-    """
+def out_of_memory_explained(plan: Plan, run_dir: Path) -> Iterator[None]:
+    """Raise RunFailed from an error of the block that has run out of memory. Recipes and comparisons run in it."""
     try:
         yield
     except Exception as error:
         cause = out_of_memory_cause(error)
         if cause is None:
             raise
-        allocator = next((os.environ[name] for name in ALLOCATOR_VARIABLES if name in os.environ), "")
         rank = int(os.environ["RANK"])
-        state = read_rank_state(run_dir, rank)
         lines = [
-            f"rank {rank} ran out of memory" + (f" ({state})" if state else ""),
+            f"rank {rank} ran out of memory{position(run_dir, rank)}",
             *str(cause).strip().splitlines()[:1],
             *([_write_snapshot(run_dir, rank)] if torch.cuda.is_available() else []),
             *banner(plan, run_dir),
             *state_lines(plan),
             *step_memory_lines(plan),
             f"the {NUM_OVERRIDES} overrides most likely to help, best first:",
-            *(f"  {override}" for override in helpful_overrides(plan, allocator, compares)),
+            *(f"  {override}" for override in helpful_overrides(plan)),
         ]
         raise RunFailed("\n".join(lines)) from error
 
 
 def _write_snapshot(run_dir: Path, rank: int) -> str:
-    """Write what this rank's GPU memory holds to a file, and return a line about it.
-
-    The error's frames still hold what the failed step held. Without memory_snapshot=true the file has sizes and
-    addresses, but not who allocated them.
-    """
+    """Write what this rank's GPU memory holds, which the error's frames keep, to a file; returns a line about it."""
     path = run_dir / LOGS_DIR / f"memory_rank_{rank}.pickle"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         torch.cuda.memory._dump_snapshot(str(path))
     except Exception as error:  # a full disk or a CUDA error must not hide the rest of the message
         return f"no memory snapshot: {error}"
@@ -79,49 +64,40 @@ def out_of_memory_cause(error: BaseException | None) -> BaseException | None:
     return None
 
 
-def helpful_overrides(plan: Plan, allocator: str = "", compares: bool = False) -> list[str]:
-    """Up to three lines to type that reduce memory and are not set yet, best first.
-
-    Args:
-        allocator: the value of PYTORCH_ALLOC_CONF.
-        compares: whether compare.micro_batch_sizes sets the micro-batch.
-    """
-    overrides = [*_for_the_same_job(plan, allocator, compares), *_for_a_smaller_job(plan)]
+def helpful_overrides(plan: Plan) -> list[str]:
+    """Up to three lines to type that reduce memory and are not set yet, best first."""
+    overrides = [*_for_the_same_job(plan), *_for_a_smaller_job(plan)]
     return [f"{override}  ({why})" for override, why in overrides][:NUM_OVERRIDES]
 
 
-def _for_the_same_job(plan: Plan, allocator: str, compares: bool) -> Iterator[tuple[str, str]]:
+def _for_the_same_job(plan: Plan) -> Iterator[tuple[str, str]]:
     """Overrides, and why they help, that train the same model on the same batches."""
-    engine, attention, degrees = plan.config.engine, plan.config.attention, plan.degrees
-    is_sequence_parallel = plan.config.parallelism.method == "sequence"
-    if attention.kernel == "reference":
+    engine, degrees, tokens = plan.config.engine, plan.degrees, plan.local_tokens
+    if plan.config.attention.kernel == "reference":
         yield "attention.kernel=auto", "the reference kernel stores every attention score"
     if engine.micro_batch_size > 1:
-        if compares:
+        if plan.config.compare.entries:
             yield "compare.micro_batch_sizes=[1]", f"now {engine.micro_batch_size}"
         else:
             yield f"engine.micro_batch_size=1 {_same_batch(plan)}", "the same batch in more micro-batches"
+    is_sequence_parallel = plan.config.parallelism.method == "sequence"  # tensor_pipeline refuses most of the others
     if is_sequence_parallel and (shared := _more_ranks_per_sequence(plan)):
         yield f"{shared} {_same_batch(plan)}", f"each sequence on all {plan.num_ranks} ranks, now on {degrees.sequence}"
     if plan.method == "all_gather" and degrees.sequence > 1:
         yield "attention=ring", "all_gather stores the keys and values of whole sequences"
-    tiled = changed(plan.config, **{"engine.tile_tokens": None})
-    if is_sequence_parallel and engine.tile_tokens == 0 and tile_tokens(tiled, plan.local_tokens):
-        yield "engine.tile_tokens=null", "computes the loss in tiles, so that the logits of all tokens never exist"
-    can_offload = is_sequence_parallel and plan.trains and plan.on_gpu and not engine.offload_activations
-    if is_sequence_parallel and plan.trains and engine.recompute == "none":
+    trains = is_sequence_parallel and plan.trains
+    if trains and engine.recompute == "none":
         yield "engine.recompute=selective", "recomputes layers in the backward pass, except attention"
-    elif can_offload and (offloaded := offloaded_bytes(plan.config, plan.local_tokens)):
-        yield "engine.offload_activations=true", f"moves {gib(offloaded)} GiB of saved activations to the host"
+    elif trains and plan.on_gpu and not engine.offload_activations and (saved := offloaded_bytes(plan.config, tokens)):
+        yield "engine.offload_activations=true", f"moves {gib(saved)} GiB of saved activations to the host"
     if is_sequence_parallel and engine.zero_stage < 3 and plan.num_ranks > 1:
         states = "weights, gradients and optimizer states" if plan.trains else "weights"
         yield "engine.zero_stage=3", f"shards {states} over all {plan.num_ranks} ranks"
-    if not is_sequence_parallel and (larger := _more_tensor_ranks(plan)):
-        yield larger, "divides each layer among more ranks"
+    allocator = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
     if plan.on_gpu and "expandable_segments" not in allocator:
-        joined = ",".join([*filter(None, [allocator]), "expandable_segments:True"])
-        yield f"PYTORCH_ALLOC_CONF={joined}", "before the command: reduces fragmentation"
-    if plan.on_gpu and is_sequence_parallel and plan.trains and not engine.offload_optimizer:
+        value = f"{allocator},expandable_segments:True".lstrip(",")
+        yield f"PYTORCH_ALLOC_CONF={value}", "before the command: reduces fragmentation"
+    if trains and plan.on_gpu and not engine.offload_optimizer:
         stage = "" if engine.zero_stage else "engine.zero_stage=1 "
         yield f"{stage}engine.offload_optimizer=true", "moves optimizer states and their step to the host; slower"
 
@@ -147,26 +123,14 @@ def _same_batch(plan: Plan) -> str:
 
 def _more_ranks_per_sequence(plan: Plan) -> str | None:
     """Overrides for all ranks on one sequence; None if they are, or if there are too few heads."""
-    model, degrees, num_ranks = plan.config.model, plan.degrees, plan.num_ranks
-    if degrees.data == 1:
+    num_ranks, ulysses = plan.num_ranks, plan.degrees.ulysses
+    if plan.degrees.data == 1 or (plan.method == "ulysses" and plan.config.model.num_kv_heads < num_ranks):
         return None
-    all_ranks = "parallelism.data_degree=1"
-    if plan.candidates:
-        return all_ranks  # attention=auto chooses the other degrees
-    if plan.method == "local":
-        return f"attention=ring {all_ranks}"
-    if plan.method == "ulysses":
-        return f"{all_ranks} parallelism.ulysses_degree={num_ranks}" if model.num_kv_heads >= num_ranks else None
-    ring = f"{all_ranks} parallelism.ring_degree={num_ranks // degrees.ulysses}"
-    return f"{ring} parallelism.ulysses_degree={degrees.ulysses}" if plan.method == "hybrid" else ring
-
-
-def _more_tensor_ranks(plan: Plan) -> str | None:
-    """Overrides for twice the tensor ranks, from data or pipeline ranks; None if those do not divide the model."""
-    model, (data, _, _, tensor, pipeline) = plan.config.model, plan.degrees
-    tensor *= 2
-    if model.num_kv_heads % tensor or model.mlp_size % tensor or (data % 2 and pipeline % 2):
-        return None
-    data, pipeline = (data // 2, pipeline) if data % 2 == 0 else (data, pipeline // 2)
-    typed = f"parallelism.tensor_degree={tensor} parallelism.pipeline_degree={pipeline} parallelism.data_degree={data}"
-    return f"{typed} {_same_batch(plan)}" if data != plan.degrees.data else typed
+    by_method = {
+        "local": "attention=ring",
+        "ulysses": f"parallelism.ulysses_degree={num_ranks}",
+        "hybrid": f"parallelism.ring_degree={num_ranks // ulysses} parallelism.ulysses_degree={ulysses}",
+    }
+    # attention=auto chooses the other degrees
+    others = "" if plan.candidates else by_method.get(plan.method, f"parallelism.ring_degree={num_ranks}")
+    return f"parallelism.data_degree=1 {others}".rstrip()

@@ -1,75 +1,159 @@
-"""Rank processes started by `launcher`: their signals, which fails first, and that none is left behind."""
+"""Starts a run's ranks as processes of this machine, passes signals on to them, and ends them together.
+
+A rank's output, including that of libraries, goes to RUN_DIR/logs/rank_N.log; the console shows rank 0's report.
+"""
 
 from __future__ import annotations
 
 import _thread
 import contextlib
+import multiprocessing
 import multiprocessing.connection
 import os
+import shutil
 import signal
+import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any
 
-from recipes.run.errors import Preempted
+import torch.multiprocessing as mp
+
+from conf.schema import ConfigError
+from recipes.launch.environment import RENDEZVOUS
+from recipes.launch.failure import Outcome, explain_failure
+from recipes.launch.startup import exit_now
+from recipes.launch.worker import Task, run_rank
+from recipes.run.errors import STOP_SIGNALS, Preempted, RunFailed
+from recipes.run.heartbeat import LOGS_DIR, clear_rank_states
 
 CLOSING_S = 10.0  # wandb's offline run takes one to four to close
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # schedulers send one of them some time before they kill
+
+
+def launch(task: Task, num_ranks: int, run_dir: Path) -> float:
+    """Start processes on this machine, run the task, and return rank 0's result. No process is left afterwards.
+
+    Raises:
+        RunFailed: if a rank failed.
+        Preempted: on SIGTERM or SIGUSR1. Ranks that train save a checkpoint first; others end at once, as all do on a
+            second signal.
+    """
+    print(f"starting {num_ranks} rank{'s' if num_ranks > 1 else ''}; logs in {run_dir / LOGS_DIR}", flush=True)
+    clear_rank_states(run_dir)
+    # neither a queue, whose lock needs /dev/shm, nor files, which need room on a disk
+    pipes = [multiprocessing.Pipe(duplex=False) for _ in range(num_ranks)]
+    rendezvous = tempfile.mkdtemp(prefix="ring_attention_")  # network disks may lack locks
+    processes: Any = None
+    try:
+        with signals_deferred():
+            arguments = (os.getpid(), task, num_ranks, run_dir, rendezvous, [writer for _, writer in pipes])
+            context: Any = mp.start_processes(_rank_process, arguments, num_ranks, join=False, start_method="spawn")
+        processes = context.processes
+        with signals_passed_on(processes) as passed_on:
+            failed = first_to_fail(processes)
+        exit_codes = [process.exitcode or 0 for process in processes]
+        outcomes: list[Outcome] = [reader.recv() for reader, _ in pipes if reader.poll()]
+        if failed is None:
+            if Preempted.EXIT_CODE in exit_codes:
+                raise Preempted
+            return next(outcome.result for outcome in outcomes if outcome.rank == 0)
+        if exit_codes[failed] in (-signal.SIGINT, 128 + signal.SIGINT):
+            raise KeyboardInterrupt  # a terminal sends Ctrl-C to all, and this rank was faster than we
+        if passed_on and -passed_on[0] in exit_codes:
+            raise Preempted
+        raise RunFailed(explain_failure(exit_codes, failed, outcomes, run_dir))
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; the run so far: {run_dir}", flush=True)
+        if processes:
+            end_rank_0_last(processes)
+        raise
+    finally:
+        kill_all(multiprocessing.active_children())  # includes the processes of an interrupted start
+        shutil.rmtree(rendezvous, ignore_errors=True)
+
+
+def _rank_process(
+    rank: int, parent_pid: int, task: Task, num_ranks: int, run_dir: Path, rendezvous: str, pipes: list[Connection]
+) -> None:
+    if rank:
+        die_on_sigint()  # which is also sent when the parent dies
+    if os.getppid() != parent_pid:  # the parent died while this rank was starting
+        return
+    os.environ |= dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
+    os.environ |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(num_ranks))
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", RENDEZVOUS: rendezvous}
+    try:
+        if rank == 0:
+            close_on_sigint()  # it has files and a wandb run to close
+        result = run_rank(task, run_dir, has_parent=True)
+    except Exception as error:
+        is_explained = isinstance(error, (ConfigError, RunFailed))
+        # a pipe holds 64 KiB; a longer message would block
+        text = str(error) if is_explained else f"rank {rank} failed:\n{traceback.format_exc()[-20_000:]}"
+        pipes[rank].send(Outcome(rank, error=text, refused=isinstance(error, ConfigError)))
+        exit_now(1)
+    except KeyboardInterrupt:
+        exit_now(128 + signal.SIGINT)
+    except Preempted:
+        exit_now(Preempted.EXIT_CODE)
+    pipes[rank].send(Outcome(rank, result))
+    exit_now(0)
 
 
 @contextlib.contextmanager
 def signals_deferred() -> Iterator[None]:
-    """Ctrl-C, SIGTERM and SIGUSR1 take effect after the block; processes that are starting would print tracebacks.
+    """Ctrl-C, SIGTERM and SIGUSR1 take effect after the block. Processes that start in it have SIGINT blocked.
 
-    Processes started in the block have SIGINT blocked until they unblock it, for the same reason.
+    Until they run our code they would print tracebacks.
     """
     received: list[int] = []
-    numbers = (signal.SIGINT, *STOP_SIGNALS)
-    handlers = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        _restore(handlers)
-        for number in received:
-            signal.raise_signal(number)
+    with _handled((signal.SIGINT, *STOP_SIGNALS), lambda number, _: received.append(number)):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    for number in received:
+        signal.raise_signal(number)
 
 
 @contextlib.contextmanager
 def signals_passed_on(processes: Sequence[BaseProcess]) -> Iterator[list[int]]:
-    """Pass the first SIGTERM or SIGUSR1 on to the ranks and put it in the list; later ones act as before the block."""
+    """Pass the first SIGTERM or SIGUSR1 on to the ranks and put it in the list; a later one raises Preempted."""
     passed_on: list[int] = []
-    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
     def pass_on(number: int, _: object) -> None:
+        if passed_on:
+            raise Preempted
         passed_on.append(number)
-        _restore(handlers)
         for process in processes:
             if process.pid is not None and process.is_alive():
                 os.kill(process.pid, number)
 
-    for number in STOP_SIGNALS:
-        signal.signal(number, pass_on)
-    try:
+    with _handled(STOP_SIGNALS, pass_on):
         yield passed_on
+
+
+@contextlib.contextmanager
+def _handled(numbers: Sequence[signal.Signals], handler: Callable[[int, Any], None]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
     finally:
-        _restore(handlers)
-
-
-def _restore(handlers: Mapping[signal.Signals, Any]) -> None:
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def first_to_fail(processes: Sequence[BaseProcess]) -> int | None:
     """Wait until all ranks have ended well or preempted, or return the first rank that has not."""
-    running = {process.sentinel: rank for rank, process in enumerate(processes)}
+    running: dict[Any, int] = {process.sentinel: rank for rank, process in enumerate(processes)}
     while running:
         for sentinel in multiprocessing.connection.wait(list(running)):
-            assert isinstance(sentinel, int)
             rank = running.pop(sentinel)
             processes[rank].join()
             if processes[rank].exitcode not in (0, Preempted.EXIT_CODE):
@@ -97,13 +181,6 @@ def die_on_sigint() -> None:
     """In a rank: SIGINT, blocked so far, ends the process at once, even one that is stuck in a collective."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-
-
-def exit_by_sigint() -> NoReturn:
-    """In a rank that has closed its files: exit with the code of SIGINT."""
-    die_on_sigint()
-    signal.raise_signal(signal.SIGINT)
-    raise AssertionError("SIGINT ends a process")
 
 
 def end_rank_0_last(processes: Sequence[BaseProcess]) -> None:

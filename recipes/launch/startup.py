@@ -1,7 +1,6 @@
-"""What makes the program and its ranks start and exit fast, all in one place; each step says what it saves.
+"""What makes the program and its ranks start and exit fast. `train.py` imports this file before torch.
 
-Times are of 2 CPU cores, PyTorch 2.13 and DeepSpeed 0.19.8. `train.py` imports this file before torch, so it imports
-torch only within functions.
+Times are of 2 CPU cores, PyTorch 2.13 and DeepSpeed 0.19.8.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import importlib
 import os
 import threading
 from datetime import timedelta
-from typing import NoReturn
 
 from conf.schema import ConfigError
 
@@ -52,18 +50,15 @@ def import_deepspeed() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if hasattr(torch.compiler, "set_default_backend"):  # since PyTorch 2.13
         torch.compiler.set_default_backend("eager")
-        try:
-            importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
-        finally:
-            torch.compiler.set_default_backend(None)
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+        torch.compiler.set_default_backend(None)
     gc.freeze()  # DeepSpeed collects garbage six times while it starts and would search all modules each time
 
 
 def init_distributed(init_method: str | None, timeout_s: float) -> None:
     """Join the process group that RANK and WORLD_SIZE name: NCCL on GPUs, gloo on the CPU. Every rank must call it.
 
-    Args:
-        init_method: the rendezvous, for example file:///tmp/rendezvous; None uses MASTER_ADDR and MASTER_PORT.
+    They meet at `init_method`, such as file:///tmp/rendezvous; None uses MASTER_ADDR and MASTER_PORT.
 
     Raises:
         ConfigError: on rank 0, if another program listens on the port.
@@ -93,10 +88,6 @@ def init_distributed(init_method: str | None, timeout_s: float) -> None:
         ) from error
 
 
-def exit_now(code: int) -> NoReturn:
-    """End this process without Python's own shutdown. Files and the wandb run must be closed.
-
-    The shutdown takes seconds, NCCL's part of it can wait for a dead peer, and threads that libraries leave behind can
-    abort it (apache/arrow#45214).
-    """
-    os._exit(code)
+# Ends this process without Python's own shutdown; files and the wandb run must be closed. The shutdown takes seconds,
+# NCCL's part of it can wait for a dead peer, and threads that libraries leave behind can abort it (apache/arrow#45214).
+exit_now = os._exit

@@ -1,9 +1,9 @@
 """Ends a run whose step hangs. Each rank has a thread that watches the clock and needs no other rank.
 
-`trace.report_status` says where the rank is; the watchdog records it in the rank's `Heartbeat` and times each "step". A
-step hangs if it takes `launch.stall_factor` times the median of the steps before it, and longer than `launch.stall_s`.
-The first rank to see that writes the position of every rank to a file. The parent shows it, or that rank prints it if a
-launcher has started the ranks. Each rank's log gets its Python stacks and torch's flight recorder of collectives.
+A step hangs if it takes `launch.stall_factor` times the median of the steps before it, and longer than
+`launch.stall_s`. The first rank to see that writes the position of every rank to a file. The parent shows it, or that
+rank prints it if a launcher has started the ranks. Each rank's log gets its Python stacks and torch's flight recorder
+of collectives.
 """
 
 from __future__ import annotations
@@ -37,18 +37,15 @@ class StallDetector:
 
     def __init__(self, config: LaunchConfig) -> None:
         self._config = config
-        self._durations_s: collections.deque[float] = collections.deque(maxlen=NUM_STEPS_OF_MEDIAN)
-        self._had_first = False
-        self.step = ""
+        self._durations_s: collections.deque[float] = collections.deque(maxlen=1 + NUM_STEPS_OF_MEDIAN)
+        self._step = ""
         self._started: float | None = None
 
     def update(self, step: str, now: float) -> None:
         """This step starts; an empty text ends the current one."""
         if self._started is not None:
-            if self._had_first:
-                self._durations_s.append(now - self._started)
-            self._had_first = True
-        self.step, self._started = step, now if step else None
+            self._durations_s.append(now - self._started)
+        self._step, self._started = step, now if step else None
 
     def discount(self, seconds: float) -> None:
         """Do not count this time towards the current step."""
@@ -57,14 +54,14 @@ class StallDetector:
 
     def stall_message(self, now: float) -> str | None:
         """What is wrong with the current step; None if nothing is."""
-        durations_s, started = list(self._durations_s), self._started
+        durations_s, started = list(self._durations_s)[1:], self._started
         if started is None or not self._config.stall_factor or len(durations_s) < MIN_STEPS:
             return None
         median_s = statistics.median(durations_s)
         if now - started <= max(self._config.stall_s, self._config.stall_factor * median_s):
             return None
         return (
-            f"step {self.step} is not done after {now - started:.1f} s, {(now - started) / median_s:,.0f} times the "
+            f"step {self._step} is not done after {now - started:.1f} s, {(now - started) / median_s:,.0f} times the "
             f"median of the {len(durations_s)} steps before it ({median_s:.3f} s)"
         )
 
@@ -110,31 +107,22 @@ def watched(config: LaunchConfig, run_dir: Path, rank: int, num_ranks: int, cons
 
 def _end(message: str, run_dir: Path, rank: int, num_ranks: int, console: TextIO | None) -> None:
     """Report and exit; the main thread is stuck in a collective and cannot raise."""
-    # exit even if the disk with the logs is what hangs
-    timer = threading.Timer(_MAX_REPORT_S, os._exit, (1,))
-    timer.daemon = True
-    timer.start()
+    threading.Timer(_MAX_REPORT_S, os._exit, (1,)).start()  # the disk with the logs may be what hangs
     try:
-        _report(message, run_dir, rank, num_ranks, console)
+        logs = run_dir / LOGS_DIR
+        where = f"stacks of all threads and pending collectives are in {logs}/rank_*.log"
+        text = "\n".join([message, *describe_ranks(run_dir, num_ranks, time.time()), where])
+        is_first = False
+        with contextlib.suppress(FileExistsError), (logs / STALL_FILE).open("x", encoding="utf-8") as file:
+            file.write(text + "\n")
+            is_first = True
+        print(text, file=sys.stderr, flush=True)  # this rank's log
+        faulthandler.dump_traceback(sys.stderr.fileno())
+        pickled, pending = flight_record()
+        (logs / f"flight_recorder_{rank}").write_bytes(pickled)
+        print(*(f"pending: {line}" for line in pending), sep="\n", file=sys.stderr, flush=True)
+        if is_first and console:
+            print(f"error: {text}", file=console, flush=True)
+        time.sleep(_LOG_GRACE_S if is_first else 2 * _LOG_GRACE_S)  # the first rank to exit makes the launcher end all
     finally:
         os._exit(1)
-
-
-def _report(message: str, run_dir: Path, rank: int, num_ranks: int, console: TextIO | None) -> None:
-    logs = run_dir / LOGS_DIR
-    where = f"stacks of all threads and pending collectives are in {logs}/rank_*.log"
-    text = "\n".join([message, *describe_ranks(run_dir, num_ranks, time.time()), where])
-    try:
-        with (logs / STALL_FILE).open("x", encoding="utf-8") as file:
-            file.write(text + "\n")
-        is_first = True
-    except FileExistsError:
-        is_first = False
-    print(text, file=sys.stderr, flush=True)  # this rank's log
-    faulthandler.dump_traceback(sys.stderr.fileno())
-    pickled, pending = flight_record()
-    (logs / f"flight_recorder_{rank}").write_bytes(pickled)
-    print(*(f"pending: {line}" for line in pending), sep="\n", file=sys.stderr, flush=True)
-    if is_first and console:
-        print(f"error: {text}", file=console, flush=True)
-    time.sleep(_LOG_GRACE_S if is_first else 2 * _LOG_GRACE_S)  # the first rank to exit makes the launcher end all

@@ -14,8 +14,8 @@ import torch
 
 from conf.schema import Config, ConfigError
 from recipes.launch import startup
-from recipes.launch.disk_errors import full_disk_explained
 from recipes.launch.environment import RENDEZVOUS
+from recipes.launch.failure import full_disk_explained
 from recipes.run.errors import RunFailed
 from recipes.run.heartbeat import LOGS_DIR, clear_rank_states, position
 
@@ -24,27 +24,23 @@ class Task(Protocol):
     """What all ranks do once they are connected; pickled, and rank 0's is used by all."""
 
     @property
-    def config(self) -> Config:
-        """Settings needed before the task: timeouts, determinism."""
-        ...
+    def config(self) -> Config: ...
 
     def run(self, run_dir: Path, console: TextIO) -> float:
-        """Run on one rank; `launch` returns rank 0's result.
+        """Run on one rank; `launch` returns rank 0's result. People see what rank 0 writes to the console.
 
-        Args:
-            console: where rank 0 writes what people see; all other output goes to the rank's log.
+        All other output goes to the rank's log.
         """
         ...
 
 
-def run_rank(task: Task, run_dir: Path, init_method: str | None) -> float:
+def run_rank(task: Task, run_dir: Path, has_parent: bool) -> float:
     """Run the task as the rank that the environment names. All ranks use rank 0's task and run dir.
 
-    Args:
-        init_method: the rendezvous of ranks that `launcher.launch` started; None for an external launcher's ranks.
+    It `has_parent` if `processes.launch` has started it, which explains its errors.
 
     Raises:
-        RunFailed: for any error of the task, in an external launcher's ranks; `launcher.launch` explains the others.
+        RunFailed: for any error of the task, in an external launcher's ranks.
     """
     rank, num_ranks, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -56,13 +52,11 @@ def run_rank(task: Task, run_dir: Path, init_method: str | None) -> float:
 
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
-    has_parent = init_method is not None
     if rendezvous := os.environ.get(RENDEZVOUS):
         Path(rendezvous).mkdir(mode=0o700, exist_ok=True)
-        init_method = f"file://{rendezvous}/rendezvous"
-    startup.init_distributed(init_method, task.config.launch.timeout_s)
-    if rank == 0:
-        clear_rank_states(run_dir)  # an external launcher has not done it
+    startup.init_distributed(rendezvous and f"file://{rendezvous}/rendezvous", task.config.launch.timeout_s)
+    if rank == 0 and not has_parent:
+        clear_rank_states(run_dir)
     shared = [task, run_dir]
     dist.broadcast_object_list(shared, src=0)
     task, run_dir = shared

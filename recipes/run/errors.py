@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import signal
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # schedulers send one of them some time before they kill
+
 
 class RunFailed(RuntimeError):
     """A rank failed. The message names the rank, shows its error and says where its log is.
 
-    Args:
-        of_all_ranks: whether every rank raises it. Then rank 0 alone reports it, and all can wait for that.
+    If it is `of_all_ranks`, every rank raises it, rank 0 alone reports it, and all can wait for that.
     """
 
     def __init__(self, message: str, of_all_ranks: bool = False) -> None:
@@ -18,12 +19,9 @@ class RunFailed(RuntimeError):
 
 
 class Preempted(SystemExit):
-    """SIGTERM or SIGUSR1 stopped the run; the same command with its run dir resumes.
+    """SIGTERM or SIGUSR1 stopped the run; the same command with its run dir resumes. `of_all_ranks` as for `RunFailed`.
 
     The exit code is that of SIGTERM for both signals. RUN_DIR/logs/preempted exists if the run saved a checkpoint.
-
-    Args:
-        of_all_ranks: as for `RunFailed`.
     """
 
     EXIT_CODE = 128 + signal.SIGTERM

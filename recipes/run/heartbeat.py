@@ -1,13 +1,11 @@
 """Per-rank heartbeat: where each rank is, readable after a crash or a hang.
 
 A rank writes one line to RUN_DIR/logs/rank_N.state through a memory map. That takes about a microsecond and no system
-call, and the last line survives kill -9 and SIGSTOP. The launcher's parent reads it when a rank has died, the watchdog
-when a step hangs.
+call, and the last line survives kill -9 and SIGSTOP.
 """
 
 from __future__ import annotations
 
-import errno
 import mmap
 import os
 import socket
@@ -31,18 +29,13 @@ class Heartbeat:
     def __init__(self, run_dir: Path, rank: int) -> None:
         path = record_path(run_dir, rank)
         path.unlink(missing_ok=True)  # from an earlier start
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
+        with path.open("w+b") as file:
             # without allocated space, a write through the map on a full disk would kill the rank (SIGBUS)
-            os.posix_fallocate(descriptor, 0, _RECORD_BYTES)
+            os.posix_fallocate(file.fileno(), 0, _RECORD_BYTES)
             try:
-                self._bytes = mmap.mmap(descriptor, _RECORD_BYTES)
-            except OSError as error:
-                if error.errno != errno.ENODEV:
-                    raise
-                self._bytes = mmap.mmap(-1, _RECORD_BYTES)  # the file system has no shared maps: nobody can read it
-        finally:
-            os.close(descriptor)
+                self._bytes = mmap.mmap(file.fileno(), _RECORD_BYTES)
+            except OSError:  # the file system has no shared maps: nobody can read the record
+                self._bytes = mmap.mmap(-1, _RECORD_BYTES)
         self._owner = f"{os.getpid()}\t{socket.gethostname()}"
         self._state: dict[str, str] = dict.fromkeys(KINDS, "")
         self._progress = 0
@@ -50,30 +43,23 @@ class Heartbeat:
 
     def update(self, kind: str, text: str) -> None:
         """Record that the rank is now at this step, part, ring step or wait; an empty text ends it."""
-        state = self._state
-        state[kind] = text
-        if kind != "wait":
-            self._progress += 1
+        self._state[kind] = text
+        self._progress += kind != "wait"
         if kind in ("step", "part"):
-            state["ring_step"] = state["wait"] = ""
-        line = "\t".join((self._owner, f"{time.time():.6f}", str(self._progress), *state.values()))
+            self._state |= {"ring_step": "", "wait": ""}
+        line = "\t".join((self._owner, f"{time.time():.6f}", str(self._progress), *self._state.values()))
         self._bytes[:] = line.encode()[: _RECORD_BYTES - 1].ljust(_RECORD_BYTES - 1) + b"\n"
 
 
 @dataclass(frozen=True)
 class RankState:
-    """The last recorded state of a rank.
-
-    Args:
-        since: seconds since the epoch, by the clock of the rank's host.
-        progress: number of updates so far, waits excluded; it is comparable, since all ranks make the same updates.
-    """
+    """The last recorded state of a rank."""
 
     rank: int
     pid: int
     host: str
-    since: float
-    progress: int
+    since: float  # seconds since the epoch, by the clock of the rank's host
+    progress: int  # number of updates so far, waits excluded: all ranks make the same ones
     step: str
     part: str
     ring_step: str
@@ -115,8 +101,8 @@ def clear_rank_states(run_dir: Path) -> None:
 def read_rank_state(run_dir: Path, rank: int) -> RankState | None:
     """The last recorded state; None if the rank has recorded none, or a reader caught it while writing."""
     try:
-        fields = record_path(run_dir, rank).read_text(encoding="utf-8", errors="replace").rstrip().split("\t")
-        pid, host, since, progress, *state = [*fields, *[""] * len(KINDS)][: 4 + len(KINDS)]
+        text = record_path(run_dir, rank).read_text(encoding="utf-8", errors="replace").rstrip(" \n")
+        pid, host, since, progress, *state = text.split("\t")
         return RankState(rank, int(pid), host, float(since), int(progress), *state)
     except (FileNotFoundError, ValueError, TypeError):
         return None
@@ -129,11 +115,7 @@ def position(run_dir: Path, rank: int) -> str:
 
 
 def describe_ranks(run_dir: Path, num_ranks: int, now: float) -> list[str]:
-    """One line per rank: its position, for how long, whether it is behind the others, and its process's problem.
-
-    Args:
-        now: seconds since the epoch.
-    """
+    """One line per rank: its state, for how long at `now` (seconds since the epoch), and what keeps it from running."""
     states = [state for rank in range(num_ranks) if (state := read_rank_state(run_dir, rank))]
     progress = [state.progress for state in states]
     return [

@@ -12,7 +12,6 @@ def text_table(rows: list[list[str]]) -> list[str]:
     num_columns = len(rows[0])
     widths = [0] * num_columns
     for row in rows:
-        aligned = row if len(row) == num_columns else row[:-1]
-        for column, cell in enumerate(aligned):
+        for column, cell in enumerate(row if len(row) == num_columns else row[:-1]):
             widths[column] = max(widths[column], len(cell))
     return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows]

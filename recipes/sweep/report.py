@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import shlex
 import warnings
@@ -12,8 +10,9 @@ from typing import Any
 
 import matplotlib
 import optuna
+import pandas
 from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from recipes.run.run_dir import SWEEP_FILE, replace_file
 from recipes.run.text_table import text_table
@@ -36,33 +35,18 @@ def report(study: optuna.Study, objective: str, space: SearchSpace, folder: Path
 
 
 def write_files(study: optuna.Study, objective: str, space: SearchSpace, folder: Path) -> list[dict[str, Any]]:
-    """Write sweep.json and sweep.csv, and return their rows."""
-    rows = summarize(study, objective, space, folder)
-    content = {"objective": objective, "direction": study.direction.name.lower(), "space": space.texts, "trials": rows}
-    replace_file(folder / SWEEP_FILE, json.dumps(content, indent=1) + "\n")
-    flat = [{**row, **row["overrides"]} for row in rows]
-    names = dict.fromkeys(name for row in flat for name in row if name not in ("overrides", "error_in_full"))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [*names], extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
-    replace_file(folder / "sweep.csv", text.getvalue())
-    return rows
+    """Write sweep.json and sweep.csv, and return their rows.
 
-
-def summarize(study: optuna.Study, objective: str, space: SearchSpace, folder: Path) -> list[dict[str, Any]]:
-    """A row for each trial that has started. The best come first, trials without a result last."""
-
-    def rank(trial: FrozenTrial) -> tuple[bool, float, int]:
-        value = 0.0 if trial.value is None else trial.value
-        loss = -value if study.direction == StudyDirection.MAXIMIZE else value
-        return trial.state != TrialState.COMPLETE, loss, trial.number
-
+    There is a row for each trial that has started. The best come first, trials without a result last.
+    """
+    sign = -1 if study.direction == StudyDirection.MAXIMIZE else 1
     rows = []
-    for trial in sorted(study.get_trials(states=[*STATES]), key=rank):
+    for trial in sorted(
+        study.get_trials(states=[*STATES]),
+        key=lambda trial: (trial.state != TrialState.COMPLETE, sign * (trial.value or 0), trial.number),
+    ):
         values = {name: trial.params[name] for name in space.swept if name in trial.params}
-        overrides = space.overrides(values) if len(values) == len(space.swept) else []  # interrupted while it was drawn
-        overrides = [override for override in overrides if not override.lstrip("+").startswith("sweep.")]
+        overrides = [text for text in space.overrides(values) if not text.lstrip("+").startswith("sweep.")]
         run_dir = folder / str(trial.number + 1)
         rows.append(
             {
@@ -75,12 +59,17 @@ def summarize(study: optuna.Study, objective: str, space: SearchSpace, folder: P
                 **({"run_dir": str(run_dir)} if run_dir.exists() else {}),
             }
         )
+    content = {"objective": objective, "direction": study.direction.name.lower(), "space": space.texts, "trials": rows}
+    replace_file(folder / SWEEP_FILE, json.dumps(content, indent=1) + "\n")
+    flat = pandas.DataFrame([{**row, **row["overrides"]} for row in rows])
+    flat = flat.drop(columns=["overrides", "error_in_full"], errors="ignore")
+    replace_file(folder / "sweep.csv", flat.to_csv(index=False))
     return rows
 
 
 def table(rows: list[dict[str, Any]], objective: str) -> list[str]:
     """The rows as lines of text."""
-    swept = list(dict.fromkeys(name for row in rows for name in row["overrides"]))
+    swept = dict.fromkeys(name for row in rows for name in row["overrides"])
     measured = {objective: ",.6g", "tokens_per_s": ",.0f"}
     lines = [["trial", *swept, *measured, "time", "state"]]
     for row in rows:
@@ -95,11 +84,7 @@ def table(rows: list[dict[str, Any]], objective: str) -> list[str]:
 def draw(study: optuna.Study, objective: str, space: SearchSpace, folder: Path) -> list[Path]:
     """Optuna's parallel-coordinate plot: a line per successful trial through its settings, colored by its objective."""
     matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        warnings.filterwarnings("ignore", "Attempting to set identical")  # all trials have the same value of a field
+    with warnings.catch_warnings(action="ignore"):  # experimental; all trials may have the same value of a field
         axes = optuna.visualization.matplotlib.plot_parallel_coordinate(study, target_name=objective)
     figure = axes.get_figure(root=True)
     assert figure is not None
@@ -110,5 +95,4 @@ def draw(study: optuna.Study, objective: str, space: SearchSpace, folder: Path) 
     paths = [folder / f"sweep.{kind}" for kind in ("png", "svg")]
     for path in paths:
         figure.savefig(path, dpi=150, bbox_inches="tight")
-    pyplot.close(figure)
     return paths

@@ -3,13 +3,10 @@
 Optuna's journal in the sweep's folder records every trial from its start. The same command with hydra.sweep.dir of an
 earlier sweep runs what is missing: interrupted trials again, and trials that never started. A trial succeeds if its
 RUN_DIR/summary.json has the objective. Any other end is a failure of that trial, not of the sweep.
-
-`hydra_plugins.trials` calls this and launches the jobs.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import math
@@ -20,10 +17,9 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from queue import SimpleQueue
-from typing import NamedTuple
+from typing import Any
 
 import optuna
 from filelock import FileLock, Timeout
@@ -32,7 +28,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 from tqdm import tqdm
 
 from conf.compose import describe_error
@@ -71,7 +67,7 @@ def run_sweep(
         RunFailed: if all trials failed.
     """
     space = read_space(overrides, settings.sampler)
-    check(space.first_overrides())
+    check(space.overrides(next(space.grid())))
     direction, recipes = OBJECTIVES[settings.objective]
     if "recipe" not in space.swept and composed.recipe not in recipes:
         others = [name for name, (_, own) in OBJECTIVES.items() if composed.recipe in own]
@@ -92,30 +88,19 @@ def run_sweep(
     )
     if composed.explain:
         return
-    resume_hint = f"to resume, repeat the command with hydra.sweep.dir={shlex.quote(str(folder))}"
-    print(f"folder: {folder}\nif interrupted: {resume_hint}", flush=True)
+    print(f"to resume, repeat the command with hydra.sweep.dir={shlex.quote(str(folder))}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    try:
+        lock = FileLock(folder / LOCK_FILE).acquire(blocking=False)
+    except Timeout:  # each would take the other's trials for interrupted
+        raise ConfigError(f"a sweep is running in {folder}: wait for it, or use another hydra.sweep.dir") from None
+    with lock:
         study = _open_study(composed, settings, space, folder, is_exhaustive)
-        try:
-            _Sweep(study, settings, space, num_trials, folder, run_trial).run()
-        except (KeyboardInterrupt, SystemExit):
-            print(f"\ninterrupted: {resume_hint}", flush=True)
-            raise
+        _Sweep(study, settings, space, num_trials, folder, run_trial).run()
         report.report(study, settings.objective, space, folder)
     if not any(trial.state == TrialState.COMPLETE for trial in study.trials):
         reasons = {trial.user_attrs["error"] for trial in study.trials}
         raise RunFailed(f"all {num_trials} trials failed" + (f": {reasons.pop()}" if len(reasons) == 1 else ""))
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Raises ConfigError if another sweep runs in the folder: each would take the other's trials for interrupted."""
-    try:
-        with FileLock(folder / LOCK_FILE, blocking=False):
-            yield
-    except Timeout:
-        raise ConfigError(f"a sweep is running in {folder}: wait for it, or use another hydra.sweep.dir") from None
 
 
 def _open_study(
@@ -131,8 +116,7 @@ def _open_study(
     study = optuna.create_study(
         study_name="sweep", storage=storage, direction=OBJECTIVES[settings.objective][0], load_if_exists=True
     )
-    fields = OmegaConf.to_container(composed, resolve=False)
-    assert isinstance(fields, dict)
+    fields: Any = OmegaConf.to_container(composed, resolve=False)
     now = {name: value for name, value in flatten(fields).items() if not name.startswith(("hydra.", *RESUME_SAFE))}
     now |= space.texts
     before = study.user_attrs.get("settings", now)
@@ -154,12 +138,6 @@ def _open_study(
     return study
 
 
-class _FinishedJob(NamedTuple):
-    trial: Trial
-    duration_s: float
-    error: BaseException | None
-
-
 @dataclass
 class _Sweep:
     """Runs the trials of a study and records their results."""
@@ -170,42 +148,48 @@ class _Sweep:
     num_trials: int
     folder: Path
     run_trial: RunTrial
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def run(self) -> None:
-        """Start trials, `num_parallel` at a time, and record the result of each, until none is missing."""
-        if interrupted := self._interrupted():
-            print(f"resuming interrupted trials: {', '.join(str(t.number + 1) for t in interrupted)}", flush=True)
-        pending = self._pending(interrupted)
-        finished: SimpleQueue[_FinishedJob] = SimpleQueue()
-        num_running = 0
-        while True:
-            while num_running < self.settings.num_parallel and (trial := next(pending, None)) is not None:
-                self._start(trial, finished)
-                num_running += 1
-            if not num_running:
-                return
-            self._finish(finished.get())
-            num_running -= 1
+        """Run the trials that are missing, `num_parallel` at a time."""
+        pending = self._pending()
 
-    def _interrupted(self) -> list[Trial]:
-        """Trials that started and have no result. If a job succeeded after its sweep was killed, it gets its result."""
+        def work() -> None:
+            while True:
+                with self._lock:
+                    trial = next(pending, None)
+                if trial is None:
+                    return
+                self._run(trial)
+
+        # they wait for remote jobs; the main thread does not wait for them after Ctrl-C
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(self.settings.num_parallel - 1)]
+        for thread in threads:
+            thread.start()
+        work()
+        for thread in threads:
+            thread.join()
+
+    def _pending(self) -> Iterator[Trial]:
+        """The trials to run, interrupted ones first. If a job succeeded after its sweep was killed, it gets its result.
+
+        A new trial is created only when it can start, to learn from all results so far.
+        """
         interrupted = []
         for frozen in self.study.get_trials(states=[TrialState.RUNNING]):
             trial = Trial(self.study, frozen._trial_id)  # continues with the settings that the journal has
-            summary = self._read_summary(trial)
-            if summary.get(self.settings.objective) is not None:
-                self._record(trial, summary, None)
+            if self._read_summary(trial).get(self.settings.objective) is not None:
+                self._record(trial, None)
             else:
                 interrupted.append(trial)
-        return interrupted
-
-    def _pending(self, interrupted: list[Trial]) -> Iterator[Trial]:
-        """The trials to run. A new trial is created only when it can start, to learn from all results so far."""
+        if interrupted:
+            print(f"resuming interrupted trials: {', '.join(str(t.number + 1) for t in interrupted)}", flush=True)
         yield from interrupted
         while sum(trial.state != TrialState.WAITING for trial in self.study.trials) < self.num_trials:
             yield self.study.ask()
 
-    def _start(self, trial: Trial, finished: SimpleQueue[_FinishedJob]) -> None:
+    def _run(self, trial: Trial) -> None:
+        """Run a trial, record its result, and print a line before and after."""
         values = {name: trial._suggest(name, distribution) for name, distribution in self.space.swept.items()}
         run_dir = self._run_dir(trial)
         if run_dir.exists():  # of an interrupted attempt: a run would append to its files
@@ -213,35 +197,23 @@ class _Sweep:
             run_dir.rename(next(name for name in names if not name.exists()))
         number = trial.number + 1
         print(f"trial {number}/{self.num_trials} starts | {self.space.describe(values)}", flush=True)
-        overrides = [*self.space.overrides(values), f"hydra.sweep.subdir={number}"]
-
-        def job() -> None:
-            started = time.monotonic()
-            error: BaseException | None = None
-            try:
-                result = self.run_trial(overrides, number)
-                if result.status == JobStatus.FAILED:
-                    error = result._return_value  # return_value would raise it, after writing to stderr
-            except Exception as raised:  # the configuration does not compose, or the job was lost
-                error = raised
-            finished.put(_FinishedJob(trial, time.monotonic() - started, error))
-
-        if self.settings.num_parallel == 1:
-            job()  # in the main thread, which gets the signals that end our ranks
-        else:
-            threading.Thread(target=job, daemon=True).start()  # waits for a remote job; Ctrl-C does not wait for it
-
-    def _finish(self, finished: _FinishedJob) -> None:
-        """Record the result of a trial and print its line."""
-        trial, duration_s, error = finished
-        trial.set_user_attr("duration_s", round(duration_s, 1))
-        self._record(trial, self._read_summary(trial), error)
+        started = time.monotonic()
+        error: Any = None
+        try:
+            result = self.run_trial([*self.space.overrides(values), f"hydra.sweep.subdir={number}"], number)
+            if result.status == JobStatus.FAILED:
+                error = result._return_value  # return_value would raise it, after writing to stderr
+        except Exception as raised:  # the configuration does not compose, or the job was lost
+            error = raised
         if error is not None and not isinstance(error, EXPECTED_ERRORS):
             traceback.print_exception(error)
-        print(*self._progress(trial), sep=" | ", flush=True)
+        with self._lock:
+            trial.set_user_attr("duration_s", round(time.monotonic() - started, 1))
+            print(*self._progress(self._record(trial, error)), sep=" | ", flush=True)
 
-    def _record(self, trial: Trial, summary: dict[str, float], error: BaseException | None) -> None:
+    def _record(self, trial: Trial, error: Exception | None) -> FrozenTrial:
         """Write the result of a trial to the journal and to the files of `report`."""
+        summary = self._read_summary(trial)
         for name, value in summary.items():
             trial.set_user_attr(name, value)
         objective = self.settings.objective
@@ -253,28 +225,29 @@ class _Sweep:
             trial.set_user_attr("error", one_line(error))
         if "\n" in str(error):  # such as the memory plan of a run out of memory
             trial.set_user_attr("error_in_full", str(error))
-        self.study.tell(trial, value if succeeded else None, state=None if succeeded else TrialState.FAIL)
+        result = self.study.tell(trial, value if succeeded else None, state=None if succeeded else TrialState.FAIL)
         report.write_files(self.study, objective, self.space, self.folder)
+        return result
 
-    def _progress(self, trial: Trial) -> list[str]:
+    def _progress(self, result: FrozenTrial) -> list[str]:
         """The parts of the line that a finished trial prints."""
-        finished = self.study.get_trials(states=[TrialState.COMPLETE, TrialState.FAIL])
-        complete = [other for other in finished if other.state == TrialState.COMPLETE]
-        result = next(other for other in finished if other.number == trial.number)
-        head, duration = f"trial {trial.number + 1}/{self.num_trials}", f"{result.user_attrs['duration_s']:.0f} s"
+        head = f"trial {result.number + 1}/{self.num_trials}"
+        measured, objective = result.user_attrs, self.settings.objective
+        duration_s = measured["duration_s"]
         if result.state == TrialState.COMPLETE:
-            parts = [f"{head} done in {duration}", f"{self.settings.objective} {result.value:.6g}"]
-            if "tokens_per_s" in result.user_attrs and self.settings.objective != "tokens_per_s":
-                parts.append(f"{result.user_attrs['tokens_per_s']:,.0f} tok/s")
+            parts = [f"{head} done in {duration_s:.0f} s", f"{objective} {result.value:.6g}"]
+            if "tokens_per_s" in measured and objective != "tokens_per_s":
+                parts.append(f"{measured['tokens_per_s']:,.0f} tok/s")
         else:
-            parts = [f"{head} FAILED after {duration}", result.user_attrs["error"]]
+            parts = [f"{head} FAILED after {duration_s:.0f} s", measured["error"]]
+        finished = self.study.get_trials(states=[TrialState.COMPLETE, TrialState.FAIL])
+        complete = [trial for trial in finished if trial.state == TrialState.COMPLETE]
         best = "no best"
         if complete:
             best = f"best {self.study.best_value:.6g} (trial {self.study.best_trial.number + 1})"
-        timed = [other for other in complete or finished if "duration_s" in other.user_attrs] or [result]
+        mean_s = statistics.mean(trial.user_attrs.get("duration_s", duration_s) for trial in complete or finished)
         num_rounds = math.ceil((self.num_trials - len(finished)) / self.settings.num_parallel)
-        eta_s = num_rounds * statistics.mean(other.user_attrs["duration_s"] for other in timed)
-        return [*parts, best, f"{len(finished)} of {self.num_trials} done, ETA {tqdm.format_interval(eta_s)}"]
+        return [*parts, best, f"{len(finished)} of {self.num_trials} done, ETA {tqdm.format_interval(num_rounds * mean_s)}"]
 
     def _run_dir(self, trial: Trial) -> Path:
         return self.folder / str(trial.number + 1)
@@ -283,17 +256,13 @@ class _Sweep:
         """The summary of a trial's run without the parts of its step. Empty if the run has not ended."""
         path = self._run_dir(trial) / SUMMARY_FILE
         summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        return {
-            name: math.nan if value is None else value
-            for name, value in summary.items()
-            if not name.startswith("parts/")
-        }
+        numbers = {name: value for name, value in summary.items() if not name.startswith("parts/")}
+        return {name: math.nan if value is None else value for name, value in numbers.items()}
 
 
-def one_line(error: BaseException) -> str:
+def one_line(error: Exception) -> str:
     """The reason of a failure in one line. From a message with a traceback: its first line and the last exception."""
-    text = describe_error(error) if isinstance(error, Exception) else str(error)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in describe_error(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
     if (start := next((n for n, line in enumerate(lines) if line.startswith("Traceback")), None)) is None:

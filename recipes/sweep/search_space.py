@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,22 +43,14 @@ class SearchSpace:
             return None
         return math.prod(len(_values(distribution)) for distribution in self.swept.values())
 
-    def grid(self) -> list[dict[str, Any]]:
-        """All combinations. The last field changes fastest, as in Hydra's sweeps."""
-        values = [_values(distribution) for distribution in self.swept.values()]
-        return [dict(zip(self.swept, combination, strict=True)) for combination in itertools.product(*values)]
-
-    def first_overrides(self) -> list[str]:
-        """The overrides of a trial with the first value of each field."""
-        first = {
-            name: distribution.choices[0] if isinstance(distribution, CategoricalDistribution) else distribution.low
-            for name, distribution in self.swept.items()
-        }
-        return self.overrides(first)
+    def grid(self) -> Iterator[dict[str, Any]]:
+        """All combinations, with the lowest number of an interval. The last field changes fastest, as in Hydra."""
+        for combination in itertools.product(*map(_values, self.swept.values())):
+            yield dict(zip(self.swept, combination, strict=True))
 
     def overrides(self, values: dict[str, Any]) -> list[str]:
-        """All overrides of a trial."""
-        return [*self.common, *(f"{key}={values[name]}" for name, key in self.keys.items())]
+        """All overrides of a trial. One that was interrupted while it was drawn may lack values."""
+        return [*self.common, *(f"{key}={values[name]}" for name, key in self.keys.items() if name in values)]
 
     def describe(self, values: dict[str, Any]) -> str:
         """The swept overrides of a trial for people, with rounded numbers."""
@@ -82,10 +75,7 @@ def read_space(overrides: list[Override], sampler: str) -> SearchSpace:
     texts = {name: str(override.input_line).partition("=")[2] for name, override in swept.items()}
     for name, override in swept.items():
         if sampler == "grid" and override.is_interval_sweep():
-            raise ConfigError(
-                f"{name}={texts[name]} has infinitely many values, which a grid cannot try: use sweep.sampler=tpe, or "
-                "choice(...) or range(...)"
-            )
+            raise ConfigError(f"{name}={texts[name]} has infinitely many values: use sweep.sampler=tpe or choice(...)")
     return SearchSpace(
         swept={name: _distribution(override) for name, override in swept.items()},
         texts=texts,
@@ -97,10 +87,9 @@ def read_space(overrides: list[Override], sampler: str) -> SearchSpace:
 def _distribution(override: Override) -> Distribution:
     value = override.value()
     if isinstance(value, IntervalSweep):
-        low, high = value.start, value.end
+        low: Any = value.start
+        high: Any = value.end
         is_log = "log" in value.tags
-        assert low is not None
-        assert high is not None
         if not low < high or (is_log and low <= 0):
             raise ConfigError(f"{override.input_line} must be ascending" + (" and above 0" if is_log else ""))
         if isinstance(low, int) and isinstance(high, int):
@@ -122,5 +111,6 @@ def _distribution(override: Override) -> Distribution:
 def _values(distribution: Distribution) -> list[Any]:
     if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
-    assert isinstance(distribution, IntDistribution), "an interval of real numbers has no list of values"
+    if isinstance(distribution, FloatDistribution):
+        return [distribution.low]
     return list(range(distribution.low, distribution.high + 1, distribution.step))

@@ -154,7 +154,7 @@ def test_a_rank_out_of_memory_ends_the_run_with_the_plan_and_three_overrides(pro
     lines = result.stderr.splitlines()
     assert lines[0] == "error: rank 1 ran out of memory (starting)"
     assert "DefaultCPUAllocator" in lines[1]
-    assert lines[2] == "           ranks  1 data x 2 ring, on CPU"
+    assert lines[2] == "            ranks  1 data x 2 ring, on CPU"
     assert lines[-5:] == [
         "the 3 overrides most likely to help, best first:",
         "  engine.recompute=selective  (recomputes layers in the backward pass, except attention)",

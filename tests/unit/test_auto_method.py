@@ -77,5 +77,5 @@ def test_the_plan_takes_the_fastest_and_explains_every_candidate(tmp_path):
 
 
 def test_auto_refuses_degrees():
-    with pytest.raises(ConfigError, match=r"attention=auto chooses by itself, but parallelism\.ring_degree=4: leave"):
+    with pytest.raises(ConfigError, match=r"attention=auto chooses degrees: leave out parallelism\.ring_degree=4"):
         plan(ring_degree=4)

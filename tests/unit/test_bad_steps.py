@@ -11,7 +11,7 @@ import torch
 from conf.schema import Config, EngineConfig
 from recipes.checkpoint.manifest import resume_hint, step_name
 from recipes.engine.base import StepResult
-from recipes.launch.bad_steps import MAX_BAD_STEPS, BadSteps
+from recipes.launch.stopping import MAX_BAD_STEPS, BadSteps
 from recipes.run.errors import RunFailed
 
 DATA = mock.Mock(last_sha256="abc")

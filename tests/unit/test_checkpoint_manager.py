@@ -21,7 +21,7 @@ from recipes.checkpoint.manager import (
 )
 from recipes.checkpoint.manifest import Manifest
 from recipes.export import consolidated_weights, export, find_checkpoint
-from recipes.launch.stop_request import StopRequest
+from recipes.launch.stopping import StopRequest
 from recipes.monitor.reporter import drop_rows_after
 
 LENGTH = 7
@@ -99,8 +99,7 @@ def test_export_needs_an_intact_checkpoint(tmp_path):
     with pytest.raises(ConfigError) as caught:
         find_checkpoint(tmp_path)
     assert str(caught.value) == (
-        f"{tmp_path} has no checkpoints: give a run dir, such as outputs/DATE/TIME, or one checkpoint of it, such as "
-        "outputs/DATE/TIME/checkpoints/step_00000100"
+        f"{tmp_path} has no checkpoints: give a run dir, such as outputs/DATE/TIME, or a folder in its checkpoints/"
     )
     folder = tmp_path / "checkpoints" / "step_00000100"
     folder.mkdir(parents=True)

@@ -8,7 +8,7 @@ import os
 import pytest
 
 from recipes.checkpoint.manifest import resume_hint
-from recipes.launch.disk_errors import full_disk_explained
+from recipes.launch.failure import full_disk_explained
 from recipes.run.errors import RunFailed
 from recipes.run.heartbeat import Heartbeat
 

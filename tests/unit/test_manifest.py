@@ -69,7 +69,7 @@ def test_a_manifest_survives_a_round_trip_and_its_files_are_intact(tmp_path):
     manifest = read_manifest(folder)
     assert (manifest.step, manifest.data_cursor, manifest.wandb_run_id, manifest.elapsed_s) == (5, 1285, "id", 1.5)
     assert manifest.config == asdict(resolved(Config()))
-    assert manifest.files["a.pt"].num_bytes == 700
+    assert manifest.files["a.pt"]["num_bytes"] == 700
     check_files(folder, manifest, manifest.files)
 
 

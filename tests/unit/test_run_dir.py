@@ -79,8 +79,7 @@ def test_folders_without_a_run_are_problems_and_others_are_read(tmp_path):
     assert len(loaded.runs) == 1
     assert loaded.problems == [
         f"{tmp_path}/nowhere is not a folder: give a run dir, such as outputs/DATE/TIME, or a sweep's folder",
-        f"{tmp_path}/empty contains no run: none of metrics.jsonl, summary.json, config.yaml, comparison.json, "
-        "results.jsonl is in it",
+        f"{tmp_path}/empty contains no run: give a run dir, such as outputs/DATE/TIME, or a sweep's folder",
     ]
 
 
@@ -111,8 +110,8 @@ def test_broken_settings_are_problems_and_readable_ones_are_compared(tmp_path):
     assert all(run.rows for run in loaded.runs)
     assert loaded.differing_settings == ["optimizer.lr"]
     assert loaded.problems == [
-        f"{broken}/config.yaml is not valid YAML (line 3): the run's settings are not shown",
-        f"{other}/config.yaml is not a configuration: the run's settings are not shown",
+        f"{broken}/config.yaml is cut off or not valid YAML: the run's settings are not shown",
+        f"{other}/config.yaml is not what a run writes: the run's settings are not shown",
         f"{gone}/config.yaml is missing: the run's settings are not shown",
     ]
 
@@ -125,8 +124,8 @@ def test_a_run_without_a_step_is_a_problem(tmp_path):
     assert loaded.is_empty
     assert loaded.problems == [
         f"{begun}/metrics.jsonl has no logged step yet",
-        f"{failed}/summary.json is cut off or not valid JSON (line 1): skipped",
-        f"{failed}/metrics.jsonl is missing: no step was logged",
+        f"{failed}/summary.json is cut off or not valid JSON: skipped",
+        f"{failed}/metrics.jsonl has no logged step yet",
     ]
 
 
@@ -141,10 +140,11 @@ def read_comparison(folder: Path, text: str | None) -> LoadedRuns:
 def test_a_comparison_is_not_a_run_and_its_problems_are_reported(tmp_path):
     loaded = read_comparison(tmp_path / "good", comparison())
     assert (len(loaded.comparisons), loaded.runs, loaded.problems, loaded.is_empty) == (1, [], [], False)
+    consequence = "skipped; the same command resumes an unfinished comparison"
     cases = {
-        None: "/comparison.json is missing: the comparison has not ended. The same command resumes it",
-        comparison()[:-5]: "/comparison.json is cut off or not valid JSON (line 1): skipped",
-        "3": "/comparison.json is not what a run writes: skipped",
+        None: f"/comparison.json is missing: {consequence}",
+        comparison()[:-5]: f"/comparison.json is cut off or not valid JSON: {consequence}",
+        "3": f"/comparison.json is not what a run writes: {consequence}",
         '{"recipe": 1, "model": 2, "notes": 3}': "/comparison.json has no baseline, rows: skipped",
     }
     for number, (text, problem) in enumerate(cases.items()):
