@@ -77,7 +77,6 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
 
     # train
     stop_request = StopRequest() if checkpoints.are_enabled else None
-    validate_every = config.logging.validate_every_n_steps
     losses: list[float] = []  # of logged steps
     validation_loss = float("nan")
     with profiler(config, run_dir) as profiler_step:
@@ -110,7 +109,7 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
                 }
                 metrics |= logger.step_metrics(step, numbers)
             is_last = step == config.num_steps
-            if is_last or (validate_every > 0 and step % validate_every == 0):
+            if is_last or _is_multiple(step, config.logging.validate_every_n_steps):
                 validation_loss = validate(step)
                 metrics |= {"validation/loss": validation_loss, "validation/perplexity": perplexity(validation_loss)}
             if metrics:
@@ -144,3 +143,8 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
             *reporter.summary(throughput),
         )
     return validation_loss
+
+
+def _is_multiple(step: int, interval: int) -> bool:
+    """Whether something due every `interval` steps is due; 0 is never."""
+    return interval > 0 and step % interval == 0
