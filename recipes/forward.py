@@ -38,8 +38,6 @@ def forward(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
             with logger.step(logger.is_due(step)):
                 loss = engine.mean_loss(micro_batches)
             profiler_step()
-            if reporter:
-                reporter.advance()
             if logger.is_due(step):
                 logger.write(step, logger.step_metrics(step, {"loss": loss.item()}))
     if config.breakdown:

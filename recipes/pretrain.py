@@ -92,8 +92,6 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
             report_status("step")
             report_status("part", f"between steps {step} and {step + 1}")
             profiler_step()
-            if reporter:
-                reporter.advance()
             if skipped:
                 logger.say(skipped)
 

@@ -6,7 +6,7 @@ schedule of the library says.
 
 from __future__ import annotations
 
-import argparse
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -67,13 +67,10 @@ def draw_step(axes: Axes, number: int) -> None:
     axes.add_patch(Rectangle((0, 0), num_chunks, num_chunks, fill=False, edgecolor=GRID, linewidth=0.8))
     axes.set_title(f"ring step {number}", color=INK, fontsize=9, pad=4)
     for chunk in range(num_chunks):
+        color = COLORS[min(chunk, num_chunks - 1 - chunk)]
         if number == 0:
-            owner = min(chunk, num_chunks - 1 - chunk)
-            axes.text(-0.3, chunk + 0.52, str(chunk), ha="right", va="center", fontsize=7, color=COLORS[owner])
-        axes.text(
-            chunk + 0.5, num_chunks + 0.25, str(chunk), ha="center", va="top", fontsize=7,
-            color=COLORS[min(chunk, num_chunks - 1 - chunk)],
-        )  # fmt: skip
+            axes.text(-0.3, chunk + 0.52, str(chunk), ha="right", va="center", fontsize=7, color=color)
+        axes.text(chunk + 0.5, num_chunks + 0.25, str(chunk), ha="center", va="top", fontsize=7, color=color)
     axes.set_xlim(-0.05, num_chunks + 0.05)
     axes.set_ylim(num_chunks + 0.05, -0.05)
     axes.set_aspect("equal")
@@ -87,31 +84,22 @@ def draw(target: Path) -> None:
         facecolor=BACKGROUND, edgecolor=GRID, linewidth=0.8, mutation_aspect=8 / 2.35, zorder=-1,
     )  # fmt: skip
     figure.patches.append(card)
+    label = partial(figure.text, ha="center", va="center", color=INK)
     chunks = figure.add_axes((0.02, 0.13, 0.275, 0.66))
     draw_chunks(chunks)
-    figure.text(0.172, 0.905, "Each rank holds an early and a late chunk", ha="center", va="center", color=INK)
+    label(0.172, 0.905, "Each rank holds an early and a late chunk")
     width, left, gap = 0.152, 0.348, 0.011
     steps = [figure.add_axes((left + number * (width + gap), 0.15, width, 0.56)) for number in range(NUM_RANKS)]
     for number, axes in enumerate(steps):
         draw_step(axes, number)
     for axes in (chunks, *steps):
         axes.axis("off")
-    figure.text(
-        0.665, 0.905, "In each ring step all ranks compute the same amount", ha="center", va="center", color=INK
-    )
-    figure.text(0.327, 0.43, "queries", ha="center", va="center", color=INK, rotation=90)
-    figure.text(
-        0.665, 0.065, "keys, which travel around the ring (gray: earlier steps)", ha="center", va="center", color=INK
-    )
+    label(0.665, 0.905, "In each ring step all ranks compute the same amount")
+    label(0.327, 0.43, "queries", rotation=90)
+    label(0.665, 0.065, "keys, which travel around the ring (gray: earlier steps)")
     figure.savefig(target, transparent=True, metadata={"Date": None})
     plt.close(figure)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Draws the zigzag ring of four ranks.")
-    parser.add_argument("--output", type=Path, default=TARGET)
-    draw(parser.parse_args().output)
-
-
 if __name__ == "__main__":
-    main()
+    draw(TARGET)

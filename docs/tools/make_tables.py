@@ -26,6 +26,12 @@ def _attention_files(num_gpus: int, *lengths: int) -> dict[str, str]:
 
 TWO = _attention_files(2, 16384, 65536, 131072)
 FOUR = _attention_files(4, 32768, 65536, 131072)
+LONG = ("million_H200.json", "long_steps_2xH200.json", "half_million_H100.json")
+PARITY = {
+    "cpu": ("CPU, up to 8 ranks", "parity_cpu.json"),
+    "gpu": ("2 H200s", "parity_2xH200.json"),
+    "four": ("4 H200s", "parity_4xH200.json"),
+}
 TABLES: dict[str, Callable[[], str]] = {
     "main job": speed.main_job,
     "paper table summary": partial(
@@ -44,51 +50,28 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention summary": partial(
         speed.attention_summary, {f"2, {n}": f for n, f in TWO.items()} | {f"4, {n}": f for n, f in FOUR.items()}
     ),
-    "parity summary": partial(
-        correctness.parity_summary,
-        {
-            "CPU, up to 8 ranks": "parity_cpu.json",
-            "2 H200s": "parity_2xH200.json",
-            "4 H200s": "parity_4xH200.json",
-        },
-    ),
-    "parity cpu": partial(correctness.parity, "parity_cpu.json"),
-    "parity gpu": partial(correctness.parity, "parity_2xH200.json"),
-    "parity four": partial(correctness.parity, "parity_4xH200.json"),
-    "parity methods cpu": partial(correctness.parity_of_methods, "parity_cpu.json"),
-    "parity methods gpu": partial(correctness.parity_of_methods, "parity_2xH200.json"),
-    "parity methods four": partial(correctness.parity_of_methods, "parity_4xH200.json"),
+    "parity summary": partial(correctness.parity_summary, dict(PARITY.values())),
+    **{f"parity {label}": partial(correctness.parity, name) for label, (_, name) in PARITY.items()},
+    **{f"parity methods {label}": partial(correctness.parity_of_methods, name) for label, (_, name) in PARITY.items()},
     "sparsity": correctness.sparsity,
     "precision cpu": partial(correctness.precision, "precision_cpu.json"),
     "precision gpu": partial(correctness.precision, "precision_H100.json"),
     "fuzz": correctness.fuzz,
     "memory": correctness.memory,
-    "memory gpu": partial(
-        correctness.memory_on_gpus,
-        "memory_H200.json",
-        "million_H200.json",
-        "long_steps_2xH200.json",
-        "half_million_H100.json",
-        "flat_4xH100.json",
-        "tools_H100.json",
-    ),
+    "memory gpu": partial(correctness.memory_on_gpus, "memory_H200.json", *LONG, "flat_4xH100.json", "tools_H100.json"),
     "ring memory": correctness.ring_memory,
     "faults": correctness.faults,
     "elastic": correctness.elastic,
     "baselines 10k forward": partial(speed.comparison, "rivals_10k_forward_2xH200.json"),
     "baselines 100k forward": partial(speed.comparison, "rivals_100k_forward_2xH200.json"),
     "baselines 10k training": partial(speed.comparison, "rivals_10k_pretrain_2xH200.json"),
-    "baselines 100k training": partial(
-        speed.interrupted_comparison, "rivals_100k_pretrain_2xH200.jsonl", ["tp_pp", "pp", "ra_sp", "dp"], "tp_pp"
-    ),
+    "baselines 100k training": partial(speed.comparison, "rivals_100k_pretrain_2xH200.jsonl"),
     "p2p 10k forward": partial(speed.comparison, "paper_10k_forward_2xH200.json"),
     "p2p 100k forward": partial(speed.comparison, "paper_100k_forward_2xH200.json"),
     "p2p 10k training": partial(speed.comparison, "paper_10k_pretrain_2xH200.json"),
     "p2p 100k training": partial(speed.comparison, "paper_100k_pretrain_2xH200.json"),
     "transports 10k": partial(speed.comparison, "transports_10k_forward_2xH200.json"),
-    "transports 100k": partial(
-        speed.interrupted_comparison, "transports_100k_forward_2xH200.jsonl", ["ra_sp", "ra_copies", "dp"], "dp"
-    ),
+    "transports 100k": partial(speed.comparison, "transports_100k_forward_2xH200.jsonl"),
     "four 10k forward": partial(speed.comparison, "wide_10k_forward_4xH200.json"),
     "four 100k forward": partial(speed.comparison, "wide_100k_forward_4xH200.json"),
     "four 10k training": partial(speed.comparison, "wide_10k_pretrain_4xH100.json"),
@@ -111,14 +94,14 @@ TABLES: dict[str, Callable[[], str]] = {
         },
     ),
     "heads 512": partial(speed.attention, {"32,768": "attention_32768_heads_512_2xH200.json"}),
-    "short": partial(speed.attention_host, _attention_files(2, 2048, 4096, 8192)),
+    "short": partial(speed.attention, _attention_files(2, 2048, 4096, 8192), with_host=True),
     "ring kernel calls": speed.ring_kernel_calls,
-    "simulated": partial(speed.attention_host, {"65,536": "simulated_65536_H200.json"}),
+    "simulated": partial(speed.attention, {"65,536": "simulated_65536_H200.json"}, with_host=True),
     "simulated parts": partial(speed.attention_parts, {"65,536": "simulated_65536_H200.json"}, SIMULATED_PARTS),
     "auto": speed.auto_method,
     "kernel speeds": speed.kernel_speeds,
     "steps": partial(speed.steps_beside_roofline, "layers_8b_131072_pretrain_2xH200.json"),
-    "million": partial(speed.long_steps, "million_H200.json", "long_steps_2xH200.json", "half_million_H100.json"),
+    "million": partial(speed.long_steps, *LONG),
     "memory tools": partial(speed.memory_tools, "tools_H100.json"),
     "llama 1b": partial(
         speed.throughput, {"L = 32,768": "llama_1b_32768_2xH200.jsonl", "L = 65,536": "llama_1b_65536_2xH200.jsonl"}

@@ -66,10 +66,8 @@ def parity_summary(machines: dict[str, str]) -> str:
     rows = []
     for machine, name in machines.items():
         cells = load(name)["cells"]
-        for label, here in (
-            ("ring", [cell for cell in cells if cell["method"] == "ring"]),
-            ("all others", [cell for cell in cells if cell["method"] != "ring"]),
-        ):
+        for label in ("ring", "all others"):
+            here = [cell for cell in cells if (cell["method"] == "ring") == (label == "ring")]
             rows.append([machine, label, len(here), _num_failed(here), _worst_fp32(here), _worst_bf16(here)])
     header = "machine | method | cells | failed | fp32: worst relative error | bf16: worst ratio to one process"
     return table(header, rows)

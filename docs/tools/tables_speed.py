@@ -13,6 +13,10 @@ from recipes.planning.throughput import attention_flops_per_token, forward_flops
 from ring_attention.auto_method import Links, Workload, rank_methods
 
 ATTENTION_PASSES = ("forward", "forward_backward")
+INTERRUPTED = {  # entries and baseline of comparisons that were cut off
+    "rivals_100k_pretrain_2xH200.jsonl": (["tp_pp", "pp", "ra_sp", "dp"], "tp_pp"),
+    "transports_100k_forward_2xH200.jsonl": (["ra_sp", "ra_copies", "dp"], "dp"),
+}
 
 
 def main_job() -> str:
@@ -30,10 +34,18 @@ def _shares(rows: list[dict[str, Any]]) -> str:
     return "\n\n" + table(" | ".join(["time of a step, %", *parts]), body)
 
 
+def _compared(name: str) -> tuple[list[dict[str, Any]], str]:
+    """The rows of a comparison that did not fail, and its baseline."""
+    result = load(name)
+    if name in INTERRUPTED:
+        entries, baseline = INTERRUPTED[name]
+        return summarize(result, entries, baseline), baseline
+    return [row for row in result["rows"] if "error" not in row], result["baseline"]
+
+
 def comparison(name: str) -> str:
     """What recipe=compare measured, how the micro-batch was chosen, and where the time went."""
-    result = load(name)
-    rows, baseline = [row for row in result["rows"] if "error" not in row], result["baseline"]
+    rows, baseline = _compared(name)
     base = next(row["tokens_per_s"] for row in rows if row["entry"] == baseline)
     text = table(
         f"method | grid | batch | micro-batch | TPS, median (min - max) | TPS per GPU | TPOT ms | vs {baseline} "
@@ -56,30 +68,11 @@ def comparison(name: str) -> str:
     if sizes := sorted({int(size) for row in rows for size in row["tried"]}):
         body = []
         for row in rows:
-            tried = [row["tried"].get(str(size)) for size in sizes]
+            tried = [row["tried"].get(str(size), row["tried"].get(size)) for size in sizes]
             speeds = ["n/a" if speed is None else f"{speed / row['num_ranks']:,.0f}" for speed in tried]
             body.append([row["entry"], *speeds])
         text += "\n\n" + table(" | ".join(["TPS per GPU by micro-batch", *map(str, sizes)]), body)
     return text + _shares(rows)
-
-
-def interrupted_comparison(name: str, entries: list[str], baseline: str) -> str:
-    """A comparison that was cut off, from its results.jsonl."""
-    return table(
-        f"method | micro-batch | TPS, median (min - max) | TPS per GPU | vs {baseline} | TFLOP/s per GPU | peak GiB",
-        (
-            [
-                row["entry"],
-                row["micro_batch_size"],
-                spread(row, "tokens_per_s"),
-                f"{row['tokens_per_s_per_rank']:,.0f}",
-                f"{row['change_pct']:+.1f} %",
-                f"{row['model_tflops_per_rank']:.0f}",
-                f"{row['peak_memory_gib']:.1f}",
-            ]
-            for row in summarize(load(name), entries, baseline)
-        ),
-    )
 
 
 def comparison_summary(files: dict[str, str]) -> str:
@@ -87,10 +80,7 @@ def comparison_summary(files: dict[str, str]) -> str:
     others = ("tp_pp", "tp", "pp", "ulysses", "hybrid", "all_gather")
     body = []
     for label, name in files.items():
-        if name.endswith(".jsonl"):
-            rows = summarize(load(name), ["tp_pp", "pp", "ra_sp", "dp"], "tp_pp")
-        else:
-            rows = load(name)["rows"]
+        rows, _ = _compared(name)
         speeds = {row["entry"]: row["tokens_per_s"] for row in rows}
         ours = next(row for row in rows if row["entry"] == "ra_sp")
         cells = [label, f"{ours['tokens_per_s_per_rank']:,.0f}"]
@@ -100,20 +90,23 @@ def comparison_summary(files: dict[str, str]) -> str:
     return table(header, body)
 
 
-def attention(names: dict[str, str]) -> str:
-    """What recipe=bench_attention measured."""
-    body = []
-    for length, name in names.items():
-        for row in load(name)["rows"]:
-            cells = [length, row["name"]]
-            for at in (row[kind] for kind in ATTENTION_PASSES):
-                cells += [f"{at['ms']:.2f} ({at['min_ms']:.2f} - {at['max_ms']:.2f})", f"{at['tflops']:.0f}"]
-                cells += [f"{at['ideal_pct']:.1f} %", optional(at["exposed_ms"], 2)]
-            body.append(cells)
+def attention(names: dict[str, str], with_host: bool = False) -> str:
+    """What recipe=bench_attention measured; `with_host` the time until the host had issued the calls."""
+
+    def cells(at: dict[str, Any]) -> list[str]:
+        spread_ms, of_ideal = f"{at['ms']:.2f} ({at['min_ms']:.2f} - {at['max_ms']:.2f})", f"{at['ideal_pct']:.1f} %"
+        if with_host:
+            return [spread_ms, f"{at['host_ms']:.2f}", of_ideal]
+        return [spread_ms, f"{at['tflops']:.0f}", of_ideal, optional(at["exposed_ms"], 2)]
+
+    measures = "host ms | of ideal" if with_host else "TFLOP/s per GPU | of ideal | exposed ms"
     return table(
-        "L | method | forward: ms (min - max) | TFLOP/s per GPU | of ideal | exposed ms "
-        "| with backward: ms (min - max) | TFLOP/s per GPU | of ideal | exposed ms",
-        body,
+        f"L | method | forward: ms (min - max) | {measures} | with backward: ms (min - max) | {measures}",
+        (
+            [length, row["name"], *(cell for kind in ATTENTION_PASSES for cell in cells(row[kind]))]
+            for length, name in names.items()
+            for row in load(name)["rows"]
+        ),
     )
 
 
@@ -161,23 +154,6 @@ def attention_energy(name: str) -> str:
     return table("method | calls | ms | of ideal | joules per call and GPU | watts", body)
 
 
-def attention_host(names: dict[str, str]) -> str:
-    """What recipe=bench_attention measured, and the time until the host had issued the calls."""
-    body = []
-    for length, name in names.items():
-        for row in load(name)["rows"]:
-            cells = [length, row["name"]]
-            for at in (row[kind] for kind in ATTENTION_PASSES):
-                cells += [f"{at['ms']:.2f} ({at['min_ms']:.2f} - {at['max_ms']:.2f})", f"{at['host_ms']:.2f}"]
-                cells.append(f"{at['ideal_pct']:.1f} %")
-            body.append(cells)
-    return table(
-        "L | method | forward: ms (min - max) | host ms | of ideal | with backward: ms (min - max) | host ms "
-        "| of ideal",
-        body,
-    )
-
-
 def ring_kernel_calls() -> str:
     """The busier rank's kernel calls in a ring of two, beside half of one call for the full sequence.
 
@@ -207,21 +183,21 @@ def final(setting: str) -> str:
     return " ".join(f"{name}={value}" for name, value in overrides.items())
 
 
-def _model_tflops(row: dict[str, Any]) -> tuple[float, str]:
-    """Model TFLOP/s per GPU and MFU of one row of tests.tools.long_step, in bf16."""
+def _cells_of_step(row: dict[str, Any], digits: int = 0) -> list[str]:
+    """step s, tokens/s, model TFLOP/s per GPU, MFU, peaks in GiB of one row of tests.tools.long_step, in bf16."""
     tflops = row["flops"] / row["step_time_s"] / row["num_ranks"] / 1e12
-    return tflops, f"{100 * tflops / peak_tflops(row['device'], 'bf16'):.1f} %"
+    cells = [f"{row['step_time_s']:.{digits}f}", f"{row['tokens_per_s']:,.0f}", f"{tflops:.0f}"]
+    cells.append(f"{100 * tflops / peak_tflops(row['device'], 'bf16'):.1f} %")
+    return [*cells, f"{row['peak_gib']:.1f}", f"{row['peak_reserved_gib']:.1f}"]
+
+
+STEP_COLUMNS = "step s | tokens/s | model TFLOP/s per GPU | MFU | peak GiB | reserved by PyTorch, GiB"
 
 
 def long_steps(*names: str) -> str:
     """What tests.tools.long_step measured, in bf16."""
-    body = []
-    for row in [row for name in names for row in load(name)]:
-        tflops, mfu = _model_tflops(row)
-        cells = [f"`{final(row['setting'])}`", f"{row['step_time_s']:.0f}", f"{row['tokens_per_s']:,.0f}"]
-        body.append([*cells, f"{tflops:.0f}", mfu, f"{row['peak_gib']:.1f}", f"{row['peak_reserved_gib']:.1f}"])
-    header = "setting | step s | tokens/s | model TFLOP/s per GPU | MFU | peak GiB | reserved by PyTorch, GiB"
-    return table(header, body)
+    rows = [row for name in names for row in load(name)]
+    return table(f"setting | {STEP_COLUMNS}", ([f"`{final(row['setting'])}`", *_cells_of_step(row)] for row in rows))
 
 
 def memory_tools(name: str) -> str:
@@ -231,9 +207,8 @@ def memory_tools(name: str) -> str:
     body = []
     for row in rows:
         own = " ".join(word for word in row["setting"].split() if word not in shared)
-        cells = [f"`{own}`" if own else "none", f"{row['step_time_s']:.2f}", f"{row['tokens_per_s']:,.0f}"]
-        body.append([*cells, _model_tflops(row)[1], f"{row['peak_gib']:.1f}", f"{row['peak_reserved_gib']:.1f}"])
-    return table("setting | step s | tokens/s | MFU | peak GiB | reserved by PyTorch, GiB", body)
+        body.append([f"`{own}`" if own else "none", *_cells_of_step(row, digits=2)])
+    return table(f"setting | {STEP_COLUMNS}", body)
 
 
 def kernel_speeds() -> str:
@@ -307,21 +282,13 @@ def roofline(*names: str) -> str:
 
 
 def throughput(runs: dict[str, str]) -> str:
+    digits = {"tokens_per_s": 0, "tokens_per_s_per_rank": 0, "step_time_p50_s": 3, "tpot_ms": 4}
+    digits |= {"mfu_pct": 1, "peak_memory_gib": 1}
     body = []
     for label, name in runs.items():
         rows = [row for row in load(name) if row["step"] >= 8 and "train/tokens_per_s" in row]  # after warm-up
-        values = {key: [row[f"train/{key}"] for row in rows if f"train/{key}" in row] for key in THROUGHPUT_DIGITS}
-        medians = [f"{statistics.median(values[key]):,.{digits}f}" for key, digits in THROUGHPUT_DIGITS.items()]
+        values = {key: [row[f"train/{key}"] for row in rows if f"train/{key}" in row] for key in digits}
+        medians = [f"{statistics.median(values[key]):,.{count}f}" for key, count in digits.items()]
         speeds, (total, *rest) = values["tokens_per_s"], medians
         body.append([label, f"{total} ({min(speeds):,.0f} - {max(speeds):,.0f})", *rest])
     return table("run | tok/s, median (min - max) | tok/s per GPU | step s | TPOT ms | MFU % | peak GiB per GPU", body)
-
-
-THROUGHPUT_DIGITS = {
-    "tokens_per_s": 0,
-    "tokens_per_s_per_rank": 0,
-    "step_time_p50_s": 3,
-    "tpot_ms": 4,
-    "mfu_pct": 1,
-    "peak_memory_gib": 1,
-}

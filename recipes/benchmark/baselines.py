@@ -20,7 +20,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from conf.schema import ConfigError
 from ring_attention.groups import ParallelGroups
 from ring_attention.kernels import KERNELS, KernelSpec
-from ring_attention.kernels.base import expand_kv_heads
 from ring_attention.layout import Layout
 
 
@@ -74,7 +73,7 @@ def torch_context_parallel(groups: ParallelGroups, length: int, spec: KernelSpec
 
     def attend(q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor) -> Tensor:
         if q_BSHD.shape[2] != k_BSKD.shape[2]:  # it needs as many key-value heads as query heads
-            k_BSKD, v_BSKD = (expand_kv_heads(x, q_BSHD.shape[2]) for x in (k_BSKD, v_BSKD))
+            k_BSKD, v_BSKD = (x.repeat_interleave(q_BSHD.shape[2] // x.shape[2], 2) for x in (k_BSKD, v_BSKD))
         q, k, v = (x.transpose(1, 2).contiguous() for x in (q_BSHD, k_BSKD, v_BSKD))
         # looked up at each call, because the context replaces it
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)

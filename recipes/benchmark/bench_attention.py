@@ -64,9 +64,8 @@ def bench_attention(plan: Plan, run_dir: Path, reporter: Reporter | None) -> flo
         say("profiling ...")
         for row, candidate in zip(rows, candidates, strict=True):
             with candidate.attention.context():
-                breakdown = step_breakdown(candidate.forward_backward)
-            own_ms = {part: 1e3 * share * breakdown.step_time_s for part, share in breakdown.shares.items()}
-            row["parts_ms"] = extremes_over_ranks(own_ms, device)
+                times_s = step_breakdown(candidate.forward_backward)
+            row["parts_ms"] = extremes_over_ranks({part: 1e3 * time_s for part, time_s in times_s.items()}, device)
         say("", *_parts_table(rows), "")
     say(
         "ms: one call, on the slowest rank. host: the part of it until the host has issued the call; if the two are",

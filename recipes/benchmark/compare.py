@@ -131,7 +131,7 @@ class ComparisonTask:
             if console:
                 print(f"measuring the time breakdown of {measurement.entry} ...", file=console, flush=True)
             batches = functools.partial(sharder.steps, corpus.training(cursor=0))
-            yield {"parts": measure_time_breakdown(plan, engine, batches).metrics}
+            yield {"parts": measure_time_breakdown(plan, engine, batches)}
         engine.close()
         del engine
         device_metrics.reset_peak_memory()  # frees the memory before the next model is built

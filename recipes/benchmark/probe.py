@@ -57,7 +57,7 @@ class Probe:
             clock.tick()
         step_time_s = engine.max_over_ranks(min(clock.take()))
         result = {
-            "peak_gib": engine.max_over_ranks(device_metrics.peak_memory_in_use_gib() - libraries_gib),
+            "peak_gib": engine.max_over_ranks(device_metrics.peak_memory_gib(in_use=True) - libraries_gib),
             "peak_reserved_gib": engine.max_over_ranks(device_metrics.peak_memory_gib()) if plan.on_gpu else None,
             "step_time_s": step_time_s,
             "flops": plan.flops * plan.tokens_per_step,

@@ -6,15 +6,13 @@ time, and light and dark colors.
 
 from __future__ import annotations
 
-import datetime
 import itertools
-import re
 import statistics
+import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
-from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
 from recipes.dashboard.charts import COLORS, DASHES, StyledRun, comparison_charts, method_of, section_charts
@@ -24,48 +22,37 @@ from recipes.run.run_dir import Comparison, LoadedRuns, Run
 MAX_SETTINGS_IN_NAME = 3
 AXES = {"step": "step", "train/tokens_seen": "tokens", "elapsed_s": "time since the start (s)"}
 
-
-class Table(NamedTuple):
-    """Cells are text or numbers; None is an empty cell."""
-
-    columns: list[str]
-    rows: list[list[Any]]
+Table = list[dict[str, Any]]  # rows with the same columns; cells are text, numbers, or None if empty
 
 
 def render(loaded: LoadedRuns, reload_s: int | None = None) -> str:
-    """The page as HTML.
-
-    Args:
-        reload_s: interval at which browsers reload the page; None: never.
-    """
+    """The page as HTML. Browsers reload it every `reload_s` seconds; None: never."""
     differing = loaded.differing_settings
-    styles = itertools.cycle((color, dash) for dash in DASHES for color in COLORS)
+    styles = itertools.cycle(itertools.product(DASHES, COLORS))
     runs = [
         StyledRun(run, _label(run, differing), color, dash)
-        for run, (color, dash) in zip(loaded.runs, styles, strict=False)
+        for run, (dash, color) in zip(loaded.runs, styles, strict=False)
     ]
-    sections = [(name, section_charts(name, runs)) for name in SECTIONS]
     methods = dict.fromkeys(method_of(row) for comparison in loaded.comparisons for row in comparison.content["rows"])
     colors = dict(zip(methods, itertools.cycle(COLORS), strict=False))
-    with_rows = [run for run in loaded.runs if run.rows]
     axes = {
         metric: label
         for metric, label in AXES.items()
-        if with_rows and all(_logged_values(run, metric) for run in with_rows)
+        if all(_logged_values(run, metric) for run in loaded.runs if run.rows)
     }
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"number": _format_number, "breakable": _breakable}
+    environment.filters["number"] = _format_number
     return environment.get_template("page.html").render(
         title=describe_contents(loaded),
         plotly_js=get_plotlyjs(),
         reload_s=reload_s,
-        written=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z"),
+        written=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
         problems=loaded.problems,
         runs=runs,
         table=_runs_table(loaded.runs, differing),
-        sections=[(name, charts) for name, charts in sections if charts],
+        sections=[(name, charts) for name in SECTIONS if (charts := section_charts(name, runs))],
         comparisons=[
             (comparison, _comparison_table(comparison), comparison_charts(comparison, colors))
             for comparison in loaded.comparisons
@@ -83,10 +70,8 @@ def describe_contents(loaded: LoadedRuns) -> str:
 
 def _label(run: Run, differing: list[str]) -> str:
     """The run's name, and the first settings in which it differs from others."""
-    settings = [
-        f"{name.rpartition('.')[2]}={_format_number(run.settings[name])}" for name in differing if name in run.settings
-    ]
-    return " ".join([run.name, *settings[:MAX_SETTINGS_IN_NAME]])
+    names = [name for name in differing if name in run.settings][:MAX_SETTINGS_IN_NAME]
+    return " ".join([run.name, *(f"{name.rpartition('.')[2]}={_format_number(run.settings[name])}" for name in names)])
 
 
 def _format_number(value: Any) -> str:
@@ -95,20 +80,14 @@ def _format_number(value: Any) -> str:
         return ""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
-    if isinstance(value, int) or abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.4g}"
-
-
-def _breakable(heading: str) -> Markup:
-    """Lets the browser break a long name at dots and underscores."""
-    return Markup(re.sub(r"([._])", r"\1<wbr>", str(escape(heading))))
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _runs_table(runs: list[Run], differing: list[str]) -> Table:
     """The settings in which the runs differ, and their final numbers."""
-    rows = [{name: run.settings.get(name) for name in differing} | _results(run) for run in runs]
-    return _without_empty_columns({name: [row[name] for row in rows] for name in rows[0]}) if rows else Table([], [])
+    return _without_empty_columns(
+        [{name: run.settings.get(name) for name in differing} | _results(run) for run in runs]
+    )
 
 
 def _results(run: Run) -> dict[str, float | None]:
@@ -141,15 +120,13 @@ def _median(run: Run, name: str) -> float | None:
     return statistics.median(values[1:] or values) if values else None
 
 
-def _without_empty_columns(columns: dict[str, list[Any]]) -> Table:
-    filled = {name: cells for name, cells in columns.items() if any(cell is not None for cell in cells)}
-    num_rows = len(next(iter(columns.values())))
-    return Table([*filled], [[cells[row] for cells in filled.values()] for row in range(num_rows)])
+def _without_empty_columns(table: Table) -> Table:
+    filled = {name for row in table for name, cell in row.items() if cell is not None}
+    return [{name: cell for name, cell in row.items() if name in filled} for row in table]
 
 
 def _comparison_table(comparison: Comparison) -> Table:
     """The paper's table: a row for each method, including failed ones."""
-    rows, baseline = comparison.content["rows"], comparison.content["baseline"]
     columns = {
         "method": "entry",
         "grid": "grid",
@@ -160,7 +137,7 @@ def _comparison_table(comparison: Comparison) -> Table:
         "min - max": "min_max",
         "TPS per rank": "tokens_per_s_per_rank",
         "TPOT ms": "tpot_ms",
-        f"vs {baseline} %": "change",
+        f"vs {comparison.content['baseline']} %": "change",
         "TFLOP/s per rank": "model_tflops_per_rank",
         "MFU %": "mfu_pct",
         "peak GiB": "peak_memory_gib",
@@ -169,14 +146,13 @@ def _comparison_table(comparison: Comparison) -> Table:
         "loss": "first_loss",
         "failed": "reason",
     }
-    formatted = []
-    for row in rows:
-        texts: dict[str, str] = {}
+    table = []
+    for row in comparison.content["rows"]:
         if "error" in row:
-            texts["reason"] = row["error"].splitlines()[0]
+            texts = {"reason": row["error"].splitlines()[0]}
         else:
-            texts["min_max"] = f"{row['tokens_per_s_min']:,.0f} - {row['tokens_per_s_max']:,.0f}"
+            texts = {"min_max": f"{row['tokens_per_s_min']:,.0f} - {row['tokens_per_s_max']:,.0f}"}
         if row.get("change_pct") is not None:
             texts["change"] = f"{row['change_pct']:+.1f}"
-        formatted.append(row | texts)
-    return _without_empty_columns({title: [row.get(key) for row in formatted] for title, key in columns.items()})
+        table.append({title: (row | texts).get(key) for title, key in columns.items()})
+    return _without_empty_columns(table)

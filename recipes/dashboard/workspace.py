@@ -14,8 +14,6 @@ from wandb_workspaces.reports.v2.interface import PanelTypes
 from conf.schema import ConfigError
 from recipes.monitor.metric_registry import METRICS, SECTIONS, SUMMARY_METRICS, Metric
 
-NAME = "Ring attention"
-
 
 def create(path: str) -> str:
     """Make the workspace in ENTITY/PROJECT and return its address.
@@ -25,29 +23,22 @@ def create(path: str) -> str:
     """
     if not re.fullmatch(r"[^/\s]+/[^/\s]+", path):
         raise ConfigError(f"--wandb {path} is not a wandb project: use --wandb ENTITY/PROJECT")
-    with contextlib.redirect_stderr(io.StringIO()):  # wandb prints several lines of advice
-        try:
-            has_login = wandb.login(prompt=False)
-        except wandb.Error as error:
-            raise ConfigError(
-                f"wandb refused the login ({error}): check the network, or type wandb login --relogin"
-            ) from None
-    if not has_login:
-        raise ConfigError("there is no wandb login: type wandb login, or set WANDB_API_KEY")
     try:
-        return define(*path.split("/")).save().url
+        with contextlib.redirect_stderr(io.StringIO()):  # wandb prints several lines of advice
+            has_login = wandb.login(prompt=False)
+        if has_login:
+            return define(*path.split("/")).save().url
     except (wandb.Error, ValueError, OSError) as error:
-        raise ConfigError(f"wandb refused a workspace in {path} ({error}): check the names and the network") from None
+        raise ConfigError(
+            f"wandb refused a workspace in {path} ({error}): check the names, the network and the login"
+        ) from None
+    raise ConfigError("there is no wandb login: type wandb login, or set WANDB_API_KEY")
 
 
 def define(entity: str, project: str) -> ws.Workspace:
     """The workspace, before it is saved."""
-    return ws.Workspace(
-        entity=entity,
-        project=project,
-        name=NAME,
-        sections=[ws.Section(name=section, panels=_panels(section), is_open=True) for section in SECTIONS],
-    )
+    sections = [ws.Section(name=section, panels=_panels(section), is_open=True) for section in SECTIONS]
+    return ws.Workspace(entity=entity, project=project, name="Ring attention", sections=sections)
 
 
 def _panels(section: str) -> list[PanelTypes]:
@@ -61,6 +52,11 @@ def _panels(section: str) -> list[PanelTypes]:
 
 
 def _line(metric: Metric) -> wr.LinePlot:
+    unit = f" ({metric.unit})" if metric.unit else ""
     return wr.LinePlot(
-        title=metric.label, x="step", y=[*metric.logged_names], title_y=metric.unit or None, log_y=metric.log_scale
+        title=metric.title + unit,
+        x="step",
+        y=[*metric.logged_names],
+        title_y=metric.unit or None,
+        log_y=metric.log_scale,
     )

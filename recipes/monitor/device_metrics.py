@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import math
 import resource
-import statistics
-import sys
 import time
 from typing import Any
 
@@ -60,13 +58,6 @@ def perplexity(loss: float) -> float:
     return math.inf if loss > 700 else math.exp(loss)
 
 
-def percentile(values: list[float], percent: int) -> float:
-    """With linear interpolation between the values."""
-    if len(values) == 1:
-        return values[0]
-    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
-
-
 def reset_peak_memory() -> None:
     """Release cached GPU memory and start a new measurement of its peak."""
     if torch.cuda.is_available():
@@ -75,19 +66,12 @@ def reset_peak_memory() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def peak_memory_gib() -> float:
-    """This rank's peak: reserved GPU memory and symmetric buffers, or the resident set of the process on the CPU."""
+def peak_memory_gib(in_use: bool = False) -> float:
+    """The peak of GPU memory (`in_use`: without cached memory) and symmetric buffers; on CPUs, of resident memory."""
     if torch.cuda.is_available():
-        return (torch.cuda.max_memory_reserved() + symmetric_buffer_bytes()) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def peak_memory_in_use_gib() -> float:
-    """Like `peak_memory_gib`, without memory that the allocator only caches."""
-    if torch.cuda.is_available():
-        return (torch.cuda.max_memory_allocated() + symmetric_buffer_bytes()) / 2**30
-    return peak_memory_gib()
+        peak = torch.cuda.max_memory_allocated() if in_use else torch.cuda.max_memory_reserved()
+        return (peak + symmetric_buffer_bytes()) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def allocator_stats() -> dict[str, float]:

@@ -1,6 +1,6 @@
-"""Every number that a run logs: its name, unit and section. Imports nothing slow, so that the dashboard starts at once.
+"""Every number that a run logs; docs/metrics.md has the formulas. Imports nothing slow, so that pages start at once.
 
-docs/metrics.md has the formulas. Tests keep this table, that page and what a run logs consistent.
+Tests keep this table, that page and what a run logs consistent.
 """
 
 from __future__ import annotations
@@ -13,35 +13,22 @@ PARTS = ("attention", "merge", "exchange", "gemm", "optimizer", "data", "other",
 
 @dataclass(frozen=True)
 class Metric:
-    """One number of a run.
+    """One number of a run."""
 
-    Args:
-        name: as logged, after "PREFIX/".
-        section: of the dashboard; "" for metrics that have no chart.
-        prefixes: of the recipes and phases that log it.
-        requires: the condition under which it is logged; "" for always.
-        log_scale: whether its chart has a logarithmic axis.
-    """
-
-    name: str
+    name: str  # as logged, after "PREFIX/"
     title: str
     unit: str
-    section: str
-    prefixes: tuple[str, ...] = ("train", "forward")
-    requires: str = ""
-    log_scale: bool = False
+    section: str  # of the dashboard; "" for metrics that have no chart
+    prefixes: tuple[str, ...] = ("train", "forward")  # of the recipes and phases that log it
+    requires: str = ""  # the condition under which it is logged; "" for always
+    log_scale: bool = False  # whether its chart has a logarithmic axis
 
     @property
     def logged_names(self) -> list[str]:
         return [f"{prefix}/{self.name}" if prefix else self.name for prefix in self.prefixes]
 
-    @property
-    def label(self) -> str:
-        """The title with its unit."""
-        return f"{self.title} ({self.unit})" if self.unit else self.title
 
-
-TRAIN, TRAIN_AND_VALIDATION = ("train",), ("train", "validation")
+TRAIN = ("train",)
 
 # Logged over steps. Charts have this order.
 METRICS = (
@@ -55,7 +42,7 @@ METRICS = (
     Metric("step_time_max_s", "step time, maximum", "s", "Throughput", log_scale=True),
     Metric("data_wait_ms", "wait for data per step", "ms", "Throughput"),
     Metric("loss", "loss", "nats/token", "Learning", ("train", "validation", "forward")),
-    Metric("perplexity", "perplexity", "", "Learning", TRAIN_AND_VALIDATION, log_scale=True),
+    Metric("perplexity", "perplexity", "", "Learning", ("train", "validation"), log_scale=True),
     Metric("grad_norm", "gradient norm before clipping", "", "Learning", TRAIN, log_scale=True),
     Metric("learning_rate", "learning rate", "", "Learning", TRAIN),
     Metric("loss_scale", "loss scale", "", "Learning", TRAIN, requires="fp16", log_scale=True),
@@ -84,8 +71,3 @@ SUMMARY_METRICS = (
     *(Metric(f"{part}_pct", f"time of a step: {part}", "%", "Communication", ("parts",)) for part in PARTS),
     Metric("exposed_communication_ms", "exposed communication per step", "ms", "Communication", ("parts",)),
 )
-
-
-def minutes(seconds: float) -> str:
-    """65 -> "1:05"."""
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -11,24 +11,24 @@ import torch
 
 from conf.schema import Config
 
-PROFILE_DIR = "profile"
 MAX_ALLOCATIONS = 100_000  # newest events of a snapshot; tens of MB
 
 
 @contextlib.contextmanager
 def profiler(config: Config, run_dir: Path) -> Iterator[Callable[[], None]]:
-    """Yields a function to call after each step. Each rank writes its own files to RUN_DIR/profile.
+    """Yield a function to call after each step. Each rank writes its own files to RUN_DIR/profile.
 
     profile=true traces steps profile_steps[0] to profile_steps[1] for Perfetto: rank_N.json. memory_snapshot=true
     records GPU allocations until the block ends, also by running out of memory: memory_rank_N.pickle, for
     https://docs.pytorch.org/memory_viz.
     """
-    folder = run_dir / PROFILE_DIR
+    folder = run_dir / "profile"
     with contextlib.ExitStack() as stack:
         if config.memory_snapshot and torch.cuda.is_available():
             folder.mkdir(exist_ok=True)
             torch.cuda.memory._record_memory_history(max_entries=MAX_ALLOCATIONS)
-            stack.callback(_dump_memory, folder / f"memory_rank_{dist.get_rank()}.pickle")
+            stack.callback(torch.cuda.memory._record_memory_history, enabled=None)
+            stack.callback(torch.cuda.memory._dump_snapshot, str(folder / f"memory_rank_{dist.get_rank()}.pickle"))
         if not config.profile:
             yield lambda: None
             return
@@ -41,8 +41,3 @@ def profiler(config: Config, run_dir: Path) -> Iterator[Callable[[], None]]:
             )
         )
         yield profile.step
-
-
-def _dump_memory(path: Path) -> None:
-    torch.cuda.memory._dump_snapshot(str(path))
-    torch.cuda.memory._record_memory_history(enabled=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -17,7 +18,6 @@ from tqdm import tqdm
 
 from conf.schema import LoggingConfig
 from recipes.checkpoint.manifest import Manifest
-from recipes.monitor.metric_registry import minutes
 from recipes.planning.plan import Plan
 from recipes.planning.throughput import Throughput
 from recipes.run.errors import Preempted
@@ -27,36 +27,29 @@ from recipes.run.run_dir import METRICS_FILE, SUMMARY_FILE, replace_file
 def start_wandb(
     logging: LoggingConfig, run_dir: Path, config: dict[str, Any], say: Callable[[str], None], run_id: str | None = None
 ) -> Any:
-    """A wandb run in `run_dir`. logging.wandb=auto is online with a login and offline without a login or a server.
-
-    Args:
-        say: prints a line for people.
-        run_id: of the wandb run to resume.
-    """
+    """A wandb run in `run_dir`, or `run_id` resumed. logging.wandb=auto is offline without a login or a server."""
     import wandb  # takes a second, which errors before the run should not wait for
 
-    def init(mode: str) -> Any:
-        return wandb.init(
-            project=logging.project,
-            group=logging.group,
-            tags=logging.tags,
-            mode=mode,  # pyright: ignore[reportArgumentType]
-            dir=run_dir,
-            name=run_dir.name,
-            config=config,
-            id=run_id,
-            resume="allow" if run_id else None,  # offline, each start has its own folder; wandb joins them by the id
-            settings=wandb.Settings(silent=True, console="off"),
-        )
-
-    mode = os.environ.get("WANDB_MODE", "") if logging.wandb == "auto" else logging.wandb
+    init = functools.partial(
+        wandb.init,
+        project=logging.project,
+        group=logging.group,
+        tags=logging.tags,
+        dir=run_dir,
+        name=run_dir.name,
+        config=config,
+        id=run_id,
+        resume="allow" if run_id else None,  # offline, each start has its own folder; wandb joins them by the id
+        settings=wandb.Settings(silent=True, console="off"),
+    )
+    mode: Any = os.environ.get("WANDB_MODE", "") if logging.wandb == "auto" else logging.wandb
     if mode:
-        return init(mode)
+        return init(mode=mode)
     try:
-        return init("online" if wandb.login(prompt=False) else "offline")
+        return init(mode="online" if wandb.login(prompt=False) else "offline")
     except wandb.Error as error:  # a cluster without internet must not cost the run
         say(f"wandb: offline, because its server cannot be reached or refused the login ({error})")
-        return init("offline")
+        return init(mode="offline")
 
 
 def wandb_hints(run: Any) -> list[str]:
@@ -83,7 +76,7 @@ class Reporter:
         self._plan, self._config, self._run_dir, self._console = plan, plan.config, run_dir, console
         self._resumed = resumed
         self._started = time.perf_counter() - (resumed.elapsed_s if resumed else 0.0)
-        self._summary: dict[str, float | None] = {}
+        self._summary: dict[str, float] = {}
 
     def __enter__(self) -> Reporter:
         path = self._run_dir / METRICS_FILE
@@ -97,6 +90,7 @@ class Reporter:
             self.say,
             self._resumed.wandb_run_id if self._resumed else None,
         )
+        self.wandb_run_id: str = self._wandb.id
         self._wandb.define_metric("step")
         self._wandb.define_metric("*", step_metric="step")
         self._wandb.define_metric("train/loss", step_metric="step", summary="last")
@@ -105,7 +99,7 @@ class Reporter:
             total=self._config.num_steps,
             initial=self._resumed.step if self._resumed else 0,
             file=self._console,
-            disable=not self._console.isatty(),
+            disable=None,  # unless the console is a terminal
             unit="step",
             leave=False,
         )
@@ -133,17 +127,10 @@ class Reporter:
         """Since the start. Excludes interruptions, and steps that an interruption lost."""
         return round(time.perf_counter() - self._started, 3)
 
-    @property
-    def wandb_run_id(self) -> str:
-        return self._wandb.id
-
     def say(self, *lines: str) -> None:
         """Print lines for people."""
-        for line in lines:
-            if self._console.isatty():
-                tqdm.write(line, file=self._console)
-            else:
-                print(line, file=self._console, flush=True)
+        tqdm.write("\n".join(lines), file=self._console)
+        self._console.flush()
 
     def advance(self) -> None:
         """Count one finished step."""
@@ -151,37 +138,28 @@ class Reporter:
 
     def log(self, step: int, metrics: dict[str, float | None]) -> None:
         """Write the metrics of a step to the file and to wandb, without those that are None."""
-        known = {"step": step, **{name: value for name, value in metrics.items() if value is not None}}
-        row = {name: _json_number(value) for name, value in known.items()} | {"elapsed_s": self.elapsed_s}
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        row = {"step": step, **_known(metrics)}
+        self._file.write(_as_json({**row, "elapsed_s": self.elapsed_s}))
         self._file.flush()  # a crash loses no row
-        self._wandb.log(known)
+        self._wandb.log(row)
 
     def write_summary(self, metrics: dict[str, float | None]) -> None:
         """Add metrics of the whole run to RUN_DIR/summary.json and to wandb's summary."""
-        known = {name: value for name, value in metrics.items() if value is not None}
-        self._summary |= {name: _json_number(value) for name, value in known.items()}
-        replace_file(self._run_dir / SUMMARY_FILE, json.dumps(self._summary, indent=1, allow_nan=False) + "\n")
-        self._wandb.summary.update(known)
+        self._summary |= _known(metrics)
+        replace_file(self._run_dir / SUMMARY_FILE, _as_json(self._summary, indent=1))
+        self._wandb.summary.update(self._summary)
 
-    def step_line(self, step: int, metrics: dict[str, float | None]) -> str:
+    def step_line(self, step: int, metrics: dict[str, Any]) -> str:
         """The console line of a logged step."""
-        value = {name.rpartition("/")[2]: number for name, number in metrics.items()}
-        mfu = "n/a" if value["mfu_pct"] is None else f"{value['mfu_pct']:.1f}%"
-        digits = len(str(self._config.num_steps))
-        return " | ".join(
-            [
-                f"step {step:>{digits}}/{self._config.num_steps}",
-                f"loss {value['loss']:.4f}",
-                *([f"grad norm {value['grad_norm']:.3f}"] if "grad_norm" in value else []),
-                f"{value['tokens_per_s']:,.0f} tok/s",
-                f"{value['tokens_per_s_per_rank']:,.0f} tok/s/rank",
-                f"TPOT {value['tpot_ms']:.3f} ms",
-                f"MFU {mfu}",
-                f"step p50 {value['step_time_p50_s']:.3f} p95 {value['step_time_p95_s']:.3f} s",
-                f"peak {value['peak_memory_gib']:.2f} GiB",
-                f"ETA {minutes(value['eta_s'] or 0)}",
-            ]
+        num_steps = self._config.num_steps
+        grad_norm = f"grad norm {metrics['grad_norm']:.3f} | " if "grad_norm" in metrics else ""
+        mfu = "n/a" if metrics["mfu_pct"] is None else f"{metrics['mfu_pct']:.1f}%"
+        return (
+            f"step {step:>{len(str(num_steps))}}/{num_steps} | loss {metrics['loss']:.4f} | {grad_norm}"
+            f"{metrics['tokens_per_s']:,.0f} tok/s | {metrics['tokens_per_s_per_rank']:,.0f} tok/s/rank | "
+            f"TPOT {metrics['tpot_ms']:.3f} ms | MFU {mfu} | "
+            f"step p50 {metrics['step_time_p50_s']:.3f} p95 {metrics['step_time_p95_s']:.3f} s | "
+            f"peak {metrics['peak_memory_gib']:.2f} GiB | ETA {tqdm.format_interval(metrics['eta_s'])}"
         )
 
     def summary(self, throughput: Throughput) -> list[str]:
@@ -205,13 +183,17 @@ class Reporter:
         if self._config.memory_snapshot:
             where = self._run_dir / "profile" if self._plan.device_type == "cuda" else "none, they need a GPU"
             lines.append(f"memory snapshots:      {where}")
-        lines += wandb_hints(self._wandb)
-        return lines
+        return [*lines, *wandb_hints(self._wandb)]
 
 
-def _json_number(value: float) -> float | None:
-    """None for nan and infinity, which JSON does not have."""
-    return value if math.isfinite(value) else None
+def _known(metrics: dict[str, float | None]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if value is not None}
+
+
+def _as_json(metrics: dict[str, float], indent: int | None = None) -> str:
+    """With null for nan and infinity, which JSON does not have."""
+    finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    return json.dumps(finite, indent=indent, allow_nan=False) + "\n"
 
 
 def drop_rows_after(path: Path, step: int) -> None:

@@ -1,22 +1,33 @@
-"""What the recipes log of their steps: the first, the last and every `logging.every_n_steps`th."""
+"""Times a recipe's steps, and reports the first, the last and every `logging.every_n_steps`th of them.
+
+Only a logged step makes the host wait for the device, and it needs one small collective.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import statistics
+import time
 from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
 
 from data.batch import TokenBatch
 from recipes.engine.base import Engine
+from recipes.monitor import device_metrics
+from recipes.monitor.metric_registry import PARTS
 from recipes.monitor.reporter import Reporter
-from recipes.monitor.step_timer import StepTimer, speed_metrics, with_prefix
 from recipes.monitor.time_breakdown import measure_time_breakdown
 from recipes.planning.plan import Plan
 from recipes.planning.throughput import Throughput
-from ring_attention.trace import report_status
+from ring_attention.trace import observed_range, profiler_range, report_status
 
 
-class StepLogger(StepTimer):
-    """Times steps and reports them. Every rank must make the same calls.
+class StepLogger:
+    """For each step call `data` around fetching the batch and `step` around its work; for a due one `step_metrics`.
+
+    Every rank must make the same calls.
 
     Args:
         prefix: of the metrics' names, such as train.
@@ -24,9 +35,11 @@ class StepLogger(StepTimer):
     """
 
     def __init__(self, plan: Plan, engine: Engine, prefix: str, reporter: Reporter | None) -> None:
-        super().__init__(plan.has_ring)
         self._plan, self._engine, self._prefix, self._reporter = plan, engine, prefix, reporter
+        self._clock = device_metrics.StepClock()
         self._step_times_s: list[float] = []
+        self._data_wait_s = 0.0
+        self._ring_waits: list[Any] = []  # timestamps: start and end of each wait, alternating
 
     def say(self, *lines: str) -> None:
         """Print on rank 0's console."""
@@ -37,16 +50,68 @@ class StepLogger(StepTimer):
         config = self._plan.config
         return step in (1, config.num_steps) or step % config.logging.every_n_steps == 0
 
+    @contextlib.contextmanager
+    def data(self) -> Iterator[None]:
+        """Around fetching the batch of the next step."""
+        started = time.perf_counter()
+        with profiler_range("data"):
+            yield
+        self._data_wait_s += time.perf_counter() - started
+
+    @contextlib.contextmanager
+    def step(self, is_due: bool) -> Iterator[None]:
+        """Around a step. If it is due, its waits for the ring are measured."""
+
+        def note_time() -> None:
+            self._ring_waits.append(device_metrics.timestamp())
+
+        has_waits = is_due and self._plan.has_ring
+        with observed_range("exchange wait", note_time) if has_waits else contextlib.nullcontext():
+            yield
+        self._clock.tick()
+        if self._reporter:
+            self._reporter.advance()
+
+    def restart(self) -> None:
+        """Start the next step now, so that a validation since the last one counts for no step."""
+        self._clock.restart()
+
     def step_metrics(self, step: int, numbers: dict[str, float | None]) -> dict[str, float | None]:
         """Print the line of a step; returns its numbers and its speed, by their logged names. Waits for the device."""
-        times_s, over_ranks = self.take(self._engine.extremes_over_ranks)
+        times_s = self._clock.take()
         self._step_times_s += times_s
-        throughput = self._plan.throughput(statistics.median(times_s))
-        speed = speed_metrics(throughput, times_s, self._plan.config.num_steps - step)
-        metrics = with_prefix(self._prefix, {**numbers, **speed, **over_ranks})
+        step_time_s = statistics.median(times_s)
+        metrics = {
+            **numbers,
+            **self._plan.throughput(step_time_s)._asdict(),
+            "step_time_p50_s": step_time_s,
+            "step_time_p95_s": float(np.percentile(times_s, 95)),
+            "step_time_max_s": max(times_s),
+            "eta_s": step_time_s * (self._plan.config.num_steps - step),
+            **self._metrics_over_ranks(times_s),
+        }
         if self._reporter:
             self._reporter.say(self._reporter.step_line(step, metrics))
-        return metrics
+        return {f"{self._prefix}/{name}": value for name, value in metrics.items()}
+
+    def _metrics_over_ranks(self, times_s: list[float]) -> dict[str, float]:
+        """Waits and memory since the last call. One collective."""
+        local = {
+            "step_time_ms": 1e3 * statistics.mean(times_s),
+            "data_wait_ms": 1e3 * self._data_wait_s / len(times_s),
+            "peak_memory_gib": device_metrics.peak_memory_gib(),
+            **device_metrics.allocator_stats(),
+        }
+        if self._plan.has_ring:
+            waits = zip(self._ring_waits[::2], self._ring_waits[1::2], strict=True)
+            local["exchange_wait_ms"] = 1e3 * sum(device_metrics.durations_s(list(waits)))
+        self._data_wait_s, self._ring_waits = 0.0, []
+        extremes = self._engine.extremes_over_ranks(local)
+        fastest_ms, slowest_ms = extremes.pop("step_time_ms")
+        metrics = {"rank_spread_ms": slowest_ms - fastest_ms}
+        if self._plan.has_ring:
+            metrics["exchange_wait_min_ms"], metrics["exchange_wait_max_ms"] = extremes.pop("exchange_wait_ms")
+        return metrics | {name: largest for name, (_, largest) in extremes.items()}
 
     def write(self, step: int, metrics: dict[str, float | None]) -> None:
         """Write metrics to the file and to wandb. The time since the step belongs to no step."""
@@ -62,7 +127,10 @@ class StepLogger(StepTimer):
         """Measure and report where a step's time goes."""
         report_status("part", "measuring where the time of a step goes")
         self.say("measuring where the time of a step goes ...")
-        parts = measure_time_breakdown(self._plan, self._engine, batches)
+        metrics = measure_time_breakdown(self._plan, self._engine, batches)
         if self._reporter:
-            self._reporter.say(str(parts))
-            self._reporter.write_summary(parts.metrics)
+            shares = ", ".join(f"{part} {metrics[f'parts/{part}_pct']:.1f} %" for part in PARTS)
+            exposed_ms = metrics["parts/exposed_communication_ms"]
+            exposed = f"{exposed_ms:.2f} ms" if exposed_ms else "too short to measure"
+            self._reporter.say(f"time of a step: {shares}; exposed communication {exposed}")
+            self._reporter.write_summary(metrics)

@@ -1,8 +1,7 @@
-"""Where the time of a step goes: its share for each kind of work, from the profiler's trace.
+"""Where the time of a step goes, from the profiler's trace.
 
-Three steps: `read_events` reads the profile, `classify` makes spans of one part each, and `time_per_part` sweeps over
-them. The trace says what runs by the ranges that code opens with `profiler_range(name)`, by operators, and by the names
-of kernels.
+`read_events` reads the profile, `classify` makes spans of one part each, and `time_per_part` sweeps over them. Ranges
+that code opens with `profiler_range(name)`, operators and the names of kernels say what runs.
 """
 
 from __future__ import annotations
@@ -38,20 +37,10 @@ _WINDOW = "recorded steps"
 _PRIORITIES = {"exchange": 1, "data": 2}  # of all others 0: they go first
 
 
-class Breakdown(NamedTuple):
-    """The recorded steps of one rank.
+def step_breakdown(step: Callable[[], object], num_steps: int = 2) -> dict[str, float]:
+    """The seconds of a step for each of PARTS, on this rank; they sum to its wall time, which profiling lengthens.
 
-    Args:
-        step_time_s: of a step under the profiler, which itself takes time on the host.
-        shares: the fraction of the wall time for each of PARTS; they sum to 1.
-    """
-
-    step_time_s: float
-    shares: dict[str, float]
-
-
-def step_breakdown(step: Callable[[], object], num_steps: int = 2) -> Breakdown:
-    """Profile `num_steps` calls of `step`, after one that is not recorded. Every rank must call it.
+    Profiles `num_steps` calls of `step`, after one that is not recorded. Every rank must call it.
 
     The parts; if several run at once, compute counts before exchange, and exchange before data:
 
@@ -69,38 +58,30 @@ def step_breakdown(step: Callable[[], object], num_steps: int = 2) -> Breakdown:
     activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * torch.cuda.is_available()]
     with profile(activities=activities, schedule=schedule(wait=0, warmup=1, active=1)) as profiler:
         step()
-        synchronize()
+        _synchronize()
         profiler.step()
-        if dist.is_initialized():
-            dist.barrier()  # else the first step includes waiting for a rank whose profiler starts late
-            synchronize()
+        dist.barrier()  # else the first step includes waiting for a rank whose profiler starts late
+        _synchronize()
         with profiler_range(_WINDOW):
             for _ in range(num_steps):
                 step()
-            synchronize()
-    assert profiler.profiler is not None
-    results = profiler.profiler.kineto_results
-    assert results is not None
+            _synchronize()
+    results: Any = profiler.profiler.kineto_results  # pyright: ignore[reportOptionalMemberAccess]
     spans, start_ns, stop_ns = classify(read_events(results.events()))
-    times_ns, total_ns = time_per_part(spans, start_ns, stop_ns), stop_ns - start_ns
-    return Breakdown(total_ns / 1e9 / num_steps, {part: times_ns[part] / total_ns for part in PARTS})
+    times_ns = time_per_part(spans, start_ns, stop_ns)
+    return {part: time_ns / 1e9 / num_steps for part, time_ns in times_ns.items()}
 
 
 class Event(NamedTuple):
-    """An operator, a range, or (`on_device`) a kernel or copy in a profile.
-
-    Args:
-        number: an operator's own; `launched_by` is the number of the operator that launched a kernel, 0 if unknown.
-        is_async: it may end on another thread, and does not contain what runs meanwhile on its own.
-    """
+    """An operator, a range, or (`on_device`) a kernel or copy in a profile."""
 
     name: str
     start_ns: int
     stop_ns: int
     thread: int
-    number: int
-    launched_by: int = 0
-    is_async: bool = False
+    number: int  # an operator's own
+    launched_by: int = 0  # the number of the operator that launched a kernel; 0 if unknown
+    is_async: bool = False  # may end on another thread, and does not contain what runs meanwhile on its own
     on_device: bool = False
 
 
@@ -131,20 +112,6 @@ def read_events(kineto_events: Iterable[Any]) -> Iterator[Event]:
 Span = tuple[int, int, str]  # start and stop in ns, and one of PARTS other than "idle"
 
 
-class _Scope(NamedTuple):
-    """An open operator or range on the host, with what it inherits from those around it."""
-
-    stop_ns: int = 0
-    thread: int = 0
-    range_part: str | None = None  # of the innermost range that has one
-    operator_part: str | None = None  # of the innermost operator that has one
-    in_operator: bool = False
-
-    @property
-    def part(self) -> str | None:
-        return self.range_part or self.operator_part
-
-
 def classify(events: Iterable[Event]) -> tuple[list[Span], int, int]:
     """The spans of a profile, and the start and stop of its recorded steps in ns.
 
@@ -156,27 +123,25 @@ def classify(events: Iterable[Event]) -> tuple[list[Span], int, int]:
     host.sort(key=lambda event: (event.thread, event.start_ns, -event.stop_ns))
     parts: dict[int, str | None] = {}  # by an operator's number
     on_host: list[Span] = []
-    scopes: list[_Scope] = []
+    # open operators and ranges, each with the parts of the innermost range and of the innermost operator that have one
+    scopes: list[tuple[Event, str | None, str | None]] = []
+    covered_until_ns = 0  # by outermost operators
     for event in host:
-        while scopes and (scopes[-1].thread != event.thread or scopes[-1].stop_ns < event.stop_ns):
+        while scopes and (scopes[-1][0].thread != event.thread or scopes[-1][0].stop_ns < event.stop_ns):
             scopes.pop()
-        outer = scopes[-1] if scopes else _Scope()
-        range_part, is_operator = _range_part(event.name), event.name.startswith("aten::")
-        scope = _Scope(
-            event.stop_ns,
-            event.thread,
-            range_part or outer.range_part,
-            _operator_part(event.name) or outer.operator_part,
-            is_operator or outer.in_operator,
-        )
-        scopes.append(scope)
-        parts[event.number] = scope.part
+        _, outer_range_part, outer_operator_part = scopes[-1] if scopes else (event, None, None)
+        own_range_part = _range_part(event.name)
+        range_part = own_range_part or outer_range_part
+        operator_part = _operator_part(event.name) or outer_operator_part
+        scopes.append((event, range_part, operator_part))
+        parts[event.number] = range_part or operator_part
         if event.thread != window.thread:
             continue  # gloo's threads also copy with operators
-        if range_part in ("exchange", "data"):
-            on_host.append((event.start_ns, event.stop_ns, range_part))
-        elif is_operator and not outer.in_operator:
-            on_host.append((event.start_ns, event.stop_ns, scope.part or "other"))
+        if own_range_part in ("exchange", "data"):
+            on_host.append((event.start_ns, event.stop_ns, own_range_part))
+        elif event.name.startswith("aten::") and event.stop_ns > covered_until_ns:
+            covered_until_ns = event.stop_ns
+            on_host.append((event.start_ns, event.stop_ns, range_part or operator_part or "other"))
     on_device = [
         (event.start_ns, event.stop_ns, _kernel_part(event.name, parts.get(event.launched_by)))
         for event in events
@@ -234,6 +199,6 @@ def time_per_part(spans: Iterable[Span], start_ns: int, stop_ns: int) -> dict[st
     return times_ns
 
 
-def synchronize() -> None:
+def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()

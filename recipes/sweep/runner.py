@@ -29,10 +29,10 @@ from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
+from tqdm import tqdm
 
 from conf.compose import describe_error
 from conf.schema import OBJECTIVES, ConfigError, SweepConfig, flatten
-from recipes.monitor.metric_registry import minutes
 from recipes.run.errors import RunFailed
 from recipes.run.run_dir import SUMMARY_FILE
 from recipes.run.text_table import text_table
@@ -247,7 +247,8 @@ class _Sweep:
             best = f"best {self.study.best_value:.6g} (trial {self.study.best_trial.number + 1})"
         mean_s = statistics.mean(trial.user_attrs.get("duration_s", duration_s) for trial in complete or finished)
         num_rounds = math.ceil((self.num_trials - len(finished)) / self.settings.num_parallel)
-        return [*parts, best, f"{len(finished)} of {self.num_trials} done, ETA {minutes(num_rounds * mean_s)}"]
+        eta = tqdm.format_interval(num_rounds * mean_s)
+        return [*parts, best, f"{len(finished)} of {self.num_trials} done, ETA {eta}"]
 
     def _run_dir(self, trial: Trial) -> Path:
         return self.folder / str(trial.number + 1)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from conf.schema import ConfigError
-from recipes.dashboard.cli import main
+from recipes.dashboard.__main__ import main
 from recipes.monitor.metric_registry import METRICS, SUMMARY_METRICS
 from tests.cli.program import ENDS_WITHIN_S, REPOSITORY, Program, clean_environment, logged_names
 from tests.unit.test_run_dir import write_run
@@ -135,7 +135,7 @@ def test_broken_files_are_warnings_and_the_rest_is_shown(program):
 
 def test_it_imports_nothing_slow(program):
     slow = "{'torch', 'deepspeed', 'wandb'}"
-    code = f"import sys; from recipes.dashboard import cli, page; print({slow} & set(sys.modules))"
+    code = f"import sys; from recipes.dashboard import __main__, page; print({slow} & set(sys.modules))"
     command = [sys.executable, "-c", code]
     environment = clean_environment(Path(program.folder))
     result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from recipes.dashboard import cli
+from recipes.dashboard.__main__ import main
 from tests.cli.secrets import SECRETS, assert_no_secrets
 
 
@@ -13,7 +13,7 @@ def test_secrets_of_the_environment_are_in_no_file_of_a_run(plain_run, monkeypat
     assert plain_run.exit_code == 0, plain_run.stderr
     for name, secret in SECRETS.items():
         monkeypatch.setenv(name, secret)
-    cli.main([str(plain_run.run_dir)])
+    main([str(plain_run.run_dir)])
     files = assert_no_secrets(plain_run.run_dir.parent)
     assert {".yaml", ".log", ".pt", ".wandb", ".jsonl", ".json", ".html", ".stdout", ".stderr"} <= {
         path.suffix for path in files

@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from recipes.monitor.trace_analysis import PARTS, Breakdown, step_breakdown
+from recipes.monitor.trace_analysis import PARTS, step_breakdown
 from ring_attention import RingAttention
 from ring_attention.transport import messages_stay_local
 from tests.cases import Case, build, draw
@@ -19,7 +19,7 @@ def group() -> Any:
     return parallel_groups(data_degree=1, sequence_degree=2).get_sequence_parallel_group()
 
 
-def profiled() -> Breakdown:
+def profiled() -> dict[str, float]:
     attention, projection = RingAttention("auto", group(), layout="zigzag"), torch.nn.Linear(32, 32)
     x_BSHD = torch.randn(1, 256, 2, 32)
 
@@ -30,13 +30,11 @@ def profiled() -> Breakdown:
     return step_breakdown(step)
 
 
-def test_shares_of_a_step_sum_to_one(pool: WorkerPool):
-    for breakdown in pool.run(profiled, num_ranks=2):
-        assert tuple(breakdown.shares) == PARTS
-        assert sum(breakdown.shares.values()) == pytest.approx(1)
-        assert all(breakdown.shares[part] > 0 for part in ("attention", "merge", "exchange", "gemm", "other", "idle"))
-        assert breakdown.shares["optimizer"] == breakdown.shares["data"] == 0
-        assert breakdown.step_time_s > 0
+def test_every_part_that_runs_takes_time(pool: WorkerPool):
+    for times_s in pool.run(profiled, num_ranks=2):
+        assert tuple(times_s) == PARTS
+        assert all(times_s[part] > 0 for part in ("attention", "merge", "exchange", "gemm", "other", "idle"))
+        assert times_s["optimizer"] == times_s["data"] == 0
 
 
 CASES = [

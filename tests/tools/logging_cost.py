@@ -35,7 +35,7 @@ class Measurement:
 
     def run(self, run_dir: Path, console: TextIO) -> float:
         from recipes.monitor.reporter import Reporter
-        from recipes.monitor.step_timer import StepTimer
+        from recipes.monitor.step_logger import StepLogger
 
         ends_s: list[tuple[float, float]] = []
         logging_s: list[float] = []
@@ -56,9 +56,8 @@ class Measurement:
 
         with (
             mock.patch.object(Reporter, "advance", advance),
-            mock.patch.object(Reporter, "step_line", timed(Reporter.step_line)),
             mock.patch.object(Reporter, "log", timed(Reporter.log)),
-            mock.patch.object(StepTimer, "take", timed(StepTimer.take)),
+            mock.patch.object(StepLogger, "step_metrics", timed(StepLogger.step_metrics)),
         ):
             registry.RecipeTask(self.config).run(run_dir, console)
         if ends_s:

@@ -9,7 +9,6 @@ import torch
 
 from conf.schema import AttentionConfig, Config, DataConfig, EngineConfig, ModelConfig, OptimizerConfig
 from recipes.model.transformer import Transformer, rotary_cos_sin
-from recipes.monitor.device_metrics import percentile
 from recipes.planning.explain import banner, explanation
 from recipes.planning.memory import num_parameters
 from recipes.planning.plan import Plan
@@ -114,12 +113,6 @@ def test_mfu_is_unknown_for_unknown_hardware():
     assert peak_tflops("NVIDIA H200", "fp32") is None
     assert peak_tflops("CPU", "bf16") is None
     assert Plan(Config(), 1, "cpu", "CPU", None, ranks_per_host=1).throughput(1.0).mfu_pct is None
-
-
-def test_percentiles_interpolate():
-    assert percentile([3.0], 95) == 3.0
-    assert percentile([1.0, 2.0, 3.0, 4.0, 5.0], 50) == 3.0
-    assert percentile([0.0, 10.0], 95) == pytest.approx(9.5)
 
 
 def test_rotary_angles_are_exact_at_position_one_million():

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from recipes.dashboard import charts, page
+from recipes.dashboard import page
 from recipes.dashboard.charts import COLORS
 from recipes.monitor.metric_registry import PARTS
 from recipes.run.run_dir import LoadedRuns, load_runs
@@ -83,9 +83,8 @@ def test_a_comparison_has_the_papers_table(loaded):
         assert values["TPS"] == f"{row['tokens_per_s']:,.0f}"
         assert values[f"vs {rows[0]['entry']} %"] == f"{row['change_pct']:+.1f}"
     plots = figures(page.render(loaded))
-    assert [bar["x"] for bar in plots["throughput: median, slowest and fastest step"]["data"]] == [
-        [row["tokens_per_s"]] for row in rows
-    ]
+    [bars] = plots["throughput: median, slowest and fastest step"]["data"]
+    assert bars["x"] == [row["tokens_per_s"] for row in rows]
 
 
 def test_a_run_has_the_same_color_in_all_charts_and_axes_have_units(loaded):
@@ -110,14 +109,6 @@ def test_a_run_has_the_same_color_in_all_charts_and_axes_have_units(loaded):
     assert [trace["name"] for trace in shares] == list(PARTS)
 
 
-def test_a_long_logarithmic_axis_has_labelled_ticks():
-    assert charts.log_axis([3, 5]) == charts.log_axis([0]) == {"type": "log"}
-    assert charts.log_axis([0.4, 20])["ticktext"] == [
-        "0.01", "0.02", "0.05", "0.1", "0.2", "0.5", "1", "2", "5", "10", "20", "50", "100", "200", "500",
-    ]  # fmt: skip
-    assert len(charts.log_axis([1e-3, 1e6])["tickvals"]) < 15
-
-
 def test_methods_have_the_same_color_in_all_comparisons_and_scalings_are_lines_over_ranks(tmp_path):
     content = json.loads(PAPER_TABLE.read_text())
     first, second, *_ = content["rows"]
@@ -126,13 +117,9 @@ def test_methods_have_the_same_color_in_all_comparisons_and_scalings_are_lines_o
         (tmp_path / name).mkdir()
         (tmp_path / name / "comparison.json").write_text(json.dumps(content | {"rows": rows}))
     text = page.render(load_runs([tmp_path]))
-    bars = [
-        json.loads(loaded) for loaded in re.findall(r'<h3>throughput: median.*?json">(.*?)</script>', text, re.DOTALL)
-    ]
-    assert [[bar["marker"]["color"] for bar in figure["data"]] for figure in bars] == [
-        [COLORS[0], COLORS[1]],
-        [COLORS[1]],
-    ]
+    shown = re.findall(r'<h3>throughput: median.*?json">(.*?)</script>', text, re.DOTALL)
+    bars = [trace for figure in shown for trace in json.loads(figure)["data"]]
+    assert [trace["marker"]["color"] for trace in bars] == [[COLORS[0], COLORS[1]], [COLORS[1]]]
     [line] = figures(text)["throughput over ranks"]["data"]
     assert (line["name"], line["x"], line["line"]["color"]) == (second["entry"], [1, 2, 4], COLORS[1])
 

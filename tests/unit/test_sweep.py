@@ -95,7 +95,7 @@ def test_a_grid_runs_in_hydras_order_and_its_report_has_the_best_first(jobs, cap
     assert "model.num_layers" in (jobs.folder / "sweep.svg").read_text()
     out = capsys.readouterr().out
     assert "trial 3/4 starts | optimizer.lr=0.002 model.num_layers=1\n" in out
-    assert "| validation_loss 3 | 3,000 tok/s | best 2 (trial 1) | 3 of 4 done, ETA 0:00\n" in out
+    assert "| validation_loss 3 | 3,000 tok/s | best 2 (trial 1) | 3 of 4 done, ETA 00:00\n" in out
     assert "python train.py +sweep=search +experiment=ra_sp optimizer.lr=0.001 model.num_layers=1\n" in out
     assert f"best: trial 1, validation_loss 2; its run: {jobs.folder / '1'}\n" in out
 
@@ -127,7 +127,7 @@ def test_a_failed_trial_is_reported_and_the_sweep_continues(jobs, capsys):
     nan = "validation_loss is not a finite number"
     assert errors == [None, "one layer is too few: use two", "RuntimeError: job lost", nan]
     out, err = capsys.readouterr()
-    assert "FAILED after 0 s | one layer is too few: use two | no best | 1 of 4 done, ETA 0:00\n" in out
+    assert "FAILED after 0 s | one layer is too few: use two | no best | 1 of 4 done, ETA 00:00\n" in out
     assert "failed: RuntimeError: job lost\n" in out
     assert err.startswith("Traceback")  # only of unexpected errors
     assert "too few" not in err
