@@ -93,23 +93,24 @@ def rank_methods(workload: Workload, links: Links, num_ranks: int) -> list[Candi
 
 
 def _candidate(workload: Workload, links: Links, ring_degree: int, ulysses_degree: int) -> Candidate:
-    num_ranks = ring_degree * ulysses_degree
+    num_ranks, num_heads, num_kv_heads = ring_degree * ulysses_degree, workload.num_heads, workload.num_kv_heads
     size = workload.batch * workload.head_dim * workload.bytes_per_number  # of one token in one head
-    operations = 2 * workload.num_heads * workload.head_dim * workload.length**2 * workload.batch / num_ranks
-    compute_ms = (
-        imbalance(Layout(workload.layout, ring_degree, 128 * ring_degree)) * operations / workload.attained_tflops / 1e9
-    )
+    operations = 2 * num_heads * workload.head_dim * workload.length**2 * workload.batch / num_ranks
+    busiest = imbalance(Layout(workload.layout, ring_degree, 128 * ring_degree))
+    compute_ms = busiest * operations / workload.attained_tflops / 1e9
 
-    transfer_bytes = 2 * workload.num_kv_heads / ulysses_degree * workload.length / ring_degree * size
-    gb_per_s = links.intra_host_gb_per_s if num_ranks <= links.ranks_per_host else links.inter_host_gb_per_s
-    transfer_ms = transfer_bytes / gb_per_s / 1e6 + MESSAGE_LATENCY_MS if ring_degree > 1 else 0.0
+    transfer_ms = 0.0
+    if ring_degree > 1:
+        gb_per_s = links.intra_host_gb_per_s if num_ranks <= links.ranks_per_host else links.inter_host_gb_per_s
+        transfer_bytes = 2 * num_kv_heads / ulysses_degree * workload.length / ring_degree * size
+        transfer_ms = MESSAGE_LATENCY_MS + transfer_bytes / gb_per_s / 1e6
     exposed_ms = (ring_degree - 1) * max(MESSAGE_LATENCY_MS, transfer_ms - compute_ms / ring_degree)
 
     all_to_all_ms = 0.0
     if ulysses_degree > 1:
-        to_each = 2 * (workload.num_heads + workload.num_kv_heads) * workload.length / num_ranks / ulysses_degree * size
+        to_each = 2 * (num_heads + num_kv_heads) * workload.length / num_ranks / ulysses_degree * size
         near = min(ulysses_degree, links.ranks_per_host) - 1
         far = ulysses_degree - 1 - near
-        seconds = near * to_each / links.intra_host_gb_per_s / 1e9 + far * to_each / links.inter_host_gb_per_s / 1e9
-        all_to_all_ms = 1e3 * seconds + 4 * MESSAGE_LATENCY_MS  # for q, k, v and out
+        peer_s_per_gb = near / links.intra_host_gb_per_s + far / links.inter_host_gb_per_s
+        all_to_all_ms = 4 * MESSAGE_LATENCY_MS + to_each * peer_s_per_gb / 1e6  # q, k, v and out
     return Candidate(ring_degree, ulysses_degree, compute_ms, transfer_ms, all_to_all_ms, exposed_ms + all_to_all_ms)

@@ -71,9 +71,6 @@ class ParallelGroups:
         """All ranks, because DeepSpeed shards optimizer state over this group."""
         return self._all_ranks_group
 
-    def get_data_parallel_group_ranks(self) -> list[int]:
-        return list(range(dist.get_world_size()))
-
     def get_data_parallel_world_size(self) -> int:
         """Data replicas only, because DeepSpeed derives the global batch size from this number."""
         return self.data_degree

@@ -85,11 +85,6 @@ class Mask:
         left, right = (None if b is not None and b >= length - 1 else b for b in (self.left, self.right))
         return replace(self, left=left, right=0 if self.right == 0 else right)
 
-    @property
-    def is_windowed(self) -> bool:
-        """Whether early keys are cut off, which not every kernel supports."""
-        return self.left is not None
-
     def spans(self, length: int) -> list[list[tuple[int, int]]]:
         """Each row's documents as [start, stop), without empty ones. Tokens after the last are one more document.
 

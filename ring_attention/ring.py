@@ -127,9 +127,10 @@ def ring_backward(
     returned: dict[int, KeysValues] = {}  # dK,dV of own tokens, by the step that computed them
     incoming = gradient_transfer = None
     for number, step in numbered("backward ring step", schedule.steps):
-        here = kv if step.is_local else incoming
+        is_local = step.source == ring.rank
+        here = kv if is_local else incoming
         key_transfer, incoming = ring.post_keys(kv, here, number, "backward")  # travels during this step's attention
-        dk, dv = (own_dk, own_dv) if number == 0 else _new_sums(kv, step, number)
+        dk, dv = (own_dk, own_dv) if number == 0 else _new_sums(kv, step, number, is_local)
         if here is not None:
             rows = slice(*step.compute.rows)
             for tile in attend_backward(ring.kernel, ring.scale, step.compute.tiles, inputs, here, rows):
@@ -146,7 +147,7 @@ def ring_backward(
         if step.add:
             _add_returned(own_dk, own_dv, [returned.pop(source) for source in step.add], number)
         gradients = None
-        if step.gradients and not step.is_local:
+        if step.gradients and not is_local:
             gradients = KeysValues(dk.result().contiguous(), dv.result().contiguous(), step.gradients)
         gradient_transfer, arriving = ring.post_gradients(kv, step, number, gradients)
         if arriving is not None:
@@ -158,14 +159,13 @@ def ring_backward(
         return dq.result(), own_dk.result(), own_dv.result()
 
 
-def _new_sums(kv: KeysValues, step: BackwardStep, number: int) -> list[GradientAccumulator]:
+def _new_sums(kv: KeysValues, step: BackwardStep, number: int, is_local: bool) -> list[GradientAccumulator]:
     """For dK and dV of another rank's tokens; or of own ones that were held back, which are not rounded yet."""
-    rows, tokens = (0, step.compute.rows[1] - step.compute.rows[0]), (0, num_tokens(step.gradients))
-    dtype = kv.k_BTKD.dtype
-    if step.is_local:
+    num_rows, length, dtype = step.compute.rows[1] - step.compute.rows[0], num_tokens(step.gradients), kv.k_BTKD.dtype
+    if is_local:
         dtype = torch.promote_types(dtype, torch.float32)
-    pieces = (GradientPiece(rows, tokens, number),)
-    return [GradientAccumulator((rows[1], tokens[1], *x.shape[2:]), dtype, pieces) for x in (kv.k_BTKD, kv.v_BTKE)]
+    pieces = (GradientPiece((0, num_rows), (0, length), number),)
+    return [GradientAccumulator((num_rows, length, *x.shape[2:]), dtype, pieces) for x in (kv.k_BTKD, kv.v_BTKE)]
 
 
 def _add_returned(
