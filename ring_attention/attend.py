@@ -13,7 +13,7 @@ from torch import Tensor
 from ring_attention.accumulators import OnlineSoftmaxAccumulator
 from ring_attention.kernels import AttentionKernel, KernelParams, SavedTensors
 from ring_attention.kv import KeysValues
-from ring_attention.layout import Spans, slice_within
+from ring_attention.layout import Span, Spans, slice_within
 from ring_attention.masked_block import MaskedBlock
 from ring_attention.tiles import AttentionTile
 from ring_attention.trace import profiler_range
@@ -34,18 +34,15 @@ class TileGradients(NamedTuple):
     """The gradients of one kernel call; `is_last` of its `attend_backward`."""
 
     rows: slice
-    block: MaskedBlock
+    queries: slice
+    keys: Span
     is_last: bool
     dq: Tensor
     dk: Tensor
     dv: Tensor
 
-    @property
-    def queries(self) -> slice:
-        return slice(self.block.q_start, self.block.q_stop)
-
     def keys_within(self, spans: Spans) -> slice:
-        return slice_within(spans, self.block.k_start, self.block.k_stop)
+        return slice_within(spans, *self.keys)
 
 
 def attend_forward(
@@ -88,7 +85,7 @@ def attend_backward(
         with profiler_range("attention kernel"):
             params = KernelParams(block.lower, block.upper, scale)
             gradients = kernel.backward(dout_BSHE[tile_rows, queries], saved, params)
-        yield TileGradients(tile_rows, block, is_last, *gradients)
+        yield TileGradients(tile_rows, queries, (block.k_start, block.k_stop), is_last, *gradients)
         del gradients
 
 

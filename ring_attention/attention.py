@@ -4,12 +4,6 @@ The call is the same (query, key, value, batch_dim_idx), and so are the construc
 kernel, not a module. Each rank passes its own tokens with all heads, and gets the attention of its own queries. By
 default a rank's tokens are one contiguous part of the sequence, as Ulysses has them. layout="zigzag" balances causal
 work; it needs sequences sharded by the module's `layout(length).shard`.
-
-    RingAttention       keys and values travel from rank to rank; any number of heads
-    UlyssesAttention    DeepSpeed's all-to-all: each rank gets whole sequences of some heads; ranks <= key-value heads
-    HybridAttention     Ulysses among neighbours, rings across them; the limit holds within Ulysses only
-    AllGatherAttention  every rank gathers all keys and values: the naive baseline
-    LocalAttention      one rank
 """
 
 from __future__ import annotations
@@ -19,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ring_attention.gather import AllGatherFunction
+from ring_attention.mask import Mask
 from ring_attention.ring import Ring
 from ring_attention.sequence_attention import Hosts, SequenceAttention
 from ring_attention.topology import hybrid_split, ring_order
@@ -30,7 +25,7 @@ class LocalAttention(SequenceAttention):
 
 
 class RingAttention(SequenceAttention):
-    """Keys and values travel around a ring. Every rank keeps its queries, all heads; O(L/P) memory."""
+    """Keys and values travel around a ring. Every rank keeps its queries, all heads, of any number; O(L/P) memory."""
 
     _options = ("transport", "hosts")
 
@@ -76,13 +71,15 @@ class HybridAttention(SequenceAttention):
             members = sorted(ranks)
             ring = make_transport(transport, subgroup(group, members), [members.index(rank) for rank in ranks])
         ulysses_group = subgroup(group, row)
-        self._distributed = DistributedAttention(self._attend_ring, ulysses_group, 2, 1, sp_stream)  # pyright: ignore[reportArgumentType]
+        self._distributed = DistributedAttention(super()._attend, ulysses_group, 2, 1, sp_stream)  # pyright: ignore[reportArgumentType]
         return ring, ulysses_rank
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, batch_dim_idx: int, *mask_and_scale: Any) -> Tensor:
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, batch_dim_idx: int, mask: Mask, scale: float
+    ) -> Tensor:
         self._check_heads(key.shape[2])
         self._distributed.gather_idx = 1 - batch_dim_idx
-        return self._distributed(query, key, value, batch_dim_idx, None, batch_dim_idx, *mask_and_scale)
+        return self._distributed(query, key, value, batch_dim_idx, None, batch_dim_idx, mask, scale)
 
     def _check_heads(self, num_kv_heads: int) -> None:
         if num_kv_heads % self.ulysses_degree == 0:

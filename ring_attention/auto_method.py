@@ -69,16 +69,10 @@ class Candidate:
         return self.compute_ms + self.exposed_ms
 
     def __str__(self) -> str:
-        parts = []
-        if self.ring_degree > 1:
-            step_ms = self.compute_ms / self.ring_degree
-            transfers = f"{self.ring_degree - 1} transfers of {self.transfer_ms:.3f} ms"
-            parts.append(f"{transfers}, each beside {step_ms:.3f} ms of compute")
-        if self.ulysses_degree > 1:
-            parts.append(f"all-to-alls {self.all_to_all_ms:.3f} ms")
         return (
             f"{self.method}, ring {self.ring_degree} x ulysses {self.ulysses_degree}: compute {self.compute_ms:.3f} "
-            f"ms, {', '.join(parts) or 'no messages'}; exposed {self.exposed_ms:.3f} ms; total {self.total_ms:.3f} ms"
+            f"ms, {self.ring_degree - 1} transfers of {self.transfer_ms:.3f}, all-to-alls {self.all_to_all_ms:.3f}; "
+            f"exposed {self.exposed_ms:.3f}; total {self.total_ms:.3f} ms"
         )
 
 
@@ -89,7 +83,7 @@ def rank_methods(workload: Workload, links: Links, num_ranks: int) -> list[Candi
         for ulysses_degree in range(1, num_ranks + 1)
         if num_ranks % ulysses_degree == 0 and workload.num_kv_heads % ulysses_degree == 0
     ]
-    return sorted(candidates, key=lambda candidate: (round(candidate.total_ms, 6), candidate.ulysses_degree))
+    return sorted(candidates, key=lambda candidate: round(candidate.total_ms, 6))
 
 
 def _candidate(workload: Workload, links: Links, ring_degree: int, ulysses_degree: int) -> Candidate:

@@ -125,14 +125,13 @@ def split_local(tiles: tuple[AttentionTile, ...], batch: int, kernel_tiles: Kern
     whole = LocalSplit(TileRows(tiles, (0, batch)))
     if len(tiles) != 1 or tiles[0].row is not None or batch == 0:
         return whole
-    block = tiles[0].block
+    block, half = tiles[0].block, batch // 2
     middle = (block.q_start + block.q_stop) // 2
     late = block.part(middle, block.q_stop, block.k_start, block.k_stop)
     early = block.part(block.q_start, middle, block.k_start, block.k_stop)
     if late is None or early is None:
         return whole
     if batch > 1:
-        half = batch // 2
         return LocalSplit(TileRows(tiles, (half, batch)), TileRows(tiles, (0, half)), middle)
     if any(len(kernel_tiles(part)) > 1 for part in (late, early)):
         return whole

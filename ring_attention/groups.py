@@ -25,7 +25,7 @@ class ParallelGroups:
     `hosts` has the host of each rank of the sequence group, for the attention modules.
 
     Raises:
-        ValueError: if there is no process group, or if data_degree * sequence_degree is not its size.
+        ValueError: if there is no process group, or its size is not data_degree * sequence_degree.
     """
 
     def __init__(self, data_degree: int, sequence_degree: int) -> None:
@@ -33,17 +33,13 @@ class ParallelGroups:
             raise ValueError("there is no process group yet: call deepspeed.init_distributed() before")
         world_size = dist.get_world_size()
         if data_degree * sequence_degree != world_size:
-            raise ValueError(
-                f"data_degree={data_degree} x sequence_degree={sequence_degree} is not the {world_size} ranks: "
-                f"use sequence_degree={world_size // data_degree} or another number of ranks"
-            )
+            raise ValueError(f"data_degree={data_degree} x sequence_degree={sequence_degree} is not {world_size} ranks")
         self.data_degree, self.sequence_degree = data_degree, sequence_degree
         all_hosts: list[Any] = [None] * world_size
         dist.all_gather_object(all_hosts, socket.gethostname())
         order = ring_order(all_hosts)
         self.data_rank = order.index(dist.get_rank()) // sequence_degree
-        first = self.data_rank * sequence_degree
-        members = sorted(order[first : first + sequence_degree])
+        members = sorted(order[self.data_rank * sequence_degree :][:sequence_degree])
         self.hosts: list[str] = [all_hosts[rank] for rank in members]
         self._all_ranks_group = dist.get_world_group()
         self._sequence_group = subgroup(self._all_ranks_group, members)
@@ -58,17 +54,11 @@ class ParallelGroups:
     def get_sequence_parallel_rank(self) -> int:
         return dist.get_rank(self._sequence_group)
 
-    def get_sequence_data_parallel_group(self) -> Any:
-        return self._all_ranks_group
-
     def get_sequence_data_parallel_world_size(self) -> int:
         return self.data_degree * self.sequence_degree
 
-    def get_sequence_data_parallel_rank(self) -> int:
-        return dist.get_rank()
-
     def get_data_parallel_group(self) -> Any:
-        """All ranks, because DeepSpeed shards optimizer state over this group."""
+        """All ranks: without a sequence-data group DeepSpeed shards and reduces over this one."""
         return self._all_ranks_group
 
     def get_data_parallel_world_size(self) -> int:

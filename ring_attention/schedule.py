@@ -32,6 +32,7 @@ queries see both of its chunks.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from typing import NamedTuple
 
 from ring_attention.layout import Layout, Spans, num_tokens
@@ -142,15 +143,9 @@ def buffer_tokens(layout: Layout, mask: Mask) -> dict[str, int]:
     """The most tokens that any rank receives in each buffer: the same on all ranks. Documents count as one, since they
     differ from step to step, and buffers should not.
     """
-    tokens: dict[str, int] = {}
-
-    def need(buffer: str, spans: Spans) -> None:
-        size = num_tokens(spans) if mask.documents is None else layout.ring_length
-        tokens[buffer] = max(tokens.get(buffer, 0), size)
-
+    most: Counter[str] = Counter()
     for route, required in zip(key_routes(layout, mask), required_keys(layout, mask), strict=True):
         for distance in range(1, layout.ring_degree):
-            if route[distance]:
-                need(keys_buffer(distance - 1), route[distance])
-                need(gradient_buffer(distance), required[distance])
-    return tokens
+            received, returned = num_tokens(route[distance]), num_tokens(required[distance])
+            most |= Counter({keys_buffer(distance - 1): received, gradient_buffer(distance): returned})  # the greater
+    return dict(most) if mask.documents is None else dict.fromkeys(most, layout.ring_length)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ring_attention.kernels import AttentionKernel, KernelSpec, choose_kernel
 from ring_attention.layout import Layout
 from ring_attention.mask import CAUSAL, Mask
-from ring_attention.ring import Ring, RingFunction, buffer_bytes
+from ring_attention.ring import Ring, RingFunction
 from ring_attention.transport import P2PTransport
 
 Hosts = Sequence[Hashable] | None
@@ -36,10 +36,8 @@ class SequenceAttention(nn.Module):
         num_kv_heads: ignored, as each call's keys have it.
         mask: which keys a query sees.
         layout: "contiguous" or "zigzag": how the caller shards sequences (`Layout.shard`).
-        transport: how K,V travel around a ring, a key of `ring_attention.transport.TRANSPORTS`; "auto" for the faster
-            one here.
-        hosts: the host of each rank of the group, needed where ranks are not in the order of hosts
-            (`topology.ring_order`).
+        transport: how K,V travel around a ring: one of `ring_attention.transport.TRANSPORTS`, or "auto" for the faster.
+        hosts: the host of each rank of the group, needed where ranks are not in the order of hosts.
         ulysses_degree: ranks within Ulysses; a divisor of the group's ranks and of the key-value heads.
 
     Raises:
@@ -159,13 +157,10 @@ class SequenceAttention(nn.Module):
         with torch.autocast(query.device.type, enabled=False):  # compute in the dtype of the tensors
             return self._attend(query, key, value, batch_dim_idx, mask, scale)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, batch_dim_idx: int, *mask_and_scale: Any) -> Tensor:
-        """Over this rank's ring. Modules with Ulysses put an all-to-all around it."""
-        return self._attend_ring(query, key, value, batch_dim_idx, *mask_and_scale)
-
-    def _attend_ring(
+    def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, batch_dim_idx: int, mask: Mask, scale: float
     ) -> Tensor:
+        """Over this rank's ring. Modules with Ulysses put an all-to-all around it."""
         inputs = (query, key, value)
         q_BSHD, k_BSKD, v_BSKE = (x.transpose(0, 1) for x in inputs) if batch_dim_idx == 1 else inputs
         ring_length = q_BSHD.shape[1]
@@ -181,9 +176,7 @@ class SequenceAttention(nn.Module):
         return out_BSHE.transpose(0, 1) if batch_dim_idx == 1 else out_BSHE
 
     def _compute(self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKE: Tensor, ring: Ring) -> Tensor:
-        if ring.transport is not None:
-            trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BSHD, k_BSKD, v_BSKE))
-            ring.transport.connect(q_BSHD, buffer_bytes(ring.layout, ring.mask, k_BSKD, v_BSKE, trains))
+        ring.connect(q_BSHD, k_BSKD, v_BSKE)
         return RingFunction.apply(q_BSHD, k_BSKD, v_BSKE, ring)
 
 
