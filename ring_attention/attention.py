@@ -49,10 +49,8 @@ class HybridAttention(SequenceAttention):
     """Ulysses among neighbours, a ring across them: for more ranks than heads, with fewer transfers than one long ring.
 
     Every rank of the group must construct it, because it builds the two groups that the rank is in. On NCCL every rank
-    of the world must, each on its own group.
-
-    Raises:
-        ValueError: also for a ulysses_degree that does not divide the ranks or, in a call, the key-value heads.
+    of the world must, each on its own group. Raises ValueError also for a ulysses_degree that does not divide the ranks
+    or, in a call, the key-value heads.
     """
 
     _options = ("transport", "hosts", "ulysses_degree")
@@ -101,11 +99,8 @@ class HybridAttention(SequenceAttention):
 class UlyssesAttention(HybridAttention):
     """DeepSpeed's DistributedAttention around an attention kernel: each rank gets whole sequences of some heads.
 
-    The number of key-value heads must be at least the number of ranks. If it is not a multiple of them, DeepSpeed must
-    know its mpu, so `deepspeed.initialize(mpu=...)` must come first.
-
-    Raises:
-        ValueError: also for too few key-value heads, in a call.
+    The number of key-value heads must be at least the number of ranks, or a call raises ValueError. If it is not a
+    multiple of them, DeepSpeed must know its mpu, so `deepspeed.initialize(mpu=...)` must come first.
     """
 
     _options = ()

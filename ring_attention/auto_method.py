@@ -1,8 +1,8 @@
 """Estimates which attention method, and which split of the ranks, is fastest: one forward pass of one rank.
 
-Arithmetic, no measurement: operations over the rate of kernels, bytes over link speeds, a latency per message. A
-transfer of the ring overlaps the compute of its ring step. Nothing overlaps an all-to-all. With H heads, K key-value
-heads of size D, L tokens, P = R x U ranks (ring x Ulysses):
+Arithmetic: operations over the rate of kernels, bytes over link speeds, a latency per message. A ring's transfer
+overlaps the compute of its ring step; nothing overlaps an all-to-all. With H heads, K key-value heads of size D, L
+tokens, P = R x U ranks (ring x Ulysses):
 
     compute, all methods         2 * H * D * L^2 / P operations (causal, counted once); on a ring times its imbalance
     a transfer of the ring       2 * K/U * D * L/R numbers, R - 1 times, each beside 1/R of the compute

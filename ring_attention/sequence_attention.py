@@ -41,8 +41,7 @@ class SequenceAttention(nn.Module):
         ulysses_degree: ranks within Ulysses; a divisor of the group's ranks and of the key-value heads.
 
     Raises:
-        ValueError: for an unknown layout, transport or kernel, or an option that the module does not take. In a call,
-            for a kernel that cannot do what it needs.
+        ValueError: for an unknown layout, transport or kernel, or an option that the module does not take.
     """
 
     _options: tuple[str, ...] = ()  # of transport, hosts and ulysses_degree, those that the module takes
@@ -126,8 +125,8 @@ class SequenceAttention(nn.Module):
             The output, in the shape and dtype of `query`, but with the value's head size.
 
         Raises:
-            ValueError: for tensors that do not fit each other or the layout, a kernel that cannot do the call, an
-                argument that must be None, or dropout.
+            ValueError: for tensors that do not fit each other, the layout or the kernel, an argument that must be None,
+                or dropout.
         """
         extra = {"rotary_pos_emb": rotary_pos_emb, **{f"argument {6 + n}": x for n, x in enumerate(args)}, **kwargs}
         for name, argument in extra.items():
@@ -137,10 +136,7 @@ class SequenceAttention(nn.Module):
                     "mask=Mask(...), and rotate query and key before, by the global positions of Layout.positions"
                 )
         if dropout_p:
-            raise ValueError(
-                f"dropout_p={dropout_p}: attention dropout is not supported, since the backward pass would need the "
-                "elements that each kernel dropped: use 0, and dropout after the output projection"
-            )
+            raise ValueError(f"dropout_p={dropout_p} must be 0: use dropout after the output projection instead")
         mask = self._mask if mask is None else mask
         _check_mask(mask)
         _check_tensors(query, key, value, batch_dim_idx)

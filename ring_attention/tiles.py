@@ -54,12 +54,11 @@ def _shared_documents(query_runs: Sequence[Run], key_runs: Sequence[Run], spans:
 
 def _clip(runs: Sequence[Run], start: int, stop: int) -> list[Run]:
     """The parts of `runs` at positions [start, stop)."""
-    clipped = []
-    for run in runs:
-        first, last = max(run.start, start), min(run.stop, stop)
-        if first < last:
-            clipped.append(Run(run.local_start + first - run.start, first, last))
-    return clipped
+    return [
+        Run(run.local_start + max(0, start - run.start), max(run.start, start), min(run.stop, stop))
+        for run in runs
+        if max(run.start, start) < min(run.stop, stop)
+    ]
 
 
 def _masked_block(queries: Run, keys: Run, mask: Mask) -> MaskedBlock | None:

@@ -253,8 +253,7 @@ def test_mistakes_are_refused_by_name(pool: WorkerPool):
         "module's layout(length).shard",
         "batch_dim_idx=2 must be 0 ([B, S, H, D]) or 1 ([S, B, H, D])",
         "batch_dim_idx=2 must be 0 ([B, S, H, D]) or 1 ([S, B, H, D])",
-        "dropout_p=0.1: attention dropout is not supported, since the backward pass would need the elements that each "
-        "kernel dropped: use 0, and dropout after the output projection",
+        "dropout_p=0.1 must be 0: use dropout after the output projection instead",
         "rotary_pos_emb is Tensor, which nothing here applies: give what a query sees as mask=Mask(...), and rotate "
         "query and key before, by the global positions of Layout.positions",
         "attention_mask is Tensor, which nothing here applies: give what a query sees as mask=Mask(...), and rotate "
