@@ -3,7 +3,7 @@
 The ranks that share a sequence are neighbours, counted host by host. The part of the sequence that a rank holds is the
 attention module's `sequence_rank`, which can differ from the rank's number in the group.
 
-Of an mpu DeepSpeed needs the sequence-parallel group, the sequence x data group over which ZeRO shards and reduces
+Of an mpu DeepSpeed needs the sequence-parallel group, the data-parallel group over which ZeRO shards and reduces
 gradients (all ranks), and a model-parallel group (this rank alone). Measured with DeepSpeed 0.19.8: the mpu must NOT
 have an attribute named `initialize_sequence_parallel`, or DeepSpeed takes it for its own module.
 """
@@ -58,7 +58,7 @@ class ParallelGroups:
         return self.data_degree * self.sequence_degree
 
     def get_data_parallel_group(self) -> Any:
-        """All ranks: without a sequence-data group DeepSpeed shards and reduces over this one."""
+        """All ranks, because DeepSpeed shards optimizer states and reduces gradients over this group."""
         return self._all_ranks_group
 
     def get_data_parallel_world_size(self) -> int:

@@ -140,10 +140,10 @@ class SequenceAttention(nn.Module):
         mask = self._mask if mask is None else mask
         _check_mask(mask)
         _check_tensors(query, key, value, batch_dim_idx)
-        if mask.documents is not None and len(mask.documents) not in (1, query.shape[batch_dim_idx]):
+        num_rows, batch = len(mask.documents or ((),)), query.shape[batch_dim_idx]
+        if num_rows not in (1, batch):
             raise ValueError(
-                f"the mask has documents for {len(mask.documents)} rows, the batch has {query.shape[batch_dim_idx]}: "
-                "give one set of boundaries for all rows, or one per row"
+                f"the mask has documents for {num_rows} rows, the batch has {batch}: give them once or per row"
             )
         scale = 1 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale
         if not 0 < scale < math.inf:

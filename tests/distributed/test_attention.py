@@ -276,7 +276,7 @@ def test_mistakes_are_refused_by_name(pool: WorkerPool):
         "and queries a multiple of that",
         "query has shape [1, 3, 2, 8], key [1, 3, 2, 4], value [1, 3, 2, 8]: query and key need equal head sizes",
         "the documents end at 7, but the sequence has 6 tokens over all ranks",
-        "the mask has documents for 2 rows, the batch has 1: give one set of boundaries for all rows, or one per row",
+        "the mask has documents for 2 rows, the batch has 1: give them once or per row",
         "query has shape [1, 3, 2, 8], key [1, 3, 0, 8], value [1, 3, 0, 8]: no head or size may be 0",
         "kernel=cpu_flash cannot run here: needs values of head size 8, not 4; use kernel=auto",
         "kernel=cudnn cannot run here: needs a cuda device, not cpu; use kernel=auto",
