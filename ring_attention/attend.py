@@ -13,7 +13,7 @@ from torch import Tensor
 from ring_attention.accumulators import OnlineSoftmaxAccumulator
 from ring_attention.kernels import AttentionKernel, KernelParams, SavedTensors
 from ring_attention.kv import KeysValues
-from ring_attention.layout import Span, Spans, slice_within
+from ring_attention.layout import Span, slice_within
 from ring_attention.masked_block import MaskedBlock
 from ring_attention.tiles import AttentionTile
 from ring_attention.trace import profiler_range
@@ -31,7 +31,7 @@ class BackwardInputs(NamedTuple):
 
 
 class TileGradients(NamedTuple):
-    """The gradients of one kernel call; `is_last` of its `attend_backward`."""
+    """The gradients of one kernel call; `keys` of the source's tokens, `is_last` of its `attend_backward`."""
 
     rows: slice
     queries: slice
@@ -40,9 +40,6 @@ class TileGradients(NamedTuple):
     dq: Tensor
     dk: Tensor
     dv: Tensor
-
-    def keys_within(self, spans: Spans) -> slice:
-        return slice_within(spans, *self.keys)
 
 
 def attend_forward(

@@ -96,7 +96,7 @@ class AllGatherFunction(torch.autograd.Function):
         dq = GradientAccumulator(q_BSHD.shape, q_BSHD.dtype)
         dk, dv = (torch.zeros_like(part, dtype=state_dtype) for part in (kv.k_BTKD, kv.v_BTKE))
         for tile in attend_backward(ring.kernel, ring.scale, tiles, inputs, kv):
-            keys = tile.keys_within(kv.spans)
+            keys = slice(*tile.keys)
             with profiler_range("merge"):
                 dq.add(tile.rows, tile.queries, tile.dq, ends=0 if tile.is_last else None)
                 dk[tile.rows, keys].add_(tile.dk)

@@ -140,7 +140,7 @@ def ring_backward(
         if here is not None:
             rows = slice(*step.compute.rows)
             for tile in attend_backward(ring.kernel, ring.scale, step.compute.tiles, inputs, here, rows):
-                ends, keys = number if tile.is_last else None, tile.keys_within(step.gradients)
+                ends, keys = number if tile.is_last else None, slice_within(step.gradients, *tile.keys)
                 with profiler_range("merge"):
                     dq.add(tile.rows, tile.queries, tile.dq, ends)
                     dk.add(tile.rows, keys, tile.dk, ends)
