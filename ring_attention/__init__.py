@@ -1,8 +1,7 @@
 """Ring attention for DeepSpeed's sequence-parallel group: exact attention over a sequence that is sharded across ranks.
 
-The modules are in `attention`, the algorithm in `ring`; `kernels` compute, `transport` moves tensors. The library
-imports nothing else of this project, and needs torch alone. `ring_attention.groups` and Ulysses import DeepSpeed, which
-takes seconds, so `ParallelGroups` is not imported here.
+The modules are in `attention`, the algorithm in `ring`; `kernels` compute, `transport` moves tensors. Imports nothing
+else of this project. `groups` is not imported here, since it imports DeepSpeed, which takes seconds.
 """
 
 from ring_attention.attention import (

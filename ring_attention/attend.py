@@ -13,7 +13,7 @@ from torch import Tensor
 from ring_attention.accumulators import OnlineSoftmaxAccumulator
 from ring_attention.kernels import AttentionKernel, KernelParams, SavedTensors
 from ring_attention.kv import KeysValues
-from ring_attention.layout import Spans, slice_within
+from ring_attention.layout import Span, slice_within
 from ring_attention.masked_block import MaskedBlock
 from ring_attention.tiles import AttentionTile
 from ring_attention.trace import profiler_range
@@ -31,21 +31,15 @@ class BackwardInputs(NamedTuple):
 
 
 class TileGradients(NamedTuple):
-    """The gradients of one kernel call; `is_last` of its `attend_backward`."""
+    """The gradients of one kernel call; `keys` of the source's tokens, `is_last` of its `attend_backward`."""
 
     rows: slice
-    block: MaskedBlock
+    queries: slice
+    keys: Span
     is_last: bool
     dq: Tensor
     dk: Tensor
     dv: Tensor
-
-    @property
-    def queries(self) -> slice:
-        return slice(self.block.q_start, self.block.q_stop)
-
-    def keys_within(self, spans: Spans) -> slice:
-        return slice_within(spans, self.block.k_start, self.block.k_stop)
 
 
 def attend_forward(
@@ -58,14 +52,13 @@ def attend_forward(
     is_last: bool,
 ) -> None:
     """Add the attention of `tiles` to `accumulator`; `is_last` if no more tiles follow."""
-    calls = list(_kernel_calls(kernel, tiles, ALL_ROWS))
-    for number, (rows, block) in enumerate(calls, 1):
+    for rows, block, is_last_call in _kernel_calls(kernel, tiles, ALL_ROWS):
         queries, keys = slice(block.q_start, block.q_stop), slice_within(kv.spans, block.k_start, block.k_stop)
         q, k, v = q_BSHD[rows, queries], kv.k_BTKD[rows, keys], kv.v_BTKE[rows, keys]
         with profiler_range("attention kernel"):
             out, lse = kernel.forward(q, k, v, KernelParams(block.lower, block.upper, scale))
         with profiler_range("merge"):
-            accumulator.add(rows, queries, out, lse, is_last and number == len(calls))
+            accumulator.add(rows, queries, out, lse, is_last and is_last_call)
 
 
 def attend_backward(
@@ -82,23 +75,24 @@ def attend_backward(
         rows: of the tiles that are not of one row.
     """
     dout_BSHE, q_BSHD, out_BSHE, lse_BHS = inputs
-    calls = list(_kernel_calls(kernel, tiles, rows))
-    for number, (tile_rows, block) in enumerate(calls, 1):
+    for tile_rows, block, is_last in _kernel_calls(kernel, tiles, rows):
         queries, keys = slice(block.q_start, block.q_stop), slice_within(kv.spans, block.k_start, block.k_stop)
         q, k, v = q_BSHD[tile_rows, queries], kv.k_BTKD[tile_rows, keys], kv.v_BTKE[tile_rows, keys]
         saved = SavedTensors(q, k, v, out_BSHE[tile_rows, queries], lse_BHS[tile_rows, :, queries])
         with profiler_range("attention kernel"):
             params = KernelParams(block.lower, block.upper, scale)
             gradients = kernel.backward(dout_BSHE[tile_rows, queries], saved, params)
-        yield TileGradients(tile_rows, block, number == len(calls), *gradients)
+        yield TileGradients(tile_rows, queries, (block.k_start, block.k_stop), is_last, *gradients)
         del gradients
 
 
 def _kernel_calls(
     kernel: AttentionKernel, tiles: Iterable[AttentionTile], rows: slice
-) -> Iterator[tuple[slice, MaskedBlock]]:
-    """Rows of the batch and blocks that the kernel computes in one call each."""
-    for tile in tiles:
-        tile_rows = rows if tile.row is None else slice(tile.row, tile.row + 1)
-        for block in kernel.split(tile.block):
-            yield tile_rows, block
+) -> list[tuple[slice, MaskedBlock, bool]]:
+    """For each kernel call the rows of the batch, the block, and whether it is the last call."""
+    calls = [
+        (rows if tile.row is None else slice(tile.row, tile.row + 1), block)
+        for tile in tiles
+        for block in kernel.split(tile.block)
+    ]
+    return [(*call, number == len(calls)) for number, call in enumerate(calls, 1)]

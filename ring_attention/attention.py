@@ -1,15 +1,9 @@
 """Attention modules that replace `deepspeed.sequence.layer.DistributedAttention`.
 
-The constructor takes the same arguments in the same order, and the call is the same (query, key, value, batch_dim_idx).
-Each rank passes its own tokens with all heads, and gets the attention of its own queries. By default a rank's tokens
-are one contiguous part of the sequence, as Ulysses has them. layout="zigzag" balances causal work; it needs sequences
-sharded by the module's `layout(length).shard`.
-
-    RingAttention       keys and values travel from rank to rank; any number of heads
-    UlyssesAttention    DeepSpeed's all-to-all: each rank gets whole sequences of some heads; ranks <= key-value heads
-    HybridAttention     Ulysses among neighbours, rings across them; the limit holds within Ulysses only
-    AllGatherAttention  every rank gathers all keys and values: the naive baseline
-    LocalAttention      one rank
+The call is the same (query, key, value, batch_dim_idx), and so are the constructor's arguments, but for the first: a
+kernel, not a module. Each rank passes its own tokens with all heads, and gets the attention of its own queries. By
+default a rank's tokens are one contiguous part of the sequence, as Ulysses has them. layout="zigzag" balances causal
+work; it needs sequences sharded by the module's `layout(length).shard`.
 """
 
 from __future__ import annotations
@@ -18,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ring_attention.gather import AllGather, AllGatherFunction
+from ring_attention.gather import AllGatherFunction
+from ring_attention.mask import Mask
 from ring_attention.ring import Ring
 from ring_attention.sequence_attention import Hosts, SequenceAttention
 from ring_attention.topology import hybrid_split, ring_order
@@ -31,41 +26,37 @@ class LocalAttention(SequenceAttention):
 
 
 class RingAttention(SequenceAttention):
-    """Keys and values travel around a ring. Every rank keeps its queries, all heads; O(L/P) memory."""
+    """Keys and values travel around a ring. Every rank keeps its queries, all heads, of any number; O(L/P) memory."""
 
     _options = ("transport", "hosts")
 
-    def _join(self, group: Any, transport: str, hosts: Hosts, *deepspeed: Any) -> tuple[P2PTransport | None, int]:
+    def _join(self, group: Any, transport: str, hosts: Hosts, sp_stream: Any) -> tuple[P2PTransport | None, int]:
         return make_transport(transport, group, None if hosts is None else ring_order(hosts)), 0
 
 
-class AllGatherAttention(SequenceAttention):
+class AllGatherAttention(RingAttention):
     """Every rank gathers all keys and values: O(L) memory, nothing overlaps. The baseline to compare with."""
 
     _options = ("hosts",)
 
-    def _join(self, group: Any, transport: str, hosts: Hosts, *deepspeed: Any) -> tuple[P2PTransport | None, int]:
-        return make_transport("p2p", group, None if hosts is None else ring_order(hosts)), 0
+    def _join(self, group: Any, transport: str, hosts: Hosts, sp_stream: Any) -> tuple[P2PTransport | None, int]:
+        return super()._join(group, "p2p", hosts, sp_stream)
 
     def _compute(self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKE: Tensor, ring: Ring) -> Tensor:
-        assert ring.transport is not None
-        gathering = AllGather(ring.layout, ring.mask, ring.transport, ring.kernel, ring.scale)
-        return AllGatherFunction.apply(q_BSHD, k_BSKD, v_BSKE, gathering)
+        return AllGatherFunction.apply(q_BSHD, k_BSKD, v_BSKE, ring)
 
 
 class HybridAttention(SequenceAttention):
     """Ulysses among neighbours, a ring across them: for more ranks than heads, with fewer transfers than one long ring.
 
     Every rank of the group must construct it, because it builds the two groups that the rank is in. On NCCL every rank
-    of the world must, each on its own group.
-
-    Raises:
-        ValueError: also for a ulysses_degree that does not divide the ranks or, in a call, the key-value heads.
+    of the world must, each on its own group. Raises ValueError also for a ulysses_degree that does not divide the ranks
+    or, in a call, the key-value heads.
     """
 
     _options = ("transport", "hosts", "ulysses_degree")
 
-    def _join(self, group: Any, transport: str, hosts: Hosts, *deepspeed: Any) -> tuple[P2PTransport | None, int]:
+    def _join(self, group: Any, transport: str, hosts: Hosts, sp_stream: Any) -> tuple[P2PTransport | None, int]:
         # takes seconds, and a ring does without
         from deepspeed.sequence.layer import DistributedAttention
 
@@ -79,51 +70,42 @@ class HybridAttention(SequenceAttention):
             members = sorted(ranks)
             ring = make_transport(transport, subgroup(group, members), [members.index(rank) for rank in ranks])
         ulysses_group = subgroup(group, row)
-        self._distributed = DistributedAttention(self._attend_ring, ulysses_group, 2, 1, *deepspeed)  # pyright: ignore[reportArgumentType]
+        self._distributed = DistributedAttention(super()._attend, ulysses_group, 2, 1, sp_stream)  # pyright: ignore[reportArgumentType]
         return ring, ulysses_rank
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, batch_dim_idx: int, *mask_and_scale: Any) -> Tensor:
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, batch_dim_idx: int, mask: Mask, scale: float
+    ) -> Tensor:
         self._check_heads(key.shape[2])
         self._distributed.gather_idx = 1 - batch_dim_idx
-        return self._distributed(query, key, value, batch_dim_idx, None, batch_dim_idx, *mask_and_scale)
+        return self._distributed(query, key, value, batch_dim_idx, None, batch_dim_idx, mask, scale)
 
     def _check_heads(self, num_kv_heads: int) -> None:
         if num_kv_heads % self.ulysses_degree == 0:
             return
-        name = f"num_kv_heads={num_kv_heads}"
         legal = [degree for degree in range(1, num_kv_heads + 1) if num_kv_heads % degree == 0]
-        if num_kv_heads < self.ulysses_degree:
-            raise ValueError(
-                f"{name} is less than ulysses_degree={self.ulysses_degree}, which leaves ranks without a key-value "
-                f"head: use a ulysses_degree of {legal}, with a ring across (HybridAttention), or RingAttention"
-            )
-        if self.ring_degree > 1:
-            raise ValueError(
-                f"{name} is not a multiple of ulysses_degree={self.ulysses_degree}, which DeepSpeed takes without a "
-                f"ring across only: use a ulysses_degree of {legal}"
-            )
-        from deepspeed.utils import groups
+        remedy = f"use HybridAttention with a ulysses_degree of {legal}, or RingAttention"
+        if num_kv_heads > self.ulysses_degree and self.ring_degree == 1:
+            from deepspeed.utils import groups
 
-        # DeepSpeed asks its one mpu for this rank's number, and without an mpu takes every rank for number 0
-        if groups.mpu is None or not same_ranks(groups.mpu.get_sequence_parallel_group(), self._distributed.spg):
-            raise ValueError(
-                f"{name} is not a multiple of ulysses_degree={self.ulysses_degree}, for which DeepSpeed needs an mpu "
-                f"with this group: call deepspeed.initialize(mpu=...) before, or use a ulysses_degree of {legal}"
-            )
+            # DeepSpeed asks its one mpu for this rank's number, and without an mpu takes every rank for number 0
+            if groups.mpu is not None and same_ranks(groups.mpu.get_sequence_parallel_group(), self._distributed.spg):
+                return
+            remedy += ", or call deepspeed.initialize(mpu=...) with this group before"
+        raise ValueError(
+            f"num_kv_heads={num_kv_heads} is not a multiple of ulysses_degree={self.ulysses_degree}: {remedy}"
+        )
 
 
 class UlyssesAttention(HybridAttention):
     """DeepSpeed's DistributedAttention around an attention kernel: each rank gets whole sequences of some heads.
 
-    The number of key-value heads must be at least the number of ranks. If it is not a multiple of them, DeepSpeed must
-    know its mpu, so `deepspeed.initialize(mpu=...)` must come first.
-
-    Raises:
-        ValueError: also for too few key-value heads, in a call.
+    The number of key-value heads must be at least the number of ranks, or a call raises ValueError. If it is not a
+    multiple of them, DeepSpeed must know its mpu, so `deepspeed.initialize(mpu=...)` must come first.
     """
 
     _options = ()
 
-    def _join(self, group: Any, transport: str, hosts: Hosts, *deepspeed: Any) -> tuple[P2PTransport | None, int]:
+    def _join(self, group: Any, transport: str, hosts: Hosts, sp_stream: Any) -> tuple[P2PTransport | None, int]:
         self.ulysses_degree = rank_and_size(group)[1]
-        return super()._join(group, transport, hosts, *deepspeed)
+        return super()._join(group, transport, hosts, sp_stream)

@@ -1,8 +1,8 @@
 """Estimates which attention method, and which split of the ranks, is fastest: one forward pass of one rank.
 
-Arithmetic, no measurement: operations over the rate of kernels, bytes over link speeds, a latency per message. A
-transfer of the ring overlaps the compute of its ring step. Nothing overlaps an all-to-all. With H heads, K key-value
-heads of size D, L tokens, P = R x U ranks (ring x Ulysses):
+Arithmetic: operations over the rate of kernels, bytes over link speeds, a latency per message. A ring's transfer
+overlaps the compute of its ring step; nothing overlaps an all-to-all. With H heads, K key-value heads of size D, L
+tokens, P = R x U ranks (ring x Ulysses):
 
     compute, all methods         2 * H * D * L^2 / P operations (causal, counted once); on a ring times its imbalance
     a transfer of the ring       2 * K/U * D * L/R numbers, R - 1 times, each beside 1/R of the compute
@@ -69,16 +69,10 @@ class Candidate:
         return self.compute_ms + self.exposed_ms
 
     def __str__(self) -> str:
-        parts = []
-        if self.ring_degree > 1:
-            step_ms = self.compute_ms / self.ring_degree
-            transfers = f"{self.ring_degree - 1} transfers of {self.transfer_ms:.3f} ms"
-            parts.append(f"{transfers}, each beside {step_ms:.3f} ms of compute")
-        if self.ulysses_degree > 1:
-            parts.append(f"all-to-alls {self.all_to_all_ms:.3f} ms")
         return (
             f"{self.method}, ring {self.ring_degree} x ulysses {self.ulysses_degree}: compute {self.compute_ms:.3f} "
-            f"ms, {', '.join(parts) or 'no messages'}; exposed {self.exposed_ms:.3f} ms; total {self.total_ms:.3f} ms"
+            f"ms, {self.ring_degree - 1} transfers of {self.transfer_ms:.3f}, all-to-alls {self.all_to_all_ms:.3f}; "
+            f"exposed {self.exposed_ms:.3f}; total {self.total_ms:.3f} ms"
         )
 
 
@@ -89,27 +83,28 @@ def rank_methods(workload: Workload, links: Links, num_ranks: int) -> list[Candi
         for ulysses_degree in range(1, num_ranks + 1)
         if num_ranks % ulysses_degree == 0 and workload.num_kv_heads % ulysses_degree == 0
     ]
-    return sorted(candidates, key=lambda candidate: (round(candidate.total_ms, 6), candidate.ulysses_degree))
+    return sorted(candidates, key=lambda candidate: round(candidate.total_ms, 6))
 
 
 def _candidate(workload: Workload, links: Links, ring_degree: int, ulysses_degree: int) -> Candidate:
-    num_ranks = ring_degree * ulysses_degree
+    num_ranks, num_heads, num_kv_heads = ring_degree * ulysses_degree, workload.num_heads, workload.num_kv_heads
     size = workload.batch * workload.head_dim * workload.bytes_per_number  # of one token in one head
-    operations = 2 * workload.num_heads * workload.head_dim * workload.length**2 * workload.batch / num_ranks
-    compute_ms = (
-        imbalance(Layout(workload.layout, ring_degree, 128 * ring_degree)) * operations / workload.attained_tflops / 1e9
-    )
+    operations = 2 * num_heads * workload.head_dim * workload.length**2 * workload.batch / num_ranks
+    busiest = imbalance(Layout(workload.layout, ring_degree, 128 * ring_degree))
+    compute_ms = busiest * operations / workload.attained_tflops / 1e9
 
-    transfer_bytes = 2 * workload.num_kv_heads / ulysses_degree * workload.length / ring_degree * size
-    gb_per_s = links.intra_host_gb_per_s if num_ranks <= links.ranks_per_host else links.inter_host_gb_per_s
-    transfer_ms = transfer_bytes / gb_per_s / 1e6 + MESSAGE_LATENCY_MS if ring_degree > 1 else 0.0
+    transfer_ms = 0.0
+    if ring_degree > 1:
+        gb_per_s = links.intra_host_gb_per_s if num_ranks <= links.ranks_per_host else links.inter_host_gb_per_s
+        transfer_bytes = 2 * num_kv_heads / ulysses_degree * workload.length / ring_degree * size
+        transfer_ms = MESSAGE_LATENCY_MS + transfer_bytes / gb_per_s / 1e6
     exposed_ms = (ring_degree - 1) * max(MESSAGE_LATENCY_MS, transfer_ms - compute_ms / ring_degree)
 
     all_to_all_ms = 0.0
     if ulysses_degree > 1:
-        to_each = 2 * (workload.num_heads + workload.num_kv_heads) * workload.length / num_ranks / ulysses_degree * size
+        to_each = 2 * (num_heads + num_kv_heads) * workload.length / num_ranks / ulysses_degree * size
         near = min(ulysses_degree, links.ranks_per_host) - 1
         far = ulysses_degree - 1 - near
-        seconds = near * to_each / links.intra_host_gb_per_s / 1e9 + far * to_each / links.inter_host_gb_per_s / 1e9
-        all_to_all_ms = 1e3 * seconds + 4 * MESSAGE_LATENCY_MS  # for q, k, v and out
+        peer_s_per_gb = near / links.intra_host_gb_per_s + far / links.inter_host_gb_per_s
+        all_to_all_ms = 4 * MESSAGE_LATENCY_MS + to_each * peer_s_per_gb / 1e6  # q, k, v and out
     return Candidate(ring_degree, ulysses_degree, compute_ms, transfer_ms, all_to_all_ms, exposed_ms + all_to_all_ms)

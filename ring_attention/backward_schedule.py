@@ -17,7 +17,6 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from ring_attention.layout import Layout, Span, Spans, union
@@ -37,12 +36,11 @@ class TileRows(NamedTuple):
 
 
 class LocalSplit(NamedTuple):
-    """The local attention in two. Gradients of queries end in different steps on the two sides of each cut."""
+    """The local attention in two. Gradients of queries before and from `middle` end in different steps."""
 
     first: TileRows
     held_back: TileRows | None = None
-    row_cuts: tuple[int, ...] = ()
-    query_cuts: tuple[int, ...] = ()
+    middle: int | None = None
 
 
 class GradientPiece(NamedTuple):
@@ -61,25 +59,20 @@ class BackwardStep(NamedTuple):
 
     Args:
         source: the ring rank that owns the keys.
-        is_local: whether that is this rank.
         compute: the tiles of this step.
-        keys: which of the source's tokens are here.
         gradients: the source's tokens whose dK,dV this step computes: sent to the source, if that is another rank.
         gradient_return: this rank's tokens whose dK,dV another rank sends back after this step.
         add: the steps whose dK,dV of this rank's tokens to add to its own.
     """
 
     source: int
-    is_local: bool
     compute: TileRows
-    keys: Spans
     gradients: Spans
     gradient_return: Message | None
     add: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class BackwardSchedule:
+class BackwardSchedule(NamedTuple):
     """The steps; and the pieces of dQ, and of dK and dV of this rank's own tokens."""
 
     steps: tuple[BackwardStep, ...]
@@ -98,29 +91,28 @@ def backward_schedule(
     if ring_steps[-1].gradient_return is not None:
         split = split_local(local.tiles, batch, kernel_tiles)
     add = _additions(ring_steps)
-    steps = [BackwardStep(ring_rank, True, split.first, local.keys, local.keys, None, add[0])]
-    for step, added in zip(ring_steps[1:], add[1:], strict=False):
-        compute = TileRows(step.tiles, rows)
-        steps.append(BackwardStep(step.source, False, compute, step.keys, step.gradients, step.gradient_return, added))
-    if len(add) > len(ring_steps):
-        held_back, added, gradients = TileRows((), rows), add[-1], ()
-        if split.held_back is not None:
-            held_back, added = split.held_back, (*added, len(ring_steps))
-            gradients = union((tile.block.k_start, tile.block.k_stop) for tile in held_back.tiles)
-        steps.append(BackwardStep(ring_rank, True, held_back, local.keys, gradients, None, added))
-    row_spans = list(itertools.pairwise((0, *split.row_cuts, batch)))
-    query_spans = list(itertools.pairwise((0, *split.query_cuts, layout.ring_length)))
+    steps = [BackwardStep(ring_rank, split.first, local.keys, None, add[0])]
+    steps += [
+        BackwardStep(step.source, TileRows(step.tiles, rows), step.gradients, step.gradient_return, added)
+        for step, added in zip(ring_steps[1:], add[1:], strict=False)
+    ]
+    if split.held_back is not None:
+        gradients = union((tile.block.k_start, tile.block.k_stop) for tile in split.held_back.tiles)
+        steps.append(BackwardStep(ring_rank, split.held_back, gradients, None, (*add[-1], len(ring_steps))))
+    elif len(add) > len(ring_steps):
+        steps.append(BackwardStep(ring_rank, TileRows((), rows), (), None, add[-1]))
+    row_spans, query_edges = [rows], [0, layout.ring_length]
+    if split.held_back is not None and split.middle is not None:
+        row_spans = sorted({split.first.rows, split.held_back.rows})
+        query_edges.insert(1, split.middle)
     dq_pieces = []
-    for row_span, query_span in itertools.product(row_spans, query_spans):
+    for row_span, query_span in itertools.product(row_spans, itertools.pairwise(query_edges)):
         last_step = _last_step(steps, row_span, query_span)
         is_early = split.held_back is not None and last_step < len(ring_steps) - 1
         dq_pieces.append(GradientPiece(row_span, query_span, None if is_early else last_step))
     last_addition = max((number for number, step in enumerate(steps) if step.add), default=0)
-    return BackwardSchedule(
-        tuple(steps),
-        tuple(dq_pieces),
-        tuple(GradientPiece(row_span, (0, layout.ring_length), last_addition) for row_span in row_spans),
-    )
+    own_pieces = [GradientPiece(row_span, (0, layout.ring_length), last_addition) for row_span in row_spans]
+    return BackwardSchedule(tuple(steps), tuple(dq_pieces), tuple(own_pieces))
 
 
 def split_local(tiles: tuple[AttentionTile, ...], batch: int, kernel_tiles: KernelTiles) -> LocalSplit:
@@ -133,19 +125,18 @@ def split_local(tiles: tuple[AttentionTile, ...], batch: int, kernel_tiles: Kern
     whole = LocalSplit(TileRows(tiles, (0, batch)))
     if len(tiles) != 1 or tiles[0].row is not None or batch == 0:
         return whole
-    block = tiles[0].block
+    block, half = tiles[0].block, batch // 2
     middle = (block.q_start + block.q_stop) // 2
     late = block.part(middle, block.q_stop, block.k_start, block.k_stop)
     early = block.part(block.q_start, middle, block.k_start, block.k_stop)
     if late is None or early is None:
         return whole
     if batch > 1:
-        half = batch // 2
-        return LocalSplit(TileRows(tiles, (half, batch)), TileRows(tiles, (0, half)), (half,), (middle,))
+        return LocalSplit(TileRows(tiles, (half, batch)), TileRows(tiles, (0, half)), middle)
     if any(len(kernel_tiles(part)) > 1 for part in (late, early)):
         return whole
     first, held_back = (TileRows((AttentionTile(None, part),), (0, 1)) for part in (late, early))
-    return LocalSplit(first, held_back, (), (middle,))
+    return LocalSplit(first, held_back, middle)
 
 
 def _additions(ring_steps: tuple[RingStep, ...]) -> list[tuple[int, ...]]:
@@ -156,32 +147,27 @@ def _additions(ring_steps: tuple[RingStep, ...]) -> list[tuple[int, ...]]:
     """
     num_steps, last = len(ring_steps), ring_steps[-1]
     one_more = bool(last.gradients or last.gradient_return)
-    returns = {number for number, step in enumerate(ring_steps) if step.gradient_return is not None}
     additions: list[tuple[int, ...]] = []
-    waiting: list[int] = []
+    waiting: tuple[int, ...] = ()
     for number in range(num_steps + one_more):
-        waiting += {number - 1} & returns
+        if number > 0 and ring_steps[number - 1].gradient_return is not None:
+            waiting += (number - 1,)
         is_due = waiting and (waiting[0] < number - 1 or number >= num_steps - 1)
-        additions.append(tuple(waiting) if is_due else ())
-        waiting = [] if is_due else waiting
+        additions.append(waiting if is_due else ())
+        waiting = () if is_due else waiting
     return additions
 
 
 def _last_step(steps: list[BackwardStep], rows: Span, queries: Span) -> int:
-    """The last step that computes a gradient of these queries."""
+    """The last step that computes a gradient of these queries in these rows."""
 
     def overlap(one: Span, other: Span) -> bool:
         return max(one[0], other[0]) < min(one[1], other[1])
 
-    return max(
-        (
-            number
-            for number, step in enumerate(steps)
-            if any(
-                overlap(queries, (tile.block.q_start, tile.block.q_stop))
-                and overlap(rows, step.compute.rows if tile.row is None else (tile.row, tile.row + 1))
-                for tile in step.compute.tiles
-            )
-        ),
-        default=0,
-    )
+    numbers = [
+        number
+        for number, step in enumerate(steps)
+        for tile in step.compute.tiles
+        if overlap(rows, step.compute.rows) and overlap(queries, (tile.block.q_start, tile.block.q_stop))
+    ]
+    return max(numbers, default=0)

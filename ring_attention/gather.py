@@ -7,7 +7,7 @@ Shapes: B batch, S local tokens, H query heads, K key-value heads, D head size, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -18,60 +18,46 @@ from torch.autograd.function import once_differentiable
 from ring_attention.accumulators import GradientAccumulator, OnlineSoftmaxAccumulator
 from ring_attention.attend import BackwardInputs, attend_backward, attend_forward
 from ring_attention.checkpointing import saved_or_computed
-from ring_attention.kernels import AttentionKernel
 from ring_attention.kv import KeysValues
 from ring_attention.layout import Layout, Run
 from ring_attention.mask import Mask
+from ring_attention.ring import Ring
 from ring_attention.tiles import AttentionTile, find_tiles
 from ring_attention.trace import profiler_range
 from ring_attention.transport import P2PTransport
 from ring_attention.transport.collectives import all_gather, reduce_scatter
 
 
-@dataclass(frozen=True)
-class AllGather:
-    """All that the baseline needs besides its tensors."""
+def gather_keys(ring: Ring, kv: KeysValues) -> KeysValues:
+    """All ranks' keys and values in the order of their positions. Every rank must call it."""
+    assert ring.transport is not None
+    (message,) = kv.take(kv.spans).parts
+    gathered = kv.empty(((0, ring.layout.padded_length),))
+    messages = all_gather(message, ring.transport.group)
+    for part, tokens, positions in _runs(ring.transport, ring.layout, kv, messages):
+        gathered.k_BTKD[:, positions] = part.k_BTKD[:, tokens]
+        gathered.v_BTKE[:, positions] = part.v_BTKE[:, tokens]
+    return gathered
 
-    layout: Layout
-    mask: Mask
-    transport: P2PTransport
-    kernel: AttentionKernel
-    scale: float
 
-    @property
-    def tiles(self) -> tuple[AttentionTile, ...]:
-        return gathered_tiles(self.layout, self.mask, self.transport.ring_rank)
+def reduce_gradients(ring: Ring, gradients: KeysValues, kv: KeysValues) -> KeysValues:
+    """The sum over ranks of `gradients` of all tokens, at this rank's own tokens. Every rank must call it."""
+    assert ring.transport is not None
+    messages = gradients.k_BTKD.new_empty(ring.layout.ring_degree, kv.numel(kv.spans))
+    for part, tokens, positions in _runs(ring.transport, ring.layout, kv, messages):
+        part.k_BTKD[:, tokens] = gradients.k_BTKD[:, positions]
+        part.v_BTKE[:, tokens] = gradients.v_BTKE[:, positions]
+    return kv.view(reduce_scatter(messages, ring.transport.group), kv.spans)
 
-    def gather(self, kv: KeysValues) -> KeysValues:
-        """All ranks' keys and values in the order of their positions. Every rank must call it."""
-        message = kv.take(kv.spans).message
-        assert message is not None
-        gathered = kv.empty(((0, self.layout.padded_length),))
-        for group_rank, rank_message in enumerate(all_gather(message, self.transport.group)):
-            part = kv.view(rank_message, kv.spans)
-            for tokens, positions in self._runs(group_rank):
-                gathered.k_BTKD[:, positions] = part.k_BTKD[:, tokens]
-                gathered.v_BTKE[:, positions] = part.v_BTKE[:, tokens]
-        return gathered
 
-    def reduce(self, gradients: KeysValues, kv: KeysValues) -> KeysValues:
-        """The sum over ranks of `gradients` of all tokens, at this rank's own tokens. Every rank must call it."""
-        parts = [kv.empty(kv.spans, gradients.k_BTKD.dtype) for _ in range(self.layout.ring_degree)]
-        messages = []
-        for group_rank, part in enumerate(parts):
-            for tokens, positions in self._runs(group_rank):
-                part.k_BTKD[:, tokens] = gradients.k_BTKD[:, positions]
-                part.v_BTKE[:, tokens] = gradients.v_BTKE[:, positions]
-            assert part.message is not None
-            messages.append(part.message)
-        return kv.view(reduce_scatter(torch.stack(messages), self.transport.group), kv.spans)
-
-    def _runs(self, group_rank: int) -> list[tuple[slice, slice]]:
-        """Local tokens and positions of a rank of the group, run by run."""
-        return [
-            (slice(run.local_start, run.local_start + run.length), slice(run.position, run.position + run.length))
-            for run in self.layout.runs(self.transport.order.index(group_rank))
-        ]
+def _runs(
+    transport: P2PTransport, layout: Layout, kv: KeysValues, messages: Tensor
+) -> Iterator[tuple[KeysValues, slice, slice]]:
+    """The message of each rank of the group with the local tokens and positions of each of its runs."""
+    for ring_rank, group_rank in enumerate(transport.order):
+        part = kv.view(messages[group_rank], kv.spans)
+        for run in layout.runs(ring_rank):
+            yield part, slice(*run.local), slice(run.start, run.stop)
 
 
 @lru_cache(maxsize=16)
@@ -85,35 +71,37 @@ class AllGatherFunction(torch.autograd.Function):
     """Gathers again in the backward pass, so that what is saved is O(L/P)."""
 
     @staticmethod
-    def forward(ctx: Any, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKE: Tensor, gather: AllGather) -> Tensor:
+    def forward(ctx: Any, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKE: Tensor, ring: Ring) -> Tensor:
         def attend() -> tuple[Tensor, Tensor]:
-            kv = gather.gather(KeysValues.of_parts(k_BSKD, v_BSKE))
+            kv = gather_keys(ring, KeysValues.of_parts(k_BSKD, v_BSKE))
+            tiles = gathered_tiles(ring.layout, ring.mask, ring.rank)
             accumulator = OnlineSoftmaxAccumulator(q_BSHD, v_BSKE)
-            attend_forward(accumulator, gather.kernel, gather.scale, gather.tiles, q_BSHD, kv, is_last=True)
+            attend_forward(accumulator, ring.kernel, ring.scale, tiles, q_BSHD, kv, is_last=True)
             return accumulator.result()
 
         out_BSHE, lse_BHS = saved_or_computed(attend)
-        ctx.gather = gather
+        ctx.ring = ring
         ctx.save_for_backward(q_BSHD, k_BSKD, v_BSKE, out_BSHE, lse_BHS)
         return out_BSHE
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        gather: AllGather = ctx.gather
+        ring: Ring = ctx.ring
         q_BSHD, k_BSKD, v_BSKE, out_BSHE, lse_BHS = ctx.saved_tensors
         local = KeysValues.of_parts(k_BSKD, v_BSKE)
-        kv = gather.gather(local)
+        kv = gather_keys(ring, local)
+        tiles = gathered_tiles(ring.layout, ring.mask, ring.rank)
         inputs = BackwardInputs(grad_outputs[0].contiguous(), q_BSHD, out_BSHE, lse_BHS)
         state_dtype = torch.promote_types(q_BSHD.dtype, torch.float32)
         dq = GradientAccumulator(q_BSHD.shape, q_BSHD.dtype)
         dk, dv = (torch.zeros_like(part, dtype=state_dtype) for part in (kv.k_BTKD, kv.v_BTKE))
-        for tile in attend_backward(gather.kernel, gather.scale, gather.tiles, inputs, kv):
-            keys = tile.keys_within(kv.spans)
+        for tile in attend_backward(ring.kernel, ring.scale, tiles, inputs, kv):
+            keys = slice(*tile.keys)
             with profiler_range("merge"):
                 dq.add(tile.rows, tile.queries, tile.dq, ends=0 if tile.is_last else None)
                 dk[tile.rows, keys].add_(tile.dk)
                 dv[tile.rows, keys].add_(tile.dv)
             del tile
-        reduced = gather.reduce(KeysValues.of_parts(dk, dv), local)
+        reduced = reduce_gradients(ring, KeysValues.of_parts(dk, dv), local)
         return dq.result(), reduced.k_BTKD.to(k_BSKD.dtype), reduced.v_BTKE.to(v_BSKE.dtype), None

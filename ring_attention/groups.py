@@ -3,7 +3,7 @@
 The ranks that share a sequence are neighbours, counted host by host. The part of the sequence that a rank holds is the
 attention module's `sequence_rank`, which can differ from the rank's number in the group.
 
-Of an mpu DeepSpeed needs the sequence-parallel group, the sequence x data group over which ZeRO shards and reduces
+Of an mpu DeepSpeed needs the sequence-parallel group, the data-parallel group over which ZeRO shards and reduces
 gradients (all ranks), and a model-parallel group (this rank alone). Measured with DeepSpeed 0.19.8: the mpu must NOT
 have an attribute named `initialize_sequence_parallel`, or DeepSpeed takes it for its own module.
 """
@@ -25,7 +25,7 @@ class ParallelGroups:
     `hosts` has the host of each rank of the sequence group, for the attention modules.
 
     Raises:
-        ValueError: if there is no process group, or if data_degree * sequence_degree is not its size.
+        ValueError: if there is no process group, or its size is not data_degree * sequence_degree.
     """
 
     def __init__(self, data_degree: int, sequence_degree: int) -> None:
@@ -33,17 +33,13 @@ class ParallelGroups:
             raise ValueError("there is no process group yet: call deepspeed.init_distributed() before")
         world_size = dist.get_world_size()
         if data_degree * sequence_degree != world_size:
-            raise ValueError(
-                f"data_degree={data_degree} x sequence_degree={sequence_degree} is not the {world_size} ranks: "
-                f"use sequence_degree={world_size // data_degree} or another number of ranks"
-            )
+            raise ValueError(f"data_degree={data_degree} x sequence_degree={sequence_degree} is not {world_size} ranks")
         self.data_degree, self.sequence_degree = data_degree, sequence_degree
         all_hosts: list[Any] = [None] * world_size
         dist.all_gather_object(all_hosts, socket.gethostname())
         order = ring_order(all_hosts)
         self.data_rank = order.index(dist.get_rank()) // sequence_degree
-        first = self.data_rank * sequence_degree
-        members = sorted(order[first : first + sequence_degree])
+        members = sorted(order[self.data_rank * sequence_degree :][:sequence_degree])
         self.hosts: list[str] = [all_hosts[rank] for rank in members]
         self._all_ranks_group = dist.get_world_group()
         self._sequence_group = subgroup(self._all_ranks_group, members)
@@ -58,21 +54,12 @@ class ParallelGroups:
     def get_sequence_parallel_rank(self) -> int:
         return dist.get_rank(self._sequence_group)
 
-    def get_sequence_data_parallel_group(self) -> Any:
-        return self._all_ranks_group
-
     def get_sequence_data_parallel_world_size(self) -> int:
         return self.data_degree * self.sequence_degree
 
-    def get_sequence_data_parallel_rank(self) -> int:
-        return dist.get_rank()
-
     def get_data_parallel_group(self) -> Any:
-        """All ranks, because DeepSpeed shards optimizer state over this group."""
+        """All ranks, because DeepSpeed shards optimizer states and reduces gradients over this group."""
         return self._all_ranks_group
-
-    def get_data_parallel_group_ranks(self) -> list[int]:
-        return list(range(dist.get_world_size()))
 
     def get_data_parallel_world_size(self) -> int:
         """Data replicas only, because DeepSpeed derives the global batch size from this number."""

@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, K key-value heads, D head size, E value head size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +14,7 @@ from torch import Tensor
 from ring_attention.layout import Spans, num_tokens, slice_within
 
 
-@dataclass(frozen=True)
-class KeysValues:
+class KeysValues(NamedTuple):
     """k [B, T, K, D] and v [B, T, K, E]. If `message` is set, they are views of that contiguous vector.
 
     Args:
@@ -59,9 +58,9 @@ class KeysValues:
         shapes = [torch.Size((x.shape[0], num_tokens(spans), *x.shape[2:])) for x in (self.k_BTKD, self.v_BTKE)]
         return self.of_message(message, shapes, spans)
 
-    def empty(self, spans: Spans, dtype: torch.dtype | None = None) -> KeysValues:
+    def empty(self, spans: Spans) -> KeysValues:
         """A new message with these tokens, not initialised."""
-        return self.view(self.k_BTKD.new_empty(self.numel(spans), dtype=dtype), spans)
+        return self.view(self.k_BTKD.new_empty(self.numel(spans)), spans)
 
     def take(self, spans: Spans) -> KeysValues:
         """Some of these tokens as a message: a copy, unless this is one with just these tokens."""

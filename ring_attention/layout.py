@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,13 +51,16 @@ def union(spans: Iterable[Span]) -> Spans:
     return tuple(merged)
 
 
-@dataclass(frozen=True)
-class Run:
-    """`length` tokens that are adjacent both on a rank and in the sequence."""
+class Run(NamedTuple):
+    """The positions [start, stop) of the sequence, whose tokens lie on a rank from `local_start` on."""
 
     local_start: int
-    position: int
-    length: int
+    start: int
+    stop: int
+
+    @property
+    def local(self) -> Span:
+        return self.local_start, self.local_start + self.stop - self.start
 
 
 @dataclass(frozen=True)
@@ -75,16 +79,9 @@ class Layout:
     def __post_init__(self) -> None:
         if self.name not in LAYOUTS:
             raise ValueError(f"layout={self.name!r} is unknown: use one of {', '.join(LAYOUTS)}")
-        for name in ("ring_degree", "ulysses_degree"):
+        for name in ("ring_degree", "length", "ulysses_degree"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.length < 1:
-            raise ValueError(f"length={self.length} must be at least 1 token")
-
-    @property
-    def sequence_degree(self) -> int:
-        """How many ranks share the sequence."""
-        return self.ring_degree * self.ulysses_degree
 
     @property
     def chunks_per_ring_rank(self) -> int:
@@ -117,26 +114,21 @@ class Layout:
 
     def chunks(self, ring_rank: int) -> tuple[int, ...]:
         """The chunks of a ring rank, in local order."""
-        if self.chunks_per_ring_rank == 1:
-            return (ring_rank,)
-        return ring_rank, self.num_chunks - 1 - ring_rank
+        chunks = ring_rank, self.num_chunks - 1 - ring_rank
+        return chunks[: self.chunks_per_ring_rank]
 
     def runs(self, ring_rank: int) -> tuple[Run, ...]:
         """The chunks of a ring rank as runs. Adjacent chunks are one run."""
-        runs: list[Run] = []
-        for index, chunk in enumerate(self.chunks(ring_rank)):
-            position = chunk * self.chunk_length
-            if runs and runs[-1].position + runs[-1].length == position:
-                runs[-1] = Run(runs[-1].local_start, runs[-1].position, runs[-1].length + self.chunk_length)
-            else:
-                runs.append(Run(index * self.chunk_length, position, self.chunk_length))
+        size, local_start, runs = self.chunk_length, 0, []
+        for start, stop in union((chunk * size, (chunk + 1) * size) for chunk in self.chunks(ring_rank)):
+            runs.append(Run(local_start, start, stop))
+            local_start += stop - start
         return tuple(runs)
 
     def positions(self, sequence_rank: int) -> Tensor:
         """Global positions [S] (int64) of a rank's tokens. Positions from `length` on are padding."""
         ring_rank, ulysses_rank = divmod(sequence_rank, self.ulysses_degree)
-        chunk = torch.arange(self.chunk_length)
-        ring_positions = torch.cat([number * self.chunk_length + chunk for number in self.chunks(ring_rank)])
+        ring_positions = torch.cat([torch.arange(run.start, run.stop) for run in self.runs(ring_rank)])
         return ring_positions[ulysses_rank * self.local_length :][: self.local_length]
 
     def shard(self, global_tensor: Tensor, sequence_rank: int, dim: int, pad_value: float = 0) -> Tensor:
@@ -154,7 +146,7 @@ class Layout:
 
     def unshard(self, local_tensors: Sequence[Tensor], dim: int) -> Tensor:
         """The inverse of `shard`, given the tensors of sequence ranks 0, 1, ...; padding is removed."""
-        positions = torch.cat([self.positions(rank) for rank in range(self.sequence_degree)])
+        positions = torch.cat([self.positions(rank) for rank in range(self.ring_degree * self.ulysses_degree)])
         gathered = torch.cat(list(local_tensors), dim)
         order = torch.argsort(positions)[: self.length].to(gathered.device)
         return gathered.index_select(dim, order)

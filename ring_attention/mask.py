@@ -7,13 +7,12 @@ right=0, full has neither bound, and a sliding window has a left one.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-
-Boundaries = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Mask:
 
     left: int | None = None
     right: int | None = 0
-    documents: tuple[Boundaries, ...] | None = None
+    documents: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("left", "right"):
@@ -85,11 +84,6 @@ class Mask:
         left, right = (None if b is not None and b >= length - 1 else b for b in (self.left, self.right))
         return replace(self, left=left, right=0 if self.right == 0 else right)
 
-    @property
-    def is_windowed(self) -> bool:
-        """Whether early keys are cut off, which not every kernel supports."""
-        return self.left is not None
-
     def spans(self, length: int) -> list[list[tuple[int, int]]]:
         """Each row's documents as [start, stop), without empty ones. Tokens after the last are one more document.
 
@@ -109,17 +103,12 @@ class Mask:
     def allows(self, query_positions: Tensor, key_positions: Tensor, row: int = 0) -> Tensor:
         """[S, T] bool: the definition, for tests and for printing a mask."""
         distance = key_positions[None, :] - query_positions[:, None]
-        allowed = torch.ones_like(distance, dtype=torch.bool)
-        if self.left is not None:
-            allowed &= distance >= -self.left
-        if self.right is not None:
-            allowed &= distance <= self.right
+        left, right = (math.inf if bound is None else bound for bound in (self.left, self.right))
+        allowed = (distance >= -left) & (distance <= right)
         if self.documents is not None:
-            ends = torch.tensor(self.documents[row if len(self.documents) > 1 else 0])
-            query_document, key_document = (
-                torch.bucketize(x, ends, right=True) for x in (query_positions, key_positions)
-            )
-            allowed &= query_document[:, None] == key_document[None, :]
+            ends = torch.tensor(self.documents[row % len(self.documents)])
+            queries, keys = (torch.bucketize(x, ends, right=True) for x in (query_positions, key_positions))
+            allowed &= queries[:, None] == keys[None, :]
         return allowed
 
 

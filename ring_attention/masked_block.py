@@ -62,8 +62,7 @@ class MaskedBlock:
 
     def trimmed(self) -> MaskedBlock | None:
         """The smallest block with the same pairs; None if there are none."""
-        lower = -self.num_queries if self.lower is None else self.lower
-        upper = self.num_keys if self.upper is None else self.upper
+        lower, upper = self._band
         q_first, q_stop = max(0, -upper), min(self.num_queries, self.num_keys - lower)
         k_first, k_stop = max(0, lower + q_first), min(self.num_keys, upper + q_stop)
         if lower > upper or q_first >= q_stop or k_first >= k_stop:
@@ -80,20 +79,19 @@ class MaskedBlock:
 
     def joined(self, other: MaskedBlock) -> MaskedBlock | None:
         """One block with the pairs of both, which must be disjoint; None if no block has exactly these pairs."""
-        box = (
-            min(self.q_start, other.q_start),
-            max(self.q_stop, other.q_stop),
-            min(self.k_start, other.k_start),
-            max(self.k_stop, other.k_stop),
-        )
+        q_start, q_stop = min(self.q_start, other.q_start), max(self.q_stop, other.q_stop)
+        k_start, k_stop = min(self.k_start, other.k_start), max(self.k_stop, other.k_stop)
         # the narrowest band around both; if it has as many pairs as both together, it has no others
-        edges = [edge for part in (self, other) for edge in part._edges(box[0], box[2])]
-        candidate = MaskedBlock(*box, min(edges), max(edges)).trimmed()
+        edges = []
+        for part in (self, other):
+            shift = (part.k_start - k_start) - (part.q_start - q_start)
+            edges += [bound + shift for bound in part._band]
+        candidate = MaskedBlock(q_start, q_stop, k_start, k_stop, min(edges), max(edges)).trimmed()
         return candidate if candidate is not None and candidate.work == self.work + other.work else None
 
-    def _edges(self, q_origin: int, k_origin: int) -> tuple[int, int]:
-        """The least and the greatest j - i that attend, counted from the given corner."""
-        shift = (self.k_start - k_origin) - (self.q_start - q_origin)
+    @property
+    def _band(self) -> tuple[int, int]:
+        """The bounds; in place of None those that just exclude nothing."""
         lower = 1 - self.num_queries if self.lower is None else self.lower
         upper = self.num_keys - 1 if self.upper is None else self.upper
-        return lower + shift, upper + shift
+        return lower, upper

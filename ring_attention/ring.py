@@ -23,9 +23,9 @@ from ring_attention.backward_schedule import BackwardStep, GradientPiece, backwa
 from ring_attention.checkpointing import saved_or_computed
 from ring_attention.kernels import AttentionKernel
 from ring_attention.kv import KeysValues
-from ring_attention.layout import Layout, Spans, num_tokens, slice_within
+from ring_attention.layout import Layout, num_tokens, slice_within
 from ring_attention.mask import Mask
-from ring_attention.schedule import RingStep, buffer_tokens, gradient_buffer, keys_buffer, ring_schedule
+from ring_attention.schedule import Message, RingStep, buffer_tokens, gradient_buffer, keys_buffer, ring_schedule
 from ring_attention.trace import numbered, profiler_range
 from ring_attention.transport import P2PMessage, P2PTransport, Transfer
 
@@ -48,46 +48,52 @@ class Ring:
     def steps(self) -> tuple[RingStep, ...]:
         return ring_schedule(self.layout, self.mask, self.rank)
 
+    def connect(self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKE: Tensor) -> None:
+        """Prepare the transfers of a call with these inputs. Without a backward pass only K,V have receive buffers."""
+        if self.transport is None:
+            return
+        trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BSHD, k_BSKD, v_BSKE))
+        token_bytes = KeysValues.of_parts(k_BSKD, v_BSKE).numel(((0, 1),)) * k_BSKD.dtype.itemsize
+        tokens = buffer_tokens(self.layout, self.mask)
+        sizes = {name: n * token_bytes for name, n in tokens.items() if trains or name.startswith("keys")}
+        self.transport.connect(q_BSHD, sizes)
+
     def post_keys(
         self, own: KeysValues, here: KeysValues | None, number: int, direction: str
     ) -> tuple[Transfer | None, KeysValues | None]:
         """Start the K,V transfers during ring step `number`. Returns them, and the K,V of the next step."""
         if number + 1 >= len(self.steps):
             return None, None
-        step, following, buffer = self.steps[number], self.steps[number + 1], keys_buffer(number)
-        sends, receives, incoming = [], [], None
+        step, following, sends = self.steps[number], self.steps[number + 1], []
         if step.send_next is not None:
             assert here is not None
-            sends.append(P2PMessage(here.take(step.send_next.spans).parts, step.send_next.peer, buffer))
+            sends.append((step.send_next.peer, here.take(step.send_next.spans)))
         if step.send_direct is not None:
-            sends.append(P2PMessage(own.take(step.send_direct.spans).parts, step.send_direct.peer, buffer))
-        if following.keys_from is not None:
-            incoming = self._receive_buffer(own, following.keys, buffer)
-            receives.append(P2PMessage(incoming.parts, following.keys_from, buffer))
-        return self._post(f"{direction} K,V after ring step {number}", sends, receives), incoming
+            sends.append((step.send_direct.peer, own.take(step.send_direct.spans)))
+        arriving = None if following.keys_from is None else Message(following.keys_from, following.keys)
+        return self._post(f"{direction} K,V after ring step {number}", keys_buffer(number), own, sends, arriving)
 
     def post_gradients(
         self, own: KeysValues, step: BackwardStep, number: int, gradients: KeysValues | None
     ) -> tuple[Transfer | None, KeysValues | None]:
         """Start to send a step's dK,dV to their owner. Returns the transfers, and dK,dV of own tokens that return."""
-        buffer, sends, receives, returned = gradient_buffer(number), [], [], None
-        if gradients is not None:
-            sends.append(P2PMessage(gradients.parts, step.source, buffer))
-        if step.gradient_return is not None:
-            returned = self._receive_buffer(own, step.gradient_return.spans, buffer)
-            receives.append(P2PMessage(returned.parts, step.gradient_return.peer, buffer))
-        return self._post(f"backward dK,dV after ring step {number}", sends, receives), returned
+        sends = [] if gradients is None else [(step.source, gradients)]
+        purpose, buffer = f"backward dK,dV after ring step {number}", gradient_buffer(number)
+        return self._post(purpose, buffer, own, sends, step.gradient_return)
 
-    def _receive_buffer(self, like: KeysValues, spans: Spans, buffer: str) -> KeysValues:
-        assert self.transport is not None
-        k = like.k_BTKD
-        return like.view(self.transport.receive_buffer(buffer, like.numel(spans), k.dtype, k.device), spans)
-
-    def _post(self, purpose: str, sends: list[P2PMessage], receives: list[P2PMessage]) -> Transfer | None:
-        if not sends and not receives:
-            return None
+    def _post(
+        self, purpose: str, buffer: str, own: KeysValues, sends: list[tuple[int, KeysValues]], arriving: Message | None
+    ) -> tuple[Transfer | None, KeysValues | None]:
+        if not sends and arriving is None:
+            return None, None
         assert self.transport is not None, "several ring steps need a transport"
-        return self.transport.post(purpose, sends, receives)
+        incoming, receives, k = None, [], own.k_BTKD
+        if arriving is not None:
+            vector = self.transport.receive_buffer(buffer, own.numel(arriving.spans), k.dtype, k.device)
+            incoming = own.view(vector, arriving.spans)
+            receives = [P2PMessage(incoming.parts, arriving.peer, buffer)]
+        sent = [P2PMessage(kv.parts, peer, buffer) for peer, kv in sends]
+        return self.transport.post(purpose, sent, receives), incoming
 
 
 def ring_forward(ring: Ring, q_BSHD: Tensor, kv: KeysValues) -> tuple[Tensor, Tensor]:
@@ -127,13 +133,14 @@ def ring_backward(
     returned: dict[int, KeysValues] = {}  # dK,dV of own tokens, by the step that computed them
     incoming = gradient_transfer = None
     for number, step in numbered("backward ring step", schedule.steps):
-        here = kv if step.is_local else incoming
+        is_local = step.source == ring.rank
+        here = kv if is_local else incoming
         key_transfer, incoming = ring.post_keys(kv, here, number, "backward")  # travels during this step's attention
-        dk, dv = (own_dk, own_dv) if number == 0 else _new_sums(kv, step, number)
+        dk, dv = (own_dk, own_dv) if number == 0 else _new_sums(kv, step, number, is_local)
         if here is not None:
             rows = slice(*step.compute.rows)
             for tile in attend_backward(ring.kernel, ring.scale, step.compute.tiles, inputs, here, rows):
-                ends, keys = number if tile.is_last else None, tile.keys_within(step.gradients)
+                ends, keys = number if tile.is_last else None, slice_within(step.gradients, *tile.keys)
                 with profiler_range("merge"):
                     dq.add(tile.rows, tile.queries, tile.dq, ends)
                     dk.add(tile.rows, keys, tile.dk, ends)
@@ -146,7 +153,7 @@ def ring_backward(
         if step.add:
             _add_returned(own_dk, own_dv, [returned.pop(source) for source in step.add], number)
         gradients = None
-        if step.gradients and not step.is_local:
+        if step.gradients and not is_local:
             gradients = KeysValues(dk.result().contiguous(), dv.result().contiguous(), step.gradients)
         gradient_transfer, arriving = ring.post_gradients(kv, step, number, gradients)
         if arriving is not None:
@@ -158,14 +165,13 @@ def ring_backward(
         return dq.result(), own_dk.result(), own_dv.result()
 
 
-def _new_sums(kv: KeysValues, step: BackwardStep, number: int) -> list[GradientAccumulator]:
+def _new_sums(kv: KeysValues, step: BackwardStep, number: int, is_local: bool) -> list[GradientAccumulator]:
     """For dK and dV of another rank's tokens; or of own ones that were held back, which are not rounded yet."""
-    rows, tokens = (0, step.compute.rows[1] - step.compute.rows[0]), (0, num_tokens(step.gradients))
-    dtype = kv.k_BTKD.dtype
-    if step.is_local:
+    num_rows, length, dtype = step.compute.rows[1] - step.compute.rows[0], num_tokens(step.gradients), kv.k_BTKD.dtype
+    if is_local:
         dtype = torch.promote_types(dtype, torch.float32)
-    pieces = (GradientPiece(rows, tokens, number),)
-    return [GradientAccumulator((rows[1], tokens[1], *x.shape[2:]), dtype, pieces) for x in (kv.k_BTKD, kv.v_BTKE)]
+    pieces = (GradientPiece((0, num_rows), (0, length), number),)
+    return [GradientAccumulator((num_rows, length, *x.shape[2:]), dtype, pieces) for x in (kv.k_BTKD, kv.v_BTKE)]
 
 
 def _add_returned(
@@ -179,16 +185,6 @@ def _add_returned(
     with profiler_range("merge"):
         own_dk.add_together([(rows, tokens, kv.k_BTKD[:, run]) for rows, tokens, kv, run in runs], number)
         own_dv.add_together([(rows, tokens, kv.v_BTKE[:, run]) for rows, tokens, kv, run in runs], number)
-
-
-def buffer_bytes(layout: Layout, mask: Mask, k_BSKD: Tensor, v_BSKE: Tensor, trains: bool) -> dict[str, int]:
-    """The size of each receive buffer, for `P2PTransport.connect`; without a backward pass K,V have the only ones."""
-    kv = KeysValues.of_parts(k_BSKD, v_BSKE)
-    return {
-        buffer: kv.numel(((0, tokens),)) * k_BSKD.dtype.itemsize
-        for buffer, tokens in buffer_tokens(layout, mask).items()
-        if trains or buffer.startswith("keys")
-    }
 
 
 class RingFunction(torch.autograd.Function):

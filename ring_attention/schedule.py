@@ -32,7 +32,8 @@ queries see both of its chunks.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections import Counter
+from typing import NamedTuple
 
 from ring_attention.layout import Layout, Spans, num_tokens
 from ring_attention.mask import CAUSAL, Mask
@@ -40,16 +41,14 @@ from ring_attention.routing import key_routes, required_keys
 from ring_attention.tiles import AttentionTile, find_tiles
 
 
-@dataclass(frozen=True)
-class Message:
+class Message(NamedTuple):
     """Tokens of one rank's K,V, or of their gradients, to or from a ring rank."""
 
     peer: int
     spans: Spans
 
 
-@dataclass(frozen=True)
-class RingStep:
+class RingStep(NamedTuple):
     """One step of the ring. Tiles' keys and spans count the source's local tokens.
 
     Args:
@@ -71,16 +70,6 @@ class RingStep:
     send_direct: Message | None
     gradients: Spans
     gradient_return: Message | None
-
-    @property
-    def work(self) -> int:
-        """Query-key pairs that attend, in one row of the batch, or in all rows where they differ."""
-        return sum(tile.block.work for tile in self.tiles)
-
-    @property
-    def keys_sent(self) -> int:
-        """Tokens whose K,V this rank sends after this step."""
-        return sum(num_tokens(message.spans) for message in (self.send_next, self.send_direct) if message)
 
 
 @functools.lru_cache(maxsize=16)  # packed documents give each training step a mask of its own, which all layers share
@@ -119,25 +108,24 @@ def ring_schedule(layout: Layout, mask: Mask, ring_rank: int) -> tuple[RingStep,
 
 
 def work_per_rank(layout: Layout, mask: Mask = CAUSAL) -> list[list[int]]:
-    """Query-key pairs: ``work[ring_rank][ring_step]``."""
-    return [[step.work for step in ring_schedule(layout, mask, rank)] for rank in range(layout.ring_degree)]
+    """Query-key pairs that attend: ``work[ring_rank][ring_step]``, over all rows of the batch where these differ."""
+    return [
+        [sum(tile.block.work for tile in step.tiles) for step in ring_schedule(layout, mask, rank)]
+        for rank in range(layout.ring_degree)
+    ]
 
 
 def imbalance(layout: Layout, mask: Mask = CAUSAL) -> float:
-    """Time in lockstep over mean work, at least 1: the cost of waiting for the busiest rank of each ring step.
-
-    The time in lockstep is the sum over ring steps of the maximum over ranks.
-    """
+    """The work of the busiest rank of each ring step, summed over steps, over the mean rank's work: at least 1."""
     work = work_per_rank(layout, mask)
-    lockstep = sum(max(rank_work[number] for rank_work in work) for number in range(layout.ring_degree))
-    mean = sum(map(sum, work)) / layout.ring_degree
-    return lockstep / mean
+    return sum(map(max, zip(*work, strict=True))) * layout.ring_degree / sum(map(sum, work))
 
 
 def tokens_sent(layout: Layout, mask: Mask, ring_rank: int) -> tuple[int, int]:
     """Tokens whose K,V a rank sends in a pass over the ring, and tokens whose dK,dV it sends in a backward pass."""
     steps = ring_schedule(layout, mask, ring_rank)
-    return sum(step.keys_sent for step in steps), sum(num_tokens(step.gradients) for step in steps)
+    keys = [message.spans for step in steps for message in (step.send_next, step.send_direct) if message]
+    return sum(map(num_tokens, keys)), sum(num_tokens(step.gradients) for step in steps)
 
 
 def keys_buffer(step: int) -> str:
@@ -155,15 +143,9 @@ def buffer_tokens(layout: Layout, mask: Mask) -> dict[str, int]:
     """The most tokens that any rank receives in each buffer: the same on all ranks. Documents count as one, since they
     differ from step to step, and buffers should not.
     """
-    tokens: dict[str, int] = {}
-
-    def need(buffer: str, spans: Spans) -> None:
-        size = num_tokens(spans) if mask.documents is None else layout.ring_length
-        tokens[buffer] = max(tokens.get(buffer, 0), size)
-
+    most: Counter[str] = Counter()
     for route, required in zip(key_routes(layout, mask), required_keys(layout, mask), strict=True):
         for distance in range(1, layout.ring_degree):
-            if route[distance]:
-                need(keys_buffer(distance - 1), route[distance])
-                need(gradient_buffer(distance), required[distance])
-    return tokens
+            received, returned = num_tokens(route[distance]), num_tokens(required[distance])
+            most |= Counter({keys_buffer(distance - 1): received, gradient_buffer(distance): returned})  # the greater
+    return dict(most) if mask.documents is None else dict.fromkeys(most, layout.ring_length)

@@ -5,9 +5,8 @@ Shapes: B batch, S local tokens, H query heads, K key-value heads, D head size, 
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +15,7 @@ from torch import Tensor, nn
 from ring_attention.kernels import AttentionKernel, KernelSpec, choose_kernel
 from ring_attention.layout import Layout
 from ring_attention.mask import CAUSAL, Mask
-from ring_attention.recognize import ModuleRecognizer
-from ring_attention.ring import Ring, RingFunction, buffer_bytes
+from ring_attention.ring import Ring, RingFunction
 from ring_attention.transport import P2PTransport
 
 Hosts = Sequence[Hashable] | None
@@ -29,31 +27,28 @@ class SequenceAttention(nn.Module):
     `sequence_rank` is the part of the sequence that this rank holds, as `Layout.shard` and `Layout.positions` take it.
 
     Args:
-        local_attention: "auto" for the fastest kernel, a kernel, or a kernel's name. Also what DistributedAttention
-            takes: a module or function that sees whole sequences. That is run on random tokens, at most 32768, to check
-            that it is plain causal or full attention, which a kernel then computes (`recognize`).
+        local_attention: "auto" for the fastest kernel, a kernel's name, or a kernel. DistributedAttention takes a
+            module or function here; these see whole sequences, so `mask` says instead what they compute.
         sequence_process_group: the ranks that share a sequence.
         scatter_idx, gather_idx: as in DistributedAttention: 2 (heads are dim 2), and 0 or 1. The dim of the tokens
             follows from batch_dim_idx in each call.
-        sp_stream, num_kv_heads: go to DistributedAttention in modules that use it; ignored by the others.
+        sp_stream: goes to DistributedAttention in modules that use it.
+        num_kv_heads: ignored, as each call's keys have it.
         mask: which keys a query sees.
         layout: "contiguous" or "zigzag": how the caller shards sequences (`Layout.shard`).
-        transport: how K,V travel around a ring, a key of `ring_attention.transport.TRANSPORTS`; "auto" for the faster
-            one here.
-        hosts: the host of each rank of the group, needed where ranks are not in the order of hosts
-            (`topology.ring_order`).
+        transport: how K,V travel around a ring: one of `ring_attention.transport.TRANSPORTS`, or "auto" for the faster.
+        hosts: the host of each rank of the group, needed where ranks are not in the order of hosts.
         ulysses_degree: ranks within Ulysses; a divisor of the group's ranks and of the key-value heads.
 
     Raises:
-        ValueError: for an unknown layout, transport or kernel, or an option that the module does not take. In a call,
-            for a kernel that cannot do what it needs.
+        ValueError: for an unknown layout, transport or kernel, or an option that the module does not take.
     """
 
     _options: tuple[str, ...] = ()  # of transport, hosts and ulysses_degree, those that the module takes
 
     def __init__(
         self,
-        local_attention: AttentionKernel | str | Callable,
+        local_attention: AttentionKernel | str,
         sequence_process_group: Any = None,
         scatter_idx: int = 2,
         gather_idx: int = 0,
@@ -67,12 +62,16 @@ class SequenceAttention(nn.Module):
         ulysses_degree: int | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(local_attention, (AttentionKernel, str)) and not callable(local_attention):
-            raise ValueError(f'local_attention={local_attention!r} must be "auto", a kernel or its name, or a module')
-        if (scatter_idx, gather_idx) not in ((2, 0), (2, 1)):
+        if not isinstance(local_attention, (AttentionKernel, str)):
+            name = getattr(local_attention, "__name__", type(local_attention).__name__)
             raise ValueError(
-                f"scatter_idx={scatter_idx}, gather_idx={gather_idx}: heads must be dim 2 and tokens dim 0 or 1, as in "
-                "[B, S, H, D] and [S, B, H, D], so use 2 and 0 or 1"
+                f'local_attention is {name}, but must be "auto", a kernel or its name: give what it computes as '
+                "mask=CAUSAL (the default), FULL or Mask(left=...), and another scale as softmax_scale= of the call"
+            )
+        if scatter_idx != 2 or gather_idx not in (0, 1):
+            raise ValueError(
+                f"scatter_idx={scatter_idx}, gather_idx={gather_idx} must be 2 and 0 or 1: heads are dim 2, and tokens "
+                "dim 0 or 1, as in [B, S, H, D] and [S, B, H, D]"
             )
         _check_mask(mask)
         Layout(layout, 1, 1)  # refuses an unknown name here rather than in the first call
@@ -81,29 +80,24 @@ class SequenceAttention(nn.Module):
             raise ValueError(f"{type(self).__name__} takes no {', '.join(extra)}: leave it out")
         if "ulysses_degree" in self._options and ulysses_degree is None:
             raise ValueError(f"{type(self).__name__} needs ulysses_degree, a divisor of the group's ranks")
-        self.local_attn = local_attention  # named as in DistributedAttention
-        self._recognizer = ModuleRecognizer()
-        self._mask, self._layout_name = mask, layout
+        self._kernel, self._mask, self._layout_name = local_attention, mask, layout
         self.ulysses_degree = 1 if ulysses_degree is None else ulysses_degree
-        # compilers skip it: schedules are Python, and transfers must keep their order on all ranks
-        self._outside_compilers = _disable_compilers()
-        self._transport, ulysses_rank = self._join(sequence_process_group, transport, hosts, sp_stream, num_kv_heads)
+        self._transport, ulysses_rank = self._join(sequence_process_group, transport, hosts, sp_stream)
         self.ring_degree = self._transport.ring_degree if self._transport else 1
         ring_rank = self._transport.ring_rank if self._transport else 0
         self.sequence_rank = ring_rank * self.ulysses_degree + ulysses_rank
 
-    def _join(self, group: Any, transport: str, hosts: Hosts, *deepspeed: Any) -> tuple[P2PTransport | None, int]:
-        """Returns (the transport of this rank's ring, None without one; the rank within Ulysses).
-
-        Args:
-            deepspeed: sp_stream and num_kv_heads, for DistributedAttention.
-        """
+    def _join(self, group: Any, transport: str, hosts: Hosts, sp_stream: Any) -> tuple[P2PTransport | None, int]:
+        """Returns (the transport of this rank's ring, None without one; the rank within Ulysses)."""
         return None, 0
 
     def layout(self, length: int) -> Layout:
         """How sequences of `length` tokens must be spread over the ranks."""
         return Layout(self._layout_name, self.ring_degree, length, self.ulysses_degree)
 
+    # Compilers skip the call: schedules are Python, and transfers must keep their order on all ranks. The public
+    # torch.compiler.disable imports the compiler at once, for a second.
+    @torch._disable_dynamo
     def forward(
         self,
         query: Tensor,
@@ -124,30 +118,17 @@ class SequenceAttention(nn.Module):
             key: the same with K heads, H a multiple of K.
             value: as key; its head size may differ if the kernel supports that.
             rotary_pos_emb, args, kwargs: DistributedAttention would apply them or pass them on. Must be None here.
-            mask: over the whole sequence, padding included. None is the constructor's, or a recognised module's.
+            mask: over the whole sequence, padding included. None is the constructor's.
             softmax_scale: None is 1 / sqrt(D).
 
         Returns:
             The output, in the shape and dtype of `query`, but with the value's head size.
 
         Raises:
-            ValueError: for tensors that do not fit each other or the layout, a kernel that cannot do the call, a local
-                attention that is not recognised, an argument that must be None, or dropout.
+            ValueError: for tensors that do not fit each other, the layout or the kernel, an argument that must be None,
+                or dropout.
         """
         extra = {"rotary_pos_emb": rotary_pos_emb, **{f"argument {6 + n}": x for n, x in enumerate(args)}, **kwargs}
-        return self._outside_compilers(self, query, key, value, batch_dim_idx, extra, mask, softmax_scale, dropout_p)
-
-    def _forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        batch_dim_idx: int,
-        extra: dict[str, Any],
-        mask: Mask | None,
-        softmax_scale: float | None,
-        dropout_p: float,
-    ) -> Tensor:
         for name, argument in extra.items():
             if argument is not None:
                 raise ValueError(
@@ -155,70 +136,44 @@ class SequenceAttention(nn.Module):
                     "mask=Mask(...), and rotate query and key before, by the global positions of Layout.positions"
                 )
         if dropout_p:
-            raise ValueError(
-                f"dropout_p={dropout_p}: attention dropout is not supported, since the backward pass would need the "
-                "very elements that each kernel dropped at each ring step on each rank: use 0, and dropout after the "
-                "output projection"
-            )
+            raise ValueError(f"dropout_p={dropout_p} must be 0: use dropout after the output projection instead")
+        mask = self._mask if mask is None else mask
+        _check_mask(mask)
         _check_tensors(query, key, value, batch_dim_idx)
+        num_rows, batch = len(mask.documents or ((),)), query.shape[batch_dim_idx]
+        if num_rows not in (1, batch):
+            raise ValueError(
+                f"the mask has documents for {num_rows} rows, the batch has {batch}: give them once or per row"
+            )
+        scale = 1 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale
+        if not 0 < scale < math.inf:
+            raise ValueError(f"softmax_scale={scale} must be above 0, and finite: kernels mask by -inf * scale")
         # kernels read heads as runs of numbers: without this the CPU's flash kernel gives wrong results (measured)
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-        if mask is not None:
-            _check_mask(mask)
-        else:
-            mask = self._mask
-            if not isinstance(self.local_attn, (AttentionKernel, str)):
-                num_ranks = self.ring_degree * self.ulysses_degree
-                mask = self._recognizer.mask_of(self.local_attn, query, key, value, batch_dim_idx, num_ranks)
-        if softmax_scale is None:
-            softmax_scale = 1 / math.sqrt(query.shape[-1])
-        if not 0 < softmax_scale < math.inf:
-            raise ValueError(f"softmax_scale={softmax_scale} must be above 0, and finite: kernels mask by -inf * scale")
-        if mask.documents is not None and len(mask.documents) not in (1, query.shape[batch_dim_idx]):
-            raise ValueError(
-                f"the mask has documents for {len(mask.documents)} rows, the batch has {query.shape[batch_dim_idx]}: "
-                "give one set of boundaries for all rows, or one per row"
-            )
         with torch.autocast(query.device.type, enabled=False):  # compute in the dtype of the tensors
-            return self._attend(query, key, value, batch_dim_idx, mask, softmax_scale)
+            return self._attend(query, key, value, batch_dim_idx, mask, scale)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, batch_dim_idx: int, *mask_and_scale: Any) -> Tensor:
-        """Over this rank's ring. Modules with Ulysses put an all-to-all around it."""
-        return self._attend_ring(query, key, value, batch_dim_idx, *mask_and_scale)
-
-    def _attend_ring(
+    def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, batch_dim_idx: int, mask: Mask, scale: float
     ) -> Tensor:
+        """Over this rank's ring. Modules with Ulysses put an all-to-all around it."""
         inputs = (query, key, value)
         q_BSHD, k_BSKD, v_BSKE = (x.transpose(0, 1) for x in inputs) if batch_dim_idx == 1 else inputs
-        layout = self._layout_of(q_BSHD.shape[1])
-        mask, given = mask.within(layout.padded_length), self.local_attn
-        spec = KernelSpec.of(q_BSHD, k_BSKD, v_BSKE, mask.is_windowed)
-        kernel, _ = choose_kernel(spec, given if isinstance(given, (AttentionKernel, str)) else "auto")
-        ring = Ring(layout, mask, self._transport, kernel, scale)
-        out_BSHE = self._compute(q_BSHD, k_BSKD, v_BSKE, ring)
-        return out_BSHE.transpose(0, 1) if batch_dim_idx == 1 else out_BSHE
-
-    def _compute(self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKE: Tensor, ring: Ring) -> Tensor:
-        if ring.transport is not None:
-            trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BSHD, k_BSKD, v_BSKE))
-            ring.transport.connect(q_BSHD, buffer_bytes(ring.layout, ring.mask, k_BSKD, v_BSKE, trains))
-        return RingFunction.apply(q_BSHD, k_BSKD, v_BSKE, ring)
-
-    def _layout_of(self, ring_length: int) -> Layout:
-        """The ring's layout, given the number of tokens on each of its ranks."""
+        ring_length = q_BSHD.shape[1]
         layout = Layout(self._layout_name, self.ring_degree, ring_length * self.ring_degree)
         if layout.ring_length != ring_length:
             raise ValueError(
                 f"{ring_length} tokens are not {layout.chunks_per_ring_rank} equal chunks, which layout={layout.name} "
                 "needs on each rank of the ring: cut sequences with the module's layout(length).shard"
             )
-        return layout
+        mask = mask.within(layout.padded_length)
+        kernel, _ = choose_kernel(KernelSpec.of(q_BSHD, k_BSKD, v_BSKE, mask.left is not None), self._kernel)
+        out_BSHE = self._compute(q_BSHD, k_BSKD, v_BSKE, Ring(layout, mask, self._transport, kernel, scale))
+        return out_BSHE.transpose(0, 1) if batch_dim_idx == 1 else out_BSHE
 
-
-@functools.cache
-def _disable_compilers() -> Any:
-    return torch.compiler.disable(SequenceAttention._forward)  # imports the compiler, for a second
+    def _compute(self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKE: Tensor, ring: Ring) -> Tensor:
+        ring.connect(q_BSHD, k_BSKD, v_BSKE)
+        return RingFunction.apply(q_BSHD, k_BSKD, v_BSKE, ring)
 
 
 def _check_mask(mask: Mask) -> None:
@@ -232,24 +187,19 @@ def _check_mask(mask: Mask) -> None:
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, batch_dim_idx: int) -> None:
     if batch_dim_idx not in (0, 1):
         raise ValueError(f"batch_dim_idx={batch_dim_idx} must be 0 ([B, S, H, D]) or 1 ([S, B, H, D])")
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.dim() != 4:
-            raise ValueError(
-                f"{name} has shape {list(tensor.shape)}, but four dims are needed: [B, S, heads, head size]"
-            )
-        if tensor.dtype != query.dtype:
-            raise ValueError(f"{name} is {tensor.dtype}, but query is {query.dtype}: cast them to one dtype")
-        if tensor.shape[:2] != query.shape[:2]:
-            raise ValueError(
-                f"{name} has shape {list(tensor.shape)}, query {list(query.shape)}: the first two dims must be equal"
-            )
-    num_heads, num_kv_heads = query.shape[2], key.shape[2]
-    if 0 in (num_kv_heads, query.shape[3], value.shape[3]):
-        raise ValueError(f"key has shape {list(key.shape)}, value {list(value.shape)}: no head or size may be 0")
-    if value.shape[2] != num_kv_heads or num_heads % num_kv_heads:
-        raise ValueError(
-            f"{num_heads} query heads cannot share {num_kv_heads} key and {value.shape[2]} value heads: keys and "
-            "values need as many, and queries a multiple of that"
-        )
-    if key.shape[3] != query.shape[3]:
-        raise ValueError(f"key has head size {key.shape[3]}, query {query.shape[3]}: they must be equal")
+    if not query.dtype == key.dtype == value.dtype:
+        raise ValueError(f"query is {query.dtype}, key {key.dtype}, value {value.dtype}: cast them to one dtype")
+    q, k, v = list(query.shape), list(key.shape), list(value.shape)
+    if not len(q) == len(k) == len(v) == 4:
+        rule = "four dims are needed, [B, S, heads, head size]"
+    elif not q[:2] == k[:2] == v[:2]:
+        rule = "the first two dims must be equal"
+    elif 0 in (k[2], q[3], v[3]):
+        rule = "no head or size may be 0"
+    elif k[2] != v[2] or q[2] % k[2]:
+        rule = "keys and values need equally many heads, and queries a multiple of that"
+    elif q[3] != k[3]:
+        rule = "query and key need equal head sizes"
+    else:
+        return
+    raise ValueError(f"query has shape {q}, key {k}, value {v}: {rule}")

@@ -100,7 +100,8 @@ def _time(candidates: list[Candidate], plan: Plan, device: torch.device) -> list
     rows = []
     for candidate in candidates:
         row: dict[str, Any] = {"name": candidate.name, "grid": candidate.attention.grid}
-        share = 1 / candidate.attention.layout.sequence_degree
+        layout = candidate.attention.layout
+        share = layout.local_length / layout.padded_length
         for kind, passes in KINDS.items():
             times_s, issued_s = zip(*samples[candidate.name, kind, False], strict=True)
             time_s, silent_s = median_s[candidate.name, kind, False], median_s.get((candidate.name, kind, True))

@@ -94,7 +94,7 @@ def _random_inputs(plan: Plan, device: torch.device) -> list[Tensor]:
 def _candidate(name: str, attention: ShardedAttention, inputs: list[Tensor]) -> Candidate:
     layout, attend = attention.layout, attention.attend
     q, k, v, dout = inputs
-    if layout.sequence_degree > 1:
+    if layout.local_length < layout.padded_length:
         q, k, v, dout = (layout.shard(x, attention.rank, dim=1) for x in inputs)
         k, v = torch.stack((k, v)).unbind(0)  # one message, as the recipes' model gives them
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]

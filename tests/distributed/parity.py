@@ -319,7 +319,7 @@ def train_on_ranks(cell: Cell) -> Trained:
     engine.close()
     if pipelined:
         return trained
-    first = groups is not None and groups.get_sequence_data_parallel_rank() == 0
+    first = groups is not None and (groups.data_rank, groups.get_sequence_parallel_rank()) == (0, 0)
     return trained if first else Trained(trained.losses, trained.grad_norms, {}, {})
 
 

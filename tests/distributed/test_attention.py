@@ -188,8 +188,8 @@ def test_ulysses_takes_uneven_heads_once_deepspeed_knows_its_mpu(pool: WorkerPoo
     assert (
         pool.run(uneven_heads, case, False, num_ranks=2)
         == [
-            "num_kv_heads=3 is not a multiple of ulysses_degree=2, for which DeepSpeed needs an mpu with this group: "
-            "call deepspeed.initialize(mpu=...) before, or use a ulysses_degree of [1, 3]"
+            "num_kv_heads=3 is not a multiple of ulysses_degree=2: use HybridAttention with a ulysses_degree of "
+            "[1, 3], or RingAttention, or call deepspeed.initialize(mpu=...) with this group before"
         ]
         * 2
     )
@@ -253,8 +253,7 @@ def test_mistakes_are_refused_by_name(pool: WorkerPool):
         "module's layout(length).shard",
         "batch_dim_idx=2 must be 0 ([B, S, H, D]) or 1 ([S, B, H, D])",
         "batch_dim_idx=2 must be 0 ([B, S, H, D]) or 1 ([S, B, H, D])",
-        "dropout_p=0.1: attention dropout is not supported, since the backward pass would need the very elements that "
-        "each kernel dropped at each ring step on each rank: use 0, and dropout after the output projection",
+        "dropout_p=0.1 must be 0: use dropout after the output projection instead",
         "rotary_pos_emb is Tensor, which nothing here applies: give what a query sees as mask=Mask(...), and rotate "
         "query and key before, by the global positions of Layout.positions",
         "attention_mask is Tensor, which nothing here applies: give what a query sees as mask=Mask(...), and rotate "
@@ -263,25 +262,27 @@ def test_mistakes_are_refused_by_name(pool: WorkerPool):
         "masks given as a tensor are not supported",
         "mask is str, but must be a ring_attention.Mask, such as Mask(left=4095) or CAUSAL.packed(cu_seqlens): "
         "masks given as a tensor are not supported",
-        "scatter_idx=1, gather_idx=2: heads must be dim 2 and tokens dim 0 or 1, as in [B, S, H, D] and [S, B, H, D], "
-        "so use 2 and 0 or 1",
-        'local_attention=7 must be "auto", a kernel or its name, or a module',
+        "scatter_idx=1, gather_idx=2 must be 2 and 0 or 1: heads are dim 2, and tokens dim 0 or 1, as in [B, S, H, D] "
+        "and [S, B, H, D]",
+        'local_attention is int, but must be "auto", a kernel or its name: give what it computes as mask=CAUSAL (the '
+        "default), FULL or Mask(left=...), and another scale as softmax_scale= of the call",
         "no process group: pass one, such as ParallelGroups(...).get_sequence_parallel_group()",
         "softmax_scale=0.0 must be above 0, and finite: kernels mask by -inf * scale",
-        "query has shape [3, 2, 8], but four dims are needed: [B, S, heads, head size]",
-        "key is torch.float16, but query is torch.float32: cast them to one dtype",
-        "key has shape [1, 2, 2, 8], query [1, 3, 2, 8]: the first two dims must be equal",
-        "1 query heads cannot share 2 key and 2 value heads: keys and values need as many, and queries a multiple of "
-        "that",
-        "key has head size 4, query 8: they must be equal",
+        "query has shape [3, 2, 8], key [1, 3, 2, 8], value [1, 3, 2, 8]: four dims are needed, [B, S, heads, head "
+        "size]",
+        "query is torch.float32, key torch.float16, value torch.float32: cast them to one dtype",
+        "query has shape [1, 3, 2, 8], key [1, 2, 2, 8], value [1, 3, 2, 8]: the first two dims must be equal",
+        "query has shape [1, 3, 1, 8], key [1, 3, 2, 8], value [1, 3, 2, 8]: keys and values need equally many heads, "
+        "and queries a multiple of that",
+        "query has shape [1, 3, 2, 8], key [1, 3, 2, 4], value [1, 3, 2, 8]: query and key need equal head sizes",
         "the documents end at 7, but the sequence has 6 tokens over all ranks",
-        "the mask has documents for 2 rows, the batch has 1: give one set of boundaries for all rows, or one per row",
-        "key has shape [1, 3, 0, 8], value [1, 3, 0, 8]: no head or size may be 0",
+        "the mask has documents for 2 rows, the batch has 1: give them once or per row",
+        "query has shape [1, 3, 2, 8], key [1, 3, 0, 8], value [1, 3, 0, 8]: no head or size may be 0",
         "kernel=cpu_flash cannot run here: needs values of head size 8, not 4; use kernel=auto",
         "kernel=cudnn cannot run here: needs a cuda device, not cpu; use kernel=auto",
         "the documents end at 4, but the sequence has 3 tokens over all ranks",
-        "num_kv_heads=1 is less than ulysses_degree=2, which leaves ranks without a key-value head: use a "
-        "ulysses_degree of [1], with a ring across (HybridAttention), or RingAttention",
+        "num_kv_heads=1 is not a multiple of ulysses_degree=2: use HybridAttention with a ulysses_degree of [1], or "
+        "RingAttention",
     ]
 
 

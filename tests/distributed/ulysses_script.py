@@ -1,4 +1,4 @@
-"""A DeepSpeed-Ulysses user's script. The test changes only the import and the class name."""
+"""A DeepSpeed-Ulysses user's script. The test changes only the import, the class name and its first argument."""
 
 import deepspeed.comm as dist
 import torch

@@ -61,8 +61,8 @@ def computed(
     totals = [torch.zeros_like(tensor, dtype=lse.dtype) for tensor in (q, k, v)]
     for tile in attend_backward(KERNELS[name], SCALE, tiles, BackwardInputs(dout, q, out, lse), kv):
         totals[0][:, tile.queries] += tile.dq
-        totals[1][:, tile.keys_within(kv.spans)] += tile.dk
-        totals[2][:, tile.keys_within(kv.spans)] += tile.dv
+        totals[1][:, slice(*tile.keys)] += tile.dk
+        totals[2][:, slice(*tile.keys)] += tile.dv
     return [out, *totals]
 
 

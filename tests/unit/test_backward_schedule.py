@@ -35,9 +35,9 @@ def test_zigzag_on_two_ranks():
     """The last return overlaps with the early half of the local queries, and is added together with their dK,dV."""
     schedule = backward_schedule(Layout("zigzag", 2, 16), CAUSAL, 0, 1, ONE_CALL)
     assert schedule.steps == (
-        BackwardStep(0, True, TileRows((tile(4, 8, 0, 8, None, 4),), ONE_ROW), ALL, ALL, None, ()),
-        BackwardStep(1, False, LATE_QUERIES, ALL, ALL, Message(1, ((0, 4),)), ()),
-        BackwardStep(0, True, TileRows((tile(0, 4, 0, 4, None, 0),), ONE_ROW), ALL, ((0, 4),), None, (1, 2)),
+        BackwardStep(0, TileRows((tile(4, 8, 0, 8, None, 4),), ONE_ROW), ALL, None, ()),
+        BackwardStep(1, LATE_QUERIES, ALL, Message(1, ((0, 4),)), ()),
+        BackwardStep(0, TileRows((tile(0, 4, 0, 4, None, 0),), ONE_ROW), ((0, 4),), None, (1, 2)),
     )
     assert schedule.dq_pieces == (GradientPiece(ONE_ROW, (0, 4), 2), GradientPiece(ONE_ROW, (4, 8), 1))
     assert schedule.own_pieces == (GradientPiece(ONE_ROW, (0, 8), 2),)
@@ -96,7 +96,7 @@ def test_each_return_is_added_once_before_its_buffer_is_used_again(name: str, ri
         returns = [number for number, step in enumerate(ring_steps) if step.gradient_return]
         last = schedule.steps[-1]
         assert last.gradient_return is None  # no gradients are in flight after the last step
-        assert last.is_local or not last.gradients
+        assert last.source == rank or not last.gradients
         added = {source: number for number, step in enumerate(schedule.steps) for source in step.add}
         assert sorted(source for step in schedule.steps for source in step.add if source < ring_degree) == returns
         for source in returns:

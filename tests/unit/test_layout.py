@@ -47,7 +47,7 @@ def test_padding_comes_after_all_real_positions(name: str):
     [
         (("striped", 2, 8), "layout='striped' is unknown: use one of zigzag, contiguous"),
         (("zigzag", 0, 8), "ring_degree=0 must be at least 1"),
-        (("zigzag", 2, 0), "length=0 must be at least 1 token"),
+        (("zigzag", 2, 0), "length=0 must be at least 1"),
     ],
 )
 def test_invalid_layouts_are_refused(arguments: tuple, message: str):
