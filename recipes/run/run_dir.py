@@ -33,6 +33,7 @@ class Run:
     """One run of recipe=pretrain or recipe=forward."""
 
     name: str  # unique among the runs that were loaded together
+    folder: Path
     settings: dict[str, Any]  # by dotted name, such as optimizer.lr; empty if they cannot be read
     rows: list[Row]  # one per logged step, in order; None where a number was not finite
     summary: dict[str, float | None]  # metrics of the whole run, such as the parts of a step's time
@@ -95,7 +96,7 @@ def load_runs(given: Iterable[Path]) -> LoadedRuns:
             settings = flatten(_read_object(folder / CONFIG_FILE, loaded.problems, "the run's settings are not shown"))
             has_summary = (folder / SUMMARY_FILE).exists()  # once its steps are done
             summary = _read_object(folder / SUMMARY_FILE, loaded.problems) if has_summary else {}
-            loaded.runs.append(Run(name, settings, _read_rows(folder / METRICS_FILE, loaded.problems), summary))
+            loaded.runs.append(Run(name, folder, settings, _read_rows(folder / METRICS_FILE, loaded.problems), summary))
     return loaded
 
 
