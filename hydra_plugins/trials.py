@@ -39,10 +39,7 @@ class Trials(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        """Run the sweep.
-
-        Args:
-            arguments: the overrides typed; they replace hydra.sweeper.params of the same field.
+        """Run the sweep of the typed overrides, which replace hydra.sweeper.params of the same field.
 
         Raises:
             ConfigError: before any trial, if the sweep cannot run.

@@ -16,10 +16,9 @@ from recipes.planning.plan import Plan
 
 
 def forward(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
-    """Run `num_steps` batches through the model and return the median tokens/s. Every rank must call it.
+    """Run `num_steps` batches through the model and return the median tokens/s.
 
-    Args:
-        reporter: rank 0's; None on all others.
+    Every rank must call it; `reporter` is rank 0's, and None on all others.
     """
     config = plan.config
     if reporter:

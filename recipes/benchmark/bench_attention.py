@@ -1,8 +1,7 @@
 """Attention alone, without a model: our methods and the baselines on the same ranks, beside one device.
 
-The ideal is one device's time divided by the number of ranks: a ring whose messages, merges and smaller tiles cost
-nothing. Every output is checked against the full attention before anything is timed. A single rank instead simulates
-one rank of larger rings, which measures what splitting attention into tiles and merging them costs.
+The ideal is a ring whose messages, merges and smaller tiles cost nothing. Every output is checked against the full
+attention before anything is timed. A single rank instead simulates larger rings, without their messages.
 """
 
 from __future__ import annotations
@@ -40,10 +39,8 @@ KINDS = {"forward": 1, "forward_backward": 3}  # what is timed, and how many for
 def bench_attention(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
     """Time all candidates; returns TFLOP/s per rank of the first method, forward and backward.
 
-    Every rank must call it. All ranks share each sequence, whatever degrees are configured.
-
-    Args:
-        reporter: rank 0's; None on all others.
+    Every rank must call it; `reporter` is rank 0's, and None on all others. All ranks share each sequence, whatever
+    degrees are configured.
 
     Raises:
         RuntimeError: if a candidate's output differs from that of full attention.
