@@ -1,7 +1,7 @@
 """Hydra's entry point to `recipes.sweep.runner`: the sweeper of `-m +sweep=NAME` (conf/sweep/search.yaml).
 
-Hydra 1.3 finds sweepers only in `hydra_plugins` and imports the whole folder at every start, so nothing slow is
-imported here. The folder has no __init__.py because installed plugins share that package.
+Hydra 1.3 finds sweepers only in `hydra_plugins` and imports all of it at every start, so nothing slow is imported here.
+The folder has no __init__.py because installed plugins share that package.
 """
 
 from __future__ import annotations

@@ -18,7 +18,6 @@ from recipes.monitor.reporter import start_wandb, wandb_hints
 from recipes.run.run_dir import COMPARISON_FILE, Row
 from recipes.run.text_table import text_table
 
-COMMON = ("num_ranks", "micro_batch_size", "sequences_per_step", "sequence_length", "kernel", "device")
 CPU_WARNING = "ON THE CPU ranks share cores and memory: these ratios say nothing about GPUs or about the paper's result"
 LEGEND = """TPS: tokens per second of all ranks. TPOT: step time / sequence length, as in the paper; compare it at equal
 batches only. micro: sequences per micro-batch. exposed: communication time that no compute hides. Where ranks share
@@ -74,7 +73,8 @@ def _summary(entry: str, own: list[Row]) -> Row | None:
     return {
         "entry": entry,
         "grid": grid or ("1 rank" if last["degrees"] else "each rank alone"),
-        **{name: last[name] for name in COMMON},
+        **{name: last[name] for name in ("num_ranks", "micro_batch_size", "sequences_per_step", "sequence_length")},
+        **{name: last[name] for name in ("kernel", "device")},
         "tokens_per_s": tokens_per_s,
         "tokens_per_s_min": speeds[0],
         "tokens_per_s_max": speeds[-1],

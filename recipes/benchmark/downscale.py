@@ -38,11 +38,11 @@ def downscale_to_cpu(config: Config, longest: int) -> None:
 
 def smallest_batch(entries: list[tuple[Config, Degrees]], on_gpu: bool) -> int:
     """Sequences per step that every micro-batch size of every entry divides and that keep pipelines full."""
-    per_stage, multiples = PIPELINE_MICRO_BATCHES if on_gpu else CPU_PIPELINE_MICRO_BATCHES, []
+    per_stage, batch = PIPELINE_MICRO_BATCHES if on_gpu else CPU_PIPELINE_MICRO_BATCHES, 1
     for entry, degrees in entries:
         micro_batches = max(1, per_stage * (degrees.pipeline - 1))
-        multiples.append(degrees.data * micro_batches * math.lcm(*entry.compare.micro_batch_sizes))
-    return math.lcm(*multiples)
+        batch = math.lcm(batch, degrees.data * micro_batches * math.lcm(*entry.compare.micro_batch_sizes))
+    return batch
 
 
 def common_batch(entries: list[tuple[Config, Degrees]], configured: int | None, on_gpu: bool) -> int:

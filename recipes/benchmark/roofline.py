@@ -42,10 +42,7 @@ def seconds_of_a_sequence(plan: Plan) -> float:
 
 
 def layer_calls(plan: Plan) -> list[KernelCall]:
-    """The matrix products and the causal attention of one layer, in order, on one random sequence.
-
-    If the recipe trains, each is followed by its gradients.
-    """
+    """One layer's matrix products and causal attention of a random sequence, each before its gradients if it trains."""
     model, length, trains = plan.config.model, plan.config.data.sequence_length, plan.trains
 
     def draw(*shape: int) -> Tensor:

@@ -145,30 +145,27 @@ class _Sweep:
     def run(self) -> None:
         """Run the trials that are missing, `num_parallel` at a time. An error of any thread ends the sweep."""
         pending = self._pending()
-
-        def work() -> None:
-            while True:
-                with self._lock:
-                    trial = next(pending, None)
-                if trial is None:
-                    return
-                self._run(trial)
-
-        if self.settings.num_parallel == 1:  # a job in this process needs its main thread
-            work()
-            return
         ends: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
-        def work_in_thread() -> None:
+        def work() -> None:
             try:
-                work()
+                while True:
+                    with self._lock:
+                        trial = next(pending, None)
+                    if trial is None:
+                        break
+                    self._run(trial)
                 ends.put(None)
             except BaseException as error:
                 ends.put(error)
 
-        for _ in range(self.settings.num_parallel):  # they wait for remote jobs; after an error nobody waits for them
-            threading.Thread(target=work_in_thread, daemon=True).start()
-        for _ in range(self.settings.num_parallel):
+        num_parallel = self.settings.num_parallel
+        if num_parallel == 1:
+            work()  # a job in this process needs its main thread
+        else:  # threads wait for remote jobs; nobody waits for them after an error or Ctrl-C
+            for _ in range(num_parallel):
+                threading.Thread(target=work, daemon=True).start()
+        for _ in range(num_parallel):
             if error := ends.get():
                 with self._lock:
                     pending.close()  # no thread starts another trial

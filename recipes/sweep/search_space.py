@@ -75,8 +75,9 @@ def read_space(overrides: list[Override], sampler: str) -> SearchSpace:
 def _distribution(override: Override) -> Distribution:
     value = override.value()
     if isinstance(value, IntervalSweep):
-        bounds: Any = value.start, value.end
-        (low, high), is_log = bounds, "log" in value.tags
+        low: Any = value.start
+        high: Any = value.end
+        is_log = "log" in value.tags
         if not low < high or (is_log and low <= 0):
             raise ConfigError(f"{override.input_line} must be ascending" + (" and above 0" if is_log else ""))
         is_integer = isinstance(low, int) and isinstance(high, int)
