@@ -65,10 +65,9 @@ def bench_attention(plan: Plan, run_dir: Path, reporter: Reporter | None) -> flo
             row["parts_ms"] = extremes_over_ranks({part: 1e3 * time_s for part, time_s in times_s.items()}, device)
         say("", *_parts_table(rows), "")
     say(
-        "ms: one call, on the slowest rank. host: the part of it until the host has issued the call; if the two are",
-        "equal, the GPU may be waiting for the host. TFLOP/s: per device; causal counted once, backward as two forward",
-        "passes. ideal: one device's time x the share that each device computes. exposed: how much longer a call takes",
-        "than one whose messages stay on their rank.",
+        "ms: one call, on the slowest rank. host: until the host has issued it; if the two are equal, the GPU may be",
+        "waiting for the host. TFLOP/s: per device; causal counted once, backward as two forward passes. ideal: one",
+        "device's time x each device's share. exposed: what the call takes longer than without messages between ranks.",
         *(["parts: one call with its backward pass, under the profiler."] if config.breakdown else []),
         *(["!!! ON THE CPU ranks share cores: these figures say nothing about GPUs"] if device.type == "cpu" else []),
     )

@@ -178,9 +178,11 @@ def report(config: Config, entries: dict[str, Config], notes: list[str], results
 
 def _log_to_wandb(config: Config, configs: dict[str, Any], rows: list[Row], figure: Path, run_dir: Path) -> None:
     run = start_wandb(config.logging, run_dir, configs, print)
+    columns = dict.fromkeys(name for row in rows for name, value in row.items() if not isinstance(value, dict | list))
+    rows_table = wandb.Table([*columns], [[row.get(name) for name in columns] for row in rows])
     named = {f"{row['entry']}/{name}": value for row in rows for name, value in row.items()}
     numbers = {name: value for name, value in named.items() if isinstance(value, int | float)}
-    run.log({"figure": wandb.Image(str(figure)), **numbers})
+    run.log({"comparison": rows_table, "figure": wandb.Image(str(figure)), **numbers})
     print(*wandb_hints(run), sep="\n", flush=True)
     run.finish()
 

@@ -19,8 +19,6 @@ from ring_attention.kernels import KernelParams, KernelSpec, SavedTensors, choos
 
 MEASURED_S = {"cuda": 3.0, "cpu": 0.2}
 
-KernelCall = Callable[[], Any]
-
 
 def seconds_of_a_sequence(plan: Plan) -> float:
     """The kernel time of one sequence on this device alone: all layers without embedding, head, loss and optimizer."""
@@ -41,21 +39,21 @@ def seconds_of_a_sequence(plan: Plan) -> float:
     return plan.config.model.num_layers * sum(statistics.median(steady_s[n :: len(calls)]) for n in range(len(calls)))
 
 
-def layer_calls(plan: Plan) -> list[KernelCall]:
+def layer_calls(plan: Plan) -> list[Callable[[], Any]]:
     """One layer's matrix products and causal attention of a random sequence, each before its gradients if it trains."""
     model, length, trains = plan.config.model, plan.config.data.sequence_length, plan.trains
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, device=plan.device_type).to(DTYPES[plan.config.engine.dtype])
 
-    def products(num_in: int, num_out: int) -> list[KernelCall]:
+    def products(num_in: int, num_out: int) -> list[Callable[[], Any]]:
         """y = x W^T + b and, in training, dx = dy W and dW = dy^T x."""
         x, weight, bias = draw(length, num_in), model.init_std * draw(num_out, num_in), draw(num_out)
         dy = draw(length, num_out)
         calls = [lambda: F.linear(x, weight, bias), lambda: dy @ weight, lambda: dy.T @ x]
         return calls if trains else calls[:1]
 
-    def attention() -> list[KernelCall]:
+    def attention() -> list[Callable[[], Any]]:
         q, dout = (draw(1, length, model.num_heads, model.head_dim) for _ in range(2))
         k, v = (draw(1, length, model.num_kv_heads, model.head_dim) for _ in range(2))
         kernel, params = choose_kernel(KernelSpec.of(q, k, v))[0], KernelParams(None, 0, model.head_dim**-0.5)
