@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -15,17 +17,6 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from conf.schema import Config, ConfigError, flatten
 
-# Old names of fields. A field that gets a new name leaves its old one here.
-RENAMED = {
-    "attention.block": "attention.kernel",
-    "compare.fit": "compare.downscale",
-    "compare.parts_alone": "compare.roofline",
-}
-# Fields that no longer exist, with what to do instead.
-REMOVED = {
-    "compare.plot": "leave it out, entries on several numbers of ranks are drawn over these",
-    "parallelism.sequence_sharded_norms": "leave it out, tensor ranks always shard the norms by sequence",
-}
 _ENTRIES = "compare.entries."  # followed by names that the user chooses
 _FIELDS = flatten(asdict(Config()))
 _DATACLASSES = {name.partition(".")[0] for name in _FIELDS if "." in name}
@@ -56,10 +47,7 @@ def check_fields(composed: DictConfig) -> None:
 
 
 def compose_entries(config: Config, overrides: list[str]) -> dict[str, Config]:
-    """The configuration of each entry of a comparison, by name. Must run while Hydra is initialized.
-
-    Args:
-        overrides: what the user typed.
+    """The configuration of each entry, by name, under the overrides typed. Must run while Hydra is initialized.
 
     Raises:
         ConfigError: if an entry does not compose; names the entry.
@@ -109,8 +97,9 @@ def describe_error(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         setting = group if group in _GROUPS_WITH_DEFAULT else f"+{group}"
-        options = ", ".join(f"{setting}={name}" for name in error.options or [])
-        return f"{setting}={option} is not known: " + (f"use {options}" if options else "see python train.py --help")
+        options = error.options or sorted(path.stem for path in Path(__file__).with_name(group).glob("*.yaml"))
+        advice = _did_you_mean(option, options) + f"use {', '.join(f'{setting}={name}' for name in options)}"
+        return f"{setting}={option} is not known: {advice}"
     if isinstance(error, OverrideParseException):
         reason = error.message.splitlines()[-2]  # the last line is a link
         example = "\"data.files=['a.txt','b.txt']\""
@@ -136,10 +125,9 @@ def describe_error(error: Exception) -> str:
 def _unknown_field(name: str, value: Any) -> str:
     if name.startswith(_ENTRIES):
         return f"{name} is a new entry, so it needs a plus: type +{name}={value}"
-    if name in REMOVED:
-        return f"{name} no longer exists: {REMOVED[name]}"
-    if name in RENAMED:
-        return f"{name} is now {RENAMED[name]}: type {RENAMED[name]}={value}"
-    alike = difflib.get_close_matches(name, _FIELDS, n=3)
-    advice = f"did you mean {' or '.join(alike)}? " if alike else ""
-    return f"there is no field {name}: {advice}python train.py --help lists all"
+    return f"there is no field {name}: {_did_you_mean(name, _FIELDS)}python train.py --help lists all"
+
+
+def _did_you_mean(typed: str, legal: Iterable[str]) -> str:
+    alike = difflib.get_close_matches(typed, legal, cutoff=0.8)
+    return f"did you mean {' or '.join(alike)}? " if alike else ""

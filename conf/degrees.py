@@ -1,7 +1,6 @@
 """The rank grid: which degrees a configuration gets on a number of ranks. Pure integer arithmetic.
 
-`conf.schema` refuses what is wrong on any number of ranks. What depends on that number is refused here, before ranks
-start.
+`conf.schema` refuses what is wrong on any number of ranks; here is what depends on that number.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from conf.schema import Config, ConfigError, Degrees, divisors
+from conf.schema import Config, ConfigError, Degrees, divisors, one_divisor
 
 
 def resolve_degrees(config: Config, num_ranks: int, ranks_per_host: int | None = None) -> Degrees:
@@ -26,8 +25,8 @@ def resolve_degrees(config: Config, num_ranks: int, ranks_per_host: int | None =
     for name, degree in given.items():
         if degree is not None and num_ranks % degree:
             raise ConfigError(
-                f"parallelism.{name}_degree={degree} does not divide the {num_ranks} ranks: use one of "
-                f"{divisors(num_ranks)} (parallelism.{name}_degree={num_ranks}) or another launch.num_ranks"
+                f"parallelism.{name}_degree={degree} does not divide the {num_ranks} ranks: use "
+                f"{one_divisor(num_ranks)}, such as parallelism.{name}_degree={num_ranks}, or another launch.num_ranks"
             )
     if config.parallelism.method == "tensor_pipeline":
         chosen = _choose_tensor_pipeline(config, given, num_ranks)

@@ -54,11 +54,9 @@ class _Checked:
             setting = f"{self._prefix}{spec.name}={value}"
             if "choices" in declared and value not in declared["choices"]:
                 raise ConfigError(f"{setting} is not known: use {', '.join(map(str, declared['choices']))}")
-            if "minimum" in declared and value is not None:
-                minimum, below = declared["minimum"], declared["below"]
-                if not minimum <= value < below:
-                    upper = f" and below {below}" if value >= below else ""
-                    raise ConfigError(f"{setting} must be at least {minimum}{upper}")
+            if "minimum" in declared and value is not None and not declared["minimum"] <= value < declared["below"]:
+                upper = f" and below {declared['below']}" if value >= declared["below"] else ""
+                raise ConfigError(f"{setting} must be at least {declared['minimum']}{upper}")
         for problem in self.problems():
             raise ConfigError(problem)
 
@@ -90,7 +88,7 @@ class ModelConfig(_Checked, prefix="model."):
     def problems(self) -> Iterator[str]:
         heads, kv_heads = self.num_heads, self.num_kv_heads
         if heads % kv_heads:
-            yield f"model.num_kv_heads={kv_heads} does not divide model.num_heads={heads}: use one of {divisors(heads)}"
+            yield f"model.num_kv_heads={kv_heads} does not divide model.num_heads={heads}: use {one_divisor(heads)}"
         if self.head_dim % 2:
             yield f"model.head_dim={self.head_dim} must be even: rotary embeddings rotate pairs of values"
 
@@ -183,11 +181,7 @@ class OptimizerConfig(_Checked, prefix="optimizer."):
     weight_decay: float = number(0.1, minimum=0)  # not applied to norms, biases and embeddings
     warmup_fraction: float = number(0.1, minimum=0, below=1)  # of num_steps
     decay: str = choice("cosine", "linear", "constant")
-    min_lr_ratio: float = number(0.1, minimum=0)
-
-    def problems(self) -> Iterator[str]:
-        if self.min_lr_ratio > 1:
-            yield f"optimizer.min_lr_ratio={self.min_lr_ratio} must be at most 1"
+    min_lr_ratio: float = number(0.1, minimum=0, below=1)  # 1 would be decay=constant
 
 
 @dataclass
@@ -328,9 +322,8 @@ class Config(_Checked):
             yield "attention=auto may change with the length, so recipe=max_length needs attention=ring"
         if self.recipe == "max_length" and self.parallelism.method == "tensor_pipeline":
             yield "recipe=max_length does not predict tensor and pipeline ranks: use +experiment=ra_sp"
-        for name in ("ring_degree", "ulysses_degree"):
-            degree = getattr(self.parallelism, name)
-            if self.attention.method == "auto" and degree is not None:
+        for name in ("ring_degree", "ulysses_degree") if self.attention.method == "auto" else ():
+            if degree := getattr(self.parallelism, name):
                 yield f"attention=auto chooses degrees: leave out parallelism.{name}={degree}, or use attention=hybrid"
         for name in ("profile", "memory_snapshot"):
             if getattr(self, name) and self.recipe not in ("pretrain", "forward"):
@@ -347,6 +340,12 @@ class Config(_Checked):
 def divisors(number: int) -> list[int]:
     """All divisors, ascending."""
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def one_divisor(number: int) -> str:
+    """Of 4: "1, 2 or 4"."""
+    *others, last = map(str, divisors(number))
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def flatten(settings: dict[Any, Any], prefix: str = "") -> dict[str, Any]:

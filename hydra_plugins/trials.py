@@ -1,7 +1,7 @@
 """Hydra's entry point to `recipes.sweep.runner`: the sweeper of `-m +sweep=NAME` (conf/sweep/search.yaml).
 
-Hydra 1.3 finds sweepers only in `hydra_plugins` and imports the whole folder at every start, so nothing slow is
-imported here. The folder has no __init__.py because installed plugins share that package.
+Hydra 1.3 finds sweepers only in `hydra_plugins` and imports all of it at every start, so nothing slow is imported here.
+The folder has no __init__.py because installed plugins share that package.
 """
 
 from __future__ import annotations
@@ -39,10 +39,7 @@ class Trials(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        """Run the sweep.
-
-        Args:
-            arguments: the overrides typed; they replace hydra.sweeper.params of the same field.
+        """Run the sweep of the typed overrides, which replace hydra.sweeper.params of the same field.
 
         Raises:
             ConfigError: before any trial, if the sweep cannot run.

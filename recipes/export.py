@@ -1,8 +1,7 @@
 """python -m recipes.export RUN_OR_CHECKPOINT --output model.safetensors: the consolidated fp32 weights of a checkpoint.
 
 `recipes.model.transformer.Transformer.load_state_dict` takes them; the file's metadata has the configuration and the
-step. Needs no GPU and no ranks. Nothing is unpickled before the checksums match, and then only tensors and the classes
-in `recipes.checkpoint.manager.KNOWN_CLASSES`.
+step. Needs no GPU and no ranks. Nothing is unpickled before the checksums match, and then only known classes.
 """
 
 from __future__ import annotations

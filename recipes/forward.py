@@ -16,11 +16,7 @@ from recipes.planning.plan import Plan
 
 
 def forward(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
-    """Run `num_steps` batches through the model and return the median tokens/s. Every rank must call it.
-
-    Args:
-        reporter: rank 0's; None on all others.
-    """
+    """Run `num_steps` batches and return the median tokens/s. Every rank must call it; `reporter` is rank 0's alone."""
     config = plan.config
     if reporter:
         reporter.say(*banner(plan, run_dir), "", "building the model ...")

@@ -25,11 +25,9 @@ from ring_attention.trace import report_status
 
 
 def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Manifest | None = None) -> float:
-    """Train and return the final validation loss in nats per token. Every rank must call it.
+    """Train, from the `resumed` checkpoint if given, and return the final validation loss in nats per token.
 
-    Args:
-        reporter: rank 0's; None on all others.
-        resumed: the checkpoint to resume from.
+    Every rank must call it; `reporter` is rank 0's, and None on all others.
 
     Raises:
         Preempted: on every rank, after a checkpoint, if a signal asked one of them to stop.

@@ -24,22 +24,14 @@ from ring_attention.layout import Layout
 
 
 class ShardedAttention(NamedTuple):
-    """Attention over sequences that all ranks share.
-
-    Args:
-        rank: which shard this process holds.
-        attend: computes the shard's output from its q, k, v, all [B, S, heads, D].
-        grid: for people.
-        has_messages: whether `messages_stay_local` keeps its messages on their rank.
-        context: what its calls must run within.
-    """
+    """Attention over sequences that all ranks share."""
 
     layout: Layout
-    rank: int
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor]
-    grid: str = ""
-    has_messages: bool = False
-    context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+    rank: int  # which shard this process holds
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor]  # the shard's output from its q, k, v, all [B, S, heads, D]
+    grid: str = ""  # for people
+    has_messages: bool = False  # whether `messages_stay_local` keeps its messages on their rank
+    context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext  # what its calls must run within
 
 
 def _check_cudnn(spec: KernelSpec) -> None:
@@ -86,8 +78,7 @@ def deepspeed_ulysses(groups: ParallelGroups, length: int, spec: KernelSpec) -> 
     """deepspeed.sequence.layer.DistributedAttention around PyTorch's attention.
 
     Raises:
-        ConfigError: if the ranks do not divide the length or the key-value heads, and on GPUs for what cuDNN does not
-            support.
+        ConfigError: if the ranks do not divide the length or the key-value heads; on GPUs if cuDNN refuses the shape.
     """
     from deepspeed.sequence.layer import DistributedAttention
 

@@ -1,8 +1,7 @@
 """Attention alone, without a model: our methods and the baselines on the same ranks, beside one device.
 
-The ideal is one device's time divided by the number of ranks: a ring whose messages, merges and smaller tiles cost
-nothing. Every output is checked against the full attention before anything is timed. A single rank instead simulates
-one rank of larger rings, which measures what splitting attention into tiles and merging them costs.
+The ideal is a ring whose messages, merges and smaller tiles cost nothing. Every output is checked against the full
+attention before anything is timed. A single rank instead simulates larger rings, without their messages.
 """
 
 from __future__ import annotations
@@ -40,10 +39,8 @@ KINDS = {"forward": 1, "forward_backward": 3}  # what is timed, and how many for
 def bench_attention(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
     """Time all candidates; returns TFLOP/s per rank of the first method, forward and backward.
 
-    Every rank must call it. All ranks share each sequence, whatever degrees are configured.
-
-    Args:
-        reporter: rank 0's; None on all others.
+    Every rank must call it; `reporter` is rank 0's, and None on all others. All ranks share each sequence, whatever
+    degrees are configured.
 
     Raises:
         RuntimeError: if a candidate's output differs from that of full attention.
@@ -68,10 +65,9 @@ def bench_attention(plan: Plan, run_dir: Path, reporter: Reporter | None) -> flo
             row["parts_ms"] = extremes_over_ranks({part: 1e3 * time_s for part, time_s in times_s.items()}, device)
         say("", *_parts_table(rows), "")
     say(
-        "ms: one call, on the slowest rank. host: the part of it until the host has issued the call; if the two are",
-        "equal, the GPU may be waiting for the host. TFLOP/s: per device; causal counted once, backward as two forward",
-        "passes. ideal: one device's time x the share that each device computes. exposed: how much longer a call takes",
-        "than one whose messages stay on their rank.",
+        "ms: one call, on the slowest rank. host: until the host has issued it; if the two are equal, the GPU may be",
+        "waiting for the host. TFLOP/s: per device; causal counted once, backward as two forward passes. ideal: one",
+        "device's time x each device's share. exposed: what the call takes longer than without messages between ranks.",
         *(["parts: one call with its backward pass, under the profiler."] if config.breakdown else []),
         *(["!!! ON THE CPU ranks share cores: these figures say nothing about GPUs"] if device.type == "cpu" else []),
     )

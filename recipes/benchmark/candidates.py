@@ -1,7 +1,4 @@
-"""The candidates that `bench_attention` times: our methods, baselines, one device, and simulated larger rings.
-
-All compute the same attention of the same random tensors.
-"""
+"""What `bench_attention` times, on the same random tensors: our methods, baselines, one device, and simulated rings."""
 
 from __future__ import annotations
 
@@ -31,24 +28,18 @@ MAX_ERROR = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 4e-3}  # of an output, relative
 
 
 class Candidate(NamedTuple):
-    """What is timed.
-
-    Args:
-        forward: one call without gradients; returns this rank's output.
-        forward_backward: one call with its backward pass.
-    """
+    """What is timed."""
 
     name: str
     attention: ShardedAttention
-    forward: Callable[[], Tensor]
-    forward_backward: Callable[[], Any]
+    forward: Callable[[], Tensor]  # one call without gradients; returns this rank's output
+    forward_backward: Callable[[], Any]  # one call with its backward pass
 
 
 def make_candidates(plan: Plan, device: torch.device, say: Callable[..., None]) -> list[Candidate]:
     """One device, then all that runs on these ranks; a single rank simulates larger rings. Every rank must call it.
 
-    Args:
-        say: takes a line about each candidate that is left out.
+    `say` takes a line about each candidate that is left out.
 
     Raises:
         RuntimeError: if an output differs from that of full attention.
@@ -83,12 +74,11 @@ def _random_inputs(plan: Plan, device: torch.device) -> list[Tensor]:
     """Full sequences of q, k, v and dout, each [B, L, heads, D], equal on all ranks."""
     config, model = plan.config, plan.config.model
     generator = torch.Generator(device).manual_seed(config.seed)
-    shapes = [
-        (config.engine.micro_batch_size, config.data.sequence_length, heads, model.head_dim)
+    batch, length, dtype = config.engine.micro_batch_size, config.data.sequence_length, DTYPES[config.engine.dtype]
+    return [
+        torch.randn(batch, length, heads, model.head_dim, device=device, generator=generator).to(dtype)
         for heads in (model.num_heads, model.num_kv_heads, model.num_kv_heads, model.num_heads)
     ]
-    dtype = DTYPES[config.engine.dtype]
-    return [torch.randn(shape, device=device, generator=generator).to(dtype) for shape in shapes]
 
 
 def _candidate(name: str, attention: ShardedAttention, inputs: list[Tensor]) -> Candidate:
@@ -118,11 +108,7 @@ def _relative_error(candidate: Candidate, expected: Tensor) -> float:
 
 
 def _our_method(plan: Plan, method: str, transport: str, groups: ParallelGroups) -> ShardedAttention:
-    """One of METHODS over all ranks.
-
-    Raises:
-        ValueError: if the method does not fit the ranks or the heads.
-    """
+    """One of METHODS over all ranks. Raises ValueError if it does not fit the ranks or the heads."""
     num_kv_heads = plan.config.model.num_kv_heads
     if method == "ulysses" and num_kv_heads % plan.num_ranks:  # uneven heads need DeepSpeed's mpu, hence an engine
         raise ConfigError(f"{num_kv_heads} kv heads are not a multiple of the {plan.num_ranks} ranks")

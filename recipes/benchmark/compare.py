@@ -1,8 +1,7 @@
 """Compares several configurations on the same hardware: measures all in rounds, and reports one table.
 
-Ranks build an entry's model, warm it up, time some steps and free everything; then the next entry follows. Every result
-goes to RUN_DIR/results.jsonl at once. If an entry ends its ranks, for example because it runs out of memory, its
-failure is recorded and new ranks continue with the rest.
+Ranks build an entry's model, warm it up, time some steps and free everything; then the next entry follows. If an entry
+ends its ranks, for example because it runs out of memory, its failure is recorded and new ranks continue.
 """
 
 from __future__ import annotations
@@ -36,11 +35,7 @@ from recipes.run.run_dir import Row
 
 @dataclass(frozen=True)
 class ComparisonTask:
-    """The measurements of all entries of one number of ranks, as a `Task` of these ranks.
-
-    Args:
-        config: the comparison's own.
-    """
+    """The measurements of all entries of one number of ranks, as a `Task`. `config` is the comparison's own."""
 
     config: Config
     entries: dict[str, Entry]
@@ -72,7 +67,6 @@ class ComparisonTask:
         config = copy.deepcopy(self.entries[measurement.entry].config)
         header = {**measurement._asdict(), "settings": rounds.settings_of(config)}
         config.engine.micro_batch_size = measurement.micro_batch_size
-        current = run_dir / rounds.CURRENT_FILE
 
         def record(result: Row) -> None:
             if console:
@@ -81,7 +75,7 @@ class ComparisonTask:
                     print(comparison_report.measurement_line(result), file=console, flush=True)
 
         if console:
-            current.write_text(json.dumps(header))
+            (run_dir / rounds.CURRENT_FILE).write_text(json.dumps(header))
             number, total = self.progress(rounds.read_results(run_dir))
             begins = comparison_report.measurement_header(header, number, total, self.config.compare.rounds)
             print(begins, end="", file=console, flush=True)
@@ -95,7 +89,7 @@ class ComparisonTask:
                 for result in _roofline(plan) if is_roofline else self._timed(measurement, plan, console):
                     record(result)
         if console:
-            current.unlink()
+            (run_dir / rounds.CURRENT_FILE).unlink()
 
     def _timed(self, measurement: Measurement, plan: Plan, console: TextIO | None) -> Iterator[Row]:
         """Some steps and, in the last round, their breakdown."""
@@ -169,10 +163,7 @@ def _roofline(plan: Plan) -> Iterator[Row]:
 
 
 def compare(config: Config, composed: dict[str, Config], run_dir: Path) -> None:
-    """Measure the entries, print the table and write RUN_DIR/comparison.{json,png,svg}.
-
-    Args:
-        composed: the entries' configurations, by name.
+    """Measure the `composed` entries, print the table and write RUN_DIR/comparison.{json,png,svg}.
 
     Raises:
         ConfigError: if no entry fits this machine, or one that compare.only names does not; if the run dir has results

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import statistics
 from dataclasses import asdict
@@ -46,8 +47,7 @@ def measurement_line(row: Row) -> str:
 def summarize(results: list[Row], entries: list[str], baseline: str) -> list[Row]:
     """A row for each measured entry: medians over the steps of all rounds, and their spread. Failed ones have `error`.
 
-    Args:
-        baseline: the entry that `change_pct` refers to; None there if it has no throughput.
+    `change_pct` is relative to `baseline`, and None if that has no throughput.
     """
     rows = [row for name in entries if (row := _summary(name, [row for row in results if row["entry"] == name]))]
     speeds = {row["entry"]: row["tokens_per_s"] for row in _measured(rows)}
@@ -94,7 +94,7 @@ def _summary(entry: str, own: list[Row]) -> Row | None:
 
 
 def table(rows: list[Row], baseline: str) -> list[str]:
-    """The rows as lines of text. A line above them has a common length and batch; columns without any value go."""
+    """The rows as lines of text, below a line of what all have in common, without columns that have no value."""
     columns = {
         "grid": "{grid}",
         "L": "{sequence_length:,}",
@@ -111,6 +111,7 @@ def table(rows: list[Row], baseline: str) -> list[str]:
         "exposed ms": "{exposed_communication_ms:.2f}",
         "of step ms": "{step_time_ms:.1f}",
         "loss": "{first_loss:.4f}",
+        "kernel": "{kernel}",
     }
 
     def cell(form: str, row: Row) -> str:
@@ -120,7 +121,7 @@ def table(rows: list[Row], baseline: str) -> list[str]:
             return "n/a"
 
     cells = {name: [cell(form, row) for row in _measured(rows)] for name, form in columns.items()}
-    common = [f"{name} {cells.pop(name)[0]}" for name in ("L", "batch") if len(set(cells[name])) == 1]
+    common = [f"{name} {cells.pop(name)[0]}" for name in ("L", "batch", "kernel") if len(set(cells[name])) == 1]
     cells = {name: column for name, column in cells.items() if set(column) != {"n/a"}}
     measured = iter(zip(*cells.values(), strict=True))
     body = [[f"FAILED: {_cause(row['error'])}"] if "error" in row else next(measured) for row in rows]
@@ -130,10 +131,10 @@ def table(rows: list[Row], baseline: str) -> list[str]:
 
 def agreement(rows: list[Row]) -> str | None:
     """How much the first losses differ between rows of equal length and batch, which compute the same."""
-    losses: dict[tuple[int, int], list[float]] = {}
+    losses = collections.defaultdict(list)
     for row in rows:
         if row.get("first_loss") is not None:
-            losses.setdefault((row["sequence_length"], row["sequences_per_step"]), []).append(row["first_loss"])
+            losses[row["sequence_length"], row["sequences_per_step"]].append(row["first_loss"])
     differences = [100 * (max(alike) / min(alike) - 1) for alike in losses.values() if len(alike) > 1]
     return f"the first losses on equal batches differ by {max(differences):.2g} % at most" if differences else None
 
@@ -178,9 +179,9 @@ def report(config: Config, entries: dict[str, Config], notes: list[str], results
 def _log_to_wandb(config: Config, configs: dict[str, Any], rows: list[Row], figure: Path, run_dir: Path) -> None:
     run = start_wandb(config.logging, run_dir, configs, print)
     columns = dict.fromkeys(name for row in rows for name, value in row.items() if not isinstance(value, dict | list))
+    rows_table = wandb.Table([*columns], [[row.get(name) for name in columns] for row in rows])
     named = {f"{row['entry']}/{name}": value for row in rows for name, value in row.items()}
     numbers = {name: value for name, value in named.items() if isinstance(value, int | float)}
-    rows_table = wandb.Table([*columns], [[row.get(name) for name in columns] for row in rows])
     run.log({"comparison": rows_table, "figure": wandb.Image(str(figure)), **numbers})
     print(*wandb_hints(run), sep="\n", flush=True)
     run.finish()
@@ -189,14 +190,11 @@ def _log_to_wandb(config: Config, configs: dict[str, Any], rows: list[Row], figu
 def _print_tables(rows: list[Row], baseline: str, on_cpu: bool) -> None:
     lines, shares = ["", *table(rows, baseline)], shares_table(rows)
     lines += ["", *shares] if shares else []
-    kernels: dict[str, list[str]] = {}
     for row in _measured(rows):
-        kernels.setdefault(row["kernel"], []).append(row["entry"])
         if row["errors"]:
             lines.append(f"{row['entry']}: some measurements failed, the last with: {_cause(row['errors'][-1])}")
     lines += ["", *filter(None, [agreement(rows)]), LEGEND]
     lines += [ROOFLINE_LEGEND] if any(row["entry"] == ROOFLINE for row in rows) else []
-    lines += [f"attention kernel {kernel}: {', '.join(names)}" for kernel, names in kernels.items()]
     lines += [f"!!! {CPU_WARNING}"] if on_cpu else []
     print(*lines, sep="\n", flush=True)
 
@@ -229,13 +227,10 @@ def draw(rows: list[Row], title: str, run_dir: Path) -> list[Path]:
 
 
 def _draw_scaling(axes: Any, rows: list[Row]) -> None:
-    """A line per method, and the ideal: the FLOP rate per rank of the entry with the fewest ranks.
-
-    The ideal is in operations, because a token costs more of them where sequences grow with the ranks.
-    """
-    series: dict[str, list[Row]] = {}
+    """A line per method, and the ideal: the FLOP rate, as sequences may grow, per rank of the entry of fewest ranks."""
+    series = collections.defaultdict(list)
     for row in rows:
-        series.setdefault(row["entry"].partition(" on ")[0], []).append(row)
+        series[row["entry"].partition(" on ")[0]].append(row)
     for name, own in series.items():
         ranks, speeds = [row["num_ranks"] for row in own], [row["tokens_per_s"] for row in own]
         axes.errorbar(ranks, speeds, _spread(own), marker="o", capsize=3, label=name)

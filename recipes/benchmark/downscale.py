@@ -1,8 +1,7 @@
 """Downscales a workload to the hardware, and lists every change. Pure arithmetic on configurations.
 
-On GPUs, shapes and length stay. The batch becomes what a few seconds allow, since throughput hardly depends on it; a
-pipeline still gets enough micro-batches for a small bubble. On the CPU everything shrinks: such a comparison only shows
-that the command works.
+On GPUs only the batch shrinks, since throughput hardly depends on it; a pipeline still gets enough micro-batches for a
+small bubble. On the CPU everything shrinks: such a comparison only shows that the command works.
 """
 
 from __future__ import annotations
@@ -23,14 +22,12 @@ CPU_MAX_LENGTH, CPU_HIDDEN_SIZE, CPU_HEADS = 2500, 128, 16
 def downscale_to_cpu(config: Config, longest: int) -> None:
     """Shrink the model and the length, in place, to what a laptop computes in a minute; 16 heads allow 16 ranks.
 
-    Args:
-        longest: the longest sequence that is compared. All lengths shrink by the same factor.
+    All lengths that are compared, of which `longest` is one, shrink by the same factor.
     """
     model = config.model
     model.mlp_size = model.mlp_size * CPU_HIDDEN_SIZE // model.hidden_size
     model.num_kv_heads = max(1, CPU_HEADS * model.num_kv_heads // model.num_heads)
-    model.num_heads = CPU_HEADS
-    model.hidden_size, model.head_dim = CPU_HIDDEN_SIZE, CPU_HIDDEN_SIZE // CPU_HEADS
+    model.num_heads, model.head_dim, model.hidden_size = CPU_HEADS, CPU_HIDDEN_SIZE // CPU_HEADS, CPU_HIDDEN_SIZE
     factor = min(longest // 8, CPU_MAX_LENGTH) / longest
     config.data.sequence_length = max(1, round(config.data.sequence_length * factor))
     config.data.validation_sequences = 1
@@ -41,18 +38,17 @@ def downscale_to_cpu(config: Config, longest: int) -> None:
 
 def smallest_batch(entries: list[tuple[Config, Degrees]], on_gpu: bool) -> int:
     """Sequences per step that every micro-batch size of every entry divides and that keep pipelines full."""
-    per_stage, multiples = PIPELINE_MICRO_BATCHES if on_gpu else CPU_PIPELINE_MICRO_BATCHES, []
+    per_stage, batch = PIPELINE_MICRO_BATCHES if on_gpu else CPU_PIPELINE_MICRO_BATCHES, 1
     for entry, degrees in entries:
         micro_batches = max(1, per_stage * (degrees.pipeline - 1))
-        multiples.append(degrees.data * micro_batches * math.lcm(*entry.compare.micro_batch_sizes))
-    return math.lcm(*multiples)
+        batch = math.lcm(batch, degrees.data * micro_batches * math.lcm(*entry.compare.micro_batch_sizes))
+    return batch
 
 
 def common_batch(entries: list[tuple[Config, Degrees]], configured: int | None, on_gpu: bool) -> int:
     """Sequences per step for entries of equal length: about compare.step_time_s of work.
 
-    Args:
-        configured: the workload's batch. The result is only larger if the micro-batches need it.
+    It exceeds `configured`, the workload's batch, only if the micro-batches need it.
     """
     config, degrees = entries[0]
     length, num_ranks = config.data.sequence_length, math.prod(degrees)

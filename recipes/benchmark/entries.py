@@ -37,10 +37,7 @@ class Entry(NamedTuple):
 
 
 def choose_entries(config: Config, composed: dict[str, Config]) -> tuple[dict[str, Entry], list[str]]:
-    """The entries that run on this machine, with their final batch and downscaled if configured; and notes.
-
-    Args:
-        composed: their configurations by name, which stay as they are.
+    """Copies of the entries that run on this machine, with their final batch, downscaled if configured; and notes.
 
     Raises:
         ConfigError: if none fits, or one that compare.only names does not.
@@ -120,7 +117,7 @@ def _change_notes(config: Config, composed: dict[str, Config], entries: dict[str
     for change, names in changed.items():
         notes.append(f"changed: {change}" + ("" if len(names) == len(entries) else f" ({', '.join(names)})"))
     if config.compare.downscale and notes:
-        notes.append("compare.downscale=false changes nothing: sizes stay as typed, or as in the workload")
+        notes.append("to keep the sizes as typed: compare.downscale=false")
     return notes
 
 

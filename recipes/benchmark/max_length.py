@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+import torch
 
 from conf.schema import Config, ConfigError
-from recipes.benchmark.probe import train_probe
 from recipes.launch import launcher
 from recipes.launch.environment import ranks_are_started
+from recipes.launch.memory_errors import out_of_memory_cause
 from recipes.planning.explain import timeline_lines
 from recipes.planning.memory import changed
 from recipes.planning.plan import Plan
 from recipes.run.errors import RunFailed
 from recipes.run.run_dir import Row
 
-RESULT_FILE = "max_length.json"
+RESULT_FILE, PROBE_FILE = "max_length.json", "probe.json"
 TOKENS_PER_RANK = 256  # a multiple of them is used: kernels work on tiles of 64 to 256 tokens
 NUM_STEPS = 2  # the first allocates what later ones reuse
 MARGIN = 0.1  # of a device: CUDA's context and NCCL's buffers take 1 to 2 GiB, fragmentation some more
@@ -37,38 +44,34 @@ def max_length(config: Config, run_dir: Path) -> float:
         raise ConfigError("recipe=max_length starts its own ranks: type python train.py, without a launcher")
     trained = dataclasses.replace(config, recipe="pretrain", explain=False, num_steps=NUM_STEPS)
     plan = launcher.make_plan(trained, launcher.count_ranks(trained))
-    limit_gib = config.max_length.memory_gib
-    if limit_gib is None:
-        assert plan.memory_bytes is not None
-        limit_gib = (1 - MARGIN) * plan.memory_bytes / 2**30 - (0 if plan.on_gpu else CPU_LIBRARIES_GIB)
+    available_gib = (1 - MARGIN) * (plan.memory_bytes or 0) / 2**30 - (0 if plan.on_gpu else CPU_LIBRARIES_GIB)
+    limit_gib = config.max_length.memory_gib or available_gib
     multiple = TOKENS_PER_RANK * plan.degrees.sequence
     plan = _at_longest(plan, limit_gib, multiple)
     length, predicted_s = plan.config.data.sequence_length, NUM_STEPS * plan.estimated_step_s
     lengths = sorted({max(multiple, length * eighths // 8 // multiple * multiple) for eighths in (1, 2, 4, 6, 8)})
-    curve = {at: _peak_gib(_at_length(plan, at)) for at in lengths}
+    curve = [{"length": at, "peak_gib": _peak_gib(_at_length(plan, at))} for at in lengths]
     print(
         *([] if plan.on_gpu else [f"!!! {CPU_WARNING}"]),
         f"{config.model.num_layers} layers on {plan.num_ranks} x {plan.device_name}; {limit_gib:.2f} GiB per rank",
         f"{'L':>12} {'GiB per rank':>13}",
-        *(f"{at:12,} {peak_gib:13.3f}" for at, peak_gib in curve.items()),
+        *(f"{point['length']:12,} {point['peak_gib']:13.3f}" for point in curve),
         *timeline_lines(plan.step_memory),
-        f"predicted: L = {length:,}; {NUM_STEPS} steps should take about {predicted_s:.0f} s",
+        f"predicted: L = {length:,}; {NUM_STEPS} steps should take about {duration(predicted_s)}",
         sep="\n",
         flush=True,
     )
     if config.explain:
         return float("nan")
-    attempts: list[Row] = []
-    confirmed = None
-    if predicted_s > config.max_length.confirm_s:
-        print(f"not confirmed: that is more than max_length.confirm_s={config.max_length.confirm_s:g}", flush=True)
-    else:
+    attempts, confirmed, confirm_s = [], None, config.max_length.confirm_s
+    if predicted_s <= confirm_s:
         attempts, confirmed = _attempts(plan, limit_gib, multiple, run_dir)
+    else:
+        print(f"not confirmed: {'more than ' if confirm_s else ''}max_length.confirm_s={confirm_s:g}", flush=True)
     result = {
         "config": dataclasses.asdict(config), "num_ranks": plan.num_ranks, "device": plan.device_name,
-        "limit_gib": limit_gib, "predicted_length": length, "predicted_peak_gib": curve[length],
-        "curve": [{"length": at, "peak_gib": peak_gib} for at, peak_gib in curve.items()],
-        "attempts": attempts, "confirmed": confirmed,
+        "limit_gib": limit_gib, "predicted_length": length, "predicted_peak_gib": curve[-1]["peak_gib"],
+        "curve": curve, "attempts": attempts, "confirmed": confirmed,
     }  # fmt: skip
     (run_dir / RESULT_FILE).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"all numbers: {run_dir / RESULT_FILE}", flush=True)
@@ -81,7 +84,7 @@ def max_length(config: Config, run_dir: Path) -> float:
 
 
 def _at_longest(plan: Plan, limit_gib: float, multiple: int) -> Plan:
-    """The plan at the longest length that should fit."""
+    """The plan at the longest length that should fit. Raises ConfigError if it is not predicted, or none fits."""
     if unsupported := plan.step_memory.unsupported:
         raise ConfigError(f"recipe=max_length needs the memory of a step, which is {unsupported}")
     if length := plan.step_memory.longest_length(limit_gib * 2**30) // multiple * multiple:
@@ -96,7 +99,7 @@ def _at_longest(plan: Plan, limit_gib: float, multiple: int) -> Plan:
 def _attempts(plan: Plan, limit_gib: float, multiple: int, run_dir: Path) -> tuple[list[Row], Row | None]:
     """Train at the plan's length, and at shorter ones while that does not fit: a row for each, and that which fits."""
     rows: list[Row] = []
-    while len(rows) < MAX_ATTEMPTS:
+    for _ in range(MAX_ATTEMPTS):
         length, predicted_gib = plan.config.data.sequence_length, _peak_gib(plan)
         print(f"trying L = {length:,}", flush=True)
         row = {"length": length, **train_probe(plan.config, plan.num_ranks, run_dir / "attempts" / f"length_{length}")}
@@ -109,7 +112,7 @@ def _attempts(plan: Plan, limit_gib: float, multiple: int, run_dir: Path) -> tup
             )
             return rows, row
         found = "runs out of memory" if "error" in row else f"needs {row['peak_gib']:.3f} GiB"
-        print(f"L = {length:,} does not fit, it {found}: {100 * STEP_DOWN:g} % less is next", flush=True)
+        print(f"L = {length:,} does not fit: it {found}", flush=True)
         plan = _at_length(plan, max(multiple, int((1 - STEP_DOWN) * length) // multiple * multiple))
     return rows, None
 
@@ -120,3 +123,84 @@ def _at_length(plan: Plan, length: int) -> Plan:
 
 def _peak_gib(plan: Plan) -> float:
     return plan.step_memory.peak.total / 2**30
+
+
+def duration(seconds: float) -> str:
+    hours = seconds / 3600
+    if hours < 2:
+        return f"{seconds:.0f} s"
+    return f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:,.0f} days"
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """Train the configured number of steps on random tokens; rank 0 writes time and peak memory to PROBE_FILE.
+
+    The peak is the largest of all ranks: on a GPU without the allocator's cache, on the CPU what the process grows by.
+    A rank that runs out of memory writes `error` instead.
+    """
+
+    config: Config
+
+    def run(self, run_dir: Path, console: TextIO) -> float:
+        try:
+            self._measure(run_dir)
+        except Exception as error:
+            if cause := out_of_memory_cause(error):
+                (run_dir / PROBE_FILE).write_text(json.dumps({"error": str(cause)}), encoding="utf-8")
+            raise
+        return float("nan")
+
+    def _measure(self, run_dir: Path) -> None:
+        import deepspeed.comm as dist
+
+        from recipes.engine.build import build_engine, build_sharder
+        from recipes.monitor import device_metrics
+
+        plan = launcher.shared_plan(self.config)
+        libraries_gib = 0.0 if plan.on_gpu else device_metrics.peak_memory_gib()
+        engine = build_engine(plan)
+        device_metrics.reset_peak_memory()  # building the fp32 weights may have needed more
+        batches = build_sharder(plan, engine).steps(_random_sequences(plan.config), plan.accumulation_steps)
+        clock = device_metrics.StepClock()
+        for micro_batches in itertools.islice(batches, plan.config.num_steps):
+            clock.restart()
+            engine.train_step(micro_batches)
+            clock.tick()
+        step_time_s = engine.max_over_ranks(min(clock.take()))
+        result = {
+            "peak_gib": engine.max_over_ranks(device_metrics.peak_memory_gib(in_use=True) - libraries_gib),
+            "peak_reserved_gib": engine.max_over_ranks(device_metrics.peak_memory_gib()) if plan.on_gpu else None,
+            "step_time_s": step_time_s,
+            "flops": plan.flops * plan.tokens_per_step,
+            "tokens_per_s": plan.throughput(step_time_s).tokens_per_s,
+            "device": plan.device_name,
+        }
+        if dist.get_rank() == 0:
+            (run_dir / PROBE_FILE).write_text(json.dumps(result), encoding="utf-8")
+
+
+def _random_sequences(config: Config) -> Iterator[np.ndarray]:
+    """Endless, [L+1] each, the same on all ranks: memory does not depend on the text, and no corpus is too short."""
+    generator = np.random.default_rng(config.seed)
+    while True:
+        yield generator.integers(0, config.model.vocab_size, config.data.sequence_length + 1)
+
+
+def train_probe(config: Config, num_ranks: int, folder: Path) -> Row:
+    """Run a `Probe` in fresh ranks; what it measured, or `error` alone if it ran out of memory.
+
+    Raises:
+        RunFailed: if it fails for another reason.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / PROBE_FILE
+    path.unlink(missing_ok=True)  # of an earlier run
+    if not torch.cuda.device_count():  # glibc then returns freed tensors at once, so that the peak is that of tensors
+        os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
+    try:
+        launcher.start(Probe(config), num_ranks, folder)
+    except RunFailed:
+        if not (path.exists() and "error" in json.loads(path.read_text(encoding="utf-8"))):
+            raise
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,7 +1,4 @@
-"""The order of a comparison's measurements, and the file of their results.
-
-What comes next follows from the results alone, so a comparison resumes wherever it was interrupted.
-"""
+"""A comparison's results on disk, and its next measurement, which follows from them alone, so that it can resume."""
 
 from __future__ import annotations
 
@@ -34,8 +31,7 @@ def next_measurement(sizes: dict[str, list[int]], rounds: int, results: list[dic
     First, every entry tries its micro-batch sizes up to the first that fails. Then every round measures each entry with
     its best size. If that fails, the entry repeats all rounds with the next best size.
 
-    Args:
-        sizes: by entry, the micro-batch sizes to try, ascending. A single size is not tried.
+    `sizes` has the ascending micro-batch sizes by entry. A single size is not tried.
     """
     has_failed: dict[Measurement, bool] = {}
     for row in results:

@@ -35,10 +35,7 @@ def report(study: optuna.Study, objective: str, space: SearchSpace, folder: Path
 
 
 def write_files(study: optuna.Study, objective: str, space: SearchSpace, folder: Path) -> list[dict[str, Any]]:
-    """Write sweep.json and sweep.csv, and return their rows.
-
-    There is a row for each trial that has started. The best come first, trials without a result last.
-    """
+    """Write sweep.json and sweep.csv, and return their rows, by trial: the best first, those without a result last."""
     sign = -1 if study.direction == StudyDirection.MAXIMIZE else 1
     rows = []
     for trial in sorted(

@@ -1,8 +1,8 @@
 """A sweep: many runs, called trials, with settings that Optuna chooses.
 
-Optuna's journal in the sweep's folder records every trial from its start. The same command with hydra.sweep.dir of an
-earlier sweep runs what is missing: interrupted trials again, and trials that never started. A trial succeeds if its
-RUN_DIR/summary.json has the objective. Any other end is a failure of that trial, not of the sweep.
+Optuna's journal in the sweep's folder records every trial from its start, so the same command with hydra.sweep.dir of
+that folder runs what is missing. A trial succeeds if its RUN_DIR/summary.json has the objective. Any other end is a
+failure of that trial, not of the sweep.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import queue
 import re
 import shlex
 import statistics
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from recipes.run.errors import RunFailed
 from recipes.run.run_dir import SUMMARY_FILE
 from recipes.run.text_table import text_table
 from recipes.sweep import report
-from recipes.sweep.search_space import SearchSpace, read_space
+from recipes.sweep.search_space import SearchSpace, format_value, read_space
 
 JOURNAL_FILE, LOCK_FILE = "sweep.journal", "sweep.lock"
 # prefixes of fields that change no trial's result: they may differ when a sweep is resumed
@@ -45,14 +46,11 @@ RESUME_SAFE = ("logging.", "checkpoint.", "launch.timeout_s", "sweep.num_trials"
 EXPECTED_ERRORS = (ConfigError, RunFailed, CompactHydraException)  # their messages are complete without a traceback
 
 RunTrial = Callable[[list[str], int], JobReturn]
+Check = Callable[[list[str]], None]
 
 
 def run_sweep(
-    composed: DictConfig,
-    settings: SweepConfig,
-    overrides: list[Override],
-    check: Callable[[list[str]], None],
-    run_trial: RunTrial,
+    composed: DictConfig, settings: SweepConfig, overrides: list[Override], check: Check, run_trial: RunTrial
 ) -> None:
     """Run all trials that the sweep's folder lacks, then print the table and write the files of `report`.
 
@@ -76,9 +74,8 @@ def run_sweep(
             f"recipe={composed.recipe} has no sweep.objective={settings.objective} to optimize: use {advice}"
         )
     folder = Path(composed.hydra.sweep.dir).absolute()
-    combinations = space.num_combinations
-    is_exhaustive = combinations is not None and (settings.sampler == "grid" or combinations <= settings.num_trials)
-    num_trials = combinations if is_exhaustive and combinations else settings.num_trials
+    is_exhaustive = settings.sampler == "grid" or space.num_combinations <= settings.num_trials
+    num_trials = int(space.num_combinations) if is_exhaustive else settings.num_trials
     print(
         f"sweep of {num_trials} trials, {'all combinations' if is_exhaustive else 'chosen by Optuna'}, "
         f"to {direction} {settings.objective}",
@@ -106,16 +103,11 @@ def run_sweep(
 def _open_study(
     composed: DictConfig, settings: SweepConfig, space: SearchSpace, folder: Path, is_exhaustive: bool
 ) -> optuna.Study:
-    """The folder's study, new or resumed. An exhaustive one has all combinations in its queue.
-
-    Raises:
-        ConfigError: if the study was created with other settings; names them.
-    """
+    """The folder's study, new or resumed, with all combinations in its queue if exhaustive. Refuses other settings."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder / JOURNAL_FILE)))
-    study = optuna.create_study(
-        study_name="sweep", storage=storage, direction=OBJECTIVES[settings.objective][0], load_if_exists=True
-    )
+    direction, _ = OBJECTIVES[settings.objective]
+    study = optuna.create_study(study_name="sweep", storage=storage, direction=direction, load_if_exists=True)
     fields: Any = OmegaConf.to_container(composed, resolve=False)
     now = {name: value for name, value in flatten(fields).items() if not name.startswith(("hydra.", *RESUME_SAFE))}
     now |= space.texts
@@ -151,26 +143,35 @@ class _Sweep:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def run(self) -> None:
-        """Run the trials that are missing, `num_parallel` at a time."""
+        """Run the trials that are missing, `num_parallel` at a time. An error of any thread ends the sweep."""
         pending = self._pending()
+        ends: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
         def work() -> None:
-            while True:
+            try:
+                while True:
+                    with self._lock:
+                        trial = next(pending, None)
+                    if trial is None:
+                        break
+                    self._run(trial)
+                ends.put(None)
+            except BaseException as error:
+                ends.put(error)
+
+        num_parallel = self.settings.num_parallel
+        if num_parallel == 1:
+            work()  # a job in this process needs its main thread
+        else:  # threads wait for remote jobs; nobody waits for them after an error or Ctrl-C
+            for _ in range(num_parallel):
+                threading.Thread(target=work, daemon=True).start()
+        for _ in range(num_parallel):
+            if error := ends.get():
                 with self._lock:
-                    trial = next(pending, None)
-                if trial is None:
-                    return
-                self._run(trial)
+                    pending.close()  # no thread starts another trial
+                raise error
 
-        # they wait for remote jobs; the main thread does not wait for them after Ctrl-C
-        threads = [threading.Thread(target=work, daemon=True) for _ in range(self.settings.num_parallel - 1)]
-        for thread in threads:
-            thread.start()
-        work()
-        for thread in threads:
-            thread.join()
-
-    def _pending(self) -> Iterator[Trial]:
+    def _pending(self) -> Generator[Trial]:
         """The trials to run, interrupted ones first. If a job succeeded after its sweep was killed, it gets its result.
 
         A new trial is created only when it can start, to learn from all results so far.
@@ -195,8 +196,9 @@ class _Sweep:
         if run_dir.exists():  # of an interrupted attempt: a run would append to its files
             names = (Path(f"{run_dir}.interrupted-{number}") for number in itertools.count(1))
             run_dir.rename(next(name for name in names if not name.exists()))
-        number = trial.number + 1
-        print(f"trial {number}/{self.num_trials} starts | {self.space.describe(values)}", flush=True)
+        number, keys = trial.number + 1, self.space.keys
+        typed = " ".join(f"{keys[name]}={format_value(value)}" for name, value in values.items())
+        print(f"trial {number}/{self.num_trials} starts | {typed}", flush=True)
         started = time.monotonic()
         error: Any = None
         try:
@@ -242,9 +244,7 @@ class _Sweep:
             parts = [f"{head} FAILED after {duration_s:.0f} s", measured["error"]]
         finished = self.study.get_trials(states=[TrialState.COMPLETE, TrialState.FAIL])
         complete = [trial for trial in finished if trial.state == TrialState.COMPLETE]
-        best = "no best"
-        if complete:
-            best = f"best {self.study.best_value:.6g} (trial {self.study.best_trial.number + 1})"
+        best = f"best {self.study.best_value:.6g} (trial {self.study.best_trial.number + 1})" if complete else "no best"
         mean_s = statistics.mean(trial.user_attrs.get("duration_s", duration_s) for trial in complete or finished)
         num_rounds = math.ceil((self.num_trials - len(finished)) / self.settings.num_parallel)
         eta = tqdm.format_interval(num_rounds * mean_s)

@@ -23,25 +23,17 @@ EXAMPLE = "'optimizer.lr=tag(log,interval(1e-4,1e-2))' or model.num_layers=2,4"
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """What is swept, and the overrides that all trials have in common.
-
-    Args:
-        swept: distributions by field or group.
-        texts: their values as typed.
-        keys: the left sides of their overrides, such as +experiment.
-    """
+    """What is swept, by field or group."""
 
     swept: dict[str, Distribution]
-    texts: dict[str, str]
-    keys: dict[str, str]
-    common: list[str]
+    texts: dict[str, str]  # their values as typed
+    keys: dict[str, str]  # the left sides of their overrides, such as +experiment
+    common: list[str]  # the overrides that all trials share
 
     @property
-    def num_combinations(self) -> int | None:
-        """None for a space with an interval of real numbers."""
-        if any(isinstance(distribution, FloatDistribution) for distribution in self.swept.values()):
-            return None
-        return math.prod(len(_values(distribution)) for distribution in self.swept.values())
+    def num_combinations(self) -> float:
+        """Infinite for a space with an interval of real numbers."""
+        return math.prod(math.inf if isinstance(d, FloatDistribution) else len(_values(d)) for d in self.swept.values())
 
     def grid(self) -> Iterator[dict[str, Any]]:
         """All combinations, with the lowest number of an interval. The last field changes fastest, as in Hydra."""
@@ -51,10 +43,6 @@ class SearchSpace:
     def overrides(self, values: dict[str, Any]) -> list[str]:
         """All overrides of a trial. One that was interrupted while it was drawn may lack values."""
         return [*self.common, *(f"{key}={values[name]}" for name, key in self.keys.items() if name in values)]
-
-    def describe(self, values: dict[str, Any]) -> str:
-        """The swept overrides of a trial for people, with rounded numbers."""
-        return " ".join(f"{self.keys[name]}={format_value(value)}" for name, value in values.items())
 
 
 def format_value(value: Any) -> str:
@@ -92,9 +80,8 @@ def _distribution(override: Override) -> Distribution:
         is_log = "log" in value.tags
         if not low < high or (is_log and low <= 0):
             raise ConfigError(f"{override.input_line} must be ascending" + (" and above 0" if is_log else ""))
-        if isinstance(low, int) and isinstance(high, int):
-            return IntDistribution(low, high, log=is_log)
-        return FloatDistribution(low, high, log=is_log)
+        is_integer = isinstance(low, int) and isinstance(high, int)
+        return (IntDistribution if is_integer else FloatDistribution)(low, high, log=is_log)
     if isinstance(value, RangeSweep):
         numbers: list[Any] = sorted(override.sweep_iterator())
         if len(numbers) > 1 and all(isinstance(number, int) for number in numbers):
@@ -103,9 +90,9 @@ def _distribution(override: Override) -> Distribution:
     choices: list[Any] = list(dict.fromkeys(override.sweep_iterator()))
     if not choices:
         raise ConfigError(f"{override.input_line} has no values: give at least one")
-    if all(type(choice) in (int, float) for choice in choices):
-        return CategoricalDistribution(choices)  # sorted as numbers in the figure
-    return CategoricalDistribution(list(dict.fromkeys(override.sweep_string_iterator())))
+    if not all(type(choice) in (int, float) for choice in choices):  # numbers are sorted in the figure
+        choices = list(dict.fromkeys(override.sweep_string_iterator()))
+    return CategoricalDistribution(choices)
 
 
 def _values(distribution: Distribution) -> list[Any]:

@@ -12,10 +12,6 @@ CASES = {
         ["data.sequence_lenght=64"],
         "there is no field data.sequence_lenght: did you mean data.sequence_length? python train.py --help lists all",
     ),
-    "a renamed field": (
-        ["attention.block=cudnn"],
-        "attention.block is now attention.kernel: type attention.kernel=cudnn",
-    ),
     "a value of another type": (
         ["num_steps=many"],
         "num_steps=many is refused: Value 'many' of type 'str' could not be converted to Integer",
@@ -31,13 +27,13 @@ CASES = {
     ),
     "degrees that do not divide launch.num_ranks": (
         ["parallelism.ring_degree=3", "launch.num_ranks=4"],
-        "parallelism.ring_degree=3 does not divide the 4 ranks: use one of [1, 2, 4] (parallelism.ring_degree=4) "
-        "or another launch.num_ranks",
+        "parallelism.ring_degree=3 does not divide the 4 ranks: use 1, 2 or 4, such as "
+        "parallelism.ring_degree=4, or another launch.num_ranks",
     ),
     "degrees that do not divide the ranks": (
         ["parallelism.ring_degree=3"],
-        "parallelism.ring_degree=3 does not divide the 4 ranks: use one of [1, 2, 4] (parallelism.ring_degree=4) "
-        "or another launch.num_ranks",
+        "parallelism.ring_degree=3 does not divide the 4 ranks: use 1, 2 or 4, such as "
+        "parallelism.ring_degree=4, or another launch.num_ranks",
     ),
     "an unknown objective": (
         ["-m", "+sweep=lr_batch", "sweep.objective=accuracy"],
@@ -50,8 +46,7 @@ CASES = {
     ),
     "an unknown swept field": (
         ["-m", "+sweep=search", "optimizer.learning_rate=1e-3,3e-3"],
-        "there is no field optimizer.learning_rate: did you mean optimizer.min_lr_ratio or optimizer.lr or "
-        "optimizer.weight_decay? python train.py --help lists all",
+        "there is no field optimizer.learning_rate: python train.py --help lists all",
     ),
     "parallel trials in one process": (
         ["-m", "+sweep=lr_batch", "sweep.num_parallel=2"],

@@ -3,7 +3,7 @@
     python -m tests.tools.long_step --json FILE "model=llama_8b model.num_layers=8 data.sequence_length=1048576" "..."
 
 takes the overrides of one setting in each argument, and starts ranks for each. It runs one step unless num_steps is
-set, and reports the fastest. `recipes.benchmark.probe` measures, as it does for recipe=max_length.
+set, and reports the fastest. It measures as recipe=max_length does.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 import train  # noqa: F401 - registers the schema
 from conf.compose import to_config
 from conf.schema import Config
-from recipes.benchmark.probe import train_probe
+from recipes.benchmark.max_length import train_probe
 from recipes.launch import launcher
 from recipes.planning.plan import Plan
 

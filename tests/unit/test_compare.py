@@ -181,7 +181,7 @@ class TestSummary:
 def test_the_table_is_aligned_and_shows_failures():
     rows = comparison_report.summarize(RESULTS, ["a", "c", "b"], "a")
     assert comparison_report.table(rows, "a") == [
-        "L 50, batch 2",
+        "L 50, batch 2, kernel cudnn",
         "method  grid    micro  TPS, median (min - max)  TPS/rank  TPOT ms  vs a    TFLOP/s/rank  MFU    peak GiB  exposed ms  of step ms  loss",
         "a       2 ring  1      38 (10 - 100)            19        53.3333  +0.0 %  1.12          7.5 %  3.0       7.00        2666.7      5.5000",
         "c       FAILED: rank 1 failed: MemoryError: all of it",
@@ -193,7 +193,7 @@ def test_a_common_value_is_no_column_and_neither_is_a_missing_one():
     long = measured("longer", 1, [1.0], sequence_length=1000, mfu_pct=None)
     rows = comparison_report.summarize([measured("a", 1, [1.0], mfu_pct=None), long], ["a", "longer"], "a")
     common, header, *lines = comparison_report.table(rows, "a")
-    assert common == "batch 2"
+    assert common == "batch 2, kernel cudnn"
     assert header.split("  ")[0] == "method"
     assert " L " in header
     assert " MFU " not in header
@@ -276,7 +276,7 @@ class TestChooseEntries:
         assert list(chosen) == ["tp_pp", "pp", "ra_sp", "ulysses", "all_gather", "dp"]
         assert notes == [
             "changed: engine.train_batch_size 1024 -> 64",
-            "compare.downscale=false changes nothing: sizes stay as typed, or as in the workload",
+            "to keep the sizes as typed: compare.downscale=false",
             "left out: tp: on 2 ranks the same as tp_pp",
             "left out: hybrid: on 2 ranks the same as ulysses",
         ]
@@ -311,7 +311,7 @@ class TestChooseEntries:
         typed = ["+experiment=paper_table", "data.sequence_length=800", "engine.dtype=bf16", "model.head_dim=32"]
         typed += ["model.hidden_size=512", "model.mlp_size=512", "engine.train_batch_size=8", "launch.num_ranks=1"]
         typed += ["compare.micro_batch_sizes=[1]"]
-        said = "compare.downscale=false changes nothing: sizes stay as typed, or as in the workload"
+        said = "to keep the sizes as typed: compare.downscale=false"
         chosen, notes = choose_entries(config := compose(*typed), self.entries(config, *typed))
         assert {entry.data.sequence_length for entry, _ in chosen.values()} == {100}
         assert "changed: data.sequence_length 800 -> 100" in notes
@@ -432,6 +432,6 @@ class TestChooseEntries:
         assert str(caught.value) == (
             "none of the entries fits:\n"
             "three: it needs launch.num_ranks=3, and there are 2\n"
-            "ring: parallelism.ring_degree=4 does not divide the 2 ranks: use one of [1, 2] "
-            "(parallelism.ring_degree=2) or another launch.num_ranks"
+            "ring: parallelism.ring_degree=4 does not divide the 2 ranks: use 1 or 2, such as "
+            "parallelism.ring_degree=2, or another launch.num_ranks"
         )

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from conf.schema import Config, ConfigError, EngineConfig, LaunchConfig, MaxLengthConfig, ModelConfig
-from recipes.benchmark.max_length import MAX_ATTEMPTS, max_length
-from recipes.benchmark.probe import NO_MEMORY_FILE, PROBE_FILE, Probe
+from recipes.benchmark.max_length import MAX_ATTEMPTS, PROBE_FILE, Probe, duration, max_length
 from recipes.launch import launcher
 from recipes.run.errors import RunFailed
 
@@ -41,7 +40,7 @@ def search(monkeypatch, tmp_path):
             tried.append(task.config.data.sequence_length)
             peak = peak_gib(tried[-1])
             if peak > capacity_gib:
-                (run_dir / NO_MEMORY_FILE).write_text("no memory")
+                (run_dir / PROBE_FILE).write_text(json.dumps({"error": "no memory"}))
                 raise RunFailed("out of memory")
             (run_dir / PROBE_FILE).write_text(json.dumps({"peak_gib": peak, "tokens_per_s": 5.0}))
             return float("nan")
@@ -88,14 +87,26 @@ def test_explain_predicts_and_trains_nothing(search, capsys):
 def test_slow_steps_are_not_trained(search, capsys):
     assert search.run(confirm_s=0.0) == ATTEMPTS[0]
     assert (search.tried, search.result()["confirmed"]) == ([], None)
-    assert "not confirmed: that is more than max_length.confirm_s=0" in capsys.readouterr().out
+    assert "not confirmed: max_length.confirm_s=0\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(7.4, "7 s"), (7199, "7199 s"), (9000, "2.5 hours"), (17296032, "200 days")]
+)
+def test_long_times_are_in_hours_or_days(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_a_time_above_confirm_s_is_named(search, capsys):
+    search.run(confirm_s=0.001)
+    assert "not confirmed: more than max_length.confirm_s=0.001\n" in capsys.readouterr().out
 
 
 def test_an_attempt_that_runs_out_of_memory_is_followed_by_a_shorter_one(search, capsys):
     assert search.run(lambda length: 0.2 * length / ATTEMPTS[1], capacity_gib=0.2) == ATTEMPTS[1]
     assert search.tried == ATTEMPTS[:2]
     assert search.result()["attempts"][0] == {"length": ATTEMPTS[0], "error": "no memory"}
-    assert f"L = {ATTEMPTS[0]:,} does not fit, it runs out of memory: 5 % less is next" in capsys.readouterr().out
+    assert f"L = {ATTEMPTS[0]:,} does not fit: it runs out of memory\n" in capsys.readouterr().out
 
 
 def test_the_limit_holds_for_confirmed_lengths(search, capsys):
@@ -103,7 +114,7 @@ def test_the_limit_holds_for_confirmed_lengths(search, capsys):
     assert search.tried == ATTEMPTS[:2]
     assert search.result()["confirmed"]["length"] == ATTEMPTS[1]
     assert (
-        f"L = {ATTEMPTS[0]:,} does not fit, it needs {LIMIT_GIB * ATTEMPTS[0] / ATTEMPTS[1]:.3f} GiB: 5 % less is next"
+        f"L = {ATTEMPTS[0]:,} does not fit: it needs {LIMIT_GIB * ATTEMPTS[0] / ATTEMPTS[1]:.3f} GiB\n"
         in capsys.readouterr().out
     )
 
@@ -146,8 +157,8 @@ def test_a_probe_reports_only_running_out_of_memory(monkeypatch, tmp_path):
     fails(ValueError("another"))
     with pytest.raises(ValueError, match="another"):
         probe.run(tmp_path, io.StringIO())
-    assert not (tmp_path / NO_MEMORY_FILE).exists()
+    assert not (tmp_path / PROBE_FILE).exists()
     fails(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
         probe.run(tmp_path, io.StringIO())
-    assert (tmp_path / NO_MEMORY_FILE).read_text() == "CUDA out of memory. Tried to allocate 2 GiB"
+    assert json.loads((tmp_path / PROBE_FILE).read_text()) == {"error": "CUDA out of memory. Tried to allocate 2 GiB"}

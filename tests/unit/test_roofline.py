@@ -3,7 +3,6 @@
 from unittest.mock import patch
 
 import pytest
-import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from conf.schema import Config, DataConfig, ModelConfig
@@ -32,8 +31,10 @@ class CountedKernel:
 @pytest.mark.parametrize("mlp", ["swiglu", "gelu"])
 def test_a_layer_has_all_its_matrix_products_and_attention(mlp: str, trains: bool):
     model, kernel = ModelConfig(mlp=mlp), CountedKernel()
+    recipe = "pretrain" if trains else "forward"
+    config = Config(recipe=recipe, model=model, data=DataConfig(sequence_length=LENGTH))
     with patch.object(roofline, "choose_kernel", return_value=(kernel, "")):
-        calls = roofline.layer_calls(model, LENGTH, torch.float32, "cpu", trains)
+        calls = roofline.layer_calls(Plan(config, 1, "cpu", "CPU", None, 1))
     kernel.calls.clear()
     with FlopCounterMode(display=False) as counter:
         for call in calls:
@@ -66,5 +67,5 @@ def test_a_sequence_takes_as_long_as_its_layers():
             return [2e-3] * slow + [1e-3] * (self.ticks - slow)
 
     with patch.object(roofline, "StepClock", Clock):
-        num_calls = len(roofline.layer_calls(config.model, LENGTH, torch.float32, "cpu", False))
+        num_calls = len(roofline.layer_calls(plan))
         assert roofline.seconds_of_a_sequence(plan) == pytest.approx(config.model.num_layers * num_calls * 1e-3)

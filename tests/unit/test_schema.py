@@ -43,13 +43,13 @@ def mistake(*overrides: str) -> str:
 
 MISTAKES = [
     # Hydra's. "..." stands for any words between the value, the rule and what to type.
-    ("attention.block=cudnn", "attention.block is now attention.kernel: type attention.kernel=cudnn"),
-    ("+attention.block=cudnn", "attention.block is now attention.kernel: type attention.kernel=cudnn"),
-    ("attention={block:cudnn}", "attention.block is now attention.kernel: type attention.kernel=..."),
-    ("compare.fit=true", "compare.fit is now compare.downscale: type compare.downscale=true"),
-    ("parallelism.sequence_sharded_norms=false", "parallelism.sequence_sharded_norms no longer exists: leave it out ..."),
     ("+data.sequence_lenght=8", "there is no field data.sequence_lenght: did you mean data.sequence_length? python train.py --help lists all"),
     ("+wandb.api_key=planted", "there is no field wandb.api_key: python train.py --help lists all"),
+    ("engine.zerostage=2", "there is no field engine.zerostage: did you mean engine.zero_stage? python train.py --help lists all"),
+    ("engine.batch_size=2", "there is no field engine.batch_size: did you mean engine.train_batch_size or engine.micro_batch_size? ..."),
+    ("+experiment=rasp", "+experiment=rasp is not known: did you mean ra_sp? use +experiment=all_gather, ... +experiment=ra_sp, ..."),
+    ("data=hubb", "data=hubb is not known: did you mean hub? use data=hub, data=stdlib, data=text_files"),
+    ("+experiment=[rasp]", "+experiment=rasp is not known: did you mean ra_sp? use +experiment=all_gather, ... +experiment=ra_sp, ..."),
     ("nosuch=1", "there is no field nosuch: python train.py --help lists all"),
     ("model.num_layers=2.5", "model.num_layers=2.5 is refused: Value '2.5' of type 'float' could not be converted to Integer"),
     ("explain=maybe", "explain=maybe is refused: Value 'maybe' is not a valid bool (type str)"),
@@ -70,7 +70,7 @@ MISTAKES = [
     ("~num_stepz", "Could not delete ... 'num_stepz' does not exist ..."),
     ("profile_steps={a:1}", "profile_steps={a:1} is refused: Cannot merge DictConfig with ListConfig"),
     ("num_steps=null", "num_steps=null is refused: field 'num_steps' is not Optional"),
-    ("+experiment=[ra_sp,nosuch]", "+experiment=nosuch is not known ... python train.py --help"),
+    ("+experiment=[ra_sp,nosuch]", "+experiment=nosuch is not known: use +experiment=all_gather, ... +experiment=weak_scaling"),
     ("+nosuch@model=x", "Override +nosuch@model=x ... 'nosuch' does not exist ..."),
     # one field
     ("sweep.objective=loss", "sweep.objective=loss is not known: use validation_loss, tokens_per_s, model_tflops_per_rank"),
@@ -98,7 +98,7 @@ MISTAKES = [
     ("optimizer.lr=nan", "optimizer.lr=nan must be at least 0"),
     ("optimizer.lr=inf", "optimizer.lr=inf must be at least 0 and below inf"),
     ("optimizer.beta2=1", "optimizer.beta2=1.0 must be at least 0 and below 1"),
-    ("optimizer.min_lr_ratio=2", "optimizer.min_lr_ratio=2.0 must be at most 1"),
+    ("optimizer.min_lr_ratio=2", "optimizer.min_lr_ratio=2.0 must be at least 0 and below 1"),
     ("optimizer.decay=step", "optimizer.decay=step is not known: use cosine, linear, constant"),
     ("data.sequence_length=0", "data.sequence_length=0 must be at least 1"),
     ("data.validation_sequences=0", "data.validation_sequences=0 must be at least 1"),
@@ -150,7 +150,7 @@ MISTAKES = [
     ("data=hub data.name=https://me:planted@host/set", "data.name is a URL with a login ... HF_TOKEN ..."),
     ("data=text_files data.files=https://me:planted@host/set", "data.files is a URL with a login ... HF_TOKEN ..."),
     # several fields
-    ("model.num_kv_heads=3", "model.num_kv_heads=3 does not divide model.num_heads=4: use one of [1, 2, 4]"),
+    ("model.num_kv_heads=3", "model.num_kv_heads=3 does not divide model.num_heads=4: use 1, 2 or 4"),
     ("engine.dtype=fp16 engine.zero_stage=0", "engine.dtype=fp16 cannot go with engine.zero_stage=0 ... use engine.zero_stage=1"),
     ("profile=true num_steps=3", "profile=true records step 4, but num_steps=3: use num_steps=4"),
     ("profile_steps=[1,4]", "profile_steps=[1, 4] must be the first and the last step ... use profile_steps=[3,4]"),
@@ -175,8 +175,8 @@ MISTAKES = [
     ("data=text_files data.files=[]", "data=text_files needs files: data.files='texts/*.txt' or data.files=[a.txt,b.txt]"),
     ("data=text_files data.files=/no/*.txt", "data.files=/no/*.txt matches no file ... give a path or a glob"),
     # on 4 ranks
-    ("parallelism.ring_degree=3", "parallelism.ring_degree=3 does not divide the 4 ranks: use one of [1, 2, 4] (parallelism.ring_degree=4) ... launch.num_ranks"),
-    ("parallelism.data_degree=8", "parallelism.data_degree=8 does not divide the 4 ranks: use one of [1, 2, 4] (parallelism.data_degree=4) ... launch.num_ranks"),
+    ("parallelism.ring_degree=3", "parallelism.ring_degree=3 does not divide the 4 ranks: use 1, 2 or 4, such as parallelism.ring_degree=4, or another launch.num_ranks"),
+    ("parallelism.data_degree=8", "parallelism.data_degree=8 does not divide the 4 ranks: use 1, 2 or 4, such as parallelism.data_degree=4, or another launch.num_ranks"),
     ("parallelism.data_degree=1 parallelism.ring_degree=2", "parallelism.data_degree=1 x parallelism.ring_degree=2 is 2 ranks, but there are 4 ... unset ... launch.num_ranks=2"),
     ("attention=ulysses", "attention=ulysses with parallelism.ulysses_degree=4 does not fit model.num_kv_heads=2 ... attention=hybrid ... model.num_kv_heads=4 ... parallelism.ulysses_degree=2 ... attention=ring ..."),
     ("attention=hybrid parallelism.ulysses_degree=4", "attention=hybrid with parallelism.ulysses_degree=4 does not fit model.num_kv_heads=2 ... model.num_kv_heads=4 ... parallelism.ulysses_degree=2 ... attention=ring ..."),
@@ -198,22 +198,26 @@ MISTAKES = [
     ("+experiment=tp_pp parallelism.tensor_degree=4", "parallelism.tensor_degree=4 does not divide model.num_kv_heads=2 ... parallelism.tensor_degree=2 ... +experiment=ra_sp ..."),
     ("+experiment=tp_pp parallelism.tensor_degree=4 model.num_kv_heads=4 model.mlp_size=386", "parallelism.tensor_degree=4 does not divide model.mlp_size=386 ... parallelism.tensor_degree=2 ... +experiment=ra_sp ..."),
     ("+experiment=tp_pp parallelism.pipeline_degree=4", "parallelism.pipeline_degree=4 is more than model.num_layers=2 ... use parallelism.pipeline_degree=2"),
-    ("+experiment=tp_pp parallelism=tp8_pp2", "parallelism.tensor_degree=8 does not divide the 4 ranks: use one of [1, 2, 4] (parallelism.tensor_degree=4) ... launch.num_ranks"),
+    ("+experiment=tp_pp parallelism=tp8_pp2", "parallelism.tensor_degree=8 does not divide the 4 ranks: use 1, 2 or 4, such as parallelism.tensor_degree=4, or another launch.num_ranks"),
     ("+experiment=tp_pp parallelism.tensor_degree=2 parallelism.pipeline_degree=1 parallelism.data_degree=1", "parallelism.data_degree=1 x parallelism.tensor_degree=2 x parallelism.pipeline_degree=1 is 2 ranks, but there are 4 ... launch.num_ranks=2"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("overrides", "message"), MISTAKES)
 def test_a_mistake_names_the_value_the_rule_and_what_to_type(overrides, message):
+    assert matches(message, mistake(*overrides.split()))
+
+
+def matches(message: str, text: str) -> bool:
     pattern = ".*".join(re.escape(part) for part in re.split(r" ?\.\.\. ?", message))
-    assert re.fullmatch(pattern, mistake(*overrides.split()))
+    return re.fullmatch(pattern, text) is not None
 
 
 @pytest.mark.parametrize(
     ("own", "message"),
     [
-        ("model.hiden_size=3", "there is no field model.hiden_size: did you mean model.hidden_size or model.mlp_size or model.vocab_size? python train.py --help lists all"),
-        ("+experiment=rings", "+experiment=rings is not known: see python train.py --help"),
+        ("model.hiden_size=3", "there is no field model.hiden_size: did you mean model.hidden_size? python train.py --help lists all"),
+        ("+experiment=rings", "+experiment=rings is not known: use +experiment=all_gather, ... +experiment=weak_scaling"),
         ("num_steps=0", "num_steps=0 must be at least 1"),
     ],
 )  # fmt: skip
@@ -221,7 +225,7 @@ def test_a_mistake_in_a_comparison_names_the_entry(own, message):
     config = Config(compare=CompareConfig(entries={"mine": [own]}))
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)), pytest.raises(ConfigError) as caught:
         compose_entries(config, [])
-    assert str(caught.value) == f"compare.entries.mine: {message}"
+    assert matches(f"compare.entries.mine: {message}", str(caught.value))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from __future__ import annotations
 import csv
 import json
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from conf.schema import KERNELS, ConfigError, SweepConfig
 from recipes.run.errors import RunFailed
+from recipes.sweep import report
 from recipes.sweep.runner import one_line, run_sweep
 from recipes.sweep.search_space import read_space
 from ring_attention.transport import TRANSPORTS
@@ -222,6 +224,17 @@ def test_trials_run_in_parallel(jobs):
     jobs.result = result
     content = jobs.sweep(*GRID, "sweep.num_parallel=2")
     assert [row["state"] for row in content["trials"]] == ["done"] * 4
+
+
+def test_an_error_in_a_thread_ends_the_sweep(jobs, monkeypatch):
+    def full_disk(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(report, "write_files", full_disk)  # trials are recorded by threads
+    with pytest.raises(OSError, match="no space left"):
+        jobs.sweep(*SEARCH, "sweep.num_parallel=2", "sweep.num_trials=50")
+    time.sleep(0.5)
+    assert len(jobs.started) <= 4
 
 
 def test_explain_starts_no_trial(jobs, capsys):
