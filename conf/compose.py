@@ -17,6 +17,17 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from conf.schema import Config, ConfigError, flatten
 
+# Old names of fields. A field that gets a new name leaves its old one here.
+RENAMED = {
+    "attention.block": "attention.kernel",
+    "compare.fit": "compare.downscale",
+    "compare.parts_alone": "compare.roofline",
+}
+# Fields that no longer exist, with what to do instead.
+REMOVED = {
+    "compare.plot": "leave it out, entries on several numbers of ranks are drawn over these",
+    "parallelism.sequence_sharded_norms": "leave it out, tensor ranks always shard the norms by sequence",
+}
 _ENTRIES = "compare.entries."  # followed by names that the user chooses
 _FIELDS = flatten(asdict(Config()))
 _DATACLASSES = {name.partition(".")[0] for name in _FIELDS if "." in name}
@@ -125,6 +136,10 @@ def describe_error(error: Exception) -> str:
 def _unknown_field(name: str, value: Any) -> str:
     if name.startswith(_ENTRIES):
         return f"{name} is a new entry, so it needs a plus: type +{name}={value}"
+    if name in REMOVED:
+        return f"{name} no longer exists: {REMOVED[name]}"
+    if name in RENAMED:
+        return f"{name} is now {RENAMED[name]}: type {RENAMED[name]}={value}"
     return f"there is no field {name}: {_did_you_mean(name, _FIELDS)}python train.py --help lists all"
 
 

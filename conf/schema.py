@@ -181,7 +181,11 @@ class OptimizerConfig(_Checked, prefix="optimizer."):
     weight_decay: float = number(0.1, minimum=0)  # not applied to norms, biases and embeddings
     warmup_fraction: float = number(0.1, minimum=0, below=1)  # of num_steps
     decay: str = choice("cosine", "linear", "constant")
-    min_lr_ratio: float = number(0.1, minimum=0, below=1)  # 1 would be decay=constant
+    min_lr_ratio: float = number(0.1, minimum=0)
+
+    def problems(self) -> Iterator[str]:
+        if self.min_lr_ratio > 1:
+            yield f"optimizer.min_lr_ratio={self.min_lr_ratio} must be at most 1"
 
 
 @dataclass

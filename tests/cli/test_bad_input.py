@@ -12,6 +12,10 @@ CASES = {
         ["data.sequence_lenght=64"],
         "there is no field data.sequence_lenght: did you mean data.sequence_length? python train.py --help lists all",
     ),
+    "a renamed field": (
+        ["attention.block=cudnn"],
+        "attention.block is now attention.kernel: type attention.kernel=cudnn",
+    ),
     "a value of another type": (
         ["num_steps=many"],
         "num_steps=many is refused: Value 'many' of type 'str' could not be converted to Integer",

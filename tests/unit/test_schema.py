@@ -43,6 +43,11 @@ def mistake(*overrides: str) -> str:
 
 MISTAKES = [
     # Hydra's. "..." stands for any words between the value, the rule and what to type.
+    ("attention.block=cudnn", "attention.block is now attention.kernel: type attention.kernel=cudnn"),
+    ("+attention.block=cudnn", "attention.block is now attention.kernel: type attention.kernel=cudnn"),
+    ("attention={block:cudnn}", "attention.block is now attention.kernel: type attention.kernel=..."),
+    ("compare.fit=true", "compare.fit is now compare.downscale: type compare.downscale=true"),
+    ("parallelism.sequence_sharded_norms=false", "parallelism.sequence_sharded_norms no longer exists: leave it out ..."),
     ("+data.sequence_lenght=8", "there is no field data.sequence_lenght: did you mean data.sequence_length? python train.py --help lists all"),
     ("+wandb.api_key=planted", "there is no field wandb.api_key: python train.py --help lists all"),
     ("engine.zerostage=2", "there is no field engine.zerostage: did you mean engine.zero_stage? python train.py --help lists all"),
@@ -98,7 +103,7 @@ MISTAKES = [
     ("optimizer.lr=nan", "optimizer.lr=nan must be at least 0"),
     ("optimizer.lr=inf", "optimizer.lr=inf must be at least 0 and below inf"),
     ("optimizer.beta2=1", "optimizer.beta2=1.0 must be at least 0 and below 1"),
-    ("optimizer.min_lr_ratio=2", "optimizer.min_lr_ratio=2.0 must be at least 0 and below 1"),
+    ("optimizer.min_lr_ratio=2", "optimizer.min_lr_ratio=2.0 must be at most 1"),
     ("optimizer.decay=step", "optimizer.decay=step is not known: use cosine, linear, constant"),
     ("data.sequence_length=0", "data.sequence_length=0 must be at least 1"),
     ("data.validation_sequences=0", "data.validation_sequences=0 must be at least 1"),
