@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from conf.schema import EngineConfig, OptimizerConfig
-from data.batch import TokenBatch
+from data.shard import TokenBatch
 from recipes.engine.optimizer import optimizer_arguments
 from recipes.planning.memory import bucket_size
 

@@ -18,7 +18,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from conf.schema import Config, Degrees, ModelConfig
-from data.batch import TokenBatch
+from data.shard import TokenBatch
 from recipes.engine.base import Engine, StepResult
 from recipes.engine.tensor_parallel import TensorGroup, shard_layer_, sum_replicated_gradients_
 from recipes.model.ops import cross_entropy_sum, make_norm

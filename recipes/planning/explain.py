@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
-from recipes.planning.memory import changed, gib, mlp_bytes, num_parameters, offloaded_bytes
+from recipes.planning.memory import (
+    changed,
+    gib,
+    mlp_bytes,
+    mlp_tile_tokens,
+    num_parameters,
+    offloaded_bytes,
+    tile_tokens,
+)
 from recipes.planning.memory_timeline import StepMemory
 from recipes.planning.plan import DTYPES, Plan
 from ring_attention.auto_method import MESSAGE_LATENCY_MS
 from ring_attention.mask import CAUSAL
 from ring_attention.schedule import imbalance, tokens_sent, work_per_rank
+
+SLOW_STEP_S = 600.0  # on a CPU
 
 
 def banner(plan: Plan, run_dir: Path) -> list[str]:
@@ -32,8 +43,8 @@ def banner(plan: Plan, run_dir: Path) -> list[str]:
         ("attention", _attention(plan)),
         ("attention kernel", f"{kernel} ({reason})"),
         ("engine", f"{sharding}, {engine.dtype}"),
-        *([] if plan.config.recipe == "bench_attention" else [*_tiles(plan), *_offloads(plan)]),
-        *(("!!!", warning) for warning in (plan.slow_step_warning, plan.memory_warning) if warning),
+        *([] if plan.config.recipe == "bench_attention" else _memory_savers(plan)),
+        *(("!!!", warning) for warning in _warnings(plan)),
         ("run dir", str(run_dir)),
     ]
     return [f"{name:>17}  {value}" for name, value in rows]
@@ -57,30 +68,26 @@ def explanation(plan: Plan, run_dir: Path) -> list[str]:
         "",
         f"parameters: {num_parameters(config.model):,}",
         "",
-        *state_lines(plan),
-        *step_memory_lines(plan),
+        *memory_lines(plan),
     ]
 
 
-def state_lines(plan: Plan) -> list[str]:
-    """Memory of the training states, or why that is too much."""
+def memory_lines(plan: Plan) -> list[str]:
+    """The training states, a step's memory timeline, and the longest sequence that fits; or why the states do not."""
     if plan.refusal:
         return plan.refusal.splitlines()
-    available = "" if plan.memory_bytes is None else f" of {gib(plan.memory_bytes)} GiB, the memory of one rank"
-    return [
+    step, available = plan.step_memory, ""
+    if plan.memory_bytes is not None:
+        available = f" of {gib(plan.memory_bytes)} GiB, the memory of one rank"
+    lines = [
         "weights, gradients and optimizer states per rank: a lower bound, without activations and buckets",
         f"  {plan.state}{available}",
     ]
-
-
-def step_memory_lines(plan: Plan) -> list[str]:
-    """The memory timeline of a step, and the longest sequence that fits; nothing if the states alone do not fit."""
-    if plan.refusal or plan.config.recipe == "bench_attention":
-        return []
-    step = plan.step_memory
+    if plan.config.recipe == "bench_attention":
+        return lines
     if step.unsupported:
-        return [f"memory of a step: {step.unsupported}"]
-    lines = [*timeline_lines(step), "  workspaces inside kernels are not counted"]
+        return [*lines, f"memory of a step: {step.unsupported}"]
+    lines += [*timeline_lines(step), "  workspaces inside kernels are not counted"]
     if plan.memory_bytes is None:
         return lines
     recompute = plan.config.engine.recompute
@@ -100,6 +107,22 @@ def timeline_lines(step: StepMemory) -> list[str]:
         *(f"  {gib(size):>8} GiB  {name}" for name, size in peak.parts.items()),
         *(f"  {gib(point.total):>8} GiB at: {point.name}" for point in step.timeline if point.name != peak.name),
     ]
+
+
+def _warnings(plan: Plan) -> Iterator[str]:
+    """Of steps that take a CPU many minutes, or that should need more memory than there is."""
+    if not plan.on_gpu and plan.estimated_step_s >= SLOW_STEP_S:
+        yield (
+            f"a step is {plan.tokens_per_step * plan.flops / 1e12:,.0f} TFLOP, about "
+            f"{plan.estimated_step_s / 3600:,.1f} hours on two CPU cores: use GPUs, or reduce model, "
+            "data.sequence_length or engine.train_batch_size"
+        )
+    step, available = plan.step_memory, plan.memory_bytes
+    if available is not None and not plan.refusal and not step.unsupported and step.peak.total > available:
+        yield (
+            f"a step should need {gib(step.peak.total)} GiB per rank, and there are {gib(available)}: "
+            "explain=true shows its parts, and the longest sequence that fits"
+        )
 
 
 def _ranks(plan: Plan) -> str:
@@ -122,30 +145,25 @@ def _attention(plan: Plan) -> str:
     return f"{text}, transport {plan.transport} over {carrier}"
 
 
-def _tiles(plan: Plan) -> list[tuple[str, str]]:
-    rows, of_all = [], f"at a time, of {plan.local_tokens:,} per rank and micro-batch"
-    if plan.tile_tokens:
-        rows.append(("loss", f"logits of {plan.tile_tokens:,} tokens {of_all}"))
-    if plan.mlp_tile_tokens:
-        reason = f"engine.tile_tokens={plan.config.engine.tile_tokens}"
-        if plan.config.engine.tile_tokens is None:
-            all_bytes = mlp_bytes(plan.config) * plan.local_tokens
-            reason = f"all at once would need {gib(all_bytes)} GiB with their gradients"
-        rows.append(("MLP", f"hidden activations of {plan.mlp_tile_tokens:,} tokens {of_all} ({reason})"))
-    return rows
-
-
-def _offloads(plan: Plan) -> list[tuple[str, str]]:
-    engine, rows = plan.config.engine, []
+def _memory_savers(plan: Plan) -> Iterator[tuple[str, str]]:
+    """What is computed by tiles, and what lies on the host."""
+    config, engine, tokens = plan.config, plan.config.engine, plan.local_tokens
+    of_all = f"at a time, of {tokens:,} per rank and micro-batch"
+    if tile := tile_tokens(config, tokens):
+        yield "loss", f"logits of {tile:,} tokens {of_all}"
+    if tile := mlp_tile_tokens(config, tokens):
+        reason = f"engine.tile_tokens={engine.tile_tokens}"
+        if engine.tile_tokens is None:
+            reason = f"all at once would need {gib(mlp_bytes(config) * tokens)} GiB with their gradients"
+        yield "MLP", f"hidden activations of {tile:,} tokens {of_all} ({reason})"
     if engine.offload_parameters:
-        rows.append(("offload", "weights on the host, copied to the device when used"))
+        yield "offload", "weights on the host, copied to the device when used"
     if plan.trains and engine.offload_optimizer:
-        rows.append(("offload", "optimizer states and the optimizer step on the host"))
+        yield "offload", "optimizer states and the optimizer step on the host"
     if plan.trains and engine.offload_activations:
         what = "layer inputs" + (" and attention outputs" if engine.recompute == "selective" else "")
-        moved = f"{gib(offloaded_bytes(plan.config, plan.local_tokens))} GiB of host memory per rank"
-        rows.append(("offload", f"{what} of a micro-batch: {moved}"))
-    return rows
+        moved = f"{gib(offloaded_bytes(config, tokens))} GiB of host memory per rank"
+        yield "offload", f"{what} of a micro-batch: {moved}"
 
 
 def _candidates(plan: Plan) -> list[str]:

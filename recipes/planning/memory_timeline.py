@@ -87,21 +87,17 @@ class StepMemory:
         config, engine, method = self.config, self.config.engine, self.config.parallelism.method
         accumulation = engine.gradient_accumulation_steps
         can_offload = self.on_gpu and engine.zero_stage < 3 and engine.dtype != "fp32"
-        for applies, setting in (
-            (config.recipe != "pretrain", f"recipe={config.recipe}"),
-            (method != "sequence", f"parallelism={method}"),
-            (accumulation > 1, f"engine.gradient_accumulation_steps={accumulation}"),
-            (engine.train_batch_size is not None, "engine.train_batch_size"),
-            (engine.offload_parameters, "engine.offload_parameters=true"),
-            (
-                engine.offload_optimizer and not can_offload,
-                "engine.offload_optimizer=true, except on GPUs with bf16 and ZeRO stages 1 and 2",
-            ),
-            (engine.dtype == "fp16", "engine.dtype=fp16"),
-        ):
-            if applies:
-                return f"not predicted for {setting}"
-        return None
+        offload = "engine.offload_optimizer=true, except on GPUs with bf16 and ZeRO stages 1 and 2"
+        applies = {
+            f"recipe={config.recipe}": config.recipe != "pretrain",
+            f"parallelism={method}": method != "sequence",
+            f"engine.gradient_accumulation_steps={accumulation}": accumulation > 1,
+            "engine.train_batch_size": engine.train_batch_size is not None,
+            "engine.offload_parameters=true": engine.offload_parameters,
+            offload: engine.offload_optimizer and not can_offload,
+            "engine.dtype=fp16": engine.dtype == "fp16",
+        }
+        return next((f"not predicted for {setting}" for setting in applies if applies[setting]), None)
 
     @property
     def timeline(self) -> list[MemoryPoint]:

@@ -12,7 +12,7 @@ import torch
 
 from conf.degrees import accumulation_steps, resolve_config, resolve_degrees
 from conf.schema import Config, ConfigError, Degrees
-from recipes.planning.memory import StateBytes, changed, gib, mlp_tile_tokens, state_bytes, tile_tokens
+from recipes.planning.memory import StateBytes, changed, state_bytes
 from recipes.planning.memory_timeline import StepMemory
 from recipes.planning.refusal import refusal
 from recipes.planning.throughput import Throughput, forward_flops_per_token, peak_tflops
@@ -22,7 +22,6 @@ from ring_attention.layout import Layout
 from ring_attention.transport import choose_transport
 
 CPU_TFLOPS = 0.02  # attained by two cores
-SLOW_STEP_S = 600.0
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -177,16 +176,6 @@ class Plan:
         return self.config.engine.micro_batch_size * self.layout.local_length
 
     @property
-    def tile_tokens(self) -> int:
-        """Tokens whose logits exist at once; 0 for all."""
-        return tile_tokens(self.config, self.local_tokens)
-
-    @property
-    def mlp_tile_tokens(self) -> int:
-        """Tokens whose hidden MLP activations exist at once; 0 for all."""
-        return mlp_tile_tokens(self.config, self.local_tokens)
-
-    @property
     def flops(self) -> float:
         """Per token of a step. Training costs three forward passes."""
         forward = forward_flops_per_token(self.config.model, self.config.data.sequence_length)
@@ -204,17 +193,6 @@ class Plan:
         """A rough guess. The ranks on a CPU share its cores."""
         tflops = self.attained_tflops * (self.num_ranks if self.device_type != "cpu" else 1)
         return self.tokens_per_step * self.flops / (tflops * 1e12)
-
-    @property
-    def slow_step_warning(self) -> str | None:
-        """Of steps that take a CPU many minutes."""
-        if self.device_type != "cpu" or self.estimated_step_s < SLOW_STEP_S:
-            return None
-        return (
-            f"a step is {self.tokens_per_step * self.flops / 1e12:,.0f} TFLOP, about "
-            f"{self.estimated_step_s / 3600:,.1f} hours on two CPU cores: use GPUs, or reduce model, "
-            "data.sequence_length or engine.train_batch_size"
-        )
 
     @property
     def _state_config(self) -> Config:
@@ -239,14 +217,3 @@ class Plan:
     @property
     def step_memory(self) -> StepMemory:
         return StepMemory(self.config, self.degrees, self.method, self.local_tokens, self.on_gpu)
-
-    @property
-    def memory_warning(self) -> str | None:
-        """Of steps that need more memory than there is, by a prediction that may be some percent off."""
-        step = self.step_memory
-        if self.memory_bytes is None or self.refusal or step.unsupported or step.peak.total <= self.memory_bytes:
-            return None
-        return (
-            f"a step should need {gib(step.peak.total)} GiB per rank, and there are {gib(self.memory_bytes)}: "
-            "explain=true shows its parts, and the longest sequence that fits"
-        )

@@ -43,7 +43,7 @@ def test_flops_match_torchs_count():
     model = Transformer(shape, lambda q, k, v, batch_dim_idx: q)  # pyright: ignore[reportArgumentType]
     tokens = torch.zeros(1, length, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
-        model.logits(tokens, torch.arange(length).unsqueeze(0))
+        model(tokens, torch.arange(length).unsqueeze(0))
     attention = sum(4 * shape.num_heads * shape.head_dim * (query + 1) for query in range(length)) * shape.num_layers
     assert forward_flops_per_token(shape, length) * length == counter.get_total_flops() + attention
 
@@ -53,7 +53,7 @@ def test_flops_match_torchs_count():
     [(0, 1, 4, 1, 1), (1, 2, 2, 1, 2), (2, 2, 4, 3, 6), (3, 1, 4, 1, 4), (3, 2, 2, 2, 8)],
 )
 def test_the_loss_multiplier_cancels_deepspeeds_divisions(stage, data, ring, accumulation, multiplier):
-    from recipes.engine.loss import loss_multiplier
+    from recipes.engine.deepspeed_engine import loss_multiplier
 
     assert loss_multiplier(stage, data, ring, accumulation) == multiplier
 
