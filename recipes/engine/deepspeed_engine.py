@@ -9,17 +9,20 @@ Two of DeepSpeed's routes to sequence parallelism are not used, because sequence
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import deepspeed.comm as dist
 import torch
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-from torch import Tensor, nn
+from torch import Tensor
 
-from conf.schema import EngineConfig, OptimizerConfig
+from conf.schema import Config
 from data.shard import TokenBatch
 from recipes.engine.base import Engine, StepResult
+from recipes.model.transformer import Transformer
+from recipes.planning.memory import mlp_tile_tokens, tile_tokens
 from ring_attention.groups import ParallelGroups
+from ring_attention.sequence_attention import SequenceAttention
 from ring_attention.trace import profiler_range, report_status
 from ring_attention.transport import release_symmetric_buffers
 
@@ -53,32 +56,33 @@ class TrainingEngine(Engine):
     """Data and sequence parallelism under ZeRO.
 
     Args:
-        build_model: makes the model on torch's default device, with the same weights on all ranks.
         groups: DeepSpeed's mpu.
-        sequence_rank: which shard of a sequence's tokens this rank takes.
-        num_steps: the length of the learning rate schedule; None for forward passes only, without an optimizer.
+        attention: over the ranks that share this rank's sequence.
     """
 
-    def __init__(
-        self,
-        build_model: Callable[[], nn.Module],
-        groups: ParallelGroups,
-        sequence_rank: int,
-        engine_config: EngineConfig,
-        optimizer_config: OptimizerConfig,
-        num_steps: int | None,
-    ) -> None:
-        super().__init__(engine_config, sequence_rank, groups.data_rank, groups.data_degree)
+    def __init__(self, config: Config, groups: ParallelGroups, attention: SequenceAttention) -> None:
+        super().__init__(config, attention.sequence_rank, groups.data_rank, groups.data_degree)
+        engine = config.engine
+        tokens = engine.micro_batch_size * attention.layout(config.data.sequence_length).local_length
         with self.device:
-            self.model = build_model()
-        self._start_deepspeed(optimizer_config, num_steps, groups, seq_parallel_communication_data_type="fp32")
+            self.model = Transformer(
+                config.model,
+                attention,
+                config.seed,
+                engine.recompute,
+                tile_tokens(config, tokens),
+                mlp_tile_tokens(config, tokens),
+                engine.offload_activations,
+            )
+        self._start_deepspeed(groups, seq_parallel_communication_data_type="fp32")
         if isinstance(self.deepspeed.optimizer, FP16_UnfusedOptimizer):
             _undo_dummy_step(self.deepspeed.optimizer)
             names = {parameter: name for name, parameter in self.model.named_parameters()}
             param_groups = self.deepspeed.optimizer.fp16_groups
             self.client_state = {MASTER_WEIGHT_NAMES: [[names[p] for p in group] for group in param_groups]}
-        stage, accumulation_steps = engine_config.zero_stage, engine_config.gradient_accumulation_steps
-        self._loss_multiplier = loss_multiplier(stage, groups.data_degree, groups.sequence_degree, accumulation_steps)
+        self._loss_multiplier = loss_multiplier(
+            engine.zero_stage, groups.data_degree, groups.sequence_degree, engine.gradient_accumulation_steps
+        )
 
     def accumulate(self, micro_batches: Sequence[TokenBatch], stop_requested: bool = False) -> tuple[Tensor, Tensor]:
         """Forward and backward passes of one step. Afterwards the engine holds the reduced gradients.
@@ -106,11 +110,11 @@ class TrainingEngine(Engine):
         return loss_sum / num_valid.clamp(min=1), num_stop_requests
 
     def train_step(self, micro_batches: Sequence[TokenBatch], stop_requested: bool = False) -> StepResult:
-        assert len(micro_batches) == self.config.gradient_accumulation_steps
+        assert len(micro_batches) == self.config.engine.gradient_accumulation_steps
         loss, num_stop_requests = self.accumulate(micro_batches, stop_requested)
         report_status("part", "optimizer")
         grad_norm = None
-        if self.config.zero_stage == 0 and self.config.dtype == "fp32":
+        if self.config.engine.zero_stage == 0 and self.config.engine.dtype == "fp32":
             # here DeepSpeed neither keeps the norm nor checks for overflow; each rank has the full gradients
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             grad_norm = torch.nn.utils.get_total_norm(gradients)

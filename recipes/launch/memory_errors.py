@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from recipes.planning.explain import banner, memory_lines
+from recipes.planning.explain import banner, state_lines, step_memory_lines
 from recipes.planning.memory import gib, offloaded_bytes
 from recipes.planning.plan import Plan
 from recipes.run.errors import RunFailed
@@ -35,7 +35,8 @@ def out_of_memory_explained(plan: Plan, run_dir: Path) -> Iterator[None]:
             *str(cause).strip().splitlines()[:1],
             *([_write_snapshot(run_dir, rank)] if torch.cuda.is_available() else []),
             *banner(plan, run_dir),
-            *memory_lines(plan),
+            *state_lines(plan),
+            *step_memory_lines(plan),
             f"the {NUM_OVERRIDES} overrides most likely to help, best first:",
             *(f"  {override}" for override in helpful_overrides(plan)),
         ]

@@ -21,8 +21,6 @@ from ring_attention.auto_method import MESSAGE_LATENCY_MS
 from ring_attention.mask import CAUSAL
 from ring_attention.schedule import imbalance, tokens_sent, work_per_rank
 
-SLOW_STEP_S = 600.0  # on a CPU
-
 
 def banner(plan: Plan, run_dir: Path) -> list[str]:
     """What will run, in about ten aligned lines."""
@@ -44,7 +42,7 @@ def banner(plan: Plan, run_dir: Path) -> list[str]:
         ("attention kernel", f"{kernel} ({reason})"),
         ("engine", f"{sharding}, {engine.dtype}"),
         *([] if plan.config.recipe == "bench_attention" else _memory_savers(plan)),
-        *(("!!!", warning) for warning in _warnings(plan)),
+        *(("!!!", warning) for warning in (plan.slow_step_warning, plan.memory_warning) if warning),
         ("run dir", str(run_dir)),
     ]
     return [f"{name:>17}  {value}" for name, value in rows]
@@ -68,26 +66,30 @@ def explanation(plan: Plan, run_dir: Path) -> list[str]:
         "",
         f"parameters: {num_parameters(config.model):,}",
         "",
-        *memory_lines(plan),
+        *state_lines(plan),
+        *step_memory_lines(plan),
     ]
 
 
-def memory_lines(plan: Plan) -> list[str]:
-    """The training states, a step's memory timeline, and the longest sequence that fits; or why the states do not."""
+def state_lines(plan: Plan) -> list[str]:
+    """Memory of the training states, or why that is too much."""
     if plan.refusal:
         return plan.refusal.splitlines()
-    step, available = plan.step_memory, ""
-    if plan.memory_bytes is not None:
-        available = f" of {gib(plan.memory_bytes)} GiB, the memory of one rank"
-    lines = [
+    available = "" if plan.memory_bytes is None else f" of {gib(plan.memory_bytes)} GiB, the memory of one rank"
+    return [
         "weights, gradients and optimizer states per rank: a lower bound, without activations and buckets",
         f"  {plan.state}{available}",
     ]
-    if plan.config.recipe == "bench_attention":
-        return lines
+
+
+def step_memory_lines(plan: Plan) -> list[str]:
+    """The memory timeline of a step, and the longest sequence that fits; nothing if the states alone do not fit."""
+    if plan.refusal or plan.config.recipe == "bench_attention":
+        return []
+    step = plan.step_memory
     if step.unsupported:
-        return [*lines, f"memory of a step: {step.unsupported}"]
-    lines += [*timeline_lines(step), "  workspaces inside kernels are not counted"]
+        return [f"memory of a step: {step.unsupported}"]
+    lines = [*timeline_lines(step), "  workspaces inside kernels are not counted"]
     if plan.memory_bytes is None:
         return lines
     recompute = plan.config.engine.recompute
@@ -107,22 +109,6 @@ def timeline_lines(step: StepMemory) -> list[str]:
         *(f"  {gib(size):>8} GiB  {name}" for name, size in peak.parts.items()),
         *(f"  {gib(point.total):>8} GiB at: {point.name}" for point in step.timeline if point.name != peak.name),
     ]
-
-
-def _warnings(plan: Plan) -> Iterator[str]:
-    """Of steps that take a CPU many minutes, or that should need more memory than there is."""
-    if not plan.on_gpu and plan.estimated_step_s >= SLOW_STEP_S:
-        yield (
-            f"a step is {plan.tokens_per_step * plan.flops / 1e12:,.0f} TFLOP, about "
-            f"{plan.estimated_step_s / 3600:,.1f} hours on two CPU cores: use GPUs, or reduce model, "
-            "data.sequence_length or engine.train_batch_size"
-        )
-    step, available = plan.step_memory, plan.memory_bytes
-    if available is not None and not plan.refusal and not step.unsupported and step.peak.total > available:
-        yield (
-            f"a step should need {gib(step.peak.total)} GiB per rank, and there are {gib(available)}: "
-            "explain=true shows its parts, and the longest sequence that fits"
-        )
 
 
 def _ranks(plan: Plan) -> str:

@@ -109,15 +109,13 @@ class StepMemory:
     def peak(self) -> MemoryPoint:
         return max(self.timeline, key=lambda point: point.total)
 
-    def at_local_length(self, local_length: int) -> StepMemory:
-        """With so many tokens of each sequence on this rank."""
-        return replace(self, local_tokens=local_length * self.config.engine.micro_batch_size)
-
     def longest_length(self, memory_bytes: float) -> int:
         """The most tokens of a sequence, a multiple of its ranks, that fit in a rank's memory; 0 if none do."""
-        local_lengths = range(1, 2**40)
-        num_fitting = bisect.bisect(local_lengths, memory_bytes, key=lambda n: self.at_local_length(n).peak.total)
-        return num_fitting * self.degrees.sequence
+
+        def peak_bytes(local_length: int) -> float:
+            return replace(self, local_tokens=local_length * self.config.engine.micro_batch_size).peak.total
+
+        return bisect.bisect(range(1, 2**40), memory_bytes, key=peak_bytes) * self.degrees.sequence
 
     def _loss_points(self) -> Iterator[MemoryPoint]:
         norm = self._norm_per_token * self.local_tokens

@@ -12,7 +12,7 @@ import torch
 
 from conf.degrees import accumulation_steps, resolve_config, resolve_degrees
 from conf.schema import Config, ConfigError, Degrees
-from recipes.planning.memory import StateBytes, changed, state_bytes
+from recipes.planning.memory import StateBytes, changed, gib, state_bytes
 from recipes.planning.memory_timeline import StepMemory
 from recipes.planning.refusal import refusal
 from recipes.planning.throughput import Throughput, forward_flops_per_token, peak_tflops
@@ -22,6 +22,7 @@ from ring_attention.layout import Layout
 from ring_attention.transport import choose_transport
 
 CPU_TFLOPS = 0.02  # attained by two cores
+SLOW_STEP_S = 600.0
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -195,6 +196,17 @@ class Plan:
         return self.tokens_per_step * self.flops / (tflops * 1e12)
 
     @property
+    def slow_step_warning(self) -> str | None:
+        """Of steps that take a CPU many minutes."""
+        if self.on_gpu or self.estimated_step_s < SLOW_STEP_S:
+            return None
+        return (
+            f"a step is {self.tokens_per_step * self.flops / 1e12:,.0f} TFLOP, about "
+            f"{self.estimated_step_s / 3600:,.1f} hours on two CPU cores: use GPUs, or reduce model, "
+            "data.sequence_length or engine.train_batch_size"
+        )
+
+    @property
     def _state_config(self) -> Config:
         """The configuration. On the CPU offloaded states stay in the same memory, so there it has no offload."""
         if self.device_type != "cpu":
@@ -217,3 +229,14 @@ class Plan:
     @property
     def step_memory(self) -> StepMemory:
         return StepMemory(self.config, self.degrees, self.method, self.local_tokens, self.on_gpu)
+
+    @property
+    def memory_warning(self) -> str | None:
+        """Of steps that need more memory than there is, by a prediction that may be some percent off."""
+        step = self.step_memory
+        if self.memory_bytes is None or self.refusal or step.unsupported or step.peak.total <= self.memory_bytes:
+            return None
+        return (
+            f"a step should need {gib(step.peak.total)} GiB per rank, and there are {gib(self.memory_bytes)}: "
+            "explain=true shows its parts, and the longest sequence that fits"
+        )

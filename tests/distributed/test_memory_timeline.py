@@ -9,7 +9,7 @@ import pytest
 
 from conf.schema import Config, Degrees, EngineConfig, ParallelismConfig
 from recipes.planning.engine_memory import sharded_parameters
-from recipes.planning.explain import memory_lines
+from recipes.planning.explain import step_memory_lines
 from recipes.planning.memory_timeline import StepMemory
 from tests.pool import WorkerPool
 from tests.tools.memory import SETTINGS, Setting, count_step
@@ -38,15 +38,15 @@ def test_the_longest_sequence_fits_and_one_token_more_per_rank_does_not():
     step, memory_bytes = Setting("bf16", 1, num_ranks=4).plan.step_memory, 2**30
     local_length, rest = divmod(step.longest_length(memory_bytes), 4)
     assert rest == 0
-    assert step.at_local_length(local_length).peak.total <= memory_bytes
-    assert step.at_local_length(local_length + 1).peak.total > memory_bytes
+    assert dataclasses.replace(step, local_tokens=local_length).peak.total <= memory_bytes
+    assert dataclasses.replace(step, local_tokens=local_length + 1).peak.total > memory_bytes
     assert step.longest_length(1000) == 0
 
 
 def test_the_report_adds_up():
-    text = memory_lines(dataclasses.replace(Setting("bf16", 1).plan, memory_bytes=2**30))
+    text = step_memory_lines(dataclasses.replace(Setting("bf16", 1).plan, memory_bytes=2**30))
     numbers = [float(match[1]) for line in text if (match := re.match(r" +([\d.]+) GiB  ", line))]
-    total = re.fullmatch(r"memory of a step, per rank: peak ([\d.]+) GiB, at: the loss, backward", text[2])
+    total = re.fullmatch(r"memory of a step, per rank: peak ([\d.]+) GiB, at: the loss, backward", text[0])
     assert total is not None
     assert sum(numbers) == pytest.approx(float(total[1]), rel=0.1)  # each rounded to two digits
     assert re.fullmatch(r"  1.00 GiB hold sequences of [\d,]+ tokens with engine.recompute=none", text[-2])

@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from conf.schema import EngineConfig, ModelConfig, OptimizerConfig
+from conf.schema import Config, EngineConfig, ModelConfig, OptimizerConfig
 from data.shard import IGNORED_LABEL, TokenBatch
-from recipes.model.transformer import Transformer
 from ring_attention import Layout, LocalAttention, RingAttention
 from tests.pool import WorkerPool, parallel_groups
 
@@ -39,14 +38,14 @@ def recall_accuracy(method: str, layout_name: str, num_steps: int) -> float | No
     layout = Layout(layout_name, NUM_RANKS, LENGTH)
     group = groups.get_sequence_parallel_group()
     attention = RingAttention("auto", group, layout=layout_name) if method == "ring" else LocalAttention("auto", group)
-    engine = TrainingEngine(
-        lambda: Transformer(MODEL, attention),
-        groups,
-        groups.get_sequence_parallel_rank(),
-        EngineConfig(dtype="fp32", zero_stage=1, micro_batch_size=BATCH_SIZE),
-        OptimizerConfig(lr=5e-3, weight_decay=0.0),
-        num_steps,
+    config = Config(
+        model=MODEL,
+        engine=EngineConfig(dtype="fp32", zero_stage=1, micro_batch_size=BATCH_SIZE),
+        optimizer=OptimizerConfig(lr=5e-3, weight_decay=0.0),
+        num_steps=num_steps,
+        seed=0,
     )
+    engine = TrainingEngine(config, groups, attention)
 
     def batch(seed: int) -> TokenBatch:
         tokens, labels = draw(seed)

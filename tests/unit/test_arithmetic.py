@@ -77,7 +77,7 @@ def test_only_fp16_has_a_loss_scale():
 
     def loss_scaling(dtype: str) -> dict[str, float | None]:
         deepspeed = mock.Mock(skipped_steps=3, optimizer=mock.Mock(cur_scale=torch.tensor(1024.0)))
-        engine = mock.Mock(spec=Engine, config=EngineConfig(dtype=dtype), deepspeed=deepspeed)
+        engine = mock.Mock(spec=Engine, config=Config(engine=EngineConfig(dtype=dtype)), deepspeed=deepspeed)
         return Engine.loss_scaling.__get__(engine)
 
     assert loss_scaling("bf16") == {}
@@ -89,7 +89,7 @@ def test_norms_biases_and_embeddings_have_no_weight_decay():
 
     model = Transformer(ModelConfig(norm="layernorm", bias=True), LocalAttention("auto"))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    optimizer = optimizer_arguments(model, EngineConfig(), OptimizerConfig(), num_steps=1)["optimizer"]
+    optimizer = optimizer_arguments(model, Config())["optimizer"]
     decayed, not_decayed = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
     assert decayed == {
         n for n in names.values() if n.endswith("weight") and "norm" not in n and n != "embedding.weight"

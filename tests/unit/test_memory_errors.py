@@ -16,7 +16,7 @@ from conf.schema import (
     ParallelismConfig,
 )
 from recipes.launch.memory_errors import helpful_overrides, out_of_memory_cause, out_of_memory_explained
-from recipes.planning.explain import banner, memory_lines
+from recipes.planning.explain import banner, state_lines, step_memory_lines
 from recipes.run.errors import RunFailed
 from recipes.run.heartbeat import Heartbeat
 from tests.unit.test_memory import plan, tensor_pipeline
@@ -153,7 +153,8 @@ def test_the_message_has_rank_error_plan_and_overrides(tmp_path, monkeypatch):
         "rank 3 ran out of memory",
         "CUDA out of memory. Tried to allocate 20.00 GiB.",
         *banner(of, tmp_path),
-        *memory_lines(of),
+        *state_lines(of),
+        *step_memory_lines(of),
         "the 3 overrides most likely to help, best first:",
         f"  {RECOMPUTE}  (recomputes layers in the backward pass, except attention)",
         "  engine.zero_stage=3  (shards weights, gradients and optimizer states over all 8 ranks)",
