@@ -24,6 +24,24 @@ def main_job() -> str:
     return table("what | goal | measured", ([row["what"], row["goal"], row["measured"]] for row in measured))
 
 
+def before_after() -> str:
+    """Simulated rings and training at two commits, whose processes took turns."""
+    measured = load("before_after_H200.json")
+    cells = []
+    for row in measured["rows"]:
+        line = [f"ring of {row['degree']}", row["mode"].replace("both", "forward + backward")]
+        for commit in ("old", "new"):
+            times_ms = row["ms"][commit] + row["ms"][f"{commit}2"]
+            line.append(f"{statistics.median(times_ms):.2f} ({min(times_ms):.2f} - {max(times_ms):.2f})")
+        cells.append(line)
+    speeds = [
+        f"{name[:3]} {statistics.median(each):,.0f} ({min(each):,.0f} - {max(each):,.0f})"
+        for name, each in measured["training"]["tokens_per_s"].items()
+    ]
+    ms = table(f"ring | passes | {measured['old']}, ms | {measured['new']}, ms", cells)
+    return f"{ms}\n\nTraining, tokens/s, one run after the other: {'; '.join(speeds)}. {measured['machine']}."
+
+
 def _shares(rows: list[dict[str, Any]]) -> str:
     """Where the time of a step went, for the rows that were profiled."""
     profiled = [row for row in rows if row["shares_pct"]]
