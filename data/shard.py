@@ -12,9 +12,24 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from data.batch import IGNORED_LABEL, TokenBatch
 from ring_attention.layout import Layout
+
+IGNORED_LABEL = -100  # torch's default ignore_index
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """This rank's shard of B sequences; all int64."""
+
+    tokens_BS: Tensor
+    positions_1S: Tensor  # global positions, the same for every sequence
+    labels_BS: Tensor  # the token that follows each token, or IGNORED_LABEL
+
+    def num_valid(self) -> Tensor:
+        """The number of labels other than IGNORED_LABEL, a scalar in fp64."""
+        return (self.labels_BS != IGNORED_LABEL).sum().double()
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ class LocalAttention(SequenceAttention):
 class RingAttention(SequenceAttention):
     """Keys and values travel around a ring. Every rank keeps its queries, all heads, of any number; O(L/P) memory."""
 
-    _options = ("transport", "hosts")
+    options = ("transport", "hosts")
 
     def _join(self, group: Any, transport: str, hosts: Hosts, sp_stream: Any) -> tuple[P2PTransport | None, int]:
         return make_transport(transport, group, None if hosts is None else ring_order(hosts)), 0
@@ -37,7 +37,7 @@ class RingAttention(SequenceAttention):
 class AllGatherAttention(RingAttention):
     """Every rank gathers all keys and values: O(L) memory, nothing overlaps. The baseline to compare with."""
 
-    _options = ("hosts",)
+    options = ("hosts",)
 
     def _join(self, group: Any, transport: str, hosts: Hosts, sp_stream: Any) -> tuple[P2PTransport | None, int]:
         return super()._join(group, "p2p", hosts, sp_stream)
@@ -54,7 +54,7 @@ class HybridAttention(SequenceAttention):
     or, in a call, the key-value heads.
     """
 
-    _options = ("transport", "hosts", "ulysses_degree")
+    options = ("transport", "hosts", "ulysses_degree")
 
     def _join(self, group: Any, transport: str, hosts: Hosts, sp_stream: Any) -> tuple[P2PTransport | None, int]:
         # takes seconds, and a ring does without
@@ -104,7 +104,7 @@ class UlyssesAttention(HybridAttention):
     multiple of them, DeepSpeed must know its mpu, so `deepspeed.initialize(mpu=...)` must come first.
     """
 
-    _options = ()
+    options = ()
 
     def _join(self, group: Any, transport: str, hosts: Hosts, sp_stream: Any) -> tuple[P2PTransport | None, int]:
         self.ulysses_degree = rank_and_size(group)[1]

@@ -44,7 +44,7 @@ class SequenceAttention(nn.Module):
         ValueError: for an unknown layout, transport or kernel, or an option that the module does not take.
     """
 
-    _options: tuple[str, ...] = ()  # of transport, hosts and ulysses_degree, those that the module takes
+    options: tuple[str, ...] = ()  # of transport, hosts and ulysses_degree, those that the module takes
 
     def __init__(
         self,
@@ -76,9 +76,9 @@ class SequenceAttention(nn.Module):
         _check_mask(mask)
         Layout(layout, 1, 1)  # refuses an unknown name here rather than in the first call
         given = {"transport": transport != "auto", "hosts": hosts, "ulysses_degree": ulysses_degree}
-        if extra := [name for name, value in given.items() if value and name not in self._options]:
+        if extra := [name for name, value in given.items() if value and name not in self.options]:
             raise ValueError(f"{type(self).__name__} takes no {', '.join(extra)}: leave it out")
-        if "ulysses_degree" in self._options and ulysses_degree is None:
+        if "ulysses_degree" in self.options and ulysses_degree is None:
             raise ValueError(f"{type(self).__name__} needs ulysses_degree, a divisor of the group's ranks")
         self._kernel, self._mask, self._layout_name = local_attention, mask, layout
         self.ulysses_degree = 1 if ulysses_degree is None else ulysses_degree

@@ -12,8 +12,8 @@ import deepspeed.comm as dist
 import torch
 from torch import Tensor, nn
 
-from conf.schema import EngineConfig, OptimizerConfig
-from data.batch import TokenBatch
+from conf.schema import Config
+from data.shard import TokenBatch
 from recipes.engine.optimizer import optimizer_arguments
 from recipes.planning.memory import bucket_size
 
@@ -37,10 +37,11 @@ class StepResult:
     applied: bool
 
 
-def deepspeed_config(config: EngineConfig, num_parameters: int, forward_only: bool = False) -> dict[str, Any]:
+def deepspeed_config(config: Config, num_parameters: int) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`."""
+    engine, trains = config.engine, config.recipe == "pretrain"
     # without an optimizer only stage 3 has anything to shard
-    zero_stage = 0 if forward_only and config.zero_stage < 3 else config.zero_stage
+    zero_stage = engine.zero_stage if trains or engine.zero_stage == 3 else 0
     bucket = bucket_size(num_parameters)
     zero: dict[str, Any] = {
         "stage": zero_stage,
@@ -49,16 +50,16 @@ def deepspeed_config(config: EngineConfig, num_parameters: int, forward_only: bo
         "allgather_bucket_size": bucket,
     }
     on_host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    if config.offload_optimizer and not forward_only:
+    if engine.offload_optimizer and trains:
         zero["offload_optimizer"] = on_host
-    if config.offload_parameters:
+    if engine.offload_parameters:
         zero["offload_param"] = on_host
     settings = {
-        "train_micro_batch_size_per_gpu": config.micro_batch_size,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        "gradient_clipping": config.gradient_clipping,
-        "bf16": {"enabled": config.dtype == "bf16"},
-        "fp16": {"enabled": config.dtype == "fp16"},
+        "train_micro_batch_size_per_gpu": engine.micro_batch_size,
+        "gradient_accumulation_steps": engine.gradient_accumulation_steps,
+        "gradient_clipping": engine.gradient_clipping,
+        "bf16": {"enabled": engine.dtype == "bf16"},
+        "fp16": {"enabled": engine.dtype == "fp16"},
         "zero_optimization": zero,
         # the ranks of a sequence hold partial gradients: sum them in fp32, as DeepSpeed's own sequence parallelism does
         "communication_data_type": "fp32",
@@ -95,7 +96,7 @@ class Engine(ABC):
     model: nn.Module
     deepspeed: Any
 
-    def __init__(self, config: EngineConfig, sequence_rank: int, data_rank: int, data_degree: int) -> None:
+    def __init__(self, config: Config, sequence_rank: int, data_rank: int, data_degree: int) -> None:
         self.config, self.sequence_rank = config, sequence_rank
         self.data_rank, self.data_degree = data_rank, data_degree
         has_gpu = torch.cuda.is_available()
@@ -126,7 +127,7 @@ class Engine(ABC):
     @property
     def loss_scaling(self) -> dict[str, float | None]:
         """For logs, in fp16 only: the loss scale, and how many steps were skipped because gradients overflowed."""
-        if self.config.dtype != "fp16":
+        if self.config.engine.dtype != "fp16":
             return {}
         return {"loss_scale": float(self.deepspeed.optimizer.cur_scale), "skipped_steps": self.deepspeed.skipped_steps}
 
@@ -152,22 +153,15 @@ class Engine(ABC):
         for parameter in parameters:
             parameter.grad, parameter.data = None, parameter.data.new_empty(0)
 
-    def _start_deepspeed(
-        self, optimizer: OptimizerConfig, num_steps: int | None, mpu: Any = None, **settings: Any
-    ) -> None:
-        """Put the model under DeepSpeed.
-
-        Args:
-            num_steps: the length of the learning rate schedule; None for forward passes only, without an optimizer.
-            settings: of DeepSpeed, in addition to `deepspeed_config`.
-        """
+    def _start_deepspeed(self, mpu: Any = None, **settings: Any) -> None:
+        """Put the model under DeepSpeed, with `settings` in addition to `deepspeed_config`."""
         num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self.deepspeed = deepspeed.initialize(
             model=self.model,
-            config=deepspeed_config(self.config, num_parameters, forward_only=num_steps is None) | settings,
+            config=deepspeed_config(self.config, num_parameters) | settings,
             mpu=mpu,
             dist_init_required=False,
-            **optimizer_arguments(self.model, self.config, optimizer, num_steps),
+            **optimizer_arguments(self.model, self.config),
         )[0]
 
     def _sum_over_ranks(self, tensor: Tensor) -> Tensor:

@@ -8,28 +8,25 @@ from data.shard import Sharder
 from recipes.engine.base import Engine
 from recipes.engine.deepspeed_engine import TrainingEngine
 from recipes.engine.pipeline_engine import PipelinedEngine
-from recipes.model.transformer import Transformer
 from recipes.planning.plan import Plan
 from ring_attention import AllGatherAttention, HybridAttention, LocalAttention, RingAttention, UlyssesAttention
 from ring_attention.groups import ParallelGroups
 from ring_attention.sequence_attention import SequenceAttention
 
-# attention.method -> its module, and the options that its constructor takes
-METHODS: dict[str, tuple[type[SequenceAttention], tuple[str, ...]]] = {
-    "ring": (RingAttention, ("transport", "hosts")),
-    "ulysses": (UlyssesAttention, ()),
-    "hybrid": (HybridAttention, ("transport", "hosts", "ulysses_degree")),
-    "all_gather": (AllGatherAttention, ("hosts",)),
-    "local": (LocalAttention, ()),
+METHODS: dict[str, type[SequenceAttention]] = {
+    "ring": RingAttention,
+    "ulysses": UlyssesAttention,
+    "hybrid": HybridAttention,
+    "all_gather": AllGatherAttention,
+    "local": LocalAttention,
 }
 
 
 def build_attention(plan: Plan, groups: ParallelGroups) -> SequenceAttention:
     """The plan's attention module over the ranks that share this rank's sequence."""
-    module, names = METHODS[plan.method]
-    all_options = {"transport": plan.transport, "hosts": groups.hosts, "ulysses_degree": plan.degrees.ulysses}
-    options: dict[str, Any] = {name: all_options[name] for name in names}
-    config = plan.config.attention
+    module, config = METHODS[plan.method], plan.config.attention
+    given = {"transport": plan.transport, "hosts": groups.hosts, "ulysses_degree": plan.degrees.ulysses}
+    options: dict[str, Any] = {name: given[name] for name in module.options}
     return module(config.kernel, groups.get_sequence_parallel_group(), layout=config.layout, **options)
 
 
@@ -40,23 +37,10 @@ def build_engine(plan: Plan, groups: ParallelGroups | None = None) -> Engine:
         groups: for the plan's data and sequence degrees, if they exist already.
     """
     config = plan.config
-    num_steps = config.num_steps if plan.trains else None
     if config.parallelism.method == "tensor_pipeline":
-        attention = LocalAttention(config.attention.kernel)
-        return PipelinedEngine(config, plan.degrees, attention, plan.layout.padded_length, num_steps)
+        return PipelinedEngine(config, plan.degrees, LocalAttention(config.attention.kernel), plan.layout.padded_length)
     groups = groups or ParallelGroups(plan.degrees.data, plan.degrees.sequence)
-    attention = build_attention(plan, groups)
-    tiles, engine = (plan.tile_tokens, plan.mlp_tile_tokens), config.engine
-    return TrainingEngine(
-        lambda: Transformer(
-            config.model, attention, config.seed, engine.recompute, *tiles, offload=engine.offload_activations
-        ),
-        groups,
-        attention.sequence_rank,
-        engine,
-        config.optimizer,
-        num_steps,
-    )
+    return TrainingEngine(config, groups, build_attention(plan, groups))
 
 
 def build_sharder(plan: Plan, engine: Engine) -> Sharder:

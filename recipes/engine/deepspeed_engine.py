@@ -1,28 +1,44 @@
 """The model under DeepSpeed's engine with ZeRO, data parallelism and sequence parallelism.
 
+The loss is the sum of all token losses over the number of valid tokens of the global batch: all data ranks, sequence
+ranks and micro-batches. These may hold different numbers of valid tokens, so a mean of means would be wrong.
+
 Two of DeepSpeed's routes to sequence parallelism are not used, because sequence ranks silently drift apart under them:
 `mesh_param`, and the config keys `sequence_parallel_size` and `data_parallel_size`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import deepspeed.comm as dist
 import torch
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-from torch import Tensor, nn
+from torch import Tensor
 
-from conf.schema import EngineConfig, OptimizerConfig
-from data.batch import TokenBatch
+from conf.schema import Config
+from data.shard import TokenBatch
 from recipes.engine.base import Engine, StepResult
-from recipes.engine.loss import loss_multiplier
+from recipes.model.transformer import Transformer
+from recipes.planning.memory import mlp_tile_tokens, tile_tokens
 from ring_attention.groups import ParallelGroups
+from ring_attention.sequence_attention import SequenceAttention
 from ring_attention.trace import profiler_range, report_status
 from ring_attention.transport import release_symmetric_buffers
 
 # in checkpoints of half precision on stage 0: the names of the fp32 master weights, by parameter group
 MASTER_WEIGHT_NAMES = "masters_of"
+
+
+def loss_multiplier(zero_stage: int, data_degree: int, sequence_degree: int, accumulation_steps: int) -> int:
+    """The factor on (summed token losses of this rank / valid tokens of the global batch) for DeepSpeed's `backward`.
+
+    It cancels DeepSpeed's own divisions, so that gradients are plain sums over ranks and micro-batches.
+
+    Measured with DeepSpeed 0.19.8 and a sequence-parallel mpu: `backward` divides by the accumulation steps. The
+    reduction divides the sum over all ranks by data_degree on stages 0, 1 and 2, and by all ranks on stage 3.
+    """
+    return accumulation_steps * data_degree * (sequence_degree if zero_stage == 3 else 1)
 
 
 def _undo_dummy_step(wrapper: FP16_UnfusedOptimizer) -> None:
@@ -40,35 +56,36 @@ class TrainingEngine(Engine):
     """Data and sequence parallelism under ZeRO.
 
     Args:
-        build_model: makes the model on torch's default device, with the same weights on all ranks.
         groups: DeepSpeed's mpu.
-        sequence_rank: which shard of a sequence's tokens this rank takes.
-        num_steps: the length of the learning rate schedule; None for forward passes only, without an optimizer.
+        attention: over the ranks that share this rank's sequence.
     """
 
-    def __init__(
-        self,
-        build_model: Callable[[], nn.Module],
-        groups: ParallelGroups,
-        sequence_rank: int,
-        engine_config: EngineConfig,
-        optimizer_config: OptimizerConfig,
-        num_steps: int | None,
-    ) -> None:
-        super().__init__(engine_config, sequence_rank, groups.data_rank, groups.data_degree)
+    def __init__(self, config: Config, groups: ParallelGroups, attention: SequenceAttention) -> None:
+        super().__init__(config, attention.sequence_rank, groups.data_rank, groups.data_degree)
+        engine = config.engine
+        tokens = engine.micro_batch_size * attention.layout(config.data.sequence_length).local_length
         with self.device:
-            self.model = build_model()
-        self._start_deepspeed(optimizer_config, num_steps, groups, seq_parallel_communication_data_type="fp32")
+            self.model = Transformer(
+                config.model,
+                attention,
+                config.seed,
+                engine.recompute,
+                tile_tokens(config, tokens),
+                mlp_tile_tokens(config, tokens),
+                engine.offload_activations,
+            )
+        self._start_deepspeed(groups, seq_parallel_communication_data_type="fp32")
         if isinstance(self.deepspeed.optimizer, FP16_UnfusedOptimizer):
             _undo_dummy_step(self.deepspeed.optimizer)
             names = {parameter: name for name, parameter in self.model.named_parameters()}
             param_groups = self.deepspeed.optimizer.fp16_groups
             self.client_state = {MASTER_WEIGHT_NAMES: [[names[p] for p in group] for group in param_groups]}
-        stage, accumulation_steps = engine_config.zero_stage, engine_config.gradient_accumulation_steps
-        self._loss_multiplier = loss_multiplier(stage, groups.data_degree, groups.sequence_degree, accumulation_steps)
+        self._loss_multiplier = loss_multiplier(
+            engine.zero_stage, groups.data_degree, groups.sequence_degree, engine.gradient_accumulation_steps
+        )
 
     def accumulate(self, micro_batches: Sequence[TokenBatch], stop_requested: bool = False) -> tuple[Tensor, Tensor]:
-        """Forward and backward passes of one step. Afterwards the engine holds the reduced gradients for `update`.
+        """Forward and backward passes of one step. Afterwards the engine holds the reduced gradients.
 
         Returns:
             The mean token loss over the global batch, and the number of ranks that passed `stop_requested`.
@@ -92,23 +109,20 @@ class TrainingEngine(Engine):
         loss_sum, num_stop_requests = self._sum_over_ranks(totals)
         return loss_sum / num_valid.clamp(min=1), num_stop_requests
 
-    def update(self) -> float | Tensor:
-        """Clip gradients, step the optimizer and the schedule; returns the gradient norm before clipping."""
+    def train_step(self, micro_batches: Sequence[TokenBatch], stop_requested: bool = False) -> StepResult:
+        assert len(micro_batches) == self.config.engine.gradient_accumulation_steps
+        loss, num_stop_requests = self.accumulate(micro_batches, stop_requested)
         report_status("part", "optimizer")
         grad_norm = None
-        if self.config.zero_stage == 0 and self.config.dtype == "fp32":
+        if self.config.engine.zero_stage == 0 and self.config.engine.dtype == "fp32":
             # here DeepSpeed neither keeps the norm nor checks for overflow; each rank has the full gradients
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             grad_norm = torch.nn.utils.get_total_norm(gradients)
             self.deepspeed.optimizer.overflow = not grad_norm.isfinite().item()
         with profiler_range("optimizer"):
             self.deepspeed.step()
-        return self.deepspeed.get_global_grad_norm() if grad_norm is None else grad_norm
-
-    def train_step(self, micro_batches: Sequence[TokenBatch], stop_requested: bool = False) -> StepResult:
-        assert len(micro_batches) == self.config.gradient_accumulation_steps
-        loss, num_stop_requests = self.accumulate(micro_batches, stop_requested)
-        grad_norm = self.update()
+        if grad_norm is None:
+            grad_norm = self.deepspeed.get_global_grad_norm()
         return StepResult(loss, grad_norm, num_stop_requests, self.deepspeed.was_step_applied())
 
     def ranks_with_nonfinite_loss(self) -> list[int]:

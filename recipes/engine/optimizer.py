@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
-from conf.schema import EngineConfig, OptimizerConfig
+from conf.schema import Config, OptimizerConfig
 
 
 def learning_rate_factor(config: OptimizerConfig, num_steps: int) -> Callable[[int], float]:
@@ -38,18 +39,14 @@ class SkippingAdamW(torch.optim.AdamW):
         return None if self.overflow else super().step(closure)
 
 
-def optimizer_arguments(
-    model: nn.Module, engine: EngineConfig, config: OptimizerConfig, num_steps: int | None
-) -> dict[str, Any]:
-    """AdamW and its schedule, as arguments for `deepspeed.initialize`; none for forward passes only.
+def optimizer_arguments(model: nn.Module, config: Config) -> dict[str, Any]:
+    """AdamW and its schedule, as arguments for `deepspeed.initialize`; none if the recipe does not train.
 
     Norms, biases (one dimension) and embeddings have no weight decay.
-
-    Args:
-        num_steps: the length of the schedule; None for forward passes only.
     """
-    if num_steps is None:
+    if config.recipe != "pretrain":
         return {}
+    engine, settings = config.engine, config.optimizer
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     decayed, not_decayed = [], []
     for parameter in model.parameters():
@@ -57,11 +54,11 @@ def optimizer_arguments(
     # fp32 on stage 0 is the one case in which DeepSpeed does not skip steps itself; ZeRO accepts only classes it knows
     kind = SkippingAdamW if engine.dtype == "fp32" and engine.zero_stage == 0 else torch.optim.AdamW
     optimizer = kind(
-        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": not_decayed, "weight_decay": 0.0}],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
+        [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": not_decayed, "weight_decay": 0.0}],
+        lr=settings.lr,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
         fused=torch.cuda.is_available() or engine.offload_optimizer,  # torch's fused AdamW serves on the host too
     )
-    schedule = functools.partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=learning_rate_factor(config, num_steps))
-    return {"optimizer": optimizer, "lr_scheduler": schedule}
+    factor = learning_rate_factor(settings, config.num_steps)
+    return {"optimizer": optimizer, "lr_scheduler": functools.partial(LambdaLR, lr_lambda=factor)}

@@ -18,7 +18,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from conf.schema import Config, Degrees, ModelConfig
-from data.batch import TokenBatch
+from data.shard import TokenBatch
 from recipes.engine.base import Engine, StepResult
 from recipes.engine.tensor_parallel import TensorGroup, shard_layer_, sum_replicated_gradients_
 from recipes.model.ops import cross_entropy_sum, make_norm
@@ -82,15 +82,12 @@ class PipelinedEngine(Engine):
     Args:
         attention: each rank's attention over full sequences, for its own heads.
         length: tokens of a sequence, with the padding for tensor ranks.
-        num_steps: the length of the learning rate schedule; None for forward passes only, without an optimizer.
     """
 
-    def __init__(
-        self, config: Config, degrees: Degrees, attention: nn.Module, length: int, num_steps: int | None
-    ) -> None:
+    def __init__(self, config: Config, degrees: Degrees, attention: nn.Module, length: int) -> None:
         topology = PipeModelDataParallelTopology(degrees.pipeline, degrees.tensor, degrees.data)
         coordinates = topology.get_coord(dist.get_rank())
-        super().__init__(config.engine, coordinates.model, coordinates.data, degrees.data)
+        super().__init__(config, coordinates.model, coordinates.data, degrees.data)
         self._pipeline_degree, self._tensor = degrees.pipeline, TensorGroup(degrees.tensor, coordinates.model)
         with self.device:
             self.model = model = PipelineModule(
@@ -104,7 +101,7 @@ class PipelinedEngine(Engine):
         sum_replicated_gradients_(model, self._tensor)
         # DeepSpeed need not partition activations between stages: tensor ranks hold different tokens
         pipeline = {"pipe_partitioned": False, "grad_partitioned": False}
-        self._start_deepspeed(config.optimizer, num_steps, pipeline=pipeline)
+        self._start_deepspeed(pipeline=pipeline)
         self._loss_factor: Tensor | float = 1.0
         self._shape: torch.Size | None = None
 

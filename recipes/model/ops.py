@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conf.schema import ModelConfig
-from data.batch import IGNORED_LABEL
+from data.shard import IGNORED_LABEL
 
 
 @functools.cache

@@ -127,15 +127,8 @@ class Transformer(nn.Module):
         if config.tied_head:
             self.head.weight = self.embedding.weight
 
-    def forward(self, tokens_BS: Tensor, positions_1S: Tensor, labels_BS: Tensor) -> Tensor:
-        """The sum of the cross-entropies of `TokenBatch.labels_BS` in nats, a scalar in fp32."""
-        return self.head(self._hidden(tokens_BS, positions_1S), labels_BS)
-
-    def logits(self, tokens_BS: Tensor, positions_1S: Tensor) -> Tensor:
-        """[B, S, V] for tokens [B, S] at global positions [1, S]."""
-        return self.head(self._hidden(tokens_BS, positions_1S))
-
-    def _hidden(self, tokens_BS: Tensor, positions_1S: Tensor) -> Tensor:
+    def forward(self, tokens_BS: Tensor, positions_1S: Tensor, labels_BS: Tensor | None = None) -> Tensor:
+        """The sum of the cross-entropies of labels in nats, a scalar in fp32; without labels the logits [B, S, V]."""
         cos, sin = rotary_cos_sin(positions_1S, self.config.head_dim, self.config.rope_theta)
         x_BSE = self.embedding(tokens_BS)
         for index, layer in enumerate(self.layers):
@@ -143,7 +136,7 @@ class Transformer(nn.Module):
                 x_BSE = layer(x_BSE, cos, sin)
             else:
                 x_BSE = self._checkpointed(layer, index, x_BSE, cos, sin)
-        return self.final_norm(x_BSE)
+        return self.head(self.final_norm(x_BSE), labels_BS)
 
     def _checkpointed(self, layer: nn.Module, index: int, *inputs: Tensor) -> Tensor:
         offload, context_fn = self._offload, noop_context_fn

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from data.batch import TokenBatch
+from data.shard import TokenBatch
 from recipes.engine.base import Engine
 from recipes.monitor import device_metrics
 from recipes.monitor.metric_registry import PARTS

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from data.batch import TokenBatch
+from data.shard import TokenBatch
 from recipes.engine.base import Engine
 from recipes.engine.deepspeed_engine import TrainingEngine
 from recipes.monitor.device_metrics import StepClock

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from conf.schema import Config, ModelConfig
-from recipes.planning.memory import bucket_size, dtype_bytes, num_parameters
+from recipes.planning.memory import bucket_size, dtype_bytes, layer_matrices, num_parameters
 
 PERSISTENT = 100_000  # ZeRO-3 never shards smaller parameters: DeepSpeed's stage3_param_persistence_threshold
 ALL_REDUCED = 500_000_000  # gradients per all-reduce without ZeRO, plus one parameter: MEMORY_OPT_ALLREDUCE_SIZE
@@ -144,10 +144,8 @@ def _zero3_persistent(model: ModelConfig, size: int, num_ranks: int) -> float:
 
 def _matrices(model: ModelConfig) -> list[int]:
     """Numbers in each parameter but norms and biases, in the model's order."""
-    hidden, heads, kv_heads = model.hidden_size, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    up = model.mlp_size * (2 if model.mlp == "swiglu" else 1)
-    layer = [width * hidden for width in (heads + 2 * kv_heads, heads, up, model.mlp_size)]
-    end = [model.vocab_size * hidden]
+    layer = [outputs * inputs for outputs, inputs in layer_matrices(model)]
+    end = [model.vocab_size * model.hidden_size]
     return end + layer * model.num_layers + ([] if model.tied_head else end)
 
 

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
-from recipes.planning.memory import changed, gib, mlp_bytes, num_parameters, offloaded_bytes
+from recipes.planning.memory import (
+    changed,
+    gib,
+    mlp_bytes,
+    mlp_tile_tokens,
+    num_parameters,
+    offloaded_bytes,
+    tile_tokens,
+)
 from recipes.planning.memory_timeline import StepMemory
 from recipes.planning.plan import DTYPES, Plan
 from ring_attention.auto_method import MESSAGE_LATENCY_MS
@@ -32,7 +41,7 @@ def banner(plan: Plan, run_dir: Path) -> list[str]:
         ("attention", _attention(plan)),
         ("attention kernel", f"{kernel} ({reason})"),
         ("engine", f"{sharding}, {engine.dtype}"),
-        *([] if plan.config.recipe == "bench_attention" else [*_tiles(plan), *_offloads(plan)]),
+        *([] if plan.config.recipe == "bench_attention" else _memory_savers(plan)),
         *(("!!!", warning) for warning in (plan.slow_step_warning, plan.memory_warning) if warning),
         ("run dir", str(run_dir)),
     ]
@@ -122,30 +131,25 @@ def _attention(plan: Plan) -> str:
     return f"{text}, transport {plan.transport} over {carrier}"
 
 
-def _tiles(plan: Plan) -> list[tuple[str, str]]:
-    rows, of_all = [], f"at a time, of {plan.local_tokens:,} per rank and micro-batch"
-    if plan.tile_tokens:
-        rows.append(("loss", f"logits of {plan.tile_tokens:,} tokens {of_all}"))
-    if plan.mlp_tile_tokens:
-        reason = f"engine.tile_tokens={plan.config.engine.tile_tokens}"
-        if plan.config.engine.tile_tokens is None:
-            all_bytes = mlp_bytes(plan.config) * plan.local_tokens
-            reason = f"all at once would need {gib(all_bytes)} GiB with their gradients"
-        rows.append(("MLP", f"hidden activations of {plan.mlp_tile_tokens:,} tokens {of_all} ({reason})"))
-    return rows
-
-
-def _offloads(plan: Plan) -> list[tuple[str, str]]:
-    engine, rows = plan.config.engine, []
+def _memory_savers(plan: Plan) -> Iterator[tuple[str, str]]:
+    """What is computed by tiles, and what lies on the host."""
+    config, engine, tokens = plan.config, plan.config.engine, plan.local_tokens
+    of_all = f"at a time, of {tokens:,} per rank and micro-batch"
+    if tile := tile_tokens(config, tokens):
+        yield "loss", f"logits of {tile:,} tokens {of_all}"
+    if tile := mlp_tile_tokens(config, tokens):
+        reason = f"engine.tile_tokens={engine.tile_tokens}"
+        if engine.tile_tokens is None:
+            reason = f"all at once would need {gib(mlp_bytes(config) * tokens)} GiB with their gradients"
+        yield "MLP", f"hidden activations of {tile:,} tokens {of_all} ({reason})"
     if engine.offload_parameters:
-        rows.append(("offload", "weights on the host, copied to the device when used"))
+        yield "offload", "weights on the host, copied to the device when used"
     if plan.trains and engine.offload_optimizer:
-        rows.append(("offload", "optimizer states and the optimizer step on the host"))
+        yield "offload", "optimizer states and the optimizer step on the host"
     if plan.trains and engine.offload_activations:
         what = "layer inputs" + (" and attention outputs" if engine.recompute == "selective" else "")
-        moved = f"{gib(offloaded_bytes(plan.config, plan.local_tokens))} GiB of host memory per rank"
-        rows.append(("offload", f"{what} of a micro-batch: {moved}"))
-    return rows
+        moved = f"{gib(offloaded_bytes(config, tokens))} GiB of host memory per rank"
+        yield "offload", f"{what} of a micro-batch: {moved}"
 
 
 def _candidates(plan: Plan) -> list[str]:

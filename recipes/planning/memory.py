@@ -22,10 +22,16 @@ def num_parameters(model: ModelConfig) -> int:
     return _embeddings(model) + _norm(model) + model.num_layers * _layer(model)
 
 
+def layer_matrices(model: ModelConfig) -> list[tuple[int, int]]:
+    """(outputs, inputs) of one layer's matrices: qkv, attention's output, the MLP's up and down projections."""
+    hidden, heads, kv_heads = model.hidden_size, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    up = model.mlp_size * (2 if model.mlp == "swiglu" else 1)
+    return [(heads + 2 * kv_heads, hidden), (hidden, heads), (up, hidden), (hidden, model.mlp_size)]
+
+
 def layer_matmul_parameters(model: ModelConfig) -> int:
     """Weights of one layer's matrices."""
-    attention = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim * model.hidden_size
-    return attention + (3 if model.mlp == "swiglu" else 2) * model.mlp_size * model.hidden_size
+    return sum(outputs * inputs for outputs, inputs in layer_matrices(model))
 
 
 def _norm(model: ModelConfig) -> int:
@@ -33,10 +39,7 @@ def _norm(model: ModelConfig) -> int:
 
 
 def _layer(model: ModelConfig) -> int:
-    biases = 0
-    if model.bias:
-        qkv_size = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-        biases = qkv_size + 2 * model.hidden_size + model.mlp_size * (2 if model.mlp == "swiglu" else 1)
+    biases = sum(outputs for outputs, _ in layer_matrices(model)) if model.bias else 0
     return layer_matmul_parameters(model) + biases + 2 * _norm(model)
 
 

@@ -87,21 +87,17 @@ class StepMemory:
         config, engine, method = self.config, self.config.engine, self.config.parallelism.method
         accumulation = engine.gradient_accumulation_steps
         can_offload = self.on_gpu and engine.zero_stage < 3 and engine.dtype != "fp32"
-        for applies, setting in (
-            (config.recipe != "pretrain", f"recipe={config.recipe}"),
-            (method != "sequence", f"parallelism={method}"),
-            (accumulation > 1, f"engine.gradient_accumulation_steps={accumulation}"),
-            (engine.train_batch_size is not None, "engine.train_batch_size"),
-            (engine.offload_parameters, "engine.offload_parameters=true"),
-            (
-                engine.offload_optimizer and not can_offload,
-                "engine.offload_optimizer=true, except on GPUs with bf16 and ZeRO stages 1 and 2",
-            ),
-            (engine.dtype == "fp16", "engine.dtype=fp16"),
-        ):
-            if applies:
-                return f"not predicted for {setting}"
-        return None
+        offload = "engine.offload_optimizer=true, except on GPUs with bf16 and ZeRO stages 1 and 2"
+        applies = {
+            f"recipe={config.recipe}": config.recipe != "pretrain",
+            f"parallelism={method}": method != "sequence",
+            f"engine.gradient_accumulation_steps={accumulation}": accumulation > 1,
+            "engine.train_batch_size": engine.train_batch_size is not None,
+            "engine.offload_parameters=true": engine.offload_parameters,
+            offload: engine.offload_optimizer and not can_offload,
+            "engine.dtype=fp16": engine.dtype == "fp16",
+        }
+        return next((f"not predicted for {setting}" for setting in applies if applies[setting]), None)
 
     @property
     def timeline(self) -> list[MemoryPoint]:
@@ -113,15 +109,13 @@ class StepMemory:
     def peak(self) -> MemoryPoint:
         return max(self.timeline, key=lambda point: point.total)
 
-    def at_local_length(self, local_length: int) -> StepMemory:
-        """With so many tokens of each sequence on this rank."""
-        return replace(self, local_tokens=local_length * self.config.engine.micro_batch_size)
-
     def longest_length(self, memory_bytes: float) -> int:
         """The most tokens of a sequence, a multiple of its ranks, that fit in a rank's memory; 0 if none do."""
-        local_lengths = range(1, 2**40)
-        num_fitting = bisect.bisect(local_lengths, memory_bytes, key=lambda n: self.at_local_length(n).peak.total)
-        return num_fitting * self.degrees.sequence
+
+        def peak_bytes(local_length: int) -> float:
+            return replace(self, local_tokens=local_length * self.config.engine.micro_batch_size).peak.total
+
+        return bisect.bisect(range(1, 2**40), memory_bytes, key=peak_bytes) * self.degrees.sequence
 
     def _loss_points(self) -> Iterator[MemoryPoint]:
         norm = self._norm_per_token * self.local_tokens

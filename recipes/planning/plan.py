@@ -12,7 +12,7 @@ import torch
 
 from conf.degrees import accumulation_steps, resolve_config, resolve_degrees
 from conf.schema import Config, ConfigError, Degrees
-from recipes.planning.memory import StateBytes, changed, gib, mlp_tile_tokens, state_bytes, tile_tokens
+from recipes.planning.memory import StateBytes, changed, gib, state_bytes
 from recipes.planning.memory_timeline import StepMemory
 from recipes.planning.refusal import refusal
 from recipes.planning.throughput import Throughput, forward_flops_per_token, peak_tflops
@@ -177,16 +177,6 @@ class Plan:
         return self.config.engine.micro_batch_size * self.layout.local_length
 
     @property
-    def tile_tokens(self) -> int:
-        """Tokens whose logits exist at once; 0 for all."""
-        return tile_tokens(self.config, self.local_tokens)
-
-    @property
-    def mlp_tile_tokens(self) -> int:
-        """Tokens whose hidden MLP activations exist at once; 0 for all."""
-        return mlp_tile_tokens(self.config, self.local_tokens)
-
-    @property
     def flops(self) -> float:
         """Per token of a step. Training costs three forward passes."""
         forward = forward_flops_per_token(self.config.model, self.config.data.sequence_length)
@@ -208,7 +198,7 @@ class Plan:
     @property
     def slow_step_warning(self) -> str | None:
         """Of steps that take a CPU many minutes."""
-        if self.device_type != "cpu" or self.estimated_step_s < SLOW_STEP_S:
+        if self.on_gpu or self.estimated_step_s < SLOW_STEP_S:
             return None
         return (
             f"a step is {self.tokens_per_step * self.flops / 1e12:,.0f} TFLOP, about "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from conf.schema import Config, Degrees
@@ -45,42 +45,19 @@ def _remedies(config: Config, degrees: Degrees, memory_bytes: int, host_ranks: i
                 return [f"{(before + typed).removesuffix(', and ')}{after}: {gib(needed)} GiB"]
         return []
 
-    ranks = math.prod(degrees)
-    remedies = first_fitting(_grids(config, ranks))
-    if not remedies:
+    engine, ranks, stage_3 = config.engine, math.prod(degrees), {"engine.zero_stage": 3}
+    remedies = []
+    if config.parallelism.method == "sequence" and not (remedies := first_fitting([(stage_3, degrees)])):
         while ranks < MAX_RANKS and not remedies:
             ranks *= 2
             hosts = f", on {math.ceil(ranks / host_ranks)} hosts like this one" if host_ranks else ""
-            remedies = first_fitting(_grids(config, ranks), f"{ranks} ranks with as much memory each{hosts}, and ")
-        engine, is_sequence = config.engine, config.parallelism.method == "sequence"
-        if host_ranks is None and config.recipe == "pretrain" and is_sequence and not engine.offload_optimizer:
+            more = Degrees(ranks, 1, 1)  # states do not depend on which ranks share a sequence
+            before = f"{ranks} ranks with as much memory each{hosts}, and "
+            remedies = first_fitting([({}, more), (stage_3, more)], before)
+        if host_ranks is None and config.recipe == "pretrain" and not engine.offload_optimizer:
             stages = range(max(1, engine.zero_stage), 4)
             offloads = (({"engine.zero_stage": n, "engine.offload_optimizer": True}, degrees) for n in stages)
             remedies += first_fitting(offloads, after=", the optimizer states on the host")
     layers = range(config.model.num_layers - 1, degrees.pipeline - 1, -1)
     smaller = (({"model.num_layers": num_layers}, degrees) for num_layers in layers)
     return remedies + first_fitting(smaller, "a smaller model, such as ")
-
-
-def _grids(config: Config, num_ranks: int) -> Iterator[tuple[dict[str, Any], Degrees]]:
-    """Ways to place the model on the ranks, as fields to change; those that divide it least come first."""
-    model, engine = config.model, config.engine
-    if config.parallelism.method != "tensor_pipeline":
-        degrees = Degrees(num_ranks, 1, 1)  # states do not depend on which ranks share a sequence
-        yield {}, degrees
-        if engine.zero_stage < 3:
-            yield {"engine.zero_stage": 3}, degrees
-        return
-    grids = [
-        (tensor, pipeline)
-        for tensor in range(1, math.gcd(num_ranks, model.num_kv_heads, model.mlp_size) + 1)
-        for pipeline in range(1, model.num_layers + 1)
-        if model.num_kv_heads % tensor == model.mlp_size % tensor == num_ranks % (tensor * pipeline) == 0
-    ]
-    for tensor, pipeline in sorted(grids, key=lambda grid: (grid[0] * grid[1], grid[0])):
-        degrees = Degrees(num_ranks // (tensor * pipeline), 1, 1, tensor, pipeline)
-        changes = {"parallelism.tensor_degree": tensor, "parallelism.pipeline_degree": pipeline}
-        if config.parallelism.data_degree not in (None, degrees.data):
-            changes["parallelism.data_degree"] = degrees.data
-        if engine.train_batch_size is None or engine.train_batch_size % (degrees.data * engine.micro_batch_size) == 0:
-            yield changes, degrees

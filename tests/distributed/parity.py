@@ -34,7 +34,7 @@ from conf.schema import (
     OptimizerConfig,
     ParallelismConfig,
 )
-from data.batch import IGNORED_LABEL, TokenBatch
+from data.shard import IGNORED_LABEL, TokenBatch
 from recipes.model.transformer import Transformer
 from recipes.planning.plan import DTYPES, Plan
 from ring_attention import LocalAttention

@@ -31,14 +31,8 @@ def validation_loss(data_degree: int, ring_degree: int, zero_stage: int) -> floa
 
     groups = parallel_groups(data_degree, ring_degree)
     attention = RingAttention("auto", groups.get_sequence_parallel_group(), layout="zigzag")
-    engine = TrainingEngine(
-        lambda: Transformer(MODEL, attention),
-        groups,
-        attention.sequence_rank,
-        EngineConfig(dtype="fp32", zero_stage=zero_stage),
-        OptimizerConfig(),
-        num_steps=1,
-    )
+    config = Config(model=MODEL, engine=EngineConfig(dtype="fp32", zero_stage=zero_stage), seed=0)
+    engine = TrainingEngine(config, groups, attention)
     sharder = Sharder(attention.layout(LENGTH), attention.sequence_rank, groups.data_rank, data_degree, 1)
     return engine.mean_loss(sharder.validation(SEQUENCES)).item()
 

@@ -38,8 +38,8 @@ def test_the_longest_sequence_fits_and_one_token_more_per_rank_does_not():
     step, memory_bytes = Setting("bf16", 1, num_ranks=4).plan.step_memory, 2**30
     local_length, rest = divmod(step.longest_length(memory_bytes), 4)
     assert rest == 0
-    assert step.at_local_length(local_length).peak.total <= memory_bytes
-    assert step.at_local_length(local_length + 1).peak.total > memory_bytes
+    assert dataclasses.replace(step, local_tokens=local_length).peak.total <= memory_bytes
+    assert dataclasses.replace(step, local_tokens=local_length + 1).peak.total > memory_bytes
     assert step.longest_length(1000) == 0
 
 

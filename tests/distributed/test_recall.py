@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from conf.schema import EngineConfig, ModelConfig, OptimizerConfig
-from data.batch import IGNORED_LABEL, TokenBatch
-from recipes.model.transformer import Transformer
+from conf.schema import Config, EngineConfig, ModelConfig, OptimizerConfig
+from data.shard import IGNORED_LABEL, TokenBatch
 from ring_attention import Layout, LocalAttention, RingAttention
 from tests.pool import WorkerPool, parallel_groups
 
@@ -39,14 +38,14 @@ def recall_accuracy(method: str, layout_name: str, num_steps: int) -> float | No
     layout = Layout(layout_name, NUM_RANKS, LENGTH)
     group = groups.get_sequence_parallel_group()
     attention = RingAttention("auto", group, layout=layout_name) if method == "ring" else LocalAttention("auto", group)
-    engine = TrainingEngine(
-        lambda: Transformer(MODEL, attention),
-        groups,
-        groups.get_sequence_parallel_rank(),
-        EngineConfig(dtype="fp32", zero_stage=1, micro_batch_size=BATCH_SIZE),
-        OptimizerConfig(lr=5e-3, weight_decay=0.0),
-        num_steps,
+    config = Config(
+        model=MODEL,
+        engine=EngineConfig(dtype="fp32", zero_stage=1, micro_batch_size=BATCH_SIZE),
+        optimizer=OptimizerConfig(lr=5e-3, weight_decay=0.0),
+        num_steps=num_steps,
+        seed=0,
     )
+    engine = TrainingEngine(config, groups, attention)
 
     def batch(seed: int) -> TokenBatch:
         tokens, labels = draw(seed)
@@ -58,12 +57,11 @@ def recall_accuracy(method: str, layout_name: str, num_steps: int) -> float | No
 
     for step in range(num_steps):
         engine.train_step([batch(step)])
-    assert isinstance(engine.model, Transformer)
     num_correct = num_labels = 0
     with torch.no_grad():
         for seed in range(10**6, 10**6 + 4):
             new = batch(seed)
-            answers = engine.model.logits(new.tokens_BS, new.positions_1S).argmax(-1)
+            answers = engine.model(new.tokens_BS, new.positions_1S).argmax(-1)
             valid = new.labels_BS != IGNORED_LABEL
             num_labels += int(valid.sum())
             num_correct += int((answers == new.labels_BS)[valid].sum())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from data.batch import IGNORED_LABEL
+from data.shard import IGNORED_LABEL
 from recipes.model.head import Head
 from tests.tools.measure import LIMIT, relative_error
 

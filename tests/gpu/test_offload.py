@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conf.schema import Config, DataConfig, EngineConfig, ModelConfig
-from data.batch import TokenBatch
+from data.shard import TokenBatch
 from recipes.model.transformer import Transformer
 from recipes.planning.plan import Plan
 from ring_attention import LocalAttention

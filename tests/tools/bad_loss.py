@@ -28,7 +28,7 @@ class BadLossTask(registry.RecipeTask):
     def run(self, run_dir: Path, console: TextIO) -> float:
         from torch import Tensor
 
-        from data.batch import TokenBatch
+        from data.shard import TokenBatch
         from recipes.engine.deepspeed_engine import TrainingEngine
         from recipes.monitor.reporter import Reporter
 

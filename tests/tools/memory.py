@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from conf.schema import AttentionConfig, Config, DataConfig, EngineConfig, ModelConfig
-from data.batch import TokenBatch
+from data.shard import TokenBatch
 from recipes.planning.plan import Plan
 from tests.pool import WorkerPool, parallel_groups
 

@@ -43,7 +43,7 @@ def test_flops_match_torchs_count():
     model = Transformer(shape, lambda q, k, v, batch_dim_idx: q)  # pyright: ignore[reportArgumentType]
     tokens = torch.zeros(1, length, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
-        model.logits(tokens, torch.arange(length).unsqueeze(0))
+        model(tokens, torch.arange(length).unsqueeze(0))
     attention = sum(4 * shape.num_heads * shape.head_dim * (query + 1) for query in range(length)) * shape.num_layers
     assert forward_flops_per_token(shape, length) * length == counter.get_total_flops() + attention
 
@@ -53,7 +53,7 @@ def test_flops_match_torchs_count():
     [(0, 1, 4, 1, 1), (1, 2, 2, 1, 2), (2, 2, 4, 3, 6), (3, 1, 4, 1, 4), (3, 2, 2, 2, 8)],
 )
 def test_the_loss_multiplier_cancels_deepspeeds_divisions(stage, data, ring, accumulation, multiplier):
-    from recipes.engine.loss import loss_multiplier
+    from recipes.engine.deepspeed_engine import loss_multiplier
 
     assert loss_multiplier(stage, data, ring, accumulation) == multiplier
 
@@ -77,7 +77,7 @@ def test_only_fp16_has_a_loss_scale():
 
     def loss_scaling(dtype: str) -> dict[str, float | None]:
         deepspeed = mock.Mock(skipped_steps=3, optimizer=mock.Mock(cur_scale=torch.tensor(1024.0)))
-        engine = mock.Mock(spec=Engine, config=EngineConfig(dtype=dtype), deepspeed=deepspeed)
+        engine = mock.Mock(spec=Engine, config=Config(engine=EngineConfig(dtype=dtype)), deepspeed=deepspeed)
         return Engine.loss_scaling.__get__(engine)
 
     assert loss_scaling("bf16") == {}
@@ -89,7 +89,7 @@ def test_norms_biases_and_embeddings_have_no_weight_decay():
 
     model = Transformer(ModelConfig(norm="layernorm", bias=True), LocalAttention("auto"))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    optimizer = optimizer_arguments(model, EngineConfig(), OptimizerConfig(), num_steps=1)["optimizer"]
+    optimizer = optimizer_arguments(model, Config())["optimizer"]
     decayed, not_decayed = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
     assert decayed == {
         n for n in names.values() if n.endswith("weight") and "norm" not in n and n != "embedding.weight"

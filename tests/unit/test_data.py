@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from conf.schema import Config, DataConfig, EngineConfig, ParallelismConfig
-from data.batch import IGNORED_LABEL
 from data.pack import SEPARATOR, Corpus, tokenize
-from data.shard import Sharder
+from data.shard import IGNORED_LABEL, Sharder
 from data.source import CorpusError
 from recipes.planning.plan import Plan
 from ring_attention import Layout

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from conf.schema import EngineConfig, OptimizerConfig
+from conf.schema import Config, EngineConfig
 from recipes.engine.base import deepspeed_config
 from recipes.engine.optimizer import optimizer_arguments
 
@@ -20,12 +20,12 @@ from recipes.engine.optimizer import optimizer_arguments
     ],
 )
 def test_settings_offload_what_was_asked_and_no_optimizer_in_forward_passes(fields, expected):
-    engine = EngineConfig(zero_stage=3, **fields)
-    for num_steps, keys in ((10, expected), (None, expected - {"offload_optimizer"})):
-        zero = deepspeed_config(engine, 1000, forward_only=num_steps is None)["zero_optimization"]
+    for recipe, keys in (("pretrain", expected), ("forward", expected - {"offload_optimizer"})):
+        config = Config(recipe=recipe, engine=EngineConfig(zero_stage=3, **fields))
+        zero = deepspeed_config(config, 1000)["zero_optimization"]
         assert {key for key in zero if key.startswith("offload")} == keys
         assert all(zero[key]["device"] == "cpu" for key in keys)
-        arguments = optimizer_arguments(nn.Linear(2, 2), engine, OptimizerConfig(), num_steps)
-        assert bool(arguments) == bool(num_steps)
-        if num_steps:
+        arguments = optimizer_arguments(nn.Linear(2, 2), config)
+        assert bool(arguments) == (recipe == "pretrain")
+        if arguments:
             assert arguments["optimizer"].defaults["fused"] == ("offload_optimizer" in expected)
