@@ -1,7 +1,4 @@
-"""The three sources of text, all read with `datasets` as a stream of documents.
-
-What `open_documents` returns can be iterated again and again: each time from the start, in the same order.
-"""
+"""The sources of text, all read with `datasets` as a stream of documents."""
 
 from __future__ import annotations
 
@@ -30,7 +27,7 @@ def is_local(config: DataConfig) -> bool:
 
 
 class Documents:
-    """The documents of a data set. Iterating raises CorpusError if they cannot be read."""
+    """The documents of a data set, in the same order each time. Iterating raises CorpusError if it cannot be read."""
 
     def __init__(self, dataset: Iterable[dict], text_field: str, description: str) -> None:
         self._dataset, self._text_field, self.description = dataset, text_field, description
@@ -60,15 +57,20 @@ class Documents:
 
 def open_documents(config: DataConfig) -> Documents:
     """The documents of the configured source, in a fixed order. Raises CorpusError if it cannot be opened."""
-    if config.source == "hub":
-        return _open_hub(config)
-    if config.source == "stdlib":
-        description, files = "Python's standard library", stdlib_files()
-    else:
-        patterns = [config.files] if isinstance(config.files, str) else config.files
-        description = f"data.files={config.files}"
-        files = sorted({name for pattern in patterns for name in glob.glob(pattern, recursive=True)})
-        files = [str(Path(name).resolve()) for name in files if Path(name).is_file()]
+    return SOURCES[config.source](config)
+
+
+def _open_stdlib(config: DataConfig) -> Documents:
+    return _open_files(stdlib_files(), "Python's standard library", config)
+
+
+def _open_text_files(config: DataConfig) -> Documents:
+    patterns = [config.files] if isinstance(config.files, str) else config.files
+    names = {name for pattern in patterns for name in glob.glob(pattern, recursive=True) if Path(name).is_file()}
+    return _open_files([str(Path(name).resolve()) for name in sorted(names)], f"data.files={config.files}", config)
+
+
+def _open_files(files: list[str], description: str, config: DataConfig) -> Documents:
     if not files:
         raise CorpusError(f"{description} has no file to read: use data=text_files data.files='texts/*.txt'")
     random.Random(config.shuffle_seed).shuffle(files)
@@ -118,3 +120,6 @@ def _open_hub(config: DataConfig) -> Documents:
             "data.split and the network, or use data=stdlib"
         ) from error
     return Documents(dataset, config.text_field, description)
+
+
+SOURCES = {"stdlib": _open_stdlib, "text_files": _open_text_files, "hub": _open_hub}

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from conf.schema import METHODS, AttentionConfig, ConfigError
+from conf.schema import METHODS, AttentionConfig, ConfigError, DataConfig
+from data.source import SOURCES
 from recipes.engine import build
 from ring_attention.kernels import KERNELS
 from ring_attention.layout import LAYOUTS
@@ -22,6 +23,11 @@ def test_the_schema_has_the_names_of_the_registry(field: str, names: list[str]):
     for name in names:
         setattr(attention, field, name)
         attention.__post_init__()
+
+
+def test_the_schema_has_the_data_sources():
+    with pytest.raises(ConfigError, match=f"data.source=nothing is not known: use {', '.join(SOURCES)}$"):
+        DataConfig(source="nothing")
 
 
 def test_every_method_but_auto_has_a_module():
