@@ -22,7 +22,7 @@ CASES = {
     ),
     "an unknown option of a group": (
         ["attention=rings"],
-        "attention=rings is not known: use attention=",
+        "attention=rings is not known: did you mean ring? use attention=",
     ),
     "no option of a group": (
         ["model=null"],
