@@ -104,7 +104,8 @@ def run_as_one_rank(arguments: list[str]) -> None:
             composed = hydra.compose("config", arguments, return_hydra_config=True)
             check_multirun(composed.hydra)
             with open_dict(composed):
-                run_dir = Path(composed.pop("hydra").run.dir).absolute()
+                run_dir = Path(composed.hydra.run.dir).absolute()  # may refer to others of Hydra's settings
+                del composed["hydra"]
             execute(to_config(composed), arguments, run_dir)
     except (ConfigError, CompactHydraException) as error:
         sys.exit(f"error: {describe_error(error)}" if os.environ["LOCAL_RANK"] == "0" else 1)

@@ -114,6 +114,8 @@ def describe_error(error: Exception) -> str:
     if isinstance(error, OverrideParseException):
         reason = error.message.splitlines()[-2]  # the last line is a link
         example = "\"data.files=['a.txt','b.txt']\""
+        if _ENTRIES in error.override:
+            example = "\"+compare.entries.mine=['+experiment=dp','engine.zero_stage=2']\""
         return f"{error.override} is not of the form field=value ({reason}): quote special characters, as in {example}"
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
         name = str(cause.full_key)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from conf.schema import Config, ConfigError, Degrees, divisors, one_divisor
+from conf.schema import Config, ConfigError, Degrees, one_divisor
 
 
 def resolve_degrees(config: Config, num_ranks: int, ranks_per_host: int | None = None) -> Degrees:
@@ -95,8 +95,7 @@ def _choose_sequence(
     chosen = given | dict.fromkeys((*fixed, "tensor", "pipeline"), 1)
     if method == "hybrid" and given["ring"] is None and given["ulysses"] is None:
         share = _ranks_left(num_ranks, chosen)
-        per_host = math.gcd(share, ranks_per_host or share)
-        chosen["ulysses"] = max(degree for degree in divisors(per_host) if config.model.num_kv_heads % degree == 0)
+        chosen["ulysses"] = math.gcd(share, ranks_per_host or share, config.model.num_kv_heads)
     return chosen
 
 

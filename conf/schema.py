@@ -341,14 +341,9 @@ class Config(_Checked):
             yield f"profile=true records step {steps[1]}, but num_steps={self.num_steps}: use num_steps={steps[1]}"
 
 
-def divisors(number: int) -> list[int]:
-    """All divisors, ascending."""
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
-
-
 def one_divisor(number: int) -> str:
     """Of 4: "1, 2 or 4"."""
-    *others, last = map(str, divisors(number))
+    *others, last = (str(divisor) for divisor in range(1, number + 1) if number % divisor == 0)
     return f"{', '.join(others)} or {last}" if others else last
 
 

@@ -85,7 +85,7 @@ class ComparisonTask:
             record({"error": str(error)})
         else:
             is_roofline = measurement.entry == rounds.ROOFLINE
-            with out_of_memory_explained(plan, run_dir):
+            with out_of_memory_explained(plan, run_dir, compares=True):
                 for result in _roofline(plan) if is_roofline else self._timed(measurement, plan, console):
                     record(result)
         if console:

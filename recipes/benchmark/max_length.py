@@ -23,7 +23,7 @@ from recipes.planning.plan import Plan
 from recipes.run.errors import RunFailed
 from recipes.run.run_dir import Row
 
-RESULT_FILE, PROBE_FILE = "max_length.json", "probe.json"
+RESULT_FILE, PROBE_FILE, NO_MEMORY = "max_length.json", "probe.json", "no_memory_rank_"
 TOKENS_PER_RANK = 256  # a multiple of them is used: kernels work on tiles of 64 to 256 tokens
 NUM_STEPS = 2  # the first allocates what later ones reuse
 MARGIN = 0.1  # of a device: CUDA's context and NCCL's buffers take 1 to 2 GiB, fragmentation some more
@@ -137,7 +137,7 @@ class Probe:
     """Train the configured number of steps on random tokens; rank 0 writes time and peak memory to PROBE_FILE.
 
     The peak is the largest of all ranks: on a GPU without the allocator's cache, on the CPU what the process grows by.
-    A rank that runs out of memory writes `error` instead.
+    A rank that runs out of memory writes the error to a file of its own.
     """
 
     config: Config
@@ -147,7 +147,7 @@ class Probe:
             self._measure(run_dir)
         except Exception as error:
             if cause := out_of_memory_cause(error):
-                (run_dir / PROBE_FILE).write_text(json.dumps({"error": str(cause)}), encoding="utf-8")
+                (run_dir / f"{NO_MEMORY}{os.environ['RANK']}").write_text(str(cause), encoding="utf-8")
             raise
         return float("nan")
 
@@ -195,12 +195,14 @@ def train_probe(config: Config, num_ranks: int, folder: Path) -> Row:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / PROBE_FILE
-    path.unlink(missing_ok=True)  # of an earlier run
+    for old in (*folder.glob(PROBE_FILE), *folder.glob(f"{NO_MEMORY}*")):  # of an earlier run
+        old.unlink()
     if not torch.cuda.device_count():  # glibc then returns freed tensors at once, so that the peak is that of tensors
         os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
     try:
         launcher.start(Probe(config), num_ranks, folder)
     except RunFailed:
-        if not (path.exists() and "error" in json.loads(path.read_text(encoding="utf-8"))):
+        if not (errors := sorted(folder.glob(f"{NO_MEMORY}*"))):
             raise
+        return {"error": errors[0].read_text(encoding="utf-8")}
     return json.loads(path.read_text(encoding="utf-8"))

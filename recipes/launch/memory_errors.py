@@ -21,8 +21,8 @@ OUT_OF_MEMORY_WORDS = ("DefaultCPUAllocator", "out of memory")
 
 
 @contextlib.contextmanager
-def out_of_memory_explained(plan: Plan, run_dir: Path) -> Iterator[None]:
-    """Raise RunFailed from an error of the block that has run out of memory. Recipes and comparisons run in it."""
+def out_of_memory_explained(plan: Plan, run_dir: Path, compares: bool = False) -> Iterator[None]:
+    """Raise RunFailed from an error of the block, an entry of a comparison if it `compares`, that ran out of memory."""
     try:
         yield
     except Exception as error:
@@ -38,7 +38,7 @@ def out_of_memory_explained(plan: Plan, run_dir: Path) -> Iterator[None]:
             *state_lines(plan),
             *step_memory_lines(plan),
             f"the {NUM_OVERRIDES} overrides most likely to help, best first:",
-            *(f"  {override}" for override in helpful_overrides(plan)),
+            *(f"  {override}" for override in helpful_overrides(plan, compares)),
         ]
         raise RunFailed("\n".join(lines)) from error
 
@@ -64,19 +64,19 @@ def out_of_memory_cause(error: BaseException | None) -> BaseException | None:
     return None
 
 
-def helpful_overrides(plan: Plan) -> list[str]:
+def helpful_overrides(plan: Plan, compares: bool = False) -> list[str]:
     """Up to three lines to type that reduce memory and are not set yet, best first."""
-    overrides = [*_for_the_same_job(plan), *_for_a_smaller_job(plan)]
+    overrides = [*_for_the_same_job(plan, compares), *_for_a_smaller_job(plan)]
     return [f"{override}  ({why})" for override, why in overrides][:NUM_OVERRIDES]
 
 
-def _for_the_same_job(plan: Plan) -> Iterator[tuple[str, str]]:
+def _for_the_same_job(plan: Plan, compares: bool) -> Iterator[tuple[str, str]]:
     """Overrides, and why they help, that train the same model on the same batches."""
     engine, degrees, tokens = plan.config.engine, plan.degrees, plan.local_tokens
     if plan.config.attention.kernel == "reference":
         yield "attention.kernel=auto", "the reference kernel stores every attention score"
     if engine.micro_batch_size > 1:
-        if plan.config.compare.entries:
+        if compares:
             yield "compare.micro_batch_sizes=[1]", f"now {engine.micro_batch_size}"
         else:
             yield f"engine.micro_batch_size=1 {_same_batch(plan)}", "the same batch in more micro-batches"
@@ -124,7 +124,8 @@ def _same_batch(plan: Plan) -> str:
 def _more_ranks_per_sequence(plan: Plan) -> str | None:
     """Overrides for all ranks on one sequence; None if they are, or if there are too few heads."""
     num_ranks, ulysses = plan.num_ranks, plan.degrees.ulysses
-    if plan.degrees.data == 1 or (plan.method == "ulysses" and plan.config.model.num_kv_heads < num_ranks):
+    lacks_heads = plan.method == "ulysses" and plan.config.model.num_kv_heads < num_ranks
+    if plan.degrees.data == 1 or (lacks_heads and not plan.candidates):
         return None
     by_method = {
         "local": "attention=ring",

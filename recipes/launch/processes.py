@@ -112,14 +112,16 @@ def signals_deferred() -> Iterator[None]:
     Until they run our code they would print tracebacks.
     """
     received: list[int] = []
-    with _handled((signal.SIGINT, *STOP_SIGNALS), lambda number, _: received.append(number)):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            yield
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    for number in received:
-        signal.raise_signal(number)
+    try:
+        with _handled((signal.SIGINT, *STOP_SIGNALS), lambda number, _: received.append(number)):
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                yield
+            finally:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    finally:
+        for number in received:
+            signal.raise_signal(number)
 
 
 @contextlib.contextmanager

@@ -37,7 +37,7 @@ class Task(Protocol):
 def run_rank(task: Task, run_dir: Path, has_parent: bool) -> float:
     """Run the task as the rank that the environment names. All ranks use rank 0's task and run dir.
 
-    It `has_parent` if `processes.launch` has started it, which explains its errors.
+    With `has_parent`, `processes.launch` started it and explains its errors.
 
     Raises:
         RunFailed: for any error of the task, in an external launcher's ranks.

@@ -31,11 +31,10 @@ class Head(nn.Linear):
             return super().forward(input)
         if self.tile_tokens == 0 or labels_BS.numel() <= self.tile_tokens:
             return cross_entropy_sum(super().forward(input), labels_BS)
-        x_TE, labels_T, weight_VE = input.flatten(0, -2), labels_BS.flatten(), self.weight
-        if torch.is_grad_enabled():
-            return _TiledCrossEntropy.apply(x_TE, weight_VE, labels_T, self.tile_tokens)  # pyright: ignore[reportReturnType]
-        tiles = zip(x_TE.split(self.tile_tokens), labels_T.split(self.tile_tokens), strict=True)
-        return torch.stack([cross_entropy_sum(x @ weight_VE.T, labels) for x, labels in tiles]).sum()
+        x_TE, weight_VE = input.flatten(0, -2), self.weight
+        if not torch.is_grad_enabled():  # needs_input_grad ignores it
+            x_TE, weight_VE = x_TE.detach(), weight_VE.detach()
+        return _TiledCrossEntropy.apply(x_TE, weight_VE, labels_BS.flatten(), self.tile_tokens)  # pyright: ignore[reportReturnType]
 
 
 class _TiledCrossEntropy(torch.autograd.Function):
@@ -47,10 +46,12 @@ class _TiledCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_TE: Tensor, weight_VE: Tensor, labels_T: Tensor, tile_tokens: int) -> Tensor:
-        dx_TE, dweight_VE = fp32_zeros_like(x_TE), fp32_zeros_like(weight_VE)
-        loss = dx_TE.new_zeros(())
-        for x, labels, dx in zip(*(t.split(tile_tokens) for t in (x_TE, labels_T, dx_TE)), strict=True):
-            loss += _tile(x, weight_VE, labels, dx, dweight_VE)
+        loss = fp32_zeros_like(x_TE.new_empty(()))
+        dx_TE = fp32_zeros_like(x_TE) if ctx.needs_input_grad[0] else None
+        dweight_VE = fp32_zeros_like(weight_VE) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(x_TE), tile_tokens):
+            tile = slice(start, start + tile_tokens)
+            loss += _tile(x_TE[tile], weight_VE, labels_T[tile], None if dx_TE is None else dx_TE[tile], dweight_VE)
         ctx.save_for_backward(dx_TE, dweight_VE)
         ctx.dtype = weight_VE.dtype
         return loss
@@ -59,19 +60,26 @@ class _TiledCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         factor = grad_outputs[0].reshape(1)
-        gradients = (torch.mul(t, factor, out=torch.empty_like(t, dtype=ctx.dtype)) for t in ctx.saved_tensors)
+        gradients = [
+            None if total is None else torch.mul(total, factor, out=torch.empty_like(total, dtype=ctx.dtype))
+            for total in ctx.saved_tensors
+        ]
         return *gradients, None, None
 
 
-def _tile(x_TE: Tensor, weight_VE: Tensor, labels_T: Tensor, dx_TE: Tensor, dweight_VE: Tensor) -> Tensor:
+def _tile(x_TE: Tensor, weight_VE: Tensor, labels_T: Tensor, dx_TE: Tensor | None, dweight_VE: Tensor | None) -> Tensor:
     """The loss of one tile, a scalar; adds to this tile's `dx_TE` and to `dweight_VE`.
 
     A function of its own, so that its logits are freed before the next tile's are computed.
     """
-    logits_TV = (x_TE @ weight_VE.T).requires_grad_()
+    logits_TV = x_TE @ weight_VE.T
+    if dx_TE is None and dweight_VE is None:
+        return cross_entropy_sum(logits_TV, labels_T)
     with torch.enable_grad():
-        loss = cross_entropy_sum(logits_TV, labels_T)
+        loss = cross_entropy_sum(logits_TV.requires_grad_(), labels_T)
     (dlogits_TV,) = torch.autograd.grad(loss, logits_TV)
-    add_matmul_(dx_TE, dlogits_TV, weight_VE)
-    add_matmul_(dweight_VE, dlogits_TV.T, x_TE)
+    if dx_TE is not None:
+        add_matmul_(dx_TE, dlogits_TV, weight_VE)
+    if dweight_VE is not None:
+        add_matmul_(dweight_VE, dlogits_TV.T, x_TE)
     return loss.detach()

@@ -10,7 +10,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # schedulers send one of them s
 class RunFailed(RuntimeError):
     """A rank failed. The message names the rank, shows its error and says where its log is.
 
-    If it is `of_all_ranks`, every rank raises it, rank 0 alone reports it, and all can wait for that.
+    With `of_all_ranks` every rank raises it; rank 0 alone reports it, and all can wait for that.
     """
 
     def __init__(self, message: str, of_all_ranks: bool = False) -> None:

@@ -42,7 +42,7 @@ from recipes.sweep.search_space import SearchSpace, format_value, read_space
 
 JOURNAL_FILE, LOCK_FILE = "sweep.journal", "sweep.lock"
 # prefixes of fields that change no trial's result: they may differ when a sweep is resumed
-RESUME_SAFE = ("logging.", "checkpoint.", "launch.timeout_s", "sweep.num_trials", "sweep.num_parallel", "breakdown")
+RESUME_SAFE = ("logging.", "checkpoint.", "launch.timeout_s", "sweep.num_", "breakdown", "compare.", "hydra.")
 EXPECTED_ERRORS = (ConfigError, RunFailed, CompactHydraException)  # their messages are complete without a traceback
 
 RunTrial = Callable[[list[str], int], JobReturn]
@@ -109,13 +109,12 @@ def _open_study(
     direction, _ = OBJECTIVES[settings.objective]
     study = optuna.create_study(study_name="sweep", storage=storage, direction=direction, load_if_exists=True)
     fields: Any = OmegaConf.to_container(composed, resolve=False)
-    now = {name: value for name, value in flatten(fields).items() if not name.startswith(("hydra.", *RESUME_SAFE))}
-    now |= space.texts
+    now = flatten(fields) | space.texts
     before = study.user_attrs.get("settings", now)
     differing = [
         f"{name} was {before.get(name, 'not set')} and is {now.get(name, 'not set')}"
         for name in {**before, **now}
-        if before.get(name) != now.get(name)
+        if before.get(name) != now.get(name) and not name.startswith(RESUME_SAFE)
     ]
     if differing:
         raise ConfigError(f"{folder} holds another sweep: {'; '.join(differing)}: use another hydra.sweep.dir")

@@ -86,7 +86,7 @@ def subgroup(group: Any, ranks: Sequence[int]) -> torch_dist.ProcessGroup:
     if global_ranks == torch_dist.get_process_group_ranks(group):
         return group
     key = (group, tuple(ranks))
-    if key not in _subgroups:
+    if _subgroups.get(key) not in torch_dist.distributed_c10d._world.pg_map:  # not built, or destroyed
         built = torch_dist.new_group(global_ranks, timeout=group_timeout(group), use_local_synchronization=True)
         assert isinstance(built, torch_dist.ProcessGroup), "called by a rank outside"
         _subgroups[key] = built

@@ -123,10 +123,13 @@ def test_logits_exist_for_one_tile_at_a_time(tile_tokens: int, tokens: int, num_
     assert (operators.tokens, operators.num_products) == (tokens, num_products)
 
 
-def test_without_gradients_none_are_computed():
+def test_only_required_gradients_are_computed():
     x, _, labels = inputs()
     head = Head(HIDDEN, VOCABULARY, TILE).double()
     with Operators() as operators, torch.no_grad():
         loss = head(x.requires_grad_(), labels)
     assert not loss.requires_grad
     assert operators.num_products == NUM_TILES
+    with Operators() as operators:
+        head.requires_grad_(False)(x, labels).backward()
+    assert operators.num_products == 2 * NUM_TILES

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from conf.schema import Config, ConfigError, EngineConfig, LaunchConfig, MaxLengthConfig, ModelConfig
-from recipes.benchmark.max_length import MAX_ATTEMPTS, PROBE_FILE, Probe, duration, max_length
+from recipes.benchmark.max_length import MAX_ATTEMPTS, NO_MEMORY, PROBE_FILE, Probe, duration, max_length
 from recipes.launch import launcher
 from recipes.run.errors import RunFailed
 
@@ -41,7 +41,7 @@ def search(monkeypatch, tmp_path):
             tried.append(task.config.data.sequence_length)
             peak = peak_gib(tried[-1])
             if peak > capacity_gib:
-                (run_dir / PROBE_FILE).write_text(json.dumps({"error": "no memory"}))
+                (run_dir / f"{NO_MEMORY}1").write_text("no memory")
                 raise RunFailed("out of memory")
             (run_dir / PROBE_FILE).write_text(json.dumps({"peak_gib": peak, "tokens_per_s": 5.0}))
             return float("nan")
@@ -149,6 +149,7 @@ def test_an_unsupported_configuration_is_refused(search):
 
 def test_a_probe_reports_only_running_out_of_memory(monkeypatch, tmp_path):
     probe = Probe(Config())
+    monkeypatch.setenv("RANK", "0")
 
     def fails(error):
         def measure(self, run_dir):
@@ -159,8 +160,8 @@ def test_a_probe_reports_only_running_out_of_memory(monkeypatch, tmp_path):
     fails(ValueError("another"))
     with pytest.raises(ValueError, match="another"):
         probe.run(tmp_path, io.StringIO())
-    assert not (tmp_path / PROBE_FILE).exists()
+    assert list(tmp_path.iterdir()) == []
     fails(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
         probe.run(tmp_path, io.StringIO())
-    assert json.loads((tmp_path / PROBE_FILE).read_text()) == {"error": "CUDA out of memory. Tried to allocate 2 GiB"}
+    assert (tmp_path / f"{NO_MEMORY}0").read_text() == "CUDA out of memory. Tried to allocate 2 GiB"

@@ -105,8 +105,9 @@ def test_overrides_that_are_set_are_not_suggested(monkeypatch):
 
 
 def test_a_comparison_has_its_own_field_for_micro_batches():
-    compare = CompareConfig(entries={"ring": []})
-    overrides = helpful_overrides(plan(engine=EngineConfig(micro_batch_size=4), compare=compare))
+    of = plan(engine=EngineConfig(micro_batch_size=4), compare=CompareConfig(entries={"ring": []}))
+    assert helpful_overrides(of)[0].startswith("engine.micro_batch_size=1 ")
+    overrides = helpful_overrides(of, compares=True)
     assert overrides[0] == "compare.micro_batch_sizes=[1]  (now 4)"
 
 

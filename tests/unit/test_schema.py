@@ -170,7 +170,7 @@ MISTAKES = [
     ("compare.baseline=nosuch", "compare.baseline=nosuch is no entry: use tp_pp, tp, pp, ra_sp, ulysses, hybrid, all_gather, dp"),
     ("recipe=compare compare.only=dp", "compare.only=dp must be a list: type compare.only=[dp]"),
     ("recipe=compare compare.entries.mine=['+experiment=dp']", "compare.entries.mine ... needs a plus: type +compare.entries.mine=['+experiment=dp']"),
-    ("recipe=compare +compare.entries.mine=[+experiment=dp]", "+compare.entries.mine=[+experiment=dp] is not of the form field=value (no viable alternative at input '[+experiment=') ... \"data.files=['a.txt','b.txt']\""),
+    ("recipe=compare +compare.entries.mine=[+experiment=dp]", "+compare.entries.mine=[+experiment=dp] is not of the form field=value (no viable alternative at input '[+experiment=') ... \"+compare.entries.mine=['+experiment=dp','engine.zero_stage=2']\""),
     ("recipe=compare ~compare", "recipe=compare has nothing to compare: type recipe=compare +experiment=paper_table"),
     ("recipe=compare ~compare compare.baseline=dp", "recipe=compare has nothing to compare: type recipe=compare +experiment=paper_table"),
     ("engine.train_batch_size=8 engine.gradient_accumulation_steps=2", "engine.train_batch_size=8 sets engine.gradient_accumulation_steps: omit it"),
