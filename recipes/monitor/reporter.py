@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shlex
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -116,11 +117,14 @@ class Reporter:
         self.say(f"an earlier run here left no checkpoint to resume from: its {METRICS_FILE} is now {earlier.name}")
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # another rank's end may have brought us here before our own Ctrl-C, which must not cut this short
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         self._bar.close()
         self._file.close()
         if kind is Preempted:
             self._wandb.mark_preempting()
         self._wandb.finish(exit_code=0 if kind is None else 1)
+        signal.signal(signal.SIGINT, before)
 
     @property
     def elapsed_s(self) -> float:

@@ -94,10 +94,10 @@ class Raises(recipes.registry.RecipeTask):
         import torch
         import recipes.pretrain
         original = recipes.pretrain.pretrain
-        def pretrain(*arguments):
+        def pretrain(*arguments, **options):
             if os.environ["RANK"] == "1":
                 {statement}
-            return original(*arguments)
+            return original(*arguments, **options)
         recipes.pretrain.pretrain = pretrain
         return super().run(run_dir, console)
 
