@@ -113,8 +113,7 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
             if metrics:
                 logger.write(step, metrics)
 
-            is_agreed = stop_request is not None and stop_request.is_agreed(result.num_stop_requests)
-            preempted = is_agreed and not is_last
+            preempted = stop_request is not None and stop_request.is_agreed(result.num_stop_requests) and not is_last
             is_due = checkpoints.are_enabled and _is_multiple(step, config.checkpoint.every_n_steps)
             # the last checkpoint follows the summary: a run that has it is finished
             if preempted or (is_due and not is_last):

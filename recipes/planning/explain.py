@@ -6,15 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
-from recipes.planning.memory import (
-    changed,
-    gib,
-    mlp_bytes,
-    mlp_tile_tokens,
-    num_parameters,
-    offloaded_bytes,
-    tile_tokens,
-)
+from recipes.planning import memory
 from recipes.planning.memory_timeline import StepMemory
 from recipes.planning.plan import DTYPES, Plan
 from ring_attention.auto_method import MESSAGE_LATENCY_MS
@@ -36,7 +28,7 @@ def banner(plan: Plan, run_dir: Path) -> list[str]:
     rows = [
         ("ranks", _ranks(plan)),
         ("tokens", f"{tokens}; {plan.tokens_per_step:,} per step"),
-        ("model", f"{model.name}: {num_parameters(model) / 1e6:,.2f} M parameters, {shape}"),
+        ("model", f"{model.name}: {memory.num_parameters(model) / 1e6:,.2f} M parameters, {shape}"),
         ("FLOPs per token", f"{plan.flops / 1e6:,.1f} M {passes}, causal counted once"),
         ("attention", _attention(plan)),
         ("attention kernel", f"{kernel} ({reason})"),
@@ -64,7 +56,7 @@ def explanation(plan: Plan, run_dir: Path) -> list[str]:
         *candidates,
         *ring_work,
         "",
-        f"parameters: {num_parameters(config.model):,}",
+        f"parameters: {memory.num_parameters(config.model):,}",
         "",
         *state_lines(plan),
         *step_memory_lines(plan),
@@ -75,7 +67,7 @@ def state_lines(plan: Plan) -> list[str]:
     """Memory of the training states, or why that is too much."""
     if plan.refusal:
         return plan.refusal.splitlines()
-    available = "" if plan.memory_bytes is None else f" of {gib(plan.memory_bytes)} GiB, the memory of one rank"
+    available = "" if plan.memory_bytes is None else f" of {memory.gib(plan.memory_bytes)} GiB, the memory of one rank"
     return [
         "weights, gradients and optimizer states per rank: a lower bound, without activations and buckets",
         f"  {plan.state}{available}",
@@ -94,10 +86,10 @@ def step_memory_lines(plan: Plan) -> list[str]:
         return lines
     recompute = plan.config.engine.recompute
     for trial in ("none", "selective") if recompute == "none" else (recompute,):
-        trial_step = dataclasses.replace(step, config=changed(plan.config, **{"engine.recompute": trial}))
+        trial_step = dataclasses.replace(step, config=memory.changed(plan.config, **{"engine.recompute": trial}))
         longest = trial_step.longest_length(plan.memory_bytes)
         fits = f"sequences of {longest:,} tokens" if longest else "no sequence"
-        lines.append(f"  {gib(plan.memory_bytes)} GiB hold {fits} with engine.recompute={trial}")
+        lines.append(f"  {memory.gib(plan.memory_bytes)} GiB hold {fits} with engine.recompute={trial}")
     return lines
 
 
@@ -105,9 +97,9 @@ def timeline_lines(step: StepMemory) -> list[str]:
     """The peak by part, and the other points."""
     peak = step.peak
     return [
-        f"memory of a step, per rank: peak {gib(peak.total)} GiB, at: {peak.name}",
-        *(f"  {gib(size):>8} GiB  {name}" for name, size in peak.parts.items()),
-        *(f"  {gib(point.total):>8} GiB at: {point.name}" for point in step.timeline if point.name != peak.name),
+        f"memory of a step, per rank: peak {memory.gib(peak.total)} GiB, at: {peak.name}",
+        *(f"  {memory.gib(size):>8} GiB  {name}" for name, size in peak.parts.items()),
+        *(f"  {memory.gib(point.total):>8} GiB at: {point.name}" for point in step.timeline if point.name != peak.name),
     ]
 
 
@@ -135,12 +127,12 @@ def _memory_savers(plan: Plan) -> Iterator[tuple[str, str]]:
     """What is computed by tiles, and what lies on the host."""
     config, engine, tokens = plan.config, plan.config.engine, plan.local_tokens
     of_all = f"at a time, of {tokens:,} per rank and micro-batch"
-    if tile := tile_tokens(config, tokens):
+    if tile := memory.tile_tokens(config, tokens):
         yield "loss", f"logits of {tile:,} tokens {of_all}"
-    if tile := mlp_tile_tokens(config, tokens):
+    if tile := memory.mlp_tile_tokens(config, tokens):
         reason = f"engine.tile_tokens={engine.tile_tokens}"
         if engine.tile_tokens is None:
-            reason = f"all at once would need {gib(mlp_bytes(config) * tokens)} GiB with their gradients"
+            reason = f"all at once would need {memory.gib(memory.mlp_bytes(config) * tokens)} GiB with their gradients"
         yield "MLP", f"hidden activations of {tile:,} tokens {of_all} ({reason})"
     if engine.offload_parameters:
         yield "offload", "weights on the host, copied to the device when used"
@@ -148,7 +140,7 @@ def _memory_savers(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "offload", "optimizer states and the optimizer step on the host"
     if plan.trains and engine.offload_activations:
         what = "layer inputs" + (" and attention outputs" if engine.recompute == "selective" else "")
-        moved = f"{gib(offloaded_bytes(config, tokens))} GiB of host memory per rank"
+        moved = f"{memory.gib(memory.offloaded_bytes(config, tokens))} GiB of host memory per rank"
         yield "offload", f"{what} of a micro-batch: {moved}"
 
 
