@@ -65,7 +65,7 @@ for stage in "$@"; do
     tests)
       limited 60 4 test_merge python3 -m pytest -q -p no:cacheprovider tests/gpu/test_merge.py
       limited 360 12 test_ring python3 -m pytest -q -x -p no:cacheprovider tests/gpu/test_ring.py -k "whole_attention or copies or drift or stalled"
-      limited 60 6 test_step_timer python3 -m pytest -q -p no:cacheprovider tests/gpu/test_step_timer.py ;;
+      limited 60 6 test_step_logger python3 -m pytest -q -p no:cacheprovider tests/gpu/test_step_logger.py ;;
     cells) limited 540 6 parity python3 -m tests.distributed.parity --json "$out/parity.json" ;;
     forward)
       compare 420 forward_10k compare.micro_batch_sizes=[1,2]

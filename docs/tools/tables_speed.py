@@ -14,7 +14,7 @@ from ring_attention.auto_method import Links, Workload, rank_methods
 
 ATTENTION_PASSES = ("forward", "forward_backward")
 INTERRUPTED = {  # entries and baseline of comparisons that were cut off
-    "rivals_100k_pretrain_2xH200.jsonl": (["tp_pp", "pp", "ra_sp", "dp"], "tp_pp"),
+    "baselines_100k_pretrain_2xH200.jsonl": (["tp_pp", "pp", "ra_sp", "dp"], "tp_pp"),
     "transports_100k_forward_2xH200.jsonl": (["ra_sp", "ra_copies", "dp"], "dp"),
 }
 

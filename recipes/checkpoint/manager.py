@@ -54,12 +54,17 @@ RANDOM_STATES_FILE = "random_states_rank_{}.pt"
 @contextlib.contextmanager
 def only_known_classes() -> Iterator[None]:
     """In the block `torch.load` unpickles only tensors, plain values and KNOWN_CLASSES, whatever its arguments say."""
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
     try:
         with torch.serialization.safe_globals(KNOWN_CLASSES):
             yield
     finally:
-        del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def choose_checkpoint(config: Config, run_dir: Path, say: Callable[[str], None]) -> Manifest | None:

@@ -135,8 +135,10 @@ def publish(run_dir: Path, step: int, keep: int) -> None:
     Checkpoints of this and later steps are removed too: they were broken, or the run would have resumed from them.
     """
     folder, name = run_dir / CHECKPOINTS_DIR, step_name(step)
-    shutil.rmtree(folder / name, ignore_errors=True)
+    if (folder / name).exists():
+        shutil.rmtree(folder / name)
     (folder / WRITING_DIR / name).rename(folder / name)
+    _sync(folder)  # `latest` must not outlive a crash that the checkpoint does not
     replace_file(folder / LATEST_FILE, name)
     _sync(folder)
     shutil.rmtree(folder / WRITING_DIR)

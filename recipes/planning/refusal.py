@@ -56,8 +56,8 @@ def _remedies(config: Config, degrees: Degrees, memory_bytes: int, host_ranks: i
             remedies = first_fitting([({}, more), (stage_3, more)], before)
         if host_ranks is None and config.recipe == "pretrain" and not engine.offload_optimizer:
             stages = range(max(1, engine.zero_stage), 4)
-            stage = {n: {} if n == engine.zero_stage else {"engine.zero_stage": n} for n in stages}
-            offloads = ((changes | {"engine.offload_optimizer": True}, degrees) for changes in stage.values())
+            changes = ({} if stage == engine.zero_stage else {"engine.zero_stage": stage} for stage in stages)
+            offloads = ((change | {"engine.offload_optimizer": True}, degrees) for change in changes)
             remedies += first_fitting(offloads, after=", the optimizer states on the host")
     layers = range(config.model.num_layers - 1, degrees.pipeline - 1, -1)
     smaller = (({"model.num_layers": num_layers}, degrees) for num_layers in layers)

@@ -6,6 +6,7 @@ call, and the last line survives kill -9 and SIGSTOP.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import socket
@@ -34,7 +35,10 @@ class Heartbeat:
             os.posix_fallocate(file.fileno(), 0, _RECORD_BYTES)
             try:
                 self._bytes = mmap.mmap(file.fileno(), _RECORD_BYTES)
-            except OSError:  # the file system has no shared maps: nobody can read the record
+            except OSError as error:
+                if error.errno != errno.ENODEV:
+                    raise
+                # the file system has no shared maps: nobody can read the record
                 self._bytes = mmap.mmap(-1, _RECORD_BYTES)
         self._owner = f"{os.getpid()}\t{socket.gethostname()}"
         self._state: dict[str, str] = dict.fromkeys(KINDS, "")

@@ -16,6 +16,7 @@ import hydra
 import pytest
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep
 
 import train
 from conf.compose import to_config
@@ -101,8 +102,8 @@ def first_values(overrides: list[str]) -> list[str]:
     chosen = []
     for override in OverridesParser.create().parse_overrides([word for word in overrides if word != "..."]):
         value = override.value()
-        if override.is_interval_sweep():
-            chosen.append(f"{override.key_or_group}={value.start}")  # type: ignore[union-attr]
+        if isinstance(value, IntervalSweep):
+            chosen.append(f"{override.key_or_group}={value.start}")
         elif override.is_sweep_override():
             chosen.append(f"{override.key_or_group}={next(iter(override.sweep_string_iterator()))}")
         else:
