@@ -22,11 +22,11 @@ def forward(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
         reporter.say(*banner(plan, run_dir), "", "building the model ...")
     engine = build_engine(plan)
     reset_peak_memory()  # building takes more: weights are made in fp32
-    logger = StepLogger(plan, engine, "forward", reporter)
     corpus = open_corpus(config.data)
     sharder = build_sharder(plan, engine)
     batches = sharder.steps(corpus.training(cursor=0), plan.accumulation_steps)
 
+    logger = StepLogger(plan, engine, "forward", reporter)  # its first step starts here
     with profiler(config, run_dir) as profiler_step:
         for step in range(1, config.num_steps + 1):
             with logger.data():

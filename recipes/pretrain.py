@@ -77,6 +77,7 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
     stop_request = StopRequest() if checkpoints.are_enabled else None
     losses: list[float] = []  # of logged steps
     validation_loss = float("nan")
+    logger.restart()  # reading the checkpoint and the data belongs to no step
     with profiler(config, run_dir) as profiler_step:
         for step in range(resumed.step + 1 if resumed else 1, config.num_steps + 1):
             report_status("step", str(step))

@@ -5,6 +5,7 @@ Shapes: B batch, S local tokens, H query heads, K key-value heads, D head size, 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -81,6 +82,8 @@ class SequenceAttention(nn.Module):
         if "ulysses_degree" in self.options and ulysses_degree is None:
             raise ValueError(f"{type(self).__name__} needs ulysses_degree, a divisor of the group's ranks")
         self._kernel, self._mask, self._layout_name = local_attention, mask, layout
+        # compilers skip the call: schedules are Python, and transfers must keep their order on all ranks
+        self._outside_compilers = _disable_compilers()
         self.ulysses_degree = 1 if ulysses_degree is None else ulysses_degree
         self._transport, ulysses_rank = self._join(sequence_process_group, transport, hosts, sp_stream)
         self.ring_degree = self._transport.ring_degree if self._transport else 1
@@ -95,9 +98,6 @@ class SequenceAttention(nn.Module):
         """How sequences of `length` tokens must be spread over the ranks."""
         return Layout(self._layout_name, self.ring_degree, length, self.ulysses_degree)
 
-    # Compilers skip the call: schedules are Python, and transfers must keep their order on all ranks. The public
-    # torch.compiler.disable imports the compiler at once, for a second.
-    @torch._disable_dynamo
     def forward(
         self,
         query: Tensor,
@@ -129,6 +129,19 @@ class SequenceAttention(nn.Module):
                 or dropout.
         """
         extra = {"rotary_pos_emb": rotary_pos_emb, **{f"argument {6 + n}": x for n, x in enumerate(args)}, **kwargs}
+        return self._outside_compilers(self, query, key, value, batch_dim_idx, extra, mask, softmax_scale, dropout_p)
+
+    def _forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        batch_dim_idx: int,
+        extra: dict[str, Any],
+        mask: Mask | None,
+        softmax_scale: float | None,
+        dropout_p: float,
+    ) -> Tensor:
         for name, argument in extra.items():
             if argument is not None:
                 raise ValueError(
@@ -174,6 +187,11 @@ class SequenceAttention(nn.Module):
     def _compute(self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKE: Tensor, ring: Ring) -> Tensor:
         ring.connect(q_BSHD, k_BSKD, v_BSKE)
         return RingFunction.apply(q_BSHD, k_BSKD, v_BSKE, ring)
+
+
+@functools.cache
+def _disable_compilers() -> Any:
+    return torch.compiler.disable(SequenceAttention._forward)  # imports the compiler for seconds: not in a step
 
 
 def _check_mask(mask: Mask) -> None:
