@@ -42,7 +42,7 @@ from recipes.sweep.search_space import SearchSpace, format_value, read_space
 
 JOURNAL_FILE, LOCK_FILE = "sweep.journal", "sweep.lock"
 # prefixes of fields that change no trial's result: they may differ when a sweep is resumed
-RESUME_SAFE = ("logging.", "checkpoint.", "launch.timeout_s", "sweep.num_", "breakdown", "compare.", "hydra.")
+RESUME_SAFE = ("logging.", "checkpoint.", "launch.timeout_s", "sweep.num_", "breakdown", "compare.")
 EXPECTED_ERRORS = (ConfigError, RunFailed, CompactHydraException)  # their messages are complete without a traceback
 
 RunTrial = Callable[[list[str], int], JobReturn]
@@ -109,6 +109,7 @@ def _open_study(
     direction, _ = OBJECTIVES[settings.objective]
     study = optuna.create_study(study_name="sweep", storage=storage, direction=direction, load_if_exists=True)
     fields: Any = OmegaConf.to_container(composed, resolve=False)
+    del fields["hydra"]
     now = flatten(fields) | space.texts
     before = study.user_attrs.get("settings", now)
     differing = [
