@@ -10,7 +10,10 @@ import signal
 import sys
 from pathlib import Path
 
-import hydra
+try:
+    import hydra
+except ModuleNotFoundError:  # only the library is installed
+    sys.exit('error: recipes need more packages than the library: type pip install -e ".[recipes]" -c constraints.txt')
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException

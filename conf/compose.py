@@ -28,6 +28,25 @@ REMOVED = {
     "compare.plot": "leave it out, entries on several numbers of ranks are drawn over these",
     "parallelism.sequence_sharded_norms": "leave it out, tensor ranks always shard the norms by sequence",
 }
+# What people type who know other tools, by the last part of the name, and what there is here.
+FROM_OTHER_TOOLS = {
+    ("pretrained", "path", "name_or_path", "model_name_or_path", "checkpoint"): "the recipe trains its own transformer "
+    "from random weights; the README shows the attention in a model of your own",
+    ("tokenizer", "tokenizer_name"): "tokens are bytes, there is no tokenizer: see docs/data.md",
+    ("packing", "pack_documents"): "documents are concatenated and see each other: see docs/data.md",
+    ("tensorboard", "report_to"): "metrics go to wandb (offline without a login) and to RUN_DIR/metrics.jsonl",
+    ("output_dir", "save_dir"): "type hydra.run.dir=FOLDER",
+    ("resume", "resume_from", "resume_from_checkpoint"): "the same command with the same hydra.run.dir=FOLDER resumes",
+    ("epochs", "num_epochs", "num_train_epochs"): "runs are counted in steps: type num_steps=N",
+    ("max_steps", "train_iters"): "type num_steps=N",
+    ("learning_rate",): "type optimizer.lr=...",
+    ("seq_length", "seq_len", "max_seq_length", "max_seq_len", "context_length"): "type data.sequence_length=N",
+    ("global_batch_size",): "type engine.train_batch_size=N",
+    ("per_device_train_batch_size", "micro_batch_size_per_gpu"): "type engine.micro_batch_size=N",
+    ("bf16", "fp16", "precision"): "type engine.dtype=bf16, fp16 or fp32",
+    ("gradient_checkpointing", "activation_checkpointing"): "type engine.recompute=selective or full",
+    ("lora", "lora_rank", "peft"): "the recipe trains all weights",
+}
 _ENTRIES = "compare.entries."  # followed by names that the user chooses
 _FIELDS = flatten(asdict(Config()))
 _DATACLASSES = {name.partition(".")[0] for name in _FIELDS if "." in name}
@@ -106,7 +125,7 @@ def describe_error(error: Exception) -> str:
         return str(error)
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        group, _, option = str(error.missing_cfg_file).partition("/")  # the option may be OWNER/NAME of a hub
         setting = group if group in _GROUPS_WITH_DEFAULT else f"+{group}"
         options = error.options or sorted(path.stem for path in Path(__file__).with_name(group).glob("*.yaml"))
         advice = _did_you_mean(option, options) + f"use {', '.join(f'{setting}={name}' for name in options)}"
@@ -142,6 +161,9 @@ def _unknown_field(name: str, value: Any) -> str:
         return f"{name} no longer exists: {REMOVED[name]}"
     if name in RENAMED:
         return f"{name} is now {RENAMED[name]}: type {RENAMED[name]}={value}"
+    for names, answer in FROM_OTHER_TOOLS.items():
+        if name.rpartition(".")[2] in names:
+            return f"there is no field {name}: {answer}"
     return f"there is no field {name}: {_did_you_mean(name, _FIELDS)}python train.py --help lists all"
 
 

@@ -207,6 +207,11 @@ class DataConfig(_Checked, prefix="data."):
         for name in ("name", "files"):
             if re.search(r"://[^/]*@", str(getattr(self, name))):  # the value may hold a password: do not print it
                 yield f"data.{name} is a URL with a login, which the run would save: use HF_TOKEN for private data sets"
+        own = {"files": "text_files", "name": "hub", "subset": "hub", "split": "hub", "text_field": "hub"}
+        for name, source in own.items():
+            value = getattr(self, name)
+            if self.source != source and value != getattr(DataConfig, name):
+                yield f"data.{name}={value} needs data={source}, but this is data={self.source}: leave one of them out"
         if self.source == "hub" and not self.name:
             yield "data=hub needs a data set: data.name=OWNER/NAME or a local folder"
         if self.source == "text_files":
@@ -315,7 +320,7 @@ class Config(_Checked):
     profile: bool = False  # record a torch profiler trace of profile_steps on every rank
     profile_steps: list[int] = field(default_factory=lambda: [3, 4])  # first and last step to record
     memory_snapshot: bool = False  # record GPU memory allocations on every rank
-    breakdown: bool = True  # after the last step: exposed communication, and the time of a step by part
+    breakdown: bool = True  # after the last step, if short: exposed communication, and the time of a step by part
     num_steps: int = number(300, minimum=1)  # optimizer steps, or forward passes over a batch
     seed: int = 0  # of the weights
 

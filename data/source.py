@@ -60,17 +60,31 @@ def open_documents(config: DataConfig) -> Documents:
     return SOURCES[config.source](config)
 
 
-def _open_stdlib(config: DataConfig) -> Documents:
-    return _open_files(stdlib_files(), "Python's standard library", config)
+def describe(config: DataConfig, num_tokens: int) -> str:
+    """The source for people: its files and size, and how much of it `num_tokens` training tokens are."""
+    if config.source == "hub":
+        return f"hub, {config.name}, split {config.split}: {num_tokens:,} tokens in these steps, of a size unknown here"
+    files = _files(config)
+    size = max(1, sum(map(os.path.getsize, files)) + len(files))  # a separator after each
+    source = config.source if config.source == "stdlib" else f"{config.source}, data.files={config.files}"
+    return (
+        f"{source}: {len(files):,} files, about {size:,} tokens; {num_tokens:,} in these steps, "
+        f"{num_tokens / size:.3g} epochs"
+    )
 
 
-def _open_text_files(config: DataConfig) -> Documents:
+def _files(config: DataConfig) -> list[str]:
+    """The files of stdlib or text_files, sorted."""
+    if config.source == "stdlib":
+        return stdlib_files()
     patterns = [config.files] if isinstance(config.files, str) else config.files
     names = {name for pattern in patterns for name in glob.glob(pattern, recursive=True) if Path(name).is_file()}
-    return _open_files([str(Path(name).resolve()) for name in sorted(names)], f"data.files={config.files}", config)
+    return [str(Path(name).resolve()) for name in sorted(names)]
 
 
-def _open_files(files: list[str], description: str, config: DataConfig) -> Documents:
+def _open_files(config: DataConfig) -> Documents:
+    description = "Python's standard library" if config.source == "stdlib" else f"data.files={config.files}"
+    files = _files(config)
     if not files:
         raise CorpusError(f"{description} has no file to read: use data=text_files data.files='texts/*.txt'")
     random.Random(config.shuffle_seed).shuffle(files)
@@ -122,4 +136,4 @@ def _open_hub(config: DataConfig) -> Documents:
     return Documents(dataset, config.text_field, description)
 
 
-SOURCES = {"stdlib": _open_stdlib, "text_files": _open_text_files, "hub": _open_hub}
+SOURCES = {"stdlib": _open_files, "text_files": _open_files, "hub": _open_hub}

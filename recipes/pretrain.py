@@ -131,7 +131,8 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
     if checkpoints.are_enabled:
         save(config.num_steps)
     if config.breakdown:
-        logger.breakdown(functools.partial(sharder.steps, corpus.training(cursor=0)))
+        must_stop = functools.partial(stop_request.is_on_any_rank, engine) if stop_request else lambda: False
+        logger.breakdown(functools.partial(sharder.steps, corpus.training(cursor=0)), must_stop)
     if reporter:
         since = f", {config.num_steps - resumed.step} of them since the checkpoint" if resumed else ""
         reporter.say(

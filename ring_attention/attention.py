@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ring_attention.gather import AllGatherFunction
@@ -31,6 +32,7 @@ class RingAttention(SequenceAttention):
     options = ("transport", "hosts")
 
     def _join(self, group: Any, transport: str, hosts: Hosts, sp_stream: Any) -> tuple[P2PTransport | None, int]:
+        self._group = group
         return make_transport(transport, group, None if hosts is None else ring_order(hosts)), 0
 
 
@@ -50,16 +52,20 @@ class HybridAttention(SequenceAttention):
     """Ulysses among neighbours, a ring across them: for more ranks than heads, with fewer transfers than one long ring.
 
     Every rank of the group must construct it, because it builds the two groups that the rank is in. On NCCL every rank
-    of the world must, each on its own group. Raises ValueError also for a ulysses_degree that does not divide the ranks
-    or, in a call, the key-value heads.
+    of the world must, each on its own group. Raises ValueError also without deepspeed.init_distributed(), and for a
+    ulysses_degree that does not divide the ranks or, in a call, the key-value heads.
     """
 
     options = ("transport", "hosts", "ulysses_degree")
 
     def _join(self, group: Any, transport: str, hosts: Hosts, sp_stream: Any) -> tuple[P2PTransport | None, int]:
         # takes seconds, and a ring does without
+        import deepspeed.comm
         from deepspeed.sequence.layer import DistributedAttention
 
+        if not deepspeed.comm.is_initialized():  # torch's init_process_group alone is not enough
+            raise ValueError(f"{type(self).__name__} sends by DeepSpeed: call deepspeed.init_distributed() before")
+        self._group = group
         group_rank, num_ranks = rank_and_size(group)
         grid = hybrid_split([0] * num_ranks if hosts is None else hosts, self.ulysses_degree)
         row = next(row for row in grid if group_rank in row)
@@ -79,6 +85,10 @@ class HybridAttention(SequenceAttention):
         self._check_heads(key.shape[2])
         self._distributed.gather_idx = 1 - batch_dim_idx
         return self._distributed(query, key, value, batch_dim_idx, None, batch_dim_idx, mask, scale)
+
+    def _shared(self) -> list[Any]:
+        streams = [value for value in vars(self._distributed).values() if isinstance(value, torch.Stream)]
+        return [*super()._shared(), self._distributed.spg, *streams]
 
     def _check_heads(self, num_kv_heads: int) -> None:
         if num_kv_heads % self.ulysses_degree == 0:

@@ -2,15 +2,14 @@
 
     torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, context_fn=selective_checkpointing)
 
-Attention is most of a long sequence's operations and all of its messages, but out and lse take only O(L/P) memory.
-`pack` and `unpack`, as in autograd's `saved_tensors_hooks`, can save them elsewhere, such as on the host.
+Attention is most of a long sequence's operations and all of its messages, but out and lse take only O(L/P) memory. A
+layer can be recomputed several times, as by backward(retain_graph=True). `pack` and `unpack`, as in autograd's
+`saved_tensors_hooks`, can save out and lse elsewhere, such as on the host.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -31,7 +30,7 @@ def selective_checkpointing(
     pack: Callable[[Tensor], Any] = lambda tensor: tensor, unpack: Callable[[Any], Tensor] = lambda tensor: tensor
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """For `checkpoint`'s context_fn: the contexts of a layer's forward pass and of its recomputation."""
-    saved: deque[tuple[Any, Any]] = deque()
+    saved: list[tuple[Any, Any]] = []
 
     def save(compute: Callable[[], Result]) -> Result:
         out, lse = compute()
@@ -39,18 +38,28 @@ def selective_checkpointing(
         saved.append((pack(out.detach()), pack(lse)))
         return out, lse
 
-    def restore(compute: Callable[[], Result]) -> Result:
-        out, lse = saved.popleft()
-        return unpack(out), unpack(lse)
+    def make_restore() -> Policy:
+        remaining = iter(saved)
 
-    return _use(save), _use(restore)
+        def restore(compute: Callable[[], Result]) -> Result:
+            out, lse = next(remaining)
+            return unpack(out).detach(), unpack(lse)  # detached: each recomputation attaches its own graph
+
+        return restore
+
+    return _PolicyContext(lambda: save), _PolicyContext(make_restore)
 
 
-@contextlib.contextmanager
-def _use(policy: Policy) -> Iterator[None]:
-    global _policy
-    before, _policy = _policy, policy
-    try:
-        yield
-    finally:
-        _policy = before
+class _PolicyContext(AbstractContextManager[None]):
+    """Within, attention gets its results by a policy. `checkpoint` enters it again for each recomputation."""
+
+    def __init__(self, make_policy: Callable[[], Policy]) -> None:
+        self._make_policy = make_policy
+
+    def __enter__(self) -> None:
+        global _policy
+        self._before, _policy = _policy, self._make_policy()
+
+    def __exit__(self, *exception: object) -> None:
+        global _policy
+        _policy = self._before

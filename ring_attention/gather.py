@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ring_attention.accumulators import GradientAccumulator, OnlineSoftmaxAccumulator
 from ring_attention.attend import BackwardInputs, attend_backward, attend_forward
 from ring_attention.checkpointing import saved_or_computed
+from ring_attention.derivative import once_differentiable
 from ring_attention.kv import KeysValues
 from ring_attention.layout import Layout, Run
 from ring_attention.mask import Mask

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ring_attention.accumulators import GradientAccumulator, OnlineSoftmaxAccumulator
 from ring_attention.attend import BackwardInputs, attend_backward, attend_forward
 from ring_attention.backward_schedule import BackwardStep, GradientPiece, backward_schedule
 from ring_attention.checkpointing import saved_or_computed
+from ring_attention.derivative import once_differentiable
 from ring_attention.kernels import AttentionKernel
 from ring_attention.kv import KeysValues
 from ring_attention.layout import Layout, num_tokens, slice_within

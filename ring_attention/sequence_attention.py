@@ -5,6 +5,7 @@ Shapes: B batch, S local tokens, H query heads, K key-value heads, D head size, 
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Hashable, Sequence
@@ -18,6 +19,7 @@ from ring_attention.layout import Layout
 from ring_attention.mask import CAUSAL, Mask
 from ring_attention.ring import Ring, RingFunction
 from ring_attention.transport import P2PTransport
+from ring_attention.transport.agreement import check_equal
 
 Hosts = Sequence[Hashable] | None
 
@@ -26,6 +28,7 @@ class SequenceAttention(nn.Module):
     """Attention over a sequence whose tokens are spread over the ranks of a group.
 
     `sequence_rank` is the part of the sequence that this rank holds, as `Layout.shard` and `Layout.positions` take it.
+    A deep copy shares the process groups and the transport.
 
     Args:
         local_attention: "auto" for the fastest kernel, a kernel's name, or a kernel. DistributedAttention takes a
@@ -34,7 +37,7 @@ class SequenceAttention(nn.Module):
         scatter_idx, gather_idx: as in DistributedAttention: 2 (heads are dim 2), and 0 or 1. The dim of the tokens
             follows from batch_dim_idx in each call.
         sp_stream: goes to DistributedAttention in modules that use it.
-        num_kv_heads: ignored, as each call's keys have it.
+        num_kv_heads: of each call's keys; None takes any number.
         mask: which keys a query sees.
         layout: "contiguous" or "zigzag": how the caller shards sequences (`Layout.shard`).
         transport: how K,V travel around a ring: one of `ring_attention.transport.TRANSPORTS`, or "auto" for the faster.
@@ -46,6 +49,7 @@ class SequenceAttention(nn.Module):
     """
 
     options: tuple[str, ...] = ()  # of transport, hosts and ulysses_degree, those that the module takes
+    _group: Any = None  # the ranks that exchange messages; None if this rank computes alone
 
     def __init__(
         self,
@@ -82,6 +86,7 @@ class SequenceAttention(nn.Module):
         if "ulysses_degree" in self.options and ulysses_degree is None:
             raise ValueError(f"{type(self).__name__} needs ulysses_degree, a divisor of the group's ranks")
         self._kernel, self._mask, self._layout_name = local_attention, mask, layout
+        self._num_kv_heads = num_kv_heads
         # compilers skip the call: schedules are Python, and transfers must keep their order on all ranks
         self._outside_compilers = _disable_compilers()
         self.ulysses_degree = 1 if ulysses_degree is None else ulysses_degree
@@ -93,6 +98,27 @@ class SequenceAttention(nn.Module):
     def _join(self, group: Any, transport: str, hosts: Hosts, sp_stream: Any) -> tuple[P2PTransport | None, int]:
         """Returns (the transport of this rank's ring, None without one; the rank within Ulysses)."""
         return None, 0
+
+    @property
+    def transport_used(self) -> str | None:
+        """What carries this rank's keys and values, which a call finds out. None before, and without a ring."""
+        return self._transport.used if self._transport else None
+
+    @property
+    def transport_reason(self) -> str:
+        """Why `transport_used` is not the transport that was chosen; empty if it is."""
+        return self._transport.reason if self._transport else ""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SequenceAttention:
+        memo |= {id(shared): shared for shared in self._shared()}
+        copied = self.__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def _shared(self) -> list[Any]:
+        """What a deep copy has in common with the module."""
+        return [self._group, self._transport]
 
     def layout(self, length: int) -> Layout:
         """How sequences of `length` tokens must be spread over the ranks."""
@@ -126,7 +152,8 @@ class SequenceAttention(nn.Module):
 
         Raises:
             ValueError: for tensors that do not fit each other, the layout or the kernel, an argument that must be None,
-                or dropout.
+                or dropout. On every rank, if ranks differ in shapes, dtypes, mask or scale: compared when they are new
+                to the group, and documents then too.
         """
         extra = {"rotary_pos_emb": rotary_pos_emb, **{f"argument {6 + n}": x for n, x in enumerate(args)}, **kwargs}
         return self._outside_compilers(self, query, key, value, batch_dim_idx, extra, mask, softmax_scale, dropout_p)
@@ -152,7 +179,14 @@ class SequenceAttention(nn.Module):
             raise ValueError(f"dropout_p={dropout_p} must be 0: use dropout after the output projection instead")
         mask = self._mask if mask is None else mask
         _check_mask(mask)
+        if self._group is not None:
+            self._check_ranks(query, key, value, batch_dim_idx, mask, softmax_scale)
         _check_tensors(query, key, value, batch_dim_idx)
+        if self._num_kv_heads not in (None, key.shape[2]):
+            raise ValueError(
+                f"num_kv_heads={self._num_kv_heads}, but key has {key.shape[2]} heads: build the module with "
+                f"num_kv_heads={key.shape[2]}, or leave it out"
+            )
         num_rows, batch = len(mask.documents or ((),)), query.shape[batch_dim_idx]
         if num_rows not in (1, batch):
             raise ValueError(
@@ -165,6 +199,22 @@ class SequenceAttention(nn.Module):
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
         with torch.autocast(query.device.type, enabled=False):  # compute in the dtype of the tensors
             return self._attend(query, key, value, batch_dim_idx, mask, scale)
+
+    def _check_ranks(
+        self, query: Tensor, key: Tensor, value: Tensor, batch_dim_idx: int, mask: Mask, softmax_scale: float | None
+    ) -> None:
+        """Before any other check of the tensors, so that no rank raises alone while others wait for it."""
+        tensors = {"query": query, "key": key, "value": value}
+        values: dict[str, Hashable] = {f"the shape of {name}": x.shape for name, x in tensors.items()}
+        values |= {f"the dtype of {name}": x.dtype for name, x in tensors.items()}
+        values |= {
+            "batch_dim_idx": batch_dim_idx,
+            "mask": (mask.left, mask.right, mask.documents is None),
+            "softmax_scale": softmax_scale,
+            "the module": (type(self).__name__, self._layout_name, self.ulysses_degree, self._num_kv_heads),
+        }
+        # packed documents differ from batch to batch: no reason to wait for the other ranks each time
+        check_equal(self._group, values, {"the mask's documents": mask.documents}, query.device)
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, batch_dim_idx: int, mask: Mask, scale: float

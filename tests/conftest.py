@@ -1,9 +1,18 @@
+import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.pool import WorkerPool
+
+FOLDERS = ("unit", "gpu", "distributed", "cli")  # the fastest tests first
+
+
+def pytest_configure() -> None:
+    # `nohup pytest &` and some CI runners ignore Ctrl-C, and programs inherit that. Tests send it to programs.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +38,18 @@ def gpu_pool() -> Iterator[WorkerPool]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: FOLDERS.index(item.path.relative_to(Path(__file__).parent).parts[0]))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say what was left out."""
+    num_slow = sum(bool(item.get_closest_marker("slow")) for item in terminalreporter.stats.get("deselected", []))
+    num_skipped = len(terminalreporter.stats.get("skipped", []))
+    if num_slow:
+        terminalreporter.write_line(f"left out: {num_slow} slow tests; pytest -m slow runs them alone")
+    if num_skipped:
+        terminalreporter.write_line(f"skipped: {num_skipped} tests, most of which need GPUs; pytest -rs says why")

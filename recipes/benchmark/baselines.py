@@ -21,6 +21,7 @@ from conf.schema import ConfigError
 from ring_attention.groups import ParallelGroups
 from ring_attention.kernels import KERNELS, KernelSpec
 from ring_attention.layout import Layout
+from ring_attention.sequence_attention import SequenceAttention
 
 
 class ShardedAttention(NamedTuple):
@@ -32,6 +33,7 @@ class ShardedAttention(NamedTuple):
     grid: str = ""  # for people
     has_messages: bool = False  # whether `messages_stay_local` keeps its messages on their rank
     context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext  # what its calls must run within
+    module: SequenceAttention | None = None  # if it is one of ours
 
 
 def _check_cudnn(spec: KernelSpec) -> None:

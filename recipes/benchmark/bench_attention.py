@@ -28,6 +28,7 @@ from recipes.monitor.reporter import Reporter
 from recipes.monitor.trace_analysis import step_breakdown
 from recipes.planning.plan import Plan
 from recipes.planning.throughput import attention_flops_per_token
+from recipes.run.run_dir import replace_file
 from recipes.run.text_table import text_table
 from ring_attention.transport import messages_stay_local
 
@@ -73,7 +74,7 @@ def bench_attention(plan: Plan, run_dir: Path, reporter: Reporter | None) -> flo
     )
     if reporter:
         result = {"device": plan.device_name, "num_ranks": num_ranks, "config": asdict(config), "rows": rows}
-        (run_dir / RESULT_FILE).write_text(json.dumps(result, indent=1) + "\n")
+        replace_file(run_dir / RESULT_FILE, json.dumps(result, indent=1) + "\n")
         for row, kind in itertools.product(rows, KINDS):
             reporter.write_summary({f"{row['name']}/{kind}/{name}": value for name, value in row[kind].items()})
         say(f"all numbers: {run_dir / RESULT_FILE}", *reporter.view_hints()[1:])
@@ -96,6 +97,8 @@ def _time(candidates: list[Candidate], plan: Plan, device: torch.device) -> list
     rows = []
     for candidate in candidates:
         row: dict[str, Any] = {"name": candidate.name, "grid": candidate.attention.grid}
+        if module := candidate.attention.module:
+            row["transport"] = module.transport_used
         layout = candidate.attention.layout
         share = layout.local_length / layout.padded_length
         for kind, passes in KINDS.items():

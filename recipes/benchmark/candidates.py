@@ -66,6 +66,8 @@ def make_candidates(plan: Plan, device: torch.device, say: Callable[..., None]) 
         error = max_over_ranks(_relative_error(candidate, expected), device)
         if not error < MAX_ERROR[plan.config.engine.dtype]:
             raise RuntimeError(f"the output of {name} differs from that of full attention: relative error {error:.1e}")
+        if (module := candidate.attention.module) and module.transport_reason:
+            say(f"{name}: messages go by {module.transport_used}, because {module.transport_reason}")
         candidates.append(candidate)
     return candidates
 
@@ -120,7 +122,7 @@ def _our_method(plan: Plan, method: str, transport: str, groups: ParallelGroups)
     module = build_attention(own, groups)
     grid = " x ".join(f"{degree} {kind}" for kind, degree in own.degrees._asdict().items() if degree > 1)
     return ShardedAttention(
-        own.layout, module.sequence_rank, lambda q, k, v: module(q, k, v, 0), grid, has_messages=True
+        own.layout, module.sequence_rank, lambda q, k, v: module(q, k, v, 0), grid, has_messages=True, module=module
     )
 
 

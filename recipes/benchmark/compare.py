@@ -30,7 +30,7 @@ from recipes.launch.memory_errors import out_of_memory_explained
 from recipes.planning.explain import banner, state_lines
 from recipes.planning.plan import Plan
 from recipes.run.errors import Preempted, RunFailed
-from recipes.run.run_dir import Row
+from recipes.run.run_dir import Row, replace_file
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class ComparisonTask:
                     print(comparison_report.measurement_line(result), file=console, flush=True)
 
         if console:
-            (run_dir / rounds.CURRENT_FILE).write_text(json.dumps(header))
+            replace_file(run_dir / rounds.CURRENT_FILE, json.dumps(header))
             number, total = self.progress(rounds.read_results(run_dir))
             begins = comparison_report.measurement_header(header, number, total, self.config.compare.rounds)
             print(begins, end="", file=console, flush=True)
@@ -120,6 +120,8 @@ class ComparisonTask:
             "peak_memory_gib": peak_gib if plan.on_gpu else None,
             "losses": [loss.item() if loss.isfinite() else None for loss in losses],  # JSON has no NaN
             "degrees": plan.degrees._asdict(),
+            "transport": engine.attention.transport_used if engine.attention else None,
+            "transport_reason": engine.attention.transport_reason if engine.attention else "",
         }
         if self.config.breakdown and measurement.round == compare.rounds:
             if console:

@@ -15,7 +15,7 @@ from conf.schema import Config
 from recipes.benchmark.rounds import ROOFLINE
 from recipes.monitor.metric_registry import PARTS
 from recipes.monitor.reporter import start_wandb, wandb_hints
-from recipes.run.run_dir import COMPARISON_FILE, Row
+from recipes.run.run_dir import COMPARISON_FILE, Row, replace_file
 from recipes.run.text_table import text_table
 
 CPU_WARNING = "ON THE CPU ranks share cores and memory: these ratios say nothing about GPUs or about the paper's result"
@@ -38,9 +38,11 @@ def measurement_line(row: Row) -> str:
     if "error" in row:
         return f"FAILED: {row['error']}"
     mfu = "" if row["mfu_pct"] is None else f" | MFU {row['mfu_pct']:.1f}%"
+    reason = row.get("transport_reason")
+    transport = f" | transport {row['transport']}: {reason}" if reason else ""
     return (
         f"{row['tokens_per_s']:,.0f} tok/s | {row['tokens_per_s_per_rank']:,.0f} tok/s/rank | "
-        f"TPOT {row['tpot_ms']:.4f} ms{mfu} | steps {', '.join(f'{s:.3f}' for s in row['step_times_s'])} s"
+        f"TPOT {row['tpot_ms']:.4f} ms{mfu} | steps {', '.join(f'{s:.3f}' for s in row['step_times_s'])} s{transport}"
     )
 
 
@@ -75,6 +77,7 @@ def _summary(entry: str, own: list[Row]) -> Row | None:
         "grid": grid or ("1 rank" if last["degrees"] else "each rank alone"),
         **{name: last[name] for name in ("num_ranks", "micro_batch_size", "sequences_per_step", "sequence_length")},
         **{name: last[name] for name in ("kernel", "device")},
+        "transport": last.get("transport"),  # the roofline has none
         "tokens_per_s": tokens_per_s,
         "tokens_per_s_min": speeds[0],
         "tokens_per_s_max": speeds[-1],
@@ -112,6 +115,7 @@ def table(rows: list[Row], baseline: str) -> list[str]:
         "of step ms": "{step_time_ms:.1f}",
         "loss": "{first_loss:.4f}",
         "kernel": "{kernel}",
+        "transport": "{transport:s}",
     }
 
     def cell(form: str, row: Row) -> str:
@@ -121,8 +125,9 @@ def table(rows: list[Row], baseline: str) -> list[str]:
             return "n/a"
 
     cells = {name: [cell(form, row) for row in _measured(rows)] for name, form in columns.items()}
-    common = [f"{name} {cells.pop(name)[0]}" for name in ("L", "batch", "kernel") if len(set(cells[name])) == 1]
     cells = {name: column for name, column in cells.items() if set(column) != {"n/a"}}
+    can_be_common = [name for name in ("L", "batch", "kernel", "transport") if name in cells]
+    common = [f"{name} {cells.pop(name)[0]}" for name in can_be_common if len(set(cells[name])) == 1]
     measured = iter(zip(*cells.values(), strict=True))
     body = [[f"FAILED: {_cause(row['error'])}"] if "error" in row else next(measured) for row in rows]
     lines = [[row["entry"], *own] for row, own in zip(rows, body, strict=True)]
@@ -168,7 +173,7 @@ def report(config: Config, entries: dict[str, Config], notes: list[str], results
         "measurements": results,
     }
     path = run_dir / COMPARISON_FILE
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    replace_file(path, json.dumps(content, indent=1) + "\n")
     lengths = ", ".join(f"{length:,}" for length in sorted({row["sequence_length"] for row in _measured(rows)}))
     title = f"{content['model']}, {config.compare.recipe}, L = {lengths}" + (f"\n{CPU_WARNING}" if on_cpu else "")
     figures = draw(rows, title, run_dir)

@@ -21,7 +21,7 @@ from recipes.planning.explain import timeline_lines
 from recipes.planning.memory import changed
 from recipes.planning.plan import Plan
 from recipes.run.errors import RunFailed
-from recipes.run.run_dir import Row
+from recipes.run.run_dir import Row, replace_file
 
 RESULT_FILE, PROBE_FILE, NO_MEMORY = "max_length.json", "probe.json", "no_memory_rank_"
 TOKENS_PER_RANK = 256  # a multiple of them is used: kernels work on tiles of 64 to 256 tokens
@@ -73,7 +73,7 @@ def max_length(config: Config, run_dir: Path) -> float:
         "limit_gib": limit_gib, "predicted_length": length, "predicted_peak_gib": curve[-1]["peak_gib"],
         "curve": curve, "attempts": attempts, "confirmed": confirmed,
     }  # fmt: skip
-    (run_dir / RESULT_FILE).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    replace_file(run_dir / RESULT_FILE, json.dumps(result, indent=1) + "\n")
     print(f"all numbers: {run_dir / RESULT_FILE}", flush=True)
     if attempts and not confirmed:
         raise RunFailed(
@@ -177,7 +177,7 @@ class Probe:
             "device": plan.device_name,
         }
         if dist.get_rank() == 0:
-            (run_dir / PROBE_FILE).write_text(json.dumps(result), encoding="utf-8")
+            replace_file(run_dir / PROBE_FILE, json.dumps(result))
 
 
 def _random_sequences(config: Config) -> Iterator[np.ndarray]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from conf.schema import Config, flatten
-from recipes.run.run_dir import BOOKKEEPING, RESULTS_FILE
+from recipes.run.run_dir import BOOKKEEPING, RESULTS_FILE, read_json_lines
 
 CURRENT_FILE = "current_measurement.json"  # exists while a measurement runs
 ROOFLINE = "roofline"  # the entry that compare.roofline=true adds
@@ -74,11 +73,8 @@ def settings_of(entry: Config) -> str:
 
 def read_results(run_dir: Path) -> list[dict[str, Any]]:
     """The measurements that are done, failed ones included. A line cut off by a crash is ignored."""
-    path, results = run_dir / RESULTS_FILE, []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            results.append(json.loads(line))
-    return results
+    path = run_dir / RESULTS_FILE
+    return [row for _, row in read_json_lines(path) if row] if path.exists() else []
 
 
 def append_result(run_dir: Path, row: dict[str, Any]) -> None:

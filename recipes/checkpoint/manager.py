@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import deepspeed.comm as dist
 import numpy as np
@@ -35,6 +35,7 @@ from recipes.checkpoint.manifest import (
     check_same_run,
     fingerprint,
     is_resharded,
+    move_aside,
     newest_first,
     publish,
     read_manifest,
@@ -49,35 +50,38 @@ from recipes.run.heartbeat import LOGS_DIR, PREEMPTED_FILE
 # the classes that DeepSpeed 0.19.8 pickles beside tensors and plain values
 KNOWN_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 RANDOM_STATES_FILE = "random_states_rank_{}.pt"
+T = TypeVar("T")
+WEIGHTS_ONLY, NOT_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
 @contextlib.contextmanager
 def only_known_classes() -> Iterator[None]:
-    """In the block `torch.load` unpickles only tensors, plain values and KNOWN_CLASSES, whatever its arguments say."""
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
+    """In the block `torch.load` unpickles only tensors, plain values and KNOWN_CLASSES.
+
+    Neither its arguments nor the user's TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD change that.
+    """
+    # torch refuses to load anything if both variables are set
+    users = {name: os.environ.pop(name) for name in (WEIGHTS_ONLY, NOT_WEIGHTS_ONLY) if name in os.environ}
+    os.environ[WEIGHTS_ONLY] = "1"
     try:
         with torch.serialization.safe_globals(KNOWN_CLASSES):
             yield
     finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        del os.environ[WEIGHTS_ONLY]
+        os.environ.update(users)
 
 
 def choose_checkpoint(config: Config, run_dir: Path, say: Callable[[str], None]) -> Manifest | None:
     """The run's newest checkpoint whose checksums match; None if there are no checkpoints. Ranks share the reading.
 
-    The configuration is resolved. `say` prints a line; rank 0's is used.
+    The configuration is resolved. `say` prints a line; rank 0's is used. Newer checkpoints are moved aside.
 
     Raises:
         ConfigError: on every rank, if all checkpoints are broken, or if the newest intact one belongs to another run.
     """
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     say = say if rank == 0 else lambda _: None
-    folders = _gathered(newest_first(run_dir))[0]
+    folders = _from_rank_0(lambda: newest_first(run_dir))
     for folder in folders:
         say(f"reading {folder} ...")
         manifest, problem = None, None
@@ -91,13 +95,15 @@ def choose_checkpoint(config: Config, run_dir: Path, say: Callable[[str], None])
             changes = check_same_run(folder, manifest, config)
             resharded = f", resharded: {', '.join(changes)}" if changes else ""
             say(f"resuming after step {manifest.step}{resharded}{_changed_versions(manifest)}")
+            for broken in folders[: folders.index(folder)] if rank == 0 else ():
+                say(f"renamed {broken.name} to {move_aside(broken).name}")
             return manifest
         next_one = ", so the one before it is tried" if folder != folders[-1] else ""
         say(f"checkpoint {folder.name} is broken{next_one}: {problem}")
     if folders:
         raise ConfigError(
-            f"every checkpoint in {run_dir / CHECKPOINTS_DIR} is broken: delete that folder to start from the "
-            "beginning, or use another hydra.run.dir"
+            f"every checkpoint in {run_dir / CHECKPOINTS_DIR} is broken: repeat the command if the disk could not be "
+            "read for a while, rename that folder to start from the beginning, or use another hydra.run.dir"
         )
     return None
 
@@ -107,6 +113,13 @@ def _gathered(value: Any) -> list[Any]:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def _from_rank_0(compute: Callable[[], T]) -> T:
+    """What rank 0 computes, on every rank."""
+    shared: list[Any] = [compute() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(shared, src=0)
+    return shared[0]
 
 
 def _versions() -> dict[str, str]:
@@ -179,15 +192,17 @@ class Checkpoints:
         torch.save(random_states(), folder / RANDOM_STATES_FILE.format(rank))
         # ends with a barrier, after which all files exist
         self._engine.deepspeed.save_checkpoint(writing, tag, self._engine.client_state, save_latest=False)
-        names = sorted(path.name for path in folder.iterdir())
+        # one list for all ranks: on network disks their own may differ, and then nobody would hash some files
+        names = _from_rank_0(lambda: sorted(path.name for path in folder.iterdir()))
+        if missing := set(map(RANDOM_STATES_FILE.format, range(num_ranks))).difference(names):
+            raise RunFailed(
+                f"{folder} has no {min(missing)}, which another rank has written: use hydra.run.dir on a disk that all "
+                "hosts share",
+                of_all_ranks=True,
+            )
         parts = _gathered({name: fingerprint(folder / name) for name in names[rank::num_ranks]})
         if rank == 0:
             files = {name: print_ for part in parts for name, print_ in part.items()}
-            if missing := set(map(RANDOM_STATES_FILE.format, range(num_ranks))) - files.keys():
-                raise RunFailed(
-                    f"{folder} has no {min(missing)}, which another rank has written: use hydra.run.dir on a disk that "
-                    "all hosts share"
-                )
             progress = (step, data_cursor, last_sequence_sha256, elapsed_s, wandb_run_id)
             write_manifest(folder, Manifest(*progress, asdict(self._config), _versions(), files))
             publish(self._run_dir, step, self._config.checkpoint.keep)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -117,35 +118,42 @@ def _checksum(content: dict[str, Any]) -> str:
 
 
 def check_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
-    """Read these files; raises BrokenCheckpoint if one of them is not what the manifest says."""
+    """Read these files; raises BrokenCheckpoint if one cannot be read or is not what the manifest says."""
     for name in names:
         path, expected = folder / name, manifest.files[name]
-        if not path.is_file():
-            raise BrokenCheckpoint(f"{path} is missing")
-        if path.stat().st_size != expected["num_bytes"]:
-            raise BrokenCheckpoint(f"{path} has {path.stat().st_size:,} bytes, not {expected['num_bytes']:,}")
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
-                raise BrokenCheckpoint(f"{path} has another checksum than when it was written")
+        try:
+            with path.open("rb") as file:
+                num_bytes = os.fstat(file.fileno()).st_size
+                if num_bytes != expected["num_bytes"]:
+                    raise BrokenCheckpoint(f"{path} has {num_bytes:,} bytes, not {expected['num_bytes']:,}")
+                if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
+                    raise BrokenCheckpoint(f"{path} has another checksum than when it was written")
+        except FileNotFoundError as error:
+            raise BrokenCheckpoint(f"{path} is missing") from error
+        except OSError as error:
+            raise BrokenCheckpoint(f"{path}: {error.strerror}") from error
 
 
 def publish(run_dir: Path, step: int, keep: int) -> None:
-    """Rename the complete checkpoint in `writing`, update `latest`, and remove all but the newest `keep`.
-
-    Checkpoints of this and later steps are removed too: they were broken, or the run would have resumed from them.
-    """
+    """Rename the complete checkpoint in `writing`, update `latest`, and remove all but the newest `keep`."""
     folder, name = run_dir / CHECKPOINTS_DIR, step_name(step)
-    if (folder / name).exists():
-        shutil.rmtree(folder / name)
     (folder / WRITING_DIR / name).rename(folder / name)
     _sync(folder)  # `latest` must not outlive a crash that the checkpoint does not
     replace_file(folder / LATEST_FILE, name)
     _sync(folder)
     shutil.rmtree(folder / WRITING_DIR)
-    checkpoints = newest_first(run_dir)
-    own = checkpoints.index(folder / name)
-    for path in [*checkpoints[:own], *checkpoints[own + keep :]]:
+    for path in newest_first(run_dir)[keep:]:
         shutil.rmtree(path)
+
+
+def move_aside(checkpoint: Path) -> Path:
+    """Rename a checkpoint that could not be read to NAME.broken, or NAME.broken-2 and so on; returns the new path.
+
+    `newest_first` does not see it, and nothing removes it: the disk may have failed only for a while.
+    """
+    names = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    paths = (checkpoint.with_name(f"{checkpoint.name}.broken{name}") for name in names)
+    return checkpoint.rename(next(path for path in paths if not path.exists()))
 
 
 def _sync(path: Path) -> None:

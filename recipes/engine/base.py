@@ -16,6 +16,7 @@ from conf.schema import Config
 from data.shard import TokenBatch
 from recipes.engine.optimizer import optimizer_arguments
 from recipes.planning.memory import bucket_size
+from ring_attention.sequence_attention import SequenceAttention
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ class Engine(ABC):
 
     model: nn.Module
     deepspeed: Any
+    attention: SequenceAttention | None = None  # over the ranks that share this rank's sequence
 
     def __init__(self, config: Config, sequence_rank: int, data_rank: int, data_degree: int) -> None:
         self.config, self.sequence_rank = config, sequence_rank

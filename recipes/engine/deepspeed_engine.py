@@ -62,7 +62,7 @@ class TrainingEngine(Engine):
 
     def __init__(self, config: Config, groups: ParallelGroups, attention: SequenceAttention) -> None:
         super().__init__(config, attention.sequence_rank, groups.data_rank, groups.data_degree)
-        engine = config.engine
+        self.attention, engine = attention, config.engine
         tokens = engine.micro_batch_size * attention.layout(config.data.sequence_length).local_length
         with self.device:
             self.model = Transformer(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import tempfile
 from pathlib import Path
 
@@ -60,6 +61,26 @@ def adopt_external_ranks() -> bool:
     # a port per step, below the kernel's ephemeral range
     environ.setdefault("MASTER_PORT", str(20000 + (97 * int(job) + int(step)) % 10000))
     return True
+
+
+def make_private_folder(path: Path) -> None:
+    """Make the folder that RENDEZVOUS names. Another rank of this user may have made it.
+
+    Its name is predictable, in a folder where everyone may write, and who controls the file rendezvous in it can run
+    code on the ranks.
+
+    Raises:
+        ConfigError: if it is a link or a file, belongs to another user, or others may use it.
+    """
+    path.mkdir(mode=0o700, exist_ok=True)
+    found = path.lstat()
+    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077:
+        return
+    raise ConfigError(
+        f"{path}, where the ranks of this srun meet, is {stat.filemode(found.st_mode)} of user {found.st_uid} and must "
+        f"be drwx------ of user {os.getuid()}: set TMPDIR to a folder where only you may write, or MASTER_ADDR to "
+        "127.0.0.1"
+    )
 
 
 def adopt_submitit_tasks() -> None:

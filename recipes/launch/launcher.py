@@ -19,6 +19,7 @@ from conf.degrees import accumulation_steps, resolve_config, resolve_degrees
 from conf.schema import Config, ConfigError
 from recipes.checkpoint.manifest import check_same_run, newest_readable
 from recipes.launch.environment import RENDEZVOUS, ranks_are_started, ranks_given
+from recipes.launch.host_memory import usable_memory_bytes
 from recipes.launch.processes import launch
 from recipes.launch.worker import Task, run_rank
 from recipes.planning.plan import Plan
@@ -62,8 +63,7 @@ def make_plan(config: Config, num_ranks: int) -> Plan:
         raise ConfigError("engine.dtype=fp16 needs a GPU: use engine.dtype=bf16 or engine.dtype=fp32 on the CPU")
     if config.attention.transport == "copy_engine":
         raise ConfigError("attention.transport=copy_engine needs GPUs: use attention.transport=p2p on the CPU")
-    memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks_per_host
-    return Plan(config, num_ranks, "cpu", "CPU", None, ranks_per_host, memory_bytes)
+    return Plan(config, num_ranks, "cpu", "CPU", None, ranks_per_host, usable_memory_bytes() // ranks_per_host)
 
 
 def _ranks_per_host(num_ranks: int) -> int:

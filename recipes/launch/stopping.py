@@ -47,6 +47,10 @@ class StopRequest:
             copied.synchronize()
         return count.item() > 0
 
+    def is_on_any_rank(self, engine: Engine) -> bool:
+        """Whether any rank has a stop request, for after the last step. Every rank must call it; they wait for it."""
+        return engine.max_over_ranks(float(self.is_received)) > 0
+
 
 class BadSteps:
     """Stops the run or skips steps, as `engine.on_bad_step` says. Every rank must call `check` after each step.

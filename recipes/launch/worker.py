@@ -14,7 +14,7 @@ import torch
 
 from conf.schema import Config, ConfigError
 from recipes.launch import startup
-from recipes.launch.environment import RENDEZVOUS
+from recipes.launch.environment import RENDEZVOUS, make_private_folder
 from recipes.launch.failure import full_disk_explained
 from recipes.run.errors import RunFailed
 from recipes.run.heartbeat import LOGS_DIR, clear_rank_states, position
@@ -53,7 +53,7 @@ def run_rank(task: Task, run_dir: Path, has_parent: bool) -> float:
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
     if rendezvous := os.environ.get(RENDEZVOUS):
-        Path(rendezvous).mkdir(mode=0o700, exist_ok=True)
+        make_private_folder(Path(rendezvous))
     startup.init_distributed(rendezvous and f"file://{rendezvous}/rendezvous", task.config.launch.timeout_s)
     if rank == 0 and not has_parent:
         clear_rank_states(run_dir)

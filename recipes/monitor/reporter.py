@@ -22,7 +22,7 @@ from recipes.checkpoint.manifest import Manifest
 from recipes.planning.plan import Plan
 from recipes.planning.throughput import Throughput
 from recipes.run.errors import Preempted
-from recipes.run.run_dir import METRICS_FILE, SUMMARY_FILE, replace_file
+from recipes.run.run_dir import METRICS_FILE, SUMMARY_FILE, read_json_lines, replace_file
 
 
 def start_wandb(
@@ -153,6 +153,10 @@ class Reporter:
         replace_file(self._run_dir / SUMMARY_FILE, _as_json(self._summary, indent=1))
         self._wandb.summary.update(self._summary)
 
+    def log_config(self, facts: dict[str, str]) -> None:
+        """Add what was only known once the run had started to wandb's config."""
+        self._wandb.config.update(facts, allow_val_change=True)  # a resumed run has them already
+
     def step_line(self, step: int, metrics: dict[str, Any]) -> str:
         """The console line of a logged step."""
         num_steps = self._config.num_steps
@@ -201,13 +205,5 @@ def _as_json(metrics: dict[str, float], indent: int | None = None) -> str:
 
 
 def drop_rows_after(path: Path, step: int) -> None:
-    """Remove the rows of later steps from a metrics file, and a truncated last row. They will be logged again."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            break  # truncated by a crash
-        if row["step"] <= step:
-            rows.append(line)
-    replace_file(path, "".join(rows))
+    """Remove the rows of later steps from a metrics file, and rows that a crash cut off. They will be logged again."""
+    replace_file(path, "".join(line for line, row in read_json_lines(path) if row and row["step"] <= step))

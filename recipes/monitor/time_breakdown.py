@@ -19,10 +19,33 @@ from ring_attention.transport import messages_stay_local
 
 MAX_MICRO_BATCHES = 4  # enough to measure; a full batch may take a minute
 REPETITIONS = 3
+NUM_PASSES = 2 * (1 + REPETITIONS)  # with and without attention's messages; the first of each warms up
+NUM_PROFILED = 2  # the first is not recorded
+
+
+class BreakdownStopped(Exception):
+    """The measurement was told to stop, on all ranks alike."""
+
+
+def breakdown_cost(plan: Plan) -> float:
+    """About how many of the run's steps `measure_time_breakdown` takes."""
+    num_profiled, num_few = _num_micro_batches(plan)
+    num_passes = NUM_PASSES if plan.degrees.sequence > 1 else 0
+    return (NUM_PROFILED * num_profiled + num_passes * num_few) / plan.accumulation_steps
+
+
+def _num_micro_batches(plan: Plan) -> tuple[int, int]:
+    """Of a step under the profiler, and of one of the passes."""
+    num_few = min(plan.accumulation_steps, MAX_MICRO_BATCHES)
+    # full steps where a step ends with an update or a pipeline's bubble
+    return plan.accumulation_steps if plan.trains or plan.degrees.pipeline > 1 else num_few, num_few
 
 
 def measure_time_breakdown(
-    plan: Plan, engine: Engine, steps: Callable[[int], Iterator[list[TokenBatch]]]
+    plan: Plan,
+    engine: Engine,
+    steps: Callable[[int], Iterator[list[TokenBatch]]],
+    must_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float | None]:
     """Run a few more steps, under a profiler and with attention's messages off. Every rank must call it.
 
@@ -30,6 +53,10 @@ def measure_time_breakdown(
 
     Args:
         steps: yields this rank's steps of the given number of micro-batches.
+        must_stop: asked every one or two steps, outside of what is timed; the same on all ranks.
+
+    Raises:
+        BreakdownStopped: on every rank, if `must_stop`.
 
     Returns:
         parts/PART_pct: this rank's share of a step's time for each of PARTS.
@@ -38,22 +65,27 @@ def measure_time_breakdown(
             communication runs.
     """
     num_micro_batches = plan.accumulation_steps
-    num_few = min(num_micro_batches, MAX_MICRO_BATCHES)
-    # full steps where a step ends with an update or a pipeline's bubble
-    num_profiled = num_micro_batches if plan.trains or plan.degrees.pipeline > 1 else num_few
+    num_profiled, num_few = _num_micro_batches(plan)
     batches = steps(num_profiled)
 
     def batch() -> list[TokenBatch]:
         with profiler_range("data"):
             return next(batches)
 
+    def few_micro_batches() -> list[TokenBatch]:
+        if must_stop():
+            raise BreakdownStopped
+        return batch()[:num_few]
+
+    if must_stop():
+        raise BreakdownStopped
     run_step = engine.train_step if plan.trains else engine.mean_loss
     with torch.autograd.set_detect_anomaly(False):  # garbage may be NaN
         times_s = step_breakdown(lambda: run_step(batch()), num_steps=1)
         exposed_s = times_s["exchange"] * num_micro_batches / num_profiled
         if plan.degrees.sequence > 1:
             assert isinstance(engine, TrainingEngine)
-            few_s = _exposed_attention_communication_s(plan, engine, lambda: batch()[:num_few])
+            few_s = _exposed_attention_communication_s(plan, engine, few_micro_batches)
             exposed_s = few_s * num_micro_batches / num_few
     step_s = sum(times_s.values())
     shares: dict[str, float | None] = {f"parts/{part}_pct": 100 * time_s / step_s for part, time_s in times_s.items()}

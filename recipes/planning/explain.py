@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
+from data.source import describe
 from recipes.planning import memory
 from recipes.planning.memory_timeline import StepMemory
 from recipes.planning.plan import DTYPES, Plan
@@ -28,6 +29,7 @@ def banner(plan: Plan, run_dir: Path) -> list[str]:
     rows = [
         ("ranks", _ranks(plan)),
         ("tokens", f"{tokens}; {plan.tokens_per_step:,} per step"),
+        *([] if plan.config.recipe == "bench_attention" else [("data", _data(plan))]),
         ("model", f"{model.name}: {memory.num_parameters(model) / 1e6:,.2f} M parameters, {shape}"),
         ("FLOPs per token", f"{plan.flops / 1e6:,.1f} M {passes}, causal counted once"),
         ("attention", _attention(plan)),
@@ -101,6 +103,12 @@ def timeline_lines(step: StepMemory) -> list[str]:
         *(f"  {memory.gib(size):>8} GiB  {name}" for name, size in peak.parts.items()),
         *(f"  {memory.gib(point.total):>8} GiB at: {point.name}" for point in step.timeline if point.name != peak.name),
     ]
+
+
+def _data(plan: Plan) -> str:
+    config = plan.config
+    num_steps = 1 if config.data.overfit_one_batch else config.num_steps
+    return describe(config.data, num_steps * plan.data_tokens_per_step)
 
 
 def _ranks(plan: Plan) -> str:

@@ -22,6 +22,8 @@ from ring_attention.layout import Layout
 from ring_attention.transport import choose_transport
 
 CPU_TFLOPS = 0.02  # attained by two cores
+# guesses for GPUs without a known peak; fp32 does not use tensor cores, whose absence costs a factor of 6 and more
+GPU_TFLOPS = {"bf16": 200.0, "fp16": 200.0, "fp32": 30.0}
 SLOW_STEP_S = 600.0
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -85,9 +87,10 @@ class Plan:
 
     @property
     def attained_tflops(self) -> float:
-        """What kernels reach on one rank: 0.6 of the peak, as cuDNN's on an H200, or a guess for other devices."""
-        peak = peak_tflops(self.device_name, self.config.engine.dtype)
-        guess = CPU_TFLOPS if self.device_type == "cpu" else 200.0
+        """What kernels reach on one rank: 0.6 of the peak, as cuDNN's on an H200, or a guess if that is unknown."""
+        dtype = self.config.engine.dtype
+        peak = peak_tflops(self.device_name, dtype)
+        guess = CPU_TFLOPS if self.device_type == "cpu" else GPU_TFLOPS[dtype]
         return 0.6 * peak if peak else guess
 
     @property

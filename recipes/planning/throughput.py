@@ -7,10 +7,12 @@ from typing import NamedTuple
 from conf.schema import ModelConfig
 from recipes.planning.memory import layer_matmul_parameters
 
-# TFLOP/s, dense bf16 and fp16, from the vendor's data sheets; by the start of the device's name
+# TFLOP/s, dense bf16 and fp16, from the vendor's data sheets; by the start of the device's name, the longest that fits
 _PEAK_TFLOPS = {
     "NVIDIA H200": 989.4,
+    "NVIDIA H200 NVL": 835.5,
     "NVIDIA H100 80GB HBM3": 989.4,
+    "NVIDIA H100 NVL": 835.5,
     "NVIDIA H100 PCIe": 756.0,
     "NVIDIA A100": 312.0,
     "NVIDIA L40S": 362.0,
@@ -19,10 +21,11 @@ _PEAK_TFLOPS = {
 
 
 def peak_tflops(device_name: str, dtype: str) -> float | None:
-    """The data sheet's peak of one device; None if unknown, as for CPUs, other GPUs and fp32."""
-    if dtype == "fp32":
+    """The data sheet's peak of one device; None if unknown, as for CPUs, other GPUs, parts of a GPU (MIG) and fp32."""
+    known = [prefix for prefix in _PEAK_TFLOPS if device_name.startswith(prefix)]
+    if dtype == "fp32" or " MIG " in device_name or not known:
         return None
-    return next((peak for prefix, peak in _PEAK_TFLOPS.items() if device_name.startswith(prefix)), None)
+    return _PEAK_TFLOPS[max(known, key=len)]
 
 
 class Throughput(NamedTuple):

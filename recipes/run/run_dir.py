@@ -122,6 +122,16 @@ def replace_file(path: Path, text: str) -> None:
     part.replace(path)
 
 
+def read_json_lines(path: Path) -> Iterator[tuple[str, Row | None]]:
+    """Each line of the file with its end, and the object in it; None if a crash has cut the line off or damaged it."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        yield line, row if isinstance(row, dict) else None
+
+
 def _is_run(folder: Path) -> bool:
     return any((folder / name).is_file() for name in FILES)
 
@@ -147,13 +157,8 @@ def _read_comparison(name: str, path: Path, loaded: LoadedRuns) -> None:
 def _read_rows(path: Path, problems: list[str]) -> list[Row]:
     """The rows of a metrics file by step. If a step was logged twice, the later row counts."""
     rows: dict[int, Row] = {}
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            row = None
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
+    for number, (_, row) in enumerate(read_json_lines(path) if path.exists() else (), 1):
+        if row and isinstance(row.get("step"), int):
             rows[row["step"]] = {key: value for key, value in row.items() if isinstance(value, int | float | None)}
         else:
             problems.append(f"{path}: line {number} is cut off or not the log of a step: skipped")

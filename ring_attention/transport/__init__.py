@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as torch_dist
 
+from ring_attention.transport.collectives import device_backend, rank_and_size
 from ring_attention.transport.copy_engine import CopyEngineTransport, release_symmetric_buffers, symmetric_buffer_bytes
 from ring_attention.transport.local import messages_stay_local
 from ring_attention.transport.p2p import P2PMessage, P2PTransport, Transfer, TransferError
@@ -37,10 +38,16 @@ def make_transport(transport: str, group: torch_dist.ProcessGroup, order: Sequen
         order: the group's ranks in ring order (`topology.ring_order`); None keeps the group's order.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: for an unknown name, or no group.
     """
-    if transport == "auto":
-        transport = choose_transport("cuda" if torch_dist.get_backend(group) == "nccl" else "cpu")
+    is_auto = transport == "auto"
+    rank_and_size(group)  # refuses None
+    if is_auto:
+        backend = device_backend(group, "cuda")
+        transport = choose_transport("cuda" if backend is not None and backend.name() == "nccl" else "cpu")
     if transport not in TRANSPORTS:
         raise ValueError(f"transport={transport!r} is unknown: use one of auto, {', '.join(TRANSPORTS)}")
-    return TRANSPORTS[transport](group, order)
+    made = TRANSPORTS[transport](group, order)
+    if isinstance(made, CopyEngineTransport):
+        made.falls_back = is_auto  # such a group may carry the CPU's tensors too, by gloo
+    return made

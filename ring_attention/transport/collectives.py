@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import json
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 from torch._C import _distributed_c10d  # the flight recorder has no public name
+from torch.distributed import distributed_c10d
 
 from ring_attention.transport.local import messages_are_local
 
@@ -55,10 +58,20 @@ def same_ranks(group: Any, other: Any) -> bool:
     return torch_dist.get_process_group_ranks(group) == torch_dist.get_process_group_ranks(other)
 
 
+def device_backend(group: torch_dist.ProcessGroup, device_type: str) -> Any:
+    """The backend that carries `group`'s tensors of this device type; None if there is none.
+
+    `get_backend` knows one for the whole group: "undefined" after init_process_group() without arguments.
+    """
+    if torch.device(device_type) not in group._device_types:
+        return None
+    return group._get_backend(torch.device(device_type))  # has no public name
+
+
 def group_timeout(group: torch_dist.ProcessGroup) -> timedelta:
-    """How long a collective of `group` may take before it ends its rank."""
-    device = "cuda" if torch_dist.get_backend(group) == "nccl" else "cpu"
-    return group._get_backend(torch.device(device)).options._timeout  # has no public name
+    """How long a collective of `group` may take before it ends its rank; on GPUs, if `group` is for GPUs."""
+    backend = device_backend(group, "cuda") or device_backend(group, "cpu")
+    return backend.options._timeout
 
 
 def flight_record() -> tuple[bytes, list[str]]:
@@ -74,6 +87,7 @@ def flight_record() -> tuple[bytes, list[str]]:
 
 
 _subgroups = weakref.WeakValueDictionary[tuple[Any, tuple[int, ...]], torch_dist.ProcessGroup]()  # torch holds them
+_num_built: collections.Counter[tuple[str, tuple[int, ...]]] = collections.Counter()
 
 
 def subgroup(group: Any, ranks: Sequence[int]) -> torch_dist.ProcessGroup:
@@ -82,12 +96,41 @@ def subgroup(group: Any, ranks: Sequence[int]) -> torch_dist.ProcessGroup:
     Those ranks must call it. On NCCL every other rank of the world must make as many calls, each for its own group:
     DeepSpeed has torch split groups off the world's communicator. Cached, because each gloo group has a polling thread.
     """
-    global_ranks = [torch_dist.get_global_rank(group, rank) for rank in ranks]
-    if global_ranks == torch_dist.get_process_group_ranks(group):
+    if torch_dist.get_process_group_ranks(group) == [torch_dist.get_global_rank(group, rank) for rank in ranks]:
         return group
     key = (group, tuple(ranks))
-    if _subgroups.get(key) not in torch_dist.distributed_c10d._world.pg_map:  # not built, or destroyed
-        built = torch_dist.new_group(global_ranks, timeout=group_timeout(group), use_local_synchronization=True)
-        assert isinstance(built, torch_dist.ProcessGroup), "called by a rank outside"
-        _subgroups[key] = built
+    if _subgroups.get(key) not in distributed_c10d._world.pg_map:  # not built, or destroyed
+        _subgroups[key] = new_subgroup(group, ranks)
     return _subgroups[key]
+
+
+def new_subgroup(
+    group: torch_dist.ProcessGroup, ranks: Sequence[int], backend: str | None = None
+) -> torch_dist.ProcessGroup:
+    """As `subgroup`, but never cached, and on any backend; None is the default group's."""
+    key = (group.group_name, tuple(ranks))
+    _num_built[key] += 1
+    with _group_name(f"{group.group_name}/{','.join(map(str, ranks))}/{_num_built[key]}"):
+        built = torch_dist.new_group(
+            [torch_dist.get_global_rank(group, rank) for rank in ranks],
+            backend=backend,
+            timeout=group_timeout(group),
+            use_local_synchronization=True,
+        )
+    assert isinstance(built, torch_dist.ProcessGroup), "called by a rank outside"
+    return built
+
+
+@contextlib.contextmanager
+def _group_name(name: str) -> Iterator[None]:
+    """Within, torch gives this name to a group that its ranks build alone. Ranks find each other by the name.
+
+    Torch's own has the number of groups that the process is in, which differs between ranks after a group of some ranks
+    only, such as a logging group, and then all wait in vain (pytorch#173608).
+    """
+    torchs = distributed_c10d._hash_ranks_to_str
+    distributed_c10d._hash_ranks_to_str = lambda ranks: name  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        distributed_c10d._hash_ranks_to_str = torchs

@@ -19,14 +19,14 @@ import functools
 import importlib
 import socket
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
 from ring_attention.trace import profiler_range
-from ring_attention.transport.collectives import group_timeout, rank_and_size
+from ring_attention.transport.collectives import new_subgroup, rank_and_size
 from ring_attention.transport.p2p import P2PMessage, P2PTransport, Transfer
 
 BUFFERS: tuple[str, ...] = ("keys0", "keys1", "gradients0", "gradients1")
@@ -41,6 +41,7 @@ class CopyEngineTransport(P2PTransport):
     All transports of a group share its symmetric buffers, so their transfers must not overlap.
     """
 
+    falls_back = False  # whether tensors that are not on a GPU go by p2p, or are refused
     _buffers: SymmetricBuffers | None = None  # stays None if no rank of the group can be copied to
 
     def connect(self, tensor: Tensor, buffer_bytes: dict[str, int]) -> None:
@@ -50,10 +51,14 @@ class CopyEngineTransport(P2PTransport):
             ValueError: if the tensor is not on an NVIDIA GPU.
         """
         super().connect(tensor, buffer_bytes)
+        if self.falls_back and tensor.device.type != "cuda":
+            self.reason = f"the tensors are on {tensor.device.type}"
+            return
         if self.group not in _symmetric_buffers:  # the first time, and after a release
             _symmetric_buffers[self.group] = make_symmetric_buffers(self.group, tensor.device)
-        self._buffers = _symmetric_buffers[self.group]
+        self._buffers, self.reason = _symmetric_buffers[self.group]
         if self._buffers is not None:
+            self.used = "copy_engine" if len(self._buffers.neighbours) == self.ring_degree else "copy_engine and p2p"
             self._buffers.grow(buffer_bytes)
 
     def receive_buffer(self, name: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -81,9 +86,12 @@ class CopyEngineTransport(P2PTransport):
         where, _ = self._describe(purpose, sends, receives)
 
         def wait_for_copies() -> None:
+            if self._watchdog is None:  # in tests without a GPU
+                buffers.stream.make_compute_wait(full, copied)
+                return
+            earlier_work = torch.cuda.current_stream().record_event()
             arrived = buffers.stream.make_compute_wait(full, copied)
-            if self._watchdog is not None:
-                self._watchdog.add([copied.query, arrived.query], where)
+            self._watchdog.add(earlier_work.query, [copied.query, arrived.query], where)
 
         transfer.waits.append((where, wait_for_copies))
         return transfer
@@ -259,42 +267,59 @@ class SymmetricMemory:
         self.of_ranks = [self._handle.get_buffer(rank, (num_bytes,), torch.uint8) for rank in range(group.size())]
 
 
-_symmetric_buffers: dict[torch_dist.ProcessGroup, SymmetricBuffers | None] = {}  # None: no rank can be copied to
+# of each group, with the reason why messages go by p2p, between some ranks or, for None, all
+_symmetric_buffers: dict[torch_dist.ProcessGroup, tuple[SymmetricBuffers | None, str]] = {}
 
 
 def release_symmetric_buffers() -> None:
     """Free the memory of all symmetric buffers; `connect` makes new ones. All ranks that have some must call it."""
-    for buffers in filter(None, _symmetric_buffers.values()):
-        buffers.release()
+    for buffers, _ in _symmetric_buffers.values():
+        if buffers is not None:
+            buffers.release()
     _symmetric_buffers.clear()
 
 
 def symmetric_buffer_bytes() -> int:
     """Of this rank's symmetric buffers, which PyTorch's allocator does not count."""
-    return sum(len(some.memory.of_ranks[0]) for some in _symmetric_buffers.values() if some and some.memory)
+    return sum(len(some.memory.of_ranks[0]) for some, _ in _symmetric_buffers.values() if some and some.memory)
 
 
-def make_symmetric_buffers(group: torch_dist.ProcessGroup, device: torch.device) -> SymmetricBuffers | None:
-    """For this host's ranks of `group`; None for one rank, or GPUs without access. Every rank must call it."""
+class _RankInfo(NamedTuple):
+    host: str
+    gpu: int | None
+    obstacle: str | None
+
+
+def make_symmetric_buffers(group: torch_dist.ProcessGroup, device: torch.device) -> tuple[SymmetricBuffers | None, str]:
+    """For this host's ranks of `group`; None for one rank, or GPUs without access. Every rank must call it.
+
+    Also returns, on all ranks alike, why messages between some of them go by p2p; empty if none do.
+    """
     own_rank, degree = rank_and_size(group)
     infos: list[Any] = [None] * degree
-    torch_dist.all_gather_object(infos, (socket.gethostname(), device.index, CopyStream.obstacle(device)), group=group)
-    members = [rank for rank in range(degree) if infos[rank][0] == infos[own_rank][0]]
-    host_group = group
-    if len(members) < degree:
-        # Every rank builds it, needed or not, because a group's name has the number of the rank's groups in it. On gloo
-        # its members build it alone; an NCCL group would be split off the world's, whose other ranks may not take part.
-        global_ranks = [torch_dist.get_global_rank(group, rank) for rank in members]
-        timeout = group_timeout(group)
-        host_group = torch_dist.new_group(global_ranks, backend="gloo", timeout=timeout, use_local_synchronization=True)
-        assert isinstance(host_group, torch_dist.ProcessGroup)
-    if len(members) == 1:
+    own = _RankInfo(socket.gethostname(), device.index, CopyStream.obstacle(device))
+    torch_dist.all_gather_object(infos, own, group=group)
+    hosts = {info.host: [rank for rank in range(degree) if infos[rank].host == info.host] for info in infos}
+    obstacles = {host: _obstacle([infos[rank] for rank in members]) for host, members in hosts.items()}
+    reasons = [f"on host {host} {obstacle}" for host, obstacle in obstacles.items() if obstacle]
+    if len(hosts) > 1:
+        reasons.append(f"the ranks are on {len(hosts)} hosts")
+    reason, members = "; ".join(reasons), hosts[own.host]
+    if obstacles[own.host] and own_rank == members[0]:
+        warnings.warn(f"transport=copy_engine: messages on this host go by p2p, because {reason}", stacklevel=2)
+    if len(members) == 1 or obstacles[own.host]:
+        return None, reason
+    # an NCCL group would be split off the world's, whose other ranks may not take part
+    host_group = group if len(members) == degree else new_subgroup(group, members, backend="gloo")
+    return SymmetricBuffers(host_group, {rank: number for number, rank in enumerate(members)}, device), reason
+
+
+def _obstacle(infos: list[_RankInfo]) -> str | None:
+    """Why these ranks of one host cannot copy to each other; None if they can, and for one rank."""
+    if len(infos) == 1:
         return None
-    devices, obstacles = ([infos[rank][number] for rank in members] for number in (1, 2))
-    if device.index is not None and len({*devices}) < len(members):
-        obstacles.append("its ranks do not see all of its GPUs (CUDA_VISIBLE_DEVICES)")
-    if obstacle := next(filter(None, obstacles), None):
-        if own_rank == members[0]:
-            warnings.warn(f"transport=copy_engine: messages on this host go by p2p, because {obstacle}", stacklevel=2)
-        return None
-    return SymmetricBuffers(host_group, {rank: number for number, rank in enumerate(members)}, device)
+    if obstacle := next(filter(None, (info.obstacle for info in infos)), None):
+        return obstacle
+    if infos[0].gpu is not None and len({info.gpu for info in infos}) < len(infos):
+        return "its ranks do not see all of its GPUs (CUDA_VISIBLE_DEVICES)"
+    return None

@@ -73,9 +73,14 @@ class P2PTransport:
     Every rank of `group` must post the same transfers in the same order. A rank skips a transfer in which it neither
     sends nor receives. A receive must have the size of what is sent.
 
+    `used` says after `connect` what carries this rank's messages, and `reason` why that is not this transport.
+
     Args:
         order: the group's ranks in ring order (`topology.ring_order`); None keeps the group's order.
     """
+
+    used: str | None = None
+    reason: str = ""
 
     def __init__(self, group: torch_dist.ProcessGroup, order: Sequence[int] | None = None) -> None:
         self.group = group
@@ -91,6 +96,7 @@ class P2PTransport:
         `buffer_bytes` has the largest message of each receive buffer, by name. The first call creates NCCL's
         communicator, which takes all ranks; a transfer may have fewer.
         """
+        self.used = "p2p"
         if tensor.is_cuda and self._watchdog is None:
             self._watchdog = _connect(self.group, tensor.device)
 
@@ -122,12 +128,14 @@ class P2PTransport:
             for function, message in messages
         ]
         whole, each = self._describe(purpose, sends, receives)
+        # NCCL's stream waits for what is on this one so far
+        earlier_work = None if self._watchdog is None else torch.cuda.current_stream().record_event()
         try:
             works = torch_dist.batch_isend_irecv(operations)
         except RuntimeError as error:
             raise TransferError(f"{whole}: {error}") from error
-        if self._watchdog is not None:
-            self._watchdog.add([work.is_completed for work in works], whole)
+        if self._watchdog is not None and earlier_work is not None:
+            self._watchdog.add(earlier_work.query, [work.is_completed for work in works], whole)
         descriptions = each if len(works) == len(each) else [whole] * len(works)
         waits: Waits = [(where, work.wait) for where, work in zip(descriptions, works, strict=True)]
         return Transfer(waits, [operation.tensor for operation in operations[len(receives) :]])
@@ -143,31 +151,49 @@ class P2PTransport:
         return ", ".join([where, *names]), [f"{where}, {name}" for name in names]
 
 
+class _Watched(NamedTuple):
+    can_begin: Callable[[], bool]
+    is_completed: Sequence[Callable[[], bool]]
+    where: str
+
+
 class TransferWatchdog:
     """Aborts a rank whose transfer is overdue, and names the transfer on stderr. For GPUs, where no host waits.
+
+    Time counts from when the transfer could begin: the host posts it up to whole steps ahead of the GPU.
 
     NCCL's own watchdog, a minute later, knows no ring steps. TORCH_NCCL_ASYNC_ERROR_HANDLING=0 lets the rank wait on.
     """
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
-        self._transfers: collections.deque[tuple[float, Sequence[Callable[[], bool]], str]] = collections.deque()
+        self._transfers: collections.deque[_Watched] = collections.deque()
         threading.Thread(target=self._run, daemon=True, name="transfer watchdog").start()
 
-    def add(self, is_completed: Sequence[Callable[[], bool]], where: str) -> None:
-        """Watch a transfer that starts now. It is done once all of `is_completed` return True."""
-        self._transfers.append((time.monotonic(), is_completed, where))
+    def add(self, can_begin: Callable[[], bool], is_completed: Sequence[Callable[[], bool]], where: str) -> None:
+        """Watch a transfer, which begins after all that were added before.
+
+        Args:
+            can_begin: whether the GPU has done what comes before it.
+            is_completed: the transfer is done once all of them return True.
+        """
+        self._transfers.append(_Watched(can_begin, is_completed, where))
 
     def _run(self) -> None:
+        began: float | None = None  # when the first transfer that is not done could begin
         while True:
             time.sleep(_WATCHDOG_INTERVAL_S)
-            while self._transfers and all(is_completed() for is_completed in self._transfers[0][1]):
+            while self._transfers and all(is_completed() for is_completed in self._transfers[0].is_completed):
                 self._transfers.popleft()
-            if not self._transfers or time.monotonic() - self._transfers[0][0] < self._timeout_s - _WATCHDOG_INTERVAL_S:
+                began = None
+            if not self._transfers:
                 continue
-            posted, _, where = self._transfers.popleft()
-            overdue_s = time.monotonic() - posted
-            print(f"TransferError: {where}: not done after {overdue_s:.0f} s", file=sys.stderr, flush=True)
+            if began is None and self._transfers[0].can_begin():
+                began = time.monotonic()
+            if began is None or (waited_s := time.monotonic() - began) < self._timeout_s - _WATCHDOG_INTERVAL_S:
+                continue
+            where, began = self._transfers.popleft().where, None
+            print(f"TransferError: {where}: not done after {waited_s:.0f} s", file=sys.stderr, flush=True)
             if os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING") != "0":
                 os.abort()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.program import ENDS_WITHIN_S, LONG, REPOSITORY, Finished, Program, Running, wandb
+from tests.cli.program import ENDS_WITHIN_S, LONG, REPOSITORY, SMALL, Finished, Program, Running, wandb
 from tests.cli.secrets import PLANTED, assert_no_secrets
 
 
@@ -66,6 +66,18 @@ def test_sigterm_to_the_parent_ends_a_starting_run_without_a_traceback(program):
         result = running.finish(ENDS_WITHIN_S)
         assert result.exit_code == 143
         assert result.stderr == ""
+        running.assert_nothing_is_left()
+
+
+def test_sigterm_after_the_last_step_lets_a_complete_run_end_well(program):
+    with program.started(*SMALL, "num_steps=5") as running:
+        running.until(lambda: "measuring where the time of a step goes" in running.stdout)
+        running.family()
+        running.process.terminate()
+        result = running.finish(ENDS_WITHIN_S)
+        assert result.exit_code == 0
+        assert re.search(r"^done: 5 steps, ", result.stdout, re.MULTILINE)
+        assert not (result.run_dir / "logs" / "preempted").exists()
         running.assert_nothing_is_left()
 
 

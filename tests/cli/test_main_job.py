@@ -43,11 +43,14 @@ def test_it_succeeds_with_an_empty_stderr(main_run):
 def test_the_banner_has_its_parts_in_order(main_run):
     rows = re.findall(r"^ +(\S.*?)  (\S.*)$", main_run.stdout, re.MULTILINE)
     assert [name for name, _ in rows] == [
-        "ranks", "tokens", "model", "FLOPs per token", "attention", "attention kernel", "engine", "run dir",
+        "ranks", "tokens", "data", "model", "FLOPs per token", "attention", "attention kernel", "engine", "run dir",
     ]  # fmt: skip
     banner = dict(rows)
     assert banner["ranks"] == "1 data x 4 ring, on CPU"
     assert banner["tokens"] == "64 per rank of 256 per sequence; 256 per step"
+    assert re.fullmatch(
+        rf"stdlib: {NUMBER} files, about {NUMBER} tokens; 1,542 in these steps, \S+ epochs", banner["data"]
+    )
     assert banner["attention"] == "ring, layout zigzag, transport p2p over gloo"
     assert banner["engine"] == "ZeRO stage 1, bf16"
     assert banner["run dir"] == str(main_run.run_dir)

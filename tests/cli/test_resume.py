@@ -79,7 +79,8 @@ def test_an_interrupted_run_is_bit_identical_to_an_uninterrupted_one(program: Pr
         assert "checkpoint step_00000030 is broken, so the one before it is tried: " in resumed.stdout
         assert "resuming after step 20\n" in resumed.stdout
         assert "done: 40 steps, 20 of them since the checkpoint, loss " in resumed.stdout
-        assert checkpoints(resumed.run_dir) == ["latest", "step_00000020", "step_00000030", "step_00000040"]
+        steps = ["step_00000020", "step_00000030", "step_00000030.broken", "step_00000040"]
+        assert checkpoints(resumed.run_dir) == ["latest", *steps]
         reference = uninterrupted.finish()
 
     assert reference.exit_code == 0, reference.stderr

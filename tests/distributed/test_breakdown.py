@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import signal
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 
+from conf.schema import Config, DataConfig, ModelConfig
+from data.pack import Corpus
+from recipes.engine.build import build_engine, build_sharder
+from recipes.launch.stopping import StopRequest
+from recipes.monitor.time_breakdown import NUM_PASSES, BreakdownStopped, measure_time_breakdown
 from recipes.monitor.trace_analysis import PARTS, step_breakdown
+from recipes.planning.plan import Plan
+from recipes.run.errors import STOP_SIGNALS
 from ring_attention import RingAttention
 from ring_attention.transport import messages_stay_local
 from tests.cases import Case, build, draw
@@ -75,3 +84,41 @@ def test_without_communication_a_rank_needs_no_other(pool: WorkerPool, case: Cas
     assert nothing is None
     query, key = ([case.batch, case.length // 2, heads, case.head_dim] for heads in (case.num_heads, case.num_kv_heads))
     assert shapes == [query, query, key, key]
+
+
+def stopped_by_rank_1(num_asked_before: int) -> tuple[int, bool]:
+    """On a rank: how often the measurement of a run asked whether to stop, and whether it stopped."""
+    config = Config(
+        model=ModelConfig(hidden_size=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_size=64),
+        data=DataConfig(sequence_length=21),
+    )
+    plan = Plan(config, 2, "cpu", "CPU", None, ranks_per_host=2)
+    plan.resolve_config()
+    engine = build_engine(plan, parallel_groups(1, 2))
+    corpus = Corpus(["ring attention " * 40], 21, validation_sequences=1)
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    request, num_asked = StopRequest(), 0
+
+    def must_stop() -> bool:
+        nonlocal num_asked
+        num_asked += 1
+        if num_asked > num_asked_before and torch.distributed.get_rank() == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return request.is_on_any_rank(engine)
+
+    steps = functools.partial(build_sharder(plan, engine).steps, corpus.training(cursor=0))
+    try:
+        measure_time_breakdown(plan, engine, steps, must_stop)
+        return num_asked, False
+    except BreakdownStopped:
+        return num_asked, True
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        engine.close()
+
+
+def test_a_signal_to_one_rank_stops_the_measurement_of_all(pool: WorkerPool):
+    assert pool.run(stopped_by_rank_1, 0, num_ranks=2) == [(1, True)] * 2  # it came before the measurement
+    assert pool.run(stopped_by_rank_1, 4, num_ranks=2) == [(5, True)] * 2
+    assert pool.run(stopped_by_rank_1, 100, num_ranks=2) == [(1 + NUM_PASSES, False)] * 2

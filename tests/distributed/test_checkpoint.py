@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from conf.schema import (
     ParallelismConfig,
 )
 from data.pack import Corpus
-from recipes.checkpoint.manifest import newest_first
+from recipes.checkpoint.manifest import newest_first, read_manifest
 from recipes.export import export, find_checkpoint
 from recipes.model.transformer import Transformer
 from recipes.planning.plan import Plan
@@ -83,6 +84,29 @@ def two_starts(config: Config, run_dir: Path) -> tuple[list[str], list[list[floa
     return lines, losses, weights
 
 
+def save_with_other_listings(config: Config, run_dir: Path) -> list[str]:
+    """On a rank: save while the other rank does not see the first file, as on a network disk; the manifest's files."""
+    from recipes.checkpoint.manager import Checkpoints
+    from recipes.engine.build import build_engine
+
+    plan = Plan(config, 2, "cpu", "CPU", None, ranks_per_host=2)
+    plan.resolve_config()
+    engine = build_engine(plan, parallel_groups(1, 2))
+    names = Path.iterdir
+    stale = lambda folder: iter(sorted(names(folder))[torch.distributed.get_rank() :])  # noqa: E731
+    with mock.patch.object(Path, "iterdir", stale):
+        Checkpoints(config, run_dir, engine).save(2, 0, "", 0.0, "")
+    engine.close()
+    return sorted(read_manifest(newest_first(run_dir)[0]).files)
+
+
+def test_every_file_is_in_the_manifest_even_if_ranks_see_others(pool: WorkerPool, tmp_path: Path):
+    files, _ = pool.run(save_with_other_listings, configuration(1, "fp32", False), tmp_path, num_ranks=2)
+    written = {path.name for path in newest_first(tmp_path)[0].iterdir()} - {"manifest.json"}
+    assert len(written) >= 5  # a model, two optimizers, two random states
+    assert set(files) == written
+
+
 def flip_a_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -110,9 +134,10 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(
     assert losses[1] == losses[0][2:]
     assert lines[1].startswith("checkpoint step_00000004 is broken, so the one before it is tried: ")
     assert lines[1].endswith("has another checksum than when it was written")
-    assert lines[3] == "resuming after step 2"
+    assert lines[3:] == ["resuming after step 2", "renamed step_00000004 to step_00000004.broken"]
 
     find_checkpoint(newest_first(tmp_path)[0])  # saved again, and intact
+    assert (tmp_path / "checkpoints" / "step_00000004.broken" / "manifest.json").exists()
     export(tmp_path, tmp_path / "resumed.safetensors")
     uninterrupted, resumed = (load_file(tmp_path / f"{name}.safetensors") for name in ("uninterrupted", "resumed"))
     assert uninterrupted.keys() == resumed.keys()

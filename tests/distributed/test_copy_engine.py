@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -23,7 +24,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from ring_attention import CAUSAL, FULL, Mask, RingAttention
+from ring_attention import CAUSAL, FULL, Mask, RingAttention, transport
 from ring_attention.transport import (
     CopyEngineTransport,
     P2PMessage,
@@ -217,21 +218,24 @@ def test_on_a_host_whose_gpus_do_not_reach_each_other_messages_go_by_p2p(pool: W
     assert all(p2p > 0 for _, _, p2p in (ranks[0], ranks[1], ranks[3]))
 
 
-def warnings_with_one_gpu_per_rank() -> tuple[bool, list[str]]:
+def warnings_with_one_gpu_per_rank() -> tuple[bool, str, list[str]]:
     with emulated(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         world = subgroup(torch_dist.group.WORLD, (0, 1))
-        buffers = copy_engine.make_symmetric_buffers(world, torch.device("cuda", 0))
-    return buffers is None, [str(warning.message) for warning in caught]
+        buffers, reason = copy_engine.make_symmetric_buffers(world, torch.device("cuda", 0))
+    return buffers is None, reason, [str(warning.message) for warning in caught]
 
 
 def test_ranks_that_see_one_gpu_each_warn(pool: WorkerPool):
     why = "its ranks do not see all of its GPUs (CUDA_VISIBLE_DEVICES)"
-    (alone, warned), others = pool.run(warnings_with_one_gpu_per_rank, num_ranks=2)
-    assert alone
-    assert "copy_engine" in warned[0]
-    assert why in warned[0]
-    assert others == (True, [])
+    first, second = pool.run(warnings_with_one_gpu_per_rank, num_ranks=2)
+    for alone, reason, _ in (first, second):
+        assert alone
+        assert why in reason
+    (warned,), others = first[2], second[2]
+    assert "copy_engine" in warned
+    assert why in warned
+    assert others == []
 
 
 def refusal_on_the_cpu() -> str:
@@ -245,6 +249,55 @@ def refusal_on_the_cpu() -> str:
 def test_copy_engine_without_a_gpu_is_refused(pool: WorkerPool):
     expected = "transport=copy_engine needs NVIDIA GPUs, but the tensors are on cpu: use p2p"
     assert pool.run(refusal_on_the_cpu, num_ranks=2) == [expected] * 2
+
+
+def fallback_on_the_cpu() -> tuple[str | None, str | None, str]:
+    """What "auto" does on a group that has NCCL for GPUs and gloo for the CPU, given tensors of the CPU."""
+    gpus = SimpleNamespace(name=lambda: "nccl")
+    with patch.object(transport, "device_backend", lambda *_: gpus), patch.object(torch.version, "cuda", "13.0"):
+        attention = RingAttention("auto", torch_dist.group.WORLD)
+    before, q = attention.transport_used, torch.randn(1, 4, 2, 8)
+    attention(q, q, q, 0)
+    return before, attention.transport_used, attention.transport_reason
+
+
+def test_auto_takes_tensors_on_the_cpu_by_p2p(pool: WorkerPool):
+    assert pool.run(fallback_on_the_cpu, num_ranks=2) == [(None, "p2p", "the tensors are on cpu")] * 2
+
+
+def used_transports(hosts: list[str], without_access: str | None) -> tuple[str | None, str]:
+    host = hosts[torch_dist.get_rank()]
+    attention = RingAttention("auto", torch_dist.group.WORLD, transport="copy_engine")
+    q = torch.randn(1, 4, 2, 8)
+    with (
+        emulated(),
+        patch.object(copy_engine.socket, "gethostname", lambda: host),
+        patch.object(ThreadCopyStream, "obstacle", lambda device: "no access" if host == without_access else None),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        attention(q, q, q, 0)
+    return attention.transport_used, attention.transport_reason
+
+
+@pytest.mark.parametrize(
+    ("hosts", "without_access", "used", "reasons"),
+    [
+        ("aaaa", None, ["copy_engine"] * 4, []),
+        ("aabb", None, ["copy_engine and p2p"] * 4, ["2 hosts"]),
+        ("abcd", None, ["p2p"] * 4, ["4 hosts"]),
+        ("aaaa", "a", ["p2p"] * 4, ["host a no access"]),
+        ("aabb", "a", ["p2p", "p2p", "copy_engine and p2p", "copy_engine and p2p"], ["host a no access", "2 hosts"]),
+    ],
+)
+def test_modules_say_what_carries_their_messages_and_why(
+    pool: WorkerPool, hosts: str, without_access: str | None, used: list[str], reasons: list[str]
+):
+    ranks = pool.run(used_transports, list(hosts), without_access, num_ranks=4)
+    assert [rank_used for rank_used, _ in ranks] == used
+    for _, reason in ranks:
+        assert all(part in reason for part in reasons)
+        assert bool(reason) == bool(reasons)
 
 
 def test_two_messages_in_one_buffer_are_detected(pool: WorkerPool):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from ring_attention import (
     RingAttention,
     UlyssesAttention,
 )
+from ring_attention.checkpointing import selective_checkpointing
 from ring_attention.sequence_attention import SequenceAttention
+from ring_attention.transport.collectives import all_gather, new_subgroup
 from tests.cases import Case, check, draw
 from tests.pool import WorkerPool, parallel_groups
 from tests.tools.measure import relative_error
@@ -214,11 +217,78 @@ def test_autocast_does_not_lower_the_precision():
         assert torch.equal(LocalAttention("reference")(q, q, q, 0), plain)
 
 
-def test_a_second_derivative_is_refused():
-    q = torch.randn(1, 8, 2, 8, requires_grad=True)
-    (gradient,) = torch.autograd.grad(LocalAttention("reference")(q, q, q, 0).square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+@pytest.mark.parametrize("wanted", ["q", "k", "v"])
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("tokens", [8, 4])
+def test_a_second_derivative_is_refused(wanted: str, power: int, tokens: int):
+    """Also of a sum, whose gradient is a constant, and for tensors of which the gradient is none."""
+    names = ("q", "k", "v")
+    leaves = {name: torch.randn(1, tokens, 2, 8, requires_grad=True) for name in names}
+    loss = LocalAttention("reference")(*leaves.values(), 0).pow(power).sum()
+    (gradient,) = torch.autograd.grad(loss, leaves["q"], create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        torch.autograd.grad(gradient.square().sum(), leaves[wanted], retain_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        (loss + gradient.square().sum()).backward()
+
+
+def recomputed_twice(kind: Any) -> list[bool]:
+    """Whether gradients are the same bits as without checkpointing: of two passes, and of one leaf after the other."""
+    attention = kind("auto", world())
+    x, y = (torch.randn(1, 8, 2, 8, requires_grad=True) for _ in range(2))
+
+    def layer(x: Tensor, y: Tensor) -> Tensor:
+        return attention(attention(x, x, y, 0), y, y, 0).square().sum()
+
+    plain = torch.autograd.grad(layer(x, y), (x, y))
+    loss: Any = checkpoint(layer, x, y, use_reentrant=False, context_fn=selective_checkpointing)
+    passes = [torch.autograd.grad(loss, (x, y), retain_graph=True) for _ in range(2)]
+    passes.append((*torch.autograd.grad(loss, x, retain_graph=True), *torch.autograd.grad(loss, y)))
+    return [all(torch.equal(*pair) for pair in zip(got, plain, strict=True)) for got in passes]
+
+
+@pytest.mark.parametrize("kind", [RingAttention, AllGatherAttention])
+def test_selective_checkpointing_recomputes_as_often_as_asked(pool: WorkerPool, kind: Any):
+    assert pool.run(recomputed_twice, kind, num_ranks=NUM_RANKS) == [[True] * 3] * NUM_RANKS
+
+
+def deep_copied(kind: Any) -> tuple[bool, bool]:
+    """Whether a copy computes the same bits, in a module of its own; and whether it shares the groups."""
+    options: dict[str, Any] = {"ulysses_degree": 2} if kind is HybridAttention else {}
+    model = nn.Sequential(nn.Linear(8, 8), kind("auto", world(), **options))
+    attention: Any = model[1]
+    copied_attention: Any = copy.deepcopy(model)[1]
+    q = torch.randn(2, 8, 4, 8)
+    same = torch.equal(attention(q, q, q, 0), copied_attention(q, q, q, 0))
+    inner = getattr(copied_attention, "_distributed", None)
+    shares = copied_attention._group is attention._group
+    if inner is not None:
+        shares = shares and inner.spg is attention._distributed.spg and inner.local_attn.__self__ is copied_attention
+    return same and copied_attention is not attention, shares
+
+
+@pytest.mark.parametrize("kind", [RingAttention, AllGatherAttention, UlyssesAttention, HybridAttention, LocalAttention])
+def test_a_deep_copy_shares_the_groups(pool: WorkerPool, kind: Any):
+    assert pool.run(deep_copied, kind, num_ranks=NUM_RANKS) == [(True, True)] * NUM_RANKS
+
+
+def group_after_one_of_some_ranks_only() -> list[float]:
+    """The ranks of a subgroup, after rank 0 alone has built a group."""
+    import torch.distributed as torch_dist
+
+    logging_group: Any = torch_dist.new_group([0])  # on all ranks, as torch wants it
+    own = torch_dist.get_rank()
+    group = new_subgroup(world(), [0, 3] if own in (0, 3) else [1, 2])
+    ranks = all_gather(torch.tensor([float(own)]), group).flatten().tolist()
+    torch_dist.destroy_process_group(group)
+    if own == 0:
+        torch_dist.destroy_process_group(logging_group)
+    return ranks
+
+
+def test_groups_are_built_whatever_groups_some_ranks_are_in(pool: WorkerPool):
+    for _ in range(2):  # and again, which has another name
+        assert pool.run(group_after_one_of_some_ranks_only, num_ranks=4) == [[0, 3], [1, 2], [1, 2], [0, 3]]
 
 
 def test_a_window_of_the_whole_sequence_is_dropped():

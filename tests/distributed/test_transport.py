@@ -52,6 +52,7 @@ def test_a_dead_neighbour_is_named_with_the_transfer():
 def attention_beside_a_stalled_rank() -> str:
     """Rank 1 stalls. The others' error, and after how many seconds."""
     attention, q = RingAttention("auto", group()), torch.randn(1, 4, 2, 8)
+    attention(q, q, q, 0)
     started = time.monotonic()
     if attention.sequence_rank == 1:
         time.sleep(12)

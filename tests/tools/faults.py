@@ -245,7 +245,7 @@ def all_checkpoints_damaged(case: Case) -> None:
     finished = case.program.run(*SHORT)
     case.error = finished.stderr
     assert finished.exit_code == 1
-    assert re.match(r"error: every checkpoint in .* is broken: delete that folder to start", finished.stderr)
+    assert re.match(r"error: every checkpoint in .* is broken: .*rename that folder to start", finished.stderr)
     assert "\ncheckpoint step_00000005 is broken: " in finished.stdout, finished.stdout
 
 

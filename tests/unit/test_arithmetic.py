@@ -110,6 +110,11 @@ def test_throughput_divides_by_all_ranks():
 
 def test_mfu_is_unknown_for_unknown_hardware():
     assert peak_tflops("NVIDIA H200", "bf16") == 989.4
+    assert peak_tflops("NVIDIA H100 80GB HBM3", "bf16") == 989.4
+    assert peak_tflops("NVIDIA H200 NVL", "bf16") == peak_tflops("NVIDIA H100 NVL", "bf16") == 835.5
+    assert peak_tflops("NVIDIA H100 PCIe", "bf16") == 756
+    assert peak_tflops("NVIDIA A100-SXM4-80GB", "fp16") == 312
+    assert peak_tflops("NVIDIA H200 MIG 1g.18gb", "bf16") is None  # a seventh of a GPU
     assert peak_tflops("NVIDIA H200", "fp32") is None
     assert peak_tflops("CPU", "bf16") is None
     assert Plan(Config(), 1, "cpu", "CPU", None, ranks_per_host=1).throughput(1.0).mfu_pct is None

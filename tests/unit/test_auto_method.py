@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from conf.schema import AttentionConfig, Config, ConfigError, DataConfig, ModelConfig, ParallelismConfig
+from conf.schema import AttentionConfig, Config, ConfigError, DataConfig, EngineConfig, ModelConfig, ParallelismConfig
 from recipes.planning.explain import explanation
 from recipes.planning.plan import Plan
 from ring_attention.auto_method import Links, Workload, rank_methods
@@ -74,6 +74,16 @@ def test_the_plan_takes_the_fastest_and_explains_every_candidate(tmp_path):
     assert "kernels at 593.64 TFLOP/s; links 280 GB/s within a host of 8 ranks, 45 GB/s between" in text
     for candidate in ("ring 8 x ulysses 1", "ring 4 x ulysses 2", "ring 2 x ulysses 4", "ring 1 x ulysses 8"):
         assert text.count(candidate) == 1
+
+
+def test_the_rate_of_kernels_without_a_known_peak_depends_on_the_dtype():
+    def rate(dtype: str, name: str = "NVIDIA RTX 6000", device: str = "cuda") -> float:
+        return Plan(Config(engine=EngineConfig(dtype=dtype)), 1, device, name, (9, 0), ranks_per_host=1).attained_tflops
+
+    assert rate("bf16") == rate("fp16") == 200
+    assert rate("fp32") == rate("fp32", "NVIDIA H200") == 30  # no tensor cores
+    assert rate("bf16", "NVIDIA H200") > 500
+    assert rate("fp32", "CPU", "cpu") == rate("bf16", "CPU", "cpu") < 1
 
 
 def test_auto_refuses_degrees():

@@ -14,6 +14,8 @@ import torch
 from conf.schema import Config, ConfigError
 from data.pack import Corpus
 from recipes.checkpoint.manager import (
+    NOT_WEIGHTS_ONLY,
+    WEIGHTS_ONLY,
     TrainingData,
     only_known_classes,
     random_states,
@@ -65,12 +67,20 @@ class Evil:
         return os.system, ("echo evil",)
 
 
-def test_a_pickle_cannot_run_code(tmp_path, capfd):
+@pytest.mark.parametrize("users", [{}, {WEIGHTS_ONLY: "1"}, {NOT_WEIGHTS_ONLY: "1"}], ids=["none", "safe", "unsafe"])
+def test_a_pickle_cannot_run_code_whatever_the_user_has_set(tmp_path, capfd, monkeypatch, users):
+    for name in (WEIGHTS_ONLY, NOT_WEIGHTS_ONLY):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in users.items():
+        monkeypatch.setenv(name, value)
     torch.save({"state": Evil()}, tmp_path / "evil.pt")
-    with only_known_classes(), pytest.raises(pickle.UnpicklingError):
-        torch.load(tmp_path / "evil.pt", weights_only=False)  # as DeepSpeed calls it
+    torch.save({"state": torch.ones(2)}, tmp_path / "good.pt")
+    with only_known_classes():
+        with pytest.raises(pickle.UnpicklingError):
+            torch.load(tmp_path / "evil.pt", weights_only=False)  # as DeepSpeed calls it
+        assert torch.load(tmp_path / "good.pt", weights_only=False)["state"].tolist() == [1, 1]
     assert capfd.readouterr().out == ""
-    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+    assert {name: os.environ[name] for name in (WEIGHTS_ONLY, NOT_WEIGHTS_ONLY) if name in os.environ} == users
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -90,9 +100,10 @@ def test_a_signal_is_a_stop_request_that_all_ranks_act_on_a_step_later(number):
 
 def test_later_rows_and_a_truncated_row_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "x": 0.1}\n{"step": 20, "x": 2}\n{"step": 40, "x": 3}\n{"step": 60, "x"')
+    kept = b'{"step": 1, "x": 0.1}\n{"step": 20, "x": 2}\n'
+    path.write_bytes(kept + b'\0\0\xff\nnull\n{"step": 40, "x": 3}\n{"step": 60, "x"')
     drop_rows_after(path, 20)
-    assert path.read_text() == '{"step": 1, "x": 0.1}\n{"step": 20, "x": 2}\n'
+    assert path.read_bytes() == kept
 
 
 def test_export_needs_an_intact_checkpoint(tmp_path):

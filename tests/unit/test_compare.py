@@ -124,6 +124,21 @@ class TestSummary:
         assert (a["first_loss"], a["grid"], a["sequences_per_step"]) == (5.5, "2 ring", 2)
         assert (a["tried"], a["errors"]) == ({1: 100.0, 2: None}, ["out of memory"])
 
+    def test_the_table_names_the_transport_that_ran(self):
+        """Above the table if all rows have one; nothing where no rank sends keys around a ring."""
+        fell_back = {"transport": "p2p", "transport_reason": "GPU 0 cannot access the memory of GPU 1"}
+        copied = {"transport": "copy_engine", "transport_reason": ""}
+        for of_a, of_b, common, column in [
+            (copied, fell_back, False, True),
+            (fell_back, fell_back, True, False),
+            ({}, {}, False, False),
+        ]:
+            results = [measured("a", 1, [1.0]) | of_a, measured("b", 1, [1.0]) | of_b]
+            above, header, *_ = comparison_report.table(comparison_report.summarize(results, ["a", "b"], "a"), "a")
+            assert ("transport p2p" in above, "transport" in header) == (common, column)
+        line = comparison_report.measurement_line(measured("a", 1, [1.0]) | fell_back)
+        assert "transport p2p: GPU 0 cannot access" in line
+
     def test_the_change_is_a_percentage_of_the_baseline(self):
         rows = comparison_report.summarize(RESULTS, ["b", "a", "c"], "a")
         assert [row["entry"] for row in rows] == ["b", "a", "c"]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 from unittest import mock
 
 import pytest
 
 from conf.schema import ConfigError
-from recipes.launch.environment import RENDEZVOUS, adopt_external_ranks
+from recipes.launch.environment import RENDEZVOUS, adopt_external_ranks, make_private_folder
 
 STEP = {
     "SLURM_JOB_ID": "1234567",
@@ -65,6 +66,36 @@ def test_a_step_on_one_node_has_a_file_rendezvous_per_start_unless_the_user_give
     assert re.fullmatch(r"/.+/ring_attention_\d+_1234567_2_0", first[RENDEZVOUS])
     assert again[RENDEZVOUS] == first[RENDEZVOUS][:-1] + "1"
     assert RENDEZVOUS not in addressed
+
+
+class TestPrivateFolder:
+    def test_a_folder_of_ones_own_is_taken(self, tmp_path):
+        folder = tmp_path / "meeting"
+        make_private_folder(folder)
+        make_private_folder(folder)  # another rank
+        assert folder.lstat().st_mode & 0o777 == 0o700
+
+    @pytest.mark.parametrize("mode", [0o777, 0o750, 0o701])
+    def test_a_folder_that_others_may_use_is_refused(self, tmp_path, mode):
+        (tmp_path / "meeting").mkdir()
+        (tmp_path / "meeting").chmod(mode)
+        self.assert_refused(tmp_path / "meeting", "TMPDIR", "MASTER_ADDR", "drwx------")
+
+    def test_another_users_folder_is_refused(self, tmp_path, monkeypatch):
+        (tmp_path / "meeting").mkdir(mode=0o700)
+        monkeypatch.setattr(os, "getuid", lambda: tmp_path.stat().st_uid + 1)
+        self.assert_refused(tmp_path / "meeting", f"user {tmp_path.stat().st_uid} ", f"user {os.getuid()}:")
+
+    def test_a_link_is_refused(self, tmp_path):
+        (tmp_path / "elsewhere").mkdir(mode=0o700)
+        (tmp_path / "meeting").symlink_to(tmp_path / "elsewhere")
+        self.assert_refused(tmp_path / "meeting", "lrwxrwxrwx")
+
+    def assert_refused(self, folder: Path, *parts: str) -> None:
+        with pytest.raises(ConfigError) as caught:
+            make_private_folder(folder)
+        assert str(folder) in str(caught.value)
+        assert all(part in str(caught.value) for part in parts)
 
 
 @pytest.mark.parametrize(

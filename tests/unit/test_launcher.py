@@ -102,7 +102,7 @@ def test_a_refusal_by_the_ranks_is_shown_alone(tmp_path):
 
 def test_a_model_too_large_for_the_ranks_is_refused(monkeypatch):
     pages = {"SC_PHYS_PAGES": 2**20, "SC_PAGE_SIZE": 4096}
-    monkeypatch.setattr("recipes.launch.launcher.os.sysconf", pages.__getitem__)
+    monkeypatch.setattr("recipes.launch.host_memory.os.sysconf", pages.__getitem__)
     large = Config(model=ModelConfig(hidden_size=4096, mlp_size=16384), launch=LaunchConfig(num_ranks=2))
     with pytest.raises(ConfigError) as caught:
         count_ranks(large)

@@ -31,6 +31,7 @@ from recipes.checkpoint.manifest import (
     check_same_run,
     fingerprint,
     is_resharded,
+    move_aside,
     newest_first,
     publish,
     read_manifest,
@@ -71,6 +72,15 @@ def test_a_manifest_survives_a_round_trip_and_its_files_are_intact(tmp_path):
     assert manifest.config == asdict(resolved(Config()))
     assert manifest.files["a.pt"]["num_bytes"] == 700
     check_files(folder, manifest, manifest.files)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    folder = published(tmp_path, 5)
+    manifest = read_manifest(folder)
+    (folder / "a.pt").unlink()
+    (folder / "a.pt").mkdir()  # as any other error of a disk: opening it raises OSError
+    with pytest.raises(BrokenCheckpoint, match=rf"^{folder}/a\.pt: "):
+        check_files(folder, manifest, manifest.files)
 
 
 @pytest.mark.parametrize(
@@ -118,14 +128,20 @@ def test_an_unpublished_checkpoint_does_not_count(tmp_path):
     assert newest_first(tmp_path) == []
 
 
-def test_broken_checkpoints_are_replaced(tmp_path):
-    for step in (10, 20, 30):
-        published(tmp_path, step, keep=3)
-    (tmp_path / CHECKPOINTS_DIR / step_name(20) / "a.pt").unlink()
-    folder = published(tmp_path, 20, keep=3)  # from 10 on, for 20 and 30 were broken
-    check_files(folder, read_manifest(folder), ["a.pt"])
-    assert [path.name for path in newest_first(tmp_path)] == [step_name(20), step_name(10)]
-    assert (tmp_path / CHECKPOINTS_DIR / LATEST_FILE).read_text() == step_name(20)
+def test_a_checkpoint_that_could_not_be_read_is_moved_aside_and_never_removed(tmp_path):
+    for number in (1, 2):
+        name = step_name(30) + {1: ".broken", 2: ".broken-2"}[number]
+        aside = move_aside(published(tmp_path, 30))
+        assert aside == tmp_path / CHECKPOINTS_DIR / name
+        assert newest_first(tmp_path) == []
+        check_files(aside, read_manifest(aside), ["a.pt", "b.pt"])  # the disk may have failed only for a while
+    published(tmp_path, 30, keep=1)
+    published(tmp_path, 40, keep=1)
+    assert {path.name for path in (tmp_path / CHECKPOINTS_DIR).glob("step_*")} == {
+        step_name(40),
+        f"{step_name(30)}.broken",
+        f"{step_name(30)}.broken-2",
+    }
 
 
 def test_another_configuration_is_refused_by_field(tmp_path):

@@ -112,3 +112,6 @@ def test_a_line_cut_off_by_a_crash_is_ignored_and_measured_again(tmp_path: Path)
     assert read_results(tmp_path) == [done("a", 1)]
     append_result(tmp_path, done("a", 2))
     assert read_results(tmp_path) == [done("a", 1), done("a", 2)]
+    with (tmp_path / "results.jsonl").open("ab") as file:
+        file.write(b"\0\xff\nnull\n")  # blocks that a crash of the host left unwritten
+    assert read_results(tmp_path) == [done("a", 1), done("a", 2)]

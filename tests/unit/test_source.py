@@ -8,7 +8,7 @@ import pytest
 
 from conf.schema import DataConfig
 from data.pack import open_corpus
-from data.source import CorpusError, open_documents, stdlib_files
+from data.source import CorpusError, describe, open_documents, stdlib_files
 
 
 def rows(folder, *values: object) -> str:
@@ -96,3 +96,13 @@ def test_the_error_of_a_data_set_that_cannot_be_opened_says_what_to_check(tmp_pa
     message = corpus_error(**{"source": "hub", "name": name, **choice})
     assert "cannot be opened" in message
     assert message.endswith("check data.name, data.subset, data.split and the network, or use data=stdlib")
+
+
+def test_the_description_names_source_files_tokens_and_epochs(tmp_path):
+    (tmp_path / "a.txt").write_text("x" * 99)
+    (tmp_path / "b.txt").write_text("é" * 50)  # two bytes each
+    pattern = f"{tmp_path}/*.txt"
+    words = describe(DataConfig(source="text_files", files=pattern), num_tokens=402)
+    for part in ("text_files", pattern, "2 files", "201 tokens", "402", "2 epochs"):
+        assert part in words
+    assert "owner/set" in describe(DataConfig(source="hub", name="owner/set"), num_tokens=402)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from torch.profiler import profile
 
-from conf.schema import Config
+from conf.schema import Config, EngineConfig
 from recipes.monitor import device_metrics, step_logger
+from recipes.monitor.metric_registry import PARTS
 from recipes.monitor.step_logger import StepLogger
+from recipes.monitor.time_breakdown import BreakdownStopped, breakdown_cost
 from recipes.planning.plan import Plan
 from ring_attention.trace import numbered, observed_range, profiler_range
 
@@ -44,10 +48,14 @@ def two_ranks(own: dict[str, float]) -> dict[str, tuple[float, float]]:
     return {name: (value, 2 * value) for name, value in own.items()}
 
 
-def make_logger(has_ring: bool, extremes_over_ranks=two_ranks) -> StepLogger:
+def make_logger(
+    has_ring: bool, extremes_over_ranks=two_ranks, reporter: Any = None, transport_reason: str = ""
+) -> StepLogger:
     plan = Plan(Config(num_steps=10), 4 if has_ring else 1, "cpu", "CPU", None, ranks_per_host=4)
     assert plan.has_ring == has_ring
-    return StepLogger(plan, mock.Mock(extremes_over_ranks=extremes_over_ranks), "train", None)
+    attention = SimpleNamespace(transport_used="p2p", transport_reason=transport_reason)
+    engine = mock.Mock(extremes_over_ranks=extremes_over_ranks, attention=attention)
+    return StepLogger(plan, engine, "train", reporter)
 
 
 def step(logger: StepLogger, is_due: bool, clock: Clock) -> None:
@@ -129,6 +137,69 @@ def test_time_between_a_log_and_the_next_step_counts_for_no_step(clock):
     assert logger.step_metrics(2, {})["train/step_time_max_s"] == 4 * WAIT_S
 
 
+class TestBreakdown:
+    PARTS_S = {f"parts/{part}_pct": 12.5 for part in PARTS} | {"parts/exposed_communication_ms": 7.0}
+
+    @pytest.fixture
+    def measure(self, monkeypatch) -> mock.Mock:
+        measure = mock.Mock(return_value=self.PARTS_S)
+        monkeypatch.setattr(step_logger, "measure_time_breakdown", measure)
+        return measure
+
+    def after_steps(self, clock: Clock, num_steps: int, step_s: float) -> tuple[StepLogger, mock.Mock]:
+        """A logger after steps that another rank is twice as long in, and its reporter."""
+        logger = make_logger(has_ring=True)
+        logger._reporter = reporter = mock.Mock()
+        logger.restart()
+        for _ in range(num_steps):
+            with logger.step(is_due=False):
+                clock.sleep(step_s)
+        logger.step_metrics(num_steps, {})
+        reporter.reset_mock()
+        return logger, reporter
+
+    def test_it_takes_about_ten_steps(self):
+        plan = Plan(Config(num_steps=10), 4, "cpu", "CPU", None, ranks_per_host=4)
+        assert breakdown_cost(plan) == 10
+        config = Config(engine=EngineConfig(gradient_accumulation_steps=64))
+        assert breakdown_cost(Plan(config, 4, "cpu", "CPU", None, ranks_per_host=4)) == 2.5
+        assert breakdown_cost(Plan(Config(), 1, "cpu", "CPU", None, ranks_per_host=1)) == 2  # no messages
+
+    @pytest.mark.parametrize(
+        ("num_steps", "step_s", "words"),
+        [
+            (10, 1.0, []),  # 20 s on the slower rank
+            (999, 2.0, ["40 s", "2%"]),  # of 1,998 s
+            (1001 * 2, 2.0, []),
+            (10_000, 30.0, ["60 s"]),  # less than 2 %, but a minute each on the slower rank
+        ],
+    )
+    def test_it_is_left_out_with_a_line_where_it_would_take_long(self, clock, measure, num_steps, step_s, words):
+        logger, reporter = self.after_steps(clock, num_steps, step_s)
+        logger.breakdown(mock.Mock())
+        assert measure.called == (not words)
+        assert reporter.write_summary.called == (not words)
+        line = reporter.say.call_args.args[0]
+        assert all(word in line for word in ["no time breakdown", *words]) if words else "12.5 %" in line
+
+    @pytest.mark.parametrize(
+        ("error", "words"),
+        [
+            (RuntimeError("CUDA out of memory\nand more"), ["RuntimeError", "CUDA out of memory"]),
+            (AssertionError(), ["AssertionError"]),
+            (BreakdownStopped(), ["signal"]),
+        ],
+    )
+    def test_its_failure_is_one_line(self, clock, measure, error, words):
+        logger, reporter = self.after_steps(clock, 10, 1.0)
+        measure.side_effect = error
+        logger.breakdown(mock.Mock())
+        lines = "\n".join(reporter.say.call_args.args).splitlines()
+        assert len(lines) == 1
+        assert all(word in lines[0] for word in ["no time breakdown", *words])
+        assert not reporter.write_summary.called
+
+
 def test_perplexity_is_the_exponential_of_the_loss_or_infinity():
     assert device_metrics.perplexity(0.0) == 1
     assert device_metrics.perplexity(1.5) == pytest.approx(4.4816890703)
@@ -149,3 +220,27 @@ def test_observed_and_numbered_ranges_are_in_profiles():
     with profiler_range("inner"):
         pass
     assert len(seen) == 6
+
+
+@pytest.mark.parametrize(
+    ("own", "of_others", "told"),
+    [("", 0.0, []), ("no access", 1.0, ["no access"]), ("", 1.0, ["their logs"])],
+    ids=["as chosen", "not", "not on others"],
+)
+def test_a_run_says_once_what_carries_its_messages(clock: Clock, own: str, of_others: float, told: list[str]):
+    reporter = mock.Mock(step_line=lambda step, metrics: "step")
+
+    def extremes(values: dict[str, float]) -> dict[str, tuple[float, float]]:
+        return {name: (value, value) for name, value in values.items()} | {"falls_back": (0.0, of_others)}
+
+    logger = make_logger(True, extremes, reporter, own)
+    for number in (1, 2):
+        step(logger, True, clock)
+        metrics = logger.step_metrics(number, {})
+        assert not any("falls_back" in name for name in metrics)
+    reporter.log_config.assert_called_once_with({"transport_used": "p2p"})
+    lines = [line for call in reporter.say.call_args_list for line in call.args if line.startswith("transport")]
+    assert len(lines) == len(told)
+    for line, reason in zip(lines, told, strict=True):
+        assert line.startswith("transport p2p instead of p2p alone: ")
+        assert reason in line

@@ -91,6 +91,18 @@ time.sleep(60)
 """
 
 
+@pytest.mark.parametrize("num_bytes", [0, 3, 20, 40])
+def test_a_torn_record_is_no_state_and_leaves_the_others_readable(tmp_path, num_bytes):
+    (tmp_path / "logs").mkdir()
+    for rank in (0, 1):
+        Heartbeat(tmp_path, rank).update("step", "7")
+    torn = record_path(tmp_path, 1)
+    torn.write_bytes(torn.read_bytes()[:num_bytes].ljust(torn.stat().st_size, b"\0"))
+    assert read_rank_state(tmp_path, 1) is None
+    [line] = describe_ranks(tmp_path, 2, 0.0)
+    assert line.startswith("rank 0 ")
+
+
 def test_a_rank_that_is_behind_is_marked_with_its_processs_problem(tmp_path):
     (tmp_path / "logs").mkdir()
     command = [sys.executable, "-c", OTHER_PROCESS, str(tmp_path)]

@@ -1,0 +1,145 @@
+"""Ranks that call attention with different arguments all raise one error, before any message of keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from ring_attention import (
+    CAUSAL,
+    FULL,
+    AllGatherAttention,
+    HybridAttention,
+    Mask,
+    RingAttention,
+    UlyssesAttention,
+)
+from ring_attention.transport import agreement
+from tests.pool import WorkerPool
+
+Call = dict[str, Any]
+
+# what the last of two ranks passes, where the first passes the defaults of `call`; and what the error must name
+DIFFERENCES: dict[str, tuple[Call, list[str]]] = {
+    "length": ({"length": 5}, ["query is [2, 4, 4, 8] on rank 0, [2, 5, 4, 8] on rank 1", "layout(length).shard"]),
+    "batch": ({"batch": 3}, ["[2, 4, 4, 8] on rank 0, [3, 4, 4, 8] on rank 1"]),
+    "heads": ({"heads": 8}, ["query is [2, 4, 4, 8] on rank 0, [2, 4, 8, 8] on rank 1"]),
+    "kv heads": ({"kv_heads": 4}, ["key is [2, 4, 2, 8] on rank 0, [2, 4, 4, 8] on rank 1"]),
+    "head size": ({"head_dim": 16}, ["[2, 4, 4, 8] on rank 0, [2, 4, 4, 16] on rank 1"]),
+    "value head size": ({"value_head_dim": 16}, ["value is [2, 4, 2, 8] on rank 0, [2, 4, 2, 16] on rank 1"]),
+    "dtype": ({"dtype": torch.float64}, ["query is torch.float32 on rank 0, torch.float64 on rank 1"]),
+    "mask": ({"mask": FULL}, ["mask is (None, 0, True) on rank 0, (None, None, True) on rank 1"]),
+    "window": ({"mask": Mask(left=3)}, ["mask is (None, 0, True) on rank 0, (3, 0, True) on rank 1"]),
+    "documents": ({"mask": CAUSAL.packed([0, 3, 8])}, ["documents is None on rank 0, ((0, 3, 8),) on rank 1"]),
+    "scale": ({"softmax_scale": 0.5}, ["softmax_scale is None on rank 0, 0.5 on rank 1"]),
+    "tensors that do not fit": ({"value_length": 3}, ["value is [2, 4, 2, 8] on rank 0, [2, 3, 2, 8] on rank 1"]),
+}
+MODULES: dict[str, Callable[[Any], Any]] = {
+    "ring": lambda world: RingAttention("auto", world),
+    "zigzag": lambda world: RingAttention("auto", world, layout="zigzag"),
+    "all_gather": lambda world: AllGatherAttention("auto", world),
+    "ulysses": lambda world: UlyssesAttention("auto", world),
+    "hybrid": lambda world: HybridAttention("auto", world, ulysses_degree=1),
+}
+
+
+def world() -> Any:
+    import deepspeed.comm as dist
+
+    return dist.get_world_group()
+
+
+def call(
+    module: Any,
+    length: int = 4,
+    batch: int = 2,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 8,
+    value_head_dim: int | None = None,
+    value_length: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> None:
+    q, k, v = (
+        torch.zeros(batch, tokens, number, size, dtype=dtype)
+        for tokens, number, size in [
+            (length, heads, head_dim),
+            (length, kv_heads, head_dim),
+            (value_length or length, kv_heads, value_head_dim or head_dim),
+        ]
+    )
+    module(q, k, v, 0, **options)
+
+
+def errors() -> list[tuple[str, str, str]]:
+    """The error of each module and difference."""
+    agreement._agreed.clear()
+    results = []
+    for name, build in MODULES.items():
+        module = build(world())
+        for difference, (last, _) in DIFFERENCES.items():
+            try:
+                call(module, **(last if module.sequence_rank == 1 else {}))
+            except ValueError as error:
+                results.append((name, difference, str(error)))
+            else:
+                results.append((name, difference, "accepted"))
+    return results
+
+
+def test_what_differs_between_ranks_is_refused_on_all_with_what_each_has(pool: WorkerPool):
+    first, second = pool.run(errors, num_ranks=2)
+    assert first == second
+    for name, difference, message in first:
+        assert all(part in message for part in DIFFERENCES[difference][1]), (name, difference, message)
+
+
+def comparisons() -> list[int]:
+    """How many collectives there were after each call."""
+    agreement._agreed.clear()
+    counts, gather = [0], agreement.torch_dist.all_gather_object
+
+    def counting(*arguments: Any, **options: Any) -> None:
+        counts[0] += 1
+        gather(*arguments, **options)
+
+    agreement.torch_dist.all_gather_object = counting
+    try:
+        layers = [RingAttention("auto", world()) for _ in range(3)]
+        for layer in layers:
+            call(layer)
+        counts.append(counts[0])
+        call(layers[0], mask=CAUSAL.packed([0, 3, 8]))
+        counts.append(counts[0])
+        call(layers[0], mask=CAUSAL.packed([0, 5, 8]))
+        call(layers[0])
+        counts.append(counts[0])
+        call(layers[0], length=6)
+        counts.append(counts[0])
+    finally:
+        agreement.torch_dist.all_gather_object = gather
+    return counts[1:]
+
+
+def test_only_new_shapes_are_compared(pool: WorkerPool):
+    """Once for all layers of a group; documents, which change with each batch, once."""
+    assert pool.run(comparisons, num_ranks=2) == [[1, 2, 2, 3]] * 2
+
+
+def wrong_num_kv_heads(num_kv_heads: int) -> str:
+    module = UlyssesAttention("auto", world(), num_kv_heads=num_kv_heads)
+    with pytest.raises(ValueError, match="num_kv_heads") as raised:
+        call(module)
+    call(UlyssesAttention("auto", world(), num_kv_heads=2))
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 4, 5])
+def test_another_number_of_kv_heads_than_the_keys_have_is_refused(pool: WorkerPool, num_kv_heads: int):
+    for message in pool.run(wrong_num_kv_heads, num_kv_heads, num_ranks=2):
+        assert f"num_kv_heads={num_kv_heads}" in message
+        assert "key has 2 heads" in message

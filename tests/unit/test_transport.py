@@ -1,0 +1,91 @@
+"""The choice of the transport, and the watchdog of transfers on GPUs, with stand-ins for groups and events."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from ring_attention import transport
+from ring_attention.transport import collectives, make_transport, p2p
+from ring_attention.transport.p2p import TransferWatchdog
+
+TIMEOUT_S, INTERVAL_S = 0.4, 0.01
+
+
+class StubGroup:
+    """A process group with these backends, by device type."""
+
+    def __init__(self, **backends: str) -> None:
+        self._backends = backends
+        self._device_types = [torch.device(device_type) for device_type in backends]
+
+    def _get_backend(self, device: torch.device) -> Any:
+        name = self._backends[device.type]
+        timeout = timedelta(minutes={"gloo": 30, "nccl": 10}[name])
+        return SimpleNamespace(name=lambda: name, options=SimpleNamespace(_timeout=timeout))
+
+
+@pytest.mark.parametrize(
+    ("group", "chosen", "minutes"),
+    [
+        (StubGroup(cuda="nccl"), "copy_engine", 10),
+        (StubGroup(cpu="gloo", cuda="nccl"), "copy_engine", 10),  # init_process_group() without arguments
+        (StubGroup(cpu="gloo", cuda="gloo"), "p2p", 30),  # init_process_group("gloo")
+        (StubGroup(cpu="gloo"), "p2p", 30),
+    ],
+)
+def test_the_backend_of_the_gpus_chooses_the_transport_and_has_the_timeout(
+    monkeypatch: pytest.MonkeyPatch, group: Any, chosen: str, minutes: int
+):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(transport, "rank_and_size", lambda group: (0, 2))
+    for name in ("p2p", "copy_engine"):
+        monkeypatch.setitem(transport.TRANSPORTS, name, lambda *_, name=name: name)  # pyright: ignore[reportArgumentType]
+    assert make_transport("auto", group) == chosen
+    assert collectives.group_timeout(group) == timedelta(minutes=minutes)
+
+
+@pytest.fixture
+def watchdog(monkeypatch: pytest.MonkeyPatch) -> TransferWatchdog:
+    monkeypatch.setattr(p2p, "_WATCHDOG_INTERVAL_S", INTERVAL_S)
+    monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")  # report only
+    return TransferWatchdog(TIMEOUT_S)
+
+
+class StubEvent:
+    def __init__(self) -> None:
+        self.is_reached = False
+
+    def query(self) -> bool:
+        return self.is_reached
+
+
+def test_a_transfer_behind_earlier_work_is_not_overdue(watchdog: TransferWatchdog, capfd: pytest.CaptureFixture[str]):
+    earlier_work, transfer = StubEvent(), StubEvent()
+    watchdog.add(earlier_work.query, [transfer.query], "behind long work")
+    time.sleep(2 * TIMEOUT_S)  # the host is that far ahead of the GPU
+    earlier_work.is_reached = True
+    time.sleep(TIMEOUT_S / 2)
+    transfer.is_reached = True
+    time.sleep(TIMEOUT_S)
+    assert capfd.readouterr().err == ""
+
+
+def test_time_counts_from_the_end_of_earlier_work_and_of_earlier_transfers(
+    watchdog: TransferWatchdog, capfd: pytest.CaptureFixture[str]
+):
+    earlier_work, first, second = StubEvent(), StubEvent(), StubEvent()
+    watchdog.add(earlier_work.query, [first.query], "the first")
+    watchdog.add(earlier_work.query, [second.query], "the second")
+    earlier_work.is_reached = True
+    time.sleep(TIMEOUT_S / 2)
+    first.is_reached = True
+    time.sleep(TIMEOUT_S / 2 + 3 * INTERVAL_S)
+    assert capfd.readouterr().err == ""
+    time.sleep(TIMEOUT_S)
+    assert capfd.readouterr().err.startswith("TransferError: the second: not done after ")
