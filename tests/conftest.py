@@ -45,11 +45,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Say what was left out."""
-    num_slow = sum(bool(item.get_closest_marker("slow")) for item in terminalreporter.stats.get("deselected", []))
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what was left out, and how to run it."""
+    left_out = terminalreporter.stats.get("deselected", [])
+    num_slow = sum(bool(item.get_closest_marker("slow")) for item in left_out)
     num_skipped = len(terminalreporter.stats.get("skipped", []))
     if num_slow:
-        terminalreporter.write_line(f"left out: {num_slow} slow tests; pytest -m slow runs them alone")
+        terminalreporter.write_line(f'left out: {num_slow} slow tests; add -m "slow or not slow" to run all')
+    if len(left_out) > num_slow:
+        terminalreporter.write_line(f"left out: {len(left_out) - num_slow} other tests; leave -m out to run them")
     if num_skipped:
-        terminalreporter.write_line(f"skipped: {num_skipped} tests, most of which need GPUs; pytest -rs says why")
+        terminalreporter.write_line(f"skipped: {num_skipped} tests, most of which need GPUs; -rs says why")

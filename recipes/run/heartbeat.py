@@ -105,8 +105,10 @@ def clear_rank_states(run_dir: Path) -> None:
 def read_rank_state(run_dir: Path, rank: int) -> RankState | None:
     """The last recorded state; None if the rank has recorded none, or a reader caught it while writing."""
     try:
-        text = record_path(run_dir, rank).read_text(encoding="utf-8", errors="replace").rstrip(" \n")
-        pid, host, since, progress, *state = text.split("\t")
+        text = record_path(run_dir, rank).read_text(encoding="utf-8", errors="replace")
+        if not text.endswith("\n"):
+            return None
+        pid, host, since, progress, *state = text.rstrip(" \n").split("\t")
         return RankState(rank, int(pid), host, float(since), int(progress), *state)
     except (FileNotFoundError, ValueError, TypeError):
         return None

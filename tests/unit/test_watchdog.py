@@ -91,7 +91,7 @@ time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("num_bytes", [0, 3, 20, 40])
+@pytest.mark.parametrize("num_bytes", [0, 3, 20, 40, 60, -1])
 def test_a_torn_record_is_no_state_and_leaves_the_others_readable(tmp_path, num_bytes):
     (tmp_path / "logs").mkdir()
     for rank in (0, 1):
