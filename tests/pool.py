@@ -1,8 +1,9 @@
 """Rank processes shared by all tests, because importing torch and DeepSpeed takes seconds.
 
 `WorkerPool.run` calls a module-level function on every rank of a process group (gloo on the CPU, NCCL on GPUs) and
-returns each rank's result. There is one set of processes per number of ranks, started on first use. Ranks cannot change
-sets, because DeepSpeed numbers modules per process and needs equal numbers on all ranks.
+returns each rank's result. There is one set of processes per number of ranks, started on first use: CPU ranks as forks
+of a server that has imported what takes seconds (`tests.cpu_rank`). Ranks cannot change sets, because DeepSpeed numbers
+modules per process and needs equal numbers on all ranks.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ class WorkerPool:
             self._stop(num_ranks)
 
     def _start(self, num_ranks: int) -> list[tuple[Any, Connection]]:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("spawn" if self.device == "cuda" else "forkserver")
+        context.set_forkserver_preload(["tests.cpu_rank"])
         self._num_started += 1
         rendezvous = Path(self._folder.name) / f"rendezvous{self._num_started}"
         workers = self._sets[num_ranks] = []
@@ -103,8 +105,8 @@ def _work(device: str, rank: int, num_ranks: int, rendezvous: Path, connection: 
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(num_ranks), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
-    if device == "cpu":  # before torch is imported
-        os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
+    if device == "cpu":
+        import tests.cpu_rank  # noqa: F401  already there, unless the fork server could not import it
     import logging
 
     import torch

@@ -96,7 +96,7 @@ TRANSITIONS = [
 
 
 def train(grid: Grid, dtype: str, run_dir: Path) -> tuple[list[str], list[float]]:
-    """On a rank: train from the newest checkpoint to the end. Saves after step SAVED, or at once if it resumes from it.
+    """On a rank: train from the newest checkpoint to the end. Saves after step SAVED, or if it resumes, at once.
 
     Returns:
         the printed lines about checkpoints, and the losses.
@@ -114,7 +114,7 @@ def train(grid: Grid, dtype: str, run_dir: Path) -> tuple[list[str], list[float]
     data = TrainingData(CORPUS, resumed)
     if resumed:
         checkpoints.load(resumed)
-        checkpoints.save(SAVED, resumed.data_cursor, resumed.last_sequence_sha256, 0.0, "")
+        checkpoints.save(SAVED + 1, resumed.data_cursor, resumed.last_sequence_sha256, 0.0, "")
     steps = build_sharder(plan, engine).steps(data, plan.accumulation_steps)
     losses: list[float] = []
     for step in range(resumed.step + 1 if resumed else 1, NUM_STEPS + 1):
