@@ -2,8 +2,8 @@
 
 `WorkerPool.run` calls a module-level function on every rank of a process group (gloo on the CPU, NCCL on GPUs) and
 returns each rank's result. There is one set of processes per number of ranks, started on first use: CPU ranks as forks
-of a server that has imported what takes seconds (`tests.cpu_rank`). Ranks cannot change sets, because DeepSpeed numbers
-modules per process and needs equal numbers on all ranks.
+of `tests.fork_server`. Ranks cannot change sets, because DeepSpeed numbers modules per process and needs equal numbers
+on all ranks.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tests import fork_server
 
 if TYPE_CHECKING:
     from ring_attention.groups import ParallelGroups
@@ -71,8 +73,7 @@ class WorkerPool:
             self._stop(num_ranks)
 
     def _start(self, num_ranks: int) -> list[tuple[Any, Connection]]:
-        context = multiprocessing.get_context("spawn" if self.device == "cuda" else "forkserver")
-        context.set_forkserver_preload(["tests.cpu_rank"])
+        context = multiprocessing.get_context("spawn") if self.device == "cuda" else fork_server.context()
         self._num_started += 1
         rendezvous = Path(self._folder.name) / f"rendezvous{self._num_started}"
         workers = self._sets[num_ranks] = []
@@ -106,7 +107,7 @@ def _work(device: str, rank: int, num_ranks: int, rendezvous: Path, connection: 
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     if device == "cpu":
-        import tests.cpu_rank  # noqa: F401  already there, unless the fork server could not import it
+        import tests.imported  # noqa: F401  # already there, unless the fork server could not import it
     import logging
 
     import torch

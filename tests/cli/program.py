@@ -1,4 +1,7 @@
-"""Runs `python train.py ...` as a user would, in its own process and a clean environment."""
+"""Runs `python train.py ...` as a user would, in its own process and a clean environment.
+
+The process is a fork of one that has imported what takes seconds, unless a launcher or Python itself is asked for.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,10 @@ from typing import Any
 import psutil
 
 from recipes.monitor.metric_registry import METRICS
+from tests.fork_server import ForkedProgram
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+PYTHON = [sys.executable]  # as a launcher: nothing is imported yet
 TIMEOUT_S = 200.0  # of a run; generous, for busy machines
 ENDS_WITHIN_S = 20.0  # "a few seconds" on a busy machine
 SMALL = ["data.sequence_length=256", "data.validation_sequences=2", "launch.num_ranks=2"]
@@ -86,15 +91,19 @@ class Finished:
 
 
 class Running:
-    """A running program in its own session, with its output in files."""
+    """A running program in its own session, with its output in files. A command that is a script is forked."""
 
     def __init__(self, command: list[str], environment: dict[str, str], run_dir: Path) -> None:
         self.run_dir = run_dir
         self._outputs = [run_dir.parent / f"{run_dir.name}.{name}" for name in ("stdout", "stderr")]
+        self.process: subprocess.Popen[bytes] | ForkedProgram
         with self._outputs[0].open("w") as stdout, self._outputs[1].open("w") as stderr:
-            self.process = subprocess.Popen(
-                command, cwd=REPOSITORY, env=environment, stdout=stdout, stderr=stderr, start_new_session=True
-            )
+            if command[0].endswith(".py"):
+                self.process = ForkedProgram(command, REPOSITORY, environment, self._outputs)
+            else:
+                self.process = subprocess.Popen(
+                    command, cwd=REPOSITORY, env=environment, stdout=stdout, stderr=stderr, start_new_session=True
+                )
         self._family: dict[int, psutil.Process] = {}
 
     @property
@@ -124,9 +133,8 @@ class Running:
     def ranks(self) -> list[psutil.Process]:
         """Its ranks' processes, in rank order."""
         children = psutil.Process(self.process.pid).children()
-        return sorted(
-            (process for process in children if "spawn_main" in " ".join(process.cmdline())), key=lambda p: p.pid
-        )
+        ranks = [child for child in children if re.search("spawn_main|forkserver", " ".join(child.cmdline()))]
+        return sorted(ranks, key=lambda process: process.pid)
 
     def until(self, condition: Callable[[], Any]) -> Any:
         """What `condition` returns once it is true. Fails if the program ends first."""
@@ -188,7 +196,9 @@ class Program:
         """The running program; killed at the end of the block if it still runs."""
         run_dir = self.folder / name
         directory = f"hydra.sweep.dir={run_dir}" if "-m" in arguments else f"hydra.run.dir={run_dir}"
-        command = [*(launcher or [sys.executable]), "train.py", *arguments]
+        if launcher is None and any(variable.startswith(("PYTHON", "HF_")) for variable in extra):
+            launcher = PYTHON  # imports read these variables
+        command = [*(launcher or []), "train.py", *arguments]
         if not any(argument.startswith("hydra.run.dir=") for argument in arguments):
             command.append(directory)
         running = Running(command, self.environment(wandb=wandb, **extra), run_dir)

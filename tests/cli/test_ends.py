@@ -134,7 +134,7 @@ def raising(program: Program, statement: str, fields: str = "", launcher: list[s
     script = program.folder / "raises.py"
     script.write_text(RAISES.format(statement=statement, fields=fields, repository=str(REPOSITORY)))
     run_dir = program.folder / "run"
-    command = [*(launcher or [sys.executable]), str(script), str(run_dir)]
+    command = [*(launcher or []), str(script), str(run_dir)]
     environment = program.environment(wandb=False, PYTHONPATH=f"{REPOSITORY}:{program.folder}", **PLANTED)
     running = Running(command, environment, run_dir)
     try:
