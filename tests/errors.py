@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -17,6 +17,12 @@ def names(text: str, *parts: object) -> None:
 
 def is_named(text: str, part: str) -> bool:
     return re.search(rf"(?<![\w-])(?<!\w[.,]){re.escape(part)}(?!\w|[.,/-]\w)", text) is not None
+
+
+def some_line_names(lines: Iterable[str], *parts: object) -> None:
+    """Assert that a line is in which each part is."""
+    lines = list(lines)
+    assert any(all(is_named(line, str(part)) for part in parts) for line in lines), f"none names {parts}: {lines}"
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from recipes.benchmark.compare import ComparisonTask
 from recipes.benchmark.entries import Entry, choose_entries, roofline_entry
 from recipes.benchmark.rounds import ROOFLINE
 from recipes.monitor.metric_registry import PARTS
-from tests.errors import is_named, names, refused
+from tests.errors import names, refused, some_line_names
 from tests.unit.test_downscale import composed
 from tests.unit.test_rounds import done, failed
 from tests.unit.test_schema import compose
@@ -283,10 +283,6 @@ def assert_notes(notes: list[str], *expected: tuple[str, ...]) -> None:
         names(note, *parts)
 
 
-def has_note(notes: list[str], *parts: str) -> bool:
-    return any(all(is_named(note, part) for part in parts) for note in notes)
-
-
 KEEP_SIZES = "compare.downscale=false"  # what to type to keep the sizes as typed
 
 
@@ -322,7 +318,7 @@ class TestChooseEntries:
         chosen, notes = choose_entries(config, self.entries(config, "+experiment=paper_table"))
         assert list(chosen) == ["tp_pp", "tp", "ra_sp", "ulysses", "all_gather", "dp"]
         degrees = ("parallelism.pipeline_degree=8", "parallelism.pipeline_degree=4")
-        assert has_note(notes, "pp", "model.num_layers=4", *degrees)
+        some_line_names(notes, "pp", "model.num_layers=4", *degrees)
 
     def test_on_the_cpu_the_warning_comes_first(self, monkeypatch):
         self.gpus(monkeypatch, 0)
@@ -332,8 +328,8 @@ class TestChooseEntries:
         assert {num_ranks for _, num_ranks in chosen.values()} == {4}
         assert notes[0].startswith("!!! ")
         names(notes[0], "CPU", "GPUs")
-        assert has_note(notes, "data.sequence_length 10000 -> 1250")
-        assert has_note(notes, "engine.train_batch_size 1024 -> 24")
+        some_line_names(notes, "data.sequence_length 10000 -> 1250")
+        some_line_names(notes, "engine.train_batch_size 1024 -> 24")
         names(notes[-1], "hybrid", "4 ranks", "ulysses")
 
     def test_on_the_cpu_even_typed_sizes_shrink_unless_downscale_is_off(self, monkeypatch):
@@ -343,13 +339,13 @@ class TestChooseEntries:
         typed += ["compare.micro_batch_sizes=[1]"]
         chosen, notes = choose_entries(config := compose(*typed), self.entries(config, *typed))
         assert {entry.data.sequence_length for entry, _ in chosen.values()} == {100}
-        assert has_note(notes, "data.sequence_length 800 -> 100")
-        assert has_note(notes, KEEP_SIZES)
+        some_line_names(notes, "data.sequence_length 800 -> 100")
+        some_line_names(notes, KEEP_SIZES)
         typed += ["compare.downscale=false"]
         entries = self.entries(config := compose(*typed), *typed)
         chosen, notes = choose_entries(config, entries)
         assert {name: entry for name, (entry, _) in chosen.items()} == {name: entries[name] for name in chosen}
-        assert not has_note(notes, KEEP_SIZES)
+        assert not any(KEEP_SIZES in note for note in notes)
 
     def test_without_downscale_all_entries_get_one_batch(self, monkeypatch):
         self.gpus(monkeypatch, 2)
@@ -365,7 +361,7 @@ class TestChooseEntries:
         chosen, notes = choose_entries(config, self.entries(config, "engine.train_batch_size=3"))
         assert {entry.engine.train_batch_size for entry, _ in chosen.values()} == {3}
         sizes = ("engine.train_batch_size=3", "engine.micro_batch_size=1", "engine.train_batch_size=4")
-        assert has_note(notes, "dp", "2 data ranks", *sizes)
+        some_line_names(notes, "dp", "2 data ranks", *sizes)
 
     def test_entries_that_differ_in_any_setting_are_distinct(self, monkeypatch):
         self.gpus(monkeypatch, 2)
@@ -410,7 +406,7 @@ class TestChooseEntries:
             "ra_sp on 2": 2,
             "ulysses on 2": 2,
         }
-        assert has_note(notes, "ra_sp on 4", "launch.num_ranks=4", "2")
+        some_line_names(notes, "ra_sp on 4", "launch.num_ranks=4", "2")
 
     @pytest.mark.parametrize("gpus", [0, 8])
     def test_entries_of_more_than_launch_num_ranks_are_left_out(self, monkeypatch, gpus):
@@ -422,7 +418,7 @@ class TestChooseEntries:
             "ra_sp on 2": 2,
             "ulysses on 2": 2,
         }
-        assert has_note(notes, "ra_sp on 4", "launch.num_ranks=4", "2")
+        some_line_names(notes, "ra_sp on 4", "launch.num_ranks=4", "2")
         lengths = {entry.data.sequence_length for entry, _ in chosen.values()}
         assert lengths == ({16384, 32768} if gpus else {1250, 2500})  # shrunk by the longest of those that run
         four = {"ra_sp on 4": self.entries(config, *typed)["ra_sp on 4"]}
@@ -436,7 +432,7 @@ class TestChooseEntries:
         typed = ["+experiment=strong_scaling", "launch.num_ranks=1"]  # ignored there
         chosen, notes = choose_entries(config := compose(*typed), self.entries(config, *typed))
         assert list(chosen) == ["ra_sp on 2", "ulysses on 2"]
-        assert has_note(notes, "ra_sp on 1", "launch.num_ranks=1", "2")
+        some_line_names(notes, "ra_sp on 1", "launch.num_ranks=1", "2")
 
     def test_if_none_fits_the_error_has_every_reason(self, monkeypatch):
         self.gpus(monkeypatch, 2)
