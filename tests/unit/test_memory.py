@@ -237,12 +237,12 @@ def test_the_banner_shows_the_loss_tile_if_there_is_one():
 
 def test_the_banner_shows_the_mlp_tile_and_the_reason():
     long = DataConfig(sequence_length=2**21)
-    for engine, tile, reason in (
+    for engine, tile, reason in (  # all at once: 6 x 14,336 numbers of 2 bytes a token
         (
             EngineConfig(recompute="selective"),
             "12,288",
             "42.00 GiB",
-        ),  # all at once: 6 x 14,336 numbers of 2 bytes a token
+        ),
         (EngineConfig(tile_tokens=512), "512", "engine.tile_tokens=512"),
     ):
         (row,) = rows("MLP", plan(data=long, engine=engine))
