@@ -7,64 +7,44 @@ from __future__ import annotations
 
 import pytest
 
+from tests.errors import names
+
+DEGREES = ["parallelism.ring_degree=3", "4 ranks", "1", "2", "parallelism.ring_degree=4", "launch.num_ranks"]
+# what is typed; the value that the error names, the legal ones and what to type
 CASES = {
     "an unknown field": (
         ["data.sequence_lenght=64"],
-        "there is no field data.sequence_lenght: did you mean data.sequence_length? python train.py --help lists all",
+        ["data.sequence_lenght", "data.sequence_length", "python train.py --help"],
     ),
-    "a renamed field": (
-        ["attention.block=cudnn"],
-        "attention.block is now attention.kernel: type attention.kernel=cudnn",
-    ),
-    "a value of another type": (
-        ["num_steps=many"],
-        "num_steps=many is refused: Value 'many' of type 'str' could not be converted to Integer",
-    ),
-    "an unknown option of a group": (
-        ["attention=rings"],
-        "attention=rings is not known: did you mean ring? use attention=",
-    ),
-    "no option of a group": (
-        ["model=null"],
-        "Config group override must be a string or a list. Got NoneType: write GROUP=OPTION, such as model=tiny; "
-        "python train.py --help lists all",
-    ),
-    "degrees that do not divide launch.num_ranks": (
-        ["parallelism.ring_degree=3", "launch.num_ranks=4"],
-        "parallelism.ring_degree=3 does not divide the 4 ranks: use 1, 2 or 4, such as "
-        "parallelism.ring_degree=4, or another launch.num_ranks",
-    ),
-    "degrees that do not divide the ranks": (
-        ["parallelism.ring_degree=3"],
-        "parallelism.ring_degree=3 does not divide the 4 ranks: use 1, 2 or 4, such as "
-        "parallelism.ring_degree=4, or another launch.num_ranks",
-    ),
+    "a renamed field": (["attention.block=cudnn"], ["attention.block", "attention.kernel=cudnn"]),
+    "a value of another type": (["num_steps=many"], ["num_steps=many", "Integer"]),
+    "an unknown option of a group": (["attention=rings"], ["attention=rings", "ring?", "attention=ring"]),
+    "no option of a group": (["model=null"], ["model=tiny", "python train.py --help"]),
+    "degrees that do not divide launch.num_ranks": (["parallelism.ring_degree=3", "launch.num_ranks=4"], DEGREES),
+    "degrees that do not divide the ranks": (["parallelism.ring_degree=3"], DEGREES),
     "an unknown objective": (
         ["-m", "+sweep=lr_batch", "sweep.objective=accuracy"],
-        "sweep.objective=accuracy is not known: use validation_loss, tokens_per_s, model_tflops_per_rank",
+        ["sweep.objective=accuracy", "validation_loss", "tokens_per_s", "model_tflops_per_rank"],
     ),
     "a sweep without -m": (
         ["+sweep=lr_batch", "optimizer.lr=1e-3"],
-        "this is one run, but engine.train_batch_size would be swept: type python train.py -m +sweep=lr_batch "
-        "optimizer.lr=1e-3",
+        ["engine.train_batch_size", "python train.py -m +sweep=lr_batch optimizer.lr=1e-3"],
     ),
     "an unknown swept field": (
         ["-m", "+sweep=search", "optimizer.learning_rate=1e-3,3e-3"],
-        "there is no field optimizer.learning_rate: python train.py --help lists all",
+        ["optimizer.learning_rate", "python train.py --help"],
     ),
     "parallel trials in one process": (
         ["-m", "+sweep=lr_batch", "sweep.num_parallel=2"],
-        "sweep.num_parallel=2 needs a launcher that runs jobs in parallel: add hydra/launcher=submitit_slurm or "
-        "hydra/launcher=submitit_local",
+        ["sweep.num_parallel=2", "hydra/launcher=submitit_slurm", "hydra/launcher=submitit_local"],
     ),
     "a data set that cannot be reached": (
         ["data=hub", "data.name=nobody/nothing"],
-        "data.name=nobody/nothing cannot be opened (",
+        ["data.name=nobody/nothing", "data=stdlib"],
     ),
     "a corpus that is too short": (
         ["data=text_files", "data.files={folder}/tiny.txt", "data.sequence_length=100000"],
-        "the corpus has 6 tokens, but 8 validation sequences and one to train on need 900009: "
-        "give more text, or a smaller data.sequence_length or data.validation_sequences",
+        ["6 tokens", "8 validation", "900009", "data.sequence_length", "data.validation_sequences"],
     ),
 }
 
@@ -83,13 +63,14 @@ IMPORT = "import time:"  # prefix of the lines that PYTHONPROFILEIMPORTTIME adds
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_mistake_prints_one_line_and_starts_no_rank(program, case):
-    arguments, message = CASES[case]
+    arguments, parts = CASES[case]
     (program.folder / "tiny.txt").write_text("tiny\n")
     arguments = [argument.format(folder=program.folder) for argument in arguments]
     result = program.run(*arguments, HF_HUB_OFFLINE="1", PYTHONPROFILEIMPORTTIME="1")
     lines = result.stderr.splitlines()
     [error] = [line for line in lines if not line.startswith(IMPORT)]
-    assert error.startswith(f"error: {message}")
+    assert error.startswith("error: ")
+    names(error, *parts)
     assert result.exit_code == 1
     assert result.stdout == ""
     assert not result.ranks_were_started

@@ -13,6 +13,7 @@ import pytest
 
 from recipes.monitor.metric_registry import PARTS
 from tests.cli.program import ENDS_WITHIN_S, Finished, Program, logged_names
+from tests.errors import names, some_line_names
 
 SAME = [
     "data.sequence_length=128", "data.validation_sequences=1", "launch.num_ranks=2", "engine.train_batch_size=2",
@@ -85,7 +86,7 @@ def test_the_table_has_all_entries_and_equal_losses(compared):
     ring, broken, tensor = rows[:3]
     assert re.match(r"ring    2 ring    1      [\d,]+ \([\d,]+ - [\d,]+\) .* \+0\.0 % ", ring)
     assert re.match(r"tensor  2 tensor  1      [\d,]+ \([\d,]+ - [\d,]+\) .* [+-]\d+\.\d % ", tensor)
-    assert re.match(r"broken  FAILED: data\.name=\S+/corpus cannot be read: ", broken)
+    assert re.match(r"broken  FAILED: data\.name=\S+/corpus ", broken)
     assert float(ring.split()[-1]) == pytest.approx(float(tensor.split()[-1]), abs=1.5e-4)
 
 
@@ -111,7 +112,7 @@ def test_the_numbers_are_medians_over_the_rounds_with_their_spread(compared, sav
     change = 100 * (rows["tensor"]["tokens_per_s"] / rows["ring"]["tokens_per_s"] - 1)
     assert (rows["ring"]["change_pct"], rows["tensor"]["change_pct"]) == (0, pytest.approx(change))
     assert rows["ring"]["first_loss"] == pytest.approx(rows["tensor"]["first_loss"], rel=1e-5)
-    assert "cannot be read" in rows["broken"]["error"]
+    names(rows["broken"]["error"], "data.name", "corpus")
     assert (saved["recipe"], saved["baseline"], rows["ring"]["sequence_length"]) == ("forward", "ring", 128)
     assert saved["configs"]["tensor"]["parallelism"]["method"] == "tensor_pipeline"
     assert saved["measurements"] == results_of(compared)
@@ -143,20 +144,19 @@ def test_the_same_command_again_measures_nothing_and_prints_the_same_table(compa
 
 def test_results_of_another_comparison_are_refused_and_kept(place, compared, saved):
     run = place.run("recipe=compare", "compare.only=[dp]", *SAME, f"hydra.run.dir={compared.run_dir}")
-    assert (run.exit_code, run.stderr) == (
-        1, f"error: {compared.run_dir} has results of another comparison, of ring: use another hydra.run.dir\n"
-    )  # fmt: skip
+    assert run.exit_code == 1
+    [error] = run.stderr.splitlines()
+    names(error, "error", compared.run_dir, "ring", "hydra.run.dir")
     assert json.loads((compared.run_dir / "comparison.json").read_text()) == saved
 
 
 def test_a_mistake_in_an_entry_names_it(program):
     run = program.run("recipe=compare", "+compare.entries.mine=['model.hiden_size=3']")
-    assert run.stderr.startswith("error: compare.entries.mine: there is no field model.hiden_size: did you mean")
-    assert run.stderr.count("\n") == 1
+    [error] = run.stderr.splitlines()
+    names(error, "error", "compare.entries.mine", "model.hiden_size", "model.hidden_size")
     run = program.run("recipe=compare", "+compare.entries.mine=['+experiment=rings']")
-    assert run.stderr.startswith("error: compare.entries.mine: ")
-    assert "experiment=rings is not known" in run.stderr
-    assert run.stderr.count("\n") == 1
+    [error] = run.stderr.splitlines()
+    names(error, "error", "compare.entries.mine", "+experiment=rings", "+experiment=ra_sp")
 
 
 def test_explain_prints_the_plans_and_starts_nothing(place):
@@ -176,9 +176,7 @@ def test_explain_reports_a_corpus_that_is_too_short(place):
         "recipe=compare", "compare.only=[ra_sp]", *SAME, "data.validation_sequences=1000000", "explain=true"
     )
     assert "\nra_sp\n" in result.stdout
-    assert re.match(
-        r"error: the corpus has \d+ tokens, but 1000000 validation sequences and one to train on need", result.stderr
-    )
+    names(result.stderr, "error", "corpus", "1000000", "data.sequence_length", "data.validation_sequences")
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +187,7 @@ def trained(place) -> Finished:
 
 def test_tensor_ranks_train(trained):
     assert (trained.exit_code, trained.stderr) == (0, "")
-    assert "ranks  1 data x 2 tensor x 1 pipeline, on CPU\n" in trained.stdout
+    some_line_names(trained.stdout.splitlines(), "ranks", "1 data x 2 tensor x 1 pipeline", "CPU")
     assert [line["step"] for line in trained.metrics] == [1, 2, 3]
     losses = [line["train/loss"] for line in trained.metrics]
     assert losses[2] < losses[0] < 6
@@ -229,7 +227,7 @@ def test_an_interrupted_comparison_prints_how_to_resume_it(place, number, code):
         result = running.finish(ENDS_WITHIN_S)
         running.assert_nothing_is_left()
     assert (result.exit_code, result.stderr) == (code, "")
-    assert result.stdout.endswith(f"\nto resume, run the same command with hydra.run.dir={result.run_dir}\n")
+    names(result.stdout.splitlines()[-1], f"hydra.run.dir={result.run_dir}")
 
 
 def test_the_roofline_is_an_entry_beside_the_methods(place):

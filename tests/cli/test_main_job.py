@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from conf.compose import to_config
 from conf.schema import Config
 from tests.cli.program import wandb
+from tests.errors import names, some_line_names
 
 NUMBER = r"[\d,]+(?:\.\d+)?"
 TRAINING_LINE = re.compile(
@@ -46,13 +47,12 @@ def test_the_banner_has_its_parts_in_order(main_run):
         "ranks", "tokens", "data", "model", "FLOPs per token", "attention", "attention kernel", "engine", "run dir",
     ]  # fmt: skip
     banner = dict(rows)
-    assert banner["ranks"] == "1 data x 4 ring, on CPU"
-    assert banner["tokens"] == "64 per rank of 256 per sequence; 256 per step"
-    assert re.fullmatch(
-        rf"stdlib: {NUMBER} files, about {NUMBER} tokens; 1,542 in these steps, \S+ epochs", banner["data"]
-    )
-    assert banner["attention"] == "ring, layout zigzag, transport p2p over gloo"
-    assert banner["engine"] == "ZeRO stage 1, bf16"
+    names(banner["ranks"], "1 data x 4 ring", "CPU")
+    names(banner["tokens"], 64, 256)
+    names(banner["data"], "stdlib", "1,542")
+    assert re.search(rf"{NUMBER} files.* {NUMBER} tokens.* \S+ epochs", banner["data"])
+    names(banner["attention"], "ring", "zigzag", "p2p", "gloo")
+    names(banner["engine"], "stage 1", "bf16")
     assert banner["run dir"] == str(main_run.run_dir)
 
 
@@ -82,15 +82,12 @@ def test_the_numbers_of_a_step_fit_together(main_run):
 
 def test_the_summary_has_the_losses_the_throughput_and_what_to_type_next(main_run):
     first, last = main_run.metrics[0], main_run.metrics[-1]
-    assert (
-        f"done: 6 steps, loss {first['train/loss']:.4f} -> {last['train/loss']:.4f}, "
-        f"validation loss {last['validation/loss']:.4f}\n" in main_run.stdout
-    )
-    speed = (
-        rf"^median throughput: {NUMBER} tok/s, {NUMBER} tok/s/rank, TPOT {NUMBER} ms, {NUMBER} model TFLOP/s per rank$"
-    )
+    losses = (first["train/loss"], last["train/loss"], last["validation/loss"])
+    lines = main_run.stdout.splitlines()
+    some_line_names(lines, "done", "6 steps", *(f"{loss:.4f}" for loss in losses))
+    speed = rf"^median.* {NUMBER} tok/s, {NUMBER} tok/s/rank, .*{NUMBER} ms, {NUMBER} model TFLOP/s"
     assert re.search(speed, main_run.stdout, re.MULTILINE)
-    assert command_after(main_run.stdout, r"^metrics \(JSON lines\): ") == str(main_run.run_dir / "metrics.jsonl")
+    some_line_names(lines, main_run.run_dir / "metrics.jsonl")
     assert command_after(main_run.stdout, "wandb leet") == command_after(main_run.stdout, "wandb sync")
 
 
@@ -124,7 +121,7 @@ def test_the_wandb_run_is_inside_the_run_dir_and_the_commands_shown_open_it(main
     assert summary["summary"]["validation/loss"]["min"] == last["validation/loss"]
     assert summary["config"]["data"]["sequence_length"] == 256
     assert summary["config"]["model"]["name"] == "tiny"
-    assert f"Would sync 1 run(s):\nwandb:   {run}" in wandb("sync", "--dry-run", str(run), home=tmp_path)
+    names(wandb("sync", "--dry-run", str(run), home=tmp_path), run)
 
 
 def test_wandb_gets_one_record_per_logged_step_with_the_numbers_of_the_file(main_run, wandb_records):

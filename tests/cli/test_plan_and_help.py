@@ -6,19 +6,16 @@ import re
 
 import yaml
 
+from tests.errors import names, some_line_names
+
 
 def test_explain_prints_the_plan_and_stops(program):
     result = program.run("+experiment=ra_sp", "model=llama_1b", "explain=true")
     assert result.exit_code == 0, result.stderr
     assert result.stderr == ""
     assert not result.ranks_were_started
-    for part in (
-        "llama_1b: 1,235.81 M parameters, 16 layers",
-        "layout zigzag",
-        "imbalance",
-        "parameters: ",
-    ):
-        assert part in result.stdout
+    some_line_names(result.stdout.splitlines(), "llama_1b", "1,235.81 M", "16 layers")
+    names(result.stdout, "zigzag", "imbalance", "parameters")
 
 
 def test_explain_shows_the_cost_model_of_attention_auto(program):
@@ -31,7 +28,7 @@ def test_explain_shows_the_cost_model_of_attention_auto(program):
     assert totals == sorted(totals)
     first = re.search(r"^  (\w+), ring (\d) x ulysses (\d): ", result.stdout, re.M)
     assert first is not None
-    assert f"attention  {first[1]}, layout zigzag (chosen by arithmetic: explain=true shows it)" in result.stdout
+    some_line_names(result.stdout.splitlines(), "attention", first[1], "zigzag", "explain=true")
 
 
 def test_help_starts_with_common_commands(program):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from ring_attention.layout import num_tokens
 from ring_attention.schedule import ring_schedule, tokens_sent
 from ring_attention.transport import P2PTransport
 from tests.cases import METHODS, Case, attend, build, check, draw, many_on_rank, on_rank
+from tests.errors import names
 from tests.pool import WorkerPool, parallel_groups
 
 LENGTH = 29  # a multiple of nothing
@@ -185,105 +187,100 @@ UNEVEN = Case("ulysses", 2, 2, num_heads=6, num_kv_heads=3)
 def test_ulysses_takes_uneven_heads_once_deepspeed_knows_its_mpu(pool: WorkerPool, batch_dim_idx: int):
     case = replace(UNEVEN, batch_dim_idx=batch_dim_idx)
     check(case, pool.run(uneven_heads, case, True, num_ranks=2))
-    assert (
-        pool.run(uneven_heads, case, False, num_ranks=2)
-        == [
-            "num_kv_heads=3 is not a multiple of ulysses_degree=2: use HybridAttention with a ulysses_degree of "
-            "[1, 3], or RingAttention, or call deepspeed.initialize(mpu=...) with this group before"
-        ]
-        * 2
-    )
+    for message in pool.run(uneven_heads, case, False, num_ranks=2):
+        choices = ("HybridAttention", "[1, 3]", "RingAttention", "deepspeed.initialize(mpu=...)")
+        names(message, "num_kv_heads=3", "ulysses_degree=2", *choices)
 
 
-def refusals() -> list[str]:
+Q, NUMBER, WORD, NOTHING = torch.zeros(1, 3, 2, 8), cast(Any, 7), cast(Any, "causal"), cast(Any, None)
+SHAPE, OTHER_MASKS = "[1, 3, 2, 8]", ["ring_attention.Mask", "Mask(left=4095)", "CAUSAL.packed(cu_seqlens)"]
+MASK_OR_POSITIONS = ["Tensor", "mask=Mask(...)", "Layout.positions"]
+UNEQUAL = CAUSAL.packed([[0, 1], [0, 2]])  # of two rows
+
+# what is called, given the group of two ranks and a ring on it; and what the error names: the value, and the choices
+MISTAKES: dict[str, tuple[Callable[[Any, Any], object], list[str]]] = {
+    "transport": (
+        lambda world, _: RingAttention("auto", world, transport="carrier_pigeon"),
+        ["transport='carrier_pigeon'", "auto", "p2p", "copy_engine"],
+    ),
+    "layout": (
+        lambda world, _: RingAttention("auto", world, layout="striped"),
+        ["layout='striped'", "zigzag", "contiguous"],
+    ),
+    "ulysses degree": (
+        lambda world, _: HybridAttention("auto", world, ulysses_degree=3),
+        ["ulysses_degree=3", "2 ranks", "[1, 2]"],
+    ),
+    "chunks": (
+        lambda world, _: RingAttention("auto", world, layout="zigzag")(Q, Q, Q, 0),
+        ["3 tokens", "2 equal chunks", "layout=zigzag", "layout(length).shard"],
+    ),
+    "batch dim": (lambda _, ring: ring(Q, Q, Q, 2), ["batch_dim_idx=2", "0", "1"]),
+    "batch dim of local attention": (lambda *_: LocalAttention("auto")(Q, Q, Q, 2), ["batch_dim_idx=2", "0", "1"]),
+    "dropout": (lambda _, ring: ring(Q, Q, Q, 0, dropout_p=0.1), ["dropout_p=0.1", "0"]),
+    "rotary embedding": (lambda _, ring: ring(Q, Q, Q, 0, Q[0, :, 0, 0]), ["rotary_pos_emb", *MASK_OR_POSITIONS]),
+    "attention mask": (
+        lambda _, ring: ring(Q, Q, Q, 0, None, None, attention_mask=Q[0, :, 0, 0]),
+        ["attention_mask", *MASK_OR_POSITIONS],
+    ),
+    "mask of a call": (lambda _, ring: ring(Q, Q, Q, 0, mask=torch.ones(6, 6)), ["mask", "Tensor", *OTHER_MASKS]),
+    "mask": (lambda world, _: RingAttention("auto", world, mask=WORD), ["mask", "str", *OTHER_MASKS]),
+    "dims": (lambda world, _: RingAttention("auto", world, 1, 2), ["scatter_idx=1", "gather_idx=2", "2", "0", "1"]),
+    "local attention": (
+        lambda world, _: RingAttention(NUMBER, world),
+        ["local_attention", "int", '"auto"', "mask=CAUSAL", "FULL", "Mask(left=...)", "softmax_scale="],
+    ),
+    "group": (
+        lambda *_: RingAttention("auto", NOTHING),
+        ["group", "ParallelGroups(...).get_sequence_parallel_group()"],
+    ),
+    "scale": (lambda _, ring: ring(Q, Q, Q, 0, softmax_scale=0.0), ["softmax_scale=0.0", "above 0"]),
+    "number of dims": (lambda _, ring: ring(Q[0], Q, Q, 0), ["query", "[3, 2, 8]", "four dims"]),
+    "dtypes": (lambda _, ring: ring(Q, Q.half(), Q, 0), ["query", "torch.float32", "key", "torch.float16", "value"]),
+    "tokens": (lambda _, ring: ring(Q, Q[:, :2], Q, 0), ["query", SHAPE, "key", "[1, 2, 2, 8]", "first two dims"]),
+    "heads": (lambda _, ring: ring(Q[:, :, :1], Q, Q, 0), ["query", "[1, 3, 1, 8]", "key", SHAPE, "heads"]),
+    "head sizes": (lambda _, ring: ring(Q, Q[..., :4], Q, 0), ["query", SHAPE, "key", "[1, 3, 2, 4]", "head sizes"]),
+    "no head": (lambda _, ring: ring(Q, Q[:, :, :0], Q[:, :, :0], 0), ["key", "value", "[1, 3, 0, 8]"]),
+    "documents": (lambda _, ring: ring(Q, Q, Q, 0, mask=CAUSAL.packed([0, 7])), ["documents", "7", "6 tokens"]),
+    "rows of documents": (lambda _, ring: ring(Q, Q, Q, 0, mask=UNEQUAL), ["documents", "2 rows", "1"]),
+    "documents of local attention": (
+        lambda world, _: LocalAttention("auto", world, 2, 0)(Q, Q, Q, 0, mask=CAUSAL.packed([0, 4])),
+        ["documents", "4", "3 tokens"],
+    ),
+    "kernel": (
+        lambda world, _: RingAttention("cpu_flash", world)(Q, Q, Q[..., :4], 0),
+        ["kernel=cpu_flash", "8", "4", "kernel=auto"],
+    ),
+    "kernel object": (
+        lambda world, _: RingAttention(KERNELS["cudnn"], world)(Q, Q, Q, 0),
+        ["kernel=cudnn", "cuda", "cpu", "kernel=auto"],
+    ),
+    "kv heads": (
+        lambda world, _: UlyssesAttention("auto", world)(Q, Q[:, :, :1], Q[:, :, :1], 0),
+        ["num_kv_heads=1", "ulysses_degree=2", "HybridAttention", "[1]", "RingAttention"],
+    ),
+}
+
+
+def refusals() -> dict[str, str]:
+    """On a rank: the error of each mistake."""
     import deepspeed.comm as dist
 
-    world: Any
-    tensor: Any
-    number: Any = 7
-    word: Any = "causal"
-    world, tensor = dist.get_world_group(), torch.zeros(1, 3, 2, 8)
-    ring: Any = RingAttention("auto", world)
-    attempts = [
-        lambda: RingAttention("auto", world, transport="carrier_pigeon"),
-        lambda: RingAttention("auto", world, layout="striped"),
-        lambda: HybridAttention("auto", world, ulysses_degree=3),
-        lambda: RingAttention("auto", world, layout="zigzag")(tensor, tensor, tensor, 0),
-        lambda: ring(tensor, tensor, tensor, 2),
-        lambda: LocalAttention("auto")(tensor, tensor, tensor, 2),
-        lambda: ring(tensor, tensor, tensor, 0, dropout_p=0.1),
-        lambda: ring(tensor, tensor, tensor, 0, torch.zeros(3)),
-        lambda: ring(tensor, tensor, tensor, 0, None, None, attention_mask=torch.zeros(3)),
-        lambda: ring(tensor, tensor, tensor, 0, mask=torch.ones(6, 6)),
-        lambda: RingAttention("auto", world, mask=word),
-        lambda: RingAttention("auto", world, 1, 2),
-        lambda: RingAttention(number, world),
-        lambda: RingAttention("auto", None),
-        lambda: ring(tensor, tensor, tensor, 0, softmax_scale=0.0),
-        lambda: ring(tensor[0], tensor, tensor, 0),
-        lambda: ring(tensor, tensor.half(), tensor, 0),
-        lambda: ring(tensor, tensor[:, :2], tensor, 0),
-        lambda: ring(tensor[:, :, :1], tensor, tensor, 0),
-        lambda: ring(tensor, tensor[..., :4], tensor, 0),
-        lambda: ring(tensor, tensor, tensor, 0, mask=CAUSAL.packed([0, 7])),
-        lambda: ring(tensor, tensor, tensor, 0, mask=CAUSAL.packed([[0, 1], [0, 2]])),
-        lambda: ring(tensor, tensor[:, :, :0], tensor[:, :, :0], 0),
-        lambda: RingAttention("cpu_flash", world)(tensor, tensor, tensor[..., :4], 0),
-        lambda: RingAttention(KERNELS["cudnn"], world)(tensor, tensor, tensor, 0),
-        lambda: LocalAttention("auto", world, 2, 0)(tensor, tensor, tensor, 0, mask=CAUSAL.packed([0, 4])),
-        lambda: UlyssesAttention("auto", world)(tensor, tensor[:, :, :1], tensor[:, :, :1], 0),
-    ]
-    messages = []
-    for attempt in attempts:
+    world: Any = dist.get_world_group()
+    ring, messages = RingAttention("auto", world), {}
+    for mistake, (attempt, _) in MISTAKES.items():
         try:
-            attempt()
+            attempt(world, ring)
         except ValueError as error:
-            messages.append(str(error))
-        else:
-            messages.append("accepted")
+            messages[mistake] = str(error)
     return messages
 
 
 def test_mistakes_are_refused_by_name(pool: WorkerPool):
-    assert pool.run(refusals, num_ranks=2)[0] == [
-        "transport='carrier_pigeon' is unknown: use one of auto, p2p, copy_engine",
-        "layout='striped' is unknown: use one of zigzag, contiguous",
-        "ulysses_degree=3 does not divide the 2 ranks: use one of [1, 2]",
-        "3 tokens are not 2 equal chunks, which layout=zigzag needs on each rank of the ring: cut sequences with the "
-        "module's layout(length).shard",
-        "batch_dim_idx=2 must be 0 ([B, S, H, D]) or 1 ([S, B, H, D])",
-        "batch_dim_idx=2 must be 0 ([B, S, H, D]) or 1 ([S, B, H, D])",
-        "dropout_p=0.1 must be 0: use dropout after the output projection instead",
-        "rotary_pos_emb is Tensor, which nothing here applies: give what a query sees as mask=Mask(...), and rotate "
-        "query and key before, by the global positions of Layout.positions",
-        "attention_mask is Tensor, which nothing here applies: give what a query sees as mask=Mask(...), and rotate "
-        "query and key before, by the global positions of Layout.positions",
-        "mask is Tensor, but must be a ring_attention.Mask, such as Mask(left=4095) or CAUSAL.packed(cu_seqlens): "
-        "masks given as a tensor are not supported",
-        "mask is str, but must be a ring_attention.Mask, such as Mask(left=4095) or CAUSAL.packed(cu_seqlens): "
-        "masks given as a tensor are not supported",
-        "scatter_idx=1, gather_idx=2 must be 2 and 0 or 1: heads are dim 2, and tokens dim 0 or 1, as in [B, S, H, D] "
-        "and [S, B, H, D]",
-        'local_attention is int, but must be "auto", a kernel or its name: give what it computes as mask=CAUSAL (the '
-        "default), FULL or Mask(left=...), and another scale as softmax_scale= of the call",
-        "no process group: pass one, such as ParallelGroups(...).get_sequence_parallel_group()",
-        "softmax_scale=0.0 must be above 0, and finite: kernels mask by -inf * scale",
-        "query has shape [3, 2, 8], key [1, 3, 2, 8], value [1, 3, 2, 8]: four dims are needed, [B, S, heads, head "
-        "size]",
-        "query is torch.float32, key torch.float16, value torch.float32: cast them to one dtype",
-        "query has shape [1, 3, 2, 8], key [1, 2, 2, 8], value [1, 3, 2, 8]: the first two dims must be equal",
-        "query has shape [1, 3, 1, 8], key [1, 3, 2, 8], value [1, 3, 2, 8]: keys and values need equally many heads, "
-        "and queries a multiple of that",
-        "query has shape [1, 3, 2, 8], key [1, 3, 2, 4], value [1, 3, 2, 8]: query and key need equal head sizes",
-        "the documents end at 7, but the sequence has 6 tokens over all ranks",
-        "the mask has documents for 2 rows, the batch has 1: give them once or per row",
-        "query has shape [1, 3, 2, 8], key [1, 3, 0, 8], value [1, 3, 0, 8]: no head or size may be 0",
-        "kernel=cpu_flash cannot run here: needs values of head size 8, not 4; use kernel=auto",
-        "kernel=cudnn cannot run here: needs a cuda device, not cpu; use kernel=auto",
-        "the documents end at 4, but the sequence has 3 tokens over all ranks",
-        "num_kv_heads=1 is not a multiple of ulysses_degree=2: use HybridAttention with a ulysses_degree of [1], or "
-        "RingAttention",
-    ]
+    for messages in pool.run(refusals, num_ranks=2):
+        assert messages.keys() == MISTAKES.keys()
+        for mistake, (_, parts) in MISTAKES.items():
+            names(messages[mistake], *parts)
 
 
 def order_over_hosts(method: str) -> list[Tensor]:

@@ -26,6 +26,7 @@ from recipes.export import export, find_checkpoint
 from recipes.model.transformer import Transformer
 from recipes.planning.plan import Plan
 from ring_attention import LocalAttention
+from tests.errors import names
 from tests.pool import WorkerPool, parallel_groups
 
 LENGTH, NUM_STEPS = 21, 4
@@ -132,9 +133,10 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(
     assert losses == other_losses
     assert len(losses[0]) == 4
     assert losses[1] == losses[0][2:]
-    assert lines[1].startswith("checkpoint step_00000004 is broken, so the one before it is tried: ")
-    assert lines[1].endswith("has another checksum than when it was written")
-    assert lines[3:] == ["resuming after step 2", "renamed step_00000004 to step_00000004.broken"]
+    names(lines[1], "step_00000004", "broken", "checksum")
+    resumed_after, renamed = lines[3:]
+    names(resumed_after, "step 2")
+    names(renamed, "step_00000004", "step_00000004.broken")
 
     find_checkpoint(newest_first(tmp_path)[0])  # saved again, and intact
     assert (tmp_path / "checkpoints" / "step_00000004.broken" / "manifest.json").exists()

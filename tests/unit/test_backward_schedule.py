@@ -167,3 +167,35 @@ def test_in_a_causal_zigzag_part_of_the_local_attention_is_held_back(ring_degree
         steps = backward_schedule(layout, CAUSAL, ring_rank, 1, ONE_CALL).steps
         assert [step.gradient_return is not None for step in steps] == [False, *[True] * (ring_degree - 1), False]
         assert steps[-1].compute.tiles
+
+
+def last_step(steps: tuple[BackwardStep, ...], row: int, token: int) -> int:
+    """The last one that computes a gradient of this query."""
+    computing = [
+        number
+        for number, (_, (tiles, rows), *_) in enumerate(steps)
+        for tile in tiles
+        if tile.row == row or (tile.row is None and row in range(*rows))
+        if token in range(tile.block.q_start, tile.block.q_stop)
+    ]
+    return max(computing, default=0)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("ring_degree", [1, 2, 3, 4])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_pieces_end_with_their_last_addend(name: str, ring_degree: int, batch: int, mask: Mask):
+    """So that they are written in the pass that adds it. A piece of dq that ends before the last ring step has None."""
+    layout = Layout(name, ring_degree, 23)
+    if len(mask.documents or ()) not in (0, 1, batch):
+        return
+    for rank in range(ring_degree):
+        steps, dq_pieces, own_pieces = backward_schedule(layout, mask, rank, batch, ONE_CALL)
+        covered = [(row, token) for rows, tokens, _ in dq_pieces for row in range(*rows) for token in range(*tokens)]
+        assert sorted(covered) == [(row, token) for row in range(batch) for token in range(layout.ring_length)]
+        for rows, tokens, ends in dq_pieces:
+            last = max(last_step(steps, row, token) for row in range(*rows) for token in range(*tokens))
+            assert ends == last or (ends is None and last < ring_degree - 1)
+        last_addition = max((number for number, step in enumerate(steps) if step.add), default=0)
+        assert {piece.last_step for piece in own_pieces} == {last_addition}

@@ -14,6 +14,7 @@ from data.shard import IGNORED_LABEL, Sharder
 from data.source import CorpusError
 from recipes.planning.plan import Plan
 from ring_attention import Layout
+from tests.errors import refused
 
 DOCUMENTS = ["abc", "", "defgh", "ij"]  # 3+1, 0+1, 5+1, 2+1 = 14 tokens an epoch
 EPOCH = [*b"abc", SEPARATOR, SEPARATOR, *b"defgh", SEPARATOR, *b"ij", SEPARATOR]
@@ -67,9 +68,7 @@ def test_validation_does_not_depend_on_what_was_read_before():
 
 def test_the_error_of_a_short_corpus_says_how_many_tokens_it_needs():
     Corpus(DOCUMENTS, sequence_length=6, validation_sequences=1).check()
-    with pytest.raises(
-        CorpusError, match="the corpus has 14 tokens, but 1 validation sequences and one to train on need 16"
-    ):
+    with refused(CorpusError, "14 tokens", "1 validation", 16):
         Corpus(DOCUMENTS, sequence_length=7, validation_sequences=1).check()
 
 

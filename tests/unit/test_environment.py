@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
 from unittest import mock
 
 import pytest
 
 from conf.schema import ConfigError
 from recipes.launch.environment import RENDEZVOUS, adopt_external_ranks, make_private_folder
+from tests.errors import names, refused
 
 STEP = {
     "SLURM_JOB_ID": "1234567",
@@ -43,8 +43,16 @@ def test_a_step_of_srun_becomes_torchruns_variables():
         "LOCAL_RANK": "1",
         "LOCAL_WORLD_SIZE": "4",
         "MASTER_ADDR": "node003",
-        "MASTER_PORT": str(20000 + (97 * 1234567 + 2) % 10000),
+        "MASTER_PORT": "23001",
     }
+
+
+def test_steps_and_jobs_have_ports_of_their_own():
+    """Of the same step of another job, and of another step of the same job."""
+    others = STEP | {"SLURM_JOB_ID": "1234568"}, STEP | {"SLURM_STEP_ID": "3"}
+    ports = [environment["MASTER_PORT"] for step in (STEP, *others) if (environment := adopted(step))]
+    assert len(set(ports)) == 3
+    assert all(20000 <= int(port) < 30000 for port in ports)  # below the ports that Linux hands out
 
 
 def test_a_step_on_one_node_knows_its_local_ranks():
@@ -79,23 +87,20 @@ class TestPrivateFolder:
     def test_a_folder_that_others_may_use_is_refused(self, tmp_path, mode):
         (tmp_path / "meeting").mkdir()
         (tmp_path / "meeting").chmod(mode)
-        self.assert_refused(tmp_path / "meeting", "TMPDIR", "MASTER_ADDR", "drwx------")
+        with refused(ConfigError, tmp_path / "meeting", "drwx------", "TMPDIR", "MASTER_ADDR"):
+            make_private_folder(tmp_path / "meeting")
 
     def test_another_users_folder_is_refused(self, tmp_path, monkeypatch):
         (tmp_path / "meeting").mkdir(mode=0o700)
         monkeypatch.setattr(os, "getuid", lambda: tmp_path.stat().st_uid + 1)
-        self.assert_refused(tmp_path / "meeting", f"user {tmp_path.stat().st_uid} ", f"user {os.getuid()}:")
+        with refused(ConfigError, tmp_path / "meeting", tmp_path.stat().st_uid, os.getuid()):
+            make_private_folder(tmp_path / "meeting")
 
     def test_a_link_is_refused(self, tmp_path):
         (tmp_path / "elsewhere").mkdir(mode=0o700)
         (tmp_path / "meeting").symlink_to(tmp_path / "elsewhere")
-        self.assert_refused(tmp_path / "meeting", "lrwxrwxrwx")
-
-    def assert_refused(self, folder: Path, *parts: str) -> None:
-        with pytest.raises(ConfigError) as caught:
-            make_private_folder(folder)
-        assert str(folder) in str(caught.value)
-        assert all(part in str(caught.value) for part in parts)
+        with refused(ConfigError, tmp_path / "meeting", "lrwxrwxrwx"):
+            make_private_folder(tmp_path / "meeting")
 
 
 @pytest.mark.parametrize(
@@ -140,8 +145,8 @@ def test_ranks_of_torchrun_and_deepspeed_are_recognised():
 
 
 def test_an_incomplete_environment_is_an_error():
+    launchers = ("torchrun", "deepspeed --no_local_rank", "srun")
     with pytest.raises(ConfigError) as caught:
         adopted({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "here"})
-    assert str(caught.value).startswith(
-        "RANK=1 says that a launcher has started this rank, but LOCAL_RANK, MASTER_PORT is not set: "
-    )
+    names(str(caught.value), "RANK=1", "LOCAL_RANK", "MASTER_PORT", *launchers)
+    assert "MASTER_ADDR" not in str(caught.value)  # it is set

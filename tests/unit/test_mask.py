@@ -1,7 +1,10 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from ring_attention import CAUSAL, FULL, Mask
+from tests.errors import refused
 
 TOKENS = torch.arange(5)
 
@@ -31,17 +34,17 @@ def test_document_ids_and_cu_seqlens_give_the_same_mask():
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("make", "parts"),
     [
-        (lambda: Mask(left=-1), "left=-1 must be 0 or more tokens, or None for all"),
-        (lambda: CAUSAL.packed([1, 4]), r"boundaries \(1, 4\) must start at 0, as cu_seqlens do"),
-        (lambda: CAUSAL.packed([0, 4, 3]), "must not decrease, but 3 follows 4"),
-        (lambda: CAUSAL.packed([]), r"boundaries \(\) must start at 0"),
-        (lambda: CAUSAL.packed_by_ids(torch.tensor([1, 2, 1])), "a document id occurs in two runs"),
-        (lambda: CAUSAL.packed([0, 9]).spans(8), "the documents end at 9, but the sequence has 8 tokens"),
-        (lambda: Mask(documents=()), r"documents=\(\) has no row"),
+        (lambda: Mask(left=-1), ["left=-1", 0, None]),
+        (lambda: CAUSAL.packed([1, 4]), ["(1, 4)", 0, "cu_seqlens"]),
+        (lambda: CAUSAL.packed([0, 4, 3]), ["boundaries", 3, 4]),
+        (lambda: CAUSAL.packed([]), ["()", 0]),
+        (lambda: CAUSAL.packed_by_ids(torch.tensor([1, 2, 1])), ["document id", "two runs"]),
+        (lambda: CAUSAL.packed([0, 9]).spans(8), ["documents", 9, 8]),
+        (lambda: Mask(documents=()), ["documents=()"]),
     ],
 )
-def test_invalid_masks_are_refused(make, message: str):
-    with pytest.raises(ValueError, match=message):
+def test_invalid_masks_are_refused(make: Callable[[], object], parts: list[object]):
+    with refused(ValueError, *parts):
         make()

@@ -11,6 +11,7 @@ import pytest
 from conf.schema import ConfigError
 from recipes.dashboard.workspace import create, define
 from recipes.monitor.metric_registry import METRICS, SECTIONS, SUMMARY_METRICS
+from tests.errors import refused
 
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 NAMES = [name for metric in (*METRICS, *SUMMARY_METRICS) for name in metric.logged_names]
@@ -55,5 +56,5 @@ def test_the_workspace_has_all_sections_and_their_metrics():
 
 @pytest.mark.parametrize("path", ["project", "a/b/c", "/b", "a/", "a b/c"])
 def test_a_workspace_needs_entity_and_project(path):
-    with pytest.raises(ConfigError, match=r"is not a wandb project: use --wandb ENTITY/PROJECT"):
+    with refused(ConfigError, path, "--wandb ENTITY/PROJECT"):
         create(path)

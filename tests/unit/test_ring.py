@@ -12,31 +12,50 @@ from ring_attention import CAUSAL, LocalAttention
 from ring_attention.accumulators import GradientAccumulator
 from ring_attention.kernels import KERNELS, KernelParams, SavedTensors
 from ring_attention.kv import KeysValues
-from ring_attention.layout import Layout
+from ring_attention.layout import Layout, slice_within
 from ring_attention.masked_block import MaskedBlock
 from ring_attention.ring import Ring, ring_backward, ring_forward
+from ring_attention.schedule import ring_schedule
+from tests.unit.test_accumulators import assert_rounded_once
 
 
 class Recorder:
-    """A transport and a kernel that record their calls. Messages that arrive are 0."""
+    """A transport and a kernel that record their calls, and add up the gradients that they give.
 
-    def __init__(self, ring_rank: int) -> None:
+    Keys that arrive are 0, and gradients that return are random. `sums` are of dq, and of dk and dv of own tokens.
+    """
+
+    def __init__(self, layout: Layout, ring_rank: int, q: Tensor, kv: KeysValues) -> None:
         self.ring_rank = ring_rank
         self.events: list[str] = []
+        self.sums = [torch.zeros(x.shape, dtype=torch.float64) for x in (q, kv.k_BTKD, kv.v_BTKE)]
+        self._own = kv
+        self._schedule = ring_schedule(layout, CAUSAL, ring_rank)
         self._kernel = KERNELS["reference"]
 
     def receive_buffer(self, name: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.zeros(numel, dtype=dtype, device=device)
 
     def post(self, purpose: str, sends: list[Any], receives: list[Any]) -> Any:
-        events = self.events
-        events.append(f"post {purpose}")
+        self.events.append(f"post {purpose}")
+        recorder = self
 
         class Transfer:
             def wait(self) -> None:
-                events.append(f"wait {purpose}")
+                recorder.events.append(f"wait {purpose}")
+                if "dK,dV" in purpose and receives:
+                    recorder._return_gradients(int(purpose.split()[-1]), receives[0].tensor)
 
         return Transfer()
+
+    def _return_gradients(self, ring_step: int, buffer: Tensor) -> None:
+        message = self._schedule[ring_step].gradient_return
+        assert message is not None
+        returned = self._own.view(buffer.copy_(torch.randn(buffer.shape)), message.spans)
+        for start, stop in message.spans:
+            within = slice_within(message.spans, start, stop)
+            self.sums[1][:, start:stop] += returned.k_BTKD[:, within].double()
+            self.sums[2][:, start:stop] += returned.v_BTKE[:, within].double()
 
     def split(self, block: MaskedBlock) -> list[MaskedBlock]:
         return self._kernel.split(block)
@@ -46,19 +65,43 @@ class Recorder:
         return self._kernel.forward(q, k, v, params)
 
     def backward(self, dout: Tensor, saved: SavedTensors, params: KernelParams) -> tuple[Tensor, Tensor, Tensor]:
-        self.events.append(f"backward {saved.q_BSHD.shape[1]} x {saved.k_BTKD.shape[1]}")
-        return self._kernel.backward(dout, saved, params)
+        q, k = saved.q_BSHD, saved.k_BTKD
+        self.events.append(f"backward {q.shape[1]} x {k.shape[1]}")
+        gradients = self._kernel.backward(dout, saved, params)
+        is_own = k.untyped_storage().data_ptr() == self._own.k_BTKD.untyped_storage().data_ptr()
+        views = (q, k, saved.v_BTKE) if is_own else (q,)
+        for total, view, gradient in zip(self.sums, views, gradients, strict=False):
+            part_of(total, view).add_(gradient)
+        return gradients
 
 
-def events(ring_degree: int, ring_rank: int, batch: int = 1) -> list[str]:
-    layout, recorder = Layout("zigzag", ring_degree, 8 * ring_degree), Recorder(ring_rank)
-    q, k, v, dout = torch.randn(4, batch, 8, 2, 16).bfloat16()
-    fake: Any = recorder
-    ring = Ring(layout, CAUSAL, fake, fake, 0.25)
-    kv = KeysValues.of_parts(k, v)
-    out, lse = ring_forward(ring, q, kv)
-    ring_backward(ring, dout, q, kv, out, lse)
-    return recorder.events
+def part_of(total: Tensor, view: Tensor) -> Tensor:
+    """The part of a tensor [B, S, H, D] that a view has of a contiguous one of its shape."""
+    start = view.storage_offset() % total.numel()
+    row, token = divmod(start // total.stride(1), total.shape[1])
+    return total[row : row + view.shape[0], token : token + view.shape[1]]
+
+
+class Run:
+    """Passes of one rank of a zigzag ring, with 8 tokens a rank."""
+
+    def __init__(self, ring_degree: int, ring_rank: int, batch: int = 1) -> None:
+        layout = Layout("zigzag", ring_degree, 8 * ring_degree)
+        self._q, k, v, self._dout = torch.randn(4, batch, 8, 2, 16).bfloat16()
+        self._kv = KeysValues.of_parts(k, v)
+        self.recorder = Recorder(layout, ring_rank, self._q, self._kv)
+        fake: Any = self.recorder
+        self._ring = Ring(layout, CAUSAL, fake, fake, 0.25)
+        self._out, self._lse = ring_forward(self._ring, self._q, self._kv)
+
+    def backward(self) -> tuple[Tensor, Tensor, Tensor]:
+        return ring_backward(self._ring, self._dout, self._q, self._kv, self._out, self._lse)
+
+
+def events(ring_degree: int, ring_rank: int) -> list[str]:
+    run = Run(ring_degree, ring_rank)
+    run.backward()
+    return run.recorder.events
 
 
 def test_every_transfer_of_a_ring_of_two_overlaps_with_attention():
@@ -107,34 +150,14 @@ def test_an_empty_batch_has_gradients():
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("ring_degree", [1, 2, 3, 4])
-def test_each_piece_of_dq_ends_with_its_last_addend(ring_degree: int, batch: int, monkeypatch: pytest.MonkeyPatch):
-    """So that it is rounded and written once, in the pass that adds the last one."""
-    make, add = GradientAccumulator.__init__, GradientAccumulator.add
-    made: list[GradientAccumulator] = []
-    addends: dict[int, list[tuple[Any, ...]]] = {}
-
-    def making(self: GradientAccumulator, *args: Any) -> None:
-        make(self, *args)
-        made.append(self)
-
-    def adding(self: GradientAccumulator, rows: slice, tokens: slice, part: Tensor, ends: int | None = None) -> None:
-        addends.setdefault(id(self), []).append((rows, tokens, part, ends))
-        add(self, rows, tokens, part, ends)
-
-    monkeypatch.setattr(GradientAccumulator, "__init__", making)
-    monkeypatch.setattr(GradientAccumulator, "add", adding)
+@pytest.mark.parametrize("ring_degree", [1, 2, 3, 4, 5, 6])
+def test_gradients_are_the_sums_of_their_parts_rounded_once(ring_degree: int, batch: int):
+    """dq of the kernel calls; dk and dv of the calls on own keys and of what other ranks return."""
     for ring_rank in range(ring_degree):
-        made.clear()
-        addends.clear()
-        events(ring_degree, ring_rank, batch)
-        dq = made[0]  # the first that a backward pass makes
-        assert len(dq._pieces) == (1 if ring_degree == 1 else 2 * batch)
-        for piece in dq._pieces:
-            met = [ends for *addend, ends in addends[id(dq)] if dq._within(piece, (addend[0], addend[1], addend[2]))]
-            if piece.last_step is not None:
-                assert met[-1] == piece.last_step
-                assert piece.last_step not in met[:-1]
+        run = Run(ring_degree, ring_rank, batch)
+        dq, dk, dv = run.backward()
+        for got, exact in zip((dq, dk, dv), run.recorder.sums, strict=True):
+            assert_rounded_once(got, exact, torch.bfloat16)
 
 
 @pytest.mark.parametrize("is_taken_over", [True, False])
@@ -152,28 +175,3 @@ def test_returned_gradients_are_added_in_fp32_until_the_last(dtype: torch.dtype,
         total.add_together([(everything, tokens, big), (everything, tokens, one)], ends=-1)
     total.add_together([(everything, tokens, one)], ends=0)
     assert torch.equal(total.result(), big + 2)
-
-
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("ring_degree", [2, 3, 4, 5, 6])
-def test_own_gradients_are_rounded_with_the_last_return(ring_degree: int, batch: int, monkeypatch: pytest.MonkeyPatch):
-    """Returns are added two at a time, the last one with what was held back."""
-    add_together = GradientAccumulator.add_together
-    calls: list[tuple[GradientAccumulator, int, int]] = []
-
-    def adding(self: GradientAccumulator, addends: Any, ends: int) -> None:
-        calls.append((self, len(addends), ends))
-        add_together(self, addends, ends)
-
-    monkeypatch.setattr(GradientAccumulator, "add_together", adding)
-    for ring_rank in range(ring_degree):
-        calls.clear()
-        events(ring_degree, ring_rank, batch)
-        for total in {call[0] for call in calls}:
-            own = [call[1:] for call in calls if call[0] is total]
-            assert [ends in {piece.last_step for piece in total._pieces} for _, ends in own] == [
-                *[False] * (len(own) - 1),
-                True,
-            ]
-            assert all(num_addends == 2 for num_addends, _ in own[: (ring_degree - 2) // 2])
-            assert own[-1][0] == 2

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.run.run_dir import LoadedRuns, load_runs
+from tests.errors import names
 
 CONFIG = "optimizer:\n  lr: {lr}\ndata:\n  files: null\nseed: 0\n"
 
@@ -29,6 +30,14 @@ def write_run(folder: Path, lr: float = 1e-3, num_rows: int = 2, **files: str) -
 def comparison(**replaced: Any) -> str:
     content = {"recipe": "forward", "model": "tiny", "baseline": "a", "notes": [], "rows": []}
     return json.dumps(content | replaced)
+
+
+def assert_problems(loaded: LoadedRuns, *expected: tuple[object, ...]) -> None:
+    """One problem for each, in this order, with the path first and these parts."""
+    assert len(loaded.problems) == len(expected), loaded.problems
+    for problem, (path, *parts) in zip(loaded.problems, expected, strict=True):
+        assert problem.startswith(str(path))
+        names(problem, path, *parts)
 
 
 def test_a_run_has_its_settings_rows_and_summary(tmp_path):
@@ -62,7 +71,7 @@ def test_a_sweeps_file_names_the_swept_settings_and_failed_trials(tmp_path):
     loaded = load_runs([tmp_path / "sweep"])
     assert [run.name for run in loaded.runs] == ["1", "2"]
     assert loaded.differing_settings == ["optimizer.lr", "engine.batch"]  # swept ones first, logging never
-    assert loaded.problems == [f"{tmp_path / 'sweep'}: trial 3 failed: too large"]
+    assert_problems(loaded, (tmp_path / "sweep", "trial 3", "too large"))
 
 
 def test_runs_of_several_folders_have_unique_names_and_are_read_once(tmp_path):
@@ -77,10 +86,9 @@ def test_folders_without_a_run_are_problems_and_others_are_read(tmp_path):
     good = write_run(tmp_path / "good")
     loaded = load_runs([tmp_path / "nowhere", tmp_path / "empty", good])
     assert len(loaded.runs) == 1
-    assert loaded.problems == [
-        f"{tmp_path}/nowhere is not a folder: give a run dir, such as outputs/DATE/TIME, or a sweep's folder",
-        f"{tmp_path}/empty contains no run: give a run dir, such as outputs/DATE/TIME, or a sweep's folder",
-    ]
+    assert_problems(
+        loaded, (tmp_path / "nowhere", "folder", "outputs/DATE/TIME"), (tmp_path / "empty", "outputs/DATE/TIME")
+    )
 
 
 def test_a_line_that_is_cut_off_is_skipped_and_reported(tmp_path):
@@ -88,8 +96,7 @@ def test_a_line_that_is_cut_off_is_skipped_and_reported(tmp_path):
     folder = write_run(tmp_path / "run", metrics=f'{complete}\n[1]\n{{"step": 2, "train/lo')
     loaded = load_runs([folder])
     assert [row["step"] for row in loaded.runs[0].rows] == [1]
-    rule = "is cut off or not the log of a step: skipped"
-    assert loaded.problems == [f"{folder}/metrics.jsonl: line {number} {rule}" for number in (2, 3)]
+    assert_problems(loaded, *((folder / "metrics.jsonl", f"line {number}") for number in (2, 3)))
 
 
 def test_if_a_step_was_logged_twice_the_later_row_counts(tmp_path):
@@ -109,11 +116,12 @@ def test_broken_settings_are_problems_and_readable_ones_are_compared(tmp_path):
     assert [bool(run.settings) for run in loaded.runs] == [False, False, False, True, True]
     assert all(run.rows for run in loaded.runs)
     assert loaded.differing_settings == ["optimizer.lr"]
-    assert loaded.problems == [
-        f"{broken}/config.yaml is cut off or not valid YAML: the run's settings are not shown",
-        f"{other}/config.yaml is not what a run writes: the run's settings are not shown",
-        f"{gone}/config.yaml is missing: the run's settings are not shown",
-    ]
+    assert_problems(
+        loaded,
+        (broken / "config.yaml", "YAML", "settings"),
+        (other / "config.yaml", "settings"),
+        (gone / "config.yaml", "missing", "settings"),
+    )
 
 
 def test_a_run_without_a_step_is_a_problem(tmp_path):
@@ -122,11 +130,12 @@ def test_a_run_without_a_step_is_a_problem(tmp_path):
     (failed / "metrics.jsonl").unlink()
     loaded = load_runs([tmp_path])
     assert loaded.is_empty
-    assert loaded.problems == [
-        f"{begun}/metrics.jsonl has no logged step yet",
-        f"{failed}/summary.json is cut off or not valid JSON: skipped",
-        f"{failed}/metrics.jsonl has no logged step yet",
-    ]
+    assert_problems(
+        loaded,
+        (begun / "metrics.jsonl", "no logged step"),
+        (failed / "summary.json", "JSON"),
+        (failed / "metrics.jsonl", "no logged step"),
+    )
 
 
 def read_comparison(folder: Path, text: str | None) -> LoadedRuns:
@@ -140,14 +149,14 @@ def read_comparison(folder: Path, text: str | None) -> LoadedRuns:
 def test_a_comparison_is_not_a_run_and_its_problems_are_reported(tmp_path):
     loaded = read_comparison(tmp_path / "good", comparison())
     assert (len(loaded.comparisons), loaded.runs, loaded.problems, loaded.is_empty) == (1, [], [], False)
-    consequence = "skipped; the same command resumes an unfinished comparison"
     cases = {
-        None: f"/comparison.json is missing: {consequence}",
-        comparison()[:-5]: f"/comparison.json is cut off or not valid JSON: {consequence}",
-        "3": f"/comparison.json is not what a run writes: {consequence}",
-        '{"recipe": 1, "model": 2, "notes": 3}': "/comparison.json has no baseline, rows: skipped",
+        None: ("missing", "same command"),
+        comparison()[:-5]: ("JSON", "same command"),
+        "3": ("same command",),
+        '{"recipe": 1, "model": 2, "notes": 3}': ("baseline", "rows"),
     }
-    for number, (text, problem) in enumerate(cases.items()):
+    for number, (text, parts) in enumerate(cases.items()):
         folder = tmp_path / str(number)
         loaded = read_comparison(folder, text)
-        assert (loaded.comparisons, loaded.problems) == ([], [f"{folder}{problem}"])
+        assert loaded.comparisons == []
+        assert_problems(loaded, (folder / "comparison.json", *parts))
