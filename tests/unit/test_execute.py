@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train
-from conf.schema import Config, DataConfig, LaunchConfig
+from conf.schema import CompareConfig, Config, ConfigError, DataConfig, LaunchConfig
 from data.source import CorpusError
 from tests.unit.test_manifest import published, resolved
 
@@ -59,6 +59,13 @@ except ConfigError as error:
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert result.stdout.startswith(f"False {message}"), result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("recipe", ["pretrain", "compare", "max_length"])
+def test_an_unsupported_device_is_refused(tmp_path, monkeypatch, recipe):
+    monkeypatch.setenv("DS_ACCELERATOR", "xpu")
+    with pytest.raises(ConfigError, match="^DS_ACCELERATOR=xpu "):
+        train.execute(Config(recipe=recipe, compare=CompareConfig(entries={"one": []})), [], tmp_path)
 
 
 def test_a_finished_run_does_not_need_its_data(tmp_path, tiny):
