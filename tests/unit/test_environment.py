@@ -165,7 +165,7 @@ class TestAccelerator:
         if num_gpus:
             check_accelerator()
         else:
-            with pytest.raises(ConfigError, match="^DS_ACCELERATOR=cuda .*cpu"):
+            with pytest.raises(ConfigError, match=r"^DS_ACCELERATOR=cuda .*cpu"):
                 check_accelerator()
 
     def test_cpu_hides_gpus(self, monkeypatch):

@@ -64,7 +64,7 @@ except ConfigError as error:
 @pytest.mark.parametrize("recipe", ["pretrain", "compare", "max_length"])
 def test_an_unsupported_device_is_refused(tmp_path, monkeypatch, recipe):
     monkeypatch.setenv("DS_ACCELERATOR", "xpu")
-    with pytest.raises(ConfigError, match="^DS_ACCELERATOR=xpu "):
+    with pytest.raises(ConfigError, match=r"^DS_ACCELERATOR=xpu "):
         train.execute(Config(recipe=recipe, compare=CompareConfig(entries={"one": []})), [], tmp_path)
 
 
