@@ -248,6 +248,7 @@ class LaunchConfig(_Checked, prefix="launch."):
     """The ranks, and when a run that hangs is ended."""
 
     num_ranks: Optional[int] = number(None, minimum=1)  # unset: one per GPU, 4 on the CPU; ignored under torchrun, srun
+    check_memory: bool = True  # refuse what needs more memory than a rank has, by prediction; false: start all the same
     timeout_s: float = number(600.0, minimum=1)  # a collective that takes longer ends the run
     stall_factor: float = number(20.0, minimum=0)  # so does a step of this multiple of the median step time; 0: off
     stall_s: float = number(60.0, minimum=1)  # but never before this time

@@ -65,13 +65,17 @@ def explanation(plan: Plan, run_dir: Path) -> list[str]:
         "",
         *state_lines(plan),
         *step_memory_lines(plan),
+        *refusal_lines(plan),
     ]
 
 
+def refusal_lines(plan: Plan) -> list[str]:
+    """Why a run of this plan is refused; nothing if it starts."""
+    return ["", *f"a run is refused: {plan.refusal}".splitlines()] if plan.refusal else []
+
+
 def state_lines(plan: Plan) -> list[str]:
-    """Memory of the training states, or why that is too much."""
-    if plan.refusal:
-        return plan.refusal.splitlines()
+    """Memory of the training states."""
     available = "" if plan.memory_bytes is None else f" of {memory.gib(plan.memory_bytes)} GiB, the memory of one rank"
     return [
         "weights, gradients and optimizer states per rank: a lower bound, without activations and buckets",
@@ -80,8 +84,8 @@ def state_lines(plan: Plan) -> list[str]:
 
 
 def step_memory_lines(plan: Plan) -> list[str]:
-    """The memory timeline of a step, and the longest sequence that fits; nothing if the states alone do not fit."""
-    if plan.refusal or plan.config.recipe == "bench_attention":
+    """The memory timeline of a step, and the longest sequence that fits."""
+    if plan.config.recipe == "bench_attention":
         return []
     step = plan.step_memory
     if step.unsupported:
