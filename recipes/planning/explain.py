@@ -53,6 +53,8 @@ def explanation(plan: Plan, run_dir: Path) -> list[str]:
     return [
         *banner(plan, run_dir),
         "",
+        _hardware(plan),
+        "",
         "batch",
         f"  {plan.degrees.data} data ranks x {config.engine.micro_batch_size} sequences x "
         f"{plan.accumulation_steps} micro-batches = {plan.sequences_per_step} sequences per step",
@@ -67,6 +69,20 @@ def explanation(plan: Plan, run_dir: Path) -> list[str]:
         *step_memory_lines(plan),
         *refusal_lines(plan),
     ]
+
+
+def _hardware(plan: Plan) -> str:
+    """Whose memory and kernels the explanation is of."""
+    gpu, other = plan.config.explain_gpu, "explain_gpu=h100 launch.num_ranks=64 explains 64 H100s instead"
+    if not gpu and plan.on_gpu:
+        return f"hardware: the GPUs here; {other}"
+    if not gpu:
+        shared = memory.gib((plan.memory_bytes or 0) * plan.ranks_per_host)
+        return f"hardware: the CPU here, whose {shared} GiB {plan.ranks_per_host} ranks share; {other}"
+    return (
+        f"hardware: {plan.num_ranks} x {plan.device_name}, {plan.ranks_per_host} per host, which need not be here "
+        f"(explain_gpu={gpu}); kernels are chosen from the packages installed here"
+    )
 
 
 def refusal_lines(plan: Plan) -> list[str]:
@@ -134,7 +150,7 @@ def _attention(plan: Plan) -> str:
     if not plan.has_ring:
         return f"{text}, over {carrier}"
     if plan.transport == "copy_engine":
-        carrier = "symmetric memory" + ("" if plan.degrees.ring <= plan.ranks_per_host else f" and {carrier}")
+        carrier = "symmetric memory" + ("" if plan.degrees.sequence <= plan.ranks_per_host else f" and {carrier}")
     return f"{text}, transport {plan.transport} over {carrier}"
 
 

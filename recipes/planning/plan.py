@@ -122,7 +122,10 @@ class Plan:
     def transport(self) -> str:
         """What sends keys and values around a ring, never auto."""
         given = self.config.attention.transport
-        return choose_transport(self.device_type) if given == "auto" else given
+        if given != "auto":
+            return given
+        # with explain_gpu the torch here may lack CUDA
+        return "copy_engine" if self.config.explain_gpu else choose_transport(self.device_type)
 
     @property
     def layout(self) -> Layout:
@@ -224,6 +227,10 @@ class Plan:
     @property
     def refusal(self) -> str | None:
         """Why a run is refused; None if it starts."""
+        if not self.on_gpu and self.config.engine.dtype == "fp16":
+            return "engine.dtype=fp16 needs a GPU: use engine.dtype=bf16 or engine.dtype=fp32 on the CPU"
+        if not self.on_gpu and self.config.attention.transport == "copy_engine":
+            return "attention.transport=copy_engine needs GPUs: use attention.transport=p2p on the CPU"
         return self.memory_refusal if self.config.launch.check_memory else None
 
     @property

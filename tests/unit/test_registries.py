@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from conf.schema import METHODS, AttentionConfig, ConfigError, DataConfig
+from conf.schema import GPUS, METHODS, AttentionConfig, ConfigError, DataConfig
 from data.source import SOURCES
 from recipes.engine import build
+from recipes.planning import throughput
 from ring_attention.kernels import KERNELS
 from ring_attention.layout import LAYOUTS
 from ring_attention.transport import TRANSPORTS
@@ -28,6 +29,10 @@ def test_the_schema_has_the_names_of_the_registry(field: str, names: list[str]):
 def test_the_schema_has_the_data_sources():
     with pytest.raises(ConfigError, match=f"data.source=nothing is not known: use {', '.join(SOURCES)}$"):
         DataConfig(source="nothing")
+
+
+def test_the_schema_has_the_kinds_of_gpu():
+    assert [*GPUS] == [*throughput.GPUS]
 
 
 def test_every_method_but_auto_has_a_module():
