@@ -26,7 +26,12 @@ from conf.schema import Config, ConfigError
 from data.source import is_local
 from recipes.checkpoint.manifest import newest_readable
 from recipes.launch import startup
-from recipes.launch.environment import adopt_external_ranks, adopt_submitit_tasks, ranks_given
+from recipes.launch.environment import (
+    adopt_external_ranks,
+    adopt_submitit_tasks,
+    check_accelerator,
+    ranks_given,
+)
 from recipes.run.errors import Preempted, RunFailed
 
 ConfigStore.instance().store(name="schema", node=Config)
@@ -64,6 +69,7 @@ def execute(config: Config, overrides: list[str], run_dir: Path) -> float | None
 
     Settings and data are checked first, because importing torch takes seconds.
     """
+    check_accelerator()
     if config.recipe == "compare":
         from recipes.benchmark import compare
 

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, Optional
 KERNELS = ("auto", "flash_attn_4", "ffpa", "cudnn", "aten_flash", "mem_efficient", "cpu_flash", "reference")
 METHODS = ("ring", "ulysses", "hybrid", "all_gather", "local", "auto")
 TRANSPORTS = ("auto", "p2p", "copy_engine")
+# GPUs that explain_gpu may name; recipes/planning/throughput.py has their numbers
+GPUS = ("h200", "h200_nvl", "h100", "h100_nvl", "h100_pcie", "a100_80gb", "a100_40gb", "l40s", "b200")
 RECIPES = ("pretrain", "forward", "compare", "bench_attention", "max_length")
 # What a sweep can optimize: a name of RUN_DIR/summary.json, its direction, and the recipes that measure it.
 OBJECTIVES = {
@@ -53,7 +55,8 @@ class _Checked:
             value, declared = getattr(self, spec.name), spec.metadata
             setting = f"{self._prefix}{spec.name}={value}"
             if "choices" in declared and value not in declared["choices"]:
-                raise ConfigError(f"{setting} is not known: use {', '.join(map(str, declared['choices']))}")
+                legal = ", ".join(str(option) for option in declared["choices"] if option is not None)
+                raise ConfigError(f"{setting} is not known: use {legal}")
             if "minimum" in declared and value is not None and not declared["minimum"] <= value < declared["below"]:
                 upper = f" and below {declared['below']}" if value >= declared["below"] else ""
                 raise ConfigError(f"{setting} must be at least {declared['minimum']}{upper}")
@@ -248,6 +251,7 @@ class LaunchConfig(_Checked, prefix="launch."):
     """The ranks, and when a run that hangs is ended."""
 
     num_ranks: Optional[int] = number(None, minimum=1)  # unset: one per GPU, 4 on the CPU; ignored under torchrun, srun
+    check_memory: bool = True  # refuse what needs more memory than a rank has, by prediction; false: start all the same
     timeout_s: float = number(600.0, minimum=1)  # a collective that takes longer ends the run
     stall_factor: float = number(20.0, minimum=0)  # so does a step of this multiple of the median step time; 0: off
     stall_s: float = number(60.0, minimum=1)  # but never before this time
@@ -317,6 +321,7 @@ class Config(_Checked):
     sweep: SweepConfig = field(default_factory=SweepConfig)
     recipe: str = choice(*RECIPES)  # forward: forward passes only
     explain: bool = False  # print the resolved plan and stop
+    explain_gpu: Optional[str] = choice(None, *GPUS)  # explain launch.num_ranks such GPUs, eight a host, not those here
     profile: bool = False  # record a torch profiler trace of profile_steps on every rank
     profile_steps: list[int] = field(default_factory=lambda: [3, 4])  # first and last step to record
     memory_snapshot: bool = False  # record GPU memory allocations on every rank
@@ -327,6 +332,12 @@ class Config(_Checked):
     def problems(self) -> Iterator[str]:
         if self.recipe == "compare" and not self.compare.entries:
             yield "recipe=compare has nothing to compare: type recipe=compare +experiment=paper_table"
+        if self.explain_gpu and not self.explain:
+            yield f"explain_gpu={self.explain_gpu} starts no run: add explain=true, or leave it out"
+        if self.explain_gpu and self.launch.num_ranks is None:
+            yield f"explain_gpu={self.explain_gpu} needs a number of GPUs: add launch.num_ranks=8, or another number"
+        if self.explain_gpu and self.recipe == "compare":
+            yield f"recipe=compare explains the ranks of this machine alone: leave out explain_gpu={self.explain_gpu}"
         if self.recipe == "max_length" and self.attention.method == "auto":
             yield "attention=auto may change with the length, so recipe=max_length needs attention=ring"
         if self.recipe == "max_length" and self.parallelism.method == "tensor_pipeline":

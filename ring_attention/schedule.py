@@ -107,6 +107,7 @@ def ring_schedule(layout: Layout, mask: Mask, ring_rank: int) -> tuple[RingStep,
     return tuple(steps)
 
 
+@functools.lru_cache(maxsize=8)  # seconds for a hundred ranks and more
 def work_per_rank(layout: Layout, mask: Mask = CAUSAL) -> list[list[int]]:
     """Query-key pairs that attend: ``work[ring_rank][ring_step]``, over all rows of the batch where these differ."""
     return [

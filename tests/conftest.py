@@ -1,3 +1,4 @@
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ FOLDERS = ("unit", "gpu", "distributed", "cli")  # the fastest tests first
 def pytest_configure() -> None:
     # `nohup pytest &` and some CI runners ignore Ctrl-C, and programs inherit that. Tests send it to programs.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if os.environ.get("DS_ACCELERATOR") == "cpu":  # as in train.py
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(autouse=True)

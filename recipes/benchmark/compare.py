@@ -27,7 +27,7 @@ from recipes.benchmark.rounds import Measurement
 from recipes.launch import launcher
 from recipes.launch.environment import ranks_are_started
 from recipes.launch.memory_errors import out_of_memory_explained
-from recipes.planning.explain import banner, state_lines
+from recipes.planning.explain import banner, refusal_lines, state_lines
 from recipes.planning.plan import Plan
 from recipes.run.errors import Preempted, RunFailed
 from recipes.run.run_dir import Row, replace_file
@@ -179,7 +179,8 @@ def compare(config: Config, composed: dict[str, Config], run_dir: Path) -> None:
         print(*notes, sep="\n")
         for name, entry in entries.items():
             plan = launcher.make_plan(*entry)
-            print(f"\n{name}", *banner(plan, run_dir)[:-1], "", *state_lines(plan), sep="\n", flush=True)
+            lines = [*banner(plan, run_dir)[:-1], "", *state_lines(plan), *refusal_lines(plan)]
+            print(f"\n{name}", *lines, sep="\n", flush=True)
     # the data is opened only now: which entries run, and how long their sequences are, depends on the machine
     for data in {repr(entry.config.data): entry.config.data for entry in entries.values()}.values():
         if not config.explain or is_local(data):

@@ -42,7 +42,8 @@ def max_length(config: Config, run_dir: Path) -> float:
     """
     if ranks_are_started():
         raise ConfigError("recipe=max_length starts its own ranks: type python train.py, without a launcher")
-    trained = dataclasses.replace(config, recipe="pretrain", explain=False, num_steps=NUM_STEPS)
+    unchecked = dataclasses.replace(config.launch, check_memory=False)  # the length that fits is what is searched for
+    trained = dataclasses.replace(config, recipe="pretrain", num_steps=NUM_STEPS, launch=unchecked)
     plan = launcher.make_plan(trained, launcher.count_ranks(trained))
     available_gib = (1 - MARGIN) * (plan.memory_bytes or 0) / 2**30 - (0 if plan.on_gpu else CPU_LIBRARIES_GIB)
     limit_gib = config.max_length.memory_gib or available_gib

@@ -28,7 +28,7 @@ LATEST_FILE, MANIFEST_FILE = "latest", "manifest.json"
 # fields that may change on resume because they do not change the result
 RESUME_SAFE = (
     *BOOKKEEPING,
-    *("launch.timeout_s", "launch.stall_", "attention.transport"),
+    *("launch.timeout_s", "launch.stall_", "launch.check_memory", "attention.transport"),
     *("engine.on_bad_step", "engine.detect_anomaly", "engine.offload_activations"),
 )
 # fields that may change on resume because they only change which rank computes what: sums are in another order, so

@@ -11,6 +11,27 @@ from pathlib import Path
 from conf.schema import Config, ConfigError
 
 RENDEZVOUS = "RING_ATTENTION_RENDEZVOUS"  # names the folder of the ranks' file rendezvous, instead of MASTER_ADDR
+ACCELERATORS = ("cuda", "cpu")  # that DS_ACCELERATOR, DeepSpeed's choice of a device, may name here
+
+
+def check_accelerator() -> None:
+    """Make DS_ACCELERATOR's device, if it is set, the one that torch finds. Call it before CUDA is used.
+
+    Raises:
+        ConfigError: if it names another device than ACCELERATORS, or cuda where there is no GPU.
+    """
+    given = os.environ.get("DS_ACCELERATOR")
+    if given is None:
+        return
+    if given not in ACCELERATORS:
+        raise ConfigError(f"DS_ACCELERATOR={given} is not supported: use {' or '.join(ACCELERATORS)}, or unset it")
+    if given == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        return
+    import torch
+
+    if not torch.cuda.device_count():
+        raise ConfigError("DS_ACCELERATOR=cuda needs an NVIDIA GPU, and there is none: use cpu, or unset it")
 
 
 def ranks_are_started() -> bool:

@@ -23,10 +23,12 @@ from recipes.launch.host_memory import usable_memory_bytes
 from recipes.launch.processes import launch
 from recipes.launch.worker import Task, run_rank
 from recipes.planning.plan import Plan
+from recipes.planning.throughput import GPUS
 from recipes.run.errors import Preempted, RunFailed
 from recipes.run.run_dir import SUMMARY_FILE
 
 DEFAULT_CPU_RANKS = 4
+EXPLAINED_GPUS_PER_HOST = 8  # with explain_gpu
 
 
 def count_ranks(config: Config) -> int:
@@ -37,7 +39,7 @@ def count_ranks(config: Config) -> int:
     """
     num_gpus = torch.cuda.device_count()
     num_ranks = ranks_given(config) or num_gpus or DEFAULT_CPU_RANKS
-    if num_gpus and num_ranks > num_gpus and not ranks_are_started():
+    if num_gpus and num_ranks > num_gpus and not ranks_are_started() and not config.explain_gpu:
         raise ConfigError(
             f"launch.num_ranks={num_ranks} is more than the GPUs here: use launch.num_ranks={num_gpus} or fewer, "
             "or set CUDA_VISIBLE_DEVICES= (empty) to run on the CPU"
@@ -50,19 +52,19 @@ def count_ranks(config: Config) -> int:
 
 
 def make_plan(config: Config, num_ranks: int) -> Plan:
-    """The plan for `num_ranks` ranks like this one; on a GPU machine it initialises CUDA.
+    """The plan for `num_ranks` ranks like this one, or like explain_gpu; on a GPU machine it initialises CUDA.
 
     Raises:
         ConfigError: if the configuration does not fit the ranks or the device.
     """
+    if config.explain_gpu:
+        gpu, ranks_per_host = GPUS[config.explain_gpu], min(num_ranks, EXPLAINED_GPUS_PER_HOST)
+        memory_bytes = int(gpu.memory_gib * 2**30)
+        return Plan(config, num_ranks, "cuda", gpu.device_name, gpu.capability, ranks_per_host, memory_bytes)
     ranks_per_host = _ranks_per_host(num_ranks)
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
         return Plan(config, num_ranks, "cuda", gpu.name, (gpu.major, gpu.minor), ranks_per_host, gpu.total_memory)
-    if config.engine.dtype == "fp16":
-        raise ConfigError("engine.dtype=fp16 needs a GPU: use engine.dtype=bf16 or engine.dtype=fp32 on the CPU")
-    if config.attention.transport == "copy_engine":
-        raise ConfigError("attention.transport=copy_engine needs GPUs: use attention.transport=p2p on the CPU")
     return Plan(config, num_ranks, "cpu", "CPU", None, ranks_per_host, usable_memory_bytes() // ranks_per_host)
 
 

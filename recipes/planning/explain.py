@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from data.source import describe
@@ -13,6 +14,8 @@ from recipes.planning.plan import DTYPES, Plan
 from ring_attention.auto_method import MESSAGE_LATENCY_MS
 from ring_attention.mask import CAUSAL
 from ring_attention.schedule import imbalance, tokens_sent, work_per_rank
+
+MAX_RANK_LINES = 8  # of an explanation, where ranks have unequal work
 
 
 def banner(plan: Plan, run_dir: Path) -> list[str]:
@@ -50,6 +53,8 @@ def explanation(plan: Plan, run_dir: Path) -> list[str]:
     return [
         *banner(plan, run_dir),
         "",
+        _hardware(plan),
+        "",
         "batch",
         f"  {plan.degrees.data} data ranks x {config.engine.micro_batch_size} sequences x "
         f"{plan.accumulation_steps} micro-batches = {plan.sequences_per_step} sequences per step",
@@ -62,13 +67,31 @@ def explanation(plan: Plan, run_dir: Path) -> list[str]:
         "",
         *state_lines(plan),
         *step_memory_lines(plan),
+        *refusal_lines(plan),
     ]
 
 
+def _hardware(plan: Plan) -> str:
+    """Whose memory and kernels the explanation is of."""
+    gpu, other = plan.config.explain_gpu, "explain_gpu=h100 launch.num_ranks=64 explains 64 H100s instead"
+    if not gpu and plan.on_gpu:
+        return f"hardware: the GPUs here; {other}"
+    if not gpu:
+        shared = memory.gib((plan.memory_bytes or 0) * plan.ranks_per_host)
+        return f"hardware: the CPU here, whose {shared} GiB {plan.ranks_per_host} ranks share; {other}"
+    return (
+        f"hardware: {plan.num_ranks} x {plan.device_name}, {plan.ranks_per_host} per host, which need not be here "
+        f"(explain_gpu={gpu}); kernels are chosen from the packages installed here"
+    )
+
+
+def refusal_lines(plan: Plan) -> list[str]:
+    """Why a run of this plan is refused; nothing if it starts."""
+    return ["", *f"a run is refused: {plan.refusal}".splitlines()] if plan.refusal else []
+
+
 def state_lines(plan: Plan) -> list[str]:
-    """Memory of the training states, or why that is too much."""
-    if plan.refusal:
-        return plan.refusal.splitlines()
+    """Memory of the training states."""
     available = "" if plan.memory_bytes is None else f" of {memory.gib(plan.memory_bytes)} GiB, the memory of one rank"
     return [
         "weights, gradients and optimizer states per rank: a lower bound, without activations and buckets",
@@ -77,8 +100,8 @@ def state_lines(plan: Plan) -> list[str]:
 
 
 def step_memory_lines(plan: Plan) -> list[str]:
-    """The memory timeline of a step, and the longest sequence that fits; nothing if the states alone do not fit."""
-    if plan.refusal or plan.config.recipe == "bench_attention":
+    """The memory timeline of a step, and the longest sequence that fits."""
+    if plan.config.recipe == "bench_attention":
         return []
     step = plan.step_memory
     if step.unsupported:
@@ -127,7 +150,7 @@ def _attention(plan: Plan) -> str:
     if not plan.has_ring:
         return f"{text}, over {carrier}"
     if plan.transport == "copy_engine":
-        carrier = "symmetric memory" + ("" if plan.degrees.ring <= plan.ranks_per_host else f" and {carrier}")
+        carrier = "symmetric memory" + ("" if plan.degrees.sequence <= plan.ranks_per_host else f" and {carrier}")
     return f"{text}, transport {plan.transport} over {carrier}"
 
 
@@ -166,21 +189,43 @@ def _candidates(plan: Plan) -> list[str]:
 
 
 def _ring_work(plan: Plan) -> list[str]:
-    """What each ring rank computes and sends in one layer's attention."""
+    """What ring ranks compute and send in one layer's attention."""
     layout, model, engine = plan.layout, plan.config.model, plan.config.engine
+    chunks = f"r and {layout.num_chunks - 1}-r" if layout.chunks_per_ring_rank == 2 else "r"
     lines = [
-        f"layout {layout.name}: {layout.num_chunks} chunks of {layout.chunk_length:,} tokens; "
-        "in one layer's attention of one micro-batch:"
+        f"layout {layout.name}: {layout.num_chunks} chunks of {layout.chunk_length:,} tokens, {chunks} on ring rank r; "
+        "in one layer's attention of one micro-batch:",
+        *_equal_ranks([_run_lengths(f"{pairs / 1e6:.3f}" for pairs in work) for work in work_per_rank(layout)]),
+        f"  imbalance (lockstep time / mean rank's time) {imbalance(layout):.3f}",
     ]
-    kv_per_token = 2 * model.num_kv_heads // plan.degrees.ulysses * model.head_dim * engine.micro_batch_size
-    mib_per_token = kv_per_token * DTYPES[engine.dtype].itemsize / 2**20
-    for ring_rank, work in enumerate(work_per_rank(layout)):
-        chunks = " and ".join(str(chunk) for chunk in layout.chunks(ring_rank))
-        pairs = " ".join(f"{step_pairs / 1e6:.3f}" for step_pairs in work)
-        line = f"  ring rank {ring_rank}: chunks {chunks}; million query-key pairs by ring step: {pairs}"
-        if plan.method in ("ring", "hybrid"):
-            keys, gradients = tokens_sent(layout, CAUSAL, ring_rank)
-            forward_mib, backward_mib = keys * mib_per_token, (keys + gradients) * mib_per_token
-            line += f"; sends {forward_mib:.2f} MiB forward, {backward_mib:.2f} MiB backward"
-        lines.append(line)
-    return [*lines, f"  imbalance (lockstep time / mean rank's time) {imbalance(layout):.3f}"]
+    if plan.method in ("ring", "hybrid"):
+        kv_per_token = 2 * model.num_kv_heads // plan.degrees.ulysses * model.head_dim * engine.micro_batch_size
+        mib_per_token = kv_per_token * DTYPES[engine.dtype].itemsize / 2**20
+        sent = [tokens_sent(layout, CAUSAL, ring_rank) for ring_rank in range(layout.ring_degree)]
+        forward_mib = [keys * mib_per_token for keys, _ in sent]
+        backward_mib = [(keys + gradients) * mib_per_token for keys, gradients in sent]
+        lines.append(
+            f"  a ring rank sends {min(forward_mib):.2f} to {max(forward_mib):.2f} MiB forward, "
+            f"{min(backward_mib):.2f} to {max(backward_mib):.2f} MiB backward"
+        )
+    return lines
+
+
+def _run_lengths(texts: Iterable[str]) -> str:
+    """1 1 1 2 -> "1 x 3, 2"."""
+    runs = [(text, len(list(equal))) for text, equal in itertools.groupby(texts)]
+    return ", ".join(f"{text} x {count}" if count > 1 else text for text, count in runs)
+
+
+def _equal_ranks(work: list[str]) -> list[str]:
+    """A line for each run of ring ranks with equal work; of many lines the first and the last."""
+    lines, ring_rank = [], 0
+    for text, equal in itertools.groupby(work):
+        last = ring_rank + len(list(equal)) - 1
+        ranks = f"rank {last}" if last == ring_rank else f"ranks {ring_rank}-{last}"
+        lines.append(f"  ring {ranks}: million query-key pairs by ring step: {text}")
+        ring_rank = last + 1
+    half = MAX_RANK_LINES // 2
+    if left_out := len(lines[half:-half]):
+        lines[half:-half] = [f"  ... {left_out} more ring ranks"]
+    return lines

@@ -14,7 +14,7 @@ from conf.degrees import accumulation_steps, resolve_config, resolve_degrees
 from conf.schema import Config, ConfigError, Degrees
 from recipes.planning.memory import StateBytes, changed, gib, state_bytes
 from recipes.planning.memory_timeline import StepMemory
-from recipes.planning.refusal import refusal
+from recipes.planning.refusal import state_refusal, step_refusal
 from recipes.planning.throughput import Throughput, forward_flops_per_token, peak_tflops
 from ring_attention.auto_method import Candidate, Links, Workload, rank_methods
 from ring_attention.kernels import KernelSpec, choose_kernel
@@ -37,8 +37,8 @@ class Plan:
         memory_bytes: of one rank. If None, it is unknown, and no model is too large.
 
     Raises:
-        ConfigError: on construction, if the degrees do not fit the ranks or the model does not fit their memory. With
-            explain=true the explanation has the latter instead.
+        ConfigError: on construction, if the degrees do not fit the ranks, or for a `refusal`. With explain=true the
+            explanation has the latter instead.
     """
 
     config: Config
@@ -122,7 +122,10 @@ class Plan:
     def transport(self) -> str:
         """What sends keys and values around a ring, never auto."""
         given = self.config.attention.transport
-        return choose_transport(self.device_type) if given == "auto" else given
+        if given != "auto":
+            return given
+        # with explain_gpu the torch here may lack CUDA
+        return "copy_engine" if self.config.explain_gpu else choose_transport(self.device_type)
 
     @property
     def layout(self) -> Layout:
@@ -223,11 +226,22 @@ class Plan:
 
     @property
     def refusal(self) -> str | None:
-        """Why the ranks' memory cannot hold the model; None if it can, or if that is unknown, or without a model."""
+        """Why a run is refused; None if it starts."""
+        if not self.on_gpu and self.config.engine.dtype == "fp16":
+            return "engine.dtype=fp16 needs a GPU: use engine.dtype=bf16 or engine.dtype=fp32 on the CPU"
+        if not self.on_gpu and self.config.attention.transport == "copy_engine":
+            return "attention.transport=copy_engine needs GPUs: use attention.transport=p2p on the CPU"
+        return self.memory_refusal if self.config.launch.check_memory else None
+
+    @property
+    def memory_refusal(self) -> str | None:
+        """Why the ranks' memory cannot hold the model or, by prediction, a step; None if it can or that is unknown."""
         if self.memory_bytes is None or self.config.recipe == "bench_attention":
             return None
         host_ranks = self.ranks_per_host if self.device_type == "cpu" else None
-        return refusal(self._state_config, self.degrees, self.memory_bytes, host_ranks)
+        if refusal := state_refusal(self._state_config, self.degrees, self.memory_bytes, host_ranks):
+            return refusal
+        return None if self.step_memory.unsupported else step_refusal(self.step_memory, self.memory_bytes)
 
     @property
     def step_memory(self) -> StepMemory:
@@ -235,11 +249,13 @@ class Plan:
 
     @property
     def memory_warning(self) -> str | None:
-        """Of steps that need more memory than there is, by a prediction that may be some percent off."""
-        step = self.step_memory
-        if self.memory_bytes is None or self.refusal or step.unsupported or step.peak.total <= self.memory_bytes:
+        """Of a run that starts although it should not fit."""
+        if self.refusal or not self.memory_refusal:
             return None
+        needed = self.state.needed
+        if not self.step_memory.unsupported:
+            needed = max(needed, self.step_memory.peak.total)
         return (
-            f"a step should need {gib(step.peak.total)} GiB per rank, and there are {gib(self.memory_bytes)}: "
-            "explain=true shows its parts, and the longest sequence that fits"
+            f"a rank needs {gib(needed)} GiB by prediction, and there are {gib(self.memory_bytes or 0)}: started all "
+            "the same, with launch.check_memory=false"
         )

@@ -7,25 +7,43 @@ from typing import NamedTuple
 from conf.schema import ModelConfig
 from recipes.planning.memory import layer_matmul_parameters
 
-# TFLOP/s, dense bf16 and fp16, from the vendor's data sheets; by the start of the device's name, the longest that fits
-_PEAK_TFLOPS = {
-    "NVIDIA H200": 989.4,
-    "NVIDIA H200 NVL": 835.5,
-    "NVIDIA H100 80GB HBM3": 989.4,
-    "NVIDIA H100 NVL": 835.5,
-    "NVIDIA H100 PCIe": 756.0,
-    "NVIDIA A100": 312.0,
-    "NVIDIA L40S": 362.0,
-    "NVIDIA B200": 2250.0,
+
+class Gpu(NamedTuple):
+    """A kind of GPU.
+
+    Args:
+        device_name: how its name in CUDA starts.
+        peak_tflops: dense bf16 and fp16, from the vendor's data sheet.
+        memory_gib: as CUDA reports it, which is less than the data sheet's.
+        capability: its CUDA compute capability.
+    """
+
+    device_name: str
+    peak_tflops: float
+    memory_gib: float
+    capability: tuple[int, int]
+
+
+# by the names that explain_gpu takes
+GPUS = {
+    "h200": Gpu("NVIDIA H200", 989.4, 139.8, (9, 0)),
+    "h200_nvl": Gpu("NVIDIA H200 NVL", 835.5, 139.8, (9, 0)),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", 989.4, 79.2, (9, 0)),
+    "h100_nvl": Gpu("NVIDIA H100 NVL", 835.5, 93.1, (9, 0)),
+    "h100_pcie": Gpu("NVIDIA H100 PCIe", 756.0, 79.2, (9, 0)),
+    "a100_80gb": Gpu("NVIDIA A100", 312.0, 79.2, (8, 0)),
+    "a100_40gb": Gpu("NVIDIA A100", 312.0, 39.4, (8, 0)),
+    "l40s": Gpu("NVIDIA L40S", 362.0, 44.4, (8, 9)),
+    "b200": Gpu("NVIDIA B200", 2250.0, 178.3, (10, 0)),
 }
 
 
 def peak_tflops(device_name: str, dtype: str) -> float | None:
     """The data sheet's peak of one device; None if unknown, as for CPUs, other GPUs, parts of a GPU (MIG) and fp32."""
-    known = [prefix for prefix in _PEAK_TFLOPS if device_name.startswith(prefix)]
+    known = [gpu for gpu in GPUS.values() if device_name.startswith(gpu.device_name)]
     if dtype == "fp32" or " MIG " in device_name or not known:
         return None
-    return _PEAK_TFLOPS[max(known, key=len)]
+    return max(known, key=lambda gpu: len(gpu.device_name)).peak_tflops
 
 
 class Throughput(NamedTuple):

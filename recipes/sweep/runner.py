@@ -42,7 +42,15 @@ from recipes.sweep.search_space import SearchSpace, format_value, read_space
 
 JOURNAL_FILE, LOCK_FILE = "sweep.journal", "sweep.lock"
 # prefixes of fields that change no trial's result: they may differ when a sweep is resumed
-RESUME_SAFE = ("logging.", "checkpoint.", "launch.timeout_s", "sweep.num_", "breakdown", "compare.")
+RESUME_SAFE = (
+    "logging.",
+    "checkpoint.",
+    "launch.timeout_s",
+    "launch.check_memory",
+    "sweep.num_",
+    "breakdown",
+    "compare.",
+)
 EXPECTED_ERRORS = (ConfigError, RunFailed, CompactHydraException)  # their messages are complete without a traceback
 
 RunTrial = Callable[[list[str], int], JobReturn]

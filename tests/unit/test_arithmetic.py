@@ -143,3 +143,20 @@ def test_the_explanation_shows_the_plan(tmp_path):
     assert "whole sequences" not in text
     [ranks] = [line for line in banner(alone, tmp_path) if line.split()[0] == "ranks"]
     names(ranks, "1 data x 1 ring", "whole sequences")
+
+
+@pytest.mark.parametrize("method", ["ring", "all_gather"])
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("num_ranks", [4, 32])
+def test_an_explanation_is_short_on_any_number_of_ranks(tmp_path, method, layout, num_ranks):
+    config = Config(attention=AttentionConfig(method, layout=layout), data=DataConfig(sequence_length=2**14))
+    lines = explanation(Plan(config, num_ranks, "cuda", "NVIDIA H200", (9, 0), 8, 2**37), tmp_path)
+    assert len(lines) <= 60
+    assert len("\n".join(lines)) < 6000
+    if layout == "zigzag":  # equal work
+        [work] = [line for line in lines if line.startswith("  ring rank")]
+        assert work.startswith(f"  ring ranks 0-{num_ranks - 1}: ")
+    else:
+        assert any(line.startswith("  ring rank 0: ") for line in lines)
+        assert any(line.startswith(f"  ring rank {num_ranks - 1}: ") for line in lines)
+    assert any("MiB backward" in line for line in lines) == (method == "ring")

@@ -7,9 +7,10 @@ import re
 from unittest import mock
 
 import pytest
+import torch
 
 from conf.schema import ConfigError
-from recipes.launch.environment import RENDEZVOUS, adopt_external_ranks, make_private_folder
+from recipes.launch.environment import RENDEZVOUS, adopt_external_ranks, check_accelerator, make_private_folder
 from tests.errors import names, refused
 
 STEP = {
@@ -150,3 +151,36 @@ def test_an_incomplete_environment_is_an_error():
         adopted({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "here"})
     names(str(caught.value), "RANK=1", "LOCAL_RANK", "MASTER_PORT", *launchers)
     assert "MASTER_ADDR" not in str(caught.value)  # it is set
+
+
+class TestAccelerator:
+    """DS_ACCELERATOR, which chooses DeepSpeed's device."""
+
+    @pytest.mark.parametrize("given", ["xpu", "", "CPU"])
+    def test_other_devices_are_refused(self, monkeypatch, given):
+        monkeypatch.setenv("DS_ACCELERATOR", given)
+        with pytest.raises(ConfigError) as caught:
+            check_accelerator()
+        assert all(part in str(caught.value) for part in (f"DS_ACCELERATOR={given} ", "cuda", "cpu"))
+
+    @pytest.mark.parametrize("num_gpus", [0, 1])
+    def test_cuda_needs_a_gpu(self, monkeypatch, num_gpus):
+        monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+        if num_gpus:
+            check_accelerator()
+        else:
+            with pytest.raises(ConfigError, match=r"^DS_ACCELERATOR=cuda .*cpu"):
+                check_accelerator()
+
+    def test_cpu_hides_gpus(self, monkeypatch):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+        monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+        check_accelerator()
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+    def test_unset_keeps_the_gpus_there_are(self, monkeypatch):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+        monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+        check_accelerator()
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,16 @@ import pytest
 import torch
 
 import train
-from conf.schema import Config, DataConfig, LaunchConfig
+from conf.schema import (
+    AttentionConfig,
+    CompareConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    EngineConfig,
+    LaunchConfig,
+    ModelConfig,
+)
 from data.source import CorpusError
 from tests.errors import names, refused
 from tests.unit.test_manifest import published, resolved
@@ -67,6 +77,13 @@ except ConfigError as error:
     names(message, *parts)
 
 
+@pytest.mark.parametrize("recipe", ["pretrain", "compare", "max_length"])
+def test_an_unsupported_device_is_refused(tmp_path, monkeypatch, recipe):
+    monkeypatch.setenv("DS_ACCELERATOR", "xpu")
+    with pytest.raises(ConfigError, match=r"^DS_ACCELERATOR=xpu "):
+        train.execute(Config(recipe=recipe, compare=CompareConfig(entries={"one": []})), [], tmp_path)
+
+
 def test_a_finished_run_does_not_need_its_data(tmp_path, tiny):
     config = Config(data=tiny, launch=TWO_RANKS)
     published(tmp_path, config.num_steps, config=resolved(config))
@@ -92,6 +109,42 @@ def test_explain_downloads_no_data(tmp_path, capsys):
     (tmp_path / "set" / "rows.jsonl").write_text('{"text": "tiny\\n"}\n')
     with refused(CorpusError, *TOO_SHORT):
         train.execute(config, [], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "refusal"),
+    [
+        ({"engine": EngineConfig(dtype="fp16")}, "engine.dtype=fp16 needs a GPU"),
+        ({"attention": AttentionConfig(transport="copy_engine")}, "attention.transport=copy_engine needs GPUs"),
+    ],
+)
+def test_explain_says_what_this_machine_lacks(tmp_path, capsys, settings, refusal):
+    train.execute(Config(explain=True, launch=TWO_RANKS, **settings), [], tmp_path)
+    assert f"a run is refused: {refusal}" in capsys.readouterr().out
+    hardware = {"explain_gpu": "h100", "launch": LaunchConfig(num_ranks=64)}
+    train.execute(Config(explain=True, **hardware, **settings), [], tmp_path)
+    text = capsys.readouterr().out
+    assert "a run is refused" not in text
+    assert "1 data x 64 ring, on NVIDIA H100" in text
+
+
+@pytest.mark.parametrize("num_gpus", [0, 2])
+def test_explain_gpu_replaces_the_hardware_here(tmp_path, capsys, monkeypatch, num_gpus):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    hybrid = AttentionConfig("hybrid")
+    model = ModelConfig(num_heads=64, num_kv_heads=64, hidden_size=256)
+    hardware = {"explain_gpu": "b200", "launch": LaunchConfig(num_ranks=64)}
+    train.execute(Config(explain=True, attention=hybrid, model=model, **hardware), [], tmp_path)
+    text = capsys.readouterr().out
+    assert "64 x NVIDIA B200, 8 per host" in text
+    assert "1 data x 8 ring x 8 ulysses" in text  # Ulysses within a host
+    assert "transport copy_engine over symmetric memory and NCCL" in text
+    assert " of 178.30 GiB, the memory of one rank" in text
+
+
+def test_explain_says_whose_memory_ranks_on_the_cpu_share(tmp_path, capsys):
+    train.execute(Config(explain=True, launch=LaunchConfig(num_ranks=8)), [], tmp_path)
+    assert re.search(r"the CPU here, whose [\d.]+ GiB 8 ranks share; explain_gpu=", capsys.readouterr().out)
 
 
 def test_explain_of_bench_attention_reads_no_data(tmp_path, tiny, capsys):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conf.schema import AttentionConfig, Config, ConfigError, EngineConfig, LaunchConfig, ModelConfig
+from conf.schema import AttentionConfig, Config, ConfigError, DataConfig, EngineConfig, LaunchConfig, ModelConfig
 from recipes.launch.failure import Outcome, explain_failure
 from recipes.launch.launcher import count_ranks
 from recipes.launch.processes import signals_deferred
@@ -98,6 +98,18 @@ def test_a_model_too_large_for_the_ranks_is_refused(monkeypatch):
     parts = ("tiny", "407.92 M", "engine.zero_stage=1", "2 ranks", "4.56 GiB", "2.00 GiB")
     with refused(ConfigError, *parts, "4 ranks", "2 hosts", "engine.zero_stage=3", "1.71 GiB"):
         count_ranks(large)
+    large.launch.check_memory = False
+    assert count_ranks(large) == 2
+
+
+def test_a_step_too_large_for_the_ranks_is_refused(monkeypatch):
+    pages = {"SC_PHYS_PAGES": 2**18, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr("recipes.launch.host_memory.os.sysconf", pages.__getitem__)
+    long = Config(data=DataConfig(sequence_length=10**6), launch=LaunchConfig(num_ranks=2))
+    with pytest.raises(ConfigError, match=r"^a step needs [\d.]+ GiB .* there are 0\.5: use .*sequence_length=\d+"):
+        count_ranks(long)
+    long.launch.check_memory = False
+    assert count_ranks(long) == 2
 
 
 def test_overdue_transfers_are_shown_if_the_watchdog_ended_a_rank(tmp_path):

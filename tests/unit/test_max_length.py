@@ -87,6 +87,12 @@ def test_explain_predicts_and_trains_nothing(search, capsys):
     names(text, "8,704", "2 steps", "memory", "peak")
 
 
+def test_explain_gpu_gives_the_memory(tmp_path, capsys):
+    config = max_length_config(explain=True, memory_gib=None)
+    max_length(dataclasses.replace(config, explain_gpu="h100"), tmp_path)
+    assert f"8 layers on 2 x NVIDIA H100 80GB HBM3; {0.9 * 79.2:.2f} GiB per rank" in capsys.readouterr().out
+
+
 def test_slow_steps_are_not_trained(search, capsys):
     assert search.run(confirm_s=0.0) == ATTEMPTS[0]
     assert (search.tried, search.result()["confirmed"]) == ([], None)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from conf.schema import (
     AttentionConfig,
@@ -15,17 +16,19 @@ from conf.schema import (
     DataConfig,
     Degrees,
     EngineConfig,
+    LaunchConfig,
     ModelConfig,
     ParallelismConfig,
 )
 from recipes.planning.explain import banner, explanation
-from recipes.planning.memory import StateBytes, mlp_tile_tokens, num_parameters, state_bytes, tile_tokens
+from recipes.planning.memory import StateBytes, changed, mlp_tile_tokens, num_parameters, state_bytes, tile_tokens
 from recipes.planning.plan import Plan
 from tests.errors import names
 
 GIB = 2**30
 LARGE = ModelConfig("large", 32, 4096, 32, 8, 128, 14336, vocab_size=128256)
 NUM_LARGE = 8_030_261_248
+RECOMPUTE, OFFLOAD = "engine.recompute", "engine.offload_activations"
 
 
 def tensor_pipeline(**degrees: Any) -> dict[str, Any]:
@@ -132,23 +135,79 @@ def test_a_refusal_shows_the_arithmetic_and_suggests_zero_3():
     problem, arithmetic, *remedies = refusal(40 * GIB).splitlines()
     names(problem, "large", "8,030.26 M", "engine.zero_stage=1", "8 ranks")
     names(arithmetic, "14.96", "29.92", "11.22", "56.09 GiB", "40.00 GiB")
-    zero, smaller = remedies
+    zero, smaller, insisting = remedies
     names(zero, "engine.zero_stage=3", "29.92 GiB")
     names(smaller, "model.num_layers=21", "39.33 GiB")
+    names(insisting, "launch.check_memory=false")
 
 
-def test_explain_shows_the_refusal_instead_of_raising_it():
-    explained = explanation(plan(40 * GIB, explain=True), Path("runs"))
-    assert explained[-4:] == refusal(40 * GIB).splitlines()
+@pytest.mark.parametrize("fields", [{}, {"model": ModelConfig(), "data": DataConfig(sequence_length=2**28)}])
+def test_explain_shows_the_refusal_instead_of_raising_it(fields):
+    refused = plan(40 * GIB, explain=True, **fields)
+    text = "\n".join(explanation(refused, Path("runs")))
+    assert text.endswith(f"a run is refused: {refusal(40 * GIB, **fields)}")
+    assert "memory of a step, per rank: peak" in text
+    assert not rows("!!!", refused)
 
 
-def test_the_banner_warns_of_steps_that_need_more_memory_than_there_is():
-    longer = DataConfig(sequence_length=1_000_000)
-    too_long = plan(80 * GIB, data=longer)
-    [warning] = rows("!!!", too_long)
-    needed = re.findall(r"([\d.,]+) GiB", warning)[0]
-    assert float(needed.replace(",", "")) == pytest.approx(too_long.step_memory.peak.total / GIB, abs=0.005)
-    names(warning, "80.00", "explain=true")
+def needed_and_typed(message: str) -> tuple[float, list[dict[str, Any]]]:
+    """The GiB of a step, and the fields of each remedy."""
+    assert "\n" not in message
+    found = re.match(r"a step needs ([\d,.]+) GiB per rank by prediction, and there are 80\.00: use (.*)", message)
+    assert found is not None, message
+    *remedies, insisting = found[2].split(", or ")
+    assert insisting.startswith("launch.check_memory=false")
+    pairs = ([word.split("=") for word in remedy.split() if "=" in word] for remedy in remedies)
+    values = ({name: yaml.safe_load(value) for name, value in remedy} for remedy in pairs)
+    return float(found[1].replace(",", "")), list(values)
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "device_type", "length", "fields", "expected"),
+    [
+        (8, "cuda", 200_000, {}, [RECOMPUTE]),
+        (8, "cuda", 1_000_000, {}, [RECOMPUTE, OFFLOAD, "engine.zero_stage"]),
+        (8, "cuda", 8_000_000, {"zero_stage": 3}, [RECOMPUTE, OFFLOAD, "data.sequence_length"]),
+        (8, "cuda", 250_000, {"zero_stage": 3, "micro_batch_size": 4}, [RECOMPUTE, "engine.micro_batch_size"]),
+        (8, "cpu", 400_000, {}, [RECOMPUTE, "engine.zero_stage"]),
+    ],
+)
+def test_a_step_that_should_not_fit_is_refused_with_settings_that_fit(num_ranks, device_type, length, fields, expected):
+    settings: dict[str, Any] = {"engine": EngineConfig(**fields), "data": DataConfig(sequence_length=length)}
+    needed, remedies = needed_and_typed(refusal(80 * GIB, num_ranks, device_type, **settings))
+    explained = plan(80 * GIB, num_ranks, device_type, explain=True, **settings)
+    assert needed == pytest.approx(explained.step_memory.peak.total / GIB, abs=0.01)
+    assert [*remedies[0]] == expected
+    for remedy in remedies:
+        plan(80 * GIB, num_ranks, device_type, **vars(changed(Config(model=LARGE, **settings), **remedy)))
+    # the longest that fits, or nearly: an eighth more is refused
+    lengths = [remedy for remedy in remedies if "data.sequence_length" in remedy]
+    longer = {**lengths[-1], "data.sequence_length": lengths[-1]["data.sequence_length"] * 9 // 8}
+    refusal(80 * GIB, num_ranks, device_type, **vars(changed(Config(model=LARGE, **settings), **longer)))
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "memory_gib", "advice"),
+    [(8, 11, r"use engine\.recompute=\w+ .*model\.num_layers=\d \("), (1, 6, "use a smaller model or more hosts")],
+)
+def test_a_step_that_fits_at_no_length_is_refused_with_a_smaller_model(num_layers, memory_gib, advice):
+    model = ModelConfig(**{**vars(LARGE), "num_layers": num_layers})
+    message = refusal(memory_gib * GIB, model=model, engine=EngineConfig(zero_stage=3))
+    assert re.search(f"by prediction, .*{advice}", message), message
+    assert "sequence_length" not in message
+
+
+@pytest.mark.parametrize(("memory_gib", "length"), [(40, 2048), (80, 1_000_000)])  # the model, and a step
+def test_a_user_may_insist_and_is_warned(memory_gib, length):
+    insists = {"data": DataConfig(sequence_length=length), "launch": LaunchConfig(check_memory=False)}
+    insisted = plan(memory_gib * GIB, **insists)
+    [warning] = rows("!!!", insisted)
+    needed = max(insisted.state.needed, insisted.step_memory.peak.total) / GIB
+    assert f"{needed:.2f} GiB" in warning
+    assert f"{memory_gib}.00" in warning
+    assert "a run is refused" not in "\n".join(
+        explanation(plan(memory_gib * GIB, explain=True, **insists), Path("runs"))
+    )
     assert not rows("!!!", plan(80 * GIB, data=DataConfig(sequence_length=1024)))
 
 
@@ -171,17 +230,14 @@ def test_building_the_model_in_fp32_must_fit_too():
 @pytest.mark.parametrize("memory_gib", [2, 6, 12, 24])
 def test_every_remedy_of_a_refusal_fits(fields, memory_gib):
     text = refusal(memory_gib * GIB, **fields)
-    for line in text.splitlines()[2:]:
+    for line in text.splitlines()[2:-1]:
         changes = dict(word.rstrip(":,").split("=") for word in line.split() if "=" in word)
         num_ranks = int(line.split()[1]) if "ranks with" in line else 8
-        changed = Config(**{"model": ModelConfig(**vars(LARGE)), **fields})
-        changed.engine = EngineConfig(**vars(changed.engine))
-        changed.parallelism = ParallelismConfig(**vars(changed.parallelism))
-        for name, value in changes.items():
-            group, field = name.split(".")
-            setattr(getattr(changed, group), field, value == "true" or int(value))
+        values = {name: yaml.safe_load(value) for name, value in changes.items()}
+        unchecked = Config(**{"model": LARGE, **fields})
+        state = Plan(changed(unchecked, **values), num_ranks, "cuda", "NVIDIA H100 80GB HBM3", (9, 0), 8).state
         if changes or num_ranks > 8:
-            Plan(changed, num_ranks, "cuda", "NVIDIA H100 80GB HBM3", (9, 0), 8, memory_gib * GIB)
+            assert state.needed <= memory_gib * GIB
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from conf.schema import METHODS, AttentionConfig, ConfigError, DataConfig
+from conf.schema import GPUS, METHODS, AttentionConfig, ConfigError, DataConfig
 from data.source import SOURCES
 from recipes.engine import build
+from recipes.planning import throughput
 from ring_attention.kernels import KERNELS
 from ring_attention.layout import LAYOUTS
 from ring_attention.transport import TRANSPORTS
@@ -29,6 +30,10 @@ def test_the_schema_has_the_names_of_the_registry_in_its_order(field: str, names
 def test_the_schema_has_the_data_sources():
     with refused(ConfigError, "data.source=nothing", ", ".join(SOURCES)):
         DataConfig(source="nothing")
+
+
+def test_the_schema_has_the_kinds_of_gpu():
+    assert [*GPUS] == [*throughput.GPUS]
 
 
 def test_every_method_but_auto_has_a_module():
