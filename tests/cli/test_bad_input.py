@@ -32,7 +32,7 @@ CASES = {
     ),
     "an unknown swept field": (
         ["-m", "+sweep=search", "optimizer.learning_rate=1e-3,3e-3"],
-        ["optimizer.learning_rate", "python train.py --help"],
+        ["optimizer.learning_rate", "optimizer.lr=..."],
     ),
     "parallel trials in one process": (
         ["-m", "+sweep=lr_batch", "sweep.num_parallel=2"],

@@ -28,7 +28,6 @@ from ring_attention import CAUSAL, FULL, Mask, RingAttention, transport
 from ring_attention.transport import (
     CopyEngineTransport,
     P2PMessage,
-    P2PTransport,
     copy_engine,
     messages_stay_local,
     release_symmetric_buffers,
@@ -145,15 +144,15 @@ def many_on_rank(
         without_access: the host whose GPUs pretend not to reach each other.
     """
     counts = {"copies": 0, "p2p": 0}
-    copy, p2p_post = ThreadCopyStream.copy, P2PTransport._post
+    copy, exchange = ThreadCopyStream.copy, torch_dist.batch_isend_irecv
 
     def counting_copy(self: ThreadCopyStream, target: Tensor, source: Tensor) -> None:
         counts["copies"] += 1
         copy(self, target, source)
 
-    def counting_post(self: P2PTransport, purpose: str, sends: list[P2PMessage], receives: list[P2PMessage]) -> Any:
-        counts["p2p"] += len(sends)
-        return p2p_post(self, purpose, sends, receives)
+    def counting_exchange(operations: list[torch_dist.P2POp]) -> Any:
+        counts["p2p"] += sum(operation.op is torch_dist.isend for operation in operations)
+        return exchange(operations)
 
     host = hosts[torch_dist.get_rank()] if hosts else "here"
     with (
@@ -161,7 +160,7 @@ def many_on_rank(
         patch.object(copy_engine.socket, "gethostname", lambda: host),
         patch.object(ThreadCopyStream, "obstacle", lambda device: "no access" if host == without_access else None),
         patch.object(ThreadCopyStream, "copy", counting_copy),
-        patch.object(P2PTransport, "_post", counting_post),
+        patch.object(torch_dist, "batch_isend_irecv", counting_exchange),
     ):
         return [on_rank(case) for case in cases], counts["copies"], counts["p2p"]
 

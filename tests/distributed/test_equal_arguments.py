@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as torch_dist
 
 from ring_attention import (
     CAUSAL,
@@ -17,7 +19,6 @@ from ring_attention import (
     RingAttention,
     UlyssesAttention,
 )
-from ring_attention.transport import agreement
 from tests.errors import names
 from tests.pool import WorkerPool
 
@@ -79,10 +80,10 @@ def call(
 
 def errors() -> list[tuple[str, str, str]]:
     """The error of each module and difference."""
-    agreement._agreed.clear()
+    group: Any = torch_dist.new_group()  # in which no call has been compared before
     results = []
     for name, build in MODULES.items():
-        module = build(world())
+        module = build(group)
         for difference, (last, *_) in DIFFERENCES.items():
             try:
                 call(module, **(last if module.sequence_rank == 1 else {}))
@@ -90,6 +91,7 @@ def errors() -> list[tuple[str, str, str]]:
                 results.append((name, difference, str(error)))
             else:
                 results.append((name, difference, "accepted"))
+    torch_dist.destroy_process_group(group)
     return results
 
 
@@ -103,30 +105,30 @@ def test_what_differs_between_ranks_is_refused_on_all_with_what_each_has(pool: W
 
 
 def comparisons() -> list[int]:
-    """How many collectives there were after each call."""
-    agreement._agreed.clear()
-    counts, gather = [0], agreement.torch_dist.all_gather_object
+    """How many collectives there were after each call, on a group of its own."""
+    group: Any = torch_dist.new_group()
+    gather = torch_dist.all_gather_object
+    layers = [RingAttention("auto", group) for _ in range(3)]
+    number, counts = 0, []
 
     def counting(*arguments: Any, **options: Any) -> None:
-        counts[0] += 1
+        nonlocal number
+        number += 1
         gather(*arguments, **options)
 
-    agreement.torch_dist.all_gather_object = counting
-    try:
-        layers = [RingAttention("auto", world()) for _ in range(3)]
+    with patch.object(torch_dist, "all_gather_object", counting):
         for layer in layers:
             call(layer)
-        counts.append(counts[0])
+        counts.append(number)
         call(layers[0], mask=CAUSAL.packed([0, 3, 8]))
-        counts.append(counts[0])
+        counts.append(number)
         call(layers[0], mask=CAUSAL.packed([0, 5, 8]))
         call(layers[0])
-        counts.append(counts[0])
+        counts.append(number)
         call(layers[0], length=6)
-        counts.append(counts[0])
-    finally:
-        agreement.torch_dist.all_gather_object = gather
-    return counts[1:]
+        counts.append(number)
+    torch_dist.destroy_process_group(group)
+    return counts
 
 
 def test_only_new_shapes_are_compared(pool: WorkerPool):

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from unittest.mock import patch
+from typing import Any
 
 import pytest
-from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from recipes.model import head, mlp
-from tests.distributed.parity import NUM_STEPS, Cell, run_cell, train_on_ranks
+from tests.distributed.parity import MODELS, NUM_STEPS, Cell, run_cell, train_on_ranks
 from tests.pool import WorkerPool
 
-NUM_LAYERS = 2  # in parity's models
+MODEL = MODELS["llama"]
 TILE = 12  # each of two ranks has 2 x 16 tokens, so the last tile has 8
 
 
@@ -32,22 +32,33 @@ def test_tiled_training_equals_one_process(pool: WorkerPool, cell: Cell):
     assert outcome.passes, outcome
 
 
-def count_calls(cell: Cell) -> tuple[int, int, int]:
-    """On each rank: the numbers of loss tiles and MLP tiles computed, and of modules whose weights ZeRO-3 gathered."""
-    with (
-        patch.object(head, "_tile", wraps=head._tile) as tile,
-        patch.object(mlp, "_tile_backward", wraps=mlp._tile_backward) as mlp_tile,
-        patch.object(PartitionedParameterCoordinator, "fetch_sub_module", autospec=True,
-                     side_effect=PartitionedParameterCoordinator.fetch_sub_module) as fetch,
-    ):  # fmt: skip
+class Work(TorchDispatchMode):
+    """Counts the tiles of logits and of MLP activations that matrix products compute, and collectives that gather."""
+
+    num_logits = num_activations = num_gathers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            self.num_logits += output.shape[-1] == MODEL.vocab_size
+            self.num_activations += output.shape[-1] == 2 * MODEL.mlp_size
+        self.num_gathers += func.namespace == "c10d" and "allgather" in func.__name__
+        return output
+
+
+def work_of(cell: Cell) -> tuple[int, int, int]:
+    """On each rank."""
+    with Work() as work:
         train_on_ranks(cell)
-    return tile.call_count, mlp_tile.call_count, fetch.call_count
+    return work.num_logits, work.num_activations, work.num_gathers
 
 
 def test_each_micro_batch_is_tiled_and_zero_3_gathers_once_for_all_tiles(pool: WorkerPool):
+    """A rank's 32 tokens of a micro-batch are 3 or 8 tiles. The backward pass computes an MLP's activations again."""
     few, many = (Cell("fp32", 3, 2, 1, 2, 29, tile_tokens=tokens) for tokens in (TILE, TILE // 3))
-    (few_counts, other_rank), (many_counts, _) = (pool.run(count_calls, cell, num_ranks=2) for cell in (few, many))
-    assert few_counts == other_rank
+    (few_work, other_rank), (many_work, _) = (pool.run(work_of, cell, num_ranks=2) for cell in (few, many))
+    assert few_work == other_rank
     micro_batches = NUM_STEPS * few.accumulation_steps
-    assert few_counts[:2] == (micro_batches * 3, micro_batches * NUM_LAYERS * 3)
-    assert many_counts == (micro_batches * 8, micro_batches * NUM_LAYERS * 8, few_counts[2])
+    assert few_work[:2] == (micro_batches * 3, micro_batches * MODEL.num_layers * 3 * 2)
+    assert many_work[:2] == (micro_batches * 8, micro_batches * MODEL.num_layers * 8 * 2)
+    assert few_work[2] == many_work[2] > 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from conf.schema import ModelConfig
-from recipes.model import activation_offload
 from recipes.model.transformer import Transformer
 from ring_attention import LocalAttention
 
@@ -61,56 +59,77 @@ def test_bytes_saved_per_layer():
     assert per_token["none"] > 10 * 64
 
 
-@pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_two_layers_are_on_the_device_whatever_the_number_of_layers(recompute: str):
-    """After a forward pass, and whenever a layer is recomputed."""
-    num_layers, layer_class, seen = 6, activation_offload._Layer, []
-    config = ModelConfig(num_layers=num_layers, hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, mlp_size=192)
+class HostCopies(TorchDispatchMode):
+    """Follows saved tensors to the host and back: copies that need not block. On the CPU the host is other memory.
+
+    Args:
+        tensors_per_layer: how many are copied; layers are numbered in the order of their copies.
+    """
+
+    def __init__(self, tensors_per_layer: int = 1) -> None:
+        super().__init__()
+        self.num_out = self.num_back = 0
+        self.layer_of_buffer: dict[int, int] = {}  # by address on the host
+        self._tensors_per_layer = tensors_per_layer
+        self._on_device: list[tuple[int, StorageWeakRef]] = []
+        self._copied_back: list[weakref.ref[torch.Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.copy_.default and (args[2:] or (kwargs or {}).get("non_blocking")):
+            target, source = args[:2]
+            is_back = source.data_ptr() in self.layer_of_buffer
+            if is_back:
+                layer = self.layer_of_buffer[source.data_ptr()]
+                self._copied_back.append(weakref.ref(target))
+            else:
+                layer = self.layer_of_buffer[target.data_ptr()] = self.num_out // self._tensors_per_layer
+            self.num_back += is_back
+            self.num_out += not is_back
+            on_device = target if is_back else source
+            self._on_device.append((layer, StorageWeakRef(on_device.untyped_storage())))
+        return func(*args, **(kwargs or {}))
+
+    def layers_on_device(self) -> list[int]:
+        """Of those that are copied."""
+        return sorted({layer for layer, reference in self._on_device if not reference.expired()})
+
+    def num_with_graph(self) -> int:
+        """How many tensors on the device, copied back, hold a graph: it would live as long as they do."""
+        alive = [tensor for reference in self._copied_back if (tensor := reference()) is not None]
+        return sum(tensor.grad_fn is not None for tensor in alive)
+
+
+@pytest.mark.parametrize(("recompute", "tensors_per_layer"), [("selective", 3), ("full", 1)])
+def test_two_layers_are_on_the_device_whatever_the_number_of_layers(recompute: str, tensors_per_layer: int):
+    """After a forward pass, and whenever a layer is recomputed. The last two layers stay there and are not copied."""
+    config = ModelConfig(num_layers=6, hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, mlp_size=192)
     model = Transformer(config, LocalAttention("auto"), recompute=recompute, offload=True)
-    layers: list[Any] = []  # weak references to what each has saved
-
-    def on_device() -> list[int]:
-        return [index for index, reference in enumerate(layers) if (layer := reference()) and layer.on_device]
-
-    def make(*arguments: Any) -> activation_offload._Layer:
-        layers.append(weakref.ref(made := layer_class(*arguments)))
-        return made
-
-    def saved_with_graphs() -> int:
-        alive = [layer for reference in layers if (layer := reference())]
-        return sum(tensor.grad_fn is not None for layer in alive for tensor in layer.on_device or [])
-
-    graphs: list[int] = []  # while attention runs: a graph would live as long as the saved tensors
     tokens = torch.randint(0, 257, (1, LENGTH))
-    with patch.object(activation_offload, "_Layer", side_effect=make):
+    seen, graphs = [], []
+    with HostCopies(tensors_per_layer) as copies:
         loss = model(tokens, torch.arange(LENGTH).unsqueeze(0), tokens)
-    assert on_device() == [4, 5]
-    assert [bool(layer.on_host) for reference in layers if (layer := reference())] == [True] * 4 + [False] * 2
-    for index, layer in enumerate(model.layers):
-        layer.register_forward_pre_hook(lambda *_, index=index: seen.append((index, on_device())))
-        layer.get_submodule("attention.out").register_forward_pre_hook(lambda *_: graphs.append(saved_with_graphs()))
-    loss.backward()
-    assert seen == [(5, [4, 5]), (4, [3, 4]), (3, [2, 3]), (2, [1, 2]), (1, [0, 1]), (0, [0])]
-    assert graphs == [0] * num_layers
-    assert on_device() == []
+        assert (copies.num_out, copies.num_back) == (4 * tensors_per_layer, 0)
+        assert copies.layers_on_device() == []
+        for index, layer in enumerate(model.layers):
+            layer.register_forward_pre_hook(lambda *_, index=index: seen.append((index, copies.layers_on_device())))
+            attention_out = layer.get_submodule("attention.out")
+            attention_out.register_forward_pre_hook(lambda *_: graphs.append(copies.num_with_graph()))
+        loss.backward()
+    assert seen == [(5, []), (4, [3]), (3, [2, 3]), (2, [1, 2]), (1, [0, 1]), (0, [0])]
+    assert graphs == [0] * 6
+    assert copies.num_back == copies.num_out
+    assert copies.layers_on_device() == []
 
 
 def test_micro_batches_share_host_buffers():
     config = ModelConfig(num_layers=5, hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, mlp_size=192)
     model = Transformer(config, LocalAttention("auto"), recompute="selective", offload=True)
-    buffers: set[int] = set()
-    host_buffer = activation_offload.ActivationOffload._host_buffer
-
-    def recorded(self: activation_offload.ActivationOffload, tensor: torch.Tensor) -> torch.Tensor:
-        buffer = host_buffer(self, tensor)
-        buffers.add(buffer.data_ptr())
-        return buffer
-
-    with patch.object(activation_offload.ActivationOffload, "_host_buffer", recorded):
+    with HostCopies() as copies:
         for _ in range(3):
             tokens = torch.randint(0, 257, (1, LENGTH))
             model(tokens, torch.arange(LENGTH).unsqueeze(0), tokens).backward()
-    assert len(buffers) == 3 * 3  # input, out and lse of three layers
+    assert len(copies.layer_of_buffer) == 3 * 3  # input, out and lse of three layers
+    assert copies.num_out == 3 * 3 * 3  # in three micro-batches
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
