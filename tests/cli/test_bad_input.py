@@ -58,10 +58,16 @@ NEEDED = {
     "a data set that cannot be reached": {"datasets"},
     "a corpus that is too short": {"datasets"},
 }
+FAST = (
+    "an unknown field",
+    "degrees that do not divide launch.num_ranks",
+    "a sweep without -m",
+    "a corpus that is too short",
+)
 IMPORT = "import time:"  # prefix of the lines that PYTHONPROFILEIMPORTTIME adds
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=() if case in FAST else pytest.mark.slow) for case in CASES])
 def test_a_mistake_prints_one_line_and_starts_no_rank(program, case):
     arguments, parts = CASES[case]
     (program.folder / "tiny.txt").write_text("tiny\n")

@@ -10,6 +10,8 @@ import pytest
 from tests.cli.program import Finished, Program
 from tests.errors import some_line_names
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["recipe=bench_attention", "data.sequence_length=250", "compare.rounds=2"]
 KINDS = {"forward": 1, "forward_backward": 3}
 

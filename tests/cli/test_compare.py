@@ -15,6 +15,8 @@ from recipes.monitor.metric_registry import PARTS
 from tests.cli.program import ENDS_WITHIN_S, Finished, Program, logged_names
 from tests.errors import names, some_line_names
 
+pytestmark = pytest.mark.slow
+
 SAME = [
     "data.sequence_length=128", "data.validation_sequences=1", "launch.num_ranks=2", "engine.train_batch_size=2",
     "engine.dtype=fp32",

@@ -55,6 +55,7 @@ def test_a_run_logs_its_metrics_of_the_registry(main_run):
     assert 0 < last["train/data_wait_ms"] < 1e3 * last["train/step_time_max_s"]
 
 
+@pytest.mark.slow
 def test_a_watched_page_is_updated_until_ctrl_c(program):
     run_dir = write_run(program.folder / "run", num_rows=1, metrics="")
     page, output = run_dir / "dashboard.html", program.folder / "output"

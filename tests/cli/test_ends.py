@@ -20,6 +20,7 @@ def has_wandb_core(running: Running) -> bool:
     return any("wandb-core" in process.name() for process in running.family())
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_run_and_ranks_listen_on_loopback_only(program):
     with program.started(*LONG, wandb=True) as running:
         ranks = running.until_it_trains()
@@ -42,6 +43,7 @@ def test_a_killed_rank_ends_the_run_and_ranks_listen_on_loopback_only(program):
         running.assert_nothing_is_left()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to_all", [True, False], ids=["as a terminal sends it", "to the parent"])
 def test_ctrl_c_ends_a_training_run_without_a_traceback_and_closes_its_wandb_run(program, to_all: bool):
     with program.started(*LONG, wandb=True) as running:
@@ -57,6 +59,7 @@ def test_ctrl_c_ends_a_training_run_without_a_traceback_and_closes_its_wandb_run
     assert re.search(rf"^ +step +{result.metrics[-1]['step']}$", shown, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_sigterm_to_the_parent_ends_a_starting_run_without_a_traceback(program):
     with program.started(*LONG) as running:
         running.until(lambda: len(running.ranks()) == 2)
@@ -68,6 +71,7 @@ def test_sigterm_to_the_parent_ends_a_starting_run_without_a_traceback(program):
         running.assert_nothing_is_left()
 
 
+@pytest.mark.slow
 def test_sigterm_after_the_last_step_lets_a_complete_run_end_well(program):
     with program.started(*SMALL, "num_steps=5") as running:
         running.until(lambda: "measuring where the time of a step goes" in running.stdout)
@@ -80,6 +84,7 @@ def test_sigterm_after_the_last_step_lets_a_complete_run_end_well(program):
         running.assert_nothing_is_left()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["starting", "training"])
 def test_a_killed_parent_takes_its_ranks_along(program, phase):
     with program.started(*LONG, wandb=True) as running:
@@ -177,6 +182,7 @@ def test_a_rank_out_of_memory_ends_the_run_with_the_plan_and_three_overrides(pro
     assert "DefaultCPUAllocator" in log.read_text()
 
 
+@pytest.mark.slow
 def test_a_launchers_rank_out_of_memory_is_reported_once(program):
     torchrun = str(Path(sys.executable).parent / "torchrun")
     result = raising(program, NO_MEMORY, launcher=[torchrun, "--standalone", "--nproc-per-node=2"])

@@ -8,6 +8,8 @@ import pytest
 
 from tests.tools.faults import FAULTS, run_fault
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", ["stall", "loss", "disk", "shm", "port", "all_damaged"])
 def test_a_fault_loses_nothing_and_gives_at_most_one_error(name: str):

@@ -20,6 +20,8 @@ from recipes.checkpoint.manifest import newest_first, read_manifest
 from tests.cli.program import LONG, SMALL, Finished, Program, Running, wandb
 from tests.errors import names, some_line_names
 
+pytestmark = pytest.mark.slow
+
 BIN = Path(sys.executable).parent
 TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node=2"]
 JOB = [*SMALL, "num_steps=6", "logging.every_n_steps=2"]

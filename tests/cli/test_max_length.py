@@ -9,6 +9,8 @@ import pytest
 
 from tests.errors import names, some_line_names
 
+pytestmark = pytest.mark.slow
+
 TINY = [
     "recipe=max_length", "+experiment=ra_sp", "launch.num_ranks=1", "engine.micro_batch_size=2", "model.num_layers=12",
 ]  # fmt: skip

@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -54,6 +55,7 @@ def interrupted(program: Program, at: str, number: signal.Signals, *more: str) -
         return finished
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_bit_identical_to_an_uninterrupted_one(program: Program):
     with program.started(*JOB, name="reference") as uninterrupted:  # in parallel
         preempted = interrupted(program, "step +5/", signal.SIGTERM)

@@ -5,8 +5,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from recipes.dashboard.__main__ import main
 from tests.cli.secrets import SECRETS, assert_no_secrets
+
+pytestmark = pytest.mark.slow
 
 
 def test_secrets_of_the_environment_are_in_no_file_of_a_run(plain_run, monkeypatch):

@@ -34,6 +34,7 @@ class Results(Callback):
 """
 
 
+@pytest.mark.slow
 def test_jobs_share_a_wandb_group_and_the_sweeper_gets_their_final_validation_losses(program):
     results = program.folder / "results.jsonl"
     (program.folder / "sweep_callback.py").write_text(CALLBACK.format(path=str(results)))
@@ -71,6 +72,7 @@ def read_trials(result: Finished) -> list[dict[str, Any]]:
     return json.loads((result.run_dir / "sweep.json").read_text())["trials"]
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_resumes_with_what_is_missing(program):
     """It is killed in its second trial. The third and the fourth cannot run."""
     grid = ["sweep.sampler=grid", "parallelism.ring_degree=1,2", "optimizer.lr=1e-3,3e-3"]
@@ -113,6 +115,7 @@ def test_a_sweep_fails_if_all_its_trials_fail(program):
     assert not (result.run_dir / "1" / "logs").exists()
 
 
+@pytest.mark.slow
 def test_a_submitit_job_with_two_tasks_is_a_run_of_two_ranks(program):
     """With its local executor. Tasks are ranks, as with srun."""
     launcher = ["hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=2", "sweep.num_parallel=2"]
@@ -130,6 +133,7 @@ def test_a_submitit_job_with_two_tasks_is_a_run_of_two_ranks(program):
     assert "starting" not in log.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lr_batch", "throughput"])
 def test_a_run_that_the_wandb_agent_starts_belongs_to_its_sweep(program, name):
     """The agent's own functions build the command."""

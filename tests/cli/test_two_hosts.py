@@ -20,7 +20,7 @@ from tests.cli.program import ENDS_WITHIN_S, PLAIN, Finished, Program, Running
 from tests.errors import some_line_names
 from tests.tools.two_hosts import CABLE, Hosts, two_hosts, why_not
 
-pytestmark = pytest.mark.skipif(bool(reason := why_not()), reason=reason)
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(reason := why_not()), reason=reason)]
 
 TORCHRUN = str(Path(sys.executable).parent / "torchrun")
 TIMEOUT_S = 10  # from the cut to the end; ranks may also start this far apart on a busy machine

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.cli.program import SMALL
+
+pytestmark = pytest.mark.slow
 
 
 def test_deterministic_runs_at_the_same_time_do_not_collide_and_give_the_same_losses(program):

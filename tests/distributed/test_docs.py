@@ -31,6 +31,7 @@ def test_library_example_runs(pool: WorkerPool, code: str):
     pool.run(run_example, code, num_ranks=2)
 
 
+@pytest.mark.slow
 def test_readme_example_runs_as_printed_and_needs_neither_deepspeed_nor_a_compiler(tmp_path):
     (code,) = README
     path = tmp_path / "my_model.py"

@@ -12,6 +12,8 @@ import pytest
 from tests.pool import WorkerPool
 from tests.tools.elastic import TRANSITIONS, Grid, resume_on
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(("before", "after", "dtype"), TRANSITIONS)
 def test_another_grid_resumes(pool: WorkerPool, tmp_path: Path, before: Grid, after: Grid, dtype: str):

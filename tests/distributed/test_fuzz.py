@@ -1,7 +1,11 @@
 """A few of the random cases; `python -m tests.tools.fuzz` runs a thousand."""
 
+import pytest
+
 from tests.pool import WorkerPool
 from tests.tools.fuzz import fuzz
+
+pytestmark = pytest.mark.slow
 
 
 def test_random_cases_equal_whole_attention(pool: WorkerPool):

@@ -15,6 +15,8 @@ from tests.errors import names
 from tests.pool import WorkerPool
 from tests.tools.memory import SETTINGS, Setting, count_step
 
+pytestmark = pytest.mark.slow
+
 LIMIT = 0.05
 COVERING = [SETTINGS[number] for number in (1, 2, 4, 5, 8, 11, 13, 14, 15, 16, 17, 18, 19, 20, 22, 23, 24)]
 

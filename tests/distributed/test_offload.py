@@ -13,6 +13,8 @@ from tests.errors import names
 from tests.pool import WorkerPool
 from tests.tools.elastic import RING, TOLERANCE, Grid, resume_on
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     "cell",

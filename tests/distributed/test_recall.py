@@ -15,6 +15,8 @@ from data.shard import IGNORED_LABEL, TokenBatch
 from ring_attention import Layout, LocalAttention, RingAttention
 from tests.pool import WorkerPool, parallel_groups
 
+pytestmark = pytest.mark.slow
+
 LENGTH, NUM_RANKS, NUM_VALUES, BATCH_SIZE = 64, 4, 16, 64
 MODEL = ModelConfig(num_layers=1, hidden_size=64, num_heads=4, num_kv_heads=4, head_dim=16, mlp_size=128)
 

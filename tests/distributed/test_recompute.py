@@ -15,6 +15,8 @@ from tests.distributed.parity import NUM_STEPS, Cell, Trained, train_on_ranks
 from tests.pool import WorkerPool
 from tests.unit.test_recompute import HostCopies
 
+pytestmark = pytest.mark.slow
+
 NUM_LAYERS = 2  # of parity's models
 
 

@@ -8,6 +8,8 @@ import torch
 from tests.pool import WorkerPool
 from tests.tools.ring_memory import BATCH, HEAD_DIM, NUM_HEADS, measure_ring, peak_of_ranks
 
+pytestmark = pytest.mark.slow
+
 LENGTH = 512  # per rank
 
 

@@ -91,6 +91,7 @@ def compiled(kind: type[SequenceAttention]) -> tuple[float, int, int]:
     return worst, graphs, counters["stats"]["unique_graphs"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [RingAttention, UlyssesAttention])
 def test_a_compiled_layer_breaks_around_the_attention_and_never_recompiles(pool: WorkerPool, kind):
     for worst, graphs, graphs_later in pool.run(compiled, kind, num_ranks=NUM_RANKS):

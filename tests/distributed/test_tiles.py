@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.distributed.parity import MODELS, NUM_STEPS, Cell, run_cell, train_on_ranks
 from tests.pool import WorkerPool
 
+pytestmark = pytest.mark.slow
+
 MODEL = MODELS["llama"]
 TILE = 12  # each of two ranks has 2 x 16 tokens, so the last tile has 8
 

@@ -63,6 +63,7 @@ def attention_beside_a_stalled_rank() -> str:
     return "unharmed"  # contiguous and causal: rank 0 waits only for rank 1 to take its keys
 
 
+@pytest.mark.slow
 def test_a_stalled_neighbour_ends_the_call_within_the_timeout_of_the_group():
     own_pool = WorkerPool(timeout_s=5)
     first, stalled, last = own_pool.run(attention_beside_a_stalled_rank, num_ranks=3)

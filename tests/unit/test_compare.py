@@ -286,6 +286,7 @@ def assert_notes(notes: list[str], *expected: tuple[str, ...]) -> None:
 KEEP_SIZES = "compare.downscale=false"  # what to type to keep the sizes as typed
 
 
+@pytest.mark.slow
 class TestChooseEntries:
     @staticmethod
     def entries(config: Config, *typed: str) -> dict[str, Config]:

@@ -123,7 +123,14 @@ def test_command_composes(command: Command):
 
 
 @pytest.mark.usefixtures("_composition")
-@pytest.mark.parametrize("command", [command for command in TRAINING if command.runs_here], ids=str)
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(command, id=str(command), marks=() if command.page == "README.md" else pytest.mark.slow)
+        for command in TRAINING
+        if command.runs_here
+    ],
+)
 def test_command_that_names_no_need_can_run_on_a_laptop(command: Command, capsys, tmp_path):
     assert command.overrides is not None
     overrides = [*first_values(command.overrides), "launch.num_ranks=4"]

@@ -48,11 +48,13 @@ def test_nothing_imports_train():
             assert "train" not in imported(path), path
 
 
+@pytest.mark.slow
 def test_the_launchers_parent_does_not_import_deepspeed():
     code = "import sys, recipes.launch.launcher; sys.exit('deepspeed' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120).returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(torch.compiler, "set_default_backend"), reason="what it needs came with PyTorch 2.13")
 def test_importing_deepspeed_does_not_import_inductor():
     code = """

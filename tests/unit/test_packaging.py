@@ -39,6 +39,7 @@ def test_the_library_needs_torch_and_numpy_only():
         assert uses_deepspeed <= (path.name in DEEPSPEED), path
 
 
+@pytest.mark.slow
 def test_the_library_is_imported_without_what_the_recipes_need():
     blocked = sorted(extra("recipes") - names(PROJECT["dependencies"]))
     code = f"""

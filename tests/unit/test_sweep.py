@@ -143,6 +143,7 @@ def test_a_sweep_fails_if_all_its_trials_fail(jobs, capsys):
     assert "trial  optimizer.lr  model.num_layers" in capsys.readouterr().out  # the table's columns
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("typed", [GRID, SEARCH], ids=["grid", "search"])
 def test_an_interrupted_sweep_runs_what_is_missing(jobs, capsys, typed):
     def interrupted_in_the_third(lr: float, layers: int) -> float:
@@ -169,6 +170,7 @@ def test_an_interrupted_sweep_runs_what_is_missing(jobs, capsys, typed):
         assert [job["hydra.sweep.subdir"] for job in jobs.started[5:]] == ["5", "6"]
 
 
+@pytest.mark.slow
 def test_a_job_that_succeeded_after_its_sweep_was_killed_does_not_run_again(jobs):
     """SLURM jobs outlive the sweep that submitted them."""
 
@@ -186,6 +188,7 @@ def test_a_job_that_succeeded_after_its_sweep_was_killed_does_not_run_again(jobs
     assert (content["trials"][0]["trial"], content["trials"][0]["validation_loss"]) == (2, 0.25)
 
 
+@pytest.mark.slow
 def test_another_sweep_in_the_folder_is_refused(jobs):
     jobs.sweep(*GRID)
     for changed, before in (
@@ -202,6 +205,7 @@ def test_another_sweep_in_the_folder_is_refused(jobs):
     assert len(jobs.started) == 4
 
 
+@pytest.mark.slow
 def test_throughput_is_maximized(jobs):
     jobs.objective = "tokens_per_s"
     content = jobs.sweep(*SEARCH, "sweep.objective=tokens_per_s", "sweep.num_trials=15", "recipe=forward")
@@ -212,6 +216,7 @@ def test_throughput_is_maximized(jobs):
     assert sum(rate > 1e-3 for rate in rates) > 9  # half of them by chance; Optuna learns
 
 
+@pytest.mark.slow
 def test_trials_run_in_parallel(jobs):
     both = threading.Barrier(2, timeout=20)  # breaks unless two jobs run at once
 
@@ -298,6 +303,7 @@ def test_the_reason_of_a_failure_is_one_line(error: Exception, line: str):
     assert one_line(error) == line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((CONF / "sweep").glob("*.yaml")), ids=lambda path: path.stem)
 def test_each_value_of_a_predefined_sweep_is_legal(path):
     """Combinations may still be illegal: their trials fail."""
