@@ -50,7 +50,7 @@ CASES = {
     ),
     "an unknown swept field": (
         ["-m", "+sweep=search", "optimizer.learning_rate=1e-3,3e-3"],
-        "there is no field optimizer.learning_rate: python train.py --help lists all",
+        "there is no field optimizer.learning_rate: type optimizer.lr=",
     ),
     "parallel trials in one process": (
         ["-m", "+sweep=lr_batch", "sweep.num_parallel=2"],
