@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from conf.degrees import accumulation_steps
 from conf.schema import Config, Degrees
 from recipes.planning.engine_memory import gradient_sum_bytes, on_cpu, on_gpu, sharded_parameters
 from recipes.planning.memory import (
@@ -85,14 +86,13 @@ class StepMemory:
     def unsupported(self) -> str | None:
         """Why there is no prediction; None if there is one. All else requires that."""
         config, engine, method = self.config, self.config.engine, self.config.parallelism.method
-        accumulation = engine.gradient_accumulation_steps
+        accumulation = accumulation_steps(config, self.degrees)
         can_offload = self.on_gpu and engine.zero_stage < 3 and engine.dtype != "fp32"
         offload = "engine.offload_optimizer=true, except on GPUs with bf16 and ZeRO stages 1 and 2"
         applies = {
             f"recipe={config.recipe}": config.recipe != "pretrain",
             f"parallelism={method}": method != "sequence",
-            f"engine.gradient_accumulation_steps={accumulation}": accumulation > 1,
-            "engine.train_batch_size": engine.train_batch_size is not None,
+            f"gradient accumulation over {accumulation} micro-batches": accumulation > 1,
             "engine.offload_parameters=true": engine.offload_parameters,
             offload: engine.offload_optimizer and not can_offload,
             "engine.dtype=fp16": engine.dtype == "fp16",

@@ -79,7 +79,7 @@ def _cheaper(config: Config, degrees: Degrees, on_gpu: bool) -> Iterator[dict[st
     engine, num_ranks = config.engine, math.prod(degrees)
     if engine.recompute == "none":
         yield {"engine.recompute": "selective"}
-    if engine.micro_batch_size > 1:
+    if engine.micro_batch_size > 1 and engine.train_batch_size is None:  # else gradients would accumulate
         yield {"engine.micro_batch_size": 1}
     if on_gpu and not engine.offload_activations:
         yield {"engine.offload_activations": True}

@@ -65,7 +65,7 @@ def test_the_report_adds_up():
     [
         (Config(recipe="forward"), "recipe=forward"),
         (Config(parallelism=ParallelismConfig("tensor_pipeline")), "parallelism=tensor_pipeline"),
-        (Config(engine=EngineConfig(gradient_accumulation_steps=2)), "engine.gradient_accumulation_steps=2"),
+        (Config(engine=EngineConfig(gradient_accumulation_steps=2)), "gradient accumulation over 2 micro-batches"),
         (Config(engine=EngineConfig(dtype="fp16")), "engine.dtype=fp16"),
     ],
 )

@@ -197,6 +197,15 @@ def test_a_step_that_fits_at_no_length_is_refused_with_a_smaller_model(num_layer
     assert "sequence_length" not in message
 
 
+def test_a_batch_without_accumulation_is_predicted_too():
+    engine = EngineConfig(micro_batch_size=4, train_batch_size=4)
+    message = refusal(80 * GIB, engine=engine, data=DataConfig(sequence_length=250_000))
+    assert "engine.recompute=selective" in message
+    assert "engine.micro_batch_size" not in message  # it would need accumulation, which is not predicted
+    engine = EngineConfig(micro_batch_size=4, train_batch_size=8)
+    assert plan(80 * GIB, engine=engine, data=DataConfig(sequence_length=250_000)).step_memory.unsupported
+
+
 @pytest.mark.parametrize(("memory_gib", "length"), [(40, 2048), (80, 1_000_000)])  # the model, and a step
 def test_a_user_may_insist_and_is_warned(memory_gib, length):
     insists = {"data": DataConfig(sequence_length=length), "launch": LaunchConfig(check_memory=False)}
