@@ -74,7 +74,7 @@ def test_sigterm_to_the_parent_ends_a_starting_run_without_a_traceback(program):
 @pytest.mark.slow
 def test_sigterm_after_the_last_step_lets_a_complete_run_end_well(program):
     with program.started(*SMALL, "num_steps=5") as running:
-        running.until(lambda: "measuring where the time of a step goes" in running.stdout)
+        running.until(lambda: re.search("^measuring ", running.stdout, re.MULTILINE))  # the breakdown of a step
         running.family()
         running.process.terminate()
         result = running.finish(ENDS_WITHIN_S)

@@ -60,10 +60,8 @@ def test_the_larger_workload_gets_a_smaller_batch():
 
 def test_an_unset_batch_is_what_the_step_time_allows():
     config = compose("compare.micro_batch_sizes=[1]", "recipe=forward", "compare.step_time_s=1")
-    batch = downscale.common_batch([(config, Degrees(1, 4, 1))], None, on_gpu=False)
-    length = config.data.sequence_length
-    per_sequence = length * downscale.forward_flops_per_token(config.model, length)
-    assert batch * per_sequence <= downscale.CPU_TFLOPS * 1e12 < 2 * batch * per_sequence
+    # 2,048 tokens of 1.9e6 operations are 3.9e9 a sequence, and the CPU does 2e10 a second: 5 of them, so 4
+    assert downscale.common_batch([(config, Degrees(1, 4, 1))], None, on_gpu=False) == 4
 
 
 @pytest.mark.parametrize(
