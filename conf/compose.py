@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import hydra
 from hydra.conf import HydraConf
@@ -49,8 +49,34 @@ FROM_OTHER_TOOLS = {
 }
 _ENTRIES = "compare.entries."  # followed by names that the user chooses
 _FIELDS = flatten(asdict(Config()))
+
+
+def _field_types(group: type, prefix: str = "") -> dict[str, Any]:
+    """The type of each field by dotted name, such as {"optimizer.lr": float}."""
+    types: dict[str, Any] = {}
+    for name, kind in get_type_hints(group).items():
+        types |= _field_types(kind, f"{prefix}{name}.") if is_dataclass(kind) else {f"{prefix}{name}": kind}
+    return types
+
+
+_TYPES = _field_types(Config)
 _DATACLASSES = {name.partition(".")[0] for name in _FIELDS if "." in name}
 _GROUPS_WITH_DEFAULT = {*_DATACLASSES, "workload"} - {"sweep"}  # conf/config.yaml lists them, the others need a plus
+
+
+def as_hydra_types_it(argument: str) -> str:
+    """field=8.0 as field=8 where the field takes whole numbers, and field=None as field=null where it may be null.
+
+    `wandb agent` writes values as Python does. All other arguments are returned unchanged.
+    """
+    name, _, value = argument.partition("=")
+    kind = _TYPES.get(name)
+    kinds = (kind, *get_args(kind))
+    if value == "None" and type(None) in kinds:
+        return f"{name}=null"
+    if int in kinds and re.fullmatch(r"-?\d+\.0*", value):
+        return f"{name}={value.partition('.')[0]}"
+    return argument
 
 
 def to_config(composed: DictConfig) -> Config:
@@ -131,6 +157,10 @@ def describe_error(error: Exception) -> str:
         advice = _did_you_mean(option, options) + f"use {', '.join(f'{setting}={name}' for name in options)}"
         return f"{setting}={option} is not known: {advice}"
     if isinstance(error, OverrideParseException):
+        name, _, value = error.override.partition("=")
+        if name in _DATACLASSES and value.startswith("{"):  # nested parameters of a wandb sweep
+            fields = [f"{name}.{key}" for key in re.findall(r"['\"](\w+)['\"] *:", value)]
+            return f"{error.override} sets several fields at once: write {' and '.join(fields)}, as keys of their own"
         reason = error.message.splitlines()[-2]  # the last line is a link
         example = "\"data.files=['a.txt','b.txt']\""
         if _ENTRIES in error.override:

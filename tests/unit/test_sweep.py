@@ -15,7 +15,6 @@ from typing import Any
 
 import hydra
 import pytest
-from filelock import FileLock
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep
 from hydra.core.utils import JobReturn, JobStatus
@@ -24,6 +23,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from conf.schema import KERNELS, ConfigError, SweepConfig
 from recipes.run.errors import RunFailed
+from recipes.run.lock import locked
 from recipes.sweep import report
 from recipes.sweep.runner import one_line, run_sweep
 from recipes.sweep.search_space import read_space
@@ -197,8 +197,8 @@ def test_another_sweep_in_the_folder_is_refused(jobs):
             jobs.sweep(*GRID, changed)
         assert str(caught.value) == f"{jobs.folder} holds another sweep: {differing}: use another hydra.sweep.dir"
     with (
-        FileLock(jobs.folder / "sweep.lock"),
-        pytest.raises(ConfigError, match=r"^a sweep is running in .*: wait for it"),
+        locked(jobs.folder),
+        pytest.raises(ConfigError, match=r"is used by process .* another hydra\.sweep\.dir"),
     ):
         jobs.sweep(*GRID)
     assert len(jobs.started) == 4
