@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, is_dataclass
@@ -15,7 +16,7 @@ from hydra.errors import CompactHydraException, MissingConfigException, Override
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from conf.schema import Config, ConfigError, flatten
+from conf.schema import WANDB_MODES, Config, ConfigError, flatten
 
 # Old names of fields. A field that gets a new name leaves its old one here.
 RENAMED = {
@@ -83,7 +84,7 @@ def to_config(composed: DictConfig) -> Config:
     """The typed configuration.
 
     Raises:
-        ConfigError: if a check of `schema` fails, or for a field that the schema lacks.
+        ConfigError: if a check of `schema` fails, for a field that the schema lacks, or a WANDB_MODE that wandb lacks.
     """
     check_fields(composed)
     try:
@@ -91,6 +92,9 @@ def to_config(composed: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise ConfigError(describe_error(error)) from error
     assert isinstance(config, Config)
+    mode = os.environ.get("WANDB_MODE")
+    if config.logging.wandb == "auto" and mode and mode not in WANDB_MODES:
+        raise ConfigError(f"WANDB_MODE={mode} is no mode of wandb: use {', '.join(WANDB_MODES)}, or unset it")
     return config
 
 
@@ -160,7 +164,8 @@ def describe_error(error: Exception) -> str:
         name, _, value = error.override.partition("=")
         if name in _DATACLASSES and value.startswith("{"):  # nested parameters of a wandb sweep
             fields = [f"{name}.{key}" for key in re.findall(r"['\"](\w+)['\"] *:", value)]
-            return f"{error.override} sets several fields at once: write {' and '.join(fields)}, as keys of their own"
+            advice = f"write {' and '.join(fields)}, in a sweep's YAML as keys of parameters"
+            return f"{error.override} sets several fields at once: {advice}"
         reason = error.message.splitlines()[-2]  # the last line is a link
         example = "\"data.files=['a.txt','b.txt']\""
         if _ENTRIES in error.override:

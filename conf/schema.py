@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import glob
 import math
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ KERNELS = ("auto", "flash_attn_4", "ffpa", "cudnn", "aten_flash", "mem_efficient
 METHODS = ("ring", "ulysses", "hybrid", "all_gather", "local", "auto")
 TRANSPORTS = ("auto", "p2p", "copy_engine")
 RECIPES = ("pretrain", "forward", "compare", "bench_attention", "max_length")
-WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")  # that wandb takes from WANDB_MODE
+WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")  # of WANDB_MODE, by wandb.Settings
 # What a sweep can optimize: a name of RUN_DIR/summary.json, its direction, and the recipes that measure it.
 OBJECTIVES = {
     "validation_loss": ("minimize", ("pretrain",)),
@@ -235,11 +234,6 @@ class LoggingConfig(_Checked, prefix="logging."):
     project: str = "ring-attention"
     group: Optional[str] = None  # wandb group; sweeps default to sweep-FOLDER
     tags: list[str] = field(default_factory=list)
-
-    def problems(self) -> Iterator[str]:
-        mode = os.environ.get("WANDB_MODE")
-        if self.wandb == "auto" and mode and mode not in WANDB_MODES:
-            yield f"WANDB_MODE={mode} is no mode of wandb: use {', '.join(WANDB_MODES)}, or unset it"
 
 
 @dataclass
