@@ -52,7 +52,7 @@ _ENTRIES = "compare.entries."  # followed by names that the user chooses
 _FIELDS = flatten(asdict(Config()))
 
 
-def _field_types(group: type, prefix: str = "") -> dict[str, Any]:
+def _field_types(group: Any, prefix: str = "") -> dict[str, Any]:
     """The type of each field by dotted name, such as {"optimizer.lr": float}."""
     types: dict[str, Any] = {}
     for name, kind in get_type_hints(group).items():
