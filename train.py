@@ -5,6 +5,7 @@ python train.py +experiment=ra_sp
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -20,7 +21,7 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
 
-from conf.compose import check_multirun, compose_entries, describe_error, to_config
+from conf.compose import as_hydra_types_it, check_multirun, compose_entries, describe_error, to_config
 from conf.degrees import accumulation_steps, resolve_degrees
 from conf.schema import Config, ConfigError
 from data.source import is_local
@@ -30,9 +31,11 @@ from recipes.launch.environment import (
     adopt_external_ranks,
     adopt_submitit_tasks,
     check_accelerator,
+    ranks_are_started,
     ranks_given,
 )
 from recipes.run.errors import Preempted, RunFailed
+from recipes.run.lock import locked
 
 ConfigStore.instance().store(name="schema", node=Config)
 
@@ -42,6 +45,7 @@ def run(composed: DictConfig) -> float | None:
     """Run one Hydra job, a run or a sweep's trial; returns the recipe's result, such as the validation loss."""
     sweeps = HydraConfig.get().mode == RunMode.MULTIRUN
     run_dir = Path(HydraConfig.get().runtime.output_dir)
+    os.chdir(HydraConfig.get().runtime.cwd)  # relative paths are the user's, also with hydra.job.chdir=true
     try:
         if sweeps:
             adopt_submitit_tasks()
@@ -50,7 +54,9 @@ def run(composed: DictConfig) -> float | None:
         config = to_config(composed)
         if sweeps and config.logging.group is None:
             config.logging.group = f"sweep-{run_dir.parent.name}"
-        return execute(config, list(HydraConfig.get().overrides.task), run_dir)
+        # of a launcher's ranks, rank 0 locks once they are connected, so that all of them are refused
+        with contextlib.nullcontext() if config.explain or ranks_are_started() else locked(run_dir):
+            return execute(config, list(HydraConfig.get().overrides.task), run_dir)
     except (ConfigError, RunFailed) as error:
         if not sweeps:
             sys.exit(f"error: {error}")
@@ -134,6 +140,7 @@ def _stop(*_: object) -> None:
 if __name__ == "__main__":
     startup.skip_final_collection()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print, and one line below prints it
+    sys.argv[1:] = [as_hydra_types_it(argument) for argument in sys.argv[1:]]
     try:
         if adopt_external_ranks():
             run_as_one_rank(sys.argv[1:])

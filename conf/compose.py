@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import hydra
 from hydra.conf import HydraConf
@@ -15,7 +16,7 @@ from hydra.errors import CompactHydraException, MissingConfigException, Override
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from conf.schema import Config, ConfigError, flatten
+from conf.schema import WANDB_MODES, Config, ConfigError, flatten
 
 # Old names of fields. A field that gets a new name leaves its old one here.
 RENAMED = {
@@ -49,15 +50,41 @@ FROM_OTHER_TOOLS = {
 }
 _ENTRIES = "compare.entries."  # followed by names that the user chooses
 _FIELDS = flatten(asdict(Config()))
+
+
+def _field_types(group: Any, prefix: str = "") -> dict[str, Any]:
+    """The type of each field by dotted name, such as {"optimizer.lr": float}."""
+    types: dict[str, Any] = {}
+    for name, kind in get_type_hints(group).items():
+        types |= _field_types(kind, f"{prefix}{name}.") if is_dataclass(kind) else {f"{prefix}{name}": kind}
+    return types
+
+
+_TYPES = _field_types(Config)
 _DATACLASSES = {name.partition(".")[0] for name in _FIELDS if "." in name}
 _GROUPS_WITH_DEFAULT = {*_DATACLASSES, "workload"} - {"sweep"}  # conf/config.yaml lists them, the others need a plus
+
+
+def as_hydra_types_it(argument: str) -> str:
+    """field=8.0 as field=8 where the field takes whole numbers, and field=None as field=null where it may be null.
+
+    `wandb agent` writes values as Python does. All other arguments are returned unchanged.
+    """
+    name, _, value = argument.partition("=")
+    kind = _TYPES.get(name)
+    kinds = (kind, *get_args(kind))
+    if value == "None" and type(None) in kinds:
+        return f"{name}=null"
+    if int in kinds and re.fullmatch(r"-?\d+\.0*", value):
+        return f"{name}={value.partition('.')[0]}"
+    return argument
 
 
 def to_config(composed: DictConfig) -> Config:
     """The typed configuration.
 
     Raises:
-        ConfigError: if a check of `schema` fails, or for a field that the schema lacks.
+        ConfigError: if a check of `schema` fails, for a field that the schema lacks, or a WANDB_MODE that wandb lacks.
     """
     check_fields(composed)
     try:
@@ -65,6 +92,9 @@ def to_config(composed: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise ConfigError(describe_error(error)) from error
     assert isinstance(config, Config)
+    mode = os.environ.get("WANDB_MODE")
+    if config.logging.wandb == "auto" and mode and mode not in WANDB_MODES:
+        raise ConfigError(f"WANDB_MODE={mode} is no mode of wandb: use {', '.join(WANDB_MODES)}, or unset it")
     return config
 
 
@@ -131,6 +161,11 @@ def describe_error(error: Exception) -> str:
         advice = _did_you_mean(option, options) + f"use {', '.join(f'{setting}={name}' for name in options)}"
         return f"{setting}={option} is not known: {advice}"
     if isinstance(error, OverrideParseException):
+        name, _, value = error.override.partition("=")
+        if name in _DATACLASSES and value.startswith("{"):  # nested parameters of a wandb sweep
+            fields = [f"{name}.{key}" for key in re.findall(r"['\"](\w+)['\"] *:", value)]
+            advice = f"write {' and '.join(fields)}, in a sweep's YAML as keys of parameters"
+            return f"{error.override} sets several fields at once: {advice}"
         reason = error.message.splitlines()[-2]  # the last line is a link
         example = "\"data.files=['a.txt','b.txt']\""
         if _ENTRIES in error.override:

@@ -20,6 +20,7 @@ TRANSPORTS = ("auto", "p2p", "copy_engine")
 # GPUs that explain_gpu may name; recipes/planning/throughput.py has their numbers
 GPUS = ("h200", "h200_nvl", "h100", "h100_nvl", "h100_pcie", "a100_80gb", "a100_40gb", "l40s", "b200")
 RECIPES = ("pretrain", "forward", "compare", "bench_attention", "max_length")
+WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")  # of WANDB_MODE, by wandb.Settings
 # What a sweep can optimize: a name of RUN_DIR/summary.json, its direction, and the recipes that measure it.
 OBJECTIVES = {
     "validation_loss": ("minimize", ("pretrain",)),

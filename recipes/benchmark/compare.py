@@ -56,6 +56,8 @@ class ComparisonTask:
         import deepspeed.comm as dist
 
         is_first = dist.get_rank() == 0
+        if is_first:  # under a launcher; failures of our own ranks are recorded at once
+            _record_failure(run_dir, "its ranks ended, and only their launcher can start them again: see its logs")
         while True:
             chosen = [self.next(rounds.read_results(run_dir)) if is_first else None]
             dist.broadcast_object_list(chosen, src=0)
@@ -198,8 +200,6 @@ def compare(config: Config, composed: dict[str, Config], run_dir: Path) -> None:
     if is_first:
         num_done = sum("parts" not in row for row in results)
         print(*notes, *([f"resuming: {num_done} measurements are done"] if num_done else []), sep="\n", flush=True)
-    if is_first and is_started:  # failures of our own ranks are recorded at once
-        _record_failure(run_dir, "its ranks ended, and only their launcher can start them again: see its logs")
     failure = None
     for num_ranks in dict.fromkeys(entry.num_ranks for entry in entries.values()):
         task = ComparisonTask(config, {name: own for name, own in entries.items() if own.num_ranks == num_ranks})

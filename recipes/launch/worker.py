@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 import torch
 
@@ -18,6 +18,7 @@ from recipes.launch.environment import RENDEZVOUS, make_private_folder
 from recipes.launch.failure import full_disk_explained
 from recipes.run.errors import RunFailed
 from recipes.run.heartbeat import LOGS_DIR, clear_rank_states, position
+from recipes.run.lock import locked
 
 
 class Task(Protocol):
@@ -40,7 +41,8 @@ def run_rank(task: Task, run_dir: Path, has_parent: bool) -> float:
     With `has_parent`, `processes.launch` started it and explains its errors.
 
     Raises:
-        RunFailed: for any error of the task, in an external launcher's ranks.
+        RunFailed: in an external launcher's ranks, for any error of the task; on all of them, if another run holds the
+            run dir.
     """
     rank, num_ranks, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -55,15 +57,23 @@ def run_rank(task: Task, run_dir: Path, has_parent: bool) -> float:
     if rendezvous := os.environ.get(RENDEZVOUS):
         make_private_folder(Path(rendezvous))
     startup.init_distributed(rendezvous and f"file://{rendezvous}/rendezvous", task.config.launch.timeout_s)
+    held = contextlib.ExitStack()
+    shared: list[Any] = [task, run_dir, None]
     if rank == 0 and not has_parent:
-        clear_rank_states(run_dir)
-    shared = [task, run_dir]
+        try:
+            held.enter_context(locked(run_dir))
+            clear_rank_states(run_dir)
+        except ConfigError as error:
+            shared[2] = str(error)
     dist.broadcast_object_list(shared, src=0)
-    task, run_dir = shared
+    task, run_dir, refusal = shared
+    if refusal:
+        raise RunFailed(refusal, of_all_ranks=True)
     log_path = run_dir / LOGS_DIR / f"rank_{rank}.log"
     log_path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with (
+            held,
             _output_to(log_path) as console,
             full_disk_explained(run_dir, rank),
             watched(task.config.launch, run_dir, rank, num_ranks, console=None if has_parent else console),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import math
@@ -28,21 +27,26 @@ from recipes.run.run_dir import METRICS_FILE, SUMMARY_FILE, read_json_lines, rep
 def start_wandb(
     logging: LoggingConfig, run_dir: Path, config: dict[str, Any], say: Callable[[str], None], run_id: str | None = None
 ) -> Any:
-    """A wandb run in `run_dir`, or `run_id` resumed. logging.wandb=auto is offline without a login or a server."""
+    """A wandb run in `run_dir`, or `run_id` resumed. logging.wandb=auto is offline without a login or a server.
+
+    Offline, each start has its own folder, to be uploaded in place of earlier ones of the same id.
+    """
     import wandb  # takes a second, which errors before the run should not wait for
 
-    init = functools.partial(
-        wandb.init,
-        project=logging.project,
-        group=logging.group,
-        tags=logging.tags,
-        dir=run_dir,
-        name=run_dir.name,
-        config=config,
-        id=run_id,
-        resume="allow" if run_id else None,  # offline, each start has its own folder; wandb joins them by the id
-        settings=wandb.Settings(silent=True, console="off"),
-    )
+    def init(mode: Any) -> Any:
+        return wandb.init(
+            project=logging.project,
+            group=logging.group,
+            tags=logging.tags,
+            dir=run_dir,
+            name=run_dir.name,
+            config=config,
+            id=run_id,
+            resume="allow" if run_id and mode not in ("offline", "dryrun") else None,  # dryrun: offline's old name
+            mode=mode,
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+
     mode: Any = os.environ.get("WANDB_MODE", "") if logging.wandb == "auto" else logging.wandb
     if mode:
         return init(mode=mode)
@@ -57,10 +61,9 @@ def wandb_hints(run: Any) -> list[str]:
     """Commands that show a wandb run."""
     if run.settings.mode == "offline":
         folder = Path(run.dir).parent
-        starts = sorted(str(path) for path in folder.parent.glob(f"offline-run-*-{run.id}"))
         return [
             f"view in the terminal:  wandb leet {shlex.quote(str(folder))}",
-            f"upload to wandb:       wandb sync {shlex.join(starts)}",
+            f"upload to wandb:       wandb sync {shlex.quote(str(folder))}",
         ]
     return [f"view online:           {run.url}"] if run.settings.mode == "online" else []
 
@@ -96,6 +99,9 @@ class Reporter:
         self._wandb.define_metric("*", step_metric="step")
         self._wandb.define_metric("train/loss", step_metric="step", summary="last")
         self._wandb.define_metric("validation/loss", step_metric="step", summary="min")
+        if self._resumed and self._wandb.offline:
+            for _, row in read_json_lines(path):
+                self._wandb.log(_known({name: value for name, value in (row or {}).items() if name != "elapsed_s"}))
         self._bar = tqdm(
             total=self._config.num_steps,
             initial=self._resumed.step if self._resumed else 0,

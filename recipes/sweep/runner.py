@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from filelock import FileLock, Timeout
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import CompactHydraException
@@ -35,12 +34,13 @@ from tqdm import tqdm
 from conf.compose import describe_error
 from conf.schema import OBJECTIVES, ConfigError, SweepConfig, flatten
 from recipes.run.errors import RunFailed
+from recipes.run.lock import locked
 from recipes.run.run_dir import SUMMARY_FILE
 from recipes.run.text_table import text_table
 from recipes.sweep import report
 from recipes.sweep.search_space import SearchSpace, format_value, read_space
 
-JOURNAL_FILE, LOCK_FILE = "sweep.journal", "sweep.lock"
+JOURNAL_FILE = "sweep.journal"
 # prefixes of fields that change no trial's result: they may differ when a sweep is resumed
 RESUME_SAFE = (
     "logging.",
@@ -94,12 +94,7 @@ def run_sweep(
     if composed.explain:
         return
     print(f"to resume, repeat the command with hydra.sweep.dir={shlex.quote(str(folder))}", flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = FileLock(folder / LOCK_FILE).acquire(blocking=False)
-    except Timeout:  # each would take the other's trials for interrupted
-        raise ConfigError(f"a sweep is running in {folder}: wait for it, or use another hydra.sweep.dir") from None
-    with lock:
+    with locked(folder, "hydra.sweep.dir"):  # two sweeps would take each other's trials for interrupted
         study = _open_study(composed, settings, space, folder, is_exhaustive)
         _Sweep(study, settings, space, num_trials, folder, run_trial).run()
         report.report(study, settings.objective, space, folder)

@@ -56,6 +56,12 @@ def wandb(*arguments: str, home: Path) -> str:
     return result.stdout + result.stderr
 
 
+def wandb_history(run: Path, home: Path) -> list[dict[str, Any]]:
+    """The logged rows of a wandb run's folder."""
+    records = map(json.loads, wandb("leet", "inspect", "--json", str(run), home=home).splitlines())
+    return [record["history"]["item"] for record in records if record["type"] == "history"]
+
+
 def logged_names(*prefixes: str, conditions: tuple[str, ...] = ()) -> set[str]:
     """The metrics that a run logs over its steps, by the registry.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 
+from conf.schema import WANDB_MODES
 from tests.errors import names
 
 DEGREES = ["parallelism.ring_degree=3", "4 ranks", "1", "2", "parallelism.ring_degree=4", "launch.num_ranks"]
@@ -83,3 +84,13 @@ def test_a_mistake_prints_one_line_and_starts_no_rank(program, case):
     imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith(IMPORT)}
     assert "hydra" in imported  # the list is not empty
     assert imported & SLOW == NEEDED.get(case, set())
+
+
+def test_a_wandb_mode_that_does_not_exist_is_refused_before_ranks_start(program):
+    result = program.run(WANDB_MODE="off")
+    assert result.stderr.startswith("error: WANDB_MODE=off ")
+    assert all(mode in result.stderr for mode in WANDB_MODES)
+    assert result.stderr.count("\n") == 1
+    assert result.exit_code == 1
+    assert not result.ranks_were_started
+    assert not result.run_dir.exists()

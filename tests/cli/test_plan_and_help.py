@@ -31,6 +31,20 @@ def test_explain_shows_the_cost_model_of_attention_auto(program):
     some_line_names(result.stdout.splitlines(), "attention", first[1], "zigzag", "explain=true")
 
 
+def test_relative_paths_are_the_users_where_hydra_changes_the_folder(program):
+    arguments = ["data=text_files", "data.sequence_length=64", "hydra.job.chdir=true", "explain=true"]
+    result = program.run(*arguments, "data.files=README.md")
+    assert result.exit_code == 0, result.stderr
+    assert re.search(r"^ +data  text_files, data.files=README.md: 1 ", result.stdout, re.M)
+
+
+def test_what_wandb_agent_writes_runs(program):
+    """${args_no_hyphens}: whole numbers as floats, and null as None."""
+    result = program.run("engine.train_batch_size=8.0", "parallelism.data_degree=None", "explain=true")
+    assert result.exit_code == 0, result.stderr
+    assert " = 8 sequences per step" in result.stdout
+
+
 def test_help_starts_with_common_commands(program):
     result = program.run("--help")
     assert result.exit_code == 0

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from recipes.export import export
-from tests.cli.program import ENDS_WITHIN_S, SMALL, Finished, Program
+from tests.cli.program import ENDS_WITHIN_S, SMALL, Finished, Program, wandb_history
 from tests.errors import names, some_line_names
 
 JOB = [
@@ -94,10 +94,16 @@ def test_an_interrupted_run_is_bit_identical_to_an_uninterrupted_one(program: Pr
     expected, found = weights(reference.run_dir), weights(resumed.run_dir)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-    # one wandb run in three parts
-    parts = [path.name.rpartition("-")[2] for path in (resumed.run_dir / "wandb").glob("offline-run-*")]
+    # one wandb run, whose newest folder has all steps: `wandb sync` replaces earlier folders of the same id by it
+    folders = sorted((resumed.run_dir / "wandb").glob("offline-run-*"))
+    parts = [path.name.rpartition("-")[2] for path in folders]
     assert len(parts) == 3
     assert len(set(parts)) == 1
+    assert resumed.stdout.endswith(f"wandb sync {folders[-1]}\n")
+    rows = wandb_history(folders[-1], home=program.folder)
+    assert [(row["step"], row["train/loss"]) for row in rows] == [
+        (row["step"], row["train/loss"]) for row in resumed.metrics
+    ]
     manifest = json.loads((resumed.run_dir / "checkpoints" / "step_00000040" / "manifest.json").read_text())
     assert manifest["wandb_run_id"] == parts[0]
 

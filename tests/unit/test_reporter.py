@@ -11,18 +11,21 @@ import wandb
 from wandb.errors import AuthenticationError
 
 from conf.schema import Config, LoggingConfig
+from recipes.checkpoint.manifest import Manifest
 from recipes.monitor.reporter import Reporter
 from recipes.planning.plan import Plan
 from tests.errors import names
 
 
-def opened(folder, monkeypatch, **logging) -> tuple[Reporter, io.StringIO, mock.Mock]:
+def opened(
+    folder, monkeypatch, resumed: Manifest | None = None, **logging
+) -> tuple[Reporter, io.StringIO, mock.MagicMock]:
     """A reporter, its console, and a mock of the `wandb.init` that it calls."""
     init = mock.MagicMock()
     monkeypatch.setattr(wandb, "init", init)
     console = io.StringIO()
     plan = Plan(Config(logging=LoggingConfig(**logging)), 4, "cpu", "CPU", None, ranks_per_host=4)
-    return Reporter(plan, folder, console), console, init
+    return Reporter(plan, folder, console, resumed), console, init
 
 
 def test_every_row_is_valid_json_even_after_the_loss_has_diverged(tmp_path, monkeypatch):
@@ -82,3 +85,20 @@ def test_rows_of_earlier_runs_move_to_their_own_files(tmp_path, monkeypatch):
     names(line, "metrics.jsonl", "metrics.earlier-2.jsonl")
     for name, loss in (("metrics.earlier-1", 1.0), ("metrics.earlier-2", 2.0), ("metrics", 3.0)):
         assert json.loads((tmp_path / f"{name}.jsonl").read_text())["train/loss"] == loss
+
+
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_a_resumed_run_logs_its_earlier_rows_again_offline(tmp_path, monkeypatch, mode):
+    """`wandb sync` puts the newest folder in the place of earlier ones of the same id; a server has their rows."""
+    rows = [{"step": step, "train/loss": float(step), "elapsed_s": 1.0} for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    resumed = Manifest(2, 0, "", 1.0, "id7", {}, {}, {})
+    reporter, _, init = opened(tmp_path, monkeypatch, resumed, wandb=mode)
+    init.return_value.offline = mode == "offline"
+    with reporter:
+        reporter.log(3, {"train/loss": 4.0})
+    assert init.call_args.kwargs["id"] == "id7"
+    assert init.call_args.kwargs["resume"] == (None if mode == "offline" else "allow")
+    logged = [call.args[0] for call in init.return_value.log.call_args_list]
+    earlier = [{"step": 1, "train/loss": 1.0}, {"step": 2, "train/loss": 2.0}] if mode == "offline" else []
+    assert logged == [*earlier, {"step": 3, "train/loss": 4.0}]

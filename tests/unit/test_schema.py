@@ -6,18 +6,19 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import hydra
 import pytest
+import wandb
 import yaml
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
 
 import train  # registers the schema
-from conf.compose import check_multirun, compose_entries, describe_error, to_config
+from conf.compose import as_hydra_types_it, check_multirun, compose_entries, describe_error, to_config
 from conf.degrees import accumulation_steps, resolve_degrees
-from conf.schema import CompareConfig, Config, ConfigError, flatten
+from conf.schema import WANDB_MODES, CompareConfig, Config, ConfigError, flatten
 from tests.errors import is_named, names, refused
 
 CONF = Path(train.__file__).parent / "conf"
@@ -282,6 +283,45 @@ def test_a_mistake_in_a_comparison_names_the_entry(own: str, parts: list[str]):
 def test_a_sweep_without_m_names_the_swept_fields(typed: str, swept: list[str]):
     with refused(ConfigError, *swept, f"python train.py -m {typed}"):
         check_multirun(composed_for_hydra(*typed.split()))
+
+
+@pytest.mark.parametrize(
+    ("from_wandb", "typed"),
+    [
+        ("engine.train_batch_size=8.0", "engine.train_batch_size=8"),
+        ("num_steps=100.0", "num_steps=100"),
+        ("parallelism.data_degree=None", "parallelism.data_degree=null"),
+        ("logging.group=None", "logging.group=null"),
+        # unchanged
+        ("engine.train_batch_size=8.5", "engine.train_batch_size=8.5"),
+        ("optimizer.lr=1.0", "optimizer.lr=1.0"),
+        ("num_steps=None", "num_steps=None"),
+        ("attention=None", "attention=None"),
+        ("+experiment=ra_sp", "+experiment=ra_sp"),
+        ("--help", "--help"),
+    ],
+)
+def test_whole_numbers_and_none_of_wandb_agent_are_typed_as_hydra_wants_them(from_wandb, typed):
+    assert as_hydra_types_it(from_wandb) == typed
+
+
+def test_nested_parameters_of_a_wandb_sweep_name_the_fields_to_write():
+    message = mistake("optimizer={'lr': 0.002, 'beta1': 0.8}")
+    names(message, "optimizer={'lr': 0.002, 'beta1': 0.8}", "optimizer.lr", "optimizer.beta1", "YAML")
+
+
+@pytest.mark.parametrize("name", ["engine.train_batch_size", "num_steps"])
+def test_a_fraction_for_a_whole_number_is_an_error(name):
+    names(mistake(as_hydra_types_it(f"{name}=8.5")), f"{name}=8.5")
+
+
+def test_wandb_mode_is_one_of_wandbs(monkeypatch):
+    assert get_args(get_type_hints(wandb.Settings)["mode"]) == WANDB_MODES
+    monkeypatch.setenv("WANDB_MODE", "off")
+    names(mistake(), "WANDB_MODE=off", *WANDB_MODES)
+    compose("logging.wandb=disabled")  # which does not look at it
+    monkeypatch.setenv("WANDB_MODE", "dryrun")
+    compose()
 
 
 def test_one_run_may_set_all_fields_of_a_sweep():

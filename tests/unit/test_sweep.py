@@ -15,7 +15,6 @@ from typing import Any
 
 import hydra
 import pytest
-from filelock import FileLock
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep
 from hydra.core.utils import JobReturn, JobStatus
@@ -24,6 +23,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from conf.schema import KERNELS, ConfigError, SweepConfig
 from recipes.run.errors import RunFailed
+from recipes.run.lock import locked
 from recipes.sweep import report
 from recipes.sweep.runner import one_line, run_sweep
 from recipes.sweep.search_space import read_space
@@ -200,7 +200,7 @@ def test_another_sweep_in_the_folder_is_refused(jobs):
         field_name, _, now = changed.partition("=")
         with refused(ConfigError, jobs.folder, field_name, before, now, "hydra.sweep.dir"):
             jobs.sweep(*GRID, changed)
-    with FileLock(jobs.folder / "sweep.lock"), refused(ConfigError, jobs.folder, "running"):
+    with locked(jobs.folder), refused(ConfigError, jobs.folder, "process", "hydra.sweep.dir"):
         jobs.sweep(*GRID)
     assert len(jobs.started) == 4
 
