@@ -34,6 +34,7 @@ def start_wandb(
     import wandb  # takes a second, which errors before the run should not wait for
 
     def init(mode: Any) -> Any:
+        is_offline = str(mode) in ("offline", "dryrun")  # the old name
         return wandb.init(
             project=logging.project,
             group=logging.group,
@@ -42,7 +43,7 @@ def start_wandb(
             name=run_dir.name,
             config=config,
             id=run_id,
-            resume="allow" if run_id and mode not in ("offline", "dryrun") else None,  # dryrun: offline's old name
+            resume="allow" if run_id and not is_offline else None,
             mode=mode,
             settings=wandb.Settings(silent=True, console="off"),
         )
