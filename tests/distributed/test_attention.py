@@ -49,7 +49,16 @@ def batches(mask: Mask) -> tuple[int, ...]:
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float64,
+        torch.bfloat16,
+        pytest.param(torch.float32, marks=pytest.mark.slow),
+        pytest.param(torch.float16, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_every_method_equals_whole_attention(pool: WorkerPool, num_ranks: int, method: str, dtype: torch.dtype):
     """With every mask and layout, of one row and of several."""
     cases = [

@@ -1,4 +1,7 @@
-"""A covering subset of the parity table: every ZeRO stage in both dtypes, every other option with several of them."""
+"""A covering subset of the parity table: every ZeRO stage in both dtypes, every other option with several of them.
+
+Of it, fp32 on every stage and with every method is not slow.
+"""
 
 import pytest
 
@@ -43,7 +46,14 @@ COVERING = [  # dtype, stage, ring, data, accumulation, length
 ]
 
 
-@pytest.mark.parametrize("cell", COVERING, ids=str)
+def is_slow(cell: Cell) -> bool:
+    return cell.dtype == "bf16" or (cell.model == "gpt" and cell.method != "tp_pp")
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [pytest.param(cell, marks=[pytest.mark.slow] if is_slow(cell) else [], id=str(cell)) for cell in COVERING],
+)
 def test_training_on_ranks_equals_one_process(pool: WorkerPool, cell: Cell):
     outcome = run_cell(pool, cell)
     assert outcome.passes, outcome
