@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from conf.schema import LoggingConfig
@@ -21,7 +22,7 @@ from recipes.checkpoint.manifest import Manifest
 from recipes.planning.plan import Plan
 from recipes.planning.throughput import Throughput
 from recipes.run.errors import Preempted
-from recipes.run.run_dir import METRICS_FILE, SUMMARY_FILE, read_json_lines, replace_file
+from recipes.run.run_dir import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, read_json_lines, replace_file
 
 
 def start_wandb(
@@ -160,9 +161,12 @@ class Reporter:
         replace_file(self._run_dir / SUMMARY_FILE, _as_json(self._summary, indent=1))
         self._wandb.summary.update(self._summary)
 
-    def log_config(self, facts: dict[str, str]) -> None:
-        """Add what was only known once the run had started to wandb's config."""
-        self._wandb.config.update(facts, allow_val_change=True)  # a resumed run has them already
+    def log_transport(self, used: str) -> None:
+        """Write what carries the ring's messages, known once it has sent, to RUN_DIR/config.yaml and wandb's config."""
+        ran = OmegaConf.structured(self._config)
+        ran.attention.transport = used
+        replace_file(self._run_dir / CONFIG_FILE, OmegaConf.to_yaml(ran))
+        self._wandb.config.update({"transport_used": used}, allow_val_change=True)  # a resumed run has it already
 
     def step_line(self, step: int, metrics: dict[str, Any]) -> str:
         """The console line of a logged step."""

@@ -125,14 +125,14 @@ class StepLogger:
     def _report_transport(self, falls_back: bool) -> None:
         """Once, when the ring has sent: what carries its messages, which the banner could not know."""
         attention = self._engine.attention
-        if self._reporter is None or attention is None or self._transport_is_reported:
+        used = attention.transport_used if attention else None
+        if self._reporter is None or attention is None or used is None or self._transport_is_reported:
             return
         self._transport_is_reported = True
-        used = attention.transport_used or "none"
         if falls_back:
             reason = attention.transport_reason or "other ranks cannot: their logs in the run dir say why"
             self._reporter.say(f"transport {used} instead of {self._plan.transport} alone: {reason}")
-        self._reporter.log_config({"transport_used": used})
+        self._reporter.log_transport(used)
 
     def write(self, step: int, metrics: dict[str, float | None]) -> None:
         """Write metrics to the file and to wandb. The time since the step belongs to no step."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import asdict
 from unittest import mock
 
 import pytest
 import wandb
+import yaml
 from wandb.errors import AuthenticationError
 
 from conf.schema import Config, LoggingConfig
@@ -26,6 +28,16 @@ def opened(
     console = io.StringIO()
     plan = Plan(Config(logging=LoggingConfig(**logging)), 4, "cpu", "CPU", None, ranks_per_host=4)
     return Reporter(plan, folder, console, resumed), console, init
+
+
+def test_the_configuration_names_the_transport_that_ran(tmp_path, monkeypatch):
+    reporter, _, init = opened(tmp_path, monkeypatch)
+    with reporter:
+        reporter.log_transport("p2p")
+    settings = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert settings["attention"]["transport"] == "p2p"
+    assert settings["data"] == asdict(Config().data)
+    init.return_value.config.update.assert_called_once_with({"transport_used": "p2p"}, allow_val_change=True)
 
 
 def test_every_row_is_valid_json_even_after_the_loss_has_diverged(tmp_path, monkeypatch):

@@ -244,7 +244,7 @@ def test_a_run_says_once_what_carries_its_messages(clock: Clock, own: str, of_ot
         step(logger, True, clock)
         metrics = logger.step_metrics(number, {})
         assert not any("falls_back" in name for name in metrics)
-    reporter.log_config.assert_called_once_with({"transport_used": "p2p"})
+    reporter.log_transport.assert_called_once_with("p2p")
     lines = [line for call in reporter.say.call_args_list for line in call.args if line.startswith("transport")]
     assert len(lines) == len(told)
     for line, reason in zip(lines, told, strict=True):
