@@ -155,7 +155,8 @@ def describe_error(error: Exception) -> str:
         return str(error)
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, option = str(error.missing_cfg_file).partition("/")  # the option may be OWNER/NAME of a hub
+        path = str(error.missing_cfg_file)  # the option may be OWNER/NAME of a hub; only Hydra's groups are nested
+        group, _, option = path.rpartition("/") if path.startswith("hydra/") else path.partition("/")
         setting = group if group in _GROUPS_WITH_DEFAULT else f"+{group}"
         options = error.options or sorted(path.stem for path in Path(__file__).with_name(group).glob("*.yaml"))
         advice = _did_you_mean(option, options) + f"use {', '.join(f'{setting}={name}' for name in options)}"

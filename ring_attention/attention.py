@@ -64,7 +64,9 @@ class HybridAttention(SequenceAttention):
         from deepspeed.sequence.layer import DistributedAttention
 
         if not deepspeed.comm.is_initialized():  # torch's init_process_group alone is not enough
-            raise ValueError(f"{type(self).__name__} sends by DeepSpeed: call deepspeed.init_distributed() before")
+            raise ValueError(
+                f"{type(self).__name__} uses DeepSpeed's collectives: call deepspeed.init_distributed() first"
+            )
         self._group = group
         group_rank, num_ranks = rank_and_size(group)
         grid = hybrid_split([0] * num_ranks if hosts is None else hosts, self.ulysses_degree)

@@ -11,7 +11,9 @@ from torch import Tensor
 
 
 def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-    """For the backward pass of a torch.autograd.Function: a derivative of its gradients raises NotImplementedError.
+    """Makes backward(ctx, saved_tensors, *grad_outputs) the backward pass of a torch.autograd.Function.
+
+    A derivative of its gradients raises NotImplementedError.
 
     Torch's decorator of this name lets gradients pass as constants where no `grad_outputs` needs a gradient, as those
     of a sum do not: a gradient penalty then lacks its second-order part, without an error.
@@ -19,13 +21,13 @@ def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..
 
     @functools.wraps(backward)
     def once(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors  # torch.utils.checkpoint lets them be read once
         with torch.no_grad():
-            gradients = backward(ctx, *grad_outputs)
+            gradients = backward(ctx, saved, *grad_outputs)
         if not torch.is_grad_enabled():  # enabled by create_graph=True
             return gradients
-        # The saved tensors have the Function's output among them, which leads to all of its inputs: no derivative of a
-        # gradient, whatever it is taken for, goes around the error.
-        return _NoSecondDerivative.apply(len(gradients), *gradients, *ctx.saved_tensors, *grad_outputs)
+        # the Function's output is among the saved tensors and leads to all inputs: any second derivative gets here
+        return _NoSecondDerivative.apply(len(gradients), *gradients, *saved, *grad_outputs)
 
     return once
 

@@ -86,9 +86,11 @@ class AllGatherFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, saved: tuple[Tensor, ...], *grad_outputs: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, None]:
         ring: Ring = ctx.ring
-        q_BSHD, k_BSKD, v_BSKE, out_BSHE, lse_BHS = ctx.saved_tensors
+        q_BSHD, k_BSKD, v_BSKE, out_BSHE, lse_BHS = saved
         local = KeysValues.of_parts(k_BSKD, v_BSKE)
         kv = gather_keys(ring, local)
         tiles = gathered_tiles(ring.layout, ring.mask, ring.rank)

@@ -203,8 +203,10 @@ class RingFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        q_BSHD, out_BSHE, lse_BHS, *saved_kv = ctx.saved_tensors
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, saved: tuple[Tensor, ...], *grad_outputs: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, None]:
+        q_BSHD, out_BSHE, lse_BHS, *saved_kv = saved
         if len(saved_kv) == 2:
             kv = KeysValues.of_parts(*saved_kv)
         else:

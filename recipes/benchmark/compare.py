@@ -95,9 +95,10 @@ class ComparisonTask:
 
     def _timed(self, measurement: Measurement, plan: Plan, console: TextIO | None) -> Iterator[Row]:
         """Some steps and, in the last round, their breakdown."""
+        from recipes.engine.base import transport_over_ranks
         from recipes.engine.build import build_engine, build_sharder
         from recipes.monitor import device_metrics
-        from recipes.monitor.time_breakdown import measure_time_breakdown
+        from recipes.monitor.time_breakdown import breakdown_too_long, measure_time_breakdown
 
         torch.compiler.reset()  # shapes of other entries would count as dynamic, and compile to slower kernels
         compare, is_sequence = self.config.compare, plan.config.parallelism.method == "sequence"
@@ -116,20 +117,25 @@ class ComparisonTask:
                 clock.take()  # warm-up: kernels are chosen and compiled, and communicators connect
                 clock.restart()
         times_s, peak_gib = clock.take(), engine.max_over_ranks(device_metrics.peak_memory_gib())
+        transport, reason = transport_over_ranks(engine.attention) if engine.attention else (None, "")
         yield {
             **_numbers(plan, times_s),
             # on the CPU it is the process's, which all entries share
             "peak_memory_gib": peak_gib if plan.on_gpu else None,
             "losses": [loss.item() if loss.isfinite() else None for loss in losses],  # JSON has no NaN
             "degrees": plan.degrees._asdict(),
-            "transport": engine.attention.transport_used if engine.attention else None,
-            "transport_reason": engine.attention.transport_reason if engine.attention else "",
+            "transport": transport,
+            "transport_reason": reason,
         }
         if self.config.breakdown and measurement.round == compare.rounds:
+            too_long = breakdown_too_long(plan, engine, times_s * compare.rounds)
             if console:
-                print(f"measuring the time breakdown of {measurement.entry} ...", file=console, flush=True)
-            batches = functools.partial(sharder.steps, corpus.training(cursor=0))
-            yield {"parts": measure_time_breakdown(plan, engine, batches)}
+                doing = "no" if too_long else "measuring the"
+                details = f": {too_long}" if too_long else " ..."
+                print(f"{doing} time breakdown of {measurement.entry}{details}", file=console, flush=True)
+            if not too_long:
+                batches = functools.partial(sharder.steps, corpus.training(cursor=0))
+                yield {"parts": measure_time_breakdown(plan, engine, batches)}
         engine.close()
         del engine
         device_metrics.reset_peak_memory()  # frees the memory before the next model is built

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import deepspeed.comm as dist
 import numpy as np
@@ -50,7 +50,6 @@ from recipes.run.heartbeat import LOGS_DIR, PREEMPTED_FILE
 # the classes that DeepSpeed 0.19.8 pickles beside tensors and plain values
 KNOWN_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 RANDOM_STATES_FILE = "random_states_rank_{}.pt"
-T = TypeVar("T")
 WEIGHTS_ONLY, NOT_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
@@ -81,7 +80,7 @@ def choose_checkpoint(config: Config, run_dir: Path, say: Callable[[str], None])
     """
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     say = say if rank == 0 else lambda _: None
-    folders = _from_rank_0(lambda: newest_first(run_dir))
+    folders = _gathered(newest_first(run_dir))[0]  # rank 0's
     for folder in folders:
         say(f"reading {folder} ...")
         manifest, problem = None, None
@@ -113,13 +112,6 @@ def _gathered(value: Any) -> list[Any]:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
-
-
-def _from_rank_0(compute: Callable[[], T]) -> T:
-    """What rank 0 computes, on every rank."""
-    shared: list[Any] = [compute() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(shared, src=0)
-    return shared[0]
 
 
 def _versions() -> dict[str, str]:
@@ -192,9 +184,10 @@ class Checkpoints:
         torch.save(random_states(), folder / RANDOM_STATES_FILE.format(rank))
         # ends with a barrier, after which all files exist
         self._engine.deepspeed.save_checkpoint(writing, tag, self._engine.client_state, save_latest=False)
-        # one list for all ranks: on network disks their own may differ, and then nobody would hash some files
-        names = _from_rank_0(lambda: sorted(path.name for path in folder.iterdir()))
-        if missing := set(map(RANDOM_STATES_FILE.format, range(num_ranks))).difference(names):
+        # one list for all ranks: on network disks their own may lack files of others, and nobody would hash those
+        listings = _gathered({path.name for path in folder.iterdir()})
+        names = sorted(set().union(*listings))
+        if missing := set(map(RANDOM_STATES_FILE.format, range(num_ranks))).difference(listings[0]):
             raise RunFailed(
                 f"{folder} has no {min(missing)}, which another rank has written: use hydra.run.dir on a disk that all "
                 "hosts share",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -85,6 +86,20 @@ def extremes_over_ranks(values: dict[str, float], device: torch.device) -> dict[
 def max_over_ranks(value: float, device: torch.device) -> float:
     """The largest value over all ranks. Every rank must call it."""
     return extremes_over_ranks({"value": value}, device)["value"][1]
+
+
+def transport_over_ranks(attention: SequenceAttention) -> tuple[str | None, str]:
+    """What carries the messages of all ranks' rings, None without a ring, and why it is not what was chosen, or "".
+
+    Every rank must call it, after a first call of its attention.
+    """
+    of_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, (attention.transport_used, attention.transport_reason))
+    counts = collections.Counter(used for used, _ in of_ranks)
+    reason = next((reason for _, reason in of_ranks if reason), "")
+    if len(counts) == 1:
+        return of_ranks[0][0], reason
+    return ", ".join(f"{used} on {number} ranks" for used, number in counts.items()), reason
 
 
 class Engine(ABC):

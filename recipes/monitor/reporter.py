@@ -14,7 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from conf.schema import LoggingConfig
@@ -161,11 +160,10 @@ class Reporter:
         replace_file(self._run_dir / SUMMARY_FILE, _as_json(self._summary, indent=1))
         self._wandb.summary.update(self._summary)
 
-    def log_transport(self, used: str) -> None:
-        """Write what carries the ring's messages, known once it has sent, to RUN_DIR/config.yaml and wandb's config."""
-        ran = OmegaConf.structured(self._config)
-        ran.attention.transport = used
-        replace_file(self._run_dir / CONFIG_FILE, OmegaConf.to_yaml(ran))
+    def log_transport(self, used: str, reason: str) -> None:
+        """Add what carries the ring's messages, known once it has sent, to RUN_DIR/config.yaml and wandb's config."""
+        with (self._run_dir / CONFIG_FILE).open("a", encoding="utf-8") as file:
+            print(f"# the transport that ran: {used}" + (f", because {reason}" if reason else ""), file=file)
         self._wandb.config.update({"transport_used": used}, allow_val_change=True)  # a resumed run has it already
 
     def step_line(self, step: int, metrics: dict[str, Any]) -> str:
@@ -217,4 +215,5 @@ def _as_json(metrics: dict[str, float], indent: int | None = None) -> str:
 
 def drop_rows_after(path: Path, step: int) -> None:
     """Remove the rows of later steps from a metrics file, and rows that a crash cut off. They will be logged again."""
-    replace_file(path, "".join(line for line, row in read_json_lines(path) if row and row["step"] <= step))
+    lines = [line.rstrip() for line, row in read_json_lines(path) if row and row["step"] <= step]
+    replace_file(path, "".join(f"{line}\n" for line in lines))

@@ -15,18 +15,14 @@ from typing import Any
 import numpy as np
 
 from data.shard import TokenBatch
-from recipes.engine.base import Engine
+from recipes.engine.base import Engine, transport_over_ranks
 from recipes.monitor import device_metrics
 from recipes.monitor.metric_registry import PARTS
 from recipes.monitor.reporter import Reporter
-from recipes.monitor.time_breakdown import BreakdownStopped, breakdown_cost, measure_time_breakdown
+from recipes.monitor.time_breakdown import BreakdownStopped, breakdown_too_long, measure_time_breakdown
 from recipes.planning.plan import Plan
 from recipes.planning.throughput import Throughput
 from ring_attention.trace import observed_range, profiler_range, report_status
-
-LONG_STEP_S = 60.0
-MAX_BREAKDOWN_SHARE = 0.02  # of the time of all steps
-SHORT_BREAKDOWN_S = 30.0  # always allowed: trials of a few steps are there to look at
 
 
 class StepLogger:
@@ -111,48 +107,31 @@ class StepLogger:
         if self._plan.has_ring:
             waits = zip(self._ring_waits[::2], self._ring_waits[1::2], strict=True)
             local["exchange_wait_ms"] = 1e3 * sum(device_metrics.durations_s(list(waits)))
-            attention = self._engine.attention
-            local["falls_back"] = float(attention is not None and attention.transport_reason != "")
         self._data_wait_s, self._ring_waits = 0.0, []
         extremes = self._engine.extremes_over_ranks(local)
         fastest_ms, slowest_ms = extremes.pop("step_time_ms")
         metrics = {"rank_spread_ms": slowest_ms - fastest_ms}
         if self._plan.has_ring:
             metrics["exchange_wait_min_ms"], metrics["exchange_wait_max_ms"] = extremes.pop("exchange_wait_ms")
-            self._report_transport(falls_back=extremes.pop("falls_back")[1] > 0)
+            self._report_transport()
         return metrics | {name: largest for name, (_, largest) in extremes.items()}
 
-    def _report_transport(self, falls_back: bool) -> None:
-        """Once, when the ring has sent: what carries its messages, which the banner could not know."""
-        attention = self._engine.attention
-        used = attention.transport_used if attention else None
-        if self._reporter is None or attention is None or used is None or self._transport_is_reported:
+    def _report_transport(self) -> None:
+        """Once, when the ring has sent: what carries its messages, which the banner could not know. One collective."""
+        if self._engine.attention is None or self._transport_is_reported:
             return
         self._transport_is_reported = True
-        if falls_back:
-            reason = attention.transport_reason or "other ranks cannot: their logs in the run dir say why"
-            self._reporter.say(f"transport {used} instead of {self._plan.transport} alone: {reason}")
-        self._reporter.log_transport(used)
+        used, reason = transport_over_ranks(self._engine.attention)
+        if self._reporter and used:
+            if reason:
+                self._reporter.say(f"transport {used} instead of {self._plan.transport} alone: {reason}")
+            self._reporter.log_transport(used, reason)
 
     def write(self, step: int, metrics: dict[str, float | None]) -> None:
         """Write metrics to the file and to wandb. The time since the step belongs to no step."""
         if self._reporter:
             self._reporter.log(step, metrics)
         self.restart()
-
-    def _breakdown_too_long(self) -> str:
-        """Why measuring would take too long, the same on all ranks; empty if it would not. One collective."""
-        own = {"step_s": statistics.median(self._step_times_s), "run_s": sum(self._step_times_s)}
-        extremes = self._engine.extremes_over_ranks(own)
-        step_s, run_s = extremes["step_s"][1], extremes["run_s"][0]
-        cost_s = breakdown_cost(self._plan) * step_s
-        if step_s >= LONG_STEP_S:
-            return f"a step takes {step_s:.0f} s, and {LONG_STEP_S:.0f} s or more are too long to repeat"
-        if cost_s > max(SHORT_BREAKDOWN_S, MAX_BREAKDOWN_SHARE * run_s):
-            return (
-                f"it would take about {cost_s:.0f} s, more than {MAX_BREAKDOWN_SHARE:.0%} of the {run_s:.0f} s of steps"
-            )
-        return ""
 
     def median_throughput(self) -> Throughput:
         """Of the steps so far, without the first, which warms up."""
@@ -165,13 +144,15 @@ class StepLogger:
 
         The run is over, so a failure is one line and no error. Arguments are those of `measure_time_breakdown`.
         """
-        if too_long := self._breakdown_too_long():
+        if too_long := breakdown_too_long(self._plan, self._engine, self._step_times_s):
             self.say(f"no time breakdown: {too_long}")
             return
         report_status("part", "measuring where the time of a step goes")
         self.say("measuring where the time of a step goes ...")
         try:
             metrics = measure_time_breakdown(self._plan, self._engine, batches, must_stop)
+            if self._reporter:
+                self._reporter.write_summary(metrics)
         except BreakdownStopped:
             self.say("no time breakdown: a signal asked the run to stop")
             return
@@ -185,4 +166,3 @@ class StepLogger:
             exposed_ms = metrics["parts/exposed_communication_ms"]
             exposed = f"{exposed_ms:.2f} ms" if exposed_ms else "too short to measure"
             self._reporter.say(f"time of a step: {shares}; exposed communication {exposed}")
-            self._reporter.write_summary(metrics)

@@ -21,6 +21,9 @@ MAX_MICRO_BATCHES = 4  # enough to measure; a full batch may take a minute
 REPETITIONS = 3
 NUM_PASSES = 2 * (1 + REPETITIONS)  # with and without attention's messages; the first of each warms up
 NUM_PROFILED = 2  # the first is not recorded
+LONG_STEP_S = 60.0
+MAX_SHARE = 0.02  # of the time of all steps
+SHORT_S = 30.0  # always allowed: trials of a few steps are there to look at
 
 
 class BreakdownStopped(Exception):
@@ -32,6 +35,19 @@ def breakdown_cost(plan: Plan) -> float:
     num_profiled, num_few = _num_micro_batches(plan)
     num_passes = NUM_PASSES if plan.degrees.sequence > 1 else 0
     return (NUM_PROFILED * num_profiled + num_passes * num_few) / plan.accumulation_steps
+
+
+def breakdown_too_long(plan: Plan, engine: Engine, step_times_s: list[float]) -> str:
+    """Why measuring would take too long beside these steps, the same on all ranks; empty if not. One collective."""
+    own = {"step_s": statistics.median(step_times_s), "run_s": sum(step_times_s)}
+    extremes = engine.extremes_over_ranks(own)
+    step_s, run_s = extremes["step_s"][1], extremes["run_s"][0]
+    cost_s = breakdown_cost(plan) * step_s
+    if step_s >= LONG_STEP_S:
+        return f"a step takes {step_s:.0f} s, and {LONG_STEP_S:.0f} s or more are too long to repeat"
+    if cost_s > max(SHORT_S, MAX_SHARE * run_s):
+        return f"it would take about {cost_s:.0f} s, more than {MAX_SHARE:.0%} of the {run_s:.0f} s of steps"
+    return ""
 
 
 def _num_micro_batches(plan: Plan) -> tuple[int, int]:

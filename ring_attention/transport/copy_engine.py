@@ -52,7 +52,7 @@ class CopyEngineTransport(P2PTransport):
         """
         super().connect(tensor, buffer_bytes)
         if self.falls_back and tensor.device.type != "cuda":
-            self.reason = f"the tensors are on {tensor.device.type}"
+            self._buffers, self.reason = None, f"the tensors are on {tensor.device.type}"
             return
         if self.group not in _symmetric_buffers:  # the first time, and after a release
             _symmetric_buffers[self.group] = make_symmetric_buffers(self.group, tensor.device)

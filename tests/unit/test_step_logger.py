@@ -11,6 +11,7 @@ import torch
 from torch.profiler import profile
 
 from conf.schema import Config, EngineConfig
+from recipes.engine import base
 from recipes.monitor import device_metrics, step_logger
 from recipes.monitor.metric_registry import PARTS
 from recipes.monitor.step_logger import StepLogger
@@ -49,13 +50,11 @@ def two_ranks(own: dict[str, float]) -> dict[str, tuple[float, float]]:
     return {name: (value, 2 * value) for name, value in own.items()}
 
 
-def make_logger(
-    has_ring: bool, extremes_over_ranks=two_ranks, reporter: Any = None, transport_reason: str = ""
-) -> StepLogger:
+def make_logger(has_ring: bool, extremes_over_ranks=two_ranks, reporter: Any = None) -> StepLogger:
     plan = Plan(Config(num_steps=10), 4 if has_ring else 1, "cpu", "CPU", None, ranks_per_host=4)
     assert plan.has_ring == has_ring
-    attention = SimpleNamespace(transport_used="p2p", transport_reason=transport_reason)
-    engine = mock.Mock(extremes_over_ranks=extremes_over_ranks, attention=attention)
+    attention = SimpleNamespace(transport_used="p2p", transport_reason="")
+    engine = mock.Mock(extremes_over_ranks=extremes_over_ranks, attention=attention if reporter else None)
     return StepLogger(plan, engine, "train", reporter)
 
 
@@ -229,23 +228,29 @@ def test_observed_and_numbered_ranges_are_in_profiles():
 
 
 @pytest.mark.parametrize(
-    ("own", "of_others", "told"),
-    [("", 0.0, []), ("no access", 1.0, ["no access"]), ("", 1.0, ["their logs"])],
-    ids=["as chosen", "not", "not on others"],
+    ("of_ranks", "used", "reason"),
+    [
+        ([("p2p", ""), ("p2p", "")], "p2p", ""),
+        ([("p2p", "no access"), ("p2p", "no access")], "p2p", "no access"),
+        ([("copy_engine", ""), ("p2p", "no access")], "copy_engine on 1 ranks, p2p on 1 ranks", "no access"),
+    ],
+    ids=["as chosen", "not", "not on one"],
 )
-def test_a_run_says_once_what_carries_its_messages(clock: Clock, own: str, of_others: float, told: list[str]):
+def test_a_run_says_once_what_carries_its_messages(monkeypatch, clock: Clock, of_ranks, used: str, reason: str):
     reporter = mock.Mock(step_line=lambda step, metrics: "step")
 
-    def extremes(values: dict[str, float]) -> dict[str, tuple[float, float]]:
-        return {name: (value, value) for name, value in values.items()} | {"falls_back": (0.0, of_others)}
+    def gather(received: list[Any], own: Any) -> None:
+        assert own == ("p2p", "")
+        received[:] = of_ranks
 
-    logger = make_logger(True, extremes, reporter, own)
+    monkeypatch.setattr(base.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(base.dist, "all_gather_object", gather)
+    logger = make_logger(True, reporter=reporter)
     for number in (1, 2):
         step(logger, True, clock)
-        metrics = logger.step_metrics(number, {})
-        assert not any("falls_back" in name for name in metrics)
-    reporter.log_transport.assert_called_once_with("p2p")
+        logger.step_metrics(number, {})
+    reporter.log_transport.assert_called_once_with(used, reason)
     lines = [line for call in reporter.say.call_args_list for line in call.args if line.startswith("transport")]
-    assert len(lines) == len(told)
-    for line, reason in zip(lines, told, strict=True):
-        names(line, "p2p", reason)
+    assert len(lines) == bool(reason)
+    for line in lines:
+        names(line, used, reason)
