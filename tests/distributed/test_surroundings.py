@@ -230,6 +230,18 @@ def test_a_second_derivative_is_refused(wanted: str, power: int, tokens: int):
         (loss + gradient.square().sum()).backward()
 
 
+def test_a_graph_of_gradients_can_be_made_within_a_checkpoint():
+    """Nobody differentiates it for attention, but something else in the model may need it."""
+    attention = LocalAttention("reference")
+    x, y = (torch.randn(1, 8, 2, 8, requires_grad=True) for _ in range(2))
+    out = checkpoint(lambda x: attention(x, x, x, 0), x, use_reentrant=False)
+    assert isinstance(out, Tensor)
+    gradient_x, gradient_y = torch.autograd.grad(out.square().sum() + y.pow(3).sum(), (x, y), create_graph=True)
+    (plain,) = torch.autograd.grad(attention(x, x, x, 0).square().sum(), x)
+    assert torch.equal(gradient_x, plain)
+    assert torch.equal(torch.autograd.grad(gradient_y.sum(), y)[0], 6 * y)
+
+
 def recomputed_twice(kind: Any) -> list[bool]:
     """Whether gradients are the same bits as without checkpointing: of two passes, and of one leaf after the other."""
     attention = kind("auto", world())

@@ -103,6 +103,11 @@ class TestPrivateFolder:
         with refused(ConfigError, tmp_path / "meeting", "lrwxrwxrwx"):
             make_private_folder(tmp_path / "meeting")
 
+    def test_a_file_is_refused(self, tmp_path):
+        (tmp_path / "meeting").touch(mode=0o600)
+        with refused(ConfigError, tmp_path / "meeting", "-rw-------"):
+            make_private_folder(tmp_path / "meeting")
+
 
 @pytest.mark.parametrize(
     ("nodelist", "first"),

@@ -139,6 +139,7 @@ MISTAKES = [  # what is typed; the value, the rule's values and what to type
     ("engine.batch_size=2", ["engine.batch_size", "engine.train_batch_size", "engine.micro_batch_size"]),
     ("nosuch=1", ["nosuch", "python train.py --help"]),
     ("+experiment=rasp", ["+experiment=rasp", "ra_sp?", "+experiment=all_gather", "+experiment=ra_sp"]),
+    ("hydra/launcher=slurm", ["hydra/launcher=slurm", "hydra/launcher=submitit_slurm"]),
     ("+experiment=[rasp]", ["+experiment=rasp", "ra_sp?", "+experiment=all_gather", "+experiment=ra_sp"]),
     ("+experiment=[ra_sp,nosuch]", ["+experiment=nosuch", "+experiment=all_gather", "+experiment=weak_scaling"]),
     ("data=hubb", ["data=hubb", "hub?", "data=hub", "data=stdlib", "data=text_files"]),

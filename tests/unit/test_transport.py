@@ -35,7 +35,7 @@ class StubGroup:
     ("group", "chosen", "minutes"),
     [
         (StubGroup(cuda="nccl"), "copy_engine", 10),
-        (StubGroup(cpu="gloo", cuda="nccl"), "copy_engine", 10),  # init_process_group() without arguments
+        (StubGroup(cpu="gloo", cuda="nccl"), "copy_engine", 10),  # init_process_group("cpu:gloo,cuda:nccl")
         (StubGroup(cpu="gloo", cuda="gloo"), "p2p", 30),  # init_process_group("gloo")
         (StubGroup(cpu="gloo"), "p2p", 30),
     ],
