@@ -6,6 +6,7 @@ It imports `tests.imported` at the first start, for 10 s. Some tests of the comm
 from __future__ import annotations
 
 import functools
+import io
 import multiprocessing
 import os
 import runpy
@@ -69,7 +70,8 @@ def _run(command: list[str], folder: Path, environment: dict[str, str], outputs:
     for path, stream in zip(outputs, (sys.stdout, sys.stderr), strict=True):
         with path.open("w") as file:
             os.dup2(file.fileno(), stream.fileno())
-        stream.reconfigure(write_through=True)  # type: ignore[union-attr]
+        assert isinstance(stream, io.TextIOWrapper)
+        stream.reconfigure(write_through=True)
     sys.argv = command
     sys.path[0:0] = [str(Path(command[0]).absolute().parent), *environment.get("PYTHONPATH", "").split(os.pathsep)]
     import torch.multiprocessing
