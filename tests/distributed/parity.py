@@ -104,7 +104,8 @@ class Cell:
 
     @property
     def plan(self) -> Plan:
-        """The launcher's plan on a CPU: the device plays no part in these tests."""
+        """The launcher's plan on a rank of the pool. Only the device's type matters: the CPU refuses some settings."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"  # no CPU rank of a pool sees a GPU
         return Plan(
             Config(
                 model=MODELS[self.model],
@@ -134,8 +135,8 @@ class Cell:
                 num_steps=NUM_STEPS,
             ),
             self.num_ranks,
-            "cpu",
-            "CPU",
+            device,
+            device,
             None,
             ranks_per_host=self.num_ranks,
         )
