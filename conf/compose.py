@@ -49,6 +49,7 @@ FROM_OTHER_TOOLS = {
     ("lora", "lora_rank", "peft"): "the recipe trains all weights",
 }
 _ENTRIES = "compare.entries."  # followed by names that the user chooses
+_ROPE = "model.rope."  # followed by names that transformers knows
 _FIELDS = flatten(asdict(Config()))
 
 
@@ -102,7 +103,7 @@ def check_fields(composed: DictConfig) -> None:
     """Raises ConfigError for a field that the schema lacks, because Hydra accepts +data.nosuch=1."""
     container: Any = OmegaConf.to_container(composed)
     for name, value in flatten(container).items():
-        if name not in _FIELDS and not name.startswith(_ENTRIES):
+        if name not in _FIELDS and not name.startswith((_ENTRIES, _ROPE)):
             raise ConfigError(_unknown_field(name, value))
 
 

@@ -71,7 +71,7 @@ class _Checked:
 
 @dataclass
 class ModelConfig(_Checked, prefix="model."):
-    """The shape of the transformer. The sequence length and the dtype are set elsewhere."""
+    """The shape of the transformer, or a Hugging Face model. The sequence length and the dtype are set elsewhere."""
 
     name: str = "tiny"
     num_layers: int = number(2, minimum=1)
@@ -88,13 +88,41 @@ class ModelConfig(_Checked, prefix="model."):
     bias: bool = False  # in every linear layer except the head
     rope_theta: float = number(10000.0, minimum=1)
     init_std: float = number(0.02, minimum=0)
+    path: Optional[str] = None  # a Hugging Face model to train: a folder or a name on the hub. It sets the shape above
+    rope: Any = None  # with path: other rotary embeddings, such as {rope_type: yarn, factor: 4} or {rope_theta: 1e6}
+    # what else path has; read from it, not typed
+    num_weights: Optional[int] = None
+    num_experts: int = 1
+    experts_per_token: int = 1
+    window: Optional[int] = None  # tokens that a query sees in windowed layers
+    num_window_layers: int = 0
+    softcap: Optional[float] = None  # of attention scores
 
     def problems(self) -> Iterator[str]:
+        defaults = {spec.name: spec.default for spec in dataclasses.fields(self)}
+        names = [name for name in defaults if name not in ("name", "path", "rope")]
+        if self.path is None:
+            names = names[names.index("num_weights") :]
+            if self.rope is not None:
+                yield f"model.rope={self.rope} needs model.path: model.rope_theta is for the recipe's own transformer"
+        for name in names:
+            if (value := getattr(self, name)) != defaults[name]:
+                what = "is read from model.path" if self.path is None else f"contradicts model.path={self.path}"
+                yield f"model.{name}={value} {what}: leave it out"
         heads, kv_heads = self.num_heads, self.num_kv_heads
         if heads % kv_heads:
             yield f"model.num_kv_heads={kv_heads} does not divide model.num_heads={heads}: use {one_divisor(heads)}"
         if self.head_dim % 2:
             yield f"model.head_dim={self.head_dim} must be even: rotary embeddings rotate pairs of values"
+
+
+@dataclass
+class LoraConfig(_Checked, prefix="lora."):
+    """Train small matrices beside the frozen weights of model.path (LoRA, by peft)."""
+
+    rank: int = number(0, minimum=0)  # 0: train all weights
+    alpha: float = number(32.0, minimum=0)  # the product of the matrices counts alpha / rank times
+    target_modules: Any = None  # names of linear layers, such as [q_proj,v_proj]; unset: all of them but the head
 
 
 @dataclass
@@ -309,6 +337,7 @@ class Config(_Checked):
     """A run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -331,6 +360,10 @@ class Config(_Checked):
     seed: int = 0  # of the weights
 
     def problems(self) -> Iterator[str]:
+        if self.lora.rank and not self.model.path:
+            yield f"lora.rank={self.lora.rank} needs a trained model: add model.path=FOLDER_OR_HUB_NAME"
+        if self.model.path and self.parallelism.method == "tensor_pipeline":
+            yield "model.path cannot go with parallelism=tensor_pipeline: use +experiment=finetune"
         if self.recipe == "compare" and not self.compare.entries:
             yield "recipe=compare has nothing to compare: type recipe=compare +experiment=paper_table"
         if self.explain_gpu and not self.explain:

@@ -172,7 +172,8 @@ class Engine(ABC):
 
     def _start_deepspeed(self, mpu: Any = None, **settings: Any) -> None:
         """Put the model under DeepSpeed, with `settings` in addition to `deepspeed_config`."""
-        num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        # ZeRO-3 may have cut parameters while they were loaded
+        num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters())
         self.deepspeed = deepspeed.initialize(
             model=self.model,
             config=deepspeed_config(self.config, num_parameters) | settings,

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from conf.schema import Config
 from data.shard import TokenBatch
-from recipes.engine.base import Engine, StepResult
+from recipes.engine.base import Engine, StepResult, deepspeed_config
 from recipes.model.transformer import Transformer
-from recipes.planning.memory import mlp_tile_tokens, tile_tokens
+from recipes.planning.memory import mlp_tile_tokens, num_parameters, tile_tokens
 from ring_attention.groups import ParallelGroups
 from ring_attention.sequence_attention import SequenceAttention
 from ring_attention.trace import profiler_range, report_status
@@ -64,16 +64,17 @@ class TrainingEngine(Engine):
         super().__init__(config, attention.sequence_rank, groups.data_rank, groups.data_degree)
         self.attention, engine = attention, config.engine
         tokens = engine.micro_batch_size * attention.layout(config.data.sequence_length).local_length
-        with self.device:
-            self.model = Transformer(
-                config.model,
-                attention,
-                config.seed,
-                engine.recompute,
-                tile_tokens(config, tokens),
-                mlp_tile_tokens(config, tokens),
-                engine.offload_activations,
-            )
+        tiles = tile_tokens(config, tokens), mlp_tile_tokens(config, tokens)
+        if config.model.path:
+            from recipes.model.huggingface import HuggingFaceModel  # imports transformers
+
+            settings = deepspeed_config(config, num_parameters(config.model))
+            self.model = HuggingFaceModel(config, attention, self.device, *tiles, settings)
+        else:
+            with self.device:
+                self.model = Transformer(
+                    config.model, attention, config.seed, engine.recompute, *tiles, engine.offload_activations
+                )
         self._start_deepspeed(groups, seq_parallel_communication_data_type="fp32")
         if isinstance(self.deepspeed.optimizer, FP16_UnfusedOptimizer):
             _undo_dummy_step(self.deepspeed.optimizer)

@@ -50,7 +50,9 @@ def optimizer_arguments(model: nn.Module, config: Config) -> dict[str, Any]:
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     decayed, not_decayed = [], []
     for parameter in model.parameters():
-        (not_decayed if parameter.dim() < 2 or id(parameter) in embeddings else decayed).append(parameter)
+        if parameter.requires_grad:
+            num_dims = len(getattr(parameter, "ds_shape", parameter.shape))  # of parameters that ZeRO-3 has cut
+            (not_decayed if num_dims < 2 or id(parameter) in embeddings else decayed).append(parameter)
     # fp32 on stage 0 is the one case in which DeepSpeed does not skip steps itself; ZeRO accepts only classes it knows
     kind = SkippingAdamW if engine.dtype == "fp32" and engine.zero_stage == 0 else torch.optim.AdamW
     optimizer = kind(

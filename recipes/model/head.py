@@ -5,6 +5,7 @@ Shapes: B batch, S local tokens, T tokens of all sequences or of a tile, E hidde
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,28 +14,33 @@ from torch.autograd.function import once_differentiable
 
 from recipes.model.ops import add_matmul_, cross_entropy_sum, fp32_zeros_like
 
+Transform = Callable[[Tensor], Tensor]
+
 
 class Head(nn.Linear):
     """The projection to logits, without bias. ZeRO-3 gathers the weight around `forward`, so the loss is in there too.
 
     Args:
         tile_tokens: how many tokens have logits at the same time when there are labels; 0: all.
+        transform: of logits, element by element, such as a cap; None for none.
     """
 
-    def __init__(self, hidden_size: int, vocab_size: int, tile_tokens: int = 0) -> None:
+    def __init__(
+        self, hidden_size: int, vocab_size: int, tile_tokens: int = 0, transform: Transform | None = None
+    ) -> None:
         super().__init__(hidden_size, vocab_size, bias=False)
-        self.tile_tokens = tile_tokens
+        self.tile_tokens, self.transform = tile_tokens, transform or (lambda logits: logits)
 
     def forward(self, input: Tensor, labels_BS: Tensor | None = None) -> Tensor:
         """[B, S, E] to logits [B, S, V] or, with int64 labels, to the loss of `cross_entropy_sum`."""
         if labels_BS is None:
-            return super().forward(input)
+            return self.transform(super().forward(input))
         if self.tile_tokens == 0 or labels_BS.numel() <= self.tile_tokens:
-            return cross_entropy_sum(super().forward(input), labels_BS)
+            return cross_entropy_sum(self.transform(super().forward(input)), labels_BS)
         x_TE, weight_VE = input.flatten(0, -2), self.weight
         if not torch.is_grad_enabled():  # needs_input_grad ignores it
             x_TE, weight_VE = x_TE.detach(), weight_VE.detach()
-        return _TiledCrossEntropy.apply(x_TE, weight_VE, labels_BS.flatten(), self.tile_tokens)  # pyright: ignore[reportReturnType]
+        return _TiledCrossEntropy.apply(x_TE, weight_VE, labels_BS.flatten(), self.tile_tokens, self.transform)  # pyright: ignore[reportReturnType]
 
 
 class _TiledCrossEntropy(torch.autograd.Function):
@@ -45,13 +51,16 @@ class _TiledCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_TE: Tensor, weight_VE: Tensor, labels_T: Tensor, tile_tokens: int) -> Tensor:
+    def forward(
+        ctx: Any, x_TE: Tensor, weight_VE: Tensor, labels_T: Tensor, tile_tokens: int, transform: Transform
+    ) -> Tensor:
         loss = fp32_zeros_like(x_TE.new_empty(()))
         dx_TE = fp32_zeros_like(x_TE) if ctx.needs_input_grad[0] else None
         dweight_VE = fp32_zeros_like(weight_VE) if ctx.needs_input_grad[1] else None
         for start in range(0, len(x_TE), tile_tokens):
             tile = slice(start, start + tile_tokens)
-            loss += _tile(x_TE[tile], weight_VE, labels_T[tile], None if dx_TE is None else dx_TE[tile], dweight_VE)
+            dx = None if dx_TE is None else dx_TE[tile]
+            loss += _tile(x_TE[tile], weight_VE, labels_T[tile], transform, dx, dweight_VE)
         ctx.save_for_backward(dx_TE, dweight_VE)
         ctx.dtype = weight_VE.dtype
         return loss
@@ -64,19 +73,26 @@ class _TiledCrossEntropy(torch.autograd.Function):
             None if total is None else torch.mul(total, factor, out=torch.empty_like(total, dtype=ctx.dtype))
             for total in ctx.saved_tensors
         ]
-        return *gradients, None, None
+        return *gradients, None, None, None
 
 
-def _tile(x_TE: Tensor, weight_VE: Tensor, labels_T: Tensor, dx_TE: Tensor | None, dweight_VE: Tensor | None) -> Tensor:
+def _tile(
+    x_TE: Tensor,
+    weight_VE: Tensor,
+    labels_T: Tensor,
+    transform: Transform,
+    dx_TE: Tensor | None,
+    dweight_VE: Tensor | None,
+) -> Tensor:
     """The loss of one tile, a scalar; adds to this tile's `dx_TE` and to `dweight_VE`.
 
     A function of its own, so that its logits are freed before the next tile's are computed.
     """
     logits_TV = x_TE @ weight_VE.T
     if dx_TE is None and dweight_VE is None:
-        return cross_entropy_sum(logits_TV, labels_T)
+        return cross_entropy_sum(transform(logits_TV), labels_T)
     with torch.enable_grad():
-        loss = cross_entropy_sum(logits_TV.requires_grad_(), labels_T)
+        loss = cross_entropy_sum(transform(logits_TV.requires_grad_()), labels_T)
     (dlogits_TV,) = torch.autograd.grad(loss, logits_TV)
     if dx_TE is not None:
         add_matmul_(dx_TE, dlogits_TV, weight_VE)

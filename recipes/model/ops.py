@@ -91,6 +91,16 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def gated(act: nn.Module, gate: Tensor, up: Tensor | None = None) -> Tensor:
+    """act(gate) * up for [..., F] each; without `up`, `gate` is [..., 2 F] and has both."""
+    if up is None:
+        return swiglu(gate) if isinstance(act, nn.SiLU) else act(gate.chunk(2, -1)[0]) * gate.chunk(2, -1)[1]
+    if gate.is_cuda and gate.dtype != torch.float64 and isinstance(act, nn.SiLU) and _liger_swiglu():
+        pair = importlib.import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction
+        return pair.apply(gate.flatten(0, -2), up.flatten(0, -2)).unflatten(0, gate.shape[:-1])
+    return act(gate) * up
+
+
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
     """The sum of cross-entropies in nats over labels other than IGNORED_LABEL, a scalar in fp32 (fp64 for fp64 input).
 

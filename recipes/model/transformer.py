@@ -8,20 +8,16 @@ Shapes: B batch, S local tokens, E hidden size, H query heads, K key-value heads
 
 from __future__ import annotations
 
-import contextlib
-import functools
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from conf.schema import ModelConfig
-from recipes.model.activation_offload import ActivationOffload
 from recipes.model.head import Head
 from recipes.model.mlp import MLP
 from recipes.model.ops import make_norm, rotary_qkv
-from ring_attention.checkpointing import selective_checkpointing
+from recipes.model.recompute import Recompute
 
 Part = TypeVar("Part", bound=nn.Module)
 
@@ -116,8 +112,8 @@ class Transformer(nn.Module):
         offload: bool = False,
     ) -> None:
         super().__init__()
-        self.config, self.recompute = config, recompute
-        self._offload = ActivationOffload() if offload else None
+        self.config = config
+        self._recompute = Recompute(recompute, config.num_layers, offload)
         self.embedding = make_embedding(config, seed)
         self.layers = nn.ModuleList(
             make_layer(config, attention, seed, index, mlp_tile_tokens) for index in range(config.num_layers)
@@ -132,17 +128,5 @@ class Transformer(nn.Module):
         cos, sin = rotary_cos_sin(positions_1S, self.config.head_dim, self.config.rope_theta)
         x_BSE = self.embedding(tokens_BS)
         for index, layer in enumerate(self.layers):
-            if self.recompute == "none" or not torch.is_grad_enabled():
-                x_BSE = layer(x_BSE, cos, sin)
-            else:
-                x_BSE = self._checkpointed(layer, index, x_BSE, cos, sin)
+            x_BSE = self._recompute(index, layer, x_BSE, cos, sin)
         return self.head(self.final_norm(x_BSE), labels_BS)
-
-    def _checkpointed(self, layer: nn.Module, index: int, *inputs: Tensor) -> Tensor:
-        offload, context_fn = self._offload, noop_context_fn
-        if self.recompute == "selective":
-            packing = (offload.pack, offload.unpack) if offload else ()
-            context_fn = functools.partial(selective_checkpointing, *packing)
-        with offload.layer(self.config.num_layers - 1 - index) if offload else contextlib.nullcontext():
-            # no random numbers are drawn, so there is no state to preserve
-            return checkpoint(layer, *inputs, use_reentrant=False, context_fn=context_fn, preserve_rng_state=False)

@@ -18,15 +18,19 @@ TILE_MULTIPLE = 256  # tokens: matrix products prefer round sizes
 
 
 def num_parameters(model: ModelConfig) -> int:
-    """Trainable parameters of `recipes.model.transformer.Transformer`."""
-    return _embeddings(model) + _norm(model) + model.num_layers * _layer(model)
+    """Parameters of `recipes.model.transformer.Transformer`, or of the model at model.path."""
+    return model.num_weights or _embeddings(model) + _norm(model) + model.num_layers * _layer(model)
 
 
 def layer_matrices(model: ModelConfig) -> list[tuple[int, int]]:
-    """(outputs, inputs) of one layer's matrices: qkv, attention's output, the MLP's up and down projections."""
+    """(outputs, inputs) of one layer's matrices: qkv, attention's output, the MLP's up and down projections.
+
+    Those of all experts count as one matrix.
+    """
     hidden, heads, kv_heads = model.hidden_size, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    up = model.mlp_size * (2 if model.mlp == "swiglu" else 1)
-    return [(heads + 2 * kv_heads, hidden), (hidden, heads), (up, hidden), (hidden, model.mlp_size)]
+    width = model.mlp_size * model.num_experts
+    up = width * (2 if model.mlp == "swiglu" else 1)
+    return [(heads + 2 * kv_heads, hidden), (hidden, heads), (up, hidden), (hidden, width)]
 
 
 def layer_matmul_parameters(model: ModelConfig) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import NamedTuple
 
 from conf.schema import ModelConfig
@@ -64,11 +65,27 @@ class Throughput(NamedTuple):
 
 
 def forward_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
-    """FLOPs of a forward pass per token: 2 per weight, and causal attention once. Backward costs twice that."""
-    matmul = 2 * (model.num_layers * layer_matmul_parameters(model) + model.vocab_size * model.hidden_size)
-    return matmul + model.num_layers * attention_flops_per_token(model, sequence_length)
+    """FLOPs of a forward pass per token: 2 per weight, and causal attention once. Backward costs twice that.
+
+    Of experts, those that a token goes to; of windowed layers, the keys within the window.
+    """
+    one_token = copy.copy(model)  # `replace` would check it as if it were typed
+    one_token.num_experts = model.experts_per_token
+    matmul = 2 * (model.num_layers * layer_matmul_parameters(one_token) + model.vocab_size * model.hidden_size)
+    num_full = model.num_layers - model.num_window_layers
+    return (
+        matmul
+        + num_full * attention_flops_per_token(model, sequence_length)
+        + model.num_window_layers * attention_flops_per_token(model, sequence_length, model.window)
+    )
 
 
-def attention_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
-    """FLOPs of one layer's causal attention per token: two products with (L + 1) / 2 keys on average."""
-    return 4 * model.num_heads * model.head_dim * (sequence_length + 1) / 2
+def attention_flops_per_token(model: ModelConfig, sequence_length: int, window: int | None = None) -> float:
+    """FLOPs of one layer's causal attention per token: two products with its keys, (L + 1) / 2 on average.
+
+    Args:
+        window: the most keys that a token sees; None for all.
+    """
+    seen = min(window or sequence_length, sequence_length)  # by the last token
+    keys = seen - seen * (seen - 1) / 2 / sequence_length
+    return 4 * model.num_heads * model.head_dim * keys

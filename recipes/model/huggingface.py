@@ -1,0 +1,183 @@
+"""A Hugging Face model as the recipe's model: loaded, its attention on the ring, its loss and MLPs by tiles.
+
+Shapes: B batch, S local tokens, E hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import importlib.util
+from typing import Any, NamedTuple
+
+import torch
+from deepspeed.utils import set_z3_leaf_module
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from conf.schema import Config, LoraConfig
+from recipes.model.head import Head
+from recipes.model.mlp import Activation, tiled_mlp
+from recipes.model.ops import gated
+from recipes.model.pretrained import logit_transform, model_config
+from recipes.model.recompute import Recompute
+from ring_attention import CAUSAL, hf
+from ring_attention.sequence_attention import SequenceAttention
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class MlpParts(NamedTuple):
+    """The up projections (gate before up, or both in one), the down projection, and what lies between."""
+
+    ups: list[nn.Linear]
+    down: nn.Linear
+    activation: Activation
+
+
+class HuggingFaceModel(nn.Module):
+    """The model at model.path. `forward` returns the SUM of this rank's token losses, as `Transformer` does.
+
+    With ZeRO-3 every parameter is cut over the ranks as it is read, so no rank ever holds the model.
+
+    Args:
+        device: of the weights.
+        tile_tokens, mlp_tile_tokens: as in `Transformer`.
+        deepspeed_config: what the engine will be started with.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        attention: SequenceAttention,
+        device: torch.device,
+        tile_tokens: int,
+        mlp_tile_tokens: int,
+        deepspeed_config: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        hf.register()
+        self._plan_arguments = attention, config.data.sequence_length - 1
+        model = _load(config, device, deepspeed_config)
+        hf.check(model)
+        _use_liger(model, device)
+        self._causal = [model]  # in a list: only `model`, which may wrap it, is a submodule
+        self.model = _with_lora(model, config.lora, config.seed) if config.lora.rank else model
+        layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        recompute = Recompute(config.engine.recompute, len(layers), config.engine.offload_activations)
+        for index, layer in enumerate(layers):
+            layer.gradient_checkpointing = recompute.mode != "none"
+            layer._gradient_checkpointing_func = functools.partial(recompute, index)
+            if mlp_tile_tokens:
+                _tile_mlps(layer, mlp_tile_tokens)
+        _replace_head(model, tile_tokens)
+
+    def forward(self, tokens_BS: Tensor, positions_1S: Tensor, labels_BS: Tensor | None = None) -> Tensor:
+        """The sum of the cross-entropies of labels in nats, a scalar in fp32; without labels the logits [B, S, V]."""
+        (causal,), (attention, max_position) = self._causal, self._plan_arguments
+        plan = hf.BatchPlan(attention, CAUSAL, None, max_position)
+        positions_1S = positions_1S.clamp(max=max_position)  # padding must not look like a longer sequence
+        outputs = causal.base_model(input_ids=tokens_BS, position_ids=positions_1S, use_cache=False, ring_plan=plan)
+        return causal.get_output_embeddings()(outputs.last_hidden_state, labels_BS)
+
+
+def _load(config: Config, device: torch.device, deepspeed_config: dict[str, Any]) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # it would go to the rank's log
+    zero3 = config.engine.zero_stage == 3
+    # transformers cuts parameters while it reads them, as long as this object lives
+    holder = HfDeepSpeedConfig(deepspeed_config) if zero3 else None
+    model = AutoModelForCausalLM.from_pretrained(
+        config.model.path,
+        config=model_config(config.model),
+        dtype=DTYPES[config.engine.dtype],
+        attn_implementation=hf.NAME,
+        device_map=None if zero3 or device.type == "cpu" else device,
+    )
+    del holder
+    return model
+
+
+def _use_liger(model: nn.Module, device: torch.device) -> None:
+    """Liger's kernels for norms, rotary embeddings and MLPs, where it knows the family. The loss is the recipe's."""
+    if device.type != "cuda" or importlib.util.find_spec("liger_kernel") is None:
+        return
+    patch = importlib.import_module("liger_kernel.transformers.monkey_patch")
+    model_type = model.config.model_type  # pyright: ignore[reportAttributeAccessIssue]
+    if model_type in patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
+        patch._apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
+
+
+def _replace_head(model: Any, tile_tokens: int) -> None:
+    old = model.get_output_embeddings()
+    if type(old) is not nn.Linear or old.bias is not None:
+        raise ValueError(f"its head is {old}: only a linear layer without bias is supported")
+    with torch.device("meta"):
+        head = Head(0, 0, tile_tokens, logit_transform(model.config.get_text_config()))
+    head.weight, head.in_features, head.out_features = old.weight, old.in_features, old.out_features
+    model.set_output_embeddings(head)
+
+
+def _tile_mlps(layer: nn.Module, tile_tokens: int) -> None:
+    """Let the gated MLPs of a layer run by tiles."""
+    for module in layer.modules():
+        if (parts := _mlp_parts(module)) is not None:
+            module.forward = functools.partial(_tiled, parts, tile_tokens)
+            set_z3_leaf_module(module, True)  # ZeRO-3 gathers all its weights once for all tiles
+
+
+def _tiled(parts: MlpParts, tile_tokens: int, x_BSE: Tensor) -> Tensor:
+    return tiled_mlp(x_BSE, *parts, tile_tokens)
+
+
+def _mlp_parts(module: nn.Module) -> MlpParts | None:
+    """What `tiled_mlp` needs of a gated MLP; None for any other module."""
+    children = dict(module.named_children())
+    names = ["gate_up_proj"] if "gate_up_proj" in children else ["gate_proj", "up_proj"]
+    linears = [children.get(name) for name in (*names, "down_proj")]
+    act = children.get("act_fn") or children.get("activation_fn")
+    if act is None or any(type(linear) is not nn.Linear for linear in linears):
+        return None
+    *ups, down = linears
+    activation = functools.partial(gated, act)
+    parts = MlpParts(ups, down, activation)  # pyright: ignore[reportArgumentType]
+    return parts if _computes(module, names, activation) else None
+
+
+def _computes(module: nn.Module, names: list[str], activation: Activation) -> bool:
+    """Whether the class of an MLP computes what its parts say and nothing else: tried on a copy with small weights."""
+    small = copy.copy(module)
+    small._modules = dict(module._modules)
+    generator = torch.Generator().manual_seed(0)
+
+    def linear(inputs: int, outputs: int) -> nn.Linear:
+        made = nn.Linear(inputs, outputs, device="cpu", dtype=torch.float32)
+        for parameter in made.parameters():
+            parameter.data.normal_(generator=generator)
+        return made
+
+    ups = [linear(8, 12 if len(names) == 1 else 6) for _ in names]
+    down = linear(6, 8)
+    small._modules.update(zip(names, ups, strict=True), down_proj=down)
+    x = torch.randn(5, 8, generator=generator)
+    with torch.no_grad():
+        return torch.allclose(type(module).forward(small, x), tiled_mlp(x, ups, down, activation, 0), rtol=1e-5)
+
+
+def _with_lora(model: Any, lora: LoraConfig, seed: int) -> nn.Module:
+    """The model with frozen weights and small trainable matrices, equal on all ranks."""
+    import peft
+
+    settings = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]
+        target_modules=lora.target_modules or "all-linear",
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return peft.get_peft_model(model, settings, autocast_adapter_dtype=False)

@@ -1,0 +1,118 @@
+"""Hugging Face models under ring attention against eager attention in one process: outputs and every gradient."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ring_attention import (
+    AllGatherAttention,
+    HybridAttention,
+    LocalAttention,
+    RingAttention,
+    UlyssesAttention,
+    hf,
+)
+from ring_attention.sequence_attention import SequenceAttention
+from tests.errors import names, refused
+from tests.families import FAMILIES, VOCAB_SIZE, tiny_model
+from tests.pool import RankError, WorkerPool
+
+LENGTH = 203  # of no rank count a multiple
+BOUNDARIES = [0, 50, 51, 140, LENGTH]  # of packed documents
+LIMIT = 1e-5
+METHODS: dict[str, Any] = {
+    "ring": RingAttention,
+    "ulysses": UlyssesAttention,
+    "hybrid": functools.partial(HybridAttention, ulysses_degree=2),
+    "all_gather": AllGatherAttention,
+}
+
+
+def world() -> Any:
+    import deepspeed.comm as dist
+
+    return dist.get_world_group()
+
+
+def whole_batch(packed: bool, num_rows: int = 1) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, VOCAB_SIZE, (num_rows, LENGTH), generator=generator)
+    if not packed:
+        return {"input_ids": ids, "labels": ids}
+    lengths = torch.tensor(BOUNDARIES).diff().tolist()
+    labels = ids.clone()
+    labels[:, BOUNDARIES[:-1]] = hf.IGNORED_LABEL  # transformers would predict them from the document before
+    return {"input_ids": ids, "labels": labels, "position_ids": torch.cat([torch.arange(n) for n in lengths])[None]}
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+
+
+@functools.cache
+def eager(family: str, packed: bool, dtype: torch.dtype = torch.float32) -> tuple[float, Tensor, dict[str, Tensor]]:
+    """Loss, logits and gradients of one process."""
+    model = tiny_model(family, "eager", dtype)
+    out = model(**whole_batch(packed), use_cache=False)
+    out.loss.backward()
+    return out.loss.item(), out.logits.detach().double(), gradients(model)
+
+
+def ring(
+    model: nn.Module, attention: SequenceAttention, batch: dict[str, Any]
+) -> tuple[float, Tensor, dict[str, Tensor]]:
+    """The same over the ranks: this rank's loss, and logits and gradients of all."""
+    import torch.distributed as dist
+
+    hf.check(model)
+    shard = hf.shard(batch, attention)
+    out = model(**shard)
+    loss = hf.loss(out, shard)
+    loss.backward()
+    for parameter in model.parameters():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= dist.get_world_size()
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, (attention.sequence_rank, out.logits.detach().double()))
+    parts = [part for _, part in sorted(parts, key=lambda pair: pair[0])]
+    return loss.item(), attention.layout(LENGTH).unshard(parts, 1), gradients(model)
+
+
+def error(found: tuple[float, Tensor, dict[str, Tensor]], expected: tuple[float, Tensor, dict[str, Tensor]]) -> float:
+    """The largest relative error of loss, logits and gradients."""
+    errors = [abs(found[0] - expected[0]) / expected[0], ((found[1] - expected[1]).norm() / expected[1].norm()).item()]
+    assert found[2].keys() == expected[2].keys()
+    errors += [((found[2][name] - grad).norm() / grad.norm()).item() for name, grad in expected[2].items()]
+    return max(errors)
+
+
+def family_errors(family: str, method: str) -> dict[tuple[str, bool], float]:
+    hf.register()
+    errors = {}
+    for layout in ("zigzag", "contiguous"):
+        attention = METHODS[method]("auto", world(), layout=layout)
+        for packed in (False, True):
+            found = ring(tiny_model(family, "ring"), attention, whole_batch(packed))
+            errors[layout, packed] = error(found, eager(family, packed))
+    return errors
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_equals_eager_attention_in_one_process(pool: WorkerPool, family: str, num_ranks: int):
+    for errors in pool.run(family_errors, family, "ring", num_ranks=num_ranks):
+        assert max(errors.values()) < LIMIT, errors
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize(("method", "num_ranks"), [("ulysses", 2), ("all_gather", 2), ("hybrid", 4)])
+def test_every_method_equals_eager_attention_in_one_process(pool: WorkerPool, family, method, num_ranks):
+    for errors in pool.run(family_errors, family, method, num_ranks=num_ranks):
+        assert max(errors.values()) < LIMIT, errors
