@@ -54,7 +54,7 @@ class FlashAttention4Kernel(AttentionKernel):
 
 
 def _softcap(params: KernelParams) -> dict[str, float]:
-    """Its backward pass takes a number alone. Each softcap compiles kernels of its own."""
+    """Beside any band and head size. Left out where there is none: the backward pass takes no None."""
     return {} if params.softcap is None else {"softcap": params.softcap}
 
 

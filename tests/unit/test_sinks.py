@@ -36,6 +36,23 @@ def test_out_and_gradients_are_those_of_eager_attention(softcap: float | None):
         assert relative_error(got, want) < 1e-13
 
 
+@pytest.mark.parametrize("trained", [("query",), ("sinks",)])
+def test_either_may_be_frozen(trained: tuple[str, ...]):
+    torch.manual_seed(0)
+    leaves = {"query": torch.randn(1, 6, 2, 8, requires_grad=True), "sinks": torch.randn(2, requires_grad=True)}
+    key = torch.randn(1, 6, 2, 8)
+
+    def gradients(names: tuple[str, ...]) -> dict[str, Tensor]:
+        inputs = {name: leaf if name in names else leaf.detach() for name, leaf in leaves.items()}
+        out = LocalAttention("auto")(inputs["query"], key, key, 0, sinks=inputs["sinks"])
+        wanted = [inputs[name] for name in names]
+        return dict(zip(names, torch.autograd.grad(out.square().sum(), wanted), strict=True))
+
+    both = gradients(("query", "sinks"))
+    for name, gradient in gradients(trained).items():
+        assert torch.equal(gradient, both[name])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_sinks_of_any_float_dtype_have_gradients_of_theirs(dtype: torch.dtype):
     torch.manual_seed(0)
@@ -69,7 +86,7 @@ def test_a_sink_far_above_the_scores_takes_all():
 @pytest.mark.parametrize("ulysses_degree", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(8, 8), (16, 8), (14, 7), (20, 5), (6, 6)])
 def test_heads_are_dealt_out_as_deepspeed_deals_them(ulysses_degree: int, num_heads: int, num_kv_heads: int):
-    from deepspeed.module_inject.tp_shard import AutoTPMeta, get_shard_size_list
+    from deepspeed.module_inject.tp_shard import AutoTPMeta, get_shard_size_list  # takes seconds
 
     blocks = [ulysses_heads(num_heads, num_kv_heads, rank, ulysses_degree) for rank in range(ulysses_degree)]
     meta = AutoTPMeta(num_kv_heads=num_kv_heads)
