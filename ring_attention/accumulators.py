@@ -16,22 +16,25 @@ from torch import Tensor
 
 from ring_attention.backward_schedule import GradientPiece
 from ring_attention.merge import add_up, merge
+from ring_attention.sinks import join_sinks
 
 Addend = tuple[slice, slice, Tensor]  # rows, tokens, and values [those rows, those tokens, H, D]
 
 
 class OnlineSoftmaxAccumulator:
-    """out [B, S, H, E] and lse [B, H, S] over the keys seen so far."""
+    """out [B, S, H, E] and lse [B, H, S] over the keys seen so far. Sinks [H] join the result, in the dtype of lse."""
 
-    def __init__(self, q_BSHD: Tensor, v_BTKE: Tensor) -> None:
+    def __init__(self, q_BSHD: Tensor, v_BTKE: Tensor, sinks_H: Tensor | None = None) -> None:
         self._shape = torch.Size((*q_BSHD.shape[:3], v_BTKE.shape[-1]))
         self._dtype, self._state_dtype = q_BSHD.dtype, torch.promote_types(q_BSHD.dtype, torch.float32)
+        self._sinks_H = sinks_H
         self._state: tuple[Tensor, Tensor] | None = None  # out and lse
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """out in the input's dtype, and lse in fp32 (fp64)."""
+        """out in the input's dtype, and lse in fp32 (fp64). To be called once, after the last tile."""
         assert self._state is not None, "no keys were seen"
-        return self._state[0].to(self._dtype), self._state[1]
+        out, lse = self._state if self._sinks_H is None else join_sinks(*self._state, self._sinks_H)
+        return out.to(self._dtype), lse
 
     def add(self, rows: slice, queries: slice, out: Tensor, lse: Tensor, is_last: bool) -> None:
         """Merge in one tile's result."""
@@ -42,7 +45,9 @@ class OnlineSoftmaxAccumulator:
             batch, tokens, heads, _ = self._shape
             zeros = out.new_zeros(self._shape, dtype=self._state_dtype)
             self._state = zeros, lse.new_full((batch, heads, tokens), float("-inf"))
-        (old_out, old_lse), dtype = self._state, self._dtype if is_last else self._state_dtype
+        old_out, old_lse = self._state
+        # sinks are yet to join, and `result` rounds after that
+        dtype = self._dtype if is_last and self._sinks_H is None else self._state_dtype
         target = old_out
         if target.dtype != dtype:
             target = out.new_empty(self._shape, dtype=dtype) if out.shape == self._shape else target.to(dtype)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ring_attention.accumulators import OnlineSoftmaxAccumulator
-from ring_attention.kernels import AttentionKernel, KernelParams, SavedTensors
+from ring_attention.kernels import AttentionKernel, KernelParams, SavedTensors, Scores
 from ring_attention.kv import KeysValues
 from ring_attention.layout import Span, slice_within
 from ring_attention.masked_block import MaskedBlock
@@ -45,7 +45,7 @@ class TileGradients(NamedTuple):
 def attend_forward(
     accumulator: OnlineSoftmaxAccumulator,
     kernel: AttentionKernel,
-    scale: float,
+    scores: Scores,
     tiles: Iterable[AttentionTile],
     q_BSHD: Tensor,
     kv: KeysValues,
@@ -56,14 +56,14 @@ def attend_forward(
         queries, keys = slice(block.q_start, block.q_stop), slice_within(kv.spans, block.k_start, block.k_stop)
         q, k, v = q_BSHD[rows, queries], kv.k_BTKD[rows, keys], kv.v_BTKE[rows, keys]
         with profiler_range("attention kernel"):
-            out, lse = kernel.forward(q, k, v, KernelParams(block.lower, block.upper, scale))
+            out, lse = kernel.forward(q, k, v, KernelParams(block.lower, block.upper, *scores))
         with profiler_range("merge"):
             accumulator.add(rows, queries, out, lse, is_last and is_last_call)
 
 
 def attend_backward(
     kernel: AttentionKernel,
-    scale: float,
+    scores: Scores,
     tiles: Iterable[AttentionTile],
     inputs: BackwardInputs,
     kv: KeysValues,
@@ -80,7 +80,7 @@ def attend_backward(
         q, k, v = q_BSHD[tile_rows, queries], kv.k_BTKD[tile_rows, keys], kv.v_BTKE[tile_rows, keys]
         saved = SavedTensors(q, k, v, out_BSHE[tile_rows, queries], lse_BHS[tile_rows, :, queries])
         with profiler_range("attention kernel"):
-            params = KernelParams(block.lower, block.upper, scale)
+            params = KernelParams(block.lower, block.upper, *scores)
             gradients = kernel.backward(dout_BSHE[tile_rows, queries], saved, params)
         yield TileGradients(tile_rows, queries, (block.k_start, block.k_stop), is_last, *gradients)
         del gradients

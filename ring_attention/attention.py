@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from ring_attention.gather import AllGatherFunction
+from ring_attention.kernels import Scores
 from ring_attention.mask import Mask
 from ring_attention.ring import Ring
 from ring_attention.sequence_attention import Hosts, SequenceAttention
+from ring_attention.sinks import ulysses_heads
 from ring_attention.topology import hybrid_split, ring_order
 from ring_attention.transport import P2PTransport, make_transport
 from ring_attention.transport.collectives import rank_and_size, same_ranks, subgroup
@@ -44,8 +46,8 @@ class AllGatherAttention(RingAttention):
     def _join(self, group: Any, transport: str, hosts: Hosts, sp_stream: Any) -> tuple[P2PTransport | None, int]:
         return super()._join(group, "p2p", hosts, sp_stream)
 
-    def _compute(self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKE: Tensor, ring: Ring) -> Tensor:
-        return AllGatherFunction.apply(q_BSHD, k_BSKD, v_BSKE, ring)
+    def _compute(self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKE: Tensor, sinks_H: Tensor | None, ring: Ring) -> Tensor:
+        return AllGatherFunction.apply(q_BSHD, k_BSKD, v_BSKE, sinks_H, ring)
 
 
 class HybridAttention(SequenceAttention):
@@ -82,11 +84,21 @@ class HybridAttention(SequenceAttention):
         return ring, ulysses_rank
 
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, batch_dim_idx: int, mask: Mask, scale: float
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        batch_dim_idx: int,
+        mask: Mask,
+        scores: Scores,
+        sinks: Tensor | None,
     ) -> Tensor:
-        self._check_heads(key.shape[2])
+        num_kv_heads, ulysses_rank = key.shape[2], self.sequence_rank % self.ulysses_degree
+        self._check_heads(num_kv_heads)
+        if sinks is not None:
+            sinks = sinks[ulysses_heads(query.shape[2], num_kv_heads, ulysses_rank, self.ulysses_degree)]
         self._distributed.gather_idx = 1 - batch_dim_idx
-        return self._distributed(query, key, value, batch_dim_idx, None, batch_dim_idx, mask, scale)
+        return self._distributed(query, key, value, batch_dim_idx, None, batch_dim_idx, mask, scores, sinks)
 
     def _shared(self) -> list[Any]:
         streams = [value for value in vars(self._distributed).values() if isinstance(value, torch.Stream)]

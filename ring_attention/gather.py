@@ -22,6 +22,7 @@ from ring_attention.kv import KeysValues
 from ring_attention.layout import Layout, Run
 from ring_attention.mask import Mask
 from ring_attention.ring import Ring
+from ring_attention.sinks import sinks_gradient
 from ring_attention.tiles import AttentionTile, find_tiles
 from ring_attention.trace import profiler_range
 from ring_attention.transport import P2PTransport
@@ -71,34 +72,35 @@ class AllGatherFunction(torch.autograd.Function):
     """Gathers again in the backward pass, so that what is saved is O(L/P)."""
 
     @staticmethod
-    def forward(ctx: Any, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKE: Tensor, ring: Ring) -> Tensor:
+    def forward(ctx: Any, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKE: Tensor, sinks_H: Tensor | None, ring: Ring) -> Tensor:
         def attend() -> tuple[Tensor, Tensor]:
             kv = gather_keys(ring, KeysValues.of_parts(k_BSKD, v_BSKE))
             tiles = gathered_tiles(ring.layout, ring.mask, ring.rank)
-            accumulator = OnlineSoftmaxAccumulator(q_BSHD, v_BSKE)
-            attend_forward(accumulator, ring.kernel, ring.scale, tiles, q_BSHD, kv, is_last=True)
+            accumulator = OnlineSoftmaxAccumulator(q_BSHD, v_BSKE, sinks_H)
+            attend_forward(accumulator, ring.kernel, ring.scores, tiles, q_BSHD, kv, is_last=True)
             return accumulator.result()
 
         out_BSHE, lse_BHS = saved_or_computed(attend)
         ctx.ring = ring
-        ctx.save_for_backward(q_BSHD, k_BSKD, v_BSKE, out_BSHE, lse_BHS)
+        ctx.save_for_backward(q_BSHD, k_BSKD, v_BSKE, out_BSHE, lse_BHS, sinks_H)
         return out_BSHE
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, saved: tuple[Tensor, ...], *grad_outputs: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, None]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None]:
         ring: Ring = ctx.ring
-        q_BSHD, k_BSKD, v_BSKE, out_BSHE, lse_BHS = saved
+        q_BSHD, k_BSKD, v_BSKE, out_BSHE, lse_BHS, sinks_H = saved
         local = KeysValues.of_parts(k_BSKD, v_BSKE)
         kv = gather_keys(ring, local)
         tiles = gathered_tiles(ring.layout, ring.mask, ring.rank)
         inputs = BackwardInputs(grad_outputs[0].contiguous(), q_BSHD, out_BSHE, lse_BHS)
+        dsinks = sinks_gradient(inputs.dout_BSHE, out_BSHE, lse_BHS, sinks_H) if ctx.needs_input_grad[3] else None
         state_dtype = torch.promote_types(q_BSHD.dtype, torch.float32)
         dq = GradientAccumulator(q_BSHD.shape, q_BSHD.dtype)
         dk, dv = (torch.zeros_like(part, dtype=state_dtype) for part in (kv.k_BTKD, kv.v_BTKE))
-        for tile in attend_backward(ring.kernel, ring.scale, tiles, inputs, kv):
+        for tile in attend_backward(ring.kernel, ring.scores, tiles, inputs, kv):
             keys = slice(*tile.keys)
             with profiler_range("merge"):
                 dq.add(tile.rows, tile.queries, tile.dq, ends=0 if tile.is_last else None)
@@ -106,4 +108,4 @@ class AllGatherFunction(torch.autograd.Function):
                 dv[tile.rows, keys].add_(tile.dv)
             del tile
         reduced = reduce_gradients(ring, KeysValues.of_parts(dk, dv), local)
-        return dq.result(), reduced.k_BTKD.to(k_BSKD.dtype), reduced.v_BTKE.to(v_BSKE.dtype), None
+        return dq.result(), reduced.k_BTKD.to(k_BSKD.dtype), reduced.v_BTKE.to(v_BSKE.dtype), dsinks, None

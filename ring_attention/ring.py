@@ -21,11 +21,12 @@ from ring_attention.attend import BackwardInputs, attend_backward, attend_forwar
 from ring_attention.backward_schedule import BackwardStep, GradientPiece, backward_schedule
 from ring_attention.checkpointing import saved_or_computed
 from ring_attention.derivative import once_differentiable
-from ring_attention.kernels import AttentionKernel
+from ring_attention.kernels import AttentionKernel, Scores
 from ring_attention.kv import KeysValues
 from ring_attention.layout import Layout, num_tokens, slice_within
 from ring_attention.mask import Mask
 from ring_attention.schedule import Message, RingStep, buffer_tokens, gradient_buffer, keys_buffer, ring_schedule
+from ring_attention.sinks import sinks_gradient
 from ring_attention.trace import numbered, profiler_range
 from ring_attention.transport import P2PMessage, P2PTransport, Transfer
 
@@ -38,7 +39,7 @@ class Ring:
     mask: Mask
     transport: P2PTransport | None
     kernel: AttentionKernel
-    scale: float
+    scores: Scores
 
     @property
     def rank(self) -> int:
@@ -48,11 +49,13 @@ class Ring:
     def steps(self) -> tuple[RingStep, ...]:
         return ring_schedule(self.layout, self.mask, self.rank)
 
-    def connect(self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKE: Tensor) -> None:
+    def connect(self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKE: Tensor, sinks_H: Tensor | None) -> None:
         """Prepare the transfers of a call with these inputs. Without a backward pass only K,V have receive buffers."""
         if self.transport is None:
             return
-        trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BSHD, k_BSKD, v_BSKE))
+        trains = torch.is_grad_enabled() and any(
+            x is not None and x.requires_grad for x in (q_BSHD, k_BSKD, v_BSKE, sinks_H)
+        )
         token_bytes = KeysValues.of_parts(k_BSKD, v_BSKE).numel(((0, 1),)) * k_BSKD.dtype.itemsize
         tokens = buffer_tokens(self.layout, self.mask)
         sizes = {name: n * token_bytes for name, n in tokens.items() if trains or name.startswith("keys")}
@@ -96,18 +99,18 @@ class Ring:
         return self.transport.post(purpose, sent, receives), incoming
 
 
-def ring_forward(ring: Ring, q_BSHD: Tensor, kv: KeysValues) -> tuple[Tensor, Tensor]:
+def ring_forward(ring: Ring, q_BSHD: Tensor, kv: KeysValues, sinks_H: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Attention of the local queries over all keys of the ring. Every rank must call it.
 
     Returns out [B, S, H, E] in the input's dtype, rounded once, and lse [B, H, S] in fp32 (fp64 for fp64 input).
     """
-    accumulator = OnlineSoftmaxAccumulator(q_BSHD, kv.v_BTKE)
+    accumulator = OnlineSoftmaxAccumulator(q_BSHD, kv.v_BTKE, sinks_H)
     last = max((number for number, step in enumerate(ring.steps) if step.tiles), default=0)
     here: KeysValues | None = kv
     for number, step in numbered("forward ring step", ring.steps):
         transfer, incoming = ring.post_keys(kv, here, number, "forward")  # travels during this step's attention
         if here is not None:
-            attend_forward(accumulator, ring.kernel, ring.scale, step.tiles, q_BSHD, here, is_last=number == last)
+            attend_forward(accumulator, ring.kernel, ring.scores, step.tiles, q_BSHD, here, is_last=number == last)
         if transfer is not None:
             transfer.wait()
         here = incoming
@@ -139,7 +142,7 @@ def ring_backward(
         dk, dv = (own_dk, own_dv) if number == 0 else _new_sums(kv, step, number, is_local)
         if here is not None:
             rows = slice(*step.compute.rows)
-            for tile in attend_backward(ring.kernel, ring.scale, step.compute.tiles, inputs, here, rows):
+            for tile in attend_backward(ring.kernel, ring.scores, step.compute.tiles, inputs, here, rows):
                 ends, keys = number if tile.is_last else None, slice_within(step.gradients, *tile.keys)
                 with profiler_range("merge"):
                     dq.add(tile.rows, tile.queries, tile.dq, ends)
@@ -191,24 +194,26 @@ class RingFunction(torch.autograd.Function):
     """`ring_forward`, with `ring_backward` as its derivative. Saves the local q, k, v, out and lse: O(L/P) memory."""
 
     @staticmethod
-    def forward(ctx: Any, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKE: Tensor, ring: Ring) -> Tensor:
+    def forward(ctx: Any, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKE: Tensor, sinks_H: Tensor | None, ring: Ring) -> Tensor:
         first, kv = ring.steps[0].send_next, KeysValues.of_parts(k_BSKD, v_BSKE)
         if first is not None and first.spans == kv.spans:
             kv = kv.take(kv.spans)  # one message, for the first transfer of both passes
-        out_BSHE, lse_BHS = saved_or_computed(lambda: ring_forward(ring, q_BSHD, kv))
+        out_BSHE, lse_BHS = saved_or_computed(lambda: ring_forward(ring, q_BSHD, kv, sinks_H))
         ctx.ring, ctx.kv_shapes = ring, (kv.k_BTKD.shape, kv.v_BTKE.shape)
         saved_kv = (kv.k_BTKD, kv.v_BTKE) if kv.message is None else (kv.message,)
-        ctx.save_for_backward(q_BSHD, out_BSHE, lse_BHS, *saved_kv)
+        ctx.save_for_backward(q_BSHD, out_BSHE, lse_BHS, sinks_H, *saved_kv)
         return out_BSHE
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, saved: tuple[Tensor, ...], *grad_outputs: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, None]:
-        q_BSHD, out_BSHE, lse_BHS, *saved_kv = saved
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None]:
+        q_BSHD, out_BSHE, lse_BHS, sinks_H, *saved_kv = saved
         if len(saved_kv) == 2:
             kv = KeysValues.of_parts(*saved_kv)
         else:
             kv = KeysValues.of_message(saved_kv[0], ctx.kv_shapes, ctx.ring.steps[0].keys)
-        return *ring_backward(ctx.ring, grad_outputs[0].contiguous(), q_BSHD, kv, out_BSHE, lse_BHS), None
+        dout_BSHE = grad_outputs[0].contiguous()
+        dsinks = sinks_gradient(dout_BSHE, out_BSHE, lse_BHS, sinks_H) if ctx.needs_input_grad[3] else None
+        return *ring_backward(ctx.ring, dout_BSHE, q_BSHD, kv, out_BSHE, lse_BHS), dsinks, None

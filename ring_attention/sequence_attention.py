@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ring_attention.kernels import AttentionKernel, KernelSpec, choose_kernel
+from ring_attention.kernels import AttentionKernel, KernelSpec, Scores, choose_kernel
 from ring_attention.layout import Layout
 from ring_attention.mask import CAUSAL, Mask
 from ring_attention.ring import Ring, RingFunction
@@ -134,6 +134,8 @@ class SequenceAttention(nn.Module):
         *args: None,
         mask: Mask | None = None,
         softmax_scale: float | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
         dropout_p: float = 0.0,
         **kwargs: None,
     ) -> Tensor:
@@ -146,17 +148,21 @@ class SequenceAttention(nn.Module):
             rotary_pos_emb, args, kwargs: DistributedAttention would apply them or pass them on. Must be None here.
             mask: over the whole sequence, padding included. None is the constructor's.
             softmax_scale: None is 1 / sqrt(D).
+            softcap: scores are softcap * tanh(score / softcap), as in Gemma 2. None is no cap.
+            sinks: [H], a logit per query head that joins the softmax's denominator, as in gpt-oss. Equal on all ranks.
+                Its gradient is this rank's part: the ranks' sum is the whole.
 
         Returns:
             The output, in the shape and dtype of `query`, but with the value's head size.
 
         Raises:
             ValueError: for tensors that do not fit each other, the layout or the kernel, an argument that must be None,
-                or dropout. On every rank, if ranks differ in shapes, dtypes, mask or scale: compared when they are new
-                to the group, and documents then too.
+                or dropout. On every rank, if ranks differ in shapes, dtypes, mask, scale or softcap: compared when they
+                are new to the group, and documents then too.
         """
         extra = {"rotary_pos_emb": rotary_pos_emb, **{f"argument {6 + n}": x for n, x in enumerate(args)}, **kwargs}
-        return self._outside_compilers(self, query, key, value, batch_dim_idx, extra, mask, softmax_scale, dropout_p)
+        call = (query, key, value, batch_dim_idx, extra, mask, softmax_scale, softcap, sinks, dropout_p)
+        return self._outside_compilers(self, *call)
 
     def _forward(
         self,
@@ -167,6 +173,8 @@ class SequenceAttention(nn.Module):
         extra: dict[str, Any],
         mask: Mask | None,
         softmax_scale: float | None,
+        softcap: float | None,
+        sinks: Tensor | None,
         dropout_p: float,
     ) -> Tensor:
         for name, argument in extra.items():
@@ -180,7 +188,7 @@ class SequenceAttention(nn.Module):
         mask = self._mask if mask is None else mask
         _check_mask(mask)
         if self._group is not None:
-            self._check_ranks(query, key, value, batch_dim_idx, mask, softmax_scale)
+            self._check_ranks(query, key, value, batch_dim_idx, mask, softmax_scale, softcap, sinks)
         _check_tensors(query, key, value, batch_dim_idx)
         if self._num_kv_heads not in (None, key.shape[2]):
             raise ValueError(
@@ -192,16 +200,25 @@ class SequenceAttention(nn.Module):
             raise ValueError(
                 f"the mask has documents for {num_rows} rows, the batch has {batch}: give them once or per row"
             )
-        scale = 1 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale
-        if not 0 < scale < math.inf:
-            raise ValueError(f"softmax_scale={scale} must be above 0, and finite: kernels mask by -inf * scale")
+        scores = _scores(query.shape[-1], softmax_scale, softcap)
+        if sinks is not None:
+            _check_sinks(sinks, query)
+            sinks = sinks.to(torch.promote_types(query.dtype, torch.float32))
         # kernels read heads as runs of numbers: without this the CPU's flash kernel gives wrong results (measured)
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
         with torch.autocast(query.device.type, enabled=False):  # compute in the dtype of the tensors
-            return self._attend(query, key, value, batch_dim_idx, mask, scale)
+            return self._attend(query, key, value, batch_dim_idx, mask, scores, sinks)
 
     def _check_ranks(
-        self, query: Tensor, key: Tensor, value: Tensor, batch_dim_idx: int, mask: Mask, softmax_scale: float | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        batch_dim_idx: int,
+        mask: Mask,
+        softmax_scale: float | None,
+        softcap: float | None,
+        sinks: Tensor | None,
     ) -> None:
         """Before any other check of the tensors, so that no rank raises alone while others wait for it."""
         tensors = {"query": query, "key": key, "value": value}
@@ -211,13 +228,23 @@ class SequenceAttention(nn.Module):
             "batch_dim_idx": batch_dim_idx,
             "mask": (mask.left, mask.right, mask.documents is None),
             "softmax_scale": softmax_scale,
+            "softcap": softcap,
+            "the shape of sinks": getattr(sinks, "shape", None),
+            "the dtype of sinks": getattr(sinks, "dtype", None),
             "the module": (type(self).__name__, self._layout_name, self.ulysses_degree, self._num_kv_heads),
         }
         # packed documents differ from batch to batch: no reason to wait for the other ranks each time
         check_equal(self._group, values, {"the mask's documents": mask.documents}, query.device)
 
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, batch_dim_idx: int, mask: Mask, scale: float
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        batch_dim_idx: int,
+        mask: Mask,
+        scores: Scores,
+        sinks: Tensor | None,
     ) -> Tensor:
         """Over this rank's ring. Modules with Ulysses put an all-to-all around it."""
         inputs = (query, key, value)
@@ -230,13 +257,14 @@ class SequenceAttention(nn.Module):
                 "needs on each rank of the ring: cut sequences with the module's layout(length).shard"
             )
         mask = mask.within(layout.padded_length)
-        kernel, _ = choose_kernel(KernelSpec.of(q_BSHD, k_BSKD, v_BSKE, mask.left is not None), self._kernel)
-        out_BSHE = self._compute(q_BSHD, k_BSKD, v_BSKE, Ring(layout, mask, self._transport, kernel, scale))
+        spec = KernelSpec.of(q_BSHD, k_BSKD, v_BSKE, mask.left is not None, scores.softcap is not None)
+        ring = Ring(layout, mask, self._transport, choose_kernel(spec, self._kernel)[0], scores)
+        out_BSHE = self._compute(q_BSHD, k_BSKD, v_BSKE, sinks, ring)
         return out_BSHE.transpose(0, 1) if batch_dim_idx == 1 else out_BSHE
 
-    def _compute(self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKE: Tensor, ring: Ring) -> Tensor:
-        ring.connect(q_BSHD, k_BSKD, v_BSKE)
-        return RingFunction.apply(q_BSHD, k_BSKD, v_BSKE, ring)
+    def _compute(self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKE: Tensor, sinks_H: Tensor | None, ring: Ring) -> Tensor:
+        ring.connect(q_BSHD, k_BSKD, v_BSKE, sinks_H)
+        return RingFunction.apply(q_BSHD, k_BSKD, v_BSKE, sinks_H, ring)
 
 
 @functools.cache
@@ -271,3 +299,26 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, batch_dim_idx: int
     else:
         return
     raise ValueError(f"query has shape {q}, key {k}, value {v}: {rule}")
+
+
+def _scores(head_dim: int, softmax_scale: float | None, softcap: float | None) -> Scores:
+    scale = 1 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
+    if not 0 < scale < math.inf:
+        raise ValueError(f"softmax_scale={scale} must be above 0, and finite: kernels mask by -inf * scale")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap={softcap} must be above 0, and finite: use softcap=None for scores without a cap")
+    return Scores(scale, None if softcap is None else float(softcap))
+
+
+def _check_sinks(sinks: Tensor, query: Tensor) -> None:
+    num_heads = query.shape[2]
+    if not isinstance(sinks, Tensor):
+        given = type(sinks).__name__
+    elif sinks.is_floating_point() and sinks.shape == (num_heads,) and sinks.device == query.device:
+        return
+    else:
+        given = f"{list(sinks.shape)} of {sinks.dtype} on {sinks.device}"
+    raise ValueError(
+        f"sinks is {given}, but must be a float tensor [{num_heads}] on {query.device}: a logit for each head of the "
+        "query, all of them on every rank"
+    )

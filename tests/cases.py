@@ -43,6 +43,8 @@ class Case:
     batch_dim_idx: int = 0
     contiguous: bool = True
     transport: str = "p2p"
+    softcap: float | None = None
+    sinks: bool = False
 
     @property
     def global_layout(self) -> Layout:
@@ -62,6 +64,13 @@ def draw(case: Case) -> list[Tensor]:
     return [torch.randn(case.batch, case.length, *size, generator=generator).to(case.dtype) for size in sizes]
 
 
+def draw_sinks(case: Case) -> Tensor | None:
+    """[H], of the size of the scores."""
+    return (
+        torch.randn(case.num_heads, generator=torch.Generator().manual_seed(1)).to(case.dtype) if case.sinks else None
+    )
+
+
 def build(case: Case, group: object) -> nn.Module:
     options: dict = {"mask": case.mask, "layout": case.layout}
     if case.method in ("ring", "hybrid"):
@@ -78,7 +87,7 @@ def build(case: Case, group: object) -> nn.Module:
 
 
 def on_rank(case: Case, device: str = "cpu") -> list[Tensor]:
-    """On each rank: its shards of out, dq, dk, dv, as [B, S, heads, head size]."""
+    """On each rank: its shards of out, dq, dk, dv, as [B, S, heads, head size], and its part of dsinks, if any."""
     return attend(case, build(case, _group()), [tensor.to(device) for tensor in draw(case)])
 
 
@@ -93,7 +102,7 @@ def _group() -> object:
 
 
 def attend(case: Case, attention: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
-    """This rank's shards of out, dq, dk, dv, given q, k, v, dout of the whole sequence."""
+    """This rank's shards of out, dq, dk, dv, and its part of dsinks, given q, k, v, dout of the whole sequence."""
     layout = case.global_layout
     local = [layout.shard(tensor, attention.sequence_rank, dim=1) for tensor in inputs]  # pyright: ignore[reportArgumentType]
     if case.batch_dim_idx == 1:
@@ -101,23 +110,30 @@ def attend(case: Case, attention: nn.Module, inputs: list[Tensor]) -> list[Tenso
     if not case.contiguous:  # every second element of a tensor twice as wide
         local = [torch.stack((tensor, tensor), -1)[..., 0] for tensor in local]
     leaves = [tensor.detach().requires_grad_() for tensor in local[:3]]
-    out = attention(*leaves, case.batch_dim_idx)
+    sinks = draw_sinks(case)
+    if sinks is not None:
+        sinks = sinks.to(inputs[0].device).requires_grad_()
+    out = attention(*leaves, case.batch_dim_idx, softcap=case.softcap, sinks=sinks)
     out.backward(local[3] if case.contiguous else torch.stack((local[3], local[3]), -1)[..., 0])
     results = [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
-    return [(tensor.transpose(0, 1) if case.batch_dim_idx == 1 else tensor).cpu() for tensor in results]
+    results = [(tensor.transpose(0, 1) if case.batch_dim_idx == 1 else tensor).cpu() for tensor in results]
+    return results if sinks is None or sinks.grad is None else [*results, sinks.grad.cpu()]
 
 
 def oracle(case: Case) -> Expected:
     positions = torch.arange(case.length)
     allowed = torch.stack([case.mask.allows(positions, positions, row) for row in range(case.batch)])
     q, k, v, dout = draw(case)
-    return dense_attention(q, k, v, dout, allowed, 1 / math.sqrt(case.head_dim))
+    scale = 1 / math.sqrt(case.head_dim)
+    return dense_attention(q, k, v, dout, allowed, scale, case.softcap, draw_sinks(case))
 
 
 def check(case: Case, shards: list[list[Tensor]]) -> None:
-    """Compare the shards that each rank returned with the oracle."""
+    """Compare the shards that each rank returned, and the sum of their dsinks, with the oracle."""
     for parts in zip(*shards, strict=True):
         assert all(part.dtype == case.dtype for part in parts)
         assert all(part.isfinite().all() for part in parts), f"not finite, padding included: {case}"
-    whole = [case.global_layout.unshard(parts, dim=1) for parts in zip(*shards, strict=True)]
+    whole = [case.global_layout.unshard(parts, dim=1) for parts in zip(*(rank[:4] for rank in shards), strict=True)]
+    if case.sinks:
+        whole.append(torch.stack([rank[4] for rank in shards]).double().sum(0))
     assert_equal_attention(whole, oracle(case), case.dtype, case)

@@ -17,7 +17,7 @@ from recipes.engine.build import build_attention
 from recipes.planning.plan import DTYPES, Plan
 from ring_attention import CAUSAL, LocalAttention
 from ring_attention.groups import ParallelGroups
-from ring_attention.kernels import KernelSpec, choose_kernel
+from ring_attention.kernels import KernelSpec, Scores, choose_kernel
 from ring_attention.kv import KeysValues
 from ring_attention.layout import Layout
 from ring_attention.ring import Ring, RingFunction
@@ -140,6 +140,6 @@ def _simulated_ring(plan: Plan, spec: KernelSpec, degree: int) -> ShardedAttenti
     """Rank 0 of a ring of `degree`, which costs its tiles and merges but no communication."""
     layout = Layout(plan.config.attention.layout, degree, plan.config.data.sequence_length)
     kernel = choose_kernel(spec, plan.config.attention.kernel)[0]
-    ring = _Alone(layout, CAUSAL, None, kernel, plan.config.model.head_dim**-0.5)
+    ring = _Alone(layout, CAUSAL, None, kernel, Scores(plan.config.model.head_dim**-0.5))
     grid = f"{layout.local_length:,} tokens"
-    return ShardedAttention(layout, 0, lambda q, k, v: RingFunction.apply(q, k, v, ring), grid)
+    return ShardedAttention(layout, 0, lambda q, k, v: RingFunction.apply(q, k, v, None, ring), grid)

@@ -30,6 +30,7 @@ class KernelSpec:
         capability: the CUDA compute capability; None on the CPU.
         value_head_dim: None if it is head_dim.
         windowed: whether the mask has a left bound (`Mask.left`).
+        softcap: whether scores are capped (`Scores.softcap`).
         deterministic: whether equal inputs must give equal bits.
     """
 
@@ -41,10 +42,13 @@ class KernelSpec:
     head_dim: int
     value_head_dim: int | None = None
     windowed: bool = False
+    softcap: bool = False
     deterministic: bool = False
 
     @classmethod
-    def of(cls, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, windowed: bool = False) -> KernelSpec:
+    def of(
+        cls, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, windowed: bool = False, softcap: bool = False
+    ) -> KernelSpec:
         return cls(
             q_BSHD.device.type,
             torch.cuda.get_device_capability(q_BSHD.device) if q_BSHD.is_cuda else None,
@@ -54,16 +58,25 @@ class KernelSpec:
             q_BSHD.shape[3],
             None if v_BTKE.shape[3] == q_BSHD.shape[3] else v_BTKE.shape[3],
             windowed,
+            softcap,
             torch.are_deterministic_algorithms_enabled(),
         )
 
 
+class Scores(NamedTuple):
+    """The score of a query and a key: scale * q.k, and with a softcap softcap * tanh(scale * q.k / softcap)."""
+
+    scale: float
+    softcap: float | None = None
+
+
 class KernelParams(NamedTuple):
-    """The softmax scale, and which pairs attend: query i and key j with lower <= j - i <= upper. None is no bound."""
+    """Which pairs attend, query i and key j with lower <= j - i <= upper (None is no bound), and their `Scores`."""
 
     lower: int | None
     upper: int | None
     scale: float
+    softcap: float | None = None
 
 
 class SavedTensors(NamedTuple):
@@ -88,6 +101,7 @@ class AttentionKernel(ABC):
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)  # () for any
     has_windows = True  # masks with a lower bound
     has_value_head_dim = False  # values with a head size of their own
+    has_softcap = False
     is_deterministic = True
     head_dims: range | None = None  # None for any
     min_capability = (0, 0)
@@ -102,6 +116,8 @@ class AttentionKernel(ABC):
             return f"needs {' or '.join(_DTYPE_NAMES[dtype] for dtype in self.dtypes)}, not {spec.dtype}"
         if spec.windowed and not self.has_windows:
             return "has no sliding window"
+        if spec.softcap and not self.has_softcap:
+            return "has no softcap"
         if spec.value_head_dim is not None and not self.has_value_head_dim:
             return f"needs values of head size {spec.head_dim}, not {spec.value_head_dim}"
         if (dims := self.head_dims) and spec.head_dim not in dims:

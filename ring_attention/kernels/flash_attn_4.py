@@ -28,6 +28,7 @@ class FlashAttention4Kernel(AttentionKernel):
     name = "flash_attn_4"
     speed = "flash-attn-4: 681 TFLOP/s forward, 620 backward on an H100 at 32 heads x 128; cuDNN SDPA 611 and 546"
     head_dims = range(64, 257, 8)
+    has_softcap = True
 
     def _refusal(self, spec: KernelSpec) -> str | None:
         if spec.capability is None or spec.capability[0] != 9:
@@ -39,15 +40,22 @@ class FlashAttention4Kernel(AttentionKernel):
         # the kernel calls no left bound with a right bound of 0 causal
         window = flash_window(q_BSHD.shape[1], k_BTKD.shape[1], params, None)
         return _interface()._flash_attn_fwd(
-            q_BSHD, k_BTKD, v_BTKE, softmax_scale=params.scale, return_lse=True, **window
+            q_BSHD, k_BTKD, v_BTKE, softmax_scale=params.scale, return_lse=True, **window, **_softcap(params)
         )[:2]
 
     def backward(self, dout_BSHE: Tensor, saved: SavedTensors, params: KernelParams) -> tuple[Tensor, Tensor, Tensor]:
         q_BSHD, k_BTKD, v_BTKE, out_BSHE, lse_BHS = saved
-        window = flash_window(q_BSHD.shape[1], k_BTKD.shape[1], params, None)
+        options = flash_window(q_BSHD.shape[1], k_BTKD.shape[1], params, None) | _softcap(params)
         deterministic = torch.are_deterministic_algorithms_enabled()  # what PyTorch's own kernels go by
         tensors = (q_BSHD, k_BTKD, v_BTKE, out_BSHE, dout_BSHE, lse_BHS)
-        return _interface()._flash_attn_bwd(*tensors, softmax_scale=params.scale, deterministic=deterministic, **window)
+        return _interface()._flash_attn_bwd(
+            *tensors, softmax_scale=params.scale, deterministic=deterministic, **options
+        )
+
+
+def _softcap(params: KernelParams) -> dict[str, float]:
+    """Beside any band and head size. Left out where there is none: the backward pass takes no None."""
+    return {} if params.softcap is None else {"softcap": params.softcap}
 
 
 @functools.cache

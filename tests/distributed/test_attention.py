@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
@@ -75,6 +76,27 @@ def test_every_method_equals_whole_attention(pool: WorkerPool, num_ranks: int, m
         check(case, list(shards))
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str
+)
+def test_sinks_and_softcap(pool: WorkerPool, num_ranks: int, method: str, dtype: torch.dtype):
+    """Alone and together. The ranks' gradients of sinks add up to the whole one."""
+    cases = [
+        replace(case, sinks=sinks, softcap=softcap)
+        for sinks, softcap in [(True, None), (False, 1.5), (True, 1.5)]
+        for layout in ("zigzag", "contiguous")
+        for mask in ("causal", "window", "packed")
+        if (case := grid(Case(method, num_ranks, 1, layout, MASKS[mask], LENGTH, num_kv_heads=4, dtype=dtype)))
+    ]
+    if not cases:
+        pytest.skip(f"{method} is not for {num_ranks} ranks")
+    ranks = pool.run(many_on_rank, cases, num_ranks=num_ranks)
+    for case, shards in zip(cases, zip(*ranks, strict=True), strict=True):
+        check(case, list(shards))
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_one_token_per_rank(pool: WorkerPool, method: str, batch: int):
@@ -101,6 +123,7 @@ def test_heads_and_their_sizes(pool: WorkerPool, method: str, num_heads: int, nu
 def test_values_with_a_head_size_of_their_own(pool: WorkerPool, method: str):
     case = grid(Case(method, 1 if method == "local" else 2, value_head_dim=24, mask=MASKS["packed"], length=LENGTH))
     assert case is not None
+    case = replace(case, sinks=True)
     check(case, pool.run(on_rank, case, num_ranks=case.num_ranks))
 
 
@@ -109,6 +132,7 @@ def test_sequence_first_and_non_contiguous_tensors(pool: WorkerPool, method: str
     for batch_dim_idx in (0, 1):
         case = grid(Case(method, 1 if method == "local" else 2, batch_dim_idx=batch_dim_idx, contiguous=False))
         assert case is not None
+        case = replace(case, sinks=True, softcap=1.5)
         check(case, pool.run(on_rank, case, num_ranks=case.num_ranks))
 
 
@@ -194,7 +218,7 @@ UNEVEN = Case("ulysses", 2, 2, num_heads=6, num_kv_heads=3)
 
 @pytest.mark.parametrize("batch_dim_idx", [0, 1])
 def test_ulysses_takes_uneven_heads_once_deepspeed_knows_its_mpu(pool: WorkerPool, batch_dim_idx: int):
-    case = replace(UNEVEN, batch_dim_idx=batch_dim_idx)
+    case = replace(UNEVEN, batch_dim_idx=batch_dim_idx, sinks=True)
     check(case, pool.run(uneven_heads, case, True, num_ranks=2))
     for message in pool.run(uneven_heads, case, False, num_ranks=2):
         choices = ("HybridAttention", "[1, 3]", "RingAttention", "deepspeed.initialize(mpu=...)")
@@ -244,6 +268,21 @@ MISTAKES: dict[str, tuple[Callable[[Any, Any], object], list[str]]] = {
         ["group", "ParallelGroups(...).get_sequence_parallel_group()"],
     ),
     "scale": (lambda _, ring: ring(Q, Q, Q, 0, softmax_scale=0.0), ["softmax_scale=0.0", "above 0"]),
+    "softcap": (lambda _, ring: ring(Q, Q, Q, 0, softcap=0.0), ["softcap=0.0", "above 0", "finite", "softcap=None"]),
+    "endless softcap": (lambda _, ring: ring(Q, Q, Q, 0, softcap=math.inf), ["softcap=inf", "above 0", "finite"]),
+    "softcap of a kernel": (
+        lambda world, _: RingAttention("cpu_flash", world)(Q, Q, Q, 0, softcap=5.0),
+        ["kernel=cpu_flash", "softcap", "kernel=auto"],
+    ),
+    "heads of sinks": (
+        lambda _, ring: ring(Q, Q, Q, 0, sinks=torch.zeros(3)),
+        ["sinks", "[3]", "torch.float32", "[2] on cpu"],
+    ),
+    "dtype of sinks": (
+        lambda _, ring: ring(Q, Q, Q, 0, sinks=torch.zeros(2, dtype=torch.int64)),
+        ["sinks", "[2] of torch.int64", "float", "[2] on cpu"],
+    ),
+    "sinks": (lambda _, ring: ring(Q, Q, Q, 0, sinks=cast(Any, [0.0, 0.0])), ["sinks", "list", "[2] on cpu"]),
     "number of dims": (lambda _, ring: ring(Q[0], Q, Q, 0), ["query", "[3, 2, 8]", "four dims"]),
     "dtypes": (lambda _, ring: ring(Q, Q.half(), Q, 0), ["query", "torch.float32", "key", "torch.float16", "value"]),
     "tokens": (lambda _, ring: ring(Q, Q[:, :2], Q, 0), ["query", SHAPE, "key", "[1, 2, 2, 8]", "first two dims"]),

@@ -37,6 +37,8 @@ DIFFERENCES: dict[str, tuple[Call, str, object, object]] = {
     "mask": ({"mask": FULL}, "mask", (None, 0, True), (None, None, True)),
     "window": ({"mask": Mask(left=3)}, "mask", (None, 0, True), (3, 0, True)),
     "documents": ({"mask": CAUSAL.packed([0, 3, 8])}, "documents", None, ((0, 3, 8),)),
+    "softcap": ({"softcap": 50.0}, "softcap", None, 50.0),
+    "sinks": ({"sinks": torch.zeros(4)}, "sinks", None, [4]),
     "scale": ({"softmax_scale": 0.5}, "softmax_scale", None, 0.5),
     "tensors that do not fit": ({"value_length": 3}, "value", [2, 4, 2, 8], [2, 3, 2, 8]),
 }

@@ -215,19 +215,22 @@ def test_autocast_does_not_lower_the_precision():
         assert torch.equal(LocalAttention("reference")(q, q, q, 0), plain)
 
 
-@pytest.mark.parametrize("wanted", ["q", "k", "v"])
+@pytest.mark.parametrize("wanted", ["q", "k", "v", "sinks"])
 @pytest.mark.parametrize("power", [1, 2])
 @pytest.mark.parametrize("tokens", [8, 4])
 def test_a_second_derivative_is_refused(wanted: str, power: int, tokens: int):
     """Also of a sum, whose gradient is a constant, and for tensors of which the gradient is none."""
     names = ("q", "k", "v")
     leaves = {name: torch.randn(1, tokens, 2, 8, requires_grad=True) for name in names}
-    loss = LocalAttention("reference")(*leaves.values(), 0).pow(power).sum()
-    (gradient,) = torch.autograd.grad(loss, leaves["q"], create_graph=True)
-    with pytest.raises(NotImplementedError, match="second derivative"):
-        torch.autograd.grad(gradient.square().sum(), leaves[wanted], retain_graph=True)
-    with pytest.raises(NotImplementedError, match="second derivative"):
-        (loss + gradient.square().sum()).backward()
+    sinks = torch.randn(2, requires_grad=True)
+    loss = LocalAttention("reference")(*leaves.values(), 0, sinks=sinks).pow(power).sum()
+    leaves["sinks"] = sinks
+    for once in ("q", "sinks"):
+        (gradient,) = torch.autograd.grad(loss, leaves[once], create_graph=True)
+        with pytest.raises(NotImplementedError, match="second derivative"):
+            torch.autograd.grad(gradient.square().sum(), leaves[wanted], retain_graph=True)
+        with pytest.raises(NotImplementedError, match="second derivative"):
+            (loss + gradient.square().sum()).backward(retain_graph=True)
 
 
 def test_a_graph_of_gradients_can_be_made_within_a_checkpoint():
@@ -246,14 +249,16 @@ def recomputed_twice(kind: Any) -> list[bool]:
     """Whether gradients are the same bits as without checkpointing: of two passes, and of one leaf after the other."""
     attention = kind("auto", world())
     x, y = (torch.randn(1, 8, 2, 8, requires_grad=True) for _ in range(2))
+    sinks = torch.randn(2, requires_grad=True)
 
-    def layer(x: Tensor, y: Tensor) -> Tensor:
-        return attention(attention(x, x, y, 0), y, y, 0).square().sum()
+    def layer(x: Tensor, y: Tensor, sinks: Tensor) -> Tensor:
+        return attention(attention(x, x, y, 0, sinks=sinks), y, y, 0, sinks=-sinks).square().sum()
 
-    plain = torch.autograd.grad(layer(x, y), (x, y))
-    loss: Any = checkpoint(layer, x, y, use_reentrant=False, context_fn=selective_checkpointing)
-    passes = [torch.autograd.grad(loss, (x, y), retain_graph=True) for _ in range(2)]
-    passes.append((*torch.autograd.grad(loss, x, retain_graph=True), *torch.autograd.grad(loss, y)))
+    leaves = (x, y, sinks)
+    plain = torch.autograd.grad(layer(*leaves), leaves)
+    loss: Any = checkpoint(layer, *leaves, use_reentrant=False, context_fn=selective_checkpointing)
+    passes = [torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2)]
+    passes.append((*torch.autograd.grad(loss, x, retain_graph=True), *torch.autograd.grad(loss, (y, sinks))))
     return [all(torch.equal(*pair) for pair in zip(got, plain, strict=True)) for got in passes]
 
 

@@ -60,6 +60,19 @@ def test_a_kernel_equals_fp64_attention(
     assert_equal_attention(computed(name, *arguments), oracle(*arguments), dtype)
 
 
+@pytest.mark.parametrize("name", ["flash_attn_4", "reference"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(("num_queries", "num_keys", "lower", "upper"), [(313, 313, None, 0), (400, 500, -150, 250)])
+def test_softcap(name, dtype, head_dim, num_queries, num_keys, lower, upper):
+    """Far below the largest scores, which are about 4 * SCALE * sqrt(head_dim)."""
+    q, k, v, dout = draw(num_queries, num_keys, 4, 2, head_dim, head_dim, dtype)
+    if refusal := KERNELS[name].refusal(KernelSpec.of(q, k, v, windowed=lower is not None, softcap=True)):
+        pytest.skip(refusal)
+    got = computed(name, q, k, v, dout, lower, upper, softcap=5.0)
+    assert_equal_attention(got, oracle(q, k, v, dout, lower, upper, softcap=5.0), dtype)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(

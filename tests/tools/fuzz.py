@@ -27,6 +27,19 @@ from tests.pool import WorkerPool
 
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
 PRIMES = (2, 3, 5, 7, 11, 13, 31, 61)
+# fields of which the summary counts the values
+COUNTED = (
+    "method",
+    "num_ranks",
+    "layout",
+    "dtype",
+    "kernel",
+    "batch_dim_idx",
+    "contiguous",
+    "transport",
+    "softcap",
+    "sinks",
+)
 
 
 @st.composite
@@ -64,6 +77,8 @@ def cases(draw: Callable, most_ranks: int) -> Case:
         draw(st.integers(0, 1)),
         draw(st.booleans()),
         draw(st.sampled_from(["p2p", "copy_engine"])) if method in ("ring", "hybrid") else "p2p",
+        draw(st.none() | st.sampled_from([0.5, 5.0, 50.0])),
+        draw(st.booleans()),
     )
 
 
@@ -122,7 +137,7 @@ def main() -> None:
     def done(case: Case) -> None:
         nonlocal passed
         passed += 1
-        for name in ("method", "num_ranks", "layout", "dtype", "kernel", "batch_dim_idx", "contiguous", "transport"):
+        for name in COUNTED:
             seen[name][str(getattr(case, name))] += 1
         seen["mask"][_kind(case.mask)] += 1
         if passed % 50 == 0:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ring_attention import CAUSAL, Layout
-from ring_attention.kernels import KernelSpec, choose_kernel
+from ring_attention.kernels import KernelSpec, Scores, choose_kernel
 from ring_attention.kv import KeysValues
 from ring_attention.ring import Ring, ring_backward, ring_forward
 from ring_attention.transport import P2PMessage
@@ -75,7 +75,7 @@ def simulated_ring(layout: Layout, q: Tensor, k: Tensor, v: Tensor, dout: Tensor
 
     def rank(ring_rank: int) -> list[Tensor]:
         transport: Any = QueueTransport(ring_rank, degree, queues)
-        ring = Ring(layout, CAUSAL, transport, kernel, scale)
+        ring = Ring(layout, CAUSAL, transport, kernel, Scores(scale))
         local_q, local_k, local_v, local_dout = (layout.shard(x, ring_rank, dim=1) for x in (q, k, v, dout))
         kv = KeysValues.of_parts(local_k, local_v)
         out, lse = ring_forward(ring, local_q, kv)
@@ -103,7 +103,7 @@ def curve(
         log(f"seed {seed + 1} of {num_seeds} done")
     rows = []
     for degree, seed_errors in errors.items():
-        for index, name in enumerate(QUANTITIES):
+        for index, name in enumerate(QUANTITIES[:4]):
             values = [quantities[index] for quantities in seed_errors]
             mean = sum(values) / num_seeds
             one_rank = sum(quantities[index] for quantities in errors[ring_degrees[0]]) / num_seeds

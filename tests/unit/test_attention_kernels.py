@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ring_attention.accumulators import OnlineSoftmaxAccumulator
 from ring_attention.attend import BackwardInputs, attend_backward, attend_forward
-from ring_attention.kernels import KERNELS, KernelParams, KernelSpec, choose_kernel
+from ring_attention.kernels import KERNELS, KernelParams, KernelSpec, Scores, choose_kernel
 from ring_attention.kernels.base import band_mask, flash_window, is_installed
 from ring_attention.kv import KeysValues
 from ring_attention.masked_block import MaskedBlock
@@ -42,26 +42,35 @@ def draw(dtype: torch.dtype, num_queries: int, num_keys: int, num_heads: int, nu
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
-def oracle(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lower: int | None, upper: int | None) -> Expected:
+def oracle(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lower: int | None, upper: int | None, softcap: float | None = None
+) -> Expected:
     distance = torch.arange(k.shape[1], device=q.device) - torch.arange(q.shape[1], device=q.device)[:, None]
     allowed = torch.ones_like(distance, dtype=torch.bool)
     allowed = allowed if lower is None else allowed & (distance >= lower)
     allowed = allowed if upper is None else allowed & (distance <= upper)
-    return dense_attention(q, k, v, dout, allowed[None], SCALE)
+    return dense_attention(q, k, v, dout, allowed[None], SCALE, softcap)
 
 
 def computed(
-    name: str, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lower: int | None, upper: int | None
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    lower: int | None,
+    upper: int | None,
+    softcap: float | None = None,
 ) -> list[Tensor]:
     """out, dq, dk, dv of one masked block by a kernel, with as many calls as the kernel's `split` asks for."""
     block = MaskedBlock(0, q.shape[1], 0, k.shape[1], lower, upper)
     assert block.trimmed() == block, "the test's band is not trimmed"
     tiles, kv = [AttentionTile(None, block)], KeysValues.of_parts(k, v)
-    accumulator = OnlineSoftmaxAccumulator(q, v)
-    attend_forward(accumulator, KERNELS[name], SCALE, tiles, q, kv, is_last=True)
+    accumulator, scores = OnlineSoftmaxAccumulator(q, v), Scores(SCALE, softcap)
+    attend_forward(accumulator, KERNELS[name], scores, tiles, q, kv, is_last=True)
     out, lse = accumulator.result()
     totals = [torch.zeros_like(tensor, dtype=lse.dtype) for tensor in (q, k, v)]
-    for tile in attend_backward(KERNELS[name], SCALE, tiles, BackwardInputs(dout, q, out, lse), kv):
+    for tile in attend_backward(KERNELS[name], scores, tiles, BackwardInputs(dout, q, out, lse), kv):
         totals[0][:, tile.queries] += tile.dq
         totals[1][:, slice(*tile.keys)] += tile.dk
         totals[2][:, slice(*tile.keys)] += tile.dv
@@ -77,6 +86,16 @@ def test_a_kernel_equals_fp64_attention(name, dtype, num_queries, num_keys, lowe
     dout = torch.randn(q.shape, dtype=torch.float64).to(dtype)
     got = computed(name, q, k, v, dout, lower, upper)
     assert_equal_attention(got, oracle(q, k, v, dout, lower, upper), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("softcap", [0.5, 3.0, 50.0])
+@pytest.mark.parametrize(("num_queries", "num_keys", "lower", "upper"), BANDS)
+def test_a_softcap_equals_that_of_fp64_attention(dtype, softcap, num_queries, num_keys, lower, upper):
+    q, k, v = draw(dtype, num_queries, num_keys, 4, 2)
+    dout = torch.randn(q.shape, dtype=torch.float64).to(dtype)
+    got = computed("reference", q, k, v, dout, lower, upper, softcap)
+    assert_equal_attention(got, oracle(q, k, v, dout, lower, upper, softcap), dtype)
 
 
 @pytest.mark.parametrize("name", ["reference", "cpu_flash"])
@@ -137,6 +156,8 @@ def spec(device_type: str, capability: tuple[int, int] | None, dtype: torch.dtyp
         (replace(spec("cuda", (9, 0), torch.bfloat16, 128), windowed=True), "aten_flash"),
         (replace(spec("cuda", (9, 0), torch.bfloat16, 128), value_head_dim=64), "mem_efficient"),
         (replace(spec("cpu", None, torch.float32, 64), value_head_dim=32), "reference"),
+        (replace(spec("cpu", None, torch.float32, 64), softcap=True), "reference"),
+        (replace(spec("cuda", (9, 0), torch.bfloat16, 256), softcap=True), "reference"),
     ],
 )
 def test_the_fastest_kernel_that_can_do_it_is_chosen(wanted: KernelSpec, chosen: str, packages: set[str]):
@@ -153,6 +174,9 @@ HOPPER_BF16 = spec("cuda", (9, 0), torch.bfloat16, 128)
         (replace(HOPPER_BF16, dtype=torch.float16, head_dim=256), "flash_attn_4"),
         (replace(HOPPER_BF16, windowed=True), "flash_attn_4"),
         (replace(HOPPER_BF16, deterministic=True), "flash_attn_4"),
+        (replace(HOPPER_BF16, head_dim=256, windowed=True, softcap=True), "flash_attn_4"),
+        (replace(HOPPER_BF16, head_dim=512, softcap=True), "reference"),
+        (replace(HOPPER_BF16, capability=(8, 0), softcap=True), "reference"),
         (replace(HOPPER_BF16, head_dim=512), "ffpa"),
         (replace(HOPPER_BF16, head_dim=320, dtype=torch.float16), "ffpa"),
         (replace(HOPPER_BF16, head_dim=512, deterministic=True), "ffpa"),
@@ -203,6 +227,13 @@ def test_a_fallback_from_large_heads_says_what_it_costs(packages: set[str]):
     reason = choose_kernel(replace(HOPPER_BF16, head_dim=512, capability=(8, 0)))[1]
     names(reason_of("ffpa", reason), "9.x", "head_dim", "256", *tflops)
     assert INSTALL not in reason
+
+
+def test_a_fallback_from_a_softcap_names_it(packages: set[str]):
+    reason = choose_kernel(replace(HOPPER_BF16, softcap=True))[1]
+    names(reason_of("flash_attn_4", reason), "flash-attn-4", INSTALL)
+    for kernel in ("cudnn", "aten_flash", "mem_efficient"):
+        names(reason_of(kernel, reason), "softcap")
 
 
 def test_a_package_is_found_without_importing_it():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ring_attention import CAUSAL, LocalAttention
 from ring_attention.accumulators import GradientAccumulator
-from ring_attention.kernels import KERNELS, KernelParams, SavedTensors
+from ring_attention.kernels import KERNELS, KernelParams, SavedTensors, Scores
 from ring_attention.kv import KeysValues
 from ring_attention.layout import Layout, slice_within
 from ring_attention.masked_block import MaskedBlock
@@ -91,7 +91,7 @@ class Run:
         self._kv = KeysValues.of_parts(k, v)
         self.recorder = Recorder(layout, ring_rank, self._q, self._kv)
         fake: Any = self.recorder
-        self._ring = Ring(layout, CAUSAL, fake, fake, 0.25)
+        self._ring = Ring(layout, CAUSAL, fake, fake, Scores(0.25))
         self._out, self._lse = ring_forward(self._ring, self._q, self._kv)
 
     def backward(self) -> tuple[Tensor, Tensor, Tensor]:
