@@ -33,7 +33,7 @@ REMOVED = {
 FROM_OTHER_TOOLS = {
     ("pretrained", "path", "name_or_path", "model_name_or_path", "checkpoint"): "the recipe trains its own transformer "
     "from random weights; the README shows the attention in a model of your own",
-    ("tokenizer", "tokenizer_name"): "tokens are bytes, there is no tokenizer: see docs/data.md",
+    ("tokenizer", "tokenizer_name", "tokenizer_path"): "type data.tokenizer=FOLDER_OR_HUB_NAME: see docs/data.md",
     ("packing", "pack_documents"): "documents are concatenated and see each other: see docs/data.md",
     ("tensorboard", "report_to"): "metrics go to wandb (offline without a login) and to RUN_DIR/metrics.jsonl",
     ("output_dir", "save_dir"): "type hydra.run.dir=FOLDER",
