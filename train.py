@@ -76,10 +76,12 @@ def execute(config: Config, overrides: list[str], run_dir: Path) -> float | None
     Settings and data are checked first, because importing torch takes seconds.
     """
     check_accelerator()
+    config = _with_shape(config)
     if config.recipe == "compare":
         from recipes.benchmark import compare
 
-        return compare.compare(config, compose_entries(config, overrides), run_dir)
+        entries = {name: _with_shape(entry) for name, entry in compose_entries(config, overrides).items()}
+        return compare.compare(config, entries, run_dir)
     if config.recipe == "max_length":
         from recipes.benchmark import max_length
 
@@ -92,7 +94,7 @@ def execute(config: Config, overrides: list[str], run_dir: Path) -> float | None
     from data.pack import open_corpus
 
     if reads_data and not config.explain:
-        open_corpus(config.data).check()
+        open_corpus(config.data).check(config.model.vocab_size)
     from recipes import registry
     from recipes.launch import launcher
     from recipes.planning.explain import explanation
@@ -102,11 +104,20 @@ def execute(config: Config, overrides: list[str], run_dir: Path) -> float | None
         if os.environ.get("RANK", "0") == "0":
             print(*explanation(launcher.make_plan(config, num_ranks), run_dir), sep="\n", flush=True)
         if reads_data and is_local(config.data):
-            open_corpus(config.data).check()
+            open_corpus(config.data).check(config.model.vocab_size)
         return None
     if config.recipe == "pretrain" and (loss := launcher.result_if_finished(config, num_ranks, run_dir)) is not None:
         return loss
     return launcher.start(registry.RecipeTask(config), num_ranks, run_dir)
+
+
+def _with_shape(config: Config) -> Config:
+    """The configuration with the shape of the Hugging Face model at model.path, if there is one."""
+    if config.model.path is None:
+        return config
+    from recipes.model.pretrained import resolve  # imports transformers
+
+    return resolve(config)
 
 
 def run_as_one_rank(arguments: list[str]) -> None:

@@ -31,9 +31,8 @@ REMOVED = {
 }
 # What people type who know other tools, by the last part of the name, and what there is here.
 FROM_OTHER_TOOLS = {
-    ("pretrained", "path", "name_or_path", "model_name_or_path", "checkpoint"): "the recipe trains its own transformer "
-    "from random weights; the README shows the attention in a model of your own",
-    ("tokenizer", "tokenizer_name"): "tokens are bytes, there is no tokenizer: see docs/data.md",
+    ("pretrained", "path", "name_or_path", "model_name_or_path"): "type +experiment=finetune model.path=FOLDER_OR_HUB_NAME",
+    ("tokenizer", "tokenizer_name", "tokenizer_path"): "type data.tokenizer=FOLDER_OR_HUB_NAME: see docs/data.md",
     ("packing", "pack_documents"): "documents are concatenated and see each other: see docs/data.md",
     ("tensorboard", "report_to"): "metrics go to wandb (offline without a login) and to RUN_DIR/metrics.jsonl",
     ("output_dir", "save_dir"): "type hydra.run.dir=FOLDER",
@@ -46,7 +45,8 @@ FROM_OTHER_TOOLS = {
     ("per_device_train_batch_size", "micro_batch_size_per_gpu"): "type engine.micro_batch_size=N",
     ("bf16", "fp16", "precision"): "type engine.dtype=bf16, fp16 or fp32",
     ("gradient_checkpointing", "activation_checkpointing"): "type engine.recompute=selective or full",
-    ("lora", "lora_rank", "peft"): "the recipe trains all weights",
+    ("lora_rank", "lora_r", "r", "peft"): "type lora.rank=16, with model.path",
+    ("rope_scaling",): "type model.rope='{rope_type:yarn,factor:4}', with model.path",
 }
 _ENTRIES = "compare.entries."  # followed by names that the user chooses
 _ROPE = "model.rope."  # followed by names that transformers knows

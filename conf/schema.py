@@ -83,7 +83,7 @@ class ModelConfig(_Checked, prefix="model."):
     mlp: str = choice("swiglu", "gelu")
     norm: str = choice("rmsnorm", "layernorm")
     norm_eps: float = number(1e-5, minimum=0)
-    vocab_size: int = number(257, minimum=257)  # data has 256 byte values and the document separator
+    vocab_size: int = number(257, minimum=1)  # at least the tokenizer's tokens: bytes have 256 and the separator
     tied_head: bool = False  # the output head shares the embedding's weight
     bias: bool = False  # in every linear layer except the head
     rope_theta: float = number(10000.0, minimum=1)
@@ -230,15 +230,16 @@ class DataConfig(_Checked, prefix="data."):
     subset: Optional[str] = None  # hub: configuration of the data set
     split: str = "train"  # hub: split
     text_field: str = "text"  # hub: the column that holds the text
+    tokenizer: Optional[str] = None  # a folder, a tokenizer.json or a hub name; unset: tokens are bytes
     sequence_length: int = number(2048, minimum=1)  # tokens per sequence, over all ranks that share it
     validation_sequences: int = number(8, minimum=1)  # held out, from the start of the corpus
     shuffle_seed: int = 0  # order of the files
     overfit_one_batch: bool = False  # train on the first batch only, to check that learning works
 
     def problems(self) -> Iterator[str]:
-        for name in ("name", "files"):
+        for name in ("name", "files", "tokenizer"):
             if re.search(r"://[^/]*@", str(getattr(self, name))):  # the value may hold a password: do not print it
-                yield f"data.{name} is a URL with a login, which the run would save: use HF_TOKEN for private data sets"
+                yield f"data.{name} is a URL with a login, which the run would save: use HF_TOKEN for what is private"
         own = {"files": "text_files", "name": "hub", "subset": "hub", "split": "hub", "text_field": "hub"}
         for name, source in own.items():
             value = getattr(self, name)
@@ -364,6 +365,11 @@ class Config(_Checked):
             yield f"lora.rank={self.lora.rank} needs a trained model: add model.path=FOLDER_OR_HUB_NAME"
         if self.model.path and self.parallelism.method == "tensor_pipeline":
             yield "model.path cannot go with parallelism=tensor_pipeline: use +experiment=finetune"
+        if self.data.tokenizer is None and self.model.vocab_size < 257:
+            yield (
+                f"model.vocab_size={self.model.vocab_size} must be at least 257, 256 bytes and a separator, unless "
+                "data.tokenizer names a smaller tokenizer"
+            )
         if self.recipe == "compare" and not self.compare.entries:
             yield "recipe=compare has nothing to compare: type recipe=compare +experiment=paper_table"
         if self.explain_gpu and not self.explain:

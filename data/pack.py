@@ -1,8 +1,8 @@
-"""Documents to byte tokens to sequences of L+1 tokens: deterministic, and resumable from one number, the token cursor.
+"""Documents to tokens to sequences of L+1 tokens: deterministic, and resumable from one number, the token cursor.
 
-The corpus is an endless stream of tokens: each document's UTF-8 bytes and a separator, repeated in every epoch. The
-first `validation_sequences` sequences are held out from all epochs. A sequence has L+1 tokens, so that each of its
-first L has a next token to predict. Sequences do not overlap.
+The corpus is an endless stream of tokens: each document's tokens and a separator, repeated in every epoch. The first
+`validation_sequences` sequences are held out from all epochs. A sequence has L+1 tokens, so that each of its first L
+has a next token to predict. Sequences do not overlap.
 """
 
 from __future__ import annotations
@@ -14,14 +14,7 @@ import numpy as np
 
 from conf.schema import DataConfig
 from data.source import CorpusError, open_documents
-
-SEPARATOR = 256  # the token after each document; bytes are 0..255
-Tokens = np.ndarray
-
-
-def tokenize(text: str) -> Tokens:
-    """UTF-8 bytes and the separator, int16."""
-    return np.append(np.frombuffer(text.encode("utf-8", "replace"), np.uint8).astype(np.int16), np.int16(SEPARATOR))
+from data.tokenizer import BYTES, Tokenizer, Tokens, open_tokenizer, tokenizer_problem
 
 
 class Corpus:
@@ -33,14 +26,25 @@ class Corpus:
         documents: can be iterated again and again, with the same result.
     """
 
-    def __init__(self, documents: Iterable[str], sequence_length: int, validation_sequences: int) -> None:
-        self._documents = documents
+    def __init__(
+        self,
+        documents: Iterable[str],
+        sequence_length: int,
+        validation_sequences: int,
+        tokenizer: Tokenizer = BYTES,
+    ) -> None:
+        self._documents, self._tokenizer = documents, tokenizer
         self.sequence_tokens = sequence_length + 1
         self._validation_sequences = validation_sequences
         self._held_out_tokens = validation_sequences * self.sequence_tokens
 
-    def check(self) -> None:
-        """Raises CorpusError unless there are enough tokens for validation and one training sequence."""
+    def check(self, vocab_size: int) -> None:
+        """Raises CorpusError unless a model of `vocab_size` tokens can train on it and validate.
+
+        It must know all tokens, and there must be enough for validation and one training sequence.
+        """
+        if problem := tokenizer_problem(self._tokenizer, vocab_size):
+            raise CorpusError(problem)
         needed, found = self._held_out_tokens + self.sequence_tokens, 0
         for tokens in self._epoch(0):
             found += len(tokens)
@@ -62,7 +66,7 @@ class Corpus:
     def _epoch(self, skip: int) -> Iterator[Tokens]:
         """All tokens once, document by document, without the first `skip`."""
         for document in self._documents:
-            tokens = tokenize(document)
+            tokens = self._tokenizer.encode(document)
             if skip < len(tokens):
                 yield tokens[skip:]
             skip = max(0, skip - len(tokens))
@@ -93,4 +97,5 @@ class Corpus:
 
 def open_corpus(config: DataConfig) -> Corpus:
     """The configured corpus. Raises CorpusError if it cannot be opened."""
-    return Corpus(open_documents(config), config.sequence_length, config.validation_sequences)
+    documents, tokenizer = open_documents(config), open_tokenizer(config)
+    return Corpus(documents, config.sequence_length, config.validation_sequences, tokenizer)

@@ -22,7 +22,11 @@ class CorpusError(ConfigError):
 
 
 def is_local(config: DataConfig) -> bool:
-    """Whether the corpus is on this machine, so that reading it downloads nothing."""
+    """Whether the corpus and its tokenizer are on this machine, so that reading it downloads nothing."""
+    return _is_text_local(config) and (config.tokenizer is None or Path(config.tokenizer).exists())
+
+
+def _is_text_local(config: DataConfig) -> bool:
     return config.source != "hub" or Path(str(config.name)).exists()
 
 
@@ -62,15 +66,18 @@ def open_documents(config: DataConfig) -> Documents:
 
 def describe(config: DataConfig, num_tokens: int) -> str:
     """The source for people: its files and size, and how much of it `num_tokens` training tokens are."""
+    tokenizer = f", tokenizer {config.tokenizer}" if config.tokenizer else ""
     if config.source == "hub":
-        return f"hub, {config.name}, split {config.split}: {num_tokens:,} tokens in these steps, of a size unknown here"
+        name = f"hub, {config.name}, split {config.split}{tokenizer}"
+        return f"{name}: {num_tokens:,} tokens in these steps, of a size unknown here"
     files = _files(config)
-    size = max(1, sum(map(os.path.getsize, files)) + len(files))  # a separator after each
+    num_bytes = sum(map(os.path.getsize, files))
     source = config.source if config.source == "stdlib" else f"{config.source}, data.files={config.files}"
-    return (
-        f"{source}: {len(files):,} files, about {size:,} tokens; {num_tokens:,} in these steps, "
-        f"{num_tokens / size:.3g} epochs"
-    )
+    text = f"{source}: {len(files):,} files, about"
+    if config.tokenizer:  # how many tokens that is nobody knows before all of it was tokenized
+        return f"{text} {num_bytes:,} bytes of text{tokenizer}; {num_tokens:,} tokens in these steps"
+    size = max(1, num_bytes + len(files))  # a separator after each
+    return f"{text} {size:,} tokens; {num_tokens:,} in these steps, {num_tokens / size:.3g} epochs"
 
 
 def _files(config: DataConfig) -> list[str]:
@@ -125,7 +132,7 @@ def _open_hub(config: DataConfig) -> Documents:
 
     description, name = f"data.name={config.name}", str(config.name)
     try:
-        if not is_local(config) and not huggingface_hub.constants.HF_HUB_OFFLINE:
+        if not _is_text_local(config) and not huggingface_hub.constants.HF_HUB_OFFLINE:
             huggingface_hub.HfApi().dataset_info(name, timeout=10)  # load_dataset retries for 30 s
         dataset = datasets.load_dataset(name, config.subset, split=config.split, streaming=True)
     except (OSError, ValueError, HTTPError, DatasetsError) as error:

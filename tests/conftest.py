@@ -1,5 +1,7 @@
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +24,15 @@ def pytest_configure() -> None:
 def seed() -> None:
     """A test draws the same numbers alone and in every run, so failures can be repeated."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a Llama of random weights and a tokenizer of 2,048 tokens, as of the Hugging Face hub."""
+    folder = tmp_path_factory.mktemp("models") / "tiny_llama"
+    script = Path(__file__).parents[1] / "scripts" / "make_tiny_llama.py"
+    subprocess.run([sys.executable, script, folder], check=True, timeout=120)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -190,9 +190,10 @@ def compare(config: Config, composed: dict[str, Config], run_dir: Path) -> None:
             lines = [*banner(plan, run_dir)[:-1], "", *state_lines(plan), *refusal_lines(plan)]
             print(f"\n{name}", *lines, sep="\n", flush=True)
     # the data is opened only now: which entries run, and how long their sequences are, depends on the machine
-    for data in {repr(entry.config.data): entry.config.data for entry in entries.values()}.values():
-        if not config.explain or is_local(data):
-            open_corpus(data).check()
+    configs = [entry.config for entry in entries.values()]
+    for one in {repr((one.data, one.model.vocab_size)): one for one in configs}.values():
+        if not config.explain or is_local(one.data):
+            open_corpus(one.data).check(one.model.vocab_size)
     if config.explain:
         return
     if config.compare.roofline:

@@ -43,6 +43,10 @@ CASES = {
         ["data=hub", "data.name=nobody/nothing"],
         ["data.name=nobody/nothing", "data=stdlib"],
     ),
+    "a tokenizer that cannot be reached": (
+        ["data.tokenizer=nobody/nothing"],
+        ["data.tokenizer=nobody/nothing", "tokenizer.json", "OWNER/NAME"],
+    ),
     "a corpus that is too short": (
         ["data=text_files", "data.files={folder}/tiny.txt", "data.sequence_length=100000"],
         ["6 tokens", "8 validation", "900009", "data.sequence_length", "data.validation_sequences"],
@@ -57,6 +61,7 @@ NEEDED = {
     "degrees that do not divide the ranks": {"torch", "datasets"},  # GPUs are counted after the data is checked
     "an unknown swept field": {"optuna", "matplotlib"},
     "a data set that cannot be reached": {"datasets"},
+    "a tokenizer that cannot be reached": {"datasets", "transformers", "torch"},
     "a corpus that is too short": {"datasets"},
 }
 FAST = (

@@ -77,6 +77,13 @@ except ConfigError as error:
     names(message, *parts)
 
 
+@pytest.mark.parametrize("explain", [False, True])
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path, tiny_llama, explain):
+    config = Config(data=DataConfig(tokenizer=str(tiny_llama)), launch=TWO_RANKS, explain=explain)
+    with refused(CorpusError, "2,048 tokens", "model.vocab_size=257", "model.vocab_size=2048"):
+        train.execute(config, [], tmp_path)
+
+
 @pytest.mark.parametrize("recipe", ["pretrain", "compare", "max_length"])
 def test_an_unsupported_device_is_refused(tmp_path, monkeypatch, recipe):
     monkeypatch.setenv("DS_ACCELERATOR", "xpu")

@@ -14,6 +14,7 @@ from conf.schema import (
     AttentionConfig,
     Config,
     ConfigError,
+    DataConfig,
     EngineConfig,
     LoggingConfig,
     ModelConfig,
@@ -149,6 +150,13 @@ def test_another_configuration_is_refused_by_field(tmp_path):
     names(text, "model.num_layers", 2, 4, "optimizer.lr", 0.003, 0.001, "num_steps", 300, 600)
     named = [field for field in flatten(asdict(Config())) if is_named(text, field)]
     assert sorted(named) == ["model.num_layers", "num_steps", "optimizer.lr"]
+
+
+def test_another_tokenizer_is_another_run(tmp_path):
+    folder = published(tmp_path, 5)
+    other = resolved(Config(data=DataConfig(tokenizer="owner/model")))
+    with refused(ConfigError, folder, "data.tokenizer", None, "owner/model", "hydra.run.dir"):
+        check_same_run(folder, read_manifest(folder), other)
 
 
 def test_resume_safe_fields_may_change(tmp_path):

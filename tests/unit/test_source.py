@@ -8,7 +8,7 @@ import pytest
 
 from conf.schema import DataConfig
 from data.pack import open_corpus
-from data.source import CorpusError, describe, open_documents, stdlib_files
+from data.source import CorpusError, describe, is_local, open_documents, stdlib_files
 from tests.errors import names
 
 
@@ -20,7 +20,7 @@ def rows(folder, *values: object) -> str:
 
 def corpus_error(**data) -> str:
     with pytest.raises(CorpusError) as caught:
-        open_corpus(DataConfig(**data)).check()
+        open_corpus(DataConfig(**data)).check(vocab_size=257)
     return str(caught.value)
 
 
@@ -100,3 +100,17 @@ def test_the_description_names_source_files_tokens_and_epochs(tmp_path):
     for part in ("text_files", pattern, "2 files", "201 tokens", "402", "2 epochs"):
         assert part in words
     assert "owner/set" in describe(DataConfig(source="hub", name="owner/set"), num_tokens=402)
+
+
+def test_the_description_counts_bytes_of_text_that_a_tokenizer_reads(tmp_path):
+    (tmp_path / "a.txt").write_text("x" * 99)
+    words = describe(DataConfig(source="text_files", files=f"{tmp_path}/*", tokenizer="owner/model"), num_tokens=402)
+    names(words, "1 files", "99 bytes", "owner/model", "402 tokens")
+    assert "epochs" not in words
+    hub = DataConfig(source="hub", name="owner/set", tokenizer="owner/model")
+    names(describe(hub, num_tokens=402), "owner/set", "owner/model")
+
+
+def test_a_tokenizer_of_the_hub_is_not_local(tmp_path):
+    assert is_local(DataConfig(tokenizer=str(tmp_path)))
+    assert not is_local(DataConfig(tokenizer="owner/model"))
