@@ -91,11 +91,13 @@ def tiny_model(family: str, attn_implementation: str, dtype: torch.dtype = torch
     from transformers import AutoModelForCausalLM
 
     config = tiny_config(family, **changes)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
+    options = {"experts_implementation": "eager"} if dtype == torch.float64 else {}  # the default has no fp64
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation, **options)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            scale = 0.3 if parameter.dim() < 2 else 0.5 / parameter.shape[-1] ** 0.5 * 2
+            scale = 0.3 if parameter.dim() < 2 else parameter.shape[-1] ** -0.5
             offset = 1.0 if "norm" in name else 0.0
-            parameter.copy_(offset + scale * torch.randn(parameter.shape, generator=generator))
+            drawn = offset + scale * torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(drawn.bfloat16())  # so that all dtypes start from equal weights
     return model.to(dtype)
