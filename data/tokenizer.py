@@ -48,7 +48,7 @@ class PretrainedTokenizer:
 
     def __init__(self, name: str, tokenizer: Any, eos_id: int) -> None:
         self.name, self._tokenizer, self._eos_id = name, tokenizer, eos_id
-        # Without tokens added to the vocabulary, such as Gemma 3's image token, which its text model has no weights for.
+        # Without tokens added to the vocabulary, such as Gemma 3's image token, which its text model does not have.
         # Numbers may be left out, so that counting them is not enough.
         added = tokenizer.added_tokens_decoder.keys() - {eos_id}
         self.size = 1 + max(number for number in tokenizer.get_vocab().values() if number not in added)

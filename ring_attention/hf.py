@@ -212,8 +212,8 @@ def loss(
     Args:
         outputs: of `model(**batch)`; its logits [B, S, V].
         batch: from `shard`.
-        num_labels: the labels of all ranks and all micro-batches of a step, from `count_labels`; None counts this batch.
-            With gradient accumulation over N micro-batches DeepSpeed divides by N: multiply by N, or pass the mean.
+        num_labels: of all ranks and all micro-batches of a step, from `count_labels`; None counts this batch. DeepSpeed
+            divides by its gradient_accumulation_steps, so divide the count by them.
         averaged_over: ranks that gradients are averaged over; None is all. With an mpu of sequence parallelism,
             DeepSpeed's ZeRO stages 0 to 2 divide by `mpu.get_data_parallel_world_size()`.
 
@@ -480,7 +480,7 @@ def _documents(given: Mapping[str, Tensor], num_rows: int, length: int) -> Docum
         for row, starts in zip(given["position_ids"], found["position_ids"], strict=True):
             if row[starts[:-1]].any():
                 raise ValueError(
-                    "position_ids must start at 0 in each document and grow by 1: left padding and gaps are not supported"
+                    "position_ids must start at 0 in each document and grow by 1: no left padding, no gaps"
                 )
     if "seq_idx" in given:
         found["seq_idx"] = [_starts(row, row.diff() != 0, length) for row in given["seq_idx"]]

@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from conf.schema import (
     AttentionConfig,
@@ -35,6 +37,7 @@ from conf.schema import (
     ParallelismConfig,
 )
 from data.shard import IGNORED_LABEL, TokenBatch
+from recipes.model.pretrained import resolve
 from recipes.model.transformer import Transformer
 from recipes.planning.plan import DTYPES, Plan
 from ring_attention import LocalAttention
@@ -92,6 +95,7 @@ class Cell:
     offload_activations: bool = False
     offload_optimizer: bool = False
     offload_parameters: bool = False
+    path: str = ""  # of a Hugging Face model, in place of `model`
 
     @property
     def num_ranks(self) -> int:
@@ -106,9 +110,9 @@ class Cell:
     def plan(self) -> Plan:
         """The launcher's plan on a rank of the pool. Only the device's type matters: the CPU refuses some settings."""
         device = "cuda" if torch.cuda.is_available() else "cpu"  # no CPU rank of a pool sees a GPU
-        return Plan(
+        config = resolve(
             Config(
-                model=MODELS[self.model],
+                model=ModelConfig(path=self.path) if self.path else MODELS[self.model],
                 attention=AttentionConfig(method=self.attention_method, layout=self.layout, transport=self.transport),
                 parallelism=ParallelismConfig(
                     "tensor_pipeline" if self.method == "tp_pp" else "sequence",
@@ -133,13 +137,9 @@ class Cell:
                 optimizer=OPTIMIZER,
                 data=DataConfig(sequence_length=self.length),
                 num_steps=NUM_STEPS,
-            ),
-            self.num_ranks,
-            device,
-            device,
-            None,
-            ranks_per_host=self.num_ranks,
+            )
         )
+        return Plan(config, self.num_ranks, device, device, None, ranks_per_host=self.num_ranks)
 
 
 def full_table(device: str) -> list[Cell]:
@@ -215,10 +215,29 @@ def batches(cell: Cell) -> tuple[Tensor, Tensor]:
     return tokens[..., :-1], tokens[..., 1:].masked_fill(dropped, IGNORED_LABEL)
 
 
+class EagerModel(nn.Module):
+    """A Hugging Face model without any of the recipe's code, with the interface of `Transformer`."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.model = AutoModelForCausalLM.from_pretrained(
+            path, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32
+        )
+
+    def forward(self, tokens: Tensor, positions: Tensor, labels: Tensor) -> Tensor:
+        logits = self.model(input_ids=tokens, position_ids=positions, use_cache=False).logits.flatten(0, 1)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
+
+
+def make_model(cell: Cell, kernel: str) -> nn.Module:
+    return EagerModel(cell.path) if cell.path else Transformer(MODELS[cell.model], LocalAttention(kernel), seed=0)
+
+
 def initial_weights(cell: Cell, drawn_on: str) -> dict[str, Tensor]:
     """The engine's initial weights in fp64, rounded as DeepSpeed rounds them."""
     with torch.device(drawn_on):
-        model = Transformer(MODELS[cell.model], LocalAttention("reference"), seed=0)
+        model = make_model(cell, "reference")
     return {name: weight.cpu() for name, weight in model.to(DTYPES[cell.dtype]).double().state_dict().items()}
 
 
@@ -230,11 +249,12 @@ def train_one_process(cell: Cell, compute_dtype: torch.dtype, device: str, drawn
     """
     kernel = "reference" if compute_dtype == torch.float64 else "auto"
     loss_scale = 1024 if compute_dtype == torch.float16 else 1
-    master = Transformer(MODELS[cell.model], LocalAttention(kernel)).double().to(device)
-    worker = Transformer(MODELS[cell.model], LocalAttention(kernel)).to(device, compute_dtype)
+    master = make_model(cell, kernel).double().to(device)
+    worker = make_model(cell, kernel).to(device, compute_dtype)
     master.load_state_dict(initial_weights(cell, drawn_on))
-    not_decayed = [p for name, p in master.named_parameters() if p.dim() < 2 or name == "embedding.weight"]
-    decayed = [p for name, p in master.named_parameters() if p.dim() == 2 and name != "embedding.weight"]
+    embeddings = ("embedding.weight", "embed_tokens.weight")
+    not_decayed = [p for name, p in master.named_parameters() if p.dim() < 2 or name.endswith(embeddings)]
+    decayed = [p for name, p in master.named_parameters() if p.dim() >= 2 and not name.endswith(embeddings)]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": OPTIMIZER.weight_decay}, {"params": not_decayed, "weight_decay": 0.0}],
         betas=(OPTIMIZER.beta1, OPTIMIZER.beta2),
