@@ -16,6 +16,8 @@ from conf.schema import DataConfig
 from data.source import CorpusError, open_documents
 from data.tokenizer import BYTES, Tokenizer, Tokens, open_tokenizer, tokenizer_problem
 
+BATCH_CHARACTERS = 2**18  # of documents that are tokenized together, on all cores
+
 
 class Corpus:
     """Sequences of `sequence_length` + 1 tokens.
@@ -65,11 +67,11 @@ class Corpus:
 
     def _epoch(self, skip: int) -> Iterator[Tokens]:
         """All tokens once, document by document, without the first `skip`."""
-        for document in self._documents:
-            tokens = self._tokenizer.encode(document)
-            if skip < len(tokens):
-                yield tokens[skip:]
-            skip = max(0, skip - len(tokens))
+        for texts in _batches(self._documents):
+            for tokens in self._tokenizer.encode(texts):
+                if skip < len(tokens):
+                    yield tokens[skip:]
+                skip = max(0, skip - len(tokens))
 
     def _training_tokens(self, cursor: int) -> Iterator[Tokens]:
         epoch_tokens = 0
@@ -93,6 +95,19 @@ class Corpus:
                 end = num_tokens // self.sequence_tokens * self.sequence_tokens
                 yield from joined[:end].reshape(-1, self.sequence_tokens)
                 parts, num_tokens = [joined[end:]], num_tokens - end
+
+
+def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+    """Documents of together `BATCH_CHARACTERS`, or one that has more."""
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        size += len(document)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def open_corpus(config: DataConfig) -> Corpus:

@@ -26,11 +26,11 @@ def take(sequences, count: int) -> list[list[int]]:
 
 
 def test_tokens_are_utf8_bytes_and_a_separator():
-    assert BYTES.encode("aé").tolist() == [0x61, 0xC3, 0xA9, SEPARATOR]
+    assert BYTES.encode(["aé"])[0].tolist() == [0x61, 0xC3, 0xA9, SEPARATOR]
 
 
 def test_a_lone_surrogate_is_replaced():
-    assert BYTES.encode("a\ud800b").tolist() == [*b"a?b", SEPARATOR]
+    assert BYTES.encode(["a\ud800b"])[0].tolist() == [*b"a?b", SEPARATOR]
 
 
 def test_the_first_sequences_are_held_out_from_all_epochs():

@@ -53,7 +53,7 @@ def without_eos(tiny_llama, tmp_path) -> Path:
 @pytest.mark.parametrize("file", [".", "tokenizer.json"], ids=["a folder", "a bare tokenizer.json"])
 @pytest.mark.parametrize("document", [*DOCUMENTS, "<|begin_of_text|>"])
 def test_tokens_are_the_text_and_eos(tiny_llama, file, document):
-    tokens = opened(tiny_llama / file).encode(document)
+    tokens = opened(tiny_llama / file).encode([document])[0]
     assert tokens.dtype == np.int32
     assert tokens[-1] == EOS
     assert transformers.AutoTokenizer.from_pretrained(tiny_llama).decode(tokens[:-1]) == document  # no BOS was added
@@ -61,20 +61,20 @@ def test_tokens_are_the_text_and_eos(tiny_llama, file, document):
 
 def test_a_lone_surrogate_is_replaced(tiny_llama):
     tokenizer = opened(tiny_llama)
-    assert tokenizer.encode("a\ud800b").tolist() == tokenizer.encode("a?b").tolist()
+    assert tokenizer.encode(["a\ud800b"])[0].tolist() == tokenizer.encode(["a?b"])[0].tolist()
 
 
 def test_the_size_is_above_every_token_also_where_numbers_are_left_out(tiny_llama, tmp_path):
     assert opened(tiny_llama).size == 2048
     tokenizer = opened(bare(tmp_path / "gaps.json", **{"a": 0, "</s>": 7}))
     assert tokenizer.size == 8
-    assert tokenizer.encode("a").tolist() == [0, 7]
+    assert tokenizer.encode(["a"])[0].tolist() == [0, 7]
 
 
 @pytest.mark.parametrize("cursor", [0, 1, 20, 46, 47, 48, 1000])
 def test_training_resumes_at_any_cursor(tiny_llama, cursor):
     tokenizer = opened(tiny_llama)
-    epoch = np.concatenate([tokenizer.encode(document) for document in DOCUMENTS]).tolist()
+    epoch = np.concatenate(tokenizer.encode(DOCUMENTS)).tolist()
     assert epoch.count(EOS) == len(DOCUMENTS)
     corpus = Corpus(DOCUMENTS, sequence_length=4, validation_sequences=1, tokenizer=tokenizer)
     assert [sequence.tolist() for sequence in corpus.validation()] == [epoch[:5]]
