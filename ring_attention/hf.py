@@ -19,7 +19,7 @@ from __future__ import annotations
 import collections
 import importlib.metadata
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -412,19 +412,21 @@ def _problems(model: nn.Module) -> Iterator[str]:
                 "output_attentions": "the weights of attention never exist: set it to False",
                 "output_router_logits": "the auxiliary loss would see this rank's tokens alone: set it to False",
             }[name]
-            yield f"config.{name}={getattr(config, name)}: {reason}"
+            yield f"{name}={getattr(config, name)}: {reason}"
     for name in ("attention_dropout", "router_jitter_noise"):
         if getattr(config, name, None):
-            yield f"config.{name}={getattr(config, name)} would differ between ranks: load it with {name}=0.0"
+            yield f"{name}={getattr(config, name)} would differ between ranks: load it with {name}=0.0"
+    drops = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p > 0]
+    if drops:
+        some = ", ".join(drops[:3]) + (" and others" if len(drops) > 3 else "")
+        yield f"dropout in {some} would differ between ranks: set the configuration's dropouts to 0"
     for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and module.p > 0:
-            yield f"{name} is dropout of {module.p}, which would differ between ranks: set it to 0"
         if isinstance(module, (nn.Conv1d, nn.RNNBase)):
-            yield f"{name} ({type(module).__name__}) mixes tokens of this rank alone: no way to run it is known"
+            yield f"{name} ({type(module).__name__}) mixes tokens of this rank alone: take another model"
 
 
 def _can_generate_tokens(model: nn.Module) -> bool:
-    return "CausalLM" in type(model).__name__ and model.get_output_embeddings() is not None  # pyright: ignore[reportCallIssue]
+    return type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) and model.get_output_embeddings() is not None  # pyright: ignore[reportCallIssue]
 
 
 def _layer_problems(model: nn.Module, config: Any) -> Iterator[str]:
@@ -465,9 +467,14 @@ Documents = list[list[int]] | None  # of each row, or of one for all rows: 0, th
 def _check_same_batch(attention: SequenceAttention, ids_BL: Tensor, given: Mapping[str, Tensor]) -> None:
     if attention._group is None:
         return
-    shape = {"the shape of input_ids": tuple(ids_BL.shape), "the entries of the batch": tuple(sorted(given))}
+    shape: dict[str, Hashable] = {
+        "the shape of input_ids": tuple(ids_BL.shape),
+        "the entries of the batch": tuple(sorted(given)),
+    }
     weights = torch.arange(1, ids_BL.shape[1] + 1)
-    checksum = {"the checksum of input_ids, of which shard takes the whole batch": int((ids_BL.cpu() * weights).sum())}
+    checksum: dict[str, Hashable] = {
+        "the checksum of input_ids, of which shard takes the whole batch": int((ids_BL.cpu() * weights).sum())
+    }
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     check_equal(attention._group, shape, checksum, device)
 

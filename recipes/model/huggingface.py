@@ -68,7 +68,7 @@ class HuggingFaceModel(nn.Module):
         recompute = Recompute(config.engine.recompute, len(layers), config.engine.offload_activations)
         for index, layer in enumerate(layers):
             layer.gradient_checkpointing = recompute.mode != "none"
-            layer._gradient_checkpointing_func = functools.partial(recompute, index)
+            layer._gradient_checkpointing_func = functools.partial(recompute, index)  # pyright: ignore[reportArgumentType]
             if mlp_tile_tokens:
                 _tile_mlps(layer, mlp_tile_tokens)
         _replace_head(model, tile_tokens)
@@ -92,7 +92,7 @@ def _load(config: Config, device: torch.device, deepspeed_config: dict[str, Any]
     # transformers cuts parameters while it reads them, as long as this object lives
     holder = HfDeepSpeedConfig(deepspeed_config) if zero3 else None
     model = AutoModelForCausalLM.from_pretrained(
-        config.model.path,
+        str(config.model.path),
         config=model_config(config.model),
         dtype=DTYPES[config.engine.dtype],
         attn_implementation=hf.NAME,
