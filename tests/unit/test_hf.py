@@ -148,12 +148,11 @@ def test_the_loss_needs_a_checked_pass_and_labels():
 def test_a_mask_function_that_is_not_computed_is_named():
     from transformers import masking_utils
 
-    model = guarded()
-    batch = batch_of(ids())
-    arguments = {"config": model.config, "inputs_embeds": torch.zeros(1, 16, 64), "attention_mask": None, "cache": None}
-    bidirectional = {"block_sequence_ids": torch.zeros(1, 16, dtype=torch.long)}
-    with refused(ValueError, "or_masks"):
-        masking_utils.create_causal_mask(**arguments, **bidirectional, position_ids=batch["position_ids"])  # pyright: ignore[reportArgumentType]
+    config, positions = guarded().config, batch_of(ids())["position_ids"]
+    with refused(ValueError, "or_masks"):  # what lets tokens of an image see each other
+        masking_utils.create_causal_mask(
+            config, torch.zeros(1, 16, 64), None, None, positions, block_sequence_ids=torch.zeros(1, 16).long()
+        )
 
 
 def test_recomputed_layers_do_not_count_twice():
