@@ -1,0 +1,167 @@
+"""RingTrainer on several ranks against transformers' Trainer in one process: losses, weights, evaluation and counts."""
+
+from __future__ import annotations
+
+import functools
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ring_attention import hf
+from tests.errors import refused
+from tests.pool import WorkerPool
+
+NUM_STEPS, ROWS = 10, 2  # rows of a micro-batch in all ranks
+LOSS_LIMIT, WEIGHT_LIMIT = 1e-5, 1e-5
+
+
+def dataset(num_rows: int, seed: int) -> list[dict[str, list[int]]]:
+    """Rows of different lengths, of which the first tokens have no label."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for length in torch.randint(40, 90, (num_rows,), generator=generator).tolist():
+        ids = torch.randint(6, 2048, (length,), generator=generator).tolist()
+        rows.append({"input_ids": ids, "labels": [hf.IGNORED_LABEL] * (length // 4) + ids[length // 4 :]})
+    return rows
+
+
+def padded(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+    length = max(len(row["input_ids"]) for row in rows)
+
+    def stacked(values: list[list[int]], fill: int) -> Tensor:
+        return torch.tensor([row + [fill] * (length - len(row)) for row in values])
+
+    return {
+        "input_ids": stacked([row["input_ids"] for row in rows], 2),
+        "labels": stacked([row["labels"] for row in rows], hf.IGNORED_LABEL),
+        "attention_mask": stacked([[1] * len(row["input_ids"]) for row in rows], 0),
+    }
+
+
+def reset_accelerate() -> None:
+    """A pool's processes run many trainers; accelerate and transformers keep the first one's settings."""
+    from accelerate.state import AcceleratorState, GradientState
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    unset_hf_deepspeed_config()
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500", LOCAL_WORLD_SIZE=os.environ["WORLD_SIZE"])
+
+
+def arguments(rows: int, **settings: Any) -> dict[str, Any]:
+    return {
+        "output_dir": tempfile.mkdtemp(),
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "logging_first_step": True,
+        "include_num_input_tokens_seen": "non_padding",
+        "max_steps": NUM_STEPS,
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": rows,
+        "per_device_eval_batch_size": rows,
+        "optim": "sgd",  # Adam would hide a wrong scale of the gradients
+        "learning_rate": 0.5,
+        "max_grad_norm": 0.7,
+        "eval_strategy": "steps",
+        "eval_steps": NUM_STEPS,
+        **settings,
+    }
+
+
+def zero(stage: int) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "train_batch_size": "auto",
+        "gradient_clipping": "auto",
+        "zero_optimization": {"stage": stage},
+    }
+
+
+def weights(model: Any) -> dict[str, Tensor]:
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def result(trainer: Any) -> dict[str, Any]:
+    trainer.train()
+    history = trainer.state.log_history
+    last = {name: value for entry in history for name, value in entry.items()}
+    return {
+        "losses": [entry[name] for entry in history for name in ("loss", "eval_loss") if name in entry],
+        "grad_norms": [entry["grad_norm"] for entry in history if "grad_norm" in entry],
+        "total_flos": last["total_flos"],
+        "counts": [last["num_input_tokens_seen"], last["epoch"], trainer.get_total_train_batch_size(trainer.args)],
+        "weights": weights(trainer.model),
+    }
+
+
+def trained(folder: Path, data_degree: int, settings: dict[str, Any], is_ring: bool = True) -> dict[str, Any]:
+    """10 steps of rows, `ROWS` in each micro-batch however many ranks there are, and an evaluation of 5 rows."""
+    import torch.distributed as dist
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+    from ring_attention.trainer import RingTrainer
+
+    reset_accelerate()
+    hf.register()
+    args = TrainingArguments(**arguments(ROWS // data_degree, **settings))
+    implementation = "ring" if is_ring else "eager"
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=implementation, dtype=torch.float32)
+    kind: Any = functools.partial(RingTrainer, sequence_degree=dist.get_world_size() // data_degree)
+    trainer = (kind if is_ring else Trainer)(
+        model, args, train_dataset=dataset(22, 0), eval_dataset=dataset(5, 1), data_collator=padded
+    )
+    return result(trainer)
+
+
+@pytest.fixture(scope="module")
+def one_process(pool: WorkerPool, tiny_llama: Path) -> dict[str, Any]:
+    """transformers' Trainer with eager attention."""
+    return pool.run(trained, tiny_llama, 1, {}, False, num_ranks=1)[0]
+
+
+def check(found: list[dict[str, Any]], expected: dict[str, Any]) -> None:
+    for rank in found:
+        assert rank["counts"] == expected["counts"]
+        assert rank["losses"] == pytest.approx(expected["losses"], rel=LOSS_LIMIT)
+        assert rank["grad_norms"] == pytest.approx(expected["grad_norms"], rel=LOSS_LIMIT)
+        errors = {
+            name: ((w - expected["weights"][name]).norm() / w.norm()).item() for name, w in rank["weights"].items()
+        }
+        print(f"loss {max(abs(a / b - 1) for a, b in zip(rank['losses'], expected['losses'], strict=True)):.1e}")
+        print(f"weights {max(errors.values()):.1e}")
+        assert max(errors.values()) < WEIGHT_LIMIT, errors
+        assert errors.keys() == expected["weights"].keys()
+
+
+@pytest.mark.parametrize(("num_ranks", "data_degree"), [(1, 1), (2, 1), (2, 2), (4, 2)])
+def test_distributed_data_parallel_equals_one_process(
+    pool: WorkerPool, tiny_llama: Path, one_process: dict[str, Any], num_ranks: int, data_degree: int
+):
+    found = pool.run(trained, tiny_llama, data_degree, {}, num_ranks=num_ranks)
+    check(found, one_process)
+    if data_degree == 1:  # else rows are padded less
+        assert found[0]["total_flos"] == one_process["total_flos"]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(("num_ranks", "data_degree"), [(2, 1), (4, 2)])
+def test_zero_equals_one_process(
+    pool: WorkerPool, tiny_llama: Path, one_process: dict[str, Any], num_ranks: int, data_degree: int, stage: int
+):
+    settings = {"deepspeed": zero(stage)}
+    check(pool.run(trained, tiny_llama, data_degree, settings, num_ranks=num_ranks), one_process)
