@@ -5,19 +5,21 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ring_attention import hf
 from tests.errors import refused
 from tests.pool import WorkerPool
 
 NUM_STEPS, ROWS = 10, 2  # rows of a micro-batch in all ranks
-LOSS_LIMIT, WEIGHT_LIMIT = 1e-5, 1e-5
+LOSS_LIMIT, WEIGHT_LIMIT = 1e-6, 3e-6
 
 
 def dataset(num_rows: int, seed: int) -> list[dict[str, list[int]]]:
@@ -51,6 +53,7 @@ def reset_accelerate() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     unset_hf_deepspeed_config()
+    tqdm.set_lock(threading.RLock())  # of its default lock, a semaphore, Python warns when the pool kills a process
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
         del os.environ[name]
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500", LOCAL_WORLD_SIZE=os.environ["WORLD_SIZE"])
@@ -134,17 +137,22 @@ def one_process(pool: WorkerPool, tiny_llama: Path) -> dict[str, Any]:
     return pool.run(trained, tiny_llama, 1, {}, False, num_ranks=1)[0]
 
 
-def check(found: list[dict[str, Any]], expected: dict[str, Any]) -> None:
+def check(
+    found: list[dict[str, Any]],
+    expected: dict[str, Any],
+    loss_limit: float = LOSS_LIMIT,
+    weight_limit: float = WEIGHT_LIMIT,
+) -> None:
     for rank in found:
         assert rank["counts"] == expected["counts"]
-        assert rank["losses"] == pytest.approx(expected["losses"], rel=LOSS_LIMIT)
-        assert rank["grad_norms"] == pytest.approx(expected["grad_norms"], rel=LOSS_LIMIT)
+        assert rank["losses"] == pytest.approx(expected["losses"], rel=loss_limit)
+        assert rank["grad_norms"] == pytest.approx(expected["grad_norms"], rel=10 * loss_limit)
         errors = {
             name: ((w - expected["weights"][name]).norm() / w.norm()).item() for name, w in rank["weights"].items()
         }
         print(f"loss {max(abs(a / b - 1) for a, b in zip(rank['losses'], expected['losses'], strict=True)):.1e}")
         print(f"weights {max(errors.values()):.1e}")
-        assert max(errors.values()) < WEIGHT_LIMIT, errors
+        assert max(errors.values()) < weight_limit, errors
         assert errors.keys() == expected["weights"].keys()
 
 
@@ -165,3 +173,43 @@ def test_zero_equals_one_process(
 ):
     settings = {"deepspeed": zero(stage)}
     check(pool.run(trained, tiny_llama, data_degree, settings, num_ranks=num_ranks), one_process)
+
+
+def test_autocast_and_checkpointing_equal_one_process_up_to_rounding(pool: WorkerPool, tiny_llama: Path):
+    settings = {"bf16": True, "gradient_checkpointing": True}
+    (expected,) = pool.run(trained, tiny_llama, 1, settings, False, num_ranks=1)
+    check(pool.run(trained, tiny_llama, 1, settings, num_ranks=2), expected, loss_limit=2e-3, weight_limit=5e-3)
+
+
+def fine_tuned(folder: Path, data_degree: int, is_ring: bool) -> dict[str, Any]:
+    """3 steps of TRL's SFTTrainer on packed documents."""
+    import torch.distributed as dist
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    from ring_attention.trainer import RingTrainerMixin
+
+    class RingSFTTrainer(RingTrainerMixin, SFTTrainer):
+        pass
+
+    reset_accelerate()
+    hf.register()
+    settings = {"max_steps": 3, "packing": True, "max_length": 128, "eval_strategy": "no", "bf16": False}
+    args = SFTConfig(**arguments(ROWS // data_degree, **settings))
+    implementation = "ring" if is_ring else "eager"
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=implementation, dtype=torch.float32)
+    kind: Any = functools.partial(RingSFTTrainer, sequence_degree=dist.get_world_size() // data_degree)
+    rows = Dataset.from_list([{"input_ids": row["input_ids"]} for row in dataset(40, 0)])
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return result((kind if is_ring else SFTTrainer)(model, args, train_dataset=rows, processing_class=tokenizer))
+
+
+@pytest.mark.parametrize(("num_ranks", "data_degree"), [(2, 1), (4, 2)])
+def test_trl_on_packed_documents_equals_one_process(
+    pool: WorkerPool, tiny_llama: Path, num_ranks: int, data_degree: int
+):
+    pytest.importorskip("trl")
+    (expected,) = pool.run(fine_tuned, tiny_llama, 1, False, num_ranks=1)
+    check(pool.run(fine_tuned, tiny_llama, data_degree, True, num_ranks=num_ranks), expected)
