@@ -5,17 +5,15 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from ring_attention import hf
-from tests.errors import refused
+from ring_attention import LocalAttention, hf
+from tests.errors import names
 from tests.pool import WorkerPool
 
 NUM_STEPS, ROWS = 10, 2  # rows of a micro-batch in all ranks
@@ -53,7 +51,6 @@ def reset_accelerate() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     unset_hf_deepspeed_config()
-    tqdm.set_lock(threading.RLock())  # of its default lock, a semaphore, Python warns when the pool kills a process
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
         del os.environ[name]
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500", LOCAL_WORLD_SIZE=os.environ["WORLD_SIZE"])
@@ -213,3 +210,49 @@ def test_trl_on_packed_documents_equals_one_process(
     pytest.importorskip("trl")
     (expected,) = pool.run(fine_tuned, tiny_llama, 1, False, num_ranks=1)
     check(pool.run(fine_tuned, tiny_llama, data_degree, True, num_ranks=num_ranks), expected)
+
+
+# of TrainingArguments and of RingTrainer, with what the message must name
+REFUSED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("label_smoothing_factor", {"label_smoothing_factor": 0.1}, {}),
+    ("neftune_noise_alpha", {"neftune_noise_alpha": 5.0}, {}),
+    ("torch_compile", {"torch_compile": True}, {}),
+    ("average_tokens_across_devices=False", {"average_tokens_across_devices": False}, {}),
+    ("train_sampling_strategy='group_by_length'", {"train_sampling_strategy": "group_by_length"}, {}),
+    ("split_batches=True", {"accelerator_config": {"split_batches": True}}, {}),
+    ("dispatch_batches=True", {"accelerator_config": {"dispatch_batches": True}}, {}),
+    ("even_batches=False", {"accelerator_config": {"even_batches": False}}, {}),
+    ("compute_metrics", {}, {"compute_metrics": len}),
+    ("preprocess_logits_for_metrics", {}, {"preprocess_logits_for_metrics": max}),
+    ("compute_loss_func", {}, {"compute_loss_func": max}),
+    ("sequence_degree=2", {}, {"sequence_degree": 2}),
+    ("attention=", {}, {"sequence_degree": 1, "attention": LocalAttention("auto")}),
+    ("evaluate()", {}, {}),  # only predict is wrong
+]
+
+
+def messages(folder: Path) -> list[str]:
+    from transformers import AutoModelForCausalLM, TrainingArguments
+
+    from ring_attention.trainer import RingTrainer
+
+    hf.register()
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="ring", dtype=torch.float32)
+    rows: Any = dataset(2, 1)
+    found = []
+    for _, settings, options in REFUSED:
+        reset_accelerate()
+        args = TrainingArguments(**arguments(ROWS, **settings))
+        with pytest.raises(ValueError) as caught:  # noqa: PT011  # the test looks at the message
+            RingTrainer(model, args, train_dataset=rows, eval_dataset=rows, data_collator=padded, **options).predict(
+                rows
+            )
+        found.append(str(caught.value))
+    return found
+
+
+def test_what_would_be_wrong_is_refused_in_one_line(pool: WorkerPool, tiny_llama: Path):
+    (found,) = pool.run(messages, tiny_llama, num_ranks=1)
+    for (named, _, _), message in zip(REFUSED, found, strict=True):
+        names(message, named)
+        assert "\n" not in message
