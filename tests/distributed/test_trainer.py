@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +123,8 @@ def trained(folder: Path, data_degree: int, settings: dict[str, Any], is_ring: b
     implementation = "ring" if is_ring else "eager"
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=implementation, dtype=torch.float32)
     kind: Any = functools.partial(RingTrainer, sequence_degree=dist.get_world_size() // data_degree)
-    trainer = (kind if is_ring else Trainer)(
-        model, args, train_dataset=dataset(22, 0), eval_dataset=dataset(5, 1), data_collator=padded
-    )
-    return result(trainer)
+    rows: dict[str, Any] = {"train_dataset": dataset(22, 0), "eval_dataset": dataset(5, 1)}
+    return result((kind if is_ring else Trainer)(model, args, **rows, data_collator=padded))
 
 
 @pytest.fixture(scope="module")
@@ -147,8 +146,6 @@ def check(
         errors = {
             name: ((w - expected["weights"][name]).norm() / w.norm()).item() for name, w in rank["weights"].items()
         }
-        print(f"loss {max(abs(a / b - 1) for a, b in zip(rank['losses'], expected['losses'], strict=True)):.1e}")
-        print(f"weights {max(errors.values()):.1e}")
         assert max(errors.values()) < weight_limit, errors
         assert errors.keys() == expected["weights"].keys()
 
@@ -256,3 +253,41 @@ def test_what_would_be_wrong_is_refused_in_one_line(pool: WorkerPool, tiny_llama
     for (named, _, _), message in zip(REFUSED, found, strict=True):
         names(message, named)
         assert "\n" not in message
+
+
+def flattened(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+    """All rows as documents of one."""
+    names = ("input_ids", "labels")
+    batch = {name: torch.tensor([[token for row in rows for token in row[name]]]) for name in names}
+    return {**batch, "position_ids": torch.cat([torch.arange(len(row["input_ids"])) for row in rows])[None]}
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self) -> Iterator[dict[str, list[int]]]:
+        return iter(dataset(5, 1))
+
+
+def evaluation_messages(folder: Path) -> list[str]:
+    """On 2 data ranks: of a flattened last step that rows fill up, and of a dataset without a length."""
+    from transformers import AutoModelForCausalLM, TrainingArguments
+
+    from ring_attention.trainer import RingTrainer
+
+    hf.register()
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="ring", dtype=torch.float32)
+    found = []
+    rows: Any = dataset(5, 1)
+    for eval_dataset, collator in ((rows, flattened), (Stream(), padded)):
+        reset_accelerate()
+        args = TrainingArguments(**arguments(2))
+        options: Any = {"eval_dataset": eval_dataset, "data_collator": collator, "sequence_degree": 1}
+        with pytest.raises(ValueError) as caught:  # noqa: PT011  # the test looks at the message
+            RingTrainer(model, args, **options).evaluate()
+        found.append(str(caught.value))
+    return found
+
+
+def test_an_evaluation_that_would_count_rows_twice_is_refused(pool: WorkerPool, tiny_llama: Path):
+    for flat, endless in pool.run(evaluation_messages, tiny_llama, num_ranks=2):
+        names(flat, "1 rows", "2 data ranks", "per_device_eval_batch_size=1")
+        names(endless, "evaluation dataset", "length")
