@@ -287,6 +287,9 @@ def _attention(
     if is_causal is False:
         raise ValueError(f"{layer} attends in both directions (is_causal=False): only causal layers are supported")
     ring_plan.calls[module.layer_idx] += 1  # pyright: ignore[reportArgumentType]
+    if torch.is_autocast_enabled(query.device.type):  # rotary embeddings promote q and k to fp32, but not v
+        dtype = torch.get_autocast_dtype(query.device.type)  # that autocast gives torch's attention too
+        query, key, value = (x.to(dtype) for x in (query, key, value))
     q_BSHD, k_BSKD, v_BSKD = (x.transpose(1, 2) for x in (query, key, value))
     mask = ring_plan.mask_of(window)
     options = {"mask": mask, "softmax_scale": scaling, "dropout_p": dropout, "softcap": softcap, "sinks": s_aux}

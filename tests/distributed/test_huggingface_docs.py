@@ -1,0 +1,50 @@
+"""The programs in the pages about Hugging Face models, as printed, each in its own processes on one and two ranks."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.test_docs import ROOT, python_examples
+
+
+def printed(code: str, num_ranks: int, tmp_path: Path, *arguments: str | Path) -> str:
+    """What the program prints under torchrun."""
+    program = tmp_path / "program.py"
+    program.write_text(code, encoding="utf-8")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    command = [*launcher, str(program), *map(str, arguments)]
+    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=180)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def numbers(name: str, text: str) -> list[float]:
+    return [float(number) for number in re.findall(rf"\b{name}'?:? ([\d.]+)", text)]
+
+
+def example(page: str, index: int = 0) -> str:
+    return python_examples(ROOT / "docs" / f"{page}.md")[index]
+
+
+@pytest.mark.parametrize(("page", "num_losses"), [("huggingface_loop", 7), ("huggingface_trainer", 6)])
+def test_a_program_prints_the_same_losses_on_one_rank_and_on_two(tmp_path, tiny_llama: Path, page, num_losses):
+    one, two = (printed(example(page), n, tmp_path, tiny_llama, tmp_path / f"trained{n}") for n in (1, 2))
+    assert len(numbers("loss", one)) == num_losses
+    for name in ("loss", "eval_loss", "num_input_tokens_seen"):
+        assert numbers(name, two) == pytest.approx(numbers(name, one), rel=1e-6), name
+    assert (tmp_path / "trained2" / "model.safetensors").exists()
+
+
+def test_a_script_of_alst_gives_the_same_losses_before_and_after(tmp_path, tiny_llama: Path):
+    before, after = (printed(example("migrate_from_alst", index), 2, tmp_path, tiny_llama) for index in (0, 1))
+    assert len(numbers("loss", before)) == 6
+    assert numbers("loss", after) == pytest.approx(numbers("loss", before), rel=1e-6)
+    # as the page says
+    assert numbers("gradient norm", before) == pytest.approx([2 * x for x in numbers("gradient norm", after)], rel=1e-4)
