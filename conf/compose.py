@@ -31,7 +31,12 @@ REMOVED = {
 }
 # What people type who know other tools, by the last part of the name, and what there is here.
 FROM_OTHER_TOOLS = {
-    ("pretrained", "path", "name_or_path", "model_name_or_path"): "type +experiment=finetune model.path=FOLDER_OR_HUB_NAME",
+    (
+        "pretrained",
+        "path",
+        "name_or_path",
+        "model_name_or_path",
+    ): "type +experiment=finetune model.path=FOLDER_OR_HUB_NAME",
     ("tokenizer", "tokenizer_name", "tokenizer_path"): "type data.tokenizer=FOLDER_OR_HUB_NAME: see docs/data.md",
     ("packing", "pack_documents"): "documents are concatenated and see each other: see docs/data.md",
     ("tensorboard", "report_to"): "metrics go to wandb (offline without a login) and to RUN_DIR/metrics.jsonl",

@@ -55,6 +55,18 @@ class PretrainedTokenizer:
         tokens = self._tokenizer.encode(legal, add_special_tokens=False, verbose=False)
         return np.array([*tokens, self._eos_id], np.int32)
 
+    def save(self, folder: Path) -> None:
+        """Write it as from_pretrained reads it, with its chat template."""
+        self._tokenizer.eos_token = self._tokenizer.convert_ids_to_tokens(self._eos_id)  # a bare file does not say it
+        self._tokenizer.save_pretrained(folder)
+
+
+def save_tokenizer(config: DataConfig, folder: Path) -> None:
+    """Write the configured tokenizer, which is not bytes, as from_pretrained reads it."""
+    opened = open_tokenizer(config)
+    assert isinstance(opened, PretrainedTokenizer)
+    opened.save(folder)
+
 
 def open_tokenizer(config: DataConfig) -> Tokenizer:
     """The configured tokenizer. Raises CorpusError if it cannot be opened or has no EOS token."""

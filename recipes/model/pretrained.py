@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from conf.schema import Config, ConfigError, ModelConfig
 
 CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE = "config.json", "model.safetensors.index.json", "model.safetensors"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # by engine.dtype
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _GATES = ("gate_proj", "gate_up_proj")
 

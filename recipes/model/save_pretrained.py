@@ -1,0 +1,69 @@
+"""A trained Hugging Face model as a folder that from_pretrained loads. Needs no GPU and no ranks.
+
+Weights are the engine's, by its names: `HuggingFaceModel`'s parameters begin with "model.".
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from conf.schema import LoraConfig, ModelConfig
+from recipes.model.lora import add_lora, merge_lora
+from recipes.model.pretrained import meta_model, model_config
+from ring_attention import hf
+
+PREFIX = "model."
+MAX_SHARD_SIZE = "5GB"
+GENERATION_FILE = "generation_config.json"
+
+
+def save_model(folder: Path, model: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Write all weights and the configuration with model.rope. `weights` loses its entries."""
+    hf.register()
+    shell: Any = meta_model(model_config(model)).to(dtype)
+    _save(folder, model, shell, {name: weights.pop(PREFIX + name) for name in _saved_names(shell)})
+
+
+def save_merged(
+    folder: Path, model: ModelConfig, lora: LoraConfig, weights: dict[str, Tensor], dtype: torch.dtype
+) -> None:
+    """Write the base model's weights with the matrices of LoRA, in fp32 here, merged into them."""
+    from transformers import AutoModelForCausalLM
+
+    hf.register()
+    base = AutoModelForCausalLM.from_pretrained(model.path, config=model_config(model), dtype=dtype)
+    with_lora = add_lora(base, lora, seed=0)
+    matrices = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items() if ".lora_" in name}
+    with_lora.load_state_dict(matrices, strict=False, assign=True)  # in fp32
+    merged: Any = merge_lora(with_lora)
+    state = merged.state_dict()
+    _save(folder, model, merged, {name: state[name] for name in _saved_names(merged)})
+
+
+def save_adapter(folder: Path, model: ModelConfig, lora: LoraConfig, weights: dict[str, Tensor]) -> None:
+    """Write the matrices of LoRA and their settings, as peft's PeftModel.from_pretrained loads them."""
+    hf.register()
+    with_lora = add_lora(meta_model(model_config(model)), lora, seed=0)
+    state = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}
+    with_lora.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
+
+
+def _saved_names(model: nn.Module) -> list[str]:
+    """Of its parameters and buffers. Of parameters that share a tensor only the first."""
+    first, every = (dict(model.named_parameters(remove_duplicate=only)).keys() for only in (True, False))
+    return [name for name in model.state_dict() if name not in every - first]
+
+
+def _save(folder: Path, model: ModelConfig, shell: Any, state: dict[str, Tensor]) -> None:
+    from transformers.utils import cached_file
+
+    shell.save_pretrained(folder, state_dict=state, max_shard_size=MAX_SHARD_SIZE)
+    # as it was: transformers loads generation settings that it refuses to save
+    original = cached_file(model.path, GENERATION_FILE, _raise_exceptions_for_missing_entries=False)
+    if original is not None:
+        shutil.copyfile(original, folder / GENERATION_FILE)
