@@ -98,8 +98,8 @@ def tokenizer_problem(tokenizer: Tokenizer, vocab_size: int) -> str | None:
         return None
     setting = "bytes and a separator" if tokenizer is BYTES else f"data.tokenizer={tokenizer.name}"
     return (
-        f"{setting}: {tokenizer.size:,} tokens are too many for model.vocab_size={vocab_size}: type "
-        f"model.vocab_size={tokenizer.size} or more, or give the model's own tokenizer"
+        f"{setting}: {tokenizer.size:,} tokens are too many for model.vocab_size={vocab_size}: give the model's own "
+        f"tokenizer, or without model.path type model.vocab_size={tokenizer.size} or more"
     )
 
 

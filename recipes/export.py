@@ -81,7 +81,7 @@ def consolidated_weights(folder: Path, manifest: Manifest, dtype: torch.dtype = 
         )
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from recipes.checkpoint.manager import only_known_classes
-    from recipes.checkpoint.resharding import MASTER, ConsolidatedState, mapped
+    from recipes.checkpoint.resharding import ConsolidatedState, mapped
 
     zero_stage = manifest.config["engine"]["zero_stage"]
     with only_known_classes():

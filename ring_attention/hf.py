@@ -212,8 +212,9 @@ def loss(
     Args:
         outputs: of `model(**batch)`; its logits [B, S, V].
         batch: from `shard`.
-        num_labels: the labels of all ranks and all micro-batches of a step, from `count_labels`; None counts this batch.
-            With gradient accumulation over N micro-batches DeepSpeed divides by N: multiply by N, or pass the mean.
+        num_labels: the labels of all ranks and all micro-batches of a step, from `count_labels`; None counts this
+            batch. With gradient accumulation over N micro-batches DeepSpeed divides by N: multiply by N, or pass the
+            mean.
         averaged_over: ranks that gradients are averaged over; None is all. With an mpu of sequence parallelism,
             DeepSpeed's ZeRO stages 0 to 2 divide by `mpu.get_data_parallel_world_size()`.
 
@@ -416,11 +417,20 @@ def _problems(model: nn.Module) -> Iterator[str]:
     for name in ("attention_dropout", "router_jitter_noise"):
         if getattr(config, name, None):
             yield f"config.{name}={getattr(config, name)} would differ between ranks: load it with {name}=0.0"
+    yield from _module_problems(model)
+
+
+def _module_problems(model: nn.Module) -> Iterator[str]:
+    """One for each reason, with the first module that it is about."""
+    found: dict[str, list[str]] = collections.defaultdict(list)
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and module.p > 0:
-            yield f"{name} is dropout of {module.p}, which would differ between ranks: set it to 0"
+            found[f"dropout of {module.p}, which would differ between ranks: set it to 0"].append(name)
         if isinstance(module, (nn.Conv1d, nn.RNNBase)):
-            yield f"{name} ({type(module).__name__}) mixes tokens of this rank alone: no way to run it is known"
+            reason = f"{type(module).__name__}, which mixes tokens of this rank alone: no way to run it is known"
+            found[reason].append(name)
+    for reason, names in found.items():
+        yield f"{names[0]}{f' and {len(names) - 1} others' if len(names) > 1 else ''}: {reason}"
 
 
 def _can_generate_tokens(model: nn.Module) -> bool:
@@ -480,7 +490,8 @@ def _documents(given: Mapping[str, Tensor], num_rows: int, length: int) -> Docum
         for row, starts in zip(given["position_ids"], found["position_ids"], strict=True):
             if row[starts[:-1]].any():
                 raise ValueError(
-                    "position_ids must start at 0 in each document and grow by 1: left padding and gaps are not supported"
+                    "position_ids must start at 0 in each document and grow by 1: left padding and gaps are not "
+                    "supported"
                 )
     if "seq_idx" in given:
         found["seq_idx"] = [_starts(row, row.diff() != 0, length) for row in given["seq_idx"]]

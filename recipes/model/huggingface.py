@@ -16,7 +16,7 @@ from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from conf.schema import Config
+from conf.schema import Config, ConfigError
 from recipes.model.head import Head
 from recipes.model.lora import add_lora
 from recipes.model.mlp import Activation, tiled_mlp
@@ -90,13 +90,16 @@ def _load(config: Config, device: torch.device, deepspeed_config: dict[str, Any]
     zero3 = config.engine.zero_stage == 3
     # transformers cuts parameters while it reads them, as long as this object lives
     holder = HfDeepSpeedConfig(deepspeed_config) if zero3 else None
-    model = AutoModelForCausalLM.from_pretrained(
+    model, loading = AutoModelForCausalLM.from_pretrained(
         config.model.path,
         config=model_config(config.model),
         dtype=DTYPES[config.engine.dtype],
         attn_implementation=hf.NAME,
         device_map=None if zero3 or device.type == "cpu" else device,
+        output_loading_info=True,
     )
+    if lacking := sorted(loading["missing_keys"]):  # transformers would draw them
+        raise ConfigError(f"model.path={config.model.path}: its files lack {', '.join(lacking)}: download them again")
     del holder
     return model
 

@@ -27,8 +27,8 @@ def check_lora(model: Any, lora: LoraConfig) -> None:
     if unknown:
         legal = sorted({name.rpartition(".")[2] for name in linear})
         raise ValueError(
-            f"lora.target_modules={','.join(unknown)} matches none of its linear layers: use names of "
-            f"{', '.join(legal)}, such as lora.target_modules=[{legal[0]}], or leave it out for all of them"
+            f"lora.target_modules names {', '.join(unknown)}, but its linear layers are {', '.join(legal)}: type "
+            f"lora.target_modules=[{legal[0]}], for example, or leave it out for all of them"
         )
 
 

@@ -12,15 +12,13 @@ from torch import Tensor, nn
 from ring_attention import (
     AllGatherAttention,
     HybridAttention,
-    LocalAttention,
     RingAttention,
     UlyssesAttention,
     hf,
 )
 from ring_attention.sequence_attention import SequenceAttention
-from tests.errors import names, refused
 from tests.families import FAMILIES, VOCAB_SIZE, tiny_model
-from tests.pool import RankError, WorkerPool
+from tests.pool import WorkerPool
 
 LENGTH = 203  # of no rank count a multiple
 BOUNDARIES = [0, 50, 51, 140, LENGTH]  # of packed documents
