@@ -181,7 +181,7 @@ def _write_folder(new: Path, folder: Path, manifest: Manifest, merge: bool) -> s
     model = ModelConfig(path=config["model"]["path"], rope=config["model"]["rope"])
     weights = consolidated_weights(folder, manifest, torch.float32 if merge else dtype)
     what = f"{_summary(weights)}, {dtype_name}"
-    print(f"writing {new.parent} ...", flush=True)
+    print(f"writing {new.name} ...", flush=True)
     try:
         if not lora.rank:
             save_pretrained.save_model(new, model, weights, dtype)
@@ -191,6 +191,8 @@ def _write_folder(new: Path, folder: Path, manifest: Manifest, merge: bool) -> s
         else:
             save_pretrained.save_adapter(new, model, lora, weights)
             what = f"an adapter of {model.path}, {what}"
+            if model.rope:
+                print(f"it needs a base model with model.rope={model.rope}, which an adapter cannot hold; --merge does")
     except ValueError as error:
         raise ConfigError(f"model.path={model.path}: {error}") from error
     save_tokenizer(DataConfig(**config["data"]), new)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from typing import Any
 
 import torch
@@ -42,7 +43,8 @@ def add_lora(model: Any, lora: LoraConfig, seed: int) -> Any:
         target_modules=lora.target_modules or "all-linear",
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft uses an old name of transformers'
         torch.manual_seed(seed)
         return peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
 
