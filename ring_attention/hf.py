@@ -19,7 +19,7 @@ from __future__ import annotations
 import collections
 import importlib.metadata
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -477,7 +477,9 @@ def _check_same_batch(attention: SequenceAttention, ids_BL: Tensor, given: Mappi
         return
     shape = {"the shape of input_ids": tuple(ids_BL.shape), "the entries of the batch": tuple(sorted(given))}
     weights = torch.arange(1, ids_BL.shape[1] + 1)
-    checksum = {"the checksum of input_ids, of which shard takes the whole batch": int((ids_BL.cpu() * weights).sum())}
+    checksum: dict[str, Hashable] = {
+        "the checksum of input_ids, of which shard takes the whole batch": int((ids_BL.cpu() * weights).sum())
+    }
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     check_equal(attention._group, shape, checksum, device)
 

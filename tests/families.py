@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 VOCAB_SIZE, WINDOW = 96, 24
 _SIZES = {
@@ -86,7 +85,7 @@ def tiny_config(family: str, **changes: Any) -> Any:
     return AutoConfig.for_model(family, **(_SIZES | FAMILIES.get(family, {}) | changes))
 
 
-def tiny_model(family: str, attn_implementation: str, dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
+def tiny_model(family: str, attn_implementation: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """The same weights for each call. No parameter is 0 or 1, so that a wrong gradient of any shows."""
     from transformers import AutoModelForCausalLM
 

@@ -63,7 +63,7 @@ class HuggingFaceModel(nn.Module):
         _use_liger(model, device)
         self._causal = [model]  # in a list: only `model`, which may wrap it, is a submodule
         self.model = add_lora(model, config.lora, config.seed) if config.lora.rank else model
-        layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        layers: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         recompute = Recompute(config.engine.recompute, len(layers), config.engine.offload_activations)
         for index, layer in enumerate(layers):
             layer.gradient_checkpointing = recompute.mode != "none"
@@ -90,7 +90,8 @@ def _load(config: Config, device: torch.device, deepspeed_config: dict[str, Any]
     zero3 = config.engine.zero_stage == 3
     # transformers cuts parameters while it reads them, as long as this object lives
     holder = HfDeepSpeedConfig(deepspeed_config) if zero3 else None
-    model, loading = AutoModelForCausalLM.from_pretrained(
+    assert config.model.path is not None
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         config.model.path,
         config=model_config(config.model),
         dtype=DTYPES[config.engine.dtype],
@@ -98,6 +99,7 @@ def _load(config: Config, device: torch.device, deepspeed_config: dict[str, Any]
         device_map=None if zero3 or device.type == "cpu" else device,
         output_loading_info=True,
     )
+    model, loading = loaded
     if lacking := sorted(loading["missing_keys"]):  # transformers would draw them
         raise ConfigError(f"model.path={config.model.path}: its files lack {', '.join(lacking)}: download them again")
     del holder

@@ -54,9 +54,8 @@ def merge_lora(model: Any) -> nn.Module:
     """The model of `add_lora` without the matrices, their products added to its weights and rounded once."""
     from peft.tuners.lora import LoraLayer
 
-    for layer in model.modules():
-        if isinstance(layer, LoraLayer):
-            weight: Any = layer.get_base_layer().weight
-            product: Any = layer.get_delta_weight(ADAPTER)  # pyright: ignore[reportCallIssue]
-            weight.copy_(weight.float() + product.float())
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        weight = layer.get_base_layer().weight
+        weight.copy_(weight.float() + layer.get_delta_weight(ADAPTER).float())
     return model.unload()

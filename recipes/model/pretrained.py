@@ -65,6 +65,7 @@ def model_config(model: ModelConfig) -> Any:
     from transformers import AutoConfig
     from transformers.utils import logging
 
+    assert model.path is not None
     logging.set_verbosity_error()  # its warnings are about code that does not run here
     try:
         # without trust_remote_code=False it asks at the terminal whether to run the repository's code

@@ -36,6 +36,7 @@ def save_merged(
     from transformers import AutoModelForCausalLM
 
     hf.register()
+    assert model.path is not None
     base = AutoModelForCausalLM.from_pretrained(model.path, config=model_config(model), dtype=dtype)
     with_lora = add_lora(base, lora, seed=0)
     matrices = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items() if ".lora_" in name}
@@ -62,6 +63,7 @@ def _saved_names(model: nn.Module) -> list[str]:
 def _save(folder: Path, model: ModelConfig, shell: Any, state: dict[str, Tensor]) -> None:
     from transformers.utils import cached_file
 
+    assert model.path is not None
     shell.save_pretrained(folder, state_dict=state, max_shard_size=MAX_SHARD_SIZE)
     # as it was: transformers loads generation settings that it refuses to save
     original = cached_file(model.path, GENERATION_FILE, _raise_exceptions_for_missing_entries=False)

@@ -162,7 +162,7 @@ def test_another_version_of_transformers_is_refused(monkeypatch: pytest.MonkeyPa
     names(refusal(ModelConfig(path=str(tiny_llama))), "transformers 4.57.1", "5.17")
 
 
-ROPES: list[tuple[Any, list[str]]] = [
+ROPES: list[tuple[Any, list[Any]]] = [
     ("yarn", ["model.rope=yarn", "{rope_type:yarn,factor:4}"]),
     ({}, ["model.rope={}", "{rope_type:yarn,factor:4}"]),
     ({"rope_type": "nonsense"}, ["rope_type=nonsense", "yarn", "llama3"]),

@@ -25,10 +25,10 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, softcap: flo
 def test_out_and_gradients_are_those_of_eager_attention(softcap: float | None):
     torch.manual_seed(0)
     leaves = [torch.randn(2, 12, 4, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    leaves.append(torch.randn(4, dtype=torch.float64, requires_grad=True))
-    *qkv, sinks = leaves
-    out = LocalAttention("auto", mask=FULL)(*qkv, 0, softcap=softcap, sinks=sinks)
-    expected, dout = eager_attention(*leaves, softcap), torch.randn_like(out)
+    q, k, v = leaves
+    leaves.append(sinks := torch.randn(4, dtype=torch.float64, requires_grad=True))
+    out = LocalAttention("auto", mask=FULL)(q, k, v, 0, softcap=softcap, sinks=sinks)
+    expected, dout = eager_attention(q, k, v, sinks, softcap), torch.randn_like(out)
     assert relative_error(out, expected) < 1e-14
     for got, want in zip(
         torch.autograd.grad(out, leaves, dout), torch.autograd.grad(expected, leaves, dout), strict=True
