@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from huggingface_hub.errors import GatedRepoError
+from safetensors.torch import load_file, save_file
 
 from conf.degrees import resolve_degrees
 from conf.schema import AttentionConfig, Config, ConfigError, DataConfig, LoraConfig, ModelConfig
@@ -253,3 +254,15 @@ def test_ulysses_needs_enough_kv_heads(tiny_llama: Path):
         resolve_degrees(resolve(config), 4)
     names(str(caught.value), "model.num_kv_heads=2", "parallelism.ulysses_degree=2", "attention=ring")
     assert "model.num_kv_heads=4" not in str(caught.value)  # the model has what it has
+
+
+def test_weights_that_the_files_lack_are_refused(tmp_path: Path, tiny_llama: Path):
+    from recipes.model.huggingface import _load
+
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    weights = load_file(folder / WEIGHTS)
+    weights["model.other.weight"] = weights.pop("model.norm.weight")
+    save_file(weights, folder / WEIGHTS, {"format": "pt"})
+    config = resolve(Config(model=ModelConfig(path=str(folder))))  # as many weights as there should be
+    with refused(ConfigError, f"model.path={folder}", "model.norm.weight", "download"):
+        _load(config, torch.device("cpu"), {})
