@@ -175,28 +175,36 @@ def _write_folder(new: Path, folder: Path, manifest: Manifest, merge: bool) -> s
     from recipes.model import save_pretrained
     from recipes.model.pretrained import DTYPES
 
-    config = manifest.config
-    dtype_name = config["engine"]["dtype"]
-    dtype, lora = DTYPES[dtype_name], LoraConfig(**config["lora"])
-    model = ModelConfig(path=config["model"]["path"], rope=config["model"]["rope"])
+    model, dtype_name = manifest.config["model"], manifest.config["engine"]["dtype"]
+    path, dtype, lora = model["path"], DTYPES[dtype_name], LoraConfig(**manifest.config["lora"])
+    config = _transformers_config(path, model["rope"])
     weights = consolidated_weights(folder, manifest, torch.float32 if merge else dtype)
     what = f"{_summary(weights)}, {dtype_name}"
     print(f"writing {new.name} ...", flush=True)
-    try:
-        if not lora.rank:
-            save_pretrained.save_model(new, model, weights, dtype)
-        elif merge:
-            save_pretrained.save_merged(new, model, lora, weights, dtype)
-            what = f"{model.path} with {what}, merged into it"
-        else:
-            save_pretrained.save_adapter(new, model, lora, weights)
-            what = f"an adapter of {model.path}, {what}"
-            if model.rope:
-                print(f"it needs a base model with model.rope={model.rope}, which an adapter cannot hold; --merge does")
-    except ValueError as error:
-        raise ConfigError(f"model.path={model.path}: {error}") from error
-    save_tokenizer(DataConfig(**config["data"]), new)
+    if not lora.rank:
+        save_pretrained.save_model(new, path, config, weights, dtype)
+    elif merge:
+        save_pretrained.save_merged(new, path, config, lora, weights, dtype)
+        what = f"{path} with {what}, merged into it"
+    else:
+        save_pretrained.save_adapter(new, config, lora, weights)
+        what = f"an adapter of {path}, {what}"
+        if model["rope"]:
+            print(f"it needs a base model with model.rope={model['rope']}, which an adapter cannot hold; --merge does")
+    save_tokenizer(DataConfig(**manifest.config["data"]), new)
     return what
+
+
+def _transformers_config(path: str, rope: Any) -> Any:
+    """Of the model that the run was started with. Raises ConfigError if it is no longer there."""
+    from recipes.model.pretrained import model_config
+    from ring_attention import hf
+
+    try:
+        hf.register()
+        return model_config(ModelConfig(path=path, rope=rope))
+    except ValueError as error:
+        raise ConfigError(f"the run's model.path={path}: {error}") from error
 
 
 def _summary(weights: dict[str, Tensor]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import shutil
 import signal
 from dataclasses import asdict
 from pathlib import Path
@@ -156,8 +157,12 @@ def test_outputs_that_do_not_fit_the_run_are_refused(tmp_path):
 
 def test_a_failed_export_leaves_nothing_behind(tmp_path):
     run_dir = saved_by(tmp_path / "run", path=str(tmp_path / "gone"))
-    with pytest.raises(FileNotFoundError):  # the checkpoint has no files
+    with refused(ConfigError, f"model.path={tmp_path / 'gone'}", "config.json"):
         export(run_dir, tmp_path / "x")
+    own = saved_by(tmp_path / "own")
+    with pytest.raises(FileNotFoundError):  # the checkpoint has no files
+        export(own, tmp_path / "x.safetensors")
+    shutil.rmtree(own)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
