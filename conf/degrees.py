@@ -125,9 +125,10 @@ def _check_heads(config: Config, num_ranks: int, degrees: Degrees) -> None:
     model, method = config.model, config.attention.method
     heads = model.num_kv_heads
     if heads < degrees.ulysses or (method == "hybrid" and heads % degrees.ulysses):
+        more_heads = "" if model.path else f"model.num_kv_heads={degrees.ulysses}, "
         raise ConfigError(
             f"attention={method} with parallelism.ulysses_degree={degrees.ulysses} does not fit "
-            f"model.num_kv_heads={heads}: use attention=hybrid, model.num_kv_heads={degrees.ulysses}, "
+            f"model.num_kv_heads={heads}: use attention=hybrid, {more_heads}"
             f"parallelism.ulysses_degree={math.gcd(heads, num_ranks)}, or attention=ring, which takes any heads"
         )
     for name, size in (("num_kv_heads", heads), ("mlp_size", model.mlp_size)):

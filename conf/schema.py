@@ -124,6 +124,15 @@ class LoraConfig(_Checked, prefix="lora."):
     alpha: float = number(32.0, minimum=0)  # the product of the matrices counts alpha / rank times
     target_modules: Any = None  # names of linear layers, such as [q_proj,v_proj]; unset: all of them but the head
 
+    def problems(self) -> Iterator[str]:
+        names = self.target_modules
+        if names is None:
+            return
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+            yield f"lora.target_modules={names} must be a list of names: type lora.target_modules=[q_proj,v_proj]"
+        if not self.rank:
+            yield f"lora.target_modules={names} has no effect without lora.rank: add lora.rank=16, or leave it out"
+
 
 @dataclass
 class AttentionConfig(_Checked, prefix="attention."):

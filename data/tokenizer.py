@@ -60,6 +60,18 @@ class PretrainedTokenizer:
         batch = self._tokenizer(legal, add_special_tokens=False, return_attention_mask=False, verbose=False)
         return [np.array([*tokens, self._eos_id], np.int32) for tokens in batch["input_ids"]]
 
+    def save(self, folder: Path) -> None:
+        """Write it as from_pretrained reads it, with its chat template."""
+        self._tokenizer.eos_token = self._tokenizer.convert_ids_to_tokens(self._eos_id)  # a bare file does not say it
+        self._tokenizer.save_pretrained(folder)
+
+
+def save_tokenizer(config: DataConfig, folder: Path) -> None:
+    """Write the configured tokenizer, which is not bytes, as from_pretrained reads it."""
+    opened = open_tokenizer(config)
+    assert isinstance(opened, PretrainedTokenizer)
+    opened.save(folder)
+
 
 def open_tokenizer(config: DataConfig) -> Tokenizer:
     """The configured tokenizer. Raises CorpusError if it cannot be opened or has no EOS token."""
@@ -91,8 +103,8 @@ def tokenizer_problem(tokenizer: Tokenizer, vocab_size: int) -> str | None:
         return None
     setting = "bytes and a separator" if tokenizer is BYTES else f"data.tokenizer={tokenizer.name}"
     return (
-        f"{setting}: {tokenizer.size:,} tokens are too many for model.vocab_size={vocab_size}: type "
-        f"model.vocab_size={tokenizer.size} or more, or give the model's own tokenizer"
+        f"{setting}: {tokenizer.size:,} tokens are too many for model.vocab_size={vocab_size}: give the model's own "
+        f"tokenizer, or without model.path type model.vocab_size={tokenizer.size} or more"
     )
 
 

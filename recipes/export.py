@@ -1,24 +1,33 @@
-"""python -m recipes.export RUN_OR_CHECKPOINT --output model.safetensors: the consolidated fp32 weights of a checkpoint.
+"""python -m recipes.export RUN_OR_CHECKPOINT --output OUTPUT: the consolidated weights of a checkpoint.
 
-`recipes.model.transformer.Transformer.load_state_dict` takes them; the file's metadata has the configuration and the
-step. Needs no GPU and no ranks. Nothing is unpickled before the checksums match, and then only known classes.
+A run with model.path gives a folder that transformers' from_pretrained loads, in the dtype of the run. With lora.rank
+it gives the adapter, or with --merge the full model. Any other run gives a .safetensors file in fp32:
+`recipes.model.transformer.Transformer.load_state_dict` takes its tensors, and its metadata has the configuration and
+the step.
+
+Needs no GPU and no ranks. Nothing is unpickled before the checksums match, and then only known classes.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
 import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
-from conf.schema import ConfigError
+from conf.schema import ConfigError, DataConfig, LoraConfig, ModelConfig
 from recipes.checkpoint.manifest import (
     MANIFEST_FILE,
     BrokenCheckpoint,
@@ -28,9 +37,14 @@ from recipes.checkpoint.manifest import (
     read_manifest,
 )
 
+SUFFIX = ".safetensors"
 
-def find_checkpoint(given: Path) -> tuple[Path, Manifest]:
+
+def find_checkpoint(given: Path, check: Callable[[Manifest], None] = lambda _: None) -> tuple[Path, Manifest]:
     """The given checkpoint, or the newest intact one of the given run; prints which are broken.
+
+    Args:
+        check: called before the checkpoint's files are read.
 
     Raises:
         ConfigError: if there is none.
@@ -44,15 +58,18 @@ def find_checkpoint(given: Path) -> tuple[Path, Manifest]:
         print(f"reading {folder} ...", flush=True)
         try:
             manifest = read_manifest(folder)
-            check_files(folder, manifest, manifest.files)
+            check(manifest)
+            check_files(folder, manifest, _with_bar(manifest.files, "comparing checksums"))
             return folder, manifest
         except BrokenCheckpoint as error:
             print(f"checkpoint {folder.name} is broken: {error}", file=sys.stderr, flush=True)
     raise ConfigError(f"every checkpoint of {given} is broken")
 
 
-def consolidated_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
-    """The optimizer's fp32 weights by name, unsharded. Verify the checkpoint's checksums first.
+def consolidated_weights(folder: Path, manifest: Manifest, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The optimizer's fp32 weights by name, unsharded and rounded to `dtype`, and the model's buffers.
+
+    Of parameters that share a tensor there is the first, and with LoRA what trains. Verify the checksums first.
 
     Raises:
         ConfigError: for tensor x pipeline parallelism, whose ranks save sharded layers.
@@ -64,52 +81,147 @@ def consolidated_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
         )
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from recipes.checkpoint.manager import only_known_classes
-    from recipes.checkpoint.resharding import MASTER, ConsolidatedState
-    from recipes.engine.deepspeed_engine import MASTER_WEIGHT_NAMES
+    from recipes.checkpoint.resharding import ConsolidatedState, mapped
 
     zero_stage = manifest.config["engine"]["zero_stage"]
     with only_known_classes():
         if zero_stage == 0:
-            states = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu")
-            weights = {name: tensor.float() for name, tensor in states["module"].items()}
-            if MASTER_WEIGHT_NAMES in states:  # not in fp32, where the optimizer updates the model's own
-                names = itertools.chain.from_iterable(states[MASTER_WEIGHT_NAMES])
-                masters = itertools.chain.from_iterable(states["optimizer"]["fp32_groups"])
-                weights |= zip(names, masters, strict=True)
+            weights = _weights_of_stage_0(mapped(folder / "mp_rank_00_model_states.pt"))
+            names, read = list(weights), weights.__getitem__
         else:
-            consolidated = ConsolidatedState(folder, zero_stage)
-            weights = {name: consolidated.tensor(name, MASTER) for name in consolidated.names}
-        if manifest.config["model"]["tied_head"]:  # the optimizer has only one of the two names
-            weights["head.weight"] = weights["embedding.weight"]
-        return {name: tensor.detach().clone() for name, tensor in weights.items()}  # safetensors refuses shared storage
+            states = ConsolidatedState(folder, zero_stage)
+            names, read = [*states.names, *states.buffers], states.weight
+        return {name: _rounded(read(name), dtype) for name in _with_bar(names, "joining shards")}
 
 
-def export(given: Path, output: Path) -> None:
-    """Write the weights of a run or checkpoint to a file, completely or not at all.
+def _weights_of_stage_0(states: dict[str, Any]) -> dict[str, Tensor]:
+    from recipes.engine.deepspeed_engine import MASTER_WEIGHT_NAMES
+
+    weights = dict(states["module"])
+    if MASTER_WEIGHT_NAMES in states:  # not in fp32, where the optimizer updates the model's own
+        names = itertools.chain.from_iterable(states[MASTER_WEIGHT_NAMES])
+        masters = itertools.chain.from_iterable(states["optimizer"]["fp32_groups"])
+        weights |= zip(names, masters, strict=True)
+    return weights
+
+
+def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy, since safetensors refuses shared storage. Whole numbers stay as they are."""
+    return tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+
+
+def _with_bar(names: Iterable[str], what: str) -> Iterable[str]:
+    """With a progress bar at a terminal, once it has taken two seconds."""
+    return tqdm(names, what, delay=2, disable=None)
+
+
+def export(given: Path, output: Path, merge: bool = False) -> None:
+    """Write the weights of a run or checkpoint to a file or a folder, completely or not at all.
+
+    Args:
+        merge: write the full model of a run with LoRA.
 
     Raises:
-        ConfigError: if there is no intact checkpoint, it cannot be exported, or the output's folder does not exist.
+        ConfigError: if there is no intact checkpoint, it cannot be exported, or `output` does not fit it.
     """
+    output = output.absolute()
     if not output.parent.is_dir():
         raise ConfigError(f"--output {output}: there is no folder {output.parent}; make it first")
-    folder, manifest = find_checkpoint(given)
+    folder, manifest = find_checkpoint(given, lambda manifest: _check_output(manifest, output, merge))
+    write = _write_folder if _model_path(manifest) else _write_file
+    with _complete(output) as new:
+        what = write(new, folder, manifest, merge)
+    print(f"{output}: {what}, after step {manifest.step}")
+
+
+def _model_path(manifest: Manifest) -> str | None:
+    return manifest.config["model"].get("path")
+
+
+def _check_output(manifest: Manifest, output: Path, merge: bool) -> None:
+    """Raises ConfigError if this run cannot be written there."""
+    path, is_file = _model_path(manifest), output.suffix == SUFFIX
+    if merge and not (path and manifest.config["lora"]["rank"]):
+        raise ConfigError("--merge is for runs with lora.rank, and this one has trained all weights: leave it out")
+    if path and is_file:
+        raise ConfigError(
+            f"--output {output}: a run with model.path={path} becomes a folder: type --output {output.with_suffix('')}"
+        )
+    if not path and not is_file:
+        raise ConfigError(f"--output {output}: a run without model.path becomes a file: type --output {output}{SUFFIX}")
+    if path and output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise ConfigError(f"--output {output} is there and is no empty folder: give a new name, or delete it")
+
+
+@contextlib.contextmanager
+def _complete(output: Path) -> Iterator[Path]:
+    """A path beside `output` to write to. It is renamed to `output` after the block, or deleted if the block fails."""
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
+        new = Path(temporary) / output.name
+        yield new
+        new.replace(output)  # a folder replaces an empty one
+
+
+def _write_file(new: Path, folder: Path, manifest: Manifest, merge: bool) -> str:
     weights = consolidated_weights(folder, manifest)
-    metadata = {"format": "pt", "step": str(manifest.step), "config": json.dumps(manifest.config)}
-    new = output.with_name(f"{output.name}.new")
-    save_file(weights, new, metadata)
-    new.replace(output)
-    num_parameters = sum(tensor.numel() for tensor in weights.values())
-    print(f"{output}: {num_parameters:,} parameters in {len(weights)} tensors, fp32, after step {manifest.step}")
+    if manifest.config["model"]["tied_head"]:  # the optimizer has only one of the two names
+        weights["head.weight"] = weights["embedding.weight"].clone()
+    save_file(weights, new, {"format": "pt", "step": str(manifest.step), "config": json.dumps(manifest.config)})
+    return f"{_summary(weights)}, fp32"
+
+
+def _write_folder(new: Path, folder: Path, manifest: Manifest, merge: bool) -> str:
+    from data.tokenizer import save_tokenizer
+    from recipes.model import save_pretrained
+    from recipes.model.pretrained import DTYPES
+
+    model, dtype_name = manifest.config["model"], manifest.config["engine"]["dtype"]
+    path, dtype, lora = model["path"], DTYPES[dtype_name], LoraConfig(**manifest.config["lora"])
+    config = _transformers_config(path, model["rope"])
+    weights = consolidated_weights(folder, manifest, torch.float32 if merge else dtype)
+    what = f"{_summary(weights)}, {dtype_name}"
+    print(f"writing {new.name} ...", flush=True)
+    if not lora.rank:
+        save_pretrained.save_model(new, path, config, weights, dtype)
+    elif merge:
+        save_pretrained.save_merged(new, path, config, lora, weights, dtype)
+        what = f"{path} with {what}, merged into it"
+    else:
+        save_pretrained.save_adapter(new, config, lora, weights)
+        what = f"an adapter of {path}, {what}"
+        if model["rope"]:
+            print(f"it needs a base model with model.rope={model['rope']}, which an adapter cannot hold; --merge does")
+    save_tokenizer(DataConfig(**manifest.config["data"]), new)
+    return what
+
+
+def _transformers_config(path: str, rope: Any) -> Any:
+    """Of the model that the run was started with. Raises ConfigError if it is no longer there."""
+    from recipes.model.pretrained import model_config
+    from ring_attention import hf
+
+    try:
+        hf.register()
+        return model_config(ModelConfig(path=path, rope=rope))
+    except ValueError as error:
+        raise ConfigError(f"the run's model.path={path}: {error}") from error
+
+
+def _summary(weights: dict[str, Tensor]) -> str:
+    return f"{sum(tensor.numel() for tensor in weights.values()):,} parameters in {len(weights)} tensors"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m recipes.export", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run_or_checkpoint", type=Path, help="a run dir, or a folder in its checkpoints/")
-    parser.add_argument("--output", type=Path, required=True, help="such as model.safetensors")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="a new folder; without model.path: a .safetensors file"
+    )
+    parser.add_argument("--merge", action="store_true", help="with lora.rank: the full model instead of the adapter")
     arguments = parser.parse_args()
     try:
-        export(arguments.run_or_checkpoint, arguments.output)
-    except (ConfigError, SafetensorError) as error:  # the latter if the disk is full
+        export(arguments.run_or_checkpoint, arguments.output, arguments.merge)
+    except (ConfigError, SafetensorError, OSError) as error:  # the last two if the disk is full
         sys.exit(f"error: {error}")
 
 

@@ -160,6 +160,7 @@ class Checkpoints:
     def __init__(self, config: Config, run_dir: Path, engine: Engine) -> None:
         self._config, self._run_dir, self._engine = config, run_dir, engine
         self.are_enabled = config.checkpoint.keep > 0
+        self._leaves_out_frozen = config.lora.rank > 0  # the base model's weights, which model.path has
 
     def save(
         self,
@@ -183,7 +184,13 @@ class Checkpoints:
         dist.barrier()
         torch.save(random_states(), folder / RANDOM_STATES_FILE.format(rank))
         # ends with a barrier, after which all files exist
-        self._engine.deepspeed.save_checkpoint(writing, tag, self._engine.client_state, save_latest=False)
+        self._engine.deepspeed.save_checkpoint(
+            writing,
+            tag,
+            self._engine.client_state,
+            save_latest=False,
+            exclude_frozen_parameters=self._leaves_out_frozen,
+        )
         # one list for all ranks: on network disks their own may lack files of others, and nobody would hash those
         listings = _gathered({path.name for path in folder.iterdir()})
         names = sorted(set().union(*listings))
@@ -214,7 +221,9 @@ class Checkpoints:
                 states = ConsolidatedState(folder / tag, manifest.config["engine"]["zero_stage"])
                 load_into_engine(states, self._engine.deepspeed, dict(self._engine.model.named_parameters()))
             else:
-                path, _ = self._engine.deepspeed.load_checkpoint(folder, tag=tag)
+                path, _ = self._engine.deepspeed.load_checkpoint(
+                    folder, tag=tag, load_module_strict=not self._leaves_out_frozen
+                )
                 assert path is not None, f"DeepSpeed has not loaded {folder / tag}"
             # with other ranks each keeps its own states: nothing is drawn once the weights are initialised
             if manifest.config["launch"]["num_ranks"] == self._config.launch.num_ranks:

@@ -178,13 +178,14 @@ def check_same_run(folder: Path, manifest: Manifest, config: Config) -> list[str
             take another number of sequences, or if the ZeRO stages cannot be resharded.
     """
     before, now = flatten(manifest.config), flatten(asdict(config))
-    differing = [name for name in now if not name.startswith(RESUME_SAFE) and before.get(name) != now[name]]
+    names = [*now, *(name for name in before if name.startswith("model.rope."))]  # a setting with names of its own
+    differing = [name for name in names if not name.startswith(RESUME_SAFE) and before.get(name) != now.get(name)]
     if config.optimizer.decay == "constant" and config.optimizer.warmup_fraction == 0 and "num_steps" in differing:
         differing.remove("num_steps")  # the learning rate does not depend on it
     reshardable = RESHARDABLE if config.parallelism.method == "sequence" else ()
     refused = [name for name in differing if not name.startswith(reshardable)]
     if refused:
-        changes = "; ".join(f"{name} was {before.get(name)} and is {now[name]}" for name in refused)
+        changes = "; ".join(f"{name} was {before.get(name)} and is {now.get(name)}" for name in refused)
         schedule = " (the schedule of the learning rate ends with num_steps)" if "num_steps" in refused else ""
         raise ConfigError(
             f"{folder} belongs to another run: {changes}{schedule}: type what that run was started with, or use "

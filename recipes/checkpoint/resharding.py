@@ -25,7 +25,7 @@ from deepspeed.utils import (
 from torch import Tensor
 
 MASTER, MOMENTS = "fp32", ("exp_avg", "exp_avg_sq")
-_mapped = functools.partial(torch.load, map_location="cpu", mmap=True)
+mapped = functools.partial(torch.load, map_location="cpu", mmap=True)
 
 
 class ConsolidatedState:
@@ -36,15 +36,17 @@ class ConsolidatedState:
 
     def __init__(self, folder: Path, zero_stage: int) -> None:
         prefix = "zero_pp_rank_0_" if zero_stage == 3 else ""
-        self.model_states: dict[str, Any] = _mapped(folder / f"{prefix}mp_rank_00_model_states.pt")
+        self.model_states: dict[str, Any] = mapped(folder / f"{prefix}mp_rank_00_model_states.pt")
         num_ranks = self.model_states["dp_world_size"]
         self._shapes = {name: shape for group in self.model_states["param_shapes"] for name, shape in group.items()}
         self.names = list(self._shapes)  # of parameters that share a tensor only the first
+        module = self.model_states["module"]
+        self.buffers: dict[str, Tensor] = {name: module[name] for name in self.model_states["buffer_names"]}
         # by parameter name, one entry per rank: flat tensors by kind, and the parameter's start and size in them
         self._parts: dict[str, list[tuple[dict[str, Tensor], int, int]]] = {name: [] for name in self._shapes}
         for rank in range(num_ranks):
             (path,) = folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
-            self.optimizer_states: dict[str, Any] = _mapped(path)["optimizer_state_dict"]
+            self.optimizer_states: dict[str, Any] = mapped(path)["optimizer_state_dict"]
             if zero_stage == 3:
                 masters, base = self.optimizer_states["fp32_flat_groups"], self.optimizer_states["optimizer_state_dict"]
                 all_slices = [_stage_3_slices(group, num_ranks) for group in self.model_states["param_shapes"]]
@@ -61,6 +63,10 @@ class ConsolidatedState:
                 flat = {MASTER: master, **base["state"].get(index, {})}
                 for name, (start, numel) in slices.items():
                     self._parts[name].append((flat, start, numel))
+
+    def weight(self, name: str) -> Tensor:
+        """A buffer, or a parameter's fp32 master weight."""
+        return self.buffers[name] if name in self.buffers else self.tensor(name, MASTER)
 
     def tensor(self, name: str, kind: str) -> Tensor:
         """A parameter's fp32 master weight or one of its moments, unsharded."""

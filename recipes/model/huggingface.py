@@ -16,16 +16,15 @@ from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from conf.schema import Config, LoraConfig
+from conf.schema import Config, ConfigError
 from recipes.model.head import Head
+from recipes.model.lora import add_lora
 from recipes.model.mlp import Activation, tiled_mlp
 from recipes.model.ops import gated
-from recipes.model.pretrained import logit_transform, model_config
+from recipes.model.pretrained import DTYPES, logit_transform, model_config
 from recipes.model.recompute import Recompute
 from ring_attention import CAUSAL, hf
 from ring_attention.sequence_attention import SequenceAttention
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class MlpParts(NamedTuple):
@@ -63,8 +62,8 @@ class HuggingFaceModel(nn.Module):
         hf.check(model)
         _use_liger(model, device)
         self._causal = [model]  # in a list: only `model`, which may wrap it, is a submodule
-        self.model = _with_lora(model, config.lora, config.seed) if config.lora.rank else model
-        layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        self.model = add_lora(model, config.lora, config.seed) if config.lora.rank else model
+        layers: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         recompute = Recompute(config.engine.recompute, len(layers), config.engine.offload_activations)
         for index, layer in enumerate(layers):
             layer.gradient_checkpointing = recompute.mode != "none"
@@ -91,13 +90,18 @@ def _load(config: Config, device: torch.device, deepspeed_config: dict[str, Any]
     zero3 = config.engine.zero_stage == 3
     # transformers cuts parameters while it reads them, as long as this object lives
     holder = HfDeepSpeedConfig(deepspeed_config) if zero3 else None
-    model = AutoModelForCausalLM.from_pretrained(
-        str(config.model.path),
+    assert config.model.path is not None
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        config.model.path,
         config=model_config(config.model),
         dtype=DTYPES[config.engine.dtype],
         attn_implementation=hf.NAME,
         device_map=None if zero3 or device.type == "cpu" else device,
+        output_loading_info=True,
     )
+    model, loading = loaded
+    if lacking := sorted(loading["missing_keys"]):  # transformers would draw them
+        raise ConfigError(f"model.path={config.model.path}: its files lack {', '.join(lacking)}: download them again")
     del holder
     return model
 
@@ -166,18 +170,3 @@ def _computes(module: nn.Module, names: list[str], activation: Activation) -> bo
     x = torch.randn(5, 8, generator=generator)
     with torch.no_grad():
         return torch.allclose(type(module).forward(small, x), tiled_mlp(x, ups, down, activation, 0), rtol=1e-5)
-
-
-def _with_lora(model: Any, lora: LoraConfig, seed: int) -> nn.Module:
-    """The model with frozen weights and small trainable matrices, equal on all ranks."""
-    import peft
-
-    settings = peft.LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]
-        target_modules=lora.target_modules or "all-linear",
-        task_type="CAUSAL_LM",
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return peft.get_peft_model(model, settings, autocast_adapter_dtype=False)

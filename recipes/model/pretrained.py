@@ -6,8 +6,6 @@ The launcher's parent calls `resolve`, so that mistakes are refused before ranks
 from __future__ import annotations
 
 import copy
-import json
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from conf.schema import Config, ConfigError, ModelConfig
+from recipes.model.lora import check_lora
+from recipes.model.model_folder import CONFIG_FILE, check_folder, check_hub, one_line
+from recipes.model.rope import change_rope
 
-CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE = "config.json", "model.safetensors.index.json", "model.safetensors"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # by engine.dtype
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _GATES = ("gate_proj", "gate_up_proj")
 
@@ -36,14 +37,17 @@ def resolve(config: Config) -> Config:
     resolved = copy.deepcopy(config)
     try:
         hf.register()
+        num_stored = None
         folder = Path(path).expanduser()
         if folder.exists() or path.startswith((".", "/", "~")):
-            check_folder(folder)
+            num_stored = check_folder(folder)
             resolved.model.path = str(folder.resolve())
+        else:
+            check_hub(path)
         hf_config = model_config(resolved.model)
-        model = meta_model(hf_config)
-        hf.check(model)
-        _check_head(model)
+        model = _checked_model(hf_config, num_stored)
+        if config.lora.rank:
+            check_lora(model, config.lora)
     except ValueError as error:
         raise ConfigError(f"model.path={path}: {error}") from error
     _fill_shape(resolved.model, hf_config, model)
@@ -55,28 +59,32 @@ def model_config(model: ModelConfig) -> Any:
     """The transformers configuration of model.path with model.rope, read from the folder or the hub.
 
     Raises:
-        ValueError: if it cannot be read or has no causal head; in one line.
+        ValueError: if it cannot be read or its kind is not supported; in one line.
     """
-    from huggingface_hub.errors import GatedRepoError
+    from huggingface_hub.errors import GatedRepoError, StrictDataclassError
     from transformers import AutoConfig
+    from transformers.utils import logging
 
+    assert model.path is not None
+    logging.set_verbosity_error()  # its warnings are about code that does not run here
     try:
-        config = AutoConfig.from_pretrained(model.path, attn_implementation="ring")
-    except (OSError, ValueError, KeyError) as error:
-        cause = error.__cause__ or error.__context__
-        if isinstance(cause, GatedRepoError) or "gated repo" in str(error):
+        # without trust_remote_code=False it asks at the terminal whether to run the repository's code
+        config = AutoConfig.from_pretrained(model.path, attn_implementation="ring", trust_remote_code=False)
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        if isinstance(error.__cause__, GatedRepoError):
             raise ValueError(
                 "it is gated on the hub: accept its terms there, then set HF_TOKEN to your token"
             ) from error
         raise ValueError(
-            f"it cannot be read ({' '.join(str(error).split())[:200]}): give a folder with {CONFIG_FILE}, or a name on "
-            "the hub, OWNER/NAME"
+            f"it cannot be read ({one_line(error)}): give a folder with {CONFIG_FILE}, or a name on the hub, OWNER/NAME"
         ) from error
-    architectures = config.architectures or []
-    if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
-        raise ValueError(f"{', '.join(architectures)} has no causal head: give a model whose class ends in ForCausalLM")
+    if others := [name for name in config.architectures or () if not name.endswith("ForCausalLM")]:
+        raise ValueError(f"{', '.join(others)} is not supported: give a model whose class ends in ForCausalLM")
+    if quantization := getattr(config, "quantization_config", None):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        raise ValueError(f"its weights are quantized ({method}), which cannot be trained: give a model in bf16")
     if model.rope is not None:
-        _stretch(config, model.rope)
+        change_rope(config, model.rope)
     return config
 
 
@@ -86,6 +94,26 @@ def meta_model(config: Any) -> nn.Module:
 
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
+
+
+def _checked_model(config: Any, num_stored: int | None) -> nn.Module:
+    """The model without weights, of which `num_stored` values are in files. Raises ValueError if it is not exact."""
+    from ring_attention import hf
+
+    model = meta_model(config)
+    hf.check(model)
+    _check_head(model)
+    num_weights = _num_weights(model)
+    if num_stored is not None and num_stored < num_weights:
+        raise ValueError(
+            f"its files have {num_stored:,} weights, but {CONFIG_FILE} describes a model of {num_weights:,}: download "
+            "both again"
+        )
+    return model
+
+
+def _num_weights(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def logit_transform(config: Any) -> Callable[[Tensor], Tensor] | None:
@@ -142,69 +170,6 @@ class _Stub(nn.Module):
         return self._answer
 
 
-def check_folder(folder: Path) -> None:
-    """Raises ValueError unless the folder has a configuration and complete weights in safetensors files."""
-    if not (folder / CONFIG_FILE).is_file():
-        raise ValueError(
-            f"{folder} has no {CONFIG_FILE}: give the folder that save_pretrained or the hub's download wrote"
-        )
-    names = [WEIGHTS_FILE]
-    if (folder / INDEX_FILE).is_file():
-        try:
-            names = sorted(set(json.loads((folder / INDEX_FILE).read_text())["weight_map"].values()))
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"{folder / INDEX_FILE} is not what was written: download it again") from error
-    for name in names:
-        _check_safetensors(folder / name)
-
-
-def _check_safetensors(path: Path) -> None:
-    """The header says how long the file must be."""
-    if not path.is_file():
-        others = ", ".join(sorted(other.name for other in path.parent.glob("*.bin")))
-        advice = f"only {others}: convert it with transformers' save_pretrained" if others else "download it again"
-        raise ValueError(f"{path} is missing: {advice}")
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        size = path.stat().st_size
-        try:
-            header = json.loads(file.read(length)) if length <= size else {}
-        except ValueError:
-            header = {}
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    if not ends or size != 8 + length + max(ends):
-        raise ValueError(f"{path} is cut off or damaged: it has {size:,} bytes; download it again")
-
-
-def _stretch(config: Any, rope: Any) -> None:
-    """Change the rotary embedding in the configuration as a user of transformers would, who edits config.json."""
-    before = config.rope_parameters
-    if not isinstance(rope, dict):
-        raise ValueError(f"model.rope={rope} must be a dictionary, such as model.rope='{{rope_type:yarn,factor:4}}'")
-    nested = isinstance(next(iter(before.values()), None), dict)
-    if nested and not rope.keys() <= before.keys():
-        kinds = ", ".join(before)
-        raise ValueError(f"its layers have rotary embeddings by kind: type model.rope={{KIND:{{...}}}} with {kinds}")
-    original = config.max_position_embeddings
-    changed = {kind: _merged(before[kind], rope[kind], original) for kind in rope} if nested else None
-    config.rope_parameters = {**before, **changed} if changed is not None else _merged(before, rope, original)
-    one = config.rope_parameters if not nested else next(iter(changed.values()), {})  # pyright: ignore[reportOptionalMemberAccess]
-    if "factor" in rope or nested:
-        config.max_position_embeddings = int(original * one.get("factor", 1))
-    config.validate_rope()
-
-
-def _merged(before: dict[str, Any], rope: dict[str, Any], max_position_embeddings: int) -> dict[str, Any]:
-    kept = {} if rope.get("rope_type", before.get("rope_type")) != before.get("rope_type") else before
-    base = {name: before[name] for name in ("rope_theta", "partial_rotary_factor") if name in before}
-    merged = {**base, **kept, **rope}
-    merged.setdefault("rope_type", "default")
-    if merged["rope_type"] in ("yarn", "llama3", "longrope", "dynamic"):
-        merged.setdefault("original_max_position_embeddings", max_position_embeddings)
-    return merged
-
-
 def _fill_shape(model: ModelConfig, config: Any, built: nn.Module) -> None:
     """What the planner counts with."""
     text = config.get_text_config()
@@ -222,7 +187,7 @@ def _fill_shape(model: ModelConfig, config: Any, built: nn.Module) -> None:
     model.mlp = "swiglu" if gated else "gelu"
     model.vocab_size = text.vocab_size
     model.tied_head = bool(getattr(text, "tie_word_embeddings", False))
-    model.num_weights = sum(parameter.numel() for parameter in built.parameters())
+    model.num_weights = _num_weights(built)
     kinds = getattr(text, "layer_types", None) or []
     window = getattr(text, "sliding_window", None)
     if window:

@@ -47,6 +47,35 @@ CASES = {
         ["data.tokenizer=nobody/nothing"],
         ["data.tokenizer=nobody/nothing", "tokenizer.json", "OWNER/NAME"],
     ),
+    "a model that is no folder": (
+        ["+experiment=finetune", "model.path={folder}/nowhere"],
+        ["model.path={folder}/nowhere", "config.json", "OWNER/NAME"],
+    ),
+    "a model that cannot be reached": (
+        ["+experiment=finetune", "model.path=nobody/nothing"],
+        ["model.path=nobody/nothing", "config.json", "OWNER/NAME"],
+    ),
+    "a shape beside model.path": (
+        ["+experiment=finetune", "model.path=owner/model", "model.num_layers=4"],
+        ["model.num_layers=4", "model.path=owner/model"],
+    ),
+    "rotary embeddings that lack a factor": (
+        ["+experiment=finetune", "model.path={llama}", "model.rope={{rope_type:yarn}}"],
+        ["model.rope", "factor", "yarn"],
+    ),
+    "LoRA without a model": (["lora.rank=8"], ["lora.rank=8", "model.path=FOLDER_OR_HUB_NAME"]),
+    "LoRA on layers that are not there": (
+        ["+experiment=finetune", "model.path={llama}", "lora.rank=8", "lora.target_modules=[nothing]"],
+        ["lora.target_modules", "nothing", "q_proj"],
+    ),
+    "more ranks than kv heads": (
+        ["+experiment=finetune", "model.path={llama}", "attention=ulysses", "launch.num_ranks=4"],
+        ["model.num_kv_heads=2", "attention=ring"],
+    ),
+    "a tokenizer that is too large": (
+        ["model=tiny", "data.tokenizer={llama}"],
+        ["data.tokenizer={llama}", "2,048", "model.vocab_size=2048"],
+    ),
     "a corpus that is too short": (
         ["data=text_files", "data.files={folder}/tiny.txt", "data.sequence_length=100000"],
         ["6 tokens", "8 validation", "900009", "data.sequence_length", "data.validation_sequences"],
@@ -63,21 +92,28 @@ NEEDED = {
     "a data set that cannot be reached": {"datasets"},
     "a tokenizer that cannot be reached": {"datasets", "transformers", "torch"},
     "a corpus that is too short": {"datasets"},
+    "a model that is no folder": {"torch", "transformers"},
+    "a model that cannot be reached": {"torch", "transformers"},
+    "rotary embeddings that lack a factor": {"torch", "transformers"},
+    "LoRA on layers that are not there": {"torch", "transformers"},
+    "more ranks than kv heads": {"torch", "transformers"},
+    "a tokenizer that is too large": {"datasets", "torch", "transformers"},
 }
 FAST = (
     "an unknown field",
     "degrees that do not divide launch.num_ranks",
     "a sweep without -m",
     "a corpus that is too short",
+    "a model that is no folder",
 )
 IMPORT = "import time:"  # prefix of the lines that PYTHONPROFILEIMPORTTIME adds
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, marks=() if case in FAST else pytest.mark.slow) for case in CASES])
-def test_a_mistake_prints_one_line_and_starts_no_rank(program, case):
-    arguments, parts = CASES[case]
+def test_a_mistake_prints_one_line_and_starts_no_rank(program, tiny_llama, case):
     (program.folder / "tiny.txt").write_text("tiny\n")
-    arguments = [argument.format(folder=program.folder) for argument in arguments]
+    places = {"folder": program.folder, "llama": tiny_llama}
+    arguments, parts = ([text.format(**places) for text in texts] for texts in CASES[case])
     result = program.run(*arguments, HF_HUB_OFFLINE="1", PYTHONPROFILEIMPORTTIME="1")
     lines = result.stderr.splitlines()
     [error] = [line for line in lines if not line.startswith(IMPORT)]
@@ -86,6 +122,7 @@ def test_a_mistake_prints_one_line_and_starts_no_rank(program, case):
     assert result.exit_code == 1
     assert result.stdout == ""
     assert not result.ranks_were_started
+    assert not result.run_dir.exists()
     imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith(IMPORT)}
     assert "hydra" in imported  # the list is not empty
     assert imported & SLOW == NEEDED.get(case, set())

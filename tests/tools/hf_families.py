@@ -2,8 +2,8 @@
 
     python -m tests.tools.hf_families --json docs/results/hf_families_cpu.json
 
-The tested ones are those of tests/families.py, as in tests/distributed/test_hf.py. Of all others a model without weights
-is built and given to `ring_attention.hf.check`.
+The tested ones are those of tests/families.py, as in tests/distributed/test_hf.py. Of all others a model without
+weights is built and given to `ring_attention.hf.check`.
 """
 
 from __future__ import annotations

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import shutil
 import signal
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from conf.schema import Config, ConfigError
+from conf.schema import Config, ConfigError, LoraConfig, ModelConfig
 from data.pack import Corpus
 from recipes.checkpoint.manager import (
     NOT_WEIGHTS_ONLY,
@@ -21,7 +24,7 @@ from recipes.checkpoint.manager import (
     random_states,
     restore_random_states,
 )
-from recipes.checkpoint.manifest import Manifest
+from recipes.checkpoint.manifest import Manifest, write_manifest
 from recipes.export import consolidated_weights, export, find_checkpoint
 from recipes.launch.stopping import StopRequest
 from recipes.monitor.reporter import drop_rows_after
@@ -120,6 +123,47 @@ def test_an_export_needs_a_folder(tmp_path):
     output = tmp_path / "no" / "x.safetensors"
     with refused(ConfigError, f"--output {output}", f"folder {output.parent}"):
         export(tmp_path, output)
+
+
+def saved_by(run_dir: Path, **settings) -> Path:
+    """A checkpoint without weights of a run with these settings of the model and LoRA."""
+    folder = run_dir / "checkpoints" / "step_00000003"
+    folder.mkdir(parents=True)
+    lora = LoraConfig(rank=settings.pop("lora_rank", 0))
+    write_manifest(
+        folder, Manifest(3, 0, "", 0.0, "", asdict(Config(model=ModelConfig(**settings), lora=lora)), {}, {})
+    )
+    return run_dir
+
+
+def test_outputs_that_do_not_fit_the_run_are_refused(tmp_path):
+    own, pretrained = saved_by(tmp_path / "own"), saved_by(tmp_path / "pretrained", path="owner/model")
+    lora = saved_by(tmp_path / "lora", path="owner/model", lora_rank=4)
+    with refused(ConfigError, f"--output {tmp_path / 'x'}", f"--output {tmp_path / 'x.safetensors'}"):
+        export(own, tmp_path / "x")
+    with refused(ConfigError, f"--output {tmp_path / 'x.safetensors'}", "owner/model", f"--output {tmp_path / 'x'}"):
+        export(pretrained, tmp_path / "x.safetensors")
+    for run_dir in (own, pretrained):
+        with refused(ConfigError, "--merge", "lora.rank"):
+            export(run_dir, tmp_path / "x", merge=True)
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "file").touch()
+    for run_dir in (pretrained, lora):
+        with refused(ConfigError, f"--output {full}", "empty"):
+            export(run_dir, full)
+    assert {path.name for path in tmp_path.iterdir()} == {"own", "pretrained", "lora", "full"}
+
+
+def test_a_failed_export_leaves_nothing_behind(tmp_path):
+    run_dir = saved_by(tmp_path / "run", path=str(tmp_path / "gone"))
+    with refused(ConfigError, f"model.path={tmp_path / 'gone'}", "config.json"):
+        export(run_dir, tmp_path / "x")
+    own = saved_by(tmp_path / "own")
+    with pytest.raises(FileNotFoundError):  # the checkpoint has no files
+        export(own, tmp_path / "x.safetensors")
+    shutil.rmtree(own)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_sharded_layers_are_not_exported(tmp_path):

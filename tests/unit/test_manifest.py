@@ -159,6 +159,15 @@ def test_another_tokenizer_is_another_run(tmp_path):
         check_same_run(folder, read_manifest(folder), other)
 
 
+@pytest.mark.parametrize("before", [None, {"rope_type": "yarn", "factor": 4}])
+def test_other_rotary_embeddings_are_another_run(tmp_path, before):
+    config = Config(model=ModelConfig(path="owner/model", rope=before))
+    folder = published(tmp_path, 5, config=resolved(config))
+    other = resolved(Config(model=ModelConfig(path="owner/model", rope=None if before else {"factor": 4})))
+    with refused(ConfigError, folder, "model.rope.factor", None, 4):
+        check_same_run(folder, read_manifest(folder), other)
+
+
 def test_resume_safe_fields_may_change(tmp_path):
     folder = published(tmp_path, 5)
     other = resolved(Config(logging=LoggingConfig(every_n_steps=7, tags=["x"]), breakdown=False, profile=True))

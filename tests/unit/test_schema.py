@@ -146,7 +146,7 @@ MISTAKES = [  # what is typed; the value, the rule's values and what to type
     ("data=hub data.name=json data.files=x.jsonl", ["data.files=x.jsonl", "data=text_files", "data=hub"]),
     ("data.text_field=messages", ["data.text_field=messages", "data=hub", "data=stdlib"]),
     ("data=text_files data.files=[train.py] data.name=x", ["data.name=x", "data=hub", "data=text_files"]),
-    ("+model.pretrained=x", ["model.pretrained", "README"]),
+    ("+model.pretrained=x", ["model.pretrained", "model.path=FOLDER_OR_HUB_NAME"]),
     ("data.tokenizer_name=x", ["data.tokenizer_name", "data.tokenizer=FOLDER_OR_HUB_NAME", "docs/data.md"]),
     ("data.pack_documents=true", ["data.pack_documents", "docs/data.md"]),
     ("logging.tensorboard=true", ["logging.tensorboard", "wandb", "metrics.jsonl"]),
