@@ -101,6 +101,11 @@ class ModelConfig(_Checked, prefix="model."):
     def problems(self) -> Iterator[str]:
         defaults = {spec.name: spec.default for spec in dataclasses.fields(self)}
         names = [name for name in defaults if name not in ("name", "path", "rope")]
+        if self.path is None and self.name == "huggingface":
+            yield (
+                "model=huggingface needs model.path=FOLDER_OR_HUB_NAME: python scripts/make_tiny_llama.py FOLDER makes "
+                "a small model to try"
+            )
         if self.path is None:
             names = names[names.index("num_weights") :]
             if self.rope is not None:

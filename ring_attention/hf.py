@@ -19,18 +19,18 @@ from __future__ import annotations
 import collections
 import importlib.metadata
 import itertools
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.distributed as torch_dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ring_attention.mask import CAUSAL, Mask
 from ring_attention.sequence_attention import SequenceAttention
 from ring_attention.transport.agreement import check_equal
+from ring_attention.transport.collectives import sum_over_world_, world_size
 
 NAME = "ring"  # of attn_implementation
 OLDEST, TOO_NEW = (5, 17), (5, 25)  # transformers; the extra `hf` in pyproject.toml says the same
@@ -229,23 +229,21 @@ def loss(
     compute_dtype = torch.promote_types(logits.dtype, torch.float32)
     labels = plan.labels_BS.flatten()
     local = F.cross_entropy(logits.to(compute_dtype), labels, ignore_index=IGNORED_LABEL, reduction="sum")
-    if not torch_dist.is_initialized():
-        return local / (count_labels([batch]) if num_labels is None else num_labels).clamp(min=1)
     num_labels = count_labels([batch]) if num_labels is None else num_labels
     share = local / num_labels.clamp(min=1)
-    total = share.detach().clone()
-    torch_dist.all_reduce(total)
-    scale = torch_dist.get_world_size() if averaged_over is None else averaged_over
-    return share * scale + (total - share.detach() * scale)  # the value of the mean, the gradient of this rank's share
+    scale = world_size() if averaged_over is None else averaged_over
+    mean = sum_over_world_(share.detach().clone())
+    return share * scale + (mean - share.detach() * scale)  # the value of the mean, the gradient of this rank's share
 
 
-def count_labels(batches: Any) -> Tensor:
-    """How many labels the batches of one step have over all ranks, a scalar. Every rank must call it."""
+def count_labels(batches: Iterable[Mapping[str, Any]]) -> Tensor:
+    """How many labels the batches of one step have over all ranks, a scalar. Every rank must call it.
+
+    Args:
+        batches: from `shard`, with labels.
+    """
     counts = [(batch["ring_plan"].labels_BS != IGNORED_LABEL).sum() for batch in batches]
-    total = torch.stack(counts).sum()
-    if torch_dist.is_initialized():
-        torch_dist.all_reduce(total)
-    return total
+    return sum_over_world_(torch.stack(counts).sum())
 
 
 # ------------------------------------------------------------------ the attention of a layer

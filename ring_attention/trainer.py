@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as torch_dist
 from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -23,6 +22,7 @@ from transformers import Trainer
 from ring_attention import hf
 from ring_attention.attention import LocalAttention, RingAttention
 from ring_attention.sequence_attention import SequenceAttention
+from ring_attention.transport.collectives import gather_over_world, rank_in_world, ranks_of, world_size
 
 _Base = Trainer if TYPE_CHECKING else object  # a mixin: the class beside it is the Trainer
 
@@ -218,7 +218,7 @@ class RingTrainer(RingTrainerMixin, Trainer):  # pyright: ignore[reportIncompati
 
 def _ring_attention(sequence_degree: int | None) -> SequenceAttention:
     """Over `sequence_degree` ranks, or all."""
-    num_ranks = torch_dist.get_world_size() if torch_dist.is_initialized() else 1
+    num_ranks = world_size()
     degree = num_ranks if sequence_degree is None else sequence_degree
     if degree < 1 or num_ranks % degree:
         raise ValueError(
@@ -238,11 +238,8 @@ def _ring_attention(sequence_degree: int | None) -> SequenceAttention:
 
 def _data_rank_and_degree(attention: SequenceAttention) -> tuple[int, int]:
     """Which of the groups that share a sequence this rank is in, and how many there are."""
-    if not torch_dist.is_initialized():
-        return 0, 1
-    own = torch_dist.get_rank()
-    first = own if attention._group is None else min(torch_dist.get_process_group_ranks(attention._group))
-    firsts: list[Any] = [None] * torch_dist.get_world_size()
-    torch_dist.all_gather_object(firsts, first)
+    own = rank_in_world()
+    first = own if attention._group is None else min(ranks_of(attention._group))
+    firsts = gather_over_world(first)
     order = sorted(set(firsts))
     return order.index(first), len(order)

@@ -43,6 +43,36 @@ def reduce_scatter(messages: Tensor, group: torch_dist.ProcessGroup) -> Tensor:
     return scattered
 
 
+def world_size() -> int:
+    """The number of all ranks; 1 without a process group."""
+    return torch_dist.get_world_size() if torch_dist.is_initialized() else 1
+
+
+def rank_in_world() -> int:
+    """This rank's number; 0 without a process group."""
+    return torch_dist.get_rank() if torch_dist.is_initialized() else 0
+
+
+def ranks_of(group: torch_dist.ProcessGroup) -> list[int]:
+    """The numbers of a group's ranks."""
+    return torch_dist.get_process_group_ranks(group)
+
+
+def sum_over_world_(tensor: Tensor) -> Tensor:
+    """The sum over all ranks, in place; unchanged without a process group. Every rank must call it."""
+    if torch_dist.is_initialized():
+        torch_dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_over_world(value: Any) -> list[Any]:
+    """All ranks' values, in the order of ranks. Every rank must call it."""
+    values = [value] * world_size()
+    if torch_dist.is_initialized():
+        torch_dist.all_gather_object(values, value)
+    return values
+
+
 def rank_and_size(group: torch_dist.ProcessGroup) -> tuple[int, int]:
     """This rank's number in `group`, and the number of its ranks.
 

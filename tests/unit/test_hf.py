@@ -148,7 +148,8 @@ def test_the_loss_needs_a_checked_pass_and_labels():
 def test_a_mask_function_that_is_not_computed_is_named():
     from transformers import masking_utils
 
-    config, positions = guarded().config, batch_of(ids())["position_ids"]
+    config: Any = guarded().config
+    positions = batch_of(ids())["position_ids"]
     with refused(ValueError, "or_masks"):  # what lets tokens of an image see each other
         masking_utils.create_causal_mask(
             config, torch.zeros(1, 16, 64), None, None, positions, block_sequence_ids=torch.zeros(1, 16).long()

@@ -402,6 +402,8 @@ def test_an_experiment_chooses_options_and_sets_no_field_of_a_group(path):
 def test_every_option_composes(path):
     group, option = path.parent.name, path.stem
     plus = "+" if group in ("experiment", "debug", "sweep") else ""
-    extra = {"text_files": ["data.files=train.py"], "hub": ["data.name=owner/name"]}.get(option, [])
+    needed = {"text_files": "data.files=train.py", "hub": "data.name=owner/name"}
+    needed |= dict.fromkeys(("huggingface", "finetune"), "model.path=FOLDER")
+    extra = [needed[option]] if group != "workload" and option in needed else []
     config = compose(f"{plus}{group}={option}", *extra)
     assert group != "model" or config.model.name == option
