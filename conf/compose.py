@@ -29,9 +29,10 @@ REMOVED = {
     "compare.plot": "leave it out, entries on several numbers of ranks are drawn over these",
     "parallelism.sequence_sharded_norms": "leave it out, tensor ranks always shard the norms by sequence",
 }
+_FINETUNE = "type +experiment=finetune model.path=FOLDER_OR_HUB_NAME"
 # What people type who know other tools, by the last part of the name, and what there is here.
 FROM_OTHER_TOOLS = {
-    ("pretrained", "path", "name_or_path", "model_name_or_path"): "type +experiment=finetune model.path=FOLDER",
+    ("pretrained", "path", "name_or_path", "model_name_or_path"): _FINETUNE,
     ("tokenizer", "tokenizer_name", "tokenizer_path"): "type data.tokenizer=FOLDER_OR_HUB_NAME: see docs/data.md",
     ("packing", "pack_documents"): "documents are concatenated and see each other: see docs/data.md",
     ("tensorboard", "report_to"): "metrics go to wandb (offline without a login) and to RUN_DIR/metrics.jsonl",

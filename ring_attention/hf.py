@@ -405,6 +405,8 @@ def _problems(model: nn.Module) -> Iterator[str]:
         yield f'attn_implementation is "{config._attn_implementation}": load it with attn_implementation="{NAME}"'
     if getattr(model.config, "vision_config", None) or getattr(model.config, "audio_config", None):
         yield "images and sounds attend in both directions: load the text model alone, by its own ForCausalLM class"
+    if getattr(config, "is_decoder", True) is False:
+        yield "its attention is not causal (is_decoder=False): take a model for generating text"
     yield from _layer_problems(model, config)
     for name in ("use_bidirectional_attention", "output_attentions", "output_router_logits"):
         if getattr(config, name, None):
@@ -417,13 +419,19 @@ def _problems(model: nn.Module) -> Iterator[str]:
     for name in ("attention_dropout", "router_jitter_noise"):
         if getattr(config, name, None):
             yield f"{name}={getattr(config, name)} would differ between ranks: load it with {name}=0.0"
-    drops = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p > 0]
-    if drops:
-        some = ", ".join(drops[:3]) + (" and others" if len(drops) > 3 else "")
-        yield f"dropout in {some} would differ between ranks: set the configuration's dropouts to 0"
+    yield from _module_problems(model)
+
+
+def _module_problems(model: nn.Module) -> Iterator[str]:
+    """One for each reason, with the first module that it is about."""
+    found: dict[str, list[str]] = collections.defaultdict(list)
     for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and module.p > 0:
+            found[f"dropout of {module.p}, which would differ between ranks: set it to 0"].append(name)
         if isinstance(module, (nn.Conv1d, nn.RNNBase)):
-            yield f"{name} ({type(module).__name__}) mixes tokens of this rank alone: take another model"
+            found[f"{type(module).__name__}, which mixes tokens of this rank alone: take another model"].append(name)
+    for reason, names in found.items():
+        yield f"{names[0]}{f' and {len(names) - 1} others' if len(names) > 1 else ''}: {reason}"
 
 
 def _can_generate_tokens(model: nn.Module) -> bool:

@@ -174,11 +174,11 @@ def test_recomputed_layers_do_not_count_twice():
         ("qwen3_next", {}, ["linear_attention", "layers 0"]),
         ("mamba", {}, ["layers 0, 1", "attention"]),
         ("llama4_text", {}, ["chunked_attention"]),
-        ("bert", {"is_decoder": True}, ["dropout"]),
+        ("bert", {"is_decoder": True}, ["dropout of 0.1"]),
         (
             "gpt2",
             {"resid_pdrop": 0.1, "attn_pdrop": 0.0, "embd_pdrop": 0.0},
-            ["dropout", "transformer.h.0.attn.resid_dropout"],
+            ["dropout of 0.1", "transformer.h.0.attn.resid_dropout"],
         ),
     ],
 )
