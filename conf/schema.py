@@ -92,6 +92,7 @@ class ModelConfig(_Checked, prefix="model."):
     rope: Any = None  # with path: other rotary embeddings, such as {rope_type: yarn, factor: 4} or {rope_theta: 1e6}
     # what else path has; read from it, not typed
     num_weights: Optional[int] = None
+    num_trained: Optional[int] = None  # of LoRA's matrices
     num_experts: int = 1
     experts_per_token: int = 1
     window: Optional[int] = None  # tokens that a query sees in windowed layers

@@ -37,10 +37,12 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
     config = plan.config
     torch.autograd.set_detect_anomaly(config.engine.detect_anomaly)
     if reporter:
-        reporter.say(*banner(plan, run_dir), "", "building the model and the engine ...")
+        reporter.say(*banner(plan, run_dir), "", f"{'loading' if config.model.path else 'building'} the model ...")
     report_status("part", "building the model and the engine")
     engine = build_engine(plan)
     logger = StepLogger(plan, engine, "train", reporter)
+    for note in engine.notes:
+        logger.say(note)
     checkpoints = Checkpoints(config, run_dir, engine)
     bad_steps = BadSteps(plan, engine, run_dir)
 

@@ -110,6 +110,7 @@ class Engine(ABC):
     """
 
     model: nn.Module
+    notes: Sequence[str] = ()  # for people: what runs slower than it could, and why
     deepspeed: Any
     attention: SequenceAttention | None = None  # over the ranks that share this rank's sequence
 

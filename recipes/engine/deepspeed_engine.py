@@ -70,6 +70,7 @@ class TrainingEngine(Engine):
 
             settings = deepspeed_config(config, num_parameters(config.model))
             self.model = HuggingFaceModel(config, attention, self.device, *tiles, settings)
+            self.notes = self.model.notes
         else:
             with self.device:
                 self.model = Transformer(

@@ -60,7 +60,7 @@ class HuggingFaceModel(nn.Module):
         self._plan_arguments = attention, config.data.sequence_length - 1
         model = _load(config, device, deepspeed_config)
         hf.check(model)
-        _use_liger(model, device)
+        self.notes = _use_liger(model, device)  # for people: what runs slower than it could
         self._causal = [model]  # in a list: only `model`, which may wrap it, is a submodule
         self.model = add_lora(model, config.lora, config.seed) if config.lora.rank else model
         layers: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -68,8 +68,12 @@ class HuggingFaceModel(nn.Module):
         for index, layer in enumerate(layers):
             layer.gradient_checkpointing = recompute.mode != "none"
             layer._gradient_checkpointing_func = functools.partial(recompute, index)  # pyright: ignore[reportArgumentType]
-            if mlp_tile_tokens:
-                _tile_mlps(layer, mlp_tile_tokens)
+        num_tiled = sum(_tile_mlps(layer, mlp_tile_tokens) for layer in layers) if mlp_tile_tokens else len(layers)
+        if num_tiled < len(layers):
+            why = "LoRA changes them" if config.lora.rank else "they are not down(act(gate) * up)"
+            self.notes.append(
+                f"{len(layers) - num_tiled} of {len(layers)} layers run their MLP on all tokens at once: {why}"
+            )
         _replace_head(model, tile_tokens)
 
     def forward(self, tokens_BS: Tensor, positions_1S: Tensor, labels_BS: Tensor | None = None) -> Tensor:
@@ -106,14 +110,21 @@ def _load(config: Config, device: torch.device, deepspeed_config: dict[str, Any]
     return model
 
 
-def _use_liger(model: nn.Module, device: torch.device) -> None:
-    """Liger's kernels for norms, rotary embeddings and MLPs, where it knows the family. The loss is the recipe's."""
-    if device.type != "cuda" or importlib.util.find_spec("liger_kernel") is None:
-        return
+def _use_liger(model: nn.Module, device: torch.device) -> list[str]:
+    """Use Liger's kernels for norms, rotary embeddings and MLPs. The loss is the recipe's.
+
+    Returns why there are none, for a GPU.
+    """
+    if device.type != "cuda":
+        return []
+    if importlib.util.find_spec("liger_kernel") is None:
+        return ["norms, rotary embeddings and MLPs are plain PyTorch: pip install -e '.[kernels]' for Liger's kernels"]
     patch = importlib.import_module("liger_kernel.transformers.monkey_patch")
     model_type = model.config.model_type  # pyright: ignore[reportAttributeAccessIssue]
-    if model_type in patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
-        patch._apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
+    if model_type not in patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
+        return [f"norms, rotary embeddings and MLPs are plain PyTorch: Liger has no kernels for {model_type}"]
+    patch._apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
+    return []
 
 
 def _replace_head(model: Any, tile_tokens: int) -> None:
@@ -126,12 +137,13 @@ def _replace_head(model: Any, tile_tokens: int) -> None:
     model.set_output_embeddings(head)
 
 
-def _tile_mlps(layer: nn.Module, tile_tokens: int) -> None:
-    """Let the gated MLPs of a layer run by tiles."""
-    for module in layer.modules():
-        if (parts := _mlp_parts(module)) is not None:
-            module.forward = functools.partial(_tiled, parts, tile_tokens)
-            set_z3_leaf_module(module, True)  # ZeRO-3 gathers all its weights once for all tiles
+def _tile_mlps(layer: nn.Module, tile_tokens: int) -> bool:
+    """Let the gated MLPs of a layer run by tiles. Returns whether it has any."""
+    found = {module: parts for module in layer.modules() if (parts := _mlp_parts(module)) is not None}
+    for module, parts in found.items():
+        module.forward = functools.partial(_tiled, parts, tile_tokens)
+        set_z3_leaf_module(module, True)  # ZeRO-3 gathers all its weights once for all tiles
+    return bool(found)
 
 
 def _tiled(parts: MlpParts, tile_tokens: int, x_BSE: Tensor) -> Tensor:

@@ -18,19 +18,34 @@ def check_lora(model: Any, lora: LoraConfig) -> None:
     """Raises ValueError unless peft is installed and each of lora.target_modules names linear layers of the model."""
     if importlib.util.find_spec("peft") is None:
         raise ValueError(f"lora.rank={lora.rank} needs peft: type pip install -e '.[hf]' -c constraints.txt")
-    head = model.get_output_embeddings()
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
-    unknown = [
-        target
-        for target in lora.target_modules or ()
-        if not any(name == target or name.endswith(f".{target}") for name in linear)
-    ]
+    linear = _linear_layers(model)
+    unknown = [target for target in lora.target_modules or () if not any(_is_named(name, target) for name in linear)]
     if unknown:
         legal = sorted({name.rpartition(".")[2] for name in linear})
         raise ValueError(
             f"lora.target_modules names {', '.join(unknown)}, but its linear layers are {', '.join(legal)}: type "
             f"lora.target_modules=[{legal[0]}], for example, or leave it out for all of them"
         )
+
+
+def num_trained(model: Any, lora: LoraConfig) -> int:
+    """The weights of the trainable matrices: rank x (inputs + outputs) of each layer that gets them."""
+    return sum(
+        lora.rank * (layer.in_features + layer.out_features)
+        for name, layer in _linear_layers(model).items()
+        if not lora.target_modules or any(_is_named(name, target) for target in lora.target_modules)
+    )
+
+
+def _linear_layers(model: Any) -> dict[str, nn.Linear]:
+    """All but the head, by name."""
+    head = model.get_output_embeddings()
+    named = model.named_modules()
+    return {name: module for name, module in named if isinstance(module, nn.Linear) and module is not head}
+
+
+def _is_named(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
 
 
 def add_lora(model: Any, lora: LoraConfig, seed: int) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from conf.schema import Config, ConfigError, ModelConfig
-from recipes.model.lora import check_lora
+from recipes.model.lora import check_lora, num_trained
 from recipes.model.model_folder import CONFIG_FILE, check_folder, check_hub, one_line
 from recipes.model.rope import change_rope
 
@@ -51,6 +51,7 @@ def resolve(config: Config) -> Config:
     except ValueError as error:
         raise ConfigError(f"model.path={path}: {error}") from error
     _fill_shape(resolved.model, hf_config, model)
+    resolved.model.num_trained = num_trained(model, config.lora) if config.lora.rank else None
     resolved.data.tokenizer = resolved.data.tokenizer or resolved.model.path
     return resolved
 

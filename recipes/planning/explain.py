@@ -33,7 +33,7 @@ def banner(plan: Plan, run_dir: Path) -> list[str]:
         ("ranks", _ranks(plan)),
         ("tokens", f"{tokens}; {plan.tokens_per_step:,} per step"),
         *([] if plan.config.recipe == "bench_attention" else [("data", _data(plan))]),
-        ("model", f"{model.name}: {memory.num_parameters(model) / 1e6:,.2f} M parameters, {shape}"),
+        ("model", f"{model.name}: {memory.num_parameters(model) / 1e6:,.2f} M parameters{_trained(plan)}, {shape}"),
         ("FLOPs per token", f"{plan.flops / 1e6:,.1f} M {passes}, causal counted once"),
         ("attention", _attention(plan)),
         ("attention kernel", f"{kernel} ({reason})"),
@@ -43,6 +43,11 @@ def banner(plan: Plan, run_dir: Path) -> list[str]:
         ("run dir", str(run_dir)),
     ]
     return [f"{name:>17}  {value}" for name, value in rows]
+
+
+def _trained(plan: Plan) -> str:
+    model, lora = plan.config.model, plan.config.lora
+    return "" if model.num_trained is None else f", {model.num_trained / 1e6:,.2f} M trained (LoRA of rank {lora.rank})"
 
 
 def explanation(plan: Plan, run_dir: Path) -> list[str]:

@@ -116,7 +116,8 @@ class StateBytes(NamedTuple):
     """Training states of the rank that holds most: a lower bound of its memory, without activations and buckets.
 
     Args:
-        built: the fp32 weights as first built. They are gone once DeepSpeed has cast and ZeRO has sharded them.
+        built: the fp32 weights as first built. They are gone once DeepSpeed has cast and ZeRO has sharded them. 0 for
+            model.path, which is read in the engine's dtype, on ZeRO-3 one parameter after the other.
     """
 
     weights: float
@@ -164,9 +165,10 @@ def state_bytes(config: Config, degrees: Degrees) -> StateBytes:
             gradient_size = 0
     if config.recipe == "forward":
         gradient_size = optimizer_size = 0
-    sizes = (weight_size, gradient_size, optimizer_size)
-    states = (parameters * size / shards for size, shards in zip(sizes, num_shards, strict=True))
-    return StateBytes(*states, built=4 * parameters)
+    trained = parameters if model.num_trained is None else model.num_trained
+    numbers, sizes = (parameters, trained, trained), (weight_size, gradient_size, optimizer_size)
+    states = (number * size / shards for number, size, shards in zip(numbers, sizes, num_shards, strict=True))
+    return StateBytes(*states, built=0 if model.path else 4 * parameters)
 
 
 def gib(size: float) -> str:

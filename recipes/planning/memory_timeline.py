@@ -96,6 +96,8 @@ class StepMemory:
             "engine.offload_parameters=true": engine.offload_parameters,
             offload: engine.offload_optimizer and not can_offload,
             "engine.dtype=fp16": engine.dtype == "fp16",
+            "LoRA": config.lora.rank > 0,
+            "mixtures of experts": config.model.num_experts > 1,
         }
         return next((f"not predicted for {setting}" for setting in applies if applies[setting]), None)
 

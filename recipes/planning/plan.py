@@ -15,7 +15,7 @@ from conf.schema import Config, ConfigError, Degrees
 from recipes.planning.memory import StateBytes, changed, gib, state_bytes
 from recipes.planning.memory_timeline import StepMemory
 from recipes.planning.refusal import state_refusal, step_refusal
-from recipes.planning.throughput import Throughput, forward_flops_per_token, peak_tflops
+from recipes.planning.throughput import Throughput, forward_flops_per_token, peak_tflops, training_flops_per_token
 from ring_attention.auto_method import Candidate, Links, Workload, rank_methods
 from ring_attention.kernels import KernelSpec, choose_kernel
 from ring_attention.layout import Layout
@@ -145,6 +145,8 @@ class Plan:
             model.num_heads,
             model.num_kv_heads,
             model.head_dim,
+            windowed=model.window is not None and model.window <= self.config.data.sequence_length,
+            softcap=model.softcap is not None,
             deterministic=self.config.engine.deterministic,
         )
         try:
@@ -184,9 +186,9 @@ class Plan:
 
     @property
     def flops(self) -> float:
-        """Per token of a step. Training costs three forward passes."""
-        forward = forward_flops_per_token(self.config.model, self.config.data.sequence_length)
-        return 3 * forward if self.trains else forward
+        """Per token of a step."""
+        of_step = training_flops_per_token if self.trains else forward_flops_per_token
+        return of_step(self.config.model, self.config.data.sequence_length)
 
     def throughput(self, step_time_s: float) -> Throughput:
         """Of steps that take `step_time_s`."""

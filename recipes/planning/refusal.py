@@ -59,7 +59,7 @@ def step_refusal(step: StepMemory, memory_bytes: int) -> str | None:
         return [_typed(changes | {"data.sequence_length": length})] if length else []
 
     cheaper = list(itertools.accumulate(_cheaper(step.config, step.degrees, step.on_gpu), operator.or_, initial={}))
-    layers = range(step.config.model.num_layers - 1, 0, -1)
+    layers = range(0 if step.config.model.path else step.config.model.num_layers - 1, 0, -1)
     remedies = (first_fitting(cheaper) or longest(cheaper[-1])) + longest({})
     remedies = remedies or first_fitting(cheaper[-1] | {"model.num_layers": number} for number in layers)
     return (
@@ -119,6 +119,6 @@ def _remedies(config: Config, degrees: Degrees, memory_bytes: int, host_ranks: i
             changes = ({} if stage == engine.zero_stage else {"engine.zero_stage": stage} for stage in stages)
             offloads = ((change | {"engine.offload_optimizer": True}, degrees) for change in changes)
             remedies += first_fitting(offloads, after=", the optimizer states on the host")
-    layers = range(config.model.num_layers - 1, degrees.pipeline - 1, -1)
+    layers = range(0 if config.model.path else config.model.num_layers - 1, degrees.pipeline - 1, -1)
     smaller = (({"model.num_layers": num_layers}, degrees) for num_layers in layers)
     return remedies + first_fitting(smaller, "a smaller model, such as ")

@@ -65,19 +65,29 @@ class Throughput(NamedTuple):
 
 
 def forward_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
-    """FLOPs of a forward pass per token: 2 per weight, and causal attention once. Backward costs twice that.
+    """FLOPs of a forward pass per token: 2 per weight, and causal attention once.
 
     Of experts, those that a token goes to; of windowed layers, the keys within the window.
     """
-    one_token = copy.copy(model)  # `replace` would check it as if it were typed
-    one_token.num_experts = model.experts_per_token
-    matmul = 2 * (model.num_layers * layer_matmul_parameters(one_token) + model.vocab_size * model.hidden_size)
     num_full = model.num_layers - model.num_window_layers
     return (
-        matmul
+        matmul_flops_per_token(model)
         + num_full * attention_flops_per_token(model, sequence_length)
         + model.num_window_layers * attention_flops_per_token(model, sequence_length, model.window)
     )
+
+
+def training_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
+    """FLOPs of a step per token. The backward pass costs twice the forward pass; frozen weights need no gradient."""
+    flops = 3 * forward_flops_per_token(model, sequence_length)
+    return flops if model.num_trained is None else flops - matmul_flops_per_token(model)
+
+
+def matmul_flops_per_token(model: ModelConfig) -> float:
+    """FLOPs of the matrix products of a forward pass per token, without attention."""
+    one_token = copy.copy(model)  # `replace` would check it as if it were typed
+    one_token.num_experts = model.experts_per_token
+    return 2 * (model.num_layers * layer_matmul_parameters(one_token) + model.vocab_size * model.hidden_size)
 
 
 def attention_flops_per_token(model: ModelConfig, sequence_length: int, window: int | None = None) -> float:

@@ -32,6 +32,7 @@ from conf.schema import (
     Config,
     DataConfig,
     EngineConfig,
+    LoraConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelismConfig,
@@ -96,6 +97,7 @@ class Cell:
     offload_optimizer: bool = False
     offload_parameters: bool = False
     path: str = ""  # of a Hugging Face model, in place of `model`
+    lora_rank: int = 0
 
     @property
     def num_ranks(self) -> int:
@@ -113,6 +115,7 @@ class Cell:
         config = resolve(
             Config(
                 model=ModelConfig(path=self.path) if self.path else MODELS[self.model],
+                lora=LoraConfig(self.lora_rank),
                 attention=AttentionConfig(method=self.attention_method, layout=self.layout, transport=self.transport),
                 parallelism=ParallelismConfig(
                     "tensor_pipeline" if self.method == "tp_pp" else "sequence",

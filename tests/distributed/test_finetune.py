@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.parity import Cell, run_cell
+from tests.distributed.parity import Cell, run_cell, train_on_ranks
 from tests.families import tiny_model
 from tests.pool import WorkerPool
+from tests.tools.measure import relative_error
 
 CELLS = [  # dtype, stage, ring, data, accumulation, length
     Cell("fp32", 0, 2, 1, 1, 29),
@@ -43,3 +44,16 @@ def test_training_equals_one_process(pool: WorkerPool, folders: Path, cell: Cell
 def test_training_other_families_equals_one_process(pool: WorkerPool, folders: Path, family: str):
     outcome = run_cell(pool, Cell("fp32", 3, 2, 1, 1, 29, recompute="selective", path=str(folders / family)))
     assert outcome.passes, outcome
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 3])
+def test_training_lora_on_ranks_equals_one_rank(pool: WorkerPool, folders: Path, zero_stage: int):
+    cell = Cell("fp32", zero_stage, 2, 1, 2, 29, path=str(folders / "llama"), lora_rank=4)
+    alone = pool.run(train_on_ranks, replace(cell, zero_stage=1, ring_degree=1), num_ranks=1)[0]
+    ours = pool.run(train_on_ranks, cell, num_ranks=2)[0]
+    assert ours.losses == pytest.approx(alone.losses, rel=1e-5)
+    trained = [name for name in alone.parameters if "lora_" in name]
+    assert len(trained) == 2 * 7 * 2  # two matrices beside each of seven, in two layers
+    for name in trained:
+        assert alone.parameters[name].any(), name
+        assert relative_error(ours.parameters[name], alone.parameters[name]) < 1e-5, name
