@@ -13,10 +13,12 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from conf.schema import DataConfig
+from data.read_ahead import read_ahead
 from data.source import CorpusError, open_documents
 from data.tokenizer import BYTES, Tokenizer, Tokens, open_tokenizer, tokenizer_problem
 
 BATCH_CHARACTERS = 2**18  # of documents that are tokenized together, on all cores
+NUM_AHEAD = 4  # sequences that are read while a step runs
 
 
 class Corpus:
@@ -62,8 +64,11 @@ class Corpus:
         return itertools.islice(self._sequences(self._epoch(0)), self._validation_sequences)
 
     def training(self, cursor: int) -> Iterator[Tokens]:
-        """Endless training sequences, [L+1] each; the first starts at training token number `cursor`."""
-        return self._sequences(self._training_tokens(cursor))
+        """Endless training sequences, [L+1] each; the first starts at training token number `cursor`.
+
+        A thread reads the next ones while a step runs.
+        """
+        return read_ahead(self._sequences(self._training_tokens(cursor)), NUM_AHEAD)
 
     def _epoch(self, skip: int) -> Iterator[Tokens]:
         """All tokens once, document by document, without the first `skip`."""

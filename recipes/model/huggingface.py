@@ -12,6 +12,7 @@ import importlib.util
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -159,7 +160,9 @@ def _mlp_parts(module: nn.Module) -> MlpParts | None:
     if act is None or any(type(linear) is not nn.Linear for linear in linears):
         return None
     *ups, down = linears
-    activation = functools.partial(gated, act)
+    sample = torch.linspace(-4, 4, 9)
+    is_silu = torch.equal(act(sample), F.silu(sample))  # transformers has a class of its own for it
+    activation = functools.partial(gated, F.silu if is_silu else act)
     parts = MlpParts(ups, down, activation)  # pyright: ignore[reportArgumentType]
     return parts if _computes(module, names, activation) else None
 

@@ -91,11 +91,11 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def gated(act: nn.Module, gate: Tensor, up: Tensor | None = None) -> Tensor:
+def gated(act: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor | None = None) -> Tensor:
     """act(gate) * up for [..., F] each; without `up`, `gate` is [..., 2 F] and has both."""
     if up is None:
-        return swiglu(gate) if isinstance(act, nn.SiLU) else act(gate.chunk(2, -1)[0]) * gate.chunk(2, -1)[1]
-    if gate.is_cuda and gate.dtype != torch.float64 and isinstance(act, nn.SiLU) and _liger_swiglu():
+        return swiglu(gate) if act is F.silu else act(gate.chunk(2, -1)[0]) * gate.chunk(2, -1)[1]
+    if gate.is_cuda and gate.dtype != torch.float64 and act is F.silu and _liger_swiglu():
         pair = importlib.import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction
         return pair.apply(gate.flatten(0, -2), up.flatten(0, -2)).unflatten(0, gate.shape[:-1])
     return act(gate) * up

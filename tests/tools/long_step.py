@@ -23,13 +23,14 @@ from conf.compose import to_config
 from conf.schema import Config
 from recipes.benchmark.max_length import train_probe
 from recipes.launch import launcher
+from recipes.model.pretrained import resolve
 from recipes.planning.plan import Plan
 
 
 def composed(setting: str) -> Config:
     """The configuration of one setting's overrides."""
     with hydra.initialize(version_base="1.3", config_path="../../conf"):
-        return to_config(hydra.compose("config", ["num_steps=1", *shlex.split(setting)]))
+        return resolve(to_config(hydra.compose("config", ["num_steps=1", *shlex.split(setting)])))
 
 
 def predicted(plan: Plan) -> dict[str, Any]:
