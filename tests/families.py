@@ -77,6 +77,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {**_MOE, "num_experts": 4},
 }
+# families that need no more than the sizes
+MORE_FAMILIES = (
+    *("afmoe", "apertus", "arcee", "aria_text", "beam", "bitnet", "cohere", "cohere2_moe", "cwm", "ernie4_5"),
+    *("ernie4_5_moe", "exaone", "exaone4", "exaone_moe", "flex_olmo", "flint", "gemma", "glm", "glm4_moe", "gpt_neox"),
+    *("granite_swa", "granitemoe", "granitemoe_swa", "granitemoeshared", "helium", "hy_v3", "hyperclovax", "internlm3"),
+    *("iquestcoder", "jais2", "jetmoe", "kolibri1", "laguna", "mellum", "mimo_v2_flash", "minimax_m2"),
+    *("modernbert-decoder", "nanochat", "olmo", "olmoe", "persimmon", "phi", "qwen2_moe", "sarvam_moe", "solar_open"),
+    *("starcoder2", "vaultgemma"),
+)
 
 
 def tiny_config(family: str, **changes: Any) -> Any:

@@ -73,6 +73,53 @@ def parity_summary(machines: dict[str, str]) -> str:
     return table(header, rows)
 
 
+# words of a refusal, and what they are about
+REFUSALS = {
+    "linear_attention": "linear attention or state spaces",
+    "state-space layers": "layers without one attention each, such as state spaces, or with cross-attention",
+    "chunked_attention": "chunked attention",
+    "indexed_attention": "sparse attention that picks its keys",
+    "compressed_sparse_attention": "sparse attention that picks its keys",
+    "are conv": "short convolutions",
+    "Conv1d": "short convolutions",
+    "are hybrid": "layers of a kind of their own",
+    "both directions": "images or sounds, which attend in both directions",
+    "bidirectional": "attention in both directions",
+    "not causal": "encoders",
+    "no causal head": "no class that ends in ForCausalLM or LMHeadModel",
+    "does not look attn_implementation up": "code with its own attention only",
+    "read the keys of others": "layers that read the keys of others",
+    "dropout": "dropout by default: set it to 0",
+    "router_jitter_noise": "jitter of routers by default: set it to 0",
+}
+
+
+def hf_families() -> str:
+    """One row per family that is tested, refused or untested; families with equal outcomes share a row."""
+    data = load("hf_families_cpu.json")
+    rows, more, refused, untested = [], {}, {}, []
+    for name, row in data["families"].items():
+        if "bf16_ratio" in row:
+            rows.append([name, "tested", f"{max(row['fp32'].values()):.1e}", f"{row['bf16_ratio']:.2f}"])
+        elif "fp32" in row:
+            more[name] = max(row["fp32"].values())
+        elif "refused" in row:
+            reason = next((text for words, text in REFUSALS.items() if words in row["refused"]), row["refused"])
+            refused.setdefault(reason, []).append(name)
+        else:
+            untested.append(name)
+    rows.append([", ".join(more), "tested on two ranks", f"{max(more.values()):.1e} at most", "not run"])
+    rows += [[", ".join(names), f"refused: {reason}", "", ""] for reason, names in sorted(refused.items())]
+    rows.append([", ".join(untested), "untested", "", ""])
+    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+    return (
+        f"{table('family (model_type) | outcome | fp32 error | bf16 error', rows)}\n\n{versions}. Tiny random weights, CPU. "
+        "fp32: the worst relative error of logits, loss and any gradient against eager attention in one process (limit "
+        "1e-5): ring of 1 to 4 ranks, zigzag and contiguous, with and without packed documents. bf16: the error against "
+        "fp64 over that of one process (limit 1.5), two ranks. Refused: with the default configuration, before a start."
+    )
+
+
 def sparsity() -> str:
     """What 8 ranks compute and send: pure arithmetic of the schedule. Tests check it against the transport."""
     length, degree, mib_per_token = 65536, 8, 2 * 8 * 128 * 2 / 2**20  # K and V of 8 heads x 128 in bf16

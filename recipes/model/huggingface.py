@@ -59,7 +59,7 @@ class HuggingFaceModel(nn.Module):
         super().__init__()
         hf.register()
         self._plan_arguments = attention, config.data.sequence_length - 1
-        model = _load(config, device, deepspeed_config)
+        model = load_model(config, device, deepspeed_config)
         hf.check(model)
         self.notes = _use_liger(model, device)  # for people: what runs slower than it could
         self._causal = [model]  # in a list: only `model`, which may wrap it, is a submodule
@@ -86,7 +86,12 @@ class HuggingFaceModel(nn.Module):
         return causal.get_output_embeddings()(outputs.last_hidden_state, labels_BS)
 
 
-def _load(config: Config, device: torch.device, deepspeed_config: dict[str, Any]) -> Any:
+def load_model(config: Config, device: torch.device, deepspeed_config: dict[str, Any]) -> Any:
+    """The transformers model at model.path with its weights, cut over the ranks on ZeRO-3.
+
+    Raises:
+        ConfigError: if its files lack weights.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
     from transformers.utils import logging

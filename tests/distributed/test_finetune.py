@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+import re
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from conf.schema import Config, EngineConfig, ModelConfig
+from recipes.model.pretrained import resolve
+from recipes.planning.memory import num_parameters
 from tests.distributed.parity import Cell, run_cell, train_on_ranks
 from tests.families import tiny_model
 from tests.pool import WorkerPool
@@ -57,3 +64,46 @@ def test_training_lora_on_ranks_equals_one_rank(pool: WorkerPool, folders: Path,
     for name in trained:
         assert alone.parameters[name].any(), name
         assert relative_error(ours.parameters[name], alone.parameters[name]) < 1e-5, name
+
+
+def bytes_while_loading(path: str) -> tuple[int, int]:
+    """This rank's own memory beyond its start, while ZeRO-3 loads a model and afterwards."""
+    from recipes.engine.base import deepspeed_config
+    from recipes.model.huggingface import load_model
+
+    ctypes.CDLL("libc.so.6").mallopt(-3, 65536)  # M_MMAP_THRESHOLD: give freed memory back at once
+    config = resolve(Config(model=ModelConfig(path=path), engine=EngineConfig(zero_stage=3)))
+    settings = deepspeed_config(config, num_parameters(config.model))
+    start, peak, is_loaded = own_bytes(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not is_loaded.wait(0.002):
+            peak = max(peak, own_bytes() - start)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    model = load_model(config, torch.device("cpu"), settings)
+    is_loaded.set()
+    watcher.join()
+    del model.config  # the model lives until here
+    return peak, own_bytes() - start
+
+
+def own_bytes() -> int:
+    """The process's memory without files that it maps."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+)", status)[1])  # pyright: ignore[reportOptionalSubscript]
+
+
+def test_no_rank_holds_the_model_while_zero_3_loads_it(pool: WorkerPool, folders: Path, tmp_path: Path):
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "vocab_size": 320}
+    model = tiny_model("llama", "eager", torch.bfloat16, **sizes)
+    model.save_pretrained(tmp_path, max_shard_size="50MB")
+    model_bytes = 2 * sum(parameter.numel() for parameter in model.parameters())
+    largest_bytes = 2 * max(parameter.numel() for parameter in model.parameters())
+    pool.run(bytes_while_loading, str(folders / "llama"), num_ranks=4)  # imports what loading needs
+    for peak, loaded in pool.run(bytes_while_loading, str(tmp_path), num_ranks=4):
+        assert peak < model_bytes / 4 + 4 * largest_bytes + 2**25
+        assert peak < 0.6 * model_bytes
+        assert loaded < model_bytes / 4 + 2**25

@@ -19,7 +19,7 @@ from ring_attention import (
     hf,
 )
 from ring_attention.sequence_attention import SequenceAttention
-from tests.families import FAMILIES, VOCAB_SIZE, tiny_model
+from tests.families import FAMILIES, MORE_FAMILIES, VOCAB_SIZE, tiny_model
 from tests.pool import WorkerPool
 
 LENGTH = 203  # of no rank count a multiple
@@ -114,6 +114,13 @@ def family_errors(family: str, method: str) -> dict[tuple[str, bool], float]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_equals_eager_attention_in_one_process(pool: WorkerPool, family: str, num_ranks: int):
     for errors in pool.run(family_errors, family, "ring", num_ranks=num_ranks):
+        assert max(errors.values()) < LIMIT, errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", MORE_FAMILIES)
+def test_more_families_equal_eager_attention_in_one_process(pool: WorkerPool, family: str):
+    for errors in pool.run(family_errors, family, "ring", num_ranks=2):
         assert max(errors.values()) < LIMIT, errors
 
 
