@@ -116,7 +116,7 @@ def hf_families() -> str:
         f"{table('family (model_type) | outcome | fp32 error | bf16 error', rows)}\n\n{versions}. Random weights, CPU. "
         "fp32: the worst relative error of logits, loss and any gradient against eager attention in one process "
         "(limit 1e-5): ring of 1 to 4 ranks, zigzag and contiguous, with and without packed documents. bf16: the error "
-        "against fp64 over that of one process (limit 1.5), two ranks. Refused: the default configuration, before a start."
+        "against fp64 over that of one process (limit 1.5), two ranks. Refused: its defaults, before a start."
     )
 
 

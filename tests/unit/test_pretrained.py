@@ -257,7 +257,7 @@ def test_ulysses_needs_enough_kv_heads(tiny_llama: Path):
 
 
 def test_weights_that_the_files_lack_are_refused(tmp_path: Path, tiny_llama: Path):
-    from recipes.model.huggingface import _load
+    from recipes.model.huggingface import load_model
 
     folder = shutil.copytree(tiny_llama, tmp_path / "model")
     weights = load_file(folder / WEIGHTS)
@@ -265,4 +265,4 @@ def test_weights_that_the_files_lack_are_refused(tmp_path: Path, tiny_llama: Pat
     save_file(weights, folder / WEIGHTS, {"format": "pt"})
     config = resolve(Config(model=ModelConfig(path=str(folder))))  # as many weights as there should be
     with refused(ConfigError, f"model.path={folder}", "model.norm.weight", "download"):
-        _load(config, torch.device("cpu"), {})
+        load_model(config, torch.device("cpu"), {})
