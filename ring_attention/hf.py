@@ -405,8 +405,8 @@ def _problems(model: nn.Module) -> Iterator[str]:
         yield f'attn_implementation is "{config._attn_implementation}": load it with attn_implementation="{NAME}"'
     if getattr(model.config, "vision_config", None) or getattr(model.config, "audio_config", None):
         yield "images and sounds attend in both directions: load the text model alone, by its own ForCausalLM class"
-    if getattr(config, "is_decoder", True) is False:
-        yield "its attention is not causal (is_decoder=False): take a model for generating text"
+    if any(getattr(module, "is_causal", True) is False for module in model.modules()):
+        yield "its attention is not causal: take a model for generating text"
     yield from _layer_problems(model, config)
     for name in ("use_bidirectional_attention", "output_attentions", "output_router_logits"):
         if getattr(config, name, None):
