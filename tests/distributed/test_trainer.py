@@ -45,13 +45,15 @@ def padded(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
 
 
 def reset_accelerate() -> None:
-    """A pool's processes run many trainers; accelerate and transformers keep the first one's settings."""
+    """A pool's processes run many trainers; accelerate, transformers and DeepSpeed keep an earlier one's settings."""
+    import deepspeed.utils.groups
     from accelerate.state import AcceleratorState, GradientState
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     unset_hf_deepspeed_config()
+    deepspeed.utils.groups.mpu = None
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
         del os.environ[name]
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500", LOCAL_WORLD_SIZE=os.environ["WORLD_SIZE"])
