@@ -41,7 +41,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("cell", [pytest.param(cell, id=str(cell)) for cell in CELLS])
+@pytest.mark.parametrize(
+    "cell",
+    [pytest.param(cell, marks=[pytest.mark.slow] if cell.dtype == "bf16" else [], id=str(cell)) for cell in CELLS],
+)
 def test_training_equals_one_process(pool: WorkerPool, folders: Path, cell: Cell):
     outcome = run_cell(pool, replace(cell, path=str(folders / "llama")))
     assert outcome.passes, outcome
@@ -96,6 +99,7 @@ def own_bytes() -> int:
     return 1024 * int(re.search(r"RssAnon:\s+(\d+)", status)[1])  # pyright: ignore[reportOptionalSubscript]
 
 
+@pytest.mark.slow
 def test_no_rank_holds_the_model_while_zero_3_loads_it(pool: WorkerPool, folders: Path, tmp_path: Path):
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "vocab_size": 320}
     model = tiny_model("llama", "eager", torch.bfloat16, **sizes)

@@ -110,7 +110,9 @@ def family_errors(family: str, method: str) -> dict[tuple[str, bool], float]:
     return errors
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "num_ranks", [pytest.param(1, marks=pytest.mark.slow), 2, 3, pytest.param(4, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_equals_eager_attention_in_one_process(pool: WorkerPool, family: str, num_ranks: int):
     for errors in pool.run(family_errors, family, "ring", num_ranks=num_ranks):
@@ -148,6 +150,7 @@ def mean_error(found: Any, expected: Any) -> float:
     return torch.stack([(ours - exact).norm() / exact.norm() for ours, exact in pairs]).mean().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_error_in_bf16_is_that_of_one_process(pool: WorkerPool, family: str):
     for ours, one_process in pool.run(bf16_errors, family, num_ranks=2):

@@ -101,7 +101,13 @@ def equal(some: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
-@pytest.mark.parametrize(("zero_stage", "dtype"), [(0, "bf16"), (0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")])
+@pytest.mark.parametrize(
+    ("zero_stage", "dtype"),
+    [
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((0, "bf16"), (0, "fp32"), (1, "bf16"), (2, "fp32"))),
+        (3, "bf16"),
+    ],
+)
 def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(
     pool: WorkerPool, tmp_path: Path, tiny_llama: Path, zero_stage: int, dtype: str, lora_rank: int
 ):
@@ -119,6 +125,7 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(
         assert size < (tmp_path / "model" / "model.safetensors").stat().st_size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora_rank", [0, 4])
 @pytest.mark.parametrize(
     ("before", "after", "dtype"),
@@ -150,10 +157,10 @@ def test_another_number_of_ranks_or_zero_stage_resumes(
     ("family", "changes", "zero_stage", "dtype"),
     [
         ("llama", {}, 3, "bf16"),
-        ("llama", {"tie_word_embeddings": True}, 0, "bf16"),
+        pytest.param("llama", {"tie_word_embeddings": True}, 0, "bf16", marks=pytest.mark.slow),
         ("llama", {"tie_word_embeddings": True}, 3, "fp32"),
-        ("llama", {}, 2, "fp32"),
-        ("mixtral", {}, 1, "bf16"),
+        pytest.param("llama", {}, 2, "fp32", marks=pytest.mark.slow),
+        pytest.param("mixtral", {}, 1, "bf16", marks=pytest.mark.slow),
         ("mixtral", {}, 3, "fp32"),
     ],
 )
@@ -182,6 +189,7 @@ def test_the_exported_folder_is_the_trained_model(
     assert equal(again.loaded, trained.weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("zero_stage", "dtype"), [(0, "bf16"), (1, "fp32"), (3, "bf16"), (3, "fp32")])
 def test_lora_is_exported_as_an_adapter_or_merged(
     pool: WorkerPool, tmp_path: Path, tiny_llama: Path, zero_stage: int, dtype: str

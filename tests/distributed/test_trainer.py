@@ -152,7 +152,12 @@ def check(
         assert errors.keys() == expected["weights"].keys()
 
 
-@pytest.mark.parametrize(("num_ranks", "data_degree"), [(1, 1), (2, 1), (2, 2), (4, 2)])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "data_degree"), [pytest.param(1, 1, marks=SLOW), (2, 1), pytest.param(2, 2, marks=SLOW), (4, 2)]
+)
 def test_distributed_data_parallel_equals_one_process(
     pool: WorkerPool, tiny_llama: Path, one_process: dict[str, Any], num_ranks: int, data_degree: int
 ):
@@ -162,8 +167,8 @@ def test_distributed_data_parallel_equals_one_process(
         assert found[0]["total_flos"] == one_process["total_flos"]
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize(("num_ranks", "data_degree"), [(2, 1), (4, 2)])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=SLOW), pytest.param(2, marks=SLOW), 3])
+@pytest.mark.parametrize(("num_ranks", "data_degree"), [(2, 1), pytest.param(4, 2, marks=SLOW)])
 def test_zero_equals_one_process(
     pool: WorkerPool, tiny_llama: Path, one_process: dict[str, Any], num_ranks: int, data_degree: int, stage: int
 ):
@@ -171,6 +176,7 @@ def test_zero_equals_one_process(
     check(pool.run(trained, tiny_llama, data_degree, settings, num_ranks=num_ranks), one_process)
 
 
+@SLOW
 def test_autocast_and_checkpointing_equal_one_process_up_to_rounding(pool: WorkerPool, tiny_llama: Path):
     settings = {"bf16": True, "gradient_checkpointing": True}
     (expected,) = pool.run(trained, tiny_llama, 1, settings, False, num_ranks=1)
@@ -202,7 +208,7 @@ def fine_tuned(folder: Path, data_degree: int, is_ring: bool) -> dict[str, Any]:
     return result((kind if is_ring else SFTTrainer)(model, args, train_dataset=rows, processing_class=tokenizer))
 
 
-@pytest.mark.parametrize(("num_ranks", "data_degree"), [(2, 1), (4, 2)])
+@pytest.mark.parametrize(("num_ranks", "data_degree"), [(2, 1), pytest.param(4, 2, marks=SLOW)])
 def test_trl_on_packed_documents_equals_one_process(
     pool: WorkerPool, tiny_llama: Path, num_ranks: int, data_degree: int
 ):
