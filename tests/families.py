@@ -77,21 +77,31 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {**_MOE, "num_experts": 4},
 }
+# names of the same sizes in mixtures of experts
+_EXPERTS = {
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k"), 2),
+    "moe_intermediate_size": 48,
+}
+_MORE_MOE = (
+    *("afmoe", "ernie4_5_moe", "exaone_moe", "glm4_moe", "hy_v3", "kolibri1", "laguna", "mellum", "mimo_v2_flash"),
+    *("minimax_m2", "qwen2_moe", "sarvam_moe", "solar_open"),
+)
 # families that need no more than the sizes
 MORE_FAMILIES = (
-    *("afmoe", "apertus", "arcee", "aria_text", "beam", "bitnet", "cohere", "cohere2_moe", "cwm", "ernie4_5"),
-    *("ernie4_5_moe", "exaone", "exaone4", "exaone_moe", "flex_olmo", "flint", "gemma", "glm", "glm4_moe", "gpt_neox"),
-    *("granite_swa", "granitemoe", "granitemoe_swa", "granitemoeshared", "helium", "hy_v3", "hyperclovax", "internlm3"),
-    *("iquestcoder", "jais2", "jetmoe", "kolibri1", "laguna", "mellum", "mimo_v2_flash", "minimax_m2"),
-    *("modernbert-decoder", "nanochat", "olmo", "olmoe", "persimmon", "phi", "qwen2_moe", "sarvam_moe", "solar_open"),
-    *("starcoder2", "vaultgemma"),
+    *_MORE_MOE,
+    *("apertus", "arcee", "aria_text", "beam", "bitnet", "cohere", "cohere2_moe", "cwm", "ernie4_5", "exaone"),
+    *("exaone4", "flex_olmo", "flint", "gemma", "glm", "gpt_neox", "granite_swa", "granitemoe", "granitemoe_swa"),
+    *("granitemoeshared", "helium", "hyperclovax", "internlm3", "iquestcoder", "jais2", "jetmoe"),
+    *("modernbert-decoder", "nanochat", "olmo", "olmoe", "persimmon", "phi", "starcoder2", "vaultgemma"),
 )
 
 
 def tiny_config(family: str, **changes: Any) -> Any:
     from transformers import AutoConfig
 
-    return AutoConfig.for_model(family, **(_SIZES | FAMILIES.get(family, {}) | changes))
+    own = _EXPERTS if family in _MORE_MOE else FAMILIES.get(family, {})
+    return AutoConfig.for_model(family, **(_SIZES | own | changes))
 
 
 def tiny_model(family: str, attn_implementation: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
