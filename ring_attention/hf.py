@@ -174,11 +174,14 @@ def shard(
     num_rows, length = ids_BL.shape
     given = {name: torch.as_tensor(value) for name, value in batch.items() if value is not None}
     for name in ("labels", "attention_mask", "position_ids", "seq_idx"):
-        if name in given and given[name].shape not in ((num_rows, length), (1, length)):
+        legal = ((num_rows, length),) if name == "labels" else ((num_rows, length), (1, length))
+        if name in given and given[name].shape not in legal:
             raise ValueError(
                 f"{name} has shape {list(given[name].shape)}, input_ids {list(ids_BL.shape)}: give whole rows"
             )
     _check_same_batch(attention, ids_BL, given)
+    if "attention_mask" in given:
+        _check_padding(given["attention_mask"])
     documents = _documents(given, num_rows, length)
     positions = given["position_ids"] if "position_ids" in given else _positions(documents, length)
     labels = _shifted_labels(given, documents, length) if "labels" in given else None
@@ -488,6 +491,14 @@ def _check_same_batch(attention: SequenceAttention, ids_BL: Tensor, given: Mappi
     check_equal(attention._group, shape, checksum, device)
 
 
+def _check_padding(mask_BL: Tensor) -> None:
+    if bool((mask_BL.long().diff(dim=1) > 0).any()) or not bool(((mask_BL == 0) | (mask_BL == 1)).all()):
+        raise ValueError(
+            "attention_mask must be ones, then zeros (padding on the right): set tokenizer.padding_side='right', and "
+            "give packed documents by position_ids"
+        )
+
+
 def _documents(given: Mapping[str, Tensor], num_rows: int, length: int) -> Documents:
     """Where documents begin and end, by all that says so. None if each row is one document."""
     found: dict[str, list[list[int]]] = {}
@@ -521,7 +532,10 @@ def _starts(row: Tensor, is_new: Tensor, length: int) -> list[int]:
 
 def _ends_at(boundaries: list[int], length: int, name: str) -> list[int]:
     if boundaries[:1] != [0] or boundaries[-1] != length:
-        raise ValueError(f"{name} goes from {boundaries[0]} to {boundaries[-1]}, but must go from 0 to {length} tokens")
+        ends = f"goes from {boundaries[0]} to {boundaries[-1]}" if boundaries else "is empty"
+        raise ValueError(f"{name} {ends}, but must go from 0 to {length} tokens")
+    if boundaries != sorted(boundaries):
+        raise ValueError(f"{name}={boundaries} must grow: give the number of tokens up to the end of each document")
     return boundaries
 
 
@@ -537,13 +551,7 @@ def _shifted_labels(given: Mapping[str, Tensor], documents: Documents, length: i
     """[B, L]: the label of the next token, or IGNORED_LABEL at a document's end and on padding."""
     labels_BL = F.pad(given["labels"][:, 1:], (0, 1), value=IGNORED_LABEL)
     if "attention_mask" in given:
-        mask_BL = given["attention_mask"]
-        if bool((mask_BL.long().diff(dim=1) > 0).any()) or not bool(((mask_BL == 0) | (mask_BL == 1)).all()):
-            raise ValueError(
-                "attention_mask must be ones, then zeros (padding on the right): set tokenizer.padding_side='right', "
-                "and give packed documents by position_ids"
-            )
-        labels_BL = labels_BL.masked_fill(F.pad(mask_BL[:, 1:], (0, 1)) == 0, IGNORED_LABEL)
+        labels_BL = labels_BL.masked_fill(F.pad(given["attention_mask"][:, 1:], (0, 1)) == 0, IGNORED_LABEL)
     for row, boundaries in enumerate(documents or ()):
         rows = slice(None) if len(documents or ()) == 1 else row
         labels_BL[rows, [end - 1 for end in boundaries[1:] if end]] = IGNORED_LABEL

@@ -207,6 +207,8 @@ def test_layers_with_rotary_embeddings_by_kind_need_the_kind(tmp_path: Path):
         # stretched already: from the length that it was trained with
         ("ministral3", {"factor": 16}, {"rope_type": "yarn", "factor": 16, "beta_fast": 32.0}, 16 * 64),
         ("llama", {"rope_type": "linear", "factor": 2}, {"rope_type": "linear", "factor": 2, "rope_theta": 1e4}, 1024),
+        # frequencies change beyond max_position_embeddings, which must stay
+        ("qwen3", {"rope_type": "dynamic", "factor": 4}, {"rope_type": "dynamic", "factor": 4, "rope_theta": 1e4}, 512),
     ],
 )
 def test_rotary_embeddings_change_as_in_config_json(tmp_path: Path, family: str, rope, expected, length: int):
