@@ -130,10 +130,10 @@ def check(model: nn.Module) -> None:
     if getattr(model, "_ring_is_guarded", False):
         return
     model._ring_is_guarded = True  # pyright: ignore[reportArgumentType]
-    num_layers = _text_config(model).num_hidden_layers
+    num_layers, num_positions = _text_config(model).num_hidden_layers, _num_learned_positions(model)
     base: nn.Module = model.base_model  # pyright: ignore[reportAssignmentType]
     model.register_forward_pre_hook(_refuse_labels, with_kwargs=True)
-    base.register_forward_pre_hook(_start_pass, with_kwargs=True)
+    base.register_forward_pre_hook(lambda _, args, kwargs: _start_pass(kwargs, num_positions), with_kwargs=True)
     base.register_forward_hook(lambda _, args, kwargs, output: _end_pass(kwargs, num_layers), with_kwargs=True)
     for module in base.modules():
         if _rope_types(module) & set(_POSITION_DEPENDENT_ROPE):
@@ -339,7 +339,7 @@ def _refuse_labels(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         )
 
 
-def _start_pass(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _start_pass(kwargs: dict[str, Any], num_positions: int | None) -> None:
     plan = kwargs.get("ring_plan")
     if not isinstance(plan, BatchPlan):
         raise ValueError("the model got no ring_plan: call it with **ring_attention.hf.shard(batch, attention)")
@@ -350,6 +350,11 @@ def _start_pass(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         raise ValueError("position_ids are missing: call the model with **ring_attention.hf.shard(batch, attention)")
     if kwargs.get("output_attentions"):
         raise ValueError("output_attentions=True: ring attention never has the weights of attention; leave it out")
+    if num_positions is not None and plan.max_position >= num_positions:  # else only ranks with the last tokens fail
+        raise ValueError(
+            f"the batch has position {plan.max_position}, but the model has learned embeddings of {num_positions} "
+            "positions: give shorter sequences"
+        )
     plan.calls.clear()
     plan.is_complete = False
 
@@ -419,10 +424,16 @@ def _problems(model: nn.Module) -> Iterator[str]:
                 "output_router_logits": "the auxiliary loss would see this rank's tokens alone: set it to False",
             }[name]
             yield f"{name}={getattr(config, name)}: {reason}"
-    for name in ("attention_dropout", "router_jitter_noise"):
-        if getattr(config, name, None):
-            yield f"{name}={getattr(config, name)} would differ between ranks: load it with {name}=0.0"
+    for name, value in config.to_dict().items():
+        if isinstance(value, (int, float)) and value and _is_random(name):
+            yield f"{name}={value} would differ between ranks: load it with {name}=0.0, or set that in its config.json"
     yield from _module_problems(model)
+
+
+def _is_random(name: str) -> bool:
+    """Whether a setting is a probability or an amount of noise in training. Classifiers' are not for this head."""
+    is_random = name.endswith(("dropout", "dropout_prob", "pdrop", "layerdrop", "jitter_noise"))
+    return is_random and not name.startswith(("classifier", "summary"))
 
 
 def _module_problems(model: nn.Module) -> Iterator[str]:
@@ -462,6 +473,16 @@ def _layer_problems(model: nn.Module, config: Any) -> Iterator[str]:
     )
     if lacking := [index for index in range(config.num_hidden_layers) if attends[index] != 1]:  # pyright: ignore[reportArgumentType]
         yield f"layers {', '.join(map(str, lacking))} do not have one attention each, as state-space layers have none"
+
+
+def _num_learned_positions(model: nn.Module) -> int | None:
+    """How many positions have a learned embedding; None if the model has none, such as one with rotary embeddings."""
+    num_positions = getattr(_text_config(model), "max_position_embeddings", None)
+    tokens = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+    embeddings = (module for module in model.modules() if isinstance(module, nn.Embedding) and module is not tokens)
+    # OPT and BioGPT have two rows more
+    learned = any(module.num_embeddings - 2 <= (num_positions or 0) <= module.num_embeddings for module in embeddings)
+    return num_positions if learned else None
 
 
 def _rope_types(module: nn.Module) -> set[str]:

@@ -172,6 +172,8 @@ def test_recomputed_layers_do_not_count_twice():
     ("family", "changes", "words"),
     [
         ("llama", {"attention_dropout": 0.1}, ["attention_dropout=0.1"]),
+        ("starcoder2", {"residual_dropout": 0.1}, ["residual_dropout=0.1"]),  # without a module of its own
+        ("opt", {"dropout": 0.1}, ["dropout=0.1"]),
         ("qwen3_moe", {"output_router_logits": True}, ["output_router_logits"]),
         ("mixtral", {"router_jitter_noise": 0.1}, ["router_jitter_noise=0.1"]),
         ("gemma3_text", {"use_bidirectional_attention": True}, ["use_bidirectional_attention"]),
@@ -190,6 +192,18 @@ def test_check_refuses_by_layer_and_reason(family: str, changes: dict[str, Any],
     model = built(family, **changes)
     with refused(ValueError, *words):
         hf.check(model)
+
+
+def test_positions_beyond_the_learned_ones_are_refused():
+    no_dropout = {"resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0}
+    model = guarded("gpt2", max_position_embeddings=12, **no_dropout)
+    model(**batch_of(ids()[:, :12]))
+    with refused(ValueError, "position 15", "12"):  # on every rank, where an index would fail on one
+        model(**batch_of(ids()))
+
+
+def test_rotary_positions_have_no_such_end():
+    guarded(max_position_embeddings=12)(**batch_of(ids()))
 
 
 def built(family: str, **changes: Any) -> nn.Module:
