@@ -36,8 +36,9 @@ class Corpus:
         sequence_length: int,
         validation_sequences: int,
         tokenizer: Tokenizer = BYTES,
+        vocab_size: int | None = None,
     ) -> None:
-        self._documents, self._tokenizer = documents, tokenizer
+        self._documents, self._tokenizer, self._vocab_size = documents, tokenizer, vocab_size
         self.sequence_tokens = sequence_length + 1
         self._validation_sequences = validation_sequences
         self._held_out_tokens = validation_sequences * self.sequence_tokens
@@ -74,6 +75,11 @@ class Corpus:
         """All tokens once, document by document, without the first `skip`."""
         for texts in _batches(self._documents):
             for tokens in self._tokenizer.encode(texts):
+                if self._vocab_size is not None and tokens.max() >= self._vocab_size:  # else one rank's lookup fails
+                    raise CorpusError(
+                        f"a document has token {tokens.max()} of data.tokenizer={self._tokenizer.name}, but the model "
+                        f"has {self._vocab_size}: take the text of that added token out of the documents"
+                    )
                 if skip < len(tokens):
                     yield tokens[skip:]
                 skip = max(0, skip - len(tokens))
@@ -115,7 +121,11 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def open_corpus(config: DataConfig) -> Corpus:
-    """The configured corpus. Raises CorpusError if it cannot be opened."""
+def open_corpus(config: DataConfig, vocab_size: int | None = None) -> Corpus:
+    """The configured corpus. Raises CorpusError if it cannot be opened.
+
+    Args:
+        vocab_size: of the model. Reading a document with a token that it lacks raises CorpusError, on every rank.
+    """
     documents, tokenizer = open_documents(config), open_tokenizer(config)
-    return Corpus(documents, config.sequence_length, config.validation_sequences, tokenizer)
+    return Corpus(documents, config.sequence_length, config.validation_sequences, tokenizer, vocab_size)

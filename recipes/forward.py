@@ -22,7 +22,7 @@ def forward(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
         reporter.say(*banner(plan, run_dir), "", "building the model ...")
     engine = build_engine(plan)
     reset_peak_memory()  # building takes more: weights are made in fp32
-    corpus = open_corpus(config.data)
+    corpus = open_corpus(config.data, config.model.vocab_size)
     sharder = build_sharder(plan, engine)
     batches = sharder.steps(corpus.training(cursor=0), plan.accumulation_steps)
 

@@ -53,7 +53,7 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
         report_status("part", "reading the checkpoint")
         checkpoints.load(resumed)
     report_status("part", "reading data")
-    corpus = open_corpus(config.data)
+    corpus = open_corpus(config.data, config.model.vocab_size)
     data = TrainingData(corpus, resumed)
     sharder = build_sharder(plan, engine)
     steps = sharder.steps(data, plan.accumulation_steps)

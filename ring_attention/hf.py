@@ -130,10 +130,10 @@ def check(model: nn.Module) -> None:
     if getattr(model, "_ring_is_guarded", False):
         return
     model._ring_is_guarded = True  # pyright: ignore[reportArgumentType]
-    num_layers = _text_config(model).num_hidden_layers
+    num_layers, num_positions = _text_config(model).num_hidden_layers, _num_learned_positions(model)
     base: nn.Module = model.base_model  # pyright: ignore[reportAssignmentType]
     model.register_forward_pre_hook(_refuse_labels, with_kwargs=True)
-    base.register_forward_pre_hook(_start_pass, with_kwargs=True)
+    base.register_forward_pre_hook(lambda _, args, kwargs: _start_pass(kwargs, num_positions), with_kwargs=True)
     base.register_forward_hook(lambda _, args, kwargs, output: _end_pass(kwargs, num_layers), with_kwargs=True)
     for module in base.modules():
         if _rope_types(module) & set(_POSITION_DEPENDENT_ROPE):
@@ -174,11 +174,14 @@ def shard(
     num_rows, length = ids_BL.shape
     given = {name: torch.as_tensor(value) for name, value in batch.items() if value is not None}
     for name in ("labels", "attention_mask", "position_ids", "seq_idx"):
-        if name in given and given[name].shape not in ((num_rows, length), (1, length)):
+        legal = ((num_rows, length),) if name == "labels" else ((num_rows, length), (1, length))
+        if name in given and given[name].shape not in legal:
             raise ValueError(
                 f"{name} has shape {list(given[name].shape)}, input_ids {list(ids_BL.shape)}: give whole rows"
             )
     _check_same_batch(attention, ids_BL, given)
+    if "attention_mask" in given:
+        _check_padding(given["attention_mask"])
     documents = _documents(given, num_rows, length)
     positions = given["position_ids"] if "position_ids" in given else _positions(documents, length)
     labels = _shifted_labels(given, documents, length) if "labels" in given else None
@@ -336,7 +339,7 @@ def _refuse_labels(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         )
 
 
-def _start_pass(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _start_pass(kwargs: dict[str, Any], num_positions: int | None) -> None:
     plan = kwargs.get("ring_plan")
     if not isinstance(plan, BatchPlan):
         raise ValueError("the model got no ring_plan: call it with **ring_attention.hf.shard(batch, attention)")
@@ -347,6 +350,11 @@ def _start_pass(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         raise ValueError("position_ids are missing: call the model with **ring_attention.hf.shard(batch, attention)")
     if kwargs.get("output_attentions"):
         raise ValueError("output_attentions=True: ring attention never has the weights of attention; leave it out")
+    if num_positions is not None and plan.max_position >= num_positions:  # else only ranks with the last tokens fail
+        raise ValueError(
+            f"the batch has position {plan.max_position}, but the model has learned embeddings of {num_positions} "
+            "positions: give shorter sequences"
+        )
     plan.calls.clear()
     plan.is_complete = False
 
@@ -416,10 +424,16 @@ def _problems(model: nn.Module) -> Iterator[str]:
                 "output_router_logits": "the auxiliary loss would see this rank's tokens alone: set it to False",
             }[name]
             yield f"{name}={getattr(config, name)}: {reason}"
-    for name in ("attention_dropout", "router_jitter_noise"):
-        if getattr(config, name, None):
-            yield f"{name}={getattr(config, name)} would differ between ranks: load it with {name}=0.0"
+    for name, value in config.to_dict().items():
+        if isinstance(value, (int, float)) and value and _is_random(name):
+            yield f"{name}={value} would differ between ranks: load it with {name}=0.0, or set that in its config.json"
     yield from _module_problems(model)
+
+
+def _is_random(name: str) -> bool:
+    """Whether a setting is a probability or an amount of noise in training. Classifiers' are not for this head."""
+    is_random = name.endswith(("dropout", "dropout_prob", "pdrop", "layerdrop", "jitter_noise"))
+    return is_random and not name.startswith(("classifier", "summary"))
 
 
 def _module_problems(model: nn.Module) -> Iterator[str]:
@@ -461,6 +475,16 @@ def _layer_problems(model: nn.Module, config: Any) -> Iterator[str]:
         yield f"layers {', '.join(map(str, lacking))} do not have one attention each, as state-space layers have none"
 
 
+def _num_learned_positions(model: nn.Module) -> int | None:
+    """How many positions have a learned embedding; None if the model has none, such as one with rotary embeddings."""
+    num_positions = getattr(_text_config(model), "max_position_embeddings", None)
+    tokens = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+    embeddings = (module for module in model.modules() if isinstance(module, nn.Embedding) and module is not tokens)
+    # OPT and BioGPT have two rows more
+    learned = any(module.num_embeddings - 2 <= (num_positions or 0) <= module.num_embeddings for module in embeddings)
+    return num_positions if learned else None
+
+
 def _rope_types(module: nn.Module) -> set[str]:
     """The kinds of rotary embedding that a module computes; empty if it is none."""
     kind = getattr(module, "rope_type", None)
@@ -486,6 +510,14 @@ def _check_same_batch(attention: SequenceAttention, ids_BL: Tensor, given: Mappi
     }
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     check_equal(attention._group, shape, checksum, device)
+
+
+def _check_padding(mask_BL: Tensor) -> None:
+    if bool((mask_BL.long().diff(dim=1) > 0).any()) or not bool(((mask_BL == 0) | (mask_BL == 1)).all()):
+        raise ValueError(
+            "attention_mask must be ones, then zeros (padding on the right): set tokenizer.padding_side='right', and "
+            "give packed documents by position_ids"
+        )
 
 
 def _documents(given: Mapping[str, Tensor], num_rows: int, length: int) -> Documents:
@@ -521,7 +553,10 @@ def _starts(row: Tensor, is_new: Tensor, length: int) -> list[int]:
 
 def _ends_at(boundaries: list[int], length: int, name: str) -> list[int]:
     if boundaries[:1] != [0] or boundaries[-1] != length:
-        raise ValueError(f"{name} goes from {boundaries[0]} to {boundaries[-1]}, but must go from 0 to {length} tokens")
+        ends = f"goes from {boundaries[0]} to {boundaries[-1]}" if boundaries else "is empty"
+        raise ValueError(f"{name} {ends}, but must go from 0 to {length} tokens")
+    if boundaries != sorted(boundaries):
+        raise ValueError(f"{name}={boundaries} must grow: give the number of tokens up to the end of each document")
     return boundaries
 
 
@@ -537,13 +572,7 @@ def _shifted_labels(given: Mapping[str, Tensor], documents: Documents, length: i
     """[B, L]: the label of the next token, or IGNORED_LABEL at a document's end and on padding."""
     labels_BL = F.pad(given["labels"][:, 1:], (0, 1), value=IGNORED_LABEL)
     if "attention_mask" in given:
-        mask_BL = given["attention_mask"]
-        if bool((mask_BL.long().diff(dim=1) > 0).any()) or not bool(((mask_BL == 0) | (mask_BL == 1)).all()):
-            raise ValueError(
-                "attention_mask must be ones, then zeros (padding on the right): set tokenizer.padding_side='right', "
-                "and give packed documents by position_ids"
-            )
-        labels_BL = labels_BL.masked_fill(F.pad(mask_BL[:, 1:], (0, 1)) == 0, IGNORED_LABEL)
+        labels_BL = labels_BL.masked_fill(F.pad(given["attention_mask"][:, 1:], (0, 1)) == 0, IGNORED_LABEL)
     for row, boundaries in enumerate(documents or ()):
         rows = slice(None) if len(documents or ()) == 1 else row
         labels_BL[rows, [end - 1 for end in boundaries[1:] if end]] = IGNORED_LABEL

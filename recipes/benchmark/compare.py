@@ -105,7 +105,7 @@ class ComparisonTask:
         groups = _groups(plan.degrees.data, plan.degrees.sequence) if is_sequence else None
         engine = build_engine(plan, groups)
         device_metrics.reset_peak_memory()  # building takes more than steps do: weights are made in fp32
-        corpus = open_corpus(plan.config.data)
+        corpus = open_corpus(plan.config.data, plan.config.model.vocab_size)
         sharder = build_sharder(plan, engine)
         steps = sharder.steps(corpus.training(cursor=0), plan.accumulation_steps)
         clock, losses = device_metrics.StepClock(), []

@@ -134,9 +134,7 @@ def _use_liger(model: nn.Module, device: torch.device) -> list[str]:
 
 
 def _replace_head(model: Any, tile_tokens: int) -> None:
-    old = model.get_output_embeddings()
-    if type(old) is not nn.Linear or old.bias is not None:
-        raise ValueError(f"its head is {old}: only a linear layer without bias is supported")
+    old = model.get_output_embeddings()  # linear, without bias: `resolve` has checked it
     with torch.device("meta"):
         head = Head(0, 0, tile_tokens, logit_transform(model.config.get_text_config()))
     head.weight, head.in_features, head.out_features = old.weight, old.in_features, old.out_features

@@ -50,7 +50,12 @@ def resolve(config: Config) -> Config:
             check_lora(model, config.lora)
     except ValueError as error:
         raise ConfigError(f"model.path={path}: {error}") from error
-    _fill_shape(resolved.model, hf_config, model)
+    try:
+        _fill_shape(resolved.model, hf_config, model)
+    except (AttributeError, RuntimeError) as error:  # the second where it differs between layers, as in Gemma 4
+        raise ConfigError(
+            f"model.path={path}: {CONFIG_FILE} does not say its shape as planned for ({one_line(error)}): take another"
+        ) from error
     resolved.model.num_trained = num_trained(model, config.lora) if config.lora.rank else None
     resolved.data.tokenizer = resolved.data.tokenizer or resolved.model.path
     return resolved
@@ -140,34 +145,45 @@ class _Outputs:
 
 
 def _check_head(model: Any) -> None:
-    """Raises ValueError unless the model makes its logits as `logit_transform` says.
+    """Raises ValueError unless the model makes its logits as `HuggingFaceModel` does: its layers' output through a
+    linear layer without bias, then `logit_transform`.
 
-    Its own code is run on given logits, with its layers and its head replaced.
+    Its own code is run with its layers and its head replaced by stubs.
     """
-    given = torch.linspace(-8, 8, 2 * 3 * 5).view(1, 6, 5)
-    prefix, head = model.base_model_prefix, model.get_output_embeddings()
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or head.bias is not None:
+        raise ValueError(f"its head is {head}: only a linear layer without bias is supported, take another model")
+    hidden, given = torch.linspace(-1, 1, 24).view(1, 6, 4), torch.linspace(-8, 8, 30).view(1, 6, 5)
+    prefix, head_stub = model.base_model_prefix, _Stub(given)
     layers = getattr(model, prefix)
     (name,) = (name for name, module in model.named_modules() if module is head)
     try:
-        setattr(model, prefix, _Stub(_Outputs(torch.zeros(1, 6, 4))))
-        model.set_submodule(name, _Stub(given))
+        setattr(model, prefix, _Stub(_Outputs(hidden)))
+        model.set_submodule(name, head_stub)
         out = type(model).forward(model, input_ids=torch.zeros(1, 6, dtype=torch.long), use_cache=False)
+    except (AttributeError, IndexError, RuntimeError, TypeError) as error:  # it asks more of its layers than a stub has
+        raise ValueError(f"its forward pass is not layers and then a head ({one_line(error)}): take another") from error
     finally:
         setattr(model, prefix, layers)
         model.set_submodule(name, head)
     transform = logit_transform(model.config.get_text_config())
-    if not torch.allclose(out.logits.float(), transform(given) if transform else given, rtol=1e-3):
+    expected = transform(given) if transform else given
+    (seen,) = head_stub.inputs or (torch.zeros(0),)
+    if seen.shape != hidden.shape or not torch.allclose(seen.float(), hidden, rtol=1e-3):
+        raise ValueError("its head does not get its layers' output as it is: its loss would be wrong, take another")
+    if not torch.allclose(out.logits.float(), expected, rtol=1e-3):
         raise ValueError("its logits are not its head's, nor a known scale or cap of them: its loss would be wrong")
 
 
 class _Stub(nn.Module):
-    """A module with one answer."""
+    """A module with one answer, which remembers what it was given last."""
 
     def __init__(self, answer: Any) -> None:
         super().__init__()
-        self._answer = answer
+        self._answer, self.inputs = answer, ()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.inputs = args
         return self._answer
 
 

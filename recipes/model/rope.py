@@ -6,12 +6,14 @@ import logging
 from typing import Any
 
 EXAMPLE = "such as model.rope='{rope_type:yarn,factor:4}'"
-HAVE_ORIGINAL_LENGTH = ("yarn", "llama3", "longrope", "dynamic")
+HAVE_ORIGINAL_LENGTH = ("yarn", "llama3", "longrope")
 ORIGINAL_LENGTH = "original_max_position_embeddings"
 
 
 def change_rope(config: Any, rope: Any) -> None:
     """Put `rope` into the configuration. With a factor, max_position_embeddings becomes what it stretches to.
+
+    Not for rope_type=dynamic, which changes frequencies only beyond max_position_embeddings.
 
     Raises:
         ValueError: if the model has no such embeddings, or transformers finds fault with them.
@@ -34,7 +36,11 @@ def change_rope(config: Any, rope: Any) -> None:
     else:
         given = [(rope, _merged(before, rope, length))]
         config.rope_parameters = given[0][1]
-    stretched = [merged.get(ORIGINAL_LENGTH, length) * _factor(new) for new, merged in given if "factor" in new]
+    stretched = [
+        merged.get(ORIGINAL_LENGTH, length) * (1 if merged["rope_type"] == "dynamic" else _factor(new))
+        for new, merged in given
+        if "factor" in new
+    ]
     config.max_position_embeddings = int(max(stretched, default=length))
     if faults := _faults(config):
         raise ValueError(f"model.rope={rope}: {'; '.join(faults)}: correct it, {EXAMPLE}")

@@ -77,7 +77,11 @@ def test_padding_on_the_right_has_no_labels():
         ({"position_ids": POSITIONS + 1}, ["position_ids", "0"]),
         ({"position_ids": POSITIONS, "seq_idx": torch.zeros(1, 10)}, ["position_ids", "seq_idx"]),
         ({"cu_seq_lens_q": torch.tensor([0, 4, 9])}, ["cu_seq_lens_q", "9", "10"]),
+        ({"cu_seq_lens_q": torch.tensor([0, 7, 3, 10])}, ["cu_seq_lens_q", "[0, 7, 3, 10]"]),
+        ({"cu_seq_lens_q": torch.tensor([], dtype=torch.int32)}, ["cu_seq_lens_q", "empty", "10"]),
+        ({"attention_mask": torch.tensor([[0] * 3 + [1] * 7]), "labels": None}, ["attention_mask", "right"]),
         ({"labels": LABELS[:, 1:]}, ["labels", "[1, 9]", "[1, 10]"]),
+        ({"input_ids": IDS.expand(2, -1)}, ["labels", "[1, 10]", "[2, 10]"]),
         ({"pixel_values": IDS}, ["pixel_values"]),
         ({"input_ids": IDS[0]}, ["input_ids", "[10]"]),
     ],
@@ -168,6 +172,8 @@ def test_recomputed_layers_do_not_count_twice():
     ("family", "changes", "words"),
     [
         ("llama", {"attention_dropout": 0.1}, ["attention_dropout=0.1"]),
+        ("starcoder2", {"residual_dropout": 0.1}, ["residual_dropout=0.1"]),  # without a module of its own
+        ("opt", {"dropout": 0.1}, ["dropout=0.1"]),
         ("qwen3_moe", {"output_router_logits": True}, ["output_router_logits"]),
         ("mixtral", {"router_jitter_noise": 0.1}, ["router_jitter_noise=0.1"]),
         ("gemma3_text", {"use_bidirectional_attention": True}, ["use_bidirectional_attention"]),
@@ -186,6 +192,18 @@ def test_check_refuses_by_layer_and_reason(family: str, changes: dict[str, Any],
     model = built(family, **changes)
     with refused(ValueError, *words):
         hf.check(model)
+
+
+def test_positions_beyond_the_learned_ones_are_refused():
+    no_dropout = {"resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0}
+    model = guarded("gpt2", max_position_embeddings=12, **no_dropout)
+    model(**batch_of(ids()[:, :12]))
+    with refused(ValueError, "position 15", "12"):  # on every rank, where an index would fail on one
+        model(**batch_of(ids()))
+
+
+def test_rotary_positions_have_no_such_end():
+    guarded(max_position_embeddings=12)(**batch_of(ids()))
 
 
 def built(family: str, **changes: Any) -> nn.Module:

@@ -15,11 +15,12 @@ import torch
 import transformers
 from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load_file, save_file
+from transformers.modeling_outputs import CausalLMOutput
 
 from conf.degrees import resolve_degrees
 from conf.schema import AttentionConfig, Config, ConfigError, DataConfig, LoraConfig, ModelConfig
 from data.pack import open_corpus
-from recipes.model.pretrained import model_config, resolve
+from recipes.model.pretrained import _check_head, model_config, resolve
 from tests.errors import names, refused
 from tests.families import FAMILIES, tiny_config, tiny_model
 
@@ -182,6 +183,31 @@ def test_wrong_rotary_embeddings_are_refused(tiny_llama: Path, capfd: Any, rope:
     assert capfd.readouterr().err == ""
 
 
+def test_a_head_that_gets_something_else_is_refused():
+    model: Any = transformers.LlamaForCausalLM(tiny_config("llama"))
+    _check_head(model)
+
+    def forward(self: Any, input_ids: Any, **kwargs: Any) -> Any:
+        return CausalLMOutput(logits=self.lm_head(self.model(input_ids, **kwargs).last_hidden_state / 2))
+
+    model.__class__ = type("ScaledLlama", (transformers.LlamaForCausalLM,), {"forward": forward})
+    with refused(ValueError, "head", "layers' output"):
+        _check_head(model)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("phi", {}, ["bias=True", "without bias"]),
+        ("opt", {"dropout": 0.0}, ["decoder"]),
+        ("gemma4_text", {}, ["config.json", "head_dim"]),  # another one in each kind of layer
+    ],
+)
+def test_a_head_or_a_shape_that_is_not_supported_is_refused(tmp_path: Path, family: str, changes: Any, words: Any):
+    tiny_model(family, "eager", **changes).save_pretrained(tmp_path)
+    names(refusal(ModelConfig(path=str(tmp_path))), f"model.path={tmp_path}", *words)
+
+
 def test_layers_with_rotary_embeddings_by_kind_need_the_kind(tmp_path: Path):
     config = tiny_config("gemma3_text")
     config.save_pretrained(tmp_path)
@@ -207,6 +233,8 @@ def test_layers_with_rotary_embeddings_by_kind_need_the_kind(tmp_path: Path):
         # stretched already: from the length that it was trained with
         ("ministral3", {"factor": 16}, {"rope_type": "yarn", "factor": 16, "beta_fast": 32.0}, 16 * 64),
         ("llama", {"rope_type": "linear", "factor": 2}, {"rope_type": "linear", "factor": 2, "rope_theta": 1e4}, 1024),
+        # frequencies change beyond max_position_embeddings, which must stay
+        ("qwen3", {"rope_type": "dynamic", "factor": 4}, {"rope_type": "dynamic", "factor": 4, "rope_theta": 1e4}, 512),
     ],
 )
 def test_rotary_embeddings_change_as_in_config_json(tmp_path: Path, family: str, rope, expected, length: int):

@@ -95,6 +95,25 @@ def test_a_model_with_fewer_embeddings_than_tokens_is_refused(tiny_llama, tmp_pa
         corpus.check(vocab_size=2047)
 
 
+def test_text_of_an_added_token_that_the_model_lacks_is_refused(tiny_llama, tmp_path):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)  # as Gemma 3's, of which its text model knows nothing
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    for number, text in enumerate(["some words of text " * 20, "an <image> here " * 20]):
+        (tmp_path / f"{number}.txt").write_text(text)
+    config = DataConfig(
+        source="text_files",
+        files=str(tmp_path / "*.txt"),
+        tokenizer=str(tmp_path / "tokenizer"),
+        sequence_length=4,
+        validation_sequences=1,
+    )
+    corpus = open_corpus(config, 2048)
+    corpus.check(2048)  # reads no further than it needs to
+    with refused(CorpusError, "token 2048", "model has 2048"):
+        list(itertools.islice(corpus.training(cursor=0), 100))
+
+
 def test_bytes_fit_a_model_of_257_tokens():
     assert tokenizer_problem(BYTES, 257) is None
     names(str(tokenizer_problem(BYTES, 256)), "bytes", 257, "model.vocab_size=256")
