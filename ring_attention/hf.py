@@ -453,6 +453,9 @@ def _can_generate_tokens(model: nn.Module) -> bool:
 
 
 def _layer_problems(model: nn.Module, config: Any) -> Iterator[str]:
+    if not isinstance(getattr(config, "num_hidden_layers", None), int):
+        yield "its configuration does not say how many layers it has (num_hidden_layers): take another model"
+        return
     kinds: dict[str, list[int]] = collections.defaultdict(list)
     for index, kind in enumerate(getattr(config, "layer_types", None) or ()):
         kinds[kind].append(index)
