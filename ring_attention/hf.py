@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import collections
 import importlib.metadata
-import itertools
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,16 +26,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ring_attention.hf_batch import (
+    IGNORED_LABEL,
+    LENGTHS,
+    check_padding,
+    check_same_batch,
+    positions_of,
+    read_documents,
+    shifted_labels,
+)
+from ring_attention.hf_refusals import NAME, num_learned_positions, problems, rope_types, text_config
 from ring_attention.mask import CAUSAL, Mask
 from ring_attention.sequence_attention import SequenceAttention
-from ring_attention.transport.agreement import check_equal
 from ring_attention.transport.collectives import sum_over_world_, world_size
 
-NAME = "ring"  # of attn_implementation
 OLDEST, TOO_NEW = (5, 17), (5, 25)  # transformers; the extra `hf` in pyproject.toml says the same
-IGNORED_LABEL = -100  # torch's and transformers'
-# what a layer may be, in a configuration's layer_types
-_LAYER_TYPES = {"full_attention": "causal", "sliding_attention": "causal within a window"}
 # pieces of transformers' mask functions (masking_utils) that the ring computes. Packing is read from the whole batch.
 _MASK_PIECES = {
     "causal_mask_function",
@@ -124,19 +128,18 @@ def check(model: nn.Module) -> None:
     """
     get_base_model = getattr(model, "get_base_model", None)
     model = get_base_model() if get_base_model else model
-    problems = list(_problems(model))
-    if problems:
-        raise ValueError(f"{type(model).__name__} cannot run under ring attention: " + "; ".join(problems))
+    if found := list(problems(model)):
+        raise ValueError(f"{type(model).__name__} cannot run under ring attention: {'; '.join(found)}")
     if getattr(model, "_ring_is_guarded", False):
         return
     model._ring_is_guarded = True  # pyright: ignore[reportArgumentType]
-    num_layers, num_positions = _text_config(model).num_hidden_layers, _num_learned_positions(model)
+    num_layers, num_positions = text_config(model).num_hidden_layers, num_learned_positions(model)
     base: nn.Module = model.base_model  # pyright: ignore[reportAssignmentType]
     model.register_forward_pre_hook(_refuse_labels, with_kwargs=True)
     base.register_forward_pre_hook(lambda _, args, kwargs: _start_pass(kwargs, num_positions), with_kwargs=True)
     base.register_forward_hook(lambda _, args, kwargs, output: _end_pass(kwargs, num_layers), with_kwargs=True)
     for module in base.modules():
-        if _rope_types(module) & set(_POSITION_DEPENDENT_ROPE):
+        if rope_types(module) & set(_POSITION_DEPENDENT_ROPE):
             _show_largest_position(base, module)
 
 
@@ -165,7 +168,7 @@ def shard(
         ValueError: for left padding, shapes that do not fit, sources of documents that contradict each other, or an
             unknown entry; on every rank if ranks hold different batches of a new shape.
     """
-    unknown = set(batch) - {"input_ids", "labels", "attention_mask", "position_ids", "seq_idx"} - set(_LENGTHS)
+    unknown = set(batch) - {"input_ids", "labels", "attention_mask", "position_ids", "seq_idx"} - set(LENGTHS)
     if unknown:
         raise ValueError(f"batch has {', '.join(sorted(unknown))}, which shard does not know: leave it out")
     ids_BL = torch.as_tensor(batch["input_ids"])
@@ -179,12 +182,12 @@ def shard(
             raise ValueError(
                 f"{name} has shape {list(given[name].shape)}, input_ids {list(ids_BL.shape)}: give whole rows"
             )
-    _check_same_batch(attention, ids_BL, given)
+    check_same_batch(attention, ids_BL, given)
     if "attention_mask" in given:
-        _check_padding(given["attention_mask"])
-    documents = _documents(given, num_rows, length)
-    positions = given["position_ids"] if "position_ids" in given else _positions(documents, length)
-    labels = _shifted_labels(given, documents, length) if "labels" in given else None
+        check_padding(given["attention_mask"])
+    documents = read_documents(given, num_rows, length)
+    positions = given["position_ids"] if "position_ids" in given else positions_of(documents, length)
+    labels = shifted_labels(given, documents, length) if "labels" in given else None
     layout, rank = attention.layout(length), attention.sequence_rank
 
     def part(tensor: Tensor, fill: int) -> Tensor:
@@ -392,191 +395,3 @@ def _show_largest_position(base: nn.Module, rotary: nn.Module) -> None:
     base.register_forward_pre_hook(before_model, with_kwargs=True)
     rotary.register_forward_pre_hook(before, with_kwargs=True)
     rotary.register_forward_hook(after)
-
-
-# ------------------------------------------------------------------ what is refused
-
-
-def _text_config(model: nn.Module) -> Any:
-    return model.config.get_text_config()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
-
-
-def _problems(model: nn.Module) -> Iterator[str]:
-    if not hasattr(model, "config") or not hasattr(model, "get_output_embeddings"):
-        yield "it is no model of transformers"
-        return
-    if not _can_generate_tokens(model):
-        yield "it has no causal head: load it with AutoModelForCausalLM"
-        return
-    config = _text_config(model)
-    if config._attn_implementation != NAME:
-        yield f'attn_implementation is "{config._attn_implementation}": load it with attn_implementation="{NAME}"'
-    if getattr(model.config, "vision_config", None) or getattr(model.config, "audio_config", None):
-        yield "images and sounds attend in both directions: load the text model alone, by its own ForCausalLM class"
-    if any(getattr(module, "is_causal", True) is False for module in model.modules()):
-        yield "its attention is not causal: take a model for generating text"
-    yield from _layer_problems(model, config)
-    for name in ("use_bidirectional_attention", "output_attentions", "output_router_logits"):
-        if getattr(config, name, None):
-            reason = {
-                "use_bidirectional_attention": "only causal attention is supported",
-                "output_attentions": "the weights of attention never exist: set it to False",
-                "output_router_logits": "the auxiliary loss would see this rank's tokens alone: set it to False",
-            }[name]
-            yield f"{name}={getattr(config, name)}: {reason}"
-    for name, value in config.to_dict().items():
-        if isinstance(value, (int, float)) and value and _is_random(name):
-            yield f"{name}={value} would differ between ranks: load it with {name}=0.0, or set that in its config.json"
-    yield from _module_problems(model)
-
-
-def _is_random(name: str) -> bool:
-    """Whether a setting is a probability or an amount of noise in training. Classifiers' are not for this head."""
-    is_random = name.endswith(("dropout", "dropout_prob", "pdrop", "layerdrop", "jitter_noise"))
-    return is_random and not name.startswith(("classifier", "summary"))
-
-
-def _module_problems(model: nn.Module) -> Iterator[str]:
-    """One for each reason, with the first module that it is about."""
-    found: dict[str, list[str]] = collections.defaultdict(list)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and module.p > 0:
-            found[f"dropout of {module.p}, which would differ between ranks: set it to 0"].append(name)
-        if isinstance(module, (nn.Conv1d, nn.RNNBase)):
-            found[f"{type(module).__name__}, which mixes tokens of this rank alone: take another model"].append(name)
-    for reason, names in found.items():
-        yield f"{names[0]}{f' and {len(names) - 1} others' if len(names) > 1 else ''}: {reason}"
-
-
-def _can_generate_tokens(model: nn.Module) -> bool:
-    return type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) and model.get_output_embeddings() is not None  # pyright: ignore[reportCallIssue]
-
-
-def _layer_problems(model: nn.Module, config: Any) -> Iterator[str]:
-    if not isinstance(getattr(config, "num_hidden_layers", None), int):
-        yield "its configuration does not say how many layers it has (num_hidden_layers): take another model"
-        return
-    kinds: dict[str, list[int]] = collections.defaultdict(list)
-    for index, kind in enumerate(getattr(config, "layer_types", None) or ()):
-        kinds[kind].append(index)
-    for kind in kinds.keys() - set(_LAYER_TYPES):
-        layers = ", ".join(map(str, kinds[kind]))
-        yield f"layers {layers} are {kind}: only {' and '.join(_LAYER_TYPES)} are exact; take another model"
-    if getattr(config, "num_kv_shared_layers", 0):
-        yield f"its last {config.num_kv_shared_layers} layers read the keys of others, which ring attention does not"
-    if kinds.keys() - set(_LAYER_TYPES):
-        return
-    if not getattr(type(model), "_can_set_attn_implementation", lambda: False)():
-        yield "its code does not look attn_implementation up, so it would compute each rank's tokens alone"
-        return
-    attends = collections.Counter(
-        module.layer_idx
-        for module in model.modules()
-        if isinstance(getattr(module, "layer_idx", None), int) and "Attention" in type(module).__name__
-    )
-    if lacking := [index for index in range(config.num_hidden_layers) if attends[index] != 1]:  # pyright: ignore[reportArgumentType]
-        yield f"layers {', '.join(map(str, lacking))} do not have one attention each, as state-space layers have none"
-
-
-def _num_learned_positions(model: nn.Module) -> int | None:
-    """How many positions have a learned embedding; None if the model has none, such as one with rotary embeddings."""
-    num_positions = getattr(_text_config(model), "max_position_embeddings", None)
-    tokens = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
-    embeddings = (module for module in model.modules() if isinstance(module, nn.Embedding) and module is not tokens)
-    # OPT and BioGPT have two rows more
-    learned = any(module.num_embeddings - 2 <= (num_positions or 0) <= module.num_embeddings for module in embeddings)
-    return num_positions if learned else None
-
-
-def _rope_types(module: nn.Module) -> set[str]:
-    """The kinds of rotary embedding that a module computes; empty if it is none."""
-    kind = getattr(module, "rope_type", None)
-    return set(kind.values()) if isinstance(kind, dict) else {kind} if isinstance(kind, str) else set()
-
-
-# ------------------------------------------------------------------ reading a batch
-
-_LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-Documents = list[list[int]] | None  # of each row, or of one for all rows: 0, then the end of each document
-
-
-def _check_same_batch(attention: SequenceAttention, ids_BL: Tensor, given: Mapping[str, Tensor]) -> None:
-    if attention._group is None:
-        return
-    shape: dict[str, Hashable] = {
-        "the shape of input_ids": tuple(ids_BL.shape),
-        "the entries of the batch": tuple(sorted(given)),
-    }
-    weights = torch.arange(1, ids_BL.shape[1] + 1)
-    checksum: dict[str, Hashable] = {
-        "the checksum of input_ids, of which shard takes the whole batch": int((ids_BL.cpu() * weights).sum())
-    }
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    check_equal(attention._group, shape, checksum, device)
-
-
-def _check_padding(mask_BL: Tensor) -> None:
-    if bool((mask_BL.long().diff(dim=1) > 0).any()) or not bool(((mask_BL == 0) | (mask_BL == 1)).all()):
-        raise ValueError(
-            "attention_mask must be ones, then zeros (padding on the right): set tokenizer.padding_side='right', and "
-            "give packed documents by position_ids"
-        )
-
-
-def _documents(given: Mapping[str, Tensor], num_rows: int, length: int) -> Documents:
-    """Where documents begin and end, by all that says so. None if each row is one document."""
-    found: dict[str, list[list[int]]] = {}
-    if "position_ids" in given:
-        found["position_ids"] = [_starts(row, row.diff() != 1, length) for row in given["position_ids"]]
-        for row, starts in zip(given["position_ids"], found["position_ids"], strict=True):
-            if row[starts[:-1]].any():
-                raise ValueError(
-                    "position_ids must start at 0 in each document and grow by 1: no left padding, no gaps"
-                )
-    if "seq_idx" in given:
-        found["seq_idx"] = [_starts(row, row.diff() != 0, length) for row in given["seq_idx"]]
-    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
-        if name in given:
-            if num_rows != 1:
-                raise ValueError(
-                    f"{name} counts the tokens of one row, but input_ids has {num_rows}: flatten the batch"
-                )
-            found[name] = [_ends_at(given[name].flatten().tolist(), length, name)]
-    for (name, documents), (other, others) in itertools.pairwise(found.items()):
-        rows = max(len(documents), len(others))
-        if [*documents] * (rows // len(documents)) != [*others] * (rows // len(others)):
-            raise ValueError(f"{name} and {other} say different documents: give one of them, or the same in both")
-    documents = max(found.values(), key=len, default=None)
-    return None if documents is None or all(len(row) == 2 for row in documents) else documents
-
-
-def _starts(row: Tensor, is_new: Tensor, length: int) -> list[int]:
-    return [0, *(is_new.nonzero().flatten() + 1).tolist(), length]
-
-
-def _ends_at(boundaries: list[int], length: int, name: str) -> list[int]:
-    if boundaries[:1] != [0] or boundaries[-1] != length:
-        ends = f"goes from {boundaries[0]} to {boundaries[-1]}" if boundaries else "is empty"
-        raise ValueError(f"{name} {ends}, but must go from 0 to {length} tokens")
-    if boundaries != sorted(boundaries):
-        raise ValueError(f"{name}={boundaries} must grow: give the number of tokens up to the end of each document")
-    return boundaries
-
-
-def _positions(documents: Documents, length: int) -> Tensor:
-    """[rows, L]: each token's place in its document."""
-    rows = documents or [[0, length]]
-    return torch.stack(
-        [torch.cat([torch.arange(stop - start) for start, stop in itertools.pairwise(row)]) for row in rows]
-    )
-
-
-def _shifted_labels(given: Mapping[str, Tensor], documents: Documents, length: int) -> Tensor:
-    """[B, L]: the label of the next token, or IGNORED_LABEL at a document's end and on padding."""
-    labels_BL = F.pad(given["labels"][:, 1:], (0, 1), value=IGNORED_LABEL)
-    if "attention_mask" in given:
-        labels_BL = labels_BL.masked_fill(F.pad(given["attention_mask"][:, 1:], (0, 1)) == 0, IGNORED_LABEL)
-    for row, boundaries in enumerate(documents or ()):
-        rows = slice(None) if len(documents or ()) == 1 else row
-        labels_BL[rows, [end - 1 for end in boundaries[1:] if end]] = IGNORED_LABEL
-    return labels_BL
