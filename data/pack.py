@@ -17,7 +17,6 @@ from data.read_ahead import read_ahead
 from data.source import CorpusError, open_documents
 from data.tokenizer import BYTES, Tokenizer, Tokens, open_tokenizer, tokenizer_problem
 
-BATCH_CHARACTERS = 2**18  # of documents that are tokenized together, on all cores
 NUM_AHEAD = 4  # sequences that are read while a step runs
 
 
@@ -73,7 +72,7 @@ class Corpus:
 
     def _epoch(self, skip: int) -> Iterator[Tokens]:
         """All tokens once, document by document, without the first `skip`."""
-        for texts in _batches(self._documents):
+        for texts in _batches(self._documents, self._tokenizer.batch_characters):
             for tokens in self._tokenizer.encode(texts):
                 if self._vocab_size is not None and tokens.max() >= self._vocab_size:  # else one rank's lookup fails
                     raise CorpusError(
@@ -108,13 +107,13 @@ class Corpus:
                 parts, num_tokens = [joined[end:]], num_tokens - end
 
 
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Documents of together `BATCH_CHARACTERS`, or one that has more."""
+def _batches(documents: Iterable[str], num_characters: int) -> Iterator[list[str]]:
+    """Documents of together `num_characters` or more."""
     batch, size = [], 0
     for document in documents:
         batch.append(document)
         size += len(document)
-        if size >= BATCH_CHARACTERS:
+        if size >= num_characters:
             yield batch
             batch, size = [], 0
     if batch:

@@ -24,6 +24,7 @@ class Tokenizer(Protocol):
 
     name: str  # for messages
     size: int  # tokens are below it
+    batch_characters: int  # documents of together so many are tokenized at once; 0: each by itself
 
     def encode(self, texts: list[str]) -> list[Tokens]:
         """Each document's tokens and the separator."""
@@ -35,6 +36,7 @@ class ByteTokenizer:
 
     name = "bytes"
     size = SEPARATOR + 1
+    batch_characters = 0
 
     def encode(self, texts: list[str]) -> list[Tokens]:
         as_bytes = (np.frombuffer(text.encode("utf-8", "replace"), np.uint8) for text in texts)
@@ -47,6 +49,8 @@ BYTES = ByteTokenizer()
 class PretrainedTokenizer:
     """A tokenizer of `transformers`, int32. It adds no special token but EOS, the separator."""
 
+    batch_characters = 2**18  # a fast tokenizer's batches use all cores
+
     def __init__(self, name: str, tokenizer: Any, eos_id: int) -> None:
         self.name, self._tokenizer, self._eos_id = name, tokenizer, eos_id
         # Without tokens added to the vocabulary, such as Gemma 3's image token, which its text model does not have.
@@ -56,7 +60,6 @@ class PretrainedTokenizer:
 
     def encode(self, texts: list[str]) -> list[Tokens]:
         legal = [text.encode("utf-8", "replace").decode() for text in texts]  # a lone surrogate is an error in Rust
-        # a fast tokenizer's batches use all cores
         batch = self._tokenizer(legal, add_special_tokens=False, return_attention_mask=False, verbose=False)
         return [np.array([*tokens, self._eos_id], np.int32) for tokens in batch["input_ids"]]
 

@@ -131,9 +131,11 @@ def test_command_composes(command: Command):
         if command.runs_here
     ],
 )
-def test_command_that_names_no_need_can_run_on_a_laptop(command: Command, capsys, tmp_path):
+def test_command_that_names_no_need_can_run_on_a_laptop(command: Command, capsys, tmp_path, tiny_llama: Path):
     assert command.overrides is not None
     overrides = [*first_values(command.overrides), "launch.num_ranks=4"]
+    paths = [override for override in overrides if override.startswith("model.path=")]
+    overrides = [f"model.path={tiny_llama}" if override in paths else override for override in overrides]
     config = composed(overrides)
     config.explain = True
     train.execute(config, overrides, tmp_path / "run")
