@@ -27,8 +27,9 @@ def test_the_longest_length_is_predicted_and_trained(program):
     assert found["predicted_peak_gib"] <= found["limit_gib"] == 0.5
     first, last = found["attempts"][0], found["attempts"][-1]
     assert first["length"] == found["curve"][-1]["length"] == length
-    # a process adds 25 MiB of its own to its tensors, and so may need a second attempt that is 5 % shorter
-    assert first["peak_gib"] == pytest.approx(found["predicted_peak_gib"] + 0.025, rel=0.02)
+    # a process adds some of its own to its tensors (25 MiB on one kind of CPU, 38 on another, with the same packages),
+    # and so may need a second attempt that is 5 % shorter
+    assert 0.015 < first["peak_gib"] - found["predicted_peak_gib"] < 0.048
     assert found["confirmed"] == last
     some_line_names(run.stdout.splitlines(), "!!!", "CPU", "GPUs")
     [confirmed] = [line for line in run.stdout.splitlines() if "confirmed" in line]
