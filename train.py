@@ -94,7 +94,7 @@ def execute(config: Config, overrides: list[str], run_dir: Path) -> float | None
     from data.pack import open_corpus
 
     if reads_data and not config.explain:
-        open_corpus(config.data).check(config.model.vocab_size)
+        open_corpus(config.data, config.model.vocab_size).check()
     from recipes import registry
     from recipes.launch import launcher
     from recipes.planning.explain import explanation
@@ -104,7 +104,7 @@ def execute(config: Config, overrides: list[str], run_dir: Path) -> float | None
         if os.environ.get("RANK", "0") == "0":
             print(*explanation(launcher.make_plan(config, num_ranks), run_dir), sep="\n", flush=True)
         if reads_data and is_local(config.data):
-            open_corpus(config.data).check(config.model.vocab_size)
+            open_corpus(config.data, config.model.vocab_size).check()
         return None
     if config.recipe == "pretrain" and (loss := launcher.result_if_finished(config, num_ranks, run_dir)) is not None:
         return loss

@@ -42,12 +42,9 @@ class Corpus:
         self._validation_sequences = validation_sequences
         self._held_out_tokens = validation_sequences * self.sequence_tokens
 
-    def check(self, vocab_size: int) -> None:
-        """Raises CorpusError unless a model of `vocab_size` tokens can train on it and validate.
-
-        It must know all tokens, and there must be enough for validation and one training sequence.
-        """
-        if problem := tokenizer_problem(self._tokenizer, vocab_size):
+    def check(self) -> None:
+        """Raises CorpusError unless the model knows all tokens, and there are enough to validate and for a sequence."""
+        if self._vocab_size is not None and (problem := tokenizer_problem(self._tokenizer, self._vocab_size)):
             raise CorpusError(problem)
         needed, found = self._held_out_tokens + self.sequence_tokens, 0
         for tokens in self._epoch(0):

@@ -193,7 +193,7 @@ def compare(config: Config, composed: dict[str, Config], run_dir: Path) -> None:
     configs = [entry.config for entry in entries.values()]
     for one in {repr((one.data, one.model.vocab_size)): one for one in configs}.values():
         if not config.explain or is_local(one.data):
-            open_corpus(one.data).check(one.model.vocab_size)
+            open_corpus(one.data, one.model.vocab_size).check()
     if config.explain:
         return
     if config.compare.roofline:

@@ -68,9 +68,9 @@ def test_validation_does_not_depend_on_what_was_read_before():
 
 
 def test_the_error_of_a_short_corpus_says_how_many_tokens_it_needs():
-    Corpus(DOCUMENTS, sequence_length=6, validation_sequences=1).check(vocab_size=257)
+    Corpus(DOCUMENTS, sequence_length=6, validation_sequences=1, vocab_size=257).check()
     with refused(CorpusError, "14 tokens", "1 validation", 16):
-        Corpus(DOCUMENTS, sequence_length=7, validation_sequences=1).check(vocab_size=257)
+        Corpus(DOCUMENTS, sequence_length=7, validation_sequences=1, vocab_size=257).check()
 
 
 def sharder(ring_rank: int, data_rank: int, length: int = 5) -> Sharder:

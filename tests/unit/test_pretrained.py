@@ -273,7 +273,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path, 
     config = Config(model=ModelConfig(path=str(tmp_path)), data=DataConfig(tokenizer=str(tiny_llama)))
     resolved = resolve(config)
     with refused(ConfigError, f"data.tokenizer={tiny_llama}", "2,048", "model.vocab_size=300"):
-        open_corpus(resolved.data).check(resolved.model.vocab_size)
+        open_corpus(resolved.data, resolved.model.vocab_size).check()
 
 
 def test_ulysses_needs_enough_kv_heads(tiny_llama: Path):

@@ -20,7 +20,7 @@ def rows(folder, *values: object) -> str:
 
 def corpus_error(**data) -> str:
     with pytest.raises(CorpusError) as caught:
-        open_corpus(DataConfig(**data)).check(vocab_size=257)
+        open_corpus(DataConfig(**data), vocab_size=257).check()
     return str(caught.value)
 
 

@@ -88,11 +88,10 @@ def test_a_model_with_fewer_embeddings_than_tokens_is_refused(tiny_llama, tmp_pa
     data = DataConfig(
         source="text_files", files=f"{tmp_path}/*", tokenizer=str(tiny_llama), sequence_length=4, validation_sequences=1
     )
-    corpus = open_corpus(data)
-    corpus.check(vocab_size=2048)
+    open_corpus(data, vocab_size=2048).check()
     parts = (f"data.tokenizer={tiny_llama}", "2,048 tokens", "model.vocab_size=2047", "model.vocab_size=2048")
     with refused(CorpusError, *parts):
-        corpus.check(vocab_size=2047)
+        open_corpus(data, vocab_size=2047).check()
 
 
 def test_text_of_an_added_token_that_the_model_lacks_is_refused(tiny_llama, tmp_path):
@@ -109,7 +108,7 @@ def test_text_of_an_added_token_that_the_model_lacks_is_refused(tiny_llama, tmp_
         validation_sequences=1,
     )
     corpus = open_corpus(config, 2048)
-    corpus.check(2048)  # reads no further than it needs to
+    corpus.check()  # reads no further than it needs to
     with refused(CorpusError, "token 2048", "model has 2048"):
         list(itertools.islice(corpus.training(cursor=0), 100))
 
