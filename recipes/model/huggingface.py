@@ -27,6 +27,9 @@ from recipes.model.recompute import Recompute
 from ring_attention import CAUSAL, hf
 from ring_attention.sequence_attention import SequenceAttention
 
+# model types whose RMSNorm rounds once, after the weight, in transformers; Liger rounds before it, too, as Llama does
+SCALES_IN_FP32 = ("gpt_oss", "olmo2", "olmo3")
+
 
 class MlpParts(NamedTuple):
     """The up projections (gate before up, or both in one), the down projection, and what lies between."""
@@ -130,6 +133,10 @@ def _use_liger(model: nn.Module, device: torch.device) -> list[str]:
     if model_type not in patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
         return [f"norms, rotary embeddings and MLPs are plain PyTorch: Liger has no kernels for {model_type}"]
     patch._apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
+    if model_type in SCALES_IN_FP32:
+        norms: list[Any] = [module for module in model.modules() if hasattr(module, "casting_mode")]
+        for norm in norms:
+            norm.casting_mode = "gemma"  # Liger's name for: round once, after the weight
     return []
 
 

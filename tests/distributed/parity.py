@@ -221,10 +221,13 @@ def batches(cell: Cell) -> tuple[Tensor, Tensor]:
 class EagerModel(nn.Module):
     """A Hugging Face model without any of the recipe's code, with the interface of `Transformer`."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, compute_dtype: torch.dtype) -> None:
         super().__init__()
+        # transformers has more ways to compute experts; they round differently, so that in half precision both take
+        # the default, which fp64 does not have
+        experts = {} if compute_dtype in (torch.bfloat16, torch.float16) else {"experts_implementation": "eager"}
         self.model = AutoModelForCausalLM.from_pretrained(
-            path, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32
+            path, attn_implementation="eager", dtype=torch.float32, **experts
         )
 
     def forward(self, tokens: Tensor, positions: Tensor, labels: Tensor) -> Tensor:
@@ -233,8 +236,10 @@ class EagerModel(nn.Module):
         return F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
 
 
-def make_model(cell: Cell, kernel: str) -> nn.Module:
-    return EagerModel(cell.path) if cell.path else Transformer(MODELS[cell.model], LocalAttention(kernel), seed=0)
+def make_model(cell: Cell, kernel: str, compute_dtype: torch.dtype = torch.float64) -> nn.Module:
+    if cell.path:
+        return EagerModel(cell.path, compute_dtype)
+    return Transformer(MODELS[cell.model], LocalAttention(kernel), seed=0)
 
 
 def initial_weights(cell: Cell, drawn_on: str) -> dict[str, Tensor]:
@@ -253,7 +258,7 @@ def train_one_process(cell: Cell, compute_dtype: torch.dtype, device: str, drawn
     kernel = "reference" if compute_dtype == torch.float64 else "auto"
     loss_scale = 1024 if compute_dtype == torch.float16 else 1
     master = make_model(cell, kernel).double().to(device)
-    worker = make_model(cell, kernel).to(device, compute_dtype)
+    worker = make_model(cell, kernel, compute_dtype).to(device, compute_dtype)
     master.load_state_dict(initial_weights(cell, drawn_on))
     embeddings = ("embedding.weight", "embed_tokens.weight")
     not_decayed = [p for name, p in master.named_parameters() if p.dim() < 2 or name.endswith(embeddings)]
@@ -377,13 +382,14 @@ def tensor_shard(cell: Cell, tensor_rank: int, name: str, full: Tensor) -> Tenso
 
 @dataclass
 class Outcome:
-    """Worst relative errors of a cell; for half precision also the worst ratio to the errors of one process."""
+    """Worst relative errors of a cell; for half precision also the worst ratio to one process, and of which tensor."""
 
     loss: float
     grad_norm: float
     gradient: float
     parameter: float
     half_ratio: float | None
+    half_ratio_of: str
     seconds: float
 
     @property
@@ -413,13 +419,13 @@ def errors(cell: Cell, ranks: list[Trained], expected: Trained) -> dict[str, flo
     return found
 
 
-def over_layers(found: dict[str, float]) -> list[float]:
+def over_layers(found: dict[str, float]) -> dict[str, float]:
     """Each tensor's root mean square error over layers: a norm or bias of 64 numbers is too small for a ratio."""
     squares: dict[str, list[float]] = {}
     for name in sorted(found):
         if name.startswith(("gradient", "parameter")):
             squares.setdefault(re.sub(r"layers\.\d+", "layers", name), []).append(found[name] ** 2)
-    return [(sum(values) / len(values)) ** 0.5 for values in squares.values()]
+    return {name: (sum(values) / len(values)) ** 0.5 for name, values in squares.items()}
 
 
 @cache
@@ -454,12 +460,13 @@ def run_cell(pool: WorkerPool, cell: Cell) -> Outcome:
     def worst(kind: str) -> float:
         return max(value for name, value in found.items() if name.startswith(kind))
 
-    ratio = None
+    ratio, worst_ratio = None, ""
     if cell.dtype != "fp32":
         alone = errors(key, [one_process(key, DTYPES[cell.dtype], pool.device, pool.device)], expected)
-        ratio = max(a / b for a, b in zip(over_layers(found), over_layers(alone), strict=True))
+        own, of_one = over_layers(found), over_layers(alone)
+        ratio, worst_ratio = max((own[name] / of_one[name], name) for name in own)
     seconds = time.perf_counter() - started
-    return Outcome(worst("loss"), worst("norm"), worst("gradient"), worst("parameter"), ratio, seconds)
+    return Outcome(worst("loss"), worst("norm"), worst("gradient"), worst("parameter"), ratio, worst_ratio, seconds)
 
 
 def main() -> None:

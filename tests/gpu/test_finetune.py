@@ -16,8 +16,11 @@ pytestmark = pytest.mark.gpu
 
 NUM_RANKS = min(2, max(1, torch.cuda.device_count()))
 SIZES = {"vocab_size": 320, "hidden_size": 256, "head_dim": 64}  # heads that flash-attn-4 takes
-# longrope's factors are for heads of 16, and rounding must not change which experts a token goes to
-CHANGES = {"phi3": {"rope_parameters": None}, "gpt_oss": {"num_experts_per_tok": 4}}
+# a ratio of errors needs more than a few numbers (sinks have one a head, routers one an expert), and rounding must not
+# change which experts a token goes to
+WIDE = {"num_attention_heads": 16, "num_local_experts": 16, "num_experts_per_tok": 16}
+LAYERS = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+CHANGES = {"phi3": {"rope_parameters": None}, "gpt_oss": {**WIDE, **LAYERS}}  # longrope's factors are for heads of 16
 
 
 @pytest.mark.parametrize("ring_degree", sorted({1, NUM_RANKS}))

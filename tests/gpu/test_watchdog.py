@@ -10,7 +10,7 @@ import signal
 import pytest
 import torch
 
-from tests.cli.program import Program
+from tests.cli.program import PYTHON, Program
 from tests.errors import names
 from tests.tools.faults import JOB, LATE_S, STALL_S, Case
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.gpu
 def test_a_stopped_rank_is_named_and_the_flight_recorder_has_the_pending_operations(tmp_path):
     case = Case(random.Random(0), Program(tmp_path))
     job = [*JOB, "engine.dtype=bf16", "launch.num_ranks=2", "num_steps=100000", "attention.transport=p2p"]
-    with case.program.started(*job, wandb=True, CUDA_VISIBLE_DEVICES="0,1") as running:
+    with case.program.started(*job, launcher=PYTHON, wandb=True, CUDA_VISIBLE_DEVICES="0,1") as running:
         ranks = running.until_it_trains()
         running.until(lambda: re.search(r"step +9/", running.stdout))
         ranks[1].send_signal(signal.SIGSTOP)
