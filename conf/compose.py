@@ -51,6 +51,7 @@ FROM_OTHER_TOOLS = {
 }
 _ENTRIES = "compare.entries."  # followed by names that the user chooses
 _ROPE = "model.rope."  # followed by names that transformers knows
+_MIXTURE = "data.sources."  # followed by names of its sources, which schema checks
 _FIELDS = flatten(asdict(Config()))
 
 
@@ -104,7 +105,7 @@ def check_fields(composed: DictConfig) -> None:
     """Raises ConfigError for a field that the schema lacks, because Hydra accepts +data.nosuch=1."""
     container: Any = OmegaConf.to_container(composed)
     for name, value in flatten(container).items():
-        if name not in _FIELDS and not name.startswith((_ENTRIES, _ROPE)):
+        if name not in _FIELDS and not name.startswith((_ENTRIES, _ROPE, _MIXTURE)):
             raise ConfigError(_unknown_field(name, value))
 
 
@@ -131,7 +132,8 @@ def entry_overrides(given: list[str], own: list[str], recipe: str) -> list[str]:
     """
     experiments: list[str] = []
     by_field: dict[str, str] = {}
-    for override in (*given, f"recipe={recipe}", *own):
+    # what is compared is attention over whole sequences, unless a mask is asked for
+    for override in ("data.document_mask=false", *given, f"recipe={recipe}", *own):
         name, _, value = override.partition("=")
         if name == "+experiment":
             experiments += [option for option in value.strip("[]").split(",") if option not in experiments]

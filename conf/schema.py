@@ -235,40 +235,131 @@ class OptimizerConfig(_Checked, prefix="optimizer."):
             yield f"optimizer.min_lr_ratio={self.min_lr_ratio} must be at most 1"
 
 
+SOURCES = ("stdlib", "text_files", "jsonl", "parquet", "hub", "megatron", "chat", "mixture")
+# what a setting of `data` needs as source
+_ONLY_FOR = {
+    "files": ("text_files", "jsonl", "parquet", "megatron", "chat"),
+    "validation_files": ("text_files", "jsonl", "parquet", "megatron", "chat"),
+    "name": ("hub", "chat"),
+    "subset": ("hub", "chat"),
+    "split": ("hub", "chat"),
+    "validation_split": ("hub", "chat"),
+    "text_field": ("jsonl", "parquet", "hub"),
+    "messages_field": ("chat",),
+    "stream": ("hub",),
+    "sources": ("mixture",),
+}
+# of one source of a mixture
+SOURCE_FIELDS = ("source", *(name for name in _ONLY_FOR if name not in ("stream", "sources")))
+
+
 @dataclass
 class DataConfig(_Checked, prefix="data."):
-    """The training text, and how it is split into sequences."""
+    """The documents, and how they become sequences."""
 
-    source: str = choice("stdlib", "text_files", "hub")  # stdlib: the source code of Python's own library
-    files: Any = None  # text_files: a glob or a list of globs
-    name: Optional[str] = None  # hub: name of a data set, or a local folder that load_dataset can read
-    subset: Optional[str] = None  # hub: configuration of the data set
-    split: str = "train"  # hub: split
-    text_field: str = "text"  # hub: the column that holds the text
+    source: str = choice(*SOURCES)  # stdlib: the source code of Python's own library
+    files: Any = None  # a glob or a list of globs; megatron: of .bin files, with .idx beside them
+    name: Optional[str] = None  # hub, chat: name of a data set, or a local folder that load_dataset can read
+    subset: Optional[str] = None  # hub, chat: configuration of the data set
+    split: str = "train"  # hub, chat: split
+    text_field: str = "text"  # jsonl, parquet, hub: the column that holds the text
+    messages_field: str = "messages"  # chat: the column of messages; rows of prompt and completion need no name
+    sources: Any = None  # mixture: {NAME: {source: jsonl, files: ..., weight: 0.7}, ...}; weights are shares of tokens
+    validation_files: Any = None  # as files; unset: the first validation_sequences are held out
+    validation_split: Optional[str] = None  # as split
+    bad_rows: str = choice("stop", "skip")  # a row that cannot be read: stop, or skip and count it
     tokenizer: Optional[str] = None  # a folder, a tokenizer.json or a hub name; unset: tokens are bytes
+    token_store: Optional[str] = None  # folder for tokens on disk; unset: ~/.cache/ring_attention/tokens
+    stream: bool = False  # hub: tokenize while training, and store nothing
     sequence_length: int = number(2048, minimum=1)  # tokens per sequence, over all ranks that share it
-    validation_sequences: int = number(8, minimum=1)  # held out, from the start of the corpus
-    shuffle_seed: int = 0  # order of the files
+    packing: str = choice("concatenate", "best_fit", "none")  # best_fit: few splits, some padding; none: one document
+    long_documents: str = choice("split", "drop")  # those with more tokens than a sequence
+    shuffle_window: int = number(16384, minimum=1)  # documents that best_fit packs together
+    shuffle_seed: int = 0  # order of the documents
+    document_mask: bool = True  # no token sees another document, and positions restart with each
+    validation_sequences: int = number(8, minimum=1)  # held out from training, of each source
     overfit_one_batch: bool = False  # train on the first batch only, to check that learning works
+    preview: int = number(0, minimum=0)  # print so many sequences, with what is trained marked, and stop
 
     def problems(self) -> Iterator[str]:
-        for name in ("name", "files", "tokenizer"):
+        for name in ("name", "files", "validation_files", "tokenizer"):
             if re.search(r"://[^/]*@", str(getattr(self, name))):  # the value may hold a password: do not print it
                 yield f"data.{name} is a URL with a login, which the run would save: use HF_TOKEN for what is private"
-        own = {"files": "text_files", "name": "hub", "subset": "hub", "split": "hub", "text_field": "hub"}
-        for name, source in own.items():
+        for name, sources in _ONLY_FOR.items():
             value = getattr(self, name)
-            if self.source != source and value != getattr(DataConfig, name):
-                yield f"data.{name}={value} needs data={source}, but this is data={self.source}: leave one of them out"
+            if self.source not in sources and value != getattr(DataConfig, name):
+                needed = " or ".join(f"data={source}" for source in sources)
+                yield f"data.{name}={value} needs {needed}, but this is data={self.source}: leave one of them out"
         if self.source == "hub" and not self.name:
             yield "data=hub needs a data set: data.name=OWNER/NAME or a local folder"
-        if self.source == "text_files":
-            patterns = [self.files] if isinstance(self.files, str) else self.files
-            if not patterns or not isinstance(patterns, list) or not all(isinstance(p, str) for p in patterns):
-                yield "data=text_files needs files: data.files='texts/*.txt' or data.files=[a.txt,b.txt]"
-            for pattern in patterns:
-                if not glob.glob(pattern, recursive=True):
-                    yield f"data.files={pattern} matches no file in this folder: give a path or a glob"
+        if self.source == "chat" and (self.files is None) == (self.name is None):
+            yield "data=chat needs either files, data.files='chats/*.jsonl', or a data set, data.name=OWNER/NAME"
+        if self.source in ("text_files", "jsonl", "parquet", "megatron") and not self.files:
+            yield f"data={self.source} needs files: data.files='{_EXAMPLES[self.source]}', or a list of them"
+        for name in ("files", "validation_files"):
+            yield from _files_problems(f"data.{name}", getattr(self, name))
+        if self.validation_split is not None and self.name is None:
+            yield f"data.validation_split={self.validation_split} needs data.name: for files use data.validation_files"
+        if self.source == "mixture":
+            yield from _mixture_problems(self)
+
+
+_EXAMPLES = {"text_files": "texts/*.txt", "jsonl": "texts/*.jsonl", "parquet": "texts/*.parquet", "megatron": "a.bin"}
+
+
+def _files_problems(setting: str, files: Any) -> Iterator[str]:
+    if files is None:
+        return
+    patterns = [files] if isinstance(files, str) else files
+    if not patterns or not isinstance(patterns, list) or not all(isinstance(p, str) for p in patterns):
+        yield f"{setting}={files} must be a glob or a list of globs: {setting}='texts/*.txt' or {setting}=[a.txt,b.txt]"
+        return
+    for pattern in patterns:
+        if not glob.glob(pattern, recursive=True):
+            yield f"{setting}={pattern} matches no file in this folder: give a path or a glob"
+
+
+def _mixture_problems(data: DataConfig) -> Iterator[str]:
+    example = "data.sources={a: {source: jsonl, files: a.jsonl, weight: 0.7}, b: {source: stdlib, weight: 0.3}}"
+    if not isinstance(data.sources, dict) or not data.sources:
+        yield f"data=mixture needs sources with weights, such as {example}"
+        return
+    for name, entry in data.sources.items():
+        if not isinstance(entry, dict) or "source" not in entry or "weight" not in entry:
+            yield f"data.sources.{name}={entry} needs a source and a weight, as in {example}"
+            return
+        if unknown := sorted(entry.keys() - {*SOURCE_FIELDS, "weight"}):
+            yield f"data.sources.{name}.{unknown[0]} is not known: use {', '.join(SOURCE_FIELDS)} and weight"
+            return
+        if entry["source"] == "mixture":
+            yield f"data.sources.{name} is a mixture itself: list its sources here"
+            return
+        weight = entry["weight"]
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not weight > 0:
+            yield f"data.sources.{name}.weight={weight} must be a number above 0: the source's share of the tokens"
+            return
+    total = math.fsum(entry["weight"] for entry in data.sources.values())
+    if abs(total - 1) > 1e-6:
+        yield f"the weights of data.sources add up to {total:g}, not 1: they are the shares of the tokens"
+    source_configs(data)  # checks each as a source of its own
+
+
+def source_configs(data: DataConfig) -> dict[str, DataConfig]:
+    """The settings of each source of a mixture, by name; of any other source itself, by the source's name.
+
+    Raises:
+        ConfigError: if one is wrong; names the source.
+    """
+    if data.source != "mixture":
+        return {data.source: data}
+    configs = {}
+    for name, entry in data.sources.items():
+        own = {key: value for key, value in entry.items() if key != "weight"}
+        try:
+            configs[name] = dataclasses.replace(data, sources=None, **own)
+        except ConfigError as error:
+            raise ConfigError(f"data.sources.{name}: {error}") from error
+    return configs
 
 
 @dataclass
@@ -378,6 +469,8 @@ class Config(_Checked):
     def problems(self) -> Iterator[str]:
         if self.lora.rank and not self.model.path:
             yield f"lora.rank={self.lora.rank} needs a trained model: add model.path=FOLDER_OR_HUB_NAME"
+        if self.data.document_mask and self.parallelism.method == "tensor_pipeline":
+            yield "parallelism=tensor_pipeline has no document masks: add data.document_mask=false"
         if self.model.path and self.parallelism.method == "tensor_pipeline":
             yield "model.path cannot go with parallelism=tensor_pipeline: use +experiment=finetune"
         if self.data.tokenizer is None and self.model.vocab_size < 257:
