@@ -91,10 +91,15 @@ def execute(config: Config, overrides: list[str], run_dir: Path) -> float | None
     newest = newest_readable(run_dir) if config.recipe == "pretrain" else None
     is_finished = newest is not None and newest[1].step >= config.num_steps  # then its data may be gone
     reads_data = config.recipe != "bench_attention" and not is_finished
-    from data.pack import open_corpus
+    from data.corpus import open_corpus
 
+    if config.data.preview:
+        from data.preview import preview
+
+        print(*preview(config), sep="\n", flush=True)
+        return None
     if reads_data and not config.explain:
-        open_corpus(config.data, config.model.vocab_size).check()
+        open_corpus(config.data, config.model.vocab_size)
     from recipes import registry
     from recipes.launch import launcher
     from recipes.planning.explain import explanation
@@ -103,8 +108,9 @@ def execute(config: Config, overrides: list[str], run_dir: Path) -> float | None
     if config.explain:
         if os.environ.get("RANK", "0") == "0":
             print(*explanation(launcher.make_plan(config, num_ranks), run_dir), sep="\n", flush=True)
-        if reads_data and is_local(config.data):
-            open_corpus(config.data, config.model.vocab_size).check()
+            if reads_data and is_local(config.data):
+                corpus = open_corpus(config.data, config.model.vocab_size)
+                print("", *packing_report(corpus, config.data), sep="\n", flush=True)
         return None
     if config.recipe == "pretrain" and (loss := launcher.result_if_finished(config, num_ranks, run_dir)) is not None:
         return loss

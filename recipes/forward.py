@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
-from data.pack import open_corpus
-from recipes.engine.build import build_engine, build_sharder
+from recipes.engine.build import build_engine, build_feed
 from recipes.monitor.device_metrics import reset_peak_memory
 from recipes.monitor.profiling import profiler
 from recipes.monitor.reporter import Reporter
@@ -22,22 +20,21 @@ def forward(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
         reporter.say(*banner(plan, run_dir), "", "building the model ...")
     engine = build_engine(plan)
     reset_peak_memory()  # building takes more: weights are made in fp32
-    corpus = open_corpus(config.data, config.model.vocab_size)
-    sharder = build_sharder(plan, engine)
-    batches = sharder.steps(corpus.training(cursor=0), plan.accumulation_steps)
+    feed = build_feed(plan, engine)
+    batches = feed.steps()
 
     logger = StepLogger(plan, engine, "forward", reporter)  # its first step starts here
     with profiler(config, run_dir) as profiler_step:
         for step in range(1, config.num_steps + 1):
             with logger.data():
-                micro_batches = next(batches)
-            with logger.step(logger.is_due(step)):
-                loss = engine.mean_loss(micro_batches)
+                batch = next(batches)
+            with logger.step(logger.is_due(step), batch.lengths):
+                loss = engine.mean_loss(batch.micro_batches)
             profiler_step()
             if logger.is_due(step):
                 logger.write(step, logger.step_metrics(step, {"loss": loss.item()}))
     if config.breakdown:
-        logger.breakdown(functools.partial(sharder.steps, corpus.training(cursor=0)))
+        logger.breakdown(feed.steps)
 
     throughput = logger.median_throughput()
     if reporter:

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import torch
 
-from data.pack import open_corpus
-from recipes.checkpoint.manager import Checkpoints, TrainingData
+from recipes.checkpoint.manager import Checkpoints
 from recipes.checkpoint.manifest import Manifest, is_resharded
-from recipes.engine.build import build_engine, build_sharder
+from recipes.engine.build import build_engine, build_feed
 from recipes.launch.stopping import BadSteps, StopRequest
 from recipes.monitor.device_metrics import perplexity
 from recipes.monitor.profiling import profiler
@@ -53,43 +52,48 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
         report_status("part", "reading the checkpoint")
         checkpoints.load(resumed)
     report_status("part", "reading data")
-    corpus = open_corpus(config.data, config.model.vocab_size)
-    data = TrainingData(corpus, resumed)
-    sharder = build_sharder(plan, engine)
-    steps = sharder.steps(data, plan.accumulation_steps)
+    feed = build_feed(plan, engine)
+    read = {"last": resumed.last_sequence, "sha256": resumed.last_sequence_sha256} if resumed else {}
+    steps = feed.steps(**read)
     first = next(steps)
     batches = itertools.repeat(first) if config.data.overfit_one_batch else itertools.chain([first], steps)
 
-    def validate(step: int) -> float:
+    def validate(step: int) -> dict[str, float | None]:
         report_status("part", f"validation after step {step}")
         logger.say("validating ...")
-        loss = engine.mean_loss(sharder.validation(corpus.validation())).item()
-        logger.say(f"step {step}: validation loss {loss:.4f}")
-        return loss
+        by_source = {name: engine.mean_loss(batches).item() for name, batches in feed.validation().items()}
+        loss = sum(feed.weights[name] * loss for name, loss in by_source.items())
+        if len(by_source) == 1:
+            by_source = {}
+        details = ", ".join(f"{name} {loss:.4f}" for name, loss in by_source.items())
+        logger.say(f"step {step}: validation loss {loss:.4f}{f' ({details})' if details else ''}")
+        of_sources = {f"validation/loss/{name}": loss for name, loss in by_source.items()}
+        return {"validation/loss": loss, "validation/perplexity": perplexity(loss), **of_sources}
 
     def save(step: int, preempted: bool = False) -> None:
         report_status("part", f"checkpoint of step {step}")
         started = time.perf_counter()
-        cursor = 0 if config.data.overfit_one_batch else step * plan.data_tokens_per_step
+        last = None if config.data.overfit_one_batch else batch.last
         elapsed_s, wandb_run_id = (reporter.elapsed_s, reporter.wandb_run_id) if reporter else (0.0, "")
-        checkpoints.save(step, cursor, data.last_sha256, elapsed_s, wandb_run_id, preempted)
+        checkpoints.save(step, last, elapsed_s, wandb_run_id, preempted)
         logger.say(f"step {step}: checkpoint in {time.perf_counter() - started:.2f} s")
 
     # train
     stop_request = StopRequest() if checkpoints.are_enabled else None
     losses: list[float] = []  # of logged steps
-    validation_loss = float("nan")
+    validated: dict[str, float | None] = {}
     logger.restart()  # reading the checkpoint and the data belongs to no step
     with profiler(config, run_dir) as profiler_step:
         for step in range(resumed.step + 1 if resumed else 1, config.num_steps + 1):
             report_status("step", str(step))
             report_status("part", "data")
             with logger.data():
-                micro_batches = next(batches)
+                batch = next(batches)
             learning_rate = engine.learning_rate
-            with logger.step(logger.is_due(step)):
-                result = engine.train_step(micro_batches, stop_request is not None and stop_request.is_received)
-            skipped = bad_steps.check(step, result, data)
+            with logger.step(logger.is_due(step), batch.lengths):
+                is_asked_to_stop = stop_request is not None and stop_request.is_received
+                result = engine.train_step(batch.micro_batches, is_asked_to_stop)
+            skipped = bad_steps.check(step, result, batch)
             report_status("step")
             report_status("part", f"between steps {step} and {step + 1}")
             profiler_step()
@@ -106,13 +110,14 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
                     "learning_rate": learning_rate,
                     **engine.loss_scaling,
                     "tokens_seen": step * plan.tokens_per_step,
-                    "data_cursor": step * plan.data_tokens_per_step,
+                    "data_epoch": batch.last.cursor.epoch,
+                    "data_sequence": batch.last.cursor.pack,
                 }
                 metrics |= logger.step_metrics(step, numbers)
             is_last = step == config.num_steps
             if is_last or _is_multiple(step, config.logging.validate_every_n_steps):
-                validation_loss = validate(step)
-                metrics |= {"validation/loss": validation_loss, "validation/perplexity": perplexity(validation_loss)}
+                validated = validate(step)
+                metrics |= validated
             if metrics:
                 logger.write(step, metrics)
 
@@ -127,14 +132,15 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
                 raise Preempted(of_all_ranks=True)
 
     # conclude
-    throughput = logger.median_throughput()
+    throughput, validation_loss = logger.median_throughput(), validated["validation/loss"]
+    assert validation_loss is not None
     if reporter:
         reporter.write_summary({"validation_loss": validation_loss, **throughput._asdict()})
     if checkpoints.are_enabled:
         save(config.num_steps)
     if config.breakdown:
         must_stop = functools.partial(stop_request.is_on_any_rank, engine) if stop_request else lambda: False
-        logger.breakdown(functools.partial(sharder.steps, corpus.training(cursor=0)), must_stop)
+        logger.breakdown(feed.steps, must_stop)
     if reporter:
         since = f", {config.num_steps - resumed.step} of them since the checkpoint" if resumed else ""
         reporter.say(

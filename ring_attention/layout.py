@@ -125,11 +125,20 @@ class Layout:
             local_start += stop - start
         return tuple(runs)
 
+    def rank_runs(self, sequence_rank: int) -> tuple[Run, ...]:
+        """A rank's tokens as runs: its share of those of its ring rank."""
+        ring_rank, ulysses_rank = divmod(sequence_rank, self.ulysses_degree)
+        first, runs = ulysses_rank * self.local_length, []
+        for run in self.runs(ring_rank):
+            start, stop = max(run.local[0], first), min(run.local[1], first + self.local_length)
+            if start < stop:
+                offset = run.start - run.local_start
+                runs.append(Run(start - first, start + offset, stop + offset))
+        return tuple(runs)
+
     def positions(self, sequence_rank: int) -> Tensor:
         """Global positions [S] (int64) of a rank's tokens. Positions from `length` on are padding."""
-        ring_rank, ulysses_rank = divmod(sequence_rank, self.ulysses_degree)
-        ring_positions = torch.cat([torch.arange(run.start, run.stop) for run in self.runs(ring_rank)])
-        return ring_positions[ulysses_rank * self.local_length :][: self.local_length]
+        return torch.cat([torch.arange(run.start, run.stop) for run in self.rank_runs(sequence_rank)])
 
     def shard(self, global_tensor: Tensor, sequence_rank: int, dim: int, pad_value: float = 0) -> Tensor:
         """A rank's part of `global_tensor`: `length` on `dim` becomes `local_length`.

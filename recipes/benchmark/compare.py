@@ -19,7 +19,7 @@ from typing import Any, TextIO
 import torch
 
 from conf.schema import Config, ConfigError
-from data.pack import open_corpus
+from data.corpus import open_corpus
 from data.source import is_local
 from recipes.benchmark import comparison_report, rounds
 from recipes.benchmark.entries import Entry, choose_entries, roofline_entry
@@ -29,6 +29,7 @@ from recipes.launch.environment import ranks_are_started
 from recipes.launch.memory_errors import out_of_memory_explained
 from recipes.planning.explain import banner, refusal_lines, state_lines
 from recipes.planning.plan import Plan
+from recipes.planning.throughput import Work
 from recipes.run.errors import Preempted, RunFailed
 from recipes.run.run_dir import Row, replace_file
 
@@ -96,7 +97,7 @@ class ComparisonTask:
     def _timed(self, measurement: Measurement, plan: Plan, console: TextIO | None) -> Iterator[Row]:
         """Some steps and, in the last round, their breakdown."""
         from recipes.engine.base import transport_over_ranks
-        from recipes.engine.build import build_engine, build_sharder
+        from recipes.engine.build import build_engine, build_feed
         from recipes.monitor import device_metrics
         from recipes.monitor.time_breakdown import breakdown_too_long, measure_time_breakdown
 
@@ -105,21 +106,22 @@ class ComparisonTask:
         groups = _groups(plan.degrees.data, plan.degrees.sequence) if is_sequence else None
         engine = build_engine(plan, groups)
         device_metrics.reset_peak_memory()  # building takes more than steps do: weights are made in fp32
-        corpus = open_corpus(plan.config.data, plan.config.model.vocab_size)
-        sharder = build_sharder(plan, engine)
-        steps = sharder.steps(corpus.training(cursor=0), plan.accumulation_steps)
-        clock, losses = device_metrics.StepClock(), []
+        feed = build_feed(plan, engine)
+        steps = feed.steps()
+        clock, losses, work = device_metrics.StepClock(), [], []
         for step in range(1 + (compare.steps_per_round if measurement.round else 1)):
-            micro_batches = next(steps)
+            batch = next(steps)
+            micro_batches = batch.micro_batches
             losses.append(engine.train_step(micro_batches).loss if plan.trains else engine.mean_loss(micro_batches))
             clock.tick()
+            work.append(plan.work(batch.lengths))
             if step == 0:
                 clock.take()  # warm-up: kernels are chosen and compiled, and communicators connect
                 clock.restart()
         times_s, peak_gib = clock.take(), engine.max_over_ranks(device_metrics.peak_memory_gib())
         transport, reason = transport_over_ranks(engine.attention) if engine.attention else (None, "")
         yield {
-            **_numbers(plan, times_s),
+            **_numbers(plan, times_s, work[1:]),
             # on the CPU it is the process's, which all entries share
             "peak_memory_gib": peak_gib if plan.on_gpu else None,
             "losses": [loss.item() if loss.isfinite() else None for loss in losses],  # JSON has no NaN
@@ -134,8 +136,7 @@ class ComparisonTask:
                 details = f": {too_long}" if too_long else " ..."
                 print(f"{doing} time breakdown of {measurement.entry}{details}", file=console, flush=True)
             if not too_long:
-                batches = functools.partial(sharder.steps, corpus.training(cursor=0))
-                yield {"parts": measure_time_breakdown(plan, engine, batches)}
+                yield {"parts": measure_time_breakdown(plan, engine, feed.steps)}
         engine.close()
         del engine
         device_metrics.reset_peak_memory()  # frees the memory before the next model is built
@@ -148,11 +149,11 @@ def _groups(data_degree: int, sequence_degree: int) -> Any:
     return ParallelGroups(data_degree, sequence_degree)
 
 
-def _numbers(plan: Plan, step_times_s: list[float]) -> Row:
-    """What all measurements have."""
+def _numbers(plan: Plan, step_times_s: list[float], work: list[Work] | None = None) -> Row:
+    """What all measurements have. `work` is that of each step; None: full sequences."""
     return {
         "step_times_s": step_times_s,
-        **plan.throughput(statistics.median(step_times_s))._asdict(),
+        **plan.throughput(step_times_s, work)._asdict(),
         "tokens_per_step": plan.tokens_per_step,
         "sequence_length": plan.config.data.sequence_length,
         "sequences_per_step": plan.sequences_per_step,

@@ -174,7 +174,7 @@ class Probe:
             "peak_reserved_gib": engine.max_over_ranks(device_metrics.peak_memory_gib()) if plan.on_gpu else None,
             "step_time_s": step_time_s,
             "flops": plan.flops * plan.tokens_per_step,
-            "tokens_per_s": plan.throughput(step_time_s).tokens_per_s,
+            "tokens_per_s": plan.throughput([step_time_s]).tokens_per_s,
             "device": plan.device_name,
         }
         if dist.get_rank() == 0:

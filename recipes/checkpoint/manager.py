@@ -6,7 +6,6 @@ Every rank must make the same calls in the same order.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import platform
 import random
@@ -25,7 +24,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from conf.schema import Config, ConfigError
-from data.pack import Corpus, Tokens
+from data.corpus import Pack
 from recipes.checkpoint.manifest import (
     CHECKPOINTS_DIR,
     WRITING_DIR,
@@ -125,35 +124,6 @@ def _changed_versions(manifest: Manifest) -> str:
     return f" with other versions, which may round differently: {', '.join(changed)}" if changed else ""
 
 
-class TrainingData(Iterator[Tokens]):
-    """The training sequences after a checkpoint, or from the start.
-
-    Raises:
-        ConfigError: if the corpus is not the one that the run has read before.
-    """
-
-    def __init__(self, corpus: Corpus, resumed: Manifest | None) -> None:
-        self._last: Tokens  # once `next` was called
-        cursor = resumed.data_cursor if resumed else 0
-        self._sequences = corpus.training(max(0, cursor - corpus.sequence_tokens))
-        if resumed and cursor:
-            next(self)
-            if self.last_sha256 != resumed.last_sequence_sha256:
-                raise ConfigError(
-                    f"the corpus has changed since step {resumed.step}: the sequence before training token {cursor:,} "
-                    "is another one; use the same files, or another hydra.run.dir"
-                )
-
-    def __next__(self) -> Tokens:
-        self._last = next(self._sequences)
-        return self._last
-
-    @property
-    def last_sha256(self) -> str:
-        """Of the last sequence taken."""
-        return hashlib.sha256(self._last.tobytes()).hexdigest()
-
-
 class Checkpoints:
     """The checkpoints of one run, whose configuration is resolved."""
 
@@ -165,14 +135,14 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        data_cursor: int,
-        last_sequence_sha256: str,
+        last: Pack | None,
         elapsed_s: float,
         wandb_run_id: str,
         preempted: bool = False,
     ) -> None:
         """Write a checkpoint below `writing`, then rename it. Arguments are rank 0's, as in `Manifest`.
 
+        `last` is the last sequence that was read; None if training goes on with the first.
         If the run ends after it because it is `preempted`, RUN_DIR/logs/preempted is written.
         """
         rank, num_ranks = dist.get_rank(), dist.get_world_size()
@@ -203,7 +173,8 @@ class Checkpoints:
         parts = _gathered({name: fingerprint(folder / name) for name in names[rank::num_ranks]})
         if rank == 0:
             files = {name: print_ for part in parts for name, print_ in part.items()}
-            progress = (step, data_cursor, last_sequence_sha256, elapsed_s, wandb_run_id)
+            sequence = (last.position, last.sha256()) if last else (None, "")
+            progress = (step, *sequence, elapsed_s, wandb_run_id)
             write_manifest(folder, Manifest(*progress, asdict(self._config), _versions(), files))
             publish(self._run_dir, step, self._config.checkpoint.keep)
             if preempted:

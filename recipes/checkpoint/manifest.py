@@ -52,8 +52,8 @@ class Manifest:
     """A checkpoint in numbers."""
 
     step: int
-    data_cursor: int  # number of the next training token (`data.pack.Corpus.training`)
-    last_sequence_sha256: str  # of the sequence before it, to recognise the corpus
+    last_sequence: tuple[int, int] | None  # the last that was read: its epoch, and its number there; None: none yet
+    last_sequence_sha256: str  # to recognise the corpus
     elapsed_s: float  # time spent training so far
     wandb_run_id: str
     config: dict[str, Any]  # resolved, as in RUN_DIR/config.yaml
@@ -206,7 +206,7 @@ def check_same_run(folder: Path, manifest: Manifest, config: Config) -> list[str
 
 
 def _check_batch(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises ConfigError if a step would take another number of sequences: the data cursor counts steps."""
+    """Raises ConfigError if a step would take another number of sequences."""
     factors = ("parallelism.data_degree", "engine.micro_batch_size", "engine.gradient_accumulation_steps")
     old, new = (math.prod(settings[name] for name in factors) for settings in (before, now))
     if old != new:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from data.corpus import open_corpus
+from data.feed import Feed
 from data.shard import Sharder
 from recipes.engine.base import Engine
 from recipes.engine.deepspeed_engine import TrainingEngine
@@ -43,7 +45,8 @@ def build_engine(plan: Plan, groups: ParallelGroups | None = None) -> Engine:
     return TrainingEngine(config, groups, build_attention(plan, groups))
 
 
-def build_sharder(plan: Plan, engine: Engine) -> Sharder:
-    """Shards sequences into this rank's micro-batches."""
-    micro_batch_size = plan.config.engine.micro_batch_size
-    return Sharder(plan.layout, engine.sequence_rank, engine.data_rank, engine.data_degree, micro_batch_size)
+def build_feed(plan: Plan, engine: Engine) -> Feed:
+    """This rank's share of the plan's data. Raises CorpusError if it cannot be opened."""
+    config, coordinates = plan.config, (engine.sequence_rank, engine.data_rank, engine.data_degree)
+    sharder = Sharder(plan.layout, *coordinates, config.engine.micro_batch_size, config.data.document_mask)
+    return Feed(open_corpus(config.data, config.model.vocab_size), sharder, plan.accumulation_steps)

@@ -149,6 +149,6 @@ class TrainingEngine(Engine):
 
     def _loss_sum(self, micro_batch: TokenBatch) -> Tensor:
         with profiler_range("data"):
-            tensors = micro_batch.tokens_BS, micro_batch.positions_1S, micro_batch.labels_BS
+            tensors = micro_batch.tokens_BS, micro_batch.positions_BS, micro_batch.labels_BS
             inputs = [tensor.to(self.device, non_blocking=True) for tensor in tensors]
-        return self.deepspeed(*inputs)
+        return self.deepspeed(*inputs, micro_batch.documents)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from recipes.checkpoint.manager import TrainingData
+from data.shard import Step
 from recipes.checkpoint.manifest import resume_hint
 from recipes.engine.base import Engine, StepResult
 from recipes.planning.plan import Plan
@@ -62,10 +62,8 @@ class BadSteps:
     def __init__(self, plan: Plan, engine: Engine, run_dir: Path) -> None:
         self._plan, self._engine, self._run_dir, self._num_in_a_row = plan, engine, run_dir, 0
 
-    def check(self, step: int, result: StepResult, data: TrainingData) -> str | None:
+    def check(self, step: int, result: StepResult, batch: Step) -> str | None:
         """A line about a step that was skipped; None if the step is good. Waits for the device only if it may be bad.
-
-        The data has just yielded the step's last sequence.
 
         Raises:
             RunFailed: on every rank, if the run must stop.
@@ -79,11 +77,10 @@ class BadSteps:
         what = f"the gradients of loss {loss:.4f} are not finite" if math.isfinite(loss) else f"the loss is {loss}"
         if ranks := self._engine.ranks_with_nonfinite_loss():
             what += f" on the tokens of rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
-        tokens = self._plan.data_tokens_per_step
-        first = 0 if config.data.overfit_one_batch else (step - 1) * tokens
+        epoch, number = batch.last.position
         text = (
-            f"step {step}: {what}; batch: training tokens {first:,} to {first + tokens - 1:,}, last sequence SHA-256 "
-            f"{data.last_sha256}"
+            f"step {step}: {what}; batch: the {self._plan.sequences_per_step} sequences up to number {number:,} of epoch "
+            f"{epoch}, whose SHA-256 is {batch.last.sha256()}"
         )
         print(text, flush=True)  # to the rank's log
         resume = resume_hint(self._run_dir)

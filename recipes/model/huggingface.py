@@ -9,6 +9,7 @@ import copy
 import functools
 import importlib
 import importlib.util
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from conf.schema import Config, ConfigError
+from data.shard import Documents
 from recipes.model.head import Head
 from recipes.model.lora import add_lora
 from recipes.model.mlp import Activation, tiled_mlp
@@ -80,12 +82,25 @@ class HuggingFaceModel(nn.Module):
             )
         _replace_head(model, tile_tokens)
 
-    def forward(self, tokens_BS: Tensor, positions_1S: Tensor, labels_BS: Tensor | None = None) -> Tensor:
-        """The sum of the cross-entropies of labels in nats, a scalar in fp32; without labels the logits [B, S, V]."""
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        positions_BS: Tensor,
+        labels_BS: Tensor | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor:
+        """The sum of the cross-entropies of labels in nats, a scalar in fp32; without labels the logits [B, S, V].
+
+        The arguments are those of `TokenBatch`.
+        """
         (causal,), (attention, max_position) = self._causal, self._plan_arguments
-        plan = hf.BatchPlan(attention, CAUSAL, None, max_position)
-        positions_1S = positions_1S.clamp(max=max_position)  # padding must not look like a longer sequence
-        outputs = causal.base_model(input_ids=tokens_BS, position_ids=positions_1S, use_cache=False, ring_plan=plan)
+        mask = CAUSAL
+        if documents is not None:
+            mask = CAUSAL.packed(documents)
+            max_position = max(stop - start for row in documents for start, stop in itertools.pairwise(row)) - 1
+        plan = hf.BatchPlan(attention, mask, None, max_position)
+        positions_BS = positions_BS.clamp(max=max_position)  # padding must not look like a longer document
+        outputs = causal.base_model(input_ids=tokens_BS, position_ids=positions_BS, use_cache=False, ring_plan=plan)
         return causal.get_output_embeddings()(outputs.last_hidden_state, labels_BS)
 
 

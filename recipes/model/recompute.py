@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ class Recompute:
         self.mode, self._num_layers = mode, num_layers
         self._offload = ActivationOffload() if offload else None
 
-    def __call__(self, index: int, layer: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    def __call__(self, index: int, layer: Callable[..., Tensor], *inputs: Any) -> Tensor:
         """The output of layer `index`, from 0."""
         if self.mode == "none" or not torch.is_grad_enabled():
             return layer(*inputs)

@@ -1,7 +1,7 @@
 """A dense pre-norm transformer in one file. The attention module is passed in.
 
-The model knows nothing of ranks. It sees this rank's tokens and their global positions, and hands q, k and v to
-`attention`, any module with the contract of DeepSpeed's DistributedAttention (`ring_attention.attention`).
+The model knows nothing of ranks. It sees this rank's tokens and their positions, and hands q, k and v to `attention`,
+any module with the contract of DeepSpeed's DistributedAttention (`ring_attention.attention`).
 
 Shapes: B batch, S local tokens, E hidden size, H query heads, K key-value heads, D head size, V vocabulary.
 """
@@ -14,21 +14,23 @@ import torch
 from torch import Tensor, nn
 
 from conf.schema import ModelConfig
+from data.shard import Documents
 from recipes.model.head import Head
 from recipes.model.mlp import MLP
 from recipes.model.ops import make_norm, rotary_qkv
 from recipes.model.recompute import Recompute
+from ring_attention import CAUSAL, Mask
 
 Part = TypeVar("Part", bound=nn.Module)
 
 
-def rotary_cos_sin(positions_1S: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin [1, S, 1, D/2] in fp32 of global positions: RoPE (Su et al. 2021).
+def rotary_cos_sin(positions_BS: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin [B or 1, S, 1, D/2] in fp32 of positions: RoPE (Su et al. 2021).
 
     Angles are computed in fp64: in fp32 position 1,000,000 is off by 0.03 radians.
     """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions_1S.device) / head_dim
-    angles = positions_1S.to(torch.float64)[..., None, None] * theta**-exponents
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions_BS.device) / head_dim
+    angles = positions_BS.to(torch.float64)[..., None, None] * theta**-exponents
     return angles.cos().float(), angles.sin().float()
 
 
@@ -58,10 +60,10 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, sum(self.head_counts) * config.head_dim, bias=config.bias)
         self.out = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=config.bias)
 
-    def forward(self, x_BSE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x_BSE: Tensor, cos: Tensor, sin: Tensor, mask: Mask = CAUSAL) -> Tensor:
         qkv_BSND = self.qkv(x_BSE).unflatten(-1, (-1, self.head_dim))
         q_BSHD, k_BSKD, v_BSKD = rotary_qkv(qkv_BSND, self.head_counts, cos, sin)
-        out_BSHD = self.attention(q_BSHD, k_BSKD, v_BSKD, 0)
+        out_BSHD = self.attention(q_BSHD, k_BSKD, v_BSKD, 0, mask=mask)
         return self.out(out_BSHD.flatten(2))
 
 
@@ -71,8 +73,8 @@ class Layer(nn.Module):
         self.attention_norm, self.attention = make_norm(config), SelfAttention(config, attention)
         self.mlp_norm, self.mlp = make_norm(config), MLP(config, mlp_tile_tokens)
 
-    def forward(self, x_BSE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x_BSE = x_BSE + self.attention(self.attention_norm(x_BSE), cos, sin)
+    def forward(self, x_BSE: Tensor, cos: Tensor, sin: Tensor, mask: Mask = CAUSAL) -> Tensor:
+        x_BSE = x_BSE + self.attention(self.attention_norm(x_BSE), cos, sin, mask)
         return x_BSE + self.mlp(self.mlp_norm(x_BSE))
 
 
@@ -123,10 +125,20 @@ class Transformer(nn.Module):
         if config.tied_head:
             self.head.weight = self.embedding.weight
 
-    def forward(self, tokens_BS: Tensor, positions_1S: Tensor, labels_BS: Tensor | None = None) -> Tensor:
-        """The sum of the cross-entropies of labels in nats, a scalar in fp32; without labels the logits [B, S, V]."""
-        cos, sin = rotary_cos_sin(positions_1S, self.config.head_dim, self.config.rope_theta)
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        positions_BS: Tensor,
+        labels_BS: Tensor | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor:
+        """The sum of the cross-entropies of labels in nats, a scalar in fp32; without labels the logits [B, S, V].
+
+        The arguments are those of `TokenBatch`.
+        """
+        mask = CAUSAL if documents is None else CAUSAL.packed(documents)
+        cos, sin = rotary_cos_sin(positions_BS, self.config.head_dim, self.config.rope_theta)
         x_BSE = self.embedding(tokens_BS)
         for index, layer in enumerate(self.layers):
-            x_BSE = self._recompute(index, layer, x_BSE, cos, sin)
+            x_BSE = self._recompute(index, layer, x_BSE, cos, sin, mask)
         return self.head(self.final_norm(x_BSE), labels_BS)

@@ -9,19 +9,19 @@ import contextlib
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
-from data.shard import TokenBatch
+from data.shard import Step
 from recipes.engine.base import Engine, transport_over_ranks
 from recipes.monitor import device_metrics
 from recipes.monitor.metric_registry import PARTS
 from recipes.monitor.reporter import Reporter
 from recipes.monitor.time_breakdown import BreakdownStopped, breakdown_too_long, measure_time_breakdown
 from recipes.planning.plan import Plan
-from recipes.planning.throughput import Throughput
+from recipes.planning.throughput import Throughput, Work
 from ring_attention.trace import observed_range, profiler_range, report_status
 
 
@@ -39,6 +39,7 @@ class StepLogger:
         self._plan, self._engine, self._prefix, self._reporter = plan, engine, prefix, reporter
         self._clock = device_metrics.StepClock()
         self._step_times_s: list[float] = []
+        self._work: list[Work] = []  # of all steps so far
         self._data_wait_s = 0.0
         self._ring_waits: list[Any] = []  # timestamps: start and end of each wait, alternating
         self._transport_is_reported = False
@@ -61,8 +62,13 @@ class StepLogger:
         self._data_wait_s += time.perf_counter() - started
 
     @contextlib.contextmanager
-    def step(self, is_due: bool) -> Iterator[None]:
-        """Around a step. If it is due, its waits for the ring are measured."""
+    def step(self, is_due: bool, lengths: Iterable[int]) -> Iterator[None]:
+        """Around a step. If it is due, its waits for the ring are measured.
+
+        Args:
+            lengths: of the step's documents on all ranks.
+        """
+        self._work.append(self._plan.work(lengths))
 
         def note_time() -> None:
             self._ring_waits.append(device_metrics.timestamp())
@@ -82,10 +88,12 @@ class StepLogger:
         """Print the line of a step; returns its numbers and its speed, by their logged names. Waits for the device."""
         times_s = self._clock.take()
         self._step_times_s += times_s
-        step_time_s = statistics.median(times_s)
+        step_time_s, work = statistics.median(times_s), self._work[-len(times_s) :]
+        num_tokens = sum(one.tokens for one in work)
         metrics = {
             **numbers,
-            **self._plan.throughput(step_time_s)._asdict(),
+            **self._plan.throughput(times_s, work)._asdict(),
+            "padding_pct": 100 * (1 - num_tokens / (len(work) * self._plan.tokens_per_step)),
             "step_time_p50_s": step_time_s,
             "step_time_p95_s": float(np.percentile(times_s, 95)),
             "step_time_max_s": max(times_s),
@@ -135,10 +143,11 @@ class StepLogger:
 
     def median_throughput(self) -> Throughput:
         """Of the steps so far, without the first, which warms up."""
-        return self._plan.throughput(statistics.median(self._step_times_s[1:] or self._step_times_s))
+        skip = 1 if len(self._step_times_s) > 1 else 0
+        return self._plan.throughput(self._step_times_s[skip:], self._work[skip:])
 
     def breakdown(
-        self, batches: Callable[[int], Iterator[list[TokenBatch]]], must_stop: Callable[[], bool] = lambda: False
+        self, batches: Callable[[int], Iterator[Step]], must_stop: Callable[[], bool] = lambda: False
     ) -> None:
         """Measure and report where a step's time goes, if that takes little of the run's time.
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from data.shard import TokenBatch
+from data.shard import Step, TokenBatch
 from recipes.engine.base import Engine
 from recipes.engine.deepspeed_engine import TrainingEngine
 from recipes.monitor.device_metrics import StepClock
@@ -60,7 +60,7 @@ def _num_micro_batches(plan: Plan) -> tuple[int, int]:
 def measure_time_breakdown(
     plan: Plan,
     engine: Engine,
-    steps: Callable[[int], Iterator[list[TokenBatch]]],
+    steps: Callable[[int], Iterator[Step]],
     must_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float | None]:
     """Run a few more steps, under a profiler and with attention's messages off. Every rank must call it.
@@ -86,7 +86,7 @@ def measure_time_breakdown(
 
     def batch() -> list[TokenBatch]:
         with profiler_range("data"):
-            return next(batches)
+            return next(batches).micro_batches
 
     def few_micro_batches() -> list[TokenBatch]:
         if must_stop():

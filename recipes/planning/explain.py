@@ -34,7 +34,7 @@ def banner(plan: Plan, run_dir: Path) -> list[str]:
         ("tokens", f"{tokens}; {plan.tokens_per_step:,} per step"),
         *([] if plan.config.recipe == "bench_attention" else [("data", _data(plan))]),
         ("model", f"{model.name}: {memory.num_parameters(model) / 1e6:,.2f} M parameters{_trained(plan)}, {shape}"),
-        ("FLOPs per token", f"{plan.flops / 1e6:,.1f} M {passes}, causal counted once"),
+        ("FLOPs per token", f"{plan.flops / 1e6:,.1f} M {passes}, causal counted once{_of_documents(plan)}"),
         ("attention", _attention(plan)),
         ("attention kernel", f"{kernel} ({reason})"),
         ("engine", f"{sharding}, {engine.dtype}"),
@@ -43,6 +43,10 @@ def banner(plan: Plan, run_dir: Path) -> list[str]:
         ("run dir", str(run_dir)),
     ]
     return [f"{name:>17}  {value}" for name, value in rows]
+
+
+def _of_documents(plan: Plan) -> str:
+    return "; less in a step of shorter documents" if plan.config.data.document_mask else ""
 
 
 def _trained(plan: Plan) -> str:
@@ -136,7 +140,7 @@ def timeline_lines(step: StepMemory) -> list[str]:
 def _data(plan: Plan) -> str:
     config = plan.config
     num_steps = 1 if config.data.overfit_one_batch else config.num_steps
-    return describe(config.data, num_steps * plan.data_tokens_per_step)
+    return describe(config.data, num_steps * plan.tokens_per_step)
 
 
 def _ranks(plan: Plan) -> str:

@@ -5,7 +5,10 @@ A plan needs neither a process group nor a model, so the launcher makes one befo
 
 from __future__ import annotations
 
+import collections
 import functools
+import statistics
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +18,13 @@ from conf.schema import Config, ConfigError, Degrees
 from recipes.planning.memory import StateBytes, changed, gib, state_bytes
 from recipes.planning.memory_timeline import StepMemory
 from recipes.planning.refusal import state_refusal, step_refusal
-from recipes.planning.throughput import Throughput, forward_flops_per_token, peak_tflops, training_flops_per_token
+from recipes.planning.throughput import (
+    Throughput,
+    Work,
+    forward_flops_per_token,
+    peak_tflops,
+    training_flops_per_token,
+)
 from ring_attention.auto_method import Candidate, Links, Workload, rank_methods
 from ring_attention.kernels import KernelSpec, choose_kernel
 from ring_attention.layout import Layout
@@ -175,27 +184,39 @@ class Plan:
         return self.sequences_per_step * self.config.data.sequence_length
 
     @property
-    def data_tokens_per_step(self) -> int:
-        """Tokens of the corpus that a step reads: L + 1 for the L predictions of a sequence."""
-        return self.sequences_per_step * (self.config.data.sequence_length + 1)
-
-    @property
     def local_tokens(self) -> int:
         """Tokens of one micro-batch on one rank, padding included."""
         return self.config.engine.micro_batch_size * self.layout.local_length
 
     @property
     def flops(self) -> float:
-        """Per token of a step."""
-        of_step = training_flops_per_token if self.trains else forward_flops_per_token
-        return of_step(self.config.model, self.config.data.sequence_length)
+        """Per token of a step in which each sequence is one document."""
+        return self._flops_per_token(self.config.data.sequence_length)
 
-    def throughput(self, step_time_s: float) -> Throughput:
-        """Of steps that take `step_time_s`."""
-        per_rank = self.tokens_per_step / step_time_s / self.num_ranks
-        tpot_ms = 1e3 * step_time_s / self.config.data.sequence_length
-        tflops, peak = per_rank * self.flops / 1e12, peak_tflops(self.device_name, self.config.engine.dtype)
-        return Throughput(per_rank * self.num_ranks, per_rank, tpot_ms, tflops, 100 * tflops / peak if peak else None)
+    def _flops_per_token(self, length: int) -> float:
+        of_step = training_flops_per_token if self.trains else forward_flops_per_token
+        return of_step(self.config.model, length)
+
+    def work(self, lengths: Iterable[int]) -> Work:
+        """Of a step whose documents on all ranks have these lengths."""
+        counts = collections.Counter(lengths)
+        tokens = {length: length * count for length, count in counts.items()}
+        return Work(sum(tokens.values()), sum(num * self._flops_per_token(length) for length, num in tokens.items()))
+
+    def throughput(self, step_times_s: Sequence[float], work: Sequence[Work] | None = None) -> Throughput:
+        """The medians over steps.
+
+        Args:
+            work: of each step; None: every sequence is one document of full length.
+        """
+        full = Work(self.tokens_per_step, self.tokens_per_step * self.flops)
+        steps = [*zip(step_times_s, work or [full] * len(step_times_s), strict=True)]
+        tokens_per_s = statistics.median(one.tokens / time_s for time_s, one in steps)
+        tflops = statistics.median(one.flops / time_s for time_s, one in steps) / self.num_ranks / 1e12
+        tpot_ms = 1e3 * statistics.median(step_times_s) / self.config.data.sequence_length
+        peak = peak_tflops(self.device_name, self.config.engine.dtype)
+        mfu_pct = 100 * tflops / peak if peak else None
+        return Throughput(tokens_per_s, tokens_per_s / self.num_ranks, tpot_ms, tflops, mfu_pct)
 
     @property
     def estimated_step_s(self) -> float:

@@ -51,9 +51,11 @@ class Throughput(NamedTuple):
     """The throughput of steps. Tokens are those of the global batch.
 
     Args:
+        tokens_per_s: without padding.
         tokens_per_s_per_rank: divided by all ranks, also those that share a sequence.
         tpot_ms: the ring attention paper's time per output token: step time over sequence length.
-        model_tflops_per_rank: what the model needs, causal attention counted once, without recomputed or masked work.
+        model_tflops_per_rank: what the model needs, causal attention within each document counted once, without
+            recomputed or masked work.
         mfu_pct: model FLOPs utilisation: `model_tflops_per_rank` over the data sheet's dense peak; None if unknown.
     """
 
@@ -62,6 +64,18 @@ class Throughput(NamedTuple):
     tpot_ms: float
     model_tflops_per_rank: float
     mfu_pct: float | None
+
+
+class Work(NamedTuple):
+    """What steps compute, on all ranks.
+
+    Args:
+        tokens: without padding.
+        flops: what the model needs for them: causal attention within each document counted once.
+    """
+
+    tokens: int
+    flops: float
 
 
 def forward_flops_per_token(model: ModelConfig, sequence_length: int) -> float:

@@ -37,7 +37,7 @@ from conf.schema import (
     OptimizerConfig,
     ParallelismConfig,
 )
-from data.shard import IGNORED_LABEL, TokenBatch
+from data.shard import IGNORED_LABEL, TokenBatch, restarted
 from recipes.model.pretrained import resolve
 from recipes.model.transformer import Transformer
 from recipes.planning.plan import DTYPES, Plan
@@ -98,6 +98,7 @@ class Cell:
     offload_parameters: bool = False
     path: str = ""  # of a Hugging Face model, in place of `model`
     lora_rank: int = 0
+    packed: bool = False  # several documents in a sequence
 
     @property
     def num_ranks(self) -> int:
@@ -138,7 +139,7 @@ class Cell:
                     offload_parameters=self.offload_parameters,
                 ),
                 optimizer=OPTIMIZER,
-                data=DataConfig(sequence_length=self.length),
+                data=DataConfig(sequence_length=self.length, document_mask=self.packed),
                 num_steps=NUM_STEPS,
             )
         )
@@ -218,6 +219,30 @@ def batches(cell: Cell) -> tuple[Tensor, Tensor]:
     return tokens[..., :-1], tokens[..., 1:].masked_fill(dropped, IGNORED_LABEL)
 
 
+def documents(cell: Cell) -> list[list[tuple[tuple[int, ...], ...]]]:
+    """Boundaries of the documents of each row [step][micro-batch and data rank][B]; most rows end with padding."""
+    generator, all_steps = torch.Generator().manual_seed(11), []
+    for _ in range(NUM_STEPS):
+        all_steps.append([])
+        for _ in range(cell.accumulation_steps * cell.data_degree):
+            rows = []
+            for _ in range(MICRO_BATCH_SIZE):
+                num_documents = int(torch.randint(1, 5, (), generator=generator))
+                ends = torch.randperm(cell.length, generator=generator)[:num_documents] + 1
+                rows.append((0, *sorted(ends.tolist())))
+            all_steps[-1].append(tuple(rows))
+    return all_steps
+
+
+def without_ends(labels_BL: Tensor, rows: tuple[tuple[int, ...], ...]) -> Tensor:
+    """Labels without those at the end of a document and on padding."""
+    labels_BL = labels_BL.clone()
+    for labels_L, boundaries in zip(labels_BL, rows, strict=True):
+        labels_L[[end - 1 for end in boundaries[1:]]] = IGNORED_LABEL
+        labels_L[boundaries[-1] :] = IGNORED_LABEL
+    return labels_BL
+
+
 class EagerModel(nn.Module):
     """A Hugging Face model without any of the recipe's code, with the interface of `Transformer`."""
 
@@ -234,6 +259,16 @@ class EagerModel(nn.Module):
         logits = self.model(input_ids=tokens, position_ids=positions, use_cache=False).logits.flatten(0, 1)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
+
+
+def alone(rows: tuple[tuple[int, ...], ...], model: nn.Module, tokens_BL: Tensor, labels_BL: Tensor) -> Tensor:
+    """The sum of the losses of documents that the model sees one by one."""
+    total = []
+    for tokens_L, labels_L, boundaries in zip(tokens_BL, labels_BL, rows, strict=True):
+        for start, stop in itertools.pairwise(boundaries):
+            positions = torch.arange(stop - start, device=tokens_L.device)
+            total.append(model(tokens_L[None, start:stop], positions[None], labels_L[None, start:stop]))
+    return torch.stack(total).sum()
 
 
 def make_model(cell: Cell, kernel: str, compute_dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -269,6 +304,11 @@ def train_one_process(cell: Cell, compute_dtype: torch.dtype, device: str, drawn
         eps=OPTIMIZER.eps,
     )
     tokens, labels = (tensor.flatten(1, 2).to(device) for tensor in batches(cell))
+    if cell.packed:
+        rows = documents(cell)
+        labels = torch.stack(
+            [torch.stack([*map(without_ends, step, boundaries)]) for step, boundaries in zip(labels, rows, strict=True)]
+        )
     positions = torch.arange(cell.length, device=device).unsqueeze(0)
     trained = Trained([], [], {}, {})
     for step in range(NUM_STEPS):
@@ -278,9 +318,12 @@ def train_one_process(cell: Cell, compute_dtype: torch.dtype, device: str, drawn
         num_valid = (labels[step] != IGNORED_LABEL).sum()
         loss_sum = 0.0
         optimizer.zero_grad()
-        for micro_tokens, micro_labels in zip(tokens[step], labels[step], strict=True):
+        for index, (micro_tokens, micro_labels) in enumerate(zip(tokens[step], labels[step], strict=True)):
             worker.zero_grad()
-            loss = worker(micro_tokens, positions, micro_labels)
+            if cell.packed:
+                loss = alone(rows[step][index], worker, micro_tokens, micro_labels)
+            else:
+                loss = worker(micro_tokens, positions, micro_labels)
             loss_sum += loss.item()
             (loss * loss_scale / num_valid).backward()
             for target, source in zip(master.parameters(), worker.parameters(), strict=True):
@@ -325,16 +368,22 @@ def train_on_ranks(cell: Cell) -> Trained:
     engine.deepspeed._take_model_step = record_gradients_and_update  # pyright: ignore[reportAttributeAccessIssue]
     tokens, labels = (tensor[:, :, engine.data_rank] for tensor in batches(cell))
     for step in range(NUM_STEPS):
-        result = engine.train_step(
-            [
+        micro_batches = []
+        for index, (micro_tokens, micro_labels) in enumerate(zip(tokens[step], labels[step], strict=True)):
+            rows, positions_BS = None, layout.positions(engine.sequence_rank).unsqueeze(0)
+            if cell.packed:
+                rows = documents(cell)[step][index * cell.data_degree + engine.data_rank]
+                micro_labels = without_ends(micro_labels, rows)
+                positions_BS = torch.cat([restarted(positions_BS, boundaries) for boundaries in rows])
+            micro_batches.append(
                 TokenBatch(
                     layout.shard(micro_tokens, engine.sequence_rank, dim=1),
-                    layout.positions(engine.sequence_rank).unsqueeze(0),
+                    positions_BS,
                     layout.shard(micro_labels, engine.sequence_rank, dim=1, pad_value=IGNORED_LABEL),
+                    rows,
                 )
-                for micro_tokens, micro_labels in zip(tokens[step], labels[step], strict=True)
-            ]
-        )
+            )
+        result = engine.train_step(micro_batches)
         trained.losses.append(result.loss.item())
         trained.grad_norms.append(float(result.grad_norm))
     masters = {}  # half precision on stage 0, where safe_get_full_fp32_param returns None
