@@ -18,10 +18,11 @@ from typing import NamedTuple
 import numpy as np
 
 from conf.schema import DataConfig
-from data.packing import Documents, Piece, PiecePack, generator, window_packs
+from data.packing import Documents, PiecePack, generator, window_packs
 from data.source import CorpusError
 from data.store import TokenStore
 
+LastRead = tuple[int, int, str]  # the last sequence that was read: its epoch, its number there, and its SHA-256
 IGNORED_LABEL = -100  # torch's default ignore_index
 # the first number of a key of random numbers: what they are for
 HELD_OUT, ORDER, MIXTURE, PACKS, VALIDATION_PACKS = range(5)
@@ -40,6 +41,7 @@ class Pack:
 
     pieces: PiecePack
     length: int
+    position: Cursor  # its own
     cursor: Cursor  # of the pack after this one
     stores: Sequence[TokenStore] = field(repr=False, compare=False)  # of which only slices of tokens are taken
 
@@ -107,7 +109,7 @@ class Corpus:
         self.names = tuple(stores)
         self.config = config
         self._stores = tuple(stores.values())
-        weights = weights or {name: 1.0 for name in stores}
+        weights = weights or dict.fromkeys(stores, 1.0)
         self.weights = tuple(weights[name] / sum(weights.values()) for name in stores)
         self._documents: list[Documents] = []  # of each source, to train on
         self._validation: dict[str, tuple[Documents, TokenStore]] = {}
@@ -156,9 +158,10 @@ def numbered(
     """An epoch's packs from number `first` on, with their cursors: after the last comes the next epoch."""
     following, number = next(packs, None), first
     while (pieces := following) is not None:
+        position = Cursor(epoch, number)
         following, number = next(packs, None), number + 1
         cursor = Cursor(epoch + 1, 0) if following is None else Cursor(epoch, number)
-        yield Pack(pieces, length, cursor, stores)
+        yield Pack(pieces, length, position, cursor, stores)
 
 
 def usable_documents(store: TokenStore, source: int, config: DataConfig) -> Documents:

@@ -94,7 +94,9 @@ class Sharder:
                 return
             micro_batches = [step[start:][:global_micro_batch] for start in range(0, len(step), global_micro_batch)]
             first = self.data_rank * self.micro_batch_size
-            own = [self.token_batch(all_[first:][: self.micro_batch_size], self.lengths(all_)) for all_ in micro_batches]
+            own = [
+                self.token_batch(all_[first:][: self.micro_batch_size], self.lengths(all_)) for all_ in micro_batches
+            ]
             yield Step(own, step[-1])
 
     def validation(self, packs: Iterable[Pack]) -> Iterator[TokenBatch]:

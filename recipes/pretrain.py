@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from data.corpus import open_corpus
 from recipes.checkpoint.manager import Checkpoints
 from recipes.checkpoint.manifest import Manifest, is_resharded
 from recipes.engine.build import build_engine, build_feed
@@ -52,9 +53,8 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
         report_status("part", "reading the checkpoint")
         checkpoints.load(resumed)
     report_status("part", "reading data")
-    feed = build_feed(plan, engine)
-    read = {"last": resumed.last_sequence, "sha256": resumed.last_sequence_sha256} if resumed else {}
-    steps = feed.steps(**read)
+    feed = build_feed(plan, engine, open_corpus(config.data, config.model.vocab_size))
+    steps = feed.steps(last_read=resumed.last_read if resumed else None)
     first = next(steps)
     batches = itertools.repeat(first) if config.data.overfit_one_batch else itertools.chain([first], steps)
 

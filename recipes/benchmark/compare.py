@@ -10,7 +10,6 @@ import copy
 import functools
 import json
 import os
-import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +105,8 @@ class ComparisonTask:
         groups = _groups(plan.degrees.data, plan.degrees.sequence) if is_sequence else None
         engine = build_engine(plan, groups)
         device_metrics.reset_peak_memory()  # building takes more than steps do: weights are made in fp32
-        feed = build_feed(plan, engine)
+        corpus = open_corpus(plan.config.data, plan.config.model.vocab_size)
+        feed = build_feed(plan, engine, corpus)
         steps = feed.steps()
         clock, losses, work = device_metrics.StepClock(), [], []
         for step in range(1 + (compare.steps_per_round if measurement.round else 1)):
@@ -194,7 +194,7 @@ def compare(config: Config, composed: dict[str, Config], run_dir: Path) -> None:
     configs = [entry.config for entry in entries.values()]
     for one in {repr((one.data, one.model.vocab_size)): one for one in configs}.values():
         if not config.explain or is_local(one.data):
-            open_corpus(one.data, one.model.vocab_size).check()
+            open_corpus(one.data, one.model.vocab_size)
     if config.explain:
         return
     if config.compare.roofline:

@@ -173,8 +173,8 @@ class Checkpoints:
         parts = _gathered({name: fingerprint(folder / name) for name in names[rank::num_ranks]})
         if rank == 0:
             files = {name: print_ for part in parts for name, print_ in part.items()}
-            sequence = (last.position, last.sha256()) if last else (None, "")
-            progress = (step, *sequence, elapsed_s, wandb_run_id)
+            last_read = (*last.position, last.sha256()) if last else None
+            progress = (step, last_read, elapsed_s, wandb_run_id)
             write_manifest(folder, Manifest(*progress, asdict(self._config), _versions(), files))
             publish(self._run_dir, step, self._config.checkpoint.keep)
             if preempted:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema import Config, ConfigError, flatten
+from data.corpus import LastRead
 from recipes.run.run_dir import BOOKKEEPING, replace_file
 
 CHECKPOINTS_DIR, WRITING_DIR = "checkpoints", "writing"
@@ -52,8 +53,7 @@ class Manifest:
     """A checkpoint in numbers."""
 
     step: int
-    last_sequence: tuple[int, int] | None  # the last that was read: its epoch, and its number there; None: none yet
-    last_sequence_sha256: str  # to recognise the corpus
+    last_read: LastRead | None  # None: training goes on with the first sequence
     elapsed_s: float  # time spent training so far
     wandb_run_id: str
     config: dict[str, Any]  # resolved, as in RUN_DIR/config.yaml

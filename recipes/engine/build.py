@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from data.corpus import open_corpus
+from data.corpus import Corpus
 from data.feed import Feed
 from data.shard import Sharder
 from recipes.engine.base import Engine
@@ -45,8 +45,8 @@ def build_engine(plan: Plan, groups: ParallelGroups | None = None) -> Engine:
     return TrainingEngine(config, groups, build_attention(plan, groups))
 
 
-def build_feed(plan: Plan, engine: Engine) -> Feed:
-    """This rank's share of the plan's data. Raises CorpusError if it cannot be opened."""
+def build_feed(plan: Plan, engine: Engine, corpus: Corpus) -> Feed:
+    """This rank's share of the corpus, in the steps of the plan."""
     config, coordinates = plan.config, (engine.sequence_rank, engine.data_rank, engine.data_degree)
     sharder = Sharder(plan.layout, *coordinates, config.engine.micro_batch_size, config.data.document_mask)
-    return Feed(open_corpus(config.data, config.model.vocab_size), sharder, plan.accumulation_steps)
+    return Feed(corpus, sharder, plan.accumulation_steps)

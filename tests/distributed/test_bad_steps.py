@@ -16,12 +16,12 @@ from conf.schema import (
     OptimizerConfig,
     ParallelismConfig,
 )
-from data.pack import Corpus
 from recipes.planning.plan import Plan
+from tests.corpora import byte_corpus
 from tests.pool import WorkerPool, parallel_groups
 
 LENGTH, NUM_STEPS, BAD_STEP, BAD_RANK = 21, 5, 3, 1
-CORPUS = Corpus(["ring attention " * 40, "DeepSpeed " * 50], LENGTH, validation_sequences=1)
+CORPUS = byte_corpus(["ring attention " * 40, "DeepSpeed " * 50], LENGTH)
 Trained = tuple[list[float], list[bool], list[int]]
 
 
@@ -34,7 +34,7 @@ def train(config: Config, bad: str) -> Trained:
     import deepspeed.comm as dist
 
     import recipes.engine.pipeline_engine
-    from recipes.engine.build import build_engine, build_sharder
+    from recipes.engine.build import build_engine, build_feed
 
     plan = Plan(config, 2, "cpu", "CPU", None, ranks_per_host=2)
     plan.resolve_config()
@@ -43,14 +43,14 @@ def train(config: Config, bad: str) -> Trained:
     owner, name = (recipes.engine.pipeline_engine, "cross_entropy_sum") if is_pipeline else (engine, "_loss_sum")
     loss_sum = getattr(owner, name)
     losses, applied, ranks = [], [], []
-    steps = build_sharder(plan, engine).steps(CORPUS.training(0), plan.accumulation_steps)
-    for step, micro_batches in zip(range(1, NUM_STEPS + 1), steps, strict=False):
+    steps = build_feed(plan, engine, CORPUS).steps()
+    for step, batch in zip(range(1, NUM_STEPS + 1), steps, strict=False):
         is_bad = step == BAD_STEP
         if is_bad and bad == "left out":
             continue
         factor = float(bad) if is_bad and dist.get_rank() == BAD_RANK else 1.0
         with mock.patch.object(owner, name, lambda *arguments, factor=factor: loss_sum(*arguments) * factor):
-            result = engine.train_step(micro_batches)
+            result = engine.train_step(batch.micro_batches)
         losses.append(result.loss.item())
         applied.append(result.applied)
         if not result.applied:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import signal
 from typing import Any
 from unittest.mock import patch
@@ -11,8 +10,7 @@ import pytest
 import torch
 
 from conf.schema import Config, DataConfig, ModelConfig
-from data.pack import Corpus
-from recipes.engine.build import build_engine, build_sharder
+from recipes.engine.build import build_engine, build_feed
 from recipes.launch.stopping import StopRequest
 from recipes.monitor.time_breakdown import NUM_PASSES, BreakdownStopped, measure_time_breakdown
 from recipes.monitor.trace_analysis import PARTS, step_breakdown
@@ -21,6 +19,7 @@ from recipes.run.errors import STOP_SIGNALS
 from ring_attention import RingAttention
 from ring_attention.transport import messages_stay_local
 from tests.cases import Case, build, draw
+from tests.corpora import byte_corpus
 from tests.pool import WorkerPool, parallel_groups
 
 
@@ -95,7 +94,7 @@ def stopped_by_rank_1(num_asked_before: int) -> tuple[int, bool]:
     plan = Plan(config, 2, "cpu", "CPU", None, ranks_per_host=2)
     plan.resolve_config()
     engine = build_engine(plan, parallel_groups(1, 2))
-    corpus = Corpus(["ring attention " * 40], 21, validation_sequences=1)
+    corpus = byte_corpus(["ring attention " * 40], 21)
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     request, num_asked = StopRequest(), 0
 
@@ -106,7 +105,7 @@ def stopped_by_rank_1(num_asked_before: int) -> tuple[int, bool]:
             signal.raise_signal(signal.SIGTERM)
         return request.is_on_any_rank(engine)
 
-    steps = functools.partial(build_sharder(plan, engine).steps, corpus.training(cursor=0))
+    steps = build_feed(plan, engine, corpus).steps
     try:
         measure_time_breakdown(plan, engine, steps, must_stop)
         return num_asked, False

@@ -20,17 +20,17 @@ from conf.schema import (
     ModelConfig,
     ParallelismConfig,
 )
-from data.pack import Corpus
 from recipes.checkpoint.manifest import newest_first, read_manifest
 from recipes.export import export, find_checkpoint
 from recipes.model.transformer import Transformer
 from recipes.planning.plan import Plan
 from ring_attention import LocalAttention
+from tests.corpora import byte_corpus
 from tests.errors import names
 from tests.pool import WorkerPool, parallel_groups
 
 LENGTH, NUM_STEPS = 21, 4
-CORPUS = Corpus(["ring attention " * 40, "DeepSpeed " * 50], LENGTH, validation_sequences=1)
+CORPUS = byte_corpus(["ring attention " * 40, "DeepSpeed " * 50], LENGTH)
 
 
 def configuration(zero_stage: int, dtype: str, tied_head: bool) -> Config:
@@ -51,8 +51,8 @@ def two_starts(config: Config, run_dir: Path) -> tuple[list[str], list[list[floa
     Returns:
         The printed lines, the losses of both starts, and the weights at the end (none on stage 3).
     """
-    from recipes.checkpoint.manager import Checkpoints, TrainingData, choose_checkpoint
-    from recipes.engine.build import build_engine, build_sharder
+    from recipes.checkpoint.manager import Checkpoints, choose_checkpoint
+    from recipes.engine.build import build_engine, build_feed
 
     plan = Plan(config, 2, "cpu", "CPU", None, ranks_per_host=2)
     plan.resolve_config()
@@ -66,13 +66,13 @@ def two_starts(config: Config, run_dir: Path) -> tuple[list[str], list[list[floa
         checkpoints = Checkpoints(config, run_dir, engine)
         if resumed:
             checkpoints.load(resumed)
-        data = TrainingData(CORPUS, resumed)
-        steps = build_sharder(plan, engine).steps(data, plan.accumulation_steps)
+        steps = build_feed(plan, engine, CORPUS).steps(last_read=resumed.last_read if resumed else None)
         losses.append([])
         for step in range(resumed.step + 1 if resumed else 1, NUM_STEPS + 1):
-            losses[-1].append(engine.train_step(next(steps)).loss.item())
+            batch = next(steps)
+            losses[-1].append(engine.train_step(batch.micro_batches).loss.item())
             if step % 2 == 0:
-                checkpoints.save(step, step * plan.data_tokens_per_step, data.last_sha256, 0.0, "")
+                checkpoints.save(step, batch.last, 0.0, "")
         if config.engine.zero_stage < 3:
             weights = {name: tensor.detach().clone() for name, tensor in engine.model.state_dict().items()}
         engine.close()
@@ -96,7 +96,7 @@ def save_with_other_listings(config: Config, run_dir: Path) -> list[str]:
     names = Path.iterdir
     stale = lambda folder: iter(sorted(names(folder))[torch.distributed.get_rank() :])  # noqa: E731
     with mock.patch.object(Path, "iterdir", stale):
-        Checkpoints(config, run_dir, engine).save(2, 0, "", 0.0, "")
+        Checkpoints(config, run_dir, engine).save(2, None, 0.0, "")
     engine.close()
     return sorted(read_manifest(newest_first(run_dir)[0]).files)
 

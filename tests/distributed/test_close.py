@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from conf.schema import AttentionConfig, Config, DataConfig, EngineConfig, ModelConfig, ParallelismConfig
-from data.pack import Corpus
 from recipes.planning.plan import Plan
+from tests.corpora import byte_corpus
 from tests.pool import WorkerPool, parallel_groups
 
 LENGTH = 16
@@ -28,7 +28,7 @@ def held_bytes() -> int:
 
 def bytes_of_an_engine(recipe: str, method: str, dtype: str, zero_stage: int) -> tuple[int, int]:
     """(bytes held by the engine after two steps of two micro-batches, bytes still held after it is closed)."""
-    from recipes.engine.build import build_engine, build_sharder
+    from recipes.engine.build import build_engine, build_feed
 
     tensor_degree, pipeline_degree = {"tensor": (2, 1), "pipeline": (1, 2)}.get(method, (None, None))
     config = Config(
@@ -49,12 +49,12 @@ def bytes_of_an_engine(recipe: str, method: str, dtype: str, zero_stage: int) ->
     groups = parallel_groups(1, 2) if method == "ring" else None
     before = held_bytes()
     engine = build_engine(plan, groups)
-    steps = build_sharder(plan, engine).steps(Corpus(DOCUMENTS, LENGTH, 1).training(cursor=0), plan.accumulation_steps)
+    steps = build_feed(plan, engine, byte_corpus(DOCUMENTS, LENGTH)).steps()
     for _ in range(2):
         if plan.trains:
-            engine.train_step(next(steps))
+            engine.train_step(next(steps).micro_batches)
         else:
-            engine.mean_loss(next(steps))
+            engine.mean_loss(next(steps).micro_batches)
     during = held_bytes()
     engine.close()
     del engine, steps

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from conf.schema import AttentionConfig, CheckpointConfig, Config, DataConfig, EngineConfig, LoraConfig, ModelConfig
-from data.pack import Corpus
-from recipes.checkpoint.manager import Checkpoints, TrainingData, choose_checkpoint
+from recipes.checkpoint.manager import Checkpoints, choose_checkpoint
 from recipes.checkpoint.manifest import newest_first, read_manifest
 from recipes.export import consolidated_weights, export
 from recipes.planning.plan import Plan
+from tests.corpora import byte_corpus
 from tests.families import tiny_model
 from tests.pool import WorkerPool, parallel_groups
 
 LENGTH, VOCAB_SIZE, SAVED, NUM_STEPS = 37, 2048, 2, 3
-CORPUS = Corpus(["ring attention " * 40, "DeepSpeed " * 50], LENGTH, validation_sequences=1)
+CORPUS = byte_corpus(["ring attention " * 40, "DeepSpeed " * 50], LENGTH)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # of logits between the ring and eager attention in one process
 TOLERANCE = {"fp32": 1e-5, "bf16": 0.05}
@@ -55,24 +55,25 @@ def save_family(folder: Path, family: str, dtype: str, **changes: Any) -> Path:
 
 def train(config: Config, run_dir: Path, num_ranks: int) -> Trained:
     """On a rank: train from the newest checkpoint, if there is one, with checkpoints after SAVED and at the end."""
-    from recipes.engine.build import build_engine, build_sharder
+    from recipes.engine.build import build_engine, build_feed
     from recipes.model.pretrained import resolve
 
     plan = Plan(resolve(config), num_ranks, "cpu", "CPU", None, ranks_per_host=num_ranks)
     plan.resolve_config()
     resumed = choose_checkpoint(plan.config, run_dir, lambda _: None)
     engine: Any = build_engine(plan, parallel_groups(1, num_ranks))
-    checkpoints, data = Checkpoints(plan.config, run_dir, engine), TrainingData(CORPUS, resumed)
+    checkpoints = Checkpoints(plan.config, run_dir, engine)
     if resumed:
         checkpoints.load(resumed)
     loaded, losses = all_weights(engine), []
-    sharder = build_sharder(plan, engine)
-    steps = sharder.steps(data, plan.accumulation_steps)
+    feed = build_feed(plan, engine, CORPUS)
+    steps = feed.steps(last_read=resumed.last_read if resumed else None)
     for step in range(resumed.step + 1 if resumed else 1, NUM_STEPS + 1):
-        losses.append(engine.train_step(next(steps)).loss.item())
+        batch = next(steps)
+        losses.append(engine.train_step(batch.micro_batches).loss.item())
         if step >= SAVED:
-            checkpoints.save(step, step * plan.data_tokens_per_step, data.last_sha256, 0.0, "")
-    (batch,) = sharder.validation(CORPUS.validation())
+            checkpoints.save(step, batch.last, 0.0, "")
+    (batch,) = feed.validation()["texts"]
     trained = Trained(losses, loaded, all_weights(engine), logits_of(engine, batch))
     engine.close()
     return trained
@@ -89,7 +90,7 @@ def all_weights(engine: Any) -> dict[str, Tensor]:
 @torch.no_grad()
 def logits_of(engine: Any, batch: Any) -> Tensor:
     engine.deepspeed.eval()
-    own = engine.deepspeed(batch.tokens_BS, batch.positions_1S)
+    own = engine.deepspeed(batch.tokens_BS, batch.positions_BS, None, batch.documents)
     parts: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(parts, (engine.sequence_rank, own))
     parts = [part for _, part in sorted(parts, key=lambda pair: pair[0])]
@@ -222,8 +223,10 @@ def test_lora_is_exported_as_an_adapter_or_merged(
 
 @torch.no_grad()
 def eager_logits(model: Any) -> Tensor:
-    (tokens,) = CORPUS.validation()
-    return model(input_ids=torch.from_numpy(tokens[:-1]).long()[None]).logits
+    (pack,) = CORPUS.validation()["texts"]
+    assert len(pack.boundaries) == 2  # one document
+    tokens, _ = pack.read(0, LENGTH)
+    return model(input_ids=torch.from_numpy(tokens)[None]).logits
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

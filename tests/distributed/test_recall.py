@@ -63,7 +63,7 @@ def recall_accuracy(method: str, layout_name: str, num_steps: int) -> float | No
     with torch.no_grad():
         for seed in range(10**6, 10**6 + 4):
             new = batch(seed)
-            answers = engine.model(new.tokens_BS, new.positions_1S).argmax(-1)
+            answers = engine.model(new.tokens_BS, new.positions_BS).argmax(-1)
             valid = new.labels_BS != IGNORED_LABEL
             num_labels += int(valid.sum())
             num_correct += int((answers == new.labels_BS)[valid].sum())

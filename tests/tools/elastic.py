@@ -25,13 +25,13 @@ from conf.schema import (
     ModelConfig,
     ParallelismConfig,
 )
-from data.pack import Corpus
 from recipes.export import export
 from recipes.planning.plan import Plan
+from tests.corpora import byte_corpus
 from tests.pool import WorkerPool, parallel_groups
 
 LENGTH, SAVED, NUM_STEPS = 21, 2, 5
-CORPUS = Corpus(["ring attention " * 40, "DeepSpeed " * 50], LENGTH, validation_sequences=1)
+CORPUS = byte_corpus(["ring attention " * 40, "DeepSpeed " * 50], LENGTH)
 # losses of 3 steps are about 5. fp32: 8 units in the last place (2^-21 each from 4 to 8). One forward pass is off by 1
 # or 2; Adam amplifies that, because it divides rounded gradients by their own size. bf16 rounds activations in other
 # places: 4 times the largest difference seen, 2.7e-4
@@ -101,8 +101,8 @@ def train(grid: Grid, dtype: str, run_dir: Path) -> tuple[list[str], list[float]
     Returns:
         the printed lines about checkpoints, and the losses.
     """
-    from recipes.checkpoint.manager import Checkpoints, TrainingData, choose_checkpoint
-    from recipes.engine.build import build_engine, build_sharder
+    from recipes.checkpoint.manager import Checkpoints, choose_checkpoint
+    from recipes.engine.build import build_engine, build_feed
 
     config, num_ranks = grid.config(dtype), grid.num_ranks
     plan = Plan(config, num_ranks, "cpu", "CPU", None, ranks_per_host=num_ranks)
@@ -111,16 +111,16 @@ def train(grid: Grid, dtype: str, run_dir: Path) -> tuple[list[str], list[float]
     resumed = choose_checkpoint(config, run_dir, lines.append)
     engine = build_engine(plan, parallel_groups(grid.data_degree, num_ranks // grid.data_degree))
     checkpoints = Checkpoints(config, run_dir, engine)
-    data = TrainingData(CORPUS, resumed)
     if resumed:
         checkpoints.load(resumed)
-        checkpoints.save(SAVED + 1, resumed.data_cursor, resumed.last_sequence_sha256, 0.0, "")
-    steps = build_sharder(plan, engine).steps(data, plan.accumulation_steps)
+        checkpoints.save(SAVED + 1, None, 0.0, "")
+    steps = build_feed(plan, engine, CORPUS).steps(last_read=resumed.last_read if resumed else None)
     losses: list[float] = []
     for step in range(resumed.step + 1 if resumed else 1, NUM_STEPS + 1):
-        losses.append(engine.train_step(next(steps)).loss.item())
+        batch = next(steps)
+        losses.append(engine.train_step(batch.micro_batches).loss.item())
         if step == SAVED:
-            checkpoints.save(step, step * plan.data_tokens_per_step, data.last_sha256, 0.0, "")
+            checkpoints.save(step, batch.last, 0.0, "")
     engine.close()
     return lines, losses
 

@@ -15,11 +15,9 @@ import pytest
 import torch
 
 from conf.schema import Config, ConfigError, LoraConfig, ModelConfig
-from data.pack import Corpus
 from recipes.checkpoint.manager import (
     NOT_WEIGHTS_ONLY,
     WEIGHTS_ONLY,
-    TrainingData,
     only_known_classes,
     random_states,
     restore_random_states,
@@ -33,14 +31,6 @@ from tests.errors import refused
 LENGTH = 7
 
 
-def corpus(*documents: str) -> Corpus:
-    return Corpus(documents, LENGTH, validation_sequences=1)
-
-
-def manifest(data_cursor: int, sha256: str) -> Manifest:
-    return Manifest(3, data_cursor, sha256, 0.0, "", {}, {}, {})
-
-
 def draws() -> list[float]:
     return [random.random(), np.random.normal(), torch.randn(()).item()]
 
@@ -52,18 +42,6 @@ def test_random_states_come_back_through_a_file_without_classes(tmp_path):
     draws()
     restore_random_states(torch.load(tmp_path / "states.pt", weights_only=True))
     assert draws() == expected
-
-
-def test_data_resumes_at_its_cursor_and_another_corpus_is_refused():
-    data = TrainingData(corpus("a" * 60, "b" * 60), None)
-    for _ in range(5):
-        next(data)
-    before = manifest(5 * (LENGTH + 1), data.last_sha256)
-    expected = [next(data).tolist() for _ in range(20)]  # round the corpus's end
-    again = TrainingData(corpus("a" * 60, "b" * 60), before)
-    assert [next(again).tolist() for _ in range(20)] == expected
-    with refused(ConfigError, "corpus", "step 3", "token 40"):
-        TrainingData(corpus("a" * 40, "b" * 80), before)
 
 
 class Evil:
