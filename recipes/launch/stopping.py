@@ -79,8 +79,8 @@ class BadSteps:
             what += f" on the tokens of rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
         epoch, number = batch.last.position
         text = (
-            f"step {step}: {what}; batch: the {self._plan.sequences_per_step} sequences up to number {number:,} of epoch "
-            f"{epoch}, whose SHA-256 is {batch.last.sha256()}"
+            f"step {step}: {what}; batch: the {self._plan.sequences_per_step} sequences up to number {number:,} of "
+            f"epoch {epoch}, whose SHA-256 is {batch.last.sha256()}"
         )
         print(text, flush=True)  # to the rank's log
         resume = resume_hint(self._run_dir)
