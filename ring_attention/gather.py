@@ -18,12 +18,14 @@ from ring_attention.accumulators import GradientAccumulator, OnlineSoftmaxAccumu
 from ring_attention.attend import BackwardInputs, attend_backward, attend_forward
 from ring_attention.checkpointing import saved_or_computed
 from ring_attention.derivative import once_differentiable
+from ring_attention.kernel_calls import KernelCall, plan_calls
+from ring_attention.kernels import AttentionKernel
 from ring_attention.kv import KeysValues
 from ring_attention.layout import Layout, Run
 from ring_attention.mask import Mask
 from ring_attention.ring import Ring
 from ring_attention.sinks import sinks_gradient
-from ring_attention.tiles import AttentionTile, find_tiles
+from ring_attention.tiles import find_tiles
 from ring_attention.trace import profiler_range
 from ring_attention.transport import P2PTransport
 from ring_attention.transport.collectives import all_gather, reduce_scatter
@@ -62,10 +64,13 @@ def _runs(
 
 
 @lru_cache(maxsize=16)
-def gathered_tiles(layout: Layout, mask: Mask, ring_rank: int) -> tuple[AttentionTile, ...]:
+def gathered_calls(
+    layout: Layout, mask: Mask, ring_rank: int, batch: int, kernel: AttentionKernel
+) -> tuple[KernelCall, ...]:
     """A rank's queries against all keys in the order of their positions."""
     length = layout.padded_length
-    return find_tiles(layout.runs(ring_rank), (Run(0, 0, length),), mask, mask.spans(length))
+    tiles = find_tiles(layout.runs(ring_rank), (Run(0, 0, length),), mask, mask.spans(length))
+    return plan_calls(kernel, tiles, (0, batch), layout.ring_length, length)
 
 
 class AllGatherFunction(torch.autograd.Function):
@@ -75,9 +80,9 @@ class AllGatherFunction(torch.autograd.Function):
     def forward(ctx: Any, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKE: Tensor, sinks_H: Tensor | None, ring: Ring) -> Tensor:
         def attend() -> tuple[Tensor, Tensor]:
             kv = gather_keys(ring, KeysValues.of_parts(k_BSKD, v_BSKE))
-            tiles = gathered_tiles(ring.layout, ring.mask, ring.rank)
+            calls = gathered_calls(ring.layout, ring.mask, ring.rank, len(q_BSHD), ring.kernel)
             accumulator = OnlineSoftmaxAccumulator(q_BSHD, v_BSKE, sinks_H)
-            attend_forward(accumulator, ring.kernel, ring.scores, tiles, q_BSHD, kv, is_last=True)
+            attend_forward(accumulator, ring.kernel, ring.scores, calls, q_BSHD, kv, is_last=True)
             return accumulator.result()
 
         out_BSHE, lse_BHS = saved_or_computed(attend)
@@ -94,13 +99,13 @@ class AllGatherFunction(torch.autograd.Function):
         q_BSHD, k_BSKD, v_BSKE, out_BSHE, lse_BHS, sinks_H = saved
         local = KeysValues.of_parts(k_BSKD, v_BSKE)
         kv = gather_keys(ring, local)
-        tiles = gathered_tiles(ring.layout, ring.mask, ring.rank)
+        calls = gathered_calls(ring.layout, ring.mask, ring.rank, len(q_BSHD), ring.kernel)
         inputs = BackwardInputs(grad_outputs[0].contiguous(), q_BSHD, out_BSHE, lse_BHS)
         dsinks = sinks_gradient(inputs.dout_BSHE, out_BSHE, lse_BHS, sinks_H) if ctx.needs_input_grad[3] else None
         state_dtype = torch.promote_types(q_BSHD.dtype, torch.float32)
         dq = GradientAccumulator(q_BSHD.shape, q_BSHD.dtype)
         dk, dv = (torch.zeros_like(part, dtype=state_dtype) for part in (kv.k_BTKD, kv.v_BTKE))
-        for tile in attend_backward(ring.kernel, ring.scores, tiles, inputs, kv):
+        for tile in attend_backward(ring.kernel, ring.scores, calls, inputs, kv):
             keys = slice(*tile.keys)
             with profiler_range("merge"):
                 dq.add(tile.rows, tile.queries, tile.dq, ends=0 if tile.is_last else None)

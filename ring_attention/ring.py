@@ -9,6 +9,7 @@ Shapes: B batch, S local tokens, T tokens of a source, H query heads, K key-valu
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,6 +22,7 @@ from ring_attention.attend import BackwardInputs, attend_backward, attend_forwar
 from ring_attention.backward_schedule import BackwardStep, GradientPiece, backward_schedule
 from ring_attention.checkpointing import saved_or_computed
 from ring_attention.derivative import once_differentiable
+from ring_attention.kernel_calls import KernelCall, plan_calls
 from ring_attention.kernels import AttentionKernel, Scores
 from ring_attention.kv import KeysValues
 from ring_attention.layout import Layout, num_tokens, slice_within
@@ -99,18 +101,39 @@ class Ring:
         return self.transport.post(purpose, sent, receives), incoming
 
 
+@functools.lru_cache(maxsize=16)
+def forward_calls(
+    layout: Layout, mask: Mask, ring_rank: int, batch: int, kernel: AttentionKernel
+) -> tuple[tuple[KernelCall, ...], ...]:
+    """The kernel calls of each ring step; once per batch of documents, for all layers."""
+    length = layout.ring_length
+    steps = ring_schedule(layout, mask, ring_rank)
+    return tuple(plan_calls(kernel, step.tiles, (0, batch), length, length) for step in steps)
+
+
+@functools.lru_cache(maxsize=16)
+def backward_calls(
+    layout: Layout, mask: Mask, ring_rank: int, batch: int, kernel: AttentionKernel
+) -> tuple[tuple[KernelCall, ...], ...]:
+    """The same for `backward_schedule`."""
+    length = layout.ring_length
+    steps = backward_schedule(layout, mask, ring_rank, batch, kernel.split).steps
+    return tuple(plan_calls(kernel, step.compute.tiles, step.compute.rows, length, length) for step in steps)
+
+
 def ring_forward(ring: Ring, q_BSHD: Tensor, kv: KeysValues, sinks_H: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Attention of the local queries over all keys of the ring. Every rank must call it.
 
     Returns out [B, S, H, E] in the input's dtype, rounded once, and lse [B, H, S] in fp32 (fp64 for fp64 input).
     """
     accumulator = OnlineSoftmaxAccumulator(q_BSHD, kv.v_BTKE, sinks_H)
-    last = max((number for number, step in enumerate(ring.steps) if step.tiles), default=0)
+    calls = forward_calls(ring.layout, ring.mask, ring.rank, len(q_BSHD), ring.kernel)
+    last = max((number for number, of_step in enumerate(calls) if of_step), default=0)
     here: KeysValues | None = kv
-    for number, step in numbered("forward ring step", ring.steps):
+    for number, _ in numbered("forward ring step", ring.steps):
         transfer, incoming = ring.post_keys(kv, here, number, "forward")  # travels during this step's attention
         if here is not None:
-            attend_forward(accumulator, ring.kernel, ring.scores, step.tiles, q_BSHD, here, is_last=number == last)
+            attend_forward(accumulator, ring.kernel, ring.scores, calls[number], q_BSHD, here, number == last)
         if transfer is not None:
             transfer.wait()
         here = incoming
@@ -130,6 +153,7 @@ def ring_backward(
     anyway. In bf16 on GPUs the error of dK and dV is 1.21 to 1.23 times that of one device (docs/performance.md).
     """
     schedule = backward_schedule(ring.layout, ring.mask, ring.rank, len(q_BSHD), ring.kernel.split)
+    calls = backward_calls(ring.layout, ring.mask, ring.rank, len(q_BSHD), ring.kernel)
     inputs = BackwardInputs(dout_BSHE, q_BSHD, out_BSHE, lse_BHS)
     dq = GradientAccumulator(q_BSHD.shape, q_BSHD.dtype, schedule.dq_pieces)
     own_dk, own_dv = (GradientAccumulator(x.shape, x.dtype, schedule.own_pieces) for x in (kv.k_BTKD, kv.v_BTKE))
@@ -141,8 +165,7 @@ def ring_backward(
         key_transfer, incoming = ring.post_keys(kv, here, number, "backward")  # travels during this step's attention
         dk, dv = (own_dk, own_dv) if number == 0 else _new_sums(kv, step, number, is_local)
         if here is not None:
-            rows = slice(*step.compute.rows)
-            for tile in attend_backward(ring.kernel, ring.scores, step.compute.tiles, inputs, here, rows):
+            for tile in attend_backward(ring.kernel, ring.scores, calls[number], inputs, here):
                 ends, keys = number if tile.is_last else None, slice_within(step.gradients, *tile.keys)
                 with profiler_range("merge"):
                     dq.add(tile.rows, tile.queries, tile.dq, ends)

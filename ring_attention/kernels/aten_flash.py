@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ring_attention.kernels.base import AttentionKernel, KernelParams, SavedTensors, flash_window, parts_of
+from ring_attention.kernels.base import AttentionKernel, KernelParams, SavedTensors, Segments, flash_window, parts_of
 from ring_attention.masked_block import MaskedBlock
 
 
 class AtenFlashKernel(AttentionKernel):
     name = "aten_flash"
     speed = "FlashAttention-2: 337 TFLOP/s forward on an H100 at 32 heads x 128"
+    has_varlen = True
     head_dims = range(8, 257, 8)
     min_capability = (8, 0)
 
@@ -45,3 +46,39 @@ class AtenFlashKernel(AttentionKernel):
         return torch.ops.aten._flash_attention_backward(
             *tensors, None, None, num_queries, num_keys, 0.0, False, *no_dropout, scale=params.scale, **window
         )
+
+    def forward_segments(
+        self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, segments: Segments, params: KernelParams
+    ) -> tuple[Tensor, Tensor]:
+        tensors = (x.flatten(0, 1) for x in (q_BSHD, k_BTKD, v_BTKE))
+        cumulative, sizes = segments.cumulative(q_BSHD.device), (segments.max_queries, segments.max_keys)
+        out_THE, lse_HT = torch.ops.aten._flash_attention_forward(
+            *tensors,
+            *cumulative,
+            *sizes,
+            0.0,
+            params.lower is None,
+            False,
+            scale=params.scale,
+            **_segment_window(params),
+        )[:2]
+        shape = q_BSHD.shape[:2]
+        return out_THE.unflatten(0, shape), lse_HT.unflatten(1, shape).transpose(0, 1)
+
+    def backward_segments(
+        self, dout_BSHE: Tensor, saved: SavedTensors, segments: Segments, params: KernelParams
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tensors = [x.flatten(0, 1) for x in (dout_BSHE, *saved[:4])]
+        tensors += [saved.lse_BHS.transpose(0, 1).flatten(1).contiguous()]
+        cumulative, sizes = segments.cumulative(dout_BSHE.device), (segments.max_queries, segments.max_keys)
+        no_dropout = [torch.empty(0, dtype=torch.uint64, device=dout_BSHE.device)] * 2  # two random states
+        options = {"scale": params.scale, **_segment_window(params)}
+        gradients = torch.ops.aten._flash_attention_backward(
+            *tensors, *cumulative, *sizes, 0.0, params.lower is None, *no_dropout, **options
+        )
+        dq, dk, dv = (x.unflatten(0, like.shape[:2]) for x, like in zip(gradients, saved[:3], strict=True))
+        return dq, dk, dv
+
+
+def _segment_window(params: KernelParams) -> dict[str, int]:
+    return {} if params.lower is None else {"window_size_left": -params.lower, "window_size_right": 0}

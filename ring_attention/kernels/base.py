@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -79,6 +80,37 @@ class KernelParams(NamedTuple):
     softcap: float | None = None
 
 
+class Segments:
+    """Queries and keys of documents one after the other: (number of queries, number of keys) of each.
+
+    Compared by identity: they are as many as documents.
+    """
+
+    def __init__(self, lengths: Sequence[tuple[int, int]]) -> None:
+        self.lengths = lengths
+        self.max_queries, self.max_keys = (max(sizes) for sizes in zip(*lengths, strict=True))
+        self._cumulative: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def cumulative(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cumulative numbers of queries and of keys, int32 [documents + 1]: one copy to the device for all layers."""
+        if device not in self._cumulative:
+            ends = [[0, *itertools.accumulate(sizes)] for sizes in zip(*self.lengths, strict=True)]
+            cu_q, cu_k = torch.tensor(ends, dtype=torch.int32).to(device)
+            self._cumulative[device] = cu_q, cu_k
+        return self._cumulative[device]
+
+    def blocks(self, lower: int | None) -> Iterator[MaskedBlock]:
+        """The block of each document. `lower` counts from the last query and key."""
+        q_start = k_start = 0
+        for num_queries, num_keys in self.lengths:
+            diagonal = num_keys - num_queries
+            bound = None if lower is None else diagonal + lower
+            block = MaskedBlock(q_start, q_start + num_queries, k_start, k_start + num_keys, bound, diagonal).trimmed()
+            assert block is not None, "a document without queries or keys"
+            yield block
+            q_start, k_start = q_start + num_queries, k_start + num_keys
+
+
 class SavedTensors(NamedTuple):
     """What `backward` needs beside dout. `out` and `lse` are over ALL keys of the sequence, not only the block's."""
 
@@ -102,6 +134,7 @@ class AttentionKernel(ABC):
     has_windows = True  # masks with a lower bound
     has_value_head_dim = False  # values with a head size of their own
     has_softcap = False
+    has_varlen = False  # `forward_segments` and `backward_segments` are one launch
     is_deterministic = True
     head_dims: range | None = None  # None for any
     min_capability = (0, 0)
@@ -142,6 +175,53 @@ class AttentionKernel(ABC):
     @abstractmethod
     def backward(self, dout_BSHE: Tensor, saved: SavedTensors, params: KernelParams) -> tuple[Tensor, Tensor, Tensor]:
         """Returns (dq, dk, dv) of one block from `split`."""
+
+    def forward_segments(
+        self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, segments: Segments, params: KernelParams
+    ) -> tuple[Tensor, Tensor]:
+        """Returns (out [B, S, H, E], lse [B, H, S]). Segments cut the rows' tokens, row after row.
+
+        Each segment is causal from its last query and key, and `params.lower` counts from there.
+        """
+        out = lse = None
+        q_THD, k_UKD, v_UKE = (x.flatten(0, 1) for x in (q_BSHD, k_BTKD, v_BTKE))
+        for block in segments.blocks(params.lower):
+            queries, keys = slice(block.q_start, block.q_stop), slice(block.k_start, block.k_stop)
+            tensors = (q_THD[None, queries], k_UKD[None, keys], v_UKE[None, keys])
+            part, part_lse = self.forward(*tensors, params._replace(lower=block.lower, upper=block.upper))
+            if out is None or lse is None:
+                out = part.new_empty(len(q_THD), *part.shape[2:])
+                lse = part_lse.new_empty(part.shape[2], len(q_THD))
+            out[queries], lse[:, queries] = part[0], part_lse[0]
+        assert out is not None
+        assert lse is not None
+        return out.unflatten(0, q_BSHD.shape[:2]), lse.unflatten(1, q_BSHD.shape[:2]).transpose(0, 1)
+
+    def backward_segments(
+        self, dout_BSHE: Tensor, saved: SavedTensors, segments: Segments, params: KernelParams
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns (dq, dk, dv) of `forward_segments`."""
+        gradients: list[Tensor] = []
+        q_THD, k_UKD, v_UKE, out_THE, dout_THE = (x.flatten(0, 1) for x in (*saved[:4], dout_BSHE))
+        lse_HT = saved.lse_BHS.transpose(0, 1).flatten(1)
+        for block in segments.blocks(params.lower):
+            queries, keys = slice(block.q_start, block.q_stop), slice(block.k_start, block.k_stop)
+            cut = SavedTensors(
+                q_THD[None, queries],
+                k_UKD[None, keys],
+                v_UKE[None, keys],
+                out_THE[None, queries],
+                lse_HT[None, :, queries],
+            )
+            band = params._replace(lower=block.lower, upper=block.upper)
+            parts = self.backward(dout_THE[None, queries], cut, band)
+            if not gradients:
+                shapes = zip(parts, saved[:3], strict=True)
+                gradients = [part.new_empty(like.shape[:2].numel(), *part.shape[2:]) for part, like in shapes]
+            for whole, part, tokens in zip(gradients, parts, (queries, keys, keys), strict=True):
+                whole[tokens] = part[0]
+        dq, dk, dv = (x.unflatten(0, like.shape[:2]) for x, like in zip(gradients, saved[:3], strict=True))
+        return dq, dk, dv
 
 
 class EqualHeadsKernel(AttentionKernel):

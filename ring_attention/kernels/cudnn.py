@@ -5,16 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ring_attention.kernels.base import EqualHeadsKernel, KernelParams, SavedTensors
+from ring_attention.kernels.aten_flash import AtenFlashKernel
+from ring_attention.kernels.base import EqualHeadsKernel, KernelParams, SavedTensors, Segments
 from ring_attention.kernels.reference import ReferenceKernel
 
 _REFERENCE = ReferenceKernel()
+_VARLEN = AtenFlashKernel()  # PyTorch has no varlen call of cuDNN
 
 
 class CudnnKernel(EqualHeadsKernel):
     name = "cudnn"
     speed = "cuDNN SDPA: 611 TFLOP/s forward on an H100 at 32 heads x 128, FlashAttention-2 there 337"
     has_windows = is_deterministic = False
+    has_varlen = True
     head_dims = range(8, 129, 8)
     min_capability = (9, 0)  # ranked only where it was measured
 
@@ -40,6 +43,16 @@ class CudnnKernel(EqualHeadsKernel):
             *tensors, *no_dropout, None, None, None, num_queries, num_keys, 0.0, is_causal, scale=params.scale
         )
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+    def forward_segments(
+        self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, segments: Segments, params: KernelParams
+    ) -> tuple[Tensor, Tensor]:
+        return _VARLEN.forward_segments(q_BSHD, k_BTKD, v_BTKE, segments, params)
+
+    def backward_segments(
+        self, dout_BSHE: Tensor, saved: SavedTensors, segments: Segments, params: KernelParams
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _VARLEN.backward_segments(dout_BSHE, saved, segments, params)
 
 
 def _with_equal_strides(*tensors: Tensor) -> tuple[Tensor, ...]:

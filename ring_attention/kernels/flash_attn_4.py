@@ -19,6 +19,7 @@ from ring_attention.kernels.base import (
     KernelParams,
     KernelSpec,
     SavedTensors,
+    Segments,
     flash_window,
     refuse_missing_package,
 )
@@ -28,7 +29,7 @@ class FlashAttention4Kernel(AttentionKernel):
     name = "flash_attn_4"
     speed = "flash-attn-4: 681 TFLOP/s forward, 620 backward on an H100 at 32 heads x 128; cuDNN SDPA 611 and 546"
     head_dims = range(64, 257, 8)
-    has_softcap = True
+    has_softcap = has_varlen = True
 
     def _refusal(self, spec: KernelSpec) -> str | None:
         if spec.capability is None or spec.capability[0] != 9:
@@ -51,6 +52,42 @@ class FlashAttention4Kernel(AttentionKernel):
         return _interface()._flash_attn_bwd(
             *tensors, softmax_scale=params.scale, deterministic=deterministic, **options
         )
+
+    def forward_segments(
+        self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, segments: Segments, params: KernelParams
+    ) -> tuple[Tensor, Tensor]:
+        tensors = (x.flatten(0, 1) for x in (q_BSHD, k_BTKD, v_BTKE))
+        out_THE, lse_HT = _interface()._flash_attn_fwd(
+            *tensors, softmax_scale=params.scale, return_lse=True, **_varlen(segments, q_BSHD, params)
+        )[:2]
+        shape = q_BSHD.shape[:2]
+        return out_THE.unflatten(0, shape), lse_HT.unflatten(1, shape).transpose(0, 1)
+
+    def backward_segments(
+        self, dout_BSHE: Tensor, saved: SavedTensors, segments: Segments, params: KernelParams
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, out, dout = (x.flatten(0, 1) for x in (*saved[:4], dout_BSHE))
+        lse_HT = saved.lse_BHS.transpose(0, 1).flatten(1)
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        options = _varlen(segments, saved.q_BSHD, params)
+        gradients = _interface()._flash_attn_bwd(
+            q, k, v, out, dout, lse_HT, softmax_scale=params.scale, deterministic=deterministic, **options
+        )
+        dq, dk, dv = (x.unflatten(0, like.shape[:2]) for x, like in zip(gradients, saved[:3], strict=True))
+        return dq, dk, dv
+
+
+def _varlen(segments: Segments, q_BSHD: Tensor, params: KernelParams) -> dict[str, Any]:
+    cu_q, cu_k = segments.cumulative(q_BSHD.device)
+    return {
+        "cu_seqlens_q": cu_q,
+        "cu_seqlens_k": cu_k,
+        "max_seqlen_q": segments.max_queries,
+        "max_seqlen_k": segments.max_keys,
+        "window_size_left": None if params.lower is None else -params.lower,
+        "window_size_right": 0,
+        **_softcap(params),
+    }
 
 
 def _softcap(params: KernelParams) -> dict[str, float]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ring_attention.accumulators import OnlineSoftmaxAccumulator
 from ring_attention.attend import BackwardInputs, attend_backward, attend_forward
+from ring_attention.kernel_calls import plan_calls
 from ring_attention.kernels import KERNELS, KernelParams, KernelSpec, Scores, choose_kernel
 from ring_attention.kernels.base import band_mask, flash_window, is_installed
 from ring_attention.kv import KeysValues
@@ -66,11 +67,12 @@ def computed(
     block = MaskedBlock(0, q.shape[1], 0, k.shape[1], lower, upper)
     assert block.trimmed() == block, "the test's band is not trimmed"
     tiles, kv = [AttentionTile(None, block)], KeysValues.of_parts(k, v)
+    calls = plan_calls(KERNELS[name], tiles, (0, len(q)), q.shape[1], k.shape[1])
     accumulator, scores = OnlineSoftmaxAccumulator(q, v), Scores(SCALE, softcap)
-    attend_forward(accumulator, KERNELS[name], scores, tiles, q, kv, is_last=True)
+    attend_forward(accumulator, KERNELS[name], scores, calls, q, kv, is_last=True)
     out, lse = accumulator.result()
     totals = [torch.zeros_like(tensor, dtype=lse.dtype) for tensor in (q, k, v)]
-    for tile in attend_backward(KERNELS[name], scores, tiles, BackwardInputs(dout, q, out, lse), kv):
+    for tile in attend_backward(KERNELS[name], scores, calls, BackwardInputs(dout, q, out, lse), kv):
         totals[0][:, tile.queries] += tile.dq
         totals[1][:, slice(*tile.keys)] += tile.dk
         totals[2][:, slice(*tile.keys)] += tile.dv

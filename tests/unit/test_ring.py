@@ -57,6 +57,8 @@ class Recorder:
             self.sums[1][:, start:stop] += returned.k_BTKD[:, within].double()
             self.sums[2][:, start:stop] += returned.v_BTKE[:, within].double()
 
+    has_varlen = False
+
     def split(self, block: MaskedBlock) -> list[MaskedBlock]:
         return self._kernel.split(block)
 
