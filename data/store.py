@@ -182,13 +182,15 @@ def open_counted(config: DataConfig, name: str, say: Say) -> OpenedStore:
         key = _key(source, encoder, cache, say)
         folder = root / key
         if (opened := _open(folder, name, cache, say)) is not None:
+            _check_skipped(config, opened.counts)
             return opened
         try:
             root.mkdir(parents=True, exist_ok=True)
             with _building(root / f"{key}.lock", source.description, say):
-                if (opened := _open(folder, name, cache, say)) is not None:  # another process has built it
+                if (opened := _open(folder, name, cache, _nothing)) is not None:  # another process has built it
+                    _check_skipped(config, opened.counts)
                     return opened
-                if folder.exists():
+                if folder.exists():  # damaged
                     shutil.rmtree(folder)
                 _Build(source, encoder, folder, say).run(stats, cache)
         except OSError as error:
@@ -199,6 +201,16 @@ def open_counted(config: DataConfig, name: str, say: Say) -> OpenedStore:
         if opened is None:
             raise CorpusError(f"{folder} is damaged as soon as it is written: check the disk, or set data.token_store")
         return dataclasses.replace(opened, is_new=True)
+
+
+def _nothing(_: str) -> None:
+    """Says nothing."""
+
+
+def _check_skipped(config: DataConfig, counts: Counts) -> None:
+    """A store made with data.bad_rows=skip is the same as one made with stop, if nothing had to be skipped."""
+    if config.bad_rows == "stop" and counts.num_skipped:
+        raise CorpusError(counts.first_problem)
 
 
 def _disk_problem(root: Path, error: OSError) -> str:
@@ -400,7 +412,6 @@ def _key(source: Source, encoder: Any, cache: DigestCache, say: Say) -> str:
         "subset": config.subset,
         "split": config.split if config.name is not None else None,
         "field": config.messages_field if config.source == "chat" else config.text_field,
-        "bad_rows": config.bad_rows,
         "tokenizer": encoder.fingerprint(),
     }
     return digest_of([json.dumps(settings, sort_keys=True)])
@@ -538,6 +549,7 @@ class _Build:
             files = [(self.outputs[name], *entry) for name, entry in record["files"].items()]
             if len(files) == len(self.outputs) and all(output.resume(*entry) for output, *entry in files):
                 self.counts = counts
+                _check_skipped(self.source.config, counts)
                 if counts.seconds >= _FIRST_LINE_S:
                     self.say(f"resuming {self.source.description} after {counts.num_documents:,} documents")
                 return position
@@ -558,13 +570,15 @@ class _Build:
         for batch in read_ahead(self.encoder.encoded(self.source, position), _NUM_AHEAD):
             if batch.problems:
                 if self.source.config.bad_rows == "stop":
+                    self._record(partial, position)  # with data.bad_rows=skip it goes on from here
                     raise CorpusError(batch.problems[0])
                 counts.first_problem = counts.first_problem or batch.problems[0]
             self._append(batch)
+            position = batch.following
             now = time.monotonic()
             counts.seconds = before + now - start
             if now - recorded >= _RECORD_S:
-                self._record(partial, batch.following)
+                self._record(partial, position)
                 recorded = now
             if first_byte is None:
                 first_byte = batch.bytes_read

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -73,9 +74,9 @@ class PretrainedTokenizer:
         eos_id: the separator.
     """
 
-    batch_characters = 2**20  # a fast tokenizer's batches use all cores
-
     def __init__(self, name: str, tokenizer: Any, eos_id: int) -> None:
+        # a fast tokenizer's batches use all cores
+        self.batch_characters = min(2**24, 2**19 * max(2, len(os.sched_getaffinity(0))))
         self.name, self.wrapped, self.eos_id = name, tokenizer, eos_id
         # Without tokens added to the vocabulary, such as Gemma 3's image token, which its text model does not have.
         # Numbers may be left out, so that counting them is not enough.
