@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from conf.schema import GPUS, METHODS, AttentionConfig, ConfigError, DataConfig
-from data.source import SOURCES
+from conf.schema import GPUS, METHODS, AttentionConfig, ConfigError
 from recipes.engine import build
 from recipes.planning import throughput
 from ring_attention.kernels import KERNELS
@@ -25,11 +24,6 @@ def test_the_schema_has_the_names_of_the_registry_in_its_order(field: str, names
     for name in names:
         setattr(attention, field, name)
         attention.__post_init__()
-
-
-def test_the_schema_has_the_data_sources():
-    with refused(ConfigError, "data.source=nothing", ", ".join(SOURCES)):
-        DataConfig(source="nothing")
 
 
 def test_the_schema_has_the_kinds_of_gpu():

@@ -1,27 +1,27 @@
-"""Reading a corpus: what is accepted, and the error for each mistake."""
+"""Sources: which documents each gives, in which order, and how it describes itself."""
 
 from __future__ import annotations
 
+import gzip
 import json
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from conf.schema import DataConfig
-from data.pack import open_corpus
-from data.source import CorpusError, describe, is_local, open_documents, stdlib_files
-from tests.errors import names
+from data.source import BEGINNING, CorpusError, describe, is_local, open_source, stdlib_files
+from tests.errors import names, refused
+
+TEXTS = ["one", "two\nlines", "déjà vu 漢字", "four"]
 
 
-def rows(folder, *values: object) -> str:
-    folder.mkdir()
-    (folder / "rows.jsonl").write_text("".join(json.dumps({"body": value}) + "\n" for value in values))
-    return str(folder)
+def texts(**data) -> list[str]:
+    return [str(row.content) for row in open_source(DataConfig(**data)).rows()]
 
 
-def corpus_error(**data) -> str:
-    with pytest.raises(CorpusError) as caught:
-        open_corpus(DataConfig(**data), vocab_size=257).check()
-    return str(caught.value)
+def json_lines(*values: object, field: str = "text") -> bytes:
+    return "".join(json.dumps({field: value, "other": 1}) + "\n" for value in values).encode()
 
 
 def test_the_standard_library_excludes_tests_and_installed_packages():
@@ -32,64 +32,74 @@ def test_the_standard_library_excludes_tests_and_installed_packages():
     assert files == sorted(set(files))
 
 
-def test_bytes_that_are_not_utf8_are_replaced(tmp_path):
-    (tmp_path / "noise.bin").write_bytes(b"a\xff\x00b")
-    assert list(open_documents(DataConfig(source="text_files", files=f"{tmp_path}/*"))) == ["a\ufffd\0b"]
+def test_every_format_gives_the_same_texts(tmp_path):
+    plain = json_lines(*TEXTS)
+    for number, text in enumerate(TEXTS):
+        (tmp_path / f"{number}.txt").write_text(text)
+    (tmp_path / "a.jsonl").write_bytes(plain)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(plain[:20]) + gzip.compress(plain[20:]))  # as of cat
+    (tmp_path / "a.jsonl.zst").write_bytes(pyarrow.Codec("zstd").compress(plain, asbytes=True))
+    table = pyarrow.table({"other": [1] * 4, "text": TEXTS})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=3)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "rows.jsonl").write_bytes(plain)
+    assert texts(source="text_files", files=f"{tmp_path}/*.txt") == TEXTS
+    for ending in ("", ".gz", ".zst"):
+        assert texts(source="jsonl", files=f"{tmp_path}/a.jsonl{ending}") == TEXTS
+    assert texts(source="parquet", files=f"{tmp_path}/a.parquet") == TEXTS
+    assert texts(source="hub", name=str(tmp_path / "set")) == TEXTS
 
 
-def test_a_local_folder_of_jsonl_is_a_data_set_without_its_nulls(tmp_path):
-    name = rows(tmp_path / "set", "one", None, "two")
-    assert list(open_documents(DataConfig(source="hub", name=name, text_field="body"))) == ["one", "two"]
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "text_files", "hub"])
+def test_reading_goes_on_at_any_row(tmp_path, kind):
+    for name in "ab":
+        if kind == "parquet":
+            table = pyarrow.table({"text": [f"{name}{number}" for number in range(7)]})
+            pyarrow.parquet.write_table(table, tmp_path / f"{name}.{kind}", row_group_size=3)
+        else:
+            content = json_lines(*(f"{name}{number}" for number in range(7)))
+            (tmp_path / f"{name}.jsonl").write_bytes(content + b"\n")  # a blank line is no row
+    where = {"name": str(tmp_path)} if kind == "hub" else {"files": f"{tmp_path}/*"}
+    source = open_source(DataConfig(source=kind, **where))
+    rows = list(source.rows())
+    assert len(rows) == (2 if kind == "text_files" else 14)
+    assert list(source.rows(BEGINNING)) == rows
+    for number, row in enumerate(rows):
+        rest = [(row.file, row.number, row.content) for row in source.rows(row.following)]
+        assert rest == [(row.file, row.number, row.content) for row in rows[number + 1 :]]
 
 
-def test_each_iteration_gives_the_same_documents_in_the_seeds_order(tmp_path):
-    for name in "abcdef":
+def test_bytes_of_the_standard_library_that_are_not_utf8_are_replaced(tmp_path, monkeypatch):
+    (tmp_path / "noise.py").write_bytes(b"a\xff\x00b")
+    monkeypatch.setattr("data.source.stdlib_files", lambda: [str(tmp_path / "noise.py")])
+    assert texts(source="stdlib") == ["a\ufffd\0b"]
+
+
+def test_files_are_sorted_by_name_and_read_once(tmp_path):
+    for name in "cbadef":
         (tmp_path / f"{name}.txt").write_text(name)
-    files = [f"{tmp_path}/[a-c].txt", f"{tmp_path}/*.txt"]
-    documents = open_documents(DataConfig(source="text_files", files=files))
-    assert list(documents) == list(documents)
-    assert sorted(documents) == list("abcdef")
-    other = open_documents(DataConfig(source="text_files", files=files, shuffle_seed=1))
-    assert list(other) != list(documents)
+    assert texts(source="text_files", files=[f"{tmp_path}/[b-c].txt", f"{tmp_path}/*.txt"]) == list("abcdef")
 
 
-def test_the_error_of_an_empty_or_short_corpus_counts_its_tokens(tmp_path):
-    empty, short = tmp_path / "empty.txt", tmp_path / "short.txt"
-    empty.write_text("")
-    short.write_text("0123456789")
-    fields = ("data.sequence_length", "data.validation_sequences")
-    for path, num_tokens in ((empty, 1), (short, 11)):
-        message = corpus_error(source="text_files", files=str(path), sequence_length=4)
-        names(message, f"{num_tokens} tokens", "8 validation", 45, *fields)  # 9 x (4 + 1)
+def test_a_null_is_a_text_without_characters(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(json_lines("one", None, "two", field="body"))
+    assert texts(source="jsonl", files=f"{tmp_path}/a.jsonl", text_field="body") == ["one", "", "two"]
 
 
 def test_a_folder_is_not_a_text_file(tmp_path):
-    message = corpus_error(source="text_files", files=str(tmp_path))
-    names(message, f"data.files={tmp_path}", "data=text_files data.files='texts/*.txt'")
-
-
-def test_the_error_of_a_wrong_column_lists_the_columns(tmp_path):
-    name = rows(tmp_path / "set", "text")
-    names(corpus_error(source="hub", name=name), f"data.name={name}", "'text'", "data.text_field", "'body'")
-
-
-def test_a_column_of_numbers_is_an_error(tmp_path):
-    name = rows(tmp_path / "set", 1, 2)
-    message = corpus_error(source="hub", name=name, text_field="body")
-    names(message, f"data.name={name}", "int", "'body'", "data.text_field")
-
-
-def test_a_broken_file_is_an_error(tmp_path):
-    name = rows(tmp_path / "set")
-    (tmp_path / "set" / "rows.jsonl").write_text('{"body": "one"}\n{"bo')
-    names(corpus_error(source="hub", name=name, text_field="body"), f"data.name={name}")
+    with refused(CorpusError, f"data.files={tmp_path}", "data=text_files data.files='texts/*.txt'"):
+        open_source(DataConfig(source="text_files", files=str(tmp_path)))
 
 
 @pytest.mark.parametrize("choice", [{"split": "nosuch"}, {"name": "not/a/name"}])
 def test_the_error_of_a_data_set_that_cannot_be_opened_says_what_to_check(tmp_path, choice):
-    name = rows(tmp_path / "set", "text")
-    data = {"source": "hub", "name": name, **choice}
-    names(corpus_error(**data), f"data.name={data['name']}", "data.subset", "data.split", "data=stdlib")
+    (tmp_path / "rows.jsonl").write_bytes(json_lines("text"))
+    data = {"source": "hub", "name": str(tmp_path), **choice}
+    from data.store import open_store
+
+    with pytest.raises(CorpusError) as caught:
+        open_store(DataConfig(**data, token_store=str(tmp_path / "store")), "hub", print)
+    names(str(caught.value), f"data.name={data['name']}", "data.subset", "data.split", "data=stdlib")
 
 
 def test_the_description_names_source_files_tokens_and_epochs(tmp_path):
@@ -100,6 +110,8 @@ def test_the_description_names_source_files_tokens_and_epochs(tmp_path):
     for part in ("text_files", pattern, "2 files", "201 tokens", "402", "2 epochs"):
         assert part in words
     assert "owner/set" in describe(DataConfig(source="hub", name="owner/set"), num_tokens=402)
+    sources = {"a": {"source": "stdlib", "weight": 0.25}, "b": {"source": "hub", "name": "o/s", "weight": 0.75}}
+    names(describe(DataConfig(source="mixture", sources=sources), num_tokens=402), "a 0.25", "b 0.75", "402 tokens")
 
 
 def test_the_description_counts_bytes_of_text_that_a_tokenizer_reads(tmp_path):
@@ -111,6 +123,8 @@ def test_the_description_counts_bytes_of_text_that_a_tokenizer_reads(tmp_path):
     names(describe(hub, num_tokens=402), "owner/set", "owner/model")
 
 
-def test_a_tokenizer_of_the_hub_is_not_local(tmp_path):
+def test_what_the_hub_has_is_not_local(tmp_path):
     assert is_local(DataConfig(tokenizer=str(tmp_path)))
     assert not is_local(DataConfig(tokenizer="owner/model"))
+    sources = {"a": {"source": "stdlib", "weight": 0.25}, "b": {"source": "hub", "name": "o/s", "weight": 0.75}}
+    assert not is_local(DataConfig(source="mixture", sources=sources))

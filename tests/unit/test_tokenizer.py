@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 import sys
@@ -15,9 +14,9 @@ import tokenizers
 import transformers
 
 from conf.schema import DataConfig
-from data.pack import Corpus, open_corpus
 from data.source import CorpusError
-from data.tokenizer import BYTES, Tokenizer, open_tokenizer, tokenizer_problem
+from data.store import open_stores
+from data.tokenizer import BYTES, Tokenizer, open_tokenizer, token_dtype, tokenizer_problem
 from tests.errors import names, refused
 
 EOS = 1  # of tiny_llama
@@ -54,7 +53,7 @@ def without_eos(tiny_llama, tmp_path) -> Path:
 @pytest.mark.parametrize("document", [*DOCUMENTS, "<|begin_of_text|>"])
 def test_tokens_are_the_text_and_eos(tiny_llama, file, document):
     tokens = opened(tiny_llama / file).encode([document])[0]
-    assert tokens.dtype == np.int32
+    assert tokens.dtype == np.uint16
     assert tokens[-1] == EOS
     assert transformers.AutoTokenizer.from_pretrained(tiny_llama).decode(tokens[:-1]) == document  # no BOS was added
 
@@ -71,46 +70,71 @@ def test_the_size_is_above_every_token_also_where_numbers_are_left_out(tiny_llam
     assert tokenizer.encode(["a"])[0].tolist() == [0, 7]
 
 
-@pytest.mark.parametrize("cursor", [0, 1, 20, 46, 47, 48, 1000])
-def test_training_resumes_at_any_cursor(tiny_llama, cursor):
-    tokenizer = opened(tiny_llama)
-    epoch = np.concatenate(tokenizer.encode(DOCUMENTS)).tolist()
-    assert epoch.count(EOS) == len(DOCUMENTS)
-    corpus = Corpus(DOCUMENTS, sequence_length=4, validation_sequences=1, tokenizer=tokenizer)
-    assert [sequence.tolist() for sequence in corpus.validation()] == [epoch[:5]]
-    endless, start = epoch[5:] * 4, cursor % (len(epoch) - 5)
-    expected = [endless[start + i : start + i + 5] for i in range(0, 100, 5)]
-    assert [sequence.tolist() for sequence in itertools.islice(corpus.training(cursor), 20)] == expected
+def test_tokens_are_those_of_transformers(tiny_llama):
+    reference = transformers.AutoTokenizer.from_pretrained(tiny_llama)(DOCUMENTS, add_special_tokens=False)["input_ids"]
+    assert [tokens[:-1].tolist() for tokens in opened(tiny_llama).encode(DOCUMENTS)] == reference
+
+
+def test_a_tokenizer_that_truncates_and_pads_by_itself_does_neither_here(tiny_llama, tmp_path):
+    tokenizer = tokenizers.Tokenizer.from_file(str(tiny_llama / "tokenizer.json"))
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=100)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    for one, other in zip(*(opened(path).encode(DOCUMENTS) for path in (tiny_llama, tmp_path / "tokenizer.json"))):
+        assert one.tolist() == other.tolist()
+
+
+def test_a_tokenizer_with_code_of_its_own_is_called_itself(tiny_llama, monkeypatch):
+    class Shouting(transformers.PreTrainedTokenizerFast):
+        def _encode_plus(self, text, **options):
+            return super()._encode_plus([one.upper() for one in text], **options)
+
+    shouting = Shouting.from_pretrained(tiny_llama)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: shouting)
+    assert opened(tiny_llama).encode(["abc"])[0].tolist() == [
+        *shouting("ABC", add_special_tokens=False)["input_ids"],
+        EOS,
+    ]
+
+
+def test_tokens_are_as_small_on_disk_as_the_vocabulary_allows():
+    assert token_dtype(2**16) is np.uint16
+    assert token_dtype(2**16 + 1) is np.int32
+
+
+def test_the_fingerprint_is_of_what_makes_tokens(tiny_llama, tmp_path):
+    copy = shutil.copytree(tiny_llama, tmp_path / "copy")
+    assert opened(copy).fingerprint() == opened(tiny_llama).fingerprint() != BYTES.fingerprint()
+    content = json.loads((copy / "tokenizer.json").read_text())
+    content["model"]["merges"].pop()
+    (copy / "tokenizer.json").write_text(json.dumps(content))
+    assert opened(copy).fingerprint() != opened(tiny_llama).fingerprint()
+
+
+def store_config(folder: Path, tokenizer: Path) -> DataConfig:
+    files = str(folder / "*.txt")
+    return DataConfig(source="text_files", files=files, tokenizer=str(tokenizer), token_store=str(folder / "stores"))
 
 
 def test_a_model_with_fewer_embeddings_than_tokens_is_refused(tiny_llama, tmp_path):
     (tmp_path / "one.txt").write_text("a sequence " * 100)
-    data = DataConfig(
-        source="text_files", files=f"{tmp_path}/*", tokenizer=str(tiny_llama), sequence_length=4, validation_sequences=1
-    )
-    open_corpus(data, vocab_size=2048).check()
+    config = store_config(tmp_path, tiny_llama)
+    open_stores(config, 2048, print)
     parts = (f"data.tokenizer={tiny_llama}", "2,048 tokens", "model.vocab_size=2047", "model.vocab_size=2048")
     with refused(CorpusError, *parts):
-        open_corpus(data, vocab_size=2047).check()
+        open_stores(config, 2047, print)
 
 
 def test_text_of_an_added_token_that_the_model_lacks_is_refused(tiny_llama, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama)
     tokenizer.add_tokens(["<image>"], special_tokens=True)  # as Gemma 3's, of which its text model knows nothing
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    for number, text in enumerate(["some words of text " * 20, "an <image> here " * 20]):
-        (tmp_path / f"{number}.txt").write_text(text)
-    config = DataConfig(
-        source="text_files",
-        files=str(tmp_path / "*.txt"),
-        tokenizer=str(tmp_path / "tokenizer"),
-        sequence_length=4,
-        validation_sequences=1,
-    )
-    corpus = open_corpus(config, 2048)
-    corpus.check()  # reads no further than it needs to
+    (tmp_path / "0.txt").write_text("some words of text " * 20)
+    config = store_config(tmp_path, tmp_path / "tokenizer")
+    open_stores(config, 2048, print)
+    (tmp_path / "1.txt").write_text("an <image> here " * 20)
     with refused(CorpusError, "token 2048", "model has 2048"):
-        list(itertools.islice(corpus.training(cursor=0), 100))
+        open_stores(config, 2048, print)
 
 
 def test_bytes_fit_a_model_of_257_tokens():

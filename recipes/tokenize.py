@@ -1,0 +1,67 @@
+"""python -m recipes.tokenize SETTINGS...: makes the token stores of a run before it, as on a machine without GPUs.
+
+SETTINGS are those of train.py, such as data=jsonl data.files='texts/*.jsonl.gz' data.tokenizer=FOLDER. Only those of
+the data matter, and model.path, whose tokenizer is used. Prints one line per store. A store that is there is kept.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import CompactHydraException
+
+from conf.compose import as_hydra_types_it, describe_error, to_config
+from conf.schema import Config, ConfigError, source_configs
+from data.store import OpenedStore, open_counted, validation_configs
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+
+
+def tokenize(config: Config) -> None:
+    """Make the stores of all sources and validation sources. Raises ConfigError if one cannot be made."""
+    if config.model.path is not None and config.data.tokenizer is None:
+        folder = Path(config.model.path).expanduser()
+        config.data.tokenizer = str(folder.resolve()) if folder.exists() else config.model.path
+    sources = source_configs(config.data).items()
+    validation = validation_configs(config.data).items()
+    for name, source in [*sources, *((f"{name}, validation", source) for name, source in validation)]:
+        print(f"{name}: {_summary(open_counted(source, name, _say))}", flush=True)
+
+
+def _summary(opened: OpenedStore) -> str:
+    counts, seconds = opened.counts, max(opened.counts.seconds, 1e-3)
+    skipped = f"{counts.num_skipped:,} rows skipped, {counts.num_empty:,} empty"
+    made = f"made in {seconds:.1f} s" if opened.is_new else f"found, made in {seconds:.1f} s before"
+    return (
+        f"{counts.num_documents:,} documents, {counts.num_tokens:,} tokens, {skipped}; {opened.folder}, {made}, "
+        f"{counts.num_tokens / seconds:,.0f} tokens/s"
+    )
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def main(arguments: list[str]) -> None:
+    if "--help" in arguments or "-h" in arguments:
+        print((__doc__ or "").strip())
+        return
+    ConfigStore.instance().store(name="schema", node=Config)
+    try:
+        if flag := next((argument for argument in arguments if argument.startswith("-")), None):
+            raise ConfigError(f"{flag} is not known: give settings as for train.py, such as data=stdlib")
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            composed = hydra.compose("config", [as_hydra_types_it(argument) for argument in arguments])
+        tokenize(to_config(composed))
+    except (ConfigError, CompactHydraException) as error:
+        sys.exit(f"error: {describe_error(error)}")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
