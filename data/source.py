@@ -1,109 +1,433 @@
-"""The sources of text, all read with `datasets` as a stream of documents."""
+"""The documents of a source, in a fixed order: files sorted by name, rows as they come. Each knows its file and row.
+
+A document is a text, or with data=chat a `Conversation`. A row that cannot be read is a `BadRow`, which says why.
+Megatron's files hold tokens already: `MegatronFile`.
+"""
 
 from __future__ import annotations
 
 import glob
+import io
+import json
 import lzma
 import os
-import random
 import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from conf.schema import ConfigError, DataConfig
+import numpy as np
+
+from conf.schema import ConfigError, DataConfig, source_configs
 
 _NOT_LIBRARY_CODE = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
+_CODECS = {".gz": "gzip", ".zst": "zstd"}
+_BATCH_ROWS = 1024  # of parquet
+_FIX = "correct the row, or leave out such rows with data.bad_rows=skip"
+_FIX_FILE = "give the whole file again, or leave out what cannot be read with data.bad_rows=skip"
+# raised by damaged files: pyarrow's are ValueErrors and OSErrors, the last three come from compressed files
+_UNREADABLE = (OSError, ValueError, EOFError, zlib.error, lzma.LZMAError)
 
 
 class CorpusError(ConfigError):
-    """The corpus cannot be opened or is too short."""
+    """The corpus cannot be opened, has a row that cannot be read, or is too short."""
+
+
+class Conversation(NamedTuple):
+    """One row of data=chat: messages, or a prompt and its completion, both text or both messages."""
+
+    messages: list[dict[str, Any]] | None
+    prompt: Any = None
+    completion: Any = None
+    tools: Any = None
+
+
+class BadRow(NamedTuple):
+    """A row that cannot be read."""
+
+    problem: str  # what is wrong and what to do
+
+
+class Position(NamedTuple):
+    """Where reading goes on: after so many rows of a file."""
+
+    file: int = 0
+    rows: int = 0
+
+
+BEGINNING = Position()
+
+
+class Row(NamedTuple):
+    """One row of a source."""
+
+    file: int  # its number in `Source.files`; 0 for a data set
+    number: int  # in the file, from 1 on; of JSON lines the line
+    content: str | Conversation | BadRow
+    following: Position
+    bytes_read: int  # of all files so far, about
+
+
+@dataclass(frozen=True)
+class Source:
+    """Documents to read.
+
+    `files` are all that is read, in order; `revision` says the version of a data set that is not here.
+    """
+
+    config: DataConfig
+    description: str
+    files: tuple[str, ...]
+    revision: str | None = None
+
+    @property
+    def num_bytes(self) -> int | None:
+        """Of its files; None for a data set."""
+        return sum(map(os.path.getsize, self.files)) if self.config.name is None else None
+
+    def where(self, file: int, number: int) -> str:
+        """A row for people, as in "texts/a.jsonl, row 3"."""
+        if self.config.name is not None:
+            return f"{self.description}, row {number}"
+        name = os.path.relpath(self.files[file])
+        name = self.files[file] if name.startswith("..") else name
+        return name if self.config.source in ("stdlib", "text_files") else f"{name}, row {number}"
+
+    def rows(self, start: Position = BEGINNING) -> Iterator[Row]:
+        """The rows from a position on. Raises CorpusError if nothing can be read."""
+        if self.config.name is not None:
+            yield from self._data_set_rows(start.rows)
+            return
+        bytes_before = sum(map(os.path.getsize, self.files[: start.file]))
+        for index in range(start.file, len(self.files)):
+            size, skip = os.path.getsize(self.files[index]), start.rows if index == start.file else 0
+            number = skip
+            try:
+                for number, content, share in self._file_rows(self.files[index], skip):
+                    yield Row(index, number, content, Position(index, number), bytes_before + min(size, int(share)))
+            except CorpusError:
+                raise
+            except FileNotFoundError as error:
+                raise CorpusError(f"{self.files[index]} is gone: it was there when the files were listed") from error
+            except _UNREADABLE as error:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                bad = BadRow(f"the file cannot be read from here on ({reason}): {_FIX_FILE}")
+                yield Row(index, number + 1, bad, Position(index + 1), bytes_before + size)
+            bytes_before += size
+
+    def _file_rows(self, name: str, skip: int) -> Iterator[tuple[int, str | Conversation | BadRow, float]]:
+        """Number, content, and how many of the file's bytes were read."""
+        if self.config.source in ("stdlib", "text_files"):
+            return self._text(name, skip)
+        if name.endswith(".parquet") or self.config.source == "parquet":
+            return self._parquet_rows(name, skip)
+        return self._json_rows(name, skip)
+
+    def _text(self, name: str, skip: int) -> Iterator[tuple[int, str | BadRow, float]]:
+        if skip:
+            return
+        data = Path(name).read_bytes()
+        content: str | BadRow
+        try:
+            content = data.decode("utf-8", "replace" if self.config.source == "stdlib" else "strict")
+        except UnicodeDecodeError as error:
+            content = BadRow(
+                f"byte {error.start:,} is not UTF-8: convert the file (iconv -t utf-8), or leave out such files with "
+                "data.bad_rows=skip"
+            )
+        yield 1, content, len(data)
+
+    def _json_rows(self, name: str, skip: int) -> Iterator[tuple[int, str | Conversation | BadRow, float]]:
+        codec, number = _CODECS.get(Path(name).suffix), 0
+        with open(name, "rb", buffering=0 if codec else 2**20) as raw:
+            lines = raw if codec is None else _decompressed(raw, codec)
+            share = 0
+            for number, line in enumerate(lines, 1):
+                share = share + len(line) if codec is None else raw.tell()
+                if number > skip and not line.isspace():
+                    yield number, self._json_row(line, number), share
+        if number == 0 and not skip:
+            yield 1, BadRow("the file is empty: take it out of data.files, or add data.bad_rows=skip"), 0
+
+    def _json_row(self, line: bytes, number: int) -> str | Conversation | BadRow:
+        try:
+            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except UnicodeDecodeError as error:
+            return BadRow(f"byte {error.start:,} is not UTF-8: {_FIX}")
+        except ValueError as error:
+            return BadRow(f"broken JSON ({error}): {_FIX}")
+        except RecursionError:
+            return BadRow(f"JSON that is nested too deeply: {_FIX}")
+        if not isinstance(row, dict):
+            return BadRow(f"a {type(row).__name__}, no object with columns: {_FIX}")
+        return self._content(row)
+
+    def _parquet_rows(self, name: str, skip: int) -> Iterator[tuple[int, str | Conversation | BadRow, float]]:
+        import pyarrow.parquet
+
+        size = os.path.getsize(name)
+        with pyarrow.parquet.ParquetFile(name) as file:
+            columns = [column for column in self._columns if column in file.schema_arrow.names]
+            if not columns:
+                raise CorpusError(f"{name}: {self._no_column(file.schema_arrow.names)}")
+            num_rows, first = file.metadata.num_rows, 0
+            if not num_rows and not skip:
+                yield 1, BadRow("the file has no rows: take it out of data.files, or add data.bad_rows=skip"), 0
+            for group in range(file.num_row_groups):
+                end = first + file.metadata.row_group(group).num_rows
+                batches = file.iter_batches(_BATCH_ROWS, [group], columns) if end > skip else ()
+                for batch in batches:
+                    for index in range(max(0, skip - first), batch.num_rows):
+                        number = first + index + 1
+                        try:
+                            row = {column: batch.column(column)[index].as_py() for column in columns}
+                        except UnicodeDecodeError as error:
+                            yield number, BadRow(f"byte {error.start:,} is not UTF-8: {_FIX}"), 0
+                            continue
+                        yield number, self._content(row), size * number / num_rows
+                    first += batch.num_rows
+                first = end
+
+    def _data_set_rows(self, skip: int) -> Iterator[Row]:
+        from datasets.exceptions import DatasetsError
+
+        number = skip
+        try:
+            dataset = _load_data_set(self.config, self.revision)
+            columns = dataset.column_names
+            if columns is not None and not any(column in columns for column in self._columns):
+                raise CorpusError(f"{self.description}: {self._no_column(columns)}")
+            for number, row in enumerate(dataset.skip(skip) if skip else dataset, skip + 1):
+                yield Row(0, number, self._content(row), Position(0, number), 0)
+        except CorpusError:
+            raise
+        except (*_UNREADABLE, DatasetsError) as error:
+            # for a file that was deleted after it was listed, `datasets` gives only the name
+            reason = "no such file: " if isinstance(error, FileNotFoundError) and error.errno is None else ""
+            reason += " ".join(str(error).split())
+            raise CorpusError(f"{self.description}, row {number + 1} cannot be read: {reason}") from error
+
+    @property
+    def _columns(self) -> tuple[str, ...]:
+        """The columns that are read, if they are there."""
+        if self.config.source == "chat":
+            return self.config.messages_field, "prompt", "completion", "tools"
+        return (self.config.text_field,)
+
+    def _no_column(self, columns: Iterable[str]) -> str:
+        found = f"set data.{{}} to one of {sorted(columns)}"
+        if self.config.source != "chat":
+            return f"no column {self.config.text_field!r}: {found.format('text_field')}"
+        return (
+            f"no column {self.config.messages_field!r} of messages, and no prompt and completion: "
+            f"{found.format('messages_field')}"
+        )
+
+    def _content(self, row: dict[str, Any]) -> str | Conversation | BadRow:
+        """What a row holds. A null is a text without characters."""
+        if self.config.source == "chat":
+            return self._conversation(row)
+        field = self.config.text_field
+        text = row.get(field, row)
+        if isinstance(text, str):
+            return text
+        if text is None:
+            return ""
+        if text is row:
+            return BadRow(f"{self._no_column(row)}, or leave out such rows with data.bad_rows=skip")
+        return BadRow(
+            f"{type(text).__name__}, not text, in column {field!r}: {_FIX}, or set data.text_field to one of "
+            f"{sorted(row)}"
+        )
+
+    def _conversation(self, row: dict[str, Any]) -> Conversation | BadRow:
+        tools, messages = row.get("tools") or None, row.get(self.config.messages_field)
+        prompt: Any = row.get("prompt")
+        completion: Any = row.get("completion")
+        if isinstance(tools, str):
+            try:
+                tools = json.loads(tools) or None
+            except ValueError:
+                return BadRow(f"broken JSON in column 'tools': {_FIX}")
+        if messages is not None:
+            problem = _messages_problem(messages)
+            if problem:
+                return BadRow(f"{problem} in column {self.config.messages_field!r}: {_FIX}")
+            return Conversation(_without_nulls(messages), tools=tools)
+        if prompt is None or completion is None:
+            return BadRow(f"{self._no_column(row)}, or leave out such rows with data.bad_rows=skip")
+        if isinstance(prompt, str) and isinstance(completion, str):
+            return Conversation(None, prompt, completion, tools)
+        for column, value in (("prompt", prompt), ("completion", completion)):
+            if problem := _messages_problem(value):
+                return BadRow(f"{problem} in column {column!r}, which may be text if both are: {_FIX}")
+        return Conversation(None, _without_nulls(prompt), _without_nulls(completion), tools)
+
+
+def _messages_problem(messages: Any) -> str | None:
+    if not isinstance(messages, list) or not messages:
+        return f"{'an empty list' if messages == [] else type(messages).__name__}, not messages,"
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            return "a message without a role"
+        if message.get("content") is None and not message.get("tool_calls"):
+            return "a message without content"
+    return None
+
+
+def _without_nulls(messages: Any) -> list[dict[str, Any]]:
+    """Parquet and `datasets` fill in what a message lacks with nulls."""
+    return [{key: value for key, value in message.items() if value is not None} for message in messages]
+
+
+def _decompressed(raw: Any, codec: str) -> io.BufferedReader:
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.CompressedInputStream(raw, codec), 2**20)
+
+
+_MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
+_MEGATRON_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+
+
+class MegatronFile:
+    """Tokens that Megatron-LM's preprocess_data has written: a .bin of tokens, and an .idx with the documents' ends."""
+
+    def __init__(self, name: str) -> None:
+        """Raises CorpusError if the two files do not belong together or are cut off."""
+        self.name, index = name, str(Path(name).with_suffix(".idx"))
+        advice = "give the whole pair of .bin and .idx that Megatron's tools/preprocess_data.py has written"
+        try:
+            with open(index, "rb") as file:
+                if file.read(9) != _MEGATRON_MAGIC:
+                    raise CorpusError(f"{index} is no index of Megatron's: {advice}")
+                version = int.from_bytes(file.read(8), "little")
+                code = int.from_bytes(file.read(1), "little")
+                if version != 1 or code not in _MEGATRON_DTYPES:
+                    raise CorpusError(f"{index} has version {version}, dtype {code}, not tokens of version 1: {advice}")
+                num_sequences, num_documents = np.fromfile(file, "<u8", 2).tolist()
+                if os.path.getsize(index) < file.tell() + 12 * num_sequences + 8 * num_documents:
+                    raise CorpusError(f"{index} is cut off: {advice}")
+                lengths = np.fromfile(file, "<i4", num_sequences)
+                pointers = np.fromfile(file, "<i8", num_sequences)
+                documents = np.fromfile(file, "<i8", num_documents)
+            dtype = np.dtype(_MEGATRON_DTYPES[code])
+            starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+            needed, found = int(starts[-1]) * dtype.itemsize, os.path.getsize(name)
+        except FileNotFoundError as error:
+            raise CorpusError(f"{error.filename} is missing: {advice}") from error
+        except (OSError, ValueError, MemoryError) as error:  # numbers are missing
+            raise CorpusError(f"{index} cannot be read or is cut off ({error}): {advice}") from error
+        if num_documents == 0 or documents[0] != 0 or documents[-1] != num_sequences:
+            raise CorpusError(f"{index} is cut off or damaged: {advice}")
+        if (np.diff(documents) < 0).any() or (lengths < 0).any():
+            raise CorpusError(f"{index} is damaged, a length is negative: {advice}")
+        if found != needed:
+            raise CorpusError(f"{name} has {found:,} bytes, and its index {needed:,}: {advice}")
+        if not np.array_equal(pointers, starts[:-1] * dtype.itemsize):
+            raise CorpusError(f"{index} points to tokens in another order than {name} has them: {advice}")
+        self.tokens: np.ndarray = np.memmap(name, dtype, "r") if needed else np.zeros(0, dtype)
+        self.ends: np.ndarray = starts[documents[1:]]  # [N] of documents
 
 
 def is_local(config: DataConfig) -> bool:
     """Whether the corpus and its tokenizer are on this machine, so that reading it downloads nothing."""
-    return _is_text_local(config) and (config.tokenizer is None or Path(config.tokenizer).exists())
+    is_here = config.tokenizer is None or Path(config.tokenizer).exists()
+    return is_here and all(_is_text_local(source) for source in source_configs(config).values())
 
 
 def _is_text_local(config: DataConfig) -> bool:
-    return config.source != "hub" or Path(str(config.name)).exists()
+    return config.name is None or Path(config.name).exists()
 
 
-class Documents:
-    """The documents of a data set, in the same order each time. Iterating raises CorpusError if it cannot be read."""
+def open_source(config: DataConfig) -> Source:
+    """The configured source, which is no mixture. Raises CorpusError if it has no files or is not on the hub."""
+    if config.name is not None:
+        description = f"data.name={config.name}, split {config.split}"
+        if not _is_text_local(config):
+            return Source(config, description, (), "")
+        names = glob.glob(f"{glob.escape(config.name)}/**", recursive=True)  # without hidden files, as load_dataset
+        return Source(config, description, tuple(sorted(name for name in names if os.path.isfile(name))))
+    description = "Python's standard library" if config.source == "stdlib" else f"data.files={config.files}"
+    files = _files(config)
+    if not files:
+        raise CorpusError(f"{description} has no file to read: use data=text_files data.files='texts/*.txt'")
+    return Source(config, description, tuple(files))
 
-    def __init__(self, dataset: Iterable[dict], text_field: str, description: str) -> None:
-        self._dataset, self._text_field, self.description = dataset, text_field, description
 
-    def __iter__(self) -> Iterator[str]:
-        from datasets.exceptions import DatasetsError
+def hub_source(source: Source, revision: str | None = None) -> Source:
+    """The source with the newest revision of its data set on the hub, or the one given. Raises CorpusError."""
+    import huggingface_hub
+    from huggingface_hub.errors import HTTPError  # not an OSError
 
+    if revision is None:
         try:
-            for row in self._dataset:
-                text = row.get(self._text_field)
-                if isinstance(text, str):
-                    yield text
-                elif text is not None or self._text_field not in row:
-                    found = f"{type(text).__name__}, not text, in its" if self._text_field in row else "no"
-                    raise CorpusError(
-                        f"{self.description} has {found} column {self._text_field!r}: set data.text_field to one of "
-                        f"{sorted(row)}"
-                    )
-        except CorpusError:
-            raise
-        # pyarrow raises ValueErrors; truncated or damaged compressed files raise the last three
-        except (OSError, ValueError, DatasetsError, EOFError, zlib.error, lzma.LZMAError) as error:
-            # for a file that was deleted after it was listed, `datasets` gives only the name
-            reason = "no such file: " if isinstance(error, FileNotFoundError) and error.errno is None else ""
-            raise CorpusError(f"{self.description} cannot be read: {reason}{error}") from error
+            if huggingface_hub.constants.HF_HUB_OFFLINE:
+                raise OSError("HF_HUB_OFFLINE is set, and it was not tokenized before")
+            # load_dataset would retry for 30 s
+            revision = huggingface_hub.HfApi().dataset_info(str(source.config.name), timeout=10).sha
+        except (OSError, ValueError, HTTPError) as error:
+            raise _cannot_be_opened(source.config, error) from error
+    return replace(source, revision=revision)
 
 
-def open_documents(config: DataConfig) -> Documents:
-    """The documents of the configured source, in a fixed order. Raises CorpusError if it cannot be opened."""
-    return SOURCES[config.source](config)
+def is_offline() -> bool:
+    """Whether the hub must not be asked."""
+    import huggingface_hub
+
+    return huggingface_hub.constants.HF_HUB_OFFLINE
+
+
+def _load_data_set(config: DataConfig, revision: str | None) -> Any:
+    datasets = _datasets()
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        return datasets.load_dataset(
+            config.name, config.subset, split=config.split, streaming=True, revision=revision or None
+        )
+    except (OSError, ValueError, HTTPError, DatasetsError) as error:
+        raise _cannot_be_opened(config, error) from error
+
+
+def _cannot_be_opened(config: DataConfig, error: Exception) -> CorpusError:
+    return CorpusError(
+        f"data.name={config.name} cannot be opened ({type(error).__name__}: {' '.join(str(error).split())}): check "
+        "data.name, data.subset, data.split and the network, or use data=stdlib"
+    )
 
 
 def describe(config: DataConfig, num_tokens: int) -> str:
     """The source for people: its files and size, and how much of it `num_tokens` training tokens are."""
     tokenizer = f", tokenizer {config.tokenizer}" if config.tokenizer else ""
-    if config.source == "hub":
-        name = f"hub, {config.name}, split {config.split}{tokenizer}"
+    if config.source == "mixture":
+        shares = ", ".join(f"{name} {entry['weight']:g}" for name, entry in config.sources.items())
+        return f"mixture of {shares}{tokenizer}: {num_tokens:,} tokens in these steps"
+    if config.name is not None:
+        name = f"{config.source}, {config.name}, split {config.split}{tokenizer}"
         return f"{name}: {num_tokens:,} tokens in these steps, of a size unknown here"
     files = _files(config)
     num_bytes = sum(map(os.path.getsize, files))
     source = config.source if config.source == "stdlib" else f"{config.source}, data.files={config.files}"
     text = f"{source}: {len(files):,} files, about"
-    if config.tokenizer:  # how many tokens that is nobody knows before all of it was tokenized
-        return f"{text} {num_bytes:,} bytes of text{tokenizer}; {num_tokens:,} tokens in these steps"
+    if config.source == "megatron":
+        return f"{source}: {len(files):,} files, {num_bytes:,} bytes of tokens; {num_tokens:,} tokens in these steps"
+    if config.tokenizer or config.source not in ("stdlib", "text_files"):  # nobody knows before all was tokenized
+        return f"{text} {num_bytes:,} bytes{tokenizer}; {num_tokens:,} tokens in these steps"
     size = max(1, num_bytes + len(files))  # a separator after each
     return f"{text} {size:,} tokens; {num_tokens:,} in these steps, {num_tokens / size:.3g} epochs"
 
 
 def _files(config: DataConfig) -> list[str]:
-    """The files of stdlib or text_files, sorted."""
+    """The files of a source, sorted."""
     if config.source == "stdlib":
         return stdlib_files()
     patterns = [config.files] if isinstance(config.files, str) else config.files
     names = {name for pattern in patterns for name in glob.glob(pattern, recursive=True) if Path(name).is_file()}
     return [str(Path(name).resolve()) for name in sorted(names)]
-
-
-def _open_files(config: DataConfig) -> Documents:
-    description = "Python's standard library" if config.source == "stdlib" else f"data.files={config.files}"
-    files = _files(config)
-    if not files:
-        raise CorpusError(f"{description} has no file to read: use data=text_files data.files='texts/*.txt'")
-    random.Random(config.shuffle_seed).shuffle(files)
-    dataset = _datasets().load_dataset(
-        "text",
-        data_files=[glob.escape(name) for name in files],
-        sample_by="document",
-        encoding_errors="replace",
-        split="train",
-        streaming=True,
-    )
-    return Documents(dataset, "text", description)
 
 
 def _datasets() -> Any:
@@ -124,23 +448,12 @@ def stdlib_files() -> list[str]:
     return sorted(files)
 
 
-def _open_hub(config: DataConfig) -> Documents:
-    datasets = _datasets()
-    import huggingface_hub
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import HTTPError  # not an OSError
-
-    description, name = f"data.name={config.name}", str(config.name)
-    try:
-        if not _is_text_local(config) and not huggingface_hub.constants.HF_HUB_OFFLINE:
-            huggingface_hub.HfApi().dataset_info(name, timeout=10)  # load_dataset retries for 30 s
-        dataset = datasets.load_dataset(name, config.subset, split=config.split, streaming=True)
-    except (OSError, ValueError, HTTPError, DatasetsError) as error:
-        raise CorpusError(
-            f"{description} cannot be opened ({type(error).__name__}: {error}): check data.name, data.subset, "
-            "data.split and the network, or use data=stdlib"
-        ) from error
-    return Documents(dataset, config.text_field, description)
-
-
-SOURCES = {"stdlib": _open_files, "text_files": _open_files, "hub": _open_hub}
+def open_documents(config: DataConfig) -> list[str]:
+    """All texts of a source, for `data.pack`."""
+    source = open_source(config)
+    texts = []
+    for row in source.rows():
+        if isinstance(row.content, BadRow):
+            raise CorpusError(f"{source.where(row.file, row.number)}: {row.content.problem}")
+        texts.append(str(row.content))
+    return texts

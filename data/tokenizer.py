@@ -5,6 +5,8 @@ Both end a document with a separator, so that a sequence may hold several docume
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,50 +25,117 @@ class Tokenizer(Protocol):
     """How documents become tokens."""
 
     name: str  # for messages
-    size: int  # tokens are below it
-    batch_characters: int  # documents of together so many are tokenized at once; 0: each by itself
+    size: int  # a model's vocabulary needs so many
+    dtype: Any  # numpy's, of tokens on disk
+    batch_characters: int  # documents of together so many are tokenized at once
 
     def encode(self, texts: list[str]) -> list[Tokens]:
-        """Each document's tokens and the separator."""
+        """Each document's tokens and the separator; of a text without tokens the separator alone."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Equal for tokenizers that make equal tokens."""
         ...
 
 
+def token_dtype(size: int) -> Any:
+    """The smallest of uint16 and int32 that holds tokens below `size`."""
+    return np.uint16 if size <= 2**16 else np.int32
+
+
 class ByteTokenizer:
-    """UTF-8 bytes, int16."""
+    """UTF-8 bytes."""
 
     name = "bytes"
     size = SEPARATOR + 1
-    batch_characters = 0
+    dtype: Any = np.uint16
+    batch_characters = 2**20
 
     def encode(self, texts: list[str]) -> list[Tokens]:
-        as_bytes = (np.frombuffer(text.encode("utf-8", "replace"), np.uint8) for text in texts)
-        return [np.append(numbers.astype(np.int16), np.int16(SEPARATOR)) for numbers in as_bytes]
+        as_bytes = [text.encode("utf-8", "replace") for text in texts]
+        joined = np.frombuffer(b"\0".join([*as_bytes, b""]), np.uint8).astype(self.dtype)
+        ends = np.cumsum([len(one) + 1 for one in as_bytes])
+        joined[ends - 1] = SEPARATOR
+        return np.split(joined, ends[:-1])
+
+    def fingerprint(self) -> str:
+        return self.name
 
 
 BYTES = ByteTokenizer()
 
 
 class PretrainedTokenizer:
-    """A tokenizer of `transformers`, int32. It adds no special token but EOS, the separator."""
+    """A tokenizer of `transformers`. It adds no special token but EOS, the separator.
 
-    batch_characters = 2**18  # a fast tokenizer's batches use all cores
+    Attributes:
+        wrapped: of `transformers`.
+        eos_id: the separator.
+    """
+
+    batch_characters = 2**20  # a fast tokenizer's batches use all cores
 
     def __init__(self, name: str, tokenizer: Any, eos_id: int) -> None:
-        self.name, self._tokenizer, self._eos_id = name, tokenizer, eos_id
+        self.name, self.wrapped, self.eos_id = name, tokenizer, eos_id
         # Without tokens added to the vocabulary, such as Gemma 3's image token, which its text model does not have.
         # Numbers may be left out, so that counting them is not enough.
         added = tokenizer.added_tokens_decoder.keys() - {eos_id}
-        self.size = 1 + max(number for number in tokenizer.get_vocab().values() if number not in added)
+        numbers = set(tokenizer.get_vocab().values())
+        self.size = 1 + max(number for number in numbers if number not in added)
+        self.dtype = token_dtype(1 + max(numbers | {eos_id}))
+        self._backend = _plain_backend(tokenizer)
 
     def encode(self, texts: list[str]) -> list[Tokens]:
-        legal = [text.encode("utf-8", "replace").decode() for text in texts]  # a lone surrogate is an error in Rust
-        batch = self._tokenizer(legal, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        return [np.array([*tokens, self._eos_id], np.int32) for tokens in batch["input_ids"]]
+        return [np.array([*tokens, self.eos_id], self.dtype) for tokens in self.tokens(texts)]
+
+    def tokens(self, texts: list[str]) -> list[list[int]]:
+        """Each text's tokens, and nothing else: as `transformers` makes them with add_special_tokens=False."""
+        try:
+            return self._tokens(texts)
+        except Exception:  # a lone surrogate is an error in Rust, which the library reports as a TypeError
+            legal = [text.encode("utf-8", "replace").decode() for text in texts]
+            if legal == texts:
+                raise
+            return self._tokens(legal)
+
+    def _tokens(self, texts: list[str]) -> list[list[int]]:
+        if self._backend is None:
+            options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+            return self.wrapped(texts, **options)["input_ids"]
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def fingerprint(self) -> str:
+        backend = getattr(self.wrapped, "backend_tokenizer", None)
+        if backend is not None:
+            parts = [backend.to_str(), self.eos_id, bool(self.wrapped.split_special_tokens)]
+        else:
+            settings = {key: str(value) for key, value in self.wrapped.init_kwargs.items()}
+            parts = [type(self.wrapped).__name__, self.wrapped.get_vocab(), settings, self.eos_id]
+            for file in vars(self.wrapped).values():  # what is beside the vocabulary, such as merges or a model
+                if isinstance(file, str) and Path(file).is_file():
+                    parts.append(hashlib.blake2b(Path(file).read_bytes()).hexdigest())
+        return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def save(self, folder: Path) -> None:
         """Write it as from_pretrained reads it, with its chat template."""
-        self._tokenizer.eos_token = self._tokenizer.convert_ids_to_tokens(self._eos_id)  # a bare file does not say it
-        self._tokenizer.save_pretrained(folder)
+        self.wrapped.eos_token = self.wrapped.convert_ids_to_tokens(self.eos_id)  # a bare file does not say it
+        self.wrapped.save_pretrained(folder)
+
+
+def _plain_backend(tokenizer: Any) -> Any:
+    """The Rust tokenizer, if calling `tokenizer` does nothing else than to call it; else None."""
+    from transformers import PreTrainedTokenizerFast
+
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return None
+    for method in ("__call__", "_encode_plus"):
+        if getattr(type(tokenizer), method) is not getattr(PreTrainedTokenizerFast, method):
+            return None
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    return backend
 
 
 def save_tokenizer(config: DataConfig, folder: Path) -> None:

@@ -1,0 +1,136 @@
+"""A conversation to tokens, and which of them are trained: what the assistant says, or a completion.
+
+Messages become text by the tokenizer's own chat template. What the assistant says is what the template marks by
+`{% generation %}`; a completion is trained where the template does not say more.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data.source import BadRow, Conversation, CorpusError
+from data.tokenizer import PretrainedTokenizer, Tokenizer
+
+_GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
+_ADVICE = "or give rows of prompt and completion, which need no mark"
+
+
+class EncodedChat(NamedTuple):
+    """One conversation."""
+
+    tokens: np.ndarray  # [n]
+    trained: np.ndarray  # [n] bool
+
+
+class ChatEncoder:
+    """Conversations to tokens by the tokenizer's chat template.
+
+    Raises:
+        CorpusError: for bytes, which have no template.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        if not isinstance(tokenizer, PretrainedTokenizer):
+            raise CorpusError(
+                "data=chat needs a tokenizer with a chat template, and bytes have none: add "
+                "data.tokenizer=FOLDER_OR_HUB_NAME"
+            )
+        self._tokenizer, self._wrapped = tokenizer, tokenizer.wrapped
+        self._ends = {*self._wrapped.all_special_ids, *self._wrapped.added_tokens_decoder, tokenizer.eos_id}
+
+    def fingerprint(self) -> str:
+        """Of the template."""
+        return repr(self._wrapped.chat_template)
+
+    def encode(self, conversations: list[Conversation]) -> list[EncodedChat | BadRow]:
+        """The tokens of each, with EOS where the template writes no end.
+
+        Raises:
+            CorpusError: if there is no template that says what is trained.
+        """
+        plain = [one.messages for one in conversations if one.messages is not None and one.tools is None]
+        rendered = iter(self._batch(plain))
+        return [
+            next(rendered) if one.messages is not None and one.tools is None else self._single(one)
+            for one in conversations
+        ]
+
+    def _batch(self, conversations: list[list[dict[str, Any]]]) -> list[EncodedChat | BadRow]:
+        if not conversations:
+            return []
+        self._check_template(None, needs_generation=True)
+        try:
+            return [self._of_assistant(*parts) for parts in self._masked(conversations, None)]
+        except Exception:  # one of them fails in the template: find it
+            return [self._single(Conversation(one)) for one in conversations]
+
+    def _single(self, one: Conversation) -> EncodedChat | BadRow:
+        if isinstance(one.prompt, str):
+            prompt, completion = self._tokenizer.tokens([one.prompt, one.completion])
+            if not completion:
+                return BadRow("an empty completion: nothing to train on")
+            return self._ended([*prompt, *completion], [False] * len(prompt) + [True] * len(completion))
+        has_generation = self._check_template(one.tools, needs_generation=one.messages is not None)
+        try:
+            if one.messages is not None:
+                return self._of_assistant(*self._masked([one.messages], one.tools)[0])
+            return self._of_completion(one, has_generation)
+        except Exception as error:  # of Jinja, whatever the template does
+            reason = " ".join(str(error).split())
+            return BadRow(f"the chat template refuses it ({type(error).__name__}: {reason})")
+
+    def _check_template(self, tools: Any, needs_generation: bool) -> bool:
+        """Whether the template marks what the assistant says. Raises CorpusError if it must and does not."""
+        setting = f"data.tokenizer={self._tokenizer.name}"
+        try:
+            template = self._wrapped.get_chat_template(None, tools)
+        except ValueError:
+            raise CorpusError(
+                f"{setting} has no chat template: give the tokenizer of a model that was trained on chats, {_ADVICE} "
+                "if they are plain text"
+            ) from None
+        has_generation = _GENERATION.search(template) is not None
+        if needs_generation and not has_generation:
+            raise CorpusError(
+                f"the chat template of {setting} does not mark what the assistant says: in its chat_template.jinja "
+                "write {% generation %} before the assistant's content and {% endgeneration %} after its end token, "
+                f"{_ADVICE}"
+            )
+        return has_generation
+
+    def _masked(self, conversations: list[list[dict[str, Any]]], tools: Any) -> list[tuple[list[int], list[int]]]:
+        batch = self._wrapped.apply_chat_template(
+            conversations, tools=tools, return_assistant_tokens_mask=True, return_dict=True
+        )
+        return list(zip(batch["input_ids"], batch["assistant_masks"], strict=True))
+
+    def _of_assistant(self, tokens: list[int], mask: list[int]) -> EncodedChat | BadRow:
+        if not any(mask):
+            return BadRow("no assistant turn: nothing to train on")
+        return self._ended(tokens, list(map(bool, mask)))
+
+    def _of_completion(self, one: Conversation, has_generation: bool) -> EncodedChat | BadRow:
+        messages = [*one.prompt, *one.completion]
+        start = self._wrapped.apply_chat_template(
+            one.prompt, tools=one.tools, add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        if has_generation:
+            tokens, mask = self._masked([messages], one.tools)[0]
+        else:
+            tokens = self._wrapped.apply_chat_template(messages, tools=one.tools, return_dict=True)["input_ids"]
+            mask = [1] * len(tokens)
+        if tokens[: len(start)] != start:
+            return BadRow("the chat template writes the prompt in another way when the completion follows")
+        return self._of_assistant(tokens, [0] * len(start) + mask[len(start) :])
+
+    def _ended(self, tokens: list[int], trained: list[bool]) -> EncodedChat:
+        """With EOS, unless a special token is the last but for white space."""
+        last = len(tokens) - 1
+        while last > 0 and tokens[last] not in self._ends and not self._wrapped.decode([tokens[last]]).strip():
+            last -= 1
+        if tokens[last] not in self._ends:
+            tokens, trained = [*tokens, self._tokenizer.eos_id], [*trained, trained[last]]
+        return EncodedChat(np.array(tokens, self._tokenizer.dtype), np.array(trained, bool))
