@@ -127,10 +127,6 @@ class Corpus:
             documents = usable_documents(store, number, config)
             if own := (validation_stores or {}).get(name):
                 check_size(int(documents.lengths.sum()), config, name, 0)
-                if not own.ends[-1:].any():
-                    raise CorpusError(
-                        f"what validates {name} has no text: check data.validation_files and data.validation_split"
-                    )
                 self._validation[name] = validation_packs(usable_documents(own, 0, config), own, config, None)
             else:
                 check_size(int(documents.lengths.sum()), config, name, config.validation_sequences)
@@ -181,6 +177,8 @@ def validation_packs(documents: Documents, store: TokenStore, config: DataConfig
     """The first `num` packs of documents of `store` in a seeded order; None: all."""
     packs = window_packs(documents, config, (VALIDATION_PACKS, config.shuffle_seed))
     pieces = [tuple(piece._replace(source=0) for piece in pack) for pack in itertools.islice(packs, num)]
+    if not pieces:
+        raise CorpusError("there is no text to validate on: check data.validation_files or data.validation_split")
     return list(numbered(((pack, (store,)) for pack in pieces), 0, 0, config.sequence_length))
 
 
