@@ -18,14 +18,23 @@ from typing import NamedTuple
 import numpy as np
 
 from conf.schema import DataConfig
-from data.packing import Documents, PiecePack, generator, window_packs
+from data.documents import (
+    MIXTURE,
+    PACKS,
+    VALIDATION_PACKS,
+    Documents,
+    EndlessSource,
+    check_size,
+    generator,
+    hold_out,
+    usable_documents,
+)
+from data.packing import PiecePack, window_packs
 from data.source import CorpusError
 from data.store import TokenStore
 
 LastRead = tuple[int, int, str]  # the last sequence that was read: its epoch, its number there, and its SHA-256
 IGNORED_LABEL = -100  # torch's default ignore_index
-# the first number of a key of random numbers: what they are for
-HELD_OUT, ORDER, MIXTURE, PACKS, VALIDATION_PACKS = range(5)
 
 
 class Cursor(NamedTuple):
@@ -33,6 +42,9 @@ class Cursor(NamedTuple):
 
     epoch: int
     pack: int
+
+
+START = Cursor(0, 0)
 
 
 @dataclass(frozen=True)
@@ -108,108 +120,70 @@ class Corpus:
     ) -> None:
         self.names = tuple(stores)
         self.config = config
-        self._stores = tuple(stores.values())
+        self.stores = tuple(stores.values())
         weights = weights or dict.fromkeys(stores, 1.0)
-        self.weights = tuple(weights[name] / sum(weights.values()) for name in stores)
-        self._documents: list[Documents] = []  # of each source, to train on
-        self._validation: dict[str, tuple[Documents, TokenStore]] = {}
-        for source, (name, store) in enumerate(stores.items()):
-            documents, own = usable_documents(store, source, config), (validation_stores or {}).get(name)
-            check_size(documents, config, name, 0 if own else config.validation_sequences)
-            if own:
-                held_out = usable_documents(own, 0, config)
-                check_size(held_out, config, name, 0)
+        total = sum(weights[name] for name in stores)
+        self.weights = tuple(weights[name] / total for name in stores)
+        self.sources: list[EndlessSource] = []
+        self._validation: dict[str, list[Pack]] = {}
+        for number, (name, store) in enumerate(stores.items()):
+            documents = usable_documents(store, number, config)
+            if own := (validation_stores or {}).get(name):
+                check_size(int(documents.lengths.sum()), config, name, 0)
+                self._validation[name] = validation_packs(usable_documents(own, 0, config), own, config, None)
             else:
+                check_size(int(documents.lengths.sum()), config, name, config.validation_sequences)
                 held_out, documents = hold_out(documents, config)
-                held_out = held_out._replace(sources=held_out.sources * 0)
-            self._validation[name] = held_out, own or store
-            self._documents.append(documents)
-        self.tokens_per_epoch = sum(int(documents.lengths.sum()) for documents in self._documents)
+                self._validation[name] = validation_packs(held_out, store, config, config.validation_sequences)
+            self.sources.append(EndlessSource(documents, config.shuffle_seed, number, self.weights[number]))
+        self.tokens_per_epoch = sum(source.num_tokens for source in self.sources)
 
-    def training(self, cursor: Cursor = Cursor(0, 0)) -> Iterator[Pack]:  # noqa: B008
+    def training(self, cursor: Cursor = START) -> Iterator[Pack]:
         """Endless packs, from the cursor on."""
         skip = cursor.pack
         for epoch in itertools.count(cursor.epoch):
-            key = (PACKS, self.config.shuffle_seed, epoch)
-            packs = window_packs(self.epoch_documents(epoch), self.config, key, skip)
-            yield from numbered(packs, epoch, skip, self.config.sequence_length, self._stores)
+            packs = window_packs(self.epoch_documents(epoch), self.config, self.key_of_packs(epoch), skip)
+            of_stores = ((pieces, self.stores) for pieces in packs)
+            yield from numbered(of_stores, epoch, skip, self.config.sequence_length)
             skip = 0
 
     def validation(self) -> dict[str, list[Pack]]:
         """The packs to validate on, by source."""
-        packs = {}
-        for name, (documents, store) in self._validation.items():
-            found = window_packs(documents, self.config, (VALIDATION_PACKS, self.config.shuffle_seed))
-            if any(store is one for one in self._stores):  # held out
-                found = itertools.islice(found, self.config.validation_sequences)
-            packs[name] = list(numbered(found, 0, 0, self.config.sequence_length, (store,)))
-        return packs
+        return self._validation
 
     def epoch_documents(self, epoch: int) -> Documents:
         """All documents of an epoch, in its order."""
-        return self._documents[0][
-            generator(ORDER, self.config.shuffle_seed, epoch).permutation(self._documents[0].count)
-        ]
+        parts = [source.epoch(epoch, self.tokens_per_epoch) for source in self.sources]
+        if len(parts) == 1:
+            return parts[0]
+        joined = Documents.joined(parts)
+        key = (MIXTURE, self.config.shuffle_seed, epoch)
+        return joined.take(generator(*key).permutation(joined.num_documents))
+
+    def key_of_packs(self, epoch: int) -> tuple[int, ...]:
+        """The key of the order of packs within a window."""
+        return PACKS, self.config.shuffle_seed, epoch
 
 
 def numbered(
-    packs: Iterator[PiecePack], epoch: int, first: int, length: int, stores: Sequence[TokenStore]
+    packs: Iterator[tuple[PiecePack, Sequence[TokenStore]]], epoch: int, first: int, length: int
 ) -> Iterator[Pack]:
     """An epoch's packs from number `first` on, with their cursors: after the last comes the next epoch."""
     following, number = next(packs, None), first
-    while (pieces := following) is not None:
+    while (current := following) is not None:
         position = Cursor(epoch, number)
         following, number = next(packs, None), number + 1
         cursor = Cursor(epoch + 1, 0) if following is None else Cursor(epoch, number)
-        yield Pack(pieces, length, position, cursor, stores)
+        yield Pack(current[0], length, position, cursor, current[1])
 
 
-def usable_documents(store: TokenStore, source: int, config: DataConfig) -> Documents:
-    """A store's documents in their order, without empty ones and those that long_documents=drop drops."""
-    stops = np.asarray(store.ends, np.int64)
-    documents = Documents(np.full(len(stops), source), np.concatenate([[0], stops[:-1]]).astype(np.int64), stops)
-    lengths = documents.lengths
-    usable = lengths > 0
-    if config.long_documents == "drop":
-        usable &= lengths <= config.sequence_length
-        if not usable.any() and len(stops):
-            raise CorpusError(
-                f"data.long_documents=drop drops every document of {store.name}: the shortest has {lengths.min():,} "
-                f"tokens, more than data.sequence_length={config.sequence_length}: type data.long_documents=split"
-            )
-    return documents if usable.all() else documents[usable]
-
-
-def check_size(documents: Documents, config: DataConfig, name: str, validation_sequences: int) -> None:
-    """Raises CorpusError unless there is enough to hold out, and a sequence more."""
-    found, needed = int(documents.lengths.sum()), (validation_sequences + 1) * config.sequence_length
-    if found < needed:
-        raise CorpusError(
-            f"{name} has {found} tokens, but {validation_sequences} validation sequences and one to train on need "
-            f"{needed}: give more text, or a smaller data.sequence_length or data.validation_sequences"
-        )
-
-
-def hold_out(documents: Documents, config: DataConfig) -> tuple[Documents, Documents]:
-    """Documents to validate on, and the others: of a seeded order the shortest start with enough tokens.
-
-    The last document held out is split if it is longer than a sequence: its rest trains.
-    """
-    order = generator(HELD_OUT, config.shuffle_seed).permutation(documents.count)
-    needed = config.validation_sequences * config.sequence_length
-    ends = np.cumsum(documents.lengths[order])
-    last = int(np.searchsorted(ends, needed))
-    held_out = documents[order[: last + 1]]
-    is_training = np.ones(documents.count, bool)
-    is_training[order[: last + 1]] = False
-    rest = int(ends[last]) - needed
-    if rest and held_out.lengths[-1] > config.sequence_length:
-        held_out.stops[-1] -= rest
-        starts = documents.starts.copy()
-        starts[order[last]] = held_out.stops[-1]
-        is_training[order[last]] = True
-        documents = documents._replace(starts=starts)
-    return held_out, documents[is_training]
+def validation_packs(documents: Documents, store: TokenStore, config: DataConfig, num: int | None) -> list[Pack]:
+    """The first `num` packs of documents of `store` in a seeded order; None: all."""
+    packs = window_packs(documents, config, (VALIDATION_PACKS, config.shuffle_seed))
+    pieces = [tuple(piece._replace(source=0) for piece in pack) for pack in itertools.islice(packs, num)]
+    if not pieces:
+        raise CorpusError("there is no text to validate on: check data.validation_files or data.validation_split")
+    return list(numbered(((pack, (store,)) for pack in pieces), 0, 0, config.sequence_length))
 
 
 def open_corpus(config: DataConfig, vocab_size: int | None = None, say: Callable[[str], None] = print) -> Corpus:

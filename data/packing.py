@@ -10,6 +10,7 @@ best_fit and none work on windows of documents, so that packs are known before t
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from conf.schema import DataConfig
+from data.documents import Documents, generator
 
 PACKS_AT_ONCE = 64  # of concatenate
 
@@ -33,31 +35,6 @@ class Piece(NamedTuple):
 PiecePack = tuple[Piece, ...]
 
 
-class Documents(NamedTuple):
-    """N documents in an order; all int64 [N]. Document d is the tokens [starts[d], stops[d]) of sources[d]."""
-
-    sources: np.ndarray
-    starts: np.ndarray
-    stops: np.ndarray
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return self.stops - self.starts
-
-    def __getitem__(self, index) -> Documents:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Those of a slice, mask or order."""
-        return Documents(self.sources[index], self.starts[index], self.stops[index])
-
-    @property
-    def count(self) -> int:
-        return len(self.starts)
-
-
-def generator(*key: int) -> np.random.Generator:
-    """Random numbers that depend on the key alone."""
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([number % 2**64 for number in key])))
-
-
 def window_packs(documents: Documents, config: DataConfig, key: tuple[int, ...], skip: int = 0) -> Iterator[PiecePack]:
     """The packs of documents in their order, without the first `skip`, window by window.
 
@@ -71,8 +48,8 @@ def window_packs(documents: Documents, config: DataConfig, key: tuple[int, ...],
         for first in range(skip, num_packs, PACKS_AT_ONCE):
             yield from _concatenated(documents, ends, length, first, min(first + PACKS_AT_ONCE, num_packs))
         return
-    for window, first in enumerate(range(0, documents.count, config.shuffle_window)):
-        packs = pack_documents(documents[first : first + config.shuffle_window], length, config.packing)
+    for window, first in enumerate(range(0, documents.num_documents, config.shuffle_window)):
+        packs = pack_documents(documents.take(slice(first, first + config.shuffle_window)), length, config.packing)
         if skip >= len(packs):
             skip -= len(packs)
             continue
@@ -88,7 +65,7 @@ def pack_documents(documents: Documents, length: int, packing: str) -> list[Piec
         return _concatenated(documents, ends, length, 0, -(-int(ends[-1]) // length)) if len(ends) else []
     lengths = documents.lengths
     counts = -(-lengths // length)
-    of = np.repeat(np.arange(documents.count), counts)  # each piece's document
+    of = np.repeat(np.arange(documents.num_documents), counts)  # each piece's document
     number = np.arange(len(of)) - np.repeat(np.cumsum(counts) - counts, counts)  # and its number in that document
     starts = documents.starts[of] + number * length
     stops = np.minimum(starts + length, documents.stops[of])
@@ -131,7 +108,7 @@ def _concatenated(documents: Documents, ends: np.ndarray, length: int, first: in
     shift = documents.stops[of] - ends[of]  # from joined tokens to the source's
     pieces = _pieces(documents.sources[of], cuts[:-1] + shift, cuts[1:] + shift, cuts[1:] < ends[of])
     bounds = np.searchsorted(cuts[:-1], np.arange(first, last + 1) * length).tolist()
-    return [tuple(pieces[i:j]) for i, j in zip(bounds, bounds[1:], strict=False)]
+    return [tuple(pieces[i:j]) for i, j in itertools.pairwise(bounds)]
 
 
 def _pieces(sources: np.ndarray, starts: np.ndarray, stops: np.ndarray, has_next: np.ndarray) -> list[Piece]:

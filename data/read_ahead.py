@@ -15,7 +15,7 @@ _WAIT_S = 0.2  # how often a thread that has nothing to do looks whether it is s
 def read_ahead(items: Iterator[Item], num_ahead: int) -> Generator[Item]:
     """The same items in the same order, up to `num_ahead` of them in advance; an error comes where it would have come.
 
-    The thread starts with the first item that is asked for, and ends with the generator.
+    The thread starts with the first item that is asked for. When this generator is closed, it closes `items` and ends.
     """
     ready: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(num_ahead)
     is_over = threading.Event()
@@ -35,6 +35,9 @@ def read_ahead(items: Iterator[Item], num_ahead: int) -> Generator[Item]:
             put(None, StopIteration())
         except BaseException as error:
             put(None, error)
+        finally:
+            if isinstance(items, Generator):  # ranks that share a stream must all hear that this one takes no more
+                items.close()
 
     threading.Thread(target=make, name="read ahead", daemon=True).start()
     try:

@@ -34,6 +34,10 @@ class Tokenizer(Protocol):
         """Each document's tokens and the separator; of a text without tokens the separator alone."""
         ...
 
+    def decode(self, tokens: Tokens) -> str:
+        """The text of tokens, for people: special tokens and separators are shown."""
+        ...
+
     def fingerprint(self) -> str:
         """Equal for tokenizers that make equal tokens."""
         ...
@@ -58,6 +62,11 @@ class ByteTokenizer:
         ends = np.cumsum([len(one) + 1 for one in as_bytes])
         joined[ends - 1] = SEPARATOR
         return np.split(joined, ends[:-1])
+
+    def decode(self, tokens: Tokens) -> str:
+        documents = np.split(tokens, np.flatnonzero(tokens == SEPARATOR) + 1)
+        parts = [document[document != SEPARATOR].astype(np.uint8).tobytes() for document in documents]
+        return "<end>".join(part.decode("utf-8", "replace") for part in parts)
 
     def fingerprint(self) -> str:
         return self.name
@@ -88,6 +97,9 @@ class PretrainedTokenizer:
 
     def encode(self, texts: list[str]) -> list[Tokens]:
         return [np.array([*tokens, self.eos_id], self.dtype) for tokens in self.tokens(texts)]
+
+    def decode(self, tokens: Tokens) -> str:
+        return self.wrapped.decode(tokens.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def tokens(self, texts: list[str]) -> list[list[int]]:
         """Each text's tokens, and nothing else: as `transformers` makes them with add_special_tokens=False."""
