@@ -130,7 +130,8 @@ def _next(source: Iterator[Pack]) -> tuple[Pack | None, int, bytes]:
     """The next pack, what to announce, and its header or the error's text."""
     try:
         pack = next(source)
-        header = {"pieces": pack.pieces, "length": pack.length, "cursor": pack.cursor, "digest": pack.sha256()}
+        header = {"pieces": pack.pieces, "length": pack.length, "digest": pack.sha256()}
+        header |= {"position": pack.position, "cursor": pack.cursor}
     except StopIteration:
         return None, END, pickle.dumps(None)
     except Exception as error:

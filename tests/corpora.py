@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from conf.schema import DataConfig
-from data.corpus import Corpus
+from data.corpus import Corpus, Cursor, Pack
+from data.packing import Piece
 from data.store import TokenStore
 from data.tokenizer import BYTES
 
@@ -22,3 +23,14 @@ def byte_corpus(texts: list[str], sequence_length: int, validation_sequences: in
     """A corpus of texts as bytes, each with a separator; `settings` are others of `data`."""
     config = DataConfig(sequence_length=sequence_length, validation_sequences=validation_sequences, **settings)
     return Corpus({"texts": store_of(BYTES.encode(texts))}, config)
+
+
+def packs_of(sequences: np.ndarray) -> list[Pack]:
+    """One pack for each sequence [L+1], of L tokens that all have a label."""
+    num, length = sequences.shape[0], sequences.shape[1] - 1
+    store = store_of([*sequences])
+    starts = [row * (length + 1) for row in range(num)]
+    return [
+        Pack((Piece(0, start, start + length, True),), length, Cursor(0, row), Cursor(0, row + 1), (store,))
+        for row, start in enumerate(starts)
+    ]

@@ -64,7 +64,7 @@ def configuration(zero_stage: int, dtype: str, **more: Any) -> Config:
         model=ModelConfig(hidden_size=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_size=64),
         engine=EngineConfig(dtype=dtype, zero_stage=zero_stage, gradient_accumulation_steps=2),
         optimizer=OptimizerConfig(lr=1e-2),
-        data=DataConfig(sequence_length=LENGTH),
+        data=DataConfig(sequence_length=LENGTH, document_mask="parallelism" not in more),
         num_steps=NUM_STEPS,
         **more,
     )

@@ -160,5 +160,6 @@ def test_tensor_and_pipeline_ranks_resume_too(pool: WorkerPool, tmp_path: Path):
     config = configuration(1, "bf16", False)
     config.attention = AttentionConfig(method="local")
     config.parallelism = ParallelismConfig("tensor_pipeline", tensor_degree=2)
+    config.data.document_mask = False
     (_, losses, _), _ = pool.run(two_starts, config, tmp_path, num_ranks=2)
     assert losses[1] == losses[0][2:]

@@ -41,7 +41,7 @@ def bytes_of_an_engine(recipe: str, method: str, dtype: str, zero_stage: int) ->
             data_degree=1,
         ),
         engine=EngineConfig(dtype=dtype, zero_stage=zero_stage, gradient_accumulation_steps=2),
-        data=DataConfig(sequence_length=LENGTH),
+        data=DataConfig(sequence_length=LENGTH, document_mask=method == "ring"),
         recipe=recipe,
         num_steps=2,
     )

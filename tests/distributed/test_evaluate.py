@@ -19,6 +19,7 @@ from data.shard import Sharder
 from recipes.model.transformer import Transformer
 from recipes.planning.plan import Plan
 from ring_attention import LocalAttention, RingAttention
+from tests.corpora import packs_of
 from tests.pool import WorkerPool, parallel_groups
 
 MODEL = ModelConfig(hidden_size=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_size=64)
@@ -34,7 +35,7 @@ def validation_loss(data_degree: int, ring_degree: int, zero_stage: int) -> floa
     config = Config(model=MODEL, engine=EngineConfig(dtype="fp32", zero_stage=zero_stage), seed=0)
     engine = TrainingEngine(config, groups, attention)
     sharder = Sharder(attention.layout(LENGTH), attention.sequence_rank, groups.data_rank, data_degree, 1)
-    return engine.mean_loss(sharder.validation(SEQUENCES)).item()
+    return engine.mean_loss(sharder.validation(packs_of(SEQUENCES))).item()
 
 
 def one_process_loss() -> float:
@@ -51,7 +52,7 @@ def test_validation_loss_equals_one_process(pool: WorkerPool, zero_stage: int):
 
 def pipelined_validation_loss(tensor_degree: int, pipeline_degree: int) -> float:
     """After a training step with larger micro-batches and learning rate 0."""
-    from recipes.engine.build import build_engine, build_sharder
+    from recipes.engine.build import build_engine
 
     config = Config(
         model=MODEL,
@@ -61,15 +62,15 @@ def pipelined_validation_loss(tensor_degree: int, pipeline_degree: int) -> float
         ),
         engine=EngineConfig(dtype="fp32", micro_batch_size=2),
         optimizer=OptimizerConfig(lr=0.0),
-        data=DataConfig(sequence_length=LENGTH),
+        data=DataConfig(sequence_length=LENGTH, document_mask=False),
         num_steps=1,
     )
     num_ranks = tensor_degree * pipeline_degree
     plan = Plan(config, num_ranks, "cpu", "CPU", None, ranks_per_host=num_ranks)
     engine = build_engine(plan)
-    sharder = build_sharder(plan, engine)
-    engine.train_step([sharder.token_batch(SEQUENCES[:2])])
-    loss = engine.mean_loss(sharder.validation(SEQUENCES)).item()
+    sharder = Sharder(plan.layout, engine.sequence_rank, engine.data_rank, 1, 2, document_mask=False)
+    engine.train_step([sharder.token_batch(packs_of(SEQUENCES[:2]))])
+    loss = engine.mean_loss(sharder.validation(packs_of(SEQUENCES))).item()
     engine.close()
     return loss
 

@@ -224,7 +224,11 @@ def test_stage_0_resumes_only_from_itself(tmp_path, before, after):
 
 
 def test_tensor_pipeline_resumes_only_on_as_many_ranks(tmp_path):
-    config = Config(attention=AttentionConfig(method="local"), parallelism=ParallelismConfig("tensor_pipeline"))
+    config = Config(
+        attention=AttentionConfig(method="local"),
+        parallelism=ParallelismConfig("tensor_pipeline"),
+        data=DataConfig(document_mask=False),
+    )
     folder = published(tmp_path, 5, config=resolved(config))
     with refused(ConfigError, folder, "launch.num_ranks", 2, 4):
         check_same_run(folder, read_manifest(folder), resolved(config, num_ranks=4))

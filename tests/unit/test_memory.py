@@ -32,7 +32,11 @@ RECOMPUTE, OFFLOAD = "engine.recompute", "engine.offload_activations"
 
 
 def tensor_pipeline(**degrees: Any) -> dict[str, Any]:
-    return {"attention": AttentionConfig("local"), "parallelism": ParallelismConfig("tensor_pipeline", **degrees)}
+    return {
+        "attention": AttentionConfig("local"),
+        "parallelism": ParallelismConfig("tensor_pipeline", **degrees),
+        "data": DataConfig(document_mask=False),
+    }
 
 
 def plan(memory_bytes: int | None = None, num_ranks: int = 8, device_type: str = "cuda", **fields: Any) -> Plan:

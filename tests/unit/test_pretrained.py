@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from conf.degrees import resolve_degrees
 from conf.schema import AttentionConfig, Config, ConfigError, DataConfig, LoraConfig, ModelConfig
-from data.pack import open_corpus
+from data.corpus import open_corpus
 from recipes.model.pretrained import _check_head, model_config, resolve
 from tests.errors import names, refused
 from tests.families import FAMILIES, tiny_config, tiny_model
@@ -273,7 +273,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path, 
     config = Config(model=ModelConfig(path=str(tmp_path)), data=DataConfig(tokenizer=str(tiny_llama)))
     resolved = resolve(config)
     with refused(ConfigError, f"data.tokenizer={tiny_llama}", "2,048", "model.vocab_size=300"):
-        open_corpus(resolved.data, resolved.model.vocab_size).check()
+        open_corpus(resolved.data, resolved.model.vocab_size)
 
 
 def test_ulysses_needs_enough_kv_heads(tiny_llama: Path):
