@@ -7,7 +7,7 @@ import numpy as np
 from conf.schema import DataConfig
 from data.corpus import Corpus
 from data.preview import preview
-from data.tokenizer import BYTES
+from data.tokenizer import BYTES, open_tokenizer
 from tests.corpora import byte_corpus, store_of
 from tests.errors import some_line_names
 
@@ -45,3 +45,9 @@ def test_sources_of_a_mixture_are_named():
     lines = preview(corpus, BYTES, 2)
     some_line_names(lines, "of code")
     some_line_names(lines, "of prose")
+
+
+def test_tokenizers_show_separators(tiny_llama):
+    assert BYTES.decode(np.concatenate(BYTES.encode(["aé", "", "b"]))) == "aé<end><end>b<end>"
+    tokenizer = open_tokenizer(DataConfig("text_files", files=[str(tiny_llama / "*")], tokenizer=str(tiny_llama)))
+    assert tokenizer.decode(tokenizer.encode(["def ring(x):"])[0]) == "def ring(x):<|end_of_text|>"
