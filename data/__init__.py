@@ -1,4 +1,4 @@
-"""From documents to this rank's tokens: `source` reads documents, `tokenizer` makes tokens of them, `pack` cuts these
-into sequences, `shard` deals out each rank's shards of them as `TokenBatch`.
+"""From documents to this rank's tokens: `source` reads documents, `tokenizer` and `chat` make tokens, `store` keeps
+these on disk, `packing` and `corpus` make sequences (`stream` without a store), `shard` deals out each rank's parts.
 May import conf and ring_attention.layout, and no recipe.
 """

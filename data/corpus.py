@@ -31,7 +31,7 @@ from data.documents import (
 )
 from data.packing import PiecePack, window_packs
 from data.source import CorpusError
-from data.store import TokenStore
+from data.store import TokenStore, open_stores, open_validation_stores
 
 LastRead = tuple[int, int, str]  # the last sequence that was read: its epoch, its number there, and its SHA-256
 IGNORED_LABEL = -100  # torch's default ignore_index
@@ -193,8 +193,6 @@ def open_corpus(config: DataConfig, vocab_size: int | None = None, say: Callable
         vocab_size: of the model, which must know all tokens.
         say: told about tokenizing, which takes time.
     """
-    from data.store import open_stores, open_validation_stores
-
     stores = open_stores(config, vocab_size, say)
     weights = {name: entry["weight"] for name, entry in config.sources.items()} if config.sources else None
     return Corpus(stores, config, weights, open_validation_stores(config, vocab_size, say))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +79,7 @@ class PackPart(Pack):
 
 def shared_stream(
     packs: Iterable[Pack], group: Any, sequence_rank: int, layout: Layout | None = None
-) -> Iterator[Pack]:
+) -> Generator[Pack]:
     """The packs that sequence rank 0 reads, on every rank of the group.
 
     Args:

@@ -182,7 +182,7 @@ def test_sources_get_their_shares_of_tokens_and_skip_nothing(lengths, shares, pa
     weights = {name: share / sum(shares[: len(lengths)]) for name, share in zip(lengths, shares, strict=False)}
     corpus = numbered_corpus(lengths, weights, sequence_length=8, validation_sequences=1, packing=packing)
     tokens_of = [source.num_tokens for source in corpus.sources]
-    counts = Counter()
+    counts, packs = Counter(), []
     for epoch in range(epochs):
         packs = epoch_of(corpus, epoch)
         counts.update(inputs_of(packs))

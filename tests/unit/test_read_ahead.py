@@ -48,3 +48,20 @@ def test_the_thread_ends_with_the_generator():
     for thread in threads():
         thread.join(2)
     assert not threads()
+
+
+def test_closing_closes_the_items_in_the_thread_that_makes_them():
+    closed_in = []
+
+    def items() -> Iterator[int]:
+        try:
+            yield from itertools.count()
+        finally:
+            closed_in.append(threading.current_thread().name)
+
+    ahead = read_ahead(items(), 2)
+    next(ahead)
+    ahead.close()
+    for thread in threads():
+        thread.join(2)
+    assert closed_in == ["read ahead"]

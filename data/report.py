@@ -1,0 +1,124 @@
+"""What packing does to a corpus, as lines for people: `explain=true` shows them. Pure."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+
+from conf.schema import DataConfig
+from data.corpus import Corpus
+from data.documents import Documents
+from data.packing import window_packs
+
+MAX_DOCUMENTS = 2_000_000  # that are packed for a report: seconds
+FIRST_EDGE = 64  # documents are counted up to 64 tokens, 256, 1,024 ...
+
+
+def packing_report(corpus: Corpus, config: DataConfig) -> list[str]:
+    """Documents by length, how many are split or dropped, the padding, and what an epoch has; of each source if there
+    are several."""
+    epoch = corpus.epoch_documents(0)
+    num_packed = epoch.num_documents
+    if num_packed > MAX_DOCUMENTS:
+        num_packed = max(1, MAX_DOCUMENTS // config.shuffle_window) * config.shuffle_window
+    documents = epoch.take(slice(num_packed))
+    dropped = _dropped_lengths(corpus, config, num_packed / epoch.num_documents)
+    num_tokens, length = int(documents.lengths.sum()), config.sequence_length
+    num_sequences = sum(1 for _ in window_packs(documents, config, corpus.key_of_packs(0)))
+    tokens_in_epoch = int(epoch.lengths.sum())
+    is_part = num_packed < epoch.num_documents
+    about = "about " if is_part else ""
+    in_epoch = round(num_sequences * tokens_in_epoch / num_tokens) if is_part else num_sequences
+    settings = f"data.packing={config.packing}, data.long_documents={config.long_documents}"
+    lines = [f"documents to train on, in sequences of {length:,} tokens ({settings})"]
+    if is_part:
+        lines.append(f"  of the first {num_packed:,} of {epoch.num_documents:,} documents of an epoch")
+    return [
+        *lines,
+        *_table(_rows(documents, dropped, config)),
+        f"  padding {1 - num_tokens / (num_sequences * length):.2%}",
+        f"  an epoch has {about}{in_epoch:,} sequences, {tokens_in_epoch:,} tokens, {epoch.num_documents:,} documents",
+        *_held_out(corpus),
+        *(_table(_source_rows(corpus, epoch)) if len(corpus.names) > 1 else []),
+        *_skipped(corpus),
+    ]
+
+
+def _rows(documents: Documents, dropped: np.ndarray, config: DataConfig) -> list[list[str]]:
+    """A row per range of lengths."""
+    lengths = documents.lengths
+    is_split = _is_split(documents, config)
+    longest = max(int(lengths.max(initial=1)), int(dropped.max(initial=1)))
+    edges = [0, FIRST_EDGE]
+    while edges[-1] < longest:
+        edges.append(4 * edges[-1])
+    rows = [["tokens", "documents", "of all tokens", "whole", "split", "dropped"]]
+    total = int(lengths.sum() + dropped.sum())
+
+    def row(name: str, first: int, last: int) -> list[str]:
+        of, lost = (first < lengths) & (lengths <= last), (first < dropped) & (dropped <= last)
+        num_split, num_dropped = int(is_split[of].sum()), int(lost.sum())
+        share = (int(lengths[of].sum()) + int(dropped[lost].sum())) / total
+        counts = (int(of.sum()) - num_split, num_split, num_dropped)
+        return [name, f"{sum(counts):,}", f"{share:.1%}", *(f"{count:,}" if count else "-" for count in counts)]
+
+    for first, last in itertools.pairwise(edges):
+        rows.append(row(f"{first + 1:,} to {last:,}", first, last))
+    while len(rows) > 2 and rows[1][1] == "0":  # lengths that no document has
+        del rows[1]
+    return [*rows, row("all", 0, edges[-1])]
+
+
+def _is_split(documents: Documents, config: DataConfig) -> np.ndarray:
+    """Whether a document is in several sequences, bool [N]."""
+    length = config.sequence_length
+    if config.packing != "concatenate":
+        return documents.lengths > length
+    ends = np.cumsum(documents.lengths)
+    return (ends - documents.lengths) // length != (ends - 1) // length
+
+
+def _dropped_lengths(corpus: Corpus, config: DataConfig, share: float) -> np.ndarray:
+    """The lengths of documents that data.long_documents=drop drops, of the first `share` of each source."""
+    if config.long_documents == "split":
+        return np.zeros(0, np.int64)
+    lengths = np.concatenate([store.lengths[: math.ceil(share * len(store.ends))] for store in corpus.stores])
+    return lengths[lengths > config.sequence_length]
+
+
+def _held_out(corpus: Corpus) -> list[str]:
+    counts = {name: len(packs) for name, packs in corpus.validation().items()}
+    tokens = sum(pack.num_tokens for packs in corpus.validation().values() for pack in packs)
+    of = "" if len(counts) == 1 else f" ({', '.join(f'{name} {count:,}' for name, count in counts.items())})"
+    total = sum(counts.values())
+    return [f"  validation has {total:,} sequence{'s' if total > 1 else ''}, {tokens:,} tokens{of}"]
+
+
+def _source_rows(corpus: Corpus, epoch: Documents) -> list[list[str]]:
+    """A row per source: the share of tokens that it should have and has, and how often it is repeated."""
+    rows = [["source", "documents", "tokens", "weight", "share", "its epochs per epoch"]]
+    total = int(epoch.lengths.sum())
+    for number, (name, source) in enumerate(zip(corpus.names, corpus.sources, strict=True)):
+        given = int(epoch.lengths[epoch.sources == number].sum())
+        shares = f"{float(source.weight):.1%}", f"{given / total:.1%}", f"{given / source.num_tokens:.3g}"
+        rows.append([name, f"{source.documents.num_documents:,}", f"{source.num_tokens:,}", *shares])
+    return rows
+
+
+def _skipped(corpus: Corpus) -> list[str]:
+    return [
+        f"  {store.num_skipped:,} rows of {store.name} were skipped (data.bad_rows=skip)"
+        for store in corpus.stores
+        if store.num_skipped
+    ]
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    """Lines with aligned columns: the first to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(["", row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
