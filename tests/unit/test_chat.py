@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -108,7 +109,8 @@ def test_parquet_and_data_sets_have_the_same_conversations(tiny_llama, tmp_path)
     messages = [row["messages"] for row in rows]
     messages[1] = [{**message, "tool_calls": None} for message in messages[1]]
     pyarrow.parquet.write_table(pyarrow.table({"messages": messages}), tmp_path / "a.parquet")
-    for where in ({"name": str(tmp_path / "set")}, {"files": str(tmp_path / "a.parquet")}):
+    places: list[dict[str, Any]] = [{"name": str(tmp_path / "set")}, {"files": str(tmp_path / "a.parquet")}]
+    for where in places:
         config = DataConfig(source="chat", **where, tokenizer=str(tiny_llama), token_store=str(tmp_path / "stores"))
         found = open_counted(config, "chat", print).store
         assert found.tokens.tolist() == expected.tokens.tolist()

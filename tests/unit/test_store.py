@@ -13,7 +13,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import datasets
+import huggingface_hub
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -275,7 +279,7 @@ def test_all_formats_have_equal_tokens(tmp_path, tiny_llama):
     shutil.copy(tmp_path / "a.jsonl", tmp_path / "set")
     for number, text in enumerate(texts):
         (tmp_path / f"{number}.txt").write_text(text)
-    same = {"tokenizer": str(tiny_llama), "token_store": str(tmp_path / "stores")}
+    same: dict[str, Any] = {"tokenizer": str(tiny_llama), "token_store": str(tmp_path / "stores")}
     found = [
         documents(open_store(DataConfig(**data, **same), "any", print))
         for data in (
@@ -287,6 +291,33 @@ def test_all_formats_have_equal_tokens(tmp_path, tiny_llama):
     ]
     assert len(found[0]) == 3
     assert all(one == found[0] for one in found)
+
+
+def test_a_data_set_of_the_hub_is_known_by_its_revision_also_offline(tmp_path, monkeypatch):
+    texts = {"old": "one", "new": "two"}
+    newest, read = ["old"], []
+
+    def info(*_: object, **__: object) -> SimpleNamespace:
+        return SimpleNamespace(sha=newest[0])
+
+    def load(_: DataConfig, revision: str) -> datasets.IterableDataset:
+        read.append(revision)
+        return datasets.Dataset.from_list([{"text": texts[revision]}]).to_iterable_dataset()
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", info)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("data.source._load_data_set", load)
+    config = DataConfig(source="hub", name="owner/set", token_store=str(tmp_path))
+    assert documents(opened(config).store) == documents(opened(config).store) == [[*b"one", SEPARATOR]]
+    assert read == ["old"]
+    newest[0] = "new"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert documents(opened(config).store) == [[*b"one", SEPARATOR]]
+    with refused(CorpusError, "data.name=owner/other", "HF_HUB_OFFLINE"):
+        opened(dataclasses.replace(config, name="owner/other"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    assert documents(opened(config).store) == [[*b"two", SEPARATOR]]
+    assert read == ["old", "new"]
 
 
 def test_progress_says_how_far_how_fast_and_how_long(tmp_path, monkeypatch, capsys):

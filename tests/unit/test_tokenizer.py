@@ -86,7 +86,7 @@ def test_a_tokenizer_that_truncates_and_pads_by_itself_does_neither_here(tiny_ll
 
 def test_a_tokenizer_with_code_of_its_own_is_called_itself(tiny_llama, monkeypatch):
     class Shouting(transformers.PreTrainedTokenizerFast):
-        def _encode_plus(self, text, **options):
+        def _encode_plus(self, text, **options):  # pyright: ignore[reportIncompatibleMethodOverride]
             return super()._encode_plus([one.upper() for one in text], **options)
 
     shouting = Shouting.from_pretrained(tiny_llama)
