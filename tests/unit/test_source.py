@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -11,6 +12,7 @@ import pytest
 
 from conf.schema import DataConfig
 from data.source import BEGINNING, CorpusError, describe, is_local, open_source, stdlib_files
+from data.store import open_store
 from tests.errors import names, refused
 
 TEXTS = ["one", "two\nlines", "déjà vu 漢字", "four"]
@@ -59,7 +61,7 @@ def test_reading_goes_on_at_any_row(tmp_path, kind):
         else:
             content = json_lines(*(f"{name}{number}" for number in range(7)))
             (tmp_path / f"{name}.jsonl").write_bytes(content + b"\n")  # a blank line is no row
-    where = {"name": str(tmp_path)} if kind == "hub" else {"files": f"{tmp_path}/*"}
+    where: dict[str, Any] = {"name": str(tmp_path)} if kind == "hub" else {"files": f"{tmp_path}/*"}
     source = open_source(DataConfig(source=kind, **where))
     rows = list(source.rows())
     assert len(rows) == (2 if kind == "text_files" else 14)
@@ -95,8 +97,6 @@ def test_a_folder_is_not_a_text_file(tmp_path):
 def test_the_error_of_a_data_set_that_cannot_be_opened_says_what_to_check(tmp_path, choice):
     (tmp_path / "rows.jsonl").write_bytes(json_lines("text"))
     data = {"source": "hub", "name": str(tmp_path), **choice}
-    from data.store import open_store
-
     with pytest.raises(CorpusError) as caught:
         open_store(DataConfig(**data, token_store=str(tmp_path / "store")), "hub", print)
     names(str(caught.value), f"data.name={data['name']}", "data.subset", "data.split", "data=stdlib")

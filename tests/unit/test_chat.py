@@ -1,0 +1,166 @@
+"""Conversations to tokens: the template's, with what the assistant says marked, and the error for each that cannot."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import transformers
+
+from conf.schema import DataConfig
+from data.source import CorpusError
+from data.store import OpenedStore, open_counted
+from tests.errors import names, refused
+
+USER, ASSISTANT = {"role": "user", "content": "Hello there"}, {"role": "assistant", "content": "General Kenobi"}
+CHAT = [USER, ASSISTANT, USER, ASSISTANT]
+EOS = 1
+
+
+def opened(folder: Path, tokenizer: Path | None, *rows: dict, **data) -> OpenedStore:
+    folder.mkdir(exist_ok=True)
+    (folder / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    name = None if tokenizer is None else str(tokenizer)
+    files = str(folder / "chat.jsonl")
+    config = DataConfig(source="chat", files=files, tokenizer=name, token_store=str(folder / "stores"), **data)
+    return open_counted(config, "chat", print)
+
+
+def with_template(tiny_llama: Path, folder: Path, template: str | None) -> Path:
+    """A copy of the tokenizer."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def template_of(tiny_llama: Path) -> str:
+    return transformers.AutoTokenizer.from_pretrained(tiny_llama).chat_template
+
+
+def trained_text(tiny_llama: Path, one: OpenedStore) -> str:
+    assert one.store.trained is not None
+    return transformers.AutoTokenizer.from_pretrained(tiny_llama).decode(one.store.tokens[one.store.trained])
+
+
+def test_tokens_and_mask_are_the_templates(tiny_llama, tmp_path):
+    one = opened(tmp_path, tiny_llama, {"messages": CHAT}, {"messages": CHAT[:2]})
+    reference = transformers.AutoTokenizer.from_pretrained(tiny_llama)
+    tokens, trained = [], []
+    for messages in (CHAT, CHAT[:2]):
+        expected = reference.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
+        tokens += expected["input_ids"]
+        trained += expected["assistant_masks"]
+    assert one.store.tokens.tolist() == tokens  # the template has an end of its own
+    assert one.store.trained is not None
+    assert one.store.trained.dtype == np.bool_
+    assert one.store.trained.tolist() == list(map(bool, trained))
+    assert trained_text(tiny_llama, one) == "General Kenobi<|end_of_turn|>" * 3
+
+
+def test_a_template_without_an_end_gets_eos(tiny_llama, tmp_path):
+    template = (
+        "{% for message in messages %}{{ message.role }}: {% if message.role == 'assistant' %}{% generation %}"
+        "{{ message.content }}{% endgeneration %}{% else %}{{ message.content }}\n{% endif %}{% endfor %}"
+    )
+    folder = with_template(tiny_llama, tmp_path / "model", template)
+    one = opened(tmp_path, folder, {"messages": CHAT[:2]})
+    assert one.store.tokens[-1] == EOS
+    assert trained_text(tiny_llama, one) == " General Kenobi<|end_of_text|>"  # the token with the blank
+
+
+@pytest.mark.parametrize("kind", ["text", "messages", "messages without a mark"])
+def test_a_completion_is_trained_alone(tiny_llama, tmp_path, kind):
+    row = {"prompt": "Hello there", "completion": " General Kenobi"}
+    expected = " General Kenobi<|end_of_text|>"
+    tokenizer = tiny_llama
+    if kind != "text":
+        row, expected = {"prompt": CHAT[:3], "completion": [ASSISTANT]}, "General Kenobi<|end_of_turn|>"
+    else:
+        tokenizer = with_template(tiny_llama, tmp_path / "model", None)
+    if kind == "messages without a mark":
+        template = template_of(tiny_llama).replace("{% generation %}", "").replace("{% endgeneration %}", "")
+        tokenizer = with_template(tiny_llama, tmp_path / "model", template)
+    assert trained_text(tiny_llama, opened(tmp_path, tokenizer, row)) == expected
+
+
+def test_tools_reach_the_template(tiny_llama, tmp_path):
+    template = "{% if tools %}{{ tools[0].function.name }}{% endif %}" + template_of(tiny_llama)
+    folder = with_template(tiny_llama, tmp_path / "model", template)
+    tools = [{"type": "function", "function": {"name": "lightsaber", "parameters": {}}}]
+    rows = [{"messages": CHAT, "tools": tools}, {"messages": CHAT, "tools": json.dumps(tools)}, {"messages": CHAT}]
+    one = opened(tmp_path, folder, *rows)
+    reference = transformers.AutoTokenizer.from_pretrained(tiny_llama)
+    texts = [reference.decode(tokens) for tokens in np.split(one.store.tokens, one.store.ends[:-1])]
+    assert ["lightsaber" in text for text in texts] == [True, True, False]
+
+
+def test_parquet_and_data_sets_have_the_same_conversations(tiny_llama, tmp_path):
+    rows = [{"messages": CHAT}, {"messages": CHAT[:2]}]
+    expected = opened(tmp_path, tiny_llama, *rows).store
+    (tmp_path / "set").mkdir()
+    shutil.copy(tmp_path / "chat.jsonl", tmp_path / "set")
+    messages = [row["messages"] for row in rows]
+    messages[1] = [{**message, "tool_calls": None} for message in messages[1]]
+    pyarrow.parquet.write_table(pyarrow.table({"messages": messages}), tmp_path / "a.parquet")
+    places: list[dict[str, Any]] = [{"name": str(tmp_path / "set")}, {"files": str(tmp_path / "a.parquet")}]
+    for where in places:
+        config = DataConfig(source="chat", **where, tokenizer=str(tiny_llama), token_store=str(tmp_path / "stores"))
+        found = open_counted(config, "chat", print).store
+        assert found.tokens.tolist() == expected.tokens.tolist()
+        assert found.trained is not None
+        assert expected.trained is not None
+        assert found.trained.tolist() == expected.trained.tolist()
+
+
+def test_bytes_have_no_template(tmp_path):
+    with refused(CorpusError, "data=chat", "data.tokenizer=FOLDER_OR_HUB_NAME"):
+        opened(tmp_path, None, {"messages": CHAT})
+
+
+def test_a_tokenizer_without_template_is_refused(tiny_llama, tmp_path):
+    folder = with_template(tiny_llama, tmp_path / "model", None)
+    with refused(CorpusError, f"data.tokenizer={folder}", "no chat template", "prompt and completion"):
+        opened(tmp_path, folder, {"messages": CHAT})
+
+
+def test_a_template_without_a_mark_is_refused(tiny_llama, tmp_path):
+    template = template_of(tiny_llama).replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    folder = with_template(tiny_llama, tmp_path / "model", template)
+    with pytest.raises(CorpusError) as caught:
+        opened(tmp_path, folder, {"messages": CHAT}, bad_rows="skip")
+    names(str(caught.value), f"data.tokenizer={folder}", "chat_template.jinja", "prompt and completion")
+    assert "{% generation %}" in str(caught.value)
+
+
+BAD = {
+    "no assistant": ({"messages": [USER]}, ["no assistant turn"]),
+    "text": ({"messages": "Hello"}, ["str", "'messages'"]),
+    "no messages": ({"messages": []}, ["empty", "'messages'"]),
+    "no role": ({"messages": [{"content": "Hello"}]}, ["role", "'messages'"]),
+    "no content": ({"messages": [{"role": "user"}]}, ["content", "'messages'"]),
+    "no column": ({"chat": CHAT}, ["'messages'", "data.messages_field", "'chat'", "prompt and completion"]),
+    "half": ({"prompt": "x", "completion": CHAT}, ["str", "'prompt'"]),
+    "empty completion": ({"prompt": "x", "completion": ""}, ["empty completion"]),
+    "broken tools": ({"messages": CHAT, "tools": "{"}, ["'tools'"]),
+    "what the template refuses": ({"messages": [{"role": "refused", "content": ""}]}, ["template", "not this one"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_conversation_is_named_or_skipped(tiny_llama, tmp_path, case):
+    row, parts = BAD[case]
+    refusal = "{% if messages[0].role == 'refused' %}{{ raise_exception('not this one') }}{% endif %}"
+    folder = with_template(tiny_llama, tmp_path / "model", refusal + template_of(tiny_llama))
+    with pytest.raises(CorpusError) as caught:
+        opened(tmp_path, folder, {"messages": CHAT}, row)
+    names(str(caught.value), "chat.jsonl, row 2", "data.bad_rows=skip", *parts)
+    assert "\n" not in str(caught.value)
+    counts = opened(tmp_path, folder, {"messages": CHAT}, row, bad_rows="skip").counts
+    assert (counts.num_documents, counts.num_skipped) == (1, 1)
