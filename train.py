@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 try:
     import hydra
@@ -24,6 +25,7 @@ from omegaconf import DictConfig, open_dict
 from conf.compose import as_hydra_types_it, check_multirun, compose_entries, describe_error, to_config
 from conf.degrees import accumulation_steps, resolve_degrees
 from conf.schema import Config, ConfigError
+from data.corpus import Corpus, open_corpus
 from data.source import is_local
 from recipes.checkpoint.manifest import newest_readable
 from recipes.launch import startup
@@ -36,6 +38,9 @@ from recipes.launch.environment import (
 )
 from recipes.run.errors import Preempted, RunFailed
 from recipes.run.lock import locked
+
+if TYPE_CHECKING:
+    from data.stream import StreamCorpus
 
 ConfigStore.instance().store(name="schema", node=Config)
 
@@ -91,15 +96,14 @@ def execute(config: Config, overrides: list[str], run_dir: Path) -> float | None
     newest = newest_readable(run_dir) if config.recipe == "pretrain" else None
     is_finished = newest is not None and newest[1].step >= config.num_steps  # then its data may be gone
     reads_data = config.recipe != "bench_attention" and not is_finished
-    from data.corpus import open_corpus
-
-    if config.data.preview:
+    # what was not tokenized yet is tokenized now, before ranks start
+    corpus = _open_data(config) if config.data.preview or (reads_data and not config.explain) else None
+    if corpus and config.data.preview:
         from data.preview import preview
+        from data.tokenizer import open_tokenizer
 
-        print(*preview(config), sep="\n", flush=True)
+        print(*preview(corpus, open_tokenizer(config.data), config.data.preview), sep="\n", flush=True)
         return None
-    if reads_data and not config.explain:
-        open_corpus(config.data, config.model.vocab_size)
     from recipes import registry
     from recipes.launch import launcher
     from recipes.planning.explain import explanation
@@ -108,13 +112,25 @@ def execute(config: Config, overrides: list[str], run_dir: Path) -> float | None
     if config.explain:
         if os.environ.get("RANK", "0") == "0":
             print(*explanation(launcher.make_plan(config, num_ranks), run_dir), sep="\n", flush=True)
-            if reads_data and is_local(config.data):
-                corpus = open_corpus(config.data, config.model.vocab_size)
-                print("", *packing_report(corpus, config.data), sep="\n", flush=True)
+            if reads_data and is_local(config.data) and not config.data.stream:
+                from data.report import packing_report
+
+                print("", *packing_report(open_corpus(config.data, config.model.vocab_size)), sep="\n", flush=True)
         return None
     if config.recipe == "pretrain" and (loss := launcher.result_if_finished(config, num_ranks, run_dir)) is not None:
         return loss
     return launcher.start(registry.RecipeTask(config), num_ranks, run_dir)
+
+
+def _open_data(config: Config) -> Corpus | StreamCorpus:
+    """What the run reads. Raises CorpusError if it cannot be opened or is too short."""
+    if not config.data.stream:
+        return open_corpus(config.data, config.model.vocab_size)
+    from data.stream import open_stream
+
+    stream = open_stream(config.data, config.model.vocab_size)
+    stream.validation()  # reads its beginning
+    return stream
 
 
 def _with_shape(config: Config) -> Config:

@@ -295,7 +295,7 @@ class DataConfig(_Checked, prefix="data."):
         if self.source == "chat" and (self.files is None) == (self.name is None):
             yield "data=chat needs either files, data.files='chats/*.jsonl', or a data set, data.name=OWNER/NAME"
         if self.source in ("text_files", "jsonl", "parquet", "megatron") and not self.files:
-            yield f"data={self.source} needs files: data.files='{_EXAMPLES[self.source]}', or a list of them"
+            yield f"data={self.source} needs files: data.files='{_EXAMPLES[self.source]}' or data.files=[a.txt,b.txt]"
         for name in ("files", "validation_files"):
             yield from _files_problems(f"data.{name}", getattr(self, name))
         if self.validation_split is not None and self.name is None:
@@ -471,6 +471,10 @@ class Config(_Checked):
             yield f"lora.rank={self.lora.rank} needs a trained model: add model.path=FOLDER_OR_HUB_NAME"
         if self.data.document_mask and self.parallelism.method == "tensor_pipeline":
             yield "parallelism=tensor_pipeline has no document masks: add data.document_mask=false"
+        if self.data.stream and self.parallelism.method == "tensor_pipeline":
+            yield "data.stream=true cannot go with parallelism=tensor_pipeline: leave it out"
+        if self.data.stream and self.recipe not in ("pretrain", "forward"):
+            yield f"data.stream=true needs recipe=pretrain or recipe=forward, not recipe={self.recipe}: leave it out"
         if self.model.path and self.parallelism.method == "tensor_pipeline":
             yield "model.path cannot go with parallelism=tensor_pipeline: use +experiment=finetune"
         if self.data.tokenizer is None and self.model.vocab_size < 257:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from data.corpus import Corpus, Cursor, LastRead, Pack
 from data.read_ahead import read_ahead
 from data.shard import Sharder, Step, TokenBatch
 from data.source import CorpusError
+
+if TYPE_CHECKING:
+    from data.shared_stream import SharedStream
+
+    AnyCorpus = Corpus | SharedStream
 
 NUM_AHEAD = 2  # steps
 
@@ -19,11 +25,11 @@ class Feed:
         sharder: of this rank.
     """
 
-    def __init__(self, corpus: Corpus, sharder: Sharder, accumulation_steps: int) -> None:
+    def __init__(self, corpus: AnyCorpus, sharder: Sharder, accumulation_steps: int) -> None:
         self._corpus, self._sharder, self._accumulation_steps = corpus, sharder, accumulation_steps
 
-    def steps(self, accumulation_steps: int | None = None, last_read: LastRead | None = None) -> Iterator[Step]:
-        """Endless.
+    def steps(self, accumulation_steps: int | None = None, last_read: LastRead | None = None) -> Generator[Step]:
+        """Endless. Close it where it is no longer needed: ranks that share a stream wait for each other.
 
         Args:
             accumulation_steps: micro-batches of a step; None: those of the run.
@@ -45,7 +51,7 @@ class Feed:
         return {name: self._sharder.validation(packs) for name, packs in self._corpus.validation().items()}
 
 
-def packs_after(corpus: Corpus, last_read: LastRead | None) -> Iterator[Pack]:
+def packs_after(corpus: AnyCorpus, last_read: LastRead | None) -> Iterator[Pack]:
     """As `Feed.steps` takes them."""
     if last_read is None:
         yield from corpus.training()

@@ -16,10 +16,10 @@ MAX_DOCUMENTS = 2_000_000  # that are packed for a report: seconds
 FIRST_EDGE = 64  # documents are counted up to 64 tokens, 256, 1,024 ...
 
 
-def packing_report(corpus: Corpus, config: DataConfig) -> list[str]:
+def packing_report(corpus: Corpus) -> list[str]:
     """Documents by length, how many are split or dropped, the padding, and what an epoch has; of each source if there
     are several."""
-    epoch = corpus.epoch_documents(0)
+    config, epoch = corpus.config, corpus.epoch_documents(0)
     num_packed = epoch.num_documents
     if num_packed > MAX_DOCUMENTS:
         num_packed = max(1, MAX_DOCUMENTS // config.shuffle_window) * config.shuffle_window

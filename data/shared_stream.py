@@ -40,7 +40,7 @@ class SharedStream:
     """
 
     def __init__(self, corpus: StreamCorpus, group: Any, sequence_rank: int, layout: Layout | None = None) -> None:
-        self.names, self.config = corpus.names, corpus.config
+        self.names, self.weights, self.config = corpus.names, corpus.weights, corpus.config
         self._corpus, self._arguments = corpus, (group, sequence_rank, layout)
         read = (pack for name in self.names for pack in corpus.validation()[name])  # nothing is read here
         self._validation = list(shared_stream(read, *self._arguments))

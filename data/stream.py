@@ -16,7 +16,7 @@ from data.corpus import START, Cursor, Pack, numbered, validation_packs
 from data.documents import ORDER, PACKS, Documents, all_dropped, check_size, generator, usable_documents
 from data.packing import PiecePack, pack_documents, window_packs
 from data.source import BadRow, CorpusError, open_source
-from data.store import TokenStore
+from data.store import TokenStore, open_validation_stores
 from data.tokenizer import Tokenizer, open_tokenizer, tokenizer_problem
 
 Tokens = np.ndarray
@@ -39,7 +39,7 @@ class StreamCorpus:
         name: str = "hub",
         validation_store: TokenStore | None = None,
     ) -> None:
-        self.names = (name,)
+        self.names, self.weights = (name,), (1.0,)
         self.config = config
         self._restart, self._own = restart, validation_store
         self._started: tuple[list[Tokens], Iterator[Tokens]] | None = None  # held out, and the stream after that
@@ -128,14 +128,16 @@ def _stored(documents: list[Tokens]) -> tuple[Documents, TokenStore]:
     return Documents(np.zeros_like(stops), starts, stops), TokenStore("stream", tokens, stops)
 
 
-def open_stream(
-    config: DataConfig, vocab_size: int | None = None, validation_store: TokenStore | None = None
-) -> StreamCorpus:
+def open_stream(config: DataConfig, vocab_size: int | None = None, say: Callable[[str], None] = print) -> StreamCorpus:
     """The configured stream. Opens its tokenizer, and its documents only when packs are asked for.
+
+    Args:
+        say: told about tokenizing documents to validate on.
 
     Raises:
         CorpusError: if the tokenizer cannot be opened, or the model lacks one of its tokens.
     """
+    validation_store = open_validation_stores(config, vocab_size, say).get(config.source)
     tokenizer = open_tokenizer(config)
     if vocab_size is not None and (problem := tokenizer_problem(tokenizer, vocab_size)):
         raise CorpusError(problem)

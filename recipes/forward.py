@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data.corpus import open_corpus
-from recipes.engine.build import build_engine, build_feed
+from recipes.engine.build import build_engine, build_feed, open_shared_corpus
 from recipes.monitor.device_metrics import reset_peak_memory
 from recipes.monitor.profiling import profiler
 from recipes.monitor.reporter import Reporter
@@ -21,7 +20,7 @@ def forward(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
         reporter.say(*banner(plan, run_dir), "", "building the model ...")
     engine = build_engine(plan)
     reset_peak_memory()  # building takes more: weights are made in fp32
-    feed = build_feed(plan, engine, open_corpus(config.data, config.model.vocab_size))
+    feed = build_feed(plan, engine, open_shared_corpus(plan, engine))
     batches = feed.steps()
 
     logger = StepLogger(plan, engine, "forward", reporter)  # its first step starts here

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import torch
 
-from data.corpus import open_corpus
 from recipes.checkpoint.manager import Checkpoints
 from recipes.checkpoint.manifest import Manifest, is_resharded
-from recipes.engine.build import build_engine, build_feed
+from recipes.engine.build import build_engine, build_feed, open_shared_corpus
 from recipes.launch.stopping import BadSteps, StopRequest
 from recipes.monitor.device_metrics import perplexity
 from recipes.monitor.profiling import profiler
@@ -53,7 +52,7 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
         report_status("part", "reading the checkpoint")
         checkpoints.load(resumed)
     report_status("part", "reading data")
-    feed = build_feed(plan, engine, open_corpus(config.data, config.model.vocab_size))
+    feed = build_feed(plan, engine, open_shared_corpus(plan, engine))
     steps = feed.steps(last_read=resumed.last_read if resumed else None)
     first = next(steps)
     batches = itertools.repeat(first) if config.data.overfit_one_batch else itertools.chain([first], steps)
@@ -130,6 +129,8 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
             if preempted:
                 logger.say(f"preempted after step {step}: the same command with hydra.run.dir={run_dir} resumes")
                 raise Preempted(of_all_ranks=True)
+
+    steps.close()
 
     # conclude
     throughput, validation_loss = logger.median_throughput(), validated["validation/loss"]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+import datetime
+from typing import TYPE_CHECKING, Any
 
-from data.corpus import Corpus
+import deepspeed.comm as dist
+import torch
+
+from data.corpus import Corpus, open_corpus
 from data.feed import Feed
 from data.shard import Sharder
 from recipes.engine.base import Engine
@@ -14,6 +18,9 @@ from recipes.planning.plan import Plan
 from ring_attention import AllGatherAttention, HybridAttention, LocalAttention, RingAttention, UlyssesAttention
 from ring_attention.groups import ParallelGroups
 from ring_attention.sequence_attention import SequenceAttention
+
+if TYPE_CHECKING:
+    from data.shared_stream import SharedStream
 
 METHODS: dict[str, type[SequenceAttention]] = {
     "ring": RingAttention,
@@ -45,7 +52,23 @@ def build_engine(plan: Plan, groups: ParallelGroups | None = None) -> Engine:
     return TrainingEngine(config, groups, build_attention(plan, groups))
 
 
-def build_feed(plan: Plan, engine: Engine, corpus: Corpus) -> Feed:
+def open_shared_corpus(plan: Plan, engine: Engine) -> Corpus | SharedStream:
+    """The plan's data, of which a stream is read once for all ranks of a sequence. Every rank must call it."""
+    data, vocab_size = plan.config.data, plan.config.model.vocab_size
+    if not data.stream:
+        return open_corpus(data, vocab_size)
+    from data.shared_stream import SharedStream
+    from data.stream import open_stream
+
+    data_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(data_ranks, engine.data_rank)
+    rows = [[rank for rank, row in enumerate(data_ranks) if row == number] for number in range(engine.data_degree)]
+    timeout = datetime.timedelta(seconds=plan.config.launch.timeout_s)
+    group, _ = torch.distributed.new_subgroups_by_enumeration(rows, timeout=timeout, backend="gloo")
+    return SharedStream(open_stream(data, vocab_size), group, engine.sequence_rank, plan.layout)
+
+
+def build_feed(plan: Plan, engine: Engine, corpus: Corpus | SharedStream) -> Feed:
     """This rank's share of the corpus, in the steps of the plan."""
     config, coordinates = plan.config, (engine.sequence_rank, engine.data_rank, engine.data_degree)
     sharder = Sharder(plan.layout, *coordinates, config.engine.micro_batch_size, config.data.document_mask)
