@@ -106,7 +106,7 @@ def test_parquet_and_data_sets_have_the_same_conversations(tiny_llama, tmp_path)
     expected = opened(tmp_path, tiny_llama, *rows).store
     (tmp_path / "set").mkdir()
     shutil.copy(tmp_path / "chat.jsonl", tmp_path / "set")
-    messages = [row["messages"] for row in rows]
+    messages: list[Any] = [row["messages"] for row in rows]
     messages[1] = [{**message, "tool_calls": None} for message in messages[1]]
     pyarrow.parquet.write_table(pyarrow.table({"messages": messages}), tmp_path / "a.parquet")
     places: list[dict[str, Any]] = [{"name": str(tmp_path / "set")}, {"files": str(tmp_path / "a.parquet")}]
