@@ -33,7 +33,6 @@ from data.packing import PiecePack, window_packs
 from data.source import CorpusError
 from data.store import TokenStore, open_stores, open_validation_stores
 
-LastRead = tuple[int, int, str]  # the last sequence that was read: its epoch, its number there, and its SHA-256
 IGNORED_LABEL = -100  # torch's default ignore_index
 
 
@@ -45,6 +44,14 @@ class Cursor(NamedTuple):
 
 
 START = Cursor(0, 0)
+
+
+class LastRead(NamedTuple):
+    """The last pack that training has read, and what recognises it."""
+
+    epoch: int
+    pack: int
+    sha256: str
 
 
 @dataclass(frozen=True)

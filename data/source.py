@@ -375,7 +375,7 @@ def hub_source(source: Source, revision: str | None = None) -> Source:
 
 def is_offline() -> bool:
     """Whether the hub must not be asked."""
-    import huggingface_hub
+    import huggingface_hub.constants
 
     return huggingface_hub.constants.HF_HUB_OFFLINE
 
@@ -446,14 +446,3 @@ def stdlib_files() -> list[str]:
         subfolders[:] = set(subfolders) - _NOT_LIBRARY_CODE  # os.walk skips these: site-packages alone takes a second
         files += [os.path.join(folder, name) for name in names if name.endswith(".py")]
     return sorted(files)
-
-
-def open_documents(config: DataConfig) -> list[str]:
-    """All texts of a source, for `data.pack`."""
-    source = open_source(config)
-    texts = []
-    for row in source.rows():
-        if isinstance(row.content, BadRow):
-            raise CorpusError(f"{source.where(row.file, row.number)}: {row.content.problem}")
-        texts.append(str(row.content))
-    return texts

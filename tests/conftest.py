@@ -1,7 +1,9 @@
+import atexit
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +20,9 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.environ.get("DS_ACCELERATOR") == "cpu":  # as in train.py
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    cache = tempfile.TemporaryDirectory()  # one token store for all tests, and none in the user's home
+    os.environ["XDG_CACHE_HOME"] = cache.name
+    atexit.register(cache.cleanup)
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,9 @@ import numpy as np
 import torch
 
 from conf.schema import Config, ConfigError
+from data.corpus import START, Pack
+from data.packing import Piece
+from data.store import TokenStore
 from recipes.launch import launcher
 from recipes.launch.environment import ranks_are_started
 from recipes.launch.memory_errors import out_of_memory_cause
@@ -164,9 +167,9 @@ class Probe:
         device_metrics.reset_peak_memory()  # building the fp32 weights may have needed more
         batches = build_sharder(plan, engine).steps(_random_sequences(plan.config), plan.accumulation_steps)
         clock = device_metrics.StepClock()
-        for micro_batches in itertools.islice(batches, plan.config.num_steps):
+        for batch in itertools.islice(batches, plan.config.num_steps):
             clock.restart()
-            engine.train_step(micro_batches)
+            engine.train_step(batch.micro_batches)
             clock.tick()
         step_time_s = engine.max_over_ranks(min(clock.take()))
         result = {
@@ -181,11 +184,12 @@ class Probe:
             replace_file(run_dir / PROBE_FILE, json.dumps(result))
 
 
-def _random_sequences(config: Config) -> Iterator[np.ndarray]:
-    """Endless, [L+1] each, the same on all ranks: memory does not depend on the text, and no corpus is too short."""
-    generator = np.random.default_rng(config.seed)
-    while True:
-        yield generator.integers(0, config.model.vocab_size, config.data.sequence_length + 1)
+def _random_sequences(config: Config) -> Iterator[Pack]:
+    """Endless, all the same: one document of random tokens."""
+    length = config.data.sequence_length
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, length + 1, np.int32)
+    store = TokenStore("random", tokens, np.array([length + 1]))
+    return itertools.repeat(Pack((Piece(0, 0, length, True),), length, START, START, (store,)))
 
 
 def train_probe(config: Config, num_ranks: int, folder: Path) -> Row:

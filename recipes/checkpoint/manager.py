@@ -24,7 +24,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from conf.schema import Config, ConfigError
-from data.corpus import Pack
+from data.corpus import LastRead, Pack
 from recipes.checkpoint.manifest import (
     CHECKPOINTS_DIR,
     WRITING_DIR,
@@ -173,7 +173,7 @@ class Checkpoints:
         parts = _gathered({name: fingerprint(folder / name) for name in names[rank::num_ranks]})
         if rank == 0:
             files = {name: print_ for part in parts for name, print_ in part.items()}
-            last_read = (*last.position, last.sha256()) if last else None
+            last_read = LastRead(*last.position, last.sha256()) if last else None
             progress = (step, last_read, elapsed_s, wandb_run_id)
             write_manifest(folder, Manifest(*progress, asdict(self._config), _versions(), files))
             publish(self._run_dir, step, self._config.checkpoint.keep)

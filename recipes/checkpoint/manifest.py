@@ -99,7 +99,8 @@ def read_manifest(folder: Path) -> Manifest:
         content = json.loads(path.read_bytes())
         if content.pop("sha256") != _checksum(content):
             raise ValueError
-        return Manifest(**content)
+        last_read = content.pop("last_read")
+        return Manifest(**content, last_read=last_read and LastRead(*last_read))
     except OSError as error:
         raise BrokenCheckpoint(f"{path}: {error.strerror}") from error
     except (ValueError, TypeError, AttributeError, KeyError) as error:  # not JSON, or JSON of something else

@@ -68,8 +68,12 @@ def open_shared_corpus(plan: Plan, engine: Engine) -> Corpus | SharedStream:
     return SharedStream(open_stream(data, vocab_size), group, engine.sequence_rank, plan.layout)
 
 
+def build_sharder(plan: Plan, engine: Engine) -> Sharder:
+    """Cuts sequences into this rank's micro-batches."""
+    config, coordinates = plan.config, (engine.sequence_rank, engine.data_rank, engine.data_degree)
+    return Sharder(plan.layout, *coordinates, config.engine.micro_batch_size, config.data.document_mask)
+
+
 def build_feed(plan: Plan, engine: Engine, corpus: Corpus | SharedStream) -> Feed:
     """This rank's share of the corpus, in the steps of the plan."""
-    config, coordinates = plan.config, (engine.sequence_rank, engine.data_rank, engine.data_degree)
-    sharder = Sharder(plan.layout, *coordinates, config.engine.micro_batch_size, config.data.document_mask)
-    return Feed(corpus, sharder, plan.accumulation_steps)
+    return Feed(corpus, build_sharder(plan, engine), plan.accumulation_steps)

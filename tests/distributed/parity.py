@@ -304,8 +304,8 @@ def train_one_process(cell: Cell, compute_dtype: torch.dtype, device: str, drawn
         eps=OPTIMIZER.eps,
     )
     tokens, labels = (tensor.flatten(1, 2).to(device) for tensor in batches(cell))
+    rows = documents(cell)
     if cell.packed:
-        rows = documents(cell)
         labels = torch.stack(
             [torch.stack([*map(without_ends, step, boundaries)]) for step, boundaries in zip(labels, rows, strict=True)]
         )

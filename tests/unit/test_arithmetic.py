@@ -12,7 +12,7 @@ from recipes.model.transformer import Transformer, rotary_cos_sin
 from recipes.planning.explain import banner, explanation
 from recipes.planning.memory import num_parameters
 from recipes.planning.plan import Plan
-from recipes.planning.throughput import forward_flops_per_token, peak_tflops
+from recipes.planning.throughput import Work, forward_flops_per_token, peak_tflops, training_flops_per_token
 from ring_attention import LocalAttention
 from tests.errors import is_named, names
 
@@ -41,7 +41,7 @@ def test_flops_match_torchs_count():
     from torch.utils.flop_counter import FlopCounterMode
 
     shape, length = ModelConfig(), 16
-    model = Transformer(shape, lambda q, k, v, batch_dim_idx: q)  # pyright: ignore[reportArgumentType]
+    model = Transformer(shape, lambda q, k, v, batch_dim_idx, mask: q)  # pyright: ignore[reportArgumentType]
     tokens = torch.zeros(1, length, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
         model(tokens, torch.arange(length).unsqueeze(0))
@@ -101,13 +101,24 @@ def test_norms_biases_and_embeddings_have_no_weight_decay():
 def test_throughput_divides_by_all_ranks():
     config = Config(data=DataConfig(sequence_length=2000), engine=EngineConfig(micro_batch_size=2))
     plan = Plan(config, 4, "cuda", "NVIDIA H200", (9, 0), ranks_per_host=4)
-    throughput = plan.throughput(step_time_s=0.5)
+    throughput = plan.throughput([0.5])
     assert throughput.tokens_per_s == 8000
     assert throughput.tokens_per_s_per_rank == 2000
     assert throughput.tpot_ms == 0.25
     # a token costs 6 x (2 layers x 196,608 weights + 32,896 of the head), and 3 x 1,024,512 in attention
     assert throughput.model_tflops_per_rank == pytest.approx(2000 * 5_630_208 / 1e12)
     assert throughput.mfu_pct == pytest.approx(100 * 0.011260416 / 989.4)
+
+
+def test_throughput_counts_documents_without_padding_and_is_the_median_over_steps():
+    config = Config(data=DataConfig(sequence_length=2000))
+    plan = Plan(config, 1, "cuda", "NVIDIA H200", (9, 0), ranks_per_host=1)
+    work = plan.work([500, 500, 900])
+    per_token = [training_flops_per_token(config.model, length) for length in (500, 900)]
+    assert work == Work(1900, 1000 * per_token[0] + 900 * per_token[1])
+    steps = plan.throughput([1.0, 2.0, 0.5], [work, work, Work(10, 1e9)])
+    assert steps.tokens_per_s == 950
+    assert steps.model_tflops_per_rank == pytest.approx(sorted([work.flops, work.flops / 2, 2e9])[1] / 1e12)
 
 
 def test_mfu_is_unknown_for_unknown_hardware():
@@ -119,7 +130,7 @@ def test_mfu_is_unknown_for_unknown_hardware():
     assert peak_tflops("NVIDIA H200 MIG 1g.18gb", "bf16") is None  # a seventh of a GPU
     assert peak_tflops("NVIDIA H200", "fp32") is None
     assert peak_tflops("CPU", "bf16") is None
-    assert Plan(Config(), 1, "cpu", "CPU", None, ranks_per_host=1).throughput(1.0).mfu_pct is None
+    assert Plan(Config(), 1, "cpu", "CPU", None, ranks_per_host=1).throughput([1.0]).mfu_pct is None
 
 
 def test_rotary_angles_are_exact_at_position_one_million():

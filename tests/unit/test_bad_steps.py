@@ -15,7 +15,7 @@ from recipes.launch.stopping import MAX_BAD_STEPS, BadSteps
 from recipes.run.errors import RunFailed
 from tests.errors import is_named, names, refused
 
-DATA = mock.Mock(last_sha256="abc")
+DATA = mock.Mock(**{"last.position": (1, 2999), "last.sha256.return_value": "abc"})
 
 
 def result(loss: float, applied: bool) -> StepResult:
@@ -23,7 +23,7 @@ def result(loss: float, applied: bool) -> StepResult:
 
 
 def bad_steps(policy: str, run_dir: Path, dtype: str = "bf16", ranks: tuple[int, ...] = (1, 2)) -> BadSteps:
-    plan = mock.Mock(config=Config(engine=EngineConfig(dtype=dtype, on_bad_step=policy)), data_tokens_per_step=1000)
+    plan = mock.Mock(config=Config(engine=EngineConfig(dtype=dtype, on_bad_step=policy)), sequences_per_step=8)
     return BadSteps(plan, mock.Mock(**{"ranks_with_nonfinite_loss.return_value": list(ranks)}), run_dir)
 
 
@@ -35,7 +35,7 @@ def test_the_message_of_a_stopped_run_identifies_the_batch(tmp_path, step):
         bad_steps("stop", tmp_path).check(3, result(float("nan"), applied=False), DATA)
     assert caught.value.of_all_ranks
     batch, advice = str(caught.value).splitlines()
-    names(batch, "step 3", "nan", "1, 2", "2,000", "2,999", "abc")
+    names(batch, "step 3", "nan", "1, 2", "8", "2,999", "1", "abc")
     names(advice, "engine.on_bad_step=skip")
     assert is_named(advice, "step_00000002") == (step is not None)  # the checkpoint to resume from
 
@@ -43,7 +43,7 @@ def test_the_message_of_a_stopped_run_identifies_the_batch(tmp_path, step):
 def test_gradients_can_be_bad_with_a_finite_loss(tmp_path):
     line = bad_steps("skip", tmp_path, ranks=()).check(1, result(2.5, applied=False), DATA)
     assert line is not None
-    names(line, "step 1", "gradients", "2.5000", "0", "999", "abc")
+    names(line, "step 1", "gradients", "2.5000", "2,999", "abc")
 
 
 def test_fp16_steps_skipped_for_the_loss_scale_are_good_if_the_loss_is_finite(tmp_path):

@@ -108,9 +108,7 @@ def saved_by(run_dir: Path, **settings) -> Path:
     folder = run_dir / "checkpoints" / "step_00000003"
     folder.mkdir(parents=True)
     lora = LoraConfig(rank=settings.pop("lora_rank", 0))
-    write_manifest(
-        folder, Manifest(3, 0, "", 0.0, "", asdict(Config(model=ModelConfig(**settings), lora=lora)), {}, {})
-    )
+    write_manifest(folder, Manifest(3, None, 0.0, "", asdict(Config(model=ModelConfig(**settings), lora=lora)), {}, {}))
     return run_dir
 
 
@@ -147,7 +145,7 @@ def test_a_failed_export_leaves_nothing_behind(tmp_path):
 def test_sharded_layers_are_not_exported(tmp_path):
     config = {"parallelism": {"method": "tensor_pipeline"}}
     with refused(ConfigError, "parallelism=tensor_pipeline"):
-        consolidated_weights(tmp_path, Manifest(3, 0, "", 0.0, "", config, {}, {}))
+        consolidated_weights(tmp_path, Manifest(3, None, 0.0, "", config, {}, {}))
 
 
 def test_keep_zero_disables_checkpoints_and_less_is_refused():

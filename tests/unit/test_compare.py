@@ -37,23 +37,28 @@ def test_the_roofline_needs_entries_of_one_model_length_and_number_of_ranks():
 @pytest.mark.parametrize(
     ("given", "own", "expected"),
     [
-        ([], [], ["recipe=forward"]),
+        ([], [], ["data.document_mask=false", "recipe=forward"]),
         (
             ["+experiment=paper_table", "recipe=compare"],
             ["+experiment=tp_pp"],
-            ["+experiment=[paper_table,tp_pp]", "recipe=forward"],
+            ["+experiment=[paper_table,tp_pp]", "data.document_mask=false", "recipe=forward"],
         ),
         (
             ["+experiment=[paper_table,dp]"],
             ["+experiment=dp", "+experiment=[ra_sp]"],
-            ["+experiment=[paper_table,dp,ra_sp]", "recipe=forward"],
+            ["+experiment=[paper_table,dp,ra_sp]", "data.document_mask=false", "recipe=forward"],
         ),
         (
             ["model=tiny", "launch.num_ranks=2", "seed=1"],
             ["launch.num_ranks=4"],
-            ["model=tiny", "launch.num_ranks=4", "seed=1", "recipe=forward"],
+            ["data.document_mask=false", "model=tiny", "launch.num_ranks=4", "seed=1", "recipe=forward"],
         ),
-        (["data.files='a=b'"], ["data.files='c=d'"], ["data.files='c=d'", "recipe=forward"]),
+        (
+            ["data.files='a=b'"],
+            ["data.files='c=d'"],
+            ["data.document_mask=false", "data.files='c=d'", "recipe=forward"],
+        ),
+        (["data.document_mask=true"], [], ["data.document_mask=true", "recipe=forward"]),
     ],
 )
 def test_an_entry_is_what_was_typed_unless_its_own_overrides_replace_it(given, own, expected):

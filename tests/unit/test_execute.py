@@ -27,7 +27,7 @@ from tests.errors import names, refused
 from tests.unit.test_manifest import published, resolved
 
 ROOT = Path(train.__file__).parent
-TOO_SHORT = ("6 tokens", "8 validation", "data.sequence_length", "data.validation_sequences")
+TOO_SHORT = ("6 tokens", "18,432", "8 validation sequences", "data.sequence_length=2048")
 TWO_RANKS = LaunchConfig(num_ranks=2)
 
 

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from data.corpus import Corpus, Pack
+from data.corpus import Corpus, LastRead, Pack
 from data.feed import Feed, packs_after
 from data.shard import IGNORED_LABEL, Sharder, TokenBatch
 from data.source import CorpusError
@@ -28,7 +28,7 @@ def take(packs, number: int) -> list[Pack]:
 
 def test_data_goes_on_after_the_last_sequence_and_another_corpus_is_refused():
     packs = take(packs_after(corpus("a" * 60, "b" * 60), None), 25)
-    last_read = (*packs[4].position, packs[4].sha256())
+    last_read = LastRead(*packs[4].position, packs[4].sha256())
     again = take(packs_after(corpus("a" * 60, "b" * 60), last_read), 20)
     assert [pack.sha256() for pack in again] == [pack.sha256() for pack in packs[5:]]  # round the corpus's end
     with refused(CorpusError, "corpus", "sequence 4", "epoch 0"):

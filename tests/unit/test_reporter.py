@@ -104,7 +104,7 @@ def test_a_resumed_run_logs_its_earlier_rows_again_offline(tmp_path, monkeypatch
     """`wandb sync` puts the newest folder in the place of earlier ones of the same id; a server has their rows."""
     rows = [{"step": step, "train/loss": float(step), "elapsed_s": 1.0} for step in (1, 2, 3)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    resumed = Manifest(2, 0, "", 1.0, "id7", {}, {}, {})
+    resumed = Manifest(2, None, 1.0, "id7", {}, {}, {})
     reporter, _, init = opened(tmp_path, monkeypatch, resumed, wandb=mode)
     init.return_value.offline = mode == "offline"
     with reporter:

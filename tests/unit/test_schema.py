@@ -402,7 +402,8 @@ def test_an_experiment_chooses_options_and_sets_no_field_of_a_group(path):
 def test_every_option_composes(path):
     group, option = path.parent.name, path.stem
     plus = "+" if group in ("experiment", "debug", "sweep") else ""
-    needed = {"text_files": "data.files=train.py", "hub": "data.name=owner/name"}
+    needed = dict.fromkeys(("text_files", "jsonl", "parquet", "megatron", "chat"), "data.files=train.py")
+    needed |= {"hub": "data.name=owner/name", "mixture": "data.sources={a: {source: stdlib, weight: 1}}"}
     needed |= dict.fromkeys(("huggingface", "finetune"), "model.path=FOLDER")
     extra = [needed[option]] if group != "workload" and option in needed else []
     config = compose(f"{plus}{group}={option}", *extra)

@@ -61,7 +61,7 @@ def make_logger(has_ring: bool, extremes_over_ranks=two_ranks, reporter: Any = N
 def step(logger: StepLogger, is_due: bool, clock: Clock) -> None:
     with logger.data():
         clock.sleep(WAIT_S)
-    with logger.step(is_due), profiler_range("forward ring step 0"):
+    with logger.step(is_due, [128]), profiler_range("forward ring step 0"):
         for _ in range(2):
             with profiler_range("exchange wait"):
                 clock.sleep(WAIT_S)
@@ -158,7 +158,7 @@ class TestBreakdown:
         logger._reporter = reporter = mock.Mock()
         logger.restart()
         for _ in range(num_steps):
-            with logger.step(is_due=False):
+            with logger.step(is_due=False, lengths=[128]):
                 clock.sleep(step_s)
         logger.step_metrics(num_steps, {})
         reporter.reset_mock()
