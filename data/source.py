@@ -359,7 +359,7 @@ def open_source(config: DataConfig) -> Source:
 
 def hub_source(source: Source, revision: str | None = None) -> Source:
     """The source with the newest revision of its data set on the hub, or the one given. Raises CorpusError."""
-    import huggingface_hub
+    import huggingface_hub.constants
     from huggingface_hub.errors import HTTPError  # not an OSError
 
     if revision is None:

@@ -50,7 +50,10 @@ JOB = [
 ]
 SHORT = [*JOB, "launch.num_ranks=2", "num_steps=20"]
 ENDLESS = [*JOB, "launch.num_ranks=3", "num_steps=100000"]
-COMPUTED = ("step", "train/loss", "train/grad_norm", "train/learning_rate", "train/data_cursor", "validation/loss")
+COMPUTED = (
+    *("step", "train/loss", "train/grad_norm", "train/learning_rate", "train/data_epoch", "train/data_sequence"),
+    "validation/loss",
+)
 
 
 @dataclass
