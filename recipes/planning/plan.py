@@ -211,8 +211,8 @@ class Plan:
         """
         full = Work(self.tokens_per_step, self.tokens_per_step * self.flops)
         steps = [*zip(step_times_s, work or [full] * len(step_times_s), strict=True)]
-        tokens_per_s = statistics.median(one.tokens / time_s for time_s, one in steps)
-        tflops = statistics.median(one.flops / time_s for time_s, one in steps) / self.num_ranks / 1e12
+        tokens_per_s = 1 / statistics.median(time_s / one.tokens for time_s, one in steps)
+        tflops = 1e-12 / statistics.median(time_s / one.flops for time_s, one in steps) / self.num_ranks
         tpot_ms = 1e3 * statistics.median(step_times_s) / self.config.data.sequence_length
         peak = peak_tflops(self.device_name, self.config.engine.dtype)
         mfu_pct = 100 * tflops / peak if peak else None

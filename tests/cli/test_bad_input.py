@@ -78,7 +78,7 @@ CASES = {
     ),
     "a corpus that is too short": (
         ["data=text_files", "data.files={folder}/tiny.txt", "data.sequence_length=100000"],
-        ["6 tokens", "8 validation", "900009", "data.sequence_length", "data.validation_sequences"],
+        ["6 tokens", "8 validation", "900,000", "data.sequence_length=100000"],
     ),
 }
 

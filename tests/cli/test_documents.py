@@ -45,7 +45,9 @@ def write_chats(path: Path, num: int) -> Path:
 @pytest.fixture
 def sources(tmp_path: Path) -> dict[str, list[str]]:
     """The settings of each kind of data."""
-    first, second = write_lines(tmp_path / "first.jsonl", 300, 1), write_lines(tmp_path / "second.jsonl", 40, 2)
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    first, second = write_lines(folder / "first.jsonl", 300, 1), write_lines(folder / "second.jsonl", 40, 2)
     mixture = (
         f"{{a: {{source: jsonl, files: {first}, weight: 0.75}}, b: {{source: jsonl, files: {second}, weight: 0.25}}}}"
     )
@@ -92,7 +94,7 @@ def test_a_mixture_is_validated_by_source_and_explained(program: Program, source
     last = finished.metrics[-1]
     weighted = 0.75 * last["validation/loss/a"] + 0.25 * last["validation/loss/b"]
     assert last["validation/loss"] == pytest.approx(weighted)
-    explained = program.run(*job, "explain=true").stdout.splitlines()
+    explained = program.run(*job, "explain=true", name="explained").stdout.splitlines()
     some_line_names(explained, "data.packing=best_fit", "256")
     some_line_names(explained, "padding")
     some_line_names(explained, "a", "75.0%")

@@ -49,7 +49,7 @@ def test_the_banner_has_its_parts_in_order(main_run):
     banner = dict(rows)
     names(banner["ranks"], "1 data x 4 ring", "CPU")
     names(banner["tokens"], 64, 256)
-    names(banner["data"], "stdlib", "1,542")
+    names(banner["data"], "stdlib", "1,536")
     assert re.search(rf"{NUMBER} files.* {NUMBER} tokens.* \S+ epochs", banner["data"])
     names(banner["attention"], "ring", "zigzag", "p2p", "gloo")
     names(banner["engine"], "stage 1", "bf16")

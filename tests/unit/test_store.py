@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import random
+import select
 import shutil
 import signal
 import subprocess
@@ -35,12 +36,14 @@ REPOSITORY = Path(__file__).parents[2]
 TEXTS = ["one", "two", "", "déjà vu"]
 # tokenizes slowly, and records every batch
 SLOW = """
-import sys, time
+import os, sys, time
 from conf.schema import DataConfig
 from data import store
 store._RECORD_S, store._BATCH_ROWS, append = 0, 5, store._Build._append
 def slow(*arguments):
     time.sleep(0.003)
+    while not os.path.exists(sys.argv[2]):
+        time.sleep(0.01)
     append(*arguments)
 store._Build._append = slow
 store.open_store(DataConfig(**eval(sys.argv[1])), "jsonl", lambda line: print(line, flush=True))
@@ -64,9 +67,10 @@ def opened(config: DataConfig) -> store_module.OpenedStore:
     return open_counted(config, config.source, print)
 
 
-def slow_build(config: DataConfig) -> subprocess.Popen:
+def slow_build(config: DataConfig, gate: str = "/") -> subprocess.Popen:
+    """A process that builds the store once the file `gate` exists."""
     data = repr({"source": "jsonl", "files": config.files, "token_store": config.token_store})
-    command = [sys.executable, "-c", SLOW, data]
+    command = [sys.executable, "-c", SLOW, data, gate]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True)
 
@@ -179,11 +183,15 @@ def test_a_kill_at_any_moment_changes_nothing(tmp_path):
 
 def test_one_process_builds_and_others_wait(tmp_path):
     write(tmp_path / "a.jsonl", *(f"text {number}" for number in range(500)))
-    config = jsonl(tmp_path)
-    processes = [slow_build(config) for _ in range(2)]
+    config, gate = jsonl(tmp_path), tmp_path / "gate"
+    processes = [slow_build(config, str(gate)) for _ in range(2)]
+    waiting = [process.stdout for process in processes if process.stdout]
+    readable, _, _ = select.select(waiting, [], [], 60)  # the one that does not build
+    assert "is tokenized by process" in readable[0].readline()
+    gate.touch()
     outputs = [process.communicate(timeout=60)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
-    assert sum("is tokenized by process" in output for output in outputs) == 1
+    assert not any("is tokenized" in output for output in outputs)
     assert not opened(config).is_new
 
 
