@@ -8,7 +8,7 @@ import torch
 from ring_attention.kernels import KERNELS, KernelParams, KernelSpec, SavedTensors
 from ring_attention.masked_block import MaskedBlock
 from tests.tools.measure import assert_equal_attention
-from tests.unit.test_attention_kernels import SCALE, computed, oracle
+from tests.unit.test_attention_kernels import SCALE, computed, computed_segments, oracle, oracle_segments
 
 pytestmark = pytest.mark.gpu
 
@@ -84,6 +84,31 @@ def test_head_sizes(name, dtype, head_dim, value_head_dim):
     if refusal := KERNELS[name].refusal(KernelSpec.of(q, k, v)):
         pytest.skip(refusal)
     assert_equal_attention(computed(name, q, k, v, dout, None, 0), oracle(q, k, v, dout, None, 0), dtype)
+
+
+SEGMENTS = {
+    "squares": [(1, 1), (200, 200), (3, 3), (129, 129), (51, 51), (384, 384)],
+    "one": [(768, 768)],
+    "earlier keys": [(100, 228), (1, 1), (155, 283), (184, 184), (72, 72)],  # fewer queries
+    "many": [(3, 3)] * 256,
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(8, 8, 64), (8, 2, 128), (4, 2, 256)])
+@pytest.mark.parametrize("window", [None, 64])
+@pytest.mark.parametrize("lengths", SEGMENTS.values(), ids=SEGMENTS)
+def test_documents_in_one_call(name, dtype, num_heads, num_kv_heads, head_dim, window, lengths):
+    num_queries, num_keys = (sum(sizes) // 2 for sizes in zip(*lengths, strict=True))  # of two rows
+    q, k, v, dout = draw(num_queries, num_keys, num_heads, num_kv_heads, head_dim, head_dim, dtype)
+    kernel = KERNELS[name]
+    if refusal := kernel.refusal(KernelSpec.of(q, k, v, windowed=window is not None)):
+        pytest.skip(refusal)
+    if not kernel.has_varlen and any(queries != keys for queries, keys in lengths):
+        pytest.skip("is given squares alone")
+    got = computed_segments(name, q, k, v, dout, lengths, window)
+    assert_equal_attention(got, oracle_segments(q, k, v, dout, lengths, window), dtype)
 
 
 @pytest.mark.parametrize("name", NAMES)

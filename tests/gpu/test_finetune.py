@@ -36,3 +36,19 @@ def test_training_equals_one_process(
     outcome = run_cell(gpu_pool, cell)
     assert outcome.half_ratio is not None
     assert outcome.half_ratio <= HALF_RATIO_LIMIT, outcome
+
+
+@pytest.mark.parametrize("ring_degree", sorted({1, NUM_RANKS}))
+@pytest.mark.parametrize("method", ["ring", "all_gather"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss", ""])
+def test_packed_documents_equal_documents_alone(
+    gpu_pool: WorkerPool, tmp_path: Path, family: str, method: str, ring_degree: int
+):
+    """Several documents a row, in varlen calls; without a family the recipe's own transformer."""
+    if family:
+        tiny_model(family, "eager", **SIZES, **CHANGES.get(family, {})).save_pretrained(tmp_path)
+    cell = Cell("bf16", 3, ring_degree, 1, 1, 128, method=method, recompute="selective", packed=True)
+    cell = replace(cell, path=str(tmp_path) if family else "")
+    outcome = run_cell(gpu_pool, cell)
+    assert outcome.half_ratio is not None
+    assert outcome.half_ratio <= HALF_RATIO_LIMIT, outcome

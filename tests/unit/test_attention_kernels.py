@@ -10,8 +10,8 @@ from torch import Tensor
 from ring_attention.accumulators import OnlineSoftmaxAccumulator
 from ring_attention.attend import BackwardInputs, attend_backward, attend_forward
 from ring_attention.kernel_calls import plan_calls
-from ring_attention.kernels import KERNELS, KernelParams, KernelSpec, Scores, choose_kernel
-from ring_attention.kernels.base import band_mask, flash_window, is_installed
+from ring_attention.kernels import KERNELS, KernelParams, KernelSpec, SavedTensors, Scores, choose_kernel
+from ring_attention.kernels.base import Segments, band_mask, flash_window, is_installed
 from ring_attention.kv import KeysValues
 from ring_attention.masked_block import MaskedBlock
 from ring_attention.merge import merge
@@ -77,6 +77,48 @@ def computed(
         totals[1][:, slice(*tile.keys)] += tile.dk
         totals[2][:, slice(*tile.keys)] += tile.dv
     return [out, *totals]
+
+
+def computed_segments(
+    name: str, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lengths: list[tuple[int, int]], window: int | None
+) -> list[Tensor]:
+    """out, dq, dk, dv of documents that lie one behind the other, row after row."""
+    segments, params = Segments(lengths), KernelParams(None if window is None else -window, 0, SCALE)
+    out, lse = KERNELS[name].forward_segments(q, k, v, segments, params)
+    assert lse.shape == (len(q), q.shape[2], q.shape[1])
+    saved = SavedTensors(q, k, v, out, lse)
+    return [out, *KERNELS[name].backward_segments(dout, saved, segments, params)]
+
+
+def oracle_segments(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lengths: list[tuple[int, int]], window: int | None
+) -> Expected:
+    allowed = torch.zeros(q.shape[:2].numel(), k.shape[:2].numel(), dtype=torch.bool, device=q.device)
+    row = column = 0
+    for num_queries, num_keys in lengths:
+        diagonal = num_keys - num_queries
+        lower = None if window is None else diagonal - window
+        band = band_mask(num_queries, num_keys, lower, diagonal, q.device)
+        allowed[row : row + num_queries, column : column + num_keys] = band
+        row, column = row + num_queries, column + num_keys
+    one_q, one_k, one_v, one_dout = (x.flatten(0, 1)[None] for x in (q, k, v, dout))
+    expected = dense_attention(one_q, one_k, one_v, one_dout, allowed[None], SCALE, None)
+    return replace(
+        expected,
+        values=[x.unflatten(1, like.shape[:2])[0] for x, like in zip(expected.values, (q, q, k, v), strict=True)],
+    )
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu_flash"])
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("lengths", [[(40, 40)], [(1, 1), (9, 9), (10, 10), (3, 3), (17, 17)]], ids=len)
+def test_documents_in_one_call(name: str, window: int | None, lengths: list[tuple[int, int]]):
+    q, k, v = draw(torch.float32, 20, 20, 4, 2)
+    dout = torch.randn_like(q)
+    if KERNELS[name].refusal(KernelSpec.of(q, k, v, windowed=window is not None)):
+        pytest.skip("no windows")
+    got = computed_segments(name, q, k, v, dout, lengths, window)
+    assert_equal_attention(got, oracle_segments(q, k, v, dout, lengths, window), torch.float32)
 
 
 @pytest.mark.parametrize("name", ["reference", "cpu_flash"])
