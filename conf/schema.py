@@ -145,7 +145,7 @@ class AttentionConfig(_Checked, prefix="attention."):
     """How attention is computed over the ranks that share a sequence."""
 
     method: str = choice(*METHODS)  # auto: the fastest by a cost model; explain=true shows it
-    layout: str = choice("zigzag", "contiguous")  # which positions each rank holds
+    layout: str = choice("zigzag", "contiguous", "balanced")  # what each rank holds; balanced: by the documents
     transport: str = choice(*TRANSPORTS)  # p2p (NCCL, gloo), copy_engine (NVIDIA GPUs of one host), auto: by the device
     kernel: str = choice(*KERNELS)  # auto: the fastest that supports the device, dtype and head size
     intra_host_gb_per_s: Optional[float] = number(None, 0.001)  # auto: a rank's link in its host; unset: 280, CPU 2
@@ -469,6 +469,11 @@ class Config(_Checked):
     def problems(self) -> Iterator[str]:
         if self.lora.rank and not self.model.path:
             yield f"lora.rank={self.lora.rank} needs a trained model: add model.path=FOLDER_OR_HUB_NAME"
+        if self.attention.layout == "balanced" and self.engine.micro_batch_size > 1:
+            yield (
+                f"attention.layout=balanced lays out one sequence, not engine.micro_batch_size="
+                f"{self.engine.micro_batch_size}: use micro-batches of 1 and a longer data.sequence_length, or zigzag"
+            )
         if self.data.document_mask and self.parallelism.method == "tensor_pipeline":
             yield "parallelism=tensor_pipeline has no document masks: add data.document_mask=false"
         if self.data.stream and self.parallelism.method == "tensor_pipeline":

@@ -77,8 +77,9 @@ class Sharder:
         Args:
             lengths: as in `TokenBatch`.
         """
-        tokens, labels = zip(*(self._read(pack) for pack in packs), strict=True)
-        documents, positions_BS = None, self.layout.positions(self.sequence_rank).unsqueeze(0)
+        layout = self._layout_of(packs)
+        tokens, labels = zip(*(self._read(pack, layout) for pack in packs), strict=True)
+        documents, positions_BS = None, layout.positions(self.sequence_rank).unsqueeze(0)
         if self.document_mask:
             documents = tuple(pack.boundaries for pack in packs)
             positions_BS = torch.stack([restarted(positions_BS[0], row) for row in documents])
@@ -119,11 +120,18 @@ class Sharder:
             else:
                 yield pack.num_tokens
 
-    def _read(self, pack: Pack) -> tuple[np.ndarray, np.ndarray]:
+    def _layout_of(self, packs: Sequence[Pack]) -> Layout:
+        """Of a micro-batch: balanced depends on its documents, and takes one sequence."""
+        if self.layout.name != "balanced" or not self.document_mask:
+            return self.layout
+        (pack,) = packs
+        return replace(self.layout, documents=pack.boundaries)
+
+    def _read(self, pack: Pack, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
         """[S] tokens and labels."""
-        tokens_S = np.zeros(self.layout.local_length, np.int64)
-        labels_S = np.full(self.layout.local_length, IGNORED_LABEL, np.int64)
-        for run in self.layout.rank_runs(self.sequence_rank):
+        tokens_S = np.zeros(layout.local_length, np.int64)
+        labels_S = np.full(layout.local_length, IGNORED_LABEL, np.int64)
+        for run in layout.rank_runs(self.sequence_rank):
             num = max(0, min(run.stop, pack.length) - run.start)  # without the layout's padding
             local = slice(run.local_start, run.local_start + num)
             tokens_S[local], labels_S[local] = pack.read(run.start, run.start + num)

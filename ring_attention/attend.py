@@ -14,7 +14,6 @@ from ring_attention.accumulators import OnlineSoftmaxAccumulator
 from ring_attention.kernel_calls import KernelCall
 from ring_attention.kernels import AttentionKernel, KernelParams, SavedTensors, Scores
 from ring_attention.kv import KeysValues
-from ring_attention.layout import Span, slice_within
 from ring_attention.trace import profiler_range
 
 
@@ -28,11 +27,11 @@ class BackwardInputs(NamedTuple):
 
 
 class TileGradients(NamedTuple):
-    """The gradients of one kernel call; `keys` of the source's tokens, `is_last` of its `attend_backward`."""
+    """The gradients of one kernel call; `keys` as in `KernelCall.gradients`, `is_last` of its `attend_backward`."""
 
     rows: slice
     queries: slice
-    keys: Span
+    keys: slice
     is_last: bool
     dq: Tensor
     dk: Tensor
@@ -50,8 +49,8 @@ def attend_forward(
 ) -> None:
     """Add the attention of `calls` to `accumulator`; `is_last` if no more follow."""
     for call in calls:
-        rows, block, segments = call
-        queries, keys = slice(block.q_start, block.q_stop), slice_within(kv.spans, block.k_start, block.k_stop)
+        rows, block, segments, _ = call
+        queries, keys = slice(block.q_start, block.q_stop), slice(block.k_start, block.k_stop)
         q, k, v = q_BSHD[rows, queries], kv.k_BTKD[rows, keys], kv.v_BTKE[rows, keys]
         params = KernelParams(block.lower, block.upper, *scores)
         with profiler_range("attention kernel"):
@@ -69,8 +68,8 @@ def attend_backward(
     """The gradients of each kernel call in turn. Drop them before the next call, or both are in memory."""
     dout_BSHE, q_BSHD, out_BSHE, lse_BHS = inputs
     for call in calls:
-        rows, block, segments = call
-        queries, keys = slice(block.q_start, block.q_stop), slice_within(kv.spans, block.k_start, block.k_stop)
+        rows, block, segments, _ = call
+        queries, keys = slice(block.q_start, block.q_stop), slice(block.k_start, block.k_stop)
         q, k, v = q_BSHD[rows, queries], kv.k_BTKD[rows, keys], kv.v_BTKE[rows, keys]
         saved = SavedTensors(q, k, v, out_BSHE[rows, queries], lse_BHS[rows, :, queries])
         params = KernelParams(block.lower, block.upper, *scores)
@@ -79,5 +78,5 @@ def attend_backward(
                 gradients = kernel.backward(dout_BSHE[rows, queries], saved, params)
             else:
                 gradients = kernel.backward_segments(dout_BSHE[rows, queries], saved, segments, params)
-        yield TileGradients(rows, queries, (block.k_start, block.k_stop), call is calls[-1], *gradients)
+        yield TileGradients(rows, queries, call.gradients, call is calls[-1], *gradients)
         del gradients

@@ -70,7 +70,7 @@ def gathered_calls(
     """A rank's queries against all keys in the order of their positions."""
     length = layout.padded_length
     tiles = find_tiles(layout.runs(ring_rank), (Run(0, 0, length),), mask, mask.spans(length))
-    return plan_calls(kernel, tiles, (0, batch), layout.ring_length, length)
+    return plan_calls(kernel, tiles, (0, batch), layout.ring_length, ((0, length),))
 
 
 class AllGatherFunction(torch.autograd.Function):
@@ -106,11 +106,10 @@ class AllGatherFunction(torch.autograd.Function):
         dq = GradientAccumulator(q_BSHD.shape, q_BSHD.dtype)
         dk, dv = (torch.zeros_like(part, dtype=state_dtype) for part in (kv.k_BTKD, kv.v_BTKE))
         for tile in attend_backward(ring.kernel, ring.scores, calls, inputs, kv):
-            keys = slice(*tile.keys)
             with profiler_range("merge"):
                 dq.add(tile.rows, tile.queries, tile.dq, ends=0 if tile.is_last else None)
-                dk[tile.rows, keys].add_(tile.dk)
-                dv[tile.rows, keys].add_(tile.dv)
+                dk[tile.rows, tile.keys].add_(tile.dk)
+                dv[tile.rows, tile.keys].add_(tile.dv)
             del tile
         reduced = reduce_gradients(ring, KeysValues.of_parts(dk, dv), local)
         return dq.result(), reduced.k_BTKD.to(k_BSKD.dtype), reduced.v_BTKE.to(v_BSKE.dtype), dsinks, None

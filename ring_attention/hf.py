@@ -188,7 +188,12 @@ def shard(
     documents = read_documents(given, num_rows, length)
     positions = given["position_ids"] if "position_ids" in given else positions_of(documents, length)
     labels = shifted_labels(given, documents, length) if "labels" in given else None
-    layout, rank = attention.layout(length), attention.sequence_rank
+    if documents is not None and len(documents) > 1 and attention.layout(length).name == "balanced":
+        raise ValueError(
+            f"layout=balanced lays out one row of documents, not {len(documents)}: flatten the batch, or use zigzag"
+        )
+    layout = attention.layout(length, None if documents is None else tuple(documents[0]))
+    rank = attention.sequence_rank
 
     def part(tensor: Tensor, fill: int) -> Tensor:
         return layout.shard(tensor.expand(num_rows, -1), rank, 1, fill).to(device or ids_BL.device, non_blocking=True)

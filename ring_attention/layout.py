@@ -5,6 +5,7 @@ every rank holds equally many tokens, and cut into chunks for the ring:
 
 - ``contiguous``: ring rank r of R holds chunk r of R. The last rank has most of the causal work.
 - ``zigzag``: ring rank r holds chunks r and 2R-1-r of 2R: an early and a late one, which balances causal work.
+- ``balanced``: depends on the documents of the batch: short ones whole on one rank, long ones as zigzag (`balance`).
 
 The Ulysses ranks of one ring rank are neighbours and share its tokens in equal runs: sequence rank = ring_rank *
 ulysses_degree + ulysses_rank. Padding comes after all real tokens, so no causal query sees it, and its labels are
@@ -21,7 +22,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-LAYOUTS = ("zigzag", "contiguous")
+from ring_attention.balance import balanced_spans
+
+LAYOUTS = ("zigzag", "contiguous", "balanced")
 
 Span = tuple[int, int]  # [start, stop)
 Spans = tuple[Span, ...]  # local tokens of one rank: sorted, and neither overlapping nor adjacent
@@ -67,14 +70,18 @@ class Run(NamedTuple):
 class Layout:
     """How `length` tokens are laid out over ring_degree x ulysses_degree ranks.
 
+    Args:
+        documents: for balanced: 0, then the end of each document of the sequence; None is one document.
+
     Raises:
-        ValueError: for an unknown name, a degree below 1 or a length below 1.
+        ValueError: for an unknown name, a degree below 1, a length below 1, or documents of another layout.
     """
 
     name: str
     ring_degree: int
     length: int
     ulysses_degree: int = 1
+    documents: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.name not in LAYOUTS:
@@ -82,6 +89,8 @@ class Layout:
         for name in ("ring_degree", "length", "ulysses_degree"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.documents is not None and self.name != "balanced":
+            raise ValueError(f"layout={self.name} does not depend on documents: leave them out")
 
     @property
     def chunks_per_ring_rank(self) -> int:
@@ -113,14 +122,18 @@ class Layout:
         return self.ring_degree * self.ring_length
 
     def chunks(self, ring_rank: int) -> tuple[int, ...]:
-        """The chunks of a ring rank, in local order."""
+        """The chunks of a ring rank, in local order; not of balanced, which has other pieces."""
         chunks = ring_rank, self.num_chunks - 1 - ring_rank
         return chunks[: self.chunks_per_ring_rank]
 
     def runs(self, ring_rank: int) -> tuple[Run, ...]:
-        """The chunks of a ring rank as runs. Adjacent chunks are one run."""
+        """The positions of a ring rank as runs, in local order. Adjacent chunks are one run."""
         size, local_start, runs = self.chunk_length, 0, []
-        for start, stop in union((chunk * size, (chunk + 1) * size) for chunk in self.chunks(ring_rank)):
+        if self.name == "balanced":
+            spans = balanced_spans(self.documents or (0,), self.padded_length, self.ring_degree)[ring_rank]
+        else:
+            spans = union((chunk * size, (chunk + 1) * size) for chunk in self.chunks(ring_rank))
+        for start, stop in spans:
             runs.append(Run(local_start, start, stop))
             local_start += stop - start
         return tuple(runs)

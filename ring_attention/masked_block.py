@@ -60,6 +60,10 @@ class MaskedBlock:
         upper = None if self.upper is None else self.upper + shift
         return MaskedBlock(q_start, q_stop, k_start, k_stop, lower, upper).trimmed()
 
+    def with_keys_moved(self, shift: int) -> MaskedBlock:
+        """The same block with its keys elsewhere: the band counts from the block's corner."""
+        return MaskedBlock(self.q_start, self.q_stop, self.k_start + shift, self.k_stop + shift, self.lower, self.upper)
+
     def trimmed(self) -> MaskedBlock | None:
         """The smallest block with the same pairs; None if there are none."""
         lower, upper = self._band

@@ -106,9 +106,8 @@ def forward_calls(
     layout: Layout, mask: Mask, ring_rank: int, batch: int, kernel: AttentionKernel
 ) -> tuple[tuple[KernelCall, ...], ...]:
     """The kernel calls of each ring step; once per batch of documents, for all layers."""
-    length = layout.ring_length
     steps = ring_schedule(layout, mask, ring_rank)
-    return tuple(plan_calls(kernel, step.tiles, (0, batch), length, length) for step in steps)
+    return tuple(plan_calls(kernel, step.tiles, (0, batch), layout.ring_length, step.keys) for step in steps)
 
 
 @functools.lru_cache(maxsize=16)
@@ -116,9 +115,14 @@ def backward_calls(
     layout: Layout, mask: Mask, ring_rank: int, batch: int, kernel: AttentionKernel
 ) -> tuple[tuple[KernelCall, ...], ...]:
     """The same for `backward_schedule`."""
-    length = layout.ring_length
     steps = backward_schedule(layout, mask, ring_rank, batch, kernel.split).steps
-    return tuple(plan_calls(kernel, step.compute.tiles, step.compute.rows, length, length) for step in steps)
+    ring_steps = ring_schedule(layout, mask, ring_rank)
+    arrived = [step.keys for step in ring_steps]
+    arrived += [ring_steps[0].keys] * (len(steps) - len(arrived))  # of what was held back of the local attention
+    return tuple(
+        plan_calls(kernel, step.compute.tiles, step.compute.rows, layout.ring_length, keys, step.gradients)
+        for step, keys in zip(steps, arrived, strict=True)
+    )
 
 
 def ring_forward(ring: Ring, q_BSHD: Tensor, kv: KeysValues, sinks_H: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -166,11 +170,11 @@ def ring_backward(
         dk, dv = (own_dk, own_dv) if number == 0 else _new_sums(kv, step, number, is_local)
         if here is not None:
             for tile in attend_backward(ring.kernel, ring.scores, calls[number], inputs, here):
-                ends, keys = number if tile.is_last else None, slice_within(step.gradients, *tile.keys)
+                ends = number if tile.is_last else None
                 with profiler_range("merge"):
                     dq.add(tile.rows, tile.queries, tile.dq, ends)
-                    dk.add(tile.rows, keys, tile.dk, ends)
-                    dv.add(tile.rows, keys, tile.dv, ends)
+                    dk.add(tile.rows, tile.keys, tile.dk, ends)
+                    dv.add(tile.rows, tile.keys, tile.dv, ends)
                 del tile  # its memory is free before the next kernel call
         if gradient_transfer is not None:
             gradient_transfer.wait()  # it travelled during this step's attention

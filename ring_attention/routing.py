@@ -10,7 +10,7 @@ import functools
 
 from ring_attention.layout import Layout, Spans, union
 from ring_attention.mask import Mask
-from ring_attention.tiles import find_tiles
+from ring_attention.tiles import ring_tiles
 
 
 @functools.lru_cache(maxsize=8)
@@ -19,13 +19,12 @@ def required_keys(layout: Layout, mask: Mask) -> list[list[Spans]]:
 
     () at distance 0: a rank has its own keys.
     """
-    degree = layout.ring_degree
-    documents, runs = mask.spans(layout.padded_length), [layout.runs(rank) for rank in range(degree)]
+    degree, tiles_of = layout.ring_degree, ring_tiles(layout, mask)
     required: list[list[Spans]] = []
     for source in range(degree):
         required.append([()])
         for distance in range(1, degree):
-            tiles = find_tiles(runs[(source + distance) % degree], runs[source], mask, documents)
+            tiles = tiles_of((source + distance) % degree, source)
             required[-1].append(union((tile.block.k_start, tile.block.k_stop) for tile in tiles))
     return required
 

@@ -38,7 +38,7 @@ from typing import NamedTuple
 from ring_attention.layout import Layout, Spans, num_tokens
 from ring_attention.mask import CAUSAL, Mask
 from ring_attention.routing import key_routes, required_keys
-from ring_attention.tiles import AttentionTile, find_tiles
+from ring_attention.tiles import AttentionTile, ring_tiles
 
 
 class Message(NamedTuple):
@@ -81,7 +81,7 @@ def ring_schedule(layout: Layout, mask: Mask, ring_rank: int) -> tuple[RingStep,
     """
     degree = layout.ring_degree
     required, routes = required_keys(layout, mask), key_routes(layout, mask)
-    documents = mask.spans(layout.padded_length)
+    tiles_of = ring_tiles(layout, mask)
 
     def message(peer: int, spans: Spans) -> Message | None:
         return Message(peer % degree, spans) if spans else None
@@ -95,7 +95,7 @@ def ring_schedule(layout: Layout, mask: Mask, ring_rank: int) -> tuple[RingStep,
         steps.append(
             RingStep(
                 source,
-                find_tiles(layout.runs(ring_rank), layout.runs(source), mask, documents),
+                tiles_of(ring_rank, source),
                 keys if number else ((0, layout.ring_length),),
                 sender % degree if keys else None,
                 message(ring_rank + 1, passed_on if keys or number == 0 else ()),

@@ -9,6 +9,7 @@ import copy
 import functools
 import math
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class SequenceAttention(nn.Module):
         sp_stream: goes to DistributedAttention in modules that use it.
         num_kv_heads: of each call's keys; None takes any number.
         mask: which keys a query sees.
-        layout: "contiguous" or "zigzag": how the caller shards sequences (`Layout.shard`).
+        layout: "contiguous", "zigzag" or "balanced": how the caller shards sequences (`Layout.shard`).
         transport: how K,V travel around a ring: one of `ring_attention.transport.TRANSPORTS`, or "auto" for the faster.
         hosts: the host of each rank of the group, needed where ranks are not in the order of hosts.
         ulysses_degree: ranks within Ulysses; a divisor of the group's ranks and of the key-value heads.
@@ -120,9 +121,14 @@ class SequenceAttention(nn.Module):
         """What a deep copy has in common with the module."""
         return [self._group, self._transport]
 
-    def layout(self, length: int) -> Layout:
-        """How sequences of `length` tokens must be spread over the ranks."""
-        return Layout(self._layout_name, self.ring_degree, length, self.ulysses_degree)
+    def layout(self, length: int, documents: tuple[int, ...] | None = None) -> Layout:
+        """How sequences of `length` tokens must be spread over the ranks.
+
+        Args:
+            documents: of the batch, 0 and then the end of each, as in its mask; only layout=balanced looks at them.
+        """
+        documents = documents if self._layout_name == "balanced" else None
+        return Layout(self._layout_name, self.ring_degree, length, self.ulysses_degree, documents)
 
     def forward(
         self,
@@ -251,6 +257,14 @@ class SequenceAttention(nn.Module):
         q_BSHD, k_BSKD, v_BSKE = (x.transpose(0, 1) for x in inputs) if batch_dim_idx == 1 else inputs
         ring_length = q_BSHD.shape[1]
         layout = Layout(self._layout_name, self.ring_degree, ring_length * self.ring_degree)
+        if layout.name == "balanced" and mask.documents is not None:
+            first, *others = mask.documents
+            if others:
+                raise ValueError(
+                    f"layout=balanced lays out one row of documents, not {1 + len(others)}: use a batch of one longer "
+                    "row, or layout=zigzag"
+                )
+            layout = replace(layout, documents=first)
         if layout.ring_length != ring_length:
             raise ValueError(
                 f"{ring_length} tokens are not {layout.chunks_per_ring_rank} equal chunks, which layout={layout.name} "

@@ -48,7 +48,8 @@ class Case:
 
     @property
     def global_layout(self) -> Layout:
-        return Layout(self.layout, self.num_ranks // self.ulysses_degree, self.length, self.ulysses_degree)
+        documents = self.mask.documents[0] if self.layout == "balanced" and self.mask.documents else None
+        return Layout(self.layout, self.num_ranks // self.ulysses_degree, self.length, self.ulysses_degree, documents)
 
 
 def draw(case: Case) -> list[Tensor]:

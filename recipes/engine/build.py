@@ -65,7 +65,8 @@ def open_shared_corpus(plan: Plan, engine: Engine) -> Corpus | SharedStream:
     rows = [[rank for rank, row in enumerate(data_ranks) if row == number] for number in range(engine.data_degree)]
     timeout = datetime.timedelta(seconds=plan.config.launch.timeout_s)
     group, _ = torch.distributed.new_subgroups_by_enumeration(rows, timeout=timeout, backend="gloo")
-    return SharedStream(open_stream(data, vocab_size), group, engine.sequence_rank, plan.layout)
+    layout = None if plan.layout.name == "balanced" else plan.layout  # it differs from batch to batch
+    return SharedStream(open_stream(data, vocab_size), group, engine.sequence_rank, layout)
 
 
 def build_sharder(plan: Plan, engine: Engine) -> Sharder:

@@ -57,7 +57,7 @@ class AtenFlashKernel(AttentionKernel):
             *cumulative,
             *sizes,
             0.0,
-            params.lower is None,
+            _is_causal(params),
             False,
             scale=params.scale,
             **_segment_window(params),
@@ -74,10 +74,14 @@ class AtenFlashKernel(AttentionKernel):
         no_dropout = [torch.empty(0, dtype=torch.uint64, device=dout_BSHE.device)] * 2  # two random states
         options = {"scale": params.scale, **_segment_window(params)}
         gradients = torch.ops.aten._flash_attention_backward(
-            *tensors, *cumulative, *sizes, 0.0, params.lower is None, *no_dropout, **options
+            *tensors, *cumulative, *sizes, 0.0, _is_causal(params), *no_dropout, **options
         )
         dq, dk, dv = (x.unflatten(0, like.shape[:2]) for x, like in zip(gradients, saved[:3], strict=True))
         return dq, dk, dv
+
+
+def _is_causal(params: KernelParams) -> bool:
+    return params.lower is None and params.upper == 0
 
 
 def _segment_window(params: KernelParams) -> dict[str, int]:

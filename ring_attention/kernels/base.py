@@ -99,13 +99,13 @@ class Segments:
             self._cumulative[device] = cu_q, cu_k
         return self._cumulative[device]
 
-    def blocks(self, lower: int | None) -> Iterator[MaskedBlock]:
-        """The block of each document. `lower` counts from the last query and key."""
+    def blocks(self, params: KernelParams) -> Iterator[MaskedBlock]:
+        """The block of each document. The band counts from the last query and key."""
         q_start = k_start = 0
         for num_queries, num_keys in self.lengths:
             diagonal = num_keys - num_queries
-            bound = None if lower is None else diagonal + lower
-            block = MaskedBlock(q_start, q_start + num_queries, k_start, k_start + num_keys, bound, diagonal).trimmed()
+            lower, upper = (None if bound is None else diagonal + bound for bound in (params.lower, params.upper))
+            block = MaskedBlock(q_start, q_start + num_queries, k_start, k_start + num_keys, lower, upper).trimmed()
             assert block is not None, "a document without queries or keys"
             yield block
             q_start, k_start = q_start + num_queries, k_start + num_keys
@@ -181,11 +181,11 @@ class AttentionKernel(ABC):
     ) -> tuple[Tensor, Tensor]:
         """Returns (out [B, S, H, E], lse [B, H, S]). Segments cut the rows' tokens, row after row.
 
-        Each segment is causal from its last query and key, and `params.lower` counts from there.
+        The band of `params` counts from each segment's last query and key.
         """
         out = lse = None
         q_THD, k_UKD, v_UKE = (x.flatten(0, 1) for x in (q_BSHD, k_BTKD, v_BTKE))
-        for block in segments.blocks(params.lower):
+        for block in segments.blocks(params):
             queries, keys = slice(block.q_start, block.q_stop), slice(block.k_start, block.k_stop)
             tensors = (q_THD[None, queries], k_UKD[None, keys], v_UKE[None, keys])
             part, part_lse = self.forward(*tensors, params._replace(lower=block.lower, upper=block.upper))
@@ -204,7 +204,7 @@ class AttentionKernel(ABC):
         gradients: list[Tensor] = []
         q_THD, k_UKD, v_UKE, out_THE, dout_THE = (x.flatten(0, 1) for x in (*saved[:4], dout_BSHE))
         lse_HT = saved.lse_BHS.transpose(0, 1).flatten(1)
-        for block in segments.blocks(params.lower):
+        for block in segments.blocks(params):
             queries, keys = slice(block.q_start, block.q_stop), slice(block.k_start, block.k_stop)
             cut = SavedTensors(
                 q_THD[None, queries],

@@ -85,7 +85,7 @@ def _varlen(segments: Segments, q_BSHD: Tensor, params: KernelParams) -> dict[st
         "max_seqlen_q": segments.max_queries,
         "max_seqlen_k": segments.max_keys,
         "window_size_left": None if params.lower is None else -params.lower,
-        "window_size_right": 0,
+        "window_size_right": params.upper,
         **_softcap(params),
     }
 

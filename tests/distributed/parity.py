@@ -73,7 +73,6 @@ CLIPPING = {"llama": 0.5, "gpt": 0.0, "deep": 0.5, "mha": 0.5}  # below the norm
 # Adam's eps is large, so that an update is a smooth function of the gradient. At 1e-8, an element whose gradient is
 # only rounding error moves by lr in a random direction: fp32 on one rank is 7e-5 away from fp64 after 3 steps too.
 OPTIMIZER = OptimizerConfig(lr=1e-2, warmup_fraction=0.0, eps=1e-2)
-MICRO_BATCH_SIZE = 2
 
 
 @dataclass(frozen=True)
@@ -99,6 +98,10 @@ class Cell:
     path: str = ""  # of a Hugging Face model, in place of `model`
     lora_rank: int = 0
     packed: bool = False  # several documents in a sequence
+
+    @property
+    def micro_batch_size(self) -> int:
+        return 1 if self.layout == "balanced" else 2
 
     @property
     def num_ranks(self) -> int:
@@ -129,7 +132,7 @@ class Cell:
                 engine=EngineConfig(
                     dtype=self.dtype,
                     zero_stage=self.zero_stage,
-                    micro_batch_size=MICRO_BATCH_SIZE,
+                    micro_batch_size=self.micro_batch_size,
                     gradient_accumulation_steps=self.accumulation_steps,
                     gradient_clipping=CLIPPING[self.model],
                     recompute=self.recompute,
@@ -213,7 +216,7 @@ class Trained:
 def batches(cell: Cell) -> tuple[Tensor, Tensor]:
     """Tokens and labels [step, micro-batch, data rank, B, L]; each sequence ignores labels at its own rate."""
     generator = torch.Generator().manual_seed(7)
-    shape = (NUM_STEPS, cell.accumulation_steps, cell.data_degree, MICRO_BATCH_SIZE, cell.length)
+    shape = (NUM_STEPS, cell.accumulation_steps, cell.data_degree, cell.micro_batch_size, cell.length)
     tokens = torch.randint(0, 257, (*shape[:-1], cell.length + 1), generator=generator)
     dropped = torch.rand(shape, generator=generator) < torch.rand((*shape[:-1], 1), generator=generator)
     return tokens[..., :-1], tokens[..., 1:].masked_fill(dropped, IGNORED_LABEL)
@@ -226,10 +229,11 @@ def documents(cell: Cell) -> list[list[tuple[tuple[int, ...], ...]]]:
         all_steps.append([])
         for _ in range(cell.accumulation_steps * cell.data_degree):
             rows = []
-            for _ in range(MICRO_BATCH_SIZE):
+            for _ in range(cell.micro_batch_size):
                 num_documents = int(torch.randint(1, 5, (), generator=generator))
-                ends = torch.randperm(cell.length, generator=generator)[:num_documents] + 1
-                rows.append((0, *sorted(ends.tolist())))
+                ends = torch.randperm(cell.length - 4, generator=generator)[:num_documents] + 1
+                padding = int(torch.randint(0, 4, (), generator=generator))
+                rows.append((0, *sorted(ends.tolist()), cell.length - padding))
             all_steps[-1].append(tuple(rows))
     return all_steps
 
@@ -370,9 +374,11 @@ def train_on_ranks(cell: Cell) -> Trained:
     for step in range(NUM_STEPS):
         micro_batches = []
         for index, (micro_tokens, micro_labels) in enumerate(zip(tokens[step], labels[step], strict=True)):
-            rows, positions_BS = None, layout.positions(engine.sequence_rank).unsqueeze(0)
-            if cell.packed:
-                rows = documents(cell)[step][index * cell.data_degree + engine.data_rank]
+            rows = documents(cell)[step][index * cell.data_degree + engine.data_rank] if cell.packed else None
+            if rows and cell.layout == "balanced":
+                layout = replace(plan.layout, documents=rows[0])
+            positions_BS = layout.positions(engine.sequence_rank).unsqueeze(0)
+            if rows:
                 micro_labels = without_ends(micro_labels, rows)
                 positions_BS = torch.cat([restarted(positions_BS, boundaries) for boundaries in rows])
             micro_batches.append(
@@ -492,7 +498,7 @@ def run_cell(pool: WorkerPool, cell: Cell) -> Outcome:
         ulysses_degree=1,
         tensor_degree=1,
         pipeline_degree=1,
-        layout="zigzag",
+        layout="balanced" if cell.layout == "balanced" else "zigzag",
         method="ring",
         transport="p2p",
         recompute="none",

@@ -18,6 +18,7 @@ from ring_attention import (
     UlyssesAttention,
     hf,
 )
+from ring_attention.layout import LAYOUTS
 from ring_attention.sequence_attention import SequenceAttention
 from tests.families import FAMILIES, MORE_FAMILIES, VOCAB_SIZE, tiny_model
 from tests.pool import WorkerPool
@@ -88,7 +89,8 @@ def ring(model: nn.Module, attention: SequenceAttention, batch: dict[str, Any]) 
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, (attention.sequence_rank, out.logits.detach().double()))
     parts = [part for _, part in sorted(parts, key=lambda pair: pair[0])]
-    return loss.item(), attention.layout(LENGTH).unshard(parts, 1), gradients(model)
+    layout = attention.layout(LENGTH, tuple(BOUNDARIES) if "position_ids" in batch else None)
+    return loss.item(), layout.unshard(parts, 1), gradients(model)
 
 
 def error(found: Result, expected: Result) -> float:
@@ -102,7 +104,7 @@ def error(found: Result, expected: Result) -> float:
 def family_errors(family: str, method: str) -> dict[tuple[str, bool], float]:
     hf.register()
     errors = {}
-    for layout in ("zigzag", "contiguous"):
+    for layout in LAYOUTS:
         attention = METHODS[method]("auto", world(), layout=layout)
         for packed in (False, True):
             found = ring(tiny_model(family, "ring"), attention, whole_batch(packed))

@@ -21,6 +21,8 @@ FAST = {
     "all-gather, contiguous, selective": replace(
         CELL, method="all_gather", layout="contiguous", zero_stage=0, recompute="selective"
     ),
+    "balanced": replace(CELL, ring_degree=4, length=64, layout="balanced", accumulation_steps=2),
+    "balanced hybrid": replace(CELL, layout="balanced", method="hybrid", ulysses_degree=2, length=63),
     "one rank": replace(CELL, ring_degree=1, method="local", zero_stage=2),
     "bf16": replace(CELL, dtype="bf16", zero_stage=2),
 }
@@ -28,7 +30,7 @@ METHODS = [("ring", 2, 1), ("ring", 4, 1), ("hybrid", 2, 2), ("ulysses", 1, 2), 
 SLOW = [
     Cell(dtype, stage, ring, 1, 2, 29, layout, method=method, ulysses_degree=ulysses, packed=True)
     for method, ring, ulysses in METHODS
-    for layout in ("zigzag", "contiguous")
+    for layout in ("zigzag", "contiguous", "balanced")
     for stage in (0, 1, 2, 3)
     for dtype in ("fp32", "bf16")
 ]

@@ -97,18 +97,18 @@ SEGMENTS = {
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(8, 8, 64), (8, 2, 128), (4, 2, 256)])
-@pytest.mark.parametrize("window", [None, 64])
+@pytest.mark.parametrize(("window", "upper"), [(None, 0), (64, 0), (None, None)])
 @pytest.mark.parametrize("lengths", SEGMENTS.values(), ids=SEGMENTS)
-def test_documents_in_one_call(name, dtype, num_heads, num_kv_heads, head_dim, window, lengths):
+def test_documents_in_one_call(name, dtype, num_heads, num_kv_heads, head_dim, window, upper, lengths):
     num_queries, num_keys = (sum(sizes) // 2 for sizes in zip(*lengths, strict=True))  # of two rows
     q, k, v, dout = draw(num_queries, num_keys, num_heads, num_kv_heads, head_dim, head_dim, dtype)
     kernel = KERNELS[name]
     if refusal := kernel.refusal(KernelSpec.of(q, k, v, windowed=window is not None)):
         pytest.skip(refusal)
-    if not kernel.has_varlen and any(queries != keys for queries, keys in lengths):
+    if not kernel.has_varlen and upper == 0 and any(queries != keys for queries, keys in lengths):
         pytest.skip("is given squares alone")
-    got = computed_segments(name, q, k, v, dout, lengths, window)
-    assert_equal_attention(got, oracle_segments(q, k, v, dout, lengths, window), dtype)
+    got = computed_segments(name, q, k, v, dout, lengths, window, upper)
+    assert_equal_attention(got, oracle_segments(q, k, v, dout, lengths, window, upper), dtype)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -39,15 +39,17 @@ def test_training_equals_one_process(
 
 
 @pytest.mark.parametrize("ring_degree", sorted({1, NUM_RANKS}))
-@pytest.mark.parametrize("method", ["ring", "all_gather"])
+@pytest.mark.parametrize(
+    ("method", "layout"), [("ring", "zigzag"), ("ring", "balanced"), ("all_gather", "zigzag")], ids=str
+)
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss", ""])
 def test_packed_documents_equal_documents_alone(
-    gpu_pool: WorkerPool, tmp_path: Path, family: str, method: str, ring_degree: int
+    gpu_pool: WorkerPool, tmp_path: Path, family: str, method: str, layout: str, ring_degree: int
 ):
     """Several documents a row, in varlen calls; without a family the recipe's own transformer."""
     if family:
         tiny_model(family, "eager", **SIZES, **CHANGES.get(family, {})).save_pretrained(tmp_path)
-    cell = Cell("bf16", 3, ring_degree, 1, 1, 128, method=method, recompute="selective", packed=True)
+    cell = Cell("bf16", 3, ring_degree, 1, 1, 128, layout, method=method, recompute="selective", packed=True)
     cell = replace(cell, path=str(tmp_path) if family else "")
     outcome = run_cell(gpu_pool, cell)
     assert outcome.half_ratio is not None

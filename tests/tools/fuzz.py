@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ring_attention import Mask
+from ring_attention.layout import LAYOUTS
 from tests.cases import METHODS, Case, check, on_rank
 from tests.distributed.test_copy_engine import many_on_rank
 from tests.pool import WorkerPool
@@ -60,12 +61,13 @@ def cases(draw: Callable, most_ranks: int) -> Case:
     dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
     kernel = draw(st.sampled_from(["auto", "reference"]))
     sizes = st.sampled_from([8, 16, 24, 40, 64, 128, 512] if length < 40 else [8, 16, 40])
+    mask = draw(masks(length, batch))
     return Case(
         method,
         num_ranks,
         ulysses_degree,
-        draw(st.sampled_from(["zigzag", "contiguous"])),
-        draw(masks(length, batch)),
+        draw(st.sampled_from(LAYOUTS if len(mask.documents or ((),)) == 1 else ("zigzag", "contiguous"))),
+        mask,
         length,
         batch,
         num_kv_heads * draw(st.integers(1, 3)),

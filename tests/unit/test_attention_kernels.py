@@ -67,23 +67,30 @@ def computed(
     block = MaskedBlock(0, q.shape[1], 0, k.shape[1], lower, upper)
     assert block.trimmed() == block, "the test's band is not trimmed"
     tiles, kv = [AttentionTile(None, block)], KeysValues.of_parts(k, v)
-    calls = plan_calls(KERNELS[name], tiles, (0, len(q)), q.shape[1], k.shape[1])
+    calls = plan_calls(KERNELS[name], tiles, (0, len(q)), q.shape[1], kv.spans)
     accumulator, scores = OnlineSoftmaxAccumulator(q, v), Scores(SCALE, softcap)
     attend_forward(accumulator, KERNELS[name], scores, calls, q, kv, is_last=True)
     out, lse = accumulator.result()
     totals = [torch.zeros_like(tensor, dtype=lse.dtype) for tensor in (q, k, v)]
     for tile in attend_backward(KERNELS[name], scores, calls, BackwardInputs(dout, q, out, lse), kv):
         totals[0][:, tile.queries] += tile.dq
-        totals[1][:, slice(*tile.keys)] += tile.dk
-        totals[2][:, slice(*tile.keys)] += tile.dv
+        totals[1][:, tile.keys] += tile.dk
+        totals[2][:, tile.keys] += tile.dv
     return [out, *totals]
 
 
 def computed_segments(
-    name: str, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lengths: list[tuple[int, int]], window: int | None
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    lengths: list[tuple[int, int]],
+    window: int | None,
+    upper: int | None = 0,
 ) -> list[Tensor]:
-    """out, dq, dk, dv of documents that lie one behind the other, row after row."""
-    segments, params = Segments(lengths), KernelParams(None if window is None else -window, 0, SCALE)
+    """out, dq, dk, dv of documents that lie one behind the other, row after row; `upper` None: not causal."""
+    segments, params = Segments(lengths), KernelParams(None if window is None else -window, upper, SCALE)
     out, lse = KERNELS[name].forward_segments(q, k, v, segments, params)
     assert lse.shape == (len(q), q.shape[2], q.shape[1])
     saved = SavedTensors(q, k, v, out, lse)
@@ -91,14 +98,20 @@ def computed_segments(
 
 
 def oracle_segments(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lengths: list[tuple[int, int]], window: int | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    lengths: list[tuple[int, int]],
+    window: int | None,
+    upper: int | None = 0,
 ) -> Expected:
     allowed = torch.zeros(q.shape[:2].numel(), k.shape[:2].numel(), dtype=torch.bool, device=q.device)
     row = column = 0
     for num_queries, num_keys in lengths:
         diagonal = num_keys - num_queries
         lower = None if window is None else diagonal - window
-        band = band_mask(num_queries, num_keys, lower, diagonal, q.device)
+        band = band_mask(num_queries, num_keys, lower, None if upper is None else diagonal, q.device)
         allowed[row : row + num_queries, column : column + num_keys] = band
         row, column = row + num_queries, column + num_keys
     one_q, one_k, one_v, one_dout = (x.flatten(0, 1)[None] for x in (q, k, v, dout))
@@ -110,15 +123,15 @@ def oracle_segments(
 
 
 @pytest.mark.parametrize("name", ["reference", "cpu_flash"])
-@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize(("window", "upper"), [(None, 0), (4, 0), (None, None)])
 @pytest.mark.parametrize("lengths", [[(40, 40)], [(1, 1), (9, 9), (10, 10), (3, 3), (17, 17)]], ids=len)
-def test_documents_in_one_call(name: str, window: int | None, lengths: list[tuple[int, int]]):
+def test_documents_in_one_call(name: str, window: int | None, upper: int | None, lengths: list[tuple[int, int]]):
     q, k, v = draw(torch.float32, 20, 20, 4, 2)
     dout = torch.randn_like(q)
     if KERNELS[name].refusal(KernelSpec.of(q, k, v, windowed=window is not None)):
         pytest.skip("no windows")
-    got = computed_segments(name, q, k, v, dout, lengths, window)
-    assert_equal_attention(got, oracle_segments(q, k, v, dout, lengths, window), torch.float32)
+    got = computed_segments(name, q, k, v, dout, lengths, window, upper)
+    assert_equal_attention(got, oracle_segments(q, k, v, dout, lengths, window, upper), torch.float32)
 
 
 @pytest.mark.parametrize("name", ["reference", "cpu_flash"])

@@ -35,6 +35,19 @@ def test_data_goes_on_after_the_last_sequence_and_another_corpus_is_refused():
         next(packs_after(corpus("a" * 60, "c" * 60), last_read))
 
 
+def test_a_balanced_layout_follows_each_sequence_and_ranks_together_hold_it_once():
+    texts, degree = corpus("ring attention", "in", "DeepSpeed", "a" * 60, "b" * 7), 3
+    layout = Layout("balanced", degree, LENGTH)
+    feeds = [Feed(texts, Sharder(layout, rank, 0, 1, 1), 1).steps() for rank in range(degree)]
+    for pack, *steps in itertools.islice(zip(texts.training(), *feeds, strict=False), 10):
+        own = Layout("balanced", degree, LENGTH, documents=pack.boundaries)
+        shards = [step.micro_batches[0] for step in steps]
+        tokens, labels = pack.read(0, LENGTH)
+        assert own.unshard([shard.tokens_BS[0] for shard in shards], 0).tolist() == tokens.tolist()
+        assert own.unshard([shard.labels_BS[0] for shard in shards], 0).tolist() == labels.tolist()
+        assert {shard.documents for shard in shards} == {(pack.boundaries,)}
+
+
 @pytest.mark.parametrize("ulysses_degree", [1, 2])
 @pytest.mark.parametrize(("name", "ring_degree"), [("zigzag", 1), ("zigzag", 2), ("zigzag", 3), ("contiguous", 2)])
 def test_ranks_together_hold_every_sequence_once(name: str, ring_degree: int, ulysses_degree: int):
