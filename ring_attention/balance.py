@@ -17,7 +17,7 @@ import itertools
 
 Span = tuple[int, int]  # [start, stop)
 
-ENOUGH = 1.03  # work of the busiest rank over the mean's: no more documents are spread
+ENOUGH = 1.05  # work of the busiest rank over the mean's: no more documents are spread
 SMALLEST_SHARE = 1 / 256  # of a rank's mean work: a document below it is never spread
 
 
