@@ -141,11 +141,11 @@ class Source:
 
     def _json_rows(self, name: str, skip: int) -> Iterator[tuple[int, str | Conversation | BadRow, float]]:
         codec, number = _CODECS.get(Path(name).suffix), 0
-        with open(name, "rb", buffering=0 if codec else 2**20) as raw:
-            lines = raw if codec is None else _decompressed(raw, codec)
+        compressed = _Decompressed(name, codec) if codec else None
+        with io.BufferedReader(compressed, 2**20) if compressed else open(name, "rb", buffering=2**20) as lines:
             share = 0
             for number, line in enumerate(lines, 1):
-                share = share + len(line) if codec is None else raw.tell()
+                share = compressed.compressed_position if compressed else share + len(line)
                 if number > skip and not line.isspace():
                     yield number, self._json_row(line, number), share
         if number == 0 and not skip:
@@ -282,10 +282,47 @@ def _without_nulls(messages: Any) -> list[dict[str, Any]]:
     return [{key: value for key, value in message.items() if value is not None} for message in messages]
 
 
-def _decompressed(raw: Any, codec: str) -> io.BufferedReader:
-    import pyarrow
+class _Decompressed(io.RawIOBase):
+    """The bytes of a compressed file. Of a damaged one all that can be read come before the error."""
 
-    return io.BufferedReader(pyarrow.CompressedInputStream(raw, codec), 2**20)
+    def __init__(self, name: str, codec: str) -> None:
+        self._name, self._codec, self._num_read, self._is_damaged = name, codec, 0, False
+        self._open()
+
+    @property
+    def compressed_position(self) -> int:
+        """How many of the file's bytes were read."""
+        return self._compressed.tell()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            data = self._stream.read(1 if self._is_damaged else len(buffer))
+        except OSError:
+            if self._is_damaged:
+                raise
+            # what this call had read before the error is lost: read it again, byte by byte
+            self._is_damaged, left = True, self._num_read
+            self._stream.close()
+            self._open()
+            while left:
+                left -= len(self._stream.read(min(left, 2**20)))
+            data = self._stream.read(1)
+        buffer[: len(data)] = data
+        self._num_read += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+    def _open(self) -> None:
+        import pyarrow
+
+        self._compressed: Any = pyarrow.OSFile(self._name)
+        self._stream: Any = pyarrow.CompressedInputStream(self._compressed, self._codec)
 
 
 _MEGATRON_MAGIC = b"MMIDIDX\x00\x00"

@@ -6,6 +6,7 @@ import gzip
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -81,6 +82,24 @@ def test_a_compressed_file_that_was_cut_off(tmp_path, codec):
     with pytest.raises(CorpusError) as caught:
         open_counted(config(path, source="jsonl"), "jsonl", print)
     names(str(caught.value), f"a.jsonl.{codec}, row 1")
+
+
+@pytest.mark.parametrize("codec", ["gzip", "zstd"])
+def test_what_a_damaged_compressed_file_has_before_the_damage_is_read(tmp_path, codec):
+    rng = np.random.default_rng(0)
+    rows = [json.dumps({"text": rng.bytes(300).hex()}) + "\n" for _ in range(600)]
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, codec) as stream:
+        stream.write("".join(rows).encode())
+    compressed = sink.getvalue().to_pybytes()
+    path = tmp_path / f"a.jsonl.{'gz' if codec == 'gzip' else 'zst'}"
+    path.write_bytes(compressed[: len(compressed) // 2])
+    counts = open_counted(config(path, source="jsonl", bad_rows="skip"), "jsonl", print).counts
+    assert 150 < counts.num_documents < 310
+    names(counts.first_problem, f"row {counts.num_documents + 1}:")
+    path.write_bytes(compressed + b"not compressed")
+    counts = open_counted(config(path, source="jsonl", bad_rows="skip"), "jsonl", print).counts
+    assert (counts.num_documents, counts.num_skipped) == (600, 1)
 
 
 def test_a_parquet_file_that_was_cut_off(tmp_path):
