@@ -237,9 +237,10 @@ class Source:
             return ""
         if text is row:
             return BadRow(f"{self._no_column(row)}, or leave out such rows with data.bad_rows=skip")
+        others = sorted(column for column, value in row.items() if isinstance(value, str))  # parquet: only what is read
+        choice = f"one of {others}" if others else "a column of text"
         return BadRow(
-            f"{type(text).__name__}, not text, in column {field!r}: {_FIX}, or set data.text_field to one of "
-            f"{sorted(row)}"
+            f"{type(text).__name__}, not text, in column {field!r}: {_FIX}, or set data.text_field to {choice}"
         )
 
     def _conversation(self, row: dict[str, Any]) -> Conversation | BadRow:

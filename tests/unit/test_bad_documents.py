@@ -31,7 +31,11 @@ LINES = {
     "broken JSON": (GOOD + b"\n" + b'{"text": "cut\n' + GOOD, 3, ["broken JSON"]),
     "no object": (GOOD + b"[1]\n" + GOOD, 2, ["list"]),
     "no column": (GOOD + b'{"body": "x"}\n' + GOOD, 2, ["'text'", "data.text_field", "'body'"]),
-    "a number": (GOOD + b'{"text": 3}\n' + GOOD, 2, ["int", "'text'", "data.text_field"]),
+    "a number": (
+        GOOD + b'{"text": 3, "body": "x"}\n' + GOOD,
+        2,
+        ["int", "'text'", "data.text_field to one of ['body']"],
+    ),
     "not UTF-8": (GOOD + b'{"text": "\xff"}\n' + GOOD, 2, ["UTF-8"]),
 }
 
@@ -120,7 +124,7 @@ def test_the_error_of_a_wrong_column_of_parquet_lists_the_columns(tmp_path):
 def test_a_text_of_parquet_that_is_no_text(tmp_path):
     (tmp_path / "a.parquet").write_bytes(parquet_bytes(text=[3]))
     (tmp_path / "b.parquet").write_bytes(parquet_bytes(text=["good"]))
-    check(tmp_path / "*.parquet", "parquet", "a.parquet, row 1", ["int"], num_documents=1)
+    check(tmp_path / "*.parquet", "parquet", "a.parquet, row 1", ["int", "to a column of text"], num_documents=1)
 
 
 def test_a_text_of_parquet_that_is_not_utf8(tmp_path):
