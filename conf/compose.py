@@ -34,7 +34,11 @@ _FINETUNE = "type +experiment=finetune model.path=FOLDER_OR_HUB_NAME"
 FROM_OTHER_TOOLS = {
     ("pretrained", "path", "name_or_path", "model_name_or_path"): _FINETUNE,
     ("tokenizer", "tokenizer_name", "tokenizer_path"): "type data.tokenizer=FOLDER_OR_HUB_NAME: see docs/data.md",
-    ("packing", "pack_documents", "pad_to_max_length"): "type data.packing=best_fit, concatenate or none: see docs/data.md",
+    (
+        "packing",
+        "pack_documents",
+        "pad_to_max_length",
+    ): "type data.packing=best_fit, concatenate or none: see docs/data.md",
     ("tensorboard", "report_to"): "metrics go to wandb (offline without a login) and to RUN_DIR/metrics.jsonl",
     ("output_dir", "save_dir"): "type hydra.run.dir=FOLDER",
     ("resume", "resume_from", "resume_from_checkpoint"): "the same command with the same hydra.run.dir=FOLDER resumes",

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 import train  # registers the schema
 from conf.compose import as_hydra_types_it, check_multirun, compose_entries, describe_error, to_config
 from conf.degrees import accumulation_steps, resolve_degrees
-from conf.schema import WANDB_MODES, CompareConfig, Config, ConfigError, flatten
+from conf.schema import WANDB_MODES, CompareConfig, Config, ConfigError, DataConfig, flatten
 from tests.errors import is_named, names, refused
 
 CONF = Path(train.__file__).parent / "conf"
@@ -286,6 +286,13 @@ def test_a_mistake_in_a_comparison_names_the_entry(own: str, parts: list[str]):
 def test_a_sweep_without_m_names_the_swept_fields(typed: str, swept: list[str]):
     with refused(ConfigError, *swept, f"python train.py -m {typed}"):
         check_multirun(composed_for_hydra(*typed.split()))
+
+
+@pytest.mark.parametrize("key", ["source", "name", "subset", "split", "text_field"])
+def test_a_number_where_a_source_of_a_mixture_needs_text_is_refused(key: str):
+    entry = {"source": "hub", "name": "owner/name", "weight": 1.0, key: 5}
+    with refused(ConfigError, f"data.sources.a.{key}=5", f"{key}: '5'"):
+        DataConfig(source="mixture", sources={"a": entry})
 
 
 @pytest.mark.parametrize(
