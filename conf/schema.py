@@ -333,7 +333,7 @@ def _mixture_problems(data: DataConfig) -> Iterator[str]:
             return
         for key in entry.keys() - {"files", "validation_files", "weight"}:
             if entry[key] is not None and not isinstance(entry[key], str):
-                yield f"data.sources.{name}.{key}={entry[key]} must be text: put it in quotes, as in {key}: '{entry[key]}'"
+                yield f"data.sources.{name}.{key}={entry[key]} must be text: type {key}: '{entry[key]}'"
                 return
         if entry["source"] == "mixture":
             yield f"data.sources.{name} is a mixture itself: list its sources here"
