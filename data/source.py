@@ -192,6 +192,7 @@ class Source:
 
     def _data_set_rows(self, skip: int) -> Iterator[Row]:
         from datasets.exceptions import DatasetsError
+        from huggingface_hub.errors import HTTPError  # not an OSError
 
         number = skip
         try:
@@ -203,11 +204,14 @@ class Source:
                 yield Row(0, number, self._content(row), Position(0, number), 0)
         except CorpusError:
             raise
-        except (*_UNREADABLE, DatasetsError) as error:
+        except (*_UNREADABLE, DatasetsError, HTTPError) as error:
             # for a file that was deleted after it was listed, `datasets` gives only the name
             reason = "no such file: " if isinstance(error, FileNotFoundError) and error.errno is None else ""
-            reason += " ".join(str(error).split())
-            raise CorpusError(f"{self.description}, row {number + 1} cannot be read: {reason}") from error
+            reason += " ".join(str(error).split()) or type(error).__name__
+            raise CorpusError(
+                f"{self.description}, row {number + 1} cannot be read ({reason}): correct the data set, or if the "
+                "network failed type the same command again"
+            ) from error
 
     @property
     def _columns(self) -> tuple[str, ...]:

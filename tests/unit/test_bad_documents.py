@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from huggingface_hub.errors import HTTPError
 
 from conf.schema import DataConfig
 from data.source import CorpusError
@@ -147,6 +148,23 @@ def test_a_broken_file_of_a_data_set(tmp_path):
         open_counted(data, "hub", print)
     assert f"data.name={tmp_path / 'set'}" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_network_that_fails_while_a_data_set_is_read(tmp_path, monkeypatch):
+    class Failing:
+        column_names = ("text",)
+
+        def __iter__(self):
+            yield {"text": "good"}
+            raise HTTPError("")
+
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "rows.jsonl").write_bytes(GOOD)
+    monkeypatch.setattr("data.source._load_data_set", lambda *_: Failing())
+    data = DataConfig(source="hub", name=str(tmp_path / "set"), token_store=str(tmp_path / "stores"))
+    with pytest.raises(CorpusError) as caught:
+        open_counted(data, "hub", print)
+    names(str(caught.value), "row 2", "HTTPError", "network")
 
 
 def test_documents_without_tokens_are_counted_and_never_all(tmp_path):
