@@ -479,6 +479,8 @@ class Config(_Checked):
             yield "data.stream=true cannot go with parallelism=tensor_pipeline: leave it out"
         if self.data.stream and self.recipe not in ("pretrain", "forward"):
             yield f"data.stream=true needs recipe=pretrain or recipe=forward, not recipe={self.recipe}: leave it out"
+        if self.data.preview and self.recipe not in ("pretrain", "forward"):
+            yield f"data.preview={self.data.preview} needs recipe=pretrain or recipe=forward, not recipe={self.recipe}"
         if self.model.path and self.parallelism.method == "tensor_pipeline":
             yield "model.path cannot go with parallelism=tensor_pipeline: use +experiment=finetune"
         if self.data.tokenizer is None and self.model.vocab_size < 257:

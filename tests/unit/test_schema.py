@@ -193,6 +193,7 @@ MISTAKES = [  # what is typed; the value, the rule's values and what to type
     ("profile_steps=[3]", ["profile_steps=[3]", "profile_steps=[3,4]"]),
     ("recipe=bench_attention memory_snapshot=true", ["memory_snapshot=true", "recipe=bench_attention", "recipe=pretrain", "recipe=forward"]),
     ("recipe=max_length profile=true", ["profile=true", "recipe=max_length", "recipe=pretrain", "recipe=forward"]),
+    ("recipe=max_length data.preview=3", ["data.preview=3", "recipe=max_length", "recipe=pretrain", "recipe=forward"]),
     ("recipe=max_length attention=auto", ["attention=auto", "recipe=max_length", "attention=ring"]),
     ("recipe=max_length +experiment=tp_pp", ["recipe=max_length", "+experiment=ra_sp"]),
     ("data=hub", ["data=hub", "data.name=OWNER/NAME"]),
