@@ -252,3 +252,12 @@ def test_validation_documents_without_tokens_are_refused():
     empty = store_of([[]])
     with refused(CorpusError, "data.validation_files"):
         Corpus({"a": store_of([[1] * 9])}, DataConfig(sequence_length=8), validation_stores={"a": empty})
+
+
+def test_validation_sequences_in_which_nothing_is_trained_are_refused():
+    chats, trained = [list(range(1, 31))] * 9, np.tile(np.arange(30) >= 28, 9)  # of prompts and short answers
+    config = DataConfig(sequence_length=10, validation_sequences=1, packing="best_fit")
+    with refused(CorpusError, "chats", "data.validation_sequences=2", "data.sequence_length=20"):
+        Corpus({"chats": store_of(chats, "chats", trained)}, config)
+    config.sequence_length = 30
+    assert Corpus({"chats": store_of(chats, "chats", trained)}, config).validation()
