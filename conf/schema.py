@@ -295,7 +295,7 @@ class DataConfig(_Checked, prefix="data."):
         if self.source == "chat" and (self.files is None) == (self.name is None):
             yield "data=chat needs either files, data.files='chats/*.jsonl', or a data set, data.name=OWNER/NAME"
         if self.source in ("text_files", "jsonl", "parquet", "megatron") and not self.files:
-            yield f"data={self.source} needs files: data.files='{_EXAMPLES[self.source]}' or data.files=[a.txt,b.txt]"
+            yield f"data={self.source} needs files: data.files='{EXAMPLES[self.source]}' or data.files=[a.txt,b.txt]"
         for name in ("files", "validation_files"):
             yield from _files_problems(f"data.{name}", getattr(self, name))
         if self.validation_split is not None and self.name is None:
@@ -304,7 +304,13 @@ class DataConfig(_Checked, prefix="data."):
             yield from _mixture_problems(self)
 
 
-_EXAMPLES = {"text_files": "texts/*.txt", "jsonl": "texts/*.jsonl", "parquet": "texts/*.parquet", "megatron": "a.bin"}
+EXAMPLES = {
+    "text_files": "texts/*.txt",
+    "jsonl": "texts/*.jsonl",
+    "parquet": "texts/*.parquet",
+    "megatron": "a.bin",
+    "chat": "chats/*.jsonl",
+}
 
 
 def _files_problems(setting: str, files: Any) -> Iterator[str]:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from conf.schema import ConfigError, DataConfig, source_configs
+from conf.schema import EXAMPLES, ConfigError, DataConfig, source_configs
 
 _NOT_LIBRARY_CODE = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
@@ -395,7 +395,8 @@ def open_source(config: DataConfig) -> Source:
     description = "Python's standard library" if config.source == "stdlib" else f"data.files={config.files}"
     files = _files(config)
     if not files:
-        raise CorpusError(f"{description} has no file to read: use data=text_files data.files='texts/*.txt'")
+        kind = EXAMPLES.get(config.source, EXAMPLES["text_files"])
+        raise CorpusError(f"{description} has no file to read, folders do not count: use files, as data.files='{kind}'")
     return Source(config, description, tuple(files))
 
 

@@ -89,8 +89,9 @@ def test_a_null_is_a_text_without_characters(tmp_path):
 
 
 def test_a_folder_is_not_a_text_file(tmp_path):
-    with refused(CorpusError, f"data.files={tmp_path}", "data=text_files data.files='texts/*.txt'"):
-        open_source(DataConfig(source="text_files", files=str(tmp_path)))
+    for source, files in (("text_files", "texts/*.txt"), ("chat", "chats/*.jsonl")):
+        with refused(CorpusError, f"data.files={tmp_path}", "folders", f"data.files='{files}'"):
+            open_source(DataConfig(source=source, files=str(tmp_path)))
 
 
 @pytest.mark.parametrize("choice", [{"split": "nosuch"}, {"name": "not/a/name"}])
