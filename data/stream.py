@@ -1,6 +1,6 @@
 """A corpus whose documents are tokenized while training, and stored nowhere (data.stream=true).
 
-A window of `data.shuffle_window` documents is read, shuffled and packed, then the next one. The documents to validate
+A window of `data.shuffle_window` documents is shuffled and packed while the next one is read. The documents to validate
 on are the stream's first. Resuming reads an epoch from its start up to the cursor.
 """
 
@@ -15,6 +15,7 @@ from conf.schema import DataConfig
 from data.corpus import START, Cursor, Pack, numbered, validation_packs
 from data.documents import ORDER, PACKS, Documents, all_dropped, check_size, generator, usable_documents
 from data.packing import PiecePack, pack_documents, window_packs
+from data.read_ahead import read_ahead
 from data.source import BadRow, CorpusError, open_source
 from data.store import TokenStore, open_validation_stores
 from data.tokenizer import Tokenizer, open_tokenizer, tokenizer_problem
@@ -104,8 +105,10 @@ class StreamCorpus:
     def _packs(self, stream: Iterator[Tokens], epoch: int) -> Iterator[StoredPack]:
         """All packs of an epoch."""
         seed, left_over = self.config.shuffle_seed, []
+        # else ranks would wait for a whole window, perhaps for so long that they seem to hang
+        ahead = read_ahead(stream, self.config.shuffle_window)
         for window in itertools.count():
-            documents = list(itertools.islice(stream, self.config.shuffle_window))
+            documents = list(itertools.islice(ahead, self.config.shuffle_window))
             order = generator(ORDER, seed, epoch, window).permutation(len(documents))
             documents, store = _stored([*left_over, *(documents[number] for number in order.tolist())])
             if self.config.packing != "concatenate":
