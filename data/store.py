@@ -187,12 +187,14 @@ def open_counted(config: DataConfig, name: str, say: Say) -> OpenedStore:
         try:
             root.mkdir(parents=True, exist_ok=True)
             with _building(root / f"{key}.lock", source.description, say):
+                cache.refresh()  # the process that has built it meanwhile knows its digests
                 if (opened := _open(folder, name, cache, _nothing)) is not None:  # another process has built it
                     _check_skipped(config, opened.counts)
                     return opened
                 if folder.exists():  # damaged
                     shutil.rmtree(folder)
                 _Build(source, encoder, folder, say).run(stats, cache)
+                cache.save()  # before the next process looks
         except OSError as error:
             if error.filename in stats:
                 raise CorpusError(f"{error.filename} cannot be read: {error.strerror}") from error
