@@ -24,6 +24,7 @@ from conf.schema import EXAMPLES, ConfigError, DataConfig, source_configs
 
 _NOT_LIBRARY_CODE = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
+_COMPRESSED = {*_CODECS, ".bz2", ".xz", ".lz4", ".zip"}
 _BATCH_ROWS = 1024  # of parquet
 _FIX = "correct the row, or leave out such rows with data.bad_rows=skip"
 _FIX_FILE = "give the whole file again, or leave out what cannot be read with data.bad_rows=skip"
@@ -339,6 +340,8 @@ class MegatronFile:
 
     def __init__(self, name: str) -> None:
         """Raises CorpusError if the two files do not belong together or are cut off."""
+        if not name.endswith(".bin"):
+            raise CorpusError(f"{name} is no .bin: name these alone, as data.files='{EXAMPLES['megatron']}'")
         self.name, index = name, str(Path(name).with_suffix(".idx"))
         advice = "give the whole pair of .bin and .idx that Megatron's tools/preprocess_data.py has written"
         try:
@@ -397,6 +400,10 @@ def open_source(config: DataConfig) -> Source:
     if not files:
         kind = EXAMPLES.get(config.source, EXAMPLES["text_files"])
         raise CorpusError(f"{description} has no file to read, folders do not count: use files, as data.files='{kind}'")
+    compressed = _COMPRESSED if config.source == "text_files" else _COMPRESSED - _CODECS.keys()
+    if packed := next((name for name in files if Path(name).suffix in compressed), None):
+        can = "unpack it" if config.source == "text_files" else "unpack it, or compress it with gzip or zstd"
+        raise CorpusError(f"{packed}: data={config.source} does not read {Path(packed).suffix}: {can}")
     return Source(config, description, tuple(files))
 
 
