@@ -74,11 +74,6 @@ class Pack:
         """Without padding."""
         return self.boundaries[-1]
 
-    def num_pairs(self, masked: bool) -> int:
-        """Pairs of a query and a key that it sees; masked: within its piece."""
-        lengths = (stop - start for _, start, stop, _ in self.pieces) if masked else (self.num_tokens,)
-        return sum(n * (n + 1) // 2 for n in lengths)
-
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and labels of positions [start, stop), both int64 [stop - start]; nothing else is read.
 

@@ -40,7 +40,7 @@ def content(pack: Pack, positions: list[int]) -> tuple:
     for position in positions:
         tokens, labels = pack.read(position, position + 1)
         numbers[position] = int(tokens[0]), int(labels[0])
-    return pack.boundaries, pack.cursor, pack.sha256(), pack.num_pairs(masked=True), numbers
+    return pack.boundaries, pack.cursor, pack.sha256(), numbers
 
 
 def read_on_a_rank(data_degree: int, sequence_degree: int, layout_name: str | None) -> tuple[int, int, Any, Any]:

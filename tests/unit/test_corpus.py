@@ -92,15 +92,6 @@ def test_only_trained_tokens_are_labels():
     assert [pack.read(i, i + 1)[1][0] for i in range(8)] == labels.tolist()
 
 
-def test_pairs_of_query_and_key():
-    corpus = numbered_corpus({"a": [3, 2, 5]}, sequence_length=5, packing="best_fit", validation_sequences=1)
-    pairs = {pack.boundaries: (pack.num_pairs(masked=True), pack.num_pairs(masked=False)) for pack in epoch_of(corpus)}
-    assert (
-        pairs.items()
-        <= {(0, 3, 5): (9, 15), (0, 2, 5): (9, 15), (0, 5): (15, 15), (0, 3): (6, 6), (0, 2): (3, 3)}.items()
-    )
-
-
 def test_hashes_differ_by_tokens_and_by_boundaries():
     def digest(documents: list[list[int]]) -> str:
         filler = [[9] * 4]
