@@ -250,7 +250,7 @@ class _TextEncoder:
         return self._tokenizer.fingerprint()
 
     def encoded(self, source: Source, start: Position) -> Iterator[Encoded]:
-        for rows in _batches(source.rows(start), self._tokenizer.batch_characters):
+        for rows in batches(source.rows(start), self._tokenizer.batch_characters, _BATCH_ROWS):
             texts, problems = [], []
             for row in rows:
                 if isinstance(row.content, BadRow):
@@ -283,7 +283,7 @@ class _ChatEncoder:
         return f"{self._tokenizer.fingerprint()} {self._chats.fingerprint()}"
 
     def encoded(self, source: Source, start: Position) -> Iterator[Encoded]:
-        for rows in _batches(source.rows(start), self._tokenizer.batch_characters // 4):
+        for rows in batches(source.rows(start), self._tokenizer.batch_characters // 4, _BATCH_ROWS):
             chats = iter(self._chats.encode([row.content for row in rows if isinstance(row.content, Conversation)]))
             documents, problems = [], []
             for row in rows:
@@ -352,13 +352,13 @@ def _problem(source: Source, row: Row, bad: BadRow) -> str:
     return f"{source.where(row.file, row.number)}: {bad.problem}{advice}"
 
 
-def _batches(rows: Iterator[Row], num_characters: int) -> Iterator[list[Row]]:
-    """Rows of together `num_characters` or more."""
+def batches(rows: Iterator[Row], num_characters: int, num_rows: int) -> Iterator[list[Row]]:
+    """Rows of together `num_characters` or more, or so many rows."""
     batch, size = [], 0
     for row in rows:
         batch.append(row)
         size += len(row.content) if isinstance(row.content, str) else 1000
-        if size >= num_characters or len(batch) == _BATCH_ROWS:
+        if size >= num_characters or len(batch) == num_rows:
             yield batch
             batch, size = [], 0
     if batch:

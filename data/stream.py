@@ -17,9 +17,10 @@ from data.documents import ORDER, PACKS, Documents, all_dropped, check_size, gen
 from data.packing import PiecePack, pack_documents, window_packs
 from data.read_ahead import read_ahead
 from data.source import BadRow, CorpusError, open_source
-from data.store import TokenStore, open_validation_stores
+from data.store import TokenStore, batches, open_validation_stores
 from data.tokenizer import Tokenizer, open_tokenizer, tokenizer_problem
 
+_BATCH_ROWS = 1024  # that wait for each other: the first packs should not wait for many
 Tokens = np.ndarray
 StoredPack = tuple[PiecePack, Sequence[TokenStore]]
 
@@ -150,7 +151,7 @@ def open_stream(config: DataConfig, vocab_size: int | None = None, say: Callable
 def _documents(config: DataConfig, tokenizer: Tokenizer, vocab_size: int | None) -> Iterator[Tokens]:
     """Each document's tokens, which the model has. Raises CorpusError for a bad row, unless they are skipped."""
     source = open_source(config)
-    for rows in _batches(source.rows(), tokenizer.batch_characters):
+    for rows in batches(source.rows(), tokenizer.batch_characters, _BATCH_ROWS):
         texts = []
         for row in rows:
             if isinstance(row.content, str):
@@ -165,16 +166,3 @@ def _documents(config: DataConfig, tokenizer: Tokenizer, vocab_size: int | None)
                 )
             if len(tokens) > 1:  # more than the separator
                 yield tokens
-
-
-def _batches(rows: Iterator, num_characters: int) -> Iterator[list]:
-    """Rows of together `num_characters` or more; a stream should not wait for much more than it needs."""
-    batch, size = [], 0
-    for row in rows:
-        batch.append(row)
-        size += len(row.content) if isinstance(row.content, str) else 0
-        if size >= num_characters or len(batch) == 1024:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
