@@ -99,10 +99,11 @@ def execute(config: Config, overrides: list[str], run_dir: Path) -> float | None
     # what was not tokenized yet is tokenized now, before ranks start
     corpus = _open_data(config) if config.data.preview or (reads_data and not config.explain) else None
     if corpus and config.data.preview:
-        from data.preview import preview
-        from data.tokenizer import open_tokenizer
+        if os.environ.get("RANK", "0") == "0":
+            from data.preview import preview
+            from data.tokenizer import open_tokenizer
 
-        print(*preview(corpus, open_tokenizer(config.data), config.data.preview), sep="\n", flush=True)
+            print(*preview(corpus, open_tokenizer(config.data), config.data.preview), sep="\n", flush=True)
         return None
     from recipes import registry
     from recipes.launch import launcher

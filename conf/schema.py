@@ -295,7 +295,7 @@ class DataConfig(_Checked, prefix="data."):
         if self.source == "chat" and (self.files is None) == (self.name is None):
             yield "data=chat needs either files, data.files='chats/*.jsonl', or a data set, data.name=OWNER/NAME"
         if self.source in ("text_files", "jsonl", "parquet", "megatron") and not self.files:
-            yield f"data={self.source} needs files: data.files='{_EXAMPLES[self.source]}' or data.files=[a.txt,b.txt]"
+            yield f"data={self.source} needs files: data.files='{EXAMPLES[self.source]}' or data.files=[a.txt,b.txt]"
         for name in ("files", "validation_files"):
             yield from _files_problems(f"data.{name}", getattr(self, name))
         if self.validation_split is not None and self.name is None:
@@ -304,7 +304,13 @@ class DataConfig(_Checked, prefix="data."):
             yield from _mixture_problems(self)
 
 
-_EXAMPLES = {"text_files": "texts/*.txt", "jsonl": "texts/*.jsonl", "parquet": "texts/*.parquet", "megatron": "a.bin"}
+EXAMPLES = {
+    "text_files": "texts/*.txt",
+    "jsonl": "texts/*.jsonl",
+    "parquet": "texts/*.parquet",
+    "megatron": "a.bin",
+    "chat": "chats/*.jsonl",
+}
 
 
 def _files_problems(setting: str, files: Any) -> Iterator[str]:
@@ -331,6 +337,10 @@ def _mixture_problems(data: DataConfig) -> Iterator[str]:
         if unknown := sorted(entry.keys() - {*SOURCE_FIELDS, "weight"}):
             yield f"data.sources.{name}.{unknown[0]} is not known: use {', '.join(SOURCE_FIELDS)} and weight"
             return
+        for key in entry.keys() - {"files", "validation_files", "weight"}:
+            if entry[key] is not None and not isinstance(entry[key], str):
+                yield f"data.sources.{name}.{key}={entry[key]} must be text: type {key}: '{entry[key]}'"
+                return
         if entry["source"] == "mixture":
             yield f"data.sources.{name} is a mixture itself: list its sources here"
             return
@@ -480,6 +490,8 @@ class Config(_Checked):
             yield "data.stream=true cannot go with parallelism=tensor_pipeline: leave it out"
         if self.data.stream and self.recipe not in ("pretrain", "forward"):
             yield f"data.stream=true needs recipe=pretrain or recipe=forward, not recipe={self.recipe}: leave it out"
+        if self.data.preview and self.recipe not in ("pretrain", "forward"):
+            yield f"data.preview={self.data.preview} needs recipe=pretrain or recipe=forward, not recipe={self.recipe}"
         if self.model.path and self.parallelism.method == "tensor_pipeline":
             yield "model.path cannot go with parallelism=tensor_pipeline: use +experiment=finetune"
         if self.data.tokenizer is None and self.model.vocab_size < 257:

@@ -74,11 +74,6 @@ class Pack:
         """Without padding."""
         return self.boundaries[-1]
 
-    def num_pairs(self, masked: bool) -> int:
-        """Pairs of a query and a key that it sees; masked: within its piece."""
-        lengths = (stop - start for _, start, stop, _ in self.pieces) if masked else (self.num_tokens,)
-        return sum(n * (n + 1) // 2 for n in lengths)
-
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and labels of positions [start, stop), both int64 [stop - start]; nothing else is read.
 
@@ -190,7 +185,20 @@ def validation_packs(documents: Documents, store: TokenStore, config: DataConfig
     pieces = [tuple(piece._replace(source=0) for piece in pack) for pack in itertools.islice(packs, num)]
     if not pieces:
         raise CorpusError("there is no text to validate on: check data.validation_files or data.validation_split")
-    return list(numbered(((pack, (store,)) for pack in pieces), 0, 0, config.sequence_length))
+    numbered_packs = list(numbered(((pack, (store,)) for pack in pieces), 0, 0, config.sequence_length))
+    # a loss of no labels would be 0
+    if store.trained is not None and not any(_has_labels(pack) for pack in numbered_packs):
+        longer = f"longer sequences, such as data.sequence_length={2 * config.sequence_length}"
+        more = "other documents" if num is None else f"more, as data.validation_sequences={2 * num}"
+        raise CorpusError(
+            f"no token of the {len(pieces):,} validation sequences of {store.name} is trained: give {more}, or {longer}"
+        )
+    return numbered_packs
+
+
+def _has_labels(pack: Pack) -> bool:
+    _, labels = pack.read(0, pack.length)
+    return bool((labels != IGNORED_LABEL).any())
 
 
 def open_corpus(config: DataConfig, vocab_size: int | None = None, say: Callable[[str], None] = print) -> Corpus:

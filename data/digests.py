@@ -91,6 +91,10 @@ class DigestCache:
         """What was remembered under a name that is no file."""
         return self._known.get(name, [None, None])[1]
 
+    def refresh(self) -> None:
+        """Learn what other processes have written since."""
+        self._known = self._load() | self._new
+
     def save(self) -> None:
         """Write what is new beside what other processes have written."""
         if not self._new:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import threading
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -42,12 +43,14 @@ class SharedStream:
     def __init__(self, corpus: StreamCorpus, group: Any, sequence_rank: int, layout: Layout | None = None) -> None:
         self.names, self.weights, self.config = corpus.names, corpus.weights, corpus.config
         self._corpus, self._arguments = corpus, (group, sequence_rank, layout)
+        self._is_read = threading.Lock()  # by an iterator that was closed, whose thread has not noticed that yet
         read = (pack for name in self.names for pack in corpus.validation()[name])  # nothing is read here
         self._validation = list(shared_stream(read, *self._arguments))
 
     def training(self, cursor: Cursor = START) -> Iterator[Pack]:
-        """Endless packs, from the cursor on."""
-        return shared_stream(self._corpus.training(cursor), *self._arguments)
+        """Endless packs, from the cursor on. The first is read when the iterator before this one has ended."""
+        with self._is_read:  # messages of two would mix
+            yield from shared_stream(self._corpus.training(cursor), *self._arguments)
 
     def validation(self) -> dict[str, list[Pack]]:
         """The packs to validate on."""

@@ -20,10 +20,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from conf.schema import ConfigError, DataConfig, source_configs
+from conf.schema import EXAMPLES, ConfigError, DataConfig, source_configs
 
 _NOT_LIBRARY_CODE = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
+_COMPRESSED = {*_CODECS, ".bz2", ".xz", ".lz4", ".zip"}
 _BATCH_ROWS = 1024  # of parquet
 _FIX = "correct the row, or leave out such rows with data.bad_rows=skip"
 _FIX_FILE = "give the whole file again, or leave out what cannot be read with data.bad_rows=skip"
@@ -141,11 +142,11 @@ class Source:
 
     def _json_rows(self, name: str, skip: int) -> Iterator[tuple[int, str | Conversation | BadRow, float]]:
         codec, number = _CODECS.get(Path(name).suffix), 0
-        with open(name, "rb", buffering=0 if codec else 2**20) as raw:
-            lines = raw if codec is None else _decompressed(raw, codec)
+        compressed = _Decompressed(name, codec) if codec else None
+        with io.BufferedReader(compressed, 2**20) if compressed else open(name, "rb", buffering=2**20) as lines:
             share = 0
             for number, line in enumerate(lines, 1):
-                share = share + len(line) if codec is None else raw.tell()
+                share = compressed.compressed_position if compressed else share + len(line)
                 if number > skip and not line.isspace():
                     yield number, self._json_row(line, number), share
         if number == 0 and not skip:
@@ -192,6 +193,7 @@ class Source:
 
     def _data_set_rows(self, skip: int) -> Iterator[Row]:
         from datasets.exceptions import DatasetsError
+        from huggingface_hub.errors import HTTPError  # not an OSError
 
         number = skip
         try:
@@ -203,11 +205,14 @@ class Source:
                 yield Row(0, number, self._content(row), Position(0, number), 0)
         except CorpusError:
             raise
-        except (*_UNREADABLE, DatasetsError) as error:
+        except (*_UNREADABLE, DatasetsError, HTTPError) as error:
             # for a file that was deleted after it was listed, `datasets` gives only the name
             reason = "no such file: " if isinstance(error, FileNotFoundError) and error.errno is None else ""
-            reason += " ".join(str(error).split())
-            raise CorpusError(f"{self.description}, row {number + 1} cannot be read: {reason}") from error
+            reason += " ".join(str(error).split()) or type(error).__name__
+            raise CorpusError(
+                f"{self.description}, row {number + 1} cannot be read ({reason}): correct the data set, or if the "
+                "network failed type the same command again"
+            ) from error
 
     @property
     def _columns(self) -> tuple[str, ...]:
@@ -237,9 +242,10 @@ class Source:
             return ""
         if text is row:
             return BadRow(f"{self._no_column(row)}, or leave out such rows with data.bad_rows=skip")
+        others = sorted(column for column, value in row.items() if isinstance(value, str))  # parquet: only what is read
+        choice = f"one of {others}" if others else "a column of text"
         return BadRow(
-            f"{type(text).__name__}, not text, in column {field!r}: {_FIX}, or set data.text_field to one of "
-            f"{sorted(row)}"
+            f"{type(text).__name__}, not text, in column {field!r}: {_FIX}, or set data.text_field to {choice}"
         )
 
     def _conversation(self, row: dict[str, Any]) -> Conversation | BadRow:
@@ -282,10 +288,47 @@ def _without_nulls(messages: Any) -> list[dict[str, Any]]:
     return [{key: value for key, value in message.items() if value is not None} for message in messages]
 
 
-def _decompressed(raw: Any, codec: str) -> io.BufferedReader:
-    import pyarrow
+class _Decompressed(io.RawIOBase):
+    """The bytes of a compressed file. Of a damaged one all that can be read come before the error."""
 
-    return io.BufferedReader(pyarrow.CompressedInputStream(raw, codec), 2**20)
+    def __init__(self, name: str, codec: str) -> None:
+        self._name, self._codec, self._num_read, self._is_damaged = name, codec, 0, False
+        self._open()
+
+    @property
+    def compressed_position(self) -> int:
+        """How many of the file's bytes were read."""
+        return self._compressed.tell()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            data = self._stream.read(1 if self._is_damaged else len(buffer))
+        except OSError:
+            if self._is_damaged:
+                raise
+            # what this call had read before the error is lost: read it again, byte by byte
+            self._is_damaged, left = True, self._num_read
+            self._stream.close()
+            self._open()
+            while left:
+                left -= len(self._stream.read(min(left, 2**20)))
+            data = self._stream.read(1)
+        buffer[: len(data)] = data
+        self._num_read += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+    def _open(self) -> None:
+        import pyarrow
+
+        self._compressed: Any = pyarrow.OSFile(self._name)
+        self._stream: Any = pyarrow.CompressedInputStream(self._compressed, self._codec)
 
 
 _MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
@@ -297,6 +340,8 @@ class MegatronFile:
 
     def __init__(self, name: str) -> None:
         """Raises CorpusError if the two files do not belong together or are cut off."""
+        if not name.endswith(".bin"):
+            raise CorpusError(f"{name} is no .bin: name these alone, as data.files='{EXAMPLES['megatron']}'")
         self.name, index = name, str(Path(name).with_suffix(".idx"))
         advice = "give the whole pair of .bin and .idx that Megatron's tools/preprocess_data.py has written"
         try:
@@ -353,7 +398,12 @@ def open_source(config: DataConfig) -> Source:
     description = "Python's standard library" if config.source == "stdlib" else f"data.files={config.files}"
     files = _files(config)
     if not files:
-        raise CorpusError(f"{description} has no file to read: use data=text_files data.files='texts/*.txt'")
+        kind = EXAMPLES.get(config.source, EXAMPLES["text_files"])
+        raise CorpusError(f"{description} has no file to read, folders do not count: use files, as data.files='{kind}'")
+    compressed = _COMPRESSED if config.source == "text_files" else _COMPRESSED - _CODECS.keys()
+    if packed := next((name for name in files if Path(name).suffix in compressed), None):
+        can = "unpack it" if config.source == "text_files" else "unpack it, or compress it with gzip or zstd"
+        raise CorpusError(f"{packed}: data={config.source} does not read {Path(packed).suffix}: {can}")
     return Source(config, description, tuple(files))
 
 

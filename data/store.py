@@ -187,12 +187,14 @@ def open_counted(config: DataConfig, name: str, say: Say) -> OpenedStore:
         try:
             root.mkdir(parents=True, exist_ok=True)
             with _building(root / f"{key}.lock", source.description, say):
+                cache.refresh()  # the process that has built it meanwhile knows its digests
                 if (opened := _open(folder, name, cache, _nothing)) is not None:  # another process has built it
                     _check_skipped(config, opened.counts)
                     return opened
                 if folder.exists():  # damaged
                     shutil.rmtree(folder)
                 _Build(source, encoder, folder, say).run(stats, cache)
+                cache.save()  # before the next process looks
         except OSError as error:
             if error.filename in stats:
                 raise CorpusError(f"{error.filename} cannot be read: {error.strerror}") from error
@@ -248,7 +250,7 @@ class _TextEncoder:
         return self._tokenizer.fingerprint()
 
     def encoded(self, source: Source, start: Position) -> Iterator[Encoded]:
-        for rows in _batches(source.rows(start), self._tokenizer.batch_characters):
+        for rows in batches(source.rows(start), self._tokenizer.batch_characters, _BATCH_ROWS):
             texts, problems = [], []
             for row in rows:
                 if isinstance(row.content, BadRow):
@@ -281,7 +283,7 @@ class _ChatEncoder:
         return f"{self._tokenizer.fingerprint()} {self._chats.fingerprint()}"
 
     def encoded(self, source: Source, start: Position) -> Iterator[Encoded]:
-        for rows in _batches(source.rows(start), self._tokenizer.batch_characters // 4):
+        for rows in batches(source.rows(start), self._tokenizer.batch_characters // 4, _BATCH_ROWS):
             chats = iter(self._chats.encode([row.content for row in rows if isinstance(row.content, Conversation)]))
             documents, problems = [], []
             for row in rows:
@@ -350,13 +352,13 @@ def _problem(source: Source, row: Row, bad: BadRow) -> str:
     return f"{source.where(row.file, row.number)}: {bad.problem}{advice}"
 
 
-def _batches(rows: Iterator[Row], num_characters: int) -> Iterator[list[Row]]:
-    """Rows of together `num_characters` or more."""
+def batches(rows: Iterator[Row], num_characters: int, num_rows: int) -> Iterator[list[Row]]:
+    """Rows of together `num_characters` or more, or so many rows."""
     batch, size = [], 0
     for row in rows:
         batch.append(row)
         size += len(row.content) if isinstance(row.content, str) else 1000
-        if size >= num_characters or len(batch) == _BATCH_ROWS:
+        if size >= num_characters or len(batch) == num_rows:
             yield batch
             batch, size = [], 0
     if batch:

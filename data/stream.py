@@ -1,6 +1,6 @@
 """A corpus whose documents are tokenized while training, and stored nowhere (data.stream=true).
 
-A window of `data.shuffle_window` documents is read, shuffled and packed, then the next one. The documents to validate
+A window of `data.shuffle_window` documents is shuffled and packed while the next one is read. The documents to validate
 on are the stream's first. Resuming reads an epoch from its start up to the cursor.
 """
 
@@ -15,10 +15,12 @@ from conf.schema import DataConfig
 from data.corpus import START, Cursor, Pack, numbered, validation_packs
 from data.documents import ORDER, PACKS, Documents, all_dropped, check_size, generator, usable_documents
 from data.packing import PiecePack, pack_documents, window_packs
+from data.read_ahead import read_ahead
 from data.source import BadRow, CorpusError, open_source
-from data.store import TokenStore, open_validation_stores
+from data.store import TokenStore, batches, open_validation_stores
 from data.tokenizer import Tokenizer, open_tokenizer, tokenizer_problem
 
+_BATCH_ROWS = 1024  # that wait for each other: the first packs should not wait for many
 Tokens = np.ndarray
 StoredPack = tuple[PiecePack, Sequence[TokenStore]]
 
@@ -104,8 +106,10 @@ class StreamCorpus:
     def _packs(self, stream: Iterator[Tokens], epoch: int) -> Iterator[StoredPack]:
         """All packs of an epoch."""
         seed, left_over = self.config.shuffle_seed, []
+        # else ranks would wait for a whole window, perhaps for so long that they seem to hang
+        ahead = read_ahead(stream, self.config.shuffle_window)
         for window in itertools.count():
-            documents = list(itertools.islice(stream, self.config.shuffle_window))
+            documents = list(itertools.islice(ahead, self.config.shuffle_window))
             order = generator(ORDER, seed, epoch, window).permutation(len(documents))
             documents, store = _stored([*left_over, *(documents[number] for number in order.tolist())])
             if self.config.packing != "concatenate":
@@ -147,7 +151,7 @@ def open_stream(config: DataConfig, vocab_size: int | None = None, say: Callable
 def _documents(config: DataConfig, tokenizer: Tokenizer, vocab_size: int | None) -> Iterator[Tokens]:
     """Each document's tokens, which the model has. Raises CorpusError for a bad row, unless they are skipped."""
     source = open_source(config)
-    for rows in _batches(source.rows(), tokenizer.batch_characters):
+    for rows in batches(source.rows(), tokenizer.batch_characters, _BATCH_ROWS):
         texts = []
         for row in rows:
             if isinstance(row.content, str):
@@ -162,16 +166,3 @@ def _documents(config: DataConfig, tokenizer: Tokenizer, vocab_size: int | None)
                 )
             if len(tokens) > 1:  # more than the separator
                 yield tokens
-
-
-def _batches(rows: Iterator, num_characters: int) -> Iterator[list]:
-    """Rows of together `num_characters` or more; a stream should not wait for much more than it needs."""
-    batch, size = [], 0
-    for row in rows:
-        batch.append(row)
-        size += len(row.content) if isinstance(row.content, str) else 0
-        if size >= num_characters or len(batch) == 1024:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch

@@ -64,6 +64,8 @@ class ByteTokenizer:
         return np.split(joined, ends[:-1])
 
     def decode(self, tokens: Tokens) -> str:
+        if (tokens > SEPARATOR).any():  # of Megatron's files without data.tokenizer
+            return " ".join(map(str, tokens.tolist()))
         documents = np.split(tokens, np.flatnonzero(tokens == SEPARATOR) + 1)
         parts = [document[document != SEPARATOR].astype(np.uint8).tobytes() for document in documents]
         return "<end>".join(part.decode("utf-8", "replace") for part in parts)

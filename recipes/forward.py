@@ -33,6 +33,7 @@ def forward(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
             profiler_step()
             if logger.is_due(step):
                 logger.write(step, logger.step_metrics(step, {"loss": loss.item()}))
+    batches.close()
     if config.breakdown:
         logger.breakdown(feed.steps)
 

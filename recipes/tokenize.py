@@ -23,6 +23,8 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 
 def tokenize(config: Config) -> None:
     """Make the stores of all sources and validation sources. Raises ConfigError if one cannot be made."""
+    if config.data.stream:
+        raise ConfigError("data.stream=true keeps no tokens on disk, so there is nothing to make: leave it out")
     if config.model.path is not None and config.data.tokenizer is None:
         folder = Path(config.model.path).expanduser()
         config.data.tokenizer = str(folder.resolve()) if folder.exists() else config.model.path

@@ -29,7 +29,7 @@ LATEST_FILE, MANIFEST_FILE = "latest", "manifest.json"
 # fields that may change on resume because they do not change the result
 RESUME_SAFE = (
     *BOOKKEEPING,
-    *("data.token_store", "data.preview"),
+    *("data.token_store", "data.preview", "data.bad_rows"),
     *("launch.timeout_s", "launch.stall_", "launch.check_memory", "attention.transport"),
     *("engine.on_bad_step", "engine.detect_anomaly", "engine.offload_activations"),
 )
@@ -180,10 +180,8 @@ def check_same_run(folder: Path, manifest: Manifest, config: Config) -> list[str
             take another number of sequences, or if the ZeRO stages cannot be resharded.
     """
     before, now = flatten(manifest.config), flatten(asdict(config))
-    names = [
-        *now,
-        *(name for name in before if name.startswith(("model.rope.", "data.sources."))),
-    ]  # with names of their own
+    own = [name for name in before if name.startswith(("model.rope.", "data.sources."))]  # with names of their own
+    names = [*now, *(name for name in own if name not in now)]
     differing = [name for name in names if not name.startswith(RESUME_SAFE) and before.get(name) != now.get(name)]
     if config.optimizer.decay == "constant" and config.optimizer.warmup_fraction == 0 and "num_steps" in differing:
         differing.remove("num_steps")  # the learning rate does not depend on it

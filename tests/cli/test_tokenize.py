@@ -45,6 +45,7 @@ def test_a_mistake_is_one_line(tmp_path: Path):
     for arguments, parts in (
         (["data=jsonl", f"data.files={tmp_path}/a.jsonl"], ["a.jsonl, row 1", "data.text_field"]),
         (["data=jsonl"], ["data.files"]),
+        (["data=hub", f"data.name={tmp_path}", "data.stream=true"], ["data.stream=true"]),
         (["--fast"], ["--fast", "train.py"]),
         (["data=nosuch"], ["data"]),
     ):

@@ -6,9 +6,11 @@ import gzip
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from huggingface_hub.errors import HTTPError
 
 from conf.schema import DataConfig
 from data.source import CorpusError
@@ -30,7 +32,11 @@ LINES = {
     "broken JSON": (GOOD + b"\n" + b'{"text": "cut\n' + GOOD, 3, ["broken JSON"]),
     "no object": (GOOD + b"[1]\n" + GOOD, 2, ["list"]),
     "no column": (GOOD + b'{"body": "x"}\n' + GOOD, 2, ["'text'", "data.text_field", "'body'"]),
-    "a number": (GOOD + b'{"text": 3}\n' + GOOD, 2, ["int", "'text'", "data.text_field"]),
+    "a number": (
+        GOOD + b'{"text": 3, "body": "x"}\n' + GOOD,
+        2,
+        ["int", "'text'", "data.text_field to one of ['body']"],
+    ),
     "not UTF-8": (GOOD + b'{"text": "\xff"}\n' + GOOD, 2, ["UTF-8"]),
 }
 
@@ -83,6 +89,24 @@ def test_a_compressed_file_that_was_cut_off(tmp_path, codec):
     names(str(caught.value), f"a.jsonl.{codec}, row 1")
 
 
+@pytest.mark.parametrize("codec", ["gzip", "zstd"])
+def test_what_a_damaged_compressed_file_has_before_the_damage_is_read(tmp_path, codec):
+    rng = np.random.default_rng(0)
+    rows = [json.dumps({"text": rng.bytes(300).hex()}) + "\n" for _ in range(600)]
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, codec) as stream:
+        stream.write("".join(rows).encode())
+    compressed = sink.getvalue().to_pybytes()
+    path = tmp_path / f"a.jsonl.{'gz' if codec == 'gzip' else 'zst'}"
+    path.write_bytes(compressed[: len(compressed) // 2])
+    counts = open_counted(config(path, source="jsonl", bad_rows="skip"), "jsonl", print).counts
+    assert 150 < counts.num_documents < 310
+    names(counts.first_problem, f"row {counts.num_documents + 1}:")
+    path.write_bytes(compressed + b"not compressed")
+    counts = open_counted(config(path, source="jsonl", bad_rows="skip"), "jsonl", print).counts
+    assert (counts.num_documents, counts.num_skipped) == (600, 1)
+
+
 def test_a_parquet_file_that_was_cut_off(tmp_path):
     (tmp_path / "a.parquet").write_bytes(parquet_bytes(text=["good"]))
     (tmp_path / "b.parquet").write_bytes(parquet_bytes(text=["good"] * 9)[:-20])
@@ -101,7 +125,7 @@ def test_the_error_of_a_wrong_column_of_parquet_lists_the_columns(tmp_path):
 def test_a_text_of_parquet_that_is_no_text(tmp_path):
     (tmp_path / "a.parquet").write_bytes(parquet_bytes(text=[3]))
     (tmp_path / "b.parquet").write_bytes(parquet_bytes(text=["good"]))
-    check(tmp_path / "*.parquet", "parquet", "a.parquet, row 1", ["int"], num_documents=1)
+    check(tmp_path / "*.parquet", "parquet", "a.parquet, row 1", ["int", "to a column of text"], num_documents=1)
 
 
 def test_a_text_of_parquet_that_is_not_utf8(tmp_path):
@@ -124,6 +148,23 @@ def test_a_broken_file_of_a_data_set(tmp_path):
         open_counted(data, "hub", print)
     assert f"data.name={tmp_path / 'set'}" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_network_that_fails_while_a_data_set_is_read(tmp_path, monkeypatch):
+    class Failing:
+        column_names = ("text",)
+
+        def __iter__(self):
+            yield {"text": "good"}
+            raise HTTPError("")
+
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "rows.jsonl").write_bytes(GOOD)
+    monkeypatch.setattr("data.source._load_data_set", lambda *_: Failing())
+    data = DataConfig(source="hub", name=str(tmp_path / "set"), token_store=str(tmp_path / "stores"))
+    with pytest.raises(CorpusError) as caught:
+        open_counted(data, "hub", print)
+    names(str(caught.value), "row 2", "HTTPError", "network")
 
 
 def test_documents_without_tokens_are_counted_and_never_all(tmp_path):

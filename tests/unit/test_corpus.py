@@ -92,15 +92,6 @@ def test_only_trained_tokens_are_labels():
     assert [pack.read(i, i + 1)[1][0] for i in range(8)] == labels.tolist()
 
 
-def test_pairs_of_query_and_key():
-    corpus = numbered_corpus({"a": [3, 2, 5]}, sequence_length=5, packing="best_fit", validation_sequences=1)
-    pairs = {pack.boundaries: (pack.num_pairs(masked=True), pack.num_pairs(masked=False)) for pack in epoch_of(corpus)}
-    assert (
-        pairs.items()
-        <= {(0, 3, 5): (9, 15), (0, 2, 5): (9, 15), (0, 5): (15, 15), (0, 3): (6, 6), (0, 2): (3, 3)}.items()
-    )
-
-
 def test_hashes_differ_by_tokens_and_by_boundaries():
     def digest(documents: list[list[int]]) -> str:
         filler = [[9] * 4]
@@ -252,3 +243,12 @@ def test_validation_documents_without_tokens_are_refused():
     empty = store_of([[]])
     with refused(CorpusError, "data.validation_files"):
         Corpus({"a": store_of([[1] * 9])}, DataConfig(sequence_length=8), validation_stores={"a": empty})
+
+
+def test_validation_sequences_in_which_nothing_is_trained_are_refused():
+    chats, trained = [list(range(1, 31))] * 9, np.tile(np.arange(30) >= 28, 9)  # of prompts and short answers
+    config = DataConfig(sequence_length=10, validation_sequences=1, packing="best_fit")
+    with refused(CorpusError, "chats", "data.validation_sequences=2", "data.sequence_length=20"):
+        Corpus({"chats": store_of(chats, "chats", trained)}, config)
+    config.sequence_length = 30
+    assert Corpus({"chats": store_of(chats, "chats", trained)}, config).validation()

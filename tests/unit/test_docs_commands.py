@@ -86,6 +86,9 @@ def _somebody_elses_folder(monkeypatch, tmp_path):
     """A folder with texts, on a machine without GPUs."""
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "one.txt").write_text("Sequences too long for one GPU. " * 2000)
+    for name in ("texts/one.jsonl", "chats/one.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

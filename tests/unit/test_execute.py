@@ -107,6 +107,15 @@ def test_explain_reports_a_bad_corpus_last(tmp_path, tiny, capsys, recipe):
     assert "parameters: " in capsys.readouterr().out
 
 
+def test_of_a_launchers_ranks_one_prints_the_preview(tmp_path, capsys, monkeypatch):
+    (tmp_path / "a.txt").write_text("text " * 100)
+    data = DataConfig("text_files", files=str(tmp_path / "a.txt"), preview=1, sequence_length=40)
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        train.execute(Config(data=data, launch=TWO_RANKS), [], tmp_path)
+        assert ("sequence 1" in capsys.readouterr().out) is (rank == "0")
+
+
 def test_explain_downloads_no_data(tmp_path, capsys):
     config = Config(data=DataConfig(source="hub", name="nobody/nothing"), launch=TWO_RANKS, explain=True)
     assert train.execute(config, [], tmp_path) is None

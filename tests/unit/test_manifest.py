@@ -170,10 +170,22 @@ def test_other_rotary_embeddings_are_another_run(tmp_path, before):
         check_same_run(folder, read_manifest(folder), other)
 
 
+def test_other_weights_of_a_mixture_are_another_run_and_named_once(tmp_path):
+    def mixture(a: float) -> Config:
+        sources = {name: {"source": "stdlib", "weight": weight} for name, weight in (("a", a), ("b", 1 - a))}
+        return resolved(Config(data=DataConfig(source="mixture", sources=sources)))
+
+    folder = published(tmp_path, 5, config=mixture(0.5))
+    with pytest.raises(ConfigError) as caught:
+        check_same_run(folder, read_manifest(folder), mixture(0.25))
+    assert str(caught.value).count("data.sources.a.weight was 0.5 and is 0.25") == 1
+
+
 def test_resume_safe_fields_may_change(tmp_path):
     folder = published(tmp_path, 5)
     other = resolved(Config(logging=LoggingConfig(every_n_steps=7, tags=["x"]), breakdown=False, profile=True))
     other.launch.timeout_s, other.checkpoint.keep = 30.0, 9
+    other.data.bad_rows = "skip"  # as the error of a bad row tells people to
     check_same_run(folder, read_manifest(folder), other)
 
 

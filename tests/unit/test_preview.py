@@ -47,6 +47,13 @@ def test_sources_of_a_mixture_are_named():
     some_line_names(lines, "of prose")
 
 
+def test_tokens_that_are_no_bytes_are_numbers():
+    corpus = Corpus(
+        {"megatron": store_of([[70, 5000, 3, 256]] * 9)}, DataConfig(sequence_length=8, validation_sequences=1)
+    )
+    assert preview(corpus, BYTES, 1).count("70 5000 3 256") == 2
+
+
 def test_tokenizers_show_separators(tiny_llama):
     assert BYTES.decode(np.concatenate(BYTES.encode(["aé", "", "b"]))) == "aé<end><end>b<end>"
     tokenizer = open_tokenizer(DataConfig("text_files", files=[str(tiny_llama / "*")], tokenizer=str(tiny_llama)))

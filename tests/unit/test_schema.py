@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 import train  # registers the schema
 from conf.compose import as_hydra_types_it, check_multirun, compose_entries, describe_error, to_config
 from conf.degrees import accumulation_steps, resolve_degrees
-from conf.schema import WANDB_MODES, CompareConfig, Config, ConfigError, flatten
+from conf.schema import WANDB_MODES, CompareConfig, Config, ConfigError, DataConfig, flatten
 from tests.errors import is_named, names, refused
 
 CONF = Path(train.__file__).parent / "conf"
@@ -193,6 +193,7 @@ MISTAKES = [  # what is typed; the value, the rule's values and what to type
     ("profile_steps=[3]", ["profile_steps=[3]", "profile_steps=[3,4]"]),
     ("recipe=bench_attention memory_snapshot=true", ["memory_snapshot=true", "recipe=bench_attention", "recipe=pretrain", "recipe=forward"]),
     ("recipe=max_length profile=true", ["profile=true", "recipe=max_length", "recipe=pretrain", "recipe=forward"]),
+    ("recipe=max_length data.preview=3", ["data.preview=3", "recipe=max_length", "recipe=pretrain", "recipe=forward"]),
     ("recipe=max_length attention=auto", ["attention=auto", "recipe=max_length", "attention=ring"]),
     ("recipe=max_length +experiment=tp_pp", ["recipe=max_length", "+experiment=ra_sp"]),
     ("data=hub", ["data=hub", "data.name=OWNER/NAME"]),
@@ -286,6 +287,13 @@ def test_a_mistake_in_a_comparison_names_the_entry(own: str, parts: list[str]):
 def test_a_sweep_without_m_names_the_swept_fields(typed: str, swept: list[str]):
     with refused(ConfigError, *swept, f"python train.py -m {typed}"):
         check_multirun(composed_for_hydra(*typed.split()))
+
+
+@pytest.mark.parametrize("key", ["source", "name", "subset", "split", "text_field"])
+def test_a_number_where_a_source_of_a_mixture_needs_text_is_refused(key: str):
+    entry = {"source": "hub", "name": "owner/name", "weight": 1.0, key: 5}
+    with refused(ConfigError, f"data.sources.a.{key}=5", f"{key}: '5'"):
+        DataConfig(source="mixture", sources={"a": entry})
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from conf.schema import DataConfig
-from data.source import BEGINNING, CorpusError, describe, is_local, open_source, stdlib_files
+from data.source import BEGINNING, CorpusError, MegatronFile, describe, is_local, open_source, stdlib_files
 from data.store import open_store
 from tests.errors import names, refused
 
@@ -89,8 +89,23 @@ def test_a_null_is_a_text_without_characters(tmp_path):
 
 
 def test_a_folder_is_not_a_text_file(tmp_path):
-    with refused(CorpusError, f"data.files={tmp_path}", "data=text_files data.files='texts/*.txt'"):
-        open_source(DataConfig(source="text_files", files=str(tmp_path)))
+    for source, files in (("text_files", "texts/*.txt"), ("chat", "chats/*.jsonl")):
+        with refused(CorpusError, f"data.files={tmp_path}", "folders", f"data.files='{files}'"):
+            open_source(DataConfig(source=source, files=str(tmp_path)))
+
+
+@pytest.mark.parametrize(("source", "name"), [("jsonl", "a.jsonl.bz2"), ("text_files", "a.txt.gz")])
+def test_a_compression_that_is_not_read_is_named(tmp_path, source, name):
+    (tmp_path / name).write_bytes(b"packed")
+    with refused(CorpusError, tmp_path / name, f"data={source}", "unpack"):
+        open_source(DataConfig(source=source, files=str(tmp_path / "*")))
+
+
+def test_a_glob_of_megatron_that_has_more_than_tokens_is_refused(tmp_path):
+    (tmp_path / "a.bin").write_bytes(b"")
+    (tmp_path / "a.idx").write_bytes(b"")
+    with refused(CorpusError, tmp_path / "a.idx", "data.files='a.bin'"):
+        MegatronFile(str(tmp_path / "a.idx"))
 
 
 @pytest.mark.parametrize("choice", [{"split": "nosuch"}, {"name": "not/a/name"}])

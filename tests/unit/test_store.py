@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -187,12 +188,30 @@ def test_one_process_builds_and_others_wait(tmp_path):
     processes = [slow_build(config, str(gate)) for _ in range(2)]
     waiting = [process.stdout for process in processes if process.stdout]
     readable, _, _ = select.select(waiting, [], [], 60)  # the one that does not build
-    assert "is tokenized by process" in readable[0].readline()
+    assert "is tokenized by" in readable[0].readline()  # another process, if that has not written its number yet
     gate.touch()
     outputs = [process.communicate(timeout=60)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert not any("is tokenized" in output for output in outputs)
     assert not opened(config).is_new
+
+
+def test_who_waited_does_not_read_the_new_store(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n')
+    config = DataConfig("jsonl", files=str(tmp_path / "a.jsonl"), token_store=str(tmp_path / "stores"))
+    building, digested = store_module._building, []
+
+    @contextlib.contextmanager
+    def built_by_another(*arguments: Any):
+        monkeypatch.setattr(store_module, "_building", building)
+        open_store(config, "jsonl", print)
+        monkeypatch.setattr("data.digests.chunk_digests", lambda path, *_: digested.append(Path(path).name) or [])
+        with building(*arguments):
+            yield
+
+    monkeypatch.setattr(store_module, "_building", built_by_another)
+    assert not open_counted(config, "jsonl", print).is_new
+    assert digested == []
 
 
 def test_what_a_killed_process_wrote_is_checked(tmp_path, monkeypatch, capsys):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import threading
+import time
 from collections import Counter
 
 import numpy as np
@@ -102,12 +104,17 @@ def test_every_token_trains_once_an_epoch_or_is_held_out(
     assert contents(itertools.islice(restarted, len(expected))) == contents(expected)
 
 
-def test_a_window_is_read_and_not_more():
+def test_the_next_window_is_read_while_one_trains_and_not_more():
     stream = Opened([5] * 1000)
     corpus = StreamCorpus(stream, DataConfig(sequence_length=5, validation_sequences=2, shuffle_window=10))
     assert len(corpus.validation()["hub"]) == 2
-    next(corpus.training())
-    assert stream.num_read <= 2 + 10 + 1
+    packs = corpus.training()
+    next(packs)
+    time.sleep(0.5)
+    assert stream.num_read == 2 + 2 * 10 + 1  # one more waits for its place
+    del packs
+    time.sleep(0.5)
+    assert not any(thread.name == "read ahead" for thread in threading.enumerate())
 
 
 def test_documents_of_a_window_are_in_an_order_of_the_epoch():
