@@ -15,7 +15,7 @@ from docs.tools import tables_correctness as correctness
 from docs.tools import tables_speed as speed
 from docs.tools.markdown import DOCS, RESULTS
 
-PAGES = [DOCS / "performance.md", DOCS / "huggingface.md", *sorted(RESULTS.glob("*.md"))]
+PAGES = [DOCS / "performance.md", DOCS / "huggingface.md", DOCS / "data.md", *sorted(RESULTS.glob("*.md"))]
 GPU_PARTS = ("one device", "ring", "ulysses", "ring, p2p")
 SIMULATED_PARTS = ("one device", *(f"ring of {degree}" for degree in (2, 4, 8, 16, 32, 64)))
 
@@ -54,6 +54,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"parity {label}": partial(correctness.parity, name) for label, (_, name) in PARITY.items()},
     **{f"parity methods {label}": partial(correctness.parity_of_methods, name) for label, (_, name) in PARITY.items()},
     "hf families": correctness.hf_families,
+    "packed": speed.packed,
     "sparsity": correctness.sparsity,
     "precision cpu": partial(correctness.precision, "precision_cpu.json"),
     "precision gpu": partial(correctness.precision, "precision_H100.json"),

@@ -24,6 +24,26 @@ def main_job() -> str:
     return table("what | goal | measured", ([row["what"], row["goal"], row["measured"]] for row in measured))
 
 
+def packed() -> str:
+    """Of varlen's speed: a ring of one, and an eighth of it per rank of a simulated ring of 8."""
+    cells = []
+    for length, name in ((65536, "packed_65536_H200.json"), (524288, "packed_524288_H200.json")):
+        for row in load(name):
+            mark = " (beside another job)" if row.get("other_jobs") else ""
+            line = [f"{length:,}", f"{row['mix']}{mark}"]
+            times = [row[kind] for kind in ("forward", "with backward")]
+            line.append(" / ".join(f"{each['varlen_ms']:.2f}" for each in times))
+            line.append(" / ".join(f"{100 * each['varlen_ms'] / each['ours_ms']:.0f} %" for each in times))
+            for layout in ("zigzag", "balanced"):
+                rank = row[f"ring of 8, {layout}"]
+                of_rank = (rank["forward_ms"], rank["with_backward_ms"])
+                pairs = zip(times, of_rank, strict=True)
+                line.append(" / ".join(f"{100 * each['varlen_ms'] / 8 / slowest:.0f} %" for each, slowest in pairs))
+            cells.append(line)
+    header = "tokens | documents | varlen, ms | ring of 1 | ring of 8, zigzag | ring of 8, balanced"
+    return table(header, cells)
+
+
 def before_after() -> str:
     """Simulated rings and training at two commits, whose processes took turns."""
     measured = load("before_after_H200.json")

@@ -1,0 +1,146 @@
+"""Packed documents on one GPU: flash-attn-4's own varlen call, a ring of one, and the slowest rank of a simulated ring.
+
+    python -m tests.tools.packed_speed --json FILE [--length 524288] [--mixes log-normal]
+
+needs a Hopper GPU and flash-attn-4. Llama 3.1 8B's heads, bf16, causal within documents. A simulated rank has the tiles
+and merges of a ring of 8 but no messages. Rounds of varlen and ours alternate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ring_attention import CAUSAL, Mask
+from ring_attention.kernels import KERNELS, Scores
+from ring_attention.layout import Layout
+from ring_attention.ring import Ring, RingFunction, forward_calls
+
+NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, DEGREE, ROUNDS = 32, 8, 128, 8, 3
+TIMED_MS = 120.0
+PASSES = ("forward", "with backward")
+
+
+def mixes(length: int) -> dict[str, list[int]]:
+    """Lengths of documents; log-normal ones have a median of 1,500 tokens, or 12,000 of long sequences."""
+    generator, drawn = np.random.default_rng(0), []
+    while sum(drawn) < length:
+        drawn.append(int(min(length // 2, max(64, generator.lognormal(7.3 if length < 100_000 else 9.4, 1.3)))))
+    drawn[-1] -= sum(drawn) - length
+    equal = {f"{length // size:,} of {size:,}": [size] * (length // size) for size in (length, 8192, 2048, 256)}
+    return {**equal, "log-normal": drawn}
+
+
+class Alone(Ring):
+    """A rank whose messages are its own keys and values."""
+
+    ring_rank = 0
+
+    @property
+    def rank(self) -> int:
+        return self.ring_rank
+
+    def post_keys(self, own: Any, here: Any, number: int, direction: str) -> Any:
+        return None, own if number + 1 < len(self.steps) else None
+
+    def post_gradients(self, own: Any, step: Any, number: int, gradients: Any) -> Any:
+        return None, None if step.gradient_return is None else own.empty(step.gradient_return.spans)
+
+
+def ours(layout: Layout, mask: Mask, rank: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    ring = Alone(layout, mask, None, KERNELS["flash_attn_4"], Scores(HEAD_DIM**-0.5))
+    object.__setattr__(ring, "ring_rank", rank)
+    return lambda q, k, v: RingFunction.apply(q, k, v, None, ring)
+
+
+def milliseconds(call: Callable[[], Any]) -> float:
+    """Of one call, over TIMED_MS of them."""
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def measured(number: int) -> float:
+        start.record()
+        for _ in range(number):
+            call()
+        stop.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(stop) / number
+
+    measured(1)
+    return measured(max(2, round(TIMED_MS / measured(1))))
+
+
+def both_passes(attend: Callable[..., Tensor], inputs: list[Tensor]) -> list[float]:
+    q, k, v, dout = inputs
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    forward = milliseconds(lambda: attend(q, k, v))
+    return [forward, milliseconds(lambda: torch.autograd.grad(attend(*leaves), leaves, dout))]
+
+
+def measure(name: str, lengths: list[int], inputs: list[Tensor]) -> dict[str, Any]:
+    from flash_attn.cute.interface import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+
+    length, ends = sum(lengths), tuple(itertools.accumulate(lengths, initial=0))
+    mask = CAUSAL.packed(ends) if len(lengths) > 1 else CAUSAL
+    cumulative = torch.tensor(ends, dtype=torch.int32, device="cuda")
+
+    def varlen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        sizes = {"cu_seqlens_q": cumulative, "cu_seqlens_k": cumulative}
+        sizes |= {"max_seqlen_q": max(lengths), "max_seqlen_k": max(lengths)}
+        out = flash_attn_varlen_func(q[0], k[0], v[0], causal=True, **sizes)
+        return (out[0] if isinstance(out, tuple) else out)[None]
+
+    one = ours(Layout("zigzag", 1, length), mask, 0)
+    expected = varlen(*inputs[:3]).float()
+    row: dict[str, Any] = {"mix": name, "num_documents": len(lengths)}
+    row["error"] = ((one(*inputs[:3]).float() - expected).norm() / expected.norm()).item()
+    rounds = [(both_passes(varlen, inputs), both_passes(one, inputs)) for _ in range(ROUNDS)]
+    for index, kind in enumerate(PASSES):
+        times = {"varlen": [each[0][index] for each in rounds], "ours": [each[1][index] for each in rounds]}
+        row[kind] = {f"{who}_ms": statistics.median(own) for who, own in times.items()}
+        row[kind] |= {f"{who}_all": own for who, own in times.items()}
+    for layout_name in ("zigzag", "balanced"):
+        layout = Layout(layout_name, DEGREE, length, documents=ends if layout_name == "balanced" else None)
+        of_ranks, calls = [], []
+        for rank in range(DEGREE):
+            q, k, v, dout = (layout.shard(x, rank, dim=1) for x in inputs)
+            k, v = torch.stack((k, v)).unbind(0)
+            of_ranks.append(both_passes(ours(layout, mask, rank), [q, k, v, dout]))
+            plan = forward_calls(layout, mask, rank, 1, KERNELS["flash_attn_4"])
+            calls.append(sum(map(len, plan)))
+        slowest = [max(times) for times in zip(*of_ranks, strict=True)]
+        row[f"ring of {DEGREE}, {layout_name}"] = {
+            "forward_ms": slowest[0],
+            "with_backward_ms": slowest[1],
+            "calls": calls,
+        }
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Packed documents: varlen and ours.")
+    parser.add_argument("--json", type=Path, required=True, help="write the rows to this file")
+    parser.add_argument("--length", type=int, default=65536, help="tokens of the sequence")
+    parser.add_argument("--mixes", nargs="*", help="names of the mixes; default: all")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    heads = (NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS, NUM_HEADS)
+    inputs = [torch.randn(1, options.length, n, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for n in heads]
+    rows = []
+    for name, lengths in mixes(options.length).items():
+        if not options.mixes or name in options.mixes:
+            rows.append(measure(name, lengths, inputs))
+            print(rows[-1], flush=True)
+            options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
