@@ -1,12 +1,13 @@
 """Which tokens each rank of a ring holds so that packed documents give all ranks equal work. Pure integers.
 
-A long document is spread over all ranks as zigzag does: 2R chunks, of which rank r holds chunks r and 2R-1-r. A short
-one lies whole on one rank, which needs no message for it. The longest are placed first, each on the rank with the least
-work; the shortest fill up to equally many tokens, and those that fit nowhere are cut. How long a long document is
-depends on the others: only as many are spread as it takes.
+A long document is spread over a block of ranks as zigzag does: of k ranks, the r-th holds chunks r and 2k-1-r of 2k. A
+short one lies whole on one rank, which needs no message for it. The longest are placed first, each where the work is
+least; the shortest fill up to equally many tokens, and those that fit nowhere are cut. How long is long depends on the
+others: documents are spread over no more ranks than it takes, because each ring step has its cost.
 
-A rank's local order is short documents, the early chunks of long ones, then their late chunks, so that the attention of
-a ring step is a few varlen calls, however many documents there are.
+Blocks are the ring, its halves, their halves and so on, as far as these are whole. A rank's local order is short
+documents, the early chunks of long ones, then their late chunks, those of larger blocks first. So what two ranks share
+lies together on both, and the attention of a ring step is a few varlen calls, however many documents there are.
 """
 
 from __future__ import annotations
@@ -16,9 +17,8 @@ import heapq
 import itertools
 
 Span = tuple[int, int]  # [start, stop)
-
 ENOUGH = 1.05  # work of the busiest rank over the mean's: no more documents are spread
-SMALLEST_SHARE = 1 / 256  # of a rank's mean work: a document below it is never spread
+SMALLEST_SHARE = 1 / 256  # of a rank's mean work: what a document has beyond it is spread
 
 
 @functools.lru_cache(maxsize=64)
@@ -34,18 +34,20 @@ def balanced_spans(ends: tuple[int, ...], length: int, ring_degree: int) -> tupl
         return (((0, length),),)
     documents.sort(key=lambda span: (span[0] - span[1], span[0]))  # the longest first
     mean = sum(_work(stop - start) for start, stop in documents) / ring_degree
-    best, share = None, 1.0
+    best, share, tried = None, 1.0, None
     while share >= SMALLEST_SHARE:
-        num_long = sum(_work(stop - start) > share * mean for start, stop in documents)
-        if best is None or num_long > best[1]:
-            work, spans = _placed(documents[:num_long], documents[num_long:], length // ring_degree, ring_degree)
-            if best is None or max(work) < best[0]:
-                best = max(work), num_long, spans
-            if max(work) <= ENOUGH * mean:
+        sizes = _block_sizes(documents, share * mean, length // ring_degree, ring_degree)
+        if sizes != tried:
+            tried = sizes
+            placement = _Placement(length // ring_degree, ring_degree)
+            placement.place(documents, sizes)
+            if best is None or max(placement.work) < max(best.work):
+                best = placement
+            if max(placement.work) <= ENOUGH * mean:
                 break
         share /= 2
     assert best is not None
-    return best[2]
+    return best.spans()
 
 
 def _work(num_tokens: int, num_before: int = 0) -> int:
@@ -53,58 +55,100 @@ def _work(num_tokens: int, num_before: int = 0) -> int:
     return num_tokens * (num_tokens + 1) // 2 + num_tokens * num_before
 
 
-def _placed(
-    long: list[Span], short: list[Span], capacity: int, ring_degree: int
-) -> tuple[list[int], tuple[tuple[Span, ...], ...]]:
-    """The work and the spans of each rank."""
-    room, work = [capacity] * ring_degree, [0] * ring_degree
-    whole: list[list[Span]] = [[] for _ in room]
-    early: list[list[Span]] = [[] for _ in room]
-    late: list[list[Span]] = [[] for _ in room]
-    for start, stop in sorted(long):
-        position = start
-        for chunk, size in enumerate(_chunk_sizes(stop - start, room, ring_degree)):
-            rank = min(chunk, 2 * ring_degree - 1 - chunk)
-            if size:
-                (early if chunk < ring_degree else late)[rank].append((position, position + size))
-            work[rank] += _work(size, position - start)
-            room[rank] -= size
-            position += size
-    ranks = [(work[rank], rank) for rank in range(ring_degree)]
-    heapq.heapify(ranks)
-    cut = []
-    for start, stop in short:
-        full = []
-        while ranks and room[ranks[0][1]] < stop - start:
-            full.append(heapq.heappop(ranks))
-        if ranks:
-            _, rank = ranks[0]
-            whole[rank].append((start, stop))
-            work[rank] += _work(stop - start)
-            room[rank] -= stop - start
-            heapq.heapreplace(ranks, (work[rank], rank))
-        else:
-            cut.append((start, stop))
-        for entry in full:  # a shorter one may fit
-            heapq.heappush(ranks, entry)
-    for start, stop in cut:
-        position = start
-        while position < stop:
-            rank = max(range(ring_degree), key=lambda rank: (room[rank], -work[rank]))
-            size = min(room[rank], stop - position)
-            whole[rank].append((position, position + size))
-            work[rank] += _work(size, position - start)
-            room[rank] -= size
-            position += size
-    return work, tuple((*sorted(own), *early[rank], *late[rank]) for rank, own in enumerate(whole))
+def _block_sizes(documents: list[Span], most_work: float, capacity: int, ring_degree: int) -> list[int]:
+    """Over how many ranks to spread each of the longest documents; the others are short."""
+    legal = [ring_degree]
+    while legal[-1] % 2 == 0:
+        legal.append(legal[-1] // 2)
+    sizes = []
+    for start, stop in documents:
+        needed = max(_work(stop - start) / most_work, (stop - start) / capacity)
+        if needed <= 1:
+            break
+        sizes.append(min((size for size in legal if size >= max(2, needed)), default=ring_degree))
+    return sizes
 
 
-def _chunk_sizes(num_tokens: int, room: list[int], ring_degree: int) -> list[int]:
-    """Of the 2R chunks of a document: as equal as they can be, one token more for ranks with the most room."""
-    size, more = divmod(num_tokens, 2 * ring_degree)
-    sizes = [size] * (2 * ring_degree)
-    order = sorted(range(ring_degree), key=lambda rank: -room[rank])
+class _Placement:
+    """Documents on ranks, which have room for `capacity` tokens each."""
+
+    def __init__(self, capacity: int, ring_degree: int) -> None:
+        self.room, self.work = [capacity] * ring_degree, [0] * ring_degree
+        self._whole, self._early, self._late = ([[] for _ in self.room] for _ in range(3))
+
+    def place(self, documents: list[Span], block_sizes: list[int]) -> None:
+        """The longest over blocks of these sizes, and the others each on one rank."""
+        short = documents[len(block_sizes) :]
+        for document, size in zip(documents, block_sizes, strict=False):
+            if not self._spread(document, size):
+                short.append(document)
+        cut = self._put_whole(short)
+        for document in cut:
+            self._cut(document)
+
+    def spans(self) -> tuple[tuple[Span, ...], ...]:
+        parts = zip(self._whole, self._early, self._late, strict=True)
+        return tuple((*sorted(whole), *early, *late) for whole, early, late in parts)
+
+    def _spread(self, document: Span, size: int) -> bool:
+        """Over the block with the least work of those with room for it; False if none has."""
+        start, stop = document
+        blocks = [range(first, first + size) for first in range(0, len(self.room), size)]
+        for block in sorted(blocks, key=lambda block: (max(self.work[rank] for rank in block), block.start)):
+            chunks = _chunk_sizes(stop - start, [self.room[rank] for rank in block])
+            of_ranks = [early + late for early, late in zip(chunks[:size], chunks[: -size - 1 : -1], strict=True)]
+            if any(self.room[rank] < own for rank, own in zip(block, of_ranks, strict=True)):
+                continue
+            for index, num_tokens in enumerate(chunks):
+                rank = block[min(index, 2 * size - 1 - index)]
+                if num_tokens:
+                    self._add((self._early if index < size else self._late)[rank], rank, start, num_tokens, document[0])
+                start += num_tokens
+            return True
+        return False
+
+    def _put_whole(self, documents: list[Span]) -> list[Span]:
+        """Each on the rank with the least work that has room; returns those for which none has."""
+        ranks = [(work, rank) for rank, work in enumerate(self.work)]
+        heapq.heapify(ranks)
+        too_full: list[tuple[int, int]] = []  # (-room, rank) of ranks that had no room: a shorter document may fit
+        left_over = []
+        for start, stop in documents:
+            while too_full and -too_full[0][0] >= stop - start:
+                _, rank = heapq.heappop(too_full)
+                heapq.heappush(ranks, (self.work[rank], rank))
+            while ranks and self.room[ranks[0][1]] < stop - start:
+                _, rank = heapq.heappop(ranks)
+                heapq.heappush(too_full, (-self.room[rank], rank))
+            if ranks:
+                rank = ranks[0][1]
+                self._add(self._whole[rank], rank, start, stop - start, start)
+                heapq.heapreplace(ranks, (self.work[rank], rank))
+            else:
+                left_over.append((start, stop))
+        return left_over
+
+    def _cut(self, document: Span) -> None:
+        """Into pieces for the ranks with the most room."""
+        start, stop = document
+        while start < stop:
+            rank = max(range(len(self.room)), key=lambda rank: (self.room[rank], -self.work[rank]))
+            num_tokens = min(self.room[rank], stop - start)
+            self._add(self._whole[rank], rank, start, num_tokens, document[0])
+            start += num_tokens
+
+    def _add(self, spans: list[Span], rank: int, start: int, num_tokens: int, document_start: int) -> None:
+        spans.append((start, start + num_tokens))
+        self.work[rank] += _work(num_tokens, start - document_start)
+        self.room[rank] -= num_tokens
+
+
+def _chunk_sizes(num_tokens: int, room: list[int]) -> list[int]:
+    """Of the 2k chunks of a document on k ranks: as equal as can be, one token more for ranks with the most room."""
+    size, more = divmod(num_tokens, 2 * len(room))
+    sizes = [size] * (2 * len(room))
+    order = sorted(range(len(room)), key=lambda rank: -room[rank])
     for number in range(more):  # each rank's early chunk, then its late one
-        rank = order[number % ring_degree]
-        sizes[rank if number < ring_degree else 2 * ring_degree - 1 - rank] += 1
+        rank = order[number % len(room)]
+        sizes[rank if number < len(room) else 2 * len(room) - 1 - rank] += 1
     return sizes

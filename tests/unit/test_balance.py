@@ -47,6 +47,16 @@ def test_short_documents_are_whole_and_long_ones_spread():
     )
 
 
+def test_a_document_is_spread_over_no_more_ranks_than_it_takes():
+    # of 12, 12, 4 and 4 tokens: a rank has 8, and 44 pairs on average, of which the long ones have 78
+    assert balanced_spans((0, 12, 24, 28, 32), 32, 4) == (
+        ((24, 26), (0, 3), (9, 12)),
+        ((26, 28), (3, 6), (6, 9)),
+        ((28, 30), (12, 15), (21, 24)),
+        ((30, 32), (15, 18), (18, 21)),
+    )
+
+
 def test_as_many_equal_documents_as_ranks_are_one_a_rank():
     assert balanced_spans((0, 8, 16, 24, 32), 32, 4) == (((0, 8),), ((8, 16),), ((16, 24),), ((24, 32),))
 
