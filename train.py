@@ -112,11 +112,13 @@ def execute(config: Config, overrides: list[str], run_dir: Path) -> float | None
     num_ranks = launcher.count_ranks(config)
     if config.explain:
         if os.environ.get("RANK", "0") == "0":
-            print(*explanation(launcher.make_plan(config, num_ranks), run_dir), sep="\n", flush=True)
+            plan = launcher.make_plan(config, num_ranks)
+            print(*explanation(plan, run_dir), sep="\n", flush=True)
             if reads_data and is_local(config.data) and not config.data.stream:
                 from data.report import packing_report
 
-                print("", *packing_report(open_corpus(config.data, config.model.vocab_size)), sep="\n", flush=True)
+                read = open_corpus(config.data, config.model.vocab_size)
+                print("", *packing_report(read, plan.sequences_per_step), sep="\n", flush=True)
         return None
     if config.recipe == "pretrain" and (loss := launcher.result_if_finished(config, num_ranks, run_dir)) is not None:
         return loss

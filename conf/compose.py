@@ -21,6 +21,7 @@ from conf.schema import WANDB_MODES, Config, ConfigError, flatten
 # Old names of fields. A field that gets a new name leaves its old one here.
 RENAMED = {
     "attention.block": "attention.kernel",
+    "data.path": "data.files",
     "compare.fit": "compare.downscale",
     "compare.parts_alone": "compare.roofline",
 }
@@ -44,7 +45,7 @@ FROM_OTHER_TOOLS = {
     ("resume", "resume_from", "resume_from_checkpoint"): "the same command with the same hydra.run.dir=FOLDER resumes",
     ("epochs", "num_epochs", "num_train_epochs"): "runs are counted in steps: type num_steps=N",
     ("max_steps", "train_iters"): "type num_steps=N",
-    ("learning_rate",): "type optimizer.lr=...",
+    ("learning_rate", "lr"): "type optimizer.lr=...",
     ("seq_length", "seq_len", "max_seq_length", "max_seq_len", "context_length"): "type data.sequence_length=N",
     ("global_batch_size",): "type engine.train_batch_size=N",
     ("per_device_train_batch_size", "micro_batch_size_per_gpu"): "type engine.micro_batch_size=N",

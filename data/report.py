@@ -16,7 +16,7 @@ MAX_DOCUMENTS = 2_000_000  # that are packed for a report: seconds
 FIRST_EDGE = 64  # documents are counted up to 64 tokens, 256, 1,024 ...
 
 
-def packing_report(corpus: Corpus) -> list[str]:
+def packing_report(corpus: Corpus, sequences_per_step: int = 1) -> list[str]:
     """Documents by length, how many are split or dropped, the padding, and what an epoch has; of each source if there
     are several."""
     config, epoch = corpus.config, corpus.epoch_documents(0)
@@ -39,7 +39,8 @@ def packing_report(corpus: Corpus) -> list[str]:
         *lines,
         *_table(_rows(documents, dropped, config)),
         f"  padding {1 - num_tokens / (num_sequences * length):.2%}",
-        f"  an epoch has {about}{in_epoch:,} sequences, {tokens_in_epoch:,} tokens, {epoch.num_documents:,} documents",
+        f"  an epoch has {about}{in_epoch:,} sequences, {tokens_in_epoch:,} tokens, {epoch.num_documents:,} documents: "
+        f"num_steps={math.ceil(in_epoch / sequences_per_step)}",
         *_held_out(corpus),
         *(_table(_source_rows(corpus, epoch)) if len(corpus.names) > 1 else []),
         *_skipped(corpus),
@@ -93,7 +94,11 @@ def _held_out(corpus: Corpus) -> list[str]:
     tokens = sum(pack.num_tokens for packs in corpus.validation().values() for pack in packs)
     of = "" if len(counts) == 1 else f" ({', '.join(f'{name} {count:,}' for name, count in counts.items())})"
     total = sum(counts.values())
-    return [f"  validation has {total:,} sequence{'s' if total > 1 else ''}, {tokens:,} tokens{of}"]
+    trained = sum(source.num_tokens for source in corpus.sources)
+    held_out = sum(len(store.tokens) for store in corpus.stores) - trained
+    held_out -= int(_dropped_lengths(corpus, corpus.config, 1).sum())
+    share = f"; {held_out:,} tokens are held out, {held_out / (held_out + trained):.1%}" if held_out else ""
+    return [f"  validation has {total:,} sequence{'s' if total > 1 else ''}, {tokens:,} tokens{of}{share}"]
 
 
 def _source_rows(corpus: Corpus, epoch: Documents) -> list[list[str]]:

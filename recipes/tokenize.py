@@ -31,17 +31,15 @@ def tokenize(config: Config) -> None:
     sources = source_configs(config.data).items()
     validation = validation_configs(config.data).items()
     for name, source in [*sources, *((f"{name}, validation", source) for name, source in validation)]:
-        print(f"{name}: {_summary(open_counted(source, name, _say))}", flush=True)
+        tokenizer = "tokens" if source.source == "megatron" else f"tokenizer {source.tokenizer or 'bytes'}"
+        print(f"{name}: {tokenizer}, {_summary(open_counted(source, name, _say))}", flush=True)
 
 
 def _summary(opened: OpenedStore) -> str:
     counts, seconds = opened.counts, max(opened.counts.seconds, 1e-3)
     skipped = f"{counts.num_skipped:,} rows skipped, {counts.num_empty:,} empty"
-    made = f"made in {seconds:.1f} s" if opened.is_new else f"found, made in {seconds:.1f} s before"
-    return (
-        f"{counts.num_documents:,} documents, {counts.num_tokens:,} tokens, {skipped}; {opened.folder}, {made}, "
-        f"{counts.num_tokens / seconds:,.0f} tokens/s"
-    )
+    made = f"made in {seconds:.1f} s, {counts.num_tokens / seconds:,.0f} tokens/s" if opened.is_new else "was there"
+    return f"{counts.num_documents:,} documents, {counts.num_tokens:,} tokens, {skipped}; {opened.folder} {made}"
 
 
 def _say(line: str) -> None:

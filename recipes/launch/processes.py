@@ -25,6 +25,7 @@ from typing import Any
 import torch.multiprocessing as mp
 
 from conf.schema import ConfigError
+from recipes.checkpoint.manifest import resume_hint
 from recipes.launch.environment import RENDEZVOUS
 from recipes.launch.failure import Outcome, explain_failure
 from recipes.launch.startup import exit_now
@@ -68,7 +69,7 @@ def launch(task: Task, num_ranks: int, run_dir: Path) -> float:
             raise Preempted
         raise RunFailed(explain_failure(exit_codes, failed, outcomes, run_dir))
     except KeyboardInterrupt:
-        print(f"\ninterrupted; the run so far: {run_dir}", flush=True)
+        print(f"\ninterrupted; {resume_hint(run_dir)}; the run so far: {run_dir}", flush=True)
         if processes:
             end_rank_0_last(processes)
         raise

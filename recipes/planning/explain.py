@@ -38,11 +38,19 @@ def banner(plan: Plan, run_dir: Path) -> list[str]:
         ("attention", _attention(plan)),
         ("attention kernel", f"{kernel} ({reason})"),
         ("engine", f"{sharding}, {engine.dtype}"),
+        *([("optimizer", _optimizer(plan))] if plan.trains else []),
         *([] if plan.config.recipe == "bench_attention" else _memory_savers(plan)),
         *(("!!!", warning) for warning in (plan.slow_step_warning, plan.memory_warning) if warning),
         ("run dir", str(run_dir)),
     ]
     return [f"{name:>17}  {value}" for name, value in rows]
+
+
+def _optimizer(plan: Plan) -> str:
+    given, num_steps = plan.config.optimizer, plan.config.num_steps
+    decay = f"{given.decay} decay to {given.min_lr_ratio:g} of it" if given.decay != "constant" else "then constant"
+    warm_up = f"{given.warmup_fraction:.0%} of {num_steps:,} steps warm-up"
+    return f"AdamW, learning rate {given.lr:g}, {warm_up}, {decay}, weight decay {given.weight_decay:g}"
 
 
 def _of_documents(plan: Plan) -> str:

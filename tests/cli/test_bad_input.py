@@ -87,17 +87,15 @@ CASES = {
 SLOW = {"torch", "deepspeed", "datasets", "wandb", "optuna", "matplotlib", "transformers"}
 # those that are needed to see the mistake; by default none
 NEEDED = {
-    "degrees that do not divide the ranks": {"torch", "datasets"},  # GPUs are counted after the data is checked
+    "degrees that do not divide the ranks": {"torch"},  # GPUs are counted after the data is checked
     "an unknown swept field": {"optuna", "matplotlib"},
-    "a data set that cannot be reached": {"datasets"},
-    "a tokenizer that cannot be reached": {"datasets", "transformers", "torch"},
-    "a corpus that is too short": {"datasets"},
+    "a tokenizer that cannot be reached": {"transformers", "torch"},
     "a model that is no folder": {"torch", "transformers"},
     "a model that cannot be reached": {"torch", "transformers"},
     "rotary embeddings that lack a factor": {"torch", "transformers"},
     "LoRA on layers that are not there": {"torch", "transformers"},
     "more ranks than kv heads": {"torch", "transformers"},
-    "a tokenizer that is too large": {"datasets", "torch", "transformers"},
+    "a tokenizer that is too large": {"torch", "transformers"},
 }
 FAST = (
     "an unknown field",

@@ -44,7 +44,8 @@ def test_it_succeeds_with_an_empty_stderr(main_run):
 def test_the_banner_has_its_parts_in_order(main_run):
     rows = re.findall(r"^ +(\S.*?)  (\S.*)$", main_run.stdout, re.MULTILINE)
     assert [name for name, _ in rows] == [
-        "ranks", "tokens", "data", "model", "FLOPs per token", "attention", "attention kernel", "engine", "run dir",
+        "ranks", "tokens", "data", "model", "FLOPs per token", "attention", "attention kernel", "engine", "optimizer",
+        "run dir",
     ]  # fmt: skip
     banner = dict(rows)
     names(banner["ranks"], "1 data x 4 ring", "CPU")
@@ -53,6 +54,7 @@ def test_the_banner_has_its_parts_in_order(main_run):
     assert re.search(rf"{NUMBER} files.* {NUMBER} tokens.* \S+ epochs", banner["data"])
     names(banner["attention"], "ring", "zigzag", "p2p", "gloo")
     names(banner["engine"], "stage 1", "bf16")
+    names(banner["optimizer"], "AdamW", "0.003", "10%", "cosine", "0.1")
     assert banner["run dir"] == str(main_run.run_dir)
 
 

@@ -32,12 +32,12 @@ def test_each_source_and_its_validation_is_one_line(tmp_path: Path, tiny_llama: 
     assert [line.partition(":")[0] for line in lines] == ["x", "y", "x, validation"]
     folder = tmp_path / "cache" / "ring_attention" / "tokens"
     for line in lines:
-        names(line, "1 documents", "1 rows skipped", "tokens/s")
+        names(line, "1 documents", "1 rows skipped", "tokenizer")
         assert str(folder) in line
     assert len(list(folder.glob("*/store.json"))) == 2  # the validation of x is y
 
     again = tokenize(tmp_path, *settings)
-    assert again.stdout.count("found") == 3
+    assert again.stdout.count("was there") == 3
 
 
 def test_a_mistake_is_one_line(tmp_path: Path):
