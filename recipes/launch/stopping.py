@@ -77,10 +77,10 @@ class BadSteps:
         what = f"the gradients of loss {loss:.4f} are not finite" if math.isfinite(loss) else f"the loss is {loss}"
         if ranks := self._engine.ranks_with_nonfinite_loss():
             what += f" on the tokens of rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
-        epoch, number = batch.last.position
+        (epoch, number), num = batch.last.position, self._plan.sequences_per_step
         text = (
-            f"step {step}: {what}; batch: the {self._plan.sequences_per_step} sequences up to number {number:,} of "
-            f"epoch {epoch}, whose SHA-256 is {batch.last.sha256()}"
+            f"step {step}: {what}; batch: {num} sequence{'s' if num > 1 else ''} up to number {number:,} of epoch "
+            f"{epoch}, which has SHA-256 {batch.last.sha256()}"
         )
         print(text, flush=True)  # to the rank's log
         resume = resume_hint(self._run_dir)

@@ -161,7 +161,9 @@ def test_another_number_of_ranks_or_zero_stage_resumes(
         pytest.param("llama", {"tie_word_embeddings": True}, 0, "bf16", marks=pytest.mark.slow),
         ("llama", {"tie_word_embeddings": True}, 3, "fp32"),
         pytest.param("llama", {}, 2, "fp32", marks=pytest.mark.slow),
-        pytest.param("mixtral", {}, 1, "bf16", marks=pytest.mark.slow),
+        pytest.param(
+            "mixtral", {"num_experts_per_tok": 4}, 1, "bf16", marks=pytest.mark.slow
+        ),  # rounding changes no route
         ("mixtral", {}, 3, "fp32"),
     ],
 )

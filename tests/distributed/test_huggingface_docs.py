@@ -33,7 +33,9 @@ def example(page: str, index: int = 0) -> str:
     return python_examples(ROOT / "docs" / f"{page}.md")[index]
 
 
-@pytest.mark.parametrize(("page", "num_losses"), [("huggingface_loop", 7), ("huggingface_trainer", 6)])
+@pytest.mark.parametrize(
+    ("page", "num_losses"), [("huggingface_loop", 7), pytest.param("huggingface_trainer", 6, marks=pytest.mark.slow)]
+)
 def test_a_program_prints_the_same_losses_on_one_rank_and_on_two(tmp_path, tiny_llama: Path, page, num_losses):
     one, two = (printed(example(page), n, tmp_path, tiny_llama, tmp_path / f"trained{n}") for n in (1, 2))
     assert len(numbers("loss", one)) == num_losses
@@ -42,6 +44,7 @@ def test_a_program_prints_the_same_losses_on_one_rank_and_on_two(tmp_path, tiny_
     assert (tmp_path / "trained2" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_script_of_alst_gives_the_same_losses_before_and_after(tmp_path, tiny_llama: Path):
     before, after = (printed(example("migrate_from_alst", index), 2, tmp_path, tiny_llama) for index in (0, 1))
     assert len(numbers("loss", before)) == 6

@@ -33,6 +33,7 @@ SLOW = [
     for layout in ("zigzag", "contiguous", "balanced")
     for stage in (0, 1, 2, 3)
     for dtype in ("fp32", "bf16")
+    if dtype == "fp32" or (layout != "contiguous" and stage in (1, 3))
 ]
 
 

@@ -293,8 +293,8 @@ def bad_loss(case: Case) -> None:
         error = case.failed(running.finish())
         running.assert_nothing_is_left()
     assert error.startswith(
-        f"error: step {bad_step}: the loss is nan on the tokens of rank 1; batch: training tokens "
-        f"{257 * (bad_step - 1):,} to {257 * bad_step - 1:,}, last sequence SHA-256 "
+        f"error: step {bad_step}: the loss is nan on the tokens of rank 1; batch: 1 sequence up to number "
+        f"{bad_step - 1} of epoch 0, which has SHA-256 "
     ), error
     assert newest_first(running.run_dir)[0].name == f"step_{(bad_step - 1) // 5 * 5:08d}"
     finished = case.program.run(*SHORT, "engine.on_bad_step=skip", launcher=launcher)
