@@ -14,10 +14,11 @@ import numpy as np
 from conf.schema import DataConfig
 from data.corpus import START, Cursor, Pack, numbered, validation_packs
 from data.documents import ORDER, PACKS, Documents, all_dropped, check_size, generator, usable_documents
+from data.encoders import batches
 from data.packing import PiecePack, pack_documents, window_packs
 from data.read_ahead import read_ahead
 from data.source import BadRow, CorpusError, open_source
-from data.store import TokenStore, batches, open_validation_stores
+from data.store import TokenStore, open_validation_stores
 from data.tokenizer import Tokenizer, open_tokenizer, tokenizer_problem
 
 _BATCH_ROWS = 1024  # that wait for each other: the first packs should not wait for many

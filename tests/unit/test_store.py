@@ -26,6 +26,7 @@ import pyarrow.parquet
 import pytest
 
 from conf.schema import DataConfig
+from data import encoders
 from data import store as store_module
 from data.digests import CHUNK_BYTES, DigestCache, chunk_digests, digest_of
 from data.source import CorpusError, Position
@@ -39,8 +40,8 @@ TEXTS = ["one", "two", "", "déjà vu"]
 SLOW = """
 import os, sys, time
 from conf.schema import DataConfig
-from data import store
-store._RECORD_S, store._BATCH_ROWS, append = 0, 5, store._Build._append
+from data import encoders, store
+store._RECORD_S, encoders._BATCH_ROWS, append = 0, 5, store._Build._append
 def slow(*arguments):
     time.sleep(0.003)
     while not os.path.exists(sys.argv[2]):
@@ -219,7 +220,7 @@ def test_what_a_killed_process_wrote_is_checked(tmp_path, monkeypatch, capsys):
     bad = tmp_path / "b.jsonl"
     bad.write_text("{")
     config = jsonl(tmp_path)
-    monkeypatch.setattr(store_module, "_BATCH_ROWS", 10)
+    monkeypatch.setattr(encoders, "_BATCH_ROWS", 10)
     with pytest.raises(CorpusError):
         opened(config)
     (partial,) = Path(str(config.token_store)).glob("*.partial")
@@ -237,7 +238,7 @@ def test_skipping_goes_on_where_stopping_stopped_and_a_clean_store_serves_both(t
     skip = dataclasses.replace(stop, bad_rows="skip")
     assert opened(stop).folder == opened(skip).folder
     (tmp_path / "b.jsonl").write_text("{")
-    monkeypatch.setattr(store_module, "_BATCH_ROWS", 10)
+    monkeypatch.setattr(encoders, "_BATCH_ROWS", 10)
     with refused(CorpusError, "b.jsonl, row 1"):
         opened(stop)
     resumed, tokenize = [], store_module._Build._tokenize
@@ -349,7 +350,7 @@ def test_a_data_set_of_the_hub_is_known_by_its_revision_also_offline(tmp_path, m
 
 def test_progress_says_how_far_how_fast_and_how_long(tmp_path, monkeypatch, capsys):
     write(tmp_path / "a.jsonl", *["some text"] * 100)
-    monkeypatch.setattr(store_module, "_BATCH_ROWS", 10)
+    monkeypatch.setattr(encoders, "_BATCH_ROWS", 10)
     monkeypatch.setattr(store_module, "_FIRST_LINE_S", -1)
     monkeypatch.setattr(store_module, "_LINE_S", 0)
     opened(jsonl(tmp_path))
@@ -375,7 +376,7 @@ def megatron(path: Path, documents: list[list[list[int]]], dtype: str, code: int
     ("dtype", "code", "stored"), [("<u2", 8, np.uint16), ("<i4", 4, np.int32), ("<i8", 5, np.int32)]
 )
 def test_tokens_of_megatron_are_taken_as_they_are(tmp_path, monkeypatch, dtype, code, stored):
-    monkeypatch.setattr(store_module, "_MEGATRON_BATCH", 3)
+    monkeypatch.setattr(encoders, "_MEGATRON_BATCH", 3)
     megatron(tmp_path / "a", [[[1, 2], [3]], [[]], [[4, 5, 6, 7]]], dtype, code)
     megatron(tmp_path / "b", [[[8]]], dtype, code)
     config = DataConfig(source="megatron", files=f"{tmp_path}/*.bin", token_store=f"{tmp_path}/stores")
