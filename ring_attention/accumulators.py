@@ -51,7 +51,10 @@ class OnlineSoftmaxAccumulator:
         target = old_out
         if target.dtype != dtype:
             target = out.new_empty(self._shape, dtype=dtype) if out.shape == self._shape else target.to(dtype)
-        merge(target[rows, queries], old_out[rows, queries], old_lse[rows, :, queries], out, lse)
+        if out.shape == self._shape:  # slices cost the host
+            merge(target, old_out, old_lse, out, lse)
+        else:
+            merge(target[rows, queries], old_out[rows, queries], old_lse[rows, :, queries], out, lse)
         self._state = target, old_lse
 
 
@@ -134,14 +137,14 @@ class GradientAccumulator:
         edges = {0, shape[1], *(edge for _, tokens, _ in addends for edge in (tokens.start, tokens.stop))}
         for start, stop in itertools.pairwise(sorted(edges)):
             parts = [
-                values[:, start - tokens.start : stop - tokens.start]
+                _tokens(values, start - tokens.start, stop - tokens.start)
                 for _, tokens, values in addends
                 if tokens.start <= start and stop <= tokens.stop
             ]
             if total is not None and (parts or target is not total):
-                parts.insert(0, total[:, start:stop])
+                parts.insert(0, _tokens(total, start, stop))
             if parts:
-                add_up(target[:, start:stop], parts)
+                add_up(_tokens(target, start, stop), parts)
             elif total is None:
                 target[:, start:stop].zero_()
         self._sums[index] = target
@@ -170,3 +173,8 @@ class GradientAccumulator:
             inner.append(slice(low - start, high - start))
             outer.append(slice(low - first, high - first))
         return inner[0], inner[1], addend[2][outer[0], outer[1]]
+
+
+def _tokens(x_BSHD: Tensor, start: int, stop: int) -> Tensor:
+    """All tokens are the tensor itself: a slice costs the host 3 us."""
+    return x_BSHD if stop - start == x_BSHD.shape[1] else x_BSHD[:, start:stop]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ring_attention.accumulators import OnlineSoftmaxAccumulator
 from ring_attention.kernel_calls import KernelCall
-from ring_attention.kernels import AttentionKernel, KernelParams, SavedTensors, Scores
+from ring_attention.kernels import AttentionKernel, DqSum, KernelParams, SavedTensors, Scores
 from ring_attention.kv import KeysValues
 from ring_attention.trace import profiler_range
 
@@ -27,13 +27,16 @@ class BackwardInputs(NamedTuple):
 
 
 class TileGradients(NamedTuple):
-    """The gradients of one kernel call; `keys` as in `KernelCall.gradients`, `is_last` of its `attend_backward`."""
+    """The gradients of one kernel call; `keys` as in `KernelCall.gradients`, `is_last` of its `attend_backward`.
+
+    dq is None if the kernel has added it to the sum that it was given.
+    """
 
     rows: slice
     queries: slice
     keys: slice
     is_last: bool
-    dq: Tensor
+    dq: Tensor | None
     dk: Tensor
     dv: Tensor
 
@@ -51,7 +54,7 @@ def attend_forward(
     for call in calls:
         rows, block, segments, _ = call
         queries, keys = slice(block.q_start, block.q_stop), slice(block.k_start, block.k_stop)
-        q, k, v = q_BSHD[rows, queries], kv.k_BTKD[rows, keys], kv.v_BTKE[rows, keys]
+        q, k, v = _part(q_BSHD, rows, queries), _part(kv.k_BTKD, rows, keys), _part(kv.v_BTKE, rows, keys)
         params = KernelParams(block.lower, block.upper, *scores)
         with profiler_range("attention kernel"):
             if segments is None:
@@ -63,20 +66,54 @@ def attend_forward(
 
 
 def attend_backward(
-    kernel: AttentionKernel, scores: Scores, calls: Sequence[KernelCall], inputs: BackwardInputs, kv: KeysValues
+    kernel: AttentionKernel,
+    scores: Scores,
+    calls: Sequence[KernelCall],
+    inputs: BackwardInputs,
+    kv: KeysValues,
+    dq_sum: DqSum | None = None,
 ) -> Iterator[TileGradients]:
-    """The gradients of each kernel call in turn. Drop them before the next call, or both are in memory."""
+    """The gradients of each kernel call in turn. Drop them before the next call, or both are in memory.
+
+    Args:
+        dq_sum: of these inputs and this kernel; calls that can add their dq to it do so.
+    """
     dout_BSHE, q_BSHD, out_BSHE, lse_BHS = inputs
     for call in calls:
         rows, block, segments, _ = call
         queries, keys = slice(block.q_start, block.q_stop), slice(block.k_start, block.k_stop)
-        q, k, v = q_BSHD[rows, queries], kv.k_BTKD[rows, keys], kv.v_BTKE[rows, keys]
-        saved = SavedTensors(q, k, v, out_BSHE[rows, queries], lse_BHS[rows, :, queries])
+        k, v = _part(kv.k_BTKD, rows, keys), _part(kv.v_BTKE, rows, keys)
         params = KernelParams(block.lower, block.upper, *scores)
         with profiler_range("attention kernel"):
-            if segments is None:
-                gradients = kernel.backward(dout_BSHE[rows, queries], saved, params)
+            if dq_sum is not None and can_add(dq_sum, call):
+                gradients = (None, *dq_sum.add(rows, block, k, v, params))
             else:
-                gradients = kernel.backward_segments(dout_BSHE[rows, queries], saved, segments, params)
+                q, dout, out = (_part(x, rows, queries) for x in (q_BSHD, dout_BSHE, out_BSHE))
+                saved = SavedTensors(q, k, v, out, lse_BHS[rows, :, queries])
+                if segments is None:
+                    gradients = kernel.backward(dout, saved, params)
+                else:
+                    gradients = kernel.backward_segments(dout, saved, segments, params)
         yield TileGradients(rows, queries, call.gradients, call is calls[-1], *gradients)
         del gradients
+
+
+def shared_dq_sum(
+    kernel: AttentionKernel, inputs: BackwardInputs, steps: Sequence[Sequence[KernelCall]]
+) -> DqSum | None:
+    """The kernel's sum of dq for the calls of these steps; None if it has none or no call can add to it."""
+    dq_sum = kernel.dq_sum(*inputs)
+    if dq_sum is None or not any(can_add(dq_sum, call) for calls in steps for call in calls):
+        return None
+    return dq_sum
+
+
+def can_add(dq_sum: DqSum, call: KernelCall) -> bool:
+    return call.segments is None and dq_sum.takes(call.block)
+
+
+def _part(x_BSHD: Tensor, rows: slice, tokens: slice) -> Tensor:
+    """Some rows and tokens. All of them are the tensor itself: a slice costs the host 3 us."""
+    if tokens.stop - tokens.start == x_BSHD.shape[1] and rows.stop - rows.start == x_BSHD.shape[0]:
+        return x_BSHD
+    return x_BSHD[rows, tokens]

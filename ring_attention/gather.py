@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ring_attention.accumulators import GradientAccumulator, OnlineSoftmaxAccumulator
-from ring_attention.attend import BackwardInputs, attend_backward, attend_forward
+from ring_attention.attend import BackwardInputs, attend_backward, attend_forward, shared_dq_sum
 from ring_attention.checkpointing import saved_or_computed
 from ring_attention.derivative import once_differentiable
 from ring_attention.kernel_calls import KernelCall, plan_calls
@@ -103,13 +103,17 @@ class AllGatherFunction(torch.autograd.Function):
         inputs = BackwardInputs(grad_outputs[0].contiguous(), q_BSHD, out_BSHE, lse_BHS)
         dsinks = sinks_gradient(inputs.dout_BSHE, out_BSHE, lse_BHS, sinks_H) if ctx.needs_input_grad[3] else None
         state_dtype = torch.promote_types(q_BSHD.dtype, torch.float32)
+        dq_sum = shared_dq_sum(ring.kernel, inputs, [calls])
         dq = GradientAccumulator(q_BSHD.shape, q_BSHD.dtype)
         dk, dv = (torch.zeros_like(part, dtype=state_dtype) for part in (kv.k_BTKD, kv.v_BTKE))
-        for tile in attend_backward(ring.kernel, ring.scores, calls, inputs, kv):
+        for tile in attend_backward(ring.kernel, ring.scores, calls, inputs, kv, dq_sum):
             with profiler_range("merge"):
-                dq.add(tile.rows, tile.queries, tile.dq, ends=0 if tile.is_last else None)
+                if tile.dq is not None:
+                    dq.add(tile.rows, tile.queries, tile.dq, ends=0 if tile.is_last and dq_sum is None else None)
                 dk[tile.rows, tile.keys].add_(tile.dk)
                 dv[tile.rows, tile.keys].add_(tile.dv)
             del tile
+        if dq_sum is not None:
+            dq.add(slice(0, len(q_BSHD)), slice(0, q_BSHD.shape[1]), dq_sum.result(ring.scores.scale), ends=0)
         reduced = reduce_gradients(ring, KeysValues.of_parts(dk, dv), local)
         return dq.result(), reduced.k_BTKD.to(k_BSKD.dtype), reduced.v_BTKE.to(v_BSKE.dtype), dsinks, None

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import triton
@@ -68,11 +69,27 @@ def add_three_kernel(
     tl.store(target + at, total.to(target.dtype.element_ty), mask=mask)
 
 
+_runs: dict[Hashable, Callable[..., None]] = {}
+_MAX_RUNS = 1024
+
+
 def launch(kernel: Any, *tensors: Tensor) -> None:
-    """Run a kernel on tensors of [B, S, H, D], the target first, with contiguous last dims, and of [B, H, S]."""
-    assert all(tensor.stride(-1) == 1 for tensor in tensors if tensor.dim() == 4), [x.stride() for x in tensors]
-    batch, tokens, heads, head_dim = tensors[0].shape
-    num_rows, columns = batch * tokens * heads, triton.next_power_of_2(head_dim)
+    """Run a kernel on tensors of [B, S, H, D], the target first, with contiguous last dims, and of [B, H, S].
+
+    Triton looks at each argument of each call. So what it found is kept for calls that differ in addresses alone.
+    """
+    layouts = tuple((x.stride(), x.dtype, x.data_ptr() % 16) for x in tensors)
+    shape = tensors[0].shape
+    run = _runs.get(key := (kernel, shape, layouts))
+    strides = [stride for layout in layouts for stride in layout[0][:3]]
+    num_rows, columns = shape[0] * shape[1] * shape[2], triton.next_power_of_2(shape[3])
     rows = max(1, _ELEMENTS // columns)
-    strides = [stride for tensor in tensors for stride in tensor.stride()[:3]]
-    kernel[(triton.cdiv(num_rows, rows),)](*tensors, *strides, num_rows, tokens, heads, head_dim, rows, columns)
+    arguments = (*tensors, *strides, num_rows, *shape[1:], rows, columns)
+    if run is not None:
+        run(*arguments)
+        return
+    assert all(x.stride(-1) == 1 for x in tensors if x.dim() == 4), [x.stride() for x in tensors]
+    grid = (triton.cdiv(num_rows, rows), 1, 1)
+    if len(_runs) == _MAX_RUNS:  # documents make new shapes with each batch
+        _runs.clear()
+    _runs[key] = kernel[grid](*arguments)[grid]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ring_attention.accumulators import GradientAccumulator, OnlineSoftmaxAccumulator
-from ring_attention.attend import BackwardInputs, attend_backward, attend_forward
+from ring_attention.attend import BackwardInputs, attend_backward, attend_forward, shared_dq_sum
 from ring_attention.backward_schedule import BackwardStep, GradientPiece, backward_schedule
 from ring_attention.checkpointing import saved_or_computed
 from ring_attention.derivative import once_differentiable
@@ -159,7 +159,8 @@ def ring_backward(
     schedule = backward_schedule(ring.layout, ring.mask, ring.rank, len(q_BSHD), ring.kernel.split)
     calls = backward_calls(ring.layout, ring.mask, ring.rank, len(q_BSHD), ring.kernel)
     inputs = BackwardInputs(dout_BSHE, q_BSHD, out_BSHE, lse_BHS)
-    dq = GradientAccumulator(q_BSHD.shape, q_BSHD.dtype, schedule.dq_pieces)
+    dq_sum = shared_dq_sum(ring.kernel, inputs, calls)
+    dq = GradientAccumulator(q_BSHD.shape, q_BSHD.dtype, schedule.dq_pieces if dq_sum is None else None)
     own_dk, own_dv = (GradientAccumulator(x.shape, x.dtype, schedule.own_pieces) for x in (kv.k_BTKD, kv.v_BTKE))
     returned: dict[int, KeysValues] = {}  # dK,dV of own tokens, by the step that computed them
     incoming = gradient_transfer = None
@@ -169,10 +170,11 @@ def ring_backward(
         key_transfer, incoming = ring.post_keys(kv, here, number, "backward")  # travels during this step's attention
         dk, dv = (own_dk, own_dv) if number == 0 else _new_sums(kv, step, number, is_local)
         if here is not None:
-            for tile in attend_backward(ring.kernel, ring.scores, calls[number], inputs, here):
+            for tile in attend_backward(ring.kernel, ring.scores, calls[number], inputs, here, dq_sum):
                 ends = number if tile.is_last else None
                 with profiler_range("merge"):
-                    dq.add(tile.rows, tile.queries, tile.dq, ends)
+                    if tile.dq is not None:
+                        dq.add(tile.rows, tile.queries, tile.dq, ends if dq_sum is None else None)
                     dk.add(tile.rows, tile.keys, tile.dk, ends)
                     dv.add(tile.rows, tile.keys, tile.dv, ends)
                 del tile  # its memory is free before the next kernel call
@@ -192,6 +194,8 @@ def ring_backward(
         if key_transfer is not None:
             key_transfer.wait()
     with profiler_range("merge"):
+        if dq_sum is not None:
+            dq.add(slice(0, len(q_BSHD)), slice(0, q_BSHD.shape[1]), dq_sum.result(ring.scores.scale), ends=0)
         return dq.result(), own_dk.result(), own_dv.result()
 
 

@@ -13,7 +13,7 @@ import functools
 import importlib.util
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -90,6 +90,7 @@ class Segments:
         self.lengths = lengths
         self.max_queries, self.max_keys = (max(sizes) for sizes in zip(*lengths, strict=True))
         self._cumulative: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self.launches: dict[Hashable, Any] = {}  # for kernels: what they prepared for their calls with these segments
 
     def cumulative(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cumulative numbers of queries and of keys, int32 [documents + 1]: one copy to the device for all layers."""
@@ -119,6 +120,24 @@ class SavedTensors(NamedTuple):
     v_BTKE: Tensor
     out_BSHE: Tensor
     lse_BHS: Tensor
+
+
+class DqSum(ABC):
+    """dq of the local queries, to which a kernel's calls add by themselves. What they add is rounded once."""
+
+    @abstractmethod
+    def takes(self, block: MaskedBlock) -> bool:
+        """Whether a call on these queries can add to the sum."""
+
+    @abstractmethod
+    def add(
+        self, rows: slice, block: MaskedBlock, k_BTKD: Tensor, v_BTKE: Tensor, params: KernelParams
+    ) -> tuple[Tensor, Tensor]:
+        """Add the dq of one call, of these rows of the batch. Returns its (dk, dv)."""
+
+    @abstractmethod
+    def result(self, scale: float) -> Tensor:
+        """dq [B, S, H, D] in the input's dtype. To be called once, after the last `add`; `scale` as in its params."""
 
 
 _DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
@@ -175,6 +194,10 @@ class AttentionKernel(ABC):
     @abstractmethod
     def backward(self, dout_BSHE: Tensor, saved: SavedTensors, params: KernelParams) -> tuple[Tensor, Tensor, Tensor]:
         """Returns (dq, dk, dv) of one block from `split`."""
+
+    def dq_sum(self, dout_BSHE: Tensor, q_BSHD: Tensor, out_BSHE: Tensor, lse_BHS: Tensor) -> DqSum | None:
+        """A sum for all calls of a backward pass, with out and lse over all keys; None if each returns its own dq."""
+        return None
 
     def forward_segments(
         self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, segments: Segments, params: KernelParams

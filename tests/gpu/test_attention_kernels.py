@@ -168,3 +168,30 @@ def test_strides_of_out_and_dout_may_differ_from_the_call_before(name):
     got = kernel.backward(dout_by_heads, SavedTensors(q, k, v, out_by_heads, lse), params)
     for got_gradient, expected_gradient in zip(got, expected, strict=True):
         torch.testing.assert_close(got_gradient, expected_gradient)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(4, 4, 64), (8, 2, 128), (4, 2, 96), (4, 2, 256)])
+def test_calls_on_some_queries_and_keys_share_a_sum_of_dq(dtype, num_heads, num_kv_heads, head_dim):
+    """The tiles of a zigzag rank: a triangle, all queries with early keys, late ones with all, one row alone."""
+    q, k, v, dout = draw(500, 500, num_heads, num_kv_heads, head_dim, head_dim, dtype)
+    kernel = KERNELS["flash_attn_4"]
+    if refusal := kernel.refusal(KernelSpec.of(q, k, v)):
+        pytest.skip(refusal)
+    blocks = [MaskedBlock(0, 500, 0, 300, None, None), MaskedBlock(256, 500, 300, 500, None, None)]
+    blocks += [MaskedBlock(0, 256, 300, 500, None, 0), MaskedBlock(100, 130, 300, 500, 1, None)]
+    out, lse = kernel.forward(q, k, v, KernelParams(None, None, SCALE))
+    dq_sum = kernel.dq_sum(dout, q, out, lse)
+    assert dq_sum is not None
+    assert [dq_sum.takes(block) for block in blocks] == [True, True, True, False]
+    alone = torch.zeros_like(q, dtype=torch.float64)
+    for rows, block in ((slice(0, 2), blocks[0]), (slice(0, 2), blocks[1]), (slice(1, 2), blocks[2])):
+        queries, keys = slice(block.q_start, block.q_stop), slice(block.k_start, block.k_stop)
+        params = KernelParams(block.lower, block.upper, SCALE)
+        tensors = q[rows, queries], k[rows, keys], v[rows, keys], out[rows, queries], lse[rows, :, queries]
+        dq, dk, dv = kernel.backward(dout[rows, queries], SavedTensors(*tensors), params)
+        alone[rows, queries] += dq.double()
+        for got, expected in zip(dq_sum.add(rows, block, *tensors[1:3], params), (dk, dv), strict=True):
+            torch.testing.assert_close(got, expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
+    error = (dq_sum.result(SCALE).double() - alone).norm() / alone.norm()
+    assert error < (4e-3 if dtype == torch.bfloat16 else 5e-4)

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ring_attention import CAUSAL, Layout
-from ring_attention.kernels import KernelSpec, Scores, choose_kernel
+from ring_attention import CAUSAL, Layout, Mask
+from ring_attention.kernels import DqSum, KernelSpec, Scores, choose_kernel
 from ring_attention.kv import KeysValues
 from ring_attention.ring import Ring, ring_backward, ring_forward
 from ring_attention.transport import P2PMessage
@@ -56,26 +56,42 @@ class QueueTransport:
         return QueueTransfer([(receive.tensor, self._queues[receive.peer, self.ring_rank]) for receive in receives])
 
 
-def locked(call: Callable[..., Any], lock: threading.Lock) -> Callable[..., Any]:
-    def call_alone(*arguments: Any) -> Any:
-        with lock:
-            return call(*arguments)
+def lock_calls(holder: Any, names: tuple[str, ...], lock: threading.Lock) -> None:
+    """Let one thread at a time call these methods."""
 
-    return call_alone
+    def locked(call: Callable[..., Any]) -> Callable[..., Any]:
+        def call_alone(*arguments: Any) -> Any:
+            with lock:
+                return call(*arguments)
+
+        return call_alone
+
+    for name in names:
+        setattr(holder, name, locked(getattr(holder, name)))
 
 
-def simulated_ring(layout: Layout, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, scale: float) -> list[Tensor]:
+def simulated_ring(
+    layout: Layout, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, scale: float, mask: Mask = CAUSAL
+) -> list[Tensor]:
     """out, dq, dk, dv of the global sequence, computed by simulated ranks."""
     degree = layout.ring_degree
     queues = {(source, target): queue.Queue() for source in range(degree) for target in range(degree)}
     kernel = copy.copy(choose_kernel(KernelSpec.of(q, k, v))[0])
     lock = threading.Lock()  # flash-attn-4 compiles in its first call, which is not thread-safe
-    for name in ("forward", "backward"):
-        setattr(kernel, name, locked(getattr(kernel, name), lock))
+    make_sum = kernel.dq_sum
+
+    def locked_sum(*inputs: Tensor) -> DqSum | None:
+        dq_sum = make_sum(*inputs)
+        if dq_sum is not None:
+            lock_calls(dq_sum, ("add", "result"), lock)
+        return dq_sum
+
+    lock_calls(kernel, ("forward", "backward"), lock)
+    setattr(kernel, "dq_sum", locked_sum)  # noqa: B010
 
     def rank(ring_rank: int) -> list[Tensor]:
         transport: Any = QueueTransport(ring_rank, degree, queues)
-        ring = Ring(layout, CAUSAL, transport, kernel, Scores(scale))
+        ring = Ring(layout, mask, transport, kernel, Scores(scale))
         local_q, local_k, local_v, local_dout = (layout.shard(x, ring_rank, dim=1) for x in (q, k, v, dout))
         kv = KeysValues.of_parts(local_k, local_v)
         out, lse = ring_forward(ring, local_q, kv)

@@ -72,10 +72,15 @@ def computed(
     attend_forward(accumulator, KERNELS[name], scores, calls, q, kv, is_last=True)
     out, lse = accumulator.result()
     totals = [torch.zeros_like(tensor, dtype=lse.dtype) for tensor in (q, k, v)]
-    for tile in attend_backward(KERNELS[name], scores, calls, BackwardInputs(dout, q, out, lse), kv):
-        totals[0][:, tile.queries] += tile.dq
+    inputs = BackwardInputs(dout, q, out, lse)
+    dq_sum = KERNELS[name].dq_sum(*inputs)
+    for tile in attend_backward(KERNELS[name], scores, calls, inputs, kv, dq_sum):
+        if tile.dq is not None:
+            totals[0][:, tile.queries] += tile.dq
         totals[1][:, tile.keys] += tile.dk
         totals[2][:, tile.keys] += tile.dv
+    if dq_sum is not None:
+        totals[0] += dq_sum.result(SCALE)
     return [out, *totals]
 
 

@@ -8,14 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from ring_attention import CAUSAL, LocalAttention
+from ring_attention import CAUSAL, LocalAttention, Mask
 from ring_attention.accumulators import GradientAccumulator
-from ring_attention.kernels import KERNELS, KernelParams, SavedTensors, Scores
+from ring_attention.kernels import KERNELS, DqSum, KernelParams, SavedTensors, Scores
+from ring_attention.kernels.reference import ReferenceKernel
 from ring_attention.kv import KeysValues
 from ring_attention.layout import Layout, slice_within
 from ring_attention.masked_block import MaskedBlock
 from ring_attention.ring import Ring, ring_backward, ring_forward
 from ring_attention.schedule import ring_schedule
+from tests.tools import precision
 from tests.unit.test_accumulators import assert_rounded_once
 
 
@@ -61,6 +63,9 @@ class Recorder:
 
     def split(self, block: MaskedBlock) -> list[MaskedBlock]:
         return self._kernel.split(block)
+
+    def dq_sum(self, *inputs: Tensor) -> None:
+        return None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, params: KernelParams) -> tuple[Tensor, Tensor]:
         self.events.append(f"forward {q.shape[1]} x {k.shape[1]}")
@@ -177,3 +182,56 @@ def test_returned_gradients_are_added_in_fp32_until_the_last(dtype: torch.dtype,
         total.add_together([(everything, tokens, big), (everything, tokens, one)], ends=-1)
     total.add_together([(everything, tokens, one)], ends=0)
     assert torch.equal(total.result(), big + 2)
+
+
+class SummingKernel(ReferenceKernel):
+    """Sums dq of calls on whole pairs of queries by itself, as flash-attn-4 does on its tiles."""
+
+    def dq_sum(self, dout_BSHE: Tensor, q_BSHD: Tensor, out_BSHE: Tensor, lse_BHS: Tensor) -> DqSum:
+        return PairsSum(dout_BSHE, q_BSHD, out_BSHE, lse_BHS)
+
+
+class PairsSum(DqSum):
+    def __init__(self, *inputs: Tensor) -> None:
+        self.inputs, self.total, self.num_calls = inputs, torch.zeros_like(inputs[1]), 0
+
+    def takes(self, block: MaskedBlock) -> bool:
+        return block.q_start % 2 == 0 and (block.q_stop % 2 == 0 or block.q_stop == self.total.shape[1])
+
+    def add(
+        self, rows: slice, block: MaskedBlock, k_BTKD: Tensor, v_BTKE: Tensor, params: KernelParams
+    ) -> tuple[Tensor, Tensor]:
+        assert self.takes(block)
+        queries = slice(block.q_start, block.q_stop)
+        dout, q, out = (x[rows, queries] for x in self.inputs[:3])
+        saved = SavedTensors(q, k_BTKD, v_BTKE, out, self.inputs[3][rows, :, queries])
+        dq, dk, dv = KERNELS["reference"].backward(dout, saved, params)
+        self.total[rows, queries] += dq
+        self.num_calls += 1
+        return dk, dv
+
+    def result(self, scale: float) -> Tensor:
+        assert self.num_calls, "a sum that nothing was added to"
+        return self.total
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    ("length", "mask"),
+    [
+        (48, CAUSAL),  # all calls add to the sum
+        (47, CAUSAL.packed([0, 5, 16, 30, 47])),  # some do
+        (48, CAUSAL.packed([0, 11, 48])),
+        (48, Mask(left=5)),
+    ],
+)
+@pytest.mark.parametrize("ring_degree", [1, 2, 3, 4])
+def test_a_kernel_may_sum_dq_by_itself(monkeypatch, ring_degree, length, mask, batch):
+    layout = Layout("zigzag", ring_degree, length)
+    q, k, v, dout = torch.randn(4, batch, length, 2, 8, dtype=torch.float64)
+    results = []
+    for kernel in (ReferenceKernel(), SummingKernel()):
+        monkeypatch.setattr(precision, "choose_kernel", lambda spec, kernel=kernel: (kernel, ""))
+        results.append(precision.simulated_ring(layout, q, k, v, dout, 0.25, mask.within(layout.padded_length)))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
