@@ -472,6 +472,7 @@ class Config(_Checked):
     profile: bool = False  # record a torch profiler trace of profile_steps on every rank
     profile_steps: list[int] = field(default_factory=lambda: [3, 4])  # first and last step to record
     memory_snapshot: bool = False  # record GPU memory allocations on every rank
+    documents: Any = None  # bench_attention: 8x8192, lognormal or lengths, which add up to data.sequence_length
     breakdown: bool = True  # after the last step, if short: exposed communication, and the time of a step by part
     num_steps: int = number(300, minimum=1)  # optimizer steps, or forward passes over a batch
     seed: int = 0  # of the weights
@@ -501,6 +502,9 @@ class Config(_Checked):
             )
         if self.recipe == "compare" and not self.compare.entries:
             yield "recipe=compare has nothing to compare: type recipe=compare +experiment=paper_table"
+        if self.documents is not None and self.recipe != "bench_attention":
+            yield f"documents={self.documents} needs recipe=bench_attention, not recipe={self.recipe}: leave it out"
+        document_lengths(self)  # checks them
         if self.explain_gpu and not self.explain:
             yield f"explain_gpu={self.explain_gpu} starts no run: add explain=true, or leave it out"
         if self.explain_gpu and self.launch.num_ranks is None:
@@ -524,6 +528,49 @@ class Config(_Checked):
             yield f"profile_steps={steps} has no effect without profile=true: add it"
         if self.profile and self.num_steps < steps[1]:
             yield f"profile=true records step {steps[1]}, but num_steps={self.num_steps}: use num_steps={steps[1]}"
+
+
+def document_lengths(config: Config) -> tuple[int, ...]:
+    """The lengths of the documents that recipe=bench_attention packs; of none named, one of the whole sequence.
+
+    Raises:
+        ConfigError: for what is no documents, a length below 1, or a sum other than the sequence's length.
+    """
+    documents, length = config.documents, config.data.sequence_length
+    equal = re.fullmatch(r"(\d+)x(\d+)", documents) if isinstance(documents, str) else None
+    if documents is None:
+        lengths = [length]
+    elif documents == "lognormal":
+        lengths = _lognormal_lengths(length)
+    elif equal:
+        lengths = [int(equal[2])] * int(equal[1])
+    elif isinstance(documents, list) and all(type(size) is int for size in documents):
+        lengths = documents
+    else:
+        raise ConfigError(
+            f"documents={documents} is not known: type +documents=8x8192 (eight documents of 8,192 tokens), "
+            "+documents=lognormal (random lengths), or the lengths themselves, +documents=[4096,2048,2048]"
+        )
+    if min(lengths, default=0) < 1:
+        raise ConfigError(f"documents={documents} must be at least 1 document of at least 1 token: +documents=8x8192")
+    if sum(lengths) != length:
+        raise ConfigError(
+            f"documents={documents} add up to {sum(lengths)} tokens, but data.sequence_length={length}: type "
+            f"data.sequence_length={sum(lengths)}, or documents that add up to {length}"
+        )
+    return tuple(lengths)
+
+
+def _lognormal_lengths(length: int) -> list[int]:
+    """Random ones, the same each time: a median of 1,500 tokens, or 12,000 of long sequences; at most half of them."""
+    import numpy as np  # takes a tenth of a second
+
+    generator, drawn = np.random.default_rng(0), []
+    while sum(drawn) < length:
+        size = int(max(64, generator.lognormal(7.3 if length < 100_000 else 9.4, 1.3)))
+        drawn.append(min(size, max(1, length // 2)))
+    drawn[-1] -= sum(drawn) - length
+    return drawn
 
 
 def one_divisor(number: int) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 import deepspeed.comm as dist
 import torch
 
+from conf.schema import document_lengths
 from recipes.benchmark.candidates import Candidate, make_candidates
 from recipes.engine.base import extremes_over_ranks
 from recipes.monitor.device_metrics import StepClock
@@ -51,8 +52,9 @@ def bench_attention(plan: Plan, run_dir: Path, reporter: Reporter | None) -> flo
     device = torch.device(plan.device_type)
     say(
         f"attention of {config.engine.micro_batch_size} x {config.data.sequence_length:,} tokens, {model.num_heads} "
-        f"heads and {model.num_kv_heads} kv heads x {model.head_dim}, {config.engine.dtype}, causal; "
-        f"{num_ranks} rank{'s' if num_ranks > 1 else ''} on {plan.device_name}, kernel {plan.kernel_choice()[0]}"
+        f"heads and {model.num_kv_heads} kv heads x {model.head_dim}, {config.engine.dtype}, causal"
+        f"{_within_documents(plan)}; {num_ranks} rank{'s' if num_ranks > 1 else ''} on {plan.device_name}, "
+        f"kernel {plan.kernel_choice()[0]}"
     )
     candidates = make_candidates(plan, device, say)
     say("timing ...")
@@ -67,18 +69,30 @@ def bench_attention(plan: Plan, run_dir: Path, reporter: Reporter | None) -> flo
         say("", *_parts_table(rows), "")
     say(
         "ms: one call, on the slowest rank. host: until the host has issued it; if the two are equal, the GPU may be",
-        "waiting for the host. TFLOP/s: per device; causal counted once, backward as two forward passes. ideal: one",
-        "device's time x each device's share. exposed: what the call takes longer than without messages between ranks.",
+        "waiting for the host. TFLOP/s: per device; causal counted once, within documents, backward as two forward",
+        "passes. ideal: one device's time x each device's share. exposed: what the call takes longer than without",
+        "messages between ranks.",
         *(["parts: one call with its backward pass, under the profiler."] if config.breakdown else []),
         *(["!!! ON THE CPU ranks share cores: these figures say nothing about GPUs"] if device.type == "cpu" else []),
     )
     if reporter:
         result = {"device": plan.device_name, "num_ranks": num_ranks, "config": asdict(config), "rows": rows}
+        result["documents"] = document_lengths(config)
         replace_file(run_dir / RESULT_FILE, json.dumps(result, indent=1) + "\n")
         for row, kind in itertools.product(rows, KINDS):
             reporter.write_summary({f"{row['name']}/{kind}/{name}": value for name, value in row[kind].items()})
         say(f"all numbers: {run_dir / RESULT_FILE}", *reporter.view_hints()[1:])
     return rows[min(1, len(rows) - 1)]["forward_backward"]["tflops"]
+
+
+def _within_documents(plan: Plan) -> str:
+    """What the mask adds to causal, for people."""
+    if plan.config.documents is None:
+        return ""
+    lengths = document_lengths(plan.config)
+    shortest, longest = min(lengths), max(lengths)
+    sizes = f"{longest:,}" if shortest == longest else f"{shortest:,} to {longest:,}"
+    return f" within {len(lengths):,} document{'s' if len(lengths) > 1 else ''} of {sizes} tokens"
 
 
 def _time(candidates: list[Candidate], plan: Plan, device: torch.device) -> list[dict[str, Any]]:
@@ -92,8 +106,9 @@ def _time(candidates: list[Candidate], plan: Plan, device: torch.device) -> list
                 if number:
                     samples[candidate.name, kind, is_silent].append(sample)
     median_s = {key: statistics.median(total_s for total_s, _ in own) for key, own in samples.items()}
-    model, length = plan.config.model, plan.config.data.sequence_length
-    flops = plan.config.engine.micro_batch_size * length * attention_flops_per_token(model, length)
+    model, lengths = plan.config.model, document_lengths(plan.config)
+    flops_of_row = sum(length * attention_flops_per_token(model, length) for length in lengths)
+    flops = plan.config.engine.micro_batch_size * flops_of_row
     rows = []
     for candidate in candidates:
         row: dict[str, Any] = {"name": candidate.name, "grid": candidate.attention.grid}

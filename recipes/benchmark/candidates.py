@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from conf.schema import ConfigError, ParallelismConfig
+from conf.schema import ConfigError, ParallelismConfig, document_lengths
 from recipes.benchmark.baselines import BASELINES, ShardedAttention
+from recipes.benchmark.packed_baselines import PACKED_BASELINES, varlen
 from recipes.engine.base import max_over_ranks
 from recipes.engine.build import build_attention
 from recipes.planning.plan import DTYPES, Plan
-from ring_attention import CAUSAL, LocalAttention
+from ring_attention import CAUSAL, LocalAttention, Mask
 from ring_attention.groups import ParallelGroups
 from ring_attention.kernels import KernelSpec, Scores, choose_kernel
 from ring_attention.kv import KeysValues
 from ring_attention.layout import Layout
 from ring_attention.ring import Ring, RingFunction
+from ring_attention.schedule import work_per_rank
 
 METHODS = ("ring", "ulysses", "hybrid", "all_gather")
 SIMULATED_DEGREES = (2, 4, 8, 16, 32, 64)
@@ -44,19 +48,14 @@ def make_candidates(plan: Plan, device: torch.device, say: Callable[..., None]) 
     Raises:
         RuntimeError: if an output differs from that of full attention.
     """
-    inputs, local = _random_inputs(plan, device), LocalAttention(plan.config.attention.kernel)
-    spec, length = KernelSpec.of(inputs[0], inputs[1], inputs[2]), plan.config.data.sequence_length
-    full = ShardedAttention(Layout("contiguous", 1, length), 0, lambda q, k, v: local(q, k, v, 0), "full sequences")
-    one_device = _candidate("one device", full, inputs)
+    inputs, local, mask = _random_inputs(plan, device), LocalAttention(plan.config.attention.kernel), _mask(plan)
+    spec = KernelSpec.of(inputs[0], inputs[1], inputs[2])
+    full = Layout("contiguous", 1, plan.config.data.sequence_length)
+    one_device = ShardedAttention(full, 0, lambda q, k, v: local(q, k, v, 0, mask=mask), "full sequences")
+    candidates = [_candidate("one device", one_device, inputs)]
     if plan.num_ranks == 1:
-        degrees = [degree for degree in SIMULATED_DEGREES if 2 * degree <= length]
-        rings = {f"ring of {degree}": _simulated_ring(plan, spec, degree) for degree in degrees}
-        return [one_device, *(_candidate(name, ring, inputs) for name, ring in rings.items())]
-    groups, expected, candidates = ParallelGroups(1, plan.num_ranks), one_device.forward(), [one_device]
-    makers = {method: functools.partial(_our_method, plan, method, plan.transport, groups) for method in METHODS}
-    if plan.transport != "p2p":
-        makers["ring, p2p"] = functools.partial(_our_method, plan, "ring", "p2p", groups)
-    makers |= {name: functools.partial(make, groups, length, spec) for name, make in BASELINES.items()}
+        candidates += [_candidate(name, ring, inputs) for name, ring in _simulated_rings(plan, spec).items()]
+    expected, makers = candidates[0].forward(), _makers(plan, spec)
     for name, make in makers.items():
         try:
             candidate = _candidate(name, make(), inputs)
@@ -70,6 +69,50 @@ def make_candidates(plan: Plan, device: torch.device, say: Callable[..., None]) 
             say(f"{name}: messages go by {module.transport_used}, because {module.transport_reason}")
         candidates.append(candidate)
     return candidates
+
+
+def _document_ends(plan: Plan) -> tuple[int, ...] | None:
+    """0, then the end of each document; None without documents."""
+    if plan.config.documents is None:
+        return None
+    return tuple(itertools.accumulate(document_lengths(plan.config), initial=0))
+
+
+def _mask(plan: Plan) -> Mask:
+    ends = _document_ends(plan)
+    return CAUSAL if ends is None else CAUSAL.packed(ends)
+
+
+def _layouts(plan: Plan) -> dict[str, str]:
+    """What follows a ring's name, by layout: that of the configuration, and with documents the other that balances."""
+    layout = plan.config.attention.layout
+    if plan.config.documents is None:
+        return {layout: ""}
+    others = {"zigzag": ("balanced",), "balanced": ("zigzag",), "contiguous": ()}[layout]
+    return {name: f", {name}" for name in (layout, *others)}
+
+
+def _makers(plan: Plan, spec: KernelSpec) -> dict[str, Callable[[], ShardedAttention]]:
+    """What makes the candidates that compute full attention, by name: on several ranks our methods, then baselines."""
+    makers: dict[str, Callable[[], ShardedAttention]] = {}
+    ends, length = _document_ends(plan), plan.config.data.sequence_length
+    if plan.num_ranks > 1:
+        groups, layouts = ParallelGroups(1, plan.num_ranks), _layouts(plan)
+        ours = [(method, method, plan.transport) for method in METHODS]
+        if plan.transport != "p2p":
+            ours.append(("ring, p2p", "ring", "p2p"))
+        for name, method, transport in ours:
+            # the ranks of Ulysses compute on full sequences
+            suffixes = {plan.config.attention.layout: ""} if method == "ulysses" else layouts
+            for layout, suffix in suffixes.items():
+                makers[name + suffix] = functools.partial(_our_method, plan, method, transport, layout, groups)
+        if ends is None:
+            makers |= {name: functools.partial(make, groups, length, spec) for name, make in BASELINES.items()}
+        else:
+            makers |= {name: functools.partial(make, groups, ends, spec) for name, make in PACKED_BASELINES.items()}
+    if ends is not None:
+        makers["varlen"] = functools.partial(varlen, ends, spec)
+    return makers
 
 
 def _random_inputs(plan: Plan, device: torch.device) -> list[Tensor]:
@@ -109,25 +152,31 @@ def _relative_error(candidate: Candidate, expected: Tensor) -> float:
     return ((got - wanted).norm() / wanted.norm()).item()
 
 
-def _our_method(plan: Plan, method: str, transport: str, groups: ParallelGroups) -> ShardedAttention:
+def _our_method(plan: Plan, method: str, transport: str, layout_name: str, groups: ParallelGroups) -> ShardedAttention:
     """One of METHODS over all ranks. Raises ValueError if it does not fit the ranks or the heads."""
     num_kv_heads = plan.config.model.num_kv_heads
     if method == "ulysses" and num_kv_heads % plan.num_ranks:  # uneven heads need DeepSpeed's mpu, hence an engine
         raise ConfigError(f"{num_kv_heads} kv heads are not a multiple of the {plan.num_ranks} ranks")
-    attention = dataclasses.replace(plan.config.attention, method=method, transport=transport)
+    attention = dataclasses.replace(plan.config.attention, method=method, transport=transport, layout=layout_name)
     config = dataclasses.replace(plan.config, attention=attention, parallelism=ParallelismConfig(data_degree=1))
     own = dataclasses.replace(plan, config=config)
     if method == "hybrid" and 1 in (own.degrees.ring, own.degrees.ulysses):
         raise ConfigError(f"on {plan.num_ranks} ranks it is the same as ring or ulysses")
-    module = build_attention(own, groups)
+    module, mask = build_attention(own, groups), _mask(plan)
+    layout = module.layout(plan.config.data.sequence_length, _document_ends(plan))
     grid = " x ".join(f"{degree} {kind}" for kind, degree in own.degrees._asdict().items() if degree > 1)
-    return ShardedAttention(
-        own.layout, module.sequence_rank, lambda q, k, v: module(q, k, v, 0), grid, has_messages=True, module=module
-    )
+
+    def attend(q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor) -> Tensor:
+        return module(q_BSHD, k_BSKD, v_BSKD, 0, mask=mask)
+
+    return ShardedAttention(layout, module.sequence_rank, attend, grid, has_messages=True, module=module)
 
 
+@dataclass(frozen=True)
 class _Alone(Ring):
-    """A ring whose messages are this rank's own keys and values; no gradients travel."""
+    """A rank of a ring whose messages are its own keys and values; no gradients travel."""
+
+    rank: int = 0  # pyright: ignore[reportIncompatibleMethodOverride]
 
     def post_keys(self, own: KeysValues, here: KeysValues | None, number: int, direction: str) -> Any:
         return None, own if number + 1 < len(self.steps) else None
@@ -136,10 +185,20 @@ class _Alone(Ring):
         return None, None if step.gradient_return is None else own.empty(step.gradient_return.spans)
 
 
-def _simulated_ring(plan: Plan, spec: KernelSpec, degree: int) -> ShardedAttention:
-    """Rank 0 of a ring of `degree`, which costs its tiles and merges but no communication."""
-    layout = Layout(plan.config.attention.layout, degree, plan.config.data.sequence_length)
+def _simulated_rings(plan: Plan, spec: KernelSpec) -> dict[str, ShardedAttention]:
+    """By name, the busiest rank of each ring, which costs its tiles and merges but no communication."""
+    length, ends, mask, rings = plan.config.data.sequence_length, _document_ends(plan), _mask(plan), {}
     kernel = choose_kernel(spec, plan.config.attention.kernel)[0]
-    ring = _Alone(layout, CAUSAL, None, kernel, Scores(plan.config.model.head_dim**-0.5))
-    grid = f"{layout.local_length:,} tokens"
-    return ShardedAttention(layout, 0, lambda q, k, v: RingFunction.apply(q, k, v, None, ring), grid)
+    degrees = [degree for degree in SIMULATED_DEGREES if 2 * degree <= length]
+    for degree, (name, suffix) in itertools.product(degrees, _layouts(plan).items()):
+        layout = Layout(name, degree, length, documents=ends if name == "balanced" else None)
+        work = [sum(of_rank) for of_rank in work_per_rank(layout, mask)]
+        rank = work.index(max(work))
+        ring = _Alone(layout, mask, None, kernel, Scores(plan.config.model.head_dim**-0.5), rank)
+        attend, grid = functools.partial(_ring_attention, ring), f"{layout.local_length:,} tokens"
+        rings[f"ring of {degree}{suffix}"] = ShardedAttention(layout, rank, attend, grid)
+    return rings
+
+
+def _ring_attention(ring: Ring, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor) -> Tensor:
+    return RingFunction.apply(q_BSHD, k_BSKD, v_BSKD, None, ring)

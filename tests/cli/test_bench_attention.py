@@ -88,3 +88,42 @@ def test_one_rank_simulates_larger_rings(program):
         *(f"ring of {n}" for n in (2, 4, 8, 16, 32, 64)),
     ]
     assert all(row[kind]["ideal_pct"] > 0 for row in saved(run)["rows"] for kind in KINDS)
+
+
+PACKED = ["recipe=bench_attention", "data.sequence_length=256", "compare.rounds=1", "breakdown=false"]
+
+
+def test_documents_are_timed_on_both_balanced_layouts_over_their_masks_area(program):
+    run = program.run(*PACKED, "+documents=[10,54,192]", "launch.num_ranks=2")
+    assert (run.exit_code, run.stderr) == (0, "")
+    one_device, *others = saved(run)["rows"]
+    assert [row["name"] for row in others] == [
+        "ring, zigzag", "ring, balanced", "ulysses", "all_gather, zigzag", "all_gather, balanced", "DeepSpeed Ulysses",
+    ]  # fmt: skip
+    assert saved(run)["documents"] == [10, 54, 192]
+    lines = run.stdout.splitlines()
+    some_line_names(lines, "causal", "3 documents", "10", "192 tokens")
+    some_line_names(lines, "left out", "torch context_parallel, flex", "CPU")
+    some_line_names(lines, "left out", "varlen", "aten_flash", "flash_attn_4", "cuda", "cpu")
+    operations = 4 * 4 * 32 * (10 * 11 + 54 * 55 + 192 * 193) / 2  # 4 heads x 32
+    for row, share in ((one_device, 1), *((row, 1 / 2) for row in others)):
+        for kind, passes in KINDS.items():
+            assert row[kind]["tflops"] == pytest.approx(passes * share * operations / row[kind]["ms"] / 1e9)
+
+
+def test_one_rank_simulates_both_layouts_of_documents(program):
+    typed = ["data.sequence_length=16", "documents=lognormal", "launch.num_ranks=1", "attention.layout=balanced"]
+    run = program.run(*PACKED, *typed)
+    assert (run.exit_code, run.stderr) == (0, "")
+    assert [row["name"] for row in saved(run)["rows"]] == [
+        "one device",
+        *(f"ring of {degree}, {layout}" for degree in (2, 4, 8) for layout in ("balanced", "zigzag")),
+    ]
+    assert saved(run)["documents"] == [8, 8]
+
+
+def test_documents_of_another_length_are_refused_before_ranks_start(program):
+    run = program.run("recipe=bench_attention", "+documents=8x8192", "data.sequence_length=256")
+    assert run.exit_code == 1
+    some_line_names(run.stderr.splitlines(), "documents=8x8192", 65536, "data.sequence_length=256")
+    assert not run.ranks_were_started

@@ -16,10 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from conf.schema import Config, DataConfig, document_lengths
 from ring_attention import CAUSAL, Mask
 from ring_attention.kernels import KERNELS, Scores
 from ring_attention.layout import Layout
@@ -31,13 +31,10 @@ PASSES = ("forward", "with backward")
 
 
 def mixes(length: int) -> dict[str, list[int]]:
-    """Lengths of documents; log-normal ones have a median of 1,500 tokens, or 12,000 of long sequences."""
-    generator, drawn = np.random.default_rng(0), []
-    while sum(drawn) < length:
-        drawn.append(int(min(length // 2, max(64, generator.lognormal(7.3 if length < 100_000 else 9.4, 1.3)))))
-    drawn[-1] -= sum(drawn) - length
+    """Lengths of documents."""
+    config = Config(recipe="bench_attention", documents="lognormal", data=DataConfig(sequence_length=length))
     equal = {f"{length // size:,} of {size:,}": [size] * (length // size) for size in (length, 8192, 2048, 256)}
-    return {**equal, "log-normal": drawn}
+    return {**equal, "log-normal": list(document_lengths(config))}
 
 
 class Alone(Ring):
