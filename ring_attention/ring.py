@@ -154,7 +154,8 @@ def ring_backward(
 
     Precision: dK,dV travel in the input's dtype and their owner sums them in fp32. Other rings (ring-flash-attention,
     picotron) send fp32 sums, which are twice the bytes. Here each ring step rounds its dK,dV once, as GPU kernels do
-    anyway. In bf16 on GPUs the error of dK and dV is 1.21 to 1.23 times that of one device (docs/performance.md).
+    anyway. In bf16 on GPUs the error of dK and dV is 1.21 to 1.23 times that of one device, and that of dQ 1.00 where
+    the kernel sums dQ by itself (docs/results/parity.md).
     """
     schedule = backward_schedule(ring.layout, ring.mask, ring.rank, len(q_BSHD), ring.kernel.split)
     calls = backward_calls(ring.layout, ring.mask, ring.rank, len(q_BSHD), ring.kernel)

@@ -57,7 +57,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "packed": speed.packed,
     "sparsity": correctness.sparsity,
     "precision cpu": partial(correctness.precision, "precision_cpu.json"),
-    "precision gpu": partial(correctness.precision, "precision_H100.json"),
+    "precision gpu": partial(correctness.precision, "precision_H200.json"),
     "fuzz": correctness.fuzz,
     "memory": correctness.memory,
     "memory gpu": partial(correctness.memory_on_gpus, "memory_H200.json", *LONG, "flat_4xH100.json", "tools_H100.json"),
