@@ -62,6 +62,15 @@ def bucket_size(num_parameters: int) -> int:
     return min(500_000_000, num_parameters)
 
 
+def has_sharded_sums(config: Config) -> bool:
+    """Whether a rank has fp32 sums of its share of the gradients alone, on ZeRO 1 as on ZeRO 2.
+
+    In fp32 gradients need no other sums, and pipelines cannot go with DeepSpeed's stage 2.
+    """
+    is_half, is_sequence = config.engine.dtype != "fp32", config.parallelism.method == "sequence"
+    return config.recipe == "pretrain" and config.engine.zero_stage in (1, 2) and is_half and is_sequence
+
+
 def tile_tokens(config: Config, local_tokens: int) -> int:
     """Tokens whose logits exist at once, of a rank's `local_tokens` per micro-batch; 0 if all do."""
     return _tile(config, local_tokens, LOGITS_BYTES // (4 * config.model.vocab_size))  # the loss is in fp32
