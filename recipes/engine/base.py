@@ -71,7 +71,7 @@ def deepspeed_config(config: Config, num_parameters: int, num_ranks: int) -> dic
     }
     if zero_stage > 0:  # on stage 0 DeepSpeed accumulates in the model's dtype and refuses another
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
-    if has_sharded_sums(config):
+    if trains and has_sharded_sums(config):
         zero["stage"] = 2  # DeepSpeed's stage 1 has fp32 sums of all gradients on every rank
         if num_ranks == engine.gradient_accumulation_steps == 1:  # nothing to sum
             settings["data_types"] = {"grad_accum_dtype": engine.dtype}
