@@ -1,4 +1,4 @@
-"""The gradients that a rank holds at the end of a backward pass: fp32 sums of its share, or none if nothing is summed."""
+"""What a rank holds of gradients after a backward pass: fp32 sums of its share, or none if nothing is summed."""
 
 from __future__ import annotations
 
