@@ -18,12 +18,14 @@ WEIGHTS, OPTIMIZER = 2, 12  # bytes per parameter in half precision
 def held_after_backward(setting: Setting, accumulation_steps: int) -> float:
     """On a rank: bytes per parameter that the engine holds after the backward passes of a second step."""
     from recipes.engine.build import build_engine
+    from recipes.engine.deepspeed_engine import TrainingEngine
     from recipes.planning.memory import num_parameters
 
     plan = setting.plan
     plan.config.engine.gradient_accumulation_steps = accumulation_steps
     before = held_bytes()
     engine = build_engine(plan, parallel_groups(1, setting.num_ranks))
+    assert isinstance(engine, TrainingEngine)
     tokens = torch.arange(plan.config.data.sequence_length).unsqueeze(0) % 257
     own = plan.layout.shard(tokens, engine.sequence_rank, dim=1)
     batch = TokenBatch(own, plan.layout.positions(engine.sequence_rank).unsqueeze(0), own)

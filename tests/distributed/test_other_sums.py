@@ -30,7 +30,7 @@ def train_on(run_dir: Path, num_ranks: int, accumulation_steps: int, optimizer: 
     plan = Plan(config, num_ranks, "cpu", "CPU", None, ranks_per_host=num_ranks)
     plan.resolve_config()
     resumed = choose_checkpoint(config, run_dir, lambda _: None)
-    with mock.patch.object(recipes.engine.base, "has_sharded_sums", lambda _: optimizer != BF16_OPTIMIZER):
+    with mock.patch.object(recipes.engine.base, "has_sharded_sums", return_value=optimizer != BF16_OPTIMIZER):
         engine = build_engine(plan, parallel_groups(1, num_ranks))
     assert type(engine.deepspeed.optimizer).__name__ == optimizer
     checkpoints = Checkpoints(config, run_dir, engine)
