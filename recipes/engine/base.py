@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from conf.schema import Config
 from data.shard import TokenBatch
 from recipes.engine.optimizer import optimizer_arguments
-from recipes.planning.memory import bucket_size
+from recipes.planning.memory import bucket_size, has_sharded_sums
 from ring_attention.sequence_attention import SequenceAttention
 
 
@@ -39,7 +39,7 @@ class StepResult:
     applied: bool
 
 
-def deepspeed_config(config: Config, num_parameters: int) -> dict[str, Any]:
+def deepspeed_config(config: Config, num_parameters: int, num_ranks: int) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`."""
     engine, trains = config.engine, config.recipe == "pretrain"
     # without an optimizer only stage 3 has anything to shard
@@ -71,6 +71,12 @@ def deepspeed_config(config: Config, num_parameters: int) -> dict[str, Any]:
     }
     if zero_stage > 0:  # on stage 0 DeepSpeed accumulates in the model's dtype and refuses another
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    if trains and has_sharded_sums(config):
+        zero["stage"] = 2  # DeepSpeed's stage 1 has fp32 sums of all gradients on every rank
+        if num_ranks == engine.gradient_accumulation_steps == 1:  # nothing to sum
+            settings["data_types"] = {"grad_accum_dtype": engine.dtype}
+            if not engine.offload_optimizer:  # without buckets gradients stay where autograd put them
+                zero |= {"stage": 1, "overlap_comm": False, "contiguous_gradients": False}
     return settings
 
 
@@ -177,7 +183,7 @@ class Engine(ABC):
         num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters())
         self.deepspeed = deepspeed.initialize(
             model=self.model,
-            config=deepspeed_config(self.config, num_parameters) | settings,
+            config=deepspeed_config(self.config, num_parameters, dist.get_world_size()) | settings,
             mpu=mpu,
             dist_init_required=False,
             **optimizer_arguments(self.model, self.config),

@@ -30,15 +30,16 @@ from ring_attention.transport import release_symmetric_buffers
 MASTER_WEIGHT_NAMES = "masters_of"
 
 
-def loss_multiplier(zero_stage: int, data_degree: int, sequence_degree: int, accumulation_steps: int) -> int:
+def loss_multiplier(zero_stage: int, num_ranks: int, accumulation_steps: int) -> int:
     """The factor on (summed token losses of this rank / valid tokens of the global batch) for DeepSpeed's `backward`.
 
     It cancels DeepSpeed's own divisions, so that gradients are plain sums over ranks and micro-batches.
 
     Measured with DeepSpeed 0.19.8 and a sequence-parallel mpu: `backward` divides by the accumulation steps. The
-    reduction divides the sum over all ranks by data_degree on stages 0, 1 and 2, and by all ranks on stage 3.
+    reduction divides the sum over all ranks by their number on stage 3. On the other stages it can be told to sum: it
+    would divide in the gradients' dtype, which rounds unless the divisor is a power of two.
     """
-    return accumulation_steps * data_degree * (sequence_degree if zero_stage == 3 else 1)
+    return accumulation_steps * (num_ranks if zero_stage == 3 else 1)
 
 
 def _undo_dummy_step(wrapper: FP16_UnfusedOptimizer) -> None:
@@ -68,7 +69,7 @@ class TrainingEngine(Engine):
         if config.model.path:
             from recipes.model.huggingface import HuggingFaceModel  # imports transformers
 
-            settings = deepspeed_config(config, num_parameters(config.model))
+            settings = deepspeed_config(config, num_parameters(config.model), dist.get_world_size())
             self.model = HuggingFaceModel(config, attention, self.device, *tiles, settings)
             self.notes = self.model.notes
         else:
@@ -76,14 +77,15 @@ class TrainingEngine(Engine):
                 self.model = Transformer(
                     config.model, attention, config.seed, engine.recompute, *tiles, engine.offload_activations
                 )
-        self._start_deepspeed(groups, seq_parallel_communication_data_type="fp32")
+        reduction = "mean" if engine.zero_stage == 3 else "sum"  # stage 3 cannot sum
+        self._start_deepspeed(groups, seq_parallel_communication_data_type="fp32", gradient_allreduce_op=reduction)
         if isinstance(self.deepspeed.optimizer, FP16_UnfusedOptimizer):
             _undo_dummy_step(self.deepspeed.optimizer)
             names = {parameter: name for name, parameter in self.model.named_parameters()}
             param_groups = self.deepspeed.optimizer.fp16_groups
             self.client_state = {MASTER_WEIGHT_NAMES: [[names[p] for p in group] for group in param_groups]}
         self._loss_multiplier = loss_multiplier(
-            engine.zero_stage, groups.data_degree, groups.sequence_degree, engine.gradient_accumulation_steps
+            engine.zero_stage, dist.get_world_size(), engine.gradient_accumulation_steps
         )
 
     def accumulate(self, micro_batches: Sequence[TokenBatch], stop_requested: bool = False) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from conf.schema import Config, ModelConfig
-from recipes.planning.memory import bucket_size, dtype_bytes, layer_matrices, num_parameters
+from recipes.planning.memory import bucket_size, dtype_bytes, has_sharded_sums, layer_matrices, num_parameters
 
 PERSISTENT = 100_000  # ZeRO-3 never shards smaller parameters: DeepSpeed's stage3_param_persistence_threshold
 ALL_REDUCED = 500_000_000  # gradients per all-reduce without ZeRO, plus one parameter: MEMORY_OPT_ALLREDUCE_SIZE
@@ -78,12 +78,12 @@ def on_cpu(config: Config, num_ranks: int) -> EngineMemory:
     elif size == 4:
         persistent, buckets = 4 * parameters + 12 * shard, 8 * bucket
         step_end = 4 * bucket + max(4 * bucket + reduced, 3 * temporary)
-    elif stage == 1:
-        persistent = 6 * parameters + 12 * shard
-        step_end = 2 * parameters + max(reduced, 2 * temporary)
-    else:
+    elif is_sharded:
         persistent, buckets = 2 * parameters + 12 * shard, 4 * bucket
         step_end = 10 * bucket + temporary
+    else:  # all gradients, and a flat copy of a bucket of them in fp32 too; or Adam's copy of a group in fp32
+        persistent = 14 * parameters
+        step_end = max(2 * parameters + 6 * bucket, 3 * temporary)
     return EngineMemory(persistent, 8 * shard, step_end, buckets)
 
 
@@ -91,6 +91,7 @@ def on_gpu(config: Config, num_ranks: int) -> EngineMemory:
     """What one of `num_ranks` ranks allocates on a GPU, with the fused Adam, which has no temporaries."""
     model, offloads = config.model, config.engine.offload_optimizer
     stage, size = config.engine.zero_stage, dtype_bytes(config)
+    is_alone = num_ranks == 1 and has_sharded_sums(config)  # which has nothing to sum
     parameters, is_first = num_parameters(model), config.num_steps == 1
     shard, bucket = parameters / num_ranks if stage else parameters, bucket_size(parameters)
     # Adam updates the decayed group first; in the first step the other group has no moments until then
@@ -101,29 +102,38 @@ def on_gpu(config: Config, num_ranks: int) -> EngineMemory:
     # Adam's copy of a group: its gradients in fp32
     group_copy = max(4 * decayed - missing_moments, 4 * not_decayed)
 
-    if stage == 0 or (stage == 1 and size == 2 and not offloads):
-        # All gradients stay in the model's dtype. Their fp32 sums are persistent on stage 1, temporary on stage 0.
-        persistent = size * parameters + (4 * shard if size == 2 else 0) + (4 * parameters if stage else 0) + adam
-        in_fp32 = 4 * parameters if size == 2 and not stage else 0
-        reduced = _all_reduced(model) * (4 if stage or size == 4 else 6)  # a flat copy, and that copy in fp32
+    if stage == 0:
+        # all gradients stay in the model's dtype; at the end a flat copy, in half precision in fp32 too
+        persistent = size * parameters + (4 * shard if size == 2 else 0) + adam
+        in_fp32 = 4 * parameters if size == 2 else 0
+        reduced = _all_reduced(model) * (4 if size == 4 else 6)
         return EngineMemory(persistent, adam, size * parameters + max(reduced - missing_adam, in_fp32))
+
+    if is_alone and not offloads:
+        # The same with smaller flat copies, and each gradient's norm in fp64. Then Adam's group: a flat copy, in fp32
+        # too, before its gradients are freed.
+        persistent = 6 * parameters + adam
+        reduced = max(6 * filled for filled, _ in _reductions(model, bucket))
+        copying = 2 * parameters + max(reduced, 8 * max(_matrices(model)), 6 * decayed) - missing_adam
+        return EngineMemory(persistent, adam, max(copying, 2 * not_decayed + 4 * decayed - missing_moments))
 
     if stage == 3:
         reduced = max(8 * filled for filled, _ in _reductions(model, bucket))  # sent and received gradients
         return EngineMemory(_zero3_persistent(model, size, num_ranks), adam, max(reduced - missing_adam, group_copy))
 
     persistent = size * parameters + (0 if offloads else 4 * shard) + adam
-    gradient_size = 4 if size == 4 or stage == 1 else 2  # in each of two buckets
-    buckets, gradients = 2 * gradient_size * bucket, 4 * shard
-    # while a bucket is reduced: its flat copy, in fp32 too; one rank alone uses an fp32 bucket as it is
-    message = (4 if num_ranks > 1 else 0) if size == 4 else 4 if gradient_size == 4 else 6
+    buckets, gradients = 2 * size * bucket, 0 if is_alone else 4 * shard
+    # while a bucket is reduced: its flat copy, in fp32 too; without sums the bucket itself is flat
+    message = (4 if num_ranks > 1 else 0) if size == 4 else 4 if is_alone else 6
     reduced = max(
         # training in fp32 allocates the sums after the first reduction
-        message * filled + gradient_size * waiting + (gradients if size == 2 or number else 0)
+        message * filled + size * waiting + (gradients if size == 2 or number else 0)
         for number, (filled, waiting) in enumerate(_reductions(model, bucket))
     )
     head = model.vocab_size * model.hidden_size
-    head_reduction = 0 if model.tied_head or head <= bucket else message * head + (4 * decayed if size == 2 else 0)
+    head_reduction = 0
+    if not model.tied_head and head > bucket:  # in half precision its gradient, that in fp32, and sums of its group
+        head_reduction = message * head if size == 4 else 6 * head + (0 if is_alone else 4 * decayed)
     if offloads:  # gradients go to the host one parameter at a time; their norm is taken in fp64
         largest = max(_matrices(model))
         persistent += size * largest

@@ -9,6 +9,7 @@ import copy
 import math
 from typing import Any, NamedTuple
 
+from conf.degrees import accumulation_steps
 from conf.schema import Config, Degrees, ModelConfig
 
 LOGITS_BYTES = 2**30  # fp32 logits that exist at once, unless engine.tile_tokens is set
@@ -60,6 +61,16 @@ def dtype_bytes(config: Config) -> int:
 def bucket_size(num_parameters: int) -> int:
     """Gradients in one of DeepSpeed's reduction buckets. It allocates whole buckets even for a small model."""
     return min(500_000_000, num_parameters)
+
+
+def has_sharded_sums(config: Config) -> bool:
+    """Whether each rank sums its share of the gradients in fp32, on ZeRO 1 as on ZeRO 2, if it trains.
+
+    One rank without accumulation has nothing to sum: there gradients stay in the model's dtype. Not in fp32, where
+    gradients need no other sums, and not in pipelines, which cannot go with DeepSpeed's stage 2.
+    """
+    is_half, is_sequence = config.engine.dtype != "fp32", config.parallelism.method == "sequence"
+    return config.engine.zero_stage in (1, 2) and is_half and is_sequence
 
 
 def tile_tokens(config: Config, local_tokens: int) -> int:
@@ -142,10 +153,10 @@ class StateBytes(NamedTuple):
 def state_bytes(config: Config, degrees: Degrees) -> StateBytes:
     """Weights, gradients and optimizer states per rank, without what is offloaded to the host.
 
-    ZeRO stages 1, 2 and 3 shard the optimizer states, then the gradients, then the weights over all ranks. With
-    offloaded optimizer states, stage 1 shards the gradients too. Tensor and pipeline ranks divide the layers, and data
-    ranks their optimizer states (ZeRO-1). A pipeline rank holds the embedding or the head, or both if it is the only
-    one. Norms and biases count as divided. Forward passes need weights alone.
+    ZeRO stages 1, 2 and 3 shard the optimizer states, then the gradients, then the weights over all ranks. Where
+    `has_sharded_sums` or optimizer states are offloaded, stage 1 shards the gradients too. Tensor and pipeline ranks
+    divide the layers, and data ranks their optimizer states (ZeRO-1). A pipeline rank holds the embedding or the head,
+    or both if it is the only one. Norms and biases count as divided. Forward passes need weights alone.
     """
     model, engine, num_ranks = config.model, config.engine, math.prod(degrees)
     weight_size = 0 if engine.offload_parameters else dtype_bytes(config)
@@ -157,12 +168,16 @@ def state_bytes(config: Config, degrees: Degrees) -> StateBytes:
         parameters, num_shards = layers + _norm(model) + ends, (1, 1, degrees.data)
     else:
         parameters = num_parameters(model)
-        first_stages = 3, 1 if engine.offload_optimizer else 2, 1  # that shard weights, gradients, optimizer states
+        of_gradients = 1 if engine.offload_optimizer or has_sharded_sums(config) else 2
+        first_stages = 3, of_gradients, 1  # that shard weights, gradients, optimizer states
         num_shards = tuple(num_ranks if engine.zero_stage >= stage else 1 for stage in first_stages)
+    has_sums = not has_sharded_sums(config) or num_ranks > 1 or accumulation_steps(config, degrees) > 1
+    if not has_sums:
+        gradient_size = weight_size
     if engine.offload_optimizer:
         optimizer_size = 0
-        if engine.zero_stage == 3 or engine.dtype == "fp32":  # else DeepSpeed 0.19.8 sums gradients on the device
-            gradient_size = 0
+        if engine.zero_stage == 3 or engine.dtype == "fp32" or not has_sums:
+            gradient_size = 0  # else DeepSpeed 0.19.8 keeps the sums on the device
     if config.recipe == "forward":
         gradient_size = optimizer_size = 0
     trained = parameters if model.num_trained is None else model.num_trained

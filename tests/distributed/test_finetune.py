@@ -76,7 +76,7 @@ def bytes_while_loading(path: str) -> tuple[int, int]:
 
     ctypes.CDLL("libc.so.6").mallopt(-3, 65536)  # M_MMAP_THRESHOLD: give freed memory back at once
     config = resolve(Config(model=ModelConfig(path=path), engine=EngineConfig(zero_stage=3)))
-    settings = deepspeed_config(config, num_parameters(config.model))
+    settings = deepspeed_config(config, num_parameters(config.model), num_ranks=4)
     start, peak, is_loaded = own_bytes(), 0, threading.Event()
 
     def watch() -> None:

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.slow
         Cell("fp32", 3, 2, 1, 2, 29, offload_optimizer=True, offload_parameters=True),
         Cell("fp32", 3, 2, 1, 2, 29, offload_parameters=True),
         Cell("bf16", 1, 2, 1, 2, 29, offload_optimizer=True),
+        Cell("bf16", 1, 1, 1, 1, 29, offload_optimizer=True),  # nothing to sum
         Cell("bf16", 3, 2, 1, 1, 29, offload_optimizer=True, offload_parameters=True),
     ],
     ids=str,

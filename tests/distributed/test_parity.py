@@ -21,6 +21,10 @@ COVERING = [  # dtype, stage, ring, data, accumulation, length
     Cell("bf16", 1, 4, 1, 2, 29),
     Cell("bf16", 1, 1, 2, 2, 32),
     Cell("bf16", 2, 2, 1, 1, 29),
+    Cell("bf16", 1, 1, 1, 1, 29),  # nothing to sum
+    Cell("bf16", 1, 1, 1, 2, 29),
+    Cell("bf16", 1, 2, 1, 1, 29),
+    Cell("bf16", 2, 1, 3, 2, 29),  # a division by 3 would round
     Cell("bf16", 3, 4, 1, 1, 29),
     Cell("bf16", 3, 2, 2, 2, 32, layout="contiguous"),
     Cell("fp32", 0, 2, 2, 2, 29, model="gpt"),

@@ -24,6 +24,7 @@ from conf.schema import Config
 from recipes.benchmark.max_length import train_probe
 from recipes.launch import launcher
 from recipes.model.pretrained import resolve
+from recipes.planning.memory import has_sharded_sums
 from recipes.planning.plan import Plan
 
 
@@ -45,10 +46,16 @@ def predicted_again(row: dict[str, Any]) -> dict[str, Any]:
     return predicted(Plan(composed(row["setting"]), num_ranks, "cuda", row["device"], None, num_ranks))
 
 
+def had_other_gradients(row: dict[str, Any]) -> bool:
+    """Whether the row was measured while DeepSpeed kept fp32 sums of all gradients on every rank, or on one alone."""
+    return has_sharded_sums(composed(row["setting"])) and not row.get("sharded_sums")
+
+
 def step(config: Config) -> dict[str, Any]:
     """What one setting took, or `error` if it ran out of memory; `predicted_gib` where there is a prediction."""
     num_ranks = launcher.count_ranks(config)
-    row: dict[str, Any] = {"num_ranks": num_ranks, **predicted(launcher.make_plan(config, num_ranks))}
+    row: dict[str, Any] = {"num_ranks": num_ranks, "sharded_sums": has_sharded_sums(config)}
+    row |= predicted(launcher.make_plan(config, num_ranks))
     with tempfile.TemporaryDirectory() as folder:
         return {**row, **train_probe(config, num_ranks, Path(folder))}
 

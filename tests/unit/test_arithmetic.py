@@ -50,13 +50,13 @@ def test_flops_match_torchs_count():
 
 
 @pytest.mark.parametrize(
-    ("stage", "data", "ring", "accumulation", "multiplier"),
-    [(0, 1, 4, 1, 1), (1, 2, 2, 1, 2), (2, 2, 4, 3, 6), (3, 1, 4, 1, 4), (3, 2, 2, 2, 8)],
+    ("stage", "num_ranks", "accumulation", "multiplier"),
+    [(0, 4, 1, 1), (1, 4, 1, 1), (2, 8, 3, 3), (3, 4, 1, 4), (3, 4, 2, 8)],
 )
-def test_the_loss_multiplier_cancels_deepspeeds_divisions(stage, data, ring, accumulation, multiplier):
+def test_the_loss_multiplier_cancels_deepspeeds_divisions(stage, num_ranks, accumulation, multiplier):
     from recipes.engine.deepspeed_engine import loss_multiplier
 
-    assert loss_multiplier(stage, data, ring, accumulation) == multiplier
+    assert loss_multiplier(stage, num_ranks, accumulation) == multiplier
 
 
 def test_the_learning_rate_warms_up_and_decays_to_its_floor():

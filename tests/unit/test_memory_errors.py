@@ -156,7 +156,7 @@ def test_the_message_has_rank_error_plan_and_overrides(tmp_path, monkeypatch):
     assert "more of it" not in lines
     text = "\n".join(lines)
     names(text, "1 data x 8 ring", "4,096", "8,030.26 M", tmp_path)  # the plan
-    names(text, "56.09 GiB", "peak", "the loss, backward")  # the states and the peak of a step
+    names(text, "29.92 GiB", "peak", "the reduction of the head's gradient")  # the states and the peak of a step
     names(recompute, RECOMPUTE)
     names(zero, "engine.zero_stage=3", "8 ranks")
     names(allocator, ALLOCATOR)

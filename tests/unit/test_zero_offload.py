@@ -22,7 +22,7 @@ from recipes.engine.optimizer import optimizer_arguments
 def test_settings_offload_what_was_asked_and_no_optimizer_in_forward_passes(fields, expected):
     for recipe, keys in (("pretrain", expected), ("forward", expected - {"offload_optimizer"})):
         config = Config(recipe=recipe, engine=EngineConfig(zero_stage=3, **fields))
-        zero = deepspeed_config(config, 1000)["zero_optimization"]
+        zero = deepspeed_config(config, 1000, 1)["zero_optimization"]
         assert {key for key in zero if key.startswith("offload")} == keys
         assert all(zero[key]["device"] == "cpu" for key in keys)
         arguments = optimizer_arguments(nn.Linear(2, 2), config)
