@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from conf.schema import Config
 from data.shard import TokenBatch
 from recipes.engine.optimizer import optimizer_arguments
-from recipes.planning.memory import bucket_size, has_sharded_sums
+from recipes.planning.memory import bucket_size, has_sharded_sums, sums_nothing
 from ring_attention.sequence_attention import SequenceAttention
 
 
@@ -75,7 +75,7 @@ def deepspeed_config(config: Config, num_parameters: int, num_ranks: int) -> dic
         zero["stage"] = 2  # DeepSpeed's stage 1 has fp32 sums of all gradients on every rank
         if num_ranks == engine.gradient_accumulation_steps == 1:  # nothing to sum
             settings["data_types"] = {"grad_accum_dtype": engine.dtype}
-            if not engine.offload_optimizer:  # without buckets gradients stay where autograd put them
+            if sums_nothing(config, num_ranks):  # without buckets
                 zero |= {"stage": 1, "overlap_comm": False, "contiguous_gradients": False}
     return settings
 

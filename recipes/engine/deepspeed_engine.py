@@ -14,13 +14,14 @@ from collections.abc import Iterable, Sequence
 import deepspeed.comm as dist
 import torch
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
 from conf.schema import Config
 from data.shard import TokenBatch
 from recipes.engine.base import Engine, StepResult, deepspeed_config
 from recipes.model.transformer import Transformer
-from recipes.planning.memory import mlp_tile_tokens, num_parameters, tile_tokens
+from recipes.planning.memory import mlp_tile_tokens, num_parameters, sums_nothing, tile_tokens
 from ring_attention.groups import ParallelGroups
 from ring_attention.sequence_attention import SequenceAttention
 from ring_attention.trace import profiler_range, report_status
@@ -51,6 +52,24 @@ def _undo_dummy_step(wrapper: FP16_UnfusedOptimizer) -> None:
     for masters, parameters in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
         for master, parameter in zip(masters, parameters, strict=True):
             master.data.copy_(parameter.data)
+
+
+def _skip_sums(optimizer: DeepSpeedZeroOptimizer) -> None:
+    """Leave out what DeepSpeed 0.19.8 does to gradients that have no other ranks' to be added.
+
+    It copies them to fp32 and back, looks for non-finite ones in fp32 copies, and takes their norm from fp64 copies:
+    75 of 120 bytes of memory traffic per parameter, 13 ms of a step of 173 with 1.2 billion parameters on an H200.
+    """
+    optimizer.buffered_reduce_fallback = lambda *args, **kwargs: None
+    optimizer.check_overflow = lambda *args, **kwargs: None  # the norm, which comes next, finds them
+    optimizer.get_grad_norm_direct = _norm
+
+
+def _norm(gradients: Iterable[Tensor], params: Iterable[Tensor], norm_type: int = 2) -> Tensor:
+    """A scalar in fp32; DeepSpeed's sign of a non-finite one is -1."""
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    return torch.where(norm.isfinite(), norm, -1.0)
 
 
 class TrainingEngine(Engine):
@@ -84,6 +103,8 @@ class TrainingEngine(Engine):
             names = {parameter: name for name, parameter in self.model.named_parameters()}
             param_groups = self.deepspeed.optimizer.fp16_groups
             self.client_state = {MASTER_WEIGHT_NAMES: [[names[p] for p in group] for group in param_groups]}
+        if isinstance(self.deepspeed.optimizer, DeepSpeedZeroOptimizer) and sums_nothing(config, dist.get_world_size()):
+            _skip_sums(self.deepspeed.optimizer)
         self._loss_multiplier = loss_multiplier(
             engine.zero_stage, dist.get_world_size(), engine.gradient_accumulation_steps
         )

@@ -110,11 +110,9 @@ def on_gpu(config: Config, num_ranks: int) -> EngineMemory:
         return EngineMemory(persistent, adam, size * parameters + max(reduced - missing_adam, in_fp32))
 
     if is_alone and not offloads:
-        # The same with smaller flat copies, and each gradient's norm in fp64. Then Adam's group: a flat copy, in fp32
-        # too, before its gradients are freed.
+        # all gradients stay in the model's dtype; then Adam's group: a flat copy, in fp32 too, before they are freed
         persistent = 6 * parameters + adam
-        reduced = max(6 * filled for filled, _ in _reductions(model, bucket))
-        copying = 2 * parameters + max(reduced, 8 * max(_matrices(model)), 6 * decayed) - missing_adam
+        copying = 2 * parameters + 6 * decayed - missing_adam
         return EngineMemory(persistent, adam, max(copying, 2 * not_decayed + 4 * decayed - missing_moments))
 
     if stage == 3:

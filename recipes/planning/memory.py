@@ -73,6 +73,16 @@ def has_sharded_sums(config: Config) -> bool:
     return config.engine.zero_stage in (1, 2) and is_half and is_sequence
 
 
+def sums_nothing(config: Config, num_ranks: int) -> bool:
+    """Whether gradients stay where autograd put them until the step."""
+    engine = config.engine
+    return (
+        has_sharded_sums(config)
+        and num_ranks == engine.gradient_accumulation_steps == 1
+        and not engine.offload_optimizer
+    )
+
+
 def tile_tokens(config: Config, local_tokens: int) -> int:
     """Tokens whose logits exist at once, of a rank's `local_tokens` per micro-batch; 0 if all do."""
     return _tile(config, local_tokens, LOGITS_BYTES // (4 * config.model.vocab_size))  # the loss is in fp32
