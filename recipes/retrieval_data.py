@@ -22,6 +22,8 @@ from conf.schema import ConfigError, DataConfig
 from data.tokenizer import Tokenizer, open_tokenizer
 from recipes.evaluation.tasks import TASKS, Sample, make_samples, read_hay
 
+END_SHARE = 0.1  # so much oftener than others are depths 0 and 1, where the hay does not surround the needle
+
 
 def rows(
     tasks: Sequence[str],
@@ -31,7 +33,7 @@ def rows(
     count: int,
     seed: int,
 ) -> Iterator[dict[str, str]]:
-    """`count` rows of the tasks in turn, each of its own depth and length, which are drawn evenly.
+    """`count` rows of the tasks in turn, each of its own length and depth, which are drawn evenly, but for the ends.
 
     Args:
         lengths: the shortest and the longest, in tokens.
@@ -41,8 +43,8 @@ def rows(
     """
     random = Random(seed)
     for number in range(count):
-        length = random.randint(*lengths)
-        [sample] = make_samples(tasks[number % len(tasks)], tokenizer, hay, length, None, 1, random.getrandbits(63))
+        length, depth = random.randint(*lengths), min(1.0, max(0.0, random.uniform(-END_SHARE, 1 + END_SHARE)))
+        [sample] = make_samples(tasks[number % len(tasks)], tokenizer, hay, length, depth, 1, random.getrandbits(63))
         yield _row(tokenizer, sample)
 
 

@@ -28,18 +28,18 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 SHORT, LONG, NUM_RANKS = 512, 4096, 4
 TASK, NUM_SAMPLES, NUM_DEPTHS = "niah_single", 20, 5
 # name: rows, shortest, longest
-ROWS = {"bare": (8000, 72, 96), "short": (3000, 96, SHORT), "long": (400, SHORT, LONG)}
+ROWS = {"bare": (8000, 72, 96), "short": (9000, 200, SHORT), "long": (1000, SHORT, LONG)}
 NUM_COPIES, COPY_LENGTHS, CHARACTERS = 40_000, (4, 16), "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 TRAIN = (
     "data=chat data.validation_sequences=4 engine.dtype=fp32 engine.zero_stage=1 engine.recompute=none "
     "optimizer.warmup_fraction=0.06 checkpoint.every_n_steps=0 logging.wandb=disabled breakdown=false"
 )
 LEARN = (
-    f"+experiment=finetune {TRAIN} data.sequence_length={SHORT} num_steps=500 optimizer.lr=3.0e-3 "
+    f"+experiment=finetune {TRAIN} data.sequence_length={SHORT} num_steps=800 optimizer.lr=3.0e-3 "
     "launch.num_ranks=2 parallelism.data_degree=2 engine.micro_batch_size=2"
 )
 EXTEND = (
-    f"+experiment=extend {TRAIN} data.sequence_length={LONG} num_steps=60 optimizer.lr=1.0e-3 "
+    f"+experiment=extend {TRAIN} data.sequence_length={LONG} num_steps=150 optimizer.lr=1.5e-3 "
     f"model.rope='{{rope_type:yarn,factor:{LONG // SHORT}}}' launch.num_ranks={NUM_RANKS}"
 )
 EVALUATE = (
@@ -80,8 +80,8 @@ def main(arguments: list[str]) -> None:
 def write_base(folder: Path) -> None:
     """A tokenizer of 512 tokens, and random weights of a shape that learns to look things up within minutes.
 
-    Looking up needs a layer in which each token sees the one before it, and one that then finds what followed the same
-    token earlier. So the first layer's window is two tokens.
+    Looking up needs a layer in which each token sees those before it, and one that then finds what followed the same
+    tokens earlier. So the first layer's window is four tokens.
     """
     folder.mkdir(parents=True)
     write_tokenizer(folder, vocab_size=512)
@@ -98,7 +98,7 @@ def write_base(folder: Path) -> None:
         intermediate_size=384,
         max_position_embeddings=SHORT,
         use_sliding_window=True,
-        sliding_window=2,
+        sliding_window=4,
         layer_types=["sliding_attention", "full_attention"],
         tie_word_embeddings=True,
         initializer_range=0.06,
