@@ -3,8 +3,8 @@
 python scripts/extend_demo.py FOLDER
 
 1. A model of two layers learns at 512 tokens to find a number in a text, and fails at 4,096.
-2. +experiment=extend trains it at 4,096 tokens, cut over a ring of 4 ranks, and it finds the number at every depth.
-3. The same without the ring: each rank attends to its own tokens alone, and finds what it holds itself.
+2. +experiment=extend trains it at 4,096 tokens, which are cut over a ring of 4 ranks.
+3. The same without the ring: each rank attends to its own tokens alone.
 
 Nothing is downloaded.
 """
@@ -28,7 +28,7 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 SHORT, LONG, NUM_RANKS = 512, 4096, 4
 TASK, NUM_SAMPLES, NUM_DEPTHS = "niah_single", 20, 5
 # name: rows, shortest, longest
-ROWS = {"bare": (8000, 72, 96), "short": (9000, 200, SHORT), "long": (1000, SHORT, LONG)}
+ROWS = {"bare": (8000, 72, 96), "short": (9000, 200, SHORT), "long": (2000, LONG // 2, LONG)}
 NUM_COPIES, COPY_LENGTHS, CHARACTERS = 40_000, (4, 16), "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 TRAIN = (
     "data=chat data.validation_sequences=4 engine.dtype=fp32 engine.zero_stage=1 engine.recompute=none "
@@ -39,7 +39,7 @@ LEARN = (
     "launch.num_ranks=2 parallelism.data_degree=2 engine.micro_batch_size=2"
 )
 EXTEND = (
-    f"+experiment=extend {TRAIN} data.sequence_length={LONG} num_steps=150 optimizer.lr=1.5e-3 "
+    f"+experiment=extend {TRAIN} data.sequence_length={LONG} num_steps=300 optimizer.lr=1.5e-3 "
     f"model.rope='{{rope_type:yarn,factor:{LONG // SHORT}}}' launch.num_ranks={NUM_RANKS}"
 )
 EVALUATE = (
