@@ -24,7 +24,7 @@ from omegaconf import DictConfig, open_dict
 
 from conf.compose import as_hydra_types_it, check_multirun, compose_entries, describe_error, to_config
 from conf.degrees import accumulation_steps, resolve_degrees
-from conf.schema import Config, ConfigError
+from conf.schema import LOSS_TASK, Config, ConfigError
 from data.corpus import Corpus, open_corpus
 from data.source import is_local
 from recipes.checkpoint.manifest import newest_readable
@@ -96,6 +96,11 @@ def execute(config: Config, overrides: list[str], run_dir: Path) -> float | None
     newest = newest_readable(run_dir) if config.recipe == "pretrain" else None
     is_finished = newest is not None and newest[1].step >= config.num_steps  # then its data may be gone
     reads_data = config.recipe != "bench_attention" and not is_finished
+    if config.recipe == "evaluate":
+        from recipes.evaluation.refusals import check
+
+        check(config, run_dir)
+        reads_data = LOSS_TASK in config.evaluate.tasks
     # what was not tokenized yet is tokenized now, before ranks start
     corpus = _open_data(config) if config.data.preview or (reads_data and not config.explain) else None
     if corpus and config.data.preview:
@@ -137,7 +142,12 @@ def _open_data(config: Config) -> Corpus | StreamCorpus:
 
 
 def _with_shape(config: Config) -> Config:
-    """The configuration with the shape of the Hugging Face model at model.path, if there is one."""
+    """The configuration with the shape of the model that is evaluated, or of the Hugging Face model at model.path."""
+    if config.recipe == "evaluate":
+        from recipes.evaluation.cells import resolve as resolve_lengths
+        from recipes.inference.source import resolve_source
+
+        config = resolve_lengths(resolve_source(config))
     if config.model.path is None:
         return config
     from recipes.model.pretrained import resolve  # imports transformers

@@ -19,7 +19,11 @@ METHODS = ("ring", "ulysses", "hybrid", "all_gather", "local", "auto")
 TRANSPORTS = ("auto", "p2p", "copy_engine")
 # GPUs that explain_gpu may name; recipes/planning/throughput.py has their numbers
 GPUS = ("h200", "h200_nvl", "h100", "h100_nvl", "h100_pcie", "a100_80gb", "a100_40gb", "l40s", "b200")
-RECIPES = ("pretrain", "forward", "compare", "bench_attention", "max_length")
+RECIPES = ("pretrain", "forward", "evaluate", "compare", "bench_attention", "max_length")
+RETRIEVAL_TASKS = (
+    *("niah_single", "niah_multikey", "niah_multivalue", "niah_multiquery"),
+    *("variable_tracing", "aggregation"),
+)
 WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")  # of WANDB_MODE, by wandb.Settings
 # What a sweep can optimize: a name of RUN_DIR/summary.json, its direction, and the recipes that measure it.
 OBJECTIVES = {
@@ -98,6 +102,8 @@ class ModelConfig(_Checked, prefix="model."):
     window: Optional[int] = None  # tokens that a query sees in windowed layers
     num_window_layers: int = 0
     softcap: Optional[float] = None  # of attention scores
+    max_positions: Optional[int] = None  # tokens that its rotary embeddings are made for, stretched; None: no limit
+    stretched_by: float = 1.0  # the factor in max_positions
 
     def problems(self) -> Iterator[str]:
         defaults = {spec.name: spec.default for spec in dataclasses.fields(self)}
@@ -439,6 +445,39 @@ class MaxLengthConfig(_Checked, prefix="max_length."):
     confirm_s: float = number(600.0, minimum=0)  # train two steps at the length found unless they take longer; 0: never
 
 
+LOSS_TASK = "loss"
+
+
+@dataclass
+class EvaluateConfig(_Checked, prefix="evaluate."):
+    """recipe=evaluate: the loss by position, and retrieval from long contexts by length and depth."""
+
+    model: Optional[str] = None  # a run dir, one of its checkpoints, or a Hugging Face model; unset: model.path
+    tasks: list[str] = field(default_factory=lambda: [LOSS_TASK, *RETRIEVAL_TASKS])  # loss: by position, of data
+    lengths: list[int] = field(default_factory=list)  # tokens; the longest sets data.sequence_length; empty: that alone
+    depths: int = number(5, minimum=1)  # places of the needle, from the start of the text to its end; 1: the middle
+    samples: int = number(20, minimum=1)  # of each task, length and depth
+    seed: int = 0  # of the samples
+    context: Optional[int] = number(None, minimum=1)  # loss: also with documents cut after so many tokens
+
+    def problems(self) -> Iterator[str]:
+        legal = (LOSS_TASK, *RETRIEVAL_TASKS)
+        if not self.tasks:
+            yield f"evaluate.tasks=[] evaluates nothing: use some of {', '.join(legal)}"
+        for name in self.tasks:
+            if name not in legal:
+                yield f"evaluate.tasks={self.tasks} has {name}, which is not known: use some of {', '.join(legal)}"
+        for length in self.lengths:
+            if length < 1:
+                yield f"evaluate.lengths={self.lengths} has {length}: lengths are tokens, at least 1"
+        for name in ("tasks", "lengths"):
+            values = getattr(self, name)
+            if twice := [value for value in dict.fromkeys(values) if values.count(value) > 1]:
+                yield f"evaluate.{name}={values} has {twice[0]} twice: list each once"
+        if self.context is not None and LOSS_TASK not in self.tasks:
+            yield f"evaluate.context={self.context} has no effect without the task {LOSS_TASK}: add it to evaluate.tasks"
+
+
 @dataclass
 class SweepConfig(_Checked, prefix="sweep."):
     """python train.py -m +sweep=NAME: a search over many runs, called trials."""
@@ -465,6 +504,7 @@ class Config(_Checked):
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
     max_length: MaxLengthConfig = field(default_factory=MaxLengthConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     recipe: str = choice(*RECIPES)  # forward: forward passes only
     explain: bool = False  # print the resolved plan and stop
@@ -499,6 +539,10 @@ class Config(_Checked):
                 f"model.vocab_size={self.model.vocab_size} must be at least 257, 256 bytes and a separator, unless "
                 "data.tokenizer names a smaller tokenizer"
             )
+        if self.recipe != "evaluate" and self.evaluate.model is not None:
+            yield f"evaluate.model={self.evaluate.model} has no effect without recipe=evaluate: add it"
+        if self.recipe == "evaluate" and self.parallelism.method == "tensor_pipeline":
+            yield "recipe=evaluate does not run on tensor and pipeline ranks: leave out parallelism=tensor_pipeline"
         if self.recipe == "compare" and not self.compare.entries:
             yield "recipe=compare has nothing to compare: type recipe=compare +experiment=paper_table"
         if self.explain_gpu and not self.explain:

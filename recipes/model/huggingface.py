@@ -88,10 +88,11 @@ class HuggingFaceModel(nn.Module):
         positions_BS: Tensor,
         labels_BS: Tensor | None = None,
         documents: Documents | None = None,
+        by_token: bool = False,
     ) -> Tensor:
         """The sum of the cross-entropies of labels in nats, a scalar in fp32; without labels the logits [B, S, V].
 
-        The arguments are those of `TokenBatch`.
+        The arguments are those of `TokenBatch`; with `by_token` it gives `Head.token_scores`.
         """
         (causal,), (attention, max_position) = self._causal, self._plan_arguments
         mask = CAUSAL
@@ -101,7 +102,7 @@ class HuggingFaceModel(nn.Module):
         plan = hf.BatchPlan(attention, mask, None, max_position)
         positions_BS = positions_BS.clamp(max=max_position)  # padding must not look like a longer document
         outputs = causal.base_model(input_ids=tokens_BS, position_ids=positions_BS, use_cache=False, ring_plan=plan)
-        return causal.get_output_embeddings()(outputs.last_hidden_state, labels_BS)
+        return causal.get_output_embeddings()(outputs.last_hidden_state, labels_BS, by_token)
 
 
 def load_model(config: Config, device: torch.device, deepspeed_config: dict[str, Any]) -> Any:

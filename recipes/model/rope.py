@@ -46,6 +46,19 @@ def change_rope(config: Any, rope: Any) -> None:
         raise ValueError(f"model.rope={rope}: {'; '.join(faults)}: correct it, {EXAMPLE}")
 
 
+def reach(config: Any) -> tuple[int | None, float]:
+    """How many tokens the rotary embeddings are made for, None without a limit, and the factor that stretched them."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
+    if any(kind.get("rope_type") == "dynamic" for kind in kinds):
+        return None, 1.0
+    length = config.max_position_embeddings
+    originals = [kind[ORIGINAL_LENGTH] for kind in kinds if kind.get(ORIGINAL_LENGTH)]
+    stretched = [kind[ORIGINAL_LENGTH] * kind["factor"] for kind in kinds if kind.get(ORIGINAL_LENGTH) and "factor" in kind]
+    reached = int(max([length, *stretched]))  # some folders stretch without a longer max_position_embeddings
+    return reached, reached / min([reached, *originals])
+
+
 def _merged(before: dict[str, Any], new: dict[str, Any], length: int) -> dict[str, Any]:
     """What a kind of rotary embedding had before stays, except what belongs to another rope_type."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS

@@ -131,14 +131,15 @@ class Transformer(nn.Module):
         positions_BS: Tensor,
         labels_BS: Tensor | None = None,
         documents: Documents | None = None,
+        by_token: bool = False,
     ) -> Tensor:
         """The sum of the cross-entropies of labels in nats, a scalar in fp32; without labels the logits [B, S, V].
 
-        The arguments are those of `TokenBatch`.
+        The arguments are those of `TokenBatch`; with `by_token` it gives `Head.token_scores`.
         """
         mask = CAUSAL if documents is None else CAUSAL.packed(documents)
         cos, sin = rotary_cos_sin(positions_BS, self.config.head_dim, self.config.rope_theta)
         x_BSE = self.embedding(tokens_BS)
         for index, layer in enumerate(self.layers):
             x_BSE = self._recompute(index, layer, x_BSE, cos, sin, mask)
-        return self.head(self.final_norm(x_BSE), labels_BS)
+        return self.head(self.final_norm(x_BSE), labels_BS, by_token)

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from conf.schema import LOSS_TASK, Config
 from data.source import describe
 from recipes.planning import memory
 from recipes.planning.memory_timeline import StepMemory
@@ -40,10 +41,14 @@ def banner(plan: Plan, run_dir: Path) -> list[str]:
         ("engine", f"{sharding}, {engine.dtype}"),
         *([("optimizer", _optimizer(plan))] if plan.trains else []),
         *([] if plan.config.recipe == "bench_attention" else _memory_savers(plan)),
-        *(("!!!", warning) for warning in (plan.slow_step_warning, plan.memory_warning) if warning),
+        *(("!!!", warning) for warning in _warnings(plan) if warning),
         ("run dir", str(run_dir)),
     ]
     return [f"{name:>17}  {value}" for name, value in rows]
+
+
+def _warnings(plan: Plan) -> tuple[str | None, ...]:
+    return plan.slow_step_warning, plan.memory_warning, plan.position_warning
 
 
 def _optimizer(plan: Plan) -> str:
@@ -147,8 +152,20 @@ def timeline_lines(step: StepMemory) -> list[str]:
 
 def _data(plan: Plan) -> str:
     config = plan.config
+    if config.recipe == "evaluate":
+        return _evaluated(config)
     num_steps = 1 if config.data.overfit_one_batch else config.num_steps
     return describe(config.data, num_steps * plan.tokens_per_step)
+
+
+def _evaluated(config: Config) -> str:
+    asked = config.evaluate
+    lengths = ", ".join(format(length, ",") for length in asked.lengths)
+    retrieval = [task for task in asked.tasks if task != LOSS_TASK]
+    parts = [] if len(retrieval) == len(asked.tasks) else [f"loss by position, data={config.data.source}"]
+    if retrieval:
+        parts.append(f"{', '.join(retrieval)} x {asked.depths} depths x {asked.samples} samples")
+    return f"{'; '.join(parts)}; at {lengths} tokens"
 
 
 def _ranks(plan: Plan) -> str:

@@ -163,7 +163,7 @@ def state_bytes(config: Config, degrees: Degrees) -> StateBytes:
         optimizer_size = 0
         if engine.zero_stage == 3 or engine.dtype == "fp32":  # else DeepSpeed 0.19.8 sums gradients on the device
             gradient_size = 0
-    if config.recipe == "forward":
+    if config.recipe in ("forward", "evaluate"):
         gradient_size = optimizer_size = 0
     trained = parameters if model.num_trained is None else model.num_trained
     numbers, sizes = (parameters, trained, trained), (weight_size, gradient_size, optimizer_size)

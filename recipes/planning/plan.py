@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -233,6 +234,20 @@ class Plan:
             f"a step is {self.tokens_per_step * self.flops / 1e12:,.0f} TFLOP, about "
             f"{self.estimated_step_s / 3600:,.1f} hours on two CPU cores: use GPUs, or reduce model, "
             "data.sequence_length or engine.train_batch_size"
+        )
+
+    @property
+    def position_warning(self) -> str | None:
+        """Of an evaluation at lengths for which the model's rotary embeddings are not made."""
+        model, length = self.config.model, self.config.data.sequence_length
+        if self.config.recipe != "evaluate" or model.max_positions is None or length <= model.max_positions:
+            return None
+        original = round(model.max_positions / model.stretched_by)
+        stretch = "" if original == model.max_positions else f" = {original:,} x {model.stretched_by:g}"
+        return (
+            f"{length:,} tokens are more than the {model.max_positions:,}{stretch} that the model's rotary embeddings "
+            f"are made for: {length:,} / {original:,} needs model.rope='{{rope_type:yarn,factor:"
+            f"{math.ceil(length / original)}}}', and training with it"
         )
 
     @property

@@ -1,0 +1,36 @@
+"""What the launcher's parent refuses before ranks start: another evaluation's results, tasks that cannot be made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from conf.schema import LOSS_TASK, Config, ConfigError, DataConfig
+from data.tokenizer import open_tokenizer, tokenizer_problem
+from recipes.evaluation.cells import planned_cells
+from recipes.evaluation.results import read_evaluation
+from recipes.evaluation.tasks import make_samples, read_hay
+
+TEXT_SOURCES = ("stdlib", "text_files")
+
+
+def check(config: Config, run_dir: Path) -> None:
+    """Look at the run dir, and make a sample of each task at the shortest length.
+
+    Raises:
+        ConfigError: if the results there are another evaluation's, or the tokenizer or the length cannot make a task.
+    """
+    read_evaluation(config, run_dir)
+    tasks = [task for task in config.evaluate.tasks if task != LOSS_TASK]
+    if not tasks:
+        return
+    tokenizer, hay = open_tokenizer(config.data), read_hay(hay_source(config.data))
+    if problem := tokenizer_problem(tokenizer, config.model.vocab_size):
+        raise ConfigError(problem)
+    depth_of = {cell.task: cell.depth for cell in planned_cells(config)}
+    for task in tasks:
+        make_samples(task, tokenizer, hay, min(config.evaluate.lengths), depth_of[task], 1, config.evaluate.seed)
+
+
+def hay_source(data: DataConfig) -> DataConfig:
+    """Whose texts hide the needles: those of the data, or the standard library's where data has no plain texts."""
+    return data if data.source in TEXT_SOURCES else DataConfig()
