@@ -19,7 +19,8 @@ METHODS = ("ring", "ulysses", "hybrid", "all_gather", "local", "auto")
 TRANSPORTS = ("auto", "p2p", "copy_engine")
 # GPUs that explain_gpu may name; recipes/planning/throughput.py has their numbers
 GPUS = ("h200", "h200_nvl", "h100", "h100_nvl", "h100_pcie", "a100_80gb", "a100_40gb", "l40s", "b200")
-RECIPES = ("pretrain", "forward", "compare", "bench_attention", "max_length")
+RECIPES = ("pretrain", "forward", "compare", "bench_attention", "max_length", "generate")
+INFERENCE = ("generate",)  # recipes of a trained model, which the group of the same name says
 WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")  # of WANDB_MODE, by wandb.Settings
 # What a sweep can optimize: a name of RUN_DIR/summary.json, its direction, and the recipes that measure it.
 OBJECTIVES = {
@@ -440,6 +441,28 @@ class MaxLengthConfig(_Checked, prefix="max_length."):
 
 
 @dataclass
+class GenerateConfig(_Checked, prefix="generate."):
+    """recipe=generate: text by a trained model, one prompt after the other, each on all ranks."""
+
+    model: Optional[str] = None  # a run dir, a folder in its checkpoints/, or a Hugging Face model; unset: model.path
+    prompt: Optional[str] = None  # one text
+    prompt_file: Optional[str] = None  # .jsonl: rows {"prompt": text}; any other file: a text on each line
+    max_new_tokens: int = number(128, minimum=1)  # fewer if the model ends its text
+    temperature: float = number(0.0, minimum=0)  # 0: always the most likely token (greedy)
+    top_k: Optional[int] = number(None, minimum=1)  # sample from so many most likely tokens; unset: from all
+    top_p: float = number(1.0, minimum=0)  # sample from the most likely tokens that have this probability together
+    seed: int = 0  # of sampling
+    output: Optional[str] = None  # a .jsonl file, a row for each prompt once it is done; unset: RUN_DIR/generated.jsonl
+
+    def problems(self) -> Iterator[str]:
+        if not 0 < self.top_p <= 1:
+            yield f"generate.top_p={self.top_p} must be above 0 and at most 1: use generate.top_p=0.95, or leave it out"
+        for name, value, default in (("top_k", self.top_k, None), ("top_p", self.top_p, 1.0)):
+            if value != default and not self.temperature:
+                yield f"generate.{name}={value} has no effect on greedy decoding: add generate.temperature=1"
+
+
+@dataclass
 class SweepConfig(_Checked, prefix="sweep."):
     """python train.py -m +sweep=NAME: a search over many runs, called trials."""
 
@@ -465,6 +488,7 @@ class Config(_Checked):
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
     max_length: MaxLengthConfig = field(default_factory=MaxLengthConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     recipe: str = choice(*RECIPES)  # forward: forward passes only
     explain: bool = False  # print the resolved plan and stop
@@ -499,6 +523,8 @@ class Config(_Checked):
                 f"model.vocab_size={self.model.vocab_size} must be at least 257, 256 bytes and a separator, unless "
                 "data.tokenizer names a smaller tokenizer"
             )
+        if self.recipe in INFERENCE and self.parallelism.method == "tensor_pipeline":
+            yield f"recipe={self.recipe} cannot go with parallelism=tensor_pipeline: use +experiment=ra_sp"
         if self.recipe == "compare" and not self.compare.entries:
             yield "recipe=compare has nothing to compare: type recipe=compare +experiment=paper_table"
         if self.explain_gpu and not self.explain:
