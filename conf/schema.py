@@ -19,7 +19,10 @@ METHODS = ("ring", "ulysses", "hybrid", "all_gather", "local", "auto")
 TRANSPORTS = ("auto", "p2p", "copy_engine")
 # GPUs that explain_gpu may name; recipes/planning/throughput.py has their numbers
 GPUS = ("h200", "h200_nvl", "h100", "h100_nvl", "h100_pcie", "a100_80gb", "a100_40gb", "l40s", "b200")
-RECIPES = ("pretrain", "forward", "evaluate", "compare", "bench_attention", "max_length")
+RECIPES = ("pretrain", "forward", "compare", "bench_attention", "max_length", "evaluate", "generate")
+INFERENCE = ("evaluate", "generate")  # recipes of a trained model, which the group of the same name says
+LOSS_TASK = "loss"
+# of recipe=evaluate; recipes/evaluation/puzzles.py makes them
 RETRIEVAL_TASKS = (
     *("niah_single", "niah_multikey", "niah_multivalue", "niah_multiquery"),
     *("variable_tracing", "aggregation"),
@@ -445,9 +448,6 @@ class MaxLengthConfig(_Checked, prefix="max_length."):
     confirm_s: float = number(600.0, minimum=0)  # train two steps at the length found unless they take longer; 0: never
 
 
-LOSS_TASK = "loss"
-
-
 @dataclass
 class EvaluateConfig(_Checked, prefix="evaluate."):
     """recipe=evaluate: the loss by position, and retrieval from long contexts by length and depth."""
@@ -479,6 +479,28 @@ class EvaluateConfig(_Checked, prefix="evaluate."):
 
 
 @dataclass
+class GenerateConfig(_Checked, prefix="generate."):
+    """recipe=generate: text by a trained model, one prompt after the other, each on all ranks."""
+
+    model: Optional[str] = None  # a run dir, a folder in its checkpoints/, or a Hugging Face model; unset: model.path
+    prompt: Optional[str] = None  # one text
+    prompt_file: Optional[str] = None  # .jsonl: rows {"prompt": text}; any other file: a text on each line
+    max_new_tokens: int = number(128, minimum=1)  # fewer if the model ends its text
+    temperature: float = number(0.0, minimum=0)  # 0: always the most likely token (greedy)
+    top_k: Optional[int] = number(None, minimum=1)  # sample from so many most likely tokens; unset: from all
+    top_p: float = number(1.0, minimum=0)  # sample from the most likely tokens that have this probability together
+    seed: int = 0  # of sampling
+    output: Optional[str] = None  # a .jsonl file, a row for each prompt once it is done; unset: RUN_DIR/generated.jsonl
+
+    def problems(self) -> Iterator[str]:
+        if not 0 < self.top_p <= 1:
+            yield f"generate.top_p={self.top_p} must be above 0 and at most 1: use generate.top_p=0.95, or leave it out"
+        for name, value, default in (("top_k", self.top_k, None), ("top_p", self.top_p, 1.0)):
+            if value != default and not self.temperature:
+                yield f"generate.{name}={value} has no effect on greedy decoding: add generate.temperature=1"
+
+
+@dataclass
 class SweepConfig(_Checked, prefix="sweep."):
     """python train.py -m +sweep=NAME: a search over many runs, called trials."""
 
@@ -505,6 +527,7 @@ class Config(_Checked):
     compare: CompareConfig = field(default_factory=CompareConfig)
     max_length: MaxLengthConfig = field(default_factory=MaxLengthConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     recipe: str = choice(*RECIPES)  # forward: forward passes only
     explain: bool = False  # print the resolved plan and stop
@@ -541,8 +564,8 @@ class Config(_Checked):
             )
         if self.recipe != "evaluate" and self.evaluate.model is not None:
             yield f"evaluate.model={self.evaluate.model} has no effect without recipe=evaluate: add it"
-        if self.recipe == "evaluate" and self.parallelism.method == "tensor_pipeline":
-            yield "recipe=evaluate does not run on tensor and pipeline ranks: leave out parallelism=tensor_pipeline"
+        if self.recipe in INFERENCE and self.parallelism.method == "tensor_pipeline":
+            yield f"recipe={self.recipe} cannot go with parallelism=tensor_pipeline: use +experiment=ra_sp"
         if self.recipe == "compare" and not self.compare.entries:
             yield "recipe=compare has nothing to compare: type recipe=compare +experiment=paper_table"
         if self.explain_gpu and not self.explain:

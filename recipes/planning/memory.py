@@ -9,7 +9,7 @@ import copy
 import math
 from typing import Any, NamedTuple
 
-from conf.schema import Config, Degrees, ModelConfig
+from conf.schema import INFERENCE, Config, Degrees, ModelConfig
 
 LOGITS_BYTES = 2**30  # fp32 logits that exist at once, unless engine.tile_tokens is set
 MLP_BYTES = 2**31  # hidden activations of an MLP and their gradients that exist at once, unless it is set
@@ -163,7 +163,7 @@ def state_bytes(config: Config, degrees: Degrees) -> StateBytes:
         optimizer_size = 0
         if engine.zero_stage == 3 or engine.dtype == "fp32":  # else DeepSpeed 0.19.8 sums gradients on the device
             gradient_size = 0
-    if config.recipe in ("forward", "evaluate"):
+    if config.recipe in ("forward", *INFERENCE):
         gradient_size = optimizer_size = 0
     trained = parameters if model.num_trained is None else model.num_trained
     numbers, sizes = (parameters, trained, trained), (weight_size, gradient_size, optimizer_size)

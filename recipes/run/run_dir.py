@@ -22,7 +22,7 @@ FILES = (METRICS_FILE, SUMMARY_FILE, CONFIG_FILE, COMPARISON_FILE, RESULTS_FILE,
 
 # prefixes of settings that do not change what a run computes, nor how
 BOOKKEEPING = (
-    *("checkpoint.", "compare.", "logging.", "max_length.", "sweep."),
+    *("checkpoint.", "compare.", "generate.", "logging.", "max_length.", "sweep."),
     *("breakdown", "explain", "memory_snapshot", "profile"),
 )
 
