@@ -475,7 +475,7 @@ class EvaluateConfig(_Checked, prefix="evaluate."):
             if twice := [value for value in dict.fromkeys(values) if values.count(value) > 1]:
                 yield f"evaluate.{name}={values} has {twice[0]} twice: list each once"
         if self.context is not None and LOSS_TASK not in self.tasks:
-            yield f"evaluate.context={self.context} has no effect without the task {LOSS_TASK}: add it to evaluate.tasks"
+            yield f"evaluate.context={self.context} is for the task {LOSS_TASK} alone: add that to evaluate.tasks"
 
 
 @dataclass

@@ -23,27 +23,34 @@ from recipes.evaluation.report import retrieval, summary, tables
 from recipes.evaluation.results import Evaluation, settings_of
 from recipes.evaluation.scoring import exact_answers, loss_by_position
 from recipes.evaluation.tasks import make_samples, read_hay
+from recipes.inference.source import load_weights
 from recipes.monitor.reporter import Reporter
 from recipes.planning.explain import banner
 from recipes.planning.plan import Plan
-from recipes.inference.source import load_weights
+from recipes.run.errors import RunFailed
 from recipes.run.run_dir import Row
 from ring_attention.trace import report_status
+
+_NOT_FINITE = "the weights are damaged, or engine.dtype={dtype} is too narrow for them: try engine.dtype=fp32"
 
 
 def evaluate(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Evaluation | None = None) -> float:
     """Measure all cells that `resumed` lacks. Returns the mean accuracy or, without retrieval, the mean loss in nats.
 
     Every rank must call it with the same `resumed`; `reporter` is rank 0's, and None on all others.
+
+    Raises:
+        RunFailed: on every rank, if a loss is not finite.
     """
     config = plan.config
     if reporter:
         reporter.say(*banner(plan, run_dir), "", "loading the model ...")
     report_status("part", "building the model and the engine")
     engine = build_engine(plan)
-    assert isinstance(engine, TrainingEngine) and config.evaluate.model
+    assert isinstance(engine, TrainingEngine)
+    assert config.evaluate.model  # by `resolve_source`
     load_weights(engine.model, config.evaluate.model)
-    if reporter:
+    if reporter and engine.notes:
         reporter.say(*engine.notes)
     found = resumed or Evaluation(settings_of(config))
     cells = [cell for cell in planned_cells(config) if not found.has(cell)]
@@ -55,6 +62,10 @@ def evaluate(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Eval
     for number, (cell, flops) in enumerate(zip(cells, work, strict=True), 1):
         report_status("part", f"evaluating {cell}")
         row = measure(cell)
+        if not math.isfinite(row.get("answer_loss", row.get("loss"))):
+            raise RunFailed(
+                f"{cell}: the loss is not finite: {_NOT_FINITE.format(dtype=config.engine.dtype)}", of_all_ranks=True
+            )
         found.add(cell, row)
         work_done += flops
         elapsed_s = time.perf_counter() - started

@@ -49,7 +49,7 @@ def grid_of(cells: list[Row]) -> tuple[list[int], list[float | None], list[list[
 def _draw_task(axes: Any, cells: list[Row]) -> Any:
     lengths, depths, accuracies = grid_of(cells)
     numbers = [[float("nan") if value is None else value for value in row] for row in accuracies]
-    image = axes.imshow(numbers, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    image = axes.imshow(numbers, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45, ha="right")
     axes.set_yticks(range(len(depths)), ["any" if depth is None else f"{depth:.2f}" for depth in depths])
     axes.set(xlabel="tokens", ylabel="depth")
@@ -57,5 +57,7 @@ def _draw_task(axes: Any, cells: list[Row]) -> Any:
         for y, row in enumerate(accuracies):
             for x, value in enumerate(row):
                 if value is not None:
-                    axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color="black")
+                    axes.text(
+                        x, y, f"{100 * value:.0f}", ha="center", va="center", color="white" if value < 0.7 else "black"
+                    )
     return image

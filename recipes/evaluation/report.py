@@ -22,7 +22,11 @@ def tables(cells: list[Row]) -> list[str]:
         lines += ["", "accuracy in %, mean over depths", *text_table(_crossed(asked, "task", str))]
     if with_depth:
         depth_of = "{:.2f}".format
-        lines += ["", "accuracy in %, mean over tasks with a depth", *text_table(_crossed(with_depth, "depth", depth_of))]
+        lines += [
+            "",
+            "accuracy in %, mean over tasks with a depth",
+            *text_table(_crossed(with_depth, "depth", depth_of)),
+        ]
     for row in cells:
         if row["task"] == LOSS_TASK:
             title = f"loss by position, data={row['source']}, sequences of {row['length']:,} tokens"
@@ -54,7 +58,9 @@ def _crossed(cells: list[Row], name: str, text_of: Callable[[Any], str]) -> Tabl
     """A row for each value of a name, a column for each length."""
     means = accuracy_by(cells, name, "length")
     lengths = sorted({row["length"] for row in cells})
-    values = sorted({row[name] for row in cells}) if name == "depth" else list(dict.fromkeys(row[name] for row in cells))
+    values = (
+        sorted({row[name] for row in cells}) if name == "depth" else list(dict.fromkeys(row[name] for row in cells))
+    )
     table = [[name, *(format(length, ",") for length in lengths)]]
     for value in values:
         known = (means.get((value, length)) for length in lengths)

@@ -37,12 +37,14 @@ class Evaluation:
 
     def write(self, run_dir: Path) -> None:
         """Atomically: a killed evaluation leaves the file before or after a cell."""
-        replace_file(run_dir / EVALUATION_FILE, json.dumps(asdict(self), indent=1, allow_nan=True) + "\n")
+        replace_file(run_dir / EVALUATION_FILE, json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
 
 
 def settings_of(config: Config) -> dict[str, Any]:
     """What all cells of one file must share, by dotted name. JSON gives back equal values."""
-    of_data = {name: value for name, value in flatten({"data": asdict(config.data)}).items() if name not in _NOT_COMPARED}
+    of_data = {
+        name: value for name, value in flatten({"data": asdict(config.data)}).items() if name not in _NOT_COMPARED
+    }
     asked = config.evaluate
     given = {
         "evaluate.model": _absolute(asked.model),
@@ -67,7 +69,9 @@ def read_evaluation(config: Config, run_dir: Path) -> Evaluation | None:
     try:
         evaluation = Evaluation(**json.loads(path.read_text(encoding="utf-8")))
     except (json.JSONDecodeError, TypeError) as error:
-        raise ConfigError(f"{path} is not what an evaluation writes ({error}): move it away, or use another hydra.run.dir") from error
+        raise ConfigError(
+            f"{path} is not what an evaluation writes ({error}): move it away, or use another hydra.run.dir"
+        ) from error
     before, now = evaluation.settings, settings_of(config)
     for name in sorted({*before, *now}):
         if before.get(name) != now.get(name):

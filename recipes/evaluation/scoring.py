@@ -102,7 +102,7 @@ def loss_by_position(
 def exact_answers(engine: TrainingEngine, sharder: Sharder, samples: Sequence[Sample], length: int) -> Answers:
     """Whether each answer's tokens are the likeliest ones after the prompt and the answer before them.
 
-    Samples lie beside each other in a sequence, as documents, where several of `length` tokens fit the sharder's layout.
+    Samples lie beside each other in a sequence, as documents, where several of `length` tokens fit the layout.
     """
     num_packed = max(1, min(sharder.layout.length // length, math.ceil(len(samples) / sharder.data_degree)))
     packs = pack_samples(samples, num_packed, num_packed * length)
@@ -122,7 +122,9 @@ def pack_samples(samples: Sequence[Sample], num_packed: int, length: int) -> lis
     documents = [(*sample.prompt, *sample.answer) for sample in samples]
     trained = np.concatenate([np.arange(len(s.prompt) + len(s.answer)) >= len(s.prompt) for s in samples])
     ends = np.cumsum([len(document) for document in documents])
-    store = TokenStore("samples", np.concatenate([np.array(document, np.int64) for document in documents]), ends, trained)
+    store = TokenStore(
+        "samples", np.concatenate([np.array(document, np.int64) for document in documents]), ends, trained
+    )
     pieces = [Piece(0, start, stop, False) for start, stop in zip([0, *ends.tolist()], ends.tolist(), strict=False)]
     return [
         Pack(tuple(pieces[first : first + num_packed]), length, START, START, (store,))
@@ -146,7 +148,7 @@ def _bucket_sums(
 
 
 def _scored(engine: TrainingEngine, sharder: Sharder, packs: Sequence[Pack]) -> Iterator[Scored]:
-    """This rank's labelled tokens of its packs. Every rank must take all: a rank without a pack has no labelled token."""
+    """This rank's labelled tokens of its packs. Every rank must take all; a rank without a pack takes an empty one."""
     firsts = range(0, len(packs), sharder.data_degree)
     for first, batch in zip(firsts, sharder.validation(packs), strict=True):
         index = first + sharder.data_rank if first + sharder.data_rank < len(packs) else first

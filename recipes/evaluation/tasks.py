@@ -8,7 +8,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -94,9 +94,7 @@ def _sample(
     return Sample(task, length, at if has_depth else None, (*start, *prompt), answer, puzzle.answers)
 
 
-def _fitted(
-    tokenizer: Tokenizer, puzzle: Puzzle, words: list[str], counts: list[int], room: int
-) -> tuple[int, ...]:
+def _fitted(tokenizer: Tokenizer, puzzle: Puzzle, words: list[str], counts: list[int], room: int) -> tuple[int, ...]:
     """The tokens of the longest text that fits. The sum of the words' tokens is close to the text's, not equal."""
     num_words = len(words)
     too_many = num_words + 1
@@ -167,7 +165,9 @@ def _question_and_answer(task: str, tokenizer: Tokenizer, puzzle: Puzzle) -> tup
     for text in dict.fromkeys(texts):
         decoded = tokenizer.decode(np.array(_tokens(tokenizer, text), np.int64))
         if text.split() != decoded.split():
-            raise ConfigError(f"{cannot}: {text!r} becomes {decoded!r}: use another one, which keeps letters and digits")
+            raise ConfigError(
+                f"{cannot}: {text!r} becomes {decoded!r}: use another one, which keeps letters and digits"
+            )
     return question, answer
 
 

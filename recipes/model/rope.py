@@ -54,7 +54,9 @@ def reach(config: Any) -> tuple[int | None, float]:
         return None, 1.0
     length = config.max_position_embeddings
     originals = [kind[ORIGINAL_LENGTH] for kind in kinds if kind.get(ORIGINAL_LENGTH)]
-    stretched = [kind[ORIGINAL_LENGTH] * kind["factor"] for kind in kinds if kind.get(ORIGINAL_LENGTH) and "factor" in kind]
+    stretched = [
+        kind[ORIGINAL_LENGTH] * kind["factor"] for kind in kinds if kind.get(ORIGINAL_LENGTH) and "factor" in kind
+    ]
     reached = int(max([length, *stretched]))  # some folders stretch without a longer max_position_embeddings
     return reached, reached / min([reached, *originals])
 

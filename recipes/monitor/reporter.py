@@ -170,7 +170,7 @@ class Reporter:
         replace_file(self._run_dir / SUMMARY_FILE, _as_json(self._summary, indent=1))
         self._wandb.summary.update(self._summary)
 
-    def log_results(self, name: str, columns: list[str], rows: list[list[Any]], figure: Path | None) -> None:
+    def log_results(self, name: str, columns: list[Any], rows: list[Any], figure: Path | None) -> None:
         """Add a table, and a figure of it, to wandb."""
         import wandb
 

@@ -18,7 +18,14 @@ LOGS_DIR, STALL_FILE = "logs", "stall.txt"
 PREEMPTED_FILE = "preempted"  # exists once a checkpoint is saved because of a signal; scripts/slurm.sbatch looks for it
 COMPARISON_FILE, RESULTS_FILE, SWEEP_FILE = "comparison.json", "results.jsonl", "sweep.json"
 EVALUATION_FILE = "evaluation.json"
-FILES = (METRICS_FILE, SUMMARY_FILE, CONFIG_FILE, COMPARISON_FILE, RESULTS_FILE, EVALUATION_FILE)  # a run dir has at least one of them
+FILES = (
+    METRICS_FILE,
+    SUMMARY_FILE,
+    CONFIG_FILE,
+    COMPARISON_FILE,
+    RESULTS_FILE,
+    EVALUATION_FILE,
+)  # a run dir has at least one of them
 
 # prefixes of settings that do not change what a run computes, nor how
 BOOKKEEPING = (
