@@ -31,8 +31,6 @@ from recipes.run.errors import RunFailed
 from recipes.run.run_dir import Row
 from ring_attention.trace import report_status
 
-_NOT_FINITE = "the weights are damaged, or engine.dtype={dtype} is too narrow for them: try engine.dtype=fp32"
-
 
 def evaluate(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Evaluation | None = None) -> float:
     """Measure all cells that `resumed` lacks. Returns the mean accuracy or, without retrieval, the mean loss in nats.
@@ -57,25 +55,19 @@ def evaluate(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Eval
     report_status("part", "reading data")
     measure = Measurement(plan, engine, cells)
 
-    earlier_s, work_done, started = found.elapsed_s, 0.0, time.perf_counter()
+    work_done, started = 0.0, time.perf_counter()
     work = [measure.work(cell) for cell in cells]
     for number, (cell, flops) in enumerate(zip(cells, work, strict=True), 1):
         report_status("part", f"evaluating {cell}")
         row = measure(cell)
-        if not math.isfinite(row.get("answer_loss", row.get("loss"))):
-            raise RunFailed(
-                f"{cell}: the loss is not finite: {_NOT_FINITE.format(dtype=config.engine.dtype)}", of_all_ranks=True
-            )
         found.add(cell, row)
         work_done += flops
-        elapsed_s = time.perf_counter() - started
-        found.elapsed_s = earlier_s + elapsed_s
         if reporter:
-            found.wandb_run_id = reporter.wandb_run_id
+            found.elapsed_s, found.wandb_run_id = reporter.elapsed_s, reporter.wandb_run_id
             reporter.log(found.step, _metrics(cell, row))
             found.write(run_dir)
             reporter.advance()
-            eta_s = elapsed_s * (sum(work) - work_done) / work_done
+            eta_s = (time.perf_counter() - started) * (sum(work) - work_done) / work_done
             reporter.say(f"{number}/{len(cells)} | {cell} | {_numbers(row)} | ETA {tqdm.format_interval(eta_s)}")
     if reporter:
         _conclude(reporter, found, plan, run_dir)
@@ -113,12 +105,23 @@ class Measurement:
         if cell.source is None:
             arguments = cell.task, self._tokenizer, self._hay, cell.length, cell.depth, asked.samples, asked.seed
             answers = exact_answers(self._engine, self._sharder, make_samples(*arguments), cell.length)
+            self._check_finite(cell, answers.answer_loss)
             return {"samples": asked.samples, **answers._asdict()}
         buckets = loss_by_position(self._engine, self._sharder, self._packs[cell.source], asked.context)
         tokens = sum(bucket.tokens for bucket in buckets)
         loss = math.fsum(bucket.loss * bucket.tokens for bucket in buckets) / tokens
+        self._check_finite(cell, loss)
         rows = [bucket._asdict() for bucket in buckets]
         return {"loss": loss, "tokens": tokens, "context": asked.context, "buckets": rows}
+
+    def _check_finite(self, cell: Cell, loss: float) -> None:
+        if not math.isfinite(loss):
+            dtype = self._config.engine.dtype
+            raise RunFailed(
+                f"{cell}: the loss is {loss}: the weights are damaged, or engine.dtype={dtype} is too narrow for them; "
+                "try engine.dtype=fp32",
+                of_all_ranks=True,
+            )
 
 
 def _metrics(cell: Cell, row: Row) -> dict[str, Any]:

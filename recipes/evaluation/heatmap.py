@@ -27,11 +27,11 @@ def draw(cells: list[Row], title: str, run_dir: Path) -> Path | None:
     grid = figure.subplots(num_rows, num_columns, squeeze=False).flat
     for axes in grid[len(tasks) :]:
         axes.set_axis_off()
-    image = None
-    for axes, task in zip(grid, tasks, strict=False):
-        image = _draw_task(axes, [row for row in asked if row["task"] == task])
-        axes.set_title(task)
-    figure.colorbar(image, ax=grid[: len(tasks)].tolist(), label="accuracy")
+    images = [
+        _draw_task(axes, task, [row for row in asked if row["task"] == task])
+        for axes, task in zip(grid, tasks, strict=False)
+    ]
+    figure.colorbar(images[0], ax=grid[: len(tasks)].tolist(), label="accuracy")
     figure.suptitle(title, wrap=True)
     path = run_dir / HEAT_MAP_FILE
     figure.savefig(path, dpi=120)
@@ -46,13 +46,13 @@ def grid_of(cells: list[Row]) -> tuple[list[int], list[float | None], list[list[
     return lengths, depths, [[found.get((depth, length)) for length in lengths] for depth in depths]
 
 
-def _draw_task(axes: Any, cells: list[Row]) -> Any:
+def _draw_task(axes: Any, task: str, cells: list[Row]) -> Any:
     lengths, depths, accuracies = grid_of(cells)
     numbers = [[float("nan") if value is None else value for value in row] for row in accuracies]
     image = axes.imshow(numbers, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45, ha="right")
     axes.set_yticks(range(len(depths)), ["any" if depth is None else f"{depth:.2f}" for depth in depths])
-    axes.set(xlabel="tokens", ylabel="depth")
+    axes.set(title=task, xlabel="tokens", ylabel="depth")
     if max(len(lengths), len(depths)) <= MAX_NUMBERS:
         for y, row in enumerate(accuracies):
             for x, value in enumerate(row):

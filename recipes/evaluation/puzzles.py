@@ -6,7 +6,7 @@ too. The order of the parts of an answer follows from the question, so that one 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from random import Random
 from typing import NamedTuple
 
@@ -19,219 +19,22 @@ ITEMS_SHARE = 0.25  # of a sequence: the items of aggregation, at most
 DIGITS = "0123456789"
 NUM_DIGITS = 6
 
-ADJECTIVES = [
-    "able",
-    "bold",
-    "brave",
-    "brief",
-    "bright",
-    "broad",
-    "calm",
-    "cheap",
-    "clean",
-    "clear",
-    "close",
-    "cold",
-    "cool",
-    "dark",
-    "deep",
-    "dry",
-    "early",
-    "eager",
-    "easy",
-    "exact",
-    "faint",
-    "fair",
-    "fast",
-    "fine",
-    "firm",
-    "flat",
-    "fresh",
-    "full",
-    "glad",
-    "good",
-    "grand",
-    "green",
-    "happy",
-    "hard",
-    "heavy",
-    "hollow",
-    "huge",
-    "ideal",
-    "kind",
-    "large",
-    "late",
-    "light",
-    "little",
-    "local",
-    "lone",
-    "long",
-    "loud",
-    "low",
-    "main",
-    "mild",
-    "narrow",
-    "neat",
-    "new",
-    "noble",
-    "old",
-    "open",
-    "pale",
-    "plain",
-    "proud",
-    "pure",
-    "quick",
-    "quiet",
-    "rapid",
-    "rare",
-    "ready",
-    "real",
-    "rich",
-    "round",
-    "safe",
-    "sharp",
-    "short",
-    "silent",
-    "simple",
-    "slow",
-    "small",
-    "smooth",
-    "soft",
-    "solid",
-    "steep",
-    "strong",
-    "sweet",
-    "tall",
-    "tame",
-    "thin",
-    "tidy",
-    "tiny",
-    "vast",
-    "warm",
-    "weak",
-    "wide",
-    "wild",
-    "wise",
-    "young",
-]
-NOUNS = [
-    "anchor",
-    "apple",
-    "arrow",
-    "basin",
-    "beach",
-    "bell",
-    "bird",
-    "boat",
-    "book",
-    "bottle",
-    "branch",
-    "bridge",
-    "brush",
-    "bucket",
-    "butter",
-    "button",
-    "cabin",
-    "camel",
-    "candle",
-    "canyon",
-    "carpet",
-    "castle",
-    "chair",
-    "cherry",
-    "circle",
-    "clock",
-    "cloud",
-    "coat",
-    "coin",
-    "copper",
-    "corner",
-    "cotton",
-    "crown",
-    "desert",
-    "door",
-    "dragon",
-    "drum",
-    "eagle",
-    "engine",
-    "falcon",
-    "feather",
-    "field",
-    "finger",
-    "flame",
-    "flower",
-    "forest",
-    "fountain",
-    "garden",
-    "gate",
-    "glove",
-    "grass",
-    "hammer",
-    "harbor",
-    "hill",
-    "honey",
-    "horse",
-    "island",
-    "jacket",
-    "kettle",
-    "kitten",
-    "ladder",
-    "lake",
-    "lamp",
-    "lantern",
-    "leaf",
-    "lemon",
-    "letter",
-    "lion",
-    "market",
-    "meadow",
-    "mirror",
-    "monkey",
-    "moon",
-    "mountain",
-    "needle",
-    "ocean",
-    "orange",
-    "owl",
-    "paper",
-    "pearl",
-    "pencil",
-    "pepper",
-    "piano",
-    "pillow",
-    "planet",
-    "pocket",
-    "potato",
-    "rabbit",
-    "ribbon",
-    "river",
-    "rocket",
-    "saddle",
-    "salmon",
-    "shell",
-    "silver",
-    "spider",
-    "spoon",
-    "spring",
-    "stone",
-    "table",
-    "temple",
-    "tiger",
-    "tower",
-    "train",
-    "tree",
-    "tunnel",
-    "turtle",
-    "valley",
-    "violin",
-    "wagon",
-    "wall",
-    "water",
-    "whale",
-    "window",
-    "winter",
-    "wolf",
-]
+ADJECTIVES = """
+able bold brave brief bright broad calm cheap clean clear close cold cool dark deep dry early eager easy exact
+faint fair fast fine firm flat fresh full glad good grand green happy hard heavy hollow huge ideal kind large
+late light little local lone long loud low main mild narrow neat new noble old open pale plain proud pure quick
+quiet rapid rare ready real rich round safe sharp short silent simple slow small smooth soft solid steep strong
+sweet tall tame thin tidy tiny vast warm weak wide wild wise young
+"""
+NOUNS = """
+anchor apple arrow basin beach bell bird boat book bottle branch bridge brush bucket butter button cabin camel
+candle canyon carpet castle chair cherry circle clock cloud coat coin copper corner cotton crown desert door
+dragon drum eagle engine falcon feather field finger flame flower forest fountain garden gate glove grass
+hammer harbor hill honey horse island jacket kettle kitten ladder lake lamp lantern leaf lemon letter lion
+market meadow mirror monkey moon mountain needle ocean orange owl paper pearl pencil pepper piano pillow planet
+pocket potato rabbit ribbon river rocket saddle salmon shell silver spider spoon spring stone table temple
+tiger tower train tree tunnel turtle valley violin wagon wall water whale window winter wolf
+"""
 
 
 class Needle(NamedTuple):
@@ -289,14 +92,13 @@ def variable_tracing(random: Random, depth: float, num_items: int) -> Puzzle:
 
 def aggregation(random: Random, depth: float, num_items: int) -> Puzzle:
     """The most frequent of words that are spread over the text; `num_items` of them, rounded down, at least a set."""
-    words = random.sample(NOUNS, NUM_FREQUENT + NUM_RARE)
+    words = random.sample(NOUNS.split(), NUM_FREQUENT + NUM_RARE)
     weights = [*range(NUM_FREQUENT + 1, 1, -1), *[1] * NUM_RARE]
     repeats = max(1, num_items // sum(weights))
     items = [word for word, weight in zip(words, weights, strict=True) for _ in range(weight * repeats)]
     random.shuffle(items)
-    needles = [
-        Needle(f"Item: {word}.", at) for word, at in zip(items, sorted(_depths(random, len(items))), strict=True)
-    ]
+    depths = sorted(_depths(random, len(items)))
+    needles = [Needle(f"Item: {word}.", at) for word, at in zip(items, depths, strict=True)]
     frequent = words[:NUM_FREQUENT]
     question = f"The {NUM_FREQUENT} most frequent items, the most frequent first, are"
     return Puzzle(tuple(needles), question, _answer(frequent), tuple(frequent))
@@ -333,7 +135,7 @@ def _depths(random: Random, num: int) -> list[float]:
 
 def _keys(random: Random, num: int) -> list[str]:
     """Keys without a common word."""
-    pairs = zip(random.sample(ADJECTIVES, num), random.sample(NOUNS, num), strict=True)
+    pairs = zip(random.sample(ADJECTIVES.split(), num), random.sample(NOUNS.split(), num), strict=True)
     return [f"{adjective}-{noun}" for adjective, noun in pairs]
 
 
@@ -356,9 +158,9 @@ def _names(random: Random, num: int) -> list[str]:
     return names
 
 
-def _listed(parts: list[str] | tuple[str, ...]) -> str:
+def _listed(parts: Sequence[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
-def _answer(parts: list[str] | tuple[str, ...]) -> str:
+def _answer(parts: Sequence[str]) -> str:
     return f" {', '.join(parts)}"

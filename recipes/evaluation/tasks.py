@@ -8,7 +8,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -110,13 +110,10 @@ def _fitted(tokenizer: Tokenizer, puzzle: Puzzle, words: list[str], counts: list
             return prompt
 
 
-def _first_to_reach(counts, tokens: int) -> int:
+def _first_to_reach(counts: Iterable[int], tokens: int) -> int:
     """How many of the counts, from the first on, add up to at least so many tokens; all of them if they do not."""
-    number = 0
-    for number, total in enumerate(itertools.accumulate(counts), 1):
-        if total >= tokens:
-            break
-    return number
+    totals = list(itertools.accumulate(counts))
+    return min(len(totals), 1 + bisect.bisect_left(totals, tokens))
 
 
 def _text(puzzle: Puzzle, words: list[str], counts: list[int]) -> str:
