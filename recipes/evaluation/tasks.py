@@ -22,6 +22,7 @@ from recipes.evaluation.puzzles import ITEMS_SHARE, TASKS, WITHOUT_DEPTH, Puzzle
 __all__ = ["TASKS", "WITHOUT_DEPTH", "Sample", "make_samples", "read_hay"]
 
 _WORD = re.compile(r"\s*\S+")  # with the space before it, as most tokenizers cut texts
+_CANNOT = "task {}: tokenizer {} cannot make it:"
 _CHARACTERS_PER_TOKEN = 6  # of hay to begin with; more is taken if it does not last
 
 
@@ -80,7 +81,7 @@ def _sample(
     num_items = int(length * ITEMS_SHARE) // _count(tokenizer, ["\nItem: mountain.\n"])[0]
     puzzle = TASKS[task](random, at, num_items)
     start = _bos(tokenizer)
-    question, answer = _question_and_answer(task, tokenizer, puzzle)
+    answer = _answer(task, tokenizer, puzzle)
     room = length - len(start) - len(answer)
     bare = _count(tokenizer, [_text(puzzle, [], [])])[0]
     if bare > room:
@@ -89,17 +90,21 @@ def _sample(
             f"{bare + len(start) + len(answer)} tokens of tokenizer {tokenizer.name}; give that or more"
         )
     words, counts = _words(tokenizer, hay, room - bare, random)
-    prompt = _fitted(tokenizer, puzzle, words, counts, room)
-    assert prompt[len(prompt) - len(question) :] == question, "the hay changes the question's tokens"
+    text, prompt = _fitted(tokenizer, puzzle, words, counts, room)
+    if _tokens(tokenizer, text + puzzle.answer) != prompt + answer:
+        raise ConfigError(f"{_CANNOT.format(task, tokenizer.name)} the text changes the tokens of its end: use another")
     return Sample(task, length, at if has_depth else None, (*start, *prompt), answer, puzzle.answers)
 
 
-def _fitted(tokenizer: Tokenizer, puzzle: Puzzle, words: list[str], counts: list[int], room: int) -> tuple[int, ...]:
-    """The tokens of the longest text that fits. The sum of the words' tokens is close to the text's, not equal."""
+def _fitted(
+    tokenizer: Tokenizer, puzzle: Puzzle, words: list[str], counts: list[int], room: int
+) -> tuple[str, tuple[int, ...]]:
+    """The longest text that fits, and its tokens. The sum of the words' tokens is close to the text's, not equal."""
     num_words = len(words)
     too_many = num_words + 1
     while True:
-        prompt = _tokens(tokenizer, _text(puzzle, words[:num_words], counts[:num_words]))
+        text = _text(puzzle, words[:num_words], counts[:num_words])
+        prompt = _tokens(tokenizer, text)
         left = room - len(prompt)
         if left < 0:
             too_many = num_words
@@ -107,7 +112,7 @@ def _fitted(tokenizer: Tokenizer, puzzle: Puzzle, words: list[str], counts: list
         elif num_words + 1 < too_many and left >= counts[num_words]:
             num_words = min(too_many - 1, num_words + max(1, _first_to_reach(counts[num_words:], left) - 1))
         else:
-            return prompt
+            return text, prompt
 
 
 def _first_to_reach(counts: Iterable[int], tokens: int) -> int:
@@ -150,22 +155,19 @@ def _words(tokenizer: Tokenizer, hay: Sequence[str], tokens: int, random: Random
     return words, counts
 
 
-def _question_and_answer(task: str, tokenizer: Tokenizer, puzzle: Puzzle) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Both as tokens. Raises ConfigError if they do not survive."""
+def _answer(task: str, tokenizer: Tokenizer, puzzle: Puzzle) -> tuple[int, ...]:
+    """Its tokens behind the question. Raises ConfigError if the puzzle's texts do not survive the tokenizer."""
+    cannot = _CANNOT.format(task, tokenizer.name)
     question = _tokens(tokenizer, f"\n{puzzle.question}")
     joined = _tokens(tokenizer, f"\n{puzzle.question}{puzzle.answer}")
-    answer = joined[len(question) :]
-    cannot = f"task {task}: tokenizer {tokenizer.name} cannot make it"
     if joined[: len(question)] != question:
-        raise ConfigError(f"{cannot}: it joins the question's end with the answer, {puzzle.answer!r}: use another one")
+        raise ConfigError(f"{cannot} it joins the question's end with the answer, {puzzle.answer!r}: use another")
     texts = [needle.text for needle in puzzle.needles] + [f"{puzzle.question}{puzzle.answer}"]
     for text in dict.fromkeys(texts):
         decoded = tokenizer.decode(np.array(_tokens(tokenizer, text), np.int64))
         if text.split() != decoded.split():
-            raise ConfigError(
-                f"{cannot}: {text!r} becomes {decoded!r}: use another one, which keeps letters and digits"
-            )
-    return question, answer
+            raise ConfigError(f"{cannot} {text!r} becomes {decoded!r}: use one that keeps letters and digits")
+    return joined[len(question) :]
 
 
 def _bos(tokenizer: Tokenizer) -> tuple[int, ...]:
