@@ -22,9 +22,10 @@ def registry() -> dict[str, Callable[..., float]]:
     """What ranks run, by `recipe=NAME`. Only ranks call this, because it imports DeepSpeed."""
     from recipes.benchmark.bench_attention import bench_attention
     from recipes.forward import forward
+    from recipes.generate import generate
     from recipes.pretrain import pretrain
 
-    return {"pretrain": pretrain, "forward": forward, "bench_attention": bench_attention}
+    return {"pretrain": pretrain, "forward": forward, "bench_attention": bench_attention, "generate": generate}
 
 
 @dataclass(frozen=True)
