@@ -24,7 +24,7 @@ from omegaconf import DictConfig, open_dict
 
 from conf.compose import as_hydra_types_it, check_multirun, compose_entries, describe_error, to_config
 from conf.degrees import accumulation_steps, resolve_degrees
-from conf.schema import LOSS_TASK, Config, ConfigError
+from conf.schema import INFERENCE, LOSS_TASK, Config, ConfigError
 from data.corpus import Corpus, open_corpus
 from data.source import is_local
 from recipes.checkpoint.manifest import newest_readable
@@ -81,7 +81,15 @@ def execute(config: Config, overrides: list[str], run_dir: Path) -> float | None
     Settings and data are checked first, because importing torch takes seconds.
     """
     check_accelerator()
-    config = _with_shape(config)
+    config = _with_shape(_with_source(config))
+    if config.recipe == "evaluate":
+        from recipes.evaluation.cells import resolve
+
+        config = resolve(config)
+    if config.recipe == "generate":
+        from recipes.inference.prompts import with_prompts
+
+        config = with_prompts(config, run_dir)
     if config.recipe == "compare":
         from recipes.benchmark import compare
 
@@ -95,7 +103,7 @@ def execute(config: Config, overrides: list[str], run_dir: Path) -> float | None
         accumulation_steps(config, resolve_degrees(config, given))
     newest = newest_readable(run_dir) if config.recipe == "pretrain" else None
     is_finished = newest is not None and newest[1].step >= config.num_steps  # then its data may be gone
-    reads_data = config.recipe != "bench_attention" and not is_finished
+    reads_data = config.recipe not in ("bench_attention", "generate") and not is_finished
     if config.recipe == "evaluate":
         from recipes.evaluation.refusals import check
 
@@ -141,13 +149,17 @@ def _open_data(config: Config) -> Corpus | StreamCorpus:
     return stream
 
 
-def _with_shape(config: Config) -> Config:
-    """The configuration with the shape of the model that is evaluated, or of the Hugging Face model at model.path."""
-    if config.recipe == "evaluate":
-        from recipes.evaluation.cells import resolve as resolve_lengths
-        from recipes.inference.source import resolve_source
+def _with_source(config: Config) -> Config:
+    """The configuration with the run or checkpoint that evaluate.model or generate.model names, for these recipes."""
+    if config.recipe not in INFERENCE:
+        return config
+    from recipes.inference.source import resolve_source
 
-        config = resolve_lengths(resolve_source(config))
+    return resolve_source(config)
+
+
+def _with_shape(config: Config) -> Config:
+    """The configuration with the shape of the Hugging Face model at model.path, if there is one."""
     if config.model.path is None:
         return config
     from recipes.model.pretrained import resolve  # imports transformers

@@ -458,6 +458,9 @@ class EvaluateConfig(_Checked, prefix="evaluate."):
     depths: int = number(5, minimum=1)  # places of the needle, from the start of the text to its end; 1: the middle
     samples: int = number(20, minimum=1)  # of each task, length and depth
     seed: int = 0  # of the samples
+    scoring: str = choice(
+        "one_pass", "generate"
+    )  # one_pass: all tokens of the answer are the likeliest; generate: slow
     context: Optional[int] = number(None, minimum=1)  # loss: also with documents cut after so many tokens
 
     def problems(self) -> Iterator[str]:

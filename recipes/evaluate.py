@@ -21,7 +21,7 @@ from recipes.evaluation.heatmap import draw
 from recipes.evaluation.refusals import hay_source
 from recipes.evaluation.report import retrieval, summary, tables
 from recipes.evaluation.results import Evaluation, settings_of
-from recipes.evaluation.scoring import exact_answers, loss_by_position
+from recipes.evaluation.scoring import decoded_answers, exact_answers, loss_by_position
 from recipes.evaluation.tasks import make_samples, read_hay
 from recipes.inference.source import load_weights
 from recipes.monitor.reporter import Reporter
@@ -104,8 +104,12 @@ class Measurement:
         asked = self._config.evaluate
         if cell.source is None:
             arguments = cell.task, self._tokenizer, self._hay, cell.length, cell.depth, asked.samples, asked.seed
-            answers = exact_answers(self._engine, self._sharder, make_samples(*arguments), cell.length)
-            self._check_finite(cell, answers.answer_loss)
+            samples = make_samples(*arguments)
+            if asked.scoring == "generate":
+                answers = decoded_answers(self._engine, self._sharder, samples, self._tokenizer)
+            else:
+                answers = exact_answers(self._engine, self._sharder, samples, cell.length)
+                self._check_finite(cell, answers.answer_loss)
             return {"samples": asked.samples, **answers._asdict()}
         buckets = loss_by_position(self._engine, self._sharder, self._packs[cell.source], asked.context)
         tokens = sum(bucket.tokens for bucket in buckets)
@@ -114,8 +118,8 @@ class Measurement:
         rows = [bucket._asdict() for bucket in buckets]
         return {"loss": loss, "tokens": tokens, "context": asked.context, "buckets": rows}
 
-    def _check_finite(self, cell: Cell, loss: float) -> None:
-        if not math.isfinite(loss):
+    def _check_finite(self, cell: Cell, loss: float | None) -> None:
+        if loss is not None and not math.isfinite(loss):
             dtype = self._config.engine.dtype
             raise RunFailed(
                 f"{cell}: the loss is {loss}: the weights are damaged, or engine.dtype={dtype} is too narrow for them; "
@@ -134,7 +138,8 @@ def _metrics(cell: Cell, row: Row) -> dict[str, Any]:
 
 def _numbers(row: Row) -> str:
     if "accuracy" in row:
-        return f"accuracy {100 * row['accuracy']:.1f} %, {row['answer_loss']:.4f} nats per token of the answer"
+        loss = row["answer_loss"]
+        return f"accuracy {100 * row['accuracy']:.1f} %{'' if loss is None else f', answer {loss:.4f} nats/token'}"
     return f"loss {row['loss']:.4f} over {row['tokens']:,} tokens"
 
 

@@ -23,9 +23,16 @@ def registry() -> dict[str, Callable[..., float]]:
     from recipes.benchmark.bench_attention import bench_attention
     from recipes.evaluate import evaluate
     from recipes.forward import forward
+    from recipes.generate import generate
     from recipes.pretrain import pretrain
 
-    return {"pretrain": pretrain, "forward": forward, "evaluate": evaluate, "bench_attention": bench_attention}
+    return {
+        "pretrain": pretrain,
+        "forward": forward,
+        "bench_attention": bench_attention,
+        "evaluate": evaluate,
+        "generate": generate,
+    }
 
 
 @dataclass(frozen=True)

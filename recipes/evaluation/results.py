@@ -52,6 +52,7 @@ def settings_of(config: Config) -> dict[str, Any]:
         "engine.dtype": config.engine.dtype,
         "evaluate.samples": asked.samples,
         "evaluate.seed": asked.seed,
+        "evaluate.scoring": asked.scoring,
         "evaluate.context": asked.context,
     }
     return json.loads(json.dumps(given | of_data))

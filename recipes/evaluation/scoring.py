@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import deepspeed.comm as dist
 import numpy as np
@@ -21,17 +21,23 @@ from data.corpus import IGNORED_LABEL, START, Pack
 from data.packing import Piece
 from data.shard import Sharder, restarted
 from data.store import TokenStore
+from data.tokenizer import Tokenizer
 from recipes.engine.deepspeed_engine import TrainingEngine
 from recipes.evaluation.positions import bucket_edges, bucket_of, cut_pack
+from recipes.inference.decoder import Decoder
+
+NUM_SPARE = 32  # tokens that a text may have beside the answer
 
 
 class Sample(Protocol):
-    """A prompt and its answer, as tokens."""
+    """A prompt and its answer as tokens, and the answer's parts as texts."""
 
     @property
     def prompt(self) -> tuple[int, ...]: ...
     @property
     def answer(self) -> tuple[int, ...]: ...
+    @property
+    def answers(self) -> tuple[str, ...]: ...
 
 
 class Bucket(NamedTuple):
@@ -53,12 +59,13 @@ class Answers(NamedTuple):
     """Of samples.
 
     Args:
-        accuracy: the share of samples whose answer greedy decoding would give, token for token.
-        answer_loss: the mean loss of the answers' tokens in nats.
+        accuracy: the share of samples whose answer greedy decoding would give, token for token; of texts that were
+            decoded, the mean share of the answer's parts that a text contains, as RULER counts.
+        answer_loss: the mean loss of the answers' tokens in nats; None of texts that were decoded.
     """
 
     accuracy: float
-    answer_loss: float
+    answer_loss: float | None
 
 
 @dataclass(frozen=True)
@@ -115,6 +122,21 @@ def exact_answers(engine: TrainingEngine, sharder: Sharder, samples: Sequence[Sa
             total += torch.bincount(sample, values, len(samples))
     tokens, hits, losses = _sum_over_ranks(totals, engine)
     return Answers((hits == tokens).double().mean().item(), (losses.sum() / tokens.sum()).item())
+
+
+def decoded_answers(
+    engine: TrainingEngine, sharder: Sharder, samples: Sequence[Sample], tokenizer: Tokenizer
+) -> Answers:
+    """What greedy decoding writes after each prompt, in as many tokens as the answer has and 32 more."""
+    model: Any = engine.model
+    stop = {int(tokenizer.encode([""])[0][-1]), *model.stop_tokens}  # the separator, and what the model ends texts with
+    decoder, total = Decoder(engine), torch.zeros(1, dtype=torch.float64)
+    for sample in samples[sharder.data_rank :: sharder.data_degree]:
+        (tokens,) = decoder.generate([sample.prompt], len(sample.answer) + NUM_SPARE, stop)
+        text = tokenizer.decode(np.array(tokens, np.int64))
+        if sharder.sequence_rank == 0:  # the others have the same text
+            total += sum(part in text for part in sample.answers) / len(sample.answers)
+    return Answers(_sum_over_ranks(total, engine).item() / len(samples), None)
 
 
 def pack_samples(samples: Sequence[Sample], num_packed: int, length: int) -> list[Pack]:

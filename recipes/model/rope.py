@@ -46,10 +46,22 @@ def change_rope(config: Any, rope: Any) -> None:
         raise ValueError(f"model.rope={rope}: {'; '.join(faults)}: correct it, {EXAMPLE}")
 
 
+def kinds_of_rope(config: Any) -> list[dict[str, Any]]:
+    """The rotary embeddings of a text model's layers: one, or one for each kind of layer; none without any."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    by_kind = [value for value in parameters.values() if isinstance(value, dict)]
+    return by_kind or ([parameters] if parameters else [])
+
+
+def rope_switch(config: Any) -> int | None:
+    """The position from which on a text takes other frequencies (longrope), for all its tokens; None without one."""
+    switches = (rope[ORIGINAL_LENGTH] for rope in kinds_of_rope(config) if rope["rope_type"] == "longrope")
+    return next(switches, None)
+
+
 def reach(config: Any) -> tuple[int | None, float]:
     """How many tokens the rotary embeddings are made for, None without a limit, and the factor that stretched them."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    kinds = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
+    kinds = kinds_of_rope(config)
     if any(kind.get("rope_type") == "dynamic" for kind in kinds):
         return None, 1.0
     length = config.max_position_embeddings

@@ -153,6 +153,12 @@ class Reporter:
         tqdm.write("\n".join(lines), file=self._console)
         self._console.flush()
 
+    def stream(self, text: str) -> None:
+        """Print a part of a line, as it comes."""
+        self._bar.clear()
+        self._console.write(text)
+        self._console.flush()
+
     def advance(self) -> None:
         """Count one finished step."""
         self._bar.update()

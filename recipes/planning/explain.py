@@ -33,13 +33,14 @@ def banner(plan: Plan, run_dir: Path) -> list[str]:
     rows = [
         ("ranks", _ranks(plan)),
         ("tokens", f"{tokens}; {plan.tokens_per_step:,} per step"),
-        *([] if plan.config.recipe == "bench_attention" else [("data", _data(plan))]),
+        *([] if plan.config.recipe in ("bench_attention", "generate") else [("data", _data(plan))]),
         ("model", f"{model.name}: {memory.num_parameters(model) / 1e6:,.2f} M parameters{_trained(plan)}, {shape}"),
         ("FLOPs per token", f"{plan.flops / 1e6:,.1f} M {passes}, causal counted once{_of_documents(plan)}"),
         ("attention", _attention(plan)),
         ("attention kernel", f"{kernel} ({reason})"),
         ("engine", f"{sharding}, {engine.dtype}"),
         *([("optimizer", _optimizer(plan))] if plan.trains else []),
+        *([("keys and values", _cache(plan))] if plan.config.recipe == "generate" else []),
         *([] if plan.config.recipe == "bench_attention" else _memory_savers(plan)),
         *(("!!!", warning) for warning in _warnings(plan) if warning),
         ("run dir", str(run_dir)),
@@ -56,6 +57,11 @@ def _optimizer(plan: Plan) -> str:
     decay = f"{given.decay} decay to {given.min_lr_ratio:g} of it" if given.decay != "constant" else "then constant"
     warm_up = f"{given.warmup_fraction:.0%} of {num_steps:,} steps warm-up"
     return f"AdamW, learning rate {given.lr:g}, {warm_up}, {decay}, weight decay {given.weight_decay:g}"
+
+
+def _cache(plan: Plan) -> str:
+    size = memory.gib(memory.cache_bytes(plan.config, plan.degrees))
+    return f"{size} GiB per rank, for the longest prompt and {plan.config.generate.max_new_tokens} new tokens"
 
 
 def _of_documents(plan: Plan) -> str:

@@ -112,6 +112,14 @@ def checkpoint_tensors(config: Config) -> list[int]:
     return [size * model.hidden_size, *(attention if config.engine.recompute == "selective" else [])]
 
 
+def cache_bytes(config: Config, degrees: Degrees) -> float:
+    """Keys and values of a sequence that is decoded, per rank; in windowed layers those of a window alone."""
+    model, length = config.model, config.data.sequence_length
+    num_keys = (model.num_layers - model.num_window_layers) * length
+    num_keys += model.num_window_layers * min(length, model.window or length)
+    return 2 * dtype_bytes(config) * model.num_kv_heads * model.head_dim * num_keys / degrees.sequence
+
+
 class StateBytes(NamedTuple):
     """Training states of the rank that holds most: a lower bound of its memory, without activations and buckets.
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -38,15 +40,15 @@ GRIDS = [  # data, ring, ulysses, layout
     (1, 3, 1, "zigzag"),
     (2, 2, 1, "zigzag"),  # three packs on two data ranks
     (1, 2, 1, "balanced"),
-    (1, 2, 2, "contiguous"),
+    pytest.param((1, 2, 2, "contiguous"), marks=pytest.mark.slow),
 ]
 
 
-def evaluated(path: str | None, grid: tuple[int, int, int, str]) -> tuple[list[Bucket], Answers, Answers]:
-    """The loss by position, and the answers of samples packed together and one by one."""
+def evaluated(path: str | None, grid: tuple[int, int, int, str]) -> tuple[list[Bucket], Answers, Answers, Answers]:
+    """The loss by position, and the answers of samples packed together, one by one, and decoded."""
     from recipes.engine.build import build_engine, build_sharder
     from recipes.engine.deepspeed_engine import TrainingEngine
-    from recipes.evaluation.scoring import exact_answers, loss_by_position
+    from recipes.evaluation.scoring import decoded_answers, exact_answers, loss_by_position
 
     data, ring, ulysses, layout = grid
     config = Config(
@@ -67,7 +69,8 @@ def evaluated(path: str | None, grid: tuple[int, int, int, str]) -> tuple[list[B
     samples = samples_of(reference_model(path), vocab_size)
     packed = exact_answers(engine, sharder, samples, SAMPLE_LENGTH)
     alone = exact_answers(engine, sharder, samples, LENGTH)
-    return loss_by_position(engine, sharder, packs(vocab_size), CONTEXT), packed, alone
+    decoded = decoded_answers(engine, sharder, samples, NUMBERS)
+    return loss_by_position(engine, sharder, packs(vocab_size), CONTEXT), packed, alone, decoded
 
 
 def reference_model(path: str | None) -> torch.nn.Module:
@@ -122,7 +125,12 @@ def samples_of(model: torch.nn.Module, vocab_size: int) -> list[Sample]:
             tokens.append(int(model(tokens)[-1].argmax()))
         if number >= NUM_EXACT:
             tokens[-1] = (tokens[-1] + 1) % vocab_size
-        samples.append(Sample("niah_single", SAMPLE_LENGTH, 0.5, tuple(prompt), tuple(tokens[len(prompt) :]), ()))
+        answer = tokens[len(prompt) :]
+        samples.append(
+            Sample(
+                "niah_single", SAMPLE_LENGTH, 0.5, tuple(prompt), tuple(answer), tuple(f"({token})" for token in answer)
+            )
+        )
     return samples
 
 
@@ -154,6 +162,34 @@ def expected_buckets(path: str | None, vocab_size: int) -> list[Bucket]:
     ]
 
 
+class Numbers:
+    """A tokenizer whose texts are numbers in parentheses. Its separator is no token of any model."""
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return [[-1] for _ in texts]
+
+    def decode(self, tokens: np.ndarray) -> str:
+        return "".join(f"({token})" for token in tokens.tolist())
+
+
+NUMBERS: Any = Numbers()
+
+
+def expected_share(path: str | None, vocab_size: int) -> float:
+    """The mean share of an answer's tokens that greedy decoding gives, in so many tokens and 32 more."""
+    model, shares = reference_model(path), []
+    stop = set() if path is None else {2}  # the EOS token of `tiny_config`
+    for sample in samples_of(model, vocab_size):
+        tokens = [*sample.prompt]
+        for _ in range(len(sample.answer) + 32):
+            tokens.append(int(model(tokens)[-1].argmax()))
+            if tokens[-1] in stop:
+                tokens.pop()
+                break
+        shares.append(sum(token in tokens[len(sample.prompt) :] for token in sample.answer) / len(sample.answer))
+    return sum(shares) / len(shares)
+
+
 def expected_answers(path: str | None, vocab_size: int) -> Answers:
     model = reference_model(path)
     losses: list[float] = []
@@ -163,9 +199,13 @@ def expected_answers(path: str | None, vocab_size: int) -> Answers:
     return Answers(NUM_EXACT / NUM_SAMPLES, sum(losses) / len(losses))
 
 
-def check(outcomes: list[tuple[list[Bucket], Answers, Answers]], path: str | None, vocab_size: int) -> None:
+def check(outcomes: list[tuple[list[Bucket], Answers, Answers, Answers]], path: str | None, vocab_size: int) -> None:
     assert all(outcome == outcomes[0] for outcome in outcomes)  # every rank has the same
-    buckets, *answers = outcomes[0]
+    buckets, *answers, decoded = outcomes[0]
+    share = expected_share(path, vocab_size)
+    assert 0 < share
+    assert decoded.accuracy == pytest.approx(share, rel=1e-12)
+    assert decoded.answer_loss is None
     for found, expected in zip(buckets, expected_buckets(path, vocab_size), strict=True):
         assert found[:3] == expected[:3]
         assert found[3:] == pytest.approx(expected[3:], rel=1e-5)
@@ -181,7 +221,7 @@ def test_an_evaluation_on_ranks_equals_one_process(pool: WorkerPool, grid: tuple
     check(pool.run(evaluated, None, grid, num_ranks=data * ring * ulysses), None, MODEL.vocab_size)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.slow), "gemma2"])
 def test_a_hugging_face_model_on_ranks_equals_eager_attention(pool: WorkerPool, tmp_path: Path, family: str):
     tiny_model(family, "eager").save_pretrained(tmp_path)
     check(pool.run(evaluated, str(tmp_path), (1, 2, 1, "zigzag"), num_ranks=2), str(tmp_path), VOCAB_SIZE)
