@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from conf.schema import Config, ConfigError, GenerateConfig
 from data.tokenizer import BYTES, PretrainedTokenizer, Tokenizer, open_tokenizer, tokenizer_problem
+from recipes.model.rope import decoding_problem
 
 OUTPUT_FILE = "generated.jsonl"
 
@@ -22,11 +23,18 @@ def with_prompts(config: Config, run_dir: Path) -> Config:
     """The configuration with the length of the longest prompt and its answer, and the path of the output.
 
     Raises:
-        ConfigError: if there is no prompt, a prompt is empty, the tokenizer is not the model's, or the output exists.
+        ConfigError: if there is no prompt, a prompt is empty, the tokenizer is not the model's, the output exists, or
+            the model's rotary embeddings change with the length.
     """
     resolved = copy.deepcopy(config)
     prompts = read_prompts(config)
     resolved.data.sequence_length = max(len(prompt.tokens) for prompt in prompts) + config.generate.max_new_tokens
+    if config.model.path:
+        from recipes.model.pretrained import model_config  # imports transformers
+
+        text_config = model_config(config.model).get_text_config()
+        if problem := decoding_problem(text_config, resolved.data.sequence_length):
+            raise ConfigError(f"{config.model.path}: {problem}")
     resolved.num_steps, resolved.breakdown = len(prompts), False
     engine = resolved.engine
     engine.micro_batch_size, engine.gradient_accumulation_steps, engine.train_batch_size = 1, 1, None

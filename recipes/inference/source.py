@@ -45,7 +45,7 @@ def resolve_source(config: Config) -> Config:
         of_run = manifest.config
         model = of_run["model"]
         # the shape of a Hugging Face model is read from it again
-        given_shape = {name: model[name] for name in ("path", "rope")} if model["path"] else model
+        given_shape = {name: model[name] for name in ("path", "rope")} if model.get("path") else model
         resolved.model = ModelConfig(**given_shape)
         resolved.lora, resolved.engine.dtype = LoraConfig(**of_run["lora"]), of_run["engine"]["dtype"]
         resolved.data.tokenizer = resolved.data.tokenizer or of_run["data"]["tokenizer"]

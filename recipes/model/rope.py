@@ -59,6 +59,18 @@ def rope_switch(config: Any) -> int | None:
     return next(switches, None)
 
 
+def decoding_problem(config: Any, length: int) -> str | None:
+    """Why a text model cannot decode up to `length` tokens with keys that it keeps; None if it can."""
+    longest = config.max_position_embeddings
+    if length <= longest or all(rope["rope_type"] != "dynamic" for rope in kinds_of_rope(config)):
+        return None
+    return (
+        f"rope_type=dynamic changes all frequencies with each token beyond {longest:,}, but the keys that are kept "
+        f"have those of a shorter text: use a prompt and generate.max_new_tokens of together {longest:,} tokens, or "
+        "model.rope='{rope_type:yarn,factor:4}'"
+    )
+
+
 def _merged(before: dict[str, Any], new: dict[str, Any], length: int) -> dict[str, Any]:
     """What a kind of rotary embedding had before stays, except what belongs to another rope_type."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
