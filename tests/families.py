@@ -62,7 +62,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "short_factor": [1.0 + 0.1 * n for n in range(8)],
             "long_factor": [2.0 + 0.3 * n for n in range(8)],
             "partial_rotary_factor": 1.0,
-        }
+        },
     },
     "granite": {
         "attention_multiplier": 0.2,
