@@ -81,15 +81,17 @@ def execute(config: Config, overrides: list[str], run_dir: Path) -> float | None
     Settings and data are checked first, because importing torch takes seconds.
     """
     check_accelerator()
-    config = _with_shape(_with_source(config))
     if config.recipe == "evaluate":
         from recipes.evaluation.cells import resolve
 
         config = resolve(config)
     if config.recipe == "generate":
-        from recipes.inference.prompts import with_prompts
+        from recipes.inference.prompts import check_files, with_prompts
 
-        config = with_prompts(config, run_dir)
+        check_files(config, run_dir)
+        config = with_prompts(_with_shape(_with_source(config)), run_dir)
+    else:
+        config = _with_shape(_with_source(config))
     if config.recipe == "compare":
         from recipes.benchmark import compare
 

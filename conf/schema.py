@@ -567,8 +567,8 @@ class Config(_Checked):
             )
         if self.recipe != "evaluate" and self.evaluate.model is not None:
             yield f"evaluate.model={self.evaluate.model} has no effect without recipe=evaluate: add it"
-        if self.recipe in INFERENCE and self.parallelism.method == "tensor_pipeline":
-            yield f"recipe={self.recipe} cannot go with parallelism=tensor_pipeline: use +experiment=ra_sp"
+        if self.recipe in INFERENCE:
+            yield from _inference_problems(self)
         if self.recipe == "compare" and not self.compare.entries:
             yield "recipe=compare has nothing to compare: type recipe=compare +experiment=paper_table"
         if self.explain_gpu and not self.explain:
@@ -594,6 +594,21 @@ class Config(_Checked):
             yield f"profile_steps={steps} has no effect without profile=true: add it"
         if self.profile and self.num_steps < steps[1]:
             yield f"profile=true records step {steps[1]}, but num_steps={self.num_steps}: use num_steps={steps[1]}"
+
+
+def _inference_problems(config: Config) -> Iterator[str]:
+    """Of a recipe of a trained model. What `recipes.inference.source.resolve_source` returns would have some, too."""
+    recipe, model, path = config.recipe, getattr(config, config.recipe).model, config.model.path
+    if model is None and path is None:
+        yield f"recipe={recipe} needs a model: type {recipe}.model=RUN_DIR, a checkpoint or a Hugging Face folder"
+    if model is not None and path is not None:
+        yield f"{recipe}.model={model} and model.path={path} are two models: leave one of them out"
+    if config.lora.rank:
+        yield f"lora.rank={config.lora.rank} is read from the run of {recipe}.model: leave it out"
+    if config.engine.zero_stage == 3:
+        yield f"engine.zero_stage=3 cannot go with recipe={recipe}, which holds all weights on every rank: leave it out"
+    if config.parallelism.method == "tensor_pipeline":
+        yield f"recipe={recipe} cannot go with parallelism=tensor_pipeline: use +experiment=ra_sp"
 
 
 def one_divisor(number: int) -> str:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from conf.schema import LOSS_TASK, Config, source_configs
 from recipes.evaluation.puzzles import WITHOUT_DEPTH
 
+NUM_SPARE = 32  # tokens that a decoded text may have beside the answer
+
 
 @dataclass(frozen=True)
 class Cell:

@@ -23,10 +23,9 @@ from data.shard import Sharder, restarted
 from data.store import TokenStore
 from data.tokenizer import Tokenizer
 from recipes.engine.deepspeed_engine import TrainingEngine
+from recipes.evaluation.cells import NUM_SPARE
 from recipes.evaluation.positions import bucket_edges, bucket_of, cut_pack
 from recipes.inference.decoder import Decoder
-
-NUM_SPARE = 32  # tokens that a text may have beside the answer
 
 
 class Sample(Protocol):

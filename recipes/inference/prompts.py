@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from conf.schema import Config, ConfigError, GenerateConfig
 from data.tokenizer import BYTES, PretrainedTokenizer, Tokenizer, open_tokenizer, tokenizer_problem
+from recipes.model.rope import decoding_problem
 
 OUTPUT_FILE = "generated.jsonl"
 
@@ -18,24 +19,32 @@ class Prompt(NamedTuple):
     tokens: list[int]  # at least one
 
 
+def check_files(config: Config, run_dir: Path) -> None:
+    """Raises ConfigError if there is no prompt, or the output cannot be written: before a checkpoint is read."""
+    _texts(config.generate)
+    _output(config.generate, run_dir)
+
+
 def with_prompts(config: Config, run_dir: Path) -> Config:
     """The configuration with the length of the longest prompt and its answer, and the path of the output.
 
     Raises:
-        ConfigError: if there is no prompt, a prompt is empty, the tokenizer is not the model's, or the output exists.
+        ConfigError: as `check_files`; also if a prompt is empty, the tokenizer is not the model's, or the model's
+            rotary embeddings change with the length.
     """
     resolved = copy.deepcopy(config)
     prompts = read_prompts(config)
+    resolved.generate.output = str(_output(config.generate, run_dir))
     resolved.data.sequence_length = max(len(prompt.tokens) for prompt in prompts) + config.generate.max_new_tokens
     resolved.num_steps, resolved.breakdown = len(prompts), False
     engine = resolved.engine
     engine.micro_batch_size, engine.gradient_accumulation_steps, engine.train_batch_size = 1, 1, None
-    output = Path(config.generate.output or run_dir / OUTPUT_FILE).expanduser().absolute()
-    if config.generate.output and not output.parent.is_dir():
-        raise ConfigError(f"generate.output={output}: there is no folder {output.parent}; make it first")
-    if output.exists():
-        raise ConfigError(f"generate.output={output} is there already: give a new name, or delete it")
-    resolved.generate.output = str(output)
+    if config.model.path:
+        from recipes.model.pretrained import model_config  # imports transformers
+
+        text_config = model_config(config.model).get_text_config()
+        if problem := decoding_problem(text_config, resolved.data.sequence_length):
+            raise ConfigError(f"{config.model.path}: {problem}")
     return resolved
 
 
@@ -80,6 +89,15 @@ def _texts(given: GenerateConfig) -> list[str]:
     if path.suffix != ".jsonl":
         return [line for _, line in numbered]
     return [_prompt_of_row(f"{setting}, line {number}", line) for number, line in numbered]
+
+
+def _output(given: GenerateConfig, run_dir: Path) -> Path:
+    output = Path(given.output or run_dir / OUTPUT_FILE).expanduser().absolute()
+    if given.output and not output.parent.is_dir():
+        raise ConfigError(f"generate.output={given.output}: there is no folder {output.parent}; make it first")
+    if output.exists():
+        raise ConfigError(f"generate.output={output} is there already: give a new name, or delete it")
+    return output
 
 
 def _prompt_of_row(where: str, line: str) -> str:

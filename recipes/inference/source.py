@@ -28,12 +28,11 @@ def resolve_source(config: Config) -> Config:
     or the Hugging Face model, as `load_weights` takes it. Weights are not sharded: engine.zero_stage becomes 0.
 
     Raises:
-        ConfigError: if the setting names no model, every checkpoint is broken, or a typed setting contradicts it.
+        ConfigError: if the setting names no model, or every checkpoint is broken.
     """
     resolved = copy.deepcopy(config)
     group = getattr(resolved, resolved.recipe)
     setting = f"{resolved.recipe}.model"
-    _check_typed(resolved, setting, group.model)
     resolved.engine.zero_stage, resolved.engine.recompute, resolved.engine.offload_activations = 0, "none", False
     if group.model is None:
         group.model = resolved.model.path
@@ -45,7 +44,7 @@ def resolve_source(config: Config) -> Config:
         of_run = manifest.config
         model = of_run["model"]
         # the shape of a Hugging Face model is read from it again
-        given_shape = {name: model[name] for name in ("path", "rope")} if model["path"] else model
+        given_shape = {name: model[name] for name in ("path", "rope")} if model.get("path") else model
         resolved.model = ModelConfig(**given_shape)
         resolved.lora, resolved.engine.dtype = LoraConfig(**of_run["lora"]), of_run["engine"]["dtype"]
         resolved.data.tokenizer = resolved.data.tokenizer or of_run["data"]["tokenizer"]
@@ -63,26 +62,6 @@ def resolve_source(config: Config) -> Config:
 def _looks_local(given: str) -> bool:
     """Whether a name that is no folder was meant as one, rather than as a model on the hub."""
     return not Path(given).expanduser().is_dir() and (given.startswith((".", "/", "~")) or given.count("/") != 1)
-
-
-def _check_typed(config: Config, setting: str, given: str | None) -> None:
-    """Raises ConfigError for typed settings that contradict the source."""
-    if given is None and config.model.path is None:
-        raise ConfigError(
-            f"recipe={config.recipe} needs a model: type {setting}=RUN_DIR, a checkpoint or a Hugging Face folder"
-        )
-    if given is not None and config.model.path is not None:
-        raise ConfigError(f"{setting}={given} and model.path={config.model.path} are two models: leave one of them out")
-    if config.lora.rank:
-        raise ConfigError(
-            f"lora.rank={config.lora.rank} belongs to training: {setting} says whether a run has trained LoRA's "
-            "matrices; leave it out"
-        )
-    if config.engine.zero_stage == 3:
-        raise ConfigError(
-            f"engine.zero_stage=3 cannot go with recipe={config.recipe}, which holds all weights on every rank: leave "
-            "it out"
-        )
 
 
 @torch.no_grad()

@@ -62,15 +62,27 @@ def rope_switch(config: Any) -> int | None:
 def reach(config: Any) -> tuple[int | None, float]:
     """How many tokens the rotary embeddings are made for, None without a limit, and the factor that stretched them."""
     kinds = kinds_of_rope(config)
-    if any(kind.get("rope_type") == "dynamic" for kind in kinds):
+    length = getattr(config, "max_position_embeddings", None)
+    if length is None or any(kind.get("rope_type") == "dynamic" for kind in kinds):
         return None, 1.0
-    length = config.max_position_embeddings
     originals = [kind[ORIGINAL_LENGTH] for kind in kinds if kind.get(ORIGINAL_LENGTH)]
     stretched = [
         kind[ORIGINAL_LENGTH] * kind["factor"] for kind in kinds if kind.get(ORIGINAL_LENGTH) and "factor" in kind
     ]
     reached = int(max([length, *stretched]))  # some folders stretch without a longer max_position_embeddings
     return reached, reached / min([reached, *originals])
+
+
+def decoding_problem(config: Any, length: int) -> str | None:
+    """Why a text model cannot decode up to `length` tokens with keys that it keeps; None if it can."""
+    longest = config.max_position_embeddings
+    if length <= longest or all(rope["rope_type"] != "dynamic" for rope in kinds_of_rope(config)):
+        return None
+    return (
+        f"rope_type=dynamic changes all frequencies with each token beyond {longest:,}, but the keys that are kept "
+        f"have those of a shorter text: use a prompt and generate.max_new_tokens of together {longest:,} tokens, or "
+        "model.rope='{rope_type:yarn,factor:4}'"
+    )
 
 
 def _merged(before: dict[str, Any], new: dict[str, Any], length: int) -> dict[str, Any]:

@@ -233,6 +233,17 @@ def test_how_far_rotary_embeddings_reach(rope: dict[str, object], expected: tupl
     assert reach(tiny_config("qwen3", rope_parameters={"rope_theta": 1e4, **rope})) == expected
 
 
+def test_a_model_whose_kept_keys_would_be_wrong_is_not_scored_by_decoding(tmp_path: Path):
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    tiny_config("llama", rope_parameters=rope).save_pretrained(tmp_path / "model")
+    config = resolve(config_of(tasks=["niah_single"], lengths=[1024], scoring="generate"))
+    config.model.path, config.model.vocab_size = str(tmp_path / "model"), 320
+    with refused(ConfigError, "evaluate.scoring=generate", "rope_type=dynamic", "1,024", "evaluate.scoring=one_pass"):
+        refusals.check(config, tmp_path)
+    config.evaluate.scoring = "one_pass"
+    refusals.check(config, tmp_path)
+
+
 def test_rotary_embeddings_by_kind_of_layer_reach_as_far_as_the_furthest():
     theta = {"rope_type": "default", "rope_theta": 1e4}
     stretched = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 8.0, "original_max_position_embeddings": 128}
