@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `data` is a folder of the checkout
 
@@ -47,20 +48,24 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"error: {error.strerror}: {error.filename}: give a new or an empty folder that can be written")
 
 
-def make(folder: Path) -> None:
-    """Write the model to `folder`, which must be new or empty. All files appear at once."""
+def make(folder: Path, vocab_size: int = VOCAB_SIZE, **shape: Any) -> None:
+    """Write the model to `folder`, which must be new or empty. All files appear at once.
+
+    Args:
+        shape: what a transformers.LlamaConfig shall have in place of the numbers here.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
         complete = Path(temporary) / "model"
         complete.mkdir()
-        write_tokenizer(complete)
-        write_model(complete)
+        write_tokenizer(complete, vocab_size)
+        write_model(complete, vocab_size, shape)
         complete.rename(folder)  # or over it, while it is empty
     print(f"{folder} is complete", flush=True)
 
 
-def write_tokenizer(folder: Path) -> None:
-    print(f"training a tokenizer of {VOCAB_SIZE:,} tokens on Python's standard library ...", flush=True)
+def write_tokenizer(folder: Path, vocab_size: int = VOCAB_SIZE) -> None:
+    print(f"training a tokenizer of {vocab_size:,} tokens on Python's standard library ...", flush=True)
     import tokenizers
     import transformers
 
@@ -68,7 +73,7 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         special_tokens=SPECIAL_TOKENS,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -99,24 +104,23 @@ def texts() -> Iterator[str]:
             return
 
 
-def write_model(folder: Path) -> None:
+def write_model(folder: Path, vocab_size: int, shape: dict[str, Any]) -> None:
     print("drawing the weights ...", flush=True)
     import torch
     import transformers
 
     bos_id, eos_id, pad_id, end_of_turn_id = map(SPECIAL_TOKENS.index, (BOS, EOS, PAD, END_OF_TURN))
+    usual_shape = {
+        "hidden_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "intermediate_size": 384,
+        "max_position_embeddings": CONTEXT_LENGTH,
+    }
     config = transformers.LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        intermediate_size=384,
-        max_position_embeddings=CONTEXT_LENGTH,
-        bos_token_id=bos_id,
-        eos_token_id=eos_id,
-        pad_token_id=pad_id,
+        vocab_size=vocab_size, bos_token_id=bos_id, eos_token_id=eos_id, pad_token_id=pad_id, **usual_shape | shape
     )
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(SEED)

@@ -57,10 +57,10 @@ def test_a_folder_that_holds_something_is_refused(tmp_path):
 
 
 def test_what_fails_leaves_nothing(tmp_path, monkeypatch):
-    def full_disk(folder: Path) -> None:
+    def full_disk(folder: Path, *_: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(make_tiny_llama, "write_tokenizer", lambda folder: (folder / "tokenizer.json").touch())
+    monkeypatch.setattr(make_tiny_llama, "write_tokenizer", lambda folder, _: (folder / "tokenizer.json").touch())
     monkeypatch.setattr(make_tiny_llama, "write_model", full_disk)
     with pytest.raises(OSError, match="no space left"):
         make_tiny_llama.make(tmp_path / "model")
