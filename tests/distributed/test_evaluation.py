@@ -52,14 +52,16 @@ def evaluated(path: str | None, grid: tuple[int, int, int, str]) -> tuple[list[B
 
     data, ring, ulysses, layout = grid
     config = Config(
-        model=ModelConfig(path=path) if path else MODEL,
+        model=MODEL,
         attention=AttentionConfig(method="ring" if ulysses == 1 else "hybrid", layout=layout),
         parallelism=ParallelismConfig(data_degree=data, ring_degree=ring, ulysses_degree=ulysses),
         engine=EngineConfig(dtype="fp32", tile_tokens=32),
         data=DataConfig(sequence_length=LENGTH),
-        evaluate=EvaluateConfig(model=path),
+        evaluate=EvaluateConfig(model=path or "nothing to read"),
         recipe="evaluate",
     )
+    if path:
+        config.model = ModelConfig(path=path)  # as `resolve_source` does
     num_ranks = data * ring * ulysses
     plan = Plan(resolve(config), num_ranks, "cpu", "CPU", None, ranks_per_host=num_ranks)
     engine = build_engine(plan, parallel_groups(data, ring * ulysses))
@@ -203,7 +205,7 @@ def check(outcomes: list[tuple[list[Bucket], Answers, Answers, Answers]], path: 
     assert all(outcome == outcomes[0] for outcome in outcomes)  # every rank has the same
     buckets, *answers, decoded = outcomes[0]
     share = expected_share(path, vocab_size)
-    assert 0 < share
+    assert share > 0
     assert decoded.accuracy == pytest.approx(share, rel=1e-12)
     assert decoded.answer_loss is None
     for found, expected in zip(buckets, expected_buckets(path, vocab_size), strict=True):

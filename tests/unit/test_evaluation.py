@@ -161,7 +161,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path):
 def test_lengths_beyond_the_rotary_embeddings_are_warned_of(length: int, stretched_by: float, parts: list[str]):
     model = ModelConfig()
     model.max_positions, model.stretched_by = 2048, stretched_by  # as `pretrained.resolve` reads them
-    config = Config(model=model, recipe="evaluate", data=DataConfig(sequence_length=length))
+    config = replace(config_of(), model=model, data=DataConfig(sequence_length=length))
     warning = Plan(config, 1, "cpu", "CPU", None, ranks_per_host=1).position_warning
     assert (warning is None) == (not parts)
     names(warning or "", *parts)
