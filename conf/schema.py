@@ -492,7 +492,7 @@ class GenerateConfig(_Checked, prefix="generate."):
     temperature: float = number(0.0, minimum=0)  # 0: always the most likely token (greedy)
     top_k: Optional[int] = number(None, minimum=1)  # sample from so many most likely tokens; unset: from all
     top_p: float = number(1.0, minimum=0)  # sample from the most likely tokens that have this probability together
-    seed: int = 0  # of sampling
+    seed: int = number(0, minimum=0, below=2**32)  # of sampling
     output: Optional[str] = None  # a .jsonl file, a row for each prompt once it is done; unset: RUN_DIR/generated.jsonl
 
     def problems(self) -> Iterator[str]:
@@ -567,6 +567,9 @@ class Config(_Checked):
             )
         if self.recipe != "evaluate" and self.evaluate.model is not None:
             yield f"evaluate.model={self.evaluate.model} has no effect without recipe=evaluate: add it"
+        for name in ("model", "prompt", "prompt_file") if self.recipe != "generate" else ():
+            if (value := getattr(self.generate, name)) is not None:
+                yield f"generate.{name}={value} has no effect without recipe=generate: add it"
         if self.recipe in INFERENCE:
             yield from _inference_problems(self)
         if self.recipe == "compare" and not self.compare.entries:

@@ -42,7 +42,8 @@ def find_checkpoint(given: Path, check: Callable[[Manifest], None] = lambda _: N
             f"{given} has no checkpoints: give a run dir, such as outputs/DATE/TIME, or a folder in its checkpoints/"
         )
     for folder in candidates:
-        print(f"reading {folder} ...", flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"reading {folder} ...", flush=True)
         try:
             manifest = read_manifest(folder)
             check(manifest)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from conf.schema import LOSS_TASK, Config, ConfigError, DataConfig
 from data.tokenizer import open_tokenizer, tokenizer_problem
+from recipes.checkpoint.manifest import CHECKPOINTS_DIR
 from recipes.evaluation.cells import NUM_SPARE, planned_cells
 from recipes.evaluation.results import read_evaluation
 from recipes.evaluation.tasks import make_samples, read_hay
@@ -18,9 +19,14 @@ def check(config: Config, run_dir: Path) -> None:
     """Look at the run dir, and make a sample of each task at the shortest length.
 
     Raises:
-        ConfigError: if the results there are another evaluation's, the tokenizer or the length cannot make a task, or
+        ConfigError: if it is a training run's, the results there are another evaluation's, the tokenizer or the length cannot make a task, or
             the model cannot decode at these lengths.
     """
+    if (run_dir / CHECKPOINTS_DIR).exists():
+        raise ConfigError(
+            f"hydra.run.dir={run_dir} holds a training run, whose settings and summary would be replaced: give that as "
+            "evaluate.model, and another hydra.run.dir"
+        )
     read_evaluation(config, run_dir)
     tasks = [task for task in config.evaluate.tasks if task != LOSS_TASK]
     if not tasks:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from recipes.engine.base import Engine
 from recipes.inference.sampling import GREEDY, Sampler, Sampling
+from recipes.run.errors import RunFailed
 from ring_attention.decoding import CachedAttention
 
 
@@ -66,9 +67,20 @@ class Decoder:
             self._model.hidden_states(shard_1S, layout.positions(rank)[None].to(self._device), self._cached)
 
     def decode(self, stop: Collection[int], sampler: Sampler) -> Iterator[int]:
-        """The tokens that follow what was read, as they come; ends before a token of `stop`."""
+        """The tokens that follow what was read, as they come; ends before a token of `stop`.
+
+        Raises:
+            RunFailed: on every rank, if logits are not numbers.
+        """
         for num_before in range(self._num_new):
-            token = int(self._cached.from_first_rank(sampler(self._next_logits(self._num_new - num_before))))
+            logits_V = self._next_logits(self._num_new - num_before)
+            if logits_V.isnan().any():
+                raise RunFailed(
+                    f"the logits after {len(self._tokens):,} tokens are NaN: use engine.dtype=bf16 or fp32 if this is "
+                    "fp16, and look whether the model's training has diverged",
+                    of_all_ranks=True,
+                )
+            token = int(self._cached.from_first_rank(sampler(logits_V)))
             if token in stop:
                 return
             self._tokens.append(token)

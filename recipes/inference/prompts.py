@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from conf.schema import Config, ConfigError, GenerateConfig
 from data.tokenizer import BYTES, PretrainedTokenizer, Tokenizer, open_tokenizer, tokenizer_problem
+from recipes.checkpoint.manifest import CHECKPOINTS_DIR
 from recipes.model.rope import decoding_problem
 
 OUTPUT_FILE = "generated.jsonl"
@@ -21,6 +22,11 @@ class Prompt(NamedTuple):
 
 def check_files(config: Config, run_dir: Path) -> None:
     """Raises ConfigError if there is no prompt, or the output cannot be written: before a checkpoint is read."""
+    if (run_dir / CHECKPOINTS_DIR).exists():
+        raise ConfigError(
+            f"hydra.run.dir={run_dir} holds a training run, whose settings and summary would be replaced: give that as "
+            "generate.model, and leave hydra.run.dir out"
+        )
     _texts(config.generate)
     _output(config.generate, run_dir)
 
@@ -78,7 +84,7 @@ def _texts(given: GenerateConfig) -> list[str]:
     assert given.prompt_file is not None
     path, setting = Path(given.prompt_file).expanduser(), f"generate.prompt_file={given.prompt_file}"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold what splitlines takes for ends of lines
     except OSError as error:
         raise ConfigError(f"{setting} cannot be read ({error.strerror}): give a file of prompts") from error
     except UnicodeDecodeError as error:

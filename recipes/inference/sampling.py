@@ -25,7 +25,7 @@ class Sampling:
 
     def probabilities(self, logits_V: Tensor) -> Tensor:
         """[V] in fp32, not greedy."""
-        logits_V = logits_V.float() / self.temperature
+        logits_V = (logits_V.float() - logits_V.max()) / self.temperature  # a small temperature overflows otherwise
         if self.top_k is not None and self.top_k < len(logits_V):
             smallest_kept = logits_V.topk(self.top_k).values[-1]
             logits_V = logits_V.masked_fill(logits_V < smallest_kept, float("-inf"))

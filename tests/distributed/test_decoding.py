@@ -19,6 +19,7 @@ from conf.schema import (
 )
 from recipes.inference.decoder import Decoder
 from recipes.inference.sampling import Sampling
+from recipes.run.errors import RunFailed
 from ring_attention import AllGatherAttention, HybridAttention, RingAttention, UlyssesAttention, hf
 from ring_attention.decoding import CachedAttention
 from tests.distributed.test_hf import world
@@ -180,6 +181,19 @@ def test_it_ends_before_a_stop_token(pool: WorkerPool, tmp_path: Path):
     stop = whole.tokens[-1]
     for (found,) in pool.run(by_decoder, str(tmp_path), [50], [stop], 2, num_ranks=2):
         assert found.tokens == whole.tokens[: whole.tokens.index(stop)]
+
+
+def broken(folder: str, num_ranks: int) -> None:
+    engine = built(config_of(folder), num_ranks)
+    with torch.no_grad():
+        next(engine.model.parameters()).fill_(float("nan"))
+    with refused(RunFailed, "5 tokens", "NaN", "engine.dtype=bf16"):
+        Decoder(engine).generate([prompt(5)[0].tolist()], NUM_NEW)
+
+
+def test_a_model_that_gives_no_numbers_ends_the_run(pool: WorkerPool, tmp_path: Path):
+    tiny_model("qwen3", "eager").save_pretrained(tmp_path)
+    pool.run(broken, str(tmp_path), 2, num_ranks=2)
 
 
 def own_transformer(num_ranks: int) -> tuple[list[list[int]], list[list[int]]]:

@@ -143,6 +143,12 @@ def test_a_length_that_does_not_hold_the_question_is_refused(tmp_path: Path):
     refusals.check(resolve(config_of(tasks=["loss"], lengths=[64])), tmp_path)
 
 
+def test_the_run_dir_of_a_training_run_is_refused(tmp_path: Path):
+    (tmp_path / "checkpoints").mkdir()
+    with refused(ConfigError, f"hydra.run.dir={tmp_path}", "evaluate.model"):
+        refusals.check(resolve(config_of(tasks=["loss"])), tmp_path)
+
+
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path):
     config = resolve(config_of(tasks=["niah_single"]))
     config.model.vocab_size = 200

@@ -64,6 +64,10 @@ def test_probabilities_are_those_of_transformers(options):
     torch.testing.assert_close(found, expected)
 
 
+def test_a_temperature_near_0_is_greedy():
+    torch.testing.assert_close(Sampling(1e-42, top_k=1).probabilities(LOGITS[:4]), torch.tensor([0.0, 1.0, 0.0, 0.0]))
+
+
 def test_tokens_are_drawn_as_often_as_they_are_likely_and_never_if_they_are_not():
     sampling = Sampling(temperature=1.0, top_k=4, seed=3)
     sampler, num_drawn = Sampler(sampling), 20_000
@@ -118,12 +122,12 @@ def test_text_of_a_trained_tokenizer_adds_up(tiny_llama: Path):
 
 def test_prompts_come_from_lines_or_rows(tmp_path: Path):
     (tmp_path / "lines.txt").write_text("one\n\ntwo\n")
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "a\\nb", "id": 3}\n')
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a\\nb\u2028c", "id": 3}\n')
     lines = read_prompts(config(GenerateConfig(model="x", prompt_file=str(tmp_path / "lines.txt"))))
     assert [prompt.text for prompt in lines] == ["one", "two"]
     assert lines[0].tokens == list(b"one")
     (row,) = read_prompts(config(GenerateConfig(model="x", prompt_file=str(tmp_path / "rows.jsonl"))))
-    assert row.text == "a\nb"
+    assert row.text == "a\nb\u2028c"
 
 
 def test_a_prompt_begins_as_the_tokenizer_begins_a_text(tiny_llama: Path):
@@ -170,6 +174,12 @@ def test_prompts_and_outputs_that_cannot_be_are_refused(tmp_path: Path, settings
         with_prompts(config(given), tmp_path / "run")
 
 
+def test_the_folder_of_a_training_run_is_refused(tmp_path: Path):
+    (tmp_path / "checkpoints").mkdir()
+    with refused(ConfigError, f"hydra.run.dir={tmp_path}", "generate.model"):
+        check_files(config(GenerateConfig(model=str(tmp_path), prompt="a")), tmp_path)
+
+
 def test_a_model_without_its_tokenizer_is_refused():
     given = config(GenerateConfig(model="x", prompt="a"), model=ModelConfig(vocab_size=50_000))
     with refused(ConfigError, "50,000", "data.tokenizer=FOLDER_OR_HUB_NAME", "257"):
@@ -205,6 +215,13 @@ def test_settings_that_cannot_be_are_refused(settings, parts):
 def test_settings_that_contradict_the_model_are_refused(others, parts):
     with refused(ConfigError, *parts):
         Config(**{"recipe": "generate", "generate": GenerateConfig(model="x")} | others)
+
+
+@pytest.mark.parametrize("name", ["model", "prompt", "prompt_file"])
+def test_what_is_to_be_generated_needs_the_recipe(name: str):
+    given: Any = {name: "x"}
+    with refused(ConfigError, f"generate.{name}=x", "recipe=generate"):
+        Config(generate=GenerateConfig(**given))
 
 
 def test_lora_is_read_from_the_run():
