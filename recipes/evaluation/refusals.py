@@ -19,8 +19,8 @@ def check(config: Config, run_dir: Path) -> None:
     """Look at the run dir, and make a sample of each task at the shortest length.
 
     Raises:
-        ConfigError: if it is a training run's, the results there are another evaluation's, the tokenizer or the length cannot make a task, or
-            the model cannot decode at these lengths.
+        ConfigError: if the run dir is a training run's or another evaluation's, the tokenizer or the length cannot make
+            a task, or the model cannot decode at these lengths.
     """
     if (run_dir / CHECKPOINTS_DIR).exists():
         raise ConfigError(
