@@ -24,7 +24,7 @@ from omegaconf import DictConfig, open_dict
 
 from conf.compose import as_hydra_types_it, check_multirun, compose_entries, describe_error, to_config
 from conf.degrees import accumulation_steps, resolve_degrees
-from conf.schema import Config, ConfigError
+from conf.schema import INFERENCE, LOSS_TASK, Config, ConfigError
 from data.corpus import Corpus, open_corpus
 from data.source import is_local
 from recipes.checkpoint.manifest import newest_readable
@@ -81,7 +81,17 @@ def execute(config: Config, overrides: list[str], run_dir: Path) -> float | None
     Settings and data are checked first, because importing torch takes seconds.
     """
     check_accelerator()
-    config = _with_shape(config)
+    if config.recipe == "evaluate":
+        from recipes.evaluation.cells import resolve
+
+        config = resolve(config)
+    if config.recipe == "generate":
+        from recipes.inference.prompts import check_files, with_prompts
+
+        check_files(config, run_dir)
+        config = with_prompts(_with_shape(_with_source(config)), run_dir)
+    else:
+        config = _with_shape(_with_source(config))
     if config.recipe == "compare":
         from recipes.benchmark import compare
 
@@ -95,7 +105,12 @@ def execute(config: Config, overrides: list[str], run_dir: Path) -> float | None
         accumulation_steps(config, resolve_degrees(config, given))
     newest = newest_readable(run_dir) if config.recipe == "pretrain" else None
     is_finished = newest is not None and newest[1].step >= config.num_steps  # then its data may be gone
-    reads_data = config.recipe != "bench_attention" and not is_finished
+    reads_data = config.recipe not in ("bench_attention", "generate") and not is_finished
+    if config.recipe == "evaluate":
+        from recipes.evaluation.refusals import check
+
+        check(config, run_dir)
+        reads_data = LOSS_TASK in config.evaluate.tasks
     # what was not tokenized yet is tokenized now, before ranks start
     corpus = _open_data(config) if config.data.preview or (reads_data and not config.explain) else None
     if corpus and config.data.preview:
@@ -134,6 +149,15 @@ def _open_data(config: Config) -> Corpus | StreamCorpus:
     stream = open_stream(config.data, config.model.vocab_size)
     stream.validation()  # reads its beginning
     return stream
+
+
+def _with_source(config: Config) -> Config:
+    """The configuration with the run or checkpoint that evaluate.model or generate.model names, for these recipes."""
+    if config.recipe not in INFERENCE:
+        return config
+    from recipes.inference.source import resolve_source
+
+    return resolve_source(config)
 
 
 def _with_shape(config: Config) -> Config:

@@ -19,7 +19,14 @@ METHODS = ("ring", "ulysses", "hybrid", "all_gather", "local", "auto")
 TRANSPORTS = ("auto", "p2p", "copy_engine")
 # GPUs that explain_gpu may name; recipes/planning/throughput.py has their numbers
 GPUS = ("h200", "h200_nvl", "h100", "h100_nvl", "h100_pcie", "a100_80gb", "a100_40gb", "l40s", "b200")
-RECIPES = ("pretrain", "forward", "compare", "bench_attention", "max_length")
+RECIPES = ("pretrain", "forward", "compare", "bench_attention", "max_length", "evaluate", "generate")
+INFERENCE = ("evaluate", "generate")  # recipes of a trained model, which the group of the same name says
+LOSS_TASK = "loss"
+# of recipe=evaluate; recipes/evaluation/puzzles.py makes them
+RETRIEVAL_TASKS = (
+    *("niah_single", "niah_multikey", "niah_multivalue", "niah_multiquery"),
+    *("variable_tracing", "aggregation"),
+)
 WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")  # of WANDB_MODE, by wandb.Settings
 # What a sweep can optimize: a name of RUN_DIR/summary.json, its direction, and the recipes that measure it.
 OBJECTIVES = {
@@ -98,6 +105,8 @@ class ModelConfig(_Checked, prefix="model."):
     window: Optional[int] = None  # tokens that a query sees in windowed layers
     num_window_layers: int = 0
     softcap: Optional[float] = None  # of attention scores
+    max_positions: Optional[int] = None  # tokens that its rotary embeddings are made for, stretched; None: no limit
+    stretched_by: float = 1.0  # the factor in max_positions
 
     def problems(self) -> Iterator[str]:
         defaults = {spec.name: spec.default for spec in dataclasses.fields(self)}
@@ -440,6 +449,61 @@ class MaxLengthConfig(_Checked, prefix="max_length."):
 
 
 @dataclass
+class EvaluateConfig(_Checked, prefix="evaluate."):
+    """recipe=evaluate: the loss by position, and retrieval from long contexts by length and depth."""
+
+    model: Optional[str] = None  # a run dir, one of its checkpoints, or a Hugging Face model; unset: model.path
+    tasks: list[str] = field(default_factory=lambda: [LOSS_TASK, *RETRIEVAL_TASKS])  # loss: by position, of data
+    lengths: list[int] = field(default_factory=list)  # tokens; the longest sets data.sequence_length; empty: that alone
+    depths: int = number(5, minimum=1)  # places of the needle, from the start of the text to its end; 1: the middle
+    samples: int = number(20, minimum=1)  # of each task, length and depth
+    seed: int = 0  # of the samples
+    scoring: str = choice(
+        "one_pass", "generate"
+    )  # one_pass: all tokens of the answer are the likeliest; generate: slow
+    context: Optional[int] = number(None, minimum=1)  # loss: also with documents cut after so many tokens
+
+    def problems(self) -> Iterator[str]:
+        legal = (LOSS_TASK, *RETRIEVAL_TASKS)
+        if not self.tasks:
+            yield f"evaluate.tasks=[] evaluates nothing: use some of {', '.join(legal)}"
+        for name in self.tasks:
+            if name not in legal:
+                yield f"evaluate.tasks={self.tasks} has {name}, which is not known: use some of {', '.join(legal)}"
+        for length in self.lengths:
+            if length < 1:
+                yield f"evaluate.lengths={self.lengths} has {length}: lengths are tokens, at least 1"
+        for name in ("tasks", "lengths"):
+            values = getattr(self, name)
+            if twice := [value for value in dict.fromkeys(values) if values.count(value) > 1]:
+                yield f"evaluate.{name}={values} has {twice[0]} twice: list each once"
+        if self.context is not None and LOSS_TASK not in self.tasks:
+            yield f"evaluate.context={self.context} is for the task {LOSS_TASK} alone: add that to evaluate.tasks"
+
+
+@dataclass
+class GenerateConfig(_Checked, prefix="generate."):
+    """recipe=generate: text by a trained model, one prompt after the other, each on all ranks."""
+
+    model: Optional[str] = None  # a run dir, a folder in its checkpoints/, or a Hugging Face model; unset: model.path
+    prompt: Optional[str] = None  # one text
+    prompt_file: Optional[str] = None  # .jsonl: rows {"prompt": text}; any other file: a text on each line
+    max_new_tokens: int = number(128, minimum=1)  # fewer if the model ends its text
+    temperature: float = number(0.0, minimum=0)  # 0: always the most likely token (greedy)
+    top_k: Optional[int] = number(None, minimum=1)  # sample from so many most likely tokens; unset: from all
+    top_p: float = number(1.0, minimum=0)  # sample from the most likely tokens that have this probability together
+    seed: int = number(0, minimum=0, below=2**32)  # of sampling
+    output: Optional[str] = None  # a .jsonl file, a row for each prompt once it is done; unset: RUN_DIR/generated.jsonl
+
+    def problems(self) -> Iterator[str]:
+        if not 0 < self.top_p <= 1:
+            yield f"generate.top_p={self.top_p} must be above 0 and at most 1: use generate.top_p=0.95, or leave it out"
+        for name, value, default in (("top_k", self.top_k, None), ("top_p", self.top_p, 1.0)):
+            if value != default and not self.temperature:
+                yield f"generate.{name}={value} has no effect on greedy decoding: add generate.temperature=1"
+
+
+@dataclass
 class SweepConfig(_Checked, prefix="sweep."):
     """python train.py -m +sweep=NAME: a search over many runs, called trials."""
 
@@ -465,6 +529,8 @@ class Config(_Checked):
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
     max_length: MaxLengthConfig = field(default_factory=MaxLengthConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     recipe: str = choice(*RECIPES)  # forward: forward passes only
     explain: bool = False  # print the resolved plan and stop
@@ -500,6 +566,13 @@ class Config(_Checked):
                 f"model.vocab_size={self.model.vocab_size} must be at least 257, 256 bytes and a separator, unless "
                 "data.tokenizer names a smaller tokenizer"
             )
+        if self.recipe != "evaluate" and self.evaluate.model is not None:
+            yield f"evaluate.model={self.evaluate.model} has no effect without recipe=evaluate: add it"
+        for name in ("model", "prompt", "prompt_file") if self.recipe != "generate" else ():
+            if (value := getattr(self.generate, name)) is not None:
+                yield f"generate.{name}={value} has no effect without recipe=generate: add it"
+        if self.recipe in INFERENCE:
+            yield from _inference_problems(self)
         if self.recipe == "compare" and not self.compare.entries:
             yield "recipe=compare has nothing to compare: type recipe=compare +experiment=paper_table"
         if self.documents is not None and self.recipe != "bench_attention":
@@ -571,6 +644,21 @@ def _lognormal_lengths(length: int) -> list[int]:
         drawn.append(min(size, max(1, length // 2)))
     drawn[-1] -= sum(drawn) - length
     return drawn
+
+
+def _inference_problems(config: Config) -> Iterator[str]:
+    """Of a recipe of a trained model. What `recipes.inference.source.resolve_source` returns would have some, too."""
+    recipe, model, path = config.recipe, getattr(config, config.recipe).model, config.model.path
+    if model is None and path is None:
+        yield f"recipe={recipe} needs a model: type {recipe}.model=RUN_DIR, a checkpoint or a Hugging Face folder"
+    if model is not None and path is not None:
+        yield f"{recipe}.model={model} and model.path={path} are two models: leave one of them out"
+    if config.lora.rank:
+        yield f"lora.rank={config.lora.rank} is read from the run of {recipe}.model: leave it out"
+    if config.engine.zero_stage == 3:
+        yield f"engine.zero_stage=3 cannot go with recipe={recipe}, which holds all weights on every rank: leave it out"
+    if config.parallelism.method == "tensor_pipeline":
+        yield f"recipe={recipe} cannot go with parallelism=tensor_pipeline: use +experiment=ra_sp"
 
 
 def one_divisor(number: int) -> str:

@@ -77,7 +77,7 @@ class Sharder:
         Args:
             lengths: as in `TokenBatch`.
         """
-        layout = self._layout_of(packs)
+        layout = self.layout_of(packs)
         tokens, labels = zip(*(self._read(pack, layout) for pack in packs), strict=True)
         documents, positions_BS = None, layout.positions(self.sequence_rank).unsqueeze(0)
         if self.document_mask:
@@ -120,7 +120,7 @@ class Sharder:
             else:
                 yield pack.num_tokens
 
-    def _layout_of(self, packs: Sequence[Pack]) -> Layout:
+    def layout_of(self, packs: Sequence[Pack]) -> Layout:
         """Of a micro-batch: balanced depends on its documents, and takes one sequence."""
         if self.layout.name != "balanced" or not self.document_mask:
             return self.layout

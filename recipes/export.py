@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import json
-import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,94 +23,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from conf.schema import ConfigError, DataConfig, LoraConfig, ModelConfig
-from recipes.checkpoint.manifest import (
-    MANIFEST_FILE,
-    BrokenCheckpoint,
-    Manifest,
-    check_files,
-    newest_first,
-    read_manifest,
-)
+from recipes.checkpoint.consolidated import consolidated_weights, find_checkpoint
+from recipes.checkpoint.manifest import Manifest
 
 SUFFIX = ".safetensors"
-
-
-def find_checkpoint(given: Path, check: Callable[[Manifest], None] = lambda _: None) -> tuple[Path, Manifest]:
-    """The given checkpoint, or the newest intact one of the given run; prints which are broken.
-
-    Args:
-        check: called before the checkpoint's files are read.
-
-    Raises:
-        ConfigError: if there is none.
-    """
-    candidates = [given] if (given / MANIFEST_FILE).exists() else newest_first(given)
-    if not candidates:
-        raise ConfigError(
-            f"{given} has no checkpoints: give a run dir, such as outputs/DATE/TIME, or a folder in its checkpoints/"
-        )
-    for folder in candidates:
-        print(f"reading {folder} ...", flush=True)
-        try:
-            manifest = read_manifest(folder)
-            check(manifest)
-            check_files(folder, manifest, _with_bar(manifest.files, "comparing checksums"))
-            return folder, manifest
-        except BrokenCheckpoint as error:
-            print(f"checkpoint {folder.name} is broken: {error}", file=sys.stderr, flush=True)
-    raise ConfigError(f"every checkpoint of {given} is broken")
-
-
-def consolidated_weights(folder: Path, manifest: Manifest, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """The optimizer's fp32 weights by name, unsharded and rounded to `dtype`, and the model's buffers.
-
-    Of parameters that share a tensor there is the first, and with LoRA what trains. Verify the checksums first.
-
-    Raises:
-        ConfigError: for tensor x pipeline parallelism, whose ranks save sharded layers.
-    """
-    if manifest.config["parallelism"]["method"] == "tensor_pipeline":
-        raise ConfigError(
-            f"{folder} was saved with parallelism=tensor_pipeline, which shards layers: only runs with "
-            "parallelism=sequence can be exported"
-        )
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from recipes.checkpoint.manager import only_known_classes
-    from recipes.checkpoint.resharding import ConsolidatedState, mapped
-
-    zero_stage = manifest.config["engine"]["zero_stage"]
-    with only_known_classes():
-        if zero_stage == 0:
-            weights = _weights_of_stage_0(mapped(folder / "mp_rank_00_model_states.pt"))
-            names, read = list(weights), weights.__getitem__
-        else:
-            states = ConsolidatedState(folder, zero_stage)
-            names, read = [*states.names, *states.buffers], states.weight
-        return {name: _rounded(read(name), dtype) for name in _with_bar(names, "joining shards")}
-
-
-def _weights_of_stage_0(states: dict[str, Any]) -> dict[str, Tensor]:
-    from recipes.engine.deepspeed_engine import MASTER_WEIGHT_NAMES
-
-    weights = dict(states["module"])
-    if MASTER_WEIGHT_NAMES in states:  # not in fp32, where the optimizer updates the model's own
-        names = itertools.chain.from_iterable(states[MASTER_WEIGHT_NAMES])
-        masters = itertools.chain.from_iterable(states["optimizer"]["fp32_groups"])
-        weights |= zip(names, masters, strict=True)
-    return weights
-
-
-def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy, since safetensors refuses shared storage. Whole numbers stay as they are."""
-    return tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
-
-
-def _with_bar(names: Iterable[str], what: str) -> Iterable[str]:
-    """With a progress bar at a terminal, once it has taken two seconds."""
-    return tqdm(names, what, delay=2, disable=None)
 
 
 def export(given: Path, output: Path, merge: bool = False) -> None:

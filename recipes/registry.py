@@ -21,10 +21,18 @@ from recipes.run.run_dir import CONFIG_FILE
 def registry() -> dict[str, Callable[..., float]]:
     """What ranks run, by `recipe=NAME`. Only ranks call this, because it imports DeepSpeed."""
     from recipes.benchmark.bench_attention import bench_attention
+    from recipes.evaluate import evaluate
     from recipes.forward import forward
+    from recipes.generate import generate
     from recipes.pretrain import pretrain
 
-    return {"pretrain": pretrain, "forward": forward, "bench_attention": bench_attention}
+    return {
+        "pretrain": pretrain,
+        "forward": forward,
+        "bench_attention": bench_attention,
+        "evaluate": evaluate,
+        "generate": generate,
+    }
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,10 @@ class RecipeTask:
 
             say = functools.partial(print, file=console, flush=True)
             options["resumed"] = choose_checkpoint(plan.config, run_dir, say)
+        if self.config.recipe == "evaluate":
+            from recipes.evaluation.results import shared_evaluation
+
+            options["resumed"] = shared_evaluation(plan.config, run_dir)
         if is_first:
             OmegaConf.save(OmegaConf.structured(plan.config), run_dir / CONFIG_FILE)
         with (

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ring_attention.decoding import CachedAttention
 from ring_attention.hf_batch import (
     IGNORED_LABEL,
     LENGTHS,
@@ -72,7 +73,7 @@ class BatchPlan:
         calls: how often each layer has called attention in the current forward pass, by its index.
     """
 
-    attention: SequenceAttention
+    attention: SequenceAttention | CachedAttention
     mask: Mask
     labels_BS: Tensor | None
     max_position: int
@@ -145,7 +146,7 @@ def check(model: nn.Module) -> None:
 
 def shard(
     batch: Mapping[str, Any],
-    attention: SequenceAttention,
+    attention: SequenceAttention | CachedAttention,
     *,
     device: torch.device | str | None = None,
     pad_token_id: int = 0,
@@ -202,13 +203,27 @@ def shard(
         attention,
         CAUSAL if documents is None else CAUSAL.packed(documents),
         None if labels is None else part(labels, IGNORED_LABEL),
-        int(positions.max()),
+        max(int(positions.max()), attention.max_position if isinstance(attention, CachedAttention) else 0),
     )
     return {
         "input_ids": part(ids_BL, pad_token_id),
         "position_ids": part(positions, 0),
         "use_cache": False,
         "ring_plan": plan,
+    }
+
+
+def next_token(ids_B1: Tensor, position: int, attention: CachedAttention) -> dict[str, Any]:
+    """The token at `position` as keywords of the model's forward, for decoding. Every rank must give the same.
+
+    It follows the tokens of a forward pass with `shard(batch, attention)` before, and those of earlier calls.
+    """
+    attention.step(position)
+    return {
+        "input_ids": ids_B1,
+        "position_ids": torch.full_like(ids_B1, position),
+        "use_cache": False,
+        "ring_plan": BatchPlan(attention, CAUSAL, None, position),
     }
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ring_attention.decoding import CachedAttention
 from ring_attention.sequence_attention import SequenceAttention
 from ring_attention.transport.agreement import check_equal
 
@@ -20,7 +21,9 @@ LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 Documents = list[list[int]] | None  # of each row, or of one for all rows: 0, then the end of each document
 
 
-def check_same_batch(attention: SequenceAttention, ids_BL: Tensor, given: Mapping[str, Tensor]) -> None:
+def check_same_batch(
+    attention: SequenceAttention | CachedAttention, ids_BL: Tensor, given: Mapping[str, Tensor]
+) -> None:
     """Raises ValueError on every rank if the ranks that share a sequence hold different batches of a new shape."""
     if attention._group is None:
         return

@@ -54,6 +54,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": {**_WINDOWS, "query_pre_attn_scalar": 16},
     "gpt_oss": {**_WINDOWS, "num_local_experts": 4, "num_experts_per_tok": 2},
     "phi3": {
+        "original_max_position_embeddings": 128,  # counts, rather than that below
         "rope_parameters": {
             "rope_type": "longrope",
             "rope_theta": 10000.0,
@@ -61,7 +62,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "short_factor": [1.0 + 0.1 * n for n in range(8)],
             "long_factor": [2.0 + 0.3 * n for n in range(8)],
             "partial_rotary_factor": 1.0,
-        }
+        },
     },
     "granite": {
         "attention_multiplier": 0.2,

@@ -29,6 +29,7 @@ LATEST_FILE, MANIFEST_FILE = "latest", "manifest.json"
 # fields that may change on resume because they do not change the result
 RESUME_SAFE = (
     *BOOKKEEPING,
+    "evaluate.",
     *("data.token_store", "data.preview", "data.bad_rows"),
     *("launch.timeout_s", "launch.stall_", "launch.check_memory", "attention.transport"),
     *("engine.on_bad_step", "engine.detect_anomaly", "engine.offload_activations"),

@@ -6,8 +6,11 @@ from typing import Any, NamedTuple
 
 from plotly.colors import qualitative
 
+from conf.schema import LOSS_TASK
+from recipes.evaluation.heatmap import grid_of
+from recipes.evaluation.report import retrieval
 from recipes.monitor.metric_registry import METRICS, PARTS, Metric
-from recipes.run.run_dir import Comparison, Run
+from recipes.run.run_dir import Comparison, Row, Run
 
 COLORS = qualitative.T10  # distinct on white and on black
 DASHES = ("solid", "dash", "dot", "dashdot")  # the first ten runs are solid, the next ten dashed, ...
@@ -118,6 +121,64 @@ def _parts_chart(shares_by_name: dict[str, list[float | None]]) -> Chart:
         "legend": LEGEND_ABOVE,
     }
     return Chart("time of a step by part", traces, layout, num_bars=len(known))
+
+
+def evaluation_charts(runs: list[StyledRun]) -> list[Chart]:
+    """The loss by position of all runs that were evaluated, and a heat map of accuracy for each run and task."""
+    losses = _loss_by_position_chart(runs)
+    maps = [
+        _heat_map(number, one.run.name, task, [row for row in asked if row["task"] == task])
+        for number, one in enumerate(runs)
+        if (asked := retrieval(one.run.evaluated))
+        for task in dict.fromkeys(row["task"] for row in asked)
+    ]
+    return [*([losses] if losses.traces else []), *maps]
+
+
+def _loss_by_position_chart(runs: list[StyledRun]) -> Chart:
+    """A line for each run, source and length over the buckets of positions; dotted with documents cut short."""
+    traces = []
+    for number, (run, label, color, dash) in enumerate(runs):
+        for row in run.evaluated:
+            if row["task"] != LOSS_TASK:
+                continue
+            cut = [] if row["context"] is None else [("loss_of_context", f", cut after {row['context']:,}", "dot")]
+            for name, suffix, style in [("loss", "", dash), *cut]:
+                trace = {
+                    "type": "scatter",
+                    "x": [bucket["stop"] for bucket in row["buckets"]],
+                    "y": [bucket[name] for bucket in row["buckets"]],
+                    "name": f"{label}, {row['source']}{suffix}",
+                    "mode": "lines+markers",
+                    "line": {"color": color, "dash": style, "width": 2},
+                    "meta": {"run": number},
+                    "hovertemplate": "%{y:.5~g} before %{x:,}<extra>%{fullData.name}</extra>",
+                }
+                traces.append(trace)
+    layout = {
+        "xaxis": _axis("end of the bucket of positions, tokens", **LOG_AXIS),
+        "yaxis": _axis("nats/token"),
+        "showlegend": False,
+    }
+    return Chart("loss by position in the document", traces, layout)
+
+
+def _heat_map(number: int, name: str, task: str, cells: list[Row]) -> Chart:
+    lengths, depths, accuracies = grid_of(cells)
+    trace = {
+        "type": "heatmap",
+        "x": [f"{length:,}" for length in lengths],
+        "y": ["any" if depth is None else f"{depth:.2f}" for depth in depths],
+        "z": accuracies,
+        "zmin": 0,
+        "zmax": 1,
+        "colorscale": "Viridis",
+        "meta": {"run": number},
+        "hovertemplate": "accuracy %{z:.1%} of %{x} tokens, depth %{y}<extra></extra>",
+    }
+    category = {"type": "category"}
+    layout = {"xaxis": _axis("tokens", **category), "yaxis": _axis("depth", **category, autorange="reversed")}
+    return Chart(f"{name}: {task}", [trace], layout)
 
 
 def method_of(row: dict[str, Any]) -> str:

@@ -15,7 +15,16 @@ from typing import Any
 import jinja2
 from plotly.offline import get_plotlyjs
 
-from recipes.dashboard.charts import COLORS, DASHES, StyledRun, comparison_charts, method_of, section_charts
+from recipes.dashboard.charts import (
+    COLORS,
+    DASHES,
+    StyledRun,
+    comparison_charts,
+    evaluation_charts,
+    method_of,
+    section_charts,
+)
+from recipes.evaluation.report import retrieval
 from recipes.monitor.metric_registry import SECTIONS
 from recipes.run.run_dir import Comparison, LoadedRuns, Run
 
@@ -40,6 +49,7 @@ def render(loaded: LoadedRuns, reload_s: int | None = None) -> str:
         for metric, label in AXES.items()
         if all(_logged_values(run, metric) for run in loaded.runs if run.rows)
     }
+    sections = [*((name, section_charts(name, runs)) for name in SECTIONS), ("Evaluation", evaluation_charts(runs))]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
@@ -52,7 +62,7 @@ def render(loaded: LoadedRuns, reload_s: int | None = None) -> str:
         problems=loaded.problems,
         runs=runs,
         table=_runs_table(loaded.runs, differing),
-        sections=[(name, charts) for name in SECTIONS if (charts := section_charts(name, runs))],
+        sections=[(name, charts) for name, charts in sections if charts],
         comparisons=[
             (comparison, _comparison_table(comparison), comparison_charts(comparison, colors))
             for comparison in loaded.comparisons
@@ -93,11 +103,13 @@ def _runs_table(runs: list[Run], differing: list[str]) -> Table:
 def _results(run: Run) -> dict[str, float | None]:
     losses = _logged_values(run, "train/loss", "forward/loss")
     validation_losses = _logged_values(run, "validation/loss")
+    accuracies = [100 * row["accuracy"] for row in retrieval(run.evaluated)]
     return {
         "last step": run.rows[-1]["step"] if run.rows else None,
         "loss": losses[-1] if losses else None,
         "validation loss": validation_losses[-1] if validation_losses else None,
         "best validation loss": min(validation_losses, default=None),
+        "accuracy %": statistics.fmean(accuracies) if accuracies else None,
         "tokens/s": _median(run, "tokens_per_s"),
         "tokens/s per rank": _median(run, "tokens_per_s_per_rank"),
         "TPOT ms": _median(run, "tpot_ms"),

@@ -165,13 +165,21 @@ class TrainingEngine(Engine):
         loss_sum, num_valid = self._sum_over_ranks(totals)
         return loss_sum / num_valid.clamp(min=1)
 
+    @torch.no_grad()
+    def token_scores(self, micro_batch: TokenBatch) -> Tensor:
+        """[2, B, S] of this rank's tokens: `Head.token_scores`. Every rank must call it."""
+        self.deepspeed.eval()
+        return self.deepspeed(*self._inputs(micro_batch), micro_batch.documents, True)
+
     def close(self) -> None:
         """Free all memory that the engine holds, symmetric buffers included. Every rank must call it."""
         super().close()
         release_symmetric_buffers()
 
     def _loss_sum(self, micro_batch: TokenBatch) -> Tensor:
+        return self.deepspeed(*self._inputs(micro_batch), micro_batch.documents)
+
+    def _inputs(self, micro_batch: TokenBatch) -> list[Tensor]:
         with profiler_range("data"):
             tensors = micro_batch.tokens_BS, micro_batch.positions_BS, micro_batch.labels_BS
-            inputs = [tensor.to(self.device, non_blocking=True) for tensor in tensors]
-        return self.deepspeed(*inputs, micro_batch.documents)
+            return [tensor.to(self.device, non_blocking=True) for tensor in tensors]

@@ -9,9 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from data.corpus import IGNORED_LABEL
 from recipes.model.ops import add_matmul_, cross_entropy_sum, fp32_zeros_like
 
 Transform = Callable[[Tensor], Tensor]
@@ -31,16 +33,36 @@ class Head(nn.Linear):
         super().__init__(hidden_size, vocab_size, bias=False)
         self.tile_tokens, self.transform = tile_tokens, transform or (lambda logits: logits)
 
-    def forward(self, input: Tensor, labels_BS: Tensor | None = None) -> Tensor:
-        """[B, S, E] to logits [B, S, V] or, with int64 labels, to the loss of `cross_entropy_sum`."""
+    def forward(self, input: Tensor, labels_BS: Tensor | None = None, by_token: bool = False) -> Tensor:
+        """[B, S, E] to logits [B, S, V] or, with int64 labels, to the loss of `cross_entropy_sum`.
+
+        Args:
+            by_token: to the `token_scores` of labels instead.
+        """
         if labels_BS is None:
             return self.transform(super().forward(input))
+        if by_token:
+            return self.token_scores(input, labels_BS)
         if self.tile_tokens == 0 or labels_BS.numel() <= self.tile_tokens:
             return cross_entropy_sum(self.transform(super().forward(input)), labels_BS)
         x_TE, weight_VE = input.flatten(0, -2), self.weight
         if not torch.is_grad_enabled():  # needs_input_grad ignores it
             x_TE, weight_VE = x_TE.detach(), weight_VE.detach()
         return _TiledCrossEntropy.apply(x_TE, weight_VE, labels_BS.flatten(), self.tile_tokens, self.transform)  # pyright: ignore[reportReturnType]
+
+    def token_scores(self, x_BSE: Tensor, labels_BS: Tensor) -> Tensor:
+        """[2, B, S] in fp32 (fp64 for fp64 input): each label's cross-entropy in nats, and 1 if it is the argmax.
+
+        Both are 0 where there is no label. Only labelled tokens have logits, `tile_tokens` of them at a time.
+        """
+        x_TE, labels_T = x_BSE.flatten(0, -2), labels_BS.flatten()
+        scores_2T = fp32_zeros_like(x_TE[:, 0]).repeat(2, 1)
+        labelled = (labels_T != IGNORED_LABEL).nonzero().flatten()
+        for tile in labelled.split(self.tile_tokens or max(1, len(labelled))):
+            logits_TV = self.transform(F.linear(x_TE[tile], self.weight)).to(scores_2T.dtype)
+            scores_2T[0, tile] = F.cross_entropy(logits_TV, labels_T[tile], reduction="none")
+            scores_2T[1, tile] = (logits_TV.argmax(-1) == labels_T[tile]).to(scores_2T.dtype)
+        return scores_2T.view(2, *labels_BS.shape)
 
 
 class _TiledCrossEntropy(torch.autograd.Function):

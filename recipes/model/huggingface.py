@@ -26,7 +26,9 @@ from recipes.model.mlp import Activation, tiled_mlp
 from recipes.model.ops import gated
 from recipes.model.pretrained import DTYPES, logit_transform, model_config
 from recipes.model.recompute import Recompute
+from recipes.model.rope import rope_switch
 from ring_attention import CAUSAL, hf
+from ring_attention.decoding import CachedAttention
 from ring_attention.sequence_attention import SequenceAttention
 
 # model types whose RMSNorm rounds once, after the weight, in transformers; Liger rounds before it, too, as Llama does
@@ -80,7 +82,14 @@ class HuggingFaceModel(nn.Module):
             self.notes.append(
                 f"{len(layers) - num_tiled} of {len(layers)} layers run their MLP on all tokens at once: {why}"
             )
+        self.rope_switch = rope_switch(model.config.get_text_config())  # as in `Transformer`
         _replace_head(model, tile_tokens)
+
+    @property
+    def stop_tokens(self) -> set[int]:
+        """Those that end a text by the model's generation_config.json, as transformers' generate takes them."""
+        given = getattr(self._causal[0].generation_config, "eos_token_id", None)
+        return set(given) if isinstance(given, list) else set() if given is None else {given}
 
     def forward(
         self,
@@ -88,20 +97,32 @@ class HuggingFaceModel(nn.Module):
         positions_BS: Tensor,
         labels_BS: Tensor | None = None,
         documents: Documents | None = None,
+        by_token: bool = False,
     ) -> Tensor:
         """The sum of the cross-entropies of labels in nats, a scalar in fp32; without labels the logits [B, S, V].
 
-        The arguments are those of `TokenBatch`.
+        The arguments are those of `TokenBatch`; with `by_token` it gives `Head.token_scores`.
         """
-        (causal,), (attention, max_position) = self._causal, self._plan_arguments
+        attention, max_position = self._plan_arguments
         mask = CAUSAL
         if documents is not None:
             mask = CAUSAL.packed(documents)
             max_position = max(stop - start for row in documents for start, stop in itertools.pairwise(row)) - 1
-        plan = hf.BatchPlan(attention, mask, None, max_position)
-        positions_BS = positions_BS.clamp(max=max_position)  # padding must not look like a longer document
-        outputs = causal.base_model(input_ids=tokens_BS, position_ids=positions_BS, use_cache=False, ring_plan=plan)
-        return causal.get_output_embeddings()(outputs.last_hidden_state, labels_BS)
+        hidden_BSE = self._layers_output(tokens_BS, positions_BS, hf.BatchPlan(attention, mask, None, max_position))
+        return self._causal[0].get_output_embeddings()(hidden_BSE, labels_BS, by_token)
+
+    def hidden_states(self, tokens_BS: Tensor, positions_BS: Tensor, cached: CachedAttention) -> Tensor:
+        """As `Transformer.hidden_states`."""
+        return self._layers_output(tokens_BS, positions_BS, hf.BatchPlan(cached, CAUSAL, None, cached.max_position))
+
+    def logits(self, hidden_BSE: Tensor) -> Tensor:
+        """[B, S, V]."""
+        return self._causal[0].get_output_embeddings()(hidden_BSE)
+
+    def _layers_output(self, tokens_BS: Tensor, positions_BS: Tensor, plan: hf.BatchPlan) -> Tensor:
+        positions_BS = positions_BS.clamp(max=plan.max_position)  # padding must not look like a longer document
+        inputs = {"input_ids": tokens_BS, "position_ids": positions_BS, "use_cache": False}
+        return self._causal[0].base_model(**inputs, ring_plan=plan).last_hidden_state
 
 
 def load_model(config: Config, device: torch.device, deepspeed_config: dict[str, Any]) -> Any:

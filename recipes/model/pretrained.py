@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from conf.schema import Config, ConfigError, ModelConfig
 from recipes.model.lora import check_lora, num_trained
 from recipes.model.model_folder import CONFIG_FILE, check_folder, check_hub, one_line
-from recipes.model.rope import change_rope
+from recipes.model.rope import change_rope, reach
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # by engine.dtype
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -211,3 +211,4 @@ def _fill_shape(model: ModelConfig, config: Any, built: nn.Module) -> None:
         model.window = window
         model.num_window_layers = kinds.count("sliding_attention") if kinds else text.num_hidden_layers
     model.softcap = getattr(text, "attn_logit_softcapping", None)
+    model.max_positions, model.stretched_by = reach(text)

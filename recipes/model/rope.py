@@ -46,6 +46,45 @@ def change_rope(config: Any, rope: Any) -> None:
         raise ValueError(f"model.rope={rope}: {'; '.join(faults)}: correct it, {EXAMPLE}")
 
 
+def kinds_of_rope(config: Any) -> list[dict[str, Any]]:
+    """The rotary embeddings of a text model's layers: one, or one for each kind of layer; none without any."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    by_kind = [value for value in parameters.values() if isinstance(value, dict)]
+    return by_kind or ([parameters] if parameters else [])
+
+
+def rope_switch(config: Any) -> int | None:
+    """The position from which on a text takes other frequencies (longrope), for all its tokens; None without one."""
+    switches = (rope[ORIGINAL_LENGTH] for rope in kinds_of_rope(config) if rope["rope_type"] == "longrope")
+    return next(switches, None)
+
+
+def reach(config: Any) -> tuple[int | None, float]:
+    """How many tokens the rotary embeddings are made for, None without a limit, and the factor that stretched them."""
+    kinds = kinds_of_rope(config)
+    length = getattr(config, "max_position_embeddings", None)
+    if length is None or any(kind.get("rope_type") == "dynamic" for kind in kinds):
+        return None, 1.0
+    originals = [kind[ORIGINAL_LENGTH] for kind in kinds if kind.get(ORIGINAL_LENGTH)]
+    stretched = [
+        kind[ORIGINAL_LENGTH] * kind["factor"] for kind in kinds if kind.get(ORIGINAL_LENGTH) and "factor" in kind
+    ]
+    reached = int(max([length, *stretched]))  # some folders stretch without a longer max_position_embeddings
+    return reached, reached / min([reached, *originals])
+
+
+def decoding_problem(config: Any, length: int) -> str | None:
+    """Why a text model cannot decode up to `length` tokens with keys that it keeps; None if it can."""
+    longest = config.max_position_embeddings
+    if length <= longest or all(rope["rope_type"] != "dynamic" for rope in kinds_of_rope(config)):
+        return None
+    return (
+        f"rope_type=dynamic changes all frequencies with each token beyond {longest:,}, but the keys that are kept "
+        f"have those of a shorter text: use a prompt and generate.max_new_tokens of together {longest:,} tokens, or "
+        "model.rope='{rope_type:yarn,factor:4}'"
+    )
+
+
 def _merged(before: dict[str, Any], new: dict[str, Any], length: int) -> dict[str, Any]:
     """What a kind of rotary embedding had before stays, except what belongs to another rope_type."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS

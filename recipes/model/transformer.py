@@ -20,6 +20,7 @@ from recipes.model.mlp import MLP
 from recipes.model.ops import make_norm, rotary_qkv
 from recipes.model.recompute import Recompute
 from ring_attention import CAUSAL, Mask
+from ring_attention.decoding import CachedAttention
 
 Part = TypeVar("Part", bound=nn.Module)
 
@@ -60,10 +61,12 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, sum(self.head_counts) * config.head_dim, bias=config.bias)
         self.out = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=config.bias)
 
-    def forward(self, x_BSE: Tensor, cos: Tensor, sin: Tensor, mask: Mask = CAUSAL) -> Tensor:
+    def forward(
+        self, x_BSE: Tensor, cos: Tensor, sin: Tensor, mask: Mask = CAUSAL, cached: CachedAttention | None = None
+    ) -> Tensor:
         qkv_BSND = self.qkv(x_BSE).unflatten(-1, (-1, self.head_dim))
         q_BSHD, k_BSKD, v_BSKD = rotary_qkv(qkv_BSND, self.head_counts, cos, sin)
-        out_BSHD = self.attention(q_BSHD, k_BSKD, v_BSKD, 0, mask=mask)
+        out_BSHD = (cached or self.attention)(q_BSHD, k_BSKD, v_BSKD, 0, mask=mask)
         return self.out(out_BSHD.flatten(2))
 
 
@@ -73,8 +76,10 @@ class Layer(nn.Module):
         self.attention_norm, self.attention = make_norm(config), SelfAttention(config, attention)
         self.mlp_norm, self.mlp = make_norm(config), MLP(config, mlp_tile_tokens)
 
-    def forward(self, x_BSE: Tensor, cos: Tensor, sin: Tensor, mask: Mask = CAUSAL) -> Tensor:
-        x_BSE = x_BSE + self.attention(self.attention_norm(x_BSE), cos, sin, mask)
+    def forward(
+        self, x_BSE: Tensor, cos: Tensor, sin: Tensor, mask: Mask = CAUSAL, cached: CachedAttention | None = None
+    ) -> Tensor:
+        x_BSE = x_BSE + self.attention(self.attention_norm(x_BSE), cos, sin, mask, cached)
         return x_BSE + self.mlp(self.mlp_norm(x_BSE))
 
 
@@ -102,6 +107,9 @@ class Transformer(nn.Module):
         mlp_tile_tokens: tiled MLP: how many tokens have hidden activations at the same time; 0: all.
         offload: whether what checkpointed layers save lies in host memory until their backward pass.
     """
+
+    rope_switch: int | None = None  # the position from which on a text takes other frequencies, as longrope has one
+    stop_tokens: frozenset[int] = frozenset()  # that end a text, beside the tokenizer's separator
 
     def __init__(
         self,
@@ -131,14 +139,26 @@ class Transformer(nn.Module):
         positions_BS: Tensor,
         labels_BS: Tensor | None = None,
         documents: Documents | None = None,
+        by_token: bool = False,
     ) -> Tensor:
         """The sum of the cross-entropies of labels in nats, a scalar in fp32; without labels the logits [B, S, V].
 
-        The arguments are those of `TokenBatch`.
+        The arguments are those of `TokenBatch`; with `by_token` it gives `Head.token_scores`.
         """
         mask = CAUSAL if documents is None else CAUSAL.packed(documents)
+        return self.head(self._layers_output(tokens_BS, positions_BS, mask), labels_BS, by_token)
+
+    def hidden_states(self, tokens_BS: Tensor, positions_BS: Tensor, cached: CachedAttention) -> Tensor:
+        """[B, S, E] for `logits`: of a shard, or of one token, as `cached` was told."""
+        return self._layers_output(tokens_BS, positions_BS, CAUSAL, cached)
+
+    def logits(self, hidden_BSE: Tensor) -> Tensor:
+        """[B, S, V]."""
+        return self.head(hidden_BSE)
+
+    def _layers_output(self, tokens_BS: Tensor, positions_BS: Tensor, mask: Mask, *cached: CachedAttention) -> Tensor:
         cos, sin = rotary_cos_sin(positions_BS, self.config.head_dim, self.config.rope_theta)
         x_BSE = self.embedding(tokens_BS)
         for index, layer in enumerate(self.layers):
-            x_BSE = self._recompute(index, layer, x_BSE, cos, sin, mask)
-        return self.head(self.final_norm(x_BSE), labels_BS)
+            x_BSE = self._recompute(index, layer, x_BSE, cos, sin, mask, *cached)
+        return self.final_norm(x_BSE)

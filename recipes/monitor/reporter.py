@@ -12,12 +12,11 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from tqdm import tqdm
 
 from conf.schema import LoggingConfig
-from recipes.checkpoint.manifest import Manifest
 from recipes.planning.plan import Plan
 from recipes.planning.throughput import Throughput
 from recipes.run.errors import Preempted
@@ -69,15 +68,26 @@ def wandb_hints(run: Any) -> list[str]:
     return [f"view online:           {run.url}"] if run.settings.mode == "online" else []
 
 
+class Resumed(Protocol):
+    """What a run resumes from: a checkpoint's manifest, or the results of an evaluation."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def elapsed_s(self) -> float: ...
+    @property
+    def wandb_run_id(self) -> str: ...
+
+
 class Reporter:
     """A context manager. If its block raises, the wandb run ends as failed.
 
     Args:
         console: for lines for people. The progress bar is drawn only on a terminal.
-        resumed: the checkpoint that the run resumes from.
+        resumed: what the run resumes from.
     """
 
-    def __init__(self, plan: Plan, run_dir: Path, console: TextIO, resumed: Manifest | None = None) -> None:
+    def __init__(self, plan: Plan, run_dir: Path, console: TextIO, resumed: Resumed | None = None) -> None:
         self._plan, self._config, self._run_dir, self._console = plan, plan.config, run_dir, console
         self._resumed = resumed
         self._started = time.perf_counter() - (resumed.elapsed_s if resumed else 0.0)
@@ -143,6 +153,12 @@ class Reporter:
         tqdm.write("\n".join(lines), file=self._console)
         self._console.flush()
 
+    def stream(self, text: str) -> None:
+        """Print a part of a line, as it comes."""
+        self._bar.clear()
+        self._console.write(text)
+        self._console.flush()
+
     def advance(self) -> None:
         """Count one finished step."""
         self._bar.update()
@@ -159,6 +175,15 @@ class Reporter:
         self._summary |= _known(metrics)
         replace_file(self._run_dir / SUMMARY_FILE, _as_json(self._summary, indent=1))
         self._wandb.summary.update(self._summary)
+
+    def log_results(self, name: str, columns: list[Any], rows: list[Any], figure: Path | None) -> None:
+        """Add a table, and a figure of it, to wandb."""
+        import wandb
+
+        shown: dict[str, Any] = {name: wandb.Table(columns=columns, data=rows)}
+        if figure is not None:
+            shown[f"{name}_figure"] = wandb.Image(str(figure))
+        self._wandb.log(shown)
 
     def log_transport(self, used: str, reason: str) -> None:
         """Add what carries the ring's messages, known once it has sent, to RUN_DIR/config.yaml and wandb's config."""

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from conf.schema import LOSS_TASK, Config
 from data.source import describe
 from recipes.planning import memory
 from recipes.planning.memory_timeline import StepMemory
@@ -32,18 +33,23 @@ def banner(plan: Plan, run_dir: Path) -> list[str]:
     rows = [
         ("ranks", _ranks(plan)),
         ("tokens", f"{tokens}; {plan.tokens_per_step:,} per step"),
-        *([] if plan.config.recipe == "bench_attention" else [("data", _data(plan))]),
+        *([] if plan.config.recipe in ("bench_attention", "generate") else [("data", _data(plan))]),
         ("model", f"{model.name}: {memory.num_parameters(model) / 1e6:,.2f} M parameters{_trained(plan)}, {shape}"),
         ("FLOPs per token", f"{plan.flops / 1e6:,.1f} M {passes}, causal counted once{_of_documents(plan)}"),
         ("attention", _attention(plan)),
         ("attention kernel", f"{kernel} ({reason})"),
         ("engine", f"{sharding}, {engine.dtype}"),
         *([("optimizer", _optimizer(plan))] if plan.trains else []),
+        *([("keys and values", _cache(plan))] if plan.config.recipe == "generate" else []),
         *([] if plan.config.recipe == "bench_attention" else _memory_savers(plan)),
-        *(("!!!", warning) for warning in (plan.slow_step_warning, plan.memory_warning) if warning),
+        *(("!!!", warning) for warning in _warnings(plan) if warning),
         ("run dir", str(run_dir)),
     ]
     return [f"{name:>17}  {value}" for name, value in rows]
+
+
+def _warnings(plan: Plan) -> tuple[str | None, ...]:
+    return plan.slow_step_warning, plan.memory_warning, plan.position_warning
 
 
 def _optimizer(plan: Plan) -> str:
@@ -51,6 +57,11 @@ def _optimizer(plan: Plan) -> str:
     decay = f"{given.decay} decay to {given.min_lr_ratio:g} of it" if given.decay != "constant" else "then constant"
     warm_up = f"{given.warmup_fraction:.0%} of {num_steps:,} steps warm-up"
     return f"AdamW, learning rate {given.lr:g}, {warm_up}, {decay}, weight decay {given.weight_decay:g}"
+
+
+def _cache(plan: Plan) -> str:
+    size = memory.gib(memory.cache_bytes(plan.config, plan.degrees))
+    return f"{size} GiB per rank, for the longest prompt and {plan.config.generate.max_new_tokens} new tokens"
 
 
 def _of_documents(plan: Plan) -> str:
@@ -147,8 +158,20 @@ def timeline_lines(step: StepMemory) -> list[str]:
 
 def _data(plan: Plan) -> str:
     config = plan.config
+    if config.recipe == "evaluate":
+        return _evaluated(config)
     num_steps = 1 if config.data.overfit_one_batch else config.num_steps
     return describe(config.data, num_steps * plan.tokens_per_step)
+
+
+def _evaluated(config: Config) -> str:
+    asked = config.evaluate
+    lengths = ", ".join(format(length, ",") for length in asked.lengths)
+    retrieval = [task for task in asked.tasks if task != LOSS_TASK]
+    parts = [] if len(retrieval) == len(asked.tasks) else [f"loss by position, data={config.data.source}"]
+    if retrieval:
+        parts.append(f"{', '.join(retrieval)} x {asked.depths} depths x {asked.samples} samples")
+    return f"{'; '.join(parts)}; at {lengths} tokens"
 
 
 def _ranks(plan: Plan) -> str:

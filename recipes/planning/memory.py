@@ -10,7 +10,7 @@ import math
 from typing import Any, NamedTuple
 
 from conf.degrees import accumulation_steps
-from conf.schema import Config, Degrees, ModelConfig
+from conf.schema import INFERENCE, Config, Degrees, ModelConfig
 
 LOGITS_BYTES = 2**30  # fp32 logits that exist at once, unless engine.tile_tokens is set
 MLP_BYTES = 2**31  # hidden activations of an MLP and their gradients that exist at once, unless it is set
@@ -133,6 +133,14 @@ def checkpoint_tensors(config: Config) -> list[int]:
     return [size * model.hidden_size, *(attention if config.engine.recompute == "selective" else [])]
 
 
+def cache_bytes(config: Config, degrees: Degrees) -> float:
+    """Keys and values of a sequence that is decoded, per rank; in windowed layers those of a window alone."""
+    model, length = config.model, config.data.sequence_length
+    num_keys = (model.num_layers - model.num_window_layers) * length
+    num_keys += model.num_window_layers * min(length, model.window or length)
+    return 2 * dtype_bytes(config) * model.num_kv_heads * model.head_dim * num_keys / degrees.sequence
+
+
 class StateBytes(NamedTuple):
     """Training states of the rank that holds most: a lower bound of its memory, without activations and buckets.
 
@@ -188,7 +196,7 @@ def state_bytes(config: Config, degrees: Degrees) -> StateBytes:
         optimizer_size = 0
         if engine.zero_stage == 3 or engine.dtype == "fp32" or not has_sums:
             gradient_size = 0  # else DeepSpeed 0.19.8 keeps the sums on the device
-    if config.recipe == "forward":
+    if config.recipe in ("forward", *INFERENCE):
         gradient_size = optimizer_size = 0
     trained = parameters if model.num_trained is None else model.num_trained
     numbers, sizes = (parameters, trained, trained), (weight_size, gradient_size, optimizer_size)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,10 +15,10 @@ from dataclasses import dataclass
 import torch
 
 from conf.degrees import accumulation_steps, resolve_config, resolve_degrees
-from conf.schema import Config, ConfigError, Degrees
+from conf.schema import INFERENCE, Config, ConfigError, Degrees
 from recipes.planning.memory import StateBytes, changed, gib, state_bytes
 from recipes.planning.memory_timeline import StepMemory
-from recipes.planning.refusal import state_refusal, step_refusal
+from recipes.planning.refusal import cache_refusal, state_refusal, step_refusal
 from recipes.planning.throughput import (
     Throughput,
     Work,
@@ -236,6 +237,20 @@ class Plan:
         )
 
     @property
+    def position_warning(self) -> str | None:
+        """Of texts at lengths for which the model's rotary embeddings are not made."""
+        model, length = self.config.model, self.config.data.sequence_length
+        if self.config.recipe not in INFERENCE or model.max_positions is None or length <= model.max_positions:
+            return None
+        original = round(model.max_positions / model.stretched_by)
+        stretch = "" if original == model.max_positions else f" = {original:,} x {model.stretched_by:g}"
+        return (
+            f"{length:,} tokens are more than the {model.max_positions:,}{stretch} that the model's rotary embeddings "
+            f"are made for: {length:,} / {original:,} needs model.rope='{{rope_type:yarn,factor:"
+            f"{math.ceil(length / original)}}}', and training with it"
+        )
+
+    @property
     def _state_config(self) -> Config:
         """The configuration. On the CPU offloaded states stay in the same memory, so there it has no offload."""
         if self.device_type != "cpu":
@@ -254,6 +269,11 @@ class Plan:
             return "engine.dtype=fp16 needs a GPU: use engine.dtype=bf16 or engine.dtype=fp32 on the CPU"
         if not self.on_gpu and self.config.attention.transport == "copy_engine":
             return "attention.transport=copy_engine needs GPUs: use attention.transport=p2p on the CPU"
+        if self.config.recipe == "generate" and self.degrees.data > 1:
+            return (
+                f"recipe=generate decodes one text at a time, but there are {self.degrees.data} data ranks: use "
+                "attention=ring and leave parallelism.data_degree out, or launch.num_ranks=1"
+            )
         return self.memory_refusal if self.config.launch.check_memory else None
 
     @property
@@ -264,6 +284,8 @@ class Plan:
         host_ranks = self.ranks_per_host if self.device_type == "cpu" else None
         if refusal := state_refusal(self._state_config, self.degrees, self.memory_bytes, host_ranks):
             return refusal
+        if self.config.recipe == "generate":
+            return cache_refusal(self.config, self.degrees, self.memory_bytes)
         return None if self.step_memory.unsupported else step_refusal(self.step_memory, self.memory_bytes)
 
     @property

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from conf.schema import Config, Degrees
-from recipes.planning.memory import changed, gib, num_parameters, state_bytes
+from recipes.planning.memory import cache_bytes, changed, gib, num_parameters, state_bytes
 from recipes.planning.memory_timeline import StepMemory
 
 MAX_RANKS = 2**16  # that a remedy suggests
@@ -65,6 +65,23 @@ def step_refusal(step: StepMemory, memory_bytes: int) -> str | None:
     return (
         f"a step needs {gib(step.peak.total)} GiB per rank by prediction, and there are {gib(memory_bytes)}: use "
         + ", or ".join([*dict.fromkeys(remedies or ["a smaller model or more hosts"]), INSIST])
+    )
+
+
+def cache_refusal(config: Config, degrees: Degrees, memory_bytes: int) -> str | None:
+    """Why ranks with `memory_bytes` cannot hold a prompt's keys and values, and what to type; None if they can."""
+    weights, cache = state_bytes(config, degrees).weights, cache_bytes(config, degrees)
+    if weights + cache <= memory_bytes:
+        return None
+    length, num_new = config.data.sequence_length, config.generate.max_new_tokens
+    full_layers = changed(config, **{"model.num_window_layers": 0})  # a bound that holds where windows are not full
+    longest = int((memory_bytes - weights) * length / cache_bytes(full_layers, degrees))
+    ranks = math.ceil(cache * degrees.sequence / (memory_bytes - weights))
+    return (
+        f"the longest prompt has {length - num_new:,} tokens, and with generate.max_new_tokens={num_new} its keys and "
+        f"values need {gib(cache)} GiB per rank, beside {gib(weights)} GiB of weights, and there are "
+        f"{gib(memory_bytes)}: use {ranks} ranks or more with as much memory each, a prompt of at most "
+        f"{max(0, longest - num_new):,} tokens, or {INSIST}"
     )
 
 

@@ -17,11 +17,19 @@ METRICS_FILE, SUMMARY_FILE, CONFIG_FILE = "metrics.jsonl", "summary.json", "conf
 LOGS_DIR, STALL_FILE = "logs", "stall.txt"
 PREEMPTED_FILE = "preempted"  # exists once a checkpoint is saved because of a signal; scripts/slurm.sbatch looks for it
 COMPARISON_FILE, RESULTS_FILE, SWEEP_FILE = "comparison.json", "results.jsonl", "sweep.json"
-FILES = (METRICS_FILE, SUMMARY_FILE, CONFIG_FILE, COMPARISON_FILE, RESULTS_FILE)  # a run dir has at least one of them
+EVALUATION_FILE = "evaluation.json"
+FILES = (
+    METRICS_FILE,
+    SUMMARY_FILE,
+    CONFIG_FILE,
+    COMPARISON_FILE,
+    RESULTS_FILE,
+    EVALUATION_FILE,
+)  # a run dir has at least one of them
 
 # prefixes of settings that do not change what a run computes, nor how
 BOOKKEEPING = (
-    *("checkpoint.", "compare.", "logging.", "max_length.", "sweep."),
+    *("checkpoint.", "compare.", "generate.", "logging.", "max_length.", "sweep."),
     *("breakdown", "explain", "memory_snapshot", "profile"),
 )
 
@@ -30,13 +38,14 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """One run of recipe=pretrain or recipe=forward."""
+    """One run of recipe=pretrain, forward or evaluate."""
 
     name: str  # unique among the runs that were loaded together
     folder: Path
     settings: dict[str, Any]  # by dotted name, such as optimizer.lr; empty if they cannot be read
     rows: list[Row]  # one per logged step, in order; None where a number was not finite
     summary: dict[str, float | None]  # metrics of the whole run, such as the parts of a step's time
+    evaluated: list[Row] = field(default_factory=list)  # the cells of an evaluation, as in evaluation.json
 
     def column(self, name: str) -> list[float | None]:
         """One value per row, None where the metric was not logged."""
@@ -96,7 +105,10 @@ def load_runs(given: Iterable[Path]) -> LoadedRuns:
             settings = flatten(_read_object(folder / CONFIG_FILE, loaded.problems, "the run's settings are not shown"))
             has_summary = (folder / SUMMARY_FILE).exists()  # once its steps are done
             summary = _read_object(folder / SUMMARY_FILE, loaded.problems) if has_summary else {}
-            loaded.runs.append(Run(name, folder, settings, _read_rows(folder / METRICS_FILE, loaded.problems), summary))
+            has_cells = (folder / EVALUATION_FILE).exists()
+            evaluation = _read_object(folder / EVALUATION_FILE, loaded.problems) if has_cells else {}
+            rows = _read_rows(folder / METRICS_FILE, loaded.problems)
+            loaded.runs.append(Run(name, folder, settings, rows, summary, evaluation.get("cells", [])))
     return loaded
 
 

@@ -76,6 +76,18 @@ CASES = {
         ["model=tiny", "data.tokenizer={llama}"],
         ["data.tokenizer={llama}", "2,048", "model.vocab_size=2048"],
     ),
+    "no model to generate with": (
+        ["recipe=generate", "generate.prompt=a"],
+        ["recipe=generate", "generate.model=RUN_DIR"],
+    ),
+    "prompts that are not there": (
+        ["recipe=generate", "generate.model={llama}", "generate.prompt_file={folder}/none.txt"],
+        ["generate.prompt_file={folder}/none.txt"],
+    ),
+    "a run that is not there": (
+        ["recipe=generate", "generate.model={folder}/nowhere", "generate.prompt=a"],
+        ["generate.model={folder}/nowhere", "outputs/DATE/TIME", "config.json", "OWNER/NAME"],
+    ),
     "a corpus that is too short": (
         ["data=text_files", "data.files={folder}/tiny.txt", "data.sequence_length=100000"],
         ["6 tokens", "8 validation", "900,000", "data.sequence_length=100000"],
@@ -96,6 +108,7 @@ NEEDED = {
     "LoRA on layers that are not there": {"torch", "transformers"},
     "more ranks than kv heads": {"torch", "transformers"},
     "a tokenizer that is too large": {"torch", "transformers"},
+    "a run that is not there": {"torch"},
 }
 FAST = (
     "an unknown field",
@@ -103,6 +116,7 @@ FAST = (
     "a sweep without -m",
     "a corpus that is too short",
     "a model that is no folder",
+    "prompts that are not there",
 )
 IMPORT = "import time:"  # prefix of the lines that PYTHONPROFILEIMPORTTIME adds
 

@@ -7,8 +7,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from tests.distributed.test_docs import ROOT, python_examples
 
@@ -51,3 +53,15 @@ def test_a_script_of_alst_gives_the_same_losses_before_and_after(tmp_path, tiny_
     assert numbers("loss", after) == pytest.approx(numbers("loss", before), rel=1e-6)
     # as the page says
     assert numbers("gradient norm", before) == pytest.approx([2 * x for x in numbers("gradient norm", after)], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_the_decoding_program_prints_what_transformers_generates(tmp_path, tiny_llama: Path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    inputs: Any = AutoTokenizer.from_pretrained(tiny_llama)("import os\nimport sys\n\n\ndef main", return_tensors="pt")
+    options = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
+    expected = model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :].tolist()
+    for num_ranks in (1, 2):
+        assert f"generated: {expected}\n" in printed(example("generate"), num_ranks, tmp_path, tiny_llama)

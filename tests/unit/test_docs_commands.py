@@ -137,8 +137,8 @@ def test_command_composes(command: Command):
 def test_command_that_names_no_need_can_run_on_a_laptop(command: Command, capsys, tmp_path, tiny_llama: Path):
     assert command.overrides is not None
     overrides = [*first_values(command.overrides), "launch.num_ranks=4"]
-    paths = [override for override in overrides if override.startswith("model.path=")]
-    overrides = [f"model.path={tiny_llama}" if override in paths else override for override in overrides]
+    for setting in ("model.path=", "evaluate.model="):
+        overrides = [f"{setting}{tiny_llama}" if word.startswith(setting) else word for word in overrides]
     config = composed(overrides)
     config.explain = True
     train.execute(config, overrides, tmp_path / "run")

@@ -133,3 +133,25 @@ def test_only_required_gradients_are_computed():
     with Operators() as operators:
         head.requires_grad_(False)(x, labels).backward()
     assert operators.num_products == 2 * NUM_TILES
+
+
+@pytest.mark.parametrize("tile_tokens", [0, TILE])
+def test_scores_by_token_are_losses_and_hits_of_labelled_tokens(tile_tokens: int):
+    x, weight, labels = inputs()
+    logits = x @ weight.T
+    labels[1, 4] = logits[1, 4].argmax()
+    head = Head(HIDDEN, VOCABULARY, tile_tokens).double()
+    head.load_state_dict({"weight": weight})
+    losses, hits = head(x, labels, by_token=True)
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), reduction="none"
+    )  # 0 if ignored
+    assert torch.allclose(losses.flatten(), expected, rtol=1e-13, atol=0)
+    assert torch.equal(hits, (logits.argmax(-1) == labels).double())
+    assert hits[1, 4] == 1
+
+
+def test_a_rank_without_labels_has_scores_of_0():
+    x, _, labels = inputs()
+    scores = Head(HIDDEN, VOCABULARY, TILE).double()(x, torch.full_like(labels, IGNORED_LABEL), by_token=True)
+    assert torch.equal(scores, torch.zeros(2, BATCH, LENGTH, dtype=torch.float64))

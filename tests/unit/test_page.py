@@ -188,3 +188,33 @@ def test_a_browser_draws_the_page_and_a_click_hides_a_run(loaded, tmp_path):
     assert names == ["1", "0", "2</script><b>"]  # empty cells last
     assert alone == [[False, True], [True, True]]
     assert drawn
+
+
+def test_a_run_with_an_evaluation_has_heat_maps_and_its_loss_by_position(tmp_path):
+    measured = [
+        {"task": "niah_single", "length": 512, "depth": 0.0, "accuracy": 1.0},
+        {"task": "niah_single", "length": 512, "depth": 1.0, "accuracy": 0.5},
+        {"task": "niah_single", "length": 4096, "depth": 1.0, "accuracy": 0.0},
+        {
+            "task": "loss",
+            "length": 4096,
+            "source": "stdlib",
+            "loss": 1.5,
+            "context": 64,
+            "buckets": [{"start": 0, "stop": 256, "tokens": 30, "loss": 1.75, "loss_of_context": 2.0}],
+        },
+    ]
+    write_run(tmp_path / "plain")
+    evaluated = write_run(tmp_path / "evaluated")
+    (evaluated / "evaluation.json").write_text(json.dumps({"settings": {}, "cells": measured}))
+    text = page.render(load_runs([tmp_path]))
+    found = figures(text)
+    [heat_map] = found["evaluated: niah_single"]["data"]
+    assert (heat_map["type"], heat_map["zmin"], heat_map["zmax"]) == ("heatmap", 0, 1)
+    assert (heat_map["x"], heat_map["y"]) == (["512", "4,096"], ["0.00", "1.00"])
+    assert heat_map["z"] == [[1.0, None], [0.5, 0.0]]
+    losses = found["loss by position in the document"]["data"]
+    assert [(trace["x"], trace["y"]) for trace in losses] == [([256], [1.75]), ([256], [2.0])]
+    [heads] = [row for row in cells(text) if row[0] == "run"]
+    [row] = [row for row in cells(text) if row[0] == "evaluated"]
+    assert row[heads.index("accuracy %")] == "50"

@@ -47,7 +47,6 @@ def mistake(*overrides: str) -> str:
 
 
 CHOICES = [
-    ("recipe=evaluate", "pretrain forward compare bench_attention max_length"),
     ("sweep.objective=loss", "validation_loss tokens_per_s model_tflops_per_rank"),
     ("sweep.sampler=random", "tpe grid"),
     ("model.mlp=relu", "swiglu gelu"),

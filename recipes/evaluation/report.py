@@ -1,0 +1,79 @@
+"""The cells of an evaluation as tables for the console, and as numbers for summary.json and wandb."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from conf.schema import LOSS_TASK
+from recipes.run.run_dir import Row
+from recipes.run.text_table import text_table
+
+Table = list[list[str]]
+
+
+def tables(cells: list[Row]) -> list[str]:
+    """Accuracy by task and length and by depth and length, and the loss by position, as far as they were measured."""
+    asked = retrieval(cells)
+    with_depth = [row for row in asked if "depth" in row]
+    lines = []
+    if asked:
+        lines += ["", "accuracy in %, mean over depths", *text_table(_crossed(asked, "task", str))]
+    if with_depth:
+        depth_of = "{:.2f}".format
+        lines += [
+            "",
+            "accuracy in %, mean over tasks with a depth",
+            *text_table(_crossed(with_depth, "depth", depth_of)),
+        ]
+    for row in cells:
+        if row["task"] == LOSS_TASK:
+            title = f"loss by position, data={row['source']}, sequences of {row['length']:,} tokens"
+            lines += ["", title, *text_table(_loss_table(row))]
+    return lines
+
+
+def retrieval(cells: Iterable[Row]) -> list[Row]:
+    """The cells that have an accuracy."""
+    return [row for row in cells if row["task"] != LOSS_TASK]
+
+
+def accuracy_by(cells: Iterable[Row], *names: str) -> dict[tuple[Any, ...], float]:
+    """The mean accuracy of the cells that are equal in these, by their values."""
+    groups: dict[tuple[Any, ...], list[float]] = {}
+    for row in cells:
+        groups.setdefault(tuple(row.get(name) for name in names), []).append(row["accuracy"])
+    return {key: statistics.fmean(values) for key, values in groups.items()}
+
+
+def summary(cells: list[Row]) -> dict[str, float | None]:
+    """accuracy/TASK/LENGTH, the mean over depths, and loss/SOURCE/LENGTH in nats."""
+    accuracies = accuracy_by(retrieval(cells), "task", "length").items()
+    losses = {f"loss/{row['source']}/{row['length']}": row["loss"] for row in cells if row["task"] == LOSS_TASK}
+    return {f"accuracy/{task}/{length}": value for (task, length), value in accuracies} | losses
+
+
+def _crossed(cells: list[Row], name: str, text_of: Callable[[Any], str]) -> Table:
+    """A row for each value of a name, a column for each length."""
+    means = accuracy_by(cells, name, "length")
+    lengths = sorted({row["length"] for row in cells})
+    values = (
+        sorted({row[name] for row in cells}) if name == "depth" else list(dict.fromkeys(row[name] for row in cells))
+    )
+    table = [[name, *(format(length, ",") for length in lengths)]]
+    for value in values:
+        known = (means.get((value, length)) for length in lengths)
+        table.append([text_of(value), *("" if mean is None else f"{100 * mean:.1f}" for mean in known)])
+    return table
+
+
+def _loss_table(row: Row) -> Table:
+    has_context = row["context"] is not None
+    of_context = [f"documents cut after {row['context']:,}", "difference"] if has_context else []
+    table = [["position", "tokens", "loss", *of_context]]
+    for bucket in row["buckets"]:
+        loss, of_cut = bucket["loss"], bucket["loss_of_context"]
+        cut = [f"{of_cut:.4f}", f"{loss - of_cut:+.4f}"] if has_context else []
+        table.append([f"{bucket['start']:,} - {bucket['stop']:,}", f"{bucket['tokens']:,}", f"{loss:.4f}", *cut])
+    return table
