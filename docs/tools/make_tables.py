@@ -101,6 +101,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "simulated": partial(speed.attention, {"65,536": "simulated_65536_H200.json"}, with_host=True),
     "simulated parts": partial(speed.attention_parts, {"65,536": "simulated_65536_H200.json"}, SIMULATED_PARTS),
     "before after": speed.before_after,
+    "ring host": speed.ring_host,
     "auto": speed.auto_method,
     "kernel speeds": speed.kernel_speeds,
     "steps": partial(speed.steps_beside_roofline, "layers_8b_131072_pretrain_2xH200.json"),

@@ -44,6 +44,22 @@ def packed() -> str:
     return table(header, cells)
 
 
+def ring_host() -> str:
+    """Simulated rings before and after the host's work was cut."""
+    rows = load("ring_host_H200.json")["rows"]
+    cells = []
+    for row in rows:
+        degree, line = row["ring_degree"], [f"{row['ring_degree']}"]
+        for commit in ("before", "after"):
+            times = row[commit]
+            line += [f"{times['forward_ms']:.2f} ({times['forward_host_ms']:.2f})"]
+            line += [f"{times['both_ms']:.2f} ({times['both_host_ms']:.2f})"]
+            line += [f"{100 * rows[0][commit]['both_ms'] / degree / times['both_ms']:.0f} %"]
+        cells.append(line)
+    each = "forward | with backward | of ideal"
+    return table(f"ring of | before: {each} | after: {each}", cells)
+
+
 def before_after() -> str:
     """Simulated rings and training at two commits, whose processes took turns."""
     measured = load("before_after_H200.json")

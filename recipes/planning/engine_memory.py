@@ -81,9 +81,9 @@ def on_cpu(config: Config, num_ranks: int) -> EngineMemory:
     elif is_sharded:
         persistent, buckets = 2 * parameters + 12 * shard, 4 * bucket
         step_end = 10 * bucket + temporary
-    else:  # all gradients, and a flat copy of a bucket of them in fp32 too; or Adam's copy of a group in fp32
+    else:  # all gradients, and a flat copy of Adam's group, in fp32 too; then that and Adam's temporaries
         persistent = 14 * parameters
-        step_end = max(2 * parameters + 6 * bucket, 3 * temporary)
+        step_end = max(2 * parameters + 1.5 * temporary, 3 * temporary)
     return EngineMemory(persistent, 8 * shard, step_end, buckets)
 
 
