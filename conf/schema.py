@@ -462,6 +462,7 @@ class EvaluateConfig(_Checked, prefix="evaluate."):
         "one_pass", "generate"
     )  # one_pass: all tokens of the answer are the likeliest; generate: slow
     context: Optional[int] = number(None, minimum=1)  # loss: also with documents cut after so many tokens
+    every_n_steps: int = number(0, minimum=0)  # recipe=pretrain: evaluate while training, and at the end; 0: never
 
     def problems(self) -> Iterator[str]:
         legal = (LOSS_TASK, *RETRIEVAL_TASKS)
@@ -573,6 +574,8 @@ class Config(_Checked):
                 yield f"generate.{name}={value} has no effect without recipe=generate: add it"
         if self.recipe in INFERENCE:
             yield from _inference_problems(self)
+        if self.evaluate.every_n_steps:
+            yield from _training_evaluation_problems(self)
         if self.recipe == "compare" and not self.compare.entries:
             yield "recipe=compare has nothing to compare: type recipe=compare +experiment=paper_table"
         if self.documents is not None and self.recipe != "bench_attention":
@@ -659,6 +662,26 @@ def _inference_problems(config: Config) -> Iterator[str]:
         yield f"engine.zero_stage=3 cannot go with recipe={recipe}, which holds all weights on every rank: leave it out"
     if config.parallelism.method == "tensor_pipeline":
         yield f"recipe={recipe} cannot go with parallelism=tensor_pipeline: use +experiment=ra_sp"
+
+
+def _training_evaluation_problems(config: Config) -> Iterator[str]:
+    """Of an evaluation while training."""
+    asked = config.evaluate
+    setting = f"evaluate.every_n_steps={asked.every_n_steps}"
+    if config.recipe != "pretrain":
+        yield f"{setting} needs recipe=pretrain, not recipe={config.recipe}: leave it out"
+    if asked.scoring != "one_pass":
+        yield f"{setting} cannot go with evaluate.scoring={asked.scoring}: leave that out, which is for recipe=evaluate"
+    if asked.context is not None:
+        yield f"{setting} cannot go with evaluate.context={asked.context}: leave that out, which is for recipe=evaluate"
+    if config.parallelism.method == "tensor_pipeline":
+        yield f"{setting} cannot go with parallelism=tensor_pipeline: use +experiment=ra_sp"
+    longest = config.data.sequence_length
+    if too_long := [length for length in asked.lengths if length > longest]:
+        yield (
+            f"evaluate.lengths={asked.lengths} has {too_long[0]}, more than data.sequence_length={longest}, for which "
+            f"a run with {setting} is planned: leave it out, or evaluate the run afterwards with recipe=evaluate"
+        )
 
 
 def one_divisor(number: int) -> str:

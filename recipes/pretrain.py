@@ -12,6 +12,10 @@ import torch
 from recipes.checkpoint.manager import Checkpoints
 from recipes.checkpoint.manifest import Manifest, is_resharded
 from recipes.engine.build import build_engine, build_feed, open_shared_corpus
+from recipes.engine.deepspeed_engine import TrainingEngine
+from recipes.evaluation.cells import planned_cells
+from recipes.evaluation.measurement import Measurement
+from recipes.evaluation.report import training_metrics
 from recipes.launch.stopping import BadSteps, StopRequest
 from recipes.monitor.device_metrics import perplexity
 from recipes.monitor.profiling import profiler
@@ -52,10 +56,16 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
         report_status("part", "reading the checkpoint")
         checkpoints.load(resumed)
     report_status("part", "reading data")
-    feed = build_feed(plan, engine, open_shared_corpus(plan, engine))
+    corpus = open_shared_corpus(plan, engine)
+    feed = build_feed(plan, engine, corpus)
     steps = feed.steps(last_read=resumed.last_read if resumed else None)
     first = next(steps)
     batches = itertools.repeat(first) if config.data.overfit_one_batch else itertools.chain([first], steps)
+
+    measure: Measurement | None = None
+    if config.evaluate.every_n_steps:
+        assert isinstance(engine, TrainingEngine)
+        measure = Measurement(plan, engine, planned_cells(config), corpus.validation())
 
     def validate(step: int) -> dict[str, float | None]:
         report_status("part", f"validation after step {step}")
@@ -68,6 +78,17 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
         logger.say(f"step {step}: validation loss {loss:.4f}{f' ({details})' if details else ''}")
         of_sources = {f"validation/loss/{name}": loss for name, loss in by_source.items()}
         return {"validation/loss": loss, "validation/perplexity": perplexity(loss), **of_sources}
+
+    def evaluate(step: int, measure: Measurement) -> dict[str, float | None]:
+        logger.say("evaluating ...")
+        rows = []
+        for cell in planned_cells(config):
+            report_status("part", f"evaluation after step {step}: {cell}")
+            rows.append(cell.named() | measure(cell))
+        metrics = training_metrics(rows, feed.weights)
+        numbers = (f"{name.removeprefix('evaluation/')} {value:.4f}" for name, value in metrics.items())
+        logger.say(f"step {step}: evaluation: {', '.join(numbers)}")
+        return metrics
 
     def save(step: int, preempted: bool = False) -> None:
         report_status("part", f"checkpoint of step {step}")
@@ -117,6 +138,8 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
             if is_last or _is_multiple(step, config.logging.validate_every_n_steps):
                 validated = validate(step)
                 metrics |= validated
+            if measure and (is_last or _is_multiple(step, config.evaluate.every_n_steps)):
+                metrics |= evaluate(step, measure)
             if metrics:
                 logger.write(step, metrics)
 
