@@ -399,6 +399,11 @@ class CheckpointConfig(_Checked, prefix="checkpoint."):
 
     every_n_steps: int = number(100, minimum=0)  # 0: only after the last step and on preemption (SIGTERM, SIGUSR1)
     keep: int = number(2, minimum=0)  # how many of the newest checkpoints to keep; 0: save none
+    keep_best: bool = False  # save and keep the best step, too: by evaluate.every_n_steps, else by the validation loss
+
+    def problems(self) -> Iterator[str]:
+        if self.keep_best and not self.keep:
+            yield "checkpoint.keep_best=true cannot go with checkpoint.keep=0, which saves none: use checkpoint.keep=1"
 
 
 @dataclass
@@ -574,6 +579,11 @@ class Config(_Checked):
                 yield f"generate.{name}={value} has no effect without recipe=generate: add it"
         if self.recipe in INFERENCE:
             yield from _inference_problems(self)
+        if self.checkpoint.keep_best and not self.evaluate.every_n_steps and not self.logging.validate_every_n_steps:
+            yield (
+                "checkpoint.keep_best=true has only the last step to choose from: add evaluate.every_n_steps=50 or "
+                "logging.validate_every_n_steps=50"
+            )
         if self.evaluate.every_n_steps:
             yield from _training_evaluation_problems(self)
         if self.recipe == "compare" and not self.compare.entries:

@@ -95,7 +95,7 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
         started = time.perf_counter()
         last = None if config.data.overfit_one_batch else batch.last
         elapsed_s, wandb_run_id = (reporter.elapsed_s, reporter.wandb_run_id) if reporter else (0.0, "")
-        checkpoints.save(step, last, elapsed_s, wandb_run_id, preempted)
+        checkpoints.save(step, last, elapsed_s, wandb_run_id, metrics, preempted)
         logger.say(f"step {step}: checkpoint in {time.perf_counter() - started:.2f} s")
 
     # train
@@ -145,6 +145,7 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
 
             preempted = stop_request is not None and stop_request.is_agreed(result.num_stop_requests) and not is_last
             is_due = checkpoints.are_enabled and _is_multiple(step, config.checkpoint.every_n_steps)
+            is_due |= checkpoints.is_best(step, metrics)
             # the last checkpoint follows the summary: a run that has it is finished
             if preempted or (is_due and not is_last):
                 save(step, preempted)
@@ -159,7 +160,8 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
     throughput, validation_loss = logger.median_throughput(), validated["validation/loss"]
     assert validation_loss is not None
     if reporter:
-        reporter.write_summary({"validation_loss": validation_loss, **throughput._asdict()})
+        best = {"best_checkpoint": str(checkpoints.best.relative_to(run_dir))} if checkpoints.best else {}
+        reporter.write_summary({"validation_loss": validation_loss, **throughput._asdict(), **best})
     if checkpoints.are_enabled:
         save(config.num_steps)
     if config.breakdown:
@@ -171,6 +173,7 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
             "",
             f"done: {config.num_steps} steps{since}, loss {losses[0]:.4f} -> {losses[-1]:.4f}, "
             f"validation loss {validation_loss:.4f}",
+            *([f"best checkpoint:       {checkpoints.best}"] if checkpoints.best else []),
             *reporter.summary(throughput),
         )
     return validation_loss

@@ -213,6 +213,8 @@ MISTAKES = [  # what is typed; the value, the rule's values and what to type
     ("evaluate.every_n_steps=9 evaluate.context=64", ["evaluate.every_n_steps=9", "evaluate.context=64", "recipe=evaluate"]),
     ("evaluate.every_n_steps=9 evaluate.lengths=[512,4096]", ["evaluate.lengths=[512, 4096]", "4096", "data.sequence_length=2048", "recipe=evaluate"]),
     ("evaluate.every_n_steps=9 +experiment=tp_pp", ["evaluate.every_n_steps=9", "parallelism=tensor_pipeline", "+experiment=ra_sp"]),
+    ("checkpoint.keep_best=true checkpoint.keep=0", ["checkpoint.keep_best=true", "checkpoint.keep=0", "checkpoint.keep=1"]),
+    ("checkpoint.keep_best=true", ["checkpoint.keep_best=true", "evaluate.every_n_steps=50", "logging.validate_every_n_steps=50"]),
     # on 4 ranks
     ("parallelism.ring_degree=3", ["parallelism.ring_degree=3", "4 ranks", "1", "2", "parallelism.ring_degree=4", "launch.num_ranks"]),
     ("parallelism.data_degree=8", ["parallelism.data_degree=8", "4 ranks", "1", "2", "parallelism.data_degree=4", "launch.num_ranks"]),
@@ -417,7 +419,7 @@ def test_every_option_composes(path):
     plus = "+" if group in ("experiment", "debug", "sweep") else ""
     needed = dict.fromkeys(("text_files", "jsonl", "parquet", "megatron", "chat"), "data.files=train.py")
     needed |= {"hub": "data.name=owner/name", "mixture": "data.sources={a: {source: stdlib, weight: 1}}"}
-    needed |= dict.fromkeys(("huggingface", "finetune"), "model.path=FOLDER")
+    needed |= dict.fromkeys(("huggingface", "finetune", "extend"), "model.path=FOLDER")
     extra = [needed[option]] if group != "workload" and option in needed else []
     config = compose(f"{plus}{group}={option}", *extra)
     assert group != "model" or config.model.name == option
