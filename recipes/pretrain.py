@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from conf.stages import length_at
 from recipes.checkpoint.manager import Checkpoints
 from recipes.checkpoint.manifest import Manifest, is_resharded
 from recipes.engine.build import build_engine, build_feed, open_shared_corpus
@@ -58,7 +59,8 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
     report_status("part", "reading data")
     corpus = open_shared_corpus(plan, engine)
     feed = build_feed(plan, engine, corpus)
-    steps = feed.steps(last_read=resumed.last_read if resumed else None)
+    first_step = resumed.step + 1 if resumed else 1
+    steps = feed.steps(last_read=resumed.last_read if resumed else None, first_step=first_step)
     first = next(steps)
     batches = itertools.repeat(first) if config.data.overfit_one_batch else itertools.chain([first], steps)
 
@@ -104,7 +106,11 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
     validated: dict[str, float | None] = {}
     logger.restart()  # reading the checkpoint and the data belongs to no step
     with profiler(config, run_dir) as profiler_step:
-        for step in range(resumed.step + 1 if resumed else 1, config.num_steps + 1):
+        for step in range(first_step, config.num_steps + 1):
+            length = length_at(config.data, step)
+            if step > first_step and length != length_at(config.data, step - 1):
+                logger.say(f"from step {step} on: sequences of {length:,} tokens")
+                report_status("stage", str(length))
             report_status("step", str(step))
             report_status("part", "data")
             with logger.data():
@@ -129,7 +135,7 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
                     "grad_norm": float(result.grad_norm),
                     "learning_rate": learning_rate,
                     **engine.loss_scaling,
-                    "tokens_seen": step * plan.tokens_per_step,
+                    "tokens_seen": plan.tokens_of_steps(1, step),
                     "data_epoch": batch.last.cursor.epoch,
                     "data_sequence": batch.last.cursor.pack,
                 }
@@ -166,7 +172,7 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
         save(config.num_steps)
     if config.breakdown:
         must_stop = functools.partial(stop_request.is_on_any_rank, engine) if stop_request else lambda: False
-        logger.breakdown(feed.steps, must_stop)
+        logger.breakdown(functools.partial(feed.steps, first_step=config.num_steps), must_stop)
     if reporter:
         since = f", {config.num_steps - resumed.step} of them since the checkpoint" if resumed else ""
         reporter.say(

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from conf.schema import LOSS_TASK, Config
+from conf.stages import stages_of, steps_by_length
 from data.source import describe
 from recipes.planning import memory
 from recipes.planning.memory_timeline import StepMemory
@@ -21,7 +22,7 @@ MAX_RANK_LINES = 8  # of an explanation, where ranks have unequal work
 
 def banner(plan: Plan, run_dir: Path) -> list[str]:
     """What will run, in about ten aligned lines."""
-    model, engine, layout = plan.config.model, plan.config.engine, plan.layout
+    config, model, engine, layout = plan.config, plan.config.model, plan.config.engine, plan.layout
     kernel, reason = plan.kernel_choice()
     tokens = f"{layout.local_length:,} per rank of {layout.length:,} per sequence"
     if padding := layout.padded_length - layout.length:
@@ -33,6 +34,7 @@ def banner(plan: Plan, run_dir: Path) -> list[str]:
     rows = [
         ("ranks", _ranks(plan)),
         ("tokens", f"{tokens}; {plan.tokens_per_step:,} per step"),
+        *([("stages", _stage_lengths(plan))] if config.data.stages else []),
         *([] if plan.config.recipe in ("bench_attention", "generate") else [("data", _data(plan))]),
         ("model", f"{model.name}: {memory.num_parameters(model) / 1e6:,.2f} M parameters{_trained(plan)}, {shape}"),
         ("FLOPs per token", f"{plan.flops / 1e6:,.1f} M {passes}, causal counted once{_of_documents(plan)}"),
@@ -46,6 +48,11 @@ def banner(plan: Plan, run_dir: Path) -> list[str]:
         ("run dir", str(run_dir)),
     ]
     return [f"{name:>17}  {value}" for name, value in rows]
+
+
+def _stage_lengths(plan: Plan) -> str:
+    stages = (f"{stage.sequence_length:,} tokens from step {stage.first_step}" for stage in stages_of(plan.config.data))
+    return f"sequences of {', '.join(stages)}; all other lines are of the longest"
 
 
 def _warnings(plan: Plan) -> tuple[str | None, ...]:
@@ -87,7 +94,8 @@ def explanation(plan: Plan, run_dir: Path) -> list[str]:
         f"  {plan.degrees.data} data ranks x {config.engine.micro_batch_size} sequences x "
         f"{plan.accumulation_steps} micro-batches = {plan.sequences_per_step} sequences per step",
         f"  x {plan.layout.length:,} tokens = {plan.tokens_per_step:,} tokens per step, "
-        f"{plan.tokens_per_step * config.num_steps:,} in {config.num_steps} steps",
+        f"{plan.tokens_of_steps(1, config.num_steps):,} in {config.num_steps} steps",
+        *_stages(plan),
         *candidates,
         *ring_work,
         "",
@@ -97,6 +105,21 @@ def explanation(plan: Plan, run_dir: Path) -> list[str]:
         *step_memory_lines(plan),
         *refusal_lines(plan),
     ]
+
+
+def _stages(plan: Plan) -> Iterator[str]:
+    """Of data.stages: the steps of each, and their work if each sequence is one document."""
+    if plan.config.data.stages is None:
+        return
+    first = 1
+    for length, num_steps in steps_by_length(plan.config.data, 1, plan.config.num_steps):
+        tokens = plan.sequences_per_step * length
+        pflop = 1e-15 * plan.work([length] * plan.sequences_per_step).flops
+        yield (
+            f"  steps {first} to {first + num_steps - 1}: sequences of {length:,} tokens, {tokens:,} tokens and "
+            f"{pflop:.3g} PFLOP per step, {num_steps * pflop:.3g} PFLOP in all"
+        )
+        first += num_steps
 
 
 def _hardware(plan: Plan) -> str:
@@ -161,7 +184,7 @@ def _data(plan: Plan) -> str:
     if config.recipe == "evaluate":
         return _evaluated(config)
     num_steps = 1 if config.data.overfit_one_batch else config.num_steps
-    return describe(config.data, num_steps * plan.tokens_per_step)
+    return describe(config.data, plan.tokens_of_steps(1, num_steps))
 
 
 def _evaluated(config: Config) -> str:
