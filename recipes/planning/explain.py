@@ -111,13 +111,14 @@ def _stages(plan: Plan) -> Iterator[str]:
     """Of data.stages: the steps of each, and their work if each sequence is one document."""
     if plan.config.data.stages is None:
         return
-    first = 1
-    for length, num_steps in steps_by_length(plan.config.data, 1, plan.config.num_steps):
-        tokens = plan.sequences_per_step * length
-        pflop = 1e-15 * plan.work([length] * plan.sequences_per_step).flops
+    stages = [*steps_by_length(plan.config.data, 1, plan.config.num_steps)]
+    flops = [plan.work([length] * plan.sequences_per_step).flops for length, _ in stages]
+    total, first = sum(num_steps * of_step for (_, num_steps), of_step in zip(stages, flops, strict=True)), 1
+    for (length, num_steps), of_step in zip(stages, flops, strict=True):
         yield (
-            f"  steps {first} to {first + num_steps - 1}: sequences of {length:,} tokens, {tokens:,} tokens and "
-            f"{pflop:.3g} PFLOP per step, {num_steps * pflop:.3g} PFLOP in all"
+            f"  steps {first:,} to {first + num_steps - 1:,}: {length:,} tokens per sequence, "
+            f"{plan.sequences_per_step * length:,} per step; {of_step / 1e15:.3g} PFLOP per step, "
+            f"{num_steps * of_step / total:.0%} of all steps' FLOPs"
         )
         first += num_steps
 
