@@ -85,6 +85,9 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
         logger.say("evaluating ...")
         rows = []
         for cell in planned_cells(config):
+            if stop_request and stop_request.is_on_any_rank(engine):  # it may last longer than the run may yet
+                logger.say(f"step {step}: no evaluation: a signal asked the run to stop")
+                return {}
             report_status("part", f"evaluation after step {step}: {cell}")
             rows.append(cell.named() | measure(cell))
         metrics = training_metrics(rows, feed.weights)

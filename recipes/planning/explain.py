@@ -42,6 +42,7 @@ def banner(plan: Plan, run_dir: Path) -> list[str]:
         ("attention kernel", f"{kernel} ({reason})"),
         ("engine", f"{sharding}, {engine.dtype}"),
         *([("optimizer", _optimizer(plan))] if plan.trains else []),
+        *([("evaluation", _evaluation_while_training(config))] if config.evaluate.every_n_steps else []),
         *([("keys and values", _cache(plan))] if plan.config.recipe == "generate" else []),
         *([] if plan.config.recipe == "bench_attention" else _memory_savers(plan)),
         *(("!!!", warning) for warning in _warnings(plan) if warning),
@@ -190,12 +191,16 @@ def _data(plan: Plan) -> str:
 
 def _evaluated(config: Config) -> str:
     asked = config.evaluate
-    lengths = ", ".join(format(length, ",") for length in asked.lengths)
+    lengths = ", ".join(format(length, ",") for length in asked.lengths or [config.data.sequence_length])
     retrieval = [task for task in asked.tasks if task != LOSS_TASK]
     parts = [] if len(retrieval) == len(asked.tasks) else [f"loss by position, data={config.data.source}"]
     if retrieval:
         parts.append(f"{', '.join(retrieval)} x {asked.depths} depths x {asked.samples} samples")
     return f"{'; '.join(parts)}; at {lengths} tokens"
+
+
+def _evaluation_while_training(config: Config) -> str:
+    return f"every {config.evaluate.every_n_steps:,} steps: {_evaluated(config)}"
 
 
 def _ranks(plan: Plan) -> str:

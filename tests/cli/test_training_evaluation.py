@@ -105,6 +105,20 @@ def test_it_changes_nothing_of_the_training_and_the_best_survives_a_kill(program
     assert sum(losses) / len(losses) == pytest.approx(of_steps[best]["evaluation/answer_loss"], rel=1e-5)
 
 
+@pytest.mark.slow
+def test_a_signal_ends_an_evaluation(program: Program):
+    with program.started(*JOB, *EVALUATED, "evaluate.samples=1000", name="preempted") as running:
+        running.until(lambda: "evaluating ..." in running.stdout)
+        running.family()
+        running.process.send_signal(signal.SIGTERM)
+        preempted = running.finish(ENDS_WITHIN_S)
+        running.assert_nothing_is_left()
+    assert (preempted.exit_code, preempted.stderr) == (143, "")
+    some_line_names(preempted.stdout.splitlines(), "step 1", "evaluation", "signal")
+    assert not any(evaluations(preempted).values())
+    assert "latest" in checkpoints(preempted.run_dir)
+
+
 def test_mistakes_are_refused_before_ranks_start(program: Program):
     for arguments, parts in [
         (["evaluate.lengths=[100]"], ["aggregation", "length=100"]),
