@@ -111,6 +111,10 @@ def execute(config: Config, overrides: list[str], run_dir: Path) -> float | None
 
         check(config, run_dir)
         reads_data = LOSS_TASK in config.evaluate.tasks
+    if config.evaluate.every_n_steps and not is_finished:
+        from recipes.evaluation.refusals import check_tasks
+
+        check_tasks(config)
     # what was not tokenized yet is tokenized now, before ranks start
     corpus = _open_data(config) if config.data.preview or (reads_data and not config.explain) else None
     if corpus and config.data.preview:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -281,6 +282,7 @@ class DataConfig(_Checked, prefix="data."):
     token_store: Optional[str] = None  # folder for tokens on disk; unset: ~/.cache/ring_attention/tokens
     stream: bool = False  # hub: tokenize while training, and store nothing
     sequence_length: int = number(2048, minimum=1)  # tokens per sequence, over all ranks that share it
+    stages: Any = None  # [[first step, tokens], ...]: sequences that grow while training, at last to sequence_length
     packing: str = choice("concatenate", "best_fit", "none")  # best_fit: few splits, some padding; none: one document
     long_documents: str = choice("split", "drop")  # those with more tokens than a sequence
     shuffle_window: int = number(16384, minimum=1)  # documents that best_fit packs together
@@ -311,6 +313,33 @@ class DataConfig(_Checked, prefix="data."):
             yield f"data.validation_split={self.validation_split} needs data.name: for files use data.validation_files"
         if self.source == "mixture":
             yield from _mixture_problems(self)
+        if self.stages is not None:
+            yield from _stages_problems(self)
+
+
+def _stages_problems(data: DataConfig) -> Iterator[str]:
+    setting, example = f"data.stages={data.stages}", "data.stages='[[1,8192],[500,32768]]'"
+    rows = data.stages if isinstance(data.stages, list) else []
+    are_pairs = all(isinstance(row, list) and [type(value) for value in row] == [int, int] for row in rows)
+    if len(rows) < 2 or not are_pairs:
+        yield f"{setting} must be two or more pairs of a first step and a sequence length, such as {example}"
+        return
+    steps, lengths = ([row[column] for row in rows] for column in (0, 1))
+    if steps[0] != 1:
+        yield f"{setting} must begin with step 1, such as {example}"
+    for name, values in (("steps", steps), ("lengths", lengths)):
+        if values[0] < 1 or any(later <= value for value, later in itertools.pairwise(values)):
+            yield f"{setting}: the {name} {values} must be above 0 and grow, such as {example}"
+    if lengths[-1] != data.sequence_length:
+        yield (
+            f"{setting} ends with sequences of {lengths[-1]} tokens, but data.sequence_length={data.sequence_length}: "
+            f"type data.sequence_length={lengths[-1]}"
+        )
+    if data.long_documents == "drop":
+        yield f"{setting} splits documents in its shorter stages: leave out data.long_documents=drop"
+    for name in ("stream", "overfit_one_batch"):
+        if getattr(data, name):
+            yield f"{setting} cannot go with data.{name}=true: leave one of them out"
 
 
 EXAMPLES = {
@@ -399,6 +428,11 @@ class CheckpointConfig(_Checked, prefix="checkpoint."):
 
     every_n_steps: int = number(100, minimum=0)  # 0: only after the last step and on preemption (SIGTERM, SIGUSR1)
     keep: int = number(2, minimum=0)  # how many of the newest checkpoints to keep; 0: save none
+    keep_best: bool = False  # save and keep the best step, too: by evaluate.every_n_steps, else by the validation loss
+
+    def problems(self) -> Iterator[str]:
+        if self.keep_best and not self.keep:
+            yield "checkpoint.keep_best=true cannot go with checkpoint.keep=0, which saves none: use checkpoint.keep=1"
 
 
 @dataclass
@@ -462,6 +496,7 @@ class EvaluateConfig(_Checked, prefix="evaluate."):
         "one_pass", "generate"
     )  # one_pass: all tokens of the answer are the likeliest; generate: slow
     context: Optional[int] = number(None, minimum=1)  # loss: also with documents cut after so many tokens
+    every_n_steps: int = number(0, minimum=0)  # recipe=pretrain: evaluate while training, and at the end; 0: never
 
     def problems(self) -> Iterator[str]:
         legal = (LOSS_TASK, *RETRIEVAL_TASKS)
@@ -573,6 +608,15 @@ class Config(_Checked):
                 yield f"generate.{name}={value} has no effect without recipe=generate: add it"
         if self.recipe in INFERENCE:
             yield from _inference_problems(self)
+        if self.data.stages is not None:
+            yield from _staged_run_problems(self)
+        if self.checkpoint.keep_best and not self.evaluate.every_n_steps and not self.logging.validate_every_n_steps:
+            yield (
+                "checkpoint.keep_best=true has only the last step to choose from: add evaluate.every_n_steps=50 or "
+                "logging.validate_every_n_steps=50"
+            )
+        if self.evaluate.every_n_steps:
+            yield from _training_evaluation_problems(self)
         if self.recipe == "compare" and not self.compare.entries:
             yield "recipe=compare has nothing to compare: type recipe=compare +experiment=paper_table"
         if self.documents is not None and self.recipe != "bench_attention":
@@ -659,6 +703,37 @@ def _inference_problems(config: Config) -> Iterator[str]:
         yield f"engine.zero_stage=3 cannot go with recipe={recipe}, which holds all weights on every rank: leave it out"
     if config.parallelism.method == "tensor_pipeline":
         yield f"recipe={recipe} cannot go with parallelism=tensor_pipeline: use +experiment=ra_sp"
+
+
+def _staged_run_problems(config: Config) -> Iterator[str]:
+    """Of data.stages in its run."""
+    setting, last = f"data.stages={config.data.stages}", config.data.stages[-1][0]
+    if config.recipe != "pretrain":
+        yield f"{setting} needs recipe=pretrain, not recipe={config.recipe}: leave it out"
+    if config.parallelism.method == "tensor_pipeline":
+        yield f"{setting} cannot go with parallelism=tensor_pipeline: use +experiment=ra_sp"
+    if last > config.num_steps:
+        yield f"{setting}: step {last} never comes with num_steps={config.num_steps}: type num_steps={2 * last}"
+
+
+def _training_evaluation_problems(config: Config) -> Iterator[str]:
+    """Of an evaluation while training."""
+    asked = config.evaluate
+    setting = f"evaluate.every_n_steps={asked.every_n_steps}"
+    if config.recipe != "pretrain":
+        yield f"{setting} needs recipe=pretrain, not recipe={config.recipe}: leave it out"
+    if asked.scoring != "one_pass":
+        yield f"{setting} cannot go with evaluate.scoring={asked.scoring}: leave that out, which is for recipe=evaluate"
+    if asked.context is not None:
+        yield f"{setting} cannot go with evaluate.context={asked.context}: leave that out, which is for recipe=evaluate"
+    if config.parallelism.method == "tensor_pipeline":
+        yield f"{setting} cannot go with parallelism=tensor_pipeline: use +experiment=ra_sp"
+    longest = config.data.sequence_length
+    if too_long := [length for length in asked.lengths if length > longest]:
+        yield (
+            f"evaluate.lengths={asked.lengths} has {too_long[0]}, more than data.sequence_length={longest}, for which "
+            f"a run with {setting} is planned: leave it out, or evaluate the run afterwards with recipe=evaluate"
+        )
 
 
 def one_divisor(number: int) -> str:

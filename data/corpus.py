@@ -8,11 +8,12 @@ begins again with its documents in a new order.
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -148,6 +149,12 @@ class Corpus:
             of_stores = ((pieces, self.stores) for pieces in packs)
             yield from numbered(of_stores, epoch, skip, self.config.sequence_length)
             skip = 0
+
+    def of_length(self, sequence_length: int) -> Corpus:
+        """The same documents in the same order, in packs of another length; validation stays as it is."""
+        corpus = copy.copy(self)
+        corpus.config = replace(self.config, sequence_length=sequence_length, stages=None)
+        return corpus
 
     def validation(self) -> dict[str, list[Pack]]:
         """The packs to validate on, by source."""

@@ -5,24 +5,20 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from conf.schema import LOSS_TASK
-from data.corpus import Pack, open_corpus
-from data.tokenizer import open_tokenizer
-from recipes.engine.build import build_engine, build_sharder
+from data.corpus import open_corpus
+from recipes.engine.build import build_engine
 from recipes.engine.deepspeed_engine import TrainingEngine
 from recipes.evaluation.cells import Cell, planned_cells
 from recipes.evaluation.heatmap import draw
-from recipes.evaluation.refusals import hay_source
+from recipes.evaluation.measurement import Measurement
 from recipes.evaluation.report import retrieval, summary, tables
 from recipes.evaluation.results import Evaluation, settings_of
-from recipes.evaluation.scoring import decoded_answers, exact_answers, loss_by_position
-from recipes.evaluation.tasks import make_samples, read_hay
 from recipes.inference.source import load_weights
 from recipes.monitor.reporter import Reporter
 from recipes.planning.explain import banner
@@ -53,13 +49,16 @@ def evaluate(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Eval
     found = resumed or Evaluation(settings_of(config))
     cells = [cell for cell in planned_cells(config) if not found.has(cell)]
     report_status("part", "reading data")
-    measure = Measurement(plan, engine, cells)
+    reads_packs = any(cell.task == LOSS_TASK for cell in cells)
+    packs = open_corpus(config.data, config.model.vocab_size).validation() if reads_packs else {}
+    measure = Measurement(plan, engine, cells, packs)
 
     work_done, started = 0.0, time.perf_counter()
     work = [measure.work(cell) for cell in cells]
     for number, (cell, flops) in enumerate(zip(cells, work, strict=True), 1):
         report_status("part", f"evaluating {cell}")
         row = measure(cell)
+        _check_finite(cell, row, config.engine.dtype)
         found.add(cell, row)
         work_done += flops
         if reporter:
@@ -74,58 +73,14 @@ def evaluate(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Eval
     return _result(found.cells)
 
 
-class Measurement:
-    """Measures one cell after the other. Every rank must call it with the same cells.
-
-    Args:
-        cells: all that will be measured.
-    """
-
-    def __init__(self, plan: Plan, engine: TrainingEngine, cells: list[Cell]) -> None:
-        self._plan, self._engine, self._config = plan, engine, plan.config
-        self._sharder = replace(build_sharder(plan, engine), micro_batch_size=1)
-        data = self._config.data
-        self._packs: dict[str, list[Pack]] = {}
-        if any(cell.task == LOSS_TASK for cell in cells):
-            self._packs = open_corpus(data, self._config.model.vocab_size).validation()
-        self._tokenizer, self._hay = open_tokenizer(data), []
-        if any(cell.task != LOSS_TASK for cell in cells):
-            self._hay = read_hay(hay_source(data))
-
-    def work(self, cell: Cell) -> float:
-        """FLOPs, to tell how long the cells that are left will take."""
-        if cell.source is None:
-            return self._plan.work([cell.length] * self._config.evaluate.samples).flops
-        passes = 1 if self._config.evaluate.context is None else 2
-        return passes * self._plan.work(self._sharder.lengths(self._packs[cell.source])).flops
-
-    def __call__(self, cell: Cell) -> Row:
-        """The cell's numbers, as evaluation.json has them."""
-        asked = self._config.evaluate
-        if cell.source is None:
-            arguments = cell.task, self._tokenizer, self._hay, cell.length, cell.depth, asked.samples, asked.seed
-            samples = make_samples(*arguments)
-            if asked.scoring == "generate":
-                answers = decoded_answers(self._engine, self._sharder, samples, self._tokenizer)
-            else:
-                answers = exact_answers(self._engine, self._sharder, samples, cell.length)
-                self._check_finite(cell, answers.answer_loss)
-            return {"samples": asked.samples, **answers._asdict()}
-        buckets = loss_by_position(self._engine, self._sharder, self._packs[cell.source], asked.context)
-        tokens = sum(bucket.tokens for bucket in buckets)
-        loss = math.fsum(bucket.loss * bucket.tokens for bucket in buckets) / tokens
-        self._check_finite(cell, loss)
-        rows = [bucket._asdict() for bucket in buckets]
-        return {"loss": loss, "tokens": tokens, "context": asked.context, "buckets": rows}
-
-    def _check_finite(self, cell: Cell, loss: float | None) -> None:
-        if loss is not None and not math.isfinite(loss):
-            dtype = self._config.engine.dtype
-            raise RunFailed(
-                f"{cell}: the loss is {loss}: the weights are damaged, or engine.dtype={dtype} is too narrow for them; "
-                "try engine.dtype=fp32",
-                of_all_ranks=True,
-            )
+def _check_finite(cell: Cell, row: Row, dtype: str) -> None:
+    loss = row["loss"] if cell.task == LOSS_TASK else row["answer_loss"]
+    if loss is not None and not math.isfinite(loss):
+        raise RunFailed(
+            f"{cell}: the loss is {loss}: the weights are damaged, or engine.dtype={dtype} is too narrow for them; "
+            "try engine.dtype=fp32",
+            of_all_ranks=True,
+        )
 
 
 def _metrics(cell: Cell, row: Row) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import os
 import platform
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +30,7 @@ from recipes.checkpoint.manifest import (
     WRITING_DIR,
     BrokenCheckpoint,
     Manifest,
+    best_checkpoint,
     check_files,
     check_same_run,
     fingerprint,
@@ -38,6 +39,7 @@ from recipes.checkpoint.manifest import (
     newest_first,
     publish,
     read_manifest,
+    score_of,
     step_name,
     write_manifest,
 )
@@ -131,6 +133,23 @@ class Checkpoints:
         self._config, self._run_dir, self._engine = config, run_dir, engine
         self.are_enabled = config.checkpoint.keep > 0
         self._leaves_out_frozen = config.lora.rank > 0  # the base model's weights, which model.path has
+        self.best: Path | None = None  # the checkpoint of the best step so far
+        self._best_score: list[float] = []
+        if config.checkpoint.keep_best and (best := _gathered(best_checkpoint(run_dir))[0]):  # rank 0's
+            self.best, self._best_score = best[0], best[1].score
+
+    def is_best(self, step: int, metrics: Mapping[str, float | None]) -> bool:
+        """Whether the step is the best so far by its metrics. It counts as such from now on, so it must be saved."""
+        score = self._score(metrics)
+        if score is None or score <= self._best_score:
+            return False
+        self.best, self._best_score = self._run_dir / CHECKPOINTS_DIR / step_name(step), score
+        return True
+
+    def _score(self, metrics: Mapping[str, float | None]) -> list[float] | None:
+        """None if the best is not to be kept."""
+        evaluates = self._config.evaluate.every_n_steps > 0
+        return score_of(metrics, evaluates) if self._config.checkpoint.keep_best else None
 
     def save(
         self,
@@ -138,11 +157,12 @@ class Checkpoints:
         last: Pack | None,
         elapsed_s: float,
         wandb_run_id: str,
+        metrics: Mapping[str, float | None] | None = None,
         preempted: bool = False,
     ) -> None:
         """Write a checkpoint below `writing`, then rename it. Arguments are rank 0's, as in `Manifest`.
 
-        `last` is the last sequence that was read; None if training goes on with the first.
+        `last` is the last sequence that was read; None if training goes on with the first. `metrics` are the step's.
         If the run ends after it because it is `preempted`, RUN_DIR/logs/preempted is written.
         """
         rank, num_ranks = dist.get_rank(), dist.get_world_size()
@@ -174,8 +194,9 @@ class Checkpoints:
         if rank == 0:
             files = {name: print_ for part in parts for name, print_ in part.items()}
             last_read = LastRead(*last.position, last.sha256()) if last else None
+            score = self._score(metrics or {})
             progress = (step, last_read, elapsed_s, wandb_run_id)
-            write_manifest(folder, Manifest(*progress, asdict(self._config), _versions(), files))
+            write_manifest(folder, Manifest(*progress, asdict(self._config), _versions(), files, score))
             publish(self._run_dir, step, self._config.checkpoint.keep)
             if preempted:
                 (self._run_dir / LOGS_DIR / PREEMPTED_FILE).write_text(f"{tag}\n", encoding="utf-8")

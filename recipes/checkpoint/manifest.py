@@ -1,8 +1,8 @@
 """The files of checkpoints: what each must hold, which checkpoint is the newest, and which run it belongs to.
 
 RUN_DIR/checkpoints/step_N holds DeepSpeed's files, the ranks' random states and a manifest of them all. It is complete,
-since it is written below `writing` and then renamed. `latest` names the newest, for DeepSpeed's own tools. No torch
-here, because the launcher's parent reads manifests.
+since it is written below `writing` and then renamed. `latest` names the newest, for DeepSpeed's own tools, and `best`
+the best, for people. No torch here, because the launcher's parent reads manifests.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from data.corpus import LastRead
 from recipes.run.run_dir import BOOKKEEPING, replace_file
 
 CHECKPOINTS_DIR, WRITING_DIR = "checkpoints", "writing"
-LATEST_FILE, MANIFEST_FILE = "latest", "manifest.json"
+LATEST_FILE, BEST_FILE, MANIFEST_FILE = "latest", "best", "manifest.json"
 # fields that may change on resume because they do not change the result
 RESUME_SAFE = (
     *BOOKKEEPING,
@@ -60,6 +60,7 @@ class Manifest:
     config: dict[str, Any]  # resolved, as in RUN_DIR/config.yaml
     versions: dict[str, str]  # of Python and the packages that compute
     files: dict[str, dict[str, Any]]  # fingerprints by name in the checkpoint's folder
+    score: list[float] | None = None  # of its step, as `score_of`; None: nothing was measured, or the best is not kept
 
 
 def step_name(step: int) -> str:
@@ -71,6 +72,33 @@ def newest_first(run_dir: Path) -> list[Path]:
     """The folders of the run's checkpoints."""
     named = [path for path in (run_dir / CHECKPOINTS_DIR).glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
     return sorted(named, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
+
+
+def score_of(metrics: Mapping[str, float | None], evaluates: bool) -> list[float] | None:
+    """What the best step has most of, number by number. None if nothing was measured, or it is not finite.
+
+    The accuracy of retrieval, and of equal ones the lower loss of its answers; without retrieval the lower loss.
+
+    Args:
+        metrics: of a step, by their logged names.
+        evaluates: whether the run has evaluations, which then count instead of its validations.
+    """
+    score = [metrics.get("evaluation/accuracy"), metrics.get("evaluation/answer_loss")]
+    if score[0] is None:
+        score = [metrics.get("evaluation/loss" if evaluates else "validation/loss")]
+    *accuracy, loss = (math.nan if value is None else value for value in score)
+    return [*accuracy, -loss] if math.isfinite(loss) else None
+
+
+def best_checkpoint(run_dir: Path) -> tuple[Path, Manifest] | None:
+    """The one with the highest score, the first of equal ones; its files are not read. None if none has a score."""
+    best: tuple[Path, Manifest] | None = None
+    for folder in reversed(newest_first(run_dir)):
+        with contextlib.suppress(BrokenCheckpoint):  # the ranks report it
+            manifest = read_manifest(folder)
+            if manifest.score and (best is None or manifest.score > (best[1].score or [])):
+                best = folder, manifest
+    return best
 
 
 def resume_hint(run_dir: Path) -> str:
@@ -138,14 +166,21 @@ def check_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
 
 
 def publish(run_dir: Path, step: int, keep: int) -> None:
-    """Rename the complete checkpoint in `writing`, update `latest`, and remove all but the newest `keep`."""
+    """Rename the complete checkpoint in `writing`, update `latest` and `best`, and remove all but those `keep` newest.
+
+    The best stays, if checkpoints have scores.
+    """
     folder, name = run_dir / CHECKPOINTS_DIR, step_name(step)
     (folder / WRITING_DIR / name).rename(folder / name)
     _sync(folder)  # `latest` must not outlive a crash that the checkpoint does not
     replace_file(folder / LATEST_FILE, name)
     _sync(folder)
     shutil.rmtree(folder / WRITING_DIR)
-    for path in newest_first(run_dir)[keep:]:
+    kept = newest_first(run_dir)[:keep]
+    if best := best_checkpoint(run_dir):
+        kept.append(best[0])
+        replace_file(folder / BEST_FILE, best[0].name)
+    for path in set(newest_first(run_dir)).difference(kept):
         shutil.rmtree(path)
 
 

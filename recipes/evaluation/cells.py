@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from conf.schema import LOSS_TASK, Config, source_configs
 from recipes.evaluation.puzzles import WITHOUT_DEPTH
@@ -26,6 +27,10 @@ class Cell:
     depth: float | None = None
     source: str | None = None
 
+    def named(self) -> dict[str, Any]:
+        """What it is by name, as evaluation.json has it, without what is None."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
     def __str__(self) -> str:
         where = self.source or ("" if self.depth is None else f"depth {self.depth:.2f}")
         return ", ".join(filter(None, [f"{self.task}, {self.length:,} tokens", where]))
@@ -34,10 +39,15 @@ class Cell:
 def resolve(config: Config) -> Config:
     """A copy in which data.sequence_length is the longest of evaluate.lengths, and num_steps counts cells."""
     resolved = copy.deepcopy(config)
-    lengths = sorted(config.evaluate.lengths) or [config.data.sequence_length]
-    resolved.evaluate.lengths, resolved.data.sequence_length = lengths, lengths[-1]
+    resolved.evaluate.lengths = lengths_of(config)
+    resolved.data.sequence_length = resolved.evaluate.lengths[-1]
     resolved.num_steps = len(planned_cells(resolved))
     return resolved
+
+
+def lengths_of(config: Config) -> list[int]:
+    """The lengths of retrieval, the shortest first."""
+    return sorted(config.evaluate.lengths) or [config.data.sequence_length]
 
 
 def depths(num: int) -> list[float]:
@@ -46,7 +56,7 @@ def depths(num: int) -> list[float]:
 
 
 def planned_cells(config: Config) -> list[Cell]:
-    """All cells of a resolved configuration, in their order: the loss, then retrieval from the shortest length on."""
+    """All cells, in their order: the loss, then retrieval from the shortest length on."""
     return [*_loss_cells(config), *_retrieval_cells(config)]
 
 
@@ -58,7 +68,7 @@ def _loss_cells(config: Config) -> Iterator[Cell]:
 
 def _retrieval_cells(config: Config) -> Iterator[Cell]:
     asked = config.evaluate
-    for length in asked.lengths:
+    for length in lengths_of(config):
         for task in asked.tasks:
             if task != LOSS_TASK:
                 for depth in [None] if task in WITHOUT_DEPTH else depths(asked.depths):

@@ -7,7 +7,7 @@ from pathlib import Path
 from conf.schema import LOSS_TASK, Config, ConfigError, DataConfig
 from data.tokenizer import open_tokenizer, tokenizer_problem
 from recipes.checkpoint.manifest import CHECKPOINTS_DIR
-from recipes.evaluation.cells import NUM_SPARE, planned_cells
+from recipes.evaluation.cells import NUM_SPARE, lengths_of, planned_cells
 from recipes.evaluation.results import read_evaluation
 from recipes.evaluation.tasks import make_samples, read_hay
 from recipes.model.rope import decoding_problem
@@ -16,11 +16,10 @@ TEXT_SOURCES = ("stdlib", "text_files")
 
 
 def check(config: Config, run_dir: Path) -> None:
-    """Look at the run dir, and make a sample of each task at the shortest length.
+    """Look at the run dir, and check the tasks.
 
     Raises:
-        ConfigError: if the run dir is a training run's or another evaluation's, the tokenizer or the length cannot make
-            a task, or the model cannot decode at these lengths.
+        ConfigError: if the run dir is a training run's or another evaluation's, or as `check_tasks`.
     """
     if (run_dir / CHECKPOINTS_DIR).exists():
         raise ConfigError(
@@ -28,6 +27,15 @@ def check(config: Config, run_dir: Path) -> None:
             "evaluate.model, and another hydra.run.dir"
         )
     read_evaluation(config, run_dir)
+    check_tasks(config)
+
+
+def check_tasks(config: Config) -> None:
+    """Make a sample of each task at the shortest length.
+
+    Raises:
+        ConfigError: if the tokenizer or the length cannot make a task, or the model cannot decode at these lengths.
+    """
     tasks = [task for task in config.evaluate.tasks if task != LOSS_TASK]
     if not tasks:
         return
@@ -38,7 +46,7 @@ def check(config: Config, run_dir: Path) -> None:
         raise ConfigError(problem)
     depth_of = {cell.task: cell.depth for cell in planned_cells(config)}
     for task in tasks:
-        make_samples(task, tokenizer, hay, min(config.evaluate.lengths), depth_of[task], 1, config.evaluate.seed)
+        make_samples(task, tokenizer, hay, lengths_of(config)[0], depth_of[task], 1, config.evaluate.seed)
 
 
 def _check_decoding(config: Config) -> None:

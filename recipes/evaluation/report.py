@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from conf.schema import LOSS_TASK
@@ -52,6 +52,25 @@ def summary(cells: list[Row]) -> dict[str, float | None]:
     accuracies = accuracy_by(retrieval(cells), "task", "length").items()
     losses = {f"loss/{row['source']}/{row['length']}": row["loss"] for row in cells if row["task"] == LOSS_TASK}
     return {f"accuracy/{task}/{length}": value for (task, length), value in accuracies} | losses
+
+
+def training_metrics(cells: list[Row], weights: Mapping[str, float]) -> dict[str, float | None]:
+    """As metrics.jsonl and wandb have them, of an evaluation while training.
+
+    Args:
+        weights: each source's share of the tokens.
+    """
+    metrics: dict[str, float | None] = {}
+    if asked := retrieval(cells):
+        accuracies = {f"evaluation/{name}": value for name, value in summary(asked).items()}
+        metrics["evaluation/accuracy"] = statistics.fmean(value for value in accuracies.values() if value is not None)
+        metrics["evaluation/answer_loss"] = statistics.fmean(row["answer_loss"] for row in asked)
+        metrics |= accuracies
+    if losses := {row["source"]: row["loss"] for row in cells if row["task"] == LOSS_TASK}:
+        metrics["evaluation/loss"] = sum(weights[source] * loss for source, loss in losses.items())
+        if len(losses) > 1:
+            metrics |= {f"evaluation/loss/{source}": loss for source, loss in losses.items()}
+    return metrics
 
 
 def _crossed(cells: list[Row], name: str, text_of: Callable[[Any], str]) -> Table:

@@ -30,10 +30,10 @@ class Evaluation:
         return len(self.cells)
 
     def has(self, cell: Cell) -> bool:
-        return any(all(row.get(name) == value for name, value in _named(cell).items()) for row in self.cells)
+        return any(all(row.get(name) == value for name, value in cell.named().items()) for row in self.cells)
 
     def add(self, cell: Cell, numbers: Row) -> None:
-        self.cells.append(_named(cell) | numbers)
+        self.cells.append(cell.named() | numbers)
 
     def write(self, run_dir: Path) -> None:
         """Atomically: a killed evaluation leaves the file before or after a cell."""
@@ -96,7 +96,3 @@ def _absolute(model: str | None) -> str | None:
     """A folder's path from everywhere; a name on the hub as it is."""
     folder = Path(model or "").expanduser()
     return str(folder.resolve()) if model and folder.exists() else model
-
-
-def _named(cell: Cell) -> Row:
-    return {name: value for name, value in asdict(cell).items() if value is not None}

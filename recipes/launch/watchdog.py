@@ -47,6 +47,10 @@ class StallDetector:
             self._durations_s.append(now - self._started)
         self._step, self._started = step, now if step else None
 
+    def restart(self) -> None:
+        """Steps take another time from here on."""
+        self._durations_s.clear()
+
     def discount(self, seconds: float) -> None:
         """Do not count this time towards the current step."""
         if self._started is not None:
@@ -79,6 +83,9 @@ def watched(config: LaunchConfig, run_dir: Path, rank: int, num_ranks: int, cons
     heartbeat, detector, ended = Heartbeat(run_dir, rank), StallDetector(config), threading.Event()
 
     def record(kind: str, text: str) -> None:
+        if kind == "stage":  # no place in the run
+            detector.restart()
+            return
         if kind == "step":
             detector.update(text, time.monotonic())
         heartbeat.update(kind, text)

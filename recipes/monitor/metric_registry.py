@@ -28,7 +28,7 @@ class Metric:
         return [f"{prefix}/{self.name}" if prefix else self.name for prefix in self.prefixes]
 
 
-TRAIN = ("train",)
+TRAIN, EVALUATION = ("train",), ("evaluation",)  # the latter while training
 
 # Logged over steps. Charts have this order.
 METRICS = (
@@ -41,8 +41,12 @@ METRICS = (
     Metric("step_time_p95_s", "step time, 95th percentile", "s", "Throughput", log_scale=True),
     Metric("step_time_max_s", "step time, maximum", "s", "Throughput", log_scale=True),
     Metric("data_wait_ms", "wait for data per step", "ms", "Throughput"),
-    Metric("loss", "loss", "nats/token", "Learning", ("train", "validation", "forward")),
+    Metric("loss", "loss", "nats/token", "Learning", ("train", "validation", "forward", "evaluation")),
     Metric("perplexity", "perplexity", "", "Learning", ("train", "validation"), log_scale=True),
+    Metric("accuracy", "accuracy of retrieval", "", "Learning", EVALUATION, requires="retrieval tasks"),
+    Metric(
+        "answer_loss", "loss of retrieval's answers", "nats/token", "Learning", EVALUATION, requires="retrieval tasks"
+    ),
     Metric("grad_norm", "gradient norm before clipping", "", "Learning", TRAIN, log_scale=True),
     Metric("learning_rate", "learning rate", "", "Learning", TRAIN),
     Metric("loss_scale", "loss scale", "", "Learning", TRAIN, requires="fp16", log_scale=True),

@@ -9,7 +9,7 @@ import os
 import shlex
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -91,7 +91,7 @@ class Reporter:
         self._plan, self._config, self._run_dir, self._console = plan, plan.config, run_dir, console
         self._resumed = resumed
         self._started = time.perf_counter() - (resumed.elapsed_s if resumed else 0.0)
-        self._summary: dict[str, float] = {}
+        self._summary: dict[str, float | str] = {}
 
     def __enter__(self) -> Reporter:
         path = self._run_dir / METRICS_FILE
@@ -170,9 +170,9 @@ class Reporter:
         self._file.flush()  # a crash loses no row
         self._wandb.log(row)
 
-    def write_summary(self, metrics: dict[str, float | None]) -> None:
-        """Add metrics of the whole run to RUN_DIR/summary.json and to wandb's summary."""
-        self._summary |= _known(metrics)
+    def write_summary(self, metrics: Mapping[str, float | str | None]) -> None:
+        """Add results of the whole run to RUN_DIR/summary.json and to wandb's summary."""
+        self._summary |= {name: value for name, value in metrics.items() if value is not None}
         replace_file(self._run_dir / SUMMARY_FILE, _as_json(self._summary, indent=1))
         self._wandb.summary.update(self._summary)
 
@@ -232,9 +232,11 @@ def _known(metrics: dict[str, float | None]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if value is not None}
 
 
-def _as_json(metrics: dict[str, float], indent: int | None = None) -> str:
+def _as_json(metrics: Mapping[str, float | str], indent: int | None = None) -> str:
     """With null for nan and infinity, which JSON does not have."""
-    finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    finite = {
+        name: value if isinstance(value, str) or math.isfinite(value) else None for name, value in metrics.items()
+    }
     return json.dumps(finite, indent=indent, allow_nan=False) + "\n"
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from conf.stages import length_at
 from data.shard import Step
 from recipes.engine.base import Engine, transport_over_ranks
 from recipes.monitor import device_metrics
@@ -40,6 +41,7 @@ class StepLogger:
         self._clock = device_metrics.StepClock()
         self._step_times_s: list[float] = []
         self._work: list[Work] = []  # of all steps so far
+        self._lengths: list[int] = []  # of the sequences of timed steps
         self._data_wait_s = 0.0
         self._ring_waits: list[Any] = []  # timestamps: start and end of each wait, alternating
         self._transport_is_reported = False
@@ -88,16 +90,19 @@ class StepLogger:
         """Print the line of a step; returns its numbers and its speed, by their logged names. Waits for the device."""
         times_s = self._clock.take()
         self._step_times_s += times_s
-        step_time_s, work = statistics.median(times_s), self._work[-len(times_s) :]
+        step_time_s, work, plan = statistics.median(times_s), self._work[-len(times_s) :], self._plan
+        first = step - len(times_s) + 1
+        lengths = [length_at(plan.config.data, number) for number in range(first, step + 1)]
+        self._lengths += lengths
         num_tokens = sum(one.tokens for one in work)
         metrics = {
             **numbers,
-            **self._plan.throughput(times_s, work)._asdict(),
-            "padding_pct": 100 * (1 - num_tokens / (len(work) * self._plan.tokens_per_step)),
+            **plan.throughput(times_s, work, lengths)._asdict(),
+            "padding_pct": 100 * (1 - num_tokens / plan.tokens_of_steps(first, step)),
             "step_time_p50_s": step_time_s,
             "step_time_p95_s": float(np.percentile(times_s, 95)),
             "step_time_max_s": max(times_s),
-            "eta_s": step_time_s * (self._plan.config.num_steps - step),
+            "eta_s": step_time_s * plan.steps_left(step),
             **self._metrics_over_ranks(times_s),
         }
         if self._reporter:
@@ -144,7 +149,7 @@ class StepLogger:
     def median_throughput(self) -> Throughput:
         """Of the steps so far, without the first, which warms up."""
         skip = 1 if len(self._step_times_s) > 1 else 0
-        return self._plan.throughput(self._step_times_s[skip:], self._work[skip:])
+        return self._plan.throughput(self._step_times_s[skip:], self._work[skip:], self._lengths[skip:])
 
     def breakdown(
         self, batches: Callable[[int], Iterator[Step]], must_stop: Callable[[], bool] = lambda: False

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from conf.schema import LOSS_TASK, Config
+from conf.stages import stages_of, steps_by_length
 from data.source import describe
 from recipes.planning import memory
 from recipes.planning.memory_timeline import StepMemory
@@ -21,7 +22,7 @@ MAX_RANK_LINES = 8  # of an explanation, where ranks have unequal work
 
 def banner(plan: Plan, run_dir: Path) -> list[str]:
     """What will run, in about ten aligned lines."""
-    model, engine, layout = plan.config.model, plan.config.engine, plan.layout
+    config, model, engine, layout = plan.config, plan.config.model, plan.config.engine, plan.layout
     kernel, reason = plan.kernel_choice()
     tokens = f"{layout.local_length:,} per rank of {layout.length:,} per sequence"
     if padding := layout.padded_length - layout.length:
@@ -33,6 +34,7 @@ def banner(plan: Plan, run_dir: Path) -> list[str]:
     rows = [
         ("ranks", _ranks(plan)),
         ("tokens", f"{tokens}; {plan.tokens_per_step:,} per step"),
+        *([("stages", _stage_lengths(plan))] if config.data.stages else []),
         *([] if plan.config.recipe in ("bench_attention", "generate") else [("data", _data(plan))]),
         ("model", f"{model.name}: {memory.num_parameters(model) / 1e6:,.2f} M parameters{_trained(plan)}, {shape}"),
         ("FLOPs per token", f"{plan.flops / 1e6:,.1f} M {passes}, causal counted once{_of_documents(plan)}"),
@@ -40,12 +42,18 @@ def banner(plan: Plan, run_dir: Path) -> list[str]:
         ("attention kernel", f"{kernel} ({reason})"),
         ("engine", f"{sharding}, {engine.dtype}"),
         *([("optimizer", _optimizer(plan))] if plan.trains else []),
+        *([("evaluation", _evaluation_while_training(config))] if config.evaluate.every_n_steps else []),
         *([("keys and values", _cache(plan))] if plan.config.recipe == "generate" else []),
         *([] if plan.config.recipe == "bench_attention" else _memory_savers(plan)),
         *(("!!!", warning) for warning in _warnings(plan) if warning),
         ("run dir", str(run_dir)),
     ]
     return [f"{name:>17}  {value}" for name, value in rows]
+
+
+def _stage_lengths(plan: Plan) -> str:
+    stages = (f"{stage.sequence_length:,} tokens from step {stage.first_step}" for stage in stages_of(plan.config.data))
+    return f"sequences of {', '.join(stages)}; all other lines are of the longest"
 
 
 def _warnings(plan: Plan) -> tuple[str | None, ...]:
@@ -87,7 +95,8 @@ def explanation(plan: Plan, run_dir: Path) -> list[str]:
         f"  {plan.degrees.data} data ranks x {config.engine.micro_batch_size} sequences x "
         f"{plan.accumulation_steps} micro-batches = {plan.sequences_per_step} sequences per step",
         f"  x {plan.layout.length:,} tokens = {plan.tokens_per_step:,} tokens per step, "
-        f"{plan.tokens_per_step * config.num_steps:,} in {config.num_steps} steps",
+        f"{plan.tokens_of_steps(1, config.num_steps):,} in {config.num_steps} steps",
+        *_stages(plan),
         *candidates,
         *ring_work,
         "",
@@ -97,6 +106,22 @@ def explanation(plan: Plan, run_dir: Path) -> list[str]:
         *step_memory_lines(plan),
         *refusal_lines(plan),
     ]
+
+
+def _stages(plan: Plan) -> Iterator[str]:
+    """Of data.stages: the steps of each, and their work if each sequence is one document."""
+    if plan.config.data.stages is None:
+        return
+    stages = [*steps_by_length(plan.config.data, 1, plan.config.num_steps)]
+    flops = [plan.work([length] * plan.sequences_per_step).flops for length, _ in stages]
+    total, first = sum(num_steps * of_step for (_, num_steps), of_step in zip(stages, flops, strict=True)), 1
+    for (length, num_steps), of_step in zip(stages, flops, strict=True):
+        yield (
+            f"  steps {first:,} to {first + num_steps - 1:,}: {length:,} tokens per sequence, "
+            f"{plan.sequences_per_step * length:,} per step; {of_step / 1e15:.3g} PFLOP per step, "
+            f"{num_steps * of_step / total:.0%} of all steps' FLOPs"
+        )
+        first += num_steps
 
 
 def _hardware(plan: Plan) -> str:
@@ -161,17 +186,21 @@ def _data(plan: Plan) -> str:
     if config.recipe == "evaluate":
         return _evaluated(config)
     num_steps = 1 if config.data.overfit_one_batch else config.num_steps
-    return describe(config.data, num_steps * plan.tokens_per_step)
+    return describe(config.data, plan.tokens_of_steps(1, num_steps))
 
 
 def _evaluated(config: Config) -> str:
     asked = config.evaluate
-    lengths = ", ".join(format(length, ",") for length in asked.lengths)
+    lengths = ", ".join(format(length, ",") for length in asked.lengths or [config.data.sequence_length])
     retrieval = [task for task in asked.tasks if task != LOSS_TASK]
     parts = [] if len(retrieval) == len(asked.tasks) else [f"loss by position, data={config.data.source}"]
     if retrieval:
         parts.append(f"{', '.join(retrieval)} x {asked.depths} depths x {asked.samples} samples")
     return f"{'; '.join(parts)}; at {lengths} tokens"
+
+
+def _evaluation_while_training(config: Config) -> str:
+    return f"every {config.evaluate.every_n_steps:,} steps: {_evaluated(config)}"
 
 
 def _ranks(plan: Plan) -> str:

@@ -16,6 +16,7 @@ import torch
 
 from conf.degrees import accumulation_steps, resolve_config, resolve_degrees
 from conf.schema import INFERENCE, Config, ConfigError, Degrees
+from conf.stages import length_at, steps_by_length
 from recipes.planning.memory import StateBytes, changed, gib, state_bytes
 from recipes.planning.memory_timeline import StepMemory
 from recipes.planning.refusal import cache_refusal, state_refusal, step_refusal
@@ -182,7 +183,23 @@ class Plan:
 
     @property
     def tokens_per_step(self) -> int:
+        """Padding included; in the last stage, whose sequences are the longest."""
         return self.sequences_per_step * self.config.data.sequence_length
+
+    def tokens_of_steps(self, first: int, last: int) -> int:
+        """Of the steps `first` to `last`, padding included."""
+        by_length = steps_by_length(self.config.data, first, last)
+        return sum(self.sequences_per_step * length * num_steps for length, num_steps in by_length)
+
+    def steps_left(self, step: int) -> float:
+        """After a step, in steps like this one: those of longer sequences count by their FLOPs."""
+        data = self.config.data
+        length = length_at(data, step)
+        left = steps_by_length(data, step + 1, self.config.num_steps)
+        return sum(num * self._sequence_flops(longer) / self._sequence_flops(length) for longer, num in left)
+
+    def _sequence_flops(self, length: int) -> float:
+        return length * self._flops_per_token(length)
 
     @property
     def local_tokens(self) -> int:
@@ -204,17 +221,21 @@ class Plan:
         tokens = {length: length * count for length, count in counts.items()}
         return Work(sum(tokens.values()), sum(num * self._flops_per_token(length) for length, num in tokens.items()))
 
-    def throughput(self, step_times_s: Sequence[float], work: Sequence[Work] | None = None) -> Throughput:
+    def throughput(
+        self, step_times_s: Sequence[float], work: Sequence[Work] | None = None, lengths: Sequence[int] | None = None
+    ) -> Throughput:
         """The medians over steps.
 
         Args:
             work: of each step; None: every sequence is one document of full length.
+            lengths: of each step's sequences; None: data.sequence_length.
         """
         full = Work(self.tokens_per_step, self.tokens_per_step * self.flops)
         steps = [*zip(step_times_s, work or [full] * len(step_times_s), strict=True)]
         tokens_per_s = 1 / statistics.median(time_s / one.tokens for time_s, one in steps)
         tflops = 1e-12 / statistics.median(time_s / one.flops for time_s, one in steps) / self.num_ranks
-        tpot_ms = 1e3 * statistics.median(step_times_s) / self.config.data.sequence_length
+        lengths = lengths or [self.config.data.sequence_length] * len(step_times_s)
+        tpot_ms = 1e3 * statistics.median(time_s / length for time_s, length in zip(step_times_s, lengths, strict=True))
         peak = peak_tflops(self.device_name, self.config.engine.dtype)
         mfu_pct = 100 * tflops / peak if peak else None
         return Throughput(tokens_per_s, tokens_per_s / self.num_ranks, tpot_ms, tflops, mfu_pct)

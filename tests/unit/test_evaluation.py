@@ -17,7 +17,7 @@ from recipes.evaluation.cells import Cell, depths, planned_cells, resolve
 from recipes.evaluation.heatmap import draw, grid_of
 from recipes.evaluation.positions import bucket_edges, bucket_of, cut_pack
 from recipes.evaluation.puzzles import TASKS
-from recipes.evaluation.report import summary, tables
+from recipes.evaluation.report import summary, tables, training_metrics
 from recipes.evaluation.results import Evaluation, read_evaluation, settings_of
 from recipes.evaluation.scoring import pack_samples
 from recipes.evaluation.tasks import Sample
@@ -30,6 +30,18 @@ from tests.families import tiny_config
 
 def config_of(**evaluate) -> Config:
     return Config(recipe="evaluate", evaluate=EvaluateConfig(model="somewhere", **evaluate))
+
+
+def test_the_metrics_of_an_evaluation_while_training():
+    retrieval = [("a", 32, 1.0, 3.0), ("a", 32, 0.5, 2.0), ("b", 32, 0.25, 1.0), ("a", 64, 0.0, 6.0)]
+    cells = [dict(zip(("task", "length", "accuracy", "answer_loss"), row, strict=True)) for row in retrieval]
+    of_tasks = {"evaluation/accuracy/a/32": 0.75, "evaluation/accuracy/b/32": 0.25, "evaluation/accuracy/a/64": 0.0}
+    means = {"evaluation/accuracy": 1 / 3, "evaluation/answer_loss": 3.0}
+    assert training_metrics(cells, {"x": 1.0}) == means | of_tasks
+    losses = [{"task": "loss", "source": name, "length": 64, "loss": loss} for name, loss in (("x", 2.0), ("y", 4.0))]
+    assert training_metrics(losses[:1], {"x": 1.0}) == {"evaluation/loss": 2.0}
+    of_sources = {"evaluation/loss/x": 2.0, "evaluation/loss/y": 4.0}
+    assert training_metrics(losses, {"x": 0.25, "y": 0.75}) == {"evaluation/loss": 3.5} | of_sources
 
 
 def test_the_schema_has_the_names_of_the_tasks():

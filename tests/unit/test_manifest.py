@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -24,12 +26,14 @@ from conf.schema import (
 )
 from data.corpus import LastRead
 from recipes.checkpoint.manifest import (
+    BEST_FILE,
     CHECKPOINTS_DIR,
     LATEST_FILE,
     MANIFEST_FILE,
     WRITING_DIR,
     BrokenCheckpoint,
     Manifest,
+    best_checkpoint,
     check_files,
     check_same_run,
     fingerprint,
@@ -38,6 +42,7 @@ from recipes.checkpoint.manifest import (
     newest_first,
     publish,
     read_manifest,
+    score_of,
     step_name,
     write_manifest,
 )
@@ -51,7 +56,7 @@ def resolved(config: Config, num_ranks: int = 2) -> Config:
     return config
 
 
-def write(run_dir: Path, step: int, config: Config | None = None) -> Path:
+def write(run_dir: Path, step: int, config: Config | None = None, score: list[float] | None = None) -> Path:
     """A checkpoint of two files, as it is before it is published."""
     folder = run_dir / CHECKPOINTS_DIR / WRITING_DIR / step_name(step)
     folder.mkdir(parents=True)
@@ -59,12 +64,14 @@ def write(run_dir: Path, step: int, config: Config | None = None) -> Path:
     (folder / "b.pt").write_bytes(b"")
     files = {name: fingerprint(folder / name) for name in ("a.pt", "b.pt")}
     settings = asdict(config or resolved(Config()))
-    write_manifest(folder, Manifest(step, LastRead(0, step, "abc"), 1.5, "id", settings, {"torch": "2"}, files))
+    write_manifest(folder, Manifest(step, LastRead(0, step, "abc"), 1.5, "id", settings, {"torch": "2"}, files, score))
     return folder
 
 
-def published(run_dir: Path, step: int, keep: int = 2, config: Config | None = None) -> Path:
-    write(run_dir, step, config)
+def published(
+    run_dir: Path, step: int, keep: int = 2, config: Config | None = None, score: list[float] | None = None
+) -> Path:
+    write(run_dir, step, config, score)
     publish(run_dir, step, keep)
     return run_dir / CHECKPOINTS_DIR / step_name(step)
 
@@ -119,6 +126,43 @@ def test_the_newest_are_kept_and_latest_names_the_last(tmp_path):
     assert [path.name for path in newest_first(tmp_path)] == ["step_100000000", "step_00000090"]
     assert (tmp_path / CHECKPOINTS_DIR / LATEST_FILE).read_text() == "step_100000000"
     assert not (tmp_path / CHECKPOINTS_DIR / WRITING_DIR).exists()
+
+
+def test_the_best_is_kept_beside_the_newest(tmp_path):
+    scores = {10: [0.25, -3.0], 20: [0.75, -2.0], 30: None, 40: [0.75, -2.0], 50: [0.5, -1.0], 60: [0.75, -1.5]}
+    kept = {}
+    for step, score in scores.items():
+        published(tmp_path, step, keep=1, score=score)
+        kept[step] = [int(path.name.removeprefix("step_")) for path in newest_first(tmp_path)]
+    assert kept == {10: [10], 20: [20], 30: [30, 20], 40: [40, 20], 50: [50, 20], 60: [60]}
+    assert (tmp_path / CHECKPOINTS_DIR / BEST_FILE).read_text() == "step_00000060"
+    published(tmp_path, 70, keep=2)
+    (tmp_path / CHECKPOINTS_DIR / "step_00000060" / MANIFEST_FILE).write_text("{}")
+    assert best_checkpoint(tmp_path) is None  # no intact one has a score
+
+
+def test_a_manifest_of_an_older_version_has_no_score(tmp_path):
+    folder = published(tmp_path, 5)
+    content = json.loads((folder / MANIFEST_FILE).read_text())
+    del content["score"], content["sha256"]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    (folder / MANIFEST_FILE).write_text(json.dumps(content | {"sha256": digest}))
+    assert read_manifest(folder).score is None
+
+
+@pytest.mark.parametrize(
+    ("metrics", "evaluates", "score"),
+    [
+        ({"evaluation/accuracy": 0.5, "evaluation/answer_loss": 2.0, "evaluation/loss": 3.0}, True, [0.5, -2.0]),
+        ({"evaluation/loss": 3.0, "validation/loss": 4.0}, True, [-3.0]),
+        ({"validation/loss": 4.0}, True, None),  # of a step without an evaluation
+        ({"validation/loss": 4.0}, False, [-4.0]),
+        ({"evaluation/accuracy": 0.0, "evaluation/answer_loss": math.nan}, True, None),
+        ({}, False, None),
+    ],
+)
+def test_the_score_of_a_step(metrics: dict[str, float | None], evaluates: bool, score: list[float] | None):
+    assert score_of(metrics, evaluates) == score
 
 
 def test_an_unpublished_checkpoint_does_not_count(tmp_path):

@@ -115,6 +115,7 @@ BOUNDS = [  # the first bound is legal
     ("logging.validate_every_n_steps", "-1", "0"),
     ("checkpoint.every_n_steps", "-1", "0"),
     ("checkpoint.keep", "-1", "0"),
+    ("evaluate.every_n_steps", "-1", "0"),
     ("optimizer.beta1", "1.0", "0 1"),
     ("optimizer.warmup_fraction", "1.0", "0 1"),
     ("attention.inter_host_gb_per_s", "inf", "0.001"),
@@ -207,6 +208,27 @@ MISTAKES = [  # what is typed; the value, the rule's values and what to type
     ("engine.train_batch_size=8 engine.gradient_accumulation_steps=2", ["engine.train_batch_size=8", "engine.gradient_accumulation_steps"]),
     ("parallelism.tensor_degree=2", ["parallelism.tensor_degree=2", "parallelism=tensor_pipeline", "+experiment=tp_pp"]),
     ("parallelism.pipeline_degree=2", ["parallelism.pipeline_degree=2", "parallelism=tensor_pipeline", "+experiment=tp_pp"]),
+    ("recipe=forward evaluate.every_n_steps=9", ["evaluate.every_n_steps=9", "recipe=pretrain", "recipe=forward"]),
+    ("evaluate.every_n_steps=9 evaluate.scoring=generate", ["evaluate.every_n_steps=9", "evaluate.scoring=generate", "recipe=evaluate"]),
+    ("evaluate.every_n_steps=9 evaluate.context=64", ["evaluate.every_n_steps=9", "evaluate.context=64", "recipe=evaluate"]),
+    ("evaluate.every_n_steps=9 evaluate.lengths=[512,4096]", ["evaluate.lengths=[512, 4096]", "4096", "data.sequence_length=2048", "recipe=evaluate"]),
+    ("evaluate.every_n_steps=9 +experiment=tp_pp", ["evaluate.every_n_steps=9", "parallelism=tensor_pipeline", "+experiment=ra_sp"]),
+    ("checkpoint.keep_best=true checkpoint.keep=0", ["checkpoint.keep_best=true", "checkpoint.keep=0", "checkpoint.keep=1"]),
+    ("checkpoint.keep_best=true", ["checkpoint.keep_best=true", "evaluate.every_n_steps=50", "logging.validate_every_n_steps=50"]),
+    ("data.stages=[[1,2048]]", ["data.stages=[[1, 2048]]", "data.stages='[[1,8192],[500,32768]]'"]),
+    ("data.stages=[512,2048]", ["data.stages=[512, 2048]", "data.stages='[[1,8192],[500,32768]]'"]),
+    ("data.stages=[[1,512],[9,2048.5]]", ["data.stages=[[1, 512], [9, 2048.5]]", "data.stages='[[1,8192],[500,32768]]'"]),
+    ("data.stages=[[0,512],[9,2048]]", ["data.stages=[[0, 512], [9, 2048]]", "step 1"]),
+    ("data.stages=[[1,512],[9,1024],[9,2048]]", ["data.stages=[[1, 512], [9, 1024], [9, 2048]]", "steps [1, 9, 9]"]),
+    ("data.stages=[[1,2048],[9,2048]]", ["data.stages=[[1, 2048], [9, 2048]]", "lengths [2048, 2048]"]),
+    ("data.stages=[[1,0],[9,2048]]", ["data.stages=[[1, 0], [9, 2048]]", "lengths [0, 2048]"]),
+    ("data.stages=[[1,512],[9,4096]]", ["data.stages=[[1, 512], [9, 4096]]", "data.sequence_length=2048", "data.sequence_length=4096"]),
+    ("data.stages=[[1,512],[9,2048]] data.long_documents=drop", ["data.stages=[[1, 512], [9, 2048]]", "data.long_documents=drop"]),
+    ("data.stages=[[1,512],[9,2048]] +debug=overfit", ["data.stages=[[1, 512], [9, 2048]]", "data.overfit_one_batch=true"]),
+    ("data.stages=[[1,512],[9,2048]] data=hub data.name=x data.stream=true", ["data.stages=[[1, 512], [9, 2048]]", "data.stream=true"]),
+    ("data.stages=[[1,512],[9,2048]] recipe=forward", ["data.stages=[[1, 512], [9, 2048]]", "recipe=pretrain", "recipe=forward"]),
+    ("data.stages=[[1,512],[9,2048]] +experiment=tp_pp", ["data.stages=[[1, 512], [9, 2048]]", "parallelism=tensor_pipeline", "+experiment=ra_sp"]),
+    ("data.stages=[[1,512],[9,2048]] num_steps=8", ["data.stages=[[1, 512], [9, 2048]]", "step 9", "num_steps=8", "num_steps=18"]),
     # on 4 ranks
     ("parallelism.ring_degree=3", ["parallelism.ring_degree=3", "4 ranks", "1", "2", "parallelism.ring_degree=4", "launch.num_ranks"]),
     ("parallelism.data_degree=8", ["parallelism.data_degree=8", "4 ranks", "1", "2", "parallelism.data_degree=4", "launch.num_ranks"]),
@@ -411,7 +433,7 @@ def test_every_option_composes(path):
     plus = "+" if group in ("experiment", "debug", "sweep") else ""
     needed = dict.fromkeys(("text_files", "jsonl", "parquet", "megatron", "chat"), "data.files=train.py")
     needed |= {"hub": "data.name=owner/name", "mixture": "data.sources={a: {source: stdlib, weight: 1}}"}
-    needed |= dict.fromkeys(("huggingface", "finetune"), "model.path=FOLDER")
+    needed |= dict.fromkeys(("huggingface", "finetune", "extend"), "model.path=FOLDER")
     extra = [needed[option]] if group != "workload" and option in needed else []
     config = compose(f"{plus}{group}={option}", *extra)
     assert group != "model" or config.model.name == option

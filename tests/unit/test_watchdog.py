@@ -47,6 +47,13 @@ def test_no_stall_after_too_few_steps_or_with_factor_zero(num_steps: int, factor
     assert detector.stall_message(1e6) is None
 
 
+def test_steps_of_another_length_have_a_median_of_their_own():
+    detector = detector_after(MIN_STEPS + 1, step_s=0.1)
+    detector.restart()
+    detector.update("7", 0.0)
+    assert detector.stall_message(1e6) is None
+
+
 def test_time_between_steps_and_discounted_time_do_not_count():
     detector = detector_after(MIN_STEPS + 1, step_s=0.1)
     assert detector.stall_message(1e6) is None  # a validation, a checkpoint
