@@ -13,10 +13,11 @@ from recipes.evaluation.tasks import make_samples, read_hay
 from recipes.model.rope import decoding_problem
 
 TEXT_SOURCES = ("stdlib", "text_files")
+LONG_ENOUGH = 8192  # tokens: a question that so many hold fits longer texts, too, which take longer to make
 
 
 def check(config: Config, run_dir: Path) -> None:
-    """Look at the run dir, and make a sample of each task at the shortest length.
+    """Look at the run dir, and make a short sample of each task.
 
     Raises:
         ConfigError: if the run dir is a training run's or another evaluation's, the tokenizer or the length cannot make
@@ -37,8 +38,9 @@ def check(config: Config, run_dir: Path) -> None:
     if problem := tokenizer_problem(tokenizer, config.model.vocab_size):
         raise ConfigError(problem)
     depth_of = {cell.task: cell.depth for cell in planned_cells(config)}
+    length = min(LONG_ENOUGH, *config.evaluate.lengths)
     for task in tasks:
-        make_samples(task, tokenizer, hay, min(config.evaluate.lengths), depth_of[task], 1, config.evaluate.seed)
+        make_samples(task, tokenizer, hay, length, depth_of[task], 1, config.evaluate.seed)
 
 
 def _check_decoding(config: Config) -> None:
