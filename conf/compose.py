@@ -178,6 +178,8 @@ def describe_error(error: Exception) -> str:
             return f"{error.override} sets several fields at once: {advice}"
         reason = error.message.splitlines()[-2]  # the last line is a link
         example = "\"data.files=['a.txt','b.txt']\""
+        if name == "generate.prompt":
+            example = "\"generate.prompt='def main('\", or write it into a file, generate.prompt_file=prompts.jsonl"
         if _ENTRIES in error.override:
             example = "\"+compare.entries.mine=['+experiment=dp','engine.zero_stage=2']\""
         return f"{error.override} is not of the form field=value ({reason}): quote special characters, as in {example}"

@@ -120,7 +120,10 @@ class ModelConfig(_Checked, prefix="model."):
         if self.path is None:
             names = names[names.index("num_weights") :]
             if self.rope is not None:
-                yield f"model.rope={self.rope} needs model.path: model.rope_theta is for the recipe's own transformer"
+                yield (
+                    f"model.rope={self.rope} needs model.path=FOLDER_OR_HUB_NAME, also in place of evaluate.model and "
+                    "generate.model; for the recipe's own transformer use model.rope_theta"
+                )
         for name in names:
             if (value := getattr(self, name)) != defaults[name]:
                 what = "is read from model.path" if self.path is None else f"contradicts model.path={self.path}"
@@ -579,7 +582,7 @@ class Config(_Checked):
     seed: int = 0  # of the weights
 
     def problems(self) -> Iterator[str]:
-        if self.lora.rank and not self.model.path:
+        if self.lora.rank and not self.model.path and self.recipe not in INFERENCE:
             yield f"lora.rank={self.lora.rank} needs a trained model: add model.path=FOLDER_OR_HUB_NAME"
         if self.attention.layout == "balanced" and self.engine.micro_batch_size > 1:
             yield (

@@ -13,6 +13,7 @@ from recipes.evaluation.tasks import make_samples, read_hay
 from recipes.model.rope import decoding_problem
 
 TEXT_SOURCES = ("stdlib", "text_files")
+LONG_ENOUGH = 8192  # tokens: a question that so many hold fits longer texts, too, which take longer to make
 
 
 def check(config: Config, run_dir: Path) -> None:
@@ -45,8 +46,9 @@ def check_tasks(config: Config) -> None:
     if problem := tokenizer_problem(tokenizer, config.model.vocab_size):
         raise ConfigError(problem)
     depth_of = {cell.task: cell.depth for cell in planned_cells(config)}
+    length = min(LONG_ENOUGH, *lengths_of(config))
     for task in tasks:
-        make_samples(task, tokenizer, hay, lengths_of(config)[0], depth_of[task], 1, config.evaluate.seed)
+        make_samples(task, tokenizer, hay, length, depth_of[task], 1, config.evaluate.seed)
 
 
 def _check_decoding(config: Config) -> None:

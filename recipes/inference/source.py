@@ -50,7 +50,9 @@ def resolve_source(config: Config) -> Config:
         resolved.data.tokenizer = resolved.data.tokenizer or of_run["data"]["tokenizer"]
         return resolved
     if given.is_file() or (given.is_dir() and not (given / HF_CONFIG_FILE).exists()) or _looks_local(group.model):
-        what = "has no checkpoint yet" if (given / RUN_CONFIG_FILE).exists() else "is none of these"
+        what = "is no model" if given.exists() else "is not there"
+        if (given / RUN_CONFIG_FILE).exists():
+            what = "has no checkpoint yet"
         raise ConfigError(
             f"{setting}={group.model} {what}: give a run dir, such as outputs/DATE/TIME, a folder in its checkpoints/, "
             f"or a Hugging Face model, a folder with {HF_CONFIG_FILE} or OWNER/NAME on the hub"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conf.schema import Config, ConfigError, ModelConfig
+from conf.schema import INFERENCE, Config, ConfigError, ModelConfig
 from recipes.model.lora import check_lora, num_trained
 from recipes.model.model_folder import CONFIG_FILE, check_folder, check_hub, one_line
 from recipes.model.rope import change_rope, reach
@@ -49,7 +49,10 @@ def resolve(config: Config) -> Config:
         if config.lora.rank:
             check_lora(model, config.lora)
     except ValueError as error:
-        raise ConfigError(f"model.path={path}: {error}") from error
+        setting = "model.path"
+        if config.recipe in INFERENCE and getattr(config, config.recipe).model == path:
+            setting = f"{config.recipe}.model"  # as it was typed
+        raise ConfigError(f"{setting}={path}: {error}") from error
     try:
         _fill_shape(resolved.model, hf_config, model)
     except (AttributeError, RuntimeError) as error:  # the second where it differs between layers, as in Gemma 4

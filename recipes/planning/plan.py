@@ -19,7 +19,7 @@ from conf.schema import INFERENCE, Config, ConfigError, Degrees
 from conf.stages import length_at, steps_by_length
 from recipes.planning.memory import StateBytes, changed, gib, state_bytes
 from recipes.planning.memory_timeline import StepMemory
-from recipes.planning.refusal import cache_refusal, state_refusal, step_refusal
+from recipes.planning.refusal import cache_refusal, evaluation_refusal, state_refusal, step_refusal
 from recipes.planning.throughput import (
     Throughput,
     Work,
@@ -307,6 +307,8 @@ class Plan:
             return refusal
         if self.config.recipe == "generate":
             return cache_refusal(self.config, self.degrees, self.memory_bytes)
+        if self.config.recipe == "evaluate":
+            return evaluation_refusal(self.config, self.degrees, self.memory_bytes, self.layout.local_length)
         return None if self.step_memory.unsupported else step_refusal(self.step_memory, self.memory_bytes)
 
     @property

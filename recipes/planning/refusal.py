@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from conf.schema import Config, Degrees
-from recipes.planning.memory import cache_bytes, changed, gib, num_parameters, state_bytes
+from recipes.planning.memory import cache_bytes, changed, dtype_bytes, gib, num_parameters, state_bytes
 from recipes.planning.memory_timeline import StepMemory
 
 MAX_RANKS = 2**16  # that a remedy suggests
@@ -80,8 +80,32 @@ def cache_refusal(config: Config, degrees: Degrees, memory_bytes: int) -> str | 
     return (
         f"the longest prompt has {length - num_new:,} tokens, and with generate.max_new_tokens={num_new} its keys and "
         f"values need {gib(cache)} GiB per rank, beside {gib(weights)} GiB of weights, and there are "
-        f"{gib(memory_bytes)}: use {ranks} ranks or more with as much memory each, a prompt of at most "
-        f"{max(0, longest - num_new):,} tokens, or {INSIST}"
+        f"{gib(memory_bytes)}: use {ranks} ranks or more with as much memory each, at most {longest:,} tokens of "
+        f"prompt and new ones, or {INSIST}"
+    )
+
+
+def evaluation_refusal(config: Config, degrees: Degrees, memory_bytes: int, local_tokens: int) -> str | None:
+    """Why ranks with `memory_bytes` cannot hold the longest sequence of recipe=evaluate; None if they may.
+
+    A lower bound: one layer's input, queries, keys and values, beside the weights.
+
+    Args:
+        local_tokens: of the longest sequence on one rank.
+    """
+    model, weights = config.model, state_bytes(config, degrees).weights
+    bytes_per_token = dtype_bytes(config) * (
+        model.hidden_size + (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    )
+    needed = local_tokens * bytes_per_token
+    if weights + needed <= memory_bytes:
+        return None
+    ranks = math.ceil(needed * degrees.sequence / (memory_bytes - weights))
+    longest = int((memory_bytes - weights) / bytes_per_token) * degrees.sequence
+    return (
+        f"evaluate.lengths={config.evaluate.lengths}: the longest needs at least {gib(needed)} GiB per rank, beside "
+        f"{gib(weights)} GiB of weights, and there are {gib(memory_bytes)}: use {ranks} ranks or more with as much "
+        f"memory each, lengths below {longest:,} tokens, or {INSIST}"
     )
 
 

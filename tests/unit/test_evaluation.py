@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from conf.schema import RETRIEVAL_TASKS, Config, ConfigError, DataConfig, EvaluateConfig, ModelConfig
+from conf.schema import RETRIEVAL_TASKS, Config, ConfigError, DataConfig, Degrees, EvaluateConfig, ModelConfig
 from data.corpus import IGNORED_LABEL, START, Pack
 from data.packing import Piece
 from recipes.evaluation import refusals
@@ -23,6 +24,7 @@ from recipes.evaluation.scoring import pack_samples
 from recipes.evaluation.tasks import Sample
 from recipes.model.rope import reach
 from recipes.planning.plan import Plan
+from recipes.planning.refusal import evaluation_refusal
 from tests.corpora import store_of
 from tests.errors import names, refused
 from tests.families import tiny_config
@@ -153,6 +155,30 @@ def test_a_length_that_does_not_hold_the_question_is_refused(tmp_path: Path):
     with refused(ConfigError, "variable_tracing", "length=64"):
         refusals.check(resolve(config_of(tasks=["loss", "variable_tracing"], lengths=[64, 4096])), tmp_path)
     refusals.check(resolve(config_of(tasks=["loss"], lengths=[64])), tmp_path)
+
+
+def test_of_a_long_text_only_a_short_one_is_made_to_check_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    made: list[int] = []
+    monkeypatch.setattr(refusals, "make_samples", lambda *arguments: made.append(arguments[3]))
+    refusals.check(resolve(config_of(tasks=["niah_single"], lengths=[10**9])), tmp_path)
+    refusals.check(resolve(config_of(tasks=["niah_single"], lengths=[10**9, 300])), tmp_path)
+    assert made == [8192, 300]
+
+
+def test_a_length_beyond_memory_is_refused_with_ranks_and_a_length_that_may_fit():
+    model, memory_bytes = ModelConfig(), 64 * 2**20
+    given = resolve(replace(config_of(tasks=["niah_single"], lengths=[2**22]), model=model))
+    message = evaluation_refusal(given, Degrees(1, 2, 1), memory_bytes, 2**21)
+    names(message or "", "evaluate.lengths=[4194304]", "launch.check_memory=false")
+    assert message is not None
+    num_ranks = int(message.partition(" ranks or more")[0].rpartition(" ")[2])
+    longest = int(message.partition("below ")[2].partition(" ")[0].replace(",", ""))
+    assert evaluation_refusal(given, Degrees(1, num_ranks, 1), memory_bytes, math.ceil(2**22 / num_ranks)) is None
+    assert evaluation_refusal(given, Degrees(1, num_ranks, 1), memory_bytes, 2**22 // (num_ranks - 1)) is not None
+    assert evaluation_refusal(given, Degrees(1, 2, 1), memory_bytes, longest // 2) is None
+    assert evaluation_refusal(given, Degrees(1, 2, 1), memory_bytes, longest // 2 + 1) is not None
+    with refused(ConfigError, "evaluate.lengths=[4194304]"):
+        Plan(given, 2, "cpu", "CPU", None, 2, memory_bytes)
 
 
 def test_the_run_dir_of_a_training_run_is_refused(tmp_path: Path):

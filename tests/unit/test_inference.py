@@ -16,6 +16,7 @@ from conf.schema import (
     ConfigError,
     Degrees,
     EngineConfig,
+    EvaluateConfig,
     GenerateConfig,
     LaunchConfig,
     LoraConfig,
@@ -26,6 +27,7 @@ from recipes.inference.prompts import check_files, read_prompts, with_prompts
 from recipes.inference.sampling import GREEDY, Sampler, Sampling
 from recipes.inference.source import resolve_source
 from recipes.inference.text_stream import TextStream
+from recipes.model.pretrained import resolve
 from recipes.model.rope import decoding_problem, rope_switch
 from recipes.planning.memory import cache_bytes
 from recipes.planning.plan import Plan
@@ -235,15 +237,32 @@ def test_lora_is_read_from_the_run():
 
 
 @pytest.mark.parametrize(
-    "given", ["{folder}/nowhere", "{folder}", "{folder}/file.safetensors", "nowhere", "{folder}/run"]
+    ("given", "what"),
+    [
+        ("{folder}/nowhere", "is not there"),
+        ("{folder}", "is no model"),
+        ("{folder}/file.safetensors", "is no model"),
+        ("nowhere", "is not there"),
+        ("{folder}/run", "has no checkpoint yet"),
+    ],
 )
-def test_what_is_no_model_is_refused(tmp_path: Path, given: str):
+def test_what_is_no_model_is_refused(tmp_path: Path, given: str, what: str):
     (tmp_path / "file.safetensors").write_text("")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("")
     given = given.format(folder=tmp_path)
-    with refused(ConfigError, f"generate.model={given}", "outputs/DATE/TIME", "config.json", "OWNER/NAME"):
+    with refused(ConfigError, f"generate.model={given} {what}", "outputs/DATE/TIME", "config.json", "OWNER/NAME"):
         resolve_source(config(GenerateConfig(model=given)))
+
+
+def test_a_hugging_face_model_that_cannot_be_read_is_named_as_it_was_typed(tmp_path: Path):
+    (tmp_path / "config.json").write_text("{")
+    for recipe, asked in (("generate", GenerateConfig(str(tmp_path))), ("evaluate", EvaluateConfig(str(tmp_path)))):
+        source = resolve_source(Config(recipe=recipe, **{recipe: asked}))
+        with refused(ConfigError, f"{recipe}.model={tmp_path}", "config.json"):
+            resolve(source)
+    with refused(ConfigError, f"model.path={tmp_path}", "config.json"):
+        resolve(Config(model=ModelConfig(path=str(tmp_path))))
 
 
 def test_a_run_whose_checkpoints_are_broken_is_refused(tmp_path: Path):
@@ -295,7 +314,7 @@ def test_a_prompt_longer_than_memory_is_refused_with_ranks_that_do_and_a_length_
     longest = int(message.partition("at most ")[2].partition(" ")[0].replace(",", ""))
     assert cache_refusal(given, Degrees(1, num_ranks, 1), memory_bytes) is None
     assert cache_refusal(given, Degrees(1, num_ranks - 1, 1), memory_bytes) is not None
-    given.data.sequence_length = longest + 100
+    given.data.sequence_length = longest
     assert cache_refusal(given, Degrees(1, 2, 1), memory_bytes) is None
     given.data.sequence_length += 1000
     with refused(ConfigError, "generate.max_new_tokens=100"):
