@@ -30,7 +30,7 @@ TASK, NUM_SAMPLES, NUM_DEPTHS = "niah_single", 20, 5
 # file: rows, shortest, longest
 ROWS = {"bare": (2500, 72, 96), "short": (2000, 96, SHORT)}
 # file: of which rows it is joined, rows, shortest, longest
-JOINED = {"dense": ("bare", 1500, SHORT // 4, SHORT), "long": ("short", 120, LONG - 64, LONG)}
+JOINED = {"dense": ("bare", 1500, SHORT // 4, SHORT), "long": ("short", 150, LONG - 64, LONG)}
 NUM_COPIES, COPY_LENGTHS, CHARACTERS = 8_000, (4, 24), "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 JOINT = 4  # tokens that joining adds for each row, at most
 TRAIN = (
@@ -42,7 +42,7 @@ LEARN = (
     "launch.num_ranks=2 parallelism.data_degree=2 engine.micro_batch_size=2"
 )
 EXTEND = (
-    f"+experiment=extend {TRAIN} data.sequence_length={LONG} num_steps=100 optimizer.lr=1.0e-3 "
+    f"+experiment=extend {TRAIN} data.sequence_length={LONG} num_steps=180 optimizer.lr=1.0e-3 "
     f"model.rope='{{rope_type:yarn,factor:{LONG // SHORT}}}' launch.num_ranks={NUM_RANKS}"
 )
 # the rank that holds the question, the text's last quarter, sees no other quarter: zigzag would give it the start, too
@@ -150,11 +150,14 @@ def some(lengths: list[int], most: int, draw: random.Random) -> list[int]:
 
 
 def joined(rows: list[dict[str, str]], draw: random.Random) -> dict[str, str]:
-    """All texts behind each other, then all questions in another order. What follows the first one is trained."""
+    """All texts behind each other, then their questions. What follows the first question is trained.
+
+    The first is about the last text, so that some rows ask for what is near. The others are in any order.
+    """
     texts, questions = zip(*(row["prompt"].removeprefix(BOS).rsplit("\n", 1) for row in rows), strict=True)
     asked = [(question, row["completion"]) for question, row in zip(questions, rows, strict=True)]
-    draw.shuffle(asked)
-    (question, answer), *others = asked
+    (question, answer), others = asked[-1], asked[:-1]
+    draw.shuffle(others)
     completion = answer + "".join(f".\n{question}{answer}" for question, answer in others)
     return {"prompt": "\n".join([f"{BOS}{texts[0]}", *texts[1:], question]), "completion": completion}
 
