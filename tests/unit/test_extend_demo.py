@@ -1,0 +1,107 @@
+"""scripts/extend_demo.py: the rows that it joins, the commands that it runs, and its table."""
+
+from __future__ import annotations
+
+import json
+import random
+import shlex
+
+import hydra
+import pytest
+import transformers
+
+import train  # noqa: F401  registers the schema
+from conf.compose import to_config
+from scripts import extend_demo
+from scripts.make_tiny_llama import BOS
+
+ROWS = [
+    {"prompt": f"{BOS}text {number}\n\nThe magic number of key-{number} is", "completion": f" 10{number}"}
+    for number in range(4)
+]
+
+
+def test_a_joined_row_has_all_texts_then_all_questions_each_with_its_answer():
+    row = extend_demo.joined(ROWS, random.Random(0))
+    text = row["prompt"] + row["completion"]
+    assert text.count(BOS) == 1
+    assert text.startswith(f"{BOS}text 0\n\ntext 1\n\ntext 2\n\ntext 3\n")
+    questions = [line.removesuffix(".") for line in text.splitlines() if line.startswith("The magic")]
+    expected = [(row["prompt"] + row["completion"]).splitlines()[-1] for row in ROWS]
+    assert sorted(questions) == expected
+    assert questions[0] == expected[-1]  # some rows ask for what is near
+    assert row["prompt"].splitlines()[-1] + row["completion"].split(".")[0] == questions[0]
+
+
+def test_a_row_of_one_text_stays_as_it_is():
+    assert extend_demo.joined(ROWS[:1], random.Random(0)) == ROWS[0]
+
+
+def test_rows_are_drawn_until_the_next_is_too_many():
+    lengths = [40, 30, 20]
+    chosen = extend_demo.some(lengths, 100, random.Random(0))
+    total = sum(lengths[index] for index in chosen)
+    assert 100 - max(lengths) < total <= 100
+
+
+def test_joined_rows_fit_the_sequence(tiny_llama, tmp_path, monkeypatch):
+    joins = {"dense": ("short", 20, 90, 100)}
+    monkeypatch.setattr(extend_demo, "JOINED", joins)
+    (tmp_path / "short.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
+    extend_demo.write_joined(tmp_path, tiny_llama)
+    rows = [json.loads(line) for line in (tmp_path / "dense.jsonl").read_text().splitlines()]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama)
+    texts = [row["prompt"] + row["completion"] for row in rows]
+    lengths = [len(tokens) + 1 for tokens in tokenizer(texts, add_special_tokens=False)["input_ids"]]  # with EOS
+    assert len(rows) == 20
+    assert max(lengths) <= 100
+    assert min(lengths) > 50
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch) -> list[list[str]]:
+    """What the demonstration would run, all of it, without running it. Each evaluation finds a result."""
+    run: list[list[str]] = []
+
+    def record(command: str) -> None:
+        run.append(shlex.split(command))
+
+    for name in ("short", "ring", "local"):
+        folder = tmp_path / f"{name}_evaluation"
+        folder.mkdir()
+        (folder / "evaluation.json").write_text(json.dumps({"cells": []}))
+    for name in ("copies", *extend_demo.ROWS, *extend_demo.JOINED):
+        (tmp_path / f"{name}.jsonl").touch()
+    for name in ("write_base", "write_joined", "write_copies"):
+        monkeypatch.setattr(extend_demo, name, lambda *_: None)
+    monkeypatch.setattr(extend_demo, "run", record)
+    extend_demo.demonstrate(tmp_path)
+    return run
+
+
+def overrides_of(words: list[str]) -> list[str]:
+    return [word for word in words[1:] if not word.startswith("hydra.")]
+
+
+def test_its_commands_compose(commands):
+    with hydra.initialize_config_dir(str(extend_demo.CHECKOUT / "conf"), version_base="1.3"):
+        configs = [
+            to_config(hydra.compose("config", overrides_of(words))) for words in commands if words[0] == "train.py"
+        ]
+    found = [(config.recipe, config.attention.method, config.data.sequence_length) for config in configs]
+    assert found[:3] == [("pretrain", "ring", 512), ("pretrain", "ring", 4096), ("pretrain", "local", 4096)]
+    assert [(recipe, method) for recipe, method, _ in found[3:]] == [
+        ("evaluate", "ring"),
+        ("evaluate", "ring"),
+        ("evaluate", "local"),
+    ]
+    assert all(config.launch.num_ranks == 4 for config in configs[1:])
+    assert configs[2].attention.layout == "contiguous"
+    assert configs[1].model.rope == {"rope_type": "yarn", "factor": 8}
+
+
+def test_its_table_has_a_row_for_each_model_and_a_column_for_each_cell():
+    cells = {(512, 0.0): 1.0, (4096, 0.5): 0.25}
+    _, head, *lines = extend_demo.table({"one model": cells, "another": dict.fromkeys(cells, 0.0)})
+    assert head.split() == ["512@0.00", "4096@0.50"]
+    assert [line.split() for line in lines] == [["one", "model", "100%", "25%"], ["another", "0%", "0%"]]
