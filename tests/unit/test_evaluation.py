@@ -25,6 +25,7 @@ from recipes.evaluation.tasks import Sample
 from recipes.model.rope import reach
 from recipes.planning.plan import Plan
 from recipes.planning.refusal import evaluation_refusal
+from recipes.run.run_dir import Row
 from tests.corpora import store_of
 from tests.errors import names, refused
 from tests.families import tiny_config
@@ -36,11 +37,13 @@ def config_of(**evaluate) -> Config:
 
 def test_the_metrics_of_an_evaluation_while_training():
     retrieval = [("a", 32, 1.0, 3.0), ("a", 32, 0.5, 2.0), ("b", 32, 0.25, 1.0), ("a", 64, 0.0, 6.0)]
-    cells = [dict(zip(("task", "length", "accuracy", "answer_loss"), row, strict=True)) for row in retrieval]
+    cells: list[Row] = [dict(zip(("task", "length", "accuracy", "answer_loss"), row, strict=True)) for row in retrieval]
     of_tasks = {"evaluation/accuracy/a/32": 0.75, "evaluation/accuracy/b/32": 0.25, "evaluation/accuracy/a/64": 0.0}
     means = {"evaluation/accuracy": 1 / 3, "evaluation/answer_loss": 3.0}
     assert training_metrics(cells, {"x": 1.0}) == means | of_tasks
-    losses = [{"task": "loss", "source": name, "length": 64, "loss": loss} for name, loss in (("x", 2.0), ("y", 4.0))]
+    losses: list[Row] = [
+        {"task": "loss", "source": name, "length": 64, "loss": loss} for name, loss in (("x", 2.0), ("y", 4.0))
+    ]
     assert training_metrics(losses[:1], {"x": 1.0}) == {"evaluation/loss": 2.0}
     of_sources = {"evaluation/loss/x": 2.0, "evaluation/loss/y": 4.0}
     assert training_metrics(losses, {"x": 0.25, "y": 0.75}) == {"evaluation/loss": 3.5} | of_sources

@@ -257,9 +257,10 @@ def test_what_is_no_model_is_refused(tmp_path: Path, given: str, what: str):
 
 def test_a_hugging_face_model_that_cannot_be_read_is_named_as_it_was_typed(tmp_path: Path):
     (tmp_path / "config.json").write_text("{")
-    for recipe, asked in (("generate", GenerateConfig(str(tmp_path))), ("evaluate", EvaluateConfig(str(tmp_path)))):
-        source = resolve_source(Config(recipe=recipe, **{recipe: asked}))
-        with refused(ConfigError, f"{recipe}.model={tmp_path}", "config.json"):
+    generates = Config(recipe="generate", generate=GenerateConfig(str(tmp_path)))
+    for asked in (generates, Config(recipe="evaluate", evaluate=EvaluateConfig(str(tmp_path)))):
+        source = resolve_source(asked)
+        with refused(ConfigError, f"{asked.recipe}.model={tmp_path}", "config.json"):
             resolve(source)
     with refused(ConfigError, f"model.path={tmp_path}", "config.json"):
         resolve(Config(model=ModelConfig(path=str(tmp_path))))
