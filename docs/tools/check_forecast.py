@@ -1,0 +1,117 @@
+"""Forecasts beside measured steps: errors, and whether methods come in the right order.
+
+    python -m docs.tools.check_forecast           the table
+    python -m docs.tools.check_forecast --fit     fits `recipes.planning.speeds.Constants` on even rows, then the table
+
+Rows are numbered in the order of `measured_steps`. Odd rows are not looked at by the fit. Attention kernels, collectives
+and products that were measured alone are in the tables of `recipes.planning.speeds`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from docs.tools.markdown import table
+from docs.tools.measured_steps import MeasuredStep, measured_steps
+from recipes.planning.speeds import FITTED, Constants
+from recipes.planning.step_time import StepTime
+
+DISTINCT = 1.03  # the ratio of two times from which their order counts
+PRIOR = 0.3  # standard deviation of a constant's logarithm around its start, where rows have one of ERROR
+ERROR = 0.03
+
+
+class Errors(NamedTuple):
+    """Of forecasts, relative to what was measured.
+
+    Args:
+        ordered, pairs: pairs of one file that differ by more than `DISTINCT`, and how many come in the right order.
+    """
+
+    median: float
+    worst: float
+    ordered: int
+    pairs: int
+
+    def __str__(self) -> str:
+        order = f"{self.ordered} of {self.pairs} pairs in the right order"
+        return f"median error {self.median:.1%}, worst {self.worst:.1%}, {order}"
+
+
+class _OlderStep(StepTime):
+    """A step of the program whose ZeRO-1 reduced gradients once in a step."""
+
+    _reductions = 1
+
+
+def forecast_s(step: MeasuredStep, constants: Constants) -> float:
+    """The forecast for a measured step."""
+    kind = StepTime if step.sums_shares or step.config.engine.zero_stage == 3 else _OlderStep
+    forecast = kind(
+        step.config, step.degrees, step.method, step.kernel, step.cluster, constants=constants
+    )
+    return forecast.parts.total + (constants.first_step_s if step.is_first else 0.0)
+
+
+def errors(steps: Sequence[MeasuredStep], forecasts: Sequence[float], chosen: Sequence[int]) -> Errors:
+    """Of the rows `chosen`; pairs of which both are chosen."""
+    relative = [abs(forecasts[row] / steps[row].seconds - 1) for row in chosen]
+    pairs = [
+        (steps[a].seconds < steps[b].seconds) == (forecasts[a] < forecasts[b])
+        for a, b in itertools.combinations(chosen, 2)
+        if steps[a].group == steps[b].group and _differ(steps[a].seconds, steps[b].seconds)
+    ]
+    return Errors(statistics.median(relative), max(relative), sum(pairs), len(pairs))
+
+
+def _differ(a: float, b: float) -> bool:
+    return max(a, b) / min(a, b) > DISTINCT
+
+
+def fit(steps: Sequence[MeasuredStep], start: Constants, rounds: int = 8) -> Constants:
+    """Constants that minimize the squared logarithms of errors, by Gauss-Newton; those that no row needs stay."""
+    names = [spec.name for spec in dataclasses.fields(start)]
+    origin = np.log([getattr(start, name) for name in names])
+    measured = np.log([step.seconds for step in steps])
+
+    def residuals(logs: np.ndarray) -> np.ndarray:
+        constants = Constants(**dict(zip(names, np.exp(logs).tolist(), strict=True)))
+        rows = np.log([forecast_s(step, constants) for step in steps]) - measured
+        return np.concatenate([rows / ERROR, (logs - origin) / PRIOR])
+
+    logs = origin
+    for _ in range(rounds):
+        here = residuals(logs)
+        slopes = np.stack([(residuals(logs + 0.02 * unit) - here) / 0.02 for unit in np.eye(len(names))], axis=1)
+        logs = logs - np.clip(np.linalg.lstsq(slopes, here)[0], -0.3, 0.3)
+    return Constants(**dict(zip(names, np.exp(logs).tolist(), strict=True)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Forecasts beside measured steps.")
+    parser.add_argument("--fit", action="store_true", help="fit the constants on even rows first")
+    steps = measured_steps()
+    even, odd = range(0, len(steps), 2), range(1, len(steps), 2)
+    constants = FITTED
+    if parser.parse_args().fit:
+        constants = fit([steps[row] for row in even], FITTED)
+        print(", ".join(f"{name}={value:.4g}" for name, value in dataclasses.asdict(constants).items()), end="\n\n")
+    forecasts = [forecast_s(step, constants) for step in steps]
+    body = [
+        [row, step.group, step.name, f"{step.seconds:.3f}", f"{forecast:.3f}", f"{forecast / step.seconds - 1:+.1%}"]
+        for row, (step, forecast) in enumerate(zip(steps, forecasts, strict=True))
+    ]
+    print(table("row | file | step | measured, s | forecast, s | error", body), end="\n\n")
+    for name, chosen in (("even rows, fitted", even), ("odd rows, not looked at", odd), ("all rows", range(len(steps)))):
+        print(f"{name} ({len(chosen)}): {errors(steps, forecasts, chosen)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""The time of one layer's attention in one micro-batch, on the slowest rank: kernels, sums, exposed messages.
+
+A ring's comes from `ring_simulator`. What else a method sends is not overlapped: all-to-alls and gathers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from conf.schema import Degrees, ModelConfig
+from recipes.planning.cluster import Cluster
+from recipes.planning.ring_simulator import RingCosts, simulate
+from recipes.planning.ring_work import ring_work
+from recipes.planning.speeds import MEMORY_GB_PER_S, Constants, kernel_tflops
+from ring_attention.backward_schedule import KernelTiles, TileRows
+from ring_attention.layout import Layout
+from ring_attention.mask import CAUSAL, Mask
+from ring_attention.masked_block import MaskedBlock
+from ring_attention.schedule import imbalance
+
+BACKWARD_PRODUCTS = 2.5  # of a forward pass: scores again, and dq, dk, dv, dp
+ACCUMULATOR_BYTES = 10  # per number and pass over a sum in fp32: read and written, and the addend in half precision
+
+
+class AttentionSeconds(NamedTuple):
+    """One pass of one layer. `host` is what the device waits for its host."""
+
+    kernels: float
+    sums: float
+    copies: float
+    messages: float
+    host: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+@dataclass(frozen=True)
+class AttentionTime:
+    """Attention of one layer over whole sequences on a cluster.
+
+    Args:
+        layout: ring x Ulysses ranks.
+        batch: rows of one micro-batch.
+        kernel: an attention kernel's name.
+        kernel_tiles: its `AttentionKernel.split`.
+        mask: with documents for packed sequences.
+        slowdown: factors on the kernels of each ring rank, for stragglers.
+    """
+
+    model: ModelConfig
+    method: str
+    degrees: Degrees
+    layout: Layout
+    batch: int
+    size: int
+    kernel: str
+    kernel_tiles: KernelTiles
+    cluster: Cluster
+    constants: Constants
+    mask: Mask = CAUSAL
+    slowdown: tuple[float, ...] | None = None
+
+    def seconds(self, backward: bool) -> AttentionSeconds:
+        """One pass."""
+        gather = self.method == "all_gather" and self.degrees.ring > 1
+        seconds = self._gathered(backward) if gather else self._ring(backward)
+        if self.degrees.ulysses == 1:
+            return seconds
+        # q, k, v and out change between tokens and heads; each is copied before and after
+        numbers = 2 * (self.model.num_heads + self.model.num_kv_heads) * self.model.head_dim * self._local_tokens
+        return seconds._replace(
+            copies=seconds.copies + self._memory_s(4 * self.size * numbers),
+            messages=seconds.messages + self._all_to_all_s(self.size * numbers),
+        )
+
+    def tiles_s(self, tiles: TileRows, backward: bool) -> float:
+        """The kernels of one step's tiles."""
+        rows, heads = tiles.rows[1] - tiles.rows[0], self.model.num_heads / self._shared_heads
+        return sum(
+            (1 if tile.row is not None else rows) * self._block_s(tile.block.work, heads, backward)
+            for tile in tiles.tiles
+        )
+
+    @property
+    def _shared_heads(self) -> int:
+        return self.degrees.ulysses * self.degrees.tensor
+
+    @property
+    def _local_tokens(self) -> int:
+        return self.batch * self.layout.local_length
+
+    def _block_s(self, work: float, heads: float, backward: bool) -> float:
+        name, head_dim = self.cluster.gpu, self.model.head_dim
+        share = self.constants.backward_share if backward else self.constants.forward_share
+        tflops = share * kernel_tflops(name, self.kernel, head_dim, math.sqrt(2 * work), backward)
+        return 4 * heads * head_dim * work * (BACKWARD_PRODUCTS if backward else 1) / tflops / 1e12
+
+    def _memory_s(self, num_bytes: float) -> float:
+        return num_bytes / MEMORY_GB_PER_S[self.cluster.gpu] / self.constants.memory_share / 1e9
+
+    def _ring(self, backward: bool) -> AttentionSeconds:
+        degree = self.layout.ring_degree
+        work = ring_work(self.layout, self.mask, self.batch, self.kernel_tiles if backward else None)
+        kv_numbers = 2 * self.model.num_kv_heads * self.model.head_dim / self._shared_heads * self.batch
+        queries = self.batch * self.model.num_heads * self.model.head_dim / self._shared_heads
+        ms = self.constants.ring_step_ms * (2 if backward else 1)
+
+        def tiles_s(tiles: TileRows) -> float:
+            # each tile's output, or its dk and dv, joins a sum; a ring of one rank has no sums
+            summed = (
+                kv_numbers * sum(tile.block.num_keys for tile in tiles.tiles)
+                if backward
+                else queries * sum(tile.block.num_queries for tile in tiles.tiles)
+            )
+            return self.tiles_s(tiles, backward) + (self._memory_s(ACCUMULATOR_BYTES * summed) if degree > 1 else 0)
+
+        per_host = self.cluster.gpus_per_host // self._shared_heads
+        times = simulate(
+            work,
+            RingCosts(
+                tiles_s,
+                ms / 1e3,
+                self.size * kv_numbers,
+                self._memory_s(ACCUMULATOR_BYTES * kv_numbers),
+                1e9 * self.cluster.link_within_gb_per_s,
+                1e9 * self.cluster.link_between_gb_per_s,
+                self.cluster.latency_us / 1e6,
+                per_host,
+                self.slowdown,
+            ),
+        )
+        slowest = int(times.end_s.argmax())
+        return AttentionSeconds(
+            float(times.compute_s[slowest]),
+            float(times.add_s[slowest]),
+            0.0,
+            times.exposed_total_s,
+            float(times.host_s[slowest]),
+        )
+
+    def _gathered(self, backward: bool) -> AttentionSeconds:
+        """A rank's queries against all keys, which are gathered in both passes; the backward pass sums gradients."""
+        model, layout, degree = self.model, self.layout, self.layout.ring_degree
+        numbers = 2 * model.num_kv_heads * model.head_dim * self.batch * layout.padded_length
+        pairs = MaskedBlock(0, layout.padded_length, 0, layout.padded_length, None, 0).work
+        work = pairs / degree * imbalance(Layout(layout.name, degree, 128 * degree))
+        kernels = self.batch * self._block_s(work, model.num_heads, backward)
+        sent = self.size * numbers / degree * (degree - 1)
+        messages = self.collective_s(sent, degree, 1)
+        copies = self._memory_s(2 * self.size * numbers)
+        sums = 0.0
+        if backward:  # in fp32: sums are zeroed and added to, put in the order of ranks, and reduced
+            messages += self.collective_s(4 * numbers / degree * (degree - 1), degree, 1)
+            sums, copies = self._memory_s((4 + ACCUMULATOR_BYTES) * numbers), copies + self._memory_s(8 * numbers)
+        return AttentionSeconds(kernels, sums, copies, messages)
+
+    def collective_s(self, num_bytes: float, num_ranks: int, stride: int) -> float:
+        """A collective in which each rank sends `num_bytes` to others, in a ring of ranks `stride` apart."""
+        fits = num_ranks * stride <= self.cluster.gpus_per_host
+        speed = self.cluster.link_within_gb_per_s if fits else self.cluster.link_between_gb_per_s
+        return self.cluster.latency_us / 1e6 + num_bytes / speed / self.constants.link_share / 1e9
+
+    def _all_to_all_s(self, num_bytes: float) -> float:
+        """Four all-to-alls among Ulysses ranks, which are neighbours: some peers in the host, others beyond it."""
+        degree, cluster = self.degrees.ulysses, self.cluster
+        near = min(degree, cluster.gpus_per_host) - 1
+        far = degree - 1 - near
+        s_per_byte = near / cluster.link_within_gb_per_s + far / cluster.link_between_gb_per_s
+        return 4 * cluster.latency_us / 1e6 + num_bytes / degree * s_per_byte / self.constants.link_share / 1e9
