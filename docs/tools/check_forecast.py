@@ -18,10 +18,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from docs.tools.markdown import table
-from docs.tools.measured_steps import MeasuredStep, measured_steps
+from conf.schema import Degrees
+from docs.tools.markdown import RESULTS, load, table
+from docs.tools.measured_steps import MeasuredStep, cluster_of, kernel_of, measured_steps, model_of
+from recipes.planning.attention_time import AttentionTime
 from recipes.planning.speeds import FITTED, Constants
 from recipes.planning.step_time import StepTime
+from ring_attention.kernels import KERNELS
+from ring_attention.layout import Layout
 
 DISTINCT = 1.03  # the ratio of two times from which their order counts
 PRIOR = 0.3  # standard deviation of a constant's logarithm around its start, where rows have one of ERROR
@@ -57,7 +61,8 @@ def forecast_s(step: MeasuredStep, constants: Constants) -> float:
     forecast = kind(
         step.config, step.degrees, step.method, step.kernel, step.cluster, constants=constants
     )
-    return forecast.parts.total + (constants.first_step_s if step.is_first else 0.0)
+    first_s = constants.first_step_s + constants.pinned_s_per_gib * forecast.offloaded_bytes / 2**30
+    return forecast.parts.total + (first_s if step.is_first else 0.0)
 
 
 def errors(steps: Sequence[MeasuredStep], forecasts: Sequence[float], chosen: Sequence[int]) -> Errors:
@@ -94,6 +99,47 @@ def fit(steps: Sequence[MeasuredStep], start: Constants, rounds: int = 8) -> Con
     return Constants(**dict(zip(names, np.exp(logs).tolist(), strict=True)))
 
 
+def attention_rows(constants: Constants) -> list[list[str]]:
+    """Attention without a model on 1, 2 and 4 GPUs: file, candidate, and times and errors of both measurements."""
+    rows = []
+    for path in sorted(RESULTS.glob("attention_*.json")):
+        result = load(path.name)
+        config, num_ranks = result["config"], result["num_ranks"]
+        model, batch = model_of(config["model"]), config["engine"]["micro_batch_size"]
+        for row in result["rows"]:
+            method = {"one device": "local", "ring": "ring", "ulysses": "ulysses", "all_gather": "all_gather"}
+            if row["name"] not in method:
+                continue
+            name = method[row["name"]]
+            ring = num_ranks if name in ("ring", "all_gather") else 1
+            ulysses = num_ranks if name == "ulysses" else 1
+            layout = Layout("zigzag", ring, config["data"]["sequence_length"], ulysses)
+            kernel = kernel_of(model)
+            attention = AttentionTime(
+                model,
+                name,
+                Degrees(1, ring, ulysses),
+                layout,
+                batch,
+                2,
+                kernel,
+                KERNELS[kernel].split,
+                cluster_of(result["device"]),
+                constants,
+                is_alone=True,
+            )
+            forward = attention.pass_seconds(False).total
+            cells = [path.name, row["name"]]
+            for kind, seconds in (
+                ("forward", forward),
+                ("forward_backward", forward + attention.pass_seconds(True).total),
+            ):
+                ms = row[kind]["ms"]
+                cells += [f"{ms:.2f}", f"{1e3 * seconds:.2f}", f"{1e3 * seconds / ms - 1:+.1%}"]
+            rows.append(cells)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Forecasts beside measured steps.")
     parser.add_argument("--fit", action="store_true", help="fit the constants on even rows first")
@@ -111,6 +157,8 @@ def main() -> None:
     print(table("row | file | step | measured, s | forecast, s | error", body), end="\n\n")
     for name, chosen in (("even rows, fitted", even), ("odd rows, not looked at", odd), ("all rows", range(len(steps)))):
         print(f"{name} ({len(chosen)}): {errors(steps, forecasts, chosen)}")
+    header = "file | attention alone | forward, ms | forecast, ms | error | with backward, ms | forecast, ms | error"
+    print("\n" + table(header, attention_rows(constants)))
 
 
 if __name__ == "__main__":

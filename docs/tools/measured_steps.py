@@ -77,9 +77,7 @@ def _of_comparisons() -> Iterator[MeasuredStep]:
 def _of_row(group: str, row: dict[str, Any], own: dict[str, Any], recipe: str, sums_shares: bool) -> MeasuredStep:
     degrees = Degrees(*[int((re.search(rf"(\d+) {name}", row["grid"]) or [0, 1])[1]) for name in Degrees._fields])
     word = re.split(r"[_ ]", row["entry"])[0]
-    # a Hugging Face model by its shape: its folder is not here
-    names = itertools.takewhile(lambda name: name != "path", (spec.name for spec in dataclasses.fields(ModelConfig)))
-    model = ModelConfig(**{name: own["model"][name] for name in names if name in own["model"]})
+    model = model_of(own["model"])
     micro = row["micro_batch_size"]
     accumulation = row["sequences_per_step"] // (degrees.data * micro)
     given = {**own["engine"], "train_batch_size": None, "micro_batch_size": micro}
@@ -95,10 +93,10 @@ def _of_row(group: str, row: dict[str, Any], own: dict[str, Any], recipe: str, s
         ),
         data=DataConfig(sequence_length=row["sequence_length"], document_mask=False),
     )
-    kernel = row.get("kernel") or KERNELS.get(model.head_dim, "flash_attn_4")
+    kernel = row.get("kernel") or kernel_of(model)
     name = f"{row['entry']}, micro-batch {micro}"
     device = row.get("device", "NVIDIA H200")
-    seconds, cluster = row["step_time_ms"] / 1e3, _cluster(device)
+    seconds, cluster = row["step_time_ms"] / 1e3, cluster_of(device)
     return MeasuredStep(
         group, name, config, degrees, config.attention.method, kernel, cluster, seconds, sums_shares=sums_shares
     )
@@ -129,7 +127,7 @@ def _of_setting(group: str, setting: str, row: dict[str, Any], kernel: str, is_f
     config, num_ranks = composed(setting), row["num_ranks"]
     degrees = resolve_degrees(config, num_ranks)
     method = config.attention.method if num_ranks > 1 else "local"
-    cluster = _cluster(row["device"])
+    cluster = cluster_of(row["device"])
     seconds = row["step_time_s"]
     return MeasuredStep(
         group, final(setting.replace("+", "")), config, degrees, method, kernel, cluster, seconds, is_first
@@ -145,7 +143,18 @@ def _dtype(model: str) -> str:
     return "fp16" if model == "paper_10k" else "bf16"
 
 
-def _cluster(device: str) -> Cluster:
+def model_of(fields: dict[str, Any]) -> ModelConfig:
+    """A model's shape, also that of a Hugging Face model, whose folder is not here."""
+    names = itertools.takewhile(lambda name: name != "path", (spec.name for spec in dataclasses.fields(ModelConfig)))
+    return ModelConfig(**{name: fields[name] for name in names if name in fields})
+
+
+def kernel_of(model: ModelConfig) -> str:
+    """The kernel that measured most, where a result does not name it."""
+    return KERNELS.get(model.head_dim, "flash_attn_4")
+
+
+def cluster_of(device: str) -> Cluster:
     return parse_cluster(CLUSTERS[device])
 
 

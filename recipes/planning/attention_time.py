@@ -13,7 +13,7 @@ from conf.schema import Degrees, ModelConfig
 from recipes.planning.cluster import Cluster
 from recipes.planning.ring_simulator import RingCosts, simulate
 from recipes.planning.ring_work import ring_work
-from recipes.planning.speeds import MEMORY_GB_PER_S, Constants, kernel_tflops
+from recipes.planning.speeds import HEAD_NUMBERS, MEMORY_GB_PER_S, Constants, kernel_tflops
 from ring_attention.backward_schedule import KernelTiles, TileRows
 from ring_attention.layout import Layout
 from ring_attention.mask import CAUSAL, Mask
@@ -25,7 +25,11 @@ ACCUMULATOR_BYTES = 10  # per number and pass over a sum in fp32: read and writt
 
 
 class AttentionSeconds(NamedTuple):
-    """One pass of one layer. `host` is what the device waits for its host."""
+    """One pass of one layer.
+
+    Args:
+        host: what the device waits for the host, in a call by itself.
+    """
 
     kernels: float
     sums: float
@@ -35,6 +39,7 @@ class AttentionSeconds(NamedTuple):
 
     @property
     def total(self) -> float:
+        """Of a call by itself."""
         return sum(self)
 
 
@@ -49,6 +54,7 @@ class AttentionTime:
         kernel_tiles: its `AttentionKernel.split`.
         mask: with documents for packed sequences.
         slowdown: factors on the kernels of each ring rank, for stragglers.
+        is_alone: whether the host issues nothing else, as in a benchmark. In a model it issues layers ahead.
     """
 
     model: ModelConfig
@@ -63,11 +69,26 @@ class AttentionTime:
     constants: Constants
     mask: Mask = CAUSAL
     slowdown: tuple[float, ...] | None = None
+    is_alone: bool = False
 
-    def seconds(self, backward: bool) -> AttentionSeconds:
+    def pass_seconds(self, backward: bool) -> AttentionSeconds:
         """One pass."""
-        gather = self.method == "all_gather" and self.degrees.ring > 1
-        seconds = self._gathered(backward) if gather else self._ring(backward)
+        seconds = self._device_seconds(backward)
+        return seconds._replace(host=max(0.0, self.issue_s(backward) - seconds.total)) if self.is_alone else seconds
+
+    def issue_s(self, backward: bool) -> float:
+        """What the host needs to issue one pass."""
+        num_steps = self.layout.ring_degree + backward if self.method in ("ring", "hybrid") else 0
+        num_steps += 2 if self.degrees.ulysses > 1 or self._gathers else 0  # the calls before and after take as long
+        ms = self.constants.call_ms + self.constants.ring_step_ms * num_steps
+        return ms * (2 if backward else 1) / 1e3
+
+    @property
+    def _gathers(self) -> bool:
+        return self.method == "all_gather" and self.degrees.ring > 1
+
+    def _device_seconds(self, backward: bool) -> AttentionSeconds:
+        seconds = self._gathered(backward) if self._gathers else self._ring(backward)
         if self.degrees.ulysses == 1:
             return seconds
         # q, k, v and out change between tokens and heads; each is copied before and after
@@ -81,8 +102,7 @@ class AttentionTime:
         """The kernels of one step's tiles."""
         rows, heads = tiles.rows[1] - tiles.rows[0], self.model.num_heads / self._shared_heads
         return sum(
-            (1 if tile.row is not None else rows) * self._block_s(tile.block.work, heads, backward)
-            for tile in tiles.tiles
+            self._block_s(tile.block.work * (rows if tile.row is None else 1), heads, backward) for tile in tiles.tiles
         )
 
     @property
@@ -93,11 +113,13 @@ class AttentionTime:
     def _local_tokens(self) -> int:
         return self.batch * self.layout.local_length
 
-    def _block_s(self, work: float, heads: float, backward: bool) -> float:
-        name, head_dim = self.cluster.gpu, self.model.head_dim
+    def _block_s(self, pairs: float, heads: float, backward: bool) -> float:
+        """A call over query-key pairs of all its rows."""
+        numbers = heads * self.model.head_dim
         share = self.constants.backward_share if backward else self.constants.forward_share
-        tflops = share * kernel_tflops(name, self.kernel, head_dim, math.sqrt(2 * work), backward)
-        return 4 * heads * head_dim * work * (BACKWARD_PRODUCTS if backward else 1) / tflops / 1e12
+        size = math.sqrt(2 * pairs * numbers / HEAD_NUMBERS)
+        tflops = share * kernel_tflops(self.cluster.gpu, self.kernel, self.model.head_dim, size, backward)
+        return 4 * numbers * pairs * (BACKWARD_PRODUCTS if backward else 1) / tflops / 1e12
 
     def _memory_s(self, num_bytes: float) -> float:
         return num_bytes / MEMORY_GB_PER_S[self.cluster.gpu] / self.constants.memory_share / 1e9
@@ -107,7 +129,6 @@ class AttentionTime:
         work = ring_work(self.layout, self.mask, self.batch, self.kernel_tiles if backward else None)
         kv_numbers = 2 * self.model.num_kv_heads * self.model.head_dim / self._shared_heads * self.batch
         queries = self.batch * self.model.num_heads * self.model.head_dim / self._shared_heads
-        ms = self.constants.ring_step_ms * (2 if backward else 1)
 
         def tiles_s(tiles: TileRows) -> float:
             # each tile's output, or its dk and dv, joins a sum; a ring of one rank has no sums
@@ -123,7 +144,6 @@ class AttentionTime:
             work,
             RingCosts(
                 tiles_s,
-                ms / 1e3,
                 self.size * kv_numbers,
                 self._memory_s(ACCUMULATOR_BYTES * kv_numbers),
                 1e9 * self.cluster.link_within_gb_per_s,
@@ -139,7 +159,6 @@ class AttentionTime:
             float(times.add_s[slowest]),
             0.0,
             times.exposed_total_s,
-            float(times.host_s[slowest]),
         )
 
     def _gathered(self, backward: bool) -> AttentionSeconds:
@@ -148,7 +167,7 @@ class AttentionTime:
         numbers = 2 * model.num_kv_heads * model.head_dim * self.batch * layout.padded_length
         pairs = MaskedBlock(0, layout.padded_length, 0, layout.padded_length, None, 0).work
         work = pairs / degree * imbalance(Layout(layout.name, degree, 128 * degree))
-        kernels = self.batch * self._block_s(work, model.num_heads, backward)
+        kernels = self._block_s(self.batch * work, model.num_heads, backward)
         sent = self.size * numbers / degree * (degree - 1)
         messages = self.collective_s(sent, degree, 1)
         copies = self._memory_s(2 * self.size * numbers)

@@ -1,9 +1,10 @@
 """Simulates the ring's schedule: when each rank computes, sends, waits. Exposed time comes from events, not a formula.
 
-Each rank has a compute stream, a host that issues its work, and one port out and one in, which carry messages in the
-order in which they are posted, as the transports do. A message starts when both ends have posted it and both ports are
-free. No step waits for all ranks: a rank waits only for its own messages. As posts have a fixed order, the events form a
-graph without cycles; it is swept ring step by ring step, for all ranks at once. A thousand ranks take a second.
+Each rank has a compute stream, one port out and one in, which carry messages in the order in which they are posted, as
+the transports do. A message starts when both ends have posted it and both ports are free. No step waits for all ranks: a
+rank waits only for its own messages. As posts have a fixed order, the events form a graph without cycles; it is swept
+ring step by ring step, for all ranks at once. A thousand ranks take a second. Hosts issue calls ahead of devices, so
+they are no part of a call: `attention_time` compares their time with the device's.
 
 Arrays are [R], one entry for each ring rank; times are in seconds.
 """
@@ -28,7 +29,6 @@ class RingCosts:
 
     Args:
         tiles_s: kernels of one step's tiles.
-        host_s: what the host needs to issue a ring step.
         token_bytes: K and V of one token, of all rows of the batch.
         add_s_per_token: adding one token's returned dK,dV to the owner's sum.
         within_bytes_per_s, between_bytes_per_s: of a rank's links in its host, and to other hosts.
@@ -38,7 +38,6 @@ class RingCosts:
     """
 
     tiles_s: Callable[[TileRows], float]
-    host_s: float
     token_bytes: float
     add_s_per_token: float
     within_bytes_per_s: float
@@ -56,14 +55,12 @@ class RingTimes:
         end_s: [R] when each rank is done.
         compute_s: [R] its kernels.
         add_s: [R] its sums of returned gradients.
-        host_s: [R] how long its device waited for the host.
         exposed_s: [N, R] how long it waited for messages after each step.
     """
 
     end_s: Times
     compute_s: Times
     add_s: Times
-    host_s: Times
     exposed_s: Times
 
     @property
@@ -125,18 +122,14 @@ def simulate(work: RingWork, costs: RingCosts) -> RingTimes:
     tile_times = np.array([costs.tiles_s(tiles) for tiles in work.tiles])
     kernels = tile_times[work.kind] * np.array(costs.slowdown or [1.0] * degree)
     ranks, ports = np.arange(degree), _Ports(costs, degree)
-    now, issued = np.zeros(degree), 0.0  # of each compute stream; of the hosts
-    host, added = np.zeros(degree), np.zeros(degree)
+    now, added = np.zeros(degree), np.zeros(degree)
     exposed = np.zeros((num_steps, degree))
     returned, returned_at = np.zeros(degree, np.int64), np.zeros(degree)
     for number in range(num_steps):
-        issued += costs.host_s
-        start = np.maximum(now, np.where(_is_idle(work, number), now, issued))
-        host += start - now
         keys_at = np.zeros(degree)
         if number + 1 < num_steps:
-            keys_at = ports.transfer(work.keys_from[number + 1], work.keys[number + 1], start)
-        computed = start + kernels[number]
+            keys_at = ports.transfer(work.keys_from[number + 1], work.keys[number + 1], now)
+        computed = now + kernels[number]
         now = np.maximum(computed, returned_at)  # gradients of the step before, sent and received
         add_s = returned * costs.add_s_per_token
         exposed[number] = now - computed
@@ -148,10 +141,4 @@ def simulate(work: RingWork, costs: RingCosts) -> RingTimes:
         waited = np.maximum(now, keys_at)
         exposed[number] += waited - now
         now = waited
-    return RingTimes(now, kernels.sum(axis=0), added, host, exposed)
-
-
-def _is_idle(work: RingWork, number: int) -> NDArray[np.bool_]:
-    """The ranks that neither compute nor send nor receive in a step."""
-    has_tiles = np.array([bool(of_step.tiles) for of_step in work.tiles])
-    return ~has_tiles[work.kind[number]] & (work.keys[number] == 0) & (work.gradients[number] == 0)
+    return RingTimes(now, kernels.sum(axis=0), added, exposed)

@@ -32,14 +32,18 @@ MEMORY_GB_PER_S = {
 
 
 class KernelSpeed(NamedTuple):
-    """TFLOP/s on a tile of `size`: a causal square of `size` tokens has as many query-key pairs."""
+    """TFLOP/s of a call as large as a causal square of `size` tokens with 4,096 numbers in all heads.
+
+    Several rows of a batch, or more heads, occupy a GPU as a longer sequence does.
+    """
 
     size: int
     forward: float
     backward: float
 
 
-# by kernel and head size, with 4,096 or 8,192 numbers in all heads
+HEAD_NUMBERS = 4096
+# by kernel and head size
 KERNEL_SPEEDS: dict[tuple[str, int], tuple[KernelSpeed, ...]] = {
     ("flash_attn_4", 128): (
         KernelSpeed(2_048, 500, 205),
@@ -54,7 +58,12 @@ KERNEL_SPEEDS: dict[tuple[str, int], tuple[KernelSpeed, ...]] = {
     ("cudnn", 64): (KernelSpeed(2_048, 241, 144), KernelSpeed(8_192, 361, 333), KernelSpeed(32_768, 411, 398)),
     ("cudnn", 128): (KernelSpeed(2_048, 280, 190), KernelSpeed(8_192, 468, 399), KernelSpeed(32_768, 565, 501)),
     # at the clock of a long run: 574 and 611 forward in short ones
-    ("ffpa", 512): (KernelSpeed(2_048, 213, 73), KernelSpeed(10_000, 475, 222), KernelSpeed(32_768, 500, 222)),
+    ("ffpa", 512): (
+        KernelSpeed(2_048, 213, 73),
+        KernelSpeed(14_142, 430, 200),
+        KernelSpeed(28_284, 475, 222),
+        KernelSpeed(46_341, 500, 222),
+    ),
 }
 
 
@@ -68,12 +77,13 @@ class Constants:
         forward_share, backward_share: of a kernel's speed alone, where a long step's clock is lower.
         memory_share: of the data sheet's bandwidth, by norms, activations, copies and the optimizer.
         link_share: of a cluster's link, by collectives: all-to-all, all-gather, reduce-scatter.
-        ring_step_ms: of the host for one ring step, forward; twice that backward.
+        call_ms, ring_step_ms: of the host for a call of attention, and for a ring step; forward, twice that backward.
         wait_share: of a layer's time, lost where ranks wait for each other in each layer.
         gradient_bytes: memory traffic per parameter and micro-batch for the sum of gradients.
         optimizer_bytes: memory traffic per updated parameter: norm, scaling and Adam.
         host_adam_ns: per parameter that the host updates.
         first_step_s: what the first step of a run takes longer, while kernels are compiled.
+        pinned_s_per_gib: of host memory that the first step allocates for activations.
     """
 
     matmul_share: float = 0.70
@@ -82,12 +92,14 @@ class Constants:
     backward_share: float = 1.0
     memory_share: float = 0.5
     link_share: float = 0.85
-    ring_step_ms: float = 0.2
+    call_ms: float = 0.4
+    ring_step_ms: float = 0.4
     wait_share: float = 0.01
     gradient_bytes: float = 20.0
     optimizer_bytes: float = 40.0
     host_adam_ns: float = 1.0
-    first_step_s: float = 15.0
+    first_step_s: float = 10.0
+    pinned_s_per_gib: float = 0.25
 
 
 FITTED = Constants()

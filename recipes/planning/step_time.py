@@ -15,7 +15,17 @@ from conf.degrees import accumulation_steps
 from conf.schema import Config, Degrees
 from recipes.planning.attention_time import AttentionTime
 from recipes.planning.cluster import Cluster
-from recipes.planning.memory import bucket_size, dtype_bytes, has_sharded_sums, num_parameters, sums_nothing
+from recipes.planning.memory import (
+    LAYERS_ON_DEVICE,
+    bucket_size,
+    dtype_bytes,
+    has_sharded_sums,
+    layer_matmul_parameters,
+    layer_matrices,
+    mlp_tile_tokens,
+    num_parameters,
+    sums_nothing,
+)
 from recipes.planning.speeds import FITTED, MEMORY_GB_PER_S, Constants
 from recipes.planning.throughput import matmul_flops_per_token
 from ring_attention.kernels import KERNELS
@@ -120,6 +130,16 @@ class StepTime:
             self._offloading_s(compute / micro),
         )
 
+    @property
+    def offloaded_bytes(self) -> float:
+        """Activations of a micro-batch on a rank's host: layers' inputs, and attention's outputs if these are saved."""
+        model, engine = self.config.model, self.config.engine
+        if not engine.offload_activations:
+            return 0.0
+        attention = model.num_heads * model.head_dim if engine.recompute == "selective" else 0
+        layers = max(0, model.num_layers - LAYERS_ON_DEVICE)
+        return layers * self._tokens * (model.hidden_size + attention) * dtype_bytes(self.config)
+
     @functools.cached_property
     def _layout(self) -> Layout:
         degrees = self.degrees
@@ -172,18 +192,34 @@ class StepTime:
         model, recompute = self.config.model, self.config.engine.recompute
         head_flops = 2 * model.vocab_size * model.hidden_size
         flops = (matmul_flops_per_token(model) - head_flops) / model.num_layers * self._tokens / self.degrees.tensor
-        forward, backward = self._attention.seconds(False), self._attention.seconds(True)
+        forward, backward = self._attention.pass_seconds(False), self._attention.pass_seconds(True)
         forwards = 1 + (recompute != "none") * self.trains
         attended = 1 + (recompute == "full") * self.trains
-        products = self._products_s(flops * (forwards + 2 * self.trains), self._tokens)
+        products = self._products_s(flops * self._passes, self._tokens)
         elementwise = forwards * self._memory_s(self._elementwise_bytes(False))
         messages, attention = attended * forward.messages, attended * (forward.kernels + forward.sums)
-        copies, host = attended * forward.copies, attended * forward.host
+        copies, host = attended * forward.copies, attended * self._attention.issue_s(False)
         if self.trains:
             elementwise += self._memory_s(self._elementwise_bytes(True))
             messages, attention = messages + backward.messages, attention + backward.kernels + backward.sums
-            copies, host = copies + backward.copies, host + backward.host
-        return products, attention, elementwise + copies, messages + self._tensor_messages_s(flops), host
+            copies, host = copies + backward.copies, host + self._attention.issue_s(True)
+        messages, elementwise = messages + self._tensor_messages_s(flops), elementwise + copies
+        # the host issues layers ahead, so devices wait for it only if it takes longer than they do
+        return products, attention, elementwise, messages, max(0.0, host - products - attention - elementwise - messages)
+
+    @property
+    def _passes(self) -> float:
+        """How often a layer's products are computed, a forward pass counted as one.
+
+        Recomputing ends before the down projection, whose output nobody saved. MLP tiles recompute `up` alone.
+        """
+        if not self.trains:
+            return 1.0
+        *_, up, down = (outputs * inputs for outputs, inputs in layer_matrices(self.config.model))
+        full = layer_matmul_parameters(self.config.model)
+        if self.config.engine.recompute != "none":
+            return 3 + (full - down) / full
+        return 3 + (up / full if mlp_tile_tokens(self.config, self._tokens) else 0)
 
     def _elementwise_bytes(self, backward: bool) -> float:
         """Memory traffic of a layer's kernels between the products: each input read and each output written once."""
@@ -280,12 +316,9 @@ class StepTime:
 
     def _offloading_s(self, compute_s: float) -> float:
         """What the host's memory costs: copies that are longer than the layers beside them, and Adam on the host."""
-        engine, model = self.config.engine, self.config.model
+        engine = self.config.engine
         seconds, copy = 0.0, 1 / HOST_GB_PER_S / 1e9
-        if engine.offload_activations:
-            numbers = model.hidden_size + 2 * model.num_heads * model.head_dim * (engine.recompute == "selective")
-            moved = 2 * model.num_layers * self._tokens * numbers * dtype_bytes(self.config)
-            seconds += self._micro_batches * max(0.0, moved * copy - compute_s)
+        seconds += self._micro_batches * max(0.0, 2 * self.offloaded_bytes * copy - compute_s)
         if engine.offload_optimizer and self.trains:
             # all ranks of a host share its cores and its memory
             per_host = min(self.cluster.gpus_per_host, self._shards)
