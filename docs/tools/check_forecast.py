@@ -58,9 +58,7 @@ class _OlderStep(StepTime):
 def forecast_s(step: MeasuredStep, constants: Constants) -> float:
     """The forecast for a measured step."""
     kind = StepTime if step.sums_shares or step.config.engine.zero_stage == 3 else _OlderStep
-    forecast = kind(
-        step.config, step.degrees, step.method, step.kernel, step.cluster, constants=constants
-    )
+    forecast = kind(step.config, step.degrees, step.method, step.kernel, step.cluster, constants=constants)
     first_s = constants.first_step_s + constants.pinned_s_per_gib * forecast.offloaded_bytes / 2**30
     return forecast.parts.total + (first_s if step.is_first else 0.0)
 
@@ -147,7 +145,7 @@ def main() -> None:
     even, odd = range(0, len(steps), 2), range(1, len(steps), 2)
     constants = FITTED
     if parser.parse_args().fit:
-        constants = fit([steps[row] for row in even], FITTED)
+        constants = fit([steps[row] for row in even], Constants())
         print(", ".join(f"{name}={value:.4g}" for name, value in dataclasses.asdict(constants).items()), end="\n\n")
     forecasts = [forecast_s(step, constants) for step in steps]
     body = [
@@ -155,7 +153,11 @@ def main() -> None:
         for row, (step, forecast) in enumerate(zip(steps, forecasts, strict=True))
     ]
     print(table("row | file | step | measured, s | forecast, s | error", body), end="\n\n")
-    for name, chosen in (("even rows, fitted", even), ("odd rows, not looked at", odd), ("all rows", range(len(steps)))):
+    for name, chosen in (
+        ("even rows, fitted", even),
+        ("odd rows, not looked at", odd),
+        ("all rows", range(len(steps))),
+    ):
         print(f"{name} ({len(chosen)}): {errors(steps, forecasts, chosen)}")
     header = "file | attention alone | forward, ms | forecast, ms | error | with backward, ms | forecast, ms | error"
     print("\n" + table(header, attention_rows(constants)))

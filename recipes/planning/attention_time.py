@@ -18,7 +18,7 @@ from ring_attention.backward_schedule import KernelTiles, TileRows
 from ring_attention.layout import Layout
 from ring_attention.mask import CAUSAL, Mask
 from ring_attention.masked_block import MaskedBlock
-from ring_attention.schedule import imbalance
+from ring_attention.schedule import work_per_rank
 
 BACKWARD_PRODUCTS = 2.5  # of a forward pass: scores again, and dq, dk, dv, dp
 ACCUMULATOR_BYTES = 10  # per number and pass over a sum in fp32: read and written, and the addend in half precision
@@ -102,7 +102,8 @@ class AttentionTime:
         """The kernels of one step's tiles."""
         rows, heads = tiles.rows[1] - tiles.rows[0], self.model.num_heads / self._shared_heads
         return sum(
-            self._block_s(tile.block.work * (rows if tile.row is None else 1), heads, backward) for tile in tiles.tiles
+            self._block_s(tile.block.work * (rows if tile.row is None else 1), heads, backward, tile.block.is_full)
+            for tile in tiles.tiles
         )
 
     @property
@@ -113,12 +114,12 @@ class AttentionTime:
     def _local_tokens(self) -> int:
         return self.batch * self.layout.local_length
 
-    def _block_s(self, pairs: float, heads: float, backward: bool) -> float:
+    def _block_s(self, pairs: float, heads: float, backward: bool, is_full: bool) -> float:
         """A call over query-key pairs of all its rows."""
         numbers = heads * self.model.head_dim
         share = self.constants.backward_share if backward else self.constants.forward_share
         size = math.sqrt(2 * pairs * numbers / HEAD_NUMBERS)
-        tflops = share * kernel_tflops(self.cluster.gpu, self.kernel, self.model.head_dim, size, backward)
+        tflops = share * kernel_tflops(self.cluster.gpu, self.kernel, self.model.head_dim, size, backward, is_full)
         return 4 * numbers * pairs * (BACKWARD_PRODUCTS if backward else 1) / tflops / 1e12
 
     def _memory_s(self, num_bytes: float) -> float:
@@ -154,20 +155,14 @@ class AttentionTime:
             ),
         )
         slowest = int(times.end_s.argmax())
-        return AttentionSeconds(
-            float(times.compute_s[slowest]),
-            float(times.add_s[slowest]),
-            0.0,
-            times.exposed_total_s,
-        )
+        kernels, sums = float(times.compute_s[slowest]), float(times.add_s[slowest])
+        return AttentionSeconds(kernels, sums, 0.0, times.exposed_total_s)
 
     def _gathered(self, backward: bool) -> AttentionSeconds:
         """A rank's queries against all keys, which are gathered in both passes; the backward pass sums gradients."""
         model, layout, degree = self.model, self.layout, self.layout.ring_degree
         numbers = 2 * model.num_kv_heads * model.head_dim * self.batch * layout.padded_length
-        pairs = MaskedBlock(0, layout.padded_length, 0, layout.padded_length, None, 0).work
-        work = pairs / degree * imbalance(Layout(layout.name, degree, 128 * degree))
-        kernels = self._block_s(self.batch * work, model.num_heads, backward)
+        kernels = self._block_s(self.batch * self._pairs_of_the_busiest, model.num_heads, backward, is_full=False)
         sent = self.size * numbers / degree * (degree - 1)
         messages = self.collective_s(sent, degree, 1)
         copies = self._memory_s(2 * self.size * numbers)
@@ -176,6 +171,16 @@ class AttentionTime:
             messages += self.collective_s(4 * numbers / degree * (degree - 1), degree, 1)
             sums, copies = self._memory_s((4 + ACCUMULATOR_BYTES) * numbers), copies + self._memory_s(8 * numbers)
         return AttentionSeconds(kernels, sums, copies, messages)
+
+    @property
+    def _pairs_of_the_busiest(self) -> float:
+        """Query-key pairs of one row, of the ring rank that has most."""
+        layout, degree = self.layout, self.layout.ring_degree
+        if self.mask != CAUSAL:
+            return max(map(sum, work_per_rank(layout, self.mask)))
+        pairs = MaskedBlock(0, layout.padded_length, 0, layout.padded_length, None, 0).work
+        few = work_per_rank(Layout(layout.name, degree, 128 * degree))  # the same shares of fewer tokens
+        return pairs * max(map(sum, few)) / sum(map(sum, few))
 
     def collective_s(self, num_bytes: float, num_ranks: int, stride: int) -> float:
         """A collective in which each rank sends `num_bytes` to others, in a ring of ranks `stride` apart."""

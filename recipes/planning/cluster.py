@@ -116,7 +116,9 @@ def _load(path: Path, typed: str) -> Cluster:
     needed = {name for name, spec in known.items() if spec.default is dataclasses.MISSING}
     if not isinstance(fields, dict) or not needed <= fields.keys() <= known.keys():
         given = sorted(map(str, fields)) if isinstance(fields, dict) else []
-        raise ConfigError(f"cluster={typed} has the fields {', '.join(given) or 'of no mapping'}: use {', '.join(known)}")
+        raise ConfigError(
+            f"cluster={typed} has the fields {', '.join(given) or 'of no mapping'}: use {', '.join(known)}"
+        )
     return Cluster(**fields)
 
 

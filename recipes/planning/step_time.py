@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from conf.degrees import accumulation_steps
 from conf.schema import Config, Degrees
@@ -109,9 +109,9 @@ class StepTime:
     @functools.cached_property
     def parts(self) -> StepParts:
         """The step's time by parts."""
-        layers = math.ceil(self.config.model.num_layers / self.degrees.pipeline)
-        micro, of_layer = self._micro_batches, self._layer
-        products, attention, elementwise, messages, host = (layers * micro * seconds for seconds in of_layer)
+        micro = self._micro_batches
+        layers = micro * math.ceil(self.config.model.num_layers / self.degrees.pipeline)
+        products, attention, elementwise, messages, host = (layers * seconds for seconds in self._mean_layer)
         head = micro * self._head_s
         compute = products + attention + elementwise + head
         waits = self.constants.wait_share * compute if self._waits_in_layers else 0.0
@@ -143,9 +143,7 @@ class StepTime:
     @functools.cached_property
     def _layout(self) -> Layout:
         degrees = self.degrees
-        return Layout(
-            self.config.attention.layout, degrees.ring, self.config.data.sequence_length, degrees.ulysses
-        )
+        return Layout(self.config.attention.layout, degrees.ring, self.config.data.sequence_length, degrees.ulysses)
 
     @property
     def _micro_batches(self) -> int:
@@ -162,6 +160,9 @@ class StepTime:
 
     @functools.cached_property
     def _attention(self) -> AttentionTime:
+        return self._attention_under(self.mask)
+
+    def _attention_under(self, mask: Mask) -> AttentionTime:
         config = self.config
         return AttentionTime(
             config.model,
@@ -174,7 +175,7 @@ class StepTime:
             KERNELS[self.kernel].split,
             self.cluster,
             self.constants,
-            self.mask,
+            mask,
             self.slowdown,
         )
 
@@ -187,25 +188,41 @@ class StepTime:
         return flops / self.cluster.spec.peak_tflops / share / 1e12
 
     @property
-    def _layer(self) -> tuple[float, float, float, float, float]:
+    def _mean_layer(self) -> list[float]:
+        """Of all layers, windowed ones and others, in one micro-batch."""
+        model, attentions = self.config.model, [(self.config.model.num_layers, self._attention)]
+        if model.num_window_layers and model.window is not None:
+            windowed = self._attention_under(replace(self.mask, left=model.window - 1))
+            others = model.num_layers - model.num_window_layers
+            attentions = [(model.num_window_layers, windowed), (others, self._attention)]
+        layers = [[count * seconds for seconds in self._layer(attention)] for count, attention in attentions if count]
+        return [sum(seconds) / model.num_layers for seconds in zip(*layers, strict=True)]
+
+    def _layer(self, of_layer: AttentionTime) -> tuple[float, float, float, float, float]:
         """One layer in one micro-batch: products, attention, elementwise, exposed messages, host."""
         model, recompute = self.config.model, self.config.engine.recompute
         head_flops = 2 * model.vocab_size * model.hidden_size
         flops = (matmul_flops_per_token(model) - head_flops) / model.num_layers * self._tokens / self.degrees.tensor
-        forward, backward = self._attention.pass_seconds(False), self._attention.pass_seconds(True)
+        forward, backward = of_layer.pass_seconds(False), of_layer.pass_seconds(True)
         forwards = 1 + (recompute != "none") * self.trains
         attended = 1 + (recompute == "full") * self.trains
         products = self._products_s(flops * self._passes, self._tokens)
         elementwise = forwards * self._memory_s(self._elementwise_bytes(False))
         messages, attention = attended * forward.messages, attended * (forward.kernels + forward.sums)
-        copies, host = attended * forward.copies, attended * self._attention.issue_s(False)
+        copies, host = attended * forward.copies, attended * of_layer.issue_s(False)
         if self.trains:
             elementwise += self._memory_s(self._elementwise_bytes(True))
             messages, attention = messages + backward.messages, attention + backward.kernels + backward.sums
-            copies, host = copies + backward.copies, host + self._attention.issue_s(True)
+            copies, host = copies + backward.copies, host + of_layer.issue_s(True)
         messages, elementwise = messages + self._tensor_messages_s(flops), elementwise + copies
         # the host issues layers ahead, so devices wait for it only if it takes longer than they do
-        return products, attention, elementwise, messages, max(0.0, host - products - attention - elementwise - messages)
+        return (
+            products,
+            attention,
+            elementwise,
+            messages,
+            max(0.0, host - products - attention - elementwise - messages),
+        )
 
     @property
     def _passes(self) -> float:
