@@ -3,8 +3,8 @@
     python -m docs.tools.check_forecast           the table
     python -m docs.tools.check_forecast --fit     fits `recipes.planning.speeds.Constants` on even rows, then the table
 
-Rows are numbered in the order of `measured_steps`. Odd rows are not looked at by the fit. Attention kernels, collectives
-and products that were measured alone are in the tables of `recipes.planning.speeds`.
+Rows are numbered in the order of `measured_steps`. The fit sees even rows alone. Speeds of kernels by themselves are in
+`recipes.planning.speeds`. The second table is of attention without a model, which no fit sees.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from conf.schema import Degrees
 from docs.tools.markdown import RESULTS, load, table
 from docs.tools.measured_steps import MeasuredStep, cluster_of, kernel_of, measured_steps, model_of
 from recipes.planning.attention_time import AttentionTime
+from recipes.planning.cluster_speed import ClusterSpeed
 from recipes.planning.speeds import FITTED, Constants
 from recipes.planning.step_time import StepTime
 from ring_attention.kernels import KERNELS
@@ -49,18 +50,15 @@ class Errors(NamedTuple):
         return f"median error {self.median:.1%}, worst {self.worst:.1%}, {order}"
 
 
-class _OlderStep(StepTime):
-    """A step of the program whose ZeRO-1 reduced gradients once in a step."""
-
-    _reductions = 1
-
-
 def forecast_s(step: MeasuredStep, constants: Constants) -> float:
     """The forecast for a measured step."""
-    kind = StepTime if step.sums_shares or step.config.engine.zero_stage == 3 else _OlderStep
-    forecast = kind(step.config, step.degrees, step.method, step.kernel, step.cluster, constants=constants)
-    first_s = constants.first_step_s + constants.pinned_s_per_gib * forecast.offloaded_bytes / 2**30
-    return forecast.parts.total + (first_s if step.is_first else 0.0)
+    forecast = StepTime(step.config, step.degrees, step.method, step.kernel, step.cluster, constants=constants)
+    seconds, engine = forecast.parts.total, forecast.engine
+    if step.is_first:
+        seconds += constants.first_step_s + constants.pinned_s_per_gib * forecast.offloaded_bytes / 2**30
+    if step.reduced_once and step.config.recipe == "pretrain":
+        seconds -= (engine.num_reductions - 1) * engine.reduction_s
+    return seconds
 
 
 def errors(steps: Sequence[MeasuredStep], forecasts: Sequence[float], chosen: Sequence[int]) -> Errors:
@@ -122,8 +120,7 @@ def attention_rows(constants: Constants) -> list[list[str]]:
                 2,
                 kernel,
                 KERNELS[kernel].split,
-                cluster_of(result["device"]),
-                constants,
+                ClusterSpeed(cluster_of(result["device"]), constants),
                 is_alone=True,
             )
             forward = attention.pass_seconds(False).total

@@ -36,8 +36,8 @@ class MeasuredStep:
     Args:
         group: the file it is from: steps of one file took turns on the same GPUs.
         is_first: whether it was the first step of its run.
-        sums_shares: whether it is of a program whose ZeRO-1 summed a rank's share of gradients in each micro-batch,
-            as today's does. Before, each rank summed all and reduced them once.
+        reduced_once: whether it is of an older program, whose ZeRO-1 reduced gradients once in a step. Today's does in
+            each micro-batch, so that a rank need not hold all sums.
     """
 
     group: str
@@ -49,7 +49,7 @@ class MeasuredStep:
     cluster: Cluster
     seconds: float
     is_first: bool = False
-    sums_shares: bool = False
+    reduced_once: bool = False
 
 
 def measured_steps() -> list[MeasuredStep]:
@@ -70,11 +70,10 @@ def _of_comparisons() -> Iterator[MeasuredStep]:
         for row in rows:
             if "error" not in row and row["entry"] != "parts alone":
                 own = configs.get(row["entry"], {"model": _shape(model), "engine": {"dtype": _dtype(model)}})
-                sums_shares = path.name.startswith("huggingface")
-                yield _of_row(path.name, row, own, "pretrain" if trains else "forward", sums_shares)
+                yield _of_row(path.name, row, own, "pretrain" if trains else "forward")
 
 
-def _of_row(group: str, row: dict[str, Any], own: dict[str, Any], recipe: str, sums_shares: bool) -> MeasuredStep:
+def _of_row(group: str, row: dict[str, Any], own: dict[str, Any], recipe: str) -> MeasuredStep:
     degrees = Degrees(*[int((re.search(rf"(\d+) {name}", row["grid"]) or [0, 1])[1]) for name in Degrees._fields])
     word = re.split(r"[_ ]", row["entry"])[0]
     model = model_of(own["model"])
@@ -98,7 +97,15 @@ def _of_row(group: str, row: dict[str, Any], own: dict[str, Any], recipe: str, s
     device = row.get("device", "NVIDIA H200")
     seconds, cluster = row["step_time_ms"] / 1e3, cluster_of(device)
     return MeasuredStep(
-        group, name, config, degrees, config.attention.method, kernel, cluster, seconds, sums_shares=sums_shares
+        group,
+        name,
+        config,
+        degrees,
+        config.attention.method,
+        kernel,
+        cluster,
+        seconds,
+        reduced_once=not group.startswith("huggingface"),
     )
 
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from conf.schema import Degrees, ModelConfig
-from recipes.planning.cluster import Cluster
+from recipes.planning.cluster_speed import ClusterSpeed
 from recipes.planning.ring_simulator import RingCosts, simulate
 from recipes.planning.ring_work import ring_work
-from recipes.planning.speeds import HEAD_NUMBERS, MEMORY_GB_PER_S, Constants, kernel_tflops
+from recipes.planning.speeds import HEAD_NUMBERS, kernel_tflops
 from ring_attention.backward_schedule import KernelTiles, TileRows
 from ring_attention.layout import Layout
 from ring_attention.mask import CAUSAL, Mask
@@ -65,8 +65,7 @@ class AttentionTime:
     size: int
     kernel: str
     kernel_tiles: KernelTiles
-    cluster: Cluster
-    constants: Constants
+    speed: ClusterSpeed
     mask: Mask = CAUSAL
     slowdown: tuple[float, ...] | None = None
     is_alone: bool = False
@@ -80,7 +79,7 @@ class AttentionTime:
         """What the host needs to issue one pass."""
         num_steps = self.layout.ring_degree + backward if self.method in ("ring", "hybrid") else 0
         num_steps += 2 if self.degrees.ulysses > 1 or self._gathers else 0  # the calls before and after take as long
-        ms = self.constants.call_ms + self.constants.ring_step_ms * num_steps
+        ms = self.speed.constants.call_ms + self.speed.constants.ring_step_ms * num_steps
         return ms * (2 if backward else 1) / 1e3
 
     @property
@@ -94,8 +93,8 @@ class AttentionTime:
         # q, k, v and out change between tokens and heads; each is copied before and after
         numbers = 2 * (self.model.num_heads + self.model.num_kv_heads) * self.model.head_dim * self._local_tokens
         return seconds._replace(
-            copies=seconds.copies + self._memory_s(4 * self.size * numbers),
-            messages=seconds.messages + self._all_to_all_s(self.size * numbers),
+            copies=seconds.copies + self.speed.memory_s(4 * self.size * numbers),
+            messages=seconds.messages + 4 * self.speed.all_to_all_s(self.size * numbers / 4, self.degrees.ulysses),
         )
 
     def tiles_s(self, tiles: TileRows, backward: bool) -> float:
@@ -117,13 +116,12 @@ class AttentionTime:
     def _block_s(self, pairs: float, heads: float, backward: bool, is_full: bool) -> float:
         """A call over query-key pairs of all its rows."""
         numbers = heads * self.model.head_dim
-        share = self.constants.backward_share if backward else self.constants.forward_share
+        share = self.speed.constants.backward_share if backward else self.speed.constants.forward_share
         size = math.sqrt(2 * pairs * numbers / HEAD_NUMBERS)
-        tflops = share * kernel_tflops(self.cluster.gpu, self.kernel, self.model.head_dim, size, backward, is_full)
+        tflops = share * kernel_tflops(
+            self.speed.cluster.gpu, self.kernel, self.model.head_dim, size, backward, is_full
+        )
         return 4 * numbers * pairs * (BACKWARD_PRODUCTS if backward else 1) / tflops / 1e12
-
-    def _memory_s(self, num_bytes: float) -> float:
-        return num_bytes / MEMORY_GB_PER_S[self.cluster.gpu] / self.constants.memory_share / 1e9
 
     def _ring(self, backward: bool) -> AttentionSeconds:
         degree = self.layout.ring_degree
@@ -138,18 +136,20 @@ class AttentionTime:
                 if backward
                 else queries * sum(tile.block.num_queries for tile in tiles.tiles)
             )
-            return self.tiles_s(tiles, backward) + (self._memory_s(ACCUMULATOR_BYTES * summed) if degree > 1 else 0)
+            return self.tiles_s(tiles, backward) + (
+                self.speed.memory_s(ACCUMULATOR_BYTES * summed) if degree > 1 else 0
+            )
 
-        per_host = self.cluster.gpus_per_host // self._shared_heads
+        per_host = self.speed.cluster.gpus_per_host // self._shared_heads
         times = simulate(
             work,
             RingCosts(
                 tiles_s,
                 self.size * kv_numbers,
-                self._memory_s(ACCUMULATOR_BYTES * kv_numbers),
-                1e9 * self.cluster.link_within_gb_per_s,
-                1e9 * self.cluster.link_between_gb_per_s,
-                self.cluster.latency_us / 1e6,
+                self.speed.memory_s(ACCUMULATOR_BYTES * kv_numbers),
+                1e9 * self.speed.cluster.link_within_gb_per_s,
+                1e9 * self.speed.cluster.link_between_gb_per_s,
+                self.speed.cluster.latency_us / 1e6,
                 per_host,
                 self.slowdown,
             ),
@@ -164,12 +164,15 @@ class AttentionTime:
         numbers = 2 * model.num_kv_heads * model.head_dim * self.batch * layout.padded_length
         kernels = self._block_s(self.batch * self._pairs_of_the_busiest, model.num_heads, backward, is_full=False)
         sent = self.size * numbers / degree * (degree - 1)
-        messages = self.collective_s(sent, degree, 1)
-        copies = self._memory_s(2 * self.size * numbers)
+        messages = self.speed.collective_s(sent, degree)
+        copies = self.speed.memory_s(2 * self.size * numbers)
         sums = 0.0
         if backward:  # in fp32: sums are zeroed and added to, put in the order of ranks, and reduced
-            messages += self.collective_s(4 * numbers / degree * (degree - 1), degree, 1)
-            sums, copies = self._memory_s((4 + ACCUMULATOR_BYTES) * numbers), copies + self._memory_s(8 * numbers)
+            messages += self.speed.collective_s(4 * numbers / degree * (degree - 1), degree)
+            sums, copies = (
+                self.speed.memory_s((4 + ACCUMULATOR_BYTES) * numbers),
+                copies + self.speed.memory_s(8 * numbers),
+            )
         return AttentionSeconds(kernels, sums, copies, messages)
 
     @property
@@ -181,17 +184,3 @@ class AttentionTime:
         pairs = MaskedBlock(0, layout.padded_length, 0, layout.padded_length, None, 0).work
         few = work_per_rank(Layout(layout.name, degree, 128 * degree))  # the same shares of fewer tokens
         return pairs * max(map(sum, few)) / sum(map(sum, few))
-
-    def collective_s(self, num_bytes: float, num_ranks: int, stride: int) -> float:
-        """A collective in which each rank sends `num_bytes` to others, in a ring of ranks `stride` apart."""
-        fits = num_ranks * stride <= self.cluster.gpus_per_host
-        speed = self.cluster.link_within_gb_per_s if fits else self.cluster.link_between_gb_per_s
-        return self.cluster.latency_us / 1e6 + num_bytes / speed / self.constants.link_share / 1e9
-
-    def _all_to_all_s(self, num_bytes: float) -> float:
-        """Four all-to-alls among Ulysses ranks, which are neighbours: some peers in the host, others beyond it."""
-        degree, cluster = self.degrees.ulysses, self.cluster
-        near = min(degree, cluster.gpus_per_host) - 1
-        far = degree - 1 - near
-        s_per_byte = near / cluster.link_within_gb_per_s + far / cluster.link_between_gb_per_s
-        return 4 * cluster.latency_us / 1e6 + num_bytes / degree * s_per_byte / self.constants.link_share / 1e9

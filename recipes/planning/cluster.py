@@ -1,6 +1,6 @@
 """The cluster that a forecast is of: GPUs, hosts and links, which need not be here.
 
-`conf/clusters/` has a YAML file for each kind of host, with one host in it. A user writes `8xh200` or `2x8xh100`, or the
+`conf/clusters/` has a YAML file for each kind of host, with one host in it. A user writes `8xh200`, `2x8xh100`, or the
 path of a file of the same fields. The folder is not called cluster: Hydra would take `cluster=8xh200` for one of its
 options.
 """

@@ -1,10 +1,10 @@
 """Simulates the ring's schedule: when each rank computes, sends, waits. Exposed time comes from events, not a formula.
 
 Each rank has a compute stream, one port out and one in, which carry messages in the order in which they are posted, as
-the transports do. A message starts when both ends have posted it and both ports are free. No step waits for all ranks: a
-rank waits only for its own messages. As posts have a fixed order, the events form a graph without cycles; it is swept
-ring step by ring step, for all ranks at once. A thousand ranks take a second. Hosts issue calls ahead of devices, so
-they are no part of a call: `attention_time` compares their time with the device's.
+the transports do. A message starts when both ends have posted it and both ports are free. No step waits for all ranks:
+a rank waits only for its own messages. As posts have a fixed order, the events form a graph without cycles. It is swept
+ring step by ring step, for all ranks at once; a thousand ranks take a second. Hosts issue calls ahead of devices, so
+they are no part of a call: `layer_time` compares their time with the device's.
 
 Arrays are [R], one entry for each ring rank; times are in seconds.
 """
@@ -119,10 +119,11 @@ def simulate(work: RingWork, costs: RingCosts) -> RingTimes:
     `ring_attention.backward_schedule` adds two returns in one pass over the sum, which is in `add_s_per_token`.
     """
     num_steps, degree = work.kind.shape
-    tile_times = np.array([costs.tiles_s(tiles) for tiles in work.tiles])
+    tile_times = np.array([costs.tiles_s(tiles) for tiles in work.tiles], np.float64)
     kernels = tile_times[work.kind] * np.array(costs.slowdown or [1.0] * degree)
     ranks, ports = np.arange(degree), _Ports(costs, degree)
-    now, added = np.zeros(degree), np.zeros(degree)
+    now: Times = np.zeros(degree)
+    added: Times = np.zeros(degree)
     exposed = np.zeros((num_steps, degree))
     returned, returned_at = np.zeros(degree, np.int64), np.zeros(degree)
     for number in range(num_steps):

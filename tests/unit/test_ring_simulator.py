@@ -56,7 +56,7 @@ def test_messages_behind_kernels():
 
 
 def test_a_slow_link():
-    """4 tokens take 1 + 16 s, 7 more than the square. Rank 1, which has its 2 tokens after 9 s, waits for its own send."""
+    """4 tokens take 1 + 16 s, 7 more than the square. Rank 1 has its 2 tokens after 9 s, but waits for its own send."""
     times = simulate(ring_work(TWO, CAUSAL, 1), costs(within_bytes_per_s=0.25))
     assert ends(times) == [25, 25]
     assert exposed(times) == [7, 7]
