@@ -3,8 +3,9 @@
     python -m docs.tools.check_forecast           the table
     python -m docs.tools.check_forecast --fit     fits `recipes.planning.speeds.Constants` on even rows, then the table
 
-Rows are numbered in the order of `measured_steps`. The fit sees even rows alone. Speeds of kernels by themselves are in
-`recipes.planning.speeds`. The second table is of attention without a model, which no fit sees.
+Rows are numbered in the order of `measured_steps`. The fit sees even rows alone. The second table has micro-batches
+that comparisons tried and did not choose, the third attention without a model: no fit sees these. Speeds of kernels by
+themselves are in `recipes.planning.speeds`.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import dataclasses
 import itertools
 import statistics
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from conf.schema import Degrees
 from docs.tools.markdown import RESULTS, load, table
-from docs.tools.measured_steps import MeasuredStep, cluster_of, kernel_of, measured_steps, model_of
+from docs.tools.measured_steps import MeasuredStep, cluster_of, kernel_of, measured_steps, model_of, tried_steps
 from recipes.planning.attention_time import AttentionTime
 from recipes.planning.cluster_speed import ClusterSpeed
 from recipes.planning.speeds import FITTED, Constants
@@ -29,6 +30,7 @@ from ring_attention.kernels import KERNELS
 from ring_attention.layout import Layout
 
 DISTINCT = 1.03  # the ratio of two times from which their order counts
+CANDIDATES = {"one device": "local", "ring": "ring", "ulysses": "ulysses", "all_gather": "all_gather"}  # their methods
 PRIOR = 0.3  # standard deviation of a constant's logarithm around its start, where rows have one of ERROR
 ERROR = 0.03
 
@@ -95,44 +97,51 @@ def fit(steps: Sequence[MeasuredStep], start: Constants, rounds: int = 8) -> Con
     return Constants(**dict(zip(names, np.exp(logs).tolist(), strict=True)))
 
 
+def step_table(steps: Sequence[MeasuredStep], forecasts: Sequence[float]) -> str:
+    """Each step beside its forecast."""
+    body = [
+        [row, step.group, step.name, f"{step.seconds:.3f}", f"{forecast:.3f}", f"{forecast / step.seconds - 1:+.1%}"]
+        for row, (step, forecast) in enumerate(zip(steps, forecasts, strict=True))
+    ]
+    return table("row | file | step | measured, s | forecast, s | error", body)
+
+
 def attention_rows(constants: Constants) -> list[list[str]]:
-    """Attention without a model on 1, 2 and 4 GPUs: file, candidate, and times and errors of both measurements."""
+    """Attention without a model: file, candidate, and measured and forecast ms and error of both measurements."""
     rows = []
     for path in sorted(RESULTS.glob("attention_*.json")):
         result = load(path.name)
-        config, num_ranks = result["config"], result["num_ranks"]
-        model, batch = model_of(config["model"]), config["engine"]["micro_batch_size"]
         for row in result["rows"]:
-            method = {"one device": "local", "ring": "ring", "ulysses": "ulysses", "all_gather": "all_gather"}
-            if row["name"] not in method:
-                continue
-            name = method[row["name"]]
-            ring = num_ranks if name in ("ring", "all_gather") else 1
-            ulysses = num_ranks if name == "ulysses" else 1
-            layout = Layout("zigzag", ring, config["data"]["sequence_length"], ulysses)
-            kernel = kernel_of(model)
-            attention = AttentionTime(
-                model,
-                name,
-                Degrees(1, ring, ulysses),
-                layout,
-                batch,
-                2,
-                kernel,
-                KERNELS[kernel].split,
-                ClusterSpeed(cluster_of(result["device"]), constants),
-                is_alone=True,
-            )
-            forward = attention.pass_seconds(False).total
-            cells = [path.name, row["name"]]
-            for kind, seconds in (
-                ("forward", forward),
-                ("forward_backward", forward + attention.pass_seconds(True).total),
-            ):
-                ms = row[kind]["ms"]
-                cells += [f"{ms:.2f}", f"{1e3 * seconds:.2f}", f"{1e3 * seconds / ms - 1:+.1%}"]
-            rows.append(cells)
+            if row["name"] in CANDIDATES:
+                attention = _attention(result, CANDIDATES[row["name"]], constants)
+                forward, backward = (attention.pass_seconds(is_backward).total for is_backward in (False, True))
+                cells = [path.name, row["name"]]
+                for kind, seconds in (("forward", forward), ("forward_backward", forward + backward)):
+                    ms = row[kind]["ms"]
+                    cells += [f"{ms:.2f}", f"{1e3 * seconds:.2f}", f"{1e3 * seconds / ms - 1:+.1%}"]
+                rows.append(cells)
     return rows
+
+
+def _attention(result: dict[str, Any], method: str, constants: Constants) -> AttentionTime:
+    """The attention of one candidate of a result of recipe=bench_attention."""
+    config, num_ranks = result["config"], result["num_ranks"]
+    ring = num_ranks if method in ("ring", "all_gather") else 1
+    ulysses = num_ranks if method == "ulysses" else 1
+    model = model_of(config["model"])
+    kernel = kernel_of(model)
+    return AttentionTime(
+        model,
+        method,
+        Degrees(1, ring, ulysses),
+        Layout("zigzag", ring, config["data"]["sequence_length"], ulysses),
+        config["engine"]["micro_batch_size"],
+        2,
+        kernel,
+        KERNELS[kernel].split,
+        ClusterSpeed(cluster_of(result["device"]), constants),
+        is_alone=True,
+    )
 
 
 def main() -> None:
@@ -145,17 +154,13 @@ def main() -> None:
         constants = fit([steps[row] for row in even], Constants())
         print(", ".join(f"{name}={value:.4g}" for name, value in dataclasses.asdict(constants).items()), end="\n\n")
     forecasts = [forecast_s(step, constants) for step in steps]
-    body = [
-        [row, step.group, step.name, f"{step.seconds:.3f}", f"{forecast:.3f}", f"{forecast / step.seconds - 1:+.1%}"]
-        for row, (step, forecast) in enumerate(zip(steps, forecasts, strict=True))
-    ]
-    print(table("row | file | step | measured, s | forecast, s | error", body), end="\n\n")
-    for name, chosen in (
-        ("even rows, fitted", even),
-        ("odd rows, not looked at", odd),
-        ("all rows", range(len(steps))),
-    ):
+    print(step_table(steps, forecasts), end="\n\n")
+    tried = tried_steps()
+    of_tried = [forecast_s(step, constants) for step in tried]
+    print(step_table(tried, of_tried), end="\n\n")
+    for name, chosen in (("even rows, fitted", even), ("odd rows", odd), ("all rows", range(len(steps)))):
         print(f"{name} ({len(chosen)}): {errors(steps, forecasts, chosen)}")
+    print(f"micro-batches not chosen, one round each ({len(tried)}): {errors(tried, of_tried, range(len(tried)))}")
     header = "file | attention alone | forward, ms | forecast, ms | error | with backward, ms | forecast, ms | error"
     print("\n" + table(header, attention_rows(constants)))
 

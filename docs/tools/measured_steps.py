@@ -6,6 +6,7 @@ Left out, as no steps of their own: rooflines, and steps of seconds of work that
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import re
 import statistics
@@ -57,7 +58,25 @@ def measured_steps() -> list[MeasuredStep]:
     return [*_of_comparisons(), *_of_settings(), *_of_runs()]
 
 
+def tried_steps() -> list[MeasuredStep]:
+    """Of comparisons, one round with each micro-batch that was tried and not chosen."""
+    steps = []
+    for group, row, own, recipe in _compared():
+        for micro_batch, tokens_per_s in (row.get("tried") or {}).items():
+            if tokens_per_s and int(micro_batch) != row["micro_batch_size"]:
+                ms = 1e3 * row["sequences_per_step"] * row["sequence_length"] / tokens_per_s
+                tried = {**row, "micro_batch_size": int(micro_batch), "step_time_ms": ms}
+                steps.append(_of_row(group, tried, own, recipe))
+    return steps
+
+
 def _of_comparisons() -> Iterator[MeasuredStep]:
+    for group, row, own, recipe in _compared():
+        yield _of_row(group, row, own, recipe)
+
+
+def _compared() -> Iterator[tuple[str, dict[str, Any], dict[str, Any], str]]:
+    """The rows of comparisons: file, row, configuration of its entry, recipe."""
     for path in sorted(RESULTS.glob("*.json*")):
         result = load(path.name)
         configs, rows, model = {}, [], ""
@@ -70,7 +89,7 @@ def _of_comparisons() -> Iterator[MeasuredStep]:
         for row in rows:
             if "error" not in row and row["entry"] != "parts alone":
                 own = configs.get(row["entry"], {"model": _shape(model), "engine": {"dtype": _dtype(model)}})
-                yield _of_row(path.name, row, own, "pretrain" if trains else "forward")
+                yield path.name, row, own, "pretrain" if trains else "forward"
 
 
 def _of_row(group: str, row: dict[str, Any], own: dict[str, Any], recipe: str) -> MeasuredStep:
@@ -131,7 +150,7 @@ def _of_runs() -> Iterator[MeasuredStep]:
 
 
 def _of_setting(group: str, setting: str, row: dict[str, Any], kernel: str, is_first: bool) -> MeasuredStep:
-    config, num_ranks = composed(setting), row["num_ranks"]
+    config, num_ranks = _composed(setting), row["num_ranks"]
     degrees = resolve_degrees(config, num_ranks)
     method = config.attention.method if num_ranks > 1 else "local"
     cluster = cluster_of(row["device"])
@@ -139,6 +158,9 @@ def _of_setting(group: str, setting: str, row: dict[str, Any], kernel: str, is_f
     return MeasuredStep(
         group, final(setting.replace("+", "")), config, degrees, method, kernel, cluster, seconds, is_first
     )
+
+
+_composed = functools.cache(composed)  # a quarter of a second each, and some settings were measured twice
 
 
 def _shape(model: str) -> dict[str, Any]:

@@ -50,6 +50,7 @@ class AttentionTime:
     Args:
         layout: ring x Ulysses ranks.
         batch: rows of one micro-batch.
+        size: bytes of a number.
         kernel: an attention kernel's name.
         kernel_tiles: its `AttentionKernel.split`.
         mask: with documents for packed sequences.
@@ -124,21 +125,21 @@ class AttentionTime:
         return 4 * numbers * pairs * (BACKWARD_PRODUCTS if backward else 1) / tflops / 1e12
 
     def _ring(self, backward: bool) -> AttentionSeconds:
-        degree = self.layout.ring_degree
+        """The slowest rank of a ring, also of one rank."""
         work = ring_work(self.layout, self.mask, self.batch, self.kernel_tiles if backward else None)
-        kv_numbers = 2 * self.model.num_kv_heads * self.model.head_dim / self._shared_heads * self.batch
-        queries = self.batch * self.model.num_heads * self.model.head_dim / self._shared_heads
+        numbers = self.batch * self.model.head_dim / self._shared_heads  # per token and head
+        kv_numbers, q_numbers = 2 * numbers * self.model.num_kv_heads, numbers * self.model.num_heads
 
         def tiles_s(tiles: TileRows) -> float:
-            # each tile's output, or its dk and dv, joins a sum; a ring of one rank has no sums
-            summed = (
-                kv_numbers * sum(tile.block.num_keys for tile in tiles.tiles)
-                if backward
-                else queries * sum(tile.block.num_queries for tile in tiles.tiles)
-            )
-            return self.tiles_s(tiles, backward) + (
-                self.speed.memory_s(ACCUMULATOR_BYTES * summed) if degree > 1 else 0
-            )
+            kernels = self.tiles_s(tiles, backward)
+            if work.ring_degree == 1:
+                return kernels
+            # each tile's output joins a sum; in the backward pass its dk and dv
+            summed = [
+                kv_numbers * tile.block.num_keys if backward else q_numbers * tile.block.num_queries
+                for tile in tiles.tiles
+            ]
+            return kernels + self.speed.memory_s(ACCUMULATOR_BYTES * sum(summed))
 
         per_host = self.speed.cluster.gpus_per_host // self._shared_heads
         times = simulate(
@@ -166,13 +167,12 @@ class AttentionTime:
         sent = self.size * numbers / degree * (degree - 1)
         messages = self.speed.collective_s(sent, degree)
         copies = self.speed.memory_s(2 * self.size * numbers)
-        sums = 0.0
-        if backward:  # in fp32: sums are zeroed and added to, put in the order of ranks, and reduced
-            messages += self.speed.collective_s(4 * numbers / degree * (degree - 1), degree)
-            sums, copies = (
-                self.speed.memory_s((4 + ACCUMULATOR_BYTES) * numbers),
-                copies + self.speed.memory_s(8 * numbers),
-            )
+        if not backward:
+            return AttentionSeconds(kernels, 0.0, copies, messages)
+        # sums in fp32 are zeroed and added to, put in the order of ranks, and reduced
+        sums = self.speed.memory_s((4 + ACCUMULATOR_BYTES) * numbers)
+        copies += self.speed.memory_s(8 * numbers)
+        messages += self.speed.collective_s(4 * numbers / degree * (degree - 1), degree)
         return AttentionSeconds(kernels, sums, copies, messages)
 
     @property
