@@ -87,6 +87,18 @@ def test_a_straggler_stops_only_those_that_need_it():
     assert ends(times) == [18, 36]
 
 
+def test_a_sender_waits_for_a_receiver_that_is_late():
+    """Three ranks of a token each, a second a token, 10 a pair; rank 2 is three times slower.
+
+    Rank 1 passes rank 0's token on from 10 s on, but rank 2 can take it only from 30 on, when it starts its ring step.
+    """
+    slow = costs(
+        tiles_s=lambda tiles: 10 * pairs(tiles), within_bytes_per_s=1.0, latency_s=0.0, slowdown=(1.0, 1.0, 3.0)
+    )
+    times = simulate(ring_work(Layout("contiguous", 3, 3), CAUSAL, 1), slow)
+    assert ends(times) == [10, 31, 90]
+
+
 def test_links_within_and_between_hosts():
     """Two hosts of two ranks, 10 s a pair, 1 s a token within a host and 20 between.
 

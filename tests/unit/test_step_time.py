@@ -10,6 +10,8 @@ import pytest
 
 from conf.schema import AttentionConfig, Config, DataConfig, Degrees, EngineConfig, ModelConfig, ParallelismConfig
 from recipes.planning.cluster import Cluster
+from recipes.planning.cluster_speed import ClusterSpeed
+from recipes.planning.engine_time import EngineTime
 from recipes.planning.memory import num_parameters
 from recipes.planning.speeds import GPUS, KERNEL_SPEEDS, MEMORY_GB_PER_S, Constants, kernel_tflops
 from recipes.planning.step_time import StepTime
@@ -74,6 +76,11 @@ def test_tensor_ranks_gather_and_scatter():
     parts = step(Degrees(1, 1, 1, tensor=2)).parts
     assert parts.products == pytest.approx(4 * LAYER_PRODUCTS_S / 2)
     assert parts.messages == pytest.approx(4 * 4 * LENGTH * 1024 * 2 / 2 / 200e9)
+
+
+def test_products_overlap_two_of_a_training_steps_eight_messages():
+    parts = step(Degrees(1, 1, 1, tensor=2), recipe="pretrain").parts
+    assert parts.messages == pytest.approx(4 * 6 * LENGTH * 1024 * 2 / 2 / 200e9)
 
 
 def test_a_pipeline_waits_for_its_first_micro_batches():
@@ -142,6 +149,31 @@ def test_zero_reduces_each_micro_batch_and_gathers_once():
     sums_s = 20 * numbers / 2.4e12
     assert parts.gradients == pytest.approx(2 * (sums_s + 4 * numbers * 3 / 4 / 200e9))
     assert parts.optimizer == pytest.approx(40 * numbers / 4 / 2.4e12 + 2 * numbers * 3 / 4 / 200e9)
+
+
+@pytest.mark.parametrize(
+    ("compute_s", "exposed_s"),
+    [(0.0, 0.04), (0.015, 0.03), (1.0, 0.01)],
+    ids=["nothing overlaps", "two thirds of the compute", "all but the last bucket"],
+)
+def test_backward_passes_overlap_reductions(compute_s, exposed_s):
+    """2 billion parameters are 4 buckets of 500 million, and take 4 bytes * 3/4 / 150 GB/s: 40 ms."""
+    config = step(recipe="pretrain").config
+    config.model = dataclasses.replace(MODEL)
+    vars(config.model).update(num_weights=2_000_000_000)
+    speed = ClusterSpeed(dataclasses.replace(H200S, link_within_gb_per_s=150.0), ROUND)
+    engine = EngineTime(config, Degrees(4, 1, 1), speed, 1, compute_s, 0.0)
+    assert engine.reduction_s == pytest.approx(exposed_s)
+
+
+def test_zero_3_gathers_weights_in_both_passes():
+    """All but the first of 6 parts of the weights hide behind a second of compute; with none, nothing does."""
+    config = step(recipe="pretrain", zero_stage=3).config
+    gathered_s = 2 * num_parameters(MODEL) * 3 / 4 / 200e9
+    for compute_s, share in ((1.0, 1 / 6), (0.0, 1.0)):
+        engine = EngineTime(config, Degrees(4, 1, 1), ClusterSpeed(H200S, ROUND), 1, compute_s, 0.0)
+        assert engine.gathered_weights_s == pytest.approx(2 * share * gathered_s)
+        assert engine.optimizer_s == pytest.approx(40 * num_parameters(MODEL) / 4 / 2.4e12)
 
 
 def test_offloading_costs_the_hosts_adam():
