@@ -1,0 +1,193 @@
+"""The time of one layer's attention in one micro-batch, on the slowest rank: kernels, sums, exposed messages.
+
+A ring's comes from `ring_simulator`. What else a method sends is not overlapped: all-to-alls and gathers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from conf.schema import Degrees, ModelConfig
+from recipes.planning.cluster_speed import ClusterSpeed
+from recipes.planning.ring_simulator import RingCosts, simulate
+from recipes.planning.ring_work import ring_work
+from recipes.planning.speeds import HEAD_NUMBERS, kernel_tflops
+from ring_attention.backward_schedule import KernelTiles, TileRows
+from ring_attention.layout import Layout
+from ring_attention.mask import CAUSAL, Mask
+from ring_attention.masked_block import MaskedBlock
+from ring_attention.schedule import work_per_rank
+
+BACKWARD_PRODUCTS = 2.5  # of a forward pass: scores again, and dq, dk, dv, dp
+ACCUMULATOR_BYTES = 10  # per number and pass over a sum in fp32: read and written, and the addend in half precision
+
+
+class AttentionSeconds(NamedTuple):
+    """One pass of one layer.
+
+    Args:
+        host: what the device waits for the host, in a call by itself.
+    """
+
+    kernels: float
+    sums: float
+    copies: float
+    messages: float
+    host: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Of a call by itself."""
+        return sum(self)
+
+
+@dataclass(frozen=True)
+class AttentionTime:
+    """Attention of one layer over whole sequences on a cluster.
+
+    Args:
+        layout: ring x Ulysses ranks.
+        batch: rows of one micro-batch.
+        size: bytes of a number.
+        kernel: an attention kernel's name.
+        kernel_tiles: its `AttentionKernel.split`.
+        mask: with documents for packed sequences.
+        slowdown: factors on the kernels of each ring rank, for stragglers.
+        is_alone: whether the host issues nothing else, as in a benchmark. In a model it issues layers ahead.
+    """
+
+    model: ModelConfig
+    method: str
+    degrees: Degrees
+    layout: Layout
+    batch: int
+    size: int
+    kernel: str
+    kernel_tiles: KernelTiles
+    speed: ClusterSpeed
+    mask: Mask = CAUSAL
+    slowdown: tuple[float, ...] | None = None
+    is_alone: bool = False
+
+    def pass_seconds(self, backward: bool) -> AttentionSeconds:
+        """One pass."""
+        seconds = self._device_seconds(backward)
+        return seconds._replace(host=max(0.0, self.issue_s(backward) - seconds.total)) if self.is_alone else seconds
+
+    def issue_s(self, backward: bool) -> float:
+        """What the host needs to issue one pass."""
+        num_steps = self.layout.ring_degree + backward if self.method in ("ring", "hybrid") else 0
+        num_steps += 2 if self.degrees.ulysses > 1 or self._gathers else 0  # the calls before and after take as long
+        ms = self.speed.constants.call_ms + self.speed.constants.ring_step_ms * num_steps
+        return ms * (2 if backward else 1) / 1e3
+
+    @property
+    def _gathers(self) -> bool:
+        return self.method == "all_gather" and self.degrees.ring > 1
+
+    def _device_seconds(self, backward: bool) -> AttentionSeconds:
+        seconds = self._gathered(backward) if self._gathers else self._ring(backward)
+        if self.degrees.ulysses == 1:
+            return seconds
+        # q, k, v and out change between tokens and heads; each is copied before and after
+        numbers = 2 * (self.model.num_heads + self.model.num_kv_heads) * self.model.head_dim * self._local_tokens
+        return seconds._replace(
+            copies=seconds.copies + self.speed.memory_s(4 * self.size * numbers),
+            messages=seconds.messages + 4 * self.speed.all_to_all_s(self.size * numbers / 4, self.degrees.ulysses),
+        )
+
+    def tiles_s(self, tiles: TileRows, backward: bool) -> float:
+        """The kernels of one step's tiles.
+
+        Documents' tiles are one call. It fills a GPU as a long sequence does, but each tile's own loop is short: their
+        speed is that of the geometric mean of both sizes. On one GPU that is within 20 % of `packed_65536_H200.json`,
+        except for documents of 256 tokens, which take 2 to 4 times as long.
+        """
+        rows, heads = tiles.rows[1] - tiles.rows[0], self.model.num_heads / self._shared_heads
+        pairs = [tile.block.work * (rows if tile.row is None else 1) for tile in tiles.tiles]
+        return sum(
+            self._block_s(of_tile, math.sqrt(of_tile * sum(pairs)), heads, backward, tile.block.is_full)
+            for of_tile, tile in zip(pairs, tiles.tiles, strict=True)
+        )
+
+    @property
+    def _shared_heads(self) -> int:
+        return self.degrees.ulysses * self.degrees.tensor
+
+    @property
+    def _local_tokens(self) -> int:
+        return self.batch * self.layout.local_length
+
+    def _block_s(self, pairs: float, as_of: float, heads: float, backward: bool, is_full: bool) -> float:
+        """Query-key pairs of all rows, at the speed of a call over as many as `as_of`."""
+        numbers = heads * self.model.head_dim
+        share = self.speed.constants.backward_share if backward else self.speed.constants.forward_share
+        size = math.sqrt(2 * as_of * numbers / HEAD_NUMBERS)
+        tflops = share * kernel_tflops(
+            self.speed.cluster.gpu, self.kernel, self.model.head_dim, size, backward, is_full
+        )
+        return 4 * numbers * pairs * (BACKWARD_PRODUCTS if backward else 1) / tflops / 1e12
+
+    def _ring(self, backward: bool) -> AttentionSeconds:
+        """The slowest rank of a ring, also of one rank."""
+        work = ring_work(self.layout, self.mask, self.batch, self.kernel_tiles if backward else None)
+        numbers = self.batch * self.model.head_dim / self._shared_heads  # per token and head
+        kv_numbers, q_numbers = 2 * numbers * self.model.num_kv_heads, numbers * self.model.num_heads
+
+        def tiles_s(tiles: TileRows) -> float:
+            kernels = self.tiles_s(tiles, backward)
+            if work.ring_degree == 1:
+                return kernels
+            # each tile's output joins a sum; in the backward pass its dk and dv
+            summed = [
+                kv_numbers * tile.block.num_keys if backward else q_numbers * tile.block.num_queries
+                for tile in tiles.tiles
+            ]
+            return kernels + self.speed.memory_s(ACCUMULATOR_BYTES * sum(summed))
+
+        per_host = self.speed.cluster.gpus_per_host // self._shared_heads
+        times = simulate(
+            work,
+            RingCosts(
+                tiles_s,
+                self.size * kv_numbers,
+                self.speed.memory_s(ACCUMULATOR_BYTES * kv_numbers),
+                1e9 * self.speed.cluster.link_within_gb_per_s,
+                1e9 * self.speed.cluster.link_between_gb_per_s,
+                self.speed.cluster.latency_us / 1e6,
+                per_host,
+                self.slowdown,
+            ),
+        )
+        slowest = int(times.end_s.argmax())
+        kernels, sums = float(times.compute_s[slowest]), float(times.add_s[slowest])
+        return AttentionSeconds(kernels, sums, 0.0, times.exposed_total_s)
+
+    def _gathered(self, backward: bool) -> AttentionSeconds:
+        """A rank's queries against all keys, which are gathered in both passes; the backward pass sums gradients."""
+        model, layout, degree = self.model, self.layout, self.layout.ring_degree
+        numbers = 2 * model.num_kv_heads * model.head_dim * self.batch * layout.padded_length
+        pairs = self.batch * self._pairs_of_the_busiest
+        kernels = self._block_s(pairs, pairs, model.num_heads, backward, is_full=False)
+        sent = self.size * numbers / degree * (degree - 1)
+        messages = self.speed.collective_s(sent, degree)
+        copies = self.speed.memory_s(2 * self.size * numbers)
+        if not backward:
+            return AttentionSeconds(kernels, 0.0, copies, messages)
+        # sums in fp32 are zeroed and added to, put in the order of ranks, and reduced
+        sums = self.speed.memory_s((4 + ACCUMULATOR_BYTES) * numbers)
+        copies += self.speed.memory_s(8 * numbers)
+        messages += self.speed.collective_s(4 * numbers / degree * (degree - 1), degree)
+        return AttentionSeconds(kernels, sums, copies, messages)
+
+    @property
+    def _pairs_of_the_busiest(self) -> float:
+        """Query-key pairs of one row, of the ring rank that has most."""
+        layout, degree = self.layout, self.layout.ring_degree
+        if self.mask != CAUSAL:
+            return max(map(sum, work_per_rank(layout, self.mask)))
+        pairs = MaskedBlock(0, layout.padded_length, 0, layout.padded_length, None, 0).work
+        few = work_per_rank(Layout(layout.name, degree, 128 * degree))  # the same shares of fewer tokens
+        return pairs * max(map(sum, few)) / sum(map(sum, few))

@@ -1,0 +1,132 @@
+"""The cluster that a forecast is of: GPUs, hosts and links, which need not be here.
+
+`conf/clusters/` has a YAML file for each kind of host, with one host in it. A user writes `8xh200`, `2x8xh100`, or the
+path of a file of the same fields. The folder is not called cluster: Hydra would take `cluster=8xh200` for one of its
+options.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from conf.schema import ConfigError
+from recipes.planning.throughput import GPUS, Gpu
+
+FOLDER = Path(__file__).parents[2] / "conf" / "clusters"
+FORMS = "8xh200, 2x8xh100 (hosts x GPUs x kind), or a path that ends in .yaml"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Equal hosts of equal GPUs. Links are those of one GPU, in one direction.
+
+    Args:
+        gpu: a name in `recipes.planning.throughput.GPUS`.
+        memory_gib: of one GPU, as CUDA reports it.
+        link_within_gb_per_s: what a GPU attains to another of its host, in 1e9 bytes per second.
+        link_between_gb_per_s: the same to a GPU of another host.
+        latency_us: of one message, for posting, launching and waiting.
+        host_memory_gib: of one host.
+        is_measured: whether speeds of such GPUs were measured, rather than taken from data sheets.
+
+    Raises:
+        ConfigError: on construction, for an unknown GPU or a number that cannot be.
+    """
+
+    gpu: str
+    gpus_per_host: int
+    hosts: int
+    memory_gib: float
+    link_within_gb_per_s: float
+    link_between_gb_per_s: float
+    latency_us: float
+    host_memory_gib: float
+    is_measured: bool = False
+
+    def __post_init__(self) -> None:
+        if self.gpu not in GPUS:
+            raise ConfigError(f"cluster.gpu={self.gpu} is not known: use {', '.join(GPUS)}")
+        for name in ("gpus_per_host", "hosts"):
+            if not isinstance(value := getattr(self, name), int) or value < 1:
+                raise ConfigError(f"cluster.{name}={value} must be a whole number from 1: type cluster={FORMS}")
+        for name in ("memory_gib", "link_within_gb_per_s", "link_between_gb_per_s", "host_memory_gib"):
+            if not (_is_number(value := getattr(self, name)) and value > 0):
+                raise ConfigError(f"cluster.{name}={value} must be a number above 0: {_advice(name)}")
+        if not (_is_number(self.latency_us) and self.latency_us >= 0):
+            raise ConfigError(f"cluster.latency_us={self.latency_us} must be a number from 0: H100s have 20")
+
+    @property
+    def num_gpus(self) -> int:
+        return self.hosts * self.gpus_per_host
+
+    @property
+    def spec(self) -> Gpu:
+        return GPUS[self.gpu]
+
+    def __str__(self) -> str:
+        hosts = f"{self.hosts} hosts of " if self.hosts > 1 else ""
+        speeds = "" if self.is_measured else "; speeds of such GPUs were not measured"
+        return (
+            f"{hosts}{self.gpus_per_host} x {self.spec.device_name}, {self.memory_gib:g} GiB each; "
+            f"{self.link_within_gb_per_s:g} GB/s within a host, {self.link_between_gb_per_s:g} between hosts{speeds}"
+        )
+
+
+def parse_cluster(text: str) -> Cluster:
+    """The cluster that a user typed.
+
+    Args:
+        text: `8xh200`, `2x8xh100` or `h200` (one host, as in its file), or the path of a YAML file.
+
+    Raises:
+        ConfigError: for another form, an unknown kind of GPU, or a file that cannot be read.
+    """
+    if text.endswith((".yaml", ".yml")):
+        return _load(Path(text), text)
+    parts = re.fullmatch(r"(?:(?:(\d+)x)?(\d+)x)?([a-z]\w*)", text)
+    if parts is None:
+        raise ConfigError(f"cluster={text} is not of a known form: use {FORMS}")
+    hosts, gpus, kind = parts.groups()
+    ready = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    if kind not in ready:
+        raise ConfigError(
+            f"cluster={text} names {kind}, of which there is no file: use {', '.join(ready)}, or copy "
+            f"conf/clusters/h200.yaml, change its numbers, and type cluster=MINE.yaml"
+        )
+    given = {name: int(number) for name, number in (("hosts", hosts), ("gpus_per_host", gpus)) if number is not None}
+    return dataclasses.replace(_load(FOLDER / f"{kind}.yaml", text), **given)
+
+
+def _load(path: Path, typed: str) -> Cluster:
+    try:
+        fields: Any = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, OmegaConfBaseException, YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"cluster={typed} cannot be read ({reason}): use {FORMS}") from error
+    known = {spec.name: spec for spec in dataclasses.fields(Cluster)}
+    needed = {name for name, spec in known.items() if spec.default is dataclasses.MISSING}
+    if not isinstance(fields, dict) or not needed <= fields.keys() <= known.keys():
+        given = sorted(map(str, fields)) if isinstance(fields, dict) else []
+        raise ConfigError(
+            f"cluster={typed} has the fields {', '.join(given) or 'of no mapping'}: use {', '.join(known)}"
+        )
+    return Cluster(**fields)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _advice(name: str) -> str:
+    if name.startswith("link"):
+        return "GB/s of one GPU in one direction; a cluster without links between its hosts is one of hosts=1"
+    return "GiB"
