@@ -4,7 +4,6 @@ python scripts/extend_demo.py FOLDER
 
 1. A model of two layers learns at 512 tokens to find a number in a text, and fails at 4,096.
 2. +experiment=extend trains it at 4,096 tokens, which are cut over a ring of 4 ranks.
-3. The same without the ring: each rank attends to its own tokens alone.
 
 Nothing is downloaded.
 """
@@ -45,8 +44,6 @@ EXTEND = (
     f"+experiment=extend {TRAIN} data.sequence_length={LONG} num_steps=180 optimizer.lr=1.0e-3 "
     f"model.rope='{{rope_type:yarn,factor:{LONG // SHORT}}}' launch.num_ranks={NUM_RANKS}"
 )
-# the rank that holds the question, the text's last quarter, sees no other quarter: zigzag would give it the start, too
-LOCAL = "attention=local attention.layout=contiguous"
 EVALUATE = (
     f"recipe=evaluate evaluate.tasks=[{TASK}] evaluate.samples={NUM_SAMPLES} evaluate.depths={NUM_DEPTHS} "
     f"engine.dtype=fp32 logging.wandb=disabled launch.num_ranks={NUM_RANKS}"
@@ -77,14 +74,11 @@ def demonstrate(folder: Path) -> dict[str, dict[tuple[int, float], float]]:
     train(folder / "short", f"{LEARN} model.path={base} data.files=[{files}]")
     model = folder / "short_model"
     run(f"-m recipes.export {folder}/short --output {model}")
-    extend = f"{EXTEND} model.path={model} data.files=[{folder}/bare.jsonl,{folder}/long.jsonl]"
-    train(folder / "ring", extend)
-    train(folder / "local", f"{extend} {LOCAL}")
+    train(folder / "ring", f"{EXTEND} model.path={model} data.files=[{folder}/bare.jsonl,{folder}/long.jsonl]")
 
     return {
-        "trained at 512": evaluate(folder, "short", ""),
-        "extended, ring of 4": evaluate(folder, "ring", ""),
-        "extended, no ring": evaluate(folder, "local", LOCAL),
+        "trained at 512": evaluate(folder, "short"),
+        "extended, ring of 4": evaluate(folder, "ring"),
     }
 
 
@@ -175,11 +169,11 @@ def train(run_dir: Path, settings: str) -> None:
     run(f"train.py {settings} hydra.run.dir={run_dir}")
 
 
-def evaluate(folder: Path, name: str, settings: str) -> dict[tuple[int, float], float]:
+def evaluate(folder: Path, name: str) -> dict[tuple[int, float], float]:
     """Accuracy by length and depth."""
     run_dir = folder / f"{name}_evaluation"
     lengths = f"evaluate.lengths=[{SHORT},{LONG}] hydra.run.dir={run_dir}"
-    run(f"train.py {EVALUATE} evaluate.model={folder}/{name} {lengths} {settings}")
+    run(f"train.py {EVALUATE} evaluate.model={folder}/{name} {lengths}")
     cells = json.loads((run_dir / "evaluation.json").read_text())["cells"]
     return {(cell["length"], cell["depth"]): cell["accuracy"] for cell in cells}
 

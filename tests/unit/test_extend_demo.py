@@ -29,7 +29,7 @@ def test_a_joined_row_has_all_texts_then_all_questions_each_with_its_answer():
     questions = [line.removesuffix(".") for line in text.splitlines() if line.startswith("The magic")]
     expected = [(row["prompt"] + row["completion"]).splitlines()[-1] for row in ROWS]
     assert sorted(questions) == expected
-    assert questions[0] == expected[-1]  # some rows ask for what is near
+    assert questions[0] == expected[-1]
     assert row["prompt"].splitlines()[-1] + row["completion"].split(".")[0] == questions[0]
 
 
@@ -66,7 +66,7 @@ def commands(tmp_path, monkeypatch) -> list[list[str]]:
     def record(command: str) -> None:
         run.append(shlex.split(command))
 
-    for name in ("short", "ring", "local"):
+    for name in ("short", "ring"):
         folder = tmp_path / f"{name}_evaluation"
         folder.mkdir()
         (folder / "evaluation.json").write_text(json.dumps({"cells": []}))
@@ -89,14 +89,12 @@ def test_its_commands_compose(commands):
             to_config(hydra.compose("config", overrides_of(words))) for words in commands if words[0] == "train.py"
         ]
     found = [(config.recipe, config.attention.method, config.data.sequence_length) for config in configs]
-    assert found[:3] == [("pretrain", "ring", 512), ("pretrain", "ring", 4096), ("pretrain", "local", 4096)]
-    assert [(recipe, method) for recipe, method, _ in found[3:]] == [
+    assert found[:2] == [("pretrain", "ring", 512), ("pretrain", "ring", 4096)]
+    assert [(recipe, method) for recipe, method, _ in found[2:]] == [
         ("evaluate", "ring"),
         ("evaluate", "ring"),
-        ("evaluate", "local"),
     ]
     assert all(config.launch.num_ranks == 4 for config in configs[1:])
-    assert configs[2].attention.layout == "contiguous"
     assert configs[1].model.rope == {"rope_type": "yarn", "factor": 8}
 
 
