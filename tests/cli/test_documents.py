@@ -62,7 +62,8 @@ def computed(finished: Finished) -> list[list]:
     return [[row.get(name) for name in COMPUTED] for row in finished.metrics]
 
 
-@pytest.mark.parametrize("kind", [pytest.param("mixture", marks=pytest.mark.slow), "stream"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mixture", "stream"])
 def test_a_killed_run_goes_on_with_the_sequence_after_the_last(
     program: Program, sources: dict[str, list[str]], kind: str
 ):

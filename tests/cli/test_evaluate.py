@@ -105,6 +105,7 @@ def test_mistakes_are_refused_before_ranks_start(program: Program, tiny_llama: P
         assert not finished.ranks_were_started
 
 
+@pytest.mark.slow
 def test_a_length_beyond_the_rotary_embeddings_is_warned_of(program: Program, tiny_llama: Path):
     finished = program.run(*ASKED, f"evaluate.model={tiny_llama}", "evaluate.lengths=[4096]", "explain=true")
     assert finished.exit_code == 0, finished.stderr

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -28,6 +29,7 @@ def export(program: Program, *arguments: object) -> subprocess.CompletedProcess[
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
 
 
+@pytest.mark.slow
 def test_an_exported_model_is_the_next_runs_model(program: Program, tiny_llama: Path):
     rope = "model.rope={rope_type:yarn,factor:4}"
     trained = program.run(*SHORT, f"model.path={tiny_llama}", rope)

@@ -111,6 +111,7 @@ def test_an_interrupted_run_is_bit_identical_to_an_uninterrupted_one(program: Pr
     assert manifest["wandb_run_id"] == parts[0]
 
 
+@pytest.mark.slow
 def test_other_ranks_and_another_stage_resume_with_an_equal_batch(program: Program):
     preempted = interrupted(program, "step +5/", signal.SIGTERM, "parallelism.data_degree=2")
     assert preempted.exit_code == 143

@@ -35,9 +35,8 @@ def example(page: str, index: int = 0) -> str:
     return python_examples(ROOT / "docs" / f"{page}.md")[index]
 
 
-@pytest.mark.parametrize(
-    ("page", "num_losses"), [("huggingface_loop", 7), pytest.param("huggingface_trainer", 6, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("page", "num_losses"), [("huggingface_loop", 7), ("huggingface_trainer", 6)])
 def test_a_program_prints_the_same_losses_on_one_rank_and_on_two(tmp_path, tiny_llama: Path, page, num_losses):
     one, two = (printed(example(page), n, tmp_path, tiny_llama, tmp_path / f"trained{n}") for n in (1, 2))
     assert len(numbers("loss", one)) == num_losses

@@ -156,7 +156,8 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "data_degree"), [pytest.param(1, 1, marks=SLOW), (2, 1), pytest.param(2, 2, marks=SLOW), (4, 2)]
+    ("num_ranks", "data_degree"),
+    [pytest.param(1, 1, marks=SLOW), (2, 1), pytest.param(2, 2, marks=SLOW), pytest.param(4, 2, marks=SLOW)],
 )
 def test_distributed_data_parallel_equals_one_process(
     pool: WorkerPool, tiny_llama: Path, one_process: dict[str, Any], num_ranks: int, data_degree: int
