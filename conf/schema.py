@@ -498,7 +498,7 @@ class EvaluateConfig(_Checked, prefix="evaluate."):
     scoring: str = choice(
         "one_pass", "generate"
     )  # one_pass: all tokens of the answer are the likeliest; generate: slow
-    context: Optional[int] = number(None, minimum=1)  # loss: also with documents cut after so many tokens
+    context: Optional[int] = number(None, minimum=1)  # also with documents and prompts cut after so many tokens
     every_n_steps: int = number(0, minimum=0)  # recipe=pretrain: evaluate while training, and at the end; 0: never
 
     def problems(self) -> Iterator[str]:
@@ -515,8 +515,8 @@ class EvaluateConfig(_Checked, prefix="evaluate."):
             values = getattr(self, name)
             if twice := [value for value in dict.fromkeys(values) if values.count(value) > 1]:
                 yield f"evaluate.{name}={values} has {twice[0]} twice: list each once"
-        if self.context is not None and LOSS_TASK not in self.tasks:
-            yield f"evaluate.context={self.context} is for the task {LOSS_TASK} alone: add that to evaluate.tasks"
+        if self.context is not None and self.scoring == "generate" and LOSS_TASK not in self.tasks:
+            yield f"evaluate.context={self.context} cannot go with evaluate.scoring=generate: use one_pass"
 
 
 @dataclass

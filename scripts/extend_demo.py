@@ -4,6 +4,7 @@ python scripts/extend_demo.py FOLDER
 
 1. A model of two layers learns at 512 tokens to find a number in a text, and fails at 4,096.
 2. +experiment=extend trains it at 4,096 tokens, which are cut over a ring of 4 ranks.
+3. Without the ring each of the 4 ranks has its 1,024 tokens alone, in training and in evaluation.
 
 Nothing is downloaded.
 """
@@ -44,6 +45,8 @@ EXTEND = (
     f"+experiment=extend {TRAIN} data.sequence_length={LONG} num_steps=180 optimizer.lr=1.0e-3 "
     f"model.rope='{{rope_type:yarn,factor:{LONG // SHORT}}}' launch.num_ranks={NUM_RANKS}"
 )
+# as many tokens a step, on as many ranks, but none sees beyond its own
+ALONE = f"attention=local parallelism.data_degree={NUM_RANKS} data.sequence_length={LONG // NUM_RANKS}"
 EVALUATE = (
     f"recipe=evaluate evaluate.tasks=[{TASK}] evaluate.samples={NUM_SAMPLES} evaluate.depths={NUM_DEPTHS} "
     f"engine.dtype=fp32 logging.wandb=disabled launch.num_ranks={NUM_RANKS}"
@@ -76,9 +79,14 @@ def demonstrate(folder: Path) -> dict[str, dict[tuple[int, float], float]]:
     run(f"-m recipes.export {folder}/short --output {model}")
     train(folder / "ring", f"{EXTEND} model.path={model} data.files=[{folder}/bare.jsonl,{folder}/long.jsonl]")
 
+    train(folder / "alone", f"{EXTEND} {ALONE} model.path={model} data.files=[{folder}/bare.jsonl,{folder}/long.jsonl]")
+
     return {
         "trained at 512": evaluate(folder, "short"),
         "extended, ring of 4": evaluate(folder, "ring"),
+        "the same without it": evaluate(
+            folder, "alone", f"evaluate.context={LONG // NUM_RANKS}", "accuracy_of_context"
+        ),
     }
 
 
@@ -169,13 +177,13 @@ def train(run_dir: Path, settings: str) -> None:
     run(f"train.py {settings} hydra.run.dir={run_dir}")
 
 
-def evaluate(folder: Path, name: str) -> dict[tuple[int, float], float]:
+def evaluate(folder: Path, name: str, context: str = "", of: str = "accuracy") -> dict[tuple[int, float], float]:
     """Accuracy by length and depth."""
     run_dir = folder / f"{name}_evaluation"
     lengths = f"evaluate.lengths=[{SHORT},{LONG}] hydra.run.dir={run_dir}"
-    run(f"train.py {EVALUATE} evaluate.model={folder}/{name} {lengths}")
+    run(f"train.py {EVALUATE} evaluate.model={folder}/{name} {lengths} {context}")
     cells = json.loads((run_dir / "evaluation.json").read_text())["cells"]
-    return {(cell["length"], cell["depth"]): cell["accuracy"] for cell in cells}
+    return {(cell["length"], cell["depth"]): cell[of] for cell in cells}
 
 
 def table(accuracies: dict[str, dict[tuple[int, float], float]]) -> Iterator[str]:

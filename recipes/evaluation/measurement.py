@@ -41,9 +41,9 @@ class Measurement:
 
     def work(self, cell: Cell) -> float:
         """FLOPs, to tell how long the cells that are left will take."""
-        if cell.source is None:
-            return self._plan.work([cell.length] * self._config.evaluate.samples).flops
         passes = 1 if self._config.evaluate.context is None else 2
+        if cell.source is None:
+            return passes * self._plan.work([cell.length] * self._config.evaluate.samples).flops
         return passes * self._plan.work(self._sharder.lengths(self._packs[cell.source])).flops
 
     def __call__(self, cell: Cell) -> Row:
@@ -55,8 +55,8 @@ class Measurement:
             if asked.scoring == "generate":
                 answers = decoded_answers(self._engine, self._sharder, samples, self._tokenizer)
             else:
-                answers = exact_answers(self._engine, self._sharder, samples, cell.length)
-            return {"samples": asked.samples, **answers._asdict()}
+                answers = exact_answers(self._engine, self._sharder, samples, cell.length, asked.context)
+            return {"samples": asked.samples, "context": asked.context, **answers._asdict()}
         buckets = loss_by_position(self._engine, self._sharder, self._packs[cell.source], asked.context)
         tokens = sum(bucket.tokens for bucket in buckets)
         loss = math.fsum(bucket.loss * bucket.tokens for bucket in buckets) / tokens

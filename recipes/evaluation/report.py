@@ -17,16 +17,15 @@ def tables(cells: list[Row]) -> list[str]:
     """Accuracy by task and length and by depth and length, and the loss by position, as far as they were measured."""
     asked = retrieval(cells)
     with_depth = [row for row in asked if "depth" in row]
-    lines = []
+    depth_of, lines = "{:.2f}".format, []
     if asked:
         lines += ["", "accuracy in %, mean over depths", *text_table(_crossed(asked, "task", str))]
     if with_depth:
-        depth_of = "{:.2f}".format
-        lines += [
-            "",
-            "accuracy in %, mean over tasks with a depth",
-            *text_table(_crossed(with_depth, "depth", depth_of)),
-        ]
+        title = "accuracy in %, mean over tasks with a depth"
+        lines += ["", title, *text_table(_crossed(with_depth, "depth", depth_of))]
+    if cut := [row for row in with_depth if row.get("accuracy_of_context") is not None]:
+        title = f"accuracy in %, prompts cut after every {cut[0]['context']:,} tokens, mean over tasks with a depth"
+        lines += ["", title, *text_table(_crossed(cut, "depth", depth_of, of="accuracy_of_context"))]
     for row in cells:
         if row["task"] == LOSS_TASK:
             title = f"loss by position, data={row['source']}, sequences of {row['length']:,} tokens"
@@ -39,11 +38,11 @@ def retrieval(cells: Iterable[Row]) -> list[Row]:
     return [row for row in cells if row["task"] != LOSS_TASK]
 
 
-def accuracy_by(cells: Iterable[Row], *names: str) -> dict[tuple[Any, ...], float]:
-    """The mean accuracy of the cells that are equal in these, by their values."""
+def accuracy_by(cells: Iterable[Row], *names: str, of: str = "accuracy") -> dict[tuple[Any, ...], float]:
+    """The mean accuracy of the cells that are equal in these, by their values; `of` is the number that is meant."""
     groups: dict[tuple[Any, ...], list[float]] = {}
     for row in cells:
-        groups.setdefault(tuple(row.get(name) for name in names), []).append(row["accuracy"])
+        groups.setdefault(tuple(row.get(name) for name in names), []).append(row[of])
     return {key: statistics.fmean(values) for key, values in groups.items()}
 
 
@@ -73,9 +72,9 @@ def training_metrics(cells: list[Row], weights: Mapping[str, float]) -> dict[str
     return metrics
 
 
-def _crossed(cells: list[Row], name: str, text_of: Callable[[Any], str]) -> Table:
+def _crossed(cells: list[Row], name: str, text_of: Callable[[Any], str], of: str = "accuracy") -> Table:
     """A row for each value of a name, a column for each length."""
-    means = accuracy_by(cells, name, "length")
+    means = accuracy_by(cells, name, "length", of=of)
     lengths = sorted({row["length"] for row in cells})
     values = (
         sorted({row[name] for row in cells}) if name == "depth" else list(dict.fromkeys(row[name] for row in cells))

@@ -61,10 +61,12 @@ class Answers(NamedTuple):
         accuracy: the share of samples whose answer greedy decoding would give, token for token; of texts that were
             decoded, the mean share of the answer's parts that a text contains, as RULER counts.
         answer_loss: the mean loss of the answers' tokens in nats; None of texts that were decoded.
+        accuracy_of_context: the same with prompts cut to a shorter context; None if that was not asked for.
     """
 
     accuracy: float
     answer_loss: float | None
+    accuracy_of_context: float | None = None
 
 
 @dataclass(frozen=True)
@@ -105,22 +107,32 @@ def loss_by_position(
     return buckets
 
 
-def exact_answers(engine: TrainingEngine, sharder: Sharder, samples: Sequence[Sample], length: int) -> Answers:
+def exact_answers(
+    engine: TrainingEngine, sharder: Sharder, samples: Sequence[Sample], length: int, context: int | None = None
+) -> Answers:
     """Whether each answer's tokens are the likeliest ones after the prompt and the answer before them.
 
     Samples lie beside each other in a sequence, as documents, where several of `length` tokens fit the layout.
+
+    Args:
+        context: also with samples cut after so many tokens, none of which sees what is before its cut.
     """
     num_packed = max(1, min(sharder.layout.length // length, math.ceil(len(samples) / sharder.data_degree)))
     packs = pack_samples(samples, num_packed, num_packed * length)
     own = replace(sharder, layout=replace(sharder.layout, length=num_packed * length), document_mask=True)
-    totals = torch.zeros(3, len(samples), dtype=torch.float64)  # tokens, hits, losses
-    for scored in _scored(engine, own, packs):
-        ends = torch.tensor(packs[scored.index].boundaries[1:])
-        sample = scored.index * num_packed + torch.bucketize(scored.positions_T, ends, right=True)
-        for total, values in zip(totals, (None, scored.hits_T, scored.losses_T), strict=True):
-            total += torch.bincount(sample, values, len(samples))
-    tokens, hits, losses = _sum_over_ranks(totals, engine)
-    return Answers((hits == tokens).double().mean().item(), (losses.sum() / tokens.sum()).item())
+
+    def answered(cut: Sequence[Pack]) -> tuple[float, float]:
+        totals = torch.zeros(3, len(samples), dtype=torch.float64)  # tokens, hits, losses
+        for scored in _scored(engine, own, cut):
+            ends = torch.tensor(packs[scored.index].boundaries[1:])
+            sample = scored.index * num_packed + torch.bucketize(scored.positions_T, ends, right=True)
+            for total, values in zip(totals, (None, scored.hits_T, scored.losses_T), strict=True):
+                total += torch.bincount(sample, values, len(samples))
+        tokens, hits, losses = _sum_over_ranks(totals, engine)
+        return (hits == tokens).double().mean().item(), (losses.sum() / tokens.sum()).item()
+
+    of_context = None if context is None else answered([cut_pack(pack, context) for pack in packs])[0]
+    return Answers(*answered(packs), of_context)
 
 
 def decoded_answers(

@@ -34,7 +34,7 @@ from tests.pool import WorkerPool, parallel_groups
 
 MODEL = ModelConfig(hidden_size=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_size=64)
 LENGTH, CONTEXT = 700, 100  # three buckets
-SAMPLE_LENGTH, NUM_EXACT, NUM_SAMPLES = 60, 4, 7
+SAMPLE_LENGTH, SAMPLE_CONTEXT, NUM_EXACT, NUM_SAMPLES = 60, 8, 4, 7
 GRIDS = [  # data, ring, ulysses, layout
     (1, 2, 1, "zigzag"),
     (1, 3, 1, "zigzag"),
@@ -69,8 +69,8 @@ def evaluated(path: str | None, grid: tuple[int, int, int, str]) -> tuple[list[B
     sharder = build_sharder(plan, engine)
     vocab_size = plan.config.model.vocab_size
     samples = samples_of(reference_model(path), vocab_size)
-    packed = exact_answers(engine, sharder, samples, SAMPLE_LENGTH)
-    alone = exact_answers(engine, sharder, samples, LENGTH)
+    packed = exact_answers(engine, sharder, samples, SAMPLE_LENGTH, SAMPLE_CONTEXT)
+    alone = exact_answers(engine, sharder, samples, LENGTH, SAMPLE_CONTEXT)
     decoded = decoded_answers(engine, sharder, samples, NUMBERS)
     return loss_by_position(engine, sharder, packs(vocab_size), CONTEXT), packed, alone, decoded
 
@@ -195,10 +195,14 @@ def expected_share(path: str | None, vocab_size: int) -> float:
 def expected_answers(path: str | None, vocab_size: int) -> Answers:
     model = reference_model(path)
     losses: list[float] = []
+    num_exact_of_context = 0
     for sample in samples_of(model, vocab_size):
         tokens = [*sample.prompt, *sample.answer]
+        cut = [(index, tokens[(index - 1) // SAMPLE_CONTEXT * SAMPLE_CONTEXT : index]) for index in range(len(tokens))]
+        answered = [int(model(before)[-1].argmax()) == tokens[index] for index, before in cut[len(sample.prompt) :]]
+        num_exact_of_context += all(answered)
         losses += losses_of(model, tokens[:-1], [IGNORED_LABEL] * (len(sample.prompt) - 1) + [*sample.answer])
-    return Answers(NUM_EXACT / NUM_SAMPLES, sum(losses) / len(losses))
+    return Answers(NUM_EXACT / NUM_SAMPLES, sum(losses) / len(losses), num_exact_of_context / NUM_SAMPLES)
 
 
 def check(outcomes: list[tuple[list[Bucket], Answers, Answers, Answers]], path: str | None, vocab_size: int) -> None:
@@ -214,6 +218,10 @@ def check(outcomes: list[tuple[list[Bucket], Answers, Answers, Answers]], path: 
     for found in answers:
         expected = expected_answers(path, vocab_size)
         assert found.accuracy == expected.accuracy
+        assert found.accuracy_of_context == expected.accuracy_of_context
+        if path is None:
+            assert expected.accuracy_of_context is not None
+            assert 0 < expected.accuracy_of_context < expected.accuracy
         assert found.answer_loss == pytest.approx(expected.answer_loss, rel=1e-5)
 
 

@@ -146,7 +146,10 @@ def test_a_damaged_file_of_results_is_refused(tmp_path: Path, text: str):
         ({"lengths": [512, 512]}, ["evaluate.lengths=[512, 512]", "twice"]),
         ({"depths": 0}, ["evaluate.depths=0", 1]),
         ({"samples": 0}, ["evaluate.samples=0", 1]),
-        ({"tasks": ["niah_single"], "context": 64}, ["evaluate.context=64", "loss", "evaluate.tasks"]),
+        (
+            {"tasks": ["niah_single"], "context": 64, "scoring": "generate"},
+            ["evaluate.context=64", "evaluate.scoring=generate", "one_pass"],
+        ),
     ],
 )
 def test_a_mistake_in_the_settings_is_refused(settings, parts):
