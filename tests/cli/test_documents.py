@@ -102,6 +102,7 @@ def test_a_mixture_is_validated_by_source_and_explained(program: Program, source
     some_line_names(explained, "b", "25.0%")
 
 
+@pytest.mark.slow
 def test_chats_are_shown_and_trained_on_what_the_assistant_says(program: Program, tmp_path: Path, tiny_llama: Path):
     chats = write_chats(tmp_path / "chats.jsonl", 240)
     job = ["+experiment=finetune", f"model.path={tiny_llama}", "data=chat", f"data.files={chats}", *STEPS]

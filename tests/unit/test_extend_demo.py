@@ -66,7 +66,7 @@ def commands(tmp_path, monkeypatch) -> list[list[str]]:
     def record(command: str) -> None:
         run.append(shlex.split(command))
 
-    for name in ("short", "ring"):
+    for name in ("short", "ring", "alone"):
         folder = tmp_path / f"{name}_evaluation"
         folder.mkdir()
         (folder / "evaluation.json").write_text(json.dumps({"cells": []}))
@@ -89,11 +89,9 @@ def test_its_commands_compose(commands):
             to_config(hydra.compose("config", overrides_of(words))) for words in commands if words[0] == "train.py"
         ]
     found = [(config.recipe, config.attention.method, config.data.sequence_length) for config in configs]
-    assert found[:2] == [("pretrain", "ring", 512), ("pretrain", "ring", 4096)]
-    assert [(recipe, method) for recipe, method, _ in found[2:]] == [
-        ("evaluate", "ring"),
-        ("evaluate", "ring"),
-    ]
+    assert found[:3] == [("pretrain", "ring", 512), ("pretrain", "ring", 4096), ("pretrain", "local", 1024)]
+    assert [(recipe, method) for recipe, method, _ in found[3:]] == [("evaluate", "ring")] * 3
+    assert [config.evaluate.context for config in configs[3:]] == [None, None, 1024]
     assert all(config.launch.num_ranks == 4 for config in configs[1:])
     assert configs[1].model.rope == {"rope_type": "yarn", "factor": 8}
 
