@@ -26,7 +26,7 @@ from scripts.make_tiny_llama import BOS, EOS, PAD, SEED, SPECIAL_TOKENS, write_t
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 SHORT, LONG, NUM_RANKS = 512, 4096, 4
-TASK, NUM_SAMPLES, NUM_DEPTHS = "niah_single", 20, 5
+TASK, NUM_SAMPLES, NUM_DEPTHS = "niah_single", 40, 5
 # file: rows, shortest, longest
 ROWS = {"bare": (2500, 72, 96), "short": (2000, 96, SHORT)}
 # file: of which rows it is joined, rows, shortest, longest
@@ -42,7 +42,7 @@ LEARN = (
     "launch.num_ranks=2 parallelism.data_degree=2 engine.micro_batch_size=2"
 )
 EXTEND = (
-    f"+experiment=extend {TRAIN} data.sequence_length={LONG} num_steps=180 optimizer.lr=1.0e-3 "
+    f"+experiment=extend {TRAIN} data.sequence_length={LONG} num_steps=320 optimizer.lr=1.0e-3 "
     f"model.rope='{{rope_type:yarn,factor:{LONG // SHORT}}}' launch.num_ranks={NUM_RANKS}"
 )
 # as many tokens a step, on as many ranks, but none sees beyond its own
