@@ -15,7 +15,8 @@ from docs.tools import tables_correctness as correctness
 from docs.tools import tables_speed as speed
 from docs.tools.markdown import DOCS, RESULTS
 
-PAGES = [DOCS / "performance.md", DOCS / "huggingface.md", DOCS / "data.md", DOCS / "extend.md", *sorted(RESULTS.glob("*.md"))]
+WITH_TABLES = ("performance", "huggingface", "data", "extend")
+PAGES = [*(DOCS / f"{name}.md" for name in WITH_TABLES), *sorted(RESULTS.glob("*.md"))]
 GPU_PARTS = ("one device", "ring", "ulysses", "ring, p2p")
 SIMULATED_PARTS = ("one device", *(f"ring of {degree}" for degree in (2, 4, 8, 16, 32, 64)))
 
