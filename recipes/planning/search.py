@@ -21,9 +21,7 @@ from recipes.planning.cluster import Cluster
 from recipes.planning.forecast import Forecast, kernel_of, planned_lengths
 
 TOKENS_PER_STEP = 2**22  # about as many, unless the user gives the batch
-MICRO_BATCH_TOKENS = (
-    2**16
-)  # of one GPU: micro-batches of several sequences are tried up to here, where kernels are fast
+MICRO_BATCH_TOKENS = 2**16  # of one GPU: larger micro-batches of several sequences make no kernel faster
 # the values of engine.NAME, the least costly first: of equally fast candidates the first is ranked first
 ENGINE: dict[str, tuple[Any, ...]] = {
     "zero_stage": (1, 2, 3, 0),
@@ -70,7 +68,7 @@ def search(config: Config, cluster: Cluster, typed: Sequence[str] = ()) -> Searc
         for candidate, degrees in _candidates(config, cluster, given, refusals)
     ]
     if not forecasts:
-        raise refusals[0]
+        raise refusals[0] if refusals else _no_grid(config, cluster, given)
     fitting = [forecast for forecast in forecasts if forecast.fits]
     fitting.sort(key=lambda forecast: -forecast.tokens_per_s)
     return SearchResult(
@@ -143,6 +141,17 @@ def _candidates(
                 refusals.append(error)
             else:
                 yield candidate, degrees
+
+
+def _no_grid(config: Config, cluster: Cluster, given: frozenset[str]) -> ConfigError:
+    degrees = (
+        (f"parallelism.{name}_degree", getattr(config.parallelism, f"{name}_degree")) for name in Degrees._fields
+    )
+    wanted = [f"{name}={degree}" for name, degree in degrees if degree is not None]
+    wanted += [f"attention={config.attention.method}"] if "attention.method" in given else []
+    return ConfigError(
+        f"no grid of the cluster's {cluster.num_gpus} GPUs has {' and '.join(wanted)}: leave one of them out"
+    )
 
 
 def _engines(engine: EngineConfig, given: frozenset[str]) -> Iterator[EngineConfig]:
