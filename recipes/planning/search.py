@@ -40,7 +40,7 @@ class SearchResult:
 
     Args:
         ranked: those that fit, the fastest first.
-        unpredicted: those whose training states fit, and whose step's memory nobody predicts; the fastest first.
+        unpredicted: those that fit by a lower bound, because their memory is not predicted; the fastest first.
         refused: those that do not fit, the one that needs least memory first.
     """
 
