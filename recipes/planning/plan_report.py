@@ -67,8 +67,8 @@ def nothing_fits(result: SearchResult, config: Config, cluster: Cluster) -> Conf
     if least.state.built > least.limit_bytes >= least.state.total:
         advice = "use GPUs with more memory, or a model at model.path, which is never built in fp32"
     return ConfigError(
-        f"{_model(config)} does not fit cluster={config.cluster} ({cluster.num_gpus} GPUs) in any of "
-        f"{len(result.refused):,} ways. The smallest needs, per GPU ({_in_words(least)}): {least.refusal}: {advice}"
+        f"{_model(config)} does not fit cluster={config.cluster}, {cluster.num_gpus} x {cluster.spec.device_name}, "
+        f"in any of {len(result.refused):,} ways. The smallest needs, per GPU ({_in_words(least)}): {least.refusal}: {advice}"
     )
 
 
@@ -106,7 +106,7 @@ def method_name(forecast: Forecast) -> str:
 
 
 def _model(config: Config) -> str:
-    return f"{config.model.name} with {num_parameters(config.model) / 1e9:,.3g} G parameters"
+    return f"{config.model.path or config.model.name} with {num_parameters(config.model) / 1e9:,.3g} G parameters"
 
 
 def _assumptions(best: Forecast, cluster: Cluster) -> Iterator[str]:

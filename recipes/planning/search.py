@@ -7,6 +7,7 @@ many sequences in a step, so that their tokens per second compare.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -62,6 +63,8 @@ def search(config: Config, cluster: Cluster, typed: Sequence[str] = ()) -> Searc
     kernel, lengths = _kernel(config, cluster), planned_lengths(config)
     config = _to_train(config)
     given = given_names(config, typed)
+    if lengths:  # tensor and pipeline ranks have no document masks
+        given |= {"parallelism.method"}
     if sequences := sequences_per_step(config, cluster.num_gpus, given):
         config.engine.train_batch_size = sequences
     refusals: list[ConfigError] = []
@@ -70,7 +73,10 @@ def search(config: Config, cluster: Cluster, typed: Sequence[str] = ()) -> Searc
         for candidate, degrees in _candidates(config, cluster, given, refusals)
     ]
     if not forecasts:
-        raise refusals[0] if refusals else _no_grid(config, cluster, given)
+        if not refusals:
+            raise _no_grid(config, cluster, given)
+        [(most, _)] = collections.Counter(map(str, refusals)).most_common(1)  # others are of some grids only
+        raise ConfigError(most)
     fitting = [forecast for forecast in forecasts if forecast.fits]
     fitting.sort(key=lambda forecast: -forecast.tokens_per_s)
     return SearchResult(
