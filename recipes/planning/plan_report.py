@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from recipes.run.text_table import text_table
 
 NUM_PRINTED = 10  # rank grids, each with its fastest settings
 NUM_REFUSED = 3
+MAX_SIZES = 4  # of documents, listed one by one
 # columns of a step's time, and the parts of `StepParts` in each
 PARTS = {
     "products": ("products", "head"),
@@ -68,7 +70,8 @@ def nothing_fits(result: SearchResult, config: Config, cluster: Cluster) -> Conf
         advice = "use GPUs with more memory, or a model at model.path, which is never built in fp32"
     return ConfigError(
         f"{_model(config)} does not fit cluster={config.cluster}, {cluster.num_gpus} x {cluster.spec.device_name}, "
-        f"in any of {len(result.refused):,} ways. The smallest needs, per GPU ({_in_words(least)}): {least.refusal}: {advice}"
+        f"in any of {len(result.refused):,} ways. The smallest needs, per GPU ({_in_words(least)}): {least.refusal}: "
+        f"{advice}"
     )
 
 
@@ -116,12 +119,10 @@ def _assumptions(best: Forecast, cluster: Cluster) -> Iterator[str]:
         yield "the given accumulation steps leave the batch to the grid: steps differ in tokens"
     else:
         yield f"every step has {sequences:,} sequences, {best.step.tokens_per_step:,} tokens"
-    num = len(best.lengths)
-    yield (
-        f"each sequence has {num:,} documents, of {min(best.lengths):,} to {max(best.lengths):,} tokens"
-        if num > 1
-        else "each sequence is one document; +documents=lognormal is a mix of many"
-    )
+    if best.lengths:
+        yield f"each sequence has documents of {', '.join(_counted(best.lengths))} tokens"
+    else:
+        yield "each sequence is one document; +documents=lognormal is a mix of many"
     yield (
         f"a GPU has {best.limit_bytes / 2**30:.1f} GiB for a step: CUDA, NCCL and fragmentation take {MARGIN:.0%}. "
         f"The attention kernel is {best.kernel}, with every package installed"
@@ -130,6 +131,16 @@ def _assumptions(best: Forecast, cluster: Cluster) -> Iterator[str]:
         yield f"no step was measured on {cluster.spec.device_name}: speeds are an H200's in proportion to data sheets"
     if cluster.hosts > 1:
         yield "no step was measured on several hosts: the link between them is as the cluster's file says"
+
+
+def _counted(lengths: Sequence[int]) -> Iterator[str]:
+    """(512, 512, 64) -> "64", "2 x 512"; of many sizes how many there are, and the range."""
+    counts = collections.Counter(lengths)
+    if len(counts) > MAX_SIZES:
+        yield f"{len(lengths)} sizes from {min(lengths):,} to {max(lengths):,}"
+        return
+    for size, count in sorted(counts.items()):
+        yield f"{count} x {size:,}" if count > 1 else f"{size:,}"
 
 
 def _header() -> list[str]:
