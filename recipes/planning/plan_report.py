@@ -44,7 +44,8 @@ def report(result: SearchResult, config: Config, cluster: Cluster) -> Iterator[s
         f"{len(result.refused):,} do not fit"
     )
     shown = best_of_grids(result.ranked or result.unpredicted)[:NUM_PRINTED]
-    bound = "" if result.ranked else f"; their memory is a lower bound: {best.unpredicted}"
+    reasons = "; ".join(dict.fromkeys(one.unpredicted for one in shown if one.unpredicted))
+    bound = f"; their memory is a lower bound ({reasons})" if reasons else ""
     yield f"\nthe fastest settings of each rank grid, the best {len(shown)} grids{bound}"
     yield from text_table([_header(), *(_cells(number, one) for number, one in enumerate(shown, 1))])
     yield "step and its parts are in seconds; messages are those that nothing hides"
