@@ -94,6 +94,6 @@ def _draw(places: Places, axis: str, cluster: Cluster, path: Path) -> Path:
         axes.set_xticks(range(len(places)), [*places])
         axes.set_xlabel(axis)
         axes.grid(alpha=0.3)
-    memory.legend()
+    memory.legend(loc="upper left", bbox_to_anchor=(1, 1))  # beside the plots
     figure.savefig(path, dpi=120)
     return path
