@@ -114,7 +114,7 @@ def _model(config: Config) -> str:
 
 
 def _assumptions(best: Forecast, cluster: Cluster) -> Iterator[str]:
-    """What the forecasts take for granted."""
+    """What the forecasts take for granted, beside what the cluster says of itself."""
     sequences = best.step.tokens_per_step // best.config.data.sequence_length
     if best.config.engine.train_batch_size is None:
         yield "the given accumulation steps leave the batch to the grid: steps differ in tokens"
@@ -128,8 +128,6 @@ def _assumptions(best: Forecast, cluster: Cluster) -> Iterator[str]:
         f"a GPU has {best.limit_bytes / 2**30:.1f} GiB for a step: CUDA, NCCL and fragmentation take {MARGIN:.0%}. "
         f"The attention kernel is {best.kernel}, with every package installed"
     )
-    if not cluster.is_measured:
-        yield f"no step was measured on {cluster.spec.device_name}: speeds are an H200's in proportion to data sheets"
     if cluster.hosts > 1:
         yield "no step was measured on several hosts: the link between them is as the cluster's file says"
 
