@@ -34,7 +34,7 @@ def report(result: SearchResult, config: Config, cluster: Cluster) -> Iterator[s
         ConfigError: if nothing fits.
     """
     if not result.ranked and not result.unpredicted:
-        raise nothing_fits(result, config, cluster)
+        raise _nothing_fits(result, config, cluster)
     best = (result.ranked or result.unpredicted)[0]
     yield f"{_model(config)}, {config.data.sequence_length:,} tokens per sequence, on {cluster}"
     yield from (f"  {line}" for line in _assumptions(best, cluster))
@@ -63,7 +63,7 @@ def report(result: SearchResult, config: Config, cluster: Cluster) -> Iterator[s
         yield from (f"  {_in_words(one)}: {one.refusal}" for one in best_of_grids(fastest)[:NUM_REFUSED])
 
 
-def nothing_fits(result: SearchResult, config: Config, cluster: Cluster) -> ConfigError:
+def _nothing_fits(result: SearchResult, config: Config, cluster: Cluster) -> ConfigError:
     """Of a model or a sequence too large for the cluster."""
     least = result.refused[0]
     advice = "use more GPUs or such with more memory, a smaller model, or a shorter data.sequence_length"
