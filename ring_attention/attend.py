@@ -29,7 +29,7 @@ class BackwardInputs(NamedTuple):
 class TileGradients(NamedTuple):
     """The gradients of one kernel call; `keys` as in `KernelCall.gradients`, `is_last` of its `attend_backward`.
 
-    dq is None if the kernel has added it to the sum that it was given.
+    dq, and dk and dv, are None if the kernel has added them to the sums that it was given.
     """
 
     rows: slice
@@ -37,8 +37,8 @@ class TileGradients(NamedTuple):
     keys: slice
     is_last: bool
     dq: Tensor | None
-    dk: Tensor
-    dv: Tensor
+    dk: Tensor | None
+    dv: Tensor | None
 
 
 def attend_forward(
@@ -72,11 +72,13 @@ def attend_backward(
     inputs: BackwardInputs,
     kv: KeysValues,
     dq_sum: DqSum | None = None,
+    key_sums_2BKN: Tensor | None = None,
 ) -> Iterator[TileGradients]:
     """The gradients of each kernel call in turn. Drop them before the next call, or both are in memory.
 
     Args:
         dq_sum: of these inputs and this kernel; calls that can add their dq to it do so.
+        key_sums_2BKN: of the keys whose gradients are computed, if all calls can add to `dq_sum` and to these.
     """
     dout_BSHE, q_BSHD, out_BSHE, lse_BHS = inputs
     for call in calls:
@@ -86,7 +88,8 @@ def attend_backward(
         params = KernelParams(block.lower, block.upper, *scores)
         with profiler_range("attention kernel"):
             if dq_sum is not None and can_add(dq_sum, call):
-                gradients = (None, *dq_sum.add(rows, block, k, v, params))
+                sums = None if key_sums_2BKN is None else _part_of_sums(key_sums_2BKN, rows, call.gradients, k.shape[3])
+                gradients = (None, *dq_sum.add(rows, block, k, v, params, sums))
             else:
                 q, dout, out = (_part(x, rows, queries) for x in (q_BSHD, dout_BSHE, out_BSHE))
                 saved = SavedTensors(q, k, v, out, lse_BHS[rows, :, queries])
@@ -117,3 +120,10 @@ def _part(x_BSHD: Tensor, rows: slice, tokens: slice) -> Tensor:
     if tokens.stop - tokens.start == x_BSHD.shape[1] and rows.stop - rows.start == x_BSHD.shape[0]:
         return x_BSHD
     return x_BSHD[rows, tokens]
+
+
+def _part_of_sums(sums_2BKN: Tensor, rows: slice, tokens: slice, head_dim: int) -> Tensor:
+    numbers = slice(tokens.start * head_dim, tokens.stop * head_dim)
+    if numbers.stop - numbers.start == sums_2BKN.shape[3] and rows.stop - rows.start == sums_2BKN.shape[1]:
+        return sums_2BKN
+    return sums_2BKN[:, rows, :, numbers]

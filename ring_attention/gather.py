@@ -107,6 +107,8 @@ class AllGatherFunction(torch.autograd.Function):
         dq = GradientAccumulator(q_BSHD.shape, q_BSHD.dtype)
         dk, dv = (torch.zeros_like(part, dtype=state_dtype) for part in (kv.k_BTKD, kv.v_BTKE))
         for tile in attend_backward(ring.kernel, ring.scores, calls, inputs, kv, dq_sum):
+            assert tile.dk is not None
+            assert tile.dv is not None
             with profiler_range("merge"):
                 if tile.dq is not None:
                     dq.add(tile.rows, tile.queries, tile.dq, ends=0 if tile.is_last and dq_sum is None else None)

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from ring_attention.accumulators import GradientAccumulator, OnlineSoftmaxAccumulator
 from ring_attention.attend import BackwardInputs, attend_backward, attend_forward, shared_dq_sum
-from ring_attention.backward_schedule import BackwardStep, GradientPiece, backward_schedule
+from ring_attention.backward_schedule import BackwardStep, backward_schedule
 from ring_attention.checkpointing import saved_or_computed
 from ring_attention.derivative import once_differentiable
 from ring_attention.kernel_calls import KernelCall, plan_calls
 from ring_attention.kernels import AttentionKernel, Scores
+from ring_attention.key_gradients import RoundedKeyGradients, SummedKeyGradients, sum_dtype, sums_travel
 from ring_attention.kv import KeysValues
-from ring_attention.layout import Layout, num_tokens, slice_within
+from ring_attention.layout import Layout
 from ring_attention.mask import Mask
 from ring_attention.schedule import Message, RingStep, buffer_tokens, gradient_buffer, keys_buffer, ring_schedule
 from ring_attention.sinks import sinks_gradient
@@ -58,9 +59,16 @@ class Ring:
         trains = torch.is_grad_enabled() and any(
             x is not None and x.requires_grad for x in (q_BSHD, k_BSKD, v_BSKE, sinks_H)
         )
-        token_bytes = KeysValues.of_parts(k_BSKD, v_BSKE).numel(((0, 1),)) * k_BSKD.dtype.itemsize
-        tokens = buffer_tokens(self.layout, self.mask)
-        sizes = {name: n * token_bytes for name, n in tokens.items() if trains or name.startswith("keys")}
+        kv = KeysValues.of_parts(k_BSKD, v_BSKE)
+        key_bytes = gradient_bytes = kv.numel(((0, 1),)) * k_BSKD.dtype.itemsize  # of a token
+        if trains and sums_travel(self.kernel, self.layout, self.mask, q_BSHD, kv):
+            gradient_bytes = kv.numel(((0, 1),)) * sum_dtype(k_BSKD.dtype).itemsize
+        sizes = {}
+        for name, num_tokens in buffer_tokens(self.layout, self.mask).items():
+            if name.startswith("keys"):
+                sizes[name] = num_tokens * key_bytes
+            elif trains:
+                sizes[name] = num_tokens * gradient_bytes
         self.transport.connect(q_BSHD, sizes)
 
     def post_keys(
@@ -79,23 +87,27 @@ class Ring:
         return self._post(f"{direction} K,V after ring step {number}", keys_buffer(number), own, sends, arriving)
 
     def post_gradients(
-        self, own: KeysValues, step: BackwardStep, number: int, gradients: KeysValues | None
+        self, like: KeysValues, step: BackwardStep, number: int, gradients: KeysValues | None
     ) -> tuple[Transfer | None, KeysValues | None]:
-        """Start to send a step's dK,dV to their owner. Returns the transfers, and dK,dV of own tokens that return."""
+        """Start to send a step's dK,dV to their owner. Returns the transfers, and dK,dV of own tokens that return.
+
+        Args:
+            like: all own keys and values, in the dtype of dK,dV.
+        """
         sends = [] if gradients is None else [(step.source, gradients)]
         purpose, buffer = f"backward dK,dV after ring step {number}", gradient_buffer(number)
-        return self._post(purpose, buffer, own, sends, step.gradient_return)
+        return self._post(purpose, buffer, like, sends, step.gradient_return)
 
     def _post(
-        self, purpose: str, buffer: str, own: KeysValues, sends: list[tuple[int, KeysValues]], arriving: Message | None
+        self, purpose: str, buffer: str, like: KeysValues, sends: list[tuple[int, KeysValues]], arriving: Message | None
     ) -> tuple[Transfer | None, KeysValues | None]:
         if not sends and arriving is None:
             return None, None
         assert self.transport is not None, "several ring steps need a transport"
-        incoming, receives, k = None, [], own.k_BTKD
+        incoming, receives, k = None, [], like.k_BTKD
         if arriving is not None:
-            vector = self.transport.receive_buffer(buffer, own.numel(arriving.spans), k.dtype, k.device)
-            incoming = own.view(vector, arriving.spans)
+            vector = self.transport.receive_buffer(buffer, like.numel(arriving.spans), k.dtype, k.device)
+            incoming = like.view(vector, arriving.spans)
             receives = [P2PMessage(incoming.parts, arriving.peer, buffer)]
         sent = [P2PMessage(kv.parts, peer, buffer) for peer, kv in sends]
         return self.transport.post(purpose, sent, receives), incoming
@@ -112,15 +124,18 @@ def forward_calls(
 
 @functools.lru_cache(maxsize=16)
 def backward_calls(
-    layout: Layout, mask: Mask, ring_rank: int, batch: int, kernel: AttentionKernel
+    layout: Layout, mask: Mask, ring_rank: int, batch: int, kernel: AttentionKernel, sums_keys: bool = False
 ) -> tuple[tuple[KernelCall, ...], ...]:
-    """The same for `backward_schedule`."""
+    """The same for `backward_schedule`. With `sums_keys` gradients of own keys are counted among all own ones."""
     steps = backward_schedule(layout, mask, ring_rank, batch, kernel.split).steps
     ring_steps = ring_schedule(layout, mask, ring_rank)
     arrived = [step.keys for step in ring_steps]
     arrived += [ring_steps[0].keys] * (len(steps) - len(arrived))  # of what was held back of the local attention
     return tuple(
-        plan_calls(kernel, step.compute.tiles, step.compute.rows, layout.ring_length, keys, step.gradients)
+        plan_calls(
+            *(kernel, step.compute.tiles, step.compute.rows, layout.ring_length, keys),
+            keys if sums_keys and step.source == ring_rank else step.gradients,
+        )
         for step, keys in zip(steps, arrived, strict=True)
     )
 
@@ -152,74 +167,49 @@ def ring_backward(
     K,V travel around the ring again. Each step's dK,dV go straight to their owner, and `backward_schedule` says when
     the owner adds them.
 
-    Precision: dK,dV travel in the input's dtype and their owner sums them in fp32. Other rings (ring-flash-attention,
-    picotron) send fp32 sums, which are twice the bytes. Here each ring step rounds its dK,dV once, as GPU kernels do
-    anyway. In bf16 on GPUs the error of dK and dV is 1.21 to 1.23 times that of one device, and that of dQ 1.00 where
-    the kernel sums dQ by itself (docs/results/parity.md).
+    Precision: `key_gradients` says in which form dK,dV travel. In bf16 on an H200 their errors are those of one device
+    where they travel as the kernel's sums, and 1.21 to 1.23 times those where each step rounds them. That of dQ is 1.00
+    times where the kernel sums dQ by itself (docs/results/parity.md).
     """
     schedule = backward_schedule(ring.layout, ring.mask, ring.rank, len(q_BSHD), ring.kernel.split)
-    calls = backward_calls(ring.layout, ring.mask, ring.rank, len(q_BSHD), ring.kernel)
     inputs = BackwardInputs(dout_BSHE, q_BSHD, out_BSHE, lse_BHS)
+    sums_keys = sums_travel(ring.kernel, ring.layout, ring.mask, q_BSHD, kv)
+    calls = backward_calls(ring.layout, ring.mask, ring.rank, len(q_BSHD), ring.kernel, sums_keys)
     dq_sum = shared_dq_sum(ring.kernel, inputs, calls)
     dq = GradientAccumulator(q_BSHD.shape, q_BSHD.dtype, schedule.dq_pieces if dq_sum is None else None)
-    own_dk, own_dv = (GradientAccumulator(x.shape, x.dtype, schedule.own_pieces) for x in (kv.k_BTKD, kv.v_BTKE))
-    returned: dict[int, KeysValues] = {}  # dK,dV of own tokens, by the step that computed them
+    if sums_keys:
+        assert dq_sum is not None
+        key_gradients = SummedKeyGradients(kv, dq_sum, ring.scores.scale)
+    else:
+        key_gradients = RoundedKeyGradients(kv, schedule)
     incoming = gradient_transfer = None
     for number, step in numbered("backward ring step", schedule.steps):
         is_local = step.source == ring.rank
         here = kv if is_local else incoming
         key_transfer, incoming = ring.post_keys(kv, here, number, "backward")  # travels during this step's attention
-        dk, dv = (own_dk, own_dv) if number == 0 else _new_sums(kv, step, number, is_local)
+        sums = key_gradients.start(step, number, is_local)
         if here is not None:
-            for tile in attend_backward(ring.kernel, ring.scores, calls[number], inputs, here, dq_sum):
+            for tile in attend_backward(ring.kernel, ring.scores, calls[number], inputs, here, dq_sum, sums):
                 ends = number if tile.is_last else None
                 with profiler_range("merge"):
                     if tile.dq is not None:
                         dq.add(tile.rows, tile.queries, tile.dq, ends if dq_sum is None else None)
-                    dk.add(tile.rows, tile.keys, tile.dk, ends)
-                    dv.add(tile.rows, tile.keys, tile.dv, ends)
+                    key_gradients.add(tile, ends)
                 del tile  # its memory is free before the next kernel call
+        del sums
         if gradient_transfer is not None:
             gradient_transfer.wait()  # it travelled during this step's attention
-        if number in step.add:  # held back: own gradients, which need no transfer
-            returned[number] = KeysValues(dk.partial_sum(), dv.partial_sum(), step.gradients)
-        if step.add:
-            _add_returned(own_dk, own_dv, [returned.pop(source) for source in step.add], number)
-        gradients = None
-        if step.gradients and not is_local:
-            gradients = KeysValues(dk.result().contiguous(), dv.result().contiguous(), step.gradients)
-        gradient_transfer, arriving = ring.post_gradients(kv, step, number, gradients)
+        gradients = key_gradients.end(step, number, is_local)
+        gradient_transfer, arriving = ring.post_gradients(key_gradients.like, step, number, gradients)
         if arriving is not None:
-            returned[number] = arriving
-        del dk, dv, gradients, arriving  # the transfer holds what it needs
+            key_gradients.keep(number, arriving)
+        del gradients, arriving  # the transfer holds what it needs
         if key_transfer is not None:
             key_transfer.wait()
     with profiler_range("merge"):
         if dq_sum is not None:
             dq.add(slice(0, len(q_BSHD)), slice(0, q_BSHD.shape[1]), dq_sum.result(ring.scores.scale), ends=0)
-        return dq.result(), own_dk.result(), own_dv.result()
-
-
-def _new_sums(kv: KeysValues, step: BackwardStep, number: int, is_local: bool) -> list[GradientAccumulator]:
-    """For dK and dV of another rank's tokens; or of own ones that were held back, which are not rounded yet."""
-    num_rows, length, dtype = step.compute.rows[1] - step.compute.rows[0], num_tokens(step.gradients), kv.k_BTKD.dtype
-    if is_local:
-        dtype = torch.promote_types(dtype, torch.float32)
-    pieces = (GradientPiece((0, num_rows), (0, length), number),)
-    return [GradientAccumulator((num_rows, length, *x.shape[2:]), dtype, pieces) for x in (kv.k_BTKD, kv.v_BTKE)]
-
-
-def _add_returned(
-    own_dk: GradientAccumulator, own_dv: GradientAccumulator, returned: list[KeysValues], number: int
-) -> None:
-    runs = [
-        (slice(0, len(kv.k_BTKD)), slice(*span), kv, slice_within(kv.spans, *span))
-        for kv in returned
-        for span in kv.spans
-    ]
-    with profiler_range("merge"):
-        own_dk.add_together([(rows, tokens, kv.k_BTKD[:, run]) for rows, tokens, kv, run in runs], number)
-        own_dv.add_together([(rows, tokens, kv.v_BTKE[:, run]) for rows, tokens, kv, run in runs], number)
+        return dq.result(), *key_gradients.result()
 
 
 class RingFunction(torch.autograd.Function):

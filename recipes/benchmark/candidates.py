@@ -181,8 +181,8 @@ class _Alone(Ring):
     def post_keys(self, own: KeysValues, here: KeysValues | None, number: int, direction: str) -> Any:
         return None, own if number + 1 < len(self.steps) else None
 
-    def post_gradients(self, own: KeysValues, step: Any, number: int, gradients: KeysValues | None) -> Any:
-        return None, None if step.gradient_return is None else own.empty(step.gradient_return.spans)
+    def post_gradients(self, like: KeysValues, step: Any, number: int, gradients: KeysValues | None) -> Any:
+        return None, None if step.gradient_return is None else like.empty(step.gradient_return.spans)
 
 
 def _simulated_rings(plan: Plan, spec: KernelSpec) -> dict[str, ShardedAttention]:

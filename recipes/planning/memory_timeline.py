@@ -79,8 +79,15 @@ class StepMemory:
         # receive buffers of the copy engine for K,V and their gradients, allocated by the first layer
         self._symmetric_per_token = 0
         if self.on_gpu and self._has_ring and config.attention.transport != "p2p":
-            self._symmetric_per_token = (2 if self.degrees.ring == 2 else 4) * 2 * self._size * self._keys
+            num_pairs = 1 if self.degrees.ring == 2 else 2
+            self._symmetric_per_token = num_pairs * 2 * (self._size + self._gradient_size) * self._keys
             self._states["the ring's symmetric buffers"] = self._symmetric_per_token * self.local_tokens
+
+    @property
+    def _gradient_size(self) -> int:
+        """Of a number of dK,dV on their way: flash-attn-4's sums travel in fp32 (`ring_attention.key_gradients`)."""
+        has_sums = self.on_gpu and self._size == 2 and self._keys < self._queries
+        return 4 if has_sums and self.config.attention.layout != "balanced" else self._size
 
     @property
     def unsupported(self) -> str | None:
@@ -275,10 +282,13 @@ class StepMemory:
             if not self._has_ring:  # the output's gradient, three gradients, dq in fp32
                 return rows + 8 * queries + 4 * keys + shared
             # Two ranks: half of the local tile, with dq in fp32, while gradients return. More: own gradients in fp32,
-            # K,V, gradients sent and received, and one tile's. The factors of `keys` were measured.
+            # K,V, gradients sent and received, and one tile's. The factors of `keys` were measured where gradients
+            # travel in half precision. In fp32 those of a step take as much more, received and sent.
+            pairs = 1 if ring_degree == 2 else 2
+            longer = (pairs + 1) * 2 * (self._gradient_size - size) * keys
             if ring_degree == 2:
-                return rows / 2 + 9 * queries + 16 * keys + shared / 2
-            return max(rows + 10 * queries + 28 * keys + shared, 6 * queries + 38 * keys)
+                return rows / 2 + 9 * queries + 16 * keys + shared / 2 + longer
+            return max(rows + 10 * queries + 28 * keys + shared, 6 * queries + 38 * keys) + longer
         tile = 6 * size * queries  # the output's gradient, K, V and three gradients, for all heads
         if not self._has_ring:
             return tile + (2 * size * keys if keys < queries else 0)

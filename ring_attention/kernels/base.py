@@ -125,7 +125,11 @@ class SavedTensors(NamedTuple):
 
 
 class DqSum(ABC):
-    """dq of the local queries, to which a kernel's calls add by themselves. What they add is rounded once."""
+    """dq of the local queries, to which a kernel's calls add by themselves. What they add is rounded once.
+
+    A kernel with a `key_sum_tile` does the same for dk and dv, in sums [2, B, K, N * D] for N keys, in fp32 (fp64 for
+    fp64 input). Its order of numbers within a tile of keys is its own, but the same on all ranks: sums can be added.
+    """
 
     @abstractmethod
     def takes(self, block: MaskedBlock) -> bool:
@@ -133,13 +137,26 @@ class DqSum(ABC):
 
     @abstractmethod
     def add(
-        self, rows: slice, block: MaskedBlock, k_BTKD: Tensor, v_BTKE: Tensor, params: KernelParams
-    ) -> tuple[Tensor, Tensor]:
-        """Add the dq of one call, of these rows of the batch. Returns its (dk, dv)."""
+        self,
+        rows: slice,
+        block: MaskedBlock,
+        k_BTKD: Tensor,
+        v_BTKE: Tensor,
+        params: KernelParams,
+        key_sums_2BKN: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Add the dq of one call, of these rows of the batch.
+
+        Returns its (dk, dv); with sums of these rows and keys it adds them there and returns None for both.
+        """
 
     @abstractmethod
     def result(self, scale: float) -> Tensor:
         """dq [B, S, H, D] in the input's dtype. To be called once, after the last `add`; `scale` as in its params."""
+
+    def round_keys(self, key_sums_2BKN: Tensor, k_BTKD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """(dk, dv) of sums, in the shape and dtype of k; `scale` as in the params of `add`."""
+        raise AssertionError("a kernel without key_sum_tile")
 
 
 _DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
@@ -199,6 +216,10 @@ class AttentionKernel(ABC):
 
     def dq_sum(self, dout_BSHE: Tensor, q_BSHD: Tensor, out_BSHE: Tensor, lse_BHS: Tensor) -> DqSum | None:
         """A sum for all calls of a backward pass, with out and lse over all keys; None if each returns its own dq."""
+        return None
+
+    def key_sum_tile(self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor) -> int | None:
+        """How many keys its sums of dk and dv have in a tile, if a `DqSum` takes such sums; else None."""
         return None
 
     def forward_segments(

@@ -24,7 +24,7 @@ from ring_attention.kernels.base import (
     flash_window,
     refuse_missing_package,
 )
-from ring_attention.kernels.flash_attn_4_backward import FlashAttention4DqSum, library
+from ring_attention.kernels.flash_attn_4_backward import FlashAttention4DqSum, key_sum_tile, library
 from ring_attention.masked_block import MaskedBlock
 
 _MANY_DOCUMENTS = 256  # above, the library has more kernels run before its own
@@ -67,12 +67,19 @@ class FlashAttention4Kernel(AttentionKernel):
         dq_sum = FlashAttention4DqSum(dout_BSHE, q_BSHD, out_BSHE, lse_BHS)
         whole = MaskedBlock(0, q_BSHD.shape[1], 0, k_BTKD.shape[1], params.lower, params.upper)
         dk, dv = dq_sum.add(slice(0, len(q_BSHD)), whole, k_BTKD, v_BTKE, params)
+        assert dk is not None
+        assert dv is not None
         return dq_sum.result(params.scale), dk, dv
 
     def dq_sum(self, dout_BSHE: Tensor, q_BSHD: Tensor, out_BSHE: Tensor, lse_BHS: Tensor) -> DqSum | None:
         if torch.are_deterministic_algorithms_enabled():  # the library's order of additions is per call
             return None
         return FlashAttention4DqSum(dout_BSHE, q_BSHD, out_BSHE, lse_BHS)
+
+    def key_sum_tile(self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor) -> int | None:
+        if torch.are_deterministic_algorithms_enabled() or k_BTKD.shape != v_BTKE.shape:
+            return None
+        return key_sum_tile(q_BSHD.shape[2], k_BTKD.shape[2], k_BTKD.shape[3])
 
     def forward_segments(
         self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, segments: Segments, params: KernelParams

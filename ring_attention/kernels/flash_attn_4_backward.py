@@ -2,7 +2,8 @@
 
 The library's own function runs a kernel before, which zeroes an fp32 sum of dq and prepares the softmax's statistics,
 then the kernel itself, then one for each gradient, which rounds. Here the first and that of dq run once for all tiles
-of some queries: dq is rounded once and needs no merging, and the host starts two kernels less a tile.
+of some queries: dq is rounded once and needs no merging, and the host starts two kernels less a tile. Where query heads
+share keys the kernel sums dk and dv in fp32, too, and those of all calls on the same keys can be rounded together.
 
 Shapes: B batch, S queries, T keys, H query heads, K key-value heads, D head size, E value head size. Documents of a
 varlen call lie one after the other: the tensors have no B then.
@@ -68,8 +69,14 @@ class FlashAttention4DqSum(DqSum):
         return block.q_start % tile == 0 and (block.q_stop % tile == 0 or block.q_stop == num_queries)
 
     def add(
-        self, rows: slice, block: MaskedBlock, k_BTKD: Tensor, v_BTKE: Tensor, params: KernelParams
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        rows: slice,
+        block: MaskedBlock,
+        k_BTKD: Tensor,
+        v_BTKE: Tensor,
+        params: KernelParams,
+        key_sums_2BKN: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor | None]:
         if not self._is_started:
             self._start()
         q, dout, total, statistics = self._q_BSHD, self._dout_BSHE, self._sum, (self._lse_log2, self._dpsum)
@@ -79,7 +86,16 @@ class FlashAttention4DqSum(DqSum):
             statistics = tuple(x[rows, :, start:stop] for x in statistics)
             total = total[rows, :, start * self._columns : stop * self._columns]
         window = flash_window(q.shape[1], k_BTKD.shape[1], params, None)
-        return self._launch(q, dout, statistics, total, k_BTKD, v_BTKE, params, window)
+        sums = key_sums_2BKN
+        if sums is None:
+            return self._launch_and_round(q, dout, statistics, total, k_BTKD, v_BTKE, params, window)
+        self._launch(q, dout, statistics, total, k_BTKD, v_BTKE, params, window, sums.unbind(0))
+        return None, None
+
+    def round_keys(self, key_sums_2BKN: Tensor, k_BTKD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        dk, dv = torch.empty_like(k_BTKD), torch.empty_like(k_BTKD)
+        self._round_keys(key_sums_2BKN.unbind(0), dk, dv, scale)
+        return dk, dv
 
     def add_segments(self, k_UKD: Tensor, v_UKE: Tensor, params: KernelParams) -> tuple[Tensor, Tensor]:
         """The same for the documents of `segments`, all of them."""
@@ -89,13 +105,39 @@ class FlashAttention4DqSum(DqSum):
             "window_size_right": params.upper,
         }
         statistics = (self._lse_log2, self._dpsum)
-        return self._launch(self._q_BSHD, self._dout_BSHE, statistics, self._sum, k_UKD, v_UKE, params, window)
+        tensors = (self._q_BSHD, self._dout_BSHE, statistics, self._sum, k_UKD, v_UKE)
+        return self._launch_and_round(*tensors, params, window)
 
     def result(self, scale: float) -> Tensor:
         dq, tiles = torch.empty_like(self._q_BSHD), self._tiles
         shape = (tiles.queries, tiles.threads_of_dq, tiles.config.AtomLayoutMdQ, tiles.config.dQ_swapAB)
         self._round(self._sum, dq, scale, self._cu_q, shape)
         return dq
+
+    def _launch_and_round(
+        self,
+        q: Tensor,
+        dout: Tensor,
+        statistics: tuple[Tensor, ...],
+        total: Tensor,
+        k: Tensor,
+        v: Tensor,
+        params: KernelParams,
+        window: dict[str, int | None],
+    ) -> tuple[Tensor, Tensor]:
+        *batch, num_keys, num_kv_heads, _ = k.shape
+        k, v = library().maybe_contiguous(k), library().maybe_contiguous(v)
+        dk, dv = torch.empty_like(k), torch.empty_like(v)
+        if q.shape[-2] == num_kv_heads:
+            self._launch(q, dout, statistics, total, k, v, params, window, (dk, dv))
+            return dk, dv
+        tile = self._tiles.keys
+        padded = num_keys if self._segments is None else num_keys + len(self._segments.lengths) * tile
+        shape = (2, *batch, num_kv_heads, _round_up(padded, tile) * self._columns)
+        sums = k.new_zeros(shape, dtype=torch.float32).unbind(0)
+        self._launch(q, dout, statistics, total, k, v, params, window, sums)
+        self._round_keys(sums, dk, dv, params.scale)
+        return dk, dv
 
     def _launch(
         self,
@@ -107,34 +149,28 @@ class FlashAttention4DqSum(DqSum):
         v: Tensor,
         params: KernelParams,
         window: dict[str, int | None],
-    ) -> tuple[Tensor, Tensor]:
-        *batch, num_keys, num_kv_heads, head_dim = k.shape
-        group, tiles = q.shape[-2] // num_kv_heads, self._tiles
+        sums: tuple[Tensor, ...],
+    ) -> None:
+        """`sums` are dk and dv or, where several query heads add to the same numbers, their sums."""
         left, right = window["window_size_left"], window["window_size_right"]
         is_causal = left is None and right == 0
         if is_causal:
             right = None
         kernel = _compiled(
-            *(self._dtype, head_dim, v.shape[-1], group, is_causal, left is not None, right is not None),
-            *(tiles, params.softcap, self._segments is not None),
+            *(self._dtype, k.shape[-1], v.shape[-1], q.shape[-2] // k.shape[-2]),
+            *(is_causal, left is not None, right is not None, self._tiles, params.softcap, self._segments is not None),
         )
         k, v = library().maybe_contiguous(k), library().maybe_contiguous(v)
-        dk, dv = torch.empty_like(k), torch.empty_like(v)
-        if group == 1:
-            sums = (dk, dv)
-        else:  # several query heads add to the same numbers
-            padded = num_keys if self._segments is None else num_keys + len(self._segments.lengths) * tiles.keys
-            shape = (2, *batch, num_kv_heads, _round_up(padded, tiles.keys) * self._columns)
-            sums = k.new_zeros(shape, dtype=torch.float32).unbind(0)
         kernel(
             *(q, k, v, dout, *statistics, total, *sums, params.scale, self._cu_q, self._cu_k, None, None),
             *(left, right, None, None, None, library().AuxData(), None, None),
         )
-        if group > 1:
-            shape = (tiles.keys, tiles.threads, tiles.config.AtomLayoutNdKV, tiles.config.dKV_swapAB)
-            self._round(sums[0], dk, params.scale, self._cu_k, shape)
-            self._round(sums[1], dv, 1.0, self._cu_k, shape)
-        return dk, dv
+
+    def _round_keys(self, sums: tuple[Tensor, ...], dk: Tensor, dv: Tensor, scale: float) -> None:
+        tiles = self._tiles
+        shape = (tiles.keys, tiles.threads, tiles.config.AtomLayoutNdKV, tiles.config.dKV_swapAB)
+        self._round(sums[0], dk, scale, self._cu_k, shape)
+        self._round(sums[1], dv, 1.0, self._cu_k, shape)
 
     def _round(self, total: Tensor, result: Tensor, scale: float, cumulative: Tensor | None, shape: tuple) -> None:
         tile, threads, layout, swapped = shape
@@ -154,6 +190,14 @@ class _TileSizes:
         self.threads = config.num_wg * 128
         self.threads_of_dq = 128 if config.dQ_single_wg else self.threads
         self.columns_of = 64 if config.dKV_swapAB else 32  # sums have a multiple of so many columns
+
+
+def key_sum_tile(num_heads: int, num_kv_heads: int, head_dim: int) -> int | None:
+    """How many keys a tile of the sums of dk and dv has; None if there are no such sums, or they have other columns."""
+    if num_heads == num_kv_heads:
+        return None
+    tiles = _tile_sizes(head_dim, head_dim)
+    return tiles.keys if head_dim % tiles.columns_of == 0 else None
 
 
 @functools.cache

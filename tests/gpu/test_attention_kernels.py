@@ -195,3 +195,35 @@ def test_calls_on_some_queries_and_keys_share_a_sum_of_dq(dtype, num_heads, num_
             torch.testing.assert_close(got, expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
     error = (dq_sum.result(SCALE).double() - alone).norm() / alone.norm()
     assert error < (4e-3 if dtype == torch.bfloat16 else 5e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(4, 2, 64), (8, 2, 128), (4, 1, 256)])
+def test_calls_share_sums_of_dk_and_dv_also_with_another_rank(dtype, num_heads, num_kv_heads, head_dim):
+    """Two ranks' queries against some and all keys. The second rank's sums are added to the first's."""
+    q, k, v, dout = draw(512, 512, num_heads, num_kv_heads, head_dim, head_dim, dtype)
+    kernel = KERNELS["flash_attn_4"]
+    if refusal := kernel.refusal(KernelSpec.of(q, k, v)):
+        pytest.skip(refusal)
+    assert 256 % (kernel.key_sum_tile(q, k, v) or 512) == 0
+    assert kernel.key_sum_tile(q[:, :, :num_kv_heads], k, v) is None
+    out, lse = kernel.forward(q, k, v, KernelParams(None, None, SCALE))
+    params, gradients = KernelParams(None, None, SCALE), torch.zeros(2, *k.shape, dtype=torch.float64, device=k.device)
+    zeros = torch.zeros(2, 2, num_kv_heads, 512 * head_dim, device=k.device)
+    totals = [zeros.clone(), zeros.clone()]
+    blocks = [MaskedBlock(0, 512, 0, 256), MaskedBlock(0, 256, 256, 512), MaskedBlock(256, 512, 256, 512)]
+    for number, (rows, block) in enumerate(zip((slice(0, 2), slice(0, 2), slice(1, 2)), blocks, strict=True)):
+        dq_sum = kernel.dq_sum(dout, q, out, lse)
+        assert dq_sum is not None
+        queries, keys = slice(block.q_start, block.q_stop), slice(block.k_start, block.k_stop)
+        part = totals[number % 2][:, rows, :, block.k_start * head_dim : block.k_stop * head_dim]
+        assert dq_sum.add(rows, block, k[rows, keys], v[rows, keys], params, part) == (None, None)
+        tensors = q[rows, queries], k[rows, keys], v[rows, keys], out[rows, queries], lse[rows, :, queries]
+        _, *own = kernel.backward(dout[rows, queries], SavedTensors(*tensors), params)
+        for total, values in zip(gradients, own, strict=True):
+            total[rows, keys] += values.double()
+    owner = kernel.dq_sum(dout, q, out, lse)
+    assert owner is not None
+    rounded = owner.round_keys(totals[0] + totals[1], k, SCALE)
+    for got, expected in zip(rounded, gradients, strict=True):
+        assert (got.double() - expected).norm() / expected.norm() < (4e-3 if dtype == torch.bfloat16 else 5e-4)

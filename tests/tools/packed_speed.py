@@ -49,8 +49,8 @@ class Alone(Ring):
     def post_keys(self, own: Any, here: Any, number: int, direction: str) -> Any:
         return None, own if number + 1 < len(self.steps) else None
 
-    def post_gradients(self, own: Any, step: Any, number: int, gradients: Any) -> Any:
-        return None, None if step.gradient_return is None else own.empty(step.gradient_return.spans)
+    def post_gradients(self, like: Any, step: Any, number: int, gradients: Any) -> Any:
+        return None, None if step.gradient_return is None else like.empty(step.gradient_return.spans)
 
 
 def ours(layout: Layout, mask: Mask, rank: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

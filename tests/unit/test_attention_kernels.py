@@ -77,6 +77,8 @@ def computed(
     for tile in attend_backward(KERNELS[name], scores, calls, inputs, kv, dq_sum):
         if tile.dq is not None:
             totals[0][:, tile.queries] += tile.dq
+        assert tile.dk is not None
+        assert tile.dv is not None
         totals[1][:, tile.keys] += tile.dk
         totals[2][:, tile.keys] += tile.dv
     if dq_sum is not None:

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ring_attention import CAUSAL, LocalAttention, Mask
+from ring_attention import CAUSAL, FULL, LocalAttention, Mask
 from ring_attention.accumulators import GradientAccumulator
 from ring_attention.kernels import KERNELS, DqSum, KernelParams, SavedTensors, Scores
 from ring_attention.kernels.reference import ReferenceKernel
+from ring_attention.key_gradients import sums_travel
 from ring_attention.kv import KeysValues
 from ring_attention.layout import Layout, slice_within
 from ring_attention.masked_block import MaskedBlock
@@ -63,6 +64,9 @@ class Recorder:
 
     def split(self, block: MaskedBlock) -> list[MaskedBlock]:
         return self._kernel.split(block)
+
+    def key_sum_tile(self, *tensors: Tensor) -> None:
+        return None
 
     def dq_sum(self, *inputs: Tensor) -> None:
         return None
@@ -185,10 +189,16 @@ def test_returned_gradients_are_added_in_fp32_until_the_last(dtype: torch.dtype,
 
 
 class SummingKernel(ReferenceKernel):
-    """Sums dq of calls on whole pairs of queries by itself, as flash-attn-4 does on its tiles."""
+    """Sums dq, and dk and dv if told to, on whole pairs of tokens by itself, as flash-attn-4 does on its tiles."""
+
+    def __init__(self, sums_keys: bool = False) -> None:
+        self.sums_keys = sums_keys
 
     def dq_sum(self, dout_BSHE: Tensor, q_BSHD: Tensor, out_BSHE: Tensor, lse_BHS: Tensor) -> DqSum:
         return PairsSum(dout_BSHE, q_BSHD, out_BSHE, lse_BHS)
+
+    def key_sum_tile(self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor) -> int | None:
+        return 2 if self.sums_keys else None
 
 
 class PairsSum(DqSum):
@@ -199,8 +209,14 @@ class PairsSum(DqSum):
         return block.q_start % 2 == 0 and (block.q_stop % 2 == 0 or block.q_stop == self.total.shape[1])
 
     def add(
-        self, rows: slice, block: MaskedBlock, k_BTKD: Tensor, v_BTKE: Tensor, params: KernelParams
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        rows: slice,
+        block: MaskedBlock,
+        k_BTKD: Tensor,
+        v_BTKE: Tensor,
+        params: KernelParams,
+        key_sums_2BKN: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor | None]:
         assert self.takes(block)
         queries = slice(block.q_start, block.q_stop)
         dout, q, out = (x[rows, queries] for x in self.inputs[:3])
@@ -208,11 +224,21 @@ class PairsSum(DqSum):
         dq, dk, dv = KERNELS["reference"].backward(dout, saved, params)
         self.total[rows, queries] += dq
         self.num_calls += 1
-        return dk, dv
+        if key_sums_2BKN is None:
+            return dk, dv
+        for total, values in zip(key_sums_2BKN, (dk, dv), strict=True):
+            pairs = values.transpose(1, 2).unflatten(2, (-1, 2))
+            total += pairs.flip(3, 4).flatten(2)  # an order of its own within each pair of keys
+        return None, None
 
     def result(self, scale: float) -> Tensor:
         assert self.num_calls, "a sum that nothing was added to"
         return self.total
+
+    def round_keys(self, key_sums_2BKN: Tensor, k_BTKD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        pairs = key_sums_2BKN.unflatten(3, (-1, 2, k_BTKD.shape[3])).flip(4, 5)
+        dk, dv = pairs.flatten(3, 4).transpose(2, 3)
+        return dk, dv
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -226,12 +252,50 @@ class PairsSum(DqSum):
     ],
 )
 @pytest.mark.parametrize("ring_degree", [1, 2, 3, 4])
-def test_a_kernel_may_sum_dq_by_itself(monkeypatch, ring_degree, length, mask, batch):
+def test_a_kernel_may_sum_gradients_by_itself(monkeypatch, ring_degree, length, mask, batch):
     layout = Layout("zigzag", ring_degree, length)
     q, k, v, dout = torch.randn(4, batch, length, 2, 8, dtype=torch.float64)
     results = []
-    for kernel in (ReferenceKernel(), SummingKernel()):
+    for kernel in (ReferenceKernel(), SummingKernel(), SummingKernel(sums_keys=True)):
         monkeypatch.setattr(precision, "choose_kernel", lambda spec, kernel=kernel: (kernel, ""))
         results.append(precision.simulated_ring(layout, q, k, v, dout, 0.25, mask.within(layout.padded_length)))
-    for got, expected in zip(*results, strict=True):
-        torch.testing.assert_close(got, expected)
+    for got in results[1:]:
+        for got_tensor, expected in zip(got, results[0], strict=True):
+            torch.testing.assert_close(got_tensor, expected)
+
+
+def test_sums_of_keys_travel_where_all_ranks_cut_keys_at_the_kernels_tiles():
+    q, (k, v), kernel = torch.zeros(1, 12, 4, 8), torch.zeros(2, 1, 12, 2, 8), SummingKernel(sums_keys=True)
+    kv = KeysValues.of_parts(k, v)
+
+    def travel(name: str, length: int, mask: Mask = CAUSAL, degree: int = 4) -> bool:
+        return sums_travel(kernel, Layout(name, degree, length), mask, q, kv)
+
+    assert travel("zigzag", 48)
+    assert travel("contiguous", 48)
+    assert travel("zigzag", 48, FULL)
+    assert not travel("zigzag", 40)  # halves of 10 tokens are 5, not whole pairs
+    assert not travel("zigzag", 48, Mask(left=5))
+    assert not travel("zigzag", 48, CAUSAL.packed([0, 8, 48]))
+    assert not travel("balanced", 48)
+    assert not sums_travel(SummingKernel(), Layout("zigzag", 4, 48), CAUSAL, q, kv)
+
+
+def test_buffers_for_gradients_that_travel_as_sums_are_in_fp32():
+    connected: list[dict[str, int]] = []
+
+    class Transport:
+        ring_rank = 0
+
+        def connect(self, tensor: Tensor, sizes: dict[str, int]) -> None:
+            connected.append(sizes)
+
+    q, (k, v) = torch.zeros(1, 12, 2, 8, dtype=torch.bfloat16), torch.zeros(2, 1, 12, 2, 8, dtype=torch.bfloat16)
+    transport: Any = Transport()
+    for kernel in (SummingKernel(), SummingKernel(sums_keys=True)):
+        ring = Ring(Layout("zigzag", 4, 48), CAUSAL, transport, kernel, Scores(1.0))
+        ring.connect(q.requires_grad_(), k, v, None)
+    rounded, summed = connected
+    assert {name: summed[name] / size for name, size in rounded.items()} == {
+        "keys0": 1, "keys1": 1, "gradients0": 2, "gradients1": 2
+    }  # fmt: skip
