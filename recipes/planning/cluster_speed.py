@@ -34,6 +34,12 @@ class ClusterSpeed:
             speed = min(speed, max(1, per_host // stride) * self.cluster.link_between_gb_per_s)
         return self.cluster.latency_us / 1e6 + num_bytes / speed / self.constants.link_share / 1e9
 
+    def message_s(self, num_bytes: float, num_ranks: int, stride: int = 1) -> float:
+        """The slowest message between neighbours of such a ring. It leaves a host through one port."""
+        is_within = num_ranks * stride <= self.cluster.gpus_per_host
+        speed = self.cluster.link_within_gb_per_s if is_within else self.cluster.link_between_gb_per_s
+        return self.cluster.latency_us / 1e6 + num_bytes / speed / self.constants.link_share / 1e9
+
     def all_to_all_s(self, num_bytes: float, num_ranks: int) -> float:
         """Each of `num_ranks` neighbours has `num_bytes`, of which each peer gets an equal part."""
         near = min(num_ranks, self.cluster.gpus_per_host) - 1  # peers in its host
