@@ -733,6 +733,8 @@ def _plan_problems(config: Config) -> Iterator[str]:
         yield f"launch.num_ranks={config.launch.num_ranks} cannot go with recipe=plan: cluster=8xh200 says how many"
     if config.explain:
         yield "explain=true cannot go with recipe=plan, which starts no run anyway: leave it out"
+    if config.documents is not None and config.parallelism.method == "tensor_pipeline":
+        yield f"documents={config.documents} cannot go with parallelism=tensor_pipeline, which has no document masks"
     if config.engine.dtype == "fp32":
         yield "engine.dtype=fp32 cannot go with recipe=plan, since speeds were measured in half precision: use bf16"
 

@@ -7,6 +7,7 @@ many sequences in a step, so that their tokens per second compare.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -21,15 +22,17 @@ from recipes.planning.cluster import Cluster
 from recipes.planning.forecast import Forecast, kernel_of, planned_lengths
 
 TOKENS_PER_STEP = 2**22  # about as many, unless the user gives the batch
-MICRO_BATCH_TOKENS = 2**16  # of one GPU: larger micro-batches of several sequences make no kernel faster
-# the values of engine.NAME, the least costly first: of equally fast candidates the first is ranked first
+MICRO_BATCH_TOKENS = 2**15  # of one GPU: larger micro-batches of several sequences make no kernel faster
+# The values of engine.NAME, the least costly first: of equally fast candidates the first is ranked first. Stage 2 is
+# tried only if it is given, because this engine shards the sums of gradients on stage 1, too.
 ENGINE: dict[str, tuple[Any, ...]] = {
-    "zero_stage": (1, 2, 3, 0),
+    "zero_stage": (1, 3, 0),
     "recompute": ("none", "selective", "full"),
     "offload_activations": (False, True),
     "offload_optimizer": (False, True),
     "offload_parameters": (False, True),
 }
+TENSOR_PIPELINE: dict[str, tuple[Any, ...]] = {name: values[:1] for name, values in ENGINE.items()}  # it has no others
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class SearchResult:
 
     Args:
         ranked: those that fit, the fastest first.
-        unpredicted: those whose training states fit, and whose step's memory nobody predicts; the fastest first.
+        unpredicted: those that fit by a lower bound, because their memory is not predicted; the fastest first.
         refused: those that do not fit, the one that needs least memory first.
     """
 
@@ -60,6 +63,8 @@ def search(config: Config, cluster: Cluster, typed: Sequence[str] = ()) -> Searc
     kernel, lengths = _kernel(config, cluster), planned_lengths(config)
     config = _to_train(config)
     given = given_names(config, typed)
+    if lengths:  # tensor and pipeline ranks have no document masks
+        given |= {"parallelism.method"}
     if sequences := sequences_per_step(config, cluster.num_gpus, given):
         config.engine.train_batch_size = sequences
     refusals: list[ConfigError] = []
@@ -68,7 +73,10 @@ def search(config: Config, cluster: Cluster, typed: Sequence[str] = ()) -> Searc
         for candidate, degrees in _candidates(config, cluster, given, refusals)
     ]
     if not forecasts:
-        raise refusals[0] if refusals else _no_grid(config, cluster, given)
+        if not refusals:
+            raise _no_grid(config, cluster, given)
+        [(most, _)] = collections.Counter(map(str, refusals)).most_common(1)  # others are of some grids only
+        raise ConfigError(most)
     fitting = [forecast for forecast in forecasts if forecast.fits]
     fitting.sort(key=lambda forecast: -forecast.tokens_per_s)
     return SearchResult(
@@ -126,13 +134,18 @@ def _candidates(
     config: Config, cluster: Cluster, given: frozenset[str], refusals: list[ConfigError]
 ) -> Iterator[tuple[Config, Degrees]]:
     """Legal ones; why others are not goes to `refusals`."""
-    engines = [*_engines(config.engine, given)]
-    for grid, shared_by in _grids(config, cluster.num_gpus, given):
-        sizes = (1, *_larger_micro_batches(config, shared_by))
-        for engine, size in itertools.product(engines, (None,) if "engine.micro_batch_size" in given else sizes):
+    engines = {
+        "sequence": [*_engines(config.engine, given, ENGINE)],
+        "tensor_pipeline": [*_engines(config.engine, given, TENSOR_PIPELINE)],
+    }
+    for grid in _grids(config, cluster.num_gpus, given):
+        sizes = [config.engine.micro_batch_size]
+        if "engine.micro_batch_size" not in given:
+            sizes = [1, *_larger_micro_batches(grid, cluster.num_gpus)]
+        for engine, size in itertools.product(engines[grid.parallelism.method], sizes):
             candidate = copy.copy(grid)
             candidate.engine = copy.copy(engine)
-            candidate.engine.micro_batch_size = size or engine.micro_batch_size
+            candidate.engine.micro_batch_size = size
             try:
                 degrees = resolve_degrees(candidate, cluster.num_gpus, cluster.gpus_per_host)
                 accumulation_steps(candidate, degrees)
@@ -154,25 +167,28 @@ def _no_grid(config: Config, cluster: Cluster, given: frozenset[str]) -> ConfigE
     )
 
 
-def _engines(engine: EngineConfig, given: frozenset[str]) -> Iterator[EngineConfig]:
+def _engines(
+    engine: EngineConfig, given: frozenset[str], values_by_name: dict[str, tuple[Any, ...]]
+) -> Iterator[EngineConfig]:
     """The engine's settings but the micro-batch."""
-    names = [name for name in ENGINE if f"engine.{name}" not in given]
-    for values in itertools.product(*(ENGINE[name] for name in names)):
+    names = [name for name in values_by_name if f"engine.{name}" not in given]
+    for values in itertools.product(*(values_by_name[name] for name in names)):
         changes = dict(zip(names, values, strict=True))
         with contextlib.suppress(ConfigError):  # of settings that cannot go together
             yield dataclasses.replace(engine, **changes)
 
 
-def _larger_micro_batches(config: Config, shared_by: int) -> Iterator[int]:
-    """Sequences of a micro-batch: powers of two above 1 that fill GPUs, of which `shared_by` share a sequence."""
-    size = 2
-    while size * config.data.sequence_length <= MICRO_BATCH_TOKENS * shared_by:
-        yield size
+def _larger_micro_batches(config: Config, num_gpus: int) -> Iterator[int]:
+    """Sequences of a micro-batch: powers of two above 1 that divide the batch, up to MICRO_BATCH_TOKENS."""
+    data, batch, size = config.parallelism.data_degree or 1, config.engine.train_batch_size, 2
+    while size * config.data.sequence_length * data <= MICRO_BATCH_TOKENS * num_gpus:
+        if batch is None or batch % (data * size) == 0:
+            yield size
         size *= 2
 
 
-def _grids(config: Config, num_gpus: int, given: frozenset[str]) -> Iterator[tuple[Config, int]]:
-    """Configurations with all degrees set, and how many GPUs share a sequence.
+def _grids(config: Config, num_gpus: int, given: frozenset[str]) -> Iterator[Config]:
+    """Configurations with all degrees set.
 
     Raises:
         ConfigError: for a given degree that does not divide the GPUs.
@@ -197,7 +213,7 @@ def _grids(config: Config, num_gpus: int, given: frozenset[str]) -> Iterator[tup
         grid.parallelism = dataclasses.replace(config.parallelism, method=parallelism, **set_degrees)
         if parallelism == "tensor_pipeline" and "data.document_mask" not in given and not config.data.stages:
             grid.data = dataclasses.replace(config.data, document_mask=False)  # as parallelism=tensor_pipeline says
-        yield grid, num_gpus // degrees.data
+        yield grid
 
 
 def _all_degrees(num_gpus: int) -> Iterator[Degrees]:
