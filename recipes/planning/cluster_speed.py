@@ -25,7 +25,17 @@ class ClusterSpeed:
         return flops / self.cluster.spec.peak_tflops / share / 1e12
 
     def collective_s(self, num_bytes: float, num_ranks: int, stride: int = 1) -> float:
-        """A collective in which each rank sends `num_bytes` to others, in a ring of ranks `stride` apart."""
+        """A collective in which each rank sends `num_bytes` to others, in a ring of ranks `stride` apart.
+
+        Between hosts NCCL spreads a collective over the ports of all its ranks in a host, which share what leaves it.
+        """
+        speed, per_host = self.cluster.link_within_gb_per_s, self.cluster.gpus_per_host
+        if num_ranks * stride > per_host:
+            speed = min(speed, max(1, per_host // stride) * self.cluster.link_between_gb_per_s)
+        return self.cluster.latency_us / 1e6 + num_bytes / speed / self.constants.link_share / 1e9
+
+    def message_s(self, num_bytes: float, num_ranks: int, stride: int = 1) -> float:
+        """The slowest message between neighbours of such a ring. It leaves a host through one port."""
         is_within = num_ranks * stride <= self.cluster.gpus_per_host
         speed = self.cluster.link_within_gb_per_s if is_within else self.cluster.link_between_gb_per_s
         return self.cluster.latency_us / 1e6 + num_bytes / speed / self.constants.link_share / 1e9
