@@ -1,0 +1,109 @@
+"""Speeds that were measured on a host: the part of a cluster's file that recipe=calibrate writes and forecasts read."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from conf.schema import ConfigError
+from recipes.planning.speeds import KernelSpeed
+
+ADVICE = "type python train.py recipe=calibrate calibrate.output=MINE.yaml to measure it, or leave it out"
+
+
+class ProductSpeed(NamedTuple):
+    """TFLOP/s of matrix products over so many tokens."""
+
+    tokens: int
+    tflops: float
+
+
+class AttentionSpeed(NamedTuple):
+    """TFLOP/s of an attention kernel by itself; `size` as in `KernelSpeed`."""
+
+    kernel: str
+    head_dim: int
+    size: float
+    forward: float
+    backward: float
+
+
+@dataclass(frozen=True)
+class MeasuredSpeeds:
+    """What forecasts take in place of the built-in tables. What is None was not measured.
+
+    Speeds are of one GPU while all GPUs of its host do the same.
+
+    Args:
+        about: device, versions, dtype and date, for people.
+        memory_gb_per_s: reading and writing the device's memory, in 1e9 bytes per second.
+        host_copy_gb_per_s: between the device and its host's memory, in one direction.
+        all_gather_gb_per_s: what a rank sends in an all-gather within a host.
+        all_to_all_gb_per_s: the same in an all-to-all.
+        call_ms: of the host for a forward call of attention. A backward call takes twice that.
+        ring_step_ms: the same for each ring step.
+        products: by tokens, fewest first.
+        attention: by kernel, head size and size, smallest first.
+    """
+
+    about: str
+    memory_gb_per_s: float
+    host_copy_gb_per_s: float | None
+    all_gather_gb_per_s: float | None
+    all_to_all_gb_per_s: float | None
+    call_ms: float
+    ring_step_ms: float | None
+    products: tuple[ProductSpeed, ...]
+    attention: tuple[AttentionSpeed, ...]
+
+    def table(self, kernel: str, head_dim: int) -> tuple[KernelSpeed, ...]:
+        """The speeds of a kernel by size; empty if it was not measured."""
+        rows = [row for row in self.attention if (row.kernel, row.head_dim) == (kernel, head_dim)]
+        return tuple(KernelSpeed(row.size, row.forward, row.backward) for row in rows)
+
+
+def parse_measured(fields: Any, typed: str) -> MeasuredSpeeds:
+    """From the field `measured` of a cluster's file.
+
+    Args:
+        typed: what names the file in errors.
+
+    Raises:
+        ConfigError: for a field that is missing or unknown, or a number that cannot be.
+    """
+    names = [spec.name for spec in dataclasses.fields(MeasuredSpeeds)]
+    if not isinstance(fields, dict) or {*fields} != {*names}:
+        given = ", ".join(map(str, fields)) if isinstance(fields, dict) else fields
+        raise ConfigError(f"cluster={typed} has measured={given}: use {', '.join(names)}; {ADVICE}")
+    optional = [
+        name for name in names if name.endswith(("_gb_per_s", "_ms")) and name not in ("memory_gb_per_s", "call_ms")
+    ]
+    for name in ("memory_gb_per_s", "call_ms", *optional):
+        if not (is_positive(fields[name]) or (name in optional and fields[name] is None)):
+            raise ConfigError(f"cluster={typed} has measured.{name}={fields[name]}, not a number above 0: {ADVICE}")
+    products = _rows(fields, "products", ProductSpeed, typed)
+    return MeasuredSpeeds(
+        **{**fields, "products": products, "attention": _rows(fields, "attention", AttentionSpeed, typed)}
+    )
+
+
+def _rows(fields: dict[str, Any], name: str, kind: Any, typed: str) -> tuple[Any, ...]:
+    """A table's rows: numbers above 0, but for a kernel's name, in ascending order."""
+    columns = kind._fields
+    if not isinstance(fields[name], list):
+        raise ConfigError(f"cluster={typed} has measured.{name}={fields[name]}, not a list of rows: {ADVICE}")
+    for row in fields[name]:
+        numbers = row[columns[0] == "kernel" :] if isinstance(row, list) and len(row) == len(columns) else [None]
+        if not all(map(is_positive, numbers)):
+            shown = ", ".join(columns)
+            raise ConfigError(
+                f"cluster={typed} has measured.{name} with {row}, not numbers above 0 of {shown}: {ADVICE}"
+            )
+    return tuple(sorted(kind(*row) for row in fields[name]))
+
+
+def is_positive(value: Any) -> bool:
+    """Whether it is a finite number above 0."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
