@@ -10,6 +10,7 @@ import dataclasses
 import glob
 import itertools
 import math
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,8 +21,9 @@ METHODS = ("ring", "ulysses", "hybrid", "all_gather", "local", "auto")
 TRANSPORTS = ("auto", "p2p", "copy_engine")
 # GPUs that explain_gpu may name; recipes/planning/throughput.py has their numbers
 GPUS = ("h200", "h200_nvl", "h100", "h100_nvl", "h100_pcie", "a100_80gb", "a100_40gb", "l40s", "b200")
-RECIPES = ("pretrain", "forward", "compare", "bench_attention", "max_length", "evaluate", "generate")
+RECIPES = ("pretrain", "forward", "compare", "bench_attention", "max_length", "evaluate", "generate", "calibrate")
 INFERENCE = ("evaluate", "generate")  # recipes of a trained model, which the group of the same name says
+WITHOUT_MODEL = ("bench_attention", "calibrate")  # recipes that build no model
 LOSS_TASK = "loss"
 # of recipe=evaluate; recipes/evaluation/puzzles.py makes them
 RETRIEVAL_TASKS = (
@@ -486,6 +488,22 @@ class MaxLengthConfig(_Checked, prefix="max_length."):
 
 
 @dataclass
+class CalibrateConfig(_Checked, prefix="calibrate."):
+    """recipe=calibrate: the speeds of this host's devices and links, for forecasts."""
+
+    output: Optional[str] = None  # the cluster file to write, such as mine.yaml; unset: RUN_DIR/cluster.yaml
+
+    def problems(self) -> Iterator[str]:
+        if self.output is None:
+            return
+        folder = os.path.dirname(self.output) or "."
+        if not self.output.endswith((".yaml", ".yml")):
+            yield f"calibrate.output={self.output} must end in .yaml: type calibrate.output=mine.yaml"
+        elif os.path.isdir(self.output) or not os.access(folder, os.W_OK):
+            yield f"calibrate.output={self.output} cannot be written: type a file in a folder that exists and is yours"
+
+
+@dataclass
 class EvaluateConfig(_Checked, prefix="evaluate."):
     """recipe=evaluate: the loss by position, and retrieval from long contexts by length and depth."""
 
@@ -567,6 +585,7 @@ class Config(_Checked):
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
     max_length: MaxLengthConfig = field(default_factory=MaxLengthConfig)
+    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
@@ -609,6 +628,8 @@ class Config(_Checked):
         for name in ("model", "prompt", "prompt_file") if self.recipe != "generate" else ():
             if (value := getattr(self.generate, name)) is not None:
                 yield f"generate.{name}={value} has no effect without recipe=generate: add it"
+        if self.recipe != "calibrate" and self.calibrate.output is not None:
+            yield f"calibrate.output={self.calibrate.output} has no effect without recipe=calibrate: add it"
         if self.recipe in INFERENCE:
             yield from _inference_problems(self)
         if self.data.stages is not None:

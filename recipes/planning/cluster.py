@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from conf.schema import ConfigError
 from recipes.planning.measured import MeasuredSpeeds, is_positive, parse_measured
@@ -136,10 +136,37 @@ def cluster_of_ranks(device_name: str, memory_gib: float, num_ranks: int, ranks_
     )
 
 
+def calibration_refusal(device_name: str, num_ranks: int, ranks_per_host: int) -> str | None:
+    """Why recipe=calibrate does not measure these ranks; None if it does."""
+    if kind_of(device_name, 0) is None:
+        return (
+            f"recipe=calibrate does not know {device_name}: add its data sheet's peak and memory to GPUS in "
+            "recipes/planning/throughput.py and conf/schema.py"
+        )
+    if num_ranks > ranks_per_host:
+        return (
+            f"recipe=calibrate measures one host, not the {num_ranks // ranks_per_host} of these {num_ranks} ranks: "
+            "type python train.py recipe=calibrate on one of them"
+        )
+    return None
+
+
+def cluster_text(cluster: Cluster, comment: str) -> str:
+    """A cluster's YAML file, which `parse_cluster` reads."""
+    fields = dataclasses.asdict(cluster)
+    if cluster.measured is None:
+        del fields["measured"]
+    else:
+        for table in ("products", "attention"):
+            fields["measured"][table] = [list(row) for row in getattr(cluster.measured, table)]
+    lines = "".join(f"# {line}\n" for line in comment.splitlines())
+    return lines + yaml.safe_dump(fields, sort_keys=False, default_flow_style=None, width=120)
+
+
 def _load(path: Path, typed: str) -> Cluster:
     try:
         fields: Any = OmegaConf.to_container(OmegaConf.load(path))
-    except (OSError, OmegaConfBaseException, YAMLError) as error:
+    except (OSError, OmegaConfBaseException, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"cluster={typed} cannot be read ({reason}): use {FORMS}") from error
     known = {spec.name: spec for spec in dataclasses.fields(Cluster)}

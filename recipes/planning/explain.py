@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from conf.schema import LOSS_TASK, Config
+from conf.schema import LOSS_TASK, WITHOUT_MODEL, Config
 from conf.stages import stages_of, steps_by_length
 from data.source import describe
 from recipes.planning import memory
@@ -35,7 +35,7 @@ def banner(plan: Plan, run_dir: Path) -> list[str]:
         ("ranks", _ranks(plan)),
         ("tokens", f"{tokens}; {plan.tokens_per_step:,} per step"),
         *([("stages", _stage_lengths(plan))] if config.data.stages else []),
-        *([] if plan.config.recipe in ("bench_attention", "generate") else [("data", _data(plan))]),
+        *([] if plan.config.recipe in (*WITHOUT_MODEL, "generate") else [("data", _data(plan))]),
         ("model", f"{model.name}: {memory.num_parameters(model) / 1e6:,.2f} M parameters{_trained(plan)}, {shape}"),
         ("FLOPs per token", f"{plan.flops / 1e6:,.1f} M {passes}, causal counted once{_of_documents(plan)}"),
         ("attention", _attention(plan)),
@@ -44,7 +44,7 @@ def banner(plan: Plan, run_dir: Path) -> list[str]:
         *([("optimizer", _optimizer(plan))] if plan.trains else []),
         *([("evaluation", _evaluation_while_training(config))] if config.evaluate.every_n_steps else []),
         *([("keys and values", _cache(plan))] if plan.config.recipe == "generate" else []),
-        *([] if plan.config.recipe == "bench_attention" else _memory_savers(plan)),
+        *([] if plan.config.recipe in WITHOUT_MODEL else _memory_savers(plan)),
         *(("!!!", warning) for warning in _warnings(plan) if warning),
         ("run dir", str(run_dir)),
     ]
@@ -156,7 +156,7 @@ def state_lines(plan: Plan) -> list[str]:
 
 def step_memory_lines(plan: Plan) -> list[str]:
     """The memory timeline of a step, and the longest sequence that fits."""
-    if plan.config.recipe == "bench_attention":
+    if plan.config.recipe in WITHOUT_MODEL:
         return []
     step = plan.step_memory
     if step.unsupported:

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 
 from conf.degrees import accumulation_steps, resolve_config, resolve_degrees
-from conf.schema import INFERENCE, Config, ConfigError, Degrees
+from conf.schema import INFERENCE, WITHOUT_MODEL, Config, ConfigError, Degrees
 from conf.stages import length_at, steps_by_length
 from recipes.planning.auto_method import rank_methods
-from recipes.planning.cluster import Cluster, cluster_of_ranks
+from recipes.planning.cluster import Cluster, calibration_refusal, cluster_of_ranks
 from recipes.planning.memory import StateBytes, changed, gib, state_bytes
 from recipes.planning.memory_timeline import StepMemory
 from recipes.planning.refusal import cache_refusal, evaluation_refusal, state_refusal, step_refusal
@@ -276,12 +276,14 @@ class Plan:
                 f"recipe=generate decodes one text at a time, but there are {self.degrees.data} data ranks: use "
                 "attention=ring and leave parallelism.data_degree out, or launch.num_ranks=1"
             )
+        if self.config.recipe == "calibrate":
+            return calibration_refusal(self.device_name, self.num_ranks, self.ranks_per_host)
         return self.memory_refusal if self.config.launch.check_memory else None
 
     @property
     def memory_refusal(self) -> str | None:
         """Why the ranks' memory cannot hold the model or, by prediction, a step; None if it can or that is unknown."""
-        if self.memory_bytes is None or self.config.recipe == "bench_attention":
+        if self.memory_bytes is None or self.config.recipe in WITHOUT_MODEL:
             return None
         host_ranks = self.ranks_per_host if self.device_type == "cpu" else None
         if refusal := state_refusal(self._state_config, self.degrees, self.memory_bytes, host_ranks):

@@ -29,7 +29,7 @@ FILES = (
 
 # prefixes of settings that do not change what a run computes, nor how
 BOOKKEEPING = (
-    *("checkpoint.", "compare.", "generate.", "logging.", "max_length.", "sweep."),
+    *("calibrate.", "checkpoint.", "compare.", "generate.", "logging.", "max_length.", "sweep."),
     *("breakdown", "explain", "memory_snapshot", "profile"),
 )
 
