@@ -159,12 +159,14 @@ class LoraConfig(_Checked, prefix="lora."):
 class AttentionConfig(_Checked, prefix="attention."):
     """How attention is computed over the ranks that share a sequence."""
 
-    method: str = choice(*METHODS)  # auto: the fastest by a cost model; explain=true shows it
+    method: str = choice(*METHODS)  # auto: the fastest by forecast; explain=true shows it
     layout: str = choice("zigzag", "contiguous", "balanced")  # what each rank holds; balanced: by the documents
     transport: str = choice(*TRANSPORTS)  # p2p (NCCL, gloo), copy_engine (NVIDIA GPUs of one host), auto: by the device
     kernel: str = choice(*KERNELS)  # auto: the fastest that supports the device, dtype and head size
-    intra_host_gb_per_s: Optional[float] = number(None, 0.001)  # auto: a rank's link in its host; unset: 280, CPU 2
-    inter_host_gb_per_s: Optional[float] = number(None, 0.001)  # auto: a rank's link between hosts; unset: 45, CPU 1
+    intra_host_gb_per_s: Optional[float] = number(
+        None, 0.001
+    )  # for forecasts: a rank's link in its host; unset: conf/clusters
+    inter_host_gb_per_s: Optional[float] = number(None, 0.001)  # for forecasts: a rank's link between hosts
 
 
 class Degrees(NamedTuple):

@@ -121,8 +121,8 @@ class DeviceSpeeds:
             backward_s = self._time(functools.partial(kernel.backward, dout, saved, params)).total
             flops = 4 * heads * head_dim * length * (length + 1) / 2
             size = length * (heads * head_dim / HEAD_NUMBERS) ** 0.5
-            speeds = flops / forward_s / 1e12, BACKWARD_PRODUCTS * flops / backward_s / 1e12
-            yield AttentionSpeed(kernel.name, head_dim, *map(_rounded, (size, *speeds)))
+            forward, backward = flops / forward_s / 1e12, BACKWARD_PRODUCTS * flops / backward_s / 1e12
+            yield AttentionSpeed(kernel.name, head_dim, _rounded(size), _rounded(forward), _rounded(backward))
 
     def host_ms(self) -> tuple[float, float | None]:
         """Of a forward call, and of a ring step in it: a third of a call with its backward pass, which takes two."""
@@ -170,12 +170,15 @@ class DeviceSpeeds:
         swapped = message[: long // degree * degree]
         received = torch.empty_like(swapped)
         swapped_s = self._time(lambda: dist.all_to_all_single(received, swapped, group=group)).total
-        speeds = (
-            long / (long_s - latency_s),
-            len(own) * (degree - 1) / max(gathered_s / 2, gathered_s - latency_s),
-            len(swapped) * (degree - 1) / degree / max(swapped_s / 2, swapped_s - latency_s),
+        # what is left of a collective's time without latency is at least half of it
+        gathered_s, swapped_s = (max(time_s / 2, time_s - latency_s) for time_s in (gathered_s, swapped_s))
+        return LinkSpeeds(
+            latency_us=_rounded(1e6 * latency_s),
+            gb_per_s=_rounded(long / (long_s - latency_s) / 1e9),
+            all_gather_gb_per_s=_rounded(len(own) * (degree - 1) / gathered_s / 1e9),
+            all_to_all_gb_per_s=_rounded(len(swapped) * (degree - 1) / degree / swapped_s / 1e9),
+            used=transport.used or "",
         )
-        return LinkSpeeds(_rounded(1e6 * latency_s), *(_rounded(speed / 1e9) for speed in speeds), transport.used or "")
 
     @functools.cached_property
     def _groups(self) -> ParallelGroups:

@@ -214,7 +214,7 @@ def _ranks(plan: Plan) -> str:
 
 
 def _attention(plan: Plan) -> str:
-    chosen = " (chosen by arithmetic: explain=true shows it)" if plan.candidates else ""
+    chosen = " (chosen by forecast: explain=true shows it)" if plan.candidates else ""
     if plan.degrees.sequence == 1:
         return f"local{chosen}"
     text, carrier = f"{plan.method}, layout {plan.config.attention.layout}{chosen}", "NCCL" if plan.on_gpu else "gloo"
