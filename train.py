@@ -101,6 +101,10 @@ def execute(config: Config, overrides: list[str], run_dir: Path) -> float | None
         from recipes.benchmark import max_length
 
         return max_length.max_length(config, run_dir)
+    if config.recipe == "plan":
+        from recipes.plan import plan
+
+        return plan(config, overrides, run_dir)
     if (given := ranks_given(config)) is not None:
         accumulation_steps(config, resolve_degrees(config, given))
     newest = newest_readable(run_dir) if config.recipe == "pretrain" else None

@@ -21,7 +21,7 @@ METHODS = ("ring", "ulysses", "hybrid", "all_gather", "local", "auto")
 TRANSPORTS = ("auto", "p2p", "copy_engine")
 # GPUs that explain_gpu may name; recipes/planning/throughput.py has their numbers
 GPUS = ("h200", "h200_nvl", "h100", "h100_nvl", "h100_pcie", "a100_80gb", "a100_40gb", "l40s", "b200")
-RECIPES = ("pretrain", "forward", "compare", "bench_attention", "max_length", "evaluate", "generate", "calibrate")
+RECIPES = ("pretrain", "forward", "compare", "bench_attention", "max_length", "evaluate", "generate", "plan", "calibrate")
 INFERENCE = ("evaluate", "generate")  # recipes of a trained model, which the group of the same name says
 WITHOUT_MODEL = ("bench_attention", "calibrate")  # recipes that build no model
 LOSS_TASK = "loss"
@@ -506,6 +506,13 @@ class CalibrateConfig(_Checked, prefix="calibrate."):
 
 
 @dataclass
+class PlanConfig(_Checked, prefix="plan."):
+    """recipe=plan: the fastest settings on a cluster that need not be here, by arithmetic."""
+
+    tokens: float = number(1e12, minimum=1)  # a budget, for which GPU-hours are printed
+
+
+@dataclass
 class EvaluateConfig(_Checked, prefix="evaluate."):
     """recipe=evaluate: the loss by position, and retrieval from long contexts by length and depth."""
 
@@ -588,16 +595,18 @@ class Config(_Checked):
     compare: CompareConfig = field(default_factory=CompareConfig)
     max_length: MaxLengthConfig = field(default_factory=MaxLengthConfig)
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     recipe: str = choice(*RECIPES)  # forward: forward passes only
     explain: bool = False  # print the resolved plan and stop
     explain_gpu: Optional[str] = choice(None, *GPUS)  # explain launch.num_ranks such GPUs, eight a host, not those here
+    cluster: Optional[str] = None  # plan: 8xh200, 2x8xh100 (hosts x GPUs x kind), or a file like those in conf/clusters
     profile: bool = False  # record a torch profiler trace of profile_steps on every rank
     profile_steps: list[int] = field(default_factory=lambda: [3, 4])  # first and last step to record
     memory_snapshot: bool = False  # record GPU memory allocations on every rank
-    documents: Any = None  # bench_attention: 8x8192, lognormal or lengths, which add up to data.sequence_length
+    documents: Any = None  # bench_attention, plan: 8x8192, lognormal or lengths that add up to data.sequence_length
     breakdown: bool = True  # after the last step, if short: exposed communication, and the time of a step by part
     num_steps: int = number(300, minimum=1)  # optimizer steps, or forward passes over a batch
     seed: int = 0  # of the weights
@@ -645,8 +654,12 @@ class Config(_Checked):
             yield from _training_evaluation_problems(self)
         if self.recipe == "compare" and not self.compare.entries:
             yield "recipe=compare has nothing to compare: type recipe=compare +experiment=paper_table"
-        if self.documents is not None and self.recipe != "bench_attention":
-            yield f"documents={self.documents} needs recipe=bench_attention, not recipe={self.recipe}: leave it out"
+        if self.documents is not None and self.recipe not in ("bench_attention", "plan"):
+            yield (
+                f"documents={self.documents} needs recipe=bench_attention or recipe=plan, not recipe={self.recipe}: "
+                "leave it out"
+            )
+        yield from _plan_problems(self)
         document_lengths(self)  # checks them
         if self.explain_gpu and not self.explain:
             yield f"explain_gpu={self.explain_gpu} starts no run: add explain=true, or leave it out"
@@ -674,7 +687,7 @@ class Config(_Checked):
 
 
 def document_lengths(config: Config) -> tuple[int, ...]:
-    """The lengths of the documents that recipe=bench_attention packs; of none named, one of the whole sequence.
+    """The lengths of the documents that recipe=bench_attention packs and recipe=plan assumes; unset: one document.
 
     Raises:
         ConfigError: for what is no documents, a length below 1, or a sum other than the sequence's length.
@@ -729,6 +742,24 @@ def _inference_problems(config: Config) -> Iterator[str]:
         yield f"engine.zero_stage=3 cannot go with recipe={recipe}, which holds all weights on every rank: leave it out"
     if config.parallelism.method == "tensor_pipeline":
         yield f"recipe={recipe} cannot go with parallelism=tensor_pipeline: use +experiment=ra_sp"
+
+
+def _plan_problems(config: Config) -> Iterator[str]:
+    """Of recipe=plan, and of its settings in other recipes."""
+    if config.recipe != "plan":
+        if config.cluster is not None:
+            yield f"cluster={config.cluster} needs recipe=plan, not recipe={config.recipe}: add it, or leave it out"
+        return
+    if config.cluster is None:
+        yield "recipe=plan needs a cluster: type cluster=8xh200, 2x8xh100 (hosts x GPUs x kind), or a path to a .yaml"
+    if config.launch.num_ranks is not None:
+        yield f"launch.num_ranks={config.launch.num_ranks} cannot go with recipe=plan: cluster=8xh200 says how many"
+    if config.explain:
+        yield "explain=true cannot go with recipe=plan, which starts no run anyway: leave it out"
+    if config.documents is not None and config.parallelism.method == "tensor_pipeline":
+        yield f"documents={config.documents} cannot go with parallelism=tensor_pipeline, which has no document masks"
+    if config.engine.dtype == "fp32":
+        yield "engine.dtype=fp32 cannot go with recipe=plan, since speeds were measured in half precision: use bf16"
 
 
 def _staged_run_problems(config: Config) -> Iterator[str]:

@@ -21,6 +21,7 @@ from recipes.launch import launcher
 from recipes.launch.environment import ranks_are_started
 from recipes.launch.memory_errors import out_of_memory_cause
 from recipes.planning.explain import timeline_lines
+from recipes.planning.forecast import MARGIN
 from recipes.planning.memory import changed
 from recipes.planning.plan import Plan
 from recipes.run.errors import RunFailed
@@ -29,7 +30,6 @@ from recipes.run.run_dir import Row, replace_file
 RESULT_FILE, PROBE_FILE, NO_MEMORY = "max_length.json", "probe.json", "no_memory_rank_"
 TOKENS_PER_RANK = 256  # a multiple of them is used: kernels work on tiles of 64 to 256 tokens
 NUM_STEPS = 2  # the first allocates what later ones reuse
-MARGIN = 0.1  # of a device: CUDA's context and NCCL's buffers take 1 to 2 GiB, fragmentation some more
 CPU_LIBRARIES_GIB = 1.0  # per process; no prediction counts them
 STEP_DOWN = 0.05  # after an attempt that does not fit
 MAX_ATTEMPTS = 4

@@ -5,8 +5,9 @@ A ring's comes from `ring_simulator`. What else a method sends is not overlapped
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from conf.schema import Degrees, ModelConfig
@@ -58,7 +59,7 @@ class AttentionTime:
         is_alone: whether the host issues nothing else, as in a benchmark. In a model it issues layers ahead.
     """
 
-    model: ModelConfig
+    model: ModelConfig = field(hash=False)  # compared by its values
     method: str
     degrees: Degrees
     layout: Layout
@@ -73,7 +74,7 @@ class AttentionTime:
 
     def pass_seconds(self, backward: bool) -> AttentionSeconds:
         """One pass."""
-        seconds = self._device_seconds(backward)
+        seconds = _device_seconds(self, backward)
         return seconds._replace(host=max(0.0, self.issue_s(backward) - seconds.total)) if self.is_alone else seconds
 
     def issue_s(self, backward: bool) -> float:
@@ -87,7 +88,8 @@ class AttentionTime:
     def _gathers(self) -> bool:
         return self.method == "all_gather" and self.degrees.ring > 1
 
-    def _device_seconds(self, backward: bool) -> AttentionSeconds:
+    def device_seconds(self, backward: bool) -> AttentionSeconds:
+        """One pass, as the device sees it."""
         seconds = self._gathered(backward) if self._gathers else self._ring(backward)
         if self.degrees.ulysses == 1:
             return seconds
@@ -189,3 +191,9 @@ class AttentionTime:
         pairs = MaskedBlock(0, layout.padded_length, 0, layout.padded_length, None, 0).work
         few = work_per_rank(Layout(layout.name, degree, 128 * degree))  # the same shares of fewer tokens
         return pairs * max(map(sum, few)) / sum(map(sum, few))
+
+
+@functools.lru_cache(maxsize=8192)
+def _device_seconds(attention: AttentionTime, backward: bool) -> AttentionSeconds:
+    """`AttentionTime.device_seconds`, once for all settings of the engine that a search tries."""
+    return attention.device_seconds(backward)

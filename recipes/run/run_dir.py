@@ -29,8 +29,8 @@ FILES = (
 
 # prefixes of settings that do not change what a run computes, nor how
 BOOKKEEPING = (
-    *("calibrate.", "checkpoint.", "compare.", "generate.", "logging.", "max_length.", "sweep."),
-    *("breakdown", "explain", "memory_snapshot", "profile"),
+    *("calibrate.", "checkpoint.", "compare.", "generate.", "logging.", "max_length.", "plan.", "sweep."),
+    *("breakdown", "cluster", "explain", "memory_snapshot", "profile"),
 )
 
 Row = dict[str, Any]

@@ -33,6 +33,7 @@ class KernelSpec:
         windowed: whether the mask has a left bound (`Mask.left`).
         softcap: whether scores are capped (`Scores.softcap`).
         deterministic: whether equal inputs must give equal bits.
+        is_elsewhere: whether the call is on another machine, which has every package.
     """
 
     device_type: str
@@ -45,6 +46,7 @@ class KernelSpec:
     windowed: bool = False
     softcap: bool = False
     deterministic: bool = False
+    is_elsewhere: bool = False
 
     @classmethod
     def of(
@@ -329,6 +331,8 @@ def is_installed(module: str) -> bool:
         return False
 
 
-def refuse_missing_package(package: str, module: str) -> str | None:
+def refuse_missing_package(spec: KernelSpec, package: str, module: str) -> str | None:
     """The refusal of kernels from an optional package."""
-    return None if is_installed(module) else f"the package {package} is not installed: pip install -e '.[kernels]'"
+    if spec.is_elsewhere or is_installed(module):
+        return None
+    return f"the package {package} is not installed: pip install -e '.[kernels]'"

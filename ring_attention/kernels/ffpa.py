@@ -36,7 +36,7 @@ class FfpaKernel(AttentionKernel):
             return f"needs a power of 2 up to {_TILE_QUERIES} as query heads per key-value head, not {heads}"
         if spec.capability is None or spec.capability[0] != 9:
             return f"needs a Hopper GPU (compute capability 9.x), or a head_dim up to 256 for FlashAttention; {_COST}"
-        refusal = refuse_missing_package("ffpa-attn", "ffpa_attn")
+        refusal = refuse_missing_package(spec, "ffpa-attn", "ffpa_attn")
         return refusal and f"{refusal}; {_COST}"
 
     def forward(self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, params: KernelParams) -> tuple[Tensor, Tensor]:

@@ -51,7 +51,7 @@ class FlashAttention4Kernel(AttentionKernel):
         if spec.capability is None or spec.capability[0] != 9:
             return "ranked only where it was measured: compute capability 9.x (Hopper)"
         # last, so that it is said only where installing it helps
-        return refuse_missing_package("flash-attn-4", "flash_attn.cute")
+        return refuse_missing_package(spec, "flash-attn-4", "flash_attn.cute")
 
     def forward(self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, params: KernelParams) -> tuple[Tensor, Tensor]:
         # the kernel calls no left bound with a right bound of 0 causal
