@@ -21,7 +21,17 @@ METHODS = ("ring", "ulysses", "hybrid", "all_gather", "local", "auto")
 TRANSPORTS = ("auto", "p2p", "copy_engine")
 # GPUs that explain_gpu may name; recipes/planning/throughput.py has their numbers
 GPUS = ("h200", "h200_nvl", "h100", "h100_nvl", "h100_pcie", "a100_80gb", "a100_40gb", "l40s", "b200")
-RECIPES = ("pretrain", "forward", "compare", "bench_attention", "max_length", "evaluate", "generate", "plan", "calibrate")
+RECIPES = (
+    "pretrain",
+    "forward",
+    "compare",
+    "bench_attention",
+    "max_length",
+    "evaluate",
+    "generate",
+    "plan",
+    "calibrate",
+)
 INFERENCE = ("evaluate", "generate")  # recipes of a trained model, which the group of the same name says
 WITHOUT_MODEL = ("bench_attention", "calibrate")  # recipes that build no model
 LOSS_TASK = "loss"

@@ -50,7 +50,7 @@ def calibrate(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
         begin(f"attention with a head size of {head_dim}")
         attention += speeds.attention(head_dim)
     begin("the host's calls of attention")
-    call_ms, ring_step_ms = speeds.host_ms()
+    host = speeds.host()
     links = None
     if plan.num_ranks > 1:
         begin("links")
@@ -62,8 +62,9 @@ def calibrate(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
         host_copy,
         links and links.all_gather_gb_per_s,
         links and links.all_to_all_gb_per_s,
-        call_ms,
-        ring_step_ms,
+        host.call_ms,
+        host.ring_step_ms,
+        host.backward_issue,
         products,
         tuple(attention),
     )
@@ -106,9 +107,10 @@ def _rows(cluster: Cluster, links: LinkSpeeds | None) -> list[list[str]]:
     for row in measured.attention:
         name = f"attention, {row.kernel}, heads of {row.head_dim}, as a square of {row.size:,.0f} tokens"
         rows.append([name, f"{row.forward:.4g} TFLOP/s forward, {row.backward:.4g} backward"])
-    rows.append(["the host, for a call of attention", f"{measured.call_ms:.3f} ms forward, twice that backward"])
+    rows.append(["the host, for a forward call of attention", f"{measured.call_ms:.3f} ms"])
     if measured.ring_step_ms:
-        rows.append(["the host, for a ring step", f"{measured.ring_step_ms:.3f} ms forward, twice that backward"])
+        rows.append(["the host, for a forward ring step", f"{measured.ring_step_ms:.3f} ms"])
+    rows.append(["the host, for a backward pass", f"{measured.backward_issue:.2f} times as long as forward"])
     if links:
         to_neighbour = f"{cluster.link_within_gb_per_s:.4g} GB/s, {cluster.latency_us:.1f} us a message"
         rows.append([f"a link to the next rank, by {links.used}", to_neighbour])

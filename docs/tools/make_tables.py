@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 
 from docs.tools import tables_correctness as correctness
+from docs.tools import tables_forecast as forecast
 from docs.tools import tables_speed as speed
 from docs.tools.markdown import DOCS, RESULTS
 
@@ -107,6 +108,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "steps": partial(speed.steps_beside_roofline, "layers_8b_131072_pretrain_2xH200.json"),
     "million": partial(speed.long_steps, *LONG),
     "memory tools": partial(speed.memory_tools, "tools_H100.json"),
+    "forecast errors": forecast.forecast_errors,
+    "forecast wrong pairs": forecast.forecast_wrong_pairs,
+    "forecast steps": forecast.forecast_steps,
+    "forecast tried": forecast.forecast_tried,
+    "forecast attention": forecast.forecast_attention,
+    "forecast simulated": forecast.forecast_simulated,
     "llama 1b": partial(
         speed.throughput, {"L = 32,768": "llama_1b_32768_2xH200.jsonl", "L = 65,536": "llama_1b_65536_2xH200.jsonl"}
     ),

@@ -61,6 +61,14 @@ SIZES = {
 }
 
 
+class HostTimes(NamedTuple):
+    """As in `MeasuredSpeeds`."""
+
+    call_ms: float
+    ring_step_ms: float | None
+    backward_issue: float
+
+
 class LinkSpeeds(NamedTuple):
     """Of a rank to its neighbour, and in collectives. `used` is the transport to the neighbour."""
 
@@ -124,23 +132,18 @@ class DeviceSpeeds:
             forward, backward = flops / forward_s / 1e12, BACKWARD_PRODUCTS * flops / backward_s / 1e12
             yield AttentionSpeed(kernel.name, head_dim, _rounded(size), _rounded(forward), _rounded(backward))
 
-    def host_ms(self) -> tuple[float, float | None]:
-        """Of a forward call, and of a ring step in it: a third of a call with its backward pass, which takes two."""
+    def host(self) -> HostTimes:
+        """Of calls on the rank alone and, if there are several ranks, on a ring of them."""
         kernel, degree = self._plan.config.attention.kernel, self._plan.num_ranks
-        call_ms = 1e3 * self._issued_s(LocalAttention(kernel)) / 3
+        call_s, both_s = self._issued_s(LocalAttention(kernel))
         if degree == 1:
-            return _rounded(call_ms), None
-        groups = self._groups
-        ring = RingAttention(
-            kernel,
-            groups.get_sequence_parallel_group(),
-            layout="zigzag",
-            transport=self._plan.transport,
-            hosts=groups.hosts,
-        )
-        num_steps = degree + 2 * (degree + 1)  # of a forward and a backward pass
-        step_ms = (1e3 * self._issued_s(ring) - 3 * call_ms) / num_steps
-        return _rounded(call_ms), _rounded(max(1e-3, step_ms))
+            return HostTimes(_rounded(1e3 * call_s), None, _rounded(max(0.1, both_s / call_s - 1)))
+        group, transport = self._groups.get_sequence_parallel_group(), self._plan.transport
+        ring = RingAttention(kernel, group, layout="zigzag", transport=transport, hosts=self._groups.hosts)
+        forward_s, both_s = self._issued_s(ring)
+        step_s = max(1e-6, (forward_s - call_s) / degree)
+        backward_issue = max(0.1, (both_s - forward_s) / (call_s + step_s * (degree + 1)))
+        return HostTimes(_rounded(1e3 * call_s), _rounded(1e3 * step_s), _rounded(backward_issue))
 
     def links(self) -> LinkSpeeds:
         """To a neighbour, by the ring's transport, and of collectives.
@@ -184,13 +187,14 @@ class DeviceSpeeds:
     def _groups(self) -> ParallelGroups:
         return ParallelGroups(1, self._plan.num_ranks)
 
-    def _issued_s(self, attention: Any) -> float:
-        """Until the host has issued a call and its backward pass."""
+    def _issued_s(self, attention: Any) -> tuple[float, float]:
+        """Until the host has issued a call, and a call with its backward pass."""
         head_dim, (heads, kv_heads) = [self._plan.config.model.head_dim, *self._sizes.head_dims][-1], HOST_HEADS
         q, dout = (self._draw(1, HOST_TOKENS, heads, head_dim) for _ in range(2))
         k, v = self._draw(2, 1, HOST_TOKENS, kv_heads, head_dim).unbind(0)  # one message, as the recipes' model has it
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        return self._time(lambda: torch.autograd.grad(attention(*leaves, 0), leaves, dout)).issued
+        forward = self._time(lambda: attention(*leaves, 0))
+        return forward.issued, self._time(lambda: torch.autograd.grad(attention(*leaves, 0), leaves, dout)).issued
 
     def _draw(self, *shape: int) -> Tensor:
         return torch.randn(*shape, device=self._device).to(self._dtype)

@@ -22,6 +22,9 @@ from ring_attention.masked_block import MaskedBlock
 from ring_attention.schedule import work_per_rank
 
 BACKWARD_PRODUCTS = 2.5  # of a forward pass: scores again, and dq, dk, dv, dp
+# PyTorch copies strided numbers of 2 bytes one by one. It explains what gathering takes longer where a micro-batch has
+# several rows, as in `attention_10000_heads_512_*`, than for one row.
+STRIDED_COPY = 4.0
 ACCUMULATOR_BYTES = 10  # per number and pass over a sum in fp32: read and written, and the addend in half precision
 
 
@@ -82,7 +85,7 @@ class AttentionTime:
         num_steps = self.layout.ring_degree + backward if self.method in ("ring", "hybrid") else 0
         num_steps += 2 if self.degrees.ulysses > 1 or self._gathers else 0  # the calls before and after take as long
         ms = self.speed.call_ms + self.speed.ring_step_ms * num_steps
-        return ms * (2 if backward else 1) / 1e3
+        return ms * (self.speed.backward_issue if backward else 1) / 1e3
 
     @property
     def _gathers(self) -> bool:
@@ -173,7 +176,8 @@ class AttentionTime:
         kernels = self._block_s(pairs, pairs, model.num_heads, backward, is_full=False)
         sent = self.size * numbers / degree * (degree - 1)
         messages = self.speed.collective_s(sent, degree)
-        copies = self.speed.memory_s(2 * self.size * numbers)
+        # into the order of positions; of several rows, a kernel's keys are copied once more, half of them on average
+        copies = self.speed.memory_s(2 * self.size * numbers) * (1.5 * STRIDED_COPY if self.batch > 1 else 1)
         if not backward:
             return AttentionSeconds(kernels, 0.0, copies, messages)
         # sums in fp32 are zeroed and added to, put in the order of ranks, and reduced

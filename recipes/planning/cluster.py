@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from conf.schema import ConfigError
-from recipes.planning.measured import MeasuredSpeeds, is_positive, parse_measured
+from recipes.planning.measured import TABLES, MeasuredSpeeds, is_positive, parse_measured
 from recipes.planning.throughput import DEVICES, Gpu, kind_of
 
 FOLDER = Path(__file__).parents[2] / "conf" / "clusters"
@@ -157,7 +157,7 @@ def cluster_text(cluster: Cluster, comment: str) -> str:
     if cluster.measured is None:
         del fields["measured"]
     else:
-        for table in ("products", "attention"):
+        for table in TABLES:
             fields["measured"][table] = [list(row) for row in getattr(cluster.measured, table)]
     lines = "".join(f"# {line}\n" for line in comment.splitlines())
     return lines + yaml.safe_dump(fields, sort_keys=False, default_flow_style=None, width=120)

@@ -69,17 +69,32 @@ class ClusterSpeed:
         measured = self.cluster.measured
         return measured.ring_step_ms if measured and measured.ring_step_ms else self.constants.ring_step_ms
 
+    @property
+    def backward_issue(self) -> float:
+        """The host's time for a backward pass, of that for a forward pass."""
+        return measured.backward_issue if (measured := self.cluster.measured) else self.constants.backward_issue
+
     def host_copy_s(self, num_bytes: float) -> float:
         """Between a GPU and its host's memory."""
         measured = self.cluster.measured
         return num_bytes / ((measured and measured.host_copy_gb_per_s) or HOST_GB_PER_S) / 1e9
 
     def collective_s(self, num_bytes: float, num_ranks: int, stride: int = 1) -> float:
-        """A collective in which each rank sends `num_bytes` to others, in a ring of ranks `stride` apart."""
-        measured = self.cluster.measured
-        within, between = self._collective_gb_per_s(measured and measured.all_gather_gb_per_s)
+        """A collective in which each rank sends `num_bytes` to others, in a ring of ranks `stride` apart.
+
+        Between hosts NCCL spreads a collective over the ports of all its ranks in a host, which share what leaves it.
+        """
+        measured, per_host = self.cluster.measured, self.cluster.gpus_per_host
+        speed, between = self._collective_gb_per_s(measured and measured.all_gather_gb_per_s)
+        if num_ranks * stride > per_host:
+            speed = min(speed, max(1, per_host // stride) * between)
+        return self.cluster.latency_us / 1e6 + num_bytes / speed / 1e9
+
+    def message_s(self, num_bytes: float, num_ranks: int, stride: int = 1) -> float:
+        """The slowest message between neighbours of such a ring. It leaves a host through one port."""
         is_within = num_ranks * stride <= self.cluster.gpus_per_host
-        return self.cluster.latency_us / 1e6 + num_bytes / (within if is_within else between) / 1e9
+        speed = self.cluster.link_within_gb_per_s if is_within else self.cluster.link_between_gb_per_s
+        return self.cluster.latency_us / 1e6 + num_bytes / speed / self.constants.link_share / 1e9
 
     def all_to_all_s(self, num_bytes: float, num_ranks: int) -> float:
         """Each of `num_ranks` neighbours has `num_bytes`, of which each peer gets an equal part."""

@@ -13,6 +13,10 @@ from recipes.planning.speeds import KernelSpeed
 ADVICE = "type python train.py recipe=calibrate calibrate.output=MINE.yaml to measure it, or leave it out"
 
 
+NUMBERS = "memory_gb_per_s", "call_ms", "backward_issue"
+OPTIONAL = "host_copy_gb_per_s", "all_gather_gb_per_s", "all_to_all_gb_per_s", "ring_step_ms"
+
+
 class ProductSpeed(NamedTuple):
     """TFLOP/s of matrix products over so many tokens."""
 
@@ -30,6 +34,9 @@ class AttentionSpeed(NamedTuple):
     backward: float
 
 
+TABLES = {"products": ProductSpeed, "attention": AttentionSpeed}
+
+
 @dataclass(frozen=True)
 class MeasuredSpeeds:
     """What forecasts take in place of the built-in tables. What is None was not measured.
@@ -42,8 +49,9 @@ class MeasuredSpeeds:
         host_copy_gb_per_s: between the device and its host's memory, in one direction.
         all_gather_gb_per_s: what a rank sends in an all-gather within a host.
         all_to_all_gb_per_s: the same in an all-to-all.
-        call_ms: of the host for a forward call of attention. A backward call takes twice that.
+        call_ms: of the host for a forward call of attention.
         ring_step_ms: the same for each ring step.
+        backward_issue: the host's time for a backward pass, of that for a forward pass.
         products: by tokens, fewest first.
         attention: by kernel, head size and size, smallest first.
     """
@@ -55,6 +63,7 @@ class MeasuredSpeeds:
     all_to_all_gb_per_s: float | None
     call_ms: float
     ring_step_ms: float | None
+    backward_issue: float
     products: tuple[ProductSpeed, ...]
     attention: tuple[AttentionSpeed, ...]
 
@@ -77,29 +86,25 @@ def parse_measured(fields: Any, typed: str) -> MeasuredSpeeds:
     if not isinstance(fields, dict) or {*fields} != {*names}:
         given = ", ".join(map(str, fields)) if isinstance(fields, dict) else fields
         raise ConfigError(f"cluster={typed} has measured={given}: use {', '.join(names)}; {ADVICE}")
-    optional = [
-        name for name in names if name.endswith(("_gb_per_s", "_ms")) and name not in ("memory_gb_per_s", "call_ms")
-    ]
-    for name in ("memory_gb_per_s", "call_ms", *optional):
-        if not (is_positive(fields[name]) or (name in optional and fields[name] is None)):
+    for name in (*NUMBERS, *OPTIONAL):
+        if not (is_positive(fields[name]) or (name in OPTIONAL and fields[name] is None)):
             raise ConfigError(f"cluster={typed} has measured.{name}={fields[name]}, not a number above 0: {ADVICE}")
-    products = _rows(fields, "products", ProductSpeed, typed)
-    return MeasuredSpeeds(
-        **{**fields, "products": products, "attention": _rows(fields, "attention", AttentionSpeed, typed)}
-    )
+    tables = {name: _rows(fields, name, kind, typed) for name, kind in TABLES.items()}
+    return MeasuredSpeeds(**{**fields, **tables})
 
 
 def _rows(fields: dict[str, Any], name: str, kind: Any, typed: str) -> tuple[Any, ...]:
-    """A table's rows: numbers above 0, but for a kernel's name, in ascending order."""
+    """A table's rows in ascending order: numbers above 0, and a kernel's name."""
     columns = kind._fields
     if not isinstance(fields[name], list):
         raise ConfigError(f"cluster={typed} has measured.{name}={fields[name]}, not a list of rows: {ADVICE}")
     for row in fields[name]:
-        numbers = row[columns[0] == "kernel" :] if isinstance(row, list) and len(row) == len(columns) else [None]
-        if not all(map(is_positive, numbers)):
-            shown = ", ".join(columns)
+        cells = row if isinstance(row, list) and len(row) == len(columns) else [None] * len(columns)
+        if not all(
+            isinstance(c, str) if n == "kernel" else is_positive(c) for n, c in zip(columns, cells, strict=True)
+        ):
             raise ConfigError(
-                f"cluster={typed} has measured.{name} with {row}, not numbers above 0 of {shown}: {ADVICE}"
+                f"cluster={typed} has measured.{name} with {row}, not numbers above 0 of {', '.join(columns)}: {ADVICE}"
             )
     return tuple(sorted(kind(*row) for row in fields[name]))
 

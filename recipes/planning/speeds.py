@@ -85,7 +85,9 @@ class Constants:
         forward_share, backward_share: of a kernel's speed alone, where a long step's clock is lower.
         memory_share: of the data sheet's bandwidth, by norms, activations, copies and the optimizer.
         link_share: of a cluster's link, by collectives: all-to-all, all-gather, reduce-scatter.
-        call_ms, ring_step_ms: of the host for a call of attention, and for a ring step; forward, twice that backward.
+        call_ms, ring_step_ms: of the host for a forward call of attention, and for each of its ring steps. No step of a
+            model that was measured waits for its host, so these are from `ring_host_H200.json`.
+        backward_issue: the host's time for a backward pass, of that for a forward pass.
         wait_share: of a layer's time, lost where ranks wait for each other in each layer.
         gradient_bytes: memory traffic per parameter and micro-batch for the sum of gradients.
         optimizer_bytes: memory traffic per updated parameter: norm, scaling and Adam.
@@ -100,8 +102,9 @@ class Constants:
     backward_share: float = 1.0
     memory_share: float = 0.5
     link_share: float = 0.85
-    call_ms: float = 0.4
-    ring_step_ms: float = 0.4
+    call_ms: float = 0.2
+    ring_step_ms: float = 0.1
+    backward_issue: float = 3.5
     wait_share: float = 0.01
     gradient_bytes: float = 20.0
     optimizer_bytes: float = 40.0
@@ -114,12 +117,12 @@ class Constants:
 FITTED = Constants(
     matmul_share=0.668,
     matmul_half_tokens=184.0,
-    forward_share=1.006,
+    forward_share=1.005,
     backward_share=0.964,
-    memory_share=0.846,
-    link_share=1.03,
-    wait_share=0.0112,
-    gradient_bytes=18.7,
+    memory_share=0.850,
+    link_share=1.04,
+    wait_share=0.0111,
+    gradient_bytes=18.1,
     optimizer_bytes=42.8,
     host_adam_ns=0.804,
     first_step_s=14.1,

@@ -209,5 +209,5 @@ class StepTime:
         if stages == 1:
             return 0.0
         num_bytes = self._tokens * self.config.model.hidden_size * dtype_bytes(self.config) / self.degrees.tensor
-        sent_s = self._speed.collective_s(num_bytes, stages, self.degrees.tensor)
+        sent_s = self._speed.message_s(num_bytes, stages, self.degrees.tensor)
         return (stages - 1) * stage_s + (self._micro_batches + stages - 1) * passes * sent_s

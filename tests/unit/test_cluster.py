@@ -22,6 +22,7 @@ MEASURED = MeasuredSpeeds(
     all_to_all_gb_per_s=250.0,
     call_ms=0.3,
     ring_step_ms=None,
+    backward_issue=3.0,
     products=(ProductSpeed(256, 300.0), ProductSpeed(4096, 600.0)),
     attention=(AttentionSpeed("flash_attn_4", 128, 2048, 480.0, 200.0),),
 )
@@ -119,7 +120,9 @@ def test_what_was_measured_is_written_and_read(tmp_path):
         ("products", 600),
         ("products", [[256, 300.0, 1]]),
         ("products", [[256, 0]]),
+        ("backward_issue", None),
         ("attention", [["flash_attn_4", 128, 2048, 480.0]]),
+        ("attention", [[4, 128, 2048, 480.0, 200.0]]),
         ("attention", [["flash_attn_4", 128, 2048, 480.0, "slow"]]),
     ],
 )

@@ -28,6 +28,7 @@ MEASURED = MeasuredSpeeds(
     all_to_all_gb_per_s=160.0,
     call_ms=0.3,
     ring_step_ms=0.6,
+    backward_issue=3.0,
     products=(ProductSpeed(256, 200.0), ProductSpeed(4096, 600.0)),
     attention=(
         AttentionSpeed("ffpa", 512, 2048, 100.0, 50.0),
@@ -47,9 +48,11 @@ def test_without_measurements_data_sheets_and_shares_count():
     assert sheet.memory_s(2.4e12) == pytest.approx(1)
     assert sheet.products_s(0.5 * 989.4e12, 100) == pytest.approx(1)
     assert sheet.host_copy_s(50e9) == pytest.approx(1)
-    assert (sheet.call_ms, sheet.ring_step_ms) == (0.1, 0.2)
+    assert (sheet.call_ms, sheet.ring_step_ms, sheet.backward_issue) == (0.1, 0.2, 2)
     assert sheet.collective_s(100e9, 8) == pytest.approx(1 + 10e-6)
-    assert sheet.collective_s(10e9, 16) == pytest.approx(1 + 10e-6)
+    # a collective between hosts leaves each by eight ports of 10 GB/s, a message by one
+    assert sheet.collective_s(80e9, 16) == pytest.approx(1 + 10e-6)
+    assert sheet.message_s(10e9, 16) == pytest.approx(1 + 10e-6)
     # of eight neighbours seven get an eighth each over links of 100 GB/s
     assert sheet.all_to_all_s(800e9, 8) == pytest.approx(7 + 10e-6)
 
@@ -58,11 +61,11 @@ def test_measurements_count_as_they_are():
     own = speed()
     assert own.memory_s(4e12) == pytest.approx(1)
     assert own.host_copy_s(25e9) == pytest.approx(1)
-    assert (own.call_ms, own.ring_step_ms) == (0.3, 0.6)
+    assert (own.call_ms, own.ring_step_ms, own.backward_issue) == (0.3, 0.6, 3)
     assert own.collective_s(400e9, 8) == pytest.approx(1 + 10e-6)
     assert own.all_to_all_s(160e9, 8) == pytest.approx(7 / 8 + 10e-6)
-    # between hosts nothing was measured: half of 20 GB/s
-    assert own.collective_s(10e9, 16) == pytest.approx(1 + 10e-6)
+    # between hosts nothing was measured: half of 20 GB/s for each of eight ports
+    assert own.collective_s(80e9, 16) == pytest.approx(1 + 10e-6)
     assert own.all_to_all_s(160e9, 16) == pytest.approx(10 * (7 / 160 + 8 / 10) + 10e-6)
 
 

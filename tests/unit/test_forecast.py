@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from docs.tools.check_forecast import attention_rows, errors, fit, forecast_s
+from docs.tools.check_forecast import attention_rows, errors, fit, forecast_s, other_half_of_files
 from docs.tools.measured_steps import measured_steps, tried_steps
 from recipes.planning.speeds import FITTED, Constants
 
@@ -34,13 +34,23 @@ def test_methods_come_in_order_over_all_rows(steps):
 
 
 def test_micro_batches_that_were_not_chosen():
-    """No fit saw them, nor did anyone while the model was made. One round each, so pairs are less certain."""
+    """No fit sees them. One round each."""
     steps = tried_steps()
     found = errors(steps, [forecast_s(step, FITTED) for step in steps], range(len(steps)))
     assert len(steps) >= 50
     assert found.median <= 0.05, found
     assert found.worst <= 0.15, found
-    assert found.ordered >= 0.9 * found.pairs, found
+    assert found.ordered >= 0.95 * found.pairs, found
+
+
+def test_constants_of_half_of_the_files(steps):
+    """A harder split. Its worst row, 15.6 %, is offloading on an H100, which two hosts measured 12 % apart."""
+    for first in (0, 1):
+        others, found = other_half_of_files(steps, first)
+        assert len(others) >= 50
+        assert found.median <= 0.05, found
+        assert found.worst <= 0.16, found
+        assert found.ordered >= 0.95 * found.pairs, found
 
 
 def test_rows_cover_ranks_methods_and_lengths(steps):

@@ -1,0 +1,102 @@
+"""Tables of docs/results/forecast.md: forecasts beside what was measured, and how far off they are."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+from conf.schema import Degrees
+from docs.tools.check_forecast import (
+    attention_table,
+    distinct_pairs,
+    errors,
+    forecast_s,
+    other_half_of_files,
+    step_table,
+)
+from docs.tools.markdown import load, table
+from docs.tools.measured_steps import MeasuredStep, measured_steps, model_of, tried_steps
+from recipes.planning.attention_time import AttentionTime
+from recipes.planning.cluster import Cluster
+from recipes.planning.cluster_speed import ClusterSpeed
+from recipes.planning.speeds import FITTED
+from ring_attention.kernels import KERNELS
+from ring_attention.layout import Layout
+
+# a GPU that plays one rank of a ring has its messages at once
+NO_MESSAGES = Cluster("h200", 1, 64, 139.8, 1e9, 1e9, latency_us=0, host_memory_gib=2000)
+
+
+def forecast_errors() -> str:
+    """Of rows that were fitted, of others, and of other splits."""
+    steps, forecasts = _forecasts(measured_steps)
+    tried, of_tried = _forecasts(tried_steps)
+    body = []
+    for name, chosen in (("even rows: fitted", range(0, len(steps), 2)), ("odd rows: tested", range(1, len(steps), 2))):
+        body.append([name, len(chosen), errors(steps, forecasts, chosen)])
+    body.append(["all rows", len(steps), errors(steps, forecasts, range(len(steps)))])
+    body.append(["micro-batches not chosen: tested", len(tried), errors(tried, of_tried, range(len(tried)))])
+    for first, name in enumerate(("every second file", "the other files")):
+        others, found = other_half_of_files(steps, first)
+        body.append([f"constants of {name}: tested on the rest", len(others), found])
+    cells = (
+        [name, count, f"{e.median:.1%}", f"{e.worst:.1%}", f"{e.ordered} of {e.pairs} ({e.ordered / e.pairs:.1%})"]
+        for name, count, e in body
+    )
+    return table("rows | number | median error | worst error | pairs in the right order", cells)
+
+
+def forecast_wrong_pairs() -> str:
+    """Pairs of all rows whose order the forecast has wrong."""
+    body = []
+    for steps, forecasts in map(_forecasts, (measured_steps, tried_steps)):
+        for a, b, is_ordered in distinct_pairs(steps, forecasts, range(len(steps))):
+            if not is_ordered:
+                ratios = [f"{seconds[a] / seconds[b]:.3f}" for seconds in ([s.seconds for s in steps], forecasts)]
+                body.append([steps[a].group, _short(steps[a]), _short(steps[b]), *ratios])
+    return table("file | one | the other | measured ratio | forecast ratio", body)
+
+
+def forecast_steps() -> str:
+    return step_table(*_forecasts(measured_steps))
+
+
+def forecast_tried() -> str:
+    return step_table(*_forecasts(tried_steps))
+
+
+def forecast_attention() -> str:
+    return attention_table(FITTED)
+
+
+def forecast_simulated() -> str:
+    """One rank of a ring on one GPU, by today's program: where steps are short, the host is what is measured."""
+    body = []
+    for row in load("ring_host_H200.json")["rows"]:
+        degree, measured = row["ring_degree"], row["after"]
+        forward_s, backward_s = (_rank_of_a_ring(degree).pass_seconds(backward).total for backward in (False, True))
+        pairs = ((measured["forward_ms"], forward_s), (measured["both_ms"], forward_s + backward_s))
+        cells = [(f"{ms:.2f}", f"{1e3 * s:.2f}", f"{1e3 * s / ms - 1:+.1%}") for ms, s in pairs]
+        body.append([f"ring of {degree}", *cells[0], *cells[1]])
+    return table("65,536 tokens | forward, ms | forecast, ms | error | with backward, ms | forecast, ms | error", body)
+
+
+def _rank_of_a_ring(degree: int) -> AttentionTime:
+    fields = {"name": "attention", "num_layers": 1, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128}
+    kernel, layout = KERNELS["flash_attn_4"], Layout("zigzag", degree, 65_536, 1)
+    speed = ClusterSpeed(NO_MESSAGES)
+    return AttentionTime(
+        model_of(fields), "ring", Degrees(1, degree, 1), layout, 1, 2, kernel.name, kernel.split, speed, is_alone=True
+    )
+
+
+@functools.cache
+def _forecasts(source: Callable[[], list[MeasuredStep]]) -> tuple[Sequence[MeasuredStep], Sequence[float]]:
+    steps = source()
+    return steps, [forecast_s(step, FITTED) for step in steps]
+
+
+def _short(step: MeasuredStep) -> str:
+    """Without what all settings of long steps share."""
+    words = [word for word in step.name.split() if not word.startswith(("model", "data.", "launch.", "num_steps"))]
+    return " ".join(words)
