@@ -173,9 +173,7 @@ class AttentionConfig(_Checked, prefix="attention."):
     layout: str = choice("zigzag", "contiguous", "balanced")  # what each rank holds; balanced: by the documents
     transport: str = choice(*TRANSPORTS)  # p2p (NCCL, gloo), copy_engine (NVIDIA GPUs of one host), auto: by the device
     kernel: str = choice(*KERNELS)  # auto: the fastest that supports the device, dtype and head size
-    intra_host_gb_per_s: Optional[float] = number(
-        None, 0.001
-    )  # for forecasts: a rank's link in its host; unset: conf/clusters
+    intra_host_gb_per_s: Optional[float] = number(None, 0.001)  # for forecasts: a rank's link in its host
     inter_host_gb_per_s: Optional[float] = number(None, 0.001)  # for forecasts: a rank's link between hosts
 
 

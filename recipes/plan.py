@@ -39,6 +39,7 @@ def plan(config: Config, typed: list[str], run_dir: Path) -> float:
     cluster = parse_cluster(config.cluster)
     result = search(config, cluster, typed)
     print(*report(result, config, cluster), sep="\n", flush=True)
+    run_dir.mkdir(parents=True, exist_ok=True)
     plots = [draw(config, result, cluster, typed, run_dir) for draw in (over_lengths, over_gpus)]
     rows = {
         name: [row(forecast, config) for forecast in getattr(result, name)]

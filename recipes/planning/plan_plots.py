@@ -16,7 +16,7 @@ from recipes.planning.plan_report import method_name
 from recipes.planning.search import SearchResult, search
 
 LENGTHS_FILE, GPUS_FILE = "plan_over_lengths.png", "plan_over_gpus.png"
-FACTORS = (0.25, 0.5, 1, 2, 4)
+LENGTH_FACTORS, GPU_FACTORS = (0.25, 0.5, 1, 2, 4), (0.25, 0.5, 1, 2)
 
 Places = dict[str, list[Forecast]]  # by the label on the x axis, what fits there, the fastest first
 
@@ -24,7 +24,7 @@ Places = dict[str, list[Forecast]]  # by the label on the x axis, what fits ther
 def over_lengths(config: Config, found: SearchResult, cluster: Cluster, typed: Sequence[str], run_dir: Path) -> Path:
     """Draw RUN_DIR/plan_over_lengths.png: this cluster, shorter and longer sequences of documents like these."""
     places: Places = {}
-    for factor in FACTORS:
+    for factor in LENGTH_FACTORS:
         if length := int(factor * config.data.sequence_length):
             at_length = changed(config, **{"data.sequence_length": length})
             at_length.documents = _repeated(planned_lengths(config), length)
@@ -34,7 +34,7 @@ def over_lengths(config: Config, found: SearchResult, cluster: Cluster, typed: S
 
 def over_gpus(config: Config, found: SearchResult, cluster: Cluster, typed: Sequence[str], run_dir: Path) -> Path:
     """Draw RUN_DIR/plan_over_gpus.png: this length, on fewer GPUs and on more hosts."""
-    clusters = [scaled for factor in FACTORS if (scaled := scaled_cluster(cluster, factor))]
+    clusters = [scaled for factor in GPU_FACTORS if (scaled := scaled_cluster(cluster, factor))]
     places = {
         f"{one.hosts} x {one.gpus_per_host}": found.ranked if one == cluster else _fitting(config, one, typed)
         for one in clusters

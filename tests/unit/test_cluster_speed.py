@@ -48,7 +48,7 @@ def test_without_measurements_data_sheets_and_shares_count():
     assert sheet.memory_s(2.4e12) == pytest.approx(1)
     assert sheet.products_s(0.5 * 989.4e12, 100) == pytest.approx(1)
     assert sheet.host_copy_s(50e9) == pytest.approx(1)
-    assert (sheet.call_ms, sheet.ring_step_ms, sheet.backward_issue) == (0.1, 0.2, 2)
+    assert (sheet.call_ms, sheet.ring_step_ms, sheet.backward_issue) == (0.1, 0.2, 3.5)
     assert sheet.collective_s(100e9, 8) == pytest.approx(1 + 10e-6)
     # a collective between hosts leaves each by eight ports of 10 GB/s, a message by one
     assert sheet.collective_s(80e9, 16) == pytest.approx(1 + 10e-6)

@@ -34,8 +34,8 @@ MODEL = ModelConfig(
 H200S = dataclasses.replace(parse_cluster("4xh200"), memory_gib=40.0)  # small ones: 36 GiB for a step
 
 
-def config(length: int = 65_536, **fields: Any) -> Config:
-    return changed(Config(model=MODEL, data=DataConfig(sequence_length=length)), **fields)
+def config(fields: dict[str, Any] | None = None, length: int = 65_536) -> Config:
+    return changed(Config(model=MODEL, data=DataConfig(sequence_length=length)), **(fields or {}))
 
 
 def grids(forecasts: list[Forecast]) -> set[tuple[str, Degrees]]:
@@ -104,7 +104,7 @@ def test_accumulated_sums_are_counted():
     # on ZeRO-1 a rank has 4 bytes of a sum for its share of the parameters, while the next micro-batch runs
     typed = ["engine.zero_stage=1", "engine.micro_batch_size=1"]
     one_step, accumulated = (
-        search(config(**{"engine.train_batch_size": batch, "engine.zero_stage": 1}), H200S, typed) for batch in (1, 4)
+        search(config({"engine.train_batch_size": batch, "engine.zero_stage": 1}), H200S, typed) for batch in (1, 4)
     )
     of_ring = [
         next(one for one in best_of_grids(result.ranked) if one.degrees.ring == 4) for result in (one_step, accumulated)
@@ -162,7 +162,7 @@ def test_the_hosts_memory_limits_offloading(found: SearchResult):
     ],
 )
 def test_what_is_given_stays(typed: list[str], fields: dict[str, Any], expected: dict[str, Any]):
-    result = search(config(**fields), H200S, typed)
+    result = search(config(fields), H200S, typed)
     tried = [one.config for one in result.ranked + result.unpredicted + result.refused]
     assert len(tried) > 10
     for name, value in expected.items():
@@ -173,14 +173,14 @@ def test_what_is_given_stays(typed: list[str], fields: dict[str, Any], expected:
 def test_a_given_method_and_degree_stay():
     ring = search(config(), H200S, ["attention=ring"])
     assert {degrees[2:] for _, degrees in grids(ring.ranked + ring.refused + ring.unpredicted)} == {(1, 1, 1)}
-    two = search(config(**{"parallelism.ring_degree": 2}), H200S)
+    two = search(config({"parallelism.ring_degree": 2}), H200S)
     assert grids(two.ranked) == {("ring", Degrees(2, 2, 1)), ("hybrid", Degrees(1, 2, 2))}
-    anything = search(config(**{"attention.method": "auto"}), H200S, ["attention=auto"])
+    anything = search(config({"attention.method": "auto"}), H200S, ["attention=auto"])
     assert grids(anything.ranked) == grids(search(config(), H200S).ranked)
-    gathering = search(config(**{"attention.method": "all_gather"}), H200S, ["attention=all_gather"])
+    gathering = search(config({"attention.method": "all_gather"}), H200S, ["attention=all_gather"])
     assert {method for method, _ in grids(gathering.ranked)} == {"all_gather"}
     pipeline = search(
-        config(**{"attention.method": "local", "parallelism.method": "tensor_pipeline", "data.document_mask": False}),
+        config({"attention.method": "local", "parallelism.method": "tensor_pipeline", "data.document_mask": False}),
         H200S,
     )
     assert {degrees[:3] for _, degrees in grids(pipeline.unpredicted + pipeline.refused)} <= {(1, 1, 1), (2, 1, 1)}
@@ -208,15 +208,15 @@ def test_given_names():
     ],
 )
 def test_sequences_of_a_step(length: int, num_gpus: int, sequences: int):
-    assert sequences_per_step(config(length), num_gpus, frozenset()) == sequences
+    assert sequences_per_step(config(length=length), num_gpus, frozenset()) == sequences
 
 
 def test_a_given_batch_stays():
-    assert sequences_per_step(config(**{"engine.train_batch_size": 6}), 4, frozenset()) == 6
+    assert sequences_per_step(config({"engine.train_batch_size": 6}), 4, frozenset()) == 6
     accumulation = frozenset({"engine.gradient_accumulation_steps"})
     assert sequences_per_step(config(), 4, accumulation) is None
     # 21 micro-batches of three sequences are below 2^22 tokens: five for each GPU, rounded to four
-    micro_batch = config(**{"engine.micro_batch_size": 3})
+    micro_batch = config({"engine.micro_batch_size": 3})
     assert sequences_per_step(micro_batch, 4, frozenset({"engine.micro_batch_size"})) == 3 * 16
 
 
@@ -237,12 +237,12 @@ def test_a_given_batch_stays():
 )
 def test_settings_that_no_grid_has_are_refused(fields: dict[str, Any], parts: list[str]):
     with refused(ConfigError, *parts):
-        search(config(**fields), H200S)
+        search(config(fields), H200S)
 
 
 def test_packed_documents_are_faster_and_keep_their_flops():
-    whole, short = search(config(65_536), H200S), search(config(8_192), H200S)
-    packed_config = config(65_536)
+    whole, short = search(config(), H200S), search(config(length=8_192), H200S)
+    packed_config = config()
     packed_config.recipe, packed_config.cluster, packed_config.documents = "plan", "4xh200", "8x8192"
     packed = search(packed_config, H200S)
     assert packed.ranked[0].tokens_per_s > 1.2 * whole.ranked[0].tokens_per_s
@@ -266,9 +266,10 @@ def test_printed_commands_compose_and_plan_the_same_memory(typed: list[str], clu
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         planned = [*typed, "recipe=plan", f"cluster={cluster}", "plan.tokens=1e9"]
         result = search(to_config(hydra.compose("config", planned)), gpus, planned)
-        forecasts = best_of_grids(result.ranked) + best_of_grids(result.unpredicted)
-        assert len(forecasts) > 5
-        for one in forecasts:
+        tensor_pipeline = [one for one in result.unpredicted if one.config.parallelism.method == "tensor_pipeline"]
+        offloaded = [one for one in result.unpredicted if one.config.engine.offload_parameters]
+        assert len(result.ranked) > 10
+        for one in [*best_of_grids(result.ranked)[:4], result.ranked[-1], *tensor_pipeline[:1], *offloaded[:1]]:
             words = shlex.split(one.command)
             overrides = [word for word in words[words.index("train.py") + 1 :] if not word.startswith("hydra.")]
             run = to_config(hydra.compose("config", overrides))
@@ -325,7 +326,7 @@ def test_the_report_says_what_was_not_measured(kind: str):
     ],
 )
 def test_what_fits_nowhere_is_one_line(fields: dict[str, Any], parts: list[str]):
-    planned = dataclasses.replace(config(**fields), recipe="plan", cluster="4xh200")
+    planned = dataclasses.replace(config(fields), recipe="plan", cluster="4xh200")
     with pytest.raises(ConfigError) as caught:
         list(report(search(planned, H200S), planned, H200S))
     names(str(caught.value), "cluster=4xh200", "36.00 GiB", *parts)
