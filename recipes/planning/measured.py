@@ -83,9 +83,11 @@ def parse_measured(fields: Any, typed: str) -> MeasuredSpeeds:
         ConfigError: for a field that is missing or unknown, or a number that cannot be.
     """
     names = [spec.name for spec in dataclasses.fields(MeasuredSpeeds)]
-    if not isinstance(fields, dict) or {*fields} != {*names}:
-        given = ", ".join(map(str, fields)) if isinstance(fields, dict) else fields
-        raise ConfigError(f"cluster={typed} has measured={given}: use {', '.join(names)}; {ADVICE}")
+    if not isinstance(fields, dict):
+        raise ConfigError(f"cluster={typed} has measured={fields}, no mapping: use {', '.join(names)}; {ADVICE}")
+    if wrong := [*(name for name in names if name not in fields), *(name for name in fields if name not in names)]:
+        what = "lacks" if wrong[0] in names else "has"
+        raise ConfigError(f"cluster={typed} {what} measured.{wrong[0]}: use {', '.join(names)}; {ADVICE}")
     for name in (*NUMBERS, *OPTIONAL):
         if not (is_positive(fields[name]) or (name in OPTIONAL and fields[name] is None)):
             raise ConfigError(f"cluster={typed} has measured.{name}={fields[name]}, not a number above 0: {ADVICE}")

@@ -132,11 +132,18 @@ def test_measured_numbers_that_cannot_be(tmp_path, field, value):
     _refuses(tmp_path, fields, f"measured.{field}", value[0] if isinstance(value, list) else value)
 
 
-def test_a_measured_field_that_is_missing_or_unknown(tmp_path):
-    for change in ({"fast": 1}, None):
-        fields = _fields()
-        fields["measured"] = {**fields["measured"], **change} if change else [1]
-        _refuses(tmp_path, fields, "measured", "memory_gb_per_s", "ring_step_ms")
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (lambda measured: measured | {"fast": 1}, ["has measured.fast"]),
+        (lambda measured: {name: measured[name] for name in measured if name != "call_ms"}, ["lacks measured.call_ms"]),
+        (lambda measured: [1], ["measured=[1]"]),
+    ],
+)
+def test_a_measured_field_that_is_missing_or_unknown(tmp_path, change, parts):
+    fields = _fields()
+    fields["measured"] = change(fields["measured"])
+    _refuses(tmp_path, fields, *parts, "memory_gb_per_s", "ring_step_ms")
 
 
 def _fields() -> dict[str, Any]:
