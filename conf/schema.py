@@ -610,7 +610,7 @@ class Config(_Checked):
     recipe: str = choice(*RECIPES)  # forward: forward passes only
     explain: bool = False  # print the resolved plan and stop
     explain_gpu: Optional[str] = choice(None, *GPUS)  # explain launch.num_ranks such GPUs, eight a host, not those here
-    cluster: Optional[str] = None  # plan: 8xh200, 2x8xh100 (hosts x GPUs x kind), or a file like those in conf/clusters
+    cluster: Optional[str] = None  # plan: 8xh200, 2x8xh100, or a cluster's file. Others: speeds for auto and explain
     profile: bool = False  # record a torch profiler trace of profile_steps on every rank
     profile_steps: list[int] = field(default_factory=lambda: [3, 4])  # first and last step to record
     memory_snapshot: bool = False  # record GPU memory allocations on every rank
@@ -647,6 +647,8 @@ class Config(_Checked):
         for name in ("model", "prompt", "prompt_file") if self.recipe != "generate" else ():
             if (value := getattr(self.generate, name)) is not None:
                 yield f"generate.{name}={value} has no effect without recipe=generate: add it"
+        if self.recipe == "calibrate" and self.engine.dtype == "fp32":
+            yield "engine.dtype=fp32 cannot go with recipe=calibrate, since forecasts are of half precision: use bf16"
         if self.recipe != "calibrate" and self.calibrate.output is not None:
             yield f"calibrate.output={self.calibrate.output} has no effect without recipe=calibrate: add it"
         if self.recipe in INFERENCE:
@@ -755,8 +757,13 @@ def _inference_problems(config: Config) -> Iterator[str]:
 def _plan_problems(config: Config) -> Iterator[str]:
     """Of recipe=plan, and of its settings in other recipes."""
     if config.recipe != "plan":
-        if config.cluster is not None:
-            yield f"cluster={config.cluster} needs recipe=plan, not recipe={config.recipe}: add it, or leave it out"
+        if config.cluster is not None and config.explain_gpu:
+            yield f"cluster={config.cluster} and explain_gpu={config.explain_gpu} both name GPUs: leave one of them out"
+        elif config.cluster is not None and config.attention.method != "auto" and not config.explain:
+            yield (
+                f"cluster={config.cluster} has no effect on recipe={config.recipe}: add recipe=plan, attention=auto or "
+                "explain=true, or leave it out"
+            )
         return
     if config.cluster is None:
         yield "recipe=plan needs a cluster: type cluster=8xh200, 2x8xh100 (hosts x GPUs x kind), or a path to a .yaml"

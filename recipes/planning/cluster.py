@@ -116,16 +116,27 @@ def parse_cluster(text: str) -> Cluster:
     return dataclasses.replace(_load(FOLDER / f"{kind}.yaml", text), **given)
 
 
-def cluster_of_ranks(device_name: str, memory_gib: float, num_ranks: int, ranks_per_host: int) -> Cluster:
+def cluster_of_ranks(
+    device_name: str, memory_gib: float, num_ranks: int, ranks_per_host: int, typed: str | None = None
+) -> Cluster:
     """The ranks of a run, as a cluster: with the numbers of `conf/clusters/` for such devices.
 
     A kind without a file has the links of H200s, and a GPU that is not known counts as an A100.
+
+    Args:
+        typed: a cluster of such devices that a user typed, whose numbers count instead.
+
+    Raises:
+        ConfigError: if it cannot be read, or is of other devices.
     """
     kind = kind_of(device_name, memory_gib) or UNKNOWN
     path = FOLDER / f"{kind}.yaml"
-    if not path.exists():
-        path = FOLDER / f"{LIKE}.yaml"
-    ready = _load(path, kind)
+    ready = parse_cluster(typed) if typed else _load(path if path.exists() else FOLDER / f"{LIKE}.yaml", kind)
+    if typed and ready.gpu != kind:
+        raise ConfigError(
+            f"cluster={typed} is of gpu={ready.gpu}, but the ranks are on {device_name}: type recipe=plan to plan for "
+            "other GPUs, or leave it out"
+        )
     return dataclasses.replace(
         ready,
         gpu=kind,

@@ -79,7 +79,8 @@ class Plan:
         """The ranks as a cluster, for forecasts of time."""
         given, memory_bytes = self.config.attention, self.memory_bytes or 0
         memory_gib = memory_bytes / 2**30 or UNKNOWN_MEMORY_GIB
-        ready = cluster_of_ranks(self.device_name, memory_gib, self.num_ranks, self.ranks_per_host)
+        ranks = self.num_ranks, self.ranks_per_host
+        ready = cluster_of_ranks(self.device_name, memory_gib, *ranks, self.config.cluster)
         return dataclasses.replace(
             ready,
             link_within_gb_per_s=given.intra_host_gb_per_s or ready.link_within_gb_per_s,

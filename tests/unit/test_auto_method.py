@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 
-from conf.schema import AttentionConfig, Config, ConfigError, DataConfig, EngineConfig, ModelConfig, ParallelismConfig
+from conf.schema import (
+    AttentionConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    EngineConfig,
+    LaunchConfig,
+    ModelConfig,
+    ParallelismConfig,
+)
+from recipes.planning.cluster import cluster_text, parse_cluster
 from recipes.planning.explain import explanation
+from recipes.planning.measured import MeasuredSpeeds
 from recipes.planning.plan import Plan
 from recipes.planning.step_time import StepTime
 from tests.errors import names, refused
@@ -21,6 +33,7 @@ def plan(
     recipe: str = "forward",
     dtype: str = "bf16",
     attention: dict[str, Any] | None = None,
+    cluster: str | None = None,
     **parallelism: Any,
 ) -> Plan:
     config = Config(
@@ -30,6 +43,7 @@ def plan(
         parallelism=ParallelismConfig(**parallelism),
         engine=EngineConfig(dtype=dtype),
         data=DataConfig(sequence_length=length),
+        cluster=cluster,
     )
     return Plan(config, num_ranks, "cuda", name, (9, 0), ranks_per_host=8, memory_bytes=2**37)
 
@@ -105,6 +119,30 @@ def test_the_kind_of_gpu_has_its_links(name, kind, links, is_measured):
     assert cluster.gpu == kind
     assert (cluster.link_within_gb_per_s, cluster.link_between_gb_per_s) == links
     assert cluster.is_measured == is_measured
+
+
+def test_a_clusters_file_takes_the_place_of_the_kinds(tmp_path):
+    """A host whose all-to-alls were measured to be slow prefers a ring."""
+    path = tmp_path / "mine.yaml"
+    measured = MeasuredSpeeds("mine", 4000.0, 50.0, 250.0, 1.0, 0.1, 0.01, 2.0, (), ())
+    path.write_text(cluster_text(dataclasses.replace(parse_cluster("h200"), gpus_per_host=4, measured=measured), ""))
+    usual, own = plan(4096), plan(4096, cluster=str(path))
+    assert (usual.method, own.method) == ("ulysses", "ring")
+    assert (own.cluster.gpus_per_host, own.cluster.measured) == (8, measured)
+    with refused(ConfigError, f"cluster={path}", "gpu=h200", "NVIDIA B200"):
+        plan(name="NVIDIA B200", cluster=str(path))
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        ({}, ["cluster=8xh200", "attention=auto", "explain=true", "recipe=plan"]),
+        ({"explain": True, "explain_gpu": "h200", "launch": LaunchConfig(8)}, ["cluster=8xh200", "explain_gpu=h200"]),
+    ],
+)
+def test_a_cluster_without_effect_is_refused(settings, parts):
+    with refused(ConfigError, *parts):
+        Config(cluster="8xh200", **settings)
 
 
 def test_fp32_does_without_tensor_cores():

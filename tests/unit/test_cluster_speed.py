@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from conf.schema import Config, DataConfig, Degrees, ModelConfig
+from conf.schema import Config, ConfigError, DataConfig, Degrees, EngineConfig, ModelConfig
 from recipes.planning.cluster import Cluster, calibration_refusal, cluster_of_ranks, parse_cluster
 from recipes.planning.cluster_speed import ClusterSpeed
 from recipes.planning.measured import AttentionSpeed, MeasuredSpeeds, ProductSpeed
 from recipes.planning.speeds import Constants, kernel_tflops
 from recipes.planning.step_time import StepTime
 from recipes.planning.throughput import kind_of
-from tests.errors import names
+from tests.errors import names, refused
 
 ROUND = Constants(
     matmul_share=0.5, matmul_half_tokens=0, memory_share=0.5, link_share=0.5, call_ms=0.1, ring_step_ms=0.2
@@ -131,3 +131,8 @@ def test_what_calibrate_does_not_measure():
     assert calibration_refusal("NVIDIA H200", 8, 8) is None
     names(calibration_refusal("NVIDIA RTX 6000", 1, 1) or "", "NVIDIA RTX 6000", "throughput.py")
     names(calibration_refusal("NVIDIA H200", 16, 8) or "", "one host", 2, 16)
+
+
+def test_speeds_are_measured_in_half_precision():
+    with refused(ConfigError, "engine.dtype=fp32", "recipe=calibrate", "bf16"):
+        Config(recipe="calibrate", engine=EngineConfig(dtype="fp32"))
