@@ -14,6 +14,7 @@ from recipes.planning import memory
 from recipes.planning.memory_timeline import StepMemory
 from recipes.planning.plan import DTYPES, Plan
 from recipes.planning.step_time import StepTime
+from recipes.planning.throughput import kind_of
 from ring_attention.mask import CAUSAL
 from ring_attention.schedule import imbalance, tokens_sent, work_per_rank
 
@@ -249,10 +250,11 @@ def _memory_savers(plan: Plan) -> Iterator[tuple[str, str]]:
 def _step_time(plan: Plan) -> list[str]:
     """The forecast of a step, by parts."""
     parts = plan.step_time.parts
+    counted = "" if kind_of(plan.device_name, 0) else f", which is what {plan.device_name}, not known, counts as"
     return [
         f"estimated time of a step in which each sequence is one document: {parts.total:.4g} s, "
         f"{plan.step_time.tokens_per_s:,.0f} tokens/s",
-        f"  on {plan.cluster}",
+        f"  on {plan.cluster}{counted}",
         *(
             f"  {seconds:>10.4f} s  {seconds / parts.total:>5.1%}  {name}"
             for name, seconds in sorted(parts, key=lambda part: -part[1])

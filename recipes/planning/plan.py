@@ -158,6 +158,7 @@ class Plan:
         """Write what the configuration left open into it, as the record of a run."""
         degrees = self.degrees  # before the method is no longer auto
         self.config.attention.method, self.config.attention.transport = self.method, self.transport
+        self.config.cluster = None  # it has chosen
         resolve_config(self.config, degrees, self.num_ranks)
 
     @property

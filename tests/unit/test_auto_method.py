@@ -98,6 +98,11 @@ def test_a_step_is_explained_by_its_parts(tmp_path):
         assert (f"{seconds:.4f} s" in text and part in text) == (seconds > 0)
 
 
+def test_a_gpu_that_is_not_known_is_explained_as_what_it_counts_as(tmp_path):
+    text = "\n".join(explanation(plan(name="NVIDIA RTX 6000"), tmp_path))
+    names(text, "8 x NVIDIA A100", "NVIDIA RTX 6000, not known, counts as")
+
+
 def test_links_that_were_typed_take_the_place_of_the_kinds():
     cluster = plan(num_ranks=16, attention={"intra_host_gb_per_s": 100.0, "inter_host_gb_per_s": 7.0}).cluster
     assert (cluster.link_within_gb_per_s, cluster.link_between_gb_per_s) == (100.0, 7.0)
@@ -129,6 +134,9 @@ def test_a_clusters_file_takes_the_place_of_the_kinds(tmp_path):
     usual, own = plan(4096), plan(4096, cluster=str(path))
     assert (usual.method, own.method) == ("ulysses", "ring")
     assert (own.cluster.gpus_per_host, own.cluster.measured) == (8, measured)
+    own.resolve_config()
+    resolved = dataclasses.replace(own.config)  # checked again
+    assert (resolved.attention.method, resolved.cluster, resolved.parallelism.ring_degree) == ("ring", None, 8)
     with refused(ConfigError, f"cluster={path}", "gpu=h200", "NVIDIA B200"):
         plan(name="NVIDIA B200", cluster=str(path))
 
