@@ -256,7 +256,7 @@ def _step_time(plan: Plan) -> list[str]:
         f"{plan.step_time.tokens_per_s:,.0f} tokens/s",
         f"  on {plan.cluster}{counted}",
         *(
-            f"  {seconds:>10.4f} s  {seconds / parts.total:>5.1%}  {name}"
+            f"  {1e3 * seconds:>12,.3f} ms  {seconds / parts.total:>5.1%}  {name}"
             for name, seconds in sorted(parts, key=lambda part: -part[1])
             if seconds
         ),
