@@ -16,7 +16,8 @@ from docs.tools import tables_forecast as forecast
 from docs.tools import tables_speed as speed
 from docs.tools.markdown import DOCS, RESULTS
 
-PAGES = [DOCS / "performance.md", DOCS / "huggingface.md", DOCS / "data.md", *sorted(RESULTS.glob("*.md"))]
+WITH_TABLES = ("performance", "huggingface", "data", "extend")
+PAGES = [*(DOCS / f"{name}.md" for name in WITH_TABLES), *sorted(RESULTS.glob("*.md"))]
 GPU_PARTS = ("one device", "ring", "ulysses", "ring, p2p")
 SIMULATED_PARTS = ("one device", *(f"ring of {degree}" for degree in (2, 4, 8, 16, 32, 64)))
 
@@ -60,6 +61,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "precision cpu": partial(correctness.precision, "precision_cpu.json"),
     "precision gpu": partial(correctness.precision, "precision_H200.json"),
     "fuzz": correctness.fuzz,
+    "extension": correctness.extension,
     "memory": correctness.memory,
     "memory gpu": partial(correctness.memory_on_gpus, "memory_H200.json", *LONG, "flat_4xH100.json", "tools_H100.json"),
     "ring memory": correctness.ring_memory,

@@ -247,3 +247,20 @@ def elastic() -> str:
             for row in load("elastic_cpu.json")
         ),
     )
+
+
+def extension() -> str:
+    """Accuracy of retrieval before and while a model learns a longer context."""
+    result = load("extend_131072_2xH200.json")
+    short, long = result["learn"]["length"], result["extend"]["length"]
+    before = [[cell for cell in result["before"] if cell["length"] == length] for length in (short, long)]
+    means = [statistics.fmean(cell["accuracy"] for cell in cells) for cells in before]
+    num_samples = sum(cell["samples"] for cells in before for cell in cells)
+    loss = statistics.fmean(cell["answer_loss"] for cells in before for cell in cells)
+    body = [["0", f"{num_samples}", *(f"{mean:.0%}" for mean in means), f"{loss:.4f}"]]
+    for row in result["while_training"]:
+        accuracies = (row[f"accuracy_{length}"] for length in (short, long))
+        body.append([row["step"], row["samples"], *(f"{each:.0%}" for each in accuracies), f"{row['answer_loss']:.4f}"])
+    of_depths = ", ".join(f"{cell['accuracy']:.0%} at {cell['depth']:g}" for cell in before[1])
+    header = f"step of the extension | samples | accuracy at {short:,} | accuracy at {long:,} | loss of an answer, nats"
+    return f"{table(header, body)}\n\nBefore, by depth at {long:,} tokens: {of_depths}."

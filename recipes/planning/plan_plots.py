@@ -28,7 +28,7 @@ def over_lengths(config: Config, found: SearchResult, cluster: Cluster, typed: S
         if length := int(factor * config.data.sequence_length):
             at_length = changed(config, **{"data.sequence_length": length})
             at_length.documents = _repeated(planned_lengths(config), length)
-            places[f"{length:,}"] = found.ranked if factor == 1 else _fitting(at_length, cluster, typed)
+            places[f"{length:,}"] = _shown(found) if factor == 1 else _searched(at_length, cluster, typed)
     return _draw(places, "tokens per sequence", cluster, run_dir / LENGTHS_FILE)
 
 
@@ -36,7 +36,7 @@ def over_gpus(config: Config, found: SearchResult, cluster: Cluster, typed: Sequ
     """Draw RUN_DIR/plan_over_gpus.png: this length, on fewer GPUs and on more hosts."""
     clusters = [scaled for factor in GPU_FACTORS if (scaled := scaled_cluster(cluster, factor))]
     places = {
-        f"{one.hosts} x {one.gpus_per_host}": found.ranked if one == cluster else _fitting(config, one, typed)
+        f"{one.hosts} x {one.gpus_per_host}": _shown(found) if one == cluster else _searched(config, one, typed)
         for one in clusters
     }
     return _draw(places, "hosts x GPUs of a host", cluster, run_dir / GPUS_FILE)
@@ -64,10 +64,14 @@ def _repeated(lengths: tuple[int, ...], length: int) -> list[int] | None:
     raise AssertionError("a cycle has no end")
 
 
-def _fitting(config: Config, cluster: Cluster, typed: Sequence[str]) -> list[Forecast]:
+def _searched(config: Config, cluster: Cluster, typed: Sequence[str]) -> list[Forecast]:
     with contextlib.suppress(ConfigError):  # the degrees or the batch that the user gave do not go with these GPUs
-        return search(config, cluster, typed).ranked
+        return _shown(search(config, cluster, typed))
     return []
+
+
+def _shown(found: SearchResult) -> list[Forecast]:
+    return found.ranked or found.unpredicted
 
 
 def _draw(places: Places, axis: str, cluster: Cluster, path: Path) -> Path:
@@ -84,11 +88,12 @@ def _draw(places: Places, axis: str, cluster: Cluster, path: Path) -> Path:
     memory.axhline(cluster.memory_gib, color="gray", linestyle="--", label="one GPU has")
     speed.set(title="the fastest settings of each method that fit", ylabel="tokens/s, all GPUs", yscale="log")
     mfu.set(title="their MFU", ylabel="% of the data sheet's peak", ylim=(0, None))
-    memory.set(title="their memory", ylabel="GiB per GPU", ylim=(0, None))
+    is_bound = any(one.unpredicted for fits in places.values() for one in fits)
+    memory.set(title=f"their memory{', a lower bound' if is_bound else ''}", ylabel="GiB per GPU", ylim=(0, None))
     for axes in panels:
         axes.set_xticks(range(len(places)), [*places])
         axes.set_xlabel(axis)
         axes.grid(alpha=0.3)
-    memory.legend()
+    memory.legend(loc="upper left", bbox_to_anchor=(1, 1))  # beside the plots
     figure.savefig(path, dpi=120)
     return path

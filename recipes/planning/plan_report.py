@@ -34,7 +34,7 @@ def report(result: SearchResult, config: Config, cluster: Cluster) -> Iterator[s
         ConfigError: if nothing fits.
     """
     if not result.ranked and not result.unpredicted:
-        raise nothing_fits(result, config, cluster)
+        raise _nothing_fits(result, config, cluster)
     best = (result.ranked or result.unpredicted)[0]
     yield f"{_model(config)}, {config.data.sequence_length:,} tokens per sequence, on {cluster}"
     yield from (f"  {line}" for line in _assumptions(best, cluster))
@@ -44,7 +44,8 @@ def report(result: SearchResult, config: Config, cluster: Cluster) -> Iterator[s
         f"{len(result.refused):,} do not fit"
     )
     shown = best_of_grids(result.ranked or result.unpredicted)[:NUM_PRINTED]
-    bound = "" if result.ranked else f"; their memory is a lower bound: {best.unpredicted}"
+    reasons = "; ".join(dict.fromkeys(one.unpredicted for one in shown if one.unpredicted))
+    bound = f"; their memory is a lower bound ({reasons})" if reasons else ""
     yield f"\nthe fastest settings of each rank grid, the best {len(shown)} grids{bound}"
     yield from text_table([_header(), *(_cells(number, one) for number, one in enumerate(shown, 1))])
     yield "step and its parts are in seconds; messages are those that nothing hides"
@@ -62,7 +63,7 @@ def report(result: SearchResult, config: Config, cluster: Cluster) -> Iterator[s
         yield from (f"  {_in_words(one)}: {one.refusal}" for one in best_of_grids(fastest)[:NUM_REFUSED])
 
 
-def nothing_fits(result: SearchResult, config: Config, cluster: Cluster) -> ConfigError:
+def _nothing_fits(result: SearchResult, config: Config, cluster: Cluster) -> ConfigError:
     """Of a model or a sequence too large for the cluster."""
     least = result.refused[0]
     advice = "use more GPUs or such with more memory, a smaller model, or a shorter data.sequence_length"
@@ -113,7 +114,7 @@ def _model(config: Config) -> str:
 
 
 def _assumptions(best: Forecast, cluster: Cluster) -> Iterator[str]:
-    """What the forecasts take for granted."""
+    """What the forecasts take for granted, beside what the cluster says of itself."""
     sequences = best.step.tokens_per_step // best.config.data.sequence_length
     if best.config.engine.train_batch_size is None:
         yield "the given accumulation steps leave the batch to the grid: steps differ in tokens"
@@ -127,8 +128,6 @@ def _assumptions(best: Forecast, cluster: Cluster) -> Iterator[str]:
         f"a GPU has {best.limit_bytes / 2**30:.1f} GiB for a step: CUDA, NCCL and fragmentation take {MARGIN:.0%}. "
         f"The attention kernel is {best.kernel}, with every package installed"
     )
-    if not cluster.is_measured:
-        yield f"no step was measured on {cluster.spec.device_name}: speeds are an H200's in proportion to data sheets"
     if cluster.hosts > 1:
         yield "no step was measured on several hosts: the link between them is as the cluster's file says"
 

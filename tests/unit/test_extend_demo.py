@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shlex
+from collections.abc import Callable
 
 import hydra
 import pytest
@@ -12,6 +13,7 @@ import transformers
 
 import train  # noqa: F401  registers the schema
 from conf.compose import to_config
+from conf.schema import Config
 from scripts import extend_demo
 from scripts.make_tiny_llama import BOS
 
@@ -44,11 +46,9 @@ def test_rows_are_drawn_until_the_next_is_too_many():
     assert 100 - max(lengths) < total <= 100
 
 
-def test_joined_rows_fit_the_sequence(tiny_llama, tmp_path, monkeypatch):
-    joins = {"dense": ("short", 20, 90, 100)}
-    monkeypatch.setattr(extend_demo, "JOINED", joins)
+def test_joined_rows_fit_the_sequence(tiny_llama, tmp_path):
     (tmp_path / "short.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
-    extend_demo.write_joined(tmp_path, tiny_llama)
+    extend_demo.write_joined(tmp_path, tiny_llama, {"dense": ("short", 20, 90, 100)})
     rows = [json.loads(line) for line in (tmp_path / "dense.jsonl").read_text().splitlines()]
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama)
     texts = [row["prompt"] + row["completion"] for row in rows]
@@ -59,41 +59,59 @@ def test_joined_rows_fit_the_sequence(tiny_llama, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def commands(tmp_path, monkeypatch) -> list[list[str]]:
-    """What the demonstration would run, all of it, without running it. Each evaluation finds a result."""
-    run: list[list[str]] = []
+def demonstrate(tmp_path, monkeypatch) -> Callable[[int], list[list[str]]]:
+    """What a demonstration would run, all of it, without running it. Each evaluation finds a result."""
 
-    def record(command: str) -> None:
-        run.append(shlex.split(command))
+    def commands(length: int) -> list[list[str]]:
+        run: list[list[str]] = []
+        size = extend_demo.SIZES[length]
+        for name in ("short", "ring", "alone"):
+            folder = tmp_path / f"{name}_evaluation"
+            folder.mkdir()
+            (folder / "evaluation.json").write_text(json.dumps({"cells": []}))
+        for name in ("copies", *size.rows, *size.joined):
+            (tmp_path / f"{name}.jsonl").touch()
+        for name in ("write_base", "write_joined", "write_copies"):
+            monkeypatch.setattr(extend_demo, name, lambda *_: None)
+        monkeypatch.setattr(extend_demo, "run", lambda command: run.append(shlex.split(command)))
+        extend_demo.demonstrate(tmp_path, size)
+        return run
 
-    for name in ("short", "ring", "alone"):
-        folder = tmp_path / f"{name}_evaluation"
-        folder.mkdir()
-        (folder / "evaluation.json").write_text(json.dumps({"cells": []}))
-    for name in ("copies", *extend_demo.ROWS, *extend_demo.JOINED):
-        (tmp_path / f"{name}.jsonl").touch()
-    for name in ("write_base", "write_joined", "write_copies"):
-        monkeypatch.setattr(extend_demo, name, lambda *_: None)
-    monkeypatch.setattr(extend_demo, "run", record)
-    extend_demo.demonstrate(tmp_path)
-    return run
+    return commands
 
 
 def overrides_of(words: list[str]) -> list[str]:
     return [word for word in words[1:] if not word.startswith("hydra.")]
 
 
-def test_its_commands_compose(commands):
+def composed(commands: list[list[str]]) -> list[Config]:
     with hydra.initialize_config_dir(str(extend_demo.CHECKOUT / "conf"), version_base="1.3"):
-        configs = [
-            to_config(hydra.compose("config", overrides_of(words))) for words in commands if words[0] == "train.py"
-        ]
+        return [to_config(hydra.compose("config", overrides_of(words))) for words in commands if words[0] == "train.py"]
+
+
+def test_its_commands_compose(demonstrate):
+    configs = composed(demonstrate(4096))
     found = [(config.recipe, config.attention.method, config.data.sequence_length) for config in configs]
     assert found[:3] == [("pretrain", "ring", 512), ("pretrain", "ring", 4096), ("pretrain", "local", 1024)]
     assert [(recipe, method) for recipe, method, _ in found[3:]] == [("evaluate", "ring")] * 3
     assert [config.evaluate.context for config in configs[3:]] == [None, None, 1024]
     assert all(config.launch.num_ranks == 4 for config in configs[1:])
     assert configs[1].model.rope == {"rope_type": "yarn", "factor": 8}
+
+
+def test_the_longer_demonstration_evaluates_one_model_with_and_without_the_ring(demonstrate):
+    configs = composed(demonstrate(131072))
+    found = [(config.recipe, config.data.sequence_length, config.evaluate.context) for config in configs]
+    assert found[:2] == [("pretrain", 8192, None), ("pretrain", 131072, None)]
+    assert [(recipe, context) for recipe, _, context in found[2:]] == [("evaluate", None), ("evaluate", 65536)]
+    assert all(config.launch.num_ranks == 2 for config in configs)
+    assert configs[1].model.rope == {"rope_type": "yarn", "factor": 16}
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["folder", "1000"], ["folder", "4096", "more"]])
+def test_other_arguments_are_refused_with_what_to_type(arguments):
+    with pytest.raises(SystemExit, match=r"4096 and 131072: type python scripts/extend_demo.py FOLDER"):
+        extend_demo.main(arguments)
 
 
 def test_its_table_has_a_row_for_each_model_and_a_column_for_each_cell():
