@@ -129,7 +129,7 @@ def attention_rows(constants: Constants) -> list[list[str]]:
         for row in result["rows"]:
             if row["name"] in CANDIDATES:
                 older = dataclasses.replace(constants, **OLDER_HOST)
-                attention = _attention(result, CANDIDATES[row["name"]], older)
+                attention = attention_of(result, CANDIDATES[row["name"]], older)
                 forward, backward = (attention.pass_seconds(is_backward).total for is_backward in (False, True))
                 cells = [path.name, row["name"]]
                 for kind, seconds in (("forward", forward), ("forward_backward", forward + backward)):
@@ -145,7 +145,7 @@ def attention_table(constants: Constants) -> str:
     return table(header, attention_rows(constants))
 
 
-def _attention(result: dict[str, Any], method: str, constants: Constants) -> AttentionTime:
+def attention_of(result: dict[str, Any], method: str, constants: Constants) -> AttentionTime:
     """The attention of one candidate of a result of recipe=bench_attention."""
     config, num_ranks = result["config"], result["num_ranks"]
     ring = num_ranks if method in ("ring", "all_gather") else 1

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/performance.md and docs/results/*.md from the raw results in docs/results.
+"""Writes the tables of docs/performance.md, docs/results/*.md and others from the raw results in docs/results.
 
 python -m docs.tools.make_tables            rewrites what stands between the markers <!-- NAME --> and <!-- end NAME -->
 python -m docs.tools.make_tables --check    only says whether the pages are up to date
@@ -6,6 +6,7 @@ python -m docs.tools.make_tables --check    only says whether the pages are up t
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from collections.abc import Callable
@@ -13,11 +14,14 @@ from functools import partial
 
 from docs.tools import tables_correctness as correctness
 from docs.tools import tables_forecast as forecast
+from docs.tools import tables_scaling as scaling
 from docs.tools import tables_speed as speed
+from docs.tools.forecast_paper import paper_causes, paper_table
 from docs.tools.markdown import DOCS, RESULTS
 
-WITH_TABLES = ("performance", "huggingface", "data", "extend")
-PAGES = [*(DOCS / f"{name}.md" for name in WITH_TABLES), *sorted(RESULTS.glob("*.md"))]
+OWN = ("performance.md", "forecast.md", "huggingface.md", "data.md", "extend.md")
+PAGES = [*(DOCS / name for name in OWN), *sorted(RESULTS.glob("*.md"))]
+PLACE = r"<!-- (?!end )(.+?) -->\n.*?<!-- end \1 -->"  # of a table
 GPU_PARTS = ("one device", "ring", "ulysses", "ring, p2p")
 SIMULATED_PARTS = ("one device", *(f"ring of {degree}" for degree in (2, 4, 8, 16, 32, 64)))
 
@@ -116,24 +120,45 @@ TABLES: dict[str, Callable[[], str]] = {
     "forecast tried": forecast.forecast_tried,
     "forecast attention": forecast.forecast_attention,
     "forecast simulated": forecast.forecast_simulated,
+    "forecast paper 10k": partial(paper_table, "paper_10k"),
+    "forecast paper 100k": partial(paper_table, "paper_100k"),
+    "forecast causes 10k": partial(paper_causes, "paper_10k"),
+    "forecast causes 100k": partial(paper_causes, "paper_100k"),
+    "forecast strong": partial(scaling.scaling, "strong"),
+    "forecast weak batches": partial(scaling.scaling, "weak_batches"),
+    "forecast weak lengths": partial(scaling.scaling, "weak_lengths"),
+    "forecast map": scaling.method_map,
+    "forecast host map": scaling.host_map,
+    "forecast link map": scaling.link_map,
+    "forecast rings": scaling.rings_measured,
+    "forecast links": scaling.links,
+    "forecast stragglers": scaling.stragglers,
     "llama 1b": partial(
         speed.throughput, {"L = 32,768": "llama_1b_32768_2xH200.jsonl", "L = 65,536": "llama_1b_65536_2xH200.jsonl"}
     ),
 }
 
 
+@functools.cache
+def _table(name: str) -> str:
+    return TABLES[name]()
+
+
+def fresh(text: str) -> str:
+    """A page whose tables are made again."""
+
+    def made(match: re.Match[str]) -> str:
+        return f"<!-- {match[1]} -->\n{_table(match[1])}\n<!-- end {match[1]} -->"
+
+    return re.sub(PLACE, made, text, flags=re.DOTALL)
+
+
 def main() -> None:
     outdated, missing = [], set(TABLES)
     for path in PAGES:
         old = path.read_text(encoding="utf-8")
-
-        def fresh(match: re.Match[str]) -> str:
-            name = match[1]
-            missing.discard(name)
-            return f"<!-- {name} -->\n{TABLES[name]()}\n<!-- end {name} -->"
-
-        new = re.sub(r"<!-- (?!end )(.+?) -->\n.*?<!-- end \1 -->", fresh, old, flags=re.DOTALL)
-        if new != old:
+        missing -= set(re.findall(PLACE, old, flags=re.DOTALL))
+        if (new := fresh(old)) != old:
             outdated.append(str(path.relative_to(DOCS.parent)))
             if "--check" not in sys.argv:
                 path.write_text(new, encoding="utf-8")

@@ -51,7 +51,7 @@ def test_help_starts_with_common_commands(program):
     commands = re.findall(r"^  (\S.*)$", result.stdout.partition("== Options")[0], re.MULTILINE)
     assert commands[0].startswith("python train.py +experiment=ra_sp")
     assert any("explain=true" in command for command in commands)
-    assert "model: huggingface, llama_1b, llama_8b" in result.stdout
+    assert "model: huggingface, llama_1b, llama_70b, llama_8b" in result.stdout
     assert "sequence_length: 2048" in result.stdout
 
 

@@ -108,6 +108,24 @@ def test_all_gather_sends_all_keys():
     assert parts.messages == pytest.approx(4 * 3 * 2 * 1024 * LENGTH / 4 * 2 / 200e9)
 
 
+def test_gathered_rows_are_copied_one_number_at_a_time():
+    """6 times as long for each of several rows: 4 times as slowly, and half of the keys once more for the kernel."""
+    one, two = (step(Degrees(1, 8, 1), "forward", "all_gather", micro_batch_size=size).parts for size in (1, 2))
+    copied_s = 4 * 2 * 2 * 2 * 1024 * LENGTH / 2.4e12
+    assert two.elementwise - 2 * one.elementwise == pytest.approx(2 * 5 * copied_s)
+
+
+def test_a_collective_between_hosts_uses_the_ports_of_all_its_ranks():
+    """8 GPUs a host, 200 GB/s within it, 20 between hosts."""
+    speed = ClusterSpeed(H200S, ROUND)
+    assert speed.collective_s(200e9, 8) == pytest.approx(1)
+    assert speed.collective_s(160e9, 64) == pytest.approx(1)
+    assert speed.collective_s(40e9, 16, stride=4) == pytest.approx(1)
+    assert speed.collective_s(20e9, 8, stride=8) == pytest.approx(1)
+    assert speed.message_s(200e9, 2, stride=4) == pytest.approx(1)
+    assert speed.message_s(20e9, 4, stride=4) == pytest.approx(1)
+
+
 def test_a_rings_messages_hide_behind_its_kernels_until_links_are_slow():
     assert ring(4).parts.messages == 0
     slow = dataclasses.replace(ring(4), cluster=dataclasses.replace(H200S, link_within_gb_per_s=1.0))
