@@ -24,7 +24,7 @@ from omegaconf import DictConfig, open_dict
 
 from conf.compose import as_hydra_types_it, check_multirun, compose_entries, describe_error, to_config
 from conf.degrees import accumulation_steps, resolve_degrees
-from conf.schema import INFERENCE, LOSS_TASK, Config, ConfigError
+from conf.schema import INFERENCE, LOSS_TASK, WITHOUT_MODEL, Config, ConfigError
 from data.corpus import Corpus, open_corpus
 from data.source import is_local
 from recipes.checkpoint.manifest import newest_readable
@@ -109,7 +109,7 @@ def execute(config: Config, overrides: list[str], run_dir: Path) -> float | None
         accumulation_steps(config, resolve_degrees(config, given))
     newest = newest_readable(run_dir) if config.recipe == "pretrain" else None
     is_finished = newest is not None and newest[1].step >= config.num_steps  # then its data may be gone
-    reads_data = config.recipe not in ("bench_attention", "generate") and not is_finished
+    reads_data = config.recipe not in (*WITHOUT_MODEL, "generate") and not is_finished
     if config.recipe == "evaluate":
         from recipes.evaluation.refusals import check
 

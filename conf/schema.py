@@ -10,6 +10,7 @@ import dataclasses
 import glob
 import itertools
 import math
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,8 +21,19 @@ METHODS = ("ring", "ulysses", "hybrid", "all_gather", "local", "auto")
 TRANSPORTS = ("auto", "p2p", "copy_engine")
 # GPUs that explain_gpu may name; recipes/planning/throughput.py has their numbers
 GPUS = ("h200", "h200_nvl", "h100", "h100_nvl", "h100_pcie", "a100_80gb", "a100_40gb", "l40s", "b200")
-RECIPES = ("pretrain", "forward", "compare", "bench_attention", "max_length", "evaluate", "generate", "plan")
+RECIPES = (
+    "pretrain",
+    "forward",
+    "compare",
+    "bench_attention",
+    "max_length",
+    "evaluate",
+    "generate",
+    "plan",
+    "calibrate",
+)
 INFERENCE = ("evaluate", "generate")  # recipes of a trained model, which the group of the same name says
+WITHOUT_MODEL = ("bench_attention", "calibrate")  # recipes that build no model
 LOSS_TASK = "loss"
 # of recipe=evaluate; recipes/evaluation/puzzles.py makes them
 RETRIEVAL_TASKS = (
@@ -157,12 +169,12 @@ class LoraConfig(_Checked, prefix="lora."):
 class AttentionConfig(_Checked, prefix="attention."):
     """How attention is computed over the ranks that share a sequence."""
 
-    method: str = choice(*METHODS)  # auto: the fastest by a cost model; explain=true shows it
+    method: str = choice(*METHODS)  # auto: the fastest by forecast; explain=true shows it
     layout: str = choice("zigzag", "contiguous", "balanced")  # what each rank holds; balanced: by the documents
     transport: str = choice(*TRANSPORTS)  # p2p (NCCL, gloo), copy_engine (NVIDIA GPUs of one host), auto: by the device
     kernel: str = choice(*KERNELS)  # auto: the fastest that supports the device, dtype and head size
-    intra_host_gb_per_s: Optional[float] = number(None, 0.001)  # auto: a rank's link in its host; unset: 280, CPU 2
-    inter_host_gb_per_s: Optional[float] = number(None, 0.001)  # auto: a rank's link between hosts; unset: 45, CPU 1
+    intra_host_gb_per_s: Optional[float] = number(None, 0.001)  # for forecasts: a rank's link in its host
+    inter_host_gb_per_s: Optional[float] = number(None, 0.001)  # for forecasts: a rank's link between hosts
 
 
 class Degrees(NamedTuple):
@@ -486,6 +498,22 @@ class MaxLengthConfig(_Checked, prefix="max_length."):
 
 
 @dataclass
+class CalibrateConfig(_Checked, prefix="calibrate."):
+    """recipe=calibrate: the speeds of this host's devices and links, for forecasts."""
+
+    output: Optional[str] = None  # the cluster file to write, such as mine.yaml; unset: RUN_DIR/cluster.yaml
+
+    def problems(self) -> Iterator[str]:
+        if self.output is None:
+            return
+        folder = os.path.dirname(self.output) or "."
+        if not self.output.endswith((".yaml", ".yml")):
+            yield f"calibrate.output={self.output} must end in .yaml: type calibrate.output=mine.yaml"
+        elif os.path.isdir(self.output) or not os.access(folder, os.W_OK):
+            yield f"calibrate.output={self.output} cannot be written: type a file in a folder that exists and is yours"
+
+
+@dataclass
 class PlanConfig(_Checked, prefix="plan."):
     """recipe=plan: the fastest settings on a cluster that need not be here, by arithmetic."""
 
@@ -574,6 +602,7 @@ class Config(_Checked):
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
     max_length: MaxLengthConfig = field(default_factory=MaxLengthConfig)
+    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
@@ -581,7 +610,7 @@ class Config(_Checked):
     recipe: str = choice(*RECIPES)  # forward: forward passes only
     explain: bool = False  # print the resolved plan and stop
     explain_gpu: Optional[str] = choice(None, *GPUS)  # explain launch.num_ranks such GPUs, eight a host, not those here
-    cluster: Optional[str] = None  # plan: 8xh200, 2x8xh100 (hosts x GPUs x kind), or a file like those in conf/clusters
+    cluster: Optional[str] = None  # plan: 8xh200, 2x8xh100, or a cluster's file. Others: speeds for auto and explain
     profile: bool = False  # record a torch profiler trace of profile_steps on every rank
     profile_steps: list[int] = field(default_factory=lambda: [3, 4])  # first and last step to record
     memory_snapshot: bool = False  # record GPU memory allocations on every rank
@@ -618,6 +647,10 @@ class Config(_Checked):
         for name in ("model", "prompt", "prompt_file") if self.recipe != "generate" else ():
             if (value := getattr(self.generate, name)) is not None:
                 yield f"generate.{name}={value} has no effect without recipe=generate: add it"
+        if self.recipe == "calibrate" and self.engine.dtype == "fp32":
+            yield "engine.dtype=fp32 cannot go with recipe=calibrate, since forecasts are of half precision: use bf16"
+        if self.recipe != "calibrate" and self.calibrate.output is not None:
+            yield f"calibrate.output={self.calibrate.output} has no effect without recipe=calibrate: add it"
         if self.recipe in INFERENCE:
             yield from _inference_problems(self)
         if self.data.stages is not None:
@@ -724,8 +757,13 @@ def _inference_problems(config: Config) -> Iterator[str]:
 def _plan_problems(config: Config) -> Iterator[str]:
     """Of recipe=plan, and of its settings in other recipes."""
     if config.recipe != "plan":
-        if config.cluster is not None:
-            yield f"cluster={config.cluster} needs recipe=plan, not recipe={config.recipe}: add it, or leave it out"
+        if config.cluster is not None and config.explain_gpu:
+            yield f"cluster={config.cluster} and explain_gpu={config.explain_gpu} both name GPUs: leave one of them out"
+        elif config.cluster is not None and config.attention.method != "auto" and not config.explain:
+            yield (
+                f"cluster={config.cluster} has no effect on recipe={config.recipe}: add recipe=plan, attention=auto or "
+                "explain=true, or leave it out"
+            )
         return
     if config.cluster is None:
         yield "recipe=plan needs a cluster: type cluster=8xh200, 2x8xh100 (hosts x GPUs x kind), or a path to a .yaml"

@@ -21,6 +21,7 @@ from recipes.run.run_dir import CONFIG_FILE
 def registry() -> dict[str, Callable[..., float]]:
     """What ranks run, by `recipe=NAME`. Only ranks call this, because it imports DeepSpeed."""
     from recipes.benchmark.bench_attention import bench_attention
+    from recipes.calibrate import calibrate
     from recipes.evaluate import evaluate
     from recipes.forward import forward
     from recipes.generate import generate
@@ -32,6 +33,7 @@ def registry() -> dict[str, Callable[..., float]]:
         "bench_attention": bench_attention,
         "evaluate": evaluate,
         "generate": generate,
+        "calibrate": calibrate,
     }
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import statistics
 from typing import Any
 
-from conf.schema import ModelConfig
+from conf.schema import Config, DataConfig, ModelConfig
 from docs.tools.markdown import load, optional, spread, table
 from recipes.benchmark.comparison_report import summarize
+from recipes.planning.auto_method import rank_methods
+from recipes.planning.cluster import parse_cluster
+from recipes.planning.step_time import StepParts
 from recipes.planning.throughput import attention_flops_per_token, forward_flops_per_token, peak_tflops
-from ring_attention.auto_method import Links, Workload, rank_methods
 
 ATTENTION_PASSES = ("forward", "forward_backward")
 INTERRUPTED = {  # entries and baseline of comparisons that were cut off
@@ -282,16 +285,25 @@ def kernel_speeds() -> str:
 
 def auto_method() -> str:
     """What attention=auto expects of one layer's forward attention on hosts of 8 H200s, and what it chooses."""
-    shapes = {"16 x 512": (16, 16, 512), "32 x 128": (32, 32, 128), "32 x 128, 8 kv": (32, 8, 128)}
+    shapes = {"16 x 512": (16, 16, 512, "ffpa"), "32 x 128": (32, 32, 128, "flash_attn_4")}
+    shapes["32 x 128, 8 kv"] = (32, 8, 128, "flash_attn_4")
     body = []
-    for (heads, shape), length, ranks in itertools.product(shapes.items(), (10_000, 32_768, 131_072), (8, 16)):
-        # as recipes.planning.plan: 0.6 of the data sheet's peak; GB/s within and between hosts
-        candidates = rank_methods(Workload(*shape, length, 1, 2, 0.6 * 989), Links(8, 280.0, 45.0), ranks)
-        ring, chosen = next(one for one in candidates if one.ulysses_degree == 1), candidates[0]
-        times = [f"{time:.2f}" for time in (ring.compute_ms / ranks, ring.transfer_ms, ring.total_ms)]
-        grid = f"ring {chosen.ring_degree} x Ulysses {chosen.ulysses_degree}"
-        body.append([heads, f"{length:,}", ranks, *times, grid, f"{chosen.total_ms:.2f}"])
-    return table("heads | L | ranks | ring step's kernels, ms | a transfer, ms | ring, ms | chosen | ms", body)
+    for (name, shape), length, ranks in itertools.product(shapes.items(), (10_000, 32_768, 131_072), (8, 16)):
+        heads, kv_heads, head_dim, kernel = shape
+        model = ModelConfig(num_layers=1, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
+        config = Config(recipe="forward", model=model, data=DataConfig(sequence_length=length))
+        hosts = dataclasses.replace(parse_cluster("h200"), hosts=ranks // 8)
+        candidates = rank_methods(config, ranks, 1, kernel, hosts)
+        ring, chosen = next(one for one in candidates if one.degrees.ulysses == 1), candidates[0]
+        grid = f"ring {chosen.degrees.ring} x Ulysses {chosen.degrees.ulysses}"
+        times = [f"{1e3 * seconds:.2f}" for step in (ring, chosen) for seconds in _attention_s(step.parts)]
+        body.append([name, f"{length:,}", ranks, *times[:3], grid, *times[3:]])
+    columns = "ms | exposed messages | host"
+    return table(f"heads | L | ranks | ring: kernels, {columns} | chosen | kernels, {columns}", body)
+
+
+def _attention_s(parts: StepParts) -> tuple[float, float, float]:
+    return parts.attention, parts.messages, parts.host
 
 
 def steps_beside_roofline(name: str) -> str:

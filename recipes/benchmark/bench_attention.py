@@ -11,19 +11,16 @@ import contextlib
 import itertools
 import json
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import deepspeed.comm as dist
 import torch
 
 from conf.schema import document_lengths
 from recipes.benchmark.candidates import Candidate, make_candidates
 from recipes.engine.base import extremes_over_ranks
-from recipes.monitor.device_metrics import StepClock
+from recipes.monitor.call_timer import CallSeconds, seconds_of_a_call
 from recipes.monitor.metric_registry import PARTS
 from recipes.monitor.reporter import Reporter
 from recipes.monitor.trace_analysis import step_breakdown
@@ -97,12 +94,12 @@ def _within_documents(plan: Plan) -> str:
 
 def _time(candidates: list[Candidate], plan: Plan, device: torch.device) -> list[dict[str, Any]]:
     """A row of times in ms for each candidate. Every round times all of them, so that drift affects all alike."""
-    samples: dict[tuple[str, str, bool], list[tuple[float, float]]] = collections.defaultdict(list)
+    samples: dict[tuple[str, str, bool], list[CallSeconds]] = collections.defaultdict(list)
     for number in range(1 + plan.config.compare.rounds):  # the first one warms up
         for candidate, kind in itertools.product(candidates, KINDS):
             for is_silent in (False, True) if candidate.attention.has_messages else (False,):
                 with candidate.attention.context(), messages_stay_local() if is_silent else contextlib.nullcontext():
-                    sample = _seconds_of_a_call(getattr(candidate, kind), device)
+                    sample = seconds_of_a_call(getattr(candidate, kind), device, TIMED_S)
                 if number:
                     samples[candidate.name, kind, is_silent].append(sample)
     median_s = {key: statistics.median(total_s for total_s, _ in own) for key, own in samples.items()}
@@ -130,24 +127,6 @@ def _time(candidates: list[Candidate], plan: Plan, device: torch.device) -> list
             }
         rows.append(row)
     return rows
-
-
-def _seconds_of_a_call(call: Callable[[], Any], device: torch.device) -> tuple[float, float]:
-    """The time of a call, and the part until the host has issued it, on the slowest rank: means over TIMED_S."""
-    clock = StepClock()
-
-    def seconds(num_calls: int) -> tuple[float, float]:
-        dist.barrier()
-        clock.restart()
-        started = time.perf_counter()
-        for _ in range(num_calls):
-            call()
-        issued_s = time.perf_counter() - started
-        clock.tick()
-        extremes = extremes_over_ranks({"total": clock.take()[0], "issued": issued_s}, device)
-        return extremes["total"][1] / num_calls, extremes["issued"][1] / num_calls
-
-    return seconds(max(1, round(TIMED_S / seconds(1)[0])))
 
 
 def _times_table(rows: list[dict[str, Any]], num_ranks: int) -> list[str]:

@@ -52,7 +52,7 @@ def max_length(config: Config, run_dir: Path) -> float:
     limit_gib = config.max_length.memory_gib or available_gib
     multiple = TOKENS_PER_RANK * plan.degrees.sequence
     plan = _at_longest(plan, limit_gib, multiple)
-    length, predicted_s = plan.config.data.sequence_length, NUM_STEPS * plan.estimated_step_s
+    length, predicted_s = plan.config.data.sequence_length, NUM_STEPS * plan.step_time.parts.total
     lengths = sorted({max(multiple, length * eighths // 8 // multiple * multiple) for eighths in (1, 2, 4, 6, 8)})
     curve = [{"length": at, "peak_gib": _peak_gib(_at_length(plan, at))} for at in lengths]
     print(

@@ -14,7 +14,7 @@ from conf.schema import Degrees, ModelConfig
 from recipes.planning.cluster_speed import ClusterSpeed
 from recipes.planning.ring_simulator import RingCosts, simulate
 from recipes.planning.ring_work import ring_work
-from recipes.planning.speeds import HEAD_NUMBERS, kernel_tflops
+from recipes.planning.speeds import HEAD_NUMBERS
 from ring_attention.backward_schedule import KernelTiles, TileRows
 from ring_attention.layout import Layout
 from ring_attention.mask import CAUSAL, Mask
@@ -84,9 +84,8 @@ class AttentionTime:
         """What the host needs to issue one pass."""
         num_steps = self.layout.ring_degree + backward if self.method in ("ring", "hybrid") else 0
         num_steps += 2 if self.degrees.ulysses > 1 or self._gathers else 0  # the calls before and after take as long
-        constants = self.speed.constants
-        ms = constants.call_ms + constants.ring_step_ms * num_steps
-        return ms * (constants.backward_issue if backward else 1) / 1e3
+        ms = self.speed.call_ms + self.speed.ring_step_ms * num_steps
+        return ms * (self.speed.backward_issue if backward else 1) / 1e3
 
     @property
     def _gathers(self) -> bool:
@@ -131,9 +130,7 @@ class AttentionTime:
         numbers = heads * self.model.head_dim
         share = self.speed.constants.backward_share if backward else self.speed.constants.forward_share
         size = math.sqrt(2 * as_of * numbers / HEAD_NUMBERS)
-        tflops = share * kernel_tflops(
-            self.speed.cluster.gpu, self.kernel, self.model.head_dim, size, backward, is_full
-        )
+        tflops = share * self.speed.kernel_tflops(self.kernel, self.model.head_dim, size, backward, is_full)
         return 4 * numbers * pairs * (BACKWARD_PRODUCTS if backward else 1) / tflops / 1e12
 
     def _ring(self, backward: bool) -> AttentionSeconds:

@@ -8,20 +8,21 @@ options.
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from conf.schema import ConfigError
-from recipes.planning.throughput import GPUS, Gpu
+from recipes.planning.measured import TABLES, MeasuredSpeeds, is_positive, parse_measured
+from recipes.planning.throughput import DEVICES, Gpu, kind_of
 
 FOLDER = Path(__file__).parents[2] / "conf" / "clusters"
+UNKNOWN, LIKE = "a100_80gb", "h200"  # what a GPU that is not known counts as, and one without a file
 FORMS = "8xh200, 2x8xh100 (hosts x GPUs x kind), or a path that ends in .yaml"
 
 
@@ -30,13 +31,14 @@ class Cluster:
     """Equal hosts of equal GPUs. Links are those of one GPU, in one direction.
 
     Args:
-        gpu: a name in `recipes.planning.throughput.GPUS`.
+        gpu: a name in `recipes.planning.throughput.DEVICES`.
         memory_gib: of one GPU, as CUDA reports it.
         link_within_gb_per_s: what a GPU attains to another of its host, in 1e9 bytes per second.
         link_between_gb_per_s: the same to a GPU of another host.
         latency_us: of one message, for posting, launching and waiting.
         host_memory_gib: of one host.
         is_measured: whether speeds of such GPUs were measured, rather than taken from data sheets.
+        measured: what recipe=calibrate measured on such a host; None: forecasts use the built-in tables.
 
     Raises:
         ConfigError: on construction, for an unknown GPU or a number that cannot be.
@@ -51,17 +53,18 @@ class Cluster:
     latency_us: float
     host_memory_gib: float
     is_measured: bool = False
+    measured: MeasuredSpeeds | None = None
 
     def __post_init__(self) -> None:
-        if self.gpu not in GPUS:
-            raise ConfigError(f"cluster.gpu={self.gpu} is not known: use {', '.join(GPUS)}")
+        if self.gpu not in DEVICES:
+            raise ConfigError(f"cluster.gpu={self.gpu} is not known: use {', '.join(DEVICES)}")
         for name in ("gpus_per_host", "hosts"):
             if not isinstance(value := getattr(self, name), int) or value < 1:
                 raise ConfigError(f"cluster.{name}={value} must be a whole number from 1: type cluster={FORMS}")
         for name in ("memory_gib", "link_within_gb_per_s", "link_between_gb_per_s", "host_memory_gib"):
-            if not (_is_number(value := getattr(self, name)) and value > 0):
+            if not is_positive(value := getattr(self, name)):
                 raise ConfigError(f"cluster.{name}={value} must be a number above 0: {_advice(name)}")
-        if not (_is_number(self.latency_us) and self.latency_us >= 0):
+        if self.latency_us != 0 and not is_positive(self.latency_us):
             raise ConfigError(f"cluster.latency_us={self.latency_us} must be a number from 0: H100s have 20")
 
     @property
@@ -70,11 +73,18 @@ class Cluster:
 
     @property
     def spec(self) -> Gpu:
-        return GPUS[self.gpu]
+        return DEVICES[self.gpu]
+
+    @property
+    def ranks_per_device(self) -> int:
+        """Ranks that share a device's data-sheet speeds: those of a host share its CPU."""
+        return self.gpus_per_host if self.gpu == "cpu" else 1
 
     def __str__(self) -> str:
         hosts = f"{self.hosts} hosts of " if self.hosts > 1 else ""
         speeds = "" if self.is_measured else "; speeds of such GPUs were not measured"
+        if self.measured:
+            speeds = f"; measured on {self.measured.about}"
         return (
             f"{hosts}{self.gpus_per_host} x {self.spec.device_name}, {self.memory_gib:g} GiB each; "
             f"{self.link_within_gb_per_s:g} GB/s within a host, {self.link_between_gb_per_s:g} between hosts{speeds}"
@@ -106,10 +116,68 @@ def parse_cluster(text: str) -> Cluster:
     return dataclasses.replace(_load(FOLDER / f"{kind}.yaml", text), **given)
 
 
+def cluster_of_ranks(
+    device_name: str, memory_gib: float, num_ranks: int, ranks_per_host: int, typed: str | None = None
+) -> Cluster:
+    """The ranks of a run, as a cluster: with the numbers of `conf/clusters/` for such devices.
+
+    A kind without a file has the links of H200s, and a GPU that is not known counts as an A100.
+
+    Args:
+        typed: a cluster of such devices that a user typed, whose numbers count instead.
+
+    Raises:
+        ConfigError: if it cannot be read, or is of other devices.
+    """
+    kind = kind_of(device_name, memory_gib) or UNKNOWN
+    path = FOLDER / f"{kind}.yaml"
+    ready = parse_cluster(typed) if typed else _load(path if path.exists() else FOLDER / f"{LIKE}.yaml", kind)
+    if typed and ready.gpu != kind:
+        raise ConfigError(
+            f"cluster={typed} is of gpu={ready.gpu}, but the ranks are on {device_name}: type recipe=plan to plan for "
+            "other GPUs, or leave it out"
+        )
+    return dataclasses.replace(
+        ready,
+        gpu=kind,
+        gpus_per_host=ranks_per_host,
+        hosts=-(-num_ranks // ranks_per_host),
+        memory_gib=round(memory_gib, 1),
+        is_measured=ready.is_measured and ready.gpu == kind,
+    )
+
+
+def calibration_refusal(device_name: str, num_ranks: int, ranks_per_host: int) -> str | None:
+    """Why recipe=calibrate does not measure these ranks; None if it does."""
+    if kind_of(device_name, 0) is None:
+        return (
+            f"recipe=calibrate does not know {device_name}: add its data sheet's peak and memory to GPUS in "
+            "recipes/planning/throughput.py and conf/schema.py"
+        )
+    if num_ranks > ranks_per_host:
+        return (
+            f"recipe=calibrate measures one host, not the {num_ranks // ranks_per_host} of these {num_ranks} ranks: "
+            "type python train.py recipe=calibrate on one of them"
+        )
+    return None
+
+
+def cluster_text(cluster: Cluster, comment: str) -> str:
+    """A cluster's YAML file, which `parse_cluster` reads."""
+    fields = dataclasses.asdict(cluster)
+    if cluster.measured is None:
+        del fields["measured"]
+    else:
+        for table in TABLES:
+            fields["measured"][table] = [list(row) for row in getattr(cluster.measured, table)]
+    lines = "".join(f"# {line}\n" for line in comment.splitlines())
+    return lines + yaml.safe_dump(fields, sort_keys=False, default_flow_style=None, width=120)
+
+
 def _load(path: Path, typed: str) -> Cluster:
     try:
         fields: Any = OmegaConf.to_container(OmegaConf.load(path))
-    except (OSError, OmegaConfBaseException, YAMLError) as error:
+    except (OSError, OmegaConfBaseException, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"cluster={typed} cannot be read ({reason}): use {FORMS}") from error
     known = {spec.name: spec for spec in dataclasses.fields(Cluster)}
@@ -119,11 +187,8 @@ def _load(path: Path, typed: str) -> Cluster:
         raise ConfigError(
             f"cluster={typed} has the fields {', '.join(given) or 'of no mapping'}: use {', '.join(known)}"
         )
-    return Cluster(**fields)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    measured = fields.get("measured")
+    return Cluster(**{**fields, "measured": None if measured is None else parse_measured(measured, typed)})
 
 
 def _advice(name: str) -> str:

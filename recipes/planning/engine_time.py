@@ -8,7 +8,6 @@ from conf.schema import Config, Degrees
 from recipes.planning.cluster_speed import ClusterSpeed
 from recipes.planning.memory import bucket_size, dtype_bytes, has_sharded_sums, num_parameters, sums_nothing
 
-HOST_GB_PER_S = 50.0  # between a GPU and its host's memory: PCIe 5, 16 lanes, as attained
 GRADIENT_BYTES = 4  # gradients travel in fp32
 HOST_ADAM_COPIES = 6  # bytes a parameter: its gradient in fp32, and the new weight
 
@@ -75,7 +74,7 @@ class EngineTime:
     @property
     def offloading_s(self) -> float:
         """What the host's memory costs: copies that are longer than the layers beside them, and Adam on the host."""
-        engine, copy_s = self.config.engine, 1 / HOST_GB_PER_S / 1e9
+        engine, copy_s = self.config.engine, self.speed.host_copy_s(1)
         seconds = self.micro_batches * max(0.0, 2 * self.offloaded_bytes * copy_s - self.compute_s)
         if engine.offload_optimizer and self._trains:
             # all ranks of a host share its cores

@@ -7,13 +7,14 @@ import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from conf.schema import LOSS_TASK, Config
+from conf.schema import LOSS_TASK, WITHOUT_MODEL, Config
 from conf.stages import stages_of, steps_by_length
 from data.source import describe
 from recipes.planning import memory
 from recipes.planning.memory_timeline import StepMemory
 from recipes.planning.plan import DTYPES, Plan
-from ring_attention.auto_method import MESSAGE_LATENCY_MS
+from recipes.planning.step_time import StepTime
+from recipes.planning.throughput import kind_of
 from ring_attention.mask import CAUSAL
 from ring_attention.schedule import imbalance, tokens_sent, work_per_rank
 
@@ -35,7 +36,7 @@ def banner(plan: Plan, run_dir: Path) -> list[str]:
         ("ranks", _ranks(plan)),
         ("tokens", f"{tokens}; {plan.tokens_per_step:,} per step"),
         *([("stages", _stage_lengths(plan))] if config.data.stages else []),
-        *([] if plan.config.recipe in ("bench_attention", "generate") else [("data", _data(plan))]),
+        *([] if plan.config.recipe in (*WITHOUT_MODEL, "generate") else [("data", _data(plan))]),
         ("model", f"{model.name}: {memory.num_parameters(model) / 1e6:,.2f} M parameters{_trained(plan)}, {shape}"),
         ("FLOPs per token", f"{plan.flops / 1e6:,.1f} M {passes}, causal counted once{_of_documents(plan)}"),
         ("attention", _attention(plan)),
@@ -44,7 +45,7 @@ def banner(plan: Plan, run_dir: Path) -> list[str]:
         *([("optimizer", _optimizer(plan))] if plan.trains else []),
         *([("evaluation", _evaluation_while_training(config))] if config.evaluate.every_n_steps else []),
         *([("keys and values", _cache(plan))] if plan.config.recipe == "generate" else []),
-        *([] if plan.config.recipe == "bench_attention" else _memory_savers(plan)),
+        *([] if plan.config.recipe in WITHOUT_MODEL else _memory_savers(plan)),
         *(("!!!", warning) for warning in _warnings(plan) if warning),
         ("run dir", str(run_dir)),
     ]
@@ -84,6 +85,7 @@ def _trained(plan: Plan) -> str:
 def explanation(plan: Plan, run_dir: Path) -> list[str]:
     """The banner, and the arithmetic behind its numbers."""
     config = plan.config
+    step_time = ["", *_step_time(plan)] if config.recipe in ("pretrain", "forward") else []
     candidates = ["", *_candidates(plan)] if plan.candidates else []
     ring_work = ["", *_ring_work(plan)] if plan.degrees.sequence > 1 else []
     return [
@@ -97,6 +99,7 @@ def explanation(plan: Plan, run_dir: Path) -> list[str]:
         f"  x {plan.layout.length:,} tokens = {plan.tokens_per_step:,} tokens per step, "
         f"{plan.tokens_of_steps(1, config.num_steps):,} in {config.num_steps} steps",
         *_stages(plan),
+        *step_time,
         *candidates,
         *ring_work,
         "",
@@ -154,7 +157,7 @@ def state_lines(plan: Plan) -> list[str]:
 
 def step_memory_lines(plan: Plan) -> list[str]:
     """The memory timeline of a step, and the longest sequence that fits."""
-    if plan.config.recipe == "bench_attention":
+    if plan.config.recipe in WITHOUT_MODEL:
         return []
     step = plan.step_memory
     if step.unsupported:
@@ -212,7 +215,7 @@ def _ranks(plan: Plan) -> str:
 
 
 def _attention(plan: Plan) -> str:
-    chosen = " (chosen by arithmetic: explain=true shows it)" if plan.candidates else ""
+    chosen = " (chosen by forecast: explain=true shows it)" if plan.candidates else ""
     if plan.degrees.sequence == 1:
         return f"local{chosen}"
     text, carrier = f"{plan.method}, layout {plan.config.attention.layout}{chosen}", "NCCL" if plan.on_gpu else "gloo"
@@ -244,17 +247,38 @@ def _memory_savers(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "offload", f"{what} of a micro-batch: {moved}"
 
 
+def _step_time(plan: Plan) -> list[str]:
+    """The forecast of a step, by parts."""
+    parts = plan.step_time.parts
+    counted = "" if kind_of(plan.device_name, 0) else f", which is what {plan.device_name}, not known, counts as"
+    return [
+        f"estimated time of a step in which each sequence is one document: {parts.total:.4g} s, "
+        f"{plan.step_time.tokens_per_s:,.0f} tokens/s",
+        f"  on {plan.cluster}{counted}",
+        *(
+            f"  {1e3 * seconds:>12,.3f} ms  {seconds / parts.total:>5.1%}  {name}"
+            for name, seconds in sorted(parts, key=lambda part: -part[1])
+            if seconds
+        ),
+    ]
+
+
 def _candidates(plan: Plan) -> list[str]:
     """How attention=auto has chosen."""
-    work, links = plan.workload, plan.links
     return [
-        f"attention=auto: one layer's forward pass on one rank, {work.num_heads} heads and {work.num_kv_heads} kv "
-        f"heads x {work.head_dim}, L = {work.length:,}, batch {work.batch},",
-        f"  kernels at {work.attained_tflops:g} TFLOP/s; links {links.intra_host_gb_per_s:g} GB/s within a host of "
-        f"{links.ranks_per_host} ranks, {links.inter_host_gb_per_s:g} GB/s between; {MESSAGE_LATENCY_MS} ms per "
-        "message; the fastest is taken",
-        *(f"  {candidate}" for candidate in plan.candidates),
+        f"attention=auto: the estimated time of a step by each split of a sequence's ranks, in ms; "
+        f"{plan.ranks_per_host} ranks per host; the fastest is taken",
+        *(f"  {_candidate(step)}" for step in plan.candidates),
     ]
+
+
+def _candidate(step: StepTime) -> str:
+    parts = step.parts
+    shown = (("attention", parts.attention), ("messages", parts.messages), ("host", parts.host))
+    return (
+        f"{step.method}, ring {step.degrees.ring} x ulysses {step.degrees.ulysses}: "
+        f"{', '.join(f'{name} {1e3 * seconds:.3f}' for name, seconds in shown)}; total {1e3 * parts.total:.3f} ms"
+    )
 
 
 def _ring_work(plan: Plan) -> list[str]:

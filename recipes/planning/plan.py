@@ -6,6 +6,7 @@ A plan needs neither a process group nor a model, so the launcher makes one befo
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import math
 import statistics
@@ -15,11 +16,14 @@ from dataclasses import dataclass
 import torch
 
 from conf.degrees import accumulation_steps, resolve_config, resolve_degrees
-from conf.schema import INFERENCE, Config, ConfigError, Degrees
+from conf.schema import INFERENCE, WITHOUT_MODEL, Config, ConfigError, Degrees
 from conf.stages import length_at, steps_by_length
+from recipes.planning.auto_method import rank_methods
+from recipes.planning.cluster import Cluster, calibration_refusal, cluster_of_ranks
 from recipes.planning.memory import StateBytes, changed, gib, state_bytes
 from recipes.planning.memory_timeline import StepMemory
 from recipes.planning.refusal import cache_refusal, evaluation_refusal, state_refusal, step_refusal
+from recipes.planning.step_time import StepTime
 from recipes.planning.throughput import (
     Throughput,
     Work,
@@ -27,14 +31,11 @@ from recipes.planning.throughput import (
     peak_tflops,
     training_flops_per_token,
 )
-from ring_attention.auto_method import Candidate, Links, Workload, rank_methods
 from ring_attention.kernels import KernelSpec, choose_kernel
 from ring_attention.layout import Layout
 from ring_attention.transport import choose_transport
 
-CPU_TFLOPS = 0.02  # attained by two cores
-# guesses for GPUs without a known peak; fp32 does not use tensor cores, whose absence costs a factor of 6 and more
-GPU_TFLOPS = {"bf16": 200.0, "fp16": 200.0, "fp32": 30.0}
+UNKNOWN_MEMORY_GIB = 80.0
 SLOW_STEP_S = 600.0
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -74,43 +75,31 @@ class Plan:
         return self.config.recipe == "pretrain"
 
     @functools.cached_property
-    def candidates(self) -> list[Candidate]:
-        """For attention=auto: the ways to spread a sequence, fastest first by arithmetic. Else none."""
+    def cluster(self) -> Cluster:
+        """The ranks as a cluster, for forecasts of time."""
+        given, memory_bytes = self.config.attention, self.memory_bytes or 0
+        memory_gib = memory_bytes / 2**30 or UNKNOWN_MEMORY_GIB
+        ranks = self.num_ranks, self.ranks_per_host
+        ready = cluster_of_ranks(self.device_name, memory_gib, *ranks, self.config.cluster)
+        return dataclasses.replace(
+            ready,
+            link_within_gb_per_s=given.intra_host_gb_per_s or ready.link_within_gb_per_s,
+            link_between_gb_per_s=given.inter_host_gb_per_s or ready.link_between_gb_per_s,
+        )
+
+    @functools.cached_property
+    def candidates(self) -> list[StepTime]:
+        """For attention=auto: the ways to spread a sequence, fastest first by forecast. Else none."""
         if self.config.attention.method != "auto":
             return []
         data_degree = resolve_degrees(self.config, self.num_ranks).data
-        return rank_methods(self.workload, self.links, self.num_ranks // data_degree)
+        return rank_methods(self.config, self.num_ranks, data_degree, self.kernel_choice()[0], self.cluster)
 
-    @property
-    def workload(self) -> Workload:
-        """One layer's attention in one micro-batch."""
-        model, engine = self.config.model, self.config.engine
-        return Workload(
-            model.num_heads,
-            model.num_kv_heads,
-            model.head_dim,
-            self.config.data.sequence_length,
-            engine.micro_batch_size,
-            DTYPES[engine.dtype].itemsize,
-            self.attained_tflops,
-            self.config.attention.layout,
-        )
-
-    @property
-    def attained_tflops(self) -> float:
-        """What kernels reach on one rank: 0.6 of the peak, as cuDNN's on an H200, or a guess if that is unknown."""
-        dtype = self.config.engine.dtype
-        peak = peak_tflops(self.device_name, dtype)
-        guess = CPU_TFLOPS if self.device_type == "cpu" else GPU_TFLOPS[dtype]
-        return 0.6 * peak if peak else guess
-
-    @property
-    def links(self) -> Links:
-        given = self.config.attention
-        intra_host, inter_host = (2.0, 1.0) if self.device_type == "cpu" else (280.0, 45.0)
-        return Links(
-            self.ranks_per_host, given.intra_host_gb_per_s or intra_host, given.inter_host_gb_per_s or inter_host
-        )
+    @functools.cached_property
+    def step_time(self) -> StepTime:
+        """The forecast of a step's time in which each sequence is one document."""
+        kernel = self.kernel_choice()[0]
+        return StepTime(self.config, self.degrees, self.method, kernel, self.cluster)
 
     @functools.cached_property
     def method(self) -> str:
@@ -121,8 +110,7 @@ class Plan:
     def degrees(self) -> Degrees:
         if not self.candidates:
             return resolve_degrees(self.config, self.num_ranks, self.ranks_per_host)
-        best = self.candidates[0]
-        return Degrees(self.num_ranks // best.ring_degree // best.ulysses_degree, best.ring_degree, best.ulysses_degree)
+        return self.candidates[0].degrees
 
     @property
     def has_ring(self) -> bool:
@@ -170,6 +158,7 @@ class Plan:
         """Write what the configuration left open into it, as the record of a run."""
         degrees = self.degrees  # before the method is no longer auto
         self.config.attention.method, self.config.attention.transport = self.method, self.transport
+        self.config.cluster = None  # it has chosen
         resolve_config(self.config, degrees, self.num_ranks)
 
     @property
@@ -241,19 +230,13 @@ class Plan:
         return Throughput(tokens_per_s, tokens_per_s / self.num_ranks, tpot_ms, tflops, mfu_pct)
 
     @property
-    def estimated_step_s(self) -> float:
-        """A rough guess. The ranks on a CPU share its cores."""
-        tflops = self.attained_tflops * (self.num_ranks if self.device_type != "cpu" else 1)
-        return self.tokens_per_step * self.flops / (tflops * 1e12)
-
-    @property
     def slow_step_warning(self) -> str | None:
         """Of steps that take a CPU many minutes."""
-        if self.on_gpu or self.estimated_step_s < SLOW_STEP_S:
+        if self.on_gpu or self.step_time.parts.total < SLOW_STEP_S:
             return None
         return (
             f"a step is {self.tokens_per_step * self.flops / 1e12:,.0f} TFLOP, about "
-            f"{self.estimated_step_s / 3600:,.1f} hours on two CPU cores: use GPUs, or reduce model, "
+            f"{self.step_time.parts.total / 3600:,.1f} hours on two CPU cores: use GPUs, or reduce model, "
             "data.sequence_length or engine.train_batch_size"
         )
 
@@ -295,12 +278,14 @@ class Plan:
                 f"recipe=generate decodes one text at a time, but there are {self.degrees.data} data ranks: use "
                 "attention=ring and leave parallelism.data_degree out, or launch.num_ranks=1"
             )
+        if self.config.recipe == "calibrate":
+            return calibration_refusal(self.device_name, self.num_ranks, self.ranks_per_host)
         return self.memory_refusal if self.config.launch.check_memory else None
 
     @property
     def memory_refusal(self) -> str | None:
         """Why the ranks' memory cannot hold the model or, by prediction, a step; None if it can or that is unknown."""
-        if self.memory_bytes is None or self.config.recipe == "bench_attention":
+        if self.memory_bytes is None or self.config.recipe in WITHOUT_MODEL:
             return None
         host_ranks = self.ranks_per_host if self.device_type == "cpu" else None
         if refusal := state_refusal(self._state_config, self.degrees, self.memory_bytes, host_ranks):

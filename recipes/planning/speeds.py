@@ -2,6 +2,7 @@
 
 The tables are rounded from docs/results: `ring_blocks_*` and `block_speeds_*` on an H200, each kernel by itself. A GPU
 without a table of its own gets the H200's in proportion to its peak, and a kernel without one a share of the peak.
+What recipe=calibrate measured (`measured`) takes the place of these tables.
 `python -m docs.tools.check_forecast` compares forecasts with every step that was measured; with `--fit` it fits the
 constants again, on half of these steps.
 """
@@ -10,12 +11,15 @@ from __future__ import annotations
 
 import bisect
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from recipes.planning.throughput import GPUS
+from recipes.planning.throughput import DEVICES
 
 MEASURED_ON = "h200"
+FP32_SHARE = 1 / 16  # of the peak: fp32 products do not use tensor cores
+HOST_GB_PER_S = 50.0  # between a GPU and its host's memory: PCIe 5, 16 lanes, as attained
 UNMEASURED_SHARE = 0.55, 0.45  # of the peak, forward and backward: kernels that no table has, on large tiles
 # of the device's memory, from data sheets, in 1e9 bytes per second
 MEMORY_GB_PER_S = {
@@ -28,6 +32,7 @@ MEMORY_GB_PER_S = {
     "a100_40gb": 1555.0,
     "l40s": 864.0,
     "b200": 8000.0,
+    "cpu": 24.0,
 }
 
 
@@ -37,7 +42,7 @@ class KernelSpeed(NamedTuple):
     Several rows of a batch, or more heads, occupy a GPU as a longer sequence does.
     """
 
-    size: int
+    size: float
     forward: float
     backward: float
 
@@ -129,20 +134,27 @@ def kernel_tflops(gpu: str, kernel: str, head_dim: int, size: float, backward: b
     """The speed of an attention kernel alone: interpolated in the logarithm of the size, constant beyond the table.
 
     Args:
-        gpu: a name in `GPUS`.
+        gpu: a name in `DEVICES`.
         size: as in `KernelSpeed`.
         is_full: whether the block has no mask.
     """
     table = KERNEL_SPEEDS.get((kernel, head_dim))
     if table is None:
-        return UNMEASURED_SHARE[backward] * GPUS[gpu].peak_tflops
-    ratio = GPUS[gpu].peak_tflops / GPUS[MEASURED_ON].peak_tflops
-    if is_full and kernel in FULL_BLOCK_GAINS:
-        ratio *= FULL_BLOCK_GAINS[kernel][backward]
-    speeds = [row.backward if backward else row.forward for row in table]
-    upper = bisect.bisect_left([row.size for row in table], size)
+        return UNMEASURED_SHARE[backward] * DEVICES[gpu].peak_tflops
+    ratio = DEVICES[gpu].peak_tflops / DEVICES[MEASURED_ON].peak_tflops
+    return ratio * table_tflops(table, kernel, size, backward, is_full)
+
+
+def table_tflops(table: Sequence[KernelSpeed], kernel: str, size: float, backward: bool, is_full: bool) -> float:
+    """As `kernel_tflops`, from a table of this GPU."""
+    gain = FULL_BLOCK_GAINS[kernel][backward] if is_full and kernel in FULL_BLOCK_GAINS else 1.0
+    return gain * interpolated([(row.size, row.backward if backward else row.forward) for row in table], size)
+
+
+def interpolated(table: Sequence[tuple[float, float]], size: float) -> float:
+    """The speed at `size` of (size, speed) in ascending order: linear in the size's logarithm, constant beyond."""
+    upper = bisect.bisect_left([row for row, _ in table], size)
     if upper in (0, len(table)):
-        return ratio * speeds[min(upper, len(table) - 1)]
-    low, high = table[upper - 1].size, table[upper].size
-    share = math.log(size / low) / math.log(high / low)
-    return ratio * (speeds[upper - 1] + share * (speeds[upper] - speeds[upper - 1]))
+        return table[min(upper, len(table) - 1)][1]
+    (low, slower), (high, faster) = table[upper - 1], table[upper]
+    return slower + math.log(size / low) / math.log(high / low) * (faster - slower)

@@ -150,7 +150,7 @@ class StepTime:
 
     @property
     def _speed(self) -> ClusterSpeed:
-        return ClusterSpeed(self.cluster, self.constants)
+        return ClusterSpeed(self.cluster, self.constants, self.config.engine.dtype == "fp32")
 
     @property
     def _micro_batches(self) -> int:

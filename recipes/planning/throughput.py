@@ -37,6 +37,16 @@ GPUS = {
     "l40s": Gpu("NVIDIA L40S", 362.0, 44.4, (8, 9)),
     "b200": Gpu("NVIDIA B200", 2250.0, 178.3, (10, 0)),
 }
+# of forecasts: also a CPU of two cores, which ranks share
+DEVICES = {**GPUS, "cpu": Gpu("CPU", 0.03, 2.0, (0, 0))}
+
+
+def kind_of(device_name: str, memory_gib: float) -> str | None:
+    """The name in `DEVICES` of a device, of kinds with one name that with the nearest memory; None if it is unknown."""
+    known = [kind for kind, gpu in DEVICES.items() if device_name.startswith(gpu.device_name)]
+    if " MIG " in device_name or not known:
+        return None
+    return max(known, key=lambda kind: (len(DEVICES[kind].device_name), -abs(DEVICES[kind].memory_gib - memory_gib)))
 
 
 def peak_tflops(device_name: str, dtype: str) -> float | None:

@@ -29,7 +29,7 @@ FILES = (
 
 # prefixes of settings that do not change what a run computes, nor how
 BOOKKEEPING = (
-    *("checkpoint.", "compare.", "generate.", "logging.", "max_length.", "plan.", "sweep."),
+    *("calibrate.", "checkpoint.", "compare.", "generate.", "logging.", "max_length.", "plan.", "sweep."),
     *("breakdown", "cluster", "explain", "memory_snapshot", "profile"),
 )
 

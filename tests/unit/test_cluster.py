@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import pytest
+import yaml
 
 from conf.schema import ConfigError
-from recipes.planning.cluster import FOLDER, Cluster, parse_cluster
+from recipes.planning.cluster import FOLDER, Cluster, cluster_text, parse_cluster
+from recipes.planning.measured import AttentionSpeed, MeasuredSpeeds, ProductSpeed
 from tests.errors import names, refused
 
 H100 = Cluster("h100", 8, 1, 79.2, 280.0, 45.0, 20, 2000, True)
+MEASURED = MeasuredSpeeds(
+    "8 x NVIDIA H100 80GB HBM3",
+    memory_gb_per_s=3000.0,
+    host_copy_gb_per_s=51.0,
+    all_gather_gb_per_s=300.0,
+    all_to_all_gb_per_s=250.0,
+    call_ms=0.3,
+    ring_step_ms=None,
+    backward_issue=3.0,
+    products=(ProductSpeed(256, 300.0), ProductSpeed(4096, 600.0)),
+    attention=(AttentionSpeed("flash_attn_4", 128, 2048, 480.0, 200.0),),
+)
 
 
 @pytest.mark.parametrize(
@@ -80,3 +97,63 @@ def test_a_file_that_is_no_cluster(tmp_path, text):
     path.write_text(text)
     with refused(ConfigError, f"cluster={path}"):
         parse_cluster(str(path))
+
+
+def test_what_was_measured_is_written_and_read(tmp_path):
+    path, cluster = tmp_path / "mine.yaml", dataclasses.replace(H100, measured=MEASURED)
+    path.write_text(cluster_text(cluster, "two\nlines"))
+    assert parse_cluster(str(path)) == cluster
+    assert path.read_text().startswith("# two\n# lines\ngpu: h100\n")
+    assert len(path.read_text().splitlines()) < 30
+    names(str(cluster), f"measured on {MEASURED.about}")
+    path.write_text(cluster_text(H100, "one"))
+    assert parse_cluster(str(path)) == H100
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("memory_gb_per_s", None),
+        ("call_ms", 0),
+        ("ring_step_ms", -1.0),
+        ("all_gather_gb_per_s", "fast"),
+        ("products", 600),
+        ("products", [[256, 300.0, 1]]),
+        ("products", [[256, 0]]),
+        ("backward_issue", None),
+        ("attention", [["flash_attn_4", 128, 2048, 480.0]]),
+        ("attention", [[4, 128, 2048, 480.0, 200.0]]),
+        ("attention", [["flash_attn_4", 128, 2048, 480.0, "slow"]]),
+    ],
+)
+def test_measured_numbers_that_cannot_be(tmp_path, field, value):
+    fields = _fields()
+    fields["measured"][field] = value
+    _refuses(tmp_path, fields, f"measured.{field}", value[0] if isinstance(value, list) else value)
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (lambda measured: measured | {"fast": 1}, ["has measured.fast"]),
+        (lambda measured: {name: measured[name] for name in measured if name != "call_ms"}, ["lacks measured.call_ms"]),
+        (lambda measured: [1], ["measured=[1]"]),
+    ],
+)
+def test_a_measured_field_that_is_missing_or_unknown(tmp_path, change, parts):
+    fields = _fields()
+    fields["measured"] = change(fields["measured"])
+    _refuses(tmp_path, fields, *parts, "memory_gb_per_s", "ring_step_ms")
+
+
+def _fields() -> dict[str, Any]:
+    return yaml.safe_load(cluster_text(dataclasses.replace(H100, measured=MEASURED), ""))
+
+
+def _refuses(tmp_path, fields: dict[str, Any], *parts: Any) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(fields))
+    with pytest.raises(ConfigError) as caught:
+        parse_cluster(str(path))
+    assert "\n" not in str(caught.value)
+    names(str(caught.value), f"cluster={path}", "recipe=calibrate", *parts)

@@ -13,8 +13,9 @@ from recipes.planning.cluster import Cluster
 from recipes.planning.cluster_speed import ClusterSpeed
 from recipes.planning.engine_time import EngineTime
 from recipes.planning.memory import num_parameters
-from recipes.planning.speeds import GPUS, KERNEL_SPEEDS, MEMORY_GB_PER_S, Constants, kernel_tflops
+from recipes.planning.speeds import KERNEL_SPEEDS, MEMORY_GB_PER_S, Constants, kernel_tflops
 from recipes.planning.step_time import StepTime
+from recipes.planning.throughput import DEVICES, GPUS
 from ring_attention.mask import CAUSAL
 
 # 12 * 1024^2 weights a layer: qkv 3, out 1, up 4, down 4
@@ -219,4 +220,4 @@ def test_other_gpus_have_the_h200s_speeds_in_proportion():
     speeds = [kernel_tflops(gpu, "flash_attn_4", 128, 20_000, backward=False) for gpu in ("b200", "h200")]
     assert speeds[0] == pytest.approx(ratio * speeds[1])
     assert kernel_tflops("a100_80gb", "mem_efficient", 96, 20_000, backward=True) == pytest.approx(0.45 * 312)
-    assert MEMORY_GB_PER_S.keys() == GPUS.keys()
+    assert MEMORY_GB_PER_S.keys() == DEVICES.keys()
