@@ -169,9 +169,14 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def cuts_at_chunks(layout: Layout, mask: Mask) -> bool:
+    """Whether attention tiles begin and end with chunks, or halves of the ring rank's tokens, on all ranks."""
+    return layout.name != "balanced" and mask in (CAUSAL, FULL)
+
+
 def sums_travel(kernel: AttentionKernel, layout: Layout, mask: Mask, q_BSHD: Tensor, kv: KeysValues) -> bool:
     """Whether dK,dV travel as the kernel's sums: the same on all ranks, whose calls then all cut keys at its tiles."""
-    if layout.name == "balanced" or mask not in (CAUSAL, FULL):  # other tiles begin anywhere
+    if not kernel.sums_keys or not cuts_at_chunks(layout, mask):
         return False
     tile = kernel.key_sum_tile(q_BSHD, kv.k_BTKD, kv.v_BTKE)
     return tile is not None and layout.ring_length % (2 * tile) == 0  # halves are the least that a rank computes

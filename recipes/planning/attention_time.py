@@ -16,6 +16,8 @@ from recipes.planning.ring_simulator import RingCosts, simulate
 from recipes.planning.ring_work import ring_work
 from recipes.planning.speeds import HEAD_NUMBERS
 from ring_attention.backward_schedule import KernelTiles, TileRows
+from ring_attention.kernels import KERNELS
+from ring_attention.key_gradients import cuts_at_chunks
 from ring_attention.layout import Layout
 from ring_attention.mask import CAUSAL, Mask
 from ring_attention.masked_block import MaskedBlock
@@ -118,6 +120,13 @@ class AttentionTime:
         )
 
     @property
+    def _gradient_size(self) -> int:
+        """Bytes of a number of dK,dV on their way."""
+        is_grouped = self.model.num_kv_heads < self.model.num_heads
+        has_sums = self.size == 2 and is_grouped and KERNELS[self.kernel].sums_keys
+        return 4 if has_sums and cuts_at_chunks(self.layout, self.mask) else self.size
+
+    @property
     def _shared_heads(self) -> int:
         return self.degrees.ulysses * self.degrees.tensor
 
@@ -156,6 +165,7 @@ class AttentionTime:
             RingCosts(
                 tiles_s,
                 self.size * kv_numbers,
+                self._gradient_size * kv_numbers,
                 self.speed.memory_s(ACCUMULATOR_BYTES * kv_numbers),
                 1e9 * self.speed.cluster.link_within_gb_per_s,
                 1e9 * self.speed.cluster.link_between_gb_per_s,

@@ -30,6 +30,7 @@ class RingCosts:
     Args:
         tiles_s: kernels of one step's tiles.
         token_bytes: K and V of one token, of all rows of the batch.
+        gradient_bytes: dK and dV of one token, as they travel.
         add_s_per_token: adding one token's returned dK,dV to the owner's sum.
         within_bytes_per_s, between_bytes_per_s: of a rank's links in its host, and to other hosts.
         latency_s: of one message.
@@ -39,6 +40,7 @@ class RingCosts:
 
     tiles_s: Callable[[TileRows], float]
     token_bytes: float
+    gradient_bytes: float
     add_s_per_token: float
     within_bytes_per_s: float
     between_bytes_per_s: float
@@ -81,32 +83,32 @@ class _Ports:
         self._costs, self._free_out, self._free_in = costs, np.zeros(degree), np.zeros(degree)
         self._host = np.arange(degree) // max(1, costs.ring_ranks_per_host)
 
-    def transfer(self, senders: Integers, tokens: Integers, posted_s: Times) -> Times:
-        """Messages of `tokens` to each rank from `senders`. Returns when a rank has sent and received its own.
+    def transfer(self, senders: Integers, num_bytes: Times, posted_s: Times) -> Times:
+        """Messages of `num_bytes` to each rank from `senders`. Returns when a rank has sent and received its own.
 
         A rank sends at most two messages at once. The second is for a rank further on, and leaves after the first.
         """
         done = np.zeros_like(posted_s)
-        receivers = np.flatnonzero(tokens)
+        receivers = np.flatnonzero(num_bytes)
         if not len(receivers):
             return done
         # of two messages of one sender the one to its neighbour is posted first
-        nearest = np.argsort((receivers - senders[receivers]) % len(tokens), kind="stable")
+        nearest = np.argsort((receivers - senders[receivers]) % len(num_bytes), kind="stable")
         first = np.zeros(len(receivers), bool)
         first[nearest[np.unique(senders[receivers][nearest], return_index=True)[1]]] = True
         for chosen in (receivers[first], receivers[~first]):
             if len(chosen):
-                self._send(senders[chosen], chosen, tokens[chosen], posted_s, done)
+                self._send(senders[chosen], chosen, num_bytes[chosen], posted_s, done)
         return done
 
-    def _send(self, senders: Integers, receivers: Integers, tokens: Integers, posted_s: Times, done: Times) -> None:
+    def _send(self, senders: Integers, receivers: Integers, num_bytes: Times, posted_s: Times, done: Times) -> None:
         costs = self._costs
         is_near = self._host[senders] == self._host[receivers]
         speed = np.where(is_near, costs.within_bytes_per_s, costs.between_bytes_per_s)
         begin = np.maximum.reduce(
             [posted_s[senders], posted_s[receivers], self._free_out[senders], self._free_in[receivers]]
         )
-        end = begin + costs.latency_s + tokens * costs.token_bytes / speed
+        end = begin + costs.latency_s + num_bytes / speed
         self._free_out[senders], self._free_in[receivers] = end, end
         np.maximum.at(done, senders, end)
         np.maximum.at(done, receivers, end)
@@ -129,7 +131,7 @@ def simulate(work: RingWork, costs: RingCosts) -> RingTimes:
     for number in range(num_steps):
         keys_at = np.zeros(degree)
         if number + 1 < num_steps:
-            keys_at = ports.transfer(work.keys_from[number + 1], work.keys[number + 1], now)
+            keys_at = ports.transfer(work.keys_from[number + 1], costs.token_bytes * work.keys[number + 1], now)
         computed = now + kernels[number]
         now = np.maximum(computed, returned_at)  # gradients of the step before, sent and received
         add_s = returned * costs.add_s_per_token
@@ -138,7 +140,7 @@ def simulate(work: RingWork, costs: RingCosts) -> RingTimes:
         # rank r returns to its source r - number, and gets its own from r + number
         senders = (ranks + number) % degree
         returned = work.gradients[number][senders]
-        returned_at = ports.transfer(senders, returned, now)
+        returned_at = ports.transfer(senders, costs.gradient_bytes * returned, now)
         waited = np.maximum(now, keys_at)
         exposed[number] += waited - now
         now = waited

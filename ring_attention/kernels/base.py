@@ -173,6 +173,7 @@ class AttentionKernel(ABC):
     has_value_head_dim = False  # values with a head size of their own
     has_softcap = False
     has_varlen = False  # `forward_segments` and `backward_segments` are one launch
+    sums_keys = False  # with grouped heads its `DqSum` takes sums of dk and dv (`key_sum_tile`)
     is_deterministic = True
     head_dims: range | None = None  # None for any
     min_capability = (0, 0)
@@ -219,8 +220,8 @@ class AttentionKernel(ABC):
         return None
 
     def key_sum_tile(self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor) -> int | None:
-        """How many keys its sums of dk and dv have in a tile, if a `DqSum` takes such sums; else None."""
-        return None
+        """For kernels with `sums_keys`: how many keys a tile of such sums has; None where it has none."""
+        raise AssertionError("a kernel without sums_keys")
 
     def forward_segments(
         self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, segments: Segments, params: KernelParams

@@ -65,8 +65,7 @@ class Recorder:
     def split(self, block: MaskedBlock) -> list[MaskedBlock]:
         return self._kernel.split(block)
 
-    def key_sum_tile(self, *tensors: Tensor) -> None:
-        return None
+    sums_keys = False
 
     def dq_sum(self, *inputs: Tensor) -> None:
         return None
@@ -198,7 +197,7 @@ class SummingKernel(ReferenceKernel):
         return PairsSum(dout_BSHE, q_BSHD, out_BSHE, lse_BHS)
 
     def key_sum_tile(self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor) -> int | None:
-        return 2 if self.sums_keys else None
+        return 2
 
 
 class PairsSum(DqSum):

@@ -35,7 +35,7 @@ def pairs(tiles: TileRows) -> float:
 def costs(**changes: Any) -> RingCosts:
     """A byte a token, half a byte a second, a second of latency."""
     usual = RingCosts(
-        pairs, 1.0, 0.25, within_bytes_per_s=0.5, between_bytes_per_s=0.5, latency_s=1.0, ring_ranks_per_host=8
+        pairs, 1.0, 1.0, 0.25, within_bytes_per_s=0.5, between_bytes_per_s=0.5, latency_s=1.0, ring_ranks_per_host=8
     )
     return dataclasses.replace(usual, **changes)
 
@@ -190,3 +190,10 @@ def test_a_message_for_a_rank_further_on_leaves_after_the_one_for_the_neighbour(
     keys[1] = [0, 1, 1]
     work = RingWork((TileRows((), (0, 1)),), nothing, keys, keys_from, nothing)
     assert ends(simulate(work, costs())) == [6, 3, 6]
+
+
+def test_longer_gradients_arrive_later():
+    """4 tokens' dK,dV, which nothing hides here, take 1 + 16 s in place of 1 + 8."""
+    work = ring_work(TWO, CAUSAL, 1, whole)
+    usual, longer = (simulate(work, costs(gradient_bytes=size)) for size in (1.0, 2.0))
+    assert (longer.end_s - usual.end_s).tolist() == [8, 8]
