@@ -6,8 +6,9 @@ least; the shortest fill up to equally many tokens, and those that fit nowhere a
 others: documents are spread over no more ranks than it takes, because each ring step has its cost.
 
 Blocks are the ring, its halves, their halves and so on, as far as these are whole. A rank's local order is short
-documents, the early chunks of long ones, then their late chunks, those of larger blocks first. So what two ranks share
-lies together on both, and the attention of a ring step is a few varlen calls, however many documents there are.
+documents, pieces of cut ones, the early chunks of long ones, then their late chunks, those of larger blocks first. So
+what two ranks share lies together on both, and so do the documents that need no other rank's keys: attention is a few
+varlen calls, however many documents there are.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class _Placement:
 
     def __init__(self, capacity: int, ring_degree: int) -> None:
         self.room, self.work = [capacity] * ring_degree, [0] * ring_degree
-        self._whole, self._early, self._late = ([[] for _ in self.room] for _ in range(3))
+        self._whole, self._cut_off, self._early, self._late = ([[] for _ in self.room] for _ in range(4))
 
     def place(self, documents: list[Span], block_sizes: list[int]) -> None:
         """The longest over blocks of these sizes, and the others each on one rank."""
@@ -87,8 +88,8 @@ class _Placement:
             self._cut(document)
 
     def spans(self) -> tuple[tuple[Span, ...], ...]:
-        parts = zip(self._whole, self._early, self._late, strict=True)
-        return tuple((*sorted(whole), *early, *late) for whole, early, late in parts)
+        parts = zip(self._whole, self._cut_off, self._early, self._late, strict=True)
+        return tuple((*sorted(whole), *cut_off, *early, *late) for whole, cut_off, early, late in parts)
 
     def _spread(self, document: Span, size: int) -> bool:
         """Over the block with the least work of those with room for it; False if none has."""
@@ -134,7 +135,7 @@ class _Placement:
         while start < stop:
             rank = max(range(len(self.room)), key=lambda rank: (self.room[rank], -self.work[rank]))
             num_tokens = min(self.room[rank], stop - start)
-            self._add(self._whole[rank], rank, start, num_tokens, document[0])
+            self._add(self._cut_off[rank], rank, start, num_tokens, document[0])
             start += num_tokens
 
     def _add(self, spans: list[Span], rank: int, start: int, num_tokens: int, document_start: int) -> None:
