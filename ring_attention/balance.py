@@ -3,7 +3,7 @@
 A long document is spread over a block of ranks as zigzag does: of k ranks, the r-th holds chunks r and 2k-1-r of 2k. A
 short one lies whole on one rank, which needs no message for it. The longest are placed first, each where the work is
 least; the shortest fill up to equally many tokens, and those that fit nowhere are cut. How long is long depends on the
-others: documents are spread over no more ranks than it takes, because each ring step has its cost.
+others: as few documents are spread, and over as few ranks, as it takes, because each message has its cost.
 
 Blocks are the ring, its halves, their halves and so on, as far as these are whole. A rank's local order is short
 documents, pieces of cut ones, the early chunks of long ones, then their late chunks, those of larger blocks first. So
@@ -19,7 +19,7 @@ import itertools
 
 Span = tuple[int, int]  # [start, stop)
 ENOUGH = 1.05  # work of the busiest rank over the mean's: no more documents are spread
-SMALLEST_SHARE = 1 / 256  # of a rank's mean work: what a document has beyond it is spread
+SHARES = [2.0**-n for n in range(9)]  # of a rank's mean work, for what a document may have on one rank
 
 
 @functools.lru_cache(maxsize=64)
@@ -35,18 +35,14 @@ def balanced_spans(ends: tuple[int, ...], length: int, ring_degree: int) -> tupl
         return (((0, length),),)
     documents.sort(key=lambda span: (span[0] - span[1], span[0]))  # the longest first
     mean = sum(_work(stop - start) for start, stop in documents) / ring_degree
-    best, share, tried = None, 1.0, None
-    while share >= SMALLEST_SHARE:
-        sizes = _block_sizes(documents, share * mean, length // ring_degree, ring_degree)
-        if sizes != tried:
-            tried = sizes
-            placement = _Placement(length // ring_degree, ring_degree)
-            placement.place(documents, sizes)
-            if best is None or max(placement.work) < max(best.work):
-                best = placement
-            if max(placement.work) <= ENOUGH * mean:
-                break
-        share /= 2
+    best = None
+    for sizes in _choices(documents, mean, length // ring_degree, ring_degree):
+        placement = _Placement(length // ring_degree, ring_degree)
+        placement.place(documents, sizes)
+        if best is None or max(placement.work) < max(best.work):
+            best = placement
+        if max(placement.work) <= ENOUGH * mean:
+            break
     assert best is not None
     return best.spans()
 
@@ -56,18 +52,36 @@ def _work(num_tokens: int, num_before: int = 0) -> int:
     return num_tokens * (num_tokens + 1) // 2 + num_tokens * num_before
 
 
-def _block_sizes(documents: list[Span], most_work: float, capacity: int, ring_degree: int) -> list[int]:
-    """Over how many ranks to spread each of the longest documents; the others are short."""
+def _choices(documents: list[Span], mean_work: float, capacity: int, ring_degree: int) -> list[tuple[int, ...]]:
+    """Over how many ranks to spread each of the longest documents, the others being short. The fewest copies first."""
+    shares = [mean_work * share for share in SHARES]
+    choices = {
+        _block_sizes(documents, longest_short, share, capacity, ring_degree)
+        for share, longest_short in itertools.combinations_with_replacement(shares, 2)
+    }
+
+    def num_copies(sizes: tuple[int, ...]) -> int:
+        """Keys of a document that its ranks copy, all together: each has two chunks, and all before them."""
+        return sum((stop - start) * (size - 1) for (start, stop), size in zip(documents, sizes, strict=False))
+
+    return sorted(choices, key=lambda sizes: (num_copies(sizes), sizes))
+
+
+def _block_sizes(
+    documents: list[Span], longest_short: float, share: float, capacity: int, ring_degree: int
+) -> tuple[int, ...]:
+    """Blocks of those with more work than `longest_short`, in which a rank has no more than `share` of one's work."""
     legal = [ring_degree]
     while legal[-1] % 2 == 0:
         legal.append(legal[-1] // 2)
     sizes = []
     for start, stop in documents:
-        needed = max(_work(stop - start) / most_work, (stop - start) / capacity)
-        if needed <= 1:
+        work, num_tokens = _work(stop - start), stop - start
+        if work <= longest_short and num_tokens <= capacity:
             break
-        sizes.append(min((size for size in legal if size >= max(2, needed)), default=ring_degree))
-    return sizes
+        needed = max(2, work / share, num_tokens / capacity)
+        sizes.append(min((size for size in legal if size >= needed), default=ring_degree))
+    return tuple(sizes)
 
 
 class _Placement:
@@ -77,7 +91,7 @@ class _Placement:
         self.room, self.work = [capacity] * ring_degree, [0] * ring_degree
         self._whole, self._cut_off, self._early, self._late = ([[] for _ in self.room] for _ in range(4))
 
-    def place(self, documents: list[Span], block_sizes: list[int]) -> None:
+    def place(self, documents: list[Span], block_sizes: tuple[int, ...]) -> None:
         """The longest over blocks of these sizes, and the others each on one rank."""
         short = documents[len(block_sizes) :]
         for document, size in zip(documents, block_sizes, strict=False):

@@ -8,6 +8,7 @@ whole documents, while the keys travel, and the rest, each run of queries agains
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import NamedTuple
 
 from ring_attention.layout import Layout, Run, Span, num_tokens
@@ -40,7 +41,7 @@ class DocumentRun(NamedTuple):
         stops = query_start + run.stop - run.start, key_start + run.stop - self.first_key
         block = MaskedBlock(query_start, stops[0], key_start, stops[1], lower, distance).trimmed()
         assert block is not None, "a run sees its own tokens"
-        return block
+        return replace(block, upper=distance)  # of one query it excludes nothing, but all runs have one band
 
 
 class LocalRuns(NamedTuple):
