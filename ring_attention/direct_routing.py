@@ -17,8 +17,9 @@ from ring_attention.masked_block import MaskedBlock
 from ring_attention.routing import required_keys
 from ring_attention.tiles import AttentionTile, runs_by_document
 
-# The most earlier keys that a rank copies for its runs, and that it sends, in multiples of its own tokens: memory stays
-# O(L/P). One document over all k ranks would copy k - 0.5 times as many, and stays on the ring.
+# A rank copies fewer earlier keys for its runs than so many times its own tokens, and sends fewer: memory stays O(L/P).
+# One document over all k ranks would copy k - 0.5 times as many in zigzag, k - 1 times in contiguous. The limit is no
+# more than k / 2, so it stays on the ring, which computes beside all messages.
 MOST_COPIES = 3
 
 
@@ -138,9 +139,9 @@ def goes_direct(layout: Layout, mask: Mask) -> bool:
     if layout.ring_degree == 1 or mask.right != 0 or len(mask.documents or ()) != 1:
         return False
     most = min(MOST_COPIES, layout.ring_degree / 2) * layout.ring_length
-    if max(of_rank.num_copies for of_rank in local_runs(layout, mask)) > most:
+    if max(of_rank.num_copies for of_rank in local_runs(layout, mask)) >= most:
         return False
-    return max(tokens_sent(layout, mask, rank)[0] for rank in range(layout.ring_degree)) <= most
+    return max(tokens_sent(layout, mask, rank)[0] for rank in range(layout.ring_degree)) < most
 
 
 def tokens_sent(layout: Layout, mask: Mask, ring_rank: int) -> tuple[int, int]:

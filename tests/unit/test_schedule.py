@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from ring_attention import CAUSAL, FULL, Layout, Mask
+from ring_attention.direct_routing import goes_direct
 from ring_attention.layout import LAYOUTS, num_tokens
 from ring_attention.masked_block import MaskedBlock
 from ring_attention.schedule import (
@@ -131,6 +132,8 @@ def test_each_message_that_is_sent_is_received_in_the_same_ring_step(name: str, 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_receive_buffers_are_as_large_as_the_largest_message(name: str, ring_degree: int, mask: Mask):
     layout = Layout(name, ring_degree, 23)
+    if goes_direct(layout, mask):
+        pytest.skip("test_one_exchange_receives_all_messages_of_a_rank_at_once has it")
     largest: dict[str, int] = {}
     for rank in range(ring_degree):
         steps = ring_schedule(layout, mask, rank)
@@ -145,6 +148,14 @@ def test_receive_buffers_are_as_large_as_the_largest_message(name: str, ring_deg
     buffers = buffer_tokens(layout, mask)
     assert buffers.keys() == largest.keys()
     assert buffers == (largest if mask.documents is None else dict.fromkeys(largest, layout.ring_length))
+
+
+def test_one_exchange_receives_all_messages_of_a_rank_at_once():
+    """The second document lies on three ranks, the third on two. Buffers are a power of two of shards."""
+    layout, mask = Layout("contiguous", 4, 64), CAUSAL.packed([0, 10, 42, 64])
+    assert [tokens_sent(layout, mask, rank) for rank in range(4)] == [(12, 0), (16, 6), (6, 22), (0, 6)]
+    assert buffer_tokens(layout, mask) == {"keys0": 32, "gradients0": 16}
+    assert buffer_tokens(layout, CAUSAL.packed(range(0, 65, 16))) == {}
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
