@@ -21,15 +21,14 @@ from ring_attention.accumulators import GradientAccumulator, OnlineSoftmaxAccumu
 from ring_attention.attend import BackwardInputs, attend_backward, attend_forward
 from ring_attention.checkpointing import saved_or_computed
 from ring_attention.derivative import once_differentiable
+from ring_attention.direct_exchange import Entries
 from ring_attention.direct_plan import DirectPlan, Sums, direct_plan
-from ring_attention.direct_routing import Parcel
 from ring_attention.kernel_calls import KernelCall
 from ring_attention.kv import KeysValues
 from ring_attention.ring import Ring, RingFunction
 from ring_attention.schedule import gradient_buffer, keys_buffer
 from ring_attention.sinks import sinks_gradient
 from ring_attention.trace import profiler_range
-from ring_attention.transport import P2PMessage, Transfer
 
 
 def attend_over_ring(q_BSHD: Tensor, k_BSKD: Tensor, v_BSKE: Tensor, sinks_H: Tensor | None, ring: Ring) -> Tensor:
@@ -50,13 +49,11 @@ def direct_forward(
     if not plan.rest_calls:  # then no rank needs this one's keys either
         return _attend(ring, plan.whole_calls, q_BSHD, kv, sinks_H)
     (whole_q, rest_q), (whole_kv, rest_kv) = plan.cut(q_BSHD), _cut(plan, kv)
-    own_NF, received_NF, transfer = _exchange_keys(ring, plan, rest_kv, "forward")
+    pool = _post_keys(ring, plan, rest_kv, "forward")
     parts = []
     if plan.whole_calls:
         parts.append(_attend(ring, plan.whole_calls, whole_q, whole_kv, sinks_H))
-    if transfer is not None:
-        transfer.wait()
-    parts.append(_attend(ring, plan.rest_calls, rest_q, _copies(plan, own_NF, received_NF, rest_kv), sinks_H))
+    parts.append(_attend(ring, plan.rest_calls, rest_q, _copies(plan, pool.arrived(), rest_kv), sinks_H))
     outs, lses = zip(*parts, strict=True)
     with profiler_range("merge"):
         return plan.join(outs), plan.join(lses, dim=2)
@@ -72,23 +69,18 @@ def direct_backward(
     cut = (*(plan.cut(x) for x in inputs[:3]), plan.cut(lse_BHS, dim=2))
     whole_inputs, rest_inputs = (BackwardInputs(*part) for part in zip(*cut, strict=True))
     whole_kv, rest_kv = _cut(plan, kv)
-    own_NF, received_NF, transfer = _exchange_keys(ring, plan, rest_kv, "backward")
-    if transfer is not None:
-        transfer.wait()
-    copies = _copies(plan, own_NF, received_NF, rest_kv)
+    copies = _copies(plan, _post_keys(ring, plan, rest_kv, "backward").arrived(), rest_kv)
     dq, dk, dv = _gradients(ring, plan.rest_calls, rest_inputs, copies)
-    addends_NF = _entries(dk, dv)
-    del own_NF, received_NF, copies, dk, dv
-    returned_NF, transfer = _return_gradients(ring, plan, addends_NF)
+    del copies
+    addends = _post_gradients(ring, plan, dk, dv)
+    del dk, dv
     parts = []
     if plan.whole_calls:
         parts.append(_gradients(ring, plan.whole_calls, whole_inputs, whole_kv))
-    if transfer is not None:
-        transfer.wait()
+    addends_NF = addends.arrived()
     with profiler_range("merge"):
-        summed = _sum(torch.cat((addends_NF, returned_NF)), plan.indices(q_BSHD.device).own)
-        own = _tokens(summed, rest_kv)
-        parts.append((dq, own.k_BTKD, own.v_BTKE))
+        dk, dv = _tokens(_sum(addends_NF, plan.indices(q_BSHD.device).own), rest_kv)
+        parts.append((dq, dk, dv))
         dq, dk, dv = (plan.join(of_parts) for of_parts in zip(*parts, strict=True))
         return dq, dk, dv
 
@@ -123,22 +115,23 @@ def _cut(plan: DirectPlan, kv: KeysValues) -> tuple[KeysValues, KeysValues]:
     return KeysValues.of_parts(whole_k, whole_v), KeysValues.of_parts(rest_k, rest_v)
 
 
-def _entries(k_BTKD: Tensor, v_BTKE: Tensor) -> Tensor:
-    return torch.cat((k_BTKD.flatten(2), v_BTKE.flatten(2)), -1).flatten(0, 1)
+def _copies(plan: DirectPlan, pool_NF: Tensor, like: KeysValues) -> KeysValues:
+    """The keys of each run of the rest, one run after the other; each contiguous, as kernels like them."""
+    keys = plan.indices(pool_NF.device).keys
+    with profiler_range("merge"):
+        k, v = (part.index_select(0, keys) for part in pool_NF.split(_sizes(like), 1))
+        k_shape, v_shape = ((plan.batch, plan.num_keys, *x.shape[2:]) for x in (like.k_BTKD, like.v_BTKE))
+        return KeysValues.of_parts(k.view(k_shape), v.view(v_shape))
 
 
-def _tokens(entries_NF: Tensor, like: KeysValues) -> KeysValues:
-    """Views of entries, with the other dims as in `like`."""
-    shapes = [x.shape[2:] for x in (like.k_BTKD, like.v_BTKE)]
-    parts = entries_NF.split([shape.numel() for shape in shapes], 1)
-    k, v = (part.view(len(like.k_BTKD), -1, *shape) for part, shape in zip(parts, shapes, strict=True))
-    return KeysValues.of_parts(k, v)
+def _tokens(entries_NF: Tensor, like: KeysValues) -> tuple[Tensor, Tensor]:
+    """Views of entries as tensors like k and v."""
+    k, v = entries_NF.split(_sizes(like), 1)
+    return k.view(like.k_BTKD.shape), v.view(like.v_BTKE.shape)
 
 
-def _copies(plan: DirectPlan, own_NF: Tensor, received_NF: Tensor, like: KeysValues) -> KeysValues:
-    """The keys of each run of the rest, one run after the other."""
-    pool_NF = torch.cat((own_NF, received_NF))
-    return _tokens(pool_NF.index_select(0, plan.indices(pool_NF.device).keys), like)
+def _sizes(kv: KeysValues) -> list[int]:
+    return [x.shape[2:].numel() for x in (kv.k_BTKD, kv.v_BTKE)]
 
 
 def _sum(addends_NF: Tensor, sums: Sums) -> Tensor:
@@ -146,50 +139,24 @@ def _sum(addends_NF: Tensor, sums: Sums) -> Tensor:
     return embedding_bag(sums.addends, addends_NF, sums.starts, mode="sum")
 
 
-def _exchange_keys(
-    ring: Ring, plan: DirectPlan, rest_kv: KeysValues, direction: str
-) -> tuple[Tensor, Tensor, Transfer | None]:
-    """The entries of the own rest and those that arrive, with the transfer that brings them."""
-    own_NF = _entries(rest_kv.k_BTKD, rest_kv.v_BTKE)
-    sent_NF = own_NF.index_select(0, plan.indices(own_NF.device).sent)
-    parcels = plan.own_parcels, plan.received_parcels
-    return own_NF, *_exchange(ring, f"{direction} K,V", keys_buffer(0), sent_NF, *parcels, plan.batch)
+def _post_keys(ring: Ring, plan: DirectPlan, rest_kv: KeysValues, direction: str) -> Entries:
+    """Start to exchange keys and values. The pool is complete once it has `arrived`."""
+    with profiler_range("merge"):
+        pool = Entries(rest_kv.k_BTKD, rest_kv.v_BTKE, plan.received_parcels)
+        sent_NF = pool.own_NF.index_select(0, plan.indices(pool.own_NF.device).sent)
+    pool.exchange(ring.transport, f"{direction} K,V", keys_buffer(0), sent_NF, plan.own_parcels)
+    return pool
 
 
-def _return_gradients(ring: Ring, plan: DirectPlan, gradients_NF: Tensor) -> tuple[Tensor, Transfer | None]:
-    """Gradients of own entries that other ranks return, with the transfer that brings them."""
-    sent_NF = gradients_NF[:0]
-    if plan.received_parcels:
-        sent_NF = _sum(gradients_NF, plan.indices(gradients_NF.device).returned)
-    parcels = plan.received_parcels, plan.own_parcels
-    return _exchange(ring, "backward dK,dV", gradient_buffer(0), sent_NF, *parcels, plan.batch)
-
-
-def _exchange(
-    ring: Ring,
-    purpose: str,
-    buffer: str,
-    sent_NF: Tensor,
-    leaving: Sequence[Parcel],
-    arriving: Sequence[Parcel],
-    batch: int,
-) -> tuple[Tensor, Transfer | None]:
-    if not leaving and not arriving:
-        return sent_NF, None
-    assert ring.transport is not None, "several ranks need a transport"
-    numbers = batch * sent_NF.shape[1]  # of a token
-
-    def messages(vector: Tensor, parcels: Sequence[Parcel]) -> list[P2PMessage]:
-        parts = vector.split([numbers * parcel.num_tokens for parcel in parcels])
-        return [
-            P2PMessage((part,), parcel.peer, buffer, numbers * parcel.start_at_peer)
-            for part, parcel in zip(parts, parcels, strict=True)
-        ]
-
-    num_received = numbers * sum(parcel.num_tokens for parcel in arriving)
-    received = ring.transport.receive_buffer(buffer, num_received, sent_NF.dtype, sent_NF.device)
-    transfer = ring.transport.post(purpose, messages(sent_NF.view(-1), leaving), messages(received, arriving))
-    return received.view(-1, sent_NF.shape[1]), transfer
+def _post_gradients(ring: Ring, plan: DirectPlan, dk_BTKD: Tensor, dv_BTKE: Tensor) -> Entries:
+    """Start to return the gradients of entries that were received. All addends are there once they have `arrived`."""
+    with profiler_range("merge"):
+        addends = Entries(dk_BTKD, dv_BTKE, plan.own_parcels)
+        sent_NF = addends.own_NF[:0]
+        if plan.received_parcels:
+            sent_NF = _sum(addends.own_NF, plan.indices(sent_NF.device).returned)
+    addends.exchange(ring.transport, "backward dK,dV", gradient_buffer(0), sent_NF, plan.received_parcels)
+    return addends
 
 
 class DirectFunction(torch.autograd.Function):

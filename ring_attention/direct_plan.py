@@ -59,7 +59,7 @@ class DirectPlan:
         runs, rows = local_runs(layout, mask)[ring_rank], (0, batch)
         self.whole, self.batch = runs.whole, batch
         self.rest = _others(runs.whole, layout.ring_length)
-        self.own_parcels, self.received_parcels = parcels(layout, mask, ring_rank)
+        self.own_parcels, self.received_parcels = parcels(layout, mask)[ring_rank]
         self.num_keys = sum(run.stop - first_key for run, first_key, _ in runs.of_rest)
         calls = []
         for of_part, num_keys in ((runs.of_whole, _length(self.whole)), (runs.of_rest, self.num_keys)):

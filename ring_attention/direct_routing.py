@@ -8,6 +8,7 @@ whole documents, while the keys travel, and the rest, each run of queries agains
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -112,25 +113,35 @@ class Parcel(NamedTuple):
     start_at_peer: int
 
 
-@functools.lru_cache(maxsize=64)
-def parcels(layout: Layout, mask: Mask, ring_rank: int) -> tuple[tuple[Parcel, ...], tuple[Parcel, ...]]:
-    """Of a rank's own keys, to the next rank first; and of other ranks' keys, from the rank before it first."""
+class Parcels(NamedTuple):
+    """Of a ring rank: its own keys, to the next rank first, and other ranks' keys, from the rank before it first."""
+
+    own: tuple[Parcel, ...]
+    received: tuple[Parcel, ...]
+
+
+@functools.lru_cache(maxsize=16)
+def parcels(layout: Layout, mask: Mask) -> tuple[Parcels, ...]:
+    """Of each ring rank."""
     required, degree = required_keys(layout, mask), layout.ring_degree
-
-    def before(rank: int, distance: int, of_own: bool) -> int:
-        """Tokens of parcels to nearer ranks; or of those from nearer ranks."""
-        return sum(num_tokens(required[rank if of_own else (rank - d) % degree][d]) for d in range(1, distance))
-
-    own, others = [], []
-    for distance in range(1, degree):
-        target, source = (ring_rank + distance) % degree, (ring_rank - distance) % degree
-        if sent := num_tokens(required[ring_rank][distance]):
-            starts = before(ring_rank, distance, True), before(target, distance, False)
-            own.append(Parcel(target, sent, *starts))
-        if received := num_tokens(required[source][distance]):
-            starts = before(ring_rank, distance, False), before(source, distance, True)
-            others.append(Parcel(source, received, *starts))
-    return tuple(own), tuple(others)
+    sent = [[num_tokens(spans) for spans in of_source] for of_source in required]  # [source][distance]
+    received = [[sent[(rank - distance) % degree][distance] for distance in range(degree)] for rank in range(degree)]
+    sent_before, received_before = (
+        [[*itertools.accumulate(of_rank, initial=0)] for of_rank in counts] for counts in (sent, received)
+    )
+    found = []
+    for rank in range(degree):
+        own, others = [], []
+        for distance in range(1, degree):
+            target, source = (rank + distance) % degree, (rank - distance) % degree
+            own.append(
+                Parcel(target, sent[rank][distance], sent_before[rank][distance], received_before[target][distance])
+            )
+            others.append(
+                Parcel(source, received[rank][distance], received_before[rank][distance], sent_before[source][distance])
+            )
+        found.append(Parcels(*(tuple(parcel for parcel in some if parcel.num_tokens) for some in (own, others))))
+    return tuple(found)
 
 
 @functools.lru_cache(maxsize=16)
@@ -146,5 +157,5 @@ def goes_direct(layout: Layout, mask: Mask) -> bool:
 
 def tokens_sent(layout: Layout, mask: Mask, ring_rank: int) -> tuple[int, int]:
     """Tokens whose K,V a rank sends in a pass, and tokens whose dK,dV it sends in a backward pass."""
-    own, others = (sum(parcel.num_tokens for parcel in some) for some in parcels(layout, mask, ring_rank))
-    return own, others
+    own, received = (sum(parcel.num_tokens for parcel in some) for some in parcels(layout, mask)[ring_rank])
+    return own, received

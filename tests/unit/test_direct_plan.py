@@ -117,7 +117,7 @@ def test_all_ranks_plan_the_same_exchange(lengths: list[int], degree: int, name:
     ends = tuple(itertools.accumulate(lengths, initial=0))
     layout = Layout(name, degree, ends[-1], documents=ends if name == "balanced" else None)
     mask = Mask(left).packed(ends)
-    of_ranks = [parcels(layout, mask, rank) for rank in range(degree)]
+    of_ranks = parcels(layout, mask)
     sent = {(rank, p.peer): p for rank, (own, _) in enumerate(of_ranks) for p in own}
     received = {(p.peer, rank): p for rank, (_, others) in enumerate(of_ranks) for p in others}
     assert sent.keys() == received.keys()
@@ -220,11 +220,11 @@ def test_the_host_starts_few_operations():
     ends = tuple(itertools.accumulate(mixes(65536)["log-normal"], initial=0))
     layout, mask = Layout("balanced", 8, 65536, documents=ends), CAUSAL.packed(ends)
     ring = rank_alone(layout, mask, 7, Stub(), Scores(1.0))
-    q, k, v, dout = torch.randn(4, 1, 8192, 1, 8).bfloat16()
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    attend_over_ring(*leaves, None, ring)  # copies indices once
+    dout, *drawn = torch.randn(4, 1, 8192, 1, 8).bfloat16()
+    q, k, v = (x.detach().requires_grad_() for x in drawn)
+    attend_over_ring(q, k, v, None, ring)  # copies indices once
     with Counter() as forward:
-        out = attend_over_ring(*leaves, None, ring)
+        out = attend_over_ring(q, k, v, None, ring)
     with Counter() as backward:
         out.backward(dout)
     assert forward.num_operations <= 8
