@@ -31,8 +31,8 @@ VARLEN = KERNELS["flash_attn_4"]
 
 # the first rank has a whole document and the start of one, the second its end and a whole one
 TWO, TWO_MASK = Layout("contiguous", 2, 16), CAUSAL.packed([0, 6, 10, 16])
-# documents of 12, 4, 8 and 8 tokens, the longer two over two ranks, which share the second or the last
-FOUR_ENDS = (0, 12, 16, 24, 32)
+# documents of 12, 12, 2, 2, 2 and 2 tokens, the long ones over two ranks
+FOUR_ENDS = (0, 12, 24, 26, 28, 30, 32)
 FOUR, FOUR_MASK = Layout("balanced", 4, 32, documents=FOUR_ENDS), CAUSAL.packed(FOUR_ENDS)
 
 
@@ -69,16 +69,14 @@ def test_rows_that_share_their_documents_are_one_call_and_one_message():
 
 
 def test_runs_of_one_document_copy_their_prefix_each():
-    plan = DirectPlan(FOUR, FOUR_MASK, 1, 1, VARLEN)  # has 3 to 6, 13, 6 to 9 and 14
-    assert shown(plan) == [[], [(MaskedBlock(0, 8, 0, 20, None, 0), [(3, 6), (1, 2), (3, 9), (1, 3)])]]
+    plan = DirectPlan(FOUR, FOUR_MASK, 1, 1, VARLEN)  # has 26 and 27, then 3 to 6 and 6 to 9
+    whole = [(MaskedBlock(0, 2, 0, 2, None, 0), None)]
+    assert shown(plan) == [whole, [(MaskedBlock(0, 6, 0, 15, None, 0), [(3, 6), (3, 9)])]]
     sent, keys, returned, own = indices(plan)
-    assert sent == [0, 1, 2, 3, 4, 5, 6, 7]
-    assert keys == [8, 9, 10, 0, 1, 2, 11, 3, 8, 9, 10, 0, 1, 2, 4, 5, 6, 11, 3, 7]  # 8 to 11 arrive: 0 to 2 and 12
-    assert returned == [[0, 8, 1, 9, 2, 10, 6, 17], [0, 2, 4, 6]]
-    assert own == [
-        [3, 11, 20, 4, 12, 21, 5, 13, 22, 7, 18, 23, 14, 24, 15, 25, 16, 26, 19, 27],
-        [0, 3, 6, 9, 12, 14, 16, 18],
-    ]
+    assert sent == [0, 1, 2, 3, 4, 5]
+    assert keys == [6, 7, 8, 0, 1, 2, 6, 7, 8, 0, 1, 2, 3, 4, 5]  # 6 to 8 arrive
+    assert returned == [[0, 6, 1, 7, 2, 8], [0, 2, 4]]
+    assert own == [[3, 9, 15, 4, 10, 16, 5, 11, 17, 12, 18, 13, 19, 14, 20], [0, 3, 6, 9, 11, 13]]
 
 
 def test_a_window_copies_its_own_keys_only():
