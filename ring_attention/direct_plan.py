@@ -69,11 +69,14 @@ class DirectPlan:
         self._indices = {torch.device("cpu"): self._find_indices(layout, mask, ring_rank, runs)}
 
     def indices(self, device: torch.device) -> Indices:
-        """One copy to the device for all layers."""
+        """One copy to the device for all layers, for which the host does not wait."""
         if device not in self._indices:
             sent, keys, returned, own = self._indices[torch.device("cpu")]
-            sums = (Sums(*(x.to(device) for x in some)) for some in (returned, own))
-            self._indices[device] = Indices(sent.to(device), keys.to(device), *sums)
+            parts = sent, keys, *returned, *own
+            packed = torch.cat(parts)
+            packed = (packed.pin_memory() if device.type == "cuda" else packed).to(device, non_blocking=True)
+            sent, keys, *sums = packed.split([len(part) for part in parts])
+            self._indices[device] = Indices(sent, keys, Sums(*sums[:2]), Sums(*sums[2:]))
         return self._indices[device]
 
     def cut(self, x: Tensor, dim: int = 1) -> tuple[Tensor, Tensor]:
