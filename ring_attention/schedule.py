@@ -146,14 +146,14 @@ def gradient_buffer(step: int) -> str:
 @functools.lru_cache(maxsize=16)
 def buffer_tokens(layout: Layout, mask: Mask) -> dict[str, int]:
     """The most tokens that any rank receives in each buffer: the same on all ranks. Documents count as one, or in one
-    exchange as a power of two of shards, since they differ from step to step, and buffers should not.
+    exchange as whole shards, since they differ from step to step, and buffers should not.
     """
     if goes_direct(layout, mask):
         of_ranks = [direct_routing.tokens_sent(layout, mask, rank) for rank in range(layout.ring_degree)]
         # a rank gets the gradients of the keys that it sends, and returns those of the keys that it gets
         gradients, keys = (-(-max(of_kind) // layout.ring_length) for of_kind in zip(*of_ranks, strict=True))
         sizes = {keys_buffer(0): keys, gradient_buffer(0): gradients}
-        return {name: layout.ring_length << (size - 1).bit_length() for name, size in sizes.items() if size}
+        return {name: size * layout.ring_length for name, size in sizes.items() if size}
     most: Counter[str] = Counter()
     for route, required in zip(key_routes(layout, mask), required_keys(layout, mask), strict=True):
         for distance in range(1, layout.ring_degree):

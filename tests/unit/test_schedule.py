@@ -151,7 +151,7 @@ def test_receive_buffers_are_as_large_as_the_largest_message(name: str, ring_deg
 
 
 def test_one_exchange_receives_all_messages_of_a_rank_at_once():
-    """The second document lies on three ranks, the third on two. Buffers are a power of two of shards."""
+    """The second document lies on three ranks, the third on two. Buffers are whole shards."""
     layout, mask = Layout("contiguous", 4, 64), CAUSAL.packed([0, 10, 42, 64])
     assert [tokens_sent(layout, mask, rank) for rank in range(4)] == [(12, 0), (16, 6), (6, 22), (0, 6)]
     assert buffer_tokens(layout, mask) == {"keys0": 32, "gradients0": 16}
