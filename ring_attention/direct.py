@@ -53,7 +53,9 @@ def direct_forward(
     parts = []
     if plan.whole_calls:
         parts.append(_attend(ring, plan.whole_calls, whole_q, whole_kv, sinks_H))
-    parts.append(_attend(ring, plan.rest_calls, rest_q, _copies(plan, pool.arrived(), rest_kv), sinks_H))
+    copies = _copies(plan, pool.arrived(), rest_kv)
+    del pool
+    parts.append(_attend(ring, plan.rest_calls, rest_q, copies, sinks_H))
     outs, lses = zip(*parts, strict=True)
     with profiler_range("merge"):
         return plan.join(outs), plan.join(lses, dim=2)

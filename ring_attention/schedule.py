@@ -119,8 +119,13 @@ def work_per_rank(layout: Layout, mask: Mask = CAUSAL) -> list[list[int]]:
 
 
 def imbalance(layout: Layout, mask: Mask = CAUSAL) -> float:
-    """The work of the busiest rank of each ring step, summed over steps, over the mean rank's work: at least 1."""
+    """The work of the busiest rank of each ring step, summed over steps, over the mean rank's work: at least 1.
+
+    In one exchange there is only one step.
+    """
     work = work_per_rank(layout, mask)
+    if goes_direct(layout, mask):
+        work = [[sum(of_rank)] for of_rank in work]
     return sum(map(max, zip(*work, strict=True))) * layout.ring_degree / sum(map(sum, work))
 
 

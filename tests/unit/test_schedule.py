@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ from ring_attention.schedule import (
     work_per_rank,
 )
 from ring_attention.tiles import AttentionTile
+from tests.tools.packed_speed import mixes
 
 ZIGZAG = Layout("zigzag", ring_degree=3, length=12)  # chunks of 2, 4 tokens a rank
 ALL, EARLY = ((0, 4),), ((0, 2),)
@@ -179,6 +182,12 @@ def test_work_counts_query_key_pairs():
 def test_zigzag_is_balanced_and_contiguous_is_not(ring_degree: int):
     assert imbalance(Layout("zigzag", ring_degree, 128 * ring_degree)) == 1.0
     assert imbalance(Layout("contiguous", ring_degree, 128 * ring_degree)) > 1.3
+
+
+def test_in_one_exchange_ranks_do_not_wait_for_each_other_between_steps():
+    """So what counts is each rank's work in all."""
+    ends = tuple(itertools.accumulate(mixes(65536)["log-normal"], initial=0))
+    assert imbalance(Layout("balanced", 8, 65536, documents=ends), CAUSAL.packed(ends)) < 1.05
 
 
 def test_a_window_costs_its_width_whatever_the_length():
