@@ -1,24 +1,25 @@
 """Which tokens each rank of a ring holds so that packed documents give all ranks equal work. Pure integers.
 
-A long document is spread over a block of ranks as zigzag does: of k ranks, the r-th holds chunks r and 2k-1-r of 2k. A
-short one lies whole on one rank, which needs no message for it. The longest are placed first, each where the work is
-least; the shortest fill up to equally many tokens, and those that fit nowhere are cut. How long is long depends on the
-others: documents are spread over no more ranks than it takes, because each ring step has its cost.
+A long document is spread over some ranks as zigzag does: of k ranks, the r-th holds chunks r and 2k-1-r of 2k. A short
+one lies whole on one rank, which needs no message for it. The longest are placed first, each on as few ranks as stay at
+the mean work with it, and on those with the least. The shortest fill up to equally many tokens, and those that fit
+nowhere are cut. If ranks differ in their work then, documents are spread over more of them.
 
-Blocks are the ring, its halves, their halves and so on, as far as these are whole. A rank's local order is short
-documents, the early chunks of long ones, then their late chunks, those of larger blocks first. So what two ranks share
-lies together on both, and the attention of a ring step is a few varlen calls, however many documents there are.
+A rank's local order is short documents, pieces of cut ones, the early chunks of long ones, then their late chunks,
+those of longer documents first. So documents that need no other rank's keys lie together, and mostly what two ranks
+share does: attention is a few varlen calls, however many documents there are.
 """
 
 from __future__ import annotations
 
 import functools
-import heapq
 import itertools
+import math
 
 Span = tuple[int, int]  # [start, stop)
 ENOUGH = 1.05  # work of the busiest rank over the mean's: no more documents are spread
-SMALLEST_SHARE = 1 / 256  # of a rank's mean work: what a document has beyond it is spread
+TARGETS = (1.04, 1.0)  # of a rank's work over the mean's, for the ranks that a document is spread over
+SHARES = tuple(2.0**-n for n in range(9))  # the most that a rank has of one document's work, over the mean rank's work
 
 
 @functools.lru_cache(maxsize=64)
@@ -34,18 +35,14 @@ def balanced_spans(ends: tuple[int, ...], length: int, ring_degree: int) -> tupl
         return (((0, length),),)
     documents.sort(key=lambda span: (span[0] - span[1], span[0]))  # the longest first
     mean = sum(_work(stop - start) for start, stop in documents) / ring_degree
-    best, share, tried = None, 1.0, None
-    while share >= SMALLEST_SHARE:
-        sizes = _block_sizes(documents, share * mean, length // ring_degree, ring_degree)
-        if sizes != tried:
-            tried = sizes
-            placement = _Placement(length // ring_degree, ring_degree)
-            placement.place(documents, sizes)
-            if best is None or max(placement.work) < max(best.work):
-                best = placement
-            if max(placement.work) <= ENOUGH * mean:
-                break
-        share /= 2
+    best = None
+    for share, target in itertools.product(SHARES, TARGETS):
+        placement = _Placement(length // ring_degree, ring_degree, SHARES[-1] * mean)
+        placement.place(documents, share * mean, target * mean)
+        if best is None or max(placement.work) < max(best.work):
+            best = placement
+        if max(placement.work) <= ENOUGH * mean:
+            break
     assert best is not None
     return best.spans()
 
@@ -55,78 +52,56 @@ def _work(num_tokens: int, num_before: int = 0) -> int:
     return num_tokens * (num_tokens + 1) // 2 + num_tokens * num_before
 
 
-def _block_sizes(documents: list[Span], most_work: float, capacity: int, ring_degree: int) -> list[int]:
-    """Over how many ranks to spread each of the longest documents; the others are short."""
-    legal = [ring_degree]
-    while legal[-1] % 2 == 0:
-        legal.append(legal[-1] // 2)
-    sizes = []
-    for start, stop in documents:
-        needed = max(_work(stop - start) / most_work, (stop - start) / capacity)
-        if needed <= 1:
-            break
-        sizes.append(min((size for size in legal if size >= max(2, needed)), default=ring_degree))
-    return sizes
-
-
 class _Placement:
-    """Documents on ranks, which have room for `capacity` tokens each."""
+    """Documents on ranks, which have room for `capacity` tokens each. Those with `negligible` work are not spread."""
 
-    def __init__(self, capacity: int, ring_degree: int) -> None:
+    def __init__(self, capacity: int, ring_degree: int, negligible: float) -> None:
+        self._negligible = negligible
         self.room, self.work = [capacity] * ring_degree, [0] * ring_degree
-        self._whole, self._early, self._late = ([[] for _ in self.room] for _ in range(3))
+        self._whole, self._cut_off, self._early, self._late = ([[] for _ in self.room] for _ in range(4))
 
-    def place(self, documents: list[Span], block_sizes: list[int]) -> None:
-        """The longest over blocks of these sizes, and the others each on one rank."""
-        short = documents[len(block_sizes) :]
-        for document, size in zip(documents, block_sizes, strict=False):
-            if not self._spread(document, size):
-                short.append(document)
-        cut = self._put_whole(short)
-        for document in cut:
+    def place(self, documents: list[Span], share: float, target: float) -> None:
+        """The longest first. A rank has `share` of the work of one at most, and `target` in all if that is possible."""
+        for document in [document for document in documents if not self._put(document, share, target)]:
             self._cut(document)
 
     def spans(self) -> tuple[tuple[Span, ...], ...]:
-        parts = zip(self._whole, self._early, self._late, strict=True)
-        return tuple((*sorted(whole), *early, *late) for whole, early, late in parts)
+        parts = zip(self._whole, self._cut_off, self._early, self._late, strict=True)
+        return tuple((*sorted(whole), *cut_off, *early, *late) for whole, cut_off, early, late in parts)
 
-    def _spread(self, document: Span, size: int) -> bool:
-        """Over the block with the least work of those with room for it; False if none has."""
+    def _put(self, document: Span, share: float, target: float) -> bool:
+        """On the fewest ranks that keep to both; False if none have room."""
         start, stop = document
-        blocks = [range(first, first + size) for first in range(0, len(self.room), size)]
-        for block in sorted(blocks, key=lambda block: (max(self.work[rank] for rank in block), block.start)):
-            chunks = _chunk_sizes(stop - start, [self.room[rank] for rank in block])
-            of_ranks = [early + late for early, late in zip(chunks[:size], chunks[: -size - 1 : -1], strict=True)]
-            if any(self.room[rank] < own for rank, own in zip(block, of_ranks, strict=True)):
+        num_tokens, work = stop - start, _work(stop - start)
+        by_work = sorted(range(len(self.room)), key=self.work.__getitem__)
+        most = 1 if work <= self._negligible else len(by_work)
+        fewest = math.ceil(max(1, work / share, work / max(1, target - self.work[by_work[0]])))
+        for size in range(min(fewest, most), most + 1):
+            ranks = [rank for rank in by_work if self.room[rank] * size >= num_tokens][:size]
+            if len(ranks) < size or (self.work[ranks[-1]] + work / size > target and size < most):
                 continue
-            for index, num_tokens in enumerate(chunks):
-                rank = block[min(index, 2 * size - 1 - index)]
-                if num_tokens:
-                    self._add((self._early if index < size else self._late)[rank], rank, start, num_tokens, document[0])
-                start += num_tokens
-            return True
-        return False
+            if self._spread(document, sorted(ranks)):
+                return True
+        rank = next((rank for rank in by_work if self.room[rank] >= num_tokens), None)
+        return rank is not None and self._spread(document, [rank])
 
-    def _put_whole(self, documents: list[Span]) -> list[Span]:
-        """Each on the rank with the least work that has room; returns those for which none has."""
-        ranks = [(work, rank) for rank, work in enumerate(self.work)]
-        heapq.heapify(ranks)
-        too_full: list[tuple[int, int]] = []  # (-room, rank) of ranks that had no room: a shorter document may fit
-        left_over = []
-        for start, stop in documents:
-            while too_full and -too_full[0][0] >= stop - start:
-                _, rank = heapq.heappop(too_full)
-                heapq.heappush(ranks, (self.work[rank], rank))
-            while ranks and self.room[ranks[0][1]] < stop - start:
-                _, rank = heapq.heappop(ranks)
-                heapq.heappush(too_full, (-self.room[rank], rank))
-            if ranks:
-                rank = ranks[0][1]
-                self._add(self._whole[rank], rank, start, stop - start, start)
-                heapq.heapreplace(ranks, (self.work[rank], rank))
-            else:
-                left_over.append((start, stop))
-        return left_over
+    def _spread(self, document: Span, ranks: list[int]) -> bool:
+        """Over these ranks, or whole on one; False if one has no room for its chunks."""
+        start, stop = document
+        size = len(ranks)
+        if size == 1:
+            self._add(self._whole[ranks[0]], ranks[0], start, stop - start, start)
+            return True
+        chunks = _chunk_sizes(stop - start, [self.room[rank] for rank in ranks])
+        of_ranks = [early + late for early, late in zip(chunks[:size], chunks[: -size - 1 : -1], strict=True)]
+        if any(self.room[rank] < own for rank, own in zip(ranks, of_ranks, strict=True)):
+            return False
+        for index, num_tokens in enumerate(chunks):
+            rank = ranks[min(index, 2 * size - 1 - index)]
+            if num_tokens:
+                self._add((self._early if index < size else self._late)[rank], rank, start, num_tokens, document[0])
+            start += num_tokens
+        return True
 
     def _cut(self, document: Span) -> None:
         """Into pieces for the ranks with the most room."""
@@ -134,7 +109,7 @@ class _Placement:
         while start < stop:
             rank = max(range(len(self.room)), key=lambda rank: (self.room[rank], -self.work[rank]))
             num_tokens = min(self.room[rank], stop - start)
-            self._add(self._whole[rank], rank, start, num_tokens, document[0])
+            self._add(self._cut_off[rank], rank, start, num_tokens, document[0])
             start += num_tokens
 
     def _add(self, spans: list[Span], rank: int, start: int, num_tokens: int, document_start: int) -> None:

@@ -35,6 +35,8 @@ import functools
 from collections import Counter
 from typing import NamedTuple
 
+from ring_attention import direct_routing
+from ring_attention.direct_routing import goes_direct
 from ring_attention.layout import Layout, Spans, num_tokens
 from ring_attention.mask import CAUSAL, Mask
 from ring_attention.routing import key_routes, required_keys
@@ -117,13 +119,20 @@ def work_per_rank(layout: Layout, mask: Mask = CAUSAL) -> list[list[int]]:
 
 
 def imbalance(layout: Layout, mask: Mask = CAUSAL) -> float:
-    """The work of the busiest rank of each ring step, summed over steps, over the mean rank's work: at least 1."""
+    """The work of the busiest rank of each ring step, summed over steps, over the mean rank's work: at least 1.
+
+    In one exchange there is only one step.
+    """
     work = work_per_rank(layout, mask)
+    if goes_direct(layout, mask):
+        work = [[sum(of_rank)] for of_rank in work]
     return sum(map(max, zip(*work, strict=True))) * layout.ring_degree / sum(map(sum, work))
 
 
 def tokens_sent(layout: Layout, mask: Mask, ring_rank: int) -> tuple[int, int]:
-    """Tokens whose K,V a rank sends in a pass over the ring, and tokens whose dK,dV it sends in a backward pass."""
+    """Tokens whose K,V a rank sends in a pass, and tokens whose dK,dV it sends in a backward pass."""
+    if goes_direct(layout, mask):
+        return direct_routing.tokens_sent(layout, mask, ring_rank)
     steps = ring_schedule(layout, mask, ring_rank)
     keys = [message.spans for step in steps for message in (step.send_next, step.send_direct) if message]
     return sum(map(num_tokens, keys)), sum(num_tokens(step.gradients) for step in steps)
@@ -141,9 +150,15 @@ def gradient_buffer(step: int) -> str:
 
 @functools.lru_cache(maxsize=16)
 def buffer_tokens(layout: Layout, mask: Mask) -> dict[str, int]:
-    """The most tokens that any rank receives in each buffer: the same on all ranks. Documents count as one, since they
-    differ from step to step, and buffers should not.
+    """The most tokens that any rank receives in each buffer: the same on all ranks. Documents count as one, or in one
+    exchange as whole shards, since they differ from step to step, and buffers should not.
     """
+    if goes_direct(layout, mask):
+        of_ranks = [direct_routing.tokens_sent(layout, mask, rank) for rank in range(layout.ring_degree)]
+        # a rank gets the gradients of the keys that it sends, and returns those of the keys that it gets
+        gradients, keys = (-(-max(of_kind) // layout.ring_length) for of_kind in zip(*of_ranks, strict=True))
+        sizes = {keys_buffer(0): keys, gradient_buffer(0): gradients}
+        return {name: size * layout.ring_length for name, size in sizes.items() if size}
     most: Counter[str] = Counter()
     for route, required in zip(key_routes(layout, mask), required_keys(layout, mask), strict=True):
         for distance in range(1, layout.ring_degree):

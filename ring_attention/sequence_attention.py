@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ring_attention.direct import attend_over_ring
 from ring_attention.kernels import AttentionKernel, KernelSpec, Scores, choose_kernel
 from ring_attention.layout import Layout
 from ring_attention.mask import CAUSAL, Mask
-from ring_attention.ring import Ring, RingFunction
+from ring_attention.ring import Ring
 from ring_attention.transport import P2PTransport
 from ring_attention.transport.agreement import check_equal
 
@@ -278,7 +279,7 @@ class SequenceAttention(nn.Module):
 
     def _compute(self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKE: Tensor, sinks_H: Tensor | None, ring: Ring) -> Tensor:
         ring.connect(q_BSHD, k_BSKD, v_BSKE, sinks_H)
-        return RingFunction.apply(q_BSHD, k_BSKD, v_BSKE, sinks_H, ring)
+        return attend_over_ring(q_BSHD, k_BSKD, v_BSKE, sinks_H, ring)
 
 
 @functools.cache

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -15,15 +14,16 @@ from torch import Tensor
 from conf.schema import ConfigError, ParallelismConfig, document_lengths
 from recipes.benchmark.baselines import BASELINES, ShardedAttention
 from recipes.benchmark.packed_baselines import PACKED_BASELINES, varlen
+from recipes.benchmark.rank_alone import rank_alone
 from recipes.engine.base import max_over_ranks
 from recipes.engine.build import build_attention
 from recipes.planning.plan import DTYPES, Plan
 from ring_attention import CAUSAL, LocalAttention, Mask
+from ring_attention.direct import attend_over_ring
 from ring_attention.groups import ParallelGroups
 from ring_attention.kernels import KernelSpec, Scores, choose_kernel
-from ring_attention.kv import KeysValues
 from ring_attention.layout import Layout
-from ring_attention.ring import Ring, RingFunction
+from ring_attention.ring import Ring
 from ring_attention.schedule import work_per_rank
 
 METHODS = ("ring", "ulysses", "hybrid", "all_gather")
@@ -172,19 +172,6 @@ def _our_method(plan: Plan, method: str, transport: str, layout_name: str, group
     return ShardedAttention(layout, module.sequence_rank, attend, grid, has_messages=True, module=module)
 
 
-@dataclass(frozen=True)
-class _Alone(Ring):
-    """A rank of a ring whose messages are its own keys and values; no gradients travel."""
-
-    rank: int = 0  # pyright: ignore[reportIncompatibleMethodOverride]
-
-    def post_keys(self, own: KeysValues, here: KeysValues | None, number: int, direction: str) -> Any:
-        return None, own if number + 1 < len(self.steps) else None
-
-    def post_gradients(self, like: KeysValues, step: Any, number: int, gradients: KeysValues | None) -> Any:
-        return None, None if step.gradient_return is None else like.empty(step.gradient_return.spans)
-
-
 def _simulated_rings(plan: Plan, spec: KernelSpec) -> dict[str, ShardedAttention]:
     """By name, the busiest rank of each ring, which costs its tiles and merges but no communication."""
     length, ends, mask, rings = plan.config.data.sequence_length, _document_ends(plan), _mask(plan), {}
@@ -194,11 +181,11 @@ def _simulated_rings(plan: Plan, spec: KernelSpec) -> dict[str, ShardedAttention
         layout = Layout(name, degree, length, documents=ends if name == "balanced" else None)
         work = [sum(of_rank) for of_rank in work_per_rank(layout, mask)]
         rank = work.index(max(work))
-        ring = _Alone(layout, mask, None, kernel, Scores(plan.config.model.head_dim**-0.5), rank)
+        ring = rank_alone(layout, mask, rank, kernel, Scores(plan.config.model.head_dim**-0.5))
         attend, grid = functools.partial(_ring_attention, ring), f"{layout.local_length:,} tokens"
         rings[f"ring of {degree}{suffix}"] = ShardedAttention(layout, rank, attend, grid)
     return rings
 
 
 def _ring_attention(ring: Ring, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor) -> Tensor:
-    return RingFunction.apply(q_BSHD, k_BSKD, v_BSKD, None, ring)
+    return attend_over_ring(q_BSHD, k_BSKD, v_BSKD, None, ring)

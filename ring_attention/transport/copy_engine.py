@@ -230,7 +230,9 @@ class SymmetricBuffers:
         sizes = [len(part) for part in parts]
         count = self._next_count(self.rank, peer, message.buffer)
         self.stream.wait_flag(self._flag(self.rank, "free", peer, message.buffer), count)
-        for target, part in zip(self.buffer(peer, message.buffer, sum(sizes)).split(sizes), parts, strict=True):
+        start = message.start * message.parts[0].itemsize
+        targets = self.buffer(peer, message.buffer, start + sum(sizes))[start:].split(sizes)
+        for target, part in zip(targets, parts, strict=True):
             self.stream.copy(target, part)
         self.stream.write_flag(self._flag(peer, "full", self.rank, message.buffer), count)
 

@@ -32,11 +32,15 @@ class TransferError(RuntimeError):
 
 
 class P2PMessage(NamedTuple):
-    """A message to or from a ring rank: vectors that arrive as one, in the receiver's `receive_buffer` of that name."""
+    """A message to or from a ring rank: vectors that arrive as one, in the receiver's `receive_buffer` of that name.
+
+    `start`: how many numbers lie before it in that buffer, which then takes messages of several peers at once.
+    """
 
     parts: tuple[Tensor, ...]
     peer: int
     buffer: str
+    start: int = 0
 
     @property
     def tensor(self) -> Tensor:

@@ -22,6 +22,9 @@ FAST = {
         CELL, method="all_gather", layout="contiguous", zero_stage=0, recompute="selective"
     ),
     "balanced": replace(CELL, ring_degree=4, length=64, layout="balanced", accumulation_steps=2),
+    "balanced, in one exchange, selective": replace(
+        CELL, layout="balanced", accumulation_steps=2, recompute="selective"
+    ),
     "balanced hybrid": replace(CELL, layout="balanced", method="hybrid", ulysses_degree=2, length=63),
     "one rank": replace(CELL, ring_degree=1, method="local", zero_stage=2),
     "bf16": replace(CELL, dtype="bf16", zero_stage=2),

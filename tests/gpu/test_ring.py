@@ -16,6 +16,7 @@ from ring_attention.transport import TRANSPORTS, CopyEngineTransport, P2PMessage
 from tests.cases import Case, check, many_on_rank
 from tests.distributed.parity import Cell, run_cell
 from tests.distributed.test_attention import batches, grid
+from tests.distributed.test_direct import random_cases
 from tests.errors import names
 from tests.pool import RankError, WorkerPool
 
@@ -91,6 +92,17 @@ def many_with_poison(cases: list[Case]) -> list[list[torch.Tensor]]:
 
     with patch.object(CopyEngineTransport, "post", poisoning):
         return many_on_rank(cases, "cuda")
+
+
+@pytest.mark.skipif(NUM_RANKS < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("transport", ["p2p", "copy_engine"])
+@pytest.mark.parametrize(("dtype", "kernel"), [(torch.float64, "reference"), (torch.bfloat16, "auto")], ids=str)
+def test_packed_documents_in_one_exchange(gpu_pool: WorkerPool, transport: str, dtype: torch.dtype, kernel: str):
+    changes = {"transport": transport, "kernel": kernel, "head_dim": 64, "value_head_dim": None, "softcap": None}
+    cases = [replace(case, **changes) for case in random_cases(NUM_RANKS, 30, dtype)]
+    ranks = gpu_pool.run(many_with_poison, cases, num_ranks=NUM_RANKS)
+    for case, shards in zip(cases, zip(*ranks, strict=True), strict=True):
+        check(case, list(shards))
 
 
 @pytest.mark.skipif(NUM_RANKS < 2, reason="needs two GPUs")

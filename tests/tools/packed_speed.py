@@ -20,10 +20,13 @@ import torch
 from torch import Tensor
 
 from conf.schema import Config, DataConfig, document_lengths
+from recipes.benchmark.rank_alone import rank_alone
 from ring_attention import CAUSAL, Mask
+from ring_attention.direct import attend_over_ring
+from ring_attention.direct_plan import direct_plan
 from ring_attention.kernels import KERNELS, Scores
 from ring_attention.layout import Layout
-from ring_attention.ring import Ring, RingFunction, forward_calls
+from ring_attention.ring import forward_calls
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, DEGREE, ROUNDS = 32, 8, 128, 8, 3
 TIMED_MS = 120.0
@@ -37,26 +40,16 @@ def mixes(length: int) -> dict[str, list[int]]:
     return {**equal, "log-normal": list(document_lengths(config))}
 
 
-class Alone(Ring):
-    """A rank whose messages are its own keys and values."""
-
-    ring_rank = 0
-
-    @property
-    def rank(self) -> int:
-        return self.ring_rank
-
-    def post_keys(self, own: Any, here: Any, number: int, direction: str) -> Any:
-        return None, own if number + 1 < len(self.steps) else None
-
-    def post_gradients(self, like: Any, step: Any, number: int, gradients: Any) -> Any:
-        return None, None if step.gradient_return is None else like.empty(step.gradient_return.spans)
-
-
 def ours(layout: Layout, mask: Mask, rank: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    ring = Alone(layout, mask, None, KERNELS["flash_attn_4"], Scores(HEAD_DIM**-0.5))
-    object.__setattr__(ring, "ring_rank", rank)
-    return lambda q, k, v: RingFunction.apply(q, k, v, None, ring)
+    ring = rank_alone(layout, mask, rank, KERNELS["flash_attn_4"], Scores(HEAD_DIM**-0.5))
+    return lambda q, k, v: attend_over_ring(q, k, v, None, ring)
+
+
+def num_calls(layout: Layout, mask: Mask, rank: int) -> int:
+    """Kernel calls of a forward pass."""
+    arguments = (layout, mask, rank, 1, KERNELS["flash_attn_4"])
+    plan = direct_plan(*arguments)
+    return sum(map(len, forward_calls(*arguments) if plan is None else (plan.whole_calls, plan.rest_calls)))
 
 
 def milliseconds(call: Callable[[], Any]) -> float:
@@ -111,8 +104,7 @@ def measure(name: str, lengths: list[int], inputs: list[Tensor]) -> dict[str, An
             q, k, v, dout = (layout.shard(x, rank, dim=1) for x in inputs)
             k, v = torch.stack((k, v)).unbind(0)
             of_ranks.append(both_passes(ours(layout, mask, rank), [q, k, v, dout]))
-            plan = forward_calls(layout, mask, rank, 1, KERNELS["flash_attn_4"])
-            calls.append(sum(map(len, plan)))
+            calls.append(num_calls(layout, mask, rank))
         slowest = [max(times) for times in zip(*of_ranks, strict=True)]
         row[f"ring of {DEGREE}, {layout_name}"] = {
             "forward_ms": slowest[0],

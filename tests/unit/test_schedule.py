@@ -1,7 +1,10 @@
+import itertools
+
 import pytest
 import torch
 
 from ring_attention import CAUSAL, FULL, Layout, Mask
+from ring_attention.direct_routing import goes_direct
 from ring_attention.layout import LAYOUTS, num_tokens
 from ring_attention.masked_block import MaskedBlock
 from ring_attention.schedule import (
@@ -16,6 +19,7 @@ from ring_attention.schedule import (
     work_per_rank,
 )
 from ring_attention.tiles import AttentionTile
+from tests.tools.packed_speed import mixes
 
 ZIGZAG = Layout("zigzag", ring_degree=3, length=12)  # chunks of 2, 4 tokens a rank
 ALL, EARLY = ((0, 4),), ((0, 2),)
@@ -131,6 +135,8 @@ def test_each_message_that_is_sent_is_received_in_the_same_ring_step(name: str, 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_receive_buffers_are_as_large_as_the_largest_message(name: str, ring_degree: int, mask: Mask):
     layout = Layout(name, ring_degree, 23)
+    if goes_direct(layout, mask):
+        pytest.skip("test_one_exchange_receives_all_messages_of_a_rank_at_once has it")
     largest: dict[str, int] = {}
     for rank in range(ring_degree):
         steps = ring_schedule(layout, mask, rank)
@@ -145,6 +151,14 @@ def test_receive_buffers_are_as_large_as_the_largest_message(name: str, ring_deg
     buffers = buffer_tokens(layout, mask)
     assert buffers.keys() == largest.keys()
     assert buffers == (largest if mask.documents is None else dict.fromkeys(largest, layout.ring_length))
+
+
+def test_one_exchange_receives_all_messages_of_a_rank_at_once():
+    """The second document lies on three ranks, the third on two. Buffers are whole shards."""
+    layout, mask = Layout("contiguous", 4, 64), CAUSAL.packed([0, 10, 42, 64])
+    assert [tokens_sent(layout, mask, rank) for rank in range(4)] == [(12, 0), (16, 6), (6, 22), (0, 6)]
+    assert buffer_tokens(layout, mask) == {"keys0": 32, "gradients0": 16}
+    assert buffer_tokens(layout, CAUSAL.packed(range(0, 65, 16))) == {}
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
@@ -168,6 +182,12 @@ def test_work_counts_query_key_pairs():
 def test_zigzag_is_balanced_and_contiguous_is_not(ring_degree: int):
     assert imbalance(Layout("zigzag", ring_degree, 128 * ring_degree)) == 1.0
     assert imbalance(Layout("contiguous", ring_degree, 128 * ring_degree)) > 1.3
+
+
+def test_in_one_exchange_ranks_do_not_wait_for_each_other_between_steps():
+    """So what counts is each rank's work in all."""
+    ends = tuple(itertools.accumulate(mixes(65536)["log-normal"], initial=0))
+    assert imbalance(Layout("balanced", 8, 65536, documents=ends), CAUSAL.packed(ends)) < 1.05
 
 
 def test_a_window_costs_its_width_whatever_the_length():
