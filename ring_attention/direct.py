@@ -102,7 +102,9 @@ def _gradients(
     """dq, dk and dv of one part, in the input's dtype."""
     dq, dk, dv = (GradientAccumulator(x.shape, x.dtype) for x in (inputs.q_BSHD, kv.k_BTKD, kv.v_BTKE))
     for tile in attend_backward(ring.kernel, ring.scores, calls, inputs, kv):
-        assert tile.dq is not None, "no sum of dq was given"
+        assert tile.dq is not None, "no sums were given"
+        assert tile.dk is not None
+        assert tile.dv is not None
         ends = 0 if tile.is_last else None
         with profiler_range("merge"):
             dq.add(tile.rows, tile.queries, tile.dq, ends)
