@@ -17,6 +17,7 @@ from recipes.engine.deepspeed_engine import TrainingEngine
 from recipes.evaluation.cells import Cell, planned_cells
 from recipes.evaluation.heatmap import draw
 from recipes.evaluation.measurement import Measurement
+from recipes.evaluation.remaining import remaining_s
 from recipes.evaluation.report import retrieval, summary, tables
 from recipes.evaluation.results import Evaluation, settings_of
 from recipes.inference.source import load_weights
@@ -53,21 +54,22 @@ def evaluate(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Eval
     packs = open_corpus(config.data, config.model.vocab_size).validation() if reads_packs else {}
     measure = Measurement(plan, engine, cells, packs)
 
-    work_done, started = 0.0, time.perf_counter()
     work = [measure.work(cell) for cell in cells]
+    measured: list[tuple[float, float]] = []
     for number, (cell, flops) in enumerate(zip(cells, work, strict=True), 1):
         report_status("part", f"evaluating {cell}")
+        started = time.perf_counter()
         row = measure(cell)
+        measured.append((flops, time.perf_counter() - started))
         _check_finite(cell, row, config.engine.dtype)
         found.add(cell, row)
-        work_done += flops
         if reporter:
             found.elapsed_s, found.wandb_run_id = reporter.elapsed_s, reporter.wandb_run_id
             reporter.log(found.step, _metrics(cell, row))
             found.write(run_dir)
             reporter.advance()
-            eta_s = (time.perf_counter() - started) * (sum(work) - work_done) / work_done
-            reporter.say(f"{number}/{len(cells)} | {cell} | {_numbers(row)} | ETA {tqdm.format_interval(eta_s)}")
+            eta = tqdm.format_interval(remaining_s(work[number:], measured))
+            reporter.say(f"{number}/{len(cells)} | {cell} | {_numbers(row)} | ETA {eta}")
     if reporter:
         _conclude(reporter, found, plan, run_dir)
     return _result(found.cells)
@@ -100,7 +102,7 @@ def _numbers(row: Row) -> str:
 
 def _conclude(reporter: Reporter, found: Evaluation, plan: Plan, run_dir: Path) -> None:
     """The tables, the figure and the summary of all cells."""
-    figure = draw(found.cells, f"{plan.config.evaluate.model}: accuracy by length and depth", run_dir)
+    figure = draw(found.cells, str(plan.config.evaluate.model), run_dir)
     columns = ["task", "length", "depth", "samples", "accuracy", "answer_loss"]
     if rows := [[row.get(name) for name in columns] for row in retrieval(found.cells)]:
         reporter.log_results("evaluation/retrieval", columns, rows, figure)

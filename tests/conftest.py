@@ -1,8 +1,7 @@
 import atexit
+import gc
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,9 +33,10 @@ def seed() -> None:
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a Llama of random weights and a tokenizer of 2,048 tokens, as of the Hugging Face hub."""
+    from scripts.make_tiny_llama import make
+
     folder = tmp_path_factory.mktemp("models") / "tiny_llama"
-    script = Path(__file__).parents[1] / "scripts" / "make_tiny_llama.py"
-    subprocess.run([sys.executable, script, folder], check=True, timeout=120)
+    make(folder)  # test_make_tiny_llama.py starts the script as people do, which takes seconds to import
     return folder
 
 
@@ -62,6 +62,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # modules and tests stay until the end: no collection looks at their millions of objects again
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

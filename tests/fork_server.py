@@ -1,4 +1,4 @@
-"""A process that has imported torch, DeepSpeed, Hydra and datasets, of which tests fork ranks and programs.
+"""A process that has imported torch, DeepSpeed, Hydra, datasets and transformers. Tests fork ranks and programs of it.
 
 It imports `tests.imported` at the first start, for 10 s. Some tests of the command line start Python anew, as users do.
 """

@@ -6,6 +6,8 @@ os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS
 
 import datasets  # noqa: F401
 import hydra  # noqa: F401
+import transformers.conversion_mapping
+import transformers.models.llama.modeling_llama  # noqa: F401
 
 from recipes.launch.startup import import_deepspeed
 

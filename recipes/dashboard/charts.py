@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from plotly.colors import qualitative
 
 from conf.schema import LOSS_TASK
-from recipes.evaluation.heatmap import grid_of
+from recipes.evaluation.heatmap import DEPTH_LABEL, MAX_NUMBERS, grid_of
 from recipes.evaluation.report import retrieval
 from recipes.monitor.metric_registry import METRICS, PARTS, Metric
 from recipes.run.run_dir import Comparison, Row, Run
@@ -87,7 +87,7 @@ def _step_chart(metric: Metric, prefixes: tuple[str, ...], runs: list[StyledRun]
 
 
 def _axis(title: str, **settings: Any) -> dict[str, Any]:
-    return {"title": {"text": title}, **settings}
+    return {"title": {"text": title, "standoff": 8}, **settings}  # without standoff it lies on the labels
 
 
 def _exposed_communication_chart(runs: list[StyledRun]) -> Chart:
@@ -124,21 +124,22 @@ def _parts_chart(shares_by_name: dict[str, list[float | None]]) -> Chart:
 
 
 def evaluation_charts(runs: list[StyledRun]) -> list[Chart]:
-    """The loss by position of all runs that were evaluated, and a heat map of accuracy for each run and task."""
+    """The loss by position of all runs that were evaluated, and a heat map of accuracy for each task and run."""
     losses = _loss_by_position_chart(runs)
+    asked = [retrieval(one.run.evaluated) for one in runs]
     maps = [
-        _heat_map(number, one.run.name, task, [row for row in asked if row["task"] == task])
-        for number, one in enumerate(runs)
-        if (asked := retrieval(one.run.evaluated))
-        for task in dict.fromkeys(row["task"] for row in asked)
+        _heat_map(number, runs[number].run.name, task, own)
+        for task in dict.fromkeys(row["task"] for rows in asked for row in rows)  # the runs beside each other
+        for number, rows in enumerate(asked)
+        if (own := [row for row in rows if row["task"] == task])
     ]
     return [*([losses] if losses.traces else []), *maps]
 
 
 def _loss_by_position_chart(runs: list[StyledRun]) -> Chart:
     """A line for each run, source and length over the buckets of positions; dotted with documents cut short."""
-    traces = []
-    for number, (run, label, color, dash) in enumerate(runs):
+    traces: list[dict[str, Any]] = []
+    for number, (run, _, color, dash) in enumerate(runs):
         for row in run.evaluated:
             if row["task"] != LOSS_TASK:
                 continue
@@ -148,17 +149,19 @@ def _loss_by_position_chart(runs: list[StyledRun]) -> Chart:
                     "type": "scatter",
                     "x": [bucket["stop"] for bucket in row["buckets"]],
                     "y": [bucket[name] for bucket in row["buckets"]],
-                    "name": f"{label}, {row['source']}{suffix}",
+                    "name": f"{run.name}, {row['source']}{suffix}",
                     "mode": "lines+markers",
                     "line": {"color": color, "dash": style, "width": 2},
                     "meta": {"run": number},
                     "hovertemplate": "%{y:.5~g} before %{x:,}<extra>%{fullData.name}</extra>",
                 }
                 traces.append(trace)
+    ends = sorted({end for trace in traces for end in trace["x"]})
     layout = {
-        "xaxis": _axis("end of the bucket of positions, tokens", **LOG_AXIS),
+        "xaxis": _axis("end of the bucket of positions, tokens", **LOG_AXIS | {"tickvals": ends}),
         "yaxis": _axis("nats/token"),
-        "showlegend": False,
+        "showlegend": 1 < len(traces) <= MAX_RUNS_PER_HOVER_BOX,  # names say which line is of which source, and cut
+        "legend": LEGEND_ABOVE,
     }
     return Chart("loss by position in the document", traces, layout)
 
@@ -173,11 +176,16 @@ def _heat_map(number: int, name: str, task: str, cells: list[Row]) -> Chart:
         "zmin": 0,
         "zmax": 1,
         "colorscale": "Viridis",
+        "colorbar": {"title": {"text": "accuracy"}, "tickformat": ".0%", "thickness": 12},
+        "text": [["" if value is None else f"{100 * value:.0f}" for value in row] for row in accuracies],
+        "texttemplate": "%{text}" if max(len(lengths), len(depths)) <= MAX_NUMBERS else "",
+        "xgap": 1,
+        "ygap": 1,
         "meta": {"run": number},
         "hovertemplate": "accuracy %{z:.1%} of %{x} tokens, depth %{y}<extra></extra>",
     }
     category = {"type": "category"}
-    layout = {"xaxis": _axis("tokens", **category), "yaxis": _axis("depth", **category, autorange="reversed")}
+    layout = {"xaxis": _axis("tokens", **category), "yaxis": _axis(DEPTH_LABEL, **category, autorange="reversed")}
     return Chart(f"{name}: {task}", [trace], layout)
 
 

@@ -44,12 +44,13 @@ def render(loaded: LoadedRuns, reload_s: int | None = None) -> str:
     ]
     methods = dict.fromkeys(method_of(row) for comparison in loaded.comparisons for row in comparison.content["rows"])
     colors = dict(zip(methods, itertools.cycle(COLORS), strict=False))
+    sections = [*((name, section_charts(name, runs)) for name in SECTIONS), ("Evaluation", evaluation_charts(runs))]
     axes = {
         metric: label
         for metric, label in AXES.items()
-        if all(_logged_values(run, metric) for run in loaded.runs if run.rows)
+        if any(chart.is_over_steps for _, charts in sections for chart in charts)
+        and all(_logged_values(run, metric) for run in loaded.runs if run.rows)
     }
-    sections = [*((name, section_charts(name, runs)) for name in SECTIONS), ("Evaluation", evaluation_charts(runs))]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )

@@ -92,6 +92,7 @@ def _loss_table(row: Row) -> Table:
     table = [["position", "tokens", "loss", *of_context]]
     for bucket in row["buckets"]:
         loss, of_cut = bucket["loss"], bucket["loss_of_context"]
-        cut = [f"{of_cut:.4f}", f"{loss - of_cut:+.4f}"] if has_context else []
+        # adding 0 makes -0.0 positive
+        cut = [f"{of_cut:.4f}", f"{round(loss - of_cut, 4) + 0.0:+.4f}"] if has_context else []
         table.append([f"{bucket['start']:,} - {bucket['stop']:,}", f"{bucket['tokens']:,}", f"{loss:.4f}", *cut])
     return table

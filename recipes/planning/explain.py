@@ -287,9 +287,10 @@ def _ring_work(plan: Plan) -> list[str]:
     chunks = f"r and {layout.num_chunks - 1}-r" if layout.chunks_per_ring_rank == 2 else "r"
     held = f"{layout.num_chunks} chunks of {layout.chunk_length:,} tokens, {chunks} on ring rank r"
     if layout.name == "balanced":
-        held = "short documents whole on one rank, long ones in 2 chunks on each; here of one document"
+        held = "short documents whole on one rank, long ones in 2 chunks on each"
+    documents = " of one document a sequence" if plan.config.data.document_mask else ""  # packed ones have fewer pairs
     lines = [
-        f"layout {layout.name}: {held}; in one layer's attention of one micro-batch:",
+        f"layout {layout.name}: {held}; in one layer's attention of one micro-batch{documents}:",
         *_equal_ranks([_run_lengths(f"{pairs / 1e6:.3f}" for pairs in work) for work in work_per_rank(layout)]),
         f"  imbalance (lockstep time / mean rank's time) {imbalance(layout):.3f}",
     ]

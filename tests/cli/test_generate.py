@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from recipes.export import main as export
 from tests.cli.program import Finished, Program
-from tests.cli.test_export import SHORT, export
+from tests.cli.test_export import SHORT
 from tests.errors import names
 
 NUM_NEW = 12
@@ -69,13 +71,14 @@ def test_a_run_of_the_recipes_own_model(plain_run: Finished, program: Program):
 
 
 @pytest.mark.slow
-def test_the_lora_matrices_of_a_run_apply(program: Program, tiny_llama: Path, prompt_file: Path):
+def test_the_lora_matrices_of_a_run_apply(program: Program, tiny_llama: Path, prompt_file: Path, monkeypatch):
     trained = program.run(
         *SHORT, f"model.path={tiny_llama}", "lora.rank=4", "engine.dtype=fp32", "optimizer.lr=0.05", "num_steps=6"
     )
     assert trained.exit_code == 0, trained.stderr
     merged = program.folder / "merged"
-    assert export(program, trained.run_dir, "--output", merged, "--merge").returncode == 0
+    monkeypatch.setattr(sys, "argv", ["export", str(trained.run_dir), "--output", str(merged), "--merge"])
+    export()
     given = [f"generate.model={trained.run_dir}/checkpoints/step_00000006", f"generate.prompt_file={prompt_file}"]
     result = program.run(*GENERATE, *given, name="generated")
     assert result.exit_code == 0, result.stderr

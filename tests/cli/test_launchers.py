@@ -94,7 +94,7 @@ def test_under_torchrun_a_rank_that_loses_another_reports_its_position(program):
 
 @pytest.mark.parametrize(("launcher", "number"), [(None, signal.SIGUSR1), (TORCHRUN, signal.SIGTERM)])
 def test_a_signal_to_the_started_program_saves_a_checkpoint(program, launcher: list[str] | None, number: int):
-    with program.started(*LONG, launcher=launcher, wandb=True) as running:
+    with program.started(*LONG, launcher=launcher, wandb=launcher is not None) as running:
         running.until(lambda: re.search(r"step +4/", running.stdout))
         running.family()
         running.process.send_signal(number)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from recipes.tokenize import main
 from tests.cli.program import REPOSITORY, TIMEOUT_S, clean_environment
 from tests.errors import names
 
@@ -17,7 +18,7 @@ def tokenize(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
 
 
-def test_each_source_and_its_validation_is_one_line(tmp_path: Path, tiny_llama: Path):
+def test_each_source_and_its_validation_is_one_line(tmp_path: Path, tiny_llama: Path, monkeypatch, capsys):
     for name in "ab":
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": f"text of {name}"}) + "\n{}\n")
     a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
@@ -36,8 +37,9 @@ def test_each_source_and_its_validation_is_one_line(tmp_path: Path, tiny_llama: 
         assert str(folder) in line
     assert len(list(folder.glob("*/store.json"))) == 2  # the validation of x is y
 
-    again = tokenize(tmp_path, *settings)
-    assert again.stdout.count("was there") == 3
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    main([*settings])
+    assert capsys.readouterr().out.count("was there") == 3
 
 
 def test_a_mistake_is_one_line(tmp_path: Path):

@@ -59,7 +59,6 @@ def on_both(
                     f"hydra.run.dir={program.folder / 'shared'}",
                     name=f"host_{host}",
                     launcher=hosts.command(host, *launcher(hosts, host)),
-                    wandb=True,
                     GLOO_SOCKET_IFNAME=CABLE,
                     DS_ACCELERATOR="cpu",
                 )

@@ -58,7 +58,7 @@ def test_a_launchers_rank_0_holds_the_run_dir_until_it_has_died(program: Program
         assert_refused(second_run(program, first, *LONG, launcher=TORCHRUN), first, rank_0.pid)
         rank_0.kill()
         first.finish()
-    with program.started(*LONG, launcher=TORCHRUN) as resumed:
+    with program.started(*LONG) as resumed:
         resumed.until(lambda: "resuming after step " in resumed.stdout)
 
 

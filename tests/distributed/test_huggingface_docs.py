@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,18 +14,39 @@ import pytest
 import torch
 
 from tests.distributed.test_docs import ROOT, python_examples
+from tests.fork_server import ForkedProgram
 
 
 def printed(code: str, num_ranks: int, tmp_path: Path, *arguments: str | Path) -> str:
-    """What the program prints under torchrun."""
-    program = tmp_path / "program.py"
+    """What the program prints: several ranks under torchrun, one as a fork, which need not import anything anew."""
+    program, outputs = tmp_path / "program.py", [tmp_path / "stdout", tmp_path / "stderr"]
     program.write_text(code, encoding="utf-8")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    command = [*launcher, str(program), *map(str, arguments)]
-    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=180)
-    assert run.returncode == 0, run.stderr
-    return run.stdout
+    command = [str(program), *map(str, arguments)]
+    if num_ranks == 1:
+        rank = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": free_port(),
+        }
+        run = ForkedProgram(command, tmp_path, environment | rank, outputs)
+    else:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
+        with outputs[0].open("w") as stdout, outputs[1].open("w") as stderr:
+            run = subprocess.Popen([*launcher, *command], cwd=tmp_path, env=environment, stdout=stdout, stderr=stderr)
+    try:
+        assert run.wait(180) == 0, outputs[1].read_text()
+    finally:
+        run.kill()
+    return outputs[0].read_text()
+
+
+def free_port() -> str:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
 
 
 def numbers(name: str, text: str) -> list[float]:

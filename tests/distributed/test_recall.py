@@ -17,7 +17,7 @@ from tests.pool import WorkerPool, parallel_groups
 
 pytestmark = pytest.mark.slow
 
-LENGTH, NUM_RANKS, NUM_VALUES, BATCH_SIZE = 64, 4, 16, 64
+LENGTH, NUM_RANKS, NUM_VALUES, BATCH_SIZE, NUM_STEPS = 64, 4, 16, 64, 80
 MODEL = ModelConfig(num_layers=1, hidden_size=64, num_heads=4, num_kv_heads=4, head_dim=16, mlp_size=128)
 
 
@@ -72,11 +72,15 @@ def recall_accuracy(method: str, layout_name: str, num_steps: int) -> float | No
 
 @pytest.mark.parametrize("layout_name", ["zigzag", "contiguous"])
 def test_the_ring_recalls_tokens_of_another_rank(pool: WorkerPool, layout_name: str):
-    [accuracy] = [a for a in pool.run(recall_accuracy, "ring", layout_name, 120, num_ranks=NUM_RANKS) if a is not None]
+    [accuracy] = [
+        a for a in pool.run(recall_accuracy, "ring", layout_name, NUM_STEPS, num_ranks=NUM_RANKS) if a is not None
+    ]
     assert accuracy > 0.99
 
 
 @pytest.mark.parametrize("layout_name", ["zigzag", "contiguous"])
 def test_without_the_ring_accuracy_is_chance(pool: WorkerPool, layout_name: str):
-    [accuracy] = [a for a in pool.run(recall_accuracy, "local", layout_name, 120, num_ranks=NUM_RANKS) if a is not None]
+    [accuracy] = [
+        a for a in pool.run(recall_accuracy, "local", layout_name, NUM_STEPS, num_ranks=NUM_RANKS) if a is not None
+    ]
     assert accuracy < 3 / NUM_VALUES  # chance is 1/16

@@ -27,10 +27,12 @@ from recipes.model.pretrained import resolve
 from recipes.planning.memory import has_sharded_sums
 from recipes.planning.plan import Plan
 
+CONF = Path(__file__).parents[2] / "conf"
+
 
 def composed(setting: str) -> Config:
     """The configuration of one setting's overrides."""
-    with hydra.initialize(version_base="1.3", config_path="../../conf"):
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         return resolve(to_config(hydra.compose("config", ["num_steps=1", *shlex.split(setting)])))
 
 
@@ -48,7 +50,7 @@ def predicted_again(row: dict[str, Any]) -> dict[str, Any]:
 
 def had_other_gradients(row: dict[str, Any]) -> bool:
     """Whether the row was measured while DeepSpeed kept fp32 sums of all gradients on every rank, or on one alone."""
-    return has_sharded_sums(composed(row["setting"])) and not row.get("sharded_sums")
+    return not row.get("sharded_sums") and has_sharded_sums(composed(row["setting"]))
 
 
 def step(config: Config) -> dict[str, Any]:

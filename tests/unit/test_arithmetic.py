@@ -156,6 +156,13 @@ def test_the_explanation_shows_the_plan(tmp_path):
     names(ranks, "1 data x 1 ring", "whole sequences")
 
 
+@pytest.mark.parametrize("document_mask", [True, False])
+def test_the_explanation_says_that_it_counts_one_document_a_sequence(tmp_path, document_mask):
+    plan = Plan(Config(data=DataConfig(document_mask=document_mask)), 4, "cpu", "CPU", None, ranks_per_host=4)
+    [layout] = [line for line in explanation(plan, tmp_path) if line.startswith("layout")]
+    assert is_named(layout, "one document a sequence") == document_mask
+
+
 @pytest.mark.parametrize("method", ["ring", "all_gather"])
 @pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
 @pytest.mark.parametrize("num_ranks", [4, 32])

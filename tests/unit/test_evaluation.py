@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from conf.schema import RETRIEVAL_TASKS, Config, ConfigError, DataConfig, Degrees, EvaluateConfig, ModelConfig
 from data.corpus import IGNORED_LABEL, START, Pack
@@ -18,6 +19,7 @@ from recipes.evaluation.cells import Cell, depths, planned_cells, resolve
 from recipes.evaluation.heatmap import draw, grid_of
 from recipes.evaluation.positions import bucket_edges, bucket_of, cut_pack
 from recipes.evaluation.puzzles import TASKS
+from recipes.evaluation.remaining import remaining_s
 from recipes.evaluation.report import summary, tables, training_metrics
 from recipes.evaluation.results import Evaluation, read_evaluation, settings_of
 from recipes.evaluation.scoring import pack_samples
@@ -231,7 +233,8 @@ CELLS = [
         "context": 64,
         "buckets": [
             {"start": 0, "stop": 256, "tokens": 30, "loss": 1.75, "loss_of_context": 2.0},
-            {"start": 256, "stop": 512, "tokens": 10, "loss": 0.75, "loss_of_context": 1.0},
+            {"start": 256, "stop": 512, "tokens": 5, "loss": 0.75, "loss_of_context": 1.0},
+            {"start": 512, "stop": 1024, "tokens": 5, "loss": 0.75, "loss_of_context": 0.75001},
         ],
     },
 ]
@@ -243,7 +246,8 @@ def test_tables_have_means_by_task_and_by_depth():
     assert ["aggregation", "25.0"] in lines
     assert ["0.00", "100.0"] in lines
     assert ["1.00", "50.0", "0.0"] in lines
-    assert ["256", "-", "512", "10", "0.7500", "1.0000", "-0.2500"] in lines
+    assert ["256", "-", "512", "5", "0.7500", "1.0000", "-0.2500"] in lines
+    assert ["512", "-", "1,024", "5", "0.7500", "0.7500", "+0.0000"] in lines
     assert summary(CELLS) == {
         "accuracy/niah_single/512": 0.75,
         "accuracy/niah_single/4096": 0.0,
@@ -260,6 +264,25 @@ def test_the_heat_map_has_what_was_measured(tmp_path: Path):
     assert path == tmp_path / "evaluation.png"
     assert (tmp_path / "evaluation.png").read_bytes().startswith(b"\x89PNG")
     assert draw([CELLS[-1]], "a model", tmp_path) is None
+
+
+def test_a_long_path_is_wrapped_in_the_title_of_the_heat_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    titles: list[str] = []
+    original = Figure.suptitle
+    monkeypatch.setattr(Figure, "suptitle", lambda self, t, **more: (titles.append(t), original(self, t, **more))[1])
+    model = "/runs/" + 10 * "a-long-name/"
+    draw([CELLS[0]], model, tmp_path)
+    assert "".join(titles[0].splitlines()[1:]) == model
+    assert max(map(len, titles[0].splitlines())) < 50
+
+
+def test_the_remaining_time_follows_the_cells_of_nearest_work():
+    assert remaining_s([10.0, 100.0], [(10.0, 9.0)]) == pytest.approx(9 + 90)
+    short = [(10.0, 9.0), (10.0, 1.0), (10.0, 1.0)]  # the first loads kernels
+    assert remaining_s([10.0, 100.0], short) == pytest.approx(1 + 10)
+    both = [*short, (100.0, 4.0)]  # long cells keep a device busier
+    assert remaining_s([10.0, 10.0, 80.0, 200.0], both) == pytest.approx(2 + 0.04 * 280)
+    assert remaining_s([], both) == 0
 
 
 def test_the_settings_of_an_evaluation_are_json():

@@ -213,8 +213,46 @@ def test_a_run_with_an_evaluation_has_heat_maps_and_its_loss_by_position(tmp_pat
     assert (heat_map["type"], heat_map["zmin"], heat_map["zmax"]) == ("heatmap", 0, 1)
     assert (heat_map["x"], heat_map["y"]) == (["512", "4,096"], ["0.00", "1.00"])
     assert heat_map["z"] == [[1.0, None], [0.5, 0.0]]
+    assert (heat_map["text"], heat_map["texttemplate"]) == ([["100", ""], ["50", "0"]], "%{text}")
+    assert heat_map["colorbar"]["title"]["text"] == "accuracy"
     losses = found["loss by position in the document"]["data"]
     assert [(trace["x"], trace["y"]) for trace in losses] == [([256], [1.75]), ([256], [2.0])]
+    assert [trace["name"] for trace in losses] == ["evaluated, stdlib", "evaluated, stdlib, cut after 64"]
+    layout = found["loss by position in the document"]["layout"]
+    assert (layout["showlegend"], layout["xaxis"]["tickvals"]) == (True, [256])
     [heads] = [row for row in cells(text) if row[0] == "run"]
     [row] = [row for row in cells(text) if row[0] == "evaluated"]
     assert row[heads.index("accuracy %")] == "50"
+
+
+def test_maps_of_one_task_lie_beside_each_other_and_have_no_axis_to_choose(tmp_path):
+    for name in "ab":
+        tasks = [{"task": task, "length": 512, "accuracy": 1.0} for task in ("aggregation", "niah_single")]
+        folder = write_run(tmp_path / name, metrics="")
+        (folder / "evaluation.json").write_text(json.dumps({"settings": {}, "cells": tasks}))
+    text = page.render(load_runs([tmp_path]))
+    assert [*figures(text)] == ["a: aggregation", "b: aggregation", "a: niah_single", "b: niah_single"]
+    assert '<select id="axis">' not in text
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
+def test_a_browser_draws_heat_maps_with_numbers_within_their_cards(tmp_path):
+    cells = [
+        {"task": "niah_single", "length": 2**n, "depth": d / 10, "accuracy": 0.5}
+        for n in range(9, 17)
+        for d in range(11)
+    ]
+    (write_run(tmp_path / "run") / "evaluation.json").write_text(json.dumps({"settings": {}, "cells": cells}))
+    script = """
+        const map = plots.find((plot) => plot.data[0].type === "heatmap");
+        const box = map.closest(".card").getBoundingClientRect();
+        const texts = [...map.querySelectorAll("text")];
+        const inside = texts.every((text) => {
+            const own = text.getBoundingClientRect();
+            return own.left >= box.left && own.right <= box.right && own.bottom <= box.bottom;
+        });
+        const numbers = texts.filter((text) => text.textContent === "50").length;
+        document.body.dataset.seen = JSON.stringify([inside, numbers]);
+    """
+    [seen] = re.findall(r'data-seen="(.*?)"', dom_in_browser(tmp_path, page.render(load_runs([tmp_path])), script))
+    assert json.loads(html.unescape(seen)) == [True, 88]
