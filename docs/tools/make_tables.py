@@ -66,6 +66,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "precision gpu": partial(correctness.precision, "precision_H200.json"),
     "fuzz": correctness.fuzz,
     "extension": correctness.extension,
+    "key sums": correctness.key_sums,
     "memory": correctness.memory,
     "memory gpu": partial(correctness.memory_on_gpus, "memory_H200.json", *LONG, "flat_4xH100.json", "tools_H100.json"),
     "ring memory": correctness.ring_memory,

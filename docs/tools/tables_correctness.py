@@ -264,3 +264,23 @@ def extension() -> str:
     of_depths = ", ".join(f"{cell['accuracy']:.0%} at {cell['depth']:g}" for cell in before[1])
     header = f"step of the extension | samples | accuracy at {short:,} | accuracy at {long:,} | loss of an answer, nats"
     return f"{table(header, body)}\n\nBefore, by depth at {long:,} tokens: {of_depths}."
+
+
+def key_sums() -> str:
+    """A ring of two GPUs whose dK,dV travel as the kernel's sums: errors, and times beside those of rounded ones."""
+    result = load("key_sums_2xH200.json")
+    names = ("out", "dq", "dk", "dv")
+    body = []
+    for row in result["errors"]:
+        heads = f"{row['heads']} and {row['kv_heads']} x {row['head_dim']}"
+        cells = [f"{row['error'][name]:.1e}, {row['ratio'][name]:.2f}x" for name in names]
+        has_sums = "sums" if row["kv_heads"] < row["heads"] else "rounded"
+        body.append([row["transport"], f"{row['length']:,}", heads, has_sums, *cells])
+    errors = table("transport | tokens | heads and kv heads | dk, dv travel | out | dq | dk | dv", body)
+    times = result["forward_backward_ms"]
+    speeds = [
+        [f"{int(length):,}", f"{ms:.2f}", f"{times['summed'][length]:.2f}", f"{times['summed'][length] / ms - 1:+.1%}"]
+        for length, ms in times["rounded"].items()
+    ]
+    text = "Forward and backward, 32 and 8 heads x 128, medians of five rounds in one run each:"
+    return f"{errors}\n\n{text}\n\n{table('tokens | rounded, ms | sums, ms | change', speeds)}"
