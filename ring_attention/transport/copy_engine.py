@@ -31,6 +31,7 @@ from ring_attention.transport.p2p import P2PMessage, P2PTransport, Transfer
 
 BUFFERS: tuple[str, ...] = ("keys0", "keys1", "gradients0", "gradients1")
 _ALIGNMENT = 512  # bytes
+_MAX_VIEWS = 1024
 
 Flags = list[tuple[Tensor, int]]  # each with the count that it must reach
 
@@ -64,7 +65,7 @@ class CopyEngineTransport(P2PTransport):
     def receive_buffer(self, name: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         if self._buffers is None:
             return super().receive_buffer(name, numel, dtype, device)
-        return self._buffers.buffer(self._buffers.rank, name, numel * dtype.itemsize).view(dtype)
+        return self._buffers.part(self._buffers.rank, name, 0, numel * dtype.itemsize, dtype)
 
     def _post(self, purpose: str, sends: list[P2PMessage], receives: list[P2PMessage]) -> Transfer:
         buffers = self._buffers
@@ -194,6 +195,9 @@ class SymmetricBuffers:
         self._sizes: dict[str, int] = {}
         self._flags: list[Tensor] = []  # of each rank: [full or free, writer, buffer]
         self._buffers: list[dict[str, Tensor]] = []  # of each rank
+        # views of both, as they were asked for: to make one costs the host 3 us, and transfers are alike
+        self._flag_views: dict[tuple[int, str, int, str], Tensor] = {}
+        self._part_views: dict[tuple[int, str, int, int, torch.dtype], Tensor] = {}
         self._counts: collections.Counter[tuple[int, int, str]] = collections.Counter()
 
     def grow(self, buffer_bytes: dict[str, int]) -> None:
@@ -215,7 +219,7 @@ class SymmetricBuffers:
         self.stream.synchronize()
         torch_dist.barrier(self._group)
         self.memory, self._sizes = None, {}
-        for views in (self._flags, self._buffers, self._counts):
+        for views in (self._flags, self._buffers, self._counts, self._flag_views, self._part_views):
             views.clear()
 
     def offer(self, peer: int, buffer: str) -> tuple[Tensor, int]:
@@ -226,20 +230,24 @@ class SymmetricBuffers:
 
     def send(self, peer: int, message: P2PMessage) -> None:
         """Copy a message into the peer's buffer, once that is free."""
-        parts = [part.view(torch.uint8) for part in message.parts]
-        sizes = [len(part) for part in parts]
         count = self._next_count(self.rank, peer, message.buffer)
         self.stream.wait_flag(self._flag(self.rank, "free", peer, message.buffer), count)
         start = message.start * message.parts[0].itemsize
-        targets = self.buffer(peer, message.buffer, start + sum(sizes))[start:].split(sizes)
-        for target, part in zip(targets, parts, strict=True):
-            self.stream.copy(target, part)
+        for part in message.parts:
+            stop = start + part.nbytes
+            self.stream.copy(self.part(peer, message.buffer, start, stop, part.dtype), part)
+            start = stop
         self.stream.write_flag(self._flag(peer, "full", self.rank, message.buffer), count)
 
-    def buffer(self, owner: int, name: str, num_bytes: int) -> Tensor:
-        """The first bytes of a buffer."""
-        assert num_bytes <= self._sizes[name], (name, num_bytes, self._sizes)
-        return self._buffers[owner][name][:num_bytes]
+    def part(self, owner: int, name: str, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """The bytes [start, stop) of a buffer, as a vector of this dtype."""
+        key = owner, name, start, stop, dtype
+        if key not in self._part_views:
+            assert stop <= self._sizes[name], (name, stop, self._sizes)
+            if len(self._part_views) == _MAX_VIEWS:  # packed documents make new sizes with each batch
+                self._part_views.clear()
+            self._part_views[key] = self._buffers[owner][name][start:stop].view(dtype)
+        return self._part_views[key]
 
     def _next_count(self, sender: int, receiver: int, buffer: str) -> int:
         """The number of the next message from the sender to that buffer, from 1. Both ends count alike."""
@@ -248,7 +256,10 @@ class SymmetricBuffers:
 
     def _flag(self, owner: int, kind: str, writer: int, buffer: str) -> Tensor:
         """The owner's flag that `writer` sets: "full" for messages in the owner's buffer, "free" for the writer's."""
-        return self._flags[owner][("full", "free").index(kind), writer, BUFFERS.index(buffer)]
+        key = owner, kind, writer, buffer
+        if key not in self._flag_views:
+            self._flag_views[key] = self._flags[owner][("full", "free").index(kind), writer, BUFFERS.index(buffer)]
+        return self._flag_views[key]
 
 
 class SymmetricMemory:
