@@ -83,7 +83,7 @@ SIZES = {
         dtype="fp32",
         model={"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.06},
         learn="num_steps=700 optimizer.lr=3.0e-3 launch.num_ranks=2 engine.micro_batch_size=2",
-        extend="num_steps=320 optimizer.lr=1.0e-3",
+        extend="num_steps=400 optimizer.lr=1.0e-3",
         trains_alone=True,
     ),
     131072: Size(
