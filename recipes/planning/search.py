@@ -18,6 +18,7 @@ from typing import Any
 
 from conf.degrees import accumulation_steps, resolve_degrees
 from conf.schema import Config, ConfigError, Degrees, EngineConfig, one_divisor
+from recipes.planning.auto_method import method_of
 from recipes.planning.cluster import Cluster
 from recipes.planning.forecast import Forecast, planned_lengths
 from recipes.planning.plan import kernel_choice
@@ -224,8 +225,7 @@ def _all_degrees(num_gpus: int) -> Iterator[Degrees]:
 
 def _method(given: str | None, degrees: Degrees) -> str | None:
     """The attention method of these degrees; None if that is not the given one."""
-    names = {(False, False): "local", (True, False): "ring", (False, True): "ulysses", (True, True): "hybrid"}
-    own = names[degrees.ring > 1, degrees.ulysses > 1]
+    own = method_of(degrees)
     if given == "all_gather" and own == "ring":
         return given
     if given is None or own == given:
