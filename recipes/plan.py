@@ -37,6 +37,8 @@ def plan(config: Config, typed: list[str], run_dir: Path) -> float:
         raise ConfigError("recipe=plan starts no ranks: type python train.py, without a launcher")
     assert config.cluster is not None, "conf.schema refuses this"
     cluster = parse_cluster(config.cluster)
+    if cluster.gpu == "cpu":
+        raise ConfigError(f"cluster={config.cluster} is of CPUs, but recipe=plan plans for GPUs: type cluster=8xh200")
     result = search(config, cluster, typed)
     print(*report(result, config, cluster), sep="\n", flush=True)
     run_dir.mkdir(parents=True, exist_ok=True)

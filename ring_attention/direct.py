@@ -159,7 +159,7 @@ def _post_gradients(ring: Ring, plan: DirectPlan, dk_BTKD: Tensor, dv_BTKE: Tens
         sent_NF = addends.own_NF[:0]
         if plan.received_parcels:
             sent_NF = _sum(addends.own_NF, plan.indices(sent_NF.device).returned)
-    addends.exchange(ring.transport, "backward dK,dV", gradient_buffer(0), sent_NF, plan.received_parcels)
+    addends.exchange(ring.transport, "backward dK,dV", gradient_buffer(1), sent_NF, plan.received_parcels)
     return addends
 
 

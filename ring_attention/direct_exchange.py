@@ -16,7 +16,7 @@ from ring_attention.transport import P2PMessage, P2PTransport, Transfer
 
 
 class Entries:
-    """Keys and values, or their gradients, side by side, with room for those that other ranks send.
+    """Keys and values, or their gradients, side by side: own ones, and behind them those that other ranks send.
 
     Args:
         arriving: the parcels that they send.

@@ -157,7 +157,7 @@ def buffer_tokens(layout: Layout, mask: Mask) -> dict[str, int]:
         of_ranks = [direct_routing.tokens_sent(layout, mask, rank) for rank in range(layout.ring_degree)]
         # a rank gets the gradients of the keys that it sends, and returns those of the keys that it gets
         gradients, keys = (-(-max(of_kind) // layout.ring_length) for of_kind in zip(*of_ranks, strict=True))
-        sizes = {keys_buffer(0): keys, gradient_buffer(0): gradients}
+        sizes = {keys_buffer(0): keys, gradient_buffer(1): gradients}  # which a ring of two has, too
         return {name: size * layout.ring_length for name, size in sizes.items() if size}
     most: Counter[str] = Counter()
     for route, required in zip(key_routes(layout, mask), required_keys(layout, mask), strict=True):

@@ -14,6 +14,7 @@ from typing import Any
 
 from conf.schema import AttentionConfig, Config, DataConfig, Degrees, EngineConfig, ParallelismConfig
 from docs.tools.markdown import RESULTS
+from recipes.planning.auto_method import method_of
 from recipes.planning.cluster import Cluster, parse_cluster
 from recipes.planning.search import search
 from recipes.planning.step_time import StepTime
@@ -107,7 +108,7 @@ def one_sequence(length: int, cluster: Cluster, degrees: Degrees, kv_heads: int 
         model = dataclasses.replace(model, num_kv_heads=kv_heads)
     if model.num_kv_heads % degrees.ulysses:
         return None
-    method = "ring" if degrees.ulysses == 1 else "ulysses" if degrees.ring == 1 else "hybrid"
+    method = method_of(degrees)
     config = Config(
         model=model,
         engine=EngineConfig(micro_batch_size=1, zero_stage=3, recompute="selective"),

@@ -22,6 +22,7 @@ from recipes.launch.environment import RENDEZVOUS, ranks_are_started, ranks_give
 from recipes.launch.host_memory import usable_memory_bytes
 from recipes.launch.processes import launch
 from recipes.launch.worker import Task, run_rank
+from recipes.planning.cluster import parse_cluster
 from recipes.planning.plan import Plan
 from recipes.planning.throughput import GPUS
 from recipes.run.errors import Preempted, RunFailed
@@ -45,6 +46,8 @@ def count_ranks(config: Config) -> int:
             "or set CUDA_VISIBLE_DEVICES= (empty) to run on the CPU"
         )
     accumulation_steps(config, resolve_degrees(config, num_ranks))
+    if config.cluster is not None:
+        parse_cluster(config.cluster)
     # on GPUs a plan takes memory, and the automatic choice of a kernel cannot fail
     if not ranks_are_started() and (not num_gpus or config.attention.kernel != "auto"):
         make_plan(config, num_ranks)

@@ -120,7 +120,7 @@ class AttentionTime:
         )
 
     @property
-    def _gradient_size(self) -> int:
+    def gradient_size(self) -> int:
         """Bytes of a number of dK,dV on their way."""
         is_grouped = self.model.num_kv_heads < self.model.num_heads
         has_sums = self.size == 2 and is_grouped and KERNELS[self.kernel].sums_keys
@@ -165,7 +165,7 @@ class AttentionTime:
             RingCosts(
                 tiles_s,
                 self.size * kv_numbers,
-                self._gradient_size * kv_numbers,
+                self.gradient_size * kv_numbers,
                 self.speed.memory_s(ACCUMULATOR_BYTES * kv_numbers),
                 1e9 * self.speed.cluster.link_within_gb_per_s,
                 1e9 * self.speed.cluster.link_between_gb_per_s,

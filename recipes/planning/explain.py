@@ -297,9 +297,10 @@ def _ring_work(plan: Plan) -> list[str]:
     if plan.method in ("ring", "hybrid"):
         kv_per_token = 2 * model.num_kv_heads // plan.degrees.ulysses * model.head_dim * engine.micro_batch_size
         mib_per_token = kv_per_token * DTYPES[engine.dtype].itemsize / 2**20
+        gradient_mib_per_token = kv_per_token * plan.step_time.attention(CAUSAL).gradient_size / 2**20
         sent = [tokens_sent(layout, CAUSAL, ring_rank) for ring_rank in range(layout.ring_degree)]
         forward_mib = [keys * mib_per_token for keys, _ in sent]
-        backward_mib = [(keys + gradients) * mib_per_token for keys, gradients in sent]
+        backward_mib = [keys * mib_per_token + gradients * gradient_mib_per_token for keys, gradients in sent]
         lines.append(
             f"  a ring rank sends {min(forward_mib):.2f} to {max(forward_mib):.2f} MiB forward, "
             f"{min(backward_mib):.2f} to {max(backward_mib):.2f} MiB backward"

@@ -25,10 +25,8 @@ from recipes.planning.memory import (
     state_bytes,
 )
 from recipes.planning.memory_timeline import StepMemory
-from recipes.planning.plan import DTYPES
 from recipes.planning.step_time import StepTime
 from recipes.planning.throughput import training_flops_per_token
-from ring_attention.kernels import KernelSpec, choose_kernel
 from ring_attention.layout import Layout
 from ring_attention.mask import CAUSAL, Mask
 
@@ -226,28 +224,6 @@ def mask_of(lengths: tuple[int, ...]) -> Mask:
 def planned_lengths(config: Config) -> tuple[int, ...]:
     """Of the documents that `+documents=...` names; empty if it names none."""
     return () if config.documents is None else document_lengths(config)
-
-
-def kernel_of(config: Config, cluster: Cluster) -> str:
-    """The attention kernel that such GPUs run, with every package installed.
-
-    Raises:
-        ValueError: if attention.kernel cannot run there.
-    """
-    model = config.model
-    spec = KernelSpec(
-        "cuda",
-        cluster.spec.capability,
-        DTYPES[config.engine.dtype],
-        model.num_heads,
-        model.num_kv_heads,
-        model.head_dim,
-        windowed=model.window is not None and model.window <= config.data.sequence_length,
-        softcap=model.softcap is not None,
-        deterministic=config.engine.deterministic,
-        is_elsewhere=True,
-    )
-    return choose_kernel(spec, config.attention.kernel)[0].name
 
 
 def _of_one_micro_batch(config: Config) -> Config:

@@ -41,6 +41,37 @@ SLOW_STEP_S = 600.0
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
+def kernel_choice(
+    config: Config, device_type: str, capability: tuple[int, int] | None, is_elsewhere: bool = False
+) -> tuple[str, str]:
+    """The attention kernel's name, and why it was chosen.
+
+    Args:
+        is_elsewhere: whether the device is on another machine, which has every package.
+
+    Raises:
+        ConfigError: if attention.kernel cannot run there.
+    """
+    model = config.model
+    spec = KernelSpec(
+        device_type,
+        capability,
+        DTYPES[config.engine.dtype],
+        model.num_heads,
+        model.num_kv_heads,
+        model.head_dim,
+        windowed=model.window is not None and model.window <= config.data.sequence_length,
+        softcap=model.softcap is not None,
+        deterministic=config.engine.deterministic,
+        is_elsewhere=is_elsewhere,
+    )
+    try:
+        kernel, reason = choose_kernel(spec, config.attention.kernel)
+    except ValueError as error:
+        raise ConfigError(f"attention.{error}".replace("use kernel", "use attention.kernel")) from error
+    return kernel.name, reason
+
+
 @dataclass(frozen=True)
 class Plan:
     """A configuration resolved for `num_ranks` ranks of one kind of device.
@@ -136,23 +167,7 @@ class Plan:
 
     def kernel_choice(self) -> tuple[str, str]:
         """The attention kernel's name, and why it was chosen."""
-        model = self.config.model
-        spec = KernelSpec(
-            self.device_type,
-            self.capability,
-            DTYPES[self.config.engine.dtype],
-            model.num_heads,
-            model.num_kv_heads,
-            model.head_dim,
-            windowed=model.window is not None and model.window <= self.config.data.sequence_length,
-            softcap=model.softcap is not None,
-            deterministic=self.config.engine.deterministic,
-        )
-        try:
-            kernel, reason = choose_kernel(spec, self.config.attention.kernel)
-        except ValueError as error:
-            raise ConfigError(f"attention.{error}".replace("use kernel", "use attention.kernel")) from error
-        return kernel.name, reason
+        return kernel_choice(self.config, self.device_type, self.capability)
 
     def resolve_config(self) -> None:
         """Write what the configuration left open into it, as the record of a run."""

@@ -18,8 +18,10 @@ from typing import Any
 
 from conf.degrees import accumulation_steps, resolve_degrees
 from conf.schema import Config, ConfigError, Degrees, EngineConfig, one_divisor
+from recipes.planning.auto_method import method_of
 from recipes.planning.cluster import Cluster
-from recipes.planning.forecast import Forecast, kernel_of, planned_lengths
+from recipes.planning.forecast import Forecast, planned_lengths
+from recipes.planning.plan import kernel_choice
 
 TOKENS_PER_STEP = 2**22  # about as many, unless the user gives the batch
 MICRO_BATCH_TOKENS = 2**15  # of one GPU: larger micro-batches of several sequences make no kernel faster
@@ -60,7 +62,8 @@ def search(config: Config, cluster: Cluster, typed: Sequence[str] = ()) -> Searc
     Raises:
         ConfigError: if no settings are legal: degrees, heads, batch or kernel contradict each other.
     """
-    kernel, lengths = _kernel(config, cluster), planned_lengths(config)
+    kernel, _ = kernel_choice(config, "cuda", cluster.spec.capability, is_elsewhere=True)
+    lengths = planned_lengths(config)
     config = _to_train(config)
     given = given_names(config, typed)
     if lengths:  # tensor and pipeline ranks have no document masks
@@ -121,13 +124,6 @@ def _to_train(config: Config) -> Config:
     config = copy.deepcopy(config)
     config.recipe, config.cluster, config.documents = "pretrain", None, None
     return config
-
-
-def _kernel(config: Config, cluster: Cluster) -> str:
-    try:
-        return kernel_of(config, cluster)
-    except ValueError as error:
-        raise ConfigError(f"attention.{error}".replace("use kernel", "use attention.kernel")) from error
 
 
 def _candidates(
@@ -229,8 +225,7 @@ def _all_degrees(num_gpus: int) -> Iterator[Degrees]:
 
 def _method(given: str | None, degrees: Degrees) -> str | None:
     """The attention method of these degrees; None if that is not the given one."""
-    names = {(False, False): "local", (True, False): "ring", (False, True): "ulysses", (True, True): "hybrid"}
-    own = names[degrees.ring > 1, degrees.ulysses > 1]
+    own = method_of(degrees)
     if given == "all_gather" and own == "ring":
         return given
     if given is None or own == given:

@@ -175,21 +175,23 @@ class StepTime:
         return LayerSeconds(*(share * one + (1 - share) * other for one, other in zip(windowed, full, strict=True)))
 
     def _layer(self, mask: Mask) -> LayerSeconds:
-        config, batch = self.config, self.config.engine.micro_batch_size
-        attention = AttentionTime(
-            config.model,
+        return LayerTime(self.config, self.degrees, self.attention(mask), self._speed, self._tokens).seconds
+
+    def attention(self, mask: Mask) -> AttentionTime:
+        """Of one layer in one micro-batch."""
+        return AttentionTime(
+            self.config.model,
             self.method,
             self.degrees,
             self._layout,
-            batch,
-            dtype_bytes(config),
+            self.config.engine.micro_batch_size,
+            dtype_bytes(self.config),
             self.kernel,
             KERNELS[self.kernel].split,
             self._speed,
             mask,
             self.slowdown,
         )
-        return LayerTime(config, self.degrees, attention, self._speed, self._tokens).seconds
 
     @property
     def _head_s(self) -> float:

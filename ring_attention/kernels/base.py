@@ -220,7 +220,7 @@ class AttentionKernel(ABC):
         return None
 
     def key_sum_tile(self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor) -> int | None:
-        """For kernels with `sums_keys`: how many keys a tile of such sums has; None where it has none."""
+        """For kernels with `sums_keys`: calls on multiples of so many queries and keys can add; None if none can."""
         raise AssertionError("a kernel without sums_keys")
 
     def forward_segments(

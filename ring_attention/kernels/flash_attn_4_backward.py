@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 from typing import Any
 
 import torch
@@ -193,11 +194,14 @@ class _TileSizes:
 
 
 def key_sum_tile(num_heads: int, num_kv_heads: int, head_dim: int) -> int | None:
-    """How many keys a tile of the sums of dk and dv has; None if there are no such sums, or they have other columns."""
+    """The least multiple of a tile's queries and of its keys; None if dk and dv have no sums, or sums of more columns.
+
+    A head size of 256 has tiles of 64 queries and 48 keys: a call on 48 queries could not add its dq.
+    """
     if num_heads == num_kv_heads:
         return None
     tiles = _tile_sizes(head_dim, head_dim)
-    return tiles.keys if head_dim % tiles.columns_of == 0 else None
+    return math.lcm(tiles.queries, tiles.keys) if head_dim % tiles.columns_of == 0 else None
 
 
 @functools.cache

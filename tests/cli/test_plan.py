@@ -49,6 +49,7 @@ def test_a_hugging_face_folder_and_documents(program, tiny_llama):
 
 MISTAKES = {
     "no cluster": (["recipe=plan"], ["cluster=8xh200"]),
+    "a CPU": (["recipe=plan", "cluster=4xcpu"], ["cluster=4xcpu", "GPUs", "cluster=8xh200"]),
     "an unknown GPU": (["recipe=plan", "cluster=8xh300"], ["cluster=8xh300", "h300", "h100", "h200"]),
     "a link without a speed": (["recipe=plan", "cluster={file}"], ["cluster.link_within_gb_per_s=0", "GB/s"]),
     "impossible degrees": ([*ARGUMENTS, "parallelism.ring_degree=3"], ["parallelism.ring_degree=3", "4", "1, 2"]),

@@ -14,6 +14,7 @@ from recipes.planning.memory import num_parameters
 from recipes.planning.plan import Plan
 from recipes.planning.throughput import Work, forward_flops_per_token, peak_tflops, training_flops_per_token
 from ring_attention import LocalAttention
+from ring_attention.kernels import KERNELS
 from tests.errors import is_named, names
 
 SHAPES = [
@@ -178,3 +179,23 @@ def test_an_explanation_is_short_on_any_number_of_ranks(tmp_path, method, layout
         assert any(line.startswith("  ring rank 0: ") for line in lines)
         assert any(line.startswith(f"  ring rank {num_ranks - 1}: ") for line in lines)
     assert any("MiB backward" in line for line in lines) == (method == "ring")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "num_kv_heads", "sent"),
+    [  # the first rank sends K,V of 8,192 tokens with 2 x 64 numbers a head, the second returns their gradients
+        ("cudnn", 2, "4.00 to 4.00"),
+        ("flash_attn_4", 2, "4.00 to 8.00"),  # gradients travel as the kernel's fp32 sums
+        ("flash_attn_4", 4, "8.00 to 8.00"),  # without grouped heads the kernel has none
+    ],
+)
+def test_an_explanation_counts_gradients_as_they_travel(tmp_path, monkeypatch, kernel, num_kv_heads, sent):
+    monkeypatch.setattr(KERNELS["flash_attn_4"], "refusal", lambda spec: None)
+    config = Config(
+        model=ModelConfig(num_heads=4, num_kv_heads=num_kv_heads, head_dim=64),
+        attention=AttentionConfig("ring", layout="contiguous", kernel=kernel),
+        data=DataConfig(sequence_length=2**14),
+    )
+    lines = explanation(Plan(config, 2, "cuda", "NVIDIA H200", (9, 0), 2, 2**37), tmp_path)
+    [line] = [line for line in lines if "MiB backward" in line]
+    assert line.endswith(f", {sent} MiB backward")

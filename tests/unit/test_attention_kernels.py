@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,15 @@ from torch import Tensor
 from ring_attention.accumulators import OnlineSoftmaxAccumulator
 from ring_attention.attend import BackwardInputs, attend_backward, attend_forward
 from ring_attention.kernel_calls import plan_calls
-from ring_attention.kernels import KERNELS, KernelParams, KernelSpec, SavedTensors, Scores, choose_kernel
+from ring_attention.kernels import (
+    KERNELS,
+    KernelParams,
+    KernelSpec,
+    SavedTensors,
+    Scores,
+    choose_kernel,
+    flash_attn_4_backward,
+)
 from ring_attention.kernels.base import Segments, band_mask, flash_window, is_installed
 from ring_attention.kv import KeysValues
 from ring_attention.masked_block import MaskedBlock
@@ -336,3 +345,12 @@ def test_flash_windows_are_the_band(num_queries: int, num_keys: int, lower: int 
 def test_a_kernel_that_cannot_run_is_refused(name: str, reason: str, choices: str):
     with refused(ValueError, f"kernel={name}", *reason.split(), *choices.split()):
         choose_kernel(replace(spec("cpu", None, torch.float32, 64), value_head_dim=32), name)
+
+
+@pytest.mark.parametrize(("head_dim", "queries", "keys", "expected"), [(128, 64, 128, 128), (256, 64, 48, 192)])
+def test_key_sums_need_whole_tiles_of_queries_too(monkeypatch, head_dim: int, queries: int, keys: int, expected: int):
+    tiles = SimpleNamespace(queries=queries, keys=keys, columns_of=64)
+    monkeypatch.setattr(flash_attn_4_backward, "_tile_sizes", lambda head_dim, value_head_dim: tiles)
+    q, k = torch.zeros(1, 8, 4, head_dim), torch.zeros(1, 8, 2, head_dim)
+    assert KERNELS["flash_attn_4"].key_sum_tile(q, k, k) == expected
+    assert KERNELS["flash_attn_4"].key_sum_tile(k, k, k) is None

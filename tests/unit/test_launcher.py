@@ -54,6 +54,13 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
         count_ranks(Config(launch=LaunchConfig(num_ranks=4)))
 
 
+def test_a_cluster_that_cannot_be_read_is_refused_before_ranks_start(monkeypatch):
+    """On GPUs, too, where only ranks make a plan."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with refused(ConfigError, "cluster=missing.yaml", "8xh200"):
+        count_ranks(Config(attention=AttentionConfig("auto"), cluster="missing.yaml"))
+
+
 @pytest.mark.parametrize(
     ("exit_codes", "first_seen", "reported", "blamed", "cause"),
     [

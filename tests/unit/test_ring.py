@@ -202,7 +202,8 @@ class SummingKernel(ReferenceKernel):
 
 class PairsSum(DqSum):
     def __init__(self, *inputs: Tensor) -> None:
-        self.inputs, self.total, self.num_calls = inputs, torch.zeros_like(inputs[1]), 0
+        self.inputs, self.num_calls = inputs, 0
+        self.total = torch.zeros_like(inputs[1], dtype=torch.promote_types(inputs[1].dtype, torch.float32))
 
     def takes(self, block: MaskedBlock) -> bool:
         return block.q_start % 2 == 0 and (block.q_stop % 2 == 0 or block.q_stop == self.total.shape[1])
@@ -232,11 +233,11 @@ class PairsSum(DqSum):
 
     def result(self, scale: float) -> Tensor:
         assert self.num_calls, "a sum that nothing was added to"
-        return self.total
+        return self.total.to(self.inputs[1].dtype)
 
     def round_keys(self, key_sums_2BKN: Tensor, k_BTKD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         pairs = key_sums_2BKN.unflatten(3, (-1, 2, k_BTKD.shape[3])).flip(4, 5)
-        dk, dv = pairs.flatten(3, 4).transpose(2, 3)
+        dk, dv = pairs.flatten(3, 4).transpose(2, 3).to(k_BTKD.dtype)
         return dk, dv
 
 

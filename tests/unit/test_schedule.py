@@ -157,7 +157,7 @@ def test_one_exchange_receives_all_messages_of_a_rank_at_once():
     """The second document lies on three ranks, the third on two. Buffers are whole shards."""
     layout, mask = Layout("contiguous", 4, 64), CAUSAL.packed([0, 10, 42, 64])
     assert [tokens_sent(layout, mask, rank) for rank in range(4)] == [(12, 0), (16, 6), (6, 22), (0, 6)]
-    assert buffer_tokens(layout, mask) == {"keys0": 32, "gradients0": 16}
+    assert buffer_tokens(layout, mask) == {"keys0": 32, "gradients1": 16}
     assert buffer_tokens(layout, CAUSAL.packed(range(0, 65, 16))) == {}
 
 
@@ -182,6 +182,12 @@ def test_work_counts_query_key_pairs():
 def test_zigzag_is_balanced_and_contiguous_is_not(ring_degree: int):
     assert imbalance(Layout("zigzag", ring_degree, 128 * ring_degree)) == 1.0
     assert imbalance(Layout("contiguous", ring_degree, 128 * ring_degree)) > 1.3
+
+
+def test_on_two_ranks_one_exchange_needs_no_buffers_beside_those_of_the_ring():
+    layout, packed = Layout("contiguous", 2, 16), CAUSAL.packed([0, 6, 10, 16])
+    assert goes_direct(layout, packed)
+    assert buffer_tokens(layout, packed) == buffer_tokens(layout, CAUSAL) == {"keys0": 8, "gradients1": 8}
 
 
 def test_in_one_exchange_ranks_do_not_wait_for_each_other_between_steps():
