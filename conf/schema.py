@@ -757,6 +757,8 @@ def _inference_problems(config: Config) -> Iterator[str]:
 def _plan_problems(config: Config) -> Iterator[str]:
     """Of recipe=plan, and of its settings in other recipes."""
     if config.recipe != "plan":
+        if config.plan != PlanConfig():
+            yield f"plan.tokens={config.plan.tokens:g} has no effect without recipe=plan: add it"
         if config.cluster is not None and config.explain_gpu:
             yield f"cluster={config.cluster} and explain_gpu={config.explain_gpu} both name GPUs: leave one of them out"
         elif config.cluster is not None and config.attention.method != "auto" and not config.explain:
