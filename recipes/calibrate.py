@@ -73,7 +73,7 @@ def calibrate(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
     if reporter:
         say("", *text_table(_rows(cluster, links)), "", *_notes(plan, links))  # first: writing may fail
         replace_file(path, cluster_text(cluster, _comment(links)))
-        say(f"done in {time.perf_counter() - started:.0f} s; the cluster's file, for cluster={path}: {path}")
+        say(f"done in {time.perf_counter() - started:.0f} s; to forecast with these speeds, type cluster={path}")
     return products[-1].tflops
 
 

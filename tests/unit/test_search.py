@@ -323,6 +323,7 @@ def test_the_report_says_what_was_not_measured(kind: str):
     [
         ({"model.num_layers": 100}, ["model.path", "fp32"]),  # built on each rank
         ({"data.sequence_length": 2**33}, ["data.sequence_length", "saved activations"]),
+        ({"model.num_layers": 40, "engine.zero_stage": 0}, ["ZeRO 0", "engine.zero_stage=3"]),
     ],
 )
 def test_what_fits_nowhere_is_one_line(fields: dict[str, Any], parts: list[str]):
