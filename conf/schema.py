@@ -509,7 +509,7 @@ class CalibrateConfig(_Checked, prefix="calibrate."):
         folder = os.path.dirname(self.output) or "."
         if not self.output.endswith((".yaml", ".yml")):
             yield f"calibrate.output={self.output} must end in .yaml: type calibrate.output=mine.yaml"
-        elif os.path.isdir(self.output) or not os.access(folder, os.W_OK):
+        elif os.path.isdir(self.output) or not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
             yield f"calibrate.output={self.output} cannot be written: type a file in a folder that exists and is yours"
 
 

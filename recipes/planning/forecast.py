@@ -229,14 +229,14 @@ def planned_lengths(config: Config) -> tuple[int, ...]:
 
 
 def kernel_of(config: Config, cluster: Cluster) -> str:
-    """The attention kernel that such GPUs run, with every package installed.
+    """The attention kernel that such devices run, with every package installed.
 
     Raises:
         ValueError: if attention.kernel cannot run there.
     """
     model = config.model
     spec = KernelSpec(
-        "cuda",
+        "cpu" if cluster.gpu == "cpu" else "cuda",
         cluster.spec.capability,
         DTYPES[config.engine.dtype],
         model.num_heads,
