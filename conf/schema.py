@@ -771,6 +771,8 @@ def _plan_problems(config: Config) -> Iterator[str]:
         yield "recipe=plan needs a cluster: type cluster=8xh200, 2x8xh100 (hosts x GPUs x kind), or a path to a .yaml"
     if config.launch.num_ranks is not None:
         yield f"launch.num_ranks={config.launch.num_ranks} cannot go with recipe=plan: cluster=8xh200 says how many"
+    if config.explain_gpu:
+        yield f"explain_gpu={config.explain_gpu} cannot go with recipe=plan: cluster=8xh200 says which GPUs"
     if config.explain:
         yield "explain=true cannot go with recipe=plan, which starts no run anyway: leave it out"
     if config.documents is not None and config.parallelism.method == "tensor_pipeline":
