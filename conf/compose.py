@@ -176,7 +176,9 @@ def describe_error(error: Exception) -> str:
             fields = [f"{name}.{key}" for key in re.findall(r"['\"](\w+)['\"] *:", value)]
             advice = f"write {' and '.join(fields)}, in a sweep's YAML as keys of parameters"
             return f"{error.override} sets several fields at once: {advice}"
-        reason = error.message.splitlines()[-2]  # the last line is a link
+        first, reason = error.message.splitlines()[0], error.message.splitlines()[-2]  # the last line is a link
+        if reason.strip() == "^":
+            reason = f"unexpected {first[reason.index('^')]}"
         example = "\"data.files=['a.txt','b.txt']\""
         if name == "generate.prompt":
             example = "\"generate.prompt='def main('\", or write it into a file, generate.prompt_file=prompts.jsonl"

@@ -509,7 +509,7 @@ class CalibrateConfig(_Checked, prefix="calibrate."):
         folder = os.path.dirname(self.output) or "."
         if not self.output.endswith((".yaml", ".yml")):
             yield f"calibrate.output={self.output} must end in .yaml: type calibrate.output=mine.yaml"
-        elif os.path.isdir(self.output) or not os.access(folder, os.W_OK):
+        elif os.path.isdir(self.output) or not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
             yield f"calibrate.output={self.output} cannot be written: type a file in a folder that exists and is yours"
 
 
@@ -757,6 +757,8 @@ def _inference_problems(config: Config) -> Iterator[str]:
 def _plan_problems(config: Config) -> Iterator[str]:
     """Of recipe=plan, and of its settings in other recipes."""
     if config.recipe != "plan":
+        if config.plan != PlanConfig():
+            yield f"plan.tokens={config.plan.tokens:g} has no effect without recipe=plan: add it"
         if config.cluster is not None and config.explain_gpu:
             yield f"cluster={config.cluster} and explain_gpu={config.explain_gpu} both name GPUs: leave one of them out"
         elif config.cluster is not None and config.attention.method != "auto" and not config.explain:
@@ -769,6 +771,8 @@ def _plan_problems(config: Config) -> Iterator[str]:
         yield "recipe=plan needs a cluster: type cluster=8xh200, 2x8xh100 (hosts x GPUs x kind), or a path to a .yaml"
     if config.launch.num_ranks is not None:
         yield f"launch.num_ranks={config.launch.num_ranks} cannot go with recipe=plan: cluster=8xh200 says how many"
+    if config.explain_gpu:
+        yield f"explain_gpu={config.explain_gpu} cannot go with recipe=plan: cluster=8xh200 says which GPUs"
     if config.explain:
         yield "explain=true cannot go with recipe=plan, which starts no run anyway: leave it out"
     if config.documents is not None and config.parallelism.method == "tensor_pipeline":

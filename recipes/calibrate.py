@@ -71,9 +71,9 @@ def calibrate(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
     cluster = _cluster(plan, measured, links)
     path = Path(plan.config.calibrate.output or run_dir / FILE)
     if reporter:
+        say("", *text_table(_rows(cluster, links)), "", *_notes(plan, links))  # first: writing may fail
         replace_file(path, cluster_text(cluster, _comment(links)))
-        say("", *text_table(_rows(cluster, links)), "", *_notes(plan, links))
-        say(f"done in {time.perf_counter() - started:.0f} s; the cluster's file, for cluster={path}: {path}")
+        say(f"done in {time.perf_counter() - started:.0f} s; to forecast with these speeds, type cluster={path}")
     return products[-1].tflops
 
 

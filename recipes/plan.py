@@ -19,6 +19,7 @@ from recipes.planning.search import search
 from recipes.run.run_dir import replace_file
 
 RESULT_FILE = "plan.json"
+MAX_GPUS = 4096  # a ring of more takes minutes and GiB to simulate
 
 
 def plan(config: Config, typed: list[str], run_dir: Path) -> float:
@@ -39,6 +40,11 @@ def plan(config: Config, typed: list[str], run_dir: Path) -> float:
     cluster = parse_cluster(config.cluster)
     if cluster.gpu == "cpu":
         raise ConfigError(f"cluster={config.cluster} is of CPUs, but recipe=plan plans for GPUs: type cluster=8xh200")
+    if cluster.num_gpus > MAX_GPUS:
+        raise ConfigError(
+            f"cluster={config.cluster} has {cluster.num_gpus:,} GPUs, more than the {MAX_GPUS:,} that recipe=plan "
+            f"forecasts: type {MAX_GPUS // 8}x8x{cluster.gpu}, or fewer"
+        )
     result = search(config, cluster, typed)
     print(*report(result, config, cluster), sep="\n", flush=True)
     run_dir.mkdir(parents=True, exist_ok=True)

@@ -12,12 +12,8 @@ from safetensors import SafetensorError, safe_open
 CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE = "config.json", "model.safetensors.index.json", "model.safetensors"
 
 
-def check_folder(folder: Path) -> int:
-    """The number of values in the folder's weights.
-
-    Raises:
-        ValueError: unless the folder has a configuration and complete weights in safetensors files.
-    """
+def check_config(folder: Path) -> None:
+    """Raises ValueError unless the folder has a configuration."""
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}: give one with {CONFIG_FILE}, or a name on the hub, OWNER/NAME")
     if not (folder / CONFIG_FILE).is_file():
@@ -25,6 +21,15 @@ def check_folder(folder: Path) -> int:
             f"{folder} has no {CONFIG_FILE}: give the folder that save_pretrained or the hub's download wrote"
         )
     _json_object(folder / CONFIG_FILE)
+
+
+def check_folder(folder: Path) -> int:
+    """The number of values in the folder's weights.
+
+    Raises:
+        ValueError: unless the folder has a configuration and complete weights in safetensors files.
+    """
+    check_config(folder)
     names = [WEIGHTS_FILE]
     if (folder / INDEX_FILE).is_file():
         index = _json_object(folder / INDEX_FILE)

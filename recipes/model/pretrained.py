@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from conf.schema import INFERENCE, Config, ConfigError, ModelConfig
 from recipes.model.lora import check_lora, num_trained
-from recipes.model.model_folder import CONFIG_FILE, check_folder, check_hub, one_line
+from recipes.model.model_folder import CONFIG_FILE, check_config, check_folder, check_hub, one_line
 from recipes.model.rope import change_rope, reach
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # by engine.dtype
@@ -40,7 +40,10 @@ def resolve(config: Config) -> Config:
         num_stored = None
         folder = Path(path).expanduser()
         if folder.exists() or path.startswith((".", "/", "~")):
-            num_stored = check_folder(folder)
+            if config.recipe == "plan":  # plans without the weights, as with a name on the hub
+                check_config(folder)
+            else:
+                num_stored = check_folder(folder)
             resolved.model.path = str(folder.resolve())
         else:
             check_hub(path)

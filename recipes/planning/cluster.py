@@ -56,16 +56,18 @@ class Cluster:
     measured: MeasuredSpeeds | None = None
 
     def __post_init__(self) -> None:
-        if self.gpu not in DEVICES:
+        if not isinstance(self.gpu, str) or self.gpu not in DEVICES:
             raise ConfigError(f"cluster.gpu={self.gpu} is not known: use {', '.join(DEVICES)}")
         for name in ("gpus_per_host", "hosts"):
-            if not isinstance(value := getattr(self, name), int) or value < 1:
+            if not isinstance(value := getattr(self, name), int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"cluster.{name}={value} must be a whole number from 1: type cluster={FORMS}")
         for name in ("memory_gib", "link_within_gb_per_s", "link_between_gb_per_s", "host_memory_gib"):
             if not is_positive(value := getattr(self, name)):
                 raise ConfigError(f"cluster.{name}={value} must be a number above 0: {_advice(name)}")
         if self.latency_us != 0 and not is_positive(self.latency_us):
             raise ConfigError(f"cluster.latency_us={self.latency_us} must be a number from 0: H100s have 20")
+        if not isinstance(self.is_measured, bool):
+            raise ConfigError(f"cluster.is_measured={self.is_measured} must be true or false: type false if not sure")
 
     @property
     def num_gpus(self) -> int:
@@ -177,16 +179,17 @@ def cluster_text(cluster: Cluster, comment: str) -> str:
 def _load(path: Path, typed: str) -> Cluster:
     try:
         fields: Any = OmegaConf.to_container(OmegaConf.load(path))
-    except (OSError, OmegaConfBaseException, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, OmegaConfBaseException, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"cluster={typed} cannot be read ({reason}): use {FORMS}") from error
     known = {spec.name: spec for spec in dataclasses.fields(Cluster)}
-    needed = {name for name, spec in known.items() if spec.default is dataclasses.MISSING}
-    if not isinstance(fields, dict) or not needed <= fields.keys() <= known.keys():
-        given = sorted(map(str, fields)) if isinstance(fields, dict) else []
-        raise ConfigError(
-            f"cluster={typed} has the fields {', '.join(given) or 'of no mapping'}: use {', '.join(known)}"
-        )
+    if not isinstance(fields, dict):
+        raise ConfigError(f"cluster={typed} has no fields with values: use {', '.join(known)}")
+    needed = [name for name, spec in known.items() if spec.default is dataclasses.MISSING]
+    lacking, unknown = [name for name in needed if name not in fields], [str(n) for n in fields if n not in known]
+    wrong = [f"{what} {', '.join(names)}" for what, names in (("has", unknown), ("lacks", lacking)) if names]
+    if wrong:
+        raise ConfigError(f"cluster={typed} {' and '.join(wrong)}: use {', '.join(known)}")
     measured = fields.get("measured")
     return Cluster(**{**fields, "measured": None if measured is None else parse_measured(measured, typed)})
 
@@ -194,4 +197,4 @@ def _load(path: Path, typed: str) -> Cluster:
 def _advice(name: str) -> str:
     if name.startswith("link"):
         return "GB/s of one GPU in one direction; a cluster without links between its hosts is one of hosts=1"
-    return "GiB"
+    return "GiB of one host" if name.startswith("host") else "GiB of one GPU, as CUDA reports it; H100s have 79.2"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from conf.schema import Config, ConfigError
 from recipes.planning.cluster import Cluster
-from recipes.planning.forecast import Forecast, planned_lengths
+from recipes.planning.forecast import MARGIN, Forecast, planned_lengths
 from recipes.planning.memory import changed
 from recipes.planning.plan_report import method_name
 from recipes.planning.search import SearchResult, search
@@ -81,15 +82,20 @@ def _draw(places: Places, axis: str, cluster: Cluster, path: Path) -> Path:
     panels = speed, mfu, memory = figure.subplots(1, 3)
     for method in dict.fromkeys(method_name(one) for fitting in places.values() for one in fitting):
         fastest = [next((one for one in fits if method_name(one) == method), None) for fits in places.values()]
-        x, shown = zip(*((number, one) for number, one in enumerate(fastest) if one), strict=True)
-        speed.plot(x, [one.tokens_per_s for one in shown], "o-", label=method)
-        mfu.plot(x, [one.mfu_pct for one in shown], "o-", label=method)
-        memory.plot(x, [one.needed_bytes / 2**30 for one in shown], "o-", label=method)
-    memory.axhline(cluster.memory_gib, color="gray", linestyle="--", label="one GPU has")
+        values = {
+            speed: [one.tokens_per_s if one else math.nan for one in fastest],  # a gap where the method does not fit
+            mfu: [one.mfu_pct if one else math.nan for one in fastest],
+            memory: [one.needed_bytes / 2**30 if one else math.nan for one in fastest],
+        }
+        for axes, heights in values.items():
+            axes.plot(heights, "o-", label=method)
+    memory.axhline((1 - MARGIN) * cluster.memory_gib, color="gray", linestyle="--", label=f"{1 - MARGIN:.0%} of a GPU")
     speed.set(title="the fastest settings of each method that fit", ylabel="tokens/s, all GPUs", yscale="log")
-    mfu.set(title="their MFU", ylabel="% of the data sheet's peak", ylim=(0, None))
+    mfu.set(title="their MFU", ylabel="% of the data sheet's peak")
     is_bound = any(one.unpredicted for fits in places.values() for one in fits)
-    memory.set(title=f"their memory{', a lower bound' if is_bound else ''}", ylabel="GiB per GPU", ylim=(0, None))
+    memory.set(title=f"their memory{', a lower bound' if is_bound else ''}", ylabel="GiB per GPU")
+    for axes in (mfu, memory):
+        axes.set_ylim(0, 1.05 * axes.dataLim.ymax)  # with room above: MFU is nearly level
     for axes in panels:
         axes.set_xticks(range(len(places)), [*places])
         axes.set_xlabel(axis)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -69,6 +70,8 @@ def _nothing_fits(result: SearchResult, config: Config, cluster: Cluster) -> Con
     advice = "use more GPUs or such with more memory, a smaller model, or a shorter data.sequence_length"
     if least.state.built > least.limit_bytes >= least.state.total:
         advice = "use GPUs with more memory, or a model at model.path, which is never built in fp32"
+    elif math.prod(least.degrees[:3]) > 1 and (stage := least.config.engine.zero_stage) < 3:  # no other was tried
+        advice = f"type engine.zero_stage=3 instead of {stage}, {advice}"
     return ConfigError(
         f"{_model(config)} does not fit cluster={config.cluster}, {cluster.num_gpus} x {cluster.spec.device_name}, "
         f"in any of {len(result.refused):,} ways. The smallest needs, per GPU ({_in_words(least)}): {least.refusal}: "

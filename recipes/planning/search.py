@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from conf.degrees import accumulation_steps, resolve_degrees
-from conf.schema import Config, ConfigError, Degrees, EngineConfig, one_divisor
+from conf.schema import Config, ConfigError, Degrees, EngineConfig, PlanConfig, one_divisor
 from recipes.planning.auto_method import method_of
 from recipes.planning.cluster import Cluster
 from recipes.planning.forecast import Forecast, planned_lengths
@@ -85,7 +85,8 @@ def search(config: Config, cluster: Cluster, typed: Sequence[str] = ()) -> Searc
     return SearchResult(
         [forecast for forecast in fitting if not forecast.unpredicted],
         [forecast for forecast in fitting if forecast.unpredicted],
-        sorted((one for one in forecasts if not one.fits), key=lambda forecast: forecast.needed_bytes),
+        # building a model in fp32 takes equally much whatever the settings are: then the states decide
+        sorted((one for one in forecasts if not one.fits), key=lambda one: (one.needed_bytes, one.state.total)),
     )
 
 
@@ -122,7 +123,7 @@ def sequences_per_step(config: Config, num_gpus: int, given: frozenset[str]) -> 
 def _to_train(config: Config) -> Config:
     """A copy that trains, without what belongs to recipe=plan."""
     config = copy.deepcopy(config)
-    config.recipe, config.cluster, config.documents = "pretrain", None, None
+    config.recipe, config.cluster, config.documents, config.plan = "pretrain", None, None, PlanConfig()
     return config
 
 

@@ -55,7 +55,11 @@ def test_one_rank_says_that_its_links_are_not_measured(program):
 
 @pytest.mark.parametrize(
     ("output", "parts"),
-    [("mine.txt", [".yaml"]), ("nosuchfolder/mine.yaml", ["cannot be written"])],
+    [
+        ("mine.txt", [".yaml"]),
+        ("nosuchfolder/mine.yaml", ["cannot be written"]),
+        (f"{__file__}/mine.yaml", ["cannot be written"]),  # a file is no folder
+    ],
 )
 def test_a_file_that_cannot_be_is_refused_before_ranks_start(program, output, parts):
     run = program.run("recipe=calibrate", f"calibrate.output={output}", "launch.num_ranks=1")

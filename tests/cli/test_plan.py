@@ -57,8 +57,14 @@ MISTAKES = {
         ["recipe=plan", "cluster=2xh100", "model=llama_8b", "model.num_layers=200"],
         ["cluster=2xh100", "llama_8b", "71.28 GiB"],
     ),
+    "too many GPUs": (["recipe=plan", "cluster=1000x8xh100"], ["cluster=1000x8xh100", "8,000", "4,096", "512x8xh100"]),
+    "a budget for another recipe": (["plan.tokens=1e9"], ["plan.tokens=1e+09", "recipe=plan"]),
     "a cluster for another recipe": (["cluster=8xh200"], ["cluster=8xh200", "recipe=plan"]),
     "ranks beside a cluster": ([*ARGUMENTS, "launch.num_ranks=8"], ["launch.num_ranks=8", "cluster=8xh200"]),
+    "other words for a cluster": (
+        [*ARGUMENTS, "explain_gpu=h100"],
+        ["explain_gpu=h100", "recipe=plan", "cluster=8xh200"],
+    ),
     "documents in a pipeline": (
         [*ARGUMENTS, "+documents=lognormal", "+experiment=tp_pp"],
         ["documents=lognormal", "parallelism=tensor_pipeline"],

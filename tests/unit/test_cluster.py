@@ -84,6 +84,9 @@ def test_bad_input_is_refused_in_one_line(text, parts):
         ("memory_gib", "a lot"),
         ("latency_us", -1),
         ("hosts", 1.5),
+        ("gpu", ["h100"]),
+        ("gpus_per_host", True),
+        ("is_measured", "maybe"),
     ],
 )
 def test_a_number_that_cannot_be(field, value):
@@ -96,6 +99,20 @@ def test_a_file_that_is_no_cluster(tmp_path, text):
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     with refused(ConfigError, f"cluster={path}"):
+        parse_cluster(str(path))
+
+
+def test_a_file_of_other_bytes(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(b"gpu: \xff\xfe\n")
+    with refused(ConfigError, f"cluster={path}", "cannot be read"):
+        parse_cluster(str(path))
+
+
+def test_a_misspelled_field_is_named_beside_the_one_that_is_missing(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text((FOLDER / "h100.yaml").read_text().replace("memory_gib:", "memory:", 1))
+    with refused(ConfigError, f"cluster={path}", "has memory and", "lacks memory_gib"):
         parse_cluster(str(path))
 
 

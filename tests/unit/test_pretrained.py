@@ -91,6 +91,19 @@ def test_a_damaged_folder_is_refused(tmp_path: Path, tiny_llama: Path, case: str
     names(refusal(ModelConfig(path=str(folder))), f"model.path={folder}", *parts)
 
 
+def test_a_plan_needs_no_weights(tmp_path: Path, tiny_llama: Path):
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    (folder / WEIGHTS).unlink()
+    whole, planned = (
+        resolve(Config(model=ModelConfig(path=str(path)), recipe="plan", cluster="8xh200"))
+        for path in (tiny_llama, folder)
+    )
+    assert planned.model.num_weights == whole.model.num_weights == 1_311_872
+    shutil.rmtree(folder)
+    with refused(ConfigError, f"model.path={folder}", "config.json"):
+        resolve(Config(model=ModelConfig(path=str(folder)), recipe="plan", cluster="8xh200"))
+
+
 def test_a_file_is_no_folder(tiny_llama: Path):
     path = tiny_llama / WEIGHTS
     names(refusal(ModelConfig(path=str(path))), f"model.path={path}", "folder")

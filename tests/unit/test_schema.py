@@ -168,6 +168,7 @@ MISTAKES = [  # what is typed; the value, the rule's values and what to type
     ("recipe=evaluate evaluate.model=a/b model.rope={rope_type:yarn,factor:4}", ["model.rope={'rope_type': 'yarn', 'factor': 4}", "model.path=FOLDER_OR_HUB_NAME", "evaluate.model"]),
     ("recipe=evaluate evaluate.model=a/b lora.rank=4", ["lora.rank=4", "evaluate.model", "leave it out"]),
     ("generate.prompt=main(", ["generate.prompt=main(", "field=value", "generate.prompt='def main('", "generate.prompt_file=prompts.jsonl"]),
+    ("calibrate.output=~/a.yaml", ["calibrate.output=~/a.yaml", "(unexpected ~)", "field=value"]),
     ("engine=zero", ["engine", "engine.FIELD=value"]),
     ("+model=llama_1b", ["model", "model=OPTION"]),
     ("+workload=paper_10k", ["workload", "workload=OPTION"]),

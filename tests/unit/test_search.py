@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import shlex
 from pathlib import Path
 from typing import Any
 
 import hydra
 import pytest
+from matplotlib.figure import Figure
 
 import train  # noqa: F401  registers the schema
 from conf.compose import to_config
@@ -19,7 +21,7 @@ from recipes.planning.cluster import parse_cluster
 from recipes.planning.forecast import Forecast
 from recipes.planning.memory import changed, num_parameters, state_bytes
 from recipes.planning.memory_timeline import StepMemory
-from recipes.planning.plan_plots import scaled_cluster
+from recipes.planning.plan_plots import _draw, scaled_cluster
 from recipes.planning.plan_report import best_of_grids, gpu_hours, report, row
 from recipes.planning.search import SearchResult, given_names, search, sequences_per_step
 from ring_attention.layout import Layout
@@ -323,6 +325,7 @@ def test_the_report_says_what_was_not_measured(kind: str):
     [
         ({"model.num_layers": 100}, ["model.path", "fp32"]),  # built on each rank
         ({"data.sequence_length": 2**33}, ["data.sequence_length", "saved activations"]),
+        ({"model.num_layers": 40, "engine.zero_stage": 0}, ["ZeRO 0", "engine.zero_stage=3"]),
     ],
 )
 def test_what_fits_nowhere_is_one_line(fields: dict[str, Any], parts: list[str]):
@@ -343,3 +346,17 @@ def test_smaller_and_larger_clusters(factor: float, hosts: int | None, gpus_per_
 
 def test_three_hosts_have_no_half():
     assert scaled_cluster(parse_cluster("3x8xh100"), 0.5) is None
+
+
+def test_a_plot_has_a_gap_where_a_method_does_not_fit(found: SearchResult, monkeypatch, tmp_path: Path):
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    ring, ulysses = (next(one for one in found.ranked if one.method == method) for method in ("ring", "ulysses"))
+    _draw({"1 x 2": [ring, ulysses], "1 x 4": [ulysses], "1 x 8": [ring]}, "GPUs", H200S, tmp_path / "plot.png")
+    speed, mfu, memory = figures[0].axes
+    for axes, height in ((speed, ring.tokens_per_s), (mfu, ring.mfu_pct), (memory, ring.needed_bytes / 2**30)):
+        heights = next(line.get_ydata() for line in axes.get_lines() if line.get_label() == "ring")
+        assert heights == pytest.approx([height, math.nan, height], nan_ok=True)
+    limit = next(line for line in memory.get_lines() if line.get_label() == "90% of a GPU")
+    assert limit.get_ydata() == pytest.approx([36.0, 36.0])
+    assert mfu.get_ylim()[1] > 1.04 * max(ring.mfu_pct, ulysses.mfu_pct)
