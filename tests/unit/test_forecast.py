@@ -43,6 +43,7 @@ def test_micro_batches_that_were_not_chosen():
     assert found.ordered >= 0.95 * found.pairs, found
 
 
+@pytest.mark.slow
 def test_constants_of_half_of_the_files(steps):
     """A harder split. Its worst row, 15.6 %, is offloading on an H100, which two hosts measured 12 % apart."""
     for first in (0, 1):
