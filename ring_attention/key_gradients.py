@@ -50,7 +50,7 @@ class KeyGradients(ABC):
     def end(self, step: BackwardStep, number: int, is_local: bool) -> KeysValues | None:
         """Add what was returned to own gradients, and return what to send to the step's source."""
 
-    def keep(self, number: int, arriving: KeysValues) -> None:
+    def expect(self, number: int, arriving: KeysValues) -> None:
         """Own gradients that another rank computed in this step. They are there once the transfer has ended."""
         self._returned[number] = arriving
 

@@ -202,7 +202,7 @@ def ring_backward(
         gradients = key_gradients.end(step, number, is_local)
         gradient_transfer, arriving = ring.post_gradients(key_gradients.like, step, number, gradients)
         if arriving is not None:
-            key_gradients.keep(number, arriving)
+            key_gradients.expect(number, arriving)
         del gradients, arriving  # the transfer holds what it needs
         if key_transfer is not None:
             key_transfer.wait()

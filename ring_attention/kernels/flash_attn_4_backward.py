@@ -87,14 +87,14 @@ class FlashAttention4DqSum(DqSum):
             statistics = tuple(x[rows, :, start:stop] for x in statistics)
             total = total[rows, :, start * self._columns : stop * self._columns]
         window = flash_window(q.shape[1], k_BTKD.shape[1], params, None)
-        sums = key_sums_2BKN
-        if sums is None:
+        if key_sums_2BKN is None:
             return self._launch_and_round(q, dout, statistics, total, k_BTKD, v_BTKE, params, window)
-        self._launch(q, dout, statistics, total, k_BTKD, v_BTKE, params, window, sums.unbind(0))
+        self._launch(q, dout, statistics, total, k_BTKD, v_BTKE, params, window, key_sums_2BKN.unbind(0))
         return None, None
 
     def round_keys(self, key_sums_2BKN: Tensor, k_BTKD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        dk, dv = torch.empty_like(k_BTKD), torch.empty_like(k_BTKD)
+        # contiguous, as k may be a view that the kernel cannot write to
+        dk, dv = (torch.empty_like(k_BTKD, memory_format=torch.contiguous_format) for _ in range(2))
         self._round_keys(key_sums_2BKN.unbind(0), dk, dv, scale)
         return dk, dv
 
