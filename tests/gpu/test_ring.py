@@ -12,8 +12,11 @@ import pytest
 import torch
 
 from ring_attention import CAUSAL, FULL, Mask, RingAttention
+from ring_attention.kernels import KERNELS
+from ring_attention.key_gradients import sums_travel
+from ring_attention.kv import KeysValues
 from ring_attention.transport import TRANSPORTS, CopyEngineTransport, P2PMessage, Transfer
-from tests.cases import Case, check, many_on_rank
+from tests.cases import Case, check, draw, many_on_rank
 from tests.distributed.parity import Cell, run_cell
 from tests.distributed.test_attention import batches, grid
 from tests.distributed.test_direct import random_cases
@@ -103,6 +106,20 @@ def test_packed_documents_in_one_exchange(gpu_pool: WorkerPool, transport: str, 
     ranks = gpu_pool.run(many_with_poison, cases, num_ranks=NUM_RANKS)
     for case, shards in zip(cases, zip(*ranks, strict=True), strict=True):
         check(case, list(shards))
+
+
+@pytest.mark.skipif(NUM_RANKS < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("transport", ["p2p", "copy_engine"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_key_gradients_that_travel_as_the_kernels_sums(gpu_pool: WorkerPool, transport: str, head_dim: int):
+    pytest.importorskip("flash_attn.cute")
+    length = 768 * NUM_RANKS  # chunks of whole tiles
+    sizes = {"length": length, "num_heads": 8, "num_kv_heads": 2, "head_dim": head_dim}
+    case = Case("ring", NUM_RANKS, dtype=torch.bfloat16, kernel="flash_attn_4", transport=transport, **sizes)
+    q, k, v, _ = draw(case)
+    assert sums_travel(KERNELS["flash_attn_4"], case.global_layout, case.mask, q, KeysValues.of_parts(k, v))
+    ranks = gpu_pool.run(many_with_poison, [case], num_ranks=NUM_RANKS)
+    check(case, [shards for (shards,) in ranks])
 
 
 @pytest.mark.skipif(NUM_RANKS < 2, reason="needs two GPUs")
