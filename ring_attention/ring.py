@@ -28,6 +28,7 @@ from ring_attention.key_gradients import RoundedKeyGradients, SummedKeyGradients
 from ring_attention.kv import KeysValues
 from ring_attention.layout import Layout
 from ring_attention.mask import Mask
+from ring_attention.pass_graph import has_graphs, run_pass
 from ring_attention.schedule import Message, RingStep, buffer_tokens, gradient_buffer, keys_buffer, ring_schedule
 from ring_attention.sinks import sinks_gradient
 from ring_attention.trace import numbered, profiler_range
@@ -218,9 +219,9 @@ class RingFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKE: Tensor, sinks_H: Tensor | None, ring: Ring) -> Tensor:
         first, kv = ring.steps[0].send_next, KeysValues.of_parts(k_BSKD, v_BSKE)
-        if first is not None and first.spans == kv.spans:
+        if first is not None and first.spans == kv.spans and not has_graphs(ring, q_BSHD):
             kv = kv.take(kv.spans)  # one message, for the first transfer of both passes
-        out_BSHE, lse_BHS = saved_or_computed(lambda: ring_forward(ring, q_BSHD, kv, sinks_H))
+        out_BSHE, lse_BHS = saved_or_computed(lambda: _forward(ring, q_BSHD, kv, sinks_H))
         ctx.ring, ctx.kv_shapes = ring, (kv.k_BTKD.shape, kv.v_BTKE.shape)
         saved_kv = (kv.k_BTKD, kv.v_BTKE) if kv.message is None else (kv.message,)
         ctx.save_for_backward(q_BSHD, out_BSHE, lse_BHS, sinks_H, *saved_kv)
@@ -238,4 +239,29 @@ class RingFunction(torch.autograd.Function):
             kv = KeysValues.of_message(saved_kv[0], ctx.kv_shapes, ctx.ring.steps[0].keys)
         dout_BSHE = grad_outputs[0].contiguous()
         dsinks = sinks_gradient(dout_BSHE, out_BSHE, lse_BHS, sinks_H) if ctx.needs_input_grad[3] else None
-        return *ring_backward(ctx.ring, dout_BSHE, q_BSHD, kv, out_BSHE, lse_BHS), dsinks, None
+        return *_backward(ctx.ring, dout_BSHE, q_BSHD, kv, out_BSHE, lse_BHS), dsinks, None
+
+
+def _forward(ring: Ring, q_BSHD: Tensor, kv: KeysValues, sinks_H: Tensor | None) -> tuple[Tensor, Tensor]:
+    if not has_graphs(ring, q_BSHD):
+        return ring_forward(ring, q_BSHD, kv, sinks_H)
+
+    def compute(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+        return ring_forward(ring, q, KeysValues.of_parts(k, v), sinks)
+
+    out_BSHE, lse_BHS = run_pass(ring, "forward", compute, (q_BSHD, kv.k_BTKD, kv.v_BTKE, sinks_H))
+    return out_BSHE, lse_BHS
+
+
+def _backward(
+    ring: Ring, dout_BSHE: Tensor, q_BSHD: Tensor, kv: KeysValues, out_BSHE: Tensor, lse_BHS: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not has_graphs(ring, q_BSHD):
+        return ring_backward(ring, dout_BSHE, q_BSHD, kv, out_BSHE, lse_BHS)
+
+    def compute(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+        return ring_backward(ring, dout, q, KeysValues.of_parts(k, v), out, lse)
+
+    tensors = (dout_BSHE, q_BSHD, kv.k_BTKD, kv.v_BTKE, out_BSHE, lse_BHS)
+    dq, dk, dv = run_pass(ring, "backward", compute, tensors)
+    return dq, dk, dv

@@ -16,6 +16,7 @@ from torch._C._profiler import _RecordFunctionFast  # torch's compiler labels it
 T = TypeVar("T")
 
 _observers: dict[str, Callable[[], None]] = {}
+_num_viewers = 0  # of ring steps
 _status_listener: Callable[[str, str], None] | None = None
 
 
@@ -37,12 +38,31 @@ def _observed(name: str, observer: Callable[[], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def observed_range(name: str, observer: Callable[[], None]) -> Iterator[None]:
-    """Within, call `observer` at the start and end of each range of this name, on the thread that runs it."""
+    """Within, call `observer` at the start and end of each range of this name, on the thread that runs it.
+
+    Every rank must enter it, as for `visible_ring_steps`.
+    """
     _observers[name] = observer
+    try:
+        with visible_ring_steps():
+            yield
+    finally:
+        del _observers[name]
+
+
+@contextlib.contextmanager
+def visible_ring_steps() -> Iterator[None]:
+    """Within, passes have their ranges: none runs as a CUDA graph (`pass_graph`). Every rank must enter it."""
+    global _num_viewers
+    _num_viewers += 1
     try:
         yield
     finally:
-        del _observers[name]
+        _num_viewers -= 1
+
+
+def ring_steps_are_visible() -> bool:
+    return _num_viewers > 0
 
 
 def set_status_listener(listener: Callable[[str, str], None] | None) -> None:

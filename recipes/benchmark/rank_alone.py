@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -31,10 +33,15 @@ class _NoMessages:
 
     def __init__(self, ring_rank: int) -> None:
         self.ring_rank = ring_rank
+        self.graphs: dict[Hashable, Any] = {}
+        self.in_graph = contextlib.nullcontext
         self.receive_buffer = functools.cache(self._receive_buffer)
 
     def _receive_buffer(self, name: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.randn(numel, dtype=dtype, device=device)
+
+    def watched(self, purpose: str) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def post(self, *messages: Any) -> Transfer:
         return Transfer([], [])

@@ -173,6 +173,7 @@ class AttentionKernel(ABC):
     has_value_head_dim = False  # values with a head size of their own
     has_softcap = False
     has_varlen = False  # `forward_segments` and `backward_segments` are one launch
+    can_be_captured = False  # in CUDA graphs; set where it was measured
     sums_keys = False  # with grouped heads its `DqSum` takes sums of dk and dv (`key_sum_tile`)
     is_deterministic = True
     head_dims: range | None = None  # None for any

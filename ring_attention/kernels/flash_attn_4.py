@@ -42,7 +42,7 @@ class FlashAttention4Kernel(AttentionKernel):
     name = "flash_attn_4"
     speed = "flash-attn-4: 681 TFLOP/s forward, 620 backward on an H100 at 32 heads x 128; cuDNN SDPA 611 and 546"
     head_dims = range(64, 257, 8)
-    has_softcap = has_varlen = sums_keys = True
+    has_softcap = has_varlen = can_be_captured = sums_keys = True
 
     def __init__(self) -> None:
         self._launches: dict[Hashable, Launch] = {}

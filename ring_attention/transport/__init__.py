@@ -20,7 +20,7 @@ import torch.distributed as torch_dist
 
 from ring_attention.transport.collectives import device_backend, rank_and_size
 from ring_attention.transport.copy_engine import CopyEngineTransport, release_symmetric_buffers, symmetric_buffer_bytes
-from ring_attention.transport.local import messages_stay_local
+from ring_attention.transport.local import messages_are_local, messages_stay_local
 from ring_attention.transport.p2p import P2PMessage, P2PTransport, Transfer, TransferError
 
 TRANSPORTS: dict[str, type[P2PTransport]] = {"p2p": P2PTransport, "copy_engine": CopyEngineTransport}

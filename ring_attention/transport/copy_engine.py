@@ -10,15 +10,20 @@ Both ends count the messages from one rank to a buffer of the other, and signal 
 
 A rank's copy stream does its part of all transfers in the order in which they were posted, receives before sends, so no
 ranks wait for each other in a circle. A transfer that nobody waits for, after an exception, is still counted.
+
+A CUDA graph repeats the same writes, so its messages have no counts but flags of their own, which are 1 or 0: who waits
+for a flag sets it to 0 before the other end may set it again. A graph runs as a whole, so none is left behind.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import importlib
 import socket
 import warnings
+from collections.abc import Hashable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -62,6 +67,33 @@ class CopyEngineTransport(P2PTransport):
             self.used = "copy_engine" if len(self._buffers.neighbours) == self.ring_degree else "copy_engine and p2p"
             self._buffers.grow(buffer_bytes)
 
+    @property
+    def graphs(self) -> dict[Hashable, Any] | None:
+        buffers = self._buffers
+        return buffers.graphs if buffers is not None and len(buffers.neighbours) == self.ring_degree else None
+
+    @contextlib.contextmanager
+    def in_graph(self) -> Iterator[None]:
+        """Within, transfers become part of a CUDA graph that replays them."""
+        assert self._buffers is not None, "has no graphs"
+        self._buffers.are_in_graph = True
+        try:
+            yield
+        finally:
+            self._buffers.are_in_graph = False
+
+    @contextlib.contextmanager
+    def watched(self, purpose: str) -> Iterator[None]:
+        """Around the replay of a pass, whose transfers the watchdog cannot tell apart."""
+        if self._watchdog is None:  # in tests without a GPU
+            yield
+            return
+        earlier_work = torch.cuda.current_stream().record_event()
+        yield
+        done = torch.cuda.current_stream().record_event()
+        where = f"{purpose} in one CUDA graph: ring rank {self.ring_rank} of {self.ring_degree}"
+        self._watchdog.add(earlier_work.query, [done.query], where)
+
     def receive_buffer(self, name: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         if self._buffers is None:
             return super().receive_buffer(name, numel, dtype, device)
@@ -87,11 +119,11 @@ class CopyEngineTransport(P2PTransport):
         where, _ = self._describe(purpose, sends, receives)
 
         def wait_for_copies() -> None:
-            if self._watchdog is None:  # in tests without a GPU
-                buffers.stream.make_compute_wait(full, copied)
+            if self._watchdog is None or buffers.are_in_graph:  # without a GPU in tests; a graph is watched as a whole
+                buffers.stream.make_compute_wait(full, copied, buffers.are_in_graph)
                 return
             earlier_work = torch.cuda.current_stream().record_event()
-            arrived = buffers.stream.make_compute_wait(full, copied)
+            arrived = buffers.stream.make_compute_wait(full, copied, reset=False)
             self._watchdog.add(earlier_work.query, [copied.query, arrived.query], where)
 
         transfer.waits.append((where, wait_for_copies))
@@ -131,8 +163,7 @@ class CopyStream:
             target.copy_(source, non_blocking=True)
 
     def write_flag(self, flag: Tensor, count: int) -> None:
-        # flags 0: the stream's earlier work, copies to other GPUs included, comes before this write
-        _check(*_driver().cuStreamWriteValue32(self._stream.cuda_stream, flag.data_ptr(), count % 2**32, 0))
+        _write_flag(self._stream, flag, count)
 
     def wait_flag(self, flag: Tensor, count: int) -> None:
         _wait_flag(self._stream, flag, count)
@@ -146,11 +177,16 @@ class CopyStream:
         torch.cuda.synchronize()
 
     @staticmethod
-    def make_compute_wait(flags: Flags, copied: torch.Event) -> torch.Event:
-        """Make the computing stream wait until the flags have their counts and `copied` is reached."""
+    def make_compute_wait(flags: Flags, copied: torch.Event, reset: bool) -> torch.Event:
+        """Make the computing stream wait until the flags have their counts and `copied` is reached.
+
+        `reset` sets the flags to 0 then.
+        """
         stream = torch.cuda.current_stream()
         for flag, count in flags:
             _wait_flag(stream, flag, count)
+            if reset:
+                _write_flag(stream, flag, 0)
         stream.wait_event(copied)
         return stream.record_event()
 
@@ -158,6 +194,11 @@ class CopyStream:
 @functools.cache
 def _driver() -> Any:
     return importlib.import_module("cuda.bindings.driver")
+
+
+def _write_flag(stream: torch.cuda.Stream, flag: Tensor, count: int) -> None:
+    # flags 0: the stream's earlier work, copies to other GPUs included, comes before this write
+    _check(*_driver().cuStreamWriteValue32(stream.cuda_stream, flag.data_ptr(), count % 2**32, 0))
 
 
 def _wait_flag(stream: torch.cuda.Stream, flag: Tensor, count: int) -> None:
@@ -193,12 +234,14 @@ class SymmetricBuffers:
         self._group, self._device = group, device
         self.memory: SymmetricMemory | None = None
         self._sizes: dict[str, int] = {}
-        self._flags: list[Tensor] = []  # of each rank: [full or free, writer, buffer]
+        self._flags: list[Tensor] = []  # of each rank: [in a graph or not, full or free, writer, buffer]
         self._buffers: list[dict[str, Tensor]] = []  # of each rank
         # views of both, as they were asked for: to make one costs the host 3 us, and transfers are alike
-        self._flag_views: dict[tuple[int, str, int, str], Tensor] = {}
+        self._flag_views: dict[tuple[int, bool, str, int, str], Tensor] = {}
         self._part_views: dict[tuple[int, str, int, int, torch.dtype], Tensor] = {}
         self._counts: collections.Counter[tuple[int, int, str]] = collections.Counter()
+        self.are_in_graph = False  # the transfers that are posted now
+        self.graphs: dict[Hashable, Any] = {}  # of passes, which use these buffers
 
     def grow(self, buffer_bytes: dict[str, int]) -> None:
         """Make each buffer at least so large. All ranks must call it, with equal sizes."""
@@ -206,12 +249,14 @@ class SymmetricBuffers:
         if sizes == self._sizes:
             return
         self.release()
-        parts = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in (4 * 2 * self._degree * len(BUFFERS), *sizes.values())]
+        parts = [
+            -(-size // _ALIGNMENT) * _ALIGNMENT for size in (4 * 2 * 2 * self._degree * len(BUFFERS), *sizes.values())
+        ]
         self.memory = SymmetricMemory(self._group, sum(parts), self._device)
         self._sizes = sizes
         for rank_bytes in self.memory.of_ranks:
             flags, *buffers = rank_bytes.split(parts)
-            self._flags.append(flags.view(torch.int32).view(2, -1, len(BUFFERS)))
+            self._flags.append(flags.view(torch.int32).view(2, 2, -1, len(BUFFERS)))
             self._buffers.append(dict(zip(BUFFERS, buffers, strict=True)))
 
     def release(self) -> None:
@@ -219,8 +264,8 @@ class SymmetricBuffers:
         self.stream.synchronize()
         torch_dist.barrier(self._group)
         self.memory, self._sizes = None, {}
-        for views in (self._flags, self._buffers, self._counts, self._flag_views, self._part_views):
-            views.clear()
+        for some in (self.graphs, self._flags, self._buffers, self._counts, self._flag_views, self._part_views):
+            some.clear()
 
     def offer(self, peer: int, buffer: str) -> tuple[Tensor, int]:
         """Let the peer's next message come into that buffer. Returns the flag that says it is there, and its count."""
@@ -231,7 +276,10 @@ class SymmetricBuffers:
     def send(self, peer: int, message: P2PMessage) -> None:
         """Copy a message into the peer's buffer, once that is free."""
         count = self._next_count(self.rank, peer, message.buffer)
-        self.stream.wait_flag(self._flag(self.rank, "free", peer, message.buffer), count)
+        free = self._flag(self.rank, "free", peer, message.buffer)
+        self.stream.wait_flag(free, count)
+        if self.are_in_graph:
+            self.stream.write_flag(free, 0)
         start = message.start * message.parts[0].itemsize
         for part in message.parts:
             stop = start + part.nbytes
@@ -250,15 +298,21 @@ class SymmetricBuffers:
         return self._part_views[key]
 
     def _next_count(self, sender: int, receiver: int, buffer: str) -> int:
-        """The number of the next message from the sender to that buffer, from 1. Both ends count alike."""
+        """The number of the next message from the sender to that buffer, from 1. Both ends count alike.
+
+        In a graph always 1.
+        """
+        if self.are_in_graph:
+            return 1
         self._counts[sender, receiver, buffer] += 1
         return self._counts[sender, receiver, buffer]
 
     def _flag(self, owner: int, kind: str, writer: int, buffer: str) -> Tensor:
         """The owner's flag that `writer` sets: "full" for messages in the owner's buffer, "free" for the writer's."""
-        key = owner, kind, writer, buffer
+        key = owner, self.are_in_graph, kind, writer, buffer
         if key not in self._flag_views:
-            self._flag_views[key] = self._flags[owner][("full", "free").index(kind), writer, BUFFERS.index(buffer)]
+            place = int(self.are_in_graph), ("full", "free").index(kind), writer, BUFFERS.index(buffer)
+            self._flag_views[key] = self._flags[owner][place]
         return self._flag_views[key]
 
 

@@ -8,8 +8,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as torch_dist
@@ -103,6 +103,11 @@ class P2PTransport:
         self.used = "p2p"
         if tensor.is_cuda and self._watchdog is None:
             self._watchdog = _connect(self.group, tensor.device)
+
+    @property
+    def graphs(self) -> dict[Hashable, Any] | None:
+        """Those of passes (`pass_graph`), which last as long as the receive buffers; None if messages allow none."""
+        return None
 
     def receive_buffer(self, name: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A vector to receive a message in, with the name in the sender's P2PMessage.

@@ -95,9 +95,11 @@ class ThreadCopyStream:
     def synchronize(self) -> None:
         assert self.record_event().wait(PATIENCE_S)
 
-    def make_compute_wait(self, flags: copy_engine.Flags, copied: threading.Event) -> None:
+    def make_compute_wait(self, flags: copy_engine.Flags, copied: threading.Event, reset: bool) -> None:
         for flag, count in flags:
             wait_flag(flag, count)
+            if reset:
+                flag.view(torch.int32).fill_(0)
         assert copied.wait(PATIENCE_S)
 
     def poison(self, buffer: Tensor) -> None:

@@ -15,8 +15,14 @@ from ring_attention import CAUSAL, FULL, Mask, RingAttention
 from ring_attention.kernels import KERNELS
 from ring_attention.key_gradients import sums_travel
 from ring_attention.kv import KeysValues
-from ring_attention.transport import TRANSPORTS, CopyEngineTransport, P2PMessage, Transfer
-from tests.cases import Case, check, draw, many_on_rank
+from ring_attention.transport import (
+    TRANSPORTS,
+    CopyEngineTransport,
+    P2PMessage,
+    Transfer,
+    release_symmetric_buffers,
+)
+from tests.cases import Case, attend, build, check, draw, many_on_rank
 from tests.distributed.parity import Cell, run_cell
 from tests.distributed.test_attention import batches, grid
 from tests.distributed.test_direct import random_cases
@@ -120,6 +126,33 @@ def test_key_gradients_that_travel_as_the_kernels_sums(gpu_pool: WorkerPool, tra
     assert sums_travel(KERNELS["flash_attn_4"], case.global_layout, case.mask, q, KeysValues.of_parts(k, v))
     ranks = gpu_pool.run(many_with_poison, [case], num_ranks=NUM_RANKS)
     check(case, [shards for (shards,) in ranks])
+
+
+@pytest.mark.skipif(NUM_RANKS < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("mask", [CAUSAL, FULL, Mask(left=200)], ids=str)
+def test_replayed_passes_equal_whole_attention(gpu_pool: WorkerPool, layout: str, mask: Mask):
+    pytest.importorskip("flash_attn.cute")
+    sizes = {"length": 768 * NUM_RANKS, "num_heads": 8, "num_kv_heads": 2, "head_dim": 128}
+    case = Case("ring", NUM_RANKS, 1, layout, mask, dtype=torch.bfloat16, kernel="flash_attn_4", **sizes)
+    case = replace(case, transport="copy_engine")
+    ranks = gpu_pool.run(last_of_replayed_passes, case, num_ranks=NUM_RANKS)
+    check(case, [shards for shards, _ in ranks])
+    assert [num_graphs for _, num_graphs in ranks] == [2] * NUM_RANKS
+
+
+def last_of_replayed_passes(case: Case) -> tuple[list[torch.Tensor], int]:
+    import deepspeed.comm as dist
+
+    release_symmetric_buffers()  # with the graphs of other tests
+    module = build(case, dist.get_world_group())
+    inputs = [x.cuda() for x in draw(case)]
+    for factor in (3.0, 2.0, 0.5, 5.0):
+        attend(case, module, [factor * x for x in inputs])
+    assert isinstance(module, RingAttention)
+    assert module._transport is not None
+    assert module._transport.graphs is not None
+    return attend(case, module, inputs), len(module._transport.graphs)
 
 
 @pytest.mark.skipif(NUM_RANKS < 2, reason="needs two GPUs")
