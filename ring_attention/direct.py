@@ -4,8 +4,7 @@ The whole documents are computed while keys and values travel. Then each other r
 keys, so every query is in one kernel call and nothing is merged. In the backward pass keys travel again, the rest comes
 first, and its gradients return to their owners beside the whole documents.
 
-Shapes: B batch, S local tokens, T keys of a call, H query heads, K key-value heads, D head size, E value head size;
-N entries (`direct_plan`), F = K*D + K*E numbers of an entry.
+Shapes: B batch, S local tokens, T keys of a call, H query heads, K key-value heads, D head size, E value head size.
 """
 
 from __future__ import annotations
@@ -15,14 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
 
 from ring_attention.accumulators import GradientAccumulator, OnlineSoftmaxAccumulator
 from ring_attention.attend import BackwardInputs, attend_backward, attend_forward
 from ring_attention.checkpointing import saved_or_computed
 from ring_attention.derivative import once_differentiable
 from ring_attention.direct_exchange import Entries
-from ring_attention.direct_plan import DirectPlan, Sums, direct_plan
+from ring_attention.direct_plan import DirectPlan, direct_plan
 from ring_attention.kernel_calls import KernelCall
 from ring_attention.kv import KeysValues
 from ring_attention.ring import Ring, RingFunction
@@ -49,12 +47,12 @@ def direct_forward(
     if not plan.rest_calls:  # then no rank needs this one's keys either
         return _attend(ring, plan.whole_calls, q_BSHD, kv, sinks_H)
     (whole_q, rest_q), (whole_kv, rest_kv) = plan.cut(q_BSHD), _cut(plan, kv)
-    pool = _post_keys(ring, plan, rest_kv, "forward")
+    entries = _post_keys(ring, plan, rest_kv, "forward")
     parts = []
     if plan.whole_calls:
         parts.append(_attend(ring, plan.whole_calls, whole_q, whole_kv, sinks_H))
-    copies = _copies(plan, pool.arrived(), rest_kv)
-    del pool
+    copies = _copies(plan, entries, rest_kv)
+    del entries
     parts.append(_attend(ring, plan.rest_calls, rest_q, copies, sinks_H))
     outs, lses = zip(*parts, strict=True)
     with profiler_range("merge"):
@@ -71,18 +69,19 @@ def direct_backward(
     cut = (*(plan.cut(x) for x in inputs[:3]), plan.cut(lse_BHS, dim=2))
     whole_inputs, rest_inputs = (BackwardInputs(*part) for part in zip(*cut, strict=True))
     whole_kv, rest_kv = _cut(plan, kv)
-    copies = _copies(plan, _post_keys(ring, plan, rest_kv, "backward").arrived(), rest_kv)
-    dq, dk, dv = _gradients(ring, plan.rest_calls, rest_inputs, copies)
+    copies = _copies(plan, _post_keys(ring, plan, rest_kv, "backward"), rest_kv)
+    dq, *copied = _gradients(ring, plan.rest_calls, rest_inputs, copies)
     del copies
-    addends = _post_gradients(ring, plan, dk, dv)
-    del dk, dv
+    addends = _post_gradients(ring, plan, KeysValues.of_parts(*copied))
+    del copied
     parts = []
     if plan.whole_calls:
         parts.append(_gradients(ring, plan.whole_calls, whole_inputs, whole_kv))
-    addends_NF = addends.arrived()
+    addends.wait()
+    rest = KeysValues.of_parts(*(x.new_empty(x.shape) for x in (rest_kv.k_BTKD, rest_kv.v_BTKE)))
+    addends.write(rest, *plan.indices(q_BSHD.device).own)
     with profiler_range("merge"):
-        dk, dv = _tokens(_sum(addends_NF, plan.indices(q_BSHD.device).own), rest_kv)
-        parts.append((dq, dk, dv))
+        parts.append((dq, rest.k_BTKD, rest.v_BTKE))
         dq, dk, dv = (plan.join(of_parts) for of_parts in zip(*parts, strict=True))
         return dq, dk, dv
 
@@ -119,47 +118,28 @@ def _cut(plan: DirectPlan, kv: KeysValues) -> tuple[KeysValues, KeysValues]:
     return KeysValues.of_parts(whole_k, whole_v), KeysValues.of_parts(rest_k, rest_v)
 
 
-def _copies(plan: DirectPlan, pool_NF: Tensor, like: KeysValues) -> KeysValues:
+def _copies(plan: DirectPlan, entries: Entries, like: KeysValues) -> KeysValues:
     """The keys of each run of the rest, one run after the other; each contiguous, as kernels like them."""
-    keys = plan.indices(pool_NF.device).keys
-    with profiler_range("merge"):
-        k, v = (part.index_select(0, keys) for part in pool_NF.split(_sizes(like), 1))
-        k_shape, v_shape = ((plan.batch, plan.num_keys, *x.shape[2:]) for x in (like.k_BTKD, like.v_BTKE))
-        return KeysValues.of_parts(k.view(k_shape), v.view(v_shape))
-
-
-def _tokens(entries_NF: Tensor, like: KeysValues) -> tuple[Tensor, Tensor]:
-    """Views of entries as tensors like k and v."""
-    k, v = entries_NF.split(_sizes(like), 1)
-    return k.view(like.k_BTKD.shape), v.view(like.v_BTKE.shape)
-
-
-def _sizes(kv: KeysValues) -> list[int]:
-    return [x.shape[2:].numel() for x in (kv.k_BTKD, kv.v_BTKE)]
-
-
-def _sum(addends_NF: Tensor, sums: Sums) -> Tensor:
-    """In fp32 (fp64) and in the order of the addends, rounded once to their dtype."""
-    return embedding_bag(sums.addends, addends_NF, sums.starts, mode="sum")
+    parts = like.k_BTKD, like.v_BTKE
+    copies = KeysValues.of_parts(*(x.new_empty((plan.batch, plan.num_keys, *x.shape[2:])) for x in parts))
+    entries.wait()
+    entries.write(copies, plan.indices(parts[0].device).keys)
+    return copies
 
 
 def _post_keys(ring: Ring, plan: DirectPlan, rest_kv: KeysValues, direction: str) -> Entries:
-    """Start to exchange keys and values. The pool is complete once it has `arrived`."""
-    with profiler_range("merge"):
-        pool = Entries(rest_kv.k_BTKD, rest_kv.v_BTKE, plan.received_parcels)
-        sent_NF = pool.own_NF.index_select(0, plan.indices(pool.own_NF.device).sent)
-    pool.exchange(ring.transport, f"{direction} K,V", keys_buffer(0), sent_NF, plan.own_parcels)
-    return pool
+    """Start to exchange keys and values."""
+    entries = Entries(rest_kv, plan.received_parcels)
+    sent = plan.indices(rest_kv.k_BTKD.device).sent
+    entries.exchange(ring.transport, f"{direction} K,V", keys_buffer(0), plan.own_parcels, sent)
+    return entries
 
 
-def _post_gradients(ring: Ring, plan: DirectPlan, dk_BTKD: Tensor, dv_BTKE: Tensor) -> Entries:
-    """Start to return the gradients of entries that were received. All addends are there once they have `arrived`."""
-    with profiler_range("merge"):
-        addends = Entries(dk_BTKD, dv_BTKE, plan.own_parcels)
-        sent_NF = addends.own_NF[:0]
-        if plan.received_parcels:
-            sent_NF = _sum(addends.own_NF, plan.indices(sent_NF.device).returned)
-    addends.exchange(ring.transport, "backward dK,dV", gradient_buffer(1), sent_NF, plan.received_parcels)
+def _post_gradients(ring: Ring, plan: DirectPlan, copied: KeysValues) -> Entries:
+    """Start to return the gradients of entries that were received, given those of all copies."""
+    addends = Entries(copied, plan.own_parcels)
+    returned = plan.indices(copied.k_BTKD.device).returned
+    addends.exchange(ring.transport, "backward dK,dV", gradient_buffer(1), plan.received_parcels, *returned)
     return addends
 
 

@@ -201,20 +201,30 @@ class Stub(ReferenceKernel):
             return dq, dk, dv
 
 
+ALLOCATIONS = (torch.ops.aten.new_empty.default, torch.ops.aten.empty.memory_format)
+
+
 class Counter(TorchDispatchMode):
-    """Counts operations that start a kernel, so not views."""
+    """Counts operations that start a kernel, so neither views nor allocations."""
 
     def __init__(self) -> None:
         super().__init__()
         self.num_operations = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.num_operations += not func.is_view and func is not torch.ops.aten.promote_types.default
+        starts_nothing = func.is_view or func in ALLOCATIONS or func is torch.ops.aten.promote_types.default
+        self.num_operations += not starts_nothing
         return func(*args, **(kwargs or {}))
 
 
-def test_the_host_starts_few_operations():
+def one_launch(target_BTF: Tensor, *arguments: Tensor | None) -> None:
+    """Stands for `sum_rows`, which is one kernel on a GPU."""
+    target_BTF.zero_()
+
+
+def test_the_host_starts_few_operations(monkeypatch: pytest.MonkeyPatch):
     """Beside the kernel calls: each costs it several microseconds."""
+    monkeypatch.setattr("ring_attention.direct_exchange.sum_rows", one_launch)
     ends = tuple(itertools.accumulate(mixes(65536)["log-normal"], initial=0))
     layout, mask = Layout("balanced", 8, 65536, documents=ends), CAUSAL.packed(ends)
     ring = rank_alone(layout, mask, 7, Stub(), Scores(1.0))
@@ -225,5 +235,5 @@ def test_the_host_starts_few_operations():
         out = attend_over_ring(q, k, v, None, ring)
     with Counter() as backward:
         out.backward(dout)
-    assert forward.num_operations <= 8
-    assert backward.num_operations <= 16
+    assert forward.num_operations <= 6
+    assert backward.num_operations <= 12
