@@ -22,6 +22,7 @@ from ring_attention.derivative import once_differentiable
 from ring_attention.direct_exchange import Entries
 from ring_attention.direct_plan import DirectPlan, direct_plan
 from ring_attention.kernel_calls import KernelCall
+from ring_attention.kernels import ANYWHERE, GradientTargets
 from ring_attention.kv import KeysValues
 from ring_attention.ring import Ring, RingFunction
 from ring_attention.schedule import gradient_buffer, keys_buffer
@@ -48,15 +49,16 @@ def direct_forward(
         return _attend(ring, plan.whole_calls, q_BSHD, kv, sinks_H)
     (whole_q, rest_q), (whole_kv, rest_kv) = plan.cut(q_BSHD), _cut(plan, kv)
     entries = _post_keys(ring, plan, rest_kv, "forward")
-    parts = []
+    out_BSHE = q_BSHD.new_empty((*q_BSHD.shape[:3], kv.v_BTKE.shape[3]))
+    whole_out, rest_out = plan.cut(out_BSHE)
+    lses = []
     if plan.whole_calls:
-        parts.append(_attend(ring, plan.whole_calls, whole_q, whole_kv, sinks_H))
+        lses.append(_attend(ring, plan.whole_calls, whole_q, whole_kv, sinks_H, whole_out)[1])
     copies = _copies(plan, entries, rest_kv)
     del entries
-    parts.append(_attend(ring, plan.rest_calls, rest_q, copies, sinks_H))
-    outs, lses = zip(*parts, strict=True)
+    lses.append(_attend(ring, plan.rest_calls, rest_q, copies, sinks_H, rest_out)[1])
     with profiler_range("merge"):
-        return plan.join(outs), plan.join(lses, dim=2)
+        return out_BSHE, plan.join(lses, dim=2)
 
 
 def direct_backward(
@@ -69,38 +71,46 @@ def direct_backward(
     cut = (*(plan.cut(x) for x in inputs[:3]), plan.cut(lse_BHS, dim=2))
     whole_inputs, rest_inputs = (BackwardInputs(*part) for part in zip(*cut, strict=True))
     whole_kv, rest_kv = _cut(plan, kv)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q_BSHD, kv.k_BTKD, kv.v_BTKE))
+    (whole_dq, rest_dq), (whole, rest) = plan.cut(dq), _cut(plan, KeysValues.of_parts(dk, dv))
     copies = _copies(plan, _post_keys(ring, plan, rest_kv, "backward"), rest_kv)
-    dq, *copied = _gradients(ring, plan.rest_calls, rest_inputs, copies)
+    _, *copied = _gradients(ring, plan.rest_calls, rest_inputs, copies, (rest_dq, None, None))
     del copies
     addends = _post_gradients(ring, plan, KeysValues.of_parts(*copied))
     del copied
-    parts = []
     if plan.whole_calls:
-        parts.append(_gradients(ring, plan.whole_calls, whole_inputs, whole_kv))
+        targets = whole_dq, whole.k_BTKD, whole.v_BTKE
+        _gradients(ring, plan.whole_calls, whole_inputs, whole_kv, targets)
     addends.wait()
-    rest = KeysValues.of_parts(*(x.new_empty(x.shape) for x in (rest_kv.k_BTKD, rest_kv.v_BTKE)))
     addends.write(rest, *plan.indices(q_BSHD.device).own)
-    with profiler_range("merge"):
-        parts.append((dq, rest.k_BTKD, rest.v_BTKE))
-        dq, dk, dv = (plan.join(of_parts) for of_parts in zip(*parts, strict=True))
-        return dq, dk, dv
+    return dq, dk, dv
 
 
 def _attend(
-    ring: Ring, calls: Sequence[KernelCall], q_BSHD: Tensor, kv: KeysValues, sinks_H: Tensor | None
+    ring: Ring,
+    calls: Sequence[KernelCall],
+    q_BSHD: Tensor,
+    kv: KeysValues,
+    sinks_H: Tensor | None,
+    target_BSHE: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out and lse of one part."""
+    """out and lse of one part; out is written to the target if there is one."""
     accumulator = OnlineSoftmaxAccumulator(q_BSHD, kv.v_BTKE, sinks_H)
-    attend_forward(accumulator, ring.kernel, ring.scores, calls, q_BSHD, kv, is_last=True)
-    return accumulator.result()
+    attend_forward(accumulator, ring.kernel, ring.scores, calls, q_BSHD, kv, is_last=True, target_BSHE=target_BSHE)
+    out, lse = accumulator.result()
+    return _written(out, target_BSHE), lse
 
 
 def _gradients(
-    ring: Ring, calls: Sequence[KernelCall], inputs: BackwardInputs, kv: KeysValues
+    ring: Ring,
+    calls: Sequence[KernelCall],
+    inputs: BackwardInputs,
+    kv: KeysValues,
+    targets: GradientTargets = ANYWHERE,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv of one part, in the input's dtype."""
+    """dq, dk and dv of one part, in the input's dtype; each is written to its target if there is one."""
     dq, dk, dv = (GradientAccumulator(x.shape, x.dtype) for x in (inputs.q_BSHD, kv.k_BTKD, kv.v_BTKE))
-    for tile in attend_backward(ring.kernel, ring.scores, calls, inputs, kv):
+    for tile in attend_backward(ring.kernel, ring.scores, calls, inputs, kv, targets=targets):
         assert tile.dq is not None, "no sums were given"
         assert tile.dk is not None
         assert tile.dv is not None
@@ -110,7 +120,16 @@ def _gradients(
             dk.add(tile.rows, tile.keys, tile.dk, ends)
             dv.add(tile.rows, tile.keys, tile.dv, ends)
         del tile
-    return dq.result(), dk.result(), dv.result()
+    dq, dk, dv = (_written(x.result(), target) for x, target in zip((dq, dk, dv), targets, strict=True))
+    return dq, dk, dv
+
+
+def _written(result: Tensor, target: Tensor | None) -> Tensor:
+    """The result in its target. A kernel may have written it there already."""
+    if target is None or result is target:
+        return result
+    with profiler_range("merge"):
+        return target.copy_(result)
 
 
 def _cut(plan: DirectPlan, kv: KeysValues) -> tuple[KeysValues, KeysValues]:
