@@ -12,7 +12,15 @@ from torch import Tensor
 
 from ring_attention.accumulators import OnlineSoftmaxAccumulator
 from ring_attention.kernel_calls import KernelCall
-from ring_attention.kernels import AttentionKernel, DqSum, KernelParams, SavedTensors, Scores
+from ring_attention.kernels import (
+    ANYWHERE,
+    AttentionKernel,
+    DqSum,
+    GradientTargets,
+    KernelParams,
+    SavedTensors,
+    Scores,
+)
 from ring_attention.kv import KeysValues
 from ring_attention.trace import profiler_range
 
@@ -49,18 +57,21 @@ def attend_forward(
     q_BSHD: Tensor,
     kv: KeysValues,
     is_last: bool,
+    target_BSHE: Tensor | None = None,
 ) -> None:
-    """Add the attention of `calls` to `accumulator`; `is_last` if no more follow."""
+    """Add the attention of `calls` to `accumulator`; `is_last` if no more follow.
+
+    Args:
+        target_BSHE: a call that computes all queries by itself writes its out there.
+    """
+    target = target_BSHE if len(calls) == 1 else None
     for call in calls:
         rows, block, segments, _ = call
         queries, keys = slice(block.q_start, block.q_stop), slice(block.k_start, block.k_stop)
         q, k, v = _part(q_BSHD, rows, queries), _part(kv.k_BTKD, rows, keys), _part(kv.v_BTKE, rows, keys)
         params = KernelParams(block.lower, block.upper, *scores)
         with profiler_range("attention kernel"):
-            if segments is None:
-                out, lse = kernel.forward(q, k, v, params)
-            else:
-                out, lse = kernel.forward_segments(q, k, v, segments, params)
+            out, lse = kernel.forward_to(target, q, k, v, segments, params)
         with profiler_range("merge"):
             accumulator.add(rows, queries, out, lse, is_last and call is calls[-1])
 
@@ -73,13 +84,16 @@ def attend_backward(
     kv: KeysValues,
     dq_sum: DqSum | None = None,
     key_sums_2BKN: Tensor | None = None,
+    targets: GradientTargets = ANYWHERE,
 ) -> Iterator[TileGradients]:
     """The gradients of each kernel call in turn. Drop them before the next call, or both are in memory.
 
     Args:
         dq_sum: of these inputs and this kernel; calls that can add their dq to it do so.
         key_sums_2BKN: of the keys whose gradients are computed, if all calls can add to `dq_sum` and to these.
+        targets: a call that computes all gradients by itself writes them there, unless it adds them to sums.
     """
+    targets = targets if len(calls) == 1 else ANYWHERE
     dout_BSHE, q_BSHD, out_BSHE, lse_BHS = inputs
     for call in calls:
         rows, block, segments, _ = call
@@ -93,10 +107,7 @@ def attend_backward(
             else:
                 q, dout, out = (_part(x, rows, queries) for x in (q_BSHD, dout_BSHE, out_BSHE))
                 saved = SavedTensors(q, k, v, out, lse_BHS[rows, :, queries])
-                if segments is None:
-                    gradients = kernel.backward(dout, saved, params)
-                else:
-                    gradients = kernel.backward_segments(dout, saved, segments, params)
+                gradients = kernel.backward_to(targets, dout, saved, segments, params)
         yield TileGradients(rows, queries, call.gradients, call is calls[-1], *gradients)
         del gradients
 

@@ -4,8 +4,7 @@ The whole documents are computed while keys and values travel. Then each other r
 keys, so every query is in one kernel call and nothing is merged. In the backward pass keys travel again, the rest comes
 first, and its gradients return to their owners beside the whole documents.
 
-Shapes: B batch, S local tokens, T keys of a call, H query heads, K key-value heads, D head size, E value head size;
-N entries (`direct_plan`), F = K*D + K*E numbers of an entry.
+Shapes: B batch, S local tokens, T keys of a call, H query heads, K key-value heads, D head size, E value head size.
 """
 
 from __future__ import annotations
@@ -15,15 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
 
 from ring_attention.accumulators import GradientAccumulator, OnlineSoftmaxAccumulator
 from ring_attention.attend import BackwardInputs, attend_backward, attend_forward
 from ring_attention.checkpointing import saved_or_computed
 from ring_attention.derivative import once_differentiable
 from ring_attention.direct_exchange import Entries
-from ring_attention.direct_plan import DirectPlan, Sums, direct_plan
+from ring_attention.direct_plan import DirectPlan, direct_plan
 from ring_attention.kernel_calls import KernelCall
+from ring_attention.kernels import ANYWHERE, GradientTargets
 from ring_attention.kv import KeysValues
 from ring_attention.ring import Ring, RingFunction
 from ring_attention.schedule import gradient_buffer, keys_buffer
@@ -49,16 +48,17 @@ def direct_forward(
     if not plan.rest_calls:  # then no rank needs this one's keys either
         return _attend(ring, plan.whole_calls, q_BSHD, kv, sinks_H)
     (whole_q, rest_q), (whole_kv, rest_kv) = plan.cut(q_BSHD), _cut(plan, kv)
-    pool = _post_keys(ring, plan, rest_kv, "forward")
-    parts = []
+    entries = _post_keys(ring, plan, rest_kv, "forward")
+    out_BSHE = q_BSHD.new_empty((*q_BSHD.shape[:3], kv.v_BTKE.shape[3]))
+    whole_out, rest_out = plan.cut(out_BSHE)
+    lses = []
     if plan.whole_calls:
-        parts.append(_attend(ring, plan.whole_calls, whole_q, whole_kv, sinks_H))
-    copies = _copies(plan, pool.arrived(), rest_kv)
-    del pool
-    parts.append(_attend(ring, plan.rest_calls, rest_q, copies, sinks_H))
-    outs, lses = zip(*parts, strict=True)
+        lses.append(_attend(ring, plan.whole_calls, whole_q, whole_kv, sinks_H, whole_out)[1])
+    copies = _copies(plan, entries, rest_kv)
+    del entries
+    lses.append(_attend(ring, plan.rest_calls, rest_q, copies, sinks_H, rest_out)[1])
     with profiler_range("merge"):
-        return plan.join(outs), plan.join(lses, dim=2)
+        return out_BSHE, plan.join(lses, dim=2)
 
 
 def direct_backward(
@@ -71,37 +71,46 @@ def direct_backward(
     cut = (*(plan.cut(x) for x in inputs[:3]), plan.cut(lse_BHS, dim=2))
     whole_inputs, rest_inputs = (BackwardInputs(*part) for part in zip(*cut, strict=True))
     whole_kv, rest_kv = _cut(plan, kv)
-    copies = _copies(plan, _post_keys(ring, plan, rest_kv, "backward").arrived(), rest_kv)
-    dq, dk, dv = _gradients(ring, plan.rest_calls, rest_inputs, copies)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q_BSHD, kv.k_BTKD, kv.v_BTKE))
+    (whole_dq, rest_dq), (whole, rest) = plan.cut(dq), _cut(plan, KeysValues.of_parts(dk, dv))
+    copies = _copies(plan, _post_keys(ring, plan, rest_kv, "backward"), rest_kv)
+    _, *copied = _gradients(ring, plan.rest_calls, rest_inputs, copies, (rest_dq, None, None))
     del copies
-    addends = _post_gradients(ring, plan, dk, dv)
-    del dk, dv
-    parts = []
+    addends = _post_gradients(ring, plan, KeysValues.of_parts(*copied))
+    del copied
     if plan.whole_calls:
-        parts.append(_gradients(ring, plan.whole_calls, whole_inputs, whole_kv))
-    addends_NF = addends.arrived()
-    with profiler_range("merge"):
-        dk, dv = _tokens(_sum(addends_NF, plan.indices(q_BSHD.device).own), rest_kv)
-        parts.append((dq, dk, dv))
-        dq, dk, dv = (plan.join(of_parts) for of_parts in zip(*parts, strict=True))
-        return dq, dk, dv
+        targets = whole_dq, whole.k_BTKD, whole.v_BTKE
+        _gradients(ring, plan.whole_calls, whole_inputs, whole_kv, targets)
+    addends.wait()
+    addends.write(rest, *plan.indices(q_BSHD.device).own)
+    return dq, dk, dv
 
 
 def _attend(
-    ring: Ring, calls: Sequence[KernelCall], q_BSHD: Tensor, kv: KeysValues, sinks_H: Tensor | None
+    ring: Ring,
+    calls: Sequence[KernelCall],
+    q_BSHD: Tensor,
+    kv: KeysValues,
+    sinks_H: Tensor | None,
+    target_BSHE: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out and lse of one part."""
+    """out and lse of one part; out is written to the target if there is one."""
     accumulator = OnlineSoftmaxAccumulator(q_BSHD, kv.v_BTKE, sinks_H)
-    attend_forward(accumulator, ring.kernel, ring.scores, calls, q_BSHD, kv, is_last=True)
-    return accumulator.result()
+    attend_forward(accumulator, ring.kernel, ring.scores, calls, q_BSHD, kv, is_last=True, target_BSHE=target_BSHE)
+    out, lse = accumulator.result()
+    return _written(out, target_BSHE), lse
 
 
 def _gradients(
-    ring: Ring, calls: Sequence[KernelCall], inputs: BackwardInputs, kv: KeysValues
+    ring: Ring,
+    calls: Sequence[KernelCall],
+    inputs: BackwardInputs,
+    kv: KeysValues,
+    targets: GradientTargets = ANYWHERE,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv of one part, in the input's dtype."""
+    """dq, dk and dv of one part, in the input's dtype; each is written to its target if there is one."""
     dq, dk, dv = (GradientAccumulator(x.shape, x.dtype) for x in (inputs.q_BSHD, kv.k_BTKD, kv.v_BTKE))
-    for tile in attend_backward(ring.kernel, ring.scores, calls, inputs, kv):
+    for tile in attend_backward(ring.kernel, ring.scores, calls, inputs, kv, targets=targets):
         assert tile.dq is not None, "no sums were given"
         assert tile.dk is not None
         assert tile.dv is not None
@@ -111,7 +120,16 @@ def _gradients(
             dk.add(tile.rows, tile.keys, tile.dk, ends)
             dv.add(tile.rows, tile.keys, tile.dv, ends)
         del tile
-    return dq.result(), dk.result(), dv.result()
+    dq, dk, dv = (_written(x.result(), target) for x, target in zip((dq, dk, dv), targets, strict=True))
+    return dq, dk, dv
+
+
+def _written(result: Tensor, target: Tensor | None) -> Tensor:
+    """The result in its target. A kernel may have written it there already."""
+    if target is None or result is target:
+        return result
+    with profiler_range("merge"):
+        return target.copy_(result)
 
 
 def _cut(plan: DirectPlan, kv: KeysValues) -> tuple[KeysValues, KeysValues]:
@@ -119,47 +137,28 @@ def _cut(plan: DirectPlan, kv: KeysValues) -> tuple[KeysValues, KeysValues]:
     return KeysValues.of_parts(whole_k, whole_v), KeysValues.of_parts(rest_k, rest_v)
 
 
-def _copies(plan: DirectPlan, pool_NF: Tensor, like: KeysValues) -> KeysValues:
+def _copies(plan: DirectPlan, entries: Entries, like: KeysValues) -> KeysValues:
     """The keys of each run of the rest, one run after the other; each contiguous, as kernels like them."""
-    keys = plan.indices(pool_NF.device).keys
-    with profiler_range("merge"):
-        k, v = (part.index_select(0, keys) for part in pool_NF.split(_sizes(like), 1))
-        k_shape, v_shape = ((plan.batch, plan.num_keys, *x.shape[2:]) for x in (like.k_BTKD, like.v_BTKE))
-        return KeysValues.of_parts(k.view(k_shape), v.view(v_shape))
-
-
-def _tokens(entries_NF: Tensor, like: KeysValues) -> tuple[Tensor, Tensor]:
-    """Views of entries as tensors like k and v."""
-    k, v = entries_NF.split(_sizes(like), 1)
-    return k.view(like.k_BTKD.shape), v.view(like.v_BTKE.shape)
-
-
-def _sizes(kv: KeysValues) -> list[int]:
-    return [x.shape[2:].numel() for x in (kv.k_BTKD, kv.v_BTKE)]
-
-
-def _sum(addends_NF: Tensor, sums: Sums) -> Tensor:
-    """In fp32 (fp64) and in the order of the addends, rounded once to their dtype."""
-    return embedding_bag(sums.addends, addends_NF, sums.starts, mode="sum")
+    parts = like.k_BTKD, like.v_BTKE
+    copies = KeysValues.of_parts(*(x.new_empty((plan.batch, plan.num_keys, *x.shape[2:])) for x in parts))
+    entries.wait()
+    entries.write(copies, plan.indices(parts[0].device).keys)
+    return copies
 
 
 def _post_keys(ring: Ring, plan: DirectPlan, rest_kv: KeysValues, direction: str) -> Entries:
-    """Start to exchange keys and values. The pool is complete once it has `arrived`."""
-    with profiler_range("merge"):
-        pool = Entries(rest_kv.k_BTKD, rest_kv.v_BTKE, plan.received_parcels)
-        sent_NF = pool.own_NF.index_select(0, plan.indices(pool.own_NF.device).sent)
-    pool.exchange(ring.transport, f"{direction} K,V", keys_buffer(0), sent_NF, plan.own_parcels)
-    return pool
+    """Start to exchange keys and values."""
+    entries = Entries(rest_kv, plan.received_parcels)
+    sent = plan.indices(rest_kv.k_BTKD.device).sent
+    entries.exchange(ring.transport, f"{direction} K,V", keys_buffer(0), plan.own_parcels, sent)
+    return entries
 
 
-def _post_gradients(ring: Ring, plan: DirectPlan, dk_BTKD: Tensor, dv_BTKE: Tensor) -> Entries:
-    """Start to return the gradients of entries that were received. All addends are there once they have `arrived`."""
-    with profiler_range("merge"):
-        addends = Entries(dk_BTKD, dv_BTKE, plan.own_parcels)
-        sent_NF = addends.own_NF[:0]
-        if plan.received_parcels:
-            sent_NF = _sum(addends.own_NF, plan.indices(sent_NF.device).returned)
-    addends.exchange(ring.transport, "backward dK,dV", gradient_buffer(1), sent_NF, plan.received_parcels)
+def _post_gradients(ring: Ring, plan: DirectPlan, copied: KeysValues) -> Entries:
+    """Start to return the gradients of entries that were received, given those of all copies."""
+    addends = Entries(copied, plan.own_parcels)
+    returned = plan.indices(copied.k_BTKD.device).returned
+    addends.exchange(ring.transport, "backward dK,dV", gradient_buffer(1), plan.received_parcels, *returned)
     return addends
 
 

@@ -74,22 +74,31 @@ _MAX_RUNS = 1024
 
 
 def launch(kernel: Any, *tensors: Tensor) -> None:
-    """Run a kernel on tensors of [B, S, H, D], the target first, with contiguous last dims, and of [B, H, S].
-
-    Triton looks at each argument of each call. So what it found is kept for calls that differ in addresses alone.
-    """
+    """Run a kernel on tensors of [B, S, H, D], the target first, with contiguous last dims, and of [B, H, S]."""
     layouts = tuple((x.stride(), x.dtype, x.data_ptr() % 16) for x in tensors)
     shape = tensors[0].shape
-    run = _runs.get(key := (kernel, shape, layouts))
     strides = [stride for layout in layouts for stride in layout[0][:3]]
     num_rows, columns = shape[0] * shape[1] * shape[2], triton.next_power_of_2(shape[3])
     rows = max(1, _ELEMENTS // columns)
-    arguments = (*tensors, *strides, num_rows, *shape[1:], rows, columns)
-    if run is not None:
-        run(*arguments)
-        return
-    assert all(x.stride(-1) == 1 for x in tensors if x.dim() == 4), [x.stride() for x in tensors]
-    grid = (triton.cdiv(num_rows, rows), 1, 1)
+    key, arguments = (kernel, shape, layouts), (*tensors, *strides, num_rows, *shape[1:], rows, columns)
+    if not run_again(key, arguments):
+        assert all(x.stride(-1) == 1 for x in tensors if x.dim() == 4), [x.stride() for x in tensors]
+        run_first(key, kernel, (triton.cdiv(num_rows, rows), 1, 1), arguments)
+
+
+def run_again(key: Hashable, arguments: tuple[Any, ...]) -> bool:
+    """Run the kernel that ran first with this key; False if none has.
+
+    Triton looks at each argument of each call. So what it found is kept for calls that differ in addresses alone.
+    """
+    run = _runs.get(key)
+    if run is None:
+        return False
+    run(*arguments)
+    return True
+
+
+def run_first(key: Hashable, kernel: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...]) -> None:
     if len(_runs) == _MAX_RUNS:  # documents make new shapes with each batch
         _runs.clear()
     _runs[key] = kernel[grid](*arguments)[grid]

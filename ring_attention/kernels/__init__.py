@@ -4,7 +4,16 @@
 from __future__ import annotations
 
 from ring_attention.kernels.aten_flash import AtenFlashKernel
-from ring_attention.kernels.base import AttentionKernel, DqSum, KernelParams, KernelSpec, SavedTensors, Scores
+from ring_attention.kernels.base import (
+    ANYWHERE,
+    AttentionKernel,
+    DqSum,
+    GradientTargets,
+    KernelParams,
+    KernelSpec,
+    SavedTensors,
+    Scores,
+)
 from ring_attention.kernels.cpu_flash import CpuFlashKernel
 from ring_attention.kernels.cudnn import CudnnKernel
 from ring_attention.kernels.ffpa import FfpaKernel

@@ -124,6 +124,10 @@ class SavedTensors(NamedTuple):
     lse_BHS: Tensor
 
 
+GradientTargets = tuple[Tensor | None, Tensor | None, Tensor | None]  # where dq, dk and dv are written; None: anywhere
+ANYWHERE: GradientTargets = (None, None, None)
+
+
 class DqSum(ABC):
     """dq of the local queries, to which a kernel's calls add by themselves. What they add is rounded once.
 
@@ -269,6 +273,43 @@ class AttentionKernel(ABC):
             for whole, part, tokens in zip(gradients, parts, (queries, keys, keys), strict=True):
                 whole[tokens] = part[0]
         dq, dk, dv = (x.unflatten(0, like.shape[:2]) for x, like in zip(gradients, saved[:3], strict=True))
+        return dq, dk, dv
+
+    def forward_to(
+        self,
+        target_BSHE: Tensor | None,
+        q_BSHD: Tensor,
+        k_BTKD: Tensor,
+        v_BTKE: Tensor,
+        segments: Segments | None,
+        params: KernelParams,
+    ) -> tuple[Tensor, Tensor]:
+        """As `forward`, or as `forward_segments` if there are some. If there is a target, out is written there.
+
+        This copies. A kernel that can write to a given tensor does that.
+        """
+        tensors = q_BSHD, k_BTKD, v_BTKE
+        if segments is None:
+            out, lse = self.forward(*tensors, params)
+        else:
+            out, lse = self.forward_segments(*tensors, segments, params)
+        return out if target_BSHE is None else target_BSHE.copy_(out), lse
+
+    def backward_to(
+        self,
+        targets: GradientTargets,
+        dout_BSHE: Tensor,
+        saved: SavedTensors,
+        segments: Segments | None,
+        params: KernelParams,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Likewise as `backward` or `backward_segments`. Each gradient that has a target is written there."""
+        if segments is None:
+            gradients = self.backward(dout_BSHE, saved, params)
+        else:
+            gradients = self.backward_segments(dout_BSHE, saved, segments, params)
+        parts = zip(gradients, targets, strict=True)
+        dq, dk, dv = (part if target is None else target.copy_(part) for part, target in parts)
         return dq, dk, dv
 
 

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from ring_attention.kernels.base import (
+    ANYWHERE,
     AttentionKernel,
     DqSum,
+    GradientTargets,
     KernelParams,
     KernelSpec,
     SavedTensors,
@@ -25,7 +27,6 @@ from ring_attention.kernels.base import (
     refuse_missing_package,
 )
 from ring_attention.kernels.flash_attn_4_backward import FlashAttention4DqSum, key_sum_tile, library
-from ring_attention.masked_block import MaskedBlock
 
 _MANY_DOCUMENTS = 256  # above, the library has more kernels run before its own
 _MAX_LAUNCHES = 1024
@@ -54,22 +55,13 @@ class FlashAttention4Kernel(AttentionKernel):
         return refuse_missing_package(spec, "flash-attn-4", "flash_attn.cute")
 
     def forward(self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, params: KernelParams) -> tuple[Tensor, Tensor]:
-        # the kernel calls no left bound with a right bound of 0 causal
-        window = flash_window(q_BSHD.shape[1], k_BTKD.shape[1], params, None)
-        key = (q_BSHD.shape, k_BTKD.shape, v_BTKE.shape, q_BSHD.dtype, params)
-        return _forward(self._launches, key, q_BSHD, k_BTKD, v_BTKE, params, window)
+        return self.forward_to(None, q_BSHD, k_BTKD, v_BTKE, None, params)
 
     def backward(self, dout_BSHE: Tensor, saved: SavedTensors, params: KernelParams) -> tuple[Tensor, Tensor, Tensor]:
-        q_BSHD, k_BTKD, v_BTKE, out_BSHE, lse_BHS = saved
-        if torch.are_deterministic_algorithms_enabled():
-            window = flash_window(q_BSHD.shape[1], k_BTKD.shape[1], params, None)
+        if _needs_library(None):
+            window = flash_window(saved.q_BSHD.shape[1], saved.k_BTKD.shape[1], params, None)
             return _library_backward((*saved[:4], dout_BSHE, saved.lse_BHS), params, window)
-        dq_sum = FlashAttention4DqSum(dout_BSHE, q_BSHD, out_BSHE, lse_BHS)
-        whole = MaskedBlock(0, q_BSHD.shape[1], 0, k_BTKD.shape[1], params.lower, params.upper)
-        dk, dv = dq_sum.add(slice(0, len(q_BSHD)), whole, k_BTKD, v_BTKE, params)
-        assert dk is not None
-        assert dv is not None
-        return dq_sum.result(params.scale), dk, dv
+        return self.backward_to(ANYWHERE, dout_BSHE, saved, None, params)
 
     def dq_sum(self, dout_BSHE: Tensor, q_BSHD: Tensor, out_BSHE: Tensor, lse_BHS: Tensor) -> DqSum | None:
         if torch.are_deterministic_algorithms_enabled():  # the library's order of additions is per call
@@ -84,25 +76,81 @@ class FlashAttention4Kernel(AttentionKernel):
     def forward_segments(
         self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, segments: Segments, params: KernelParams
     ) -> tuple[Tensor, Tensor]:
-        q, k, v = (x.flatten(0, 1) for x in (q_BSHD, k_BTKD, v_BTKE))
-        key = (q_BSHD.shape, k_BTKD.shape, v_BTKE.shape, q_BSHD.dtype, params)
-        out_THE, lse_HT = _forward(segments.launches, key, q, k, v, params, _varlen(segments, q_BSHD, params))
-        shape = q_BSHD.shape[:2]
-        return out_THE.unflatten(0, shape), lse_HT.unflatten(1, shape).transpose(0, 1)
+        return self.forward_to(None, q_BSHD, k_BTKD, v_BTKE, segments, params)
 
     def backward_segments(
         self, dout_BSHE: Tensor, saved: SavedTensors, segments: Segments, params: KernelParams
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if not _needs_library(segments):
+            return self.backward_to(ANYWHERE, dout_BSHE, saved, segments, params)
         q, k, v, out, dout = (x.flatten(0, 1) for x in (*saved[:4], dout_BSHE))
         lse_HT = saved.lse_BHS.transpose(0, 1).flatten(1)
-        if torch.are_deterministic_algorithms_enabled() or len(segments.lengths) > _MANY_DOCUMENTS:
-            gradients = _library_backward((q, k, v, out, dout, lse_HT), params, _varlen(segments, saved.q_BSHD, params))
-        else:
-            dq_sum = FlashAttention4DqSum(dout, q, out, lse_HT, segments)
-            dk, dv = dq_sum.add_segments(k, v, params)
-            gradients = (dq_sum.result(params.scale), dk, dv)
+        gradients = _library_backward((q, k, v, out, dout, lse_HT), params, _varlen(segments, saved.q_BSHD, params))
         dq, dk, dv = (x.unflatten(0, like.shape[:2]) for x, like in zip(gradients, saved[:3], strict=True))
         return dq, dk, dv
+
+    def forward_to(
+        self,
+        target_BSHE: Tensor | None,
+        q_BSHD: Tensor,
+        k_BTKD: Tensor,
+        v_BTKE: Tensor,
+        segments: Segments | None,
+        params: KernelParams,
+    ) -> tuple[Tensor, Tensor]:
+        if not _are_contiguous(target_BSHE):
+            return super().forward_to(target_BSHE, q_BSHD, k_BTKD, v_BTKE, segments, params)
+        key = (q_BSHD.shape, k_BTKD.shape, v_BTKE.shape, q_BSHD.dtype, params)
+        if segments is None:
+            # the kernel calls no left bound with a right bound of 0 causal
+            window = flash_window(q_BSHD.shape[1], k_BTKD.shape[1], params, None)
+            return _forward(self._launches, key, target_BSHE, q_BSHD, k_BTKD, v_BTKE, params, window)
+        q, k, v = (x.flatten(0, 1) for x in (q_BSHD, k_BTKD, v_BTKE))
+        target, options = _flat(target_BSHE), _varlen(segments, q_BSHD, params)
+        out_THE, lse_HT = _forward(segments.launches, key, target, q, k, v, params, options)
+        lse_BHS = lse_HT.unflatten(1, q_BSHD.shape[:2]).transpose(0, 1)
+        return out_THE.unflatten(0, q_BSHD.shape[:2]) if target_BSHE is None else target_BSHE, lse_BHS
+
+    def backward_to(
+        self,
+        targets: GradientTargets,
+        dout_BSHE: Tensor,
+        saved: SavedTensors,
+        segments: Segments | None,
+        params: KernelParams,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if _needs_library(segments) or not _are_contiguous(*targets):
+            return super().backward_to(targets, dout_BSHE, saved, segments, params)
+        q_BSHD, k_BTKD, v_BTKE, out_BSHE, lse_BHS = saved
+        if segments is None:
+            dq_sum = FlashAttention4DqSum(dout_BSHE, q_BSHD, out_BSHE, lse_BHS)
+            dk, dv = dq_sum.add_all(k_BTKD, v_BTKE, params, *targets[1:])
+            return dq_sum.result(params.scale, targets[0]), dk, dv
+        q, k, v, out, dout = (x.flatten(0, 1) for x in (*saved[:4], dout_BSHE))
+        flat_dq, flat_dk, flat_dv = map(_flat, targets)
+        dq_sum = FlashAttention4DqSum(dout, q, out, lse_BHS.transpose(0, 1).flatten(1), segments)
+        dk, dv = dq_sum.add_all(k, v, params, flat_dk, flat_dv)
+        gradients = (dq_sum.result(params.scale, flat_dq), dk, dv)
+        dq, dk, dv = (
+            x.unflatten(0, like.shape[:2]) if target is None else target
+            for x, like, target in zip(gradients, saved[:3], targets, strict=True)
+        )
+        return dq, dk, dv
+
+
+def _needs_library(segments: Segments | None) -> bool:
+    """Whether a backward pass is one call of the library."""
+    is_many = segments is not None and len(segments.lengths) > _MANY_DOCUMENTS
+    return is_many or torch.are_deterministic_algorithms_enabled()
+
+
+def _are_contiguous(*targets: Tensor | None) -> bool:
+    """Whether the kernels can write there. Some tokens of several rows are not contiguous."""
+    return all(target is None or target.is_contiguous() for target in targets)
+
+
+def _flat(target_BSHD: Tensor | None) -> Tensor | None:
+    return None if target_BSHD is None else target_BSHD.flatten(0, 1)
 
 
 def _varlen(segments: Segments, q_BSHD: Tensor, params: KernelParams) -> dict[str, Any]:
@@ -125,6 +173,7 @@ def _softcap(params: KernelParams) -> dict[str, float]:
 def _forward(
     launches: dict[Hashable, Launch],
     key: Hashable,
+    target: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -142,8 +191,9 @@ def _forward(
         if len(launches) == _MAX_LAUNCHES:  # documents make new shapes with each batch
             launches.clear()
         launches[key] = recorder.launch
-        return results[:2]
-    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+        out, lse = results[:2]
+        return out if target is None else target.copy_(out), lse
+    out = q.new_empty((*q.shape[:-1], v.shape[-1])) if target is None else target
     lse = q.new_empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=torch.float32)
     aligned = (library().maybe_contiguous(x.detach()) for x in (q, k, v))
     launch.kernel(*aligned, out, lse, *launch.options)

@@ -98,19 +98,22 @@ class FlashAttention4DqSum(DqSum):
         self._round_keys(key_sums_2BKN.unbind(0), dk, dv, scale)
         return dk, dv
 
-    def add_segments(self, k_UKD: Tensor, v_UKE: Tensor, params: KernelParams) -> tuple[Tensor, Tensor]:
-        """The same for the documents of `segments`, all of them."""
+    def add_all(
+        self, k: Tensor, v: Tensor, params: KernelParams, dk: Tensor | None = None, dv: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The only `add`: all queries, or all documents of `segments`. Writes to dk and dv where they are given."""
         self._start()
-        window = {
-            "window_size_left": None if params.lower is None else -params.lower,
-            "window_size_right": params.upper,
-        }
-        statistics = (self._lse_log2, self._dpsum)
-        tensors = (self._q_BSHD, self._dout_BSHE, statistics, self._sum, k_UKD, v_UKE)
-        return self._launch_and_round(*tensors, params, window)
+        if self._segments is None:
+            window = flash_window(self._q_BSHD.shape[1], k.shape[1], params, None)
+        else:
+            left = None if params.lower is None else -params.lower
+            window = {"window_size_left": left, "window_size_right": params.upper}
+        tensors = (self._q_BSHD, self._dout_BSHE, (self._lse_log2, self._dpsum), self._sum, k, v)
+        return self._launch_and_round(*tensors, params, window, dk, dv)
 
-    def result(self, scale: float) -> Tensor:
-        dq, tiles = torch.empty_like(self._q_BSHD), self._tiles
+    def result(self, scale: float, dq: Tensor | None = None) -> Tensor:
+        """As in `DqSum`; written to dq if that is given."""
+        dq, tiles = torch.empty_like(self._q_BSHD) if dq is None else dq, self._tiles
         shape = (tiles.queries, tiles.threads_of_dq, tiles.config.AtomLayoutMdQ, tiles.config.dQ_swapAB)
         self._round(self._sum, dq, scale, self._cu_q, shape)
         return dq
@@ -125,10 +128,12 @@ class FlashAttention4DqSum(DqSum):
         v: Tensor,
         params: KernelParams,
         window: dict[str, int | None],
+        dk: Tensor | None = None,
+        dv: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         *batch, num_keys, num_kv_heads, _ = k.shape
         k, v = library().maybe_contiguous(k), library().maybe_contiguous(v)
-        dk, dv = torch.empty_like(k), torch.empty_like(v)
+        dk, dv = (torch.empty_like(x) if target is None else target for x, target in ((k, dk), (v, dv)))
         if q.shape[-2] == num_kv_heads:
             self._launch(q, dout, statistics, total, k, v, params, window, (dk, dv))
             return dk, dv

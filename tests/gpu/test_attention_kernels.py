@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ring_attention.kernels import KERNELS, KernelParams, KernelSpec, SavedTensors
+from ring_attention.kernels import ANYWHERE, KERNELS, KernelParams, KernelSpec, SavedTensors
+from ring_attention.kernels.base import Segments
 from ring_attention.masked_block import MaskedBlock
 from tests.tools.measure import assert_equal_attention
 from tests.unit.test_attention_kernels import SCALE, computed, computed_segments, oracle, oracle_segments
@@ -109,6 +110,35 @@ def test_documents_in_one_call(name, dtype, num_heads, num_kv_heads, head_dim, w
         pytest.skip("is given squares alone")
     got = computed_segments(name, q, k, v, dout, lengths, window, upper)
     assert_equal_attention(got, oracle_segments(q, k, v, dout, lengths, window, upper), dtype)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(8, 8, 64), (8, 2, 128), (4, 2, 256)])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("lengths", [[(384, 384)], [(1, 1), (200, 200), (3, 3), (129, 129), (51, 51)]], ids=len)
+def test_results_in_given_tensors(name, dtype, num_heads, num_kv_heads, head_dim, batch, lengths):
+    """Some tokens of larger tensors: the same numbers, and no other token changes. The second call is cached."""
+    q, k, v, dout = (x[:batch] for x in draw(384, 384, num_heads, num_kv_heads, head_dim, head_dim, dtype))
+    kernel, params = KERNELS[name], KernelParams(None, 0, SCALE)
+    if refusal := kernel.refusal(KernelSpec.of(q, k, v)):
+        pytest.skip(refusal)
+    segments = Segments(lengths * batch) if len(lengths) > 1 else None
+    out, lse = kernel.forward_to(None, q, k, v, segments, params)
+    saved = SavedTensors(q, k, v, out, lse)
+    expected = [out, *kernel.backward_to(ANYWHERE, dout, saved, segments, params)]
+    for _ in range(2):
+        wholes = [torch.full((batch, 500, *x.shape[2:]), float("nan"), device="cuda", dtype=dtype) for x in saved[:3]]
+        wholes.insert(0, torch.full_like(wholes[0], float("nan")))
+        targets = [whole[:, 77:461] for whole in wholes]
+        results = [kernel.forward_to(targets[0], q, k, v, segments, params)[0]]
+        results += kernel.backward_to((targets[1], targets[2], targets[3]), dout, saved, segments, params)
+        for whole, target, result, values in zip(wholes, targets, results, expected, strict=True):
+            assert result is target
+            # kernels add to dq in any order
+            torch.testing.assert_close(result, values.to(dtype), rtol=0.02, atol=1e-3 * values.abs().max().item())
+            assert whole[:, :77].isnan().all()
+            assert whole[:, 461:].isnan().all()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ring_attention import CAUSAL, FULL, LocalAttention, Mask
 from ring_attention.accumulators import GradientAccumulator
-from ring_attention.kernels import KERNELS, DqSum, KernelParams, SavedTensors, Scores
+from ring_attention.kernels import KERNELS, DqSum, GradientTargets, KernelParams, SavedTensors, Scores
 from ring_attention.kernels.reference import ReferenceKernel
 from ring_attention.key_gradients import sums_travel
 from ring_attention.kv import KeysValues
@@ -70,11 +70,15 @@ class Recorder:
     def dq_sum(self, *inputs: Tensor) -> None:
         return None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, params: KernelParams) -> tuple[Tensor, Tensor]:
+    def forward_to(
+        self, target: None, q: Tensor, k: Tensor, v: Tensor, segments: None, params: KernelParams
+    ) -> tuple[Tensor, Tensor]:
         self.events.append(f"forward {q.shape[1]} x {k.shape[1]}")
         return self._kernel.forward(q, k, v, params)
 
-    def backward(self, dout: Tensor, saved: SavedTensors, params: KernelParams) -> tuple[Tensor, Tensor, Tensor]:
+    def backward_to(
+        self, targets: GradientTargets, dout: Tensor, saved: SavedTensors, segments: None, params: KernelParams
+    ) -> tuple[Tensor, Tensor, Tensor]:
         q, k = saved.q_BSHD, saved.k_BTKD
         self.events.append(f"backward {q.shape[1]} x {k.shape[1]}")
         gradients = self._kernel.backward(dout, saved, params)
