@@ -12,9 +12,11 @@ share does: attention is a few varlen calls, however many documents there are.
 
 from __future__ import annotations
 
+import bisect
 import functools
 import itertools
 import math
+from collections.abc import Iterator
 
 Span = tuple[int, int]  # [start, stop)
 ENOUGH = 1.05  # work of the busiest rank over the mean's: no more documents are spread
@@ -35,16 +37,21 @@ def balanced_spans(ends: tuple[int, ...], length: int, ring_degree: int) -> tupl
         return (((0, length),),)
     documents.sort(key=lambda span: (span[0] - span[1], span[0]))  # the longest first
     mean = sum(_work(stop - start) for start, stop in documents) / ring_degree
-    best = None
+    placement = next(_placements(documents, length // ring_degree, ring_degree, mean, ENOUGH * mean), None)
+    if placement is None:
+        *_, placement = _placements(documents, length // ring_degree, ring_degree, mean, math.inf)
+    return placement.spans()
+
+
+def _placements(
+    documents: list[Span], capacity: int, ring_degree: int, mean: float, most: float
+) -> Iterator[_Placement]:
+    """Those whose busiest rank has `most` work or less, each with less than the one before. `mean` is a rank's work."""
     for share, target in itertools.product(SHARES, TARGETS):
-        placement = _Placement(length // ring_degree, ring_degree, SHARES[-1] * mean)
-        placement.place(documents, share * mean, target * mean)
-        if best is None or max(placement.work) < max(best.work):
-            best = placement
-        if max(placement.work) <= ENOUGH * mean:
-            break
-    assert best is not None
-    return best.spans()
+        placement = _Placement(capacity, ring_degree, SHARES[-1] * mean)
+        if placement.place(documents, share * mean, target * mean, most):
+            yield placement
+            most = max(placement.work) - 1
 
 
 def _work(num_tokens: int, num_before: int = 0) -> int:
@@ -58,12 +65,23 @@ class _Placement:
     def __init__(self, capacity: int, ring_degree: int, negligible: float) -> None:
         self._negligible = negligible
         self.room, self.work = [capacity] * ring_degree, [0] * ring_degree
+        self._by_work = [(0, rank) for rank in range(ring_degree)]  # always sorted
         self._whole, self._cut_off, self._early, self._late = ([[] for _ in self.room] for _ in range(4))
 
-    def place(self, documents: list[Span], share: float, target: float) -> None:
-        """The longest first. A rank has `share` of the work of one at most, and `target` in all if that is possible."""
-        for document in [document for document in documents if not self._put(document, share, target)]:
+    def place(self, documents: list[Span], share: float, target: float, most: float) -> bool:
+        """The longest first. A rank has `share` of the work of one at most, and `target` in all if that is possible.
+
+        Returns False as soon as a rank has more than `most`.
+        """
+        left_over = []
+        for document in documents:
+            if not self._put(document, share, target):
+                left_over.append(document)
+            elif self._by_work[-1][0] > most:
+                return False
+        for document in left_over:
             self._cut(document)
+        return max(self.work) <= most
 
     def spans(self) -> tuple[tuple[Span, ...], ...]:
         parts = zip(self._whole, self._cut_off, self._early, self._late, strict=True)
@@ -71,27 +89,46 @@ class _Placement:
 
     def _put(self, document: Span, share: float, target: float) -> bool:
         """On the fewest ranks that keep to both; False if none have room."""
+        num_tokens, work, num_ranks = document[1] - document[0], _work(document[1] - document[0]), len(self.room)
+        if work > self._negligible:
+            fewest = math.ceil(max(1, work / share, work / max(1, target - self._by_work[0][0])))
+            for size in self._sizes(num_tokens, work, min(fewest, num_ranks), target):
+                enough = (rank for _, rank in self._by_work if self.room[rank] * size >= num_tokens)
+                ranks = list(itertools.islice(enough, size))
+                if len(ranks) < size or (self.work[ranks[-1]] + work / size > target and size < num_ranks):
+                    continue
+                if self._spread(document, sorted(ranks)):
+                    return True
+        return self._put_whole(document)
+
+    def _sizes(self, num_tokens: int, work: int, fewest: int, target: float) -> Iterator[int]:
+        """Numbers of ranks to try. All ranks may exceed the target; of fewer there must be so many that do not."""
+        yield fewest
+        most = len(self.room)
+        possible = sum(
+            of_rank + work / most <= target and self.room[rank] * most >= num_tokens for of_rank, rank in self._by_work
+        )
+        yield from range(fewest + 1, min(possible, most - 1) + 1)
+        if fewest < most:
+            yield most
+
+    def _put_whole(self, document: Span) -> bool:
+        """On the rank with the least work that has room; False if none has."""
         start, stop = document
-        num_tokens, work = stop - start, _work(stop - start)
-        by_work = sorted(range(len(self.room)), key=self.work.__getitem__)
-        most = 1 if work <= self._negligible else len(by_work)
-        fewest = math.ceil(max(1, work / share, work / max(1, target - self.work[by_work[0]])))
-        for size in range(min(fewest, most), most + 1):
-            ranks = [rank for rank in by_work if self.room[rank] * size >= num_tokens][:size]
-            if len(ranks) < size or (self.work[ranks[-1]] + work / size > target and size < most):
-                continue
-            if self._spread(document, sorted(ranks)):
+        for index, (_, rank) in enumerate(self._by_work):
+            if self.room[rank] >= stop - start:
+                self._add(self._whole[rank], rank, start, stop - start, start)
+                del self._by_work[index]
+                bisect.insort(self._by_work, (self.work[rank], rank))
                 return True
-        rank = next((rank for rank in by_work if self.room[rank] >= num_tokens), None)
-        return rank is not None and self._spread(document, [rank])
+        return False
 
     def _spread(self, document: Span, ranks: list[int]) -> bool:
         """Over these ranks, or whole on one; False if one has no room for its chunks."""
         start, stop = document
         size = len(ranks)
         if size == 1:
-            self._add(self._whole[ranks[0]], ranks[0], start, stop - start, start)
-            return True
+            return self._put_whole(document)
         chunks = _chunk_sizes(stop - start, [self.room[rank] for rank in ranks])
         of_ranks = [early + late for early, late in zip(chunks[:size], chunks[: -size - 1 : -1], strict=True)]
         if any(self.room[rank] < own for rank, own in zip(ranks, of_ranks, strict=True)):
@@ -101,6 +138,7 @@ class _Placement:
             if num_tokens:
                 self._add((self._early if index < size else self._late)[rank], rank, start, num_tokens, document[0])
             start += num_tokens
+        self._by_work = sorted(zip(self.work, range(len(self.work)), strict=True))
         return True
 
     def _cut(self, document: Span) -> None:
