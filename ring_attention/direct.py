@@ -5,7 +5,7 @@ keys, so every query is in one kernel call and nothing is merged. In the backwar
 first, and its gradients return to their owners beside the whole documents.
 
 Shapes: B batch, S local tokens, T keys of a call, H query heads, K key-value heads, D head size, E value head size;
-N entries (`direct_plan`), F = K*D + K*E numbers of an entry.
+N entries (`direct_indices`), F = K*D + K*E numbers of an entry.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from ring_attention.attend import BackwardInputs, attend_backward, attend_forwar
 from ring_attention.checkpointing import saved_or_computed
 from ring_attention.derivative import once_differentiable
 from ring_attention.direct_exchange import Entries
-from ring_attention.direct_plan import DirectPlan, Sums, direct_plan
+from ring_attention.direct_indices import Sums
+from ring_attention.direct_plan import DirectPlan, direct_plan
 from ring_attention.kernel_calls import KernelCall
 from ring_attention.kv import KeysValues
 from ring_attention.ring import Ring, RingFunction

@@ -132,7 +132,7 @@ def imbalance(layout: Layout, mask: Mask = CAUSAL) -> float:
 def tokens_sent(layout: Layout, mask: Mask, ring_rank: int) -> tuple[int, int]:
     """Tokens whose K,V a rank sends in a pass, and tokens whose dK,dV it sends in a backward pass."""
     if goes_direct(layout, mask):
-        return direct_routing.tokens_sent(layout, mask, ring_rank)
+        return direct_routing.tokens_sent(layout, mask)[ring_rank]
     steps = ring_schedule(layout, mask, ring_rank)
     keys = [message.spans for step in steps for message in (step.send_next, step.send_direct) if message]
     return sum(map(num_tokens, keys)), sum(num_tokens(step.gradients) for step in steps)
@@ -154,7 +154,7 @@ def buffer_tokens(layout: Layout, mask: Mask) -> dict[str, int]:
     exchange as whole shards, since they differ from step to step, and buffers should not.
     """
     if goes_direct(layout, mask):
-        of_ranks = [direct_routing.tokens_sent(layout, mask, rank) for rank in range(layout.ring_degree)]
+        of_ranks = direct_routing.tokens_sent(layout, mask)
         # a rank gets the gradients of the keys that it sends, and returns those of the keys that it gets
         gradients, keys = (-(-max(of_kind) // layout.ring_length) for of_kind in zip(*of_ranks, strict=True))
         sizes = {keys_buffer(0): keys, gradient_buffer(1): gradients}  # which a ring of two has, too
