@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import heapq
 import itertools
 import math
 from collections.abc import Iterator
@@ -79,9 +80,7 @@ class _Placement:
                 left_over.append(document)
             elif self._by_work[-1][0] > most:
                 return False
-        for document in left_over:
-            self._cut(document)
-        return max(self.work) <= most
+        return self._cut(left_over, most)
 
     def spans(self) -> tuple[tuple[Span, ...], ...]:
         parts = zip(self._whole, self._cut_off, self._early, self._late, strict=True)
@@ -89,46 +88,43 @@ class _Placement:
 
     def _put(self, document: Span, share: float, target: float) -> bool:
         """On the fewest ranks that keep to both; False if none have room."""
-        num_tokens, work, num_ranks = document[1] - document[0], _work(document[1] - document[0]), len(self.room)
-        if work > self._negligible:
-            fewest = math.ceil(max(1, work / share, work / max(1, target - self._by_work[0][0])))
-            for size in self._sizes(num_tokens, work, min(fewest, num_ranks), target):
-                enough = (rank for _, rank in self._by_work if self.room[rank] * size >= num_tokens)
-                ranks = list(itertools.islice(enough, size))
-                if len(ranks) < size or (self.work[ranks[-1]] + work / size > target and size < num_ranks):
-                    continue
-                if self._spread(document, sorted(ranks)):
-                    return True
-        return self._put_whole(document)
+        num_tokens, work = document[1] - document[0], _work(document[1] - document[0])
+        place, (of_rank, rank) = 0, self._by_work[0]
+        while self.room[rank] < num_tokens:
+            place += 1
+            if place == len(self._by_work):
+                return work > self._negligible and self._put_on_several(document, work, share, target)
+            of_rank, rank = self._by_work[place]
+        exceeds = work / share > 1 or of_rank + work > target
+        if work > self._negligible and exceeds and self._put_on_several(document, work, share, target):
+            return True
+        self._add(self._whole[rank], rank, document[0], num_tokens, document[0])
+        del self._by_work[place]
+        bisect.insort(self._by_work, (of_rank + work, rank))
+        return True
 
-    def _sizes(self, num_tokens: int, work: int, fewest: int, target: float) -> Iterator[int]:
-        """Numbers of ranks to try. All ranks may exceed the target; of fewer there must be so many that do not."""
-        yield fewest
-        most = len(self.room)
-        possible = sum(
-            of_rank + work / most <= target and self.room[rank] * most >= num_tokens for of_rank, rank in self._by_work
-        )
-        yield from range(fewest + 1, min(possible, most - 1) + 1)
-        if fewest < most:
-            yield most
-
-    def _put_whole(self, document: Span) -> bool:
-        """On the rank with the least work that has room; False if none has."""
-        start, stop = document
-        for index, (_, rank) in enumerate(self._by_work):
-            if self.room[rank] >= stop - start:
-                self._add(self._whole[rank], rank, start, stop - start, start)
-                del self._by_work[index]
-                bisect.insort(self._by_work, (self.work[rank], rank))
+    def _put_on_several(self, document: Span, work: int, share: float, target: float) -> bool:
+        """On two ranks or more. All ranks may exceed the target; of fewer there must be so many that do not."""
+        num_tokens, most = document[1] - document[0], len(self.room)
+        fewest = math.ceil(max(2, work / share, work / max(1, target - self._by_work[0][0])))
+        possible = [
+            rank
+            for of_rank, rank in self._by_work
+            if of_rank + work / most <= target and self.room[rank] * most >= num_tokens
+        ]
+        for size in range(fewest, min(len(possible), most - 1) + 1):
+            if self.work[possible[size - 1]] + work / size > target:
+                continue  # no ranks with room have less work
+            ranks = list(itertools.islice((rank for rank in possible if self.room[rank] * size >= num_tokens), size))
+            is_enough = len(ranks) == size and self.work[ranks[-1]] + work / size <= target
+            if is_enough and self._spread(document, sorted(ranks)):
                 return True
-        return False
+        return all(room * most >= num_tokens for room in self.room) and self._spread(document, [*range(most)])
 
     def _spread(self, document: Span, ranks: list[int]) -> bool:
-        """Over these ranks, or whole on one; False if one has no room for its chunks."""
+        """False if one has no room for its chunks."""
         start, stop = document
         size = len(ranks)
-        if size == 1:
-            return self._put_whole(document)
         chunks = _chunk_sizes(stop - start, [self.room[rank] for rank in ranks])
         of_ranks = [early + late for early, late in zip(chunks[:size], chunks[: -size - 1 : -1], strict=True)]
         if any(self.room[rank] < own for rank, own in zip(ranks, of_ranks, strict=True)):
@@ -141,14 +137,21 @@ class _Placement:
         self._by_work = sorted(zip(self.work, range(len(self.work)), strict=True))
         return True
 
-    def _cut(self, document: Span) -> None:
-        """Into pieces for the ranks with the most room."""
-        start, stop = document
-        while start < stop:
-            rank = max(range(len(self.room)), key=lambda rank: (self.room[rank], -self.work[rank]))
-            num_tokens = min(self.room[rank], stop - start)
-            self._add(self._cut_off[rank], rank, start, num_tokens, document[0])
-            start += num_tokens
+    def _cut(self, documents: list[Span], most: float) -> bool:
+        """Into pieces for the ranks with the most room, of those the ones with the least work."""
+        by_room = [(-room, work, rank) for rank, (room, work) in enumerate(zip(self.room, self.work, strict=True))]
+        heapq.heapify(by_room)
+        for start, stop in documents:
+            first = start
+            while first < stop:
+                rank = by_room[0][2]
+                num_tokens = min(self.room[rank], stop - first)
+                self._add(self._cut_off[rank], rank, first, num_tokens, start)
+                if self.work[rank] > most:
+                    return False
+                heapq.heapreplace(by_room, (-self.room[rank], self.work[rank], rank))
+                first += num_tokens
+        return True
 
     def _add(self, spans: list[Span], rank: int, start: int, num_tokens: int, document_start: int) -> None:
         spans.append((start, start + num_tokens))
