@@ -8,7 +8,6 @@ whole documents, while the keys travel, and the rest, each run of queries agains
 from __future__ import annotations
 
 import functools
-import itertools
 from bisect import bisect_left, bisect_right
 from typing import NamedTuple
 
@@ -67,7 +66,7 @@ def local_runs(layout: Layout, mask: Mask, ring_rank: int) -> LocalRuns:
     starts, length, parts = [start for start, _ in documents], layout.ring_length, []
     for run in layout.runs(ring_rank):
         first = bisect_right(starts, run.start) - 1
-        for start, stop in itertools.islice(documents, first, bisect_left(starts, run.stop)):
+        for start, stop in documents[first : bisect_left(starts, run.stop)]:
             first, last = max(run.start, start), min(run.stop, stop)
             part = Run(run.local_start + first - run.start, first, last)
             parts.append(DocumentRun(part, _first_key(part, start, mask), (first, last) == (start, stop)))

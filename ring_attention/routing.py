@@ -58,23 +58,18 @@ def required_keys(layout: Layout, mask: Mask) -> list[list[Spans]]:
     () at distance 0: a rank has its own keys.
     """
     degree = layout.ring_degree
-    found: dict[tuple[int, int], list[Span]] = {}
+    found: list[list[list[Span]]] = [[[] for _ in range(degree)] for _ in range(degree)]
     for document in (document for row in cut_documents(layout, mask) for document in row):
+        pieces = [(source, run.start, run.stop, run.local_start - run.start) for source, run in document.pieces]
         for rank, seen in _seen_keys(document, mask).items():
-            for source, run in document.pieces:
-                if run.start >= seen[-1][1]:
-                    break
-                if source == rank:
-                    continue
-                for first, last in seen:
-                    start, stop = max(run.start, first), min(run.stop, last)
-                    if start < stop:
-                        shift = run.local_start - run.start
-                        found.setdefault((source, (rank - source) % degree), []).append((start + shift, stop + shift))
-    required: list[list[Spans]] = [[()] * degree for _ in range(degree)]
-    for (source, distance), spans in found.items():
-        required[source][distance] = union(spans)
-    return required
+            for first, last in seen:
+                for source, start, stop, shift in pieces:
+                    if start >= last:
+                        break
+                    if stop > first and source != rank:
+                        span = max(start, first) + shift, min(stop, last) + shift
+                        found[source][(rank - source) % degree].append(span)
+    return [[union(spans) if spans else () for spans in of_source] for of_source in found]
 
 
 def _seen_keys(document: CutDocument, mask: Mask) -> dict[int, Spans]:
