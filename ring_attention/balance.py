@@ -98,7 +98,7 @@ class _Placement:
         exceeds = work / share > 1 or of_rank + work > target
         if work > self._negligible and exceeds and self._put_on_several(document, work, share, target):
             return True
-        self._add(self._whole[rank], rank, document[0], num_tokens, document[0])
+        self._add(self._whole[rank], rank, document[0], num_tokens, work)
         del self._by_work[place]
         bisect.insort(self._by_work, (of_rank + work, rank))
         return True
@@ -132,7 +132,8 @@ class _Placement:
         for index, num_tokens in enumerate(chunks):
             rank = ranks[min(index, 2 * size - 1 - index)]
             if num_tokens:
-                self._add((self._early if index < size else self._late)[rank], rank, start, num_tokens, document[0])
+                work = _work(num_tokens, start - document[0])
+                self._add((self._early if index < size else self._late)[rank], rank, start, num_tokens, work)
             start += num_tokens
         self._by_work = sorted(zip(self.work, range(len(self.work)), strict=True))
         return True
@@ -146,16 +147,16 @@ class _Placement:
             while first < stop:
                 rank = by_room[0][2]
                 num_tokens = min(self.room[rank], stop - first)
-                self._add(self._cut_off[rank], rank, first, num_tokens, start)
+                self._add(self._cut_off[rank], rank, first, num_tokens, _work(num_tokens, first - start))
                 if self.work[rank] > most:
                     return False
                 heapq.heapreplace(by_room, (-self.room[rank], self.work[rank], rank))
                 first += num_tokens
         return True
 
-    def _add(self, spans: list[Span], rank: int, start: int, num_tokens: int, document_start: int) -> None:
+    def _add(self, spans: list[Span], rank: int, start: int, num_tokens: int, work: int) -> None:
         spans.append((start, start + num_tokens))
-        self.work[rank] += _work(num_tokens, start - document_start)
+        self.work[rank] += work
         self.room[rank] -= num_tokens
 
 

@@ -10,13 +10,13 @@ The host plans with spans of entries, which are as many as pieces of documents. 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ring_attention.direct_routing import LocalRuns, Parcels
+from ring_attention.direct_routing import LocalRuns, Parcel, Parcels
 from ring_attention.layout import Layout, Span, slice_within
 from ring_attention.mask import Mask
 from ring_attention.routing import cut_documents, required_keys
@@ -78,45 +78,54 @@ def entry_spans(
         for row in range(batch)
         for start, stop in required[ring_rank][(parcel.peer - ring_rank) % degree]
     ]
-    received = {parcel.peer: parcel for parcel in exchanged.received}
+    num_own = batch * num_rest
+    keys = _joined(_key_spans(layout, mask, ring_rank, batch, runs, rest, exchanged.received), num_own)
+    addends = list(_with_places([*keys, *sent]))
+    return EntrySpans(
+        sent,
+        keys,
+        _sum_runs([(start - num_own, stop - num_own, place) for start, stop, place in addends if start >= num_own]),
+        _sum_runs([span for span in addends if span[0] < num_own]),
+    )
+
+
+def _key_spans(
+    layout: Layout, mask: Mask, ring_rank: int, batch: int, runs: LocalRuns, rest: Span, arriving: Sequence[Parcel]
+) -> list[Span]:
+    """The entries of the keys of each run of the rest, row after row."""
+    required, degree, num_rest = required_keys(layout, mask), layout.ring_degree, rest[1] - rest[0]
+    received = {parcel.peer: parcel for parcel in arriving}
     (documents,) = cut_documents(layout, mask)
     pieces_of = {run: pieces for _, pieces in documents for rank, run in pieces if rank == ring_rank}
-    keys_of_row: list[tuple[int, int, int]] = []  # a span of the first row, and how many entries further the next is
+    of_row: list[tuple[int, int, int]] = []  # a span of the first row, and how many entries further the next row's is
     for run, first_key, _ in runs.of_rest:
         for rank, piece in pieces_of.get(run, ((ring_rank, run),)):
             start, stop = max(piece.start, first_key), min(piece.stop, run.stop)
             if start >= stop:
                 continue
-            first, step = piece.local_start + start - piece.start - rest[0], num_rest
-            if rank != ring_rank:
+            local = piece.local_start + start - piece.start
+            if rank == ring_rank:
+                first, step = local - rest[0], num_rest
+            else:
                 parcel, spans = received[rank], required[rank][(ring_rank - rank) % degree]
-                place = slice_within(spans, first + rest[0], first + rest[0] + stop - start).start
-                first, step = batch * (num_rest + parcel.start) + place, parcel.num_tokens
-            keys_of_row.append((first, first + stop - start, step))
-    keys = [(start + row * step, stop + row * step) for row in range(batch) for start, stop, step in keys_of_row]
-    keys = _joined(keys)
-    num_own = batch * num_rest
-    addends = list(_with_places([*keys, *sent]))
-    return EntrySpans(
-        sent,
-        keys,
-        _sum_runs((start - num_own, stop - num_own, addend) for start, stop, addend in addends if start >= num_own),
-        _sum_runs(span for span in addends if span[0] < num_own),
-    )
+                first = batch * (num_rest + parcel.start) + slice_within(spans, local, local + stop - start).start
+                step = parcel.num_tokens
+            of_row.append((first, first + stop - start, step))
+    return [(start + row * step, stop + row * step) for row in range(batch) for start, stop, step in of_row]
 
 
-def _joined(spans: list[Span]) -> list[Span]:
-    """Spans that follow each other, as one."""
+def _joined(spans: list[Span], edge: int) -> list[Span]:
+    """Spans that follow each other, as one, but none across `edge`."""
     joined: list[Span] = []
     for start, stop in spans:
-        if joined and joined[-1][1] == start:
+        if joined and joined[-1][1] == start != edge:
             joined[-1] = joined[-1][0], stop
         else:
             joined.append((start, stop))
     return joined
 
 
-def _with_places(spans: Iterable[Span]) -> Iterable[tuple[int, int, int]]:
+def _with_places(spans: Iterable[Span]) -> Iterator[tuple[int, int, int]]:
     """Each span and how many entries lie in those before it."""
     place = 0
     for start, stop in spans:
@@ -124,9 +133,8 @@ def _with_places(spans: Iterable[Span]) -> Iterable[tuple[int, int, int]]:
         place += stop - start
 
 
-def _sum_runs(spans: Iterable[tuple[int, int, int]]) -> list[SumRun]:
+def _sum_runs(spans: list[tuple[int, int, int]]) -> list[SumRun]:
     """Given spans of sums and each one's first addend. Addends keep their order."""
-    spans = list(spans)
     edges = sorted({edge for start, stop, _ in spans for edge in (start, stop)})
     number = {edge: index for index, edge in enumerate(edges)}
     runs = [SumRun(stop - start, []) for start, stop in itertools.pairwise(edges)]

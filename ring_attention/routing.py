@@ -7,6 +7,7 @@ ranks needs none of a source's keys, the source sends them directly to the first
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from typing import NamedTuple
 
 from ring_attention.layout import Layout, Run, Span, Spans, union
@@ -58,7 +59,7 @@ def required_keys(layout: Layout, mask: Mask) -> list[list[Spans]]:
     () at distance 0: a rank has its own keys.
     """
     degree = layout.ring_degree
-    found: list[list[list[Span]]] = [[[] for _ in range(degree)] for _ in range(degree)]
+    found: defaultdict[tuple[int, int], list[Span]] = defaultdict(list)
     for document in (document for row in cut_documents(layout, mask) for document in row):
         pieces = [(source, run.start, run.stop, run.local_start - run.start) for source, run in document.pieces]
         for rank, seen in _seen_keys(document, mask).items():
@@ -68,8 +69,11 @@ def required_keys(layout: Layout, mask: Mask) -> list[list[Spans]]:
                         break
                     if stop > first and source != rank:
                         span = max(start, first) + shift, min(stop, last) + shift
-                        found[source][(rank - source) % degree].append(span)
-    return [[union(spans) if spans else () for spans in of_source] for of_source in found]
+                        found[source, rank].append(span)
+    required: list[list[Spans]] = [[()] * degree for _ in range(degree)]
+    for (source, rank), spans in found.items():
+        required[source][(rank - source) % degree] = union(spans)
+    return required
 
 
 def _seen_keys(document: CutDocument, mask: Mask) -> dict[int, Spans]:
