@@ -23,6 +23,7 @@ Span = tuple[int, int]  # [start, stop)
 ENOUGH = 1.05  # work of the busiest rank over the mean's: no more documents are spread
 TARGETS = (1.04, 1.0)  # of a rank's work over the mean's, for the ranks that a document is spread over
 SHARES = tuple(2.0**-n for n in range(9))  # the most that a rank has of one document's work, over the mean rank's work
+CHECK_EVERY = 24  # documents: whether the work that is left can fit takes as long to find as to place a few
 
 
 @functools.lru_cache(maxsize=64)
@@ -37,19 +38,19 @@ def balanced_spans(ends: tuple[int, ...], length: int, ring_degree: int) -> tupl
     if ring_degree == 1:
         return (((0, length),),)
     documents.sort(key=lambda span: (span[0] - span[1], span[0]))  # the longest first
-    mean = sum(_work(stop - start) for start, stop in documents) / ring_degree
-    placement = next(_placements(documents, length // ring_degree, ring_degree, mean, ENOUGH * mean), None)
+    total = sum(_work(stop - start) for start, stop in documents)
+    most = math.floor(ENOUGH * (total / ring_degree))
+    placement = next(_placements(documents, length // ring_degree, ring_degree, total, most), None)
     if placement is None:
-        *_, placement = _placements(documents, length // ring_degree, ring_degree, mean, math.inf)
+        *_, placement = _placements(documents, length // ring_degree, ring_degree, total, total)
     return placement.spans()
 
 
-def _placements(
-    documents: list[Span], capacity: int, ring_degree: int, mean: float, most: float
-) -> Iterator[_Placement]:
-    """Those whose busiest rank has `most` work or less, each with less than the one before. `mean` is a rank's work."""
+def _placements(documents: list[Span], capacity: int, ring_degree: int, total: int, most: int) -> Iterator[_Placement]:
+    """Those whose busiest rank has `most` of the `total` work or less, each with less than the one before."""
+    mean = total / ring_degree
     for share, target in itertools.product(SHARES, TARGETS):
-        placement = _Placement(capacity, ring_degree, SHARES[-1] * mean)
+        placement = _Placement(capacity, ring_degree, total)
         if placement.place(documents, share * mean, target * mean, most):
             yield placement
             most = max(placement.work) - 1
@@ -61,26 +62,35 @@ def _work(num_tokens: int, num_before: int = 0) -> int:
 
 
 class _Placement:
-    """Documents on ranks, which have room for `capacity` tokens each. Those with `negligible` work are not spread."""
+    """Documents on ranks, which have room for `capacity` tokens each. `total` is the work of all documents."""
 
-    def __init__(self, capacity: int, ring_degree: int, negligible: float) -> None:
-        self._negligible = negligible
+    def __init__(self, capacity: int, ring_degree: int, total: int) -> None:
+        self._total, self._negligible = total, SHARES[-1] * (total / ring_degree)  # no document with less is spread
         self.room, self.work = [capacity] * ring_degree, [0] * ring_degree
         self._by_work = [(0, rank) for rank in range(ring_degree)]  # always sorted
         self._whole, self._cut_off, self._early, self._late = ([[] for _ in self.room] for _ in range(4))
 
-    def place(self, documents: list[Span], share: float, target: float, most: float) -> bool:
+    def place(self, documents: list[Span], share: float, target: float, most: int) -> bool:
         """The longest first. A rank has `share` of the work of one at most, and `target` in all if that is possible.
 
-        Returns False as soon as a rank has more than `most`.
+        Returns False as soon as it is clear that a rank gets more than `most`.
         """
         left_over = []
-        for document in documents:
+        for number, document in enumerate(documents):
+            longest = left_over[0] if left_over else document
+            if number % CHECK_EVERY == 0 and not self._may_keep_to(most, longest):
+                return False
             if not self._put(document, share, target):
                 left_over.append(document)
             elif self._by_work[-1][0] > most:
                 return False
         return self._cut(left_over, most)
+
+    def _may_keep_to(self, most: int, longest: Span) -> bool:
+        """Whether the work that is left may fit. No token of it has more than the longest document's last one."""
+        num_keys = longest[1] - longest[0]
+        possible = sum(min(most - work, room * num_keys) for work, room in zip(self.work, self.room, strict=True))
+        return possible >= self._total - sum(self.work)
 
     def spans(self) -> tuple[tuple[Span, ...], ...]:
         parts = zip(self._whole, self._cut_off, self._early, self._late, strict=True)
@@ -138,7 +148,7 @@ class _Placement:
         self._by_work = sorted(zip(self.work, range(len(self.work)), strict=True))
         return True
 
-    def _cut(self, documents: list[Span], most: float) -> bool:
+    def _cut(self, documents: list[Span], most: int) -> bool:
         """Into pieces for the ranks with the most room, of those the ones with the least work."""
         by_room = [(-room, work, rank) for rank, (room, work) in enumerate(zip(self.room, self.work, strict=True))]
         heapq.heapify(by_room)
