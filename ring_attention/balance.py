@@ -12,14 +12,18 @@ share does: attention is a few varlen calls, however many documents there are.
 
 from __future__ import annotations
 
+import bisect
 import functools
+import heapq
 import itertools
 import math
+from collections.abc import Iterator
 
 Span = tuple[int, int]  # [start, stop)
 ENOUGH = 1.05  # work of the busiest rank over the mean's: no more documents are spread
 TARGETS = (1.04, 1.0)  # of a rank's work over the mean's, for the ranks that a document is spread over
 SHARES = tuple(2.0**-n for n in range(9))  # the most that a rank has of one document's work, over the mean rank's work
+CHECK_EVERY = 24  # documents: whether the work that is left can fit takes as long to find as to place a few
 
 
 @functools.lru_cache(maxsize=64)
@@ -34,17 +38,22 @@ def balanced_spans(ends: tuple[int, ...], length: int, ring_degree: int) -> tupl
     if ring_degree == 1:
         return (((0, length),),)
     documents.sort(key=lambda span: (span[0] - span[1], span[0]))  # the longest first
-    mean = sum(_work(stop - start) for start, stop in documents) / ring_degree
-    best = None
+    total = sum(_work(stop - start) for start, stop in documents)
+    most = math.floor(ENOUGH * (total / ring_degree))
+    placement = next(_placements(documents, length // ring_degree, ring_degree, total, most), None)
+    if placement is None:
+        *_, placement = _placements(documents, length // ring_degree, ring_degree, total, total)
+    return placement.spans()
+
+
+def _placements(documents: list[Span], capacity: int, ring_degree: int, total: int, most: int) -> Iterator[_Placement]:
+    """Those whose busiest rank has `most` of the `total` work or less, each with less than the one before."""
+    mean = total / ring_degree
     for share, target in itertools.product(SHARES, TARGETS):
-        placement = _Placement(length // ring_degree, ring_degree, SHARES[-1] * mean)
-        placement.place(documents, share * mean, target * mean)
-        if best is None or max(placement.work) < max(best.work):
-            best = placement
-        if max(placement.work) <= ENOUGH * mean:
-            break
-    assert best is not None
-    return best.spans()
+        placement = _Placement(capacity, ring_degree, total)
+        if placement.place(documents, share * mean, target * mean, most):
+            yield placement
+            most = max(placement.work) - 1
 
 
 def _work(num_tokens: int, num_before: int = 0) -> int:
@@ -53,17 +62,35 @@ def _work(num_tokens: int, num_before: int = 0) -> int:
 
 
 class _Placement:
-    """Documents on ranks, which have room for `capacity` tokens each. Those with `negligible` work are not spread."""
+    """Documents on ranks, which have room for `capacity` tokens each. `total` is the work of all documents."""
 
-    def __init__(self, capacity: int, ring_degree: int, negligible: float) -> None:
-        self._negligible = negligible
+    def __init__(self, capacity: int, ring_degree: int, total: int) -> None:
+        self._total, self._negligible = total, SHARES[-1] * (total / ring_degree)  # no document with less is spread
         self.room, self.work = [capacity] * ring_degree, [0] * ring_degree
+        self._by_work = [(0, rank) for rank in range(ring_degree)]  # always sorted
         self._whole, self._cut_off, self._early, self._late = ([[] for _ in self.room] for _ in range(4))
 
-    def place(self, documents: list[Span], share: float, target: float) -> None:
-        """The longest first. A rank has `share` of the work of one at most, and `target` in all if that is possible."""
-        for document in [document for document in documents if not self._put(document, share, target)]:
-            self._cut(document)
+    def place(self, documents: list[Span], share: float, target: float, most: int) -> bool:
+        """The longest first. A rank has `share` of the work of one at most, and `target` in all if that is possible.
+
+        Returns False as soon as it is clear that a rank gets more than `most`.
+        """
+        left_over = []
+        for number, document in enumerate(documents):
+            longest = left_over[0] if left_over else document
+            if number % CHECK_EVERY == 0 and not self._may_keep_to(most, longest):
+                return False
+            if not self._put(document, share, target):
+                left_over.append(document)
+            elif self._by_work[-1][0] > most:
+                return False
+        return self._cut(left_over, most)
+
+    def _may_keep_to(self, most: int, longest: Span) -> bool:
+        """Whether the work that is left may fit. No token of it has more than the longest document's last one."""
+        num_keys = longest[1] - longest[0]
+        possible = sum(min(most - work, room * num_keys) for work, room in zip(self.work, self.room, strict=True))
+        return possible >= self._total - sum(self.work)
 
     def spans(self) -> tuple[tuple[Span, ...], ...]:
         parts = zip(self._whole, self._cut_off, self._early, self._late, strict=True)
@@ -71,27 +98,43 @@ class _Placement:
 
     def _put(self, document: Span, share: float, target: float) -> bool:
         """On the fewest ranks that keep to both; False if none have room."""
-        start, stop = document
-        num_tokens, work = stop - start, _work(stop - start)
-        by_work = sorted(range(len(self.room)), key=self.work.__getitem__)
-        most = 1 if work <= self._negligible else len(by_work)
-        fewest = math.ceil(max(1, work / share, work / max(1, target - self.work[by_work[0]])))
-        for size in range(min(fewest, most), most + 1):
-            ranks = [rank for rank in by_work if self.room[rank] * size >= num_tokens][:size]
-            if len(ranks) < size or (self.work[ranks[-1]] + work / size > target and size < most):
-                continue
-            if self._spread(document, sorted(ranks)):
+        num_tokens, work = document[1] - document[0], _work(document[1] - document[0])
+        place, (of_rank, rank) = 0, self._by_work[0]
+        while self.room[rank] < num_tokens:
+            place += 1
+            if place == len(self._by_work):
+                return work > self._negligible and self._put_on_several(document, work, share, target)
+            of_rank, rank = self._by_work[place]
+        exceeds = work / share > 1 or of_rank + work > target
+        if work > self._negligible and exceeds and self._put_on_several(document, work, share, target):
+            return True
+        self._add(self._whole[rank], rank, document[0], num_tokens, work)
+        del self._by_work[place]
+        bisect.insort(self._by_work, (of_rank + work, rank))
+        return True
+
+    def _put_on_several(self, document: Span, work: int, share: float, target: float) -> bool:
+        """On two ranks or more. All ranks may exceed the target; of fewer there must be so many that do not."""
+        num_tokens, most = document[1] - document[0], len(self.room)
+        fewest = math.ceil(max(2, work / share, work / max(1, target - self._by_work[0][0])))
+        possible = [
+            rank
+            for of_rank, rank in self._by_work
+            if of_rank + work / most <= target and self.room[rank] * most >= num_tokens
+        ]
+        for size in range(fewest, min(len(possible), most - 1) + 1):
+            if self.work[possible[size - 1]] + work / size > target:
+                continue  # no ranks with room have less work
+            ranks = list(itertools.islice((rank for rank in possible if self.room[rank] * size >= num_tokens), size))
+            is_enough = len(ranks) == size and self.work[ranks[-1]] + work / size <= target
+            if is_enough and self._spread(document, sorted(ranks)):
                 return True
-        rank = next((rank for rank in by_work if self.room[rank] >= num_tokens), None)
-        return rank is not None and self._spread(document, [rank])
+        return all(room * most >= num_tokens for room in self.room) and self._spread(document, [*range(most)])
 
     def _spread(self, document: Span, ranks: list[int]) -> bool:
-        """Over these ranks, or whole on one; False if one has no room for its chunks."""
+        """False if one has no room for its chunks."""
         start, stop = document
         size = len(ranks)
-        if size == 1:
-            self._add(self._whole[ranks[0]], ranks[0], start, stop - start, start)
-            return True
         chunks = _chunk_sizes(stop - start, [self.room[rank] for rank in ranks])
         of_ranks = [early + late for early, late in zip(chunks[:size], chunks[: -size - 1 : -1], strict=True)]
         if any(self.room[rank] < own for rank, own in zip(ranks, of_ranks, strict=True)):
@@ -99,22 +142,31 @@ class _Placement:
         for index, num_tokens in enumerate(chunks):
             rank = ranks[min(index, 2 * size - 1 - index)]
             if num_tokens:
-                self._add((self._early if index < size else self._late)[rank], rank, start, num_tokens, document[0])
+                work = _work(num_tokens, start - document[0])
+                self._add((self._early if index < size else self._late)[rank], rank, start, num_tokens, work)
             start += num_tokens
+        self._by_work = sorted(zip(self.work, range(len(self.work)), strict=True))
         return True
 
-    def _cut(self, document: Span) -> None:
-        """Into pieces for the ranks with the most room."""
-        start, stop = document
-        while start < stop:
-            rank = max(range(len(self.room)), key=lambda rank: (self.room[rank], -self.work[rank]))
-            num_tokens = min(self.room[rank], stop - start)
-            self._add(self._cut_off[rank], rank, start, num_tokens, document[0])
-            start += num_tokens
+    def _cut(self, documents: list[Span], most: int) -> bool:
+        """Into pieces for the ranks with the most room, of those the ones with the least work."""
+        by_room = [(-room, work, rank) for rank, (room, work) in enumerate(zip(self.room, self.work, strict=True))]
+        heapq.heapify(by_room)
+        for start, stop in documents:
+            first = start
+            while first < stop:
+                rank = by_room[0][2]
+                num_tokens = min(self.room[rank], stop - first)
+                self._add(self._cut_off[rank], rank, first, num_tokens, _work(num_tokens, first - start))
+                if self.work[rank] > most:
+                    return False
+                heapq.heapreplace(by_room, (-self.room[rank], self.work[rank], rank))
+                first += num_tokens
+        return True
 
-    def _add(self, spans: list[Span], rank: int, start: int, num_tokens: int, document_start: int) -> None:
+    def _add(self, spans: list[Span], rank: int, start: int, num_tokens: int, work: int) -> None:
         spans.append((start, start + num_tokens))
-        self.work[rank] += _work(num_tokens, start - document_start)
+        self.work[rank] += work
         self.room[rank] -= num_tokens
 
 

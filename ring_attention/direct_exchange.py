@@ -1,7 +1,7 @@
 """The one exchange of `direct`: entries of own tokens, some of which are sent, and those that arrive.
 
-Shapes: B batch, T tokens, K key-value heads, D head size, E value head size; N entries (`direct_plan`), F = K*D or K*E
-numbers of a part of an entry.
+Shapes: B batch, T tokens, K key-value heads, D head size, E value head size; N entries (`direct_indices`), F = K*D or
+K*E numbers of a part of an entry.
 """
 
 from __future__ import annotations

@@ -8,15 +8,14 @@ whole documents, while the keys travel, and the rest, each run of queries agains
 from __future__ import annotations
 
 import functools
-import itertools
-from dataclasses import replace
+from bisect import bisect_left, bisect_right
 from typing import NamedTuple
 
 from ring_attention.layout import Layout, Run, Span, num_tokens
 from ring_attention.mask import Mask
 from ring_attention.masked_block import MaskedBlock
-from ring_attention.routing import required_keys
-from ring_attention.tiles import AttentionTile, runs_by_document
+from ring_attention.routing import cut_documents, required_keys
+from ring_attention.tiles import AttentionTile
 
 # A rank copies fewer earlier keys for its runs than so many times its own tokens, and sends fewer: memory stays O(L/P).
 # One document over all k ranks would copy k - 0.5 times as many in zigzag, k - 1 times in contiguous. The limit is no
@@ -38,12 +37,12 @@ class DocumentRun(NamedTuple):
 
     def block(self, query_start: int, key_start: int, mask: Mask) -> MaskedBlock:
         """The queries against their keys, where these lie in the tensors of a kernel call."""
-        run, distance = self.run, self.run.start - self.first_key
-        lower = None if mask.left is None else distance - mask.left
-        stops = query_start + run.stop - run.start, key_start + run.stop - self.first_key
-        block = MaskedBlock(query_start, stops[0], key_start, stops[1], lower, distance).trimmed()
-        assert block is not None, "a run sees its own tokens"
-        return replace(block, upper=distance)  # of one query it excludes nothing, but all runs have one band
+        run, distance = self.run, self.run.start - self.first_key  # all runs have one upper bound
+        num_queries, lower = run.stop - run.start, None if mask.left is None else distance - mask.left
+        if lower is not None and lower <= 1 - num_queries:
+            lower = None  # excludes nothing
+        key_stop = key_start + distance + num_queries
+        return MaskedBlock(query_start, query_start + num_queries, key_start, key_stop, lower, distance)
 
 
 class LocalRuns(NamedTuple):
@@ -59,27 +58,18 @@ class LocalRuns(NamedTuple):
     of_whole: tuple[DocumentRun, ...]
     of_rest: tuple[DocumentRun, ...]
 
-    @property
-    def num_copies(self) -> int:
-        """Keys before the runs' own tokens."""
-        return sum(run.start - first_key for run, first_key, _ in self.of_rest)
-
 
 @functools.lru_cache(maxsize=16)
-def local_runs(layout: Layout, mask: Mask) -> tuple[LocalRuns, ...]:
-    """Of each ring rank, under a causal mask with one row of documents."""
+def local_runs(layout: Layout, mask: Mask, ring_rank: int) -> LocalRuns:
+    """Of a ring rank, under a causal mask with one row of documents."""
     (documents,) = mask.spans(layout.padded_length)
-    return tuple(_of_rank(layout.runs(rank), documents, mask, layout.ring_length) for rank in range(layout.ring_degree))
-
-
-def _of_rank(runs: tuple[Run, ...], documents: list[Span], mask: Mask, length: int) -> LocalRuns:
-    parts = []
-    for index, of_document in runs_by_document(runs, documents).items():
-        start, stop = documents[index]
-        for run in of_document:
-            first_key = start if mask.left is None else max(start, run.start - mask.left)
-            parts.append(DocumentRun(run, first_key, (run.start, run.stop) == (start, stop)))
-    parts.sort(key=lambda part: part.run.local_start)
+    starts, length, parts = [start for start, _ in documents], layout.ring_length, []
+    for run in layout.runs(ring_rank):
+        first = bisect_right(starts, run.start) - 1
+        for start, stop in documents[first : bisect_left(starts, run.stop)]:
+            first, last = max(run.start, start), min(run.stop, stop)
+            part = Run(run.local_start + first - run.start, first, last)
+            parts.append(DocumentRun(part, _first_key(part, start, mask), (first, last) == (start, stop)))
     cut = [number for number, part in enumerate(parts) if not part.is_whole]
     if not cut:
         return LocalRuns((0, length), tuple(parts), ())
@@ -88,6 +78,10 @@ def _of_rank(runs: tuple[Run, ...], documents: list[Span], mask: Mask, length: i
     if end >= length - start:
         return LocalRuns((0, end), tuple(before), tuple(parts[cut[0] :]))
     return LocalRuns((start, length), tuple(behind), tuple(parts[: cut[-1] + 1]))
+
+
+def _first_key(run: Run, document_start: int, mask: Mask) -> int:
+    return document_start if mask.left is None else max(document_start, run.start - mask.left)
 
 
 def tiles(runs: tuple[DocumentRun, ...], mask: Mask) -> tuple[AttentionTile, ...]:
@@ -121,27 +115,26 @@ class Parcels(NamedTuple):
 
 
 @functools.lru_cache(maxsize=16)
-def parcels(layout: Layout, mask: Mask) -> tuple[Parcels, ...]:
-    """Of each ring rank."""
-    required, degree = required_keys(layout, mask), layout.ring_degree
-    sent = [[num_tokens(spans) for spans in of_source] for of_source in required]  # [source][distance]
-    received = [[sent[(rank - distance) % degree][distance] for distance in range(degree)] for rank in range(degree)]
-    sent_before, received_before = (
-        [[*itertools.accumulate(of_rank, initial=0)] for of_rank in counts] for counts in (sent, received)
-    )
-    found = []
-    for rank in range(degree):
-        own, others = [], []
-        for distance in range(1, degree):
-            target, source = (rank + distance) % degree, (rank - distance) % degree
-            own.append(
-                Parcel(target, sent[rank][distance], sent_before[rank][distance], received_before[target][distance])
-            )
-            others.append(
-                Parcel(source, received[rank][distance], received_before[rank][distance], sent_before[source][distance])
-            )
-        found.append(Parcels(*(tuple(parcel for parcel in some if parcel.num_tokens) for some in (own, others))))
-    return tuple(found)
+def parcels(layout: Layout, mask: Mask, ring_rank: int) -> Parcels:
+    """Of a ring rank."""
+    sent, degree, own, received = _num_sent(layout, mask), layout.ring_degree, [], []
+    own_start = received_start = 0
+    for distance in range(1, degree):
+        target, source = (ring_rank + distance) % degree, (ring_rank - distance) % degree
+        if number := sent[ring_rank][distance]:
+            start_there = sum(sent[(target - nearer) % degree][nearer] for nearer in range(1, distance))
+            own.append(Parcel(target, number, own_start, start_there))
+            own_start += number
+        if number := sent[source][distance]:
+            received.append(Parcel(source, number, received_start, sum(sent[source][:distance])))
+            received_start += number
+    return Parcels(tuple(own), tuple(received))
+
+
+@functools.lru_cache(maxsize=16)
+def _num_sent(layout: Layout, mask: Mask) -> list[list[int]]:
+    """``sent[source][distance]``: tokens whose keys the rank `distance` further on needs."""
+    return [[num_tokens(spans) if spans else 0 for spans in row] for row in required_keys(layout, mask)]
 
 
 @functools.lru_cache(maxsize=16)
@@ -150,12 +143,22 @@ def goes_direct(layout: Layout, mask: Mask) -> bool:
     if layout.ring_degree == 1 or mask.right != 0 or len(mask.documents or ()) != 1:
         return False
     most = min(MOST_COPIES, layout.ring_degree / 2) * layout.ring_length
-    if max(of_rank.num_copies for of_rank in local_runs(layout, mask)) >= most:
-        return False
-    return max(tokens_sent(layout, mask, rank)[0] for rank in range(layout.ring_degree)) < most
+    return max(_num_copies(layout, mask)) < most and max(map(sum, _num_sent(layout, mask))) < most
 
 
-def tokens_sent(layout: Layout, mask: Mask, ring_rank: int) -> tuple[int, int]:
-    """Tokens whose K,V a rank sends in a pass, and tokens whose dK,dV it sends in a backward pass."""
-    own, received = (sum(parcel.num_tokens for parcel in some) for some in parcels(layout, mask)[ring_rank])
-    return own, received
+def _num_copies(layout: Layout, mask: Mask) -> list[int]:
+    """Keys before the own tokens of each ring rank's runs."""
+    copies, (documents,) = [0] * layout.ring_degree, cut_documents(layout, mask)
+    for document in documents:
+        for rank, run in document.pieces:
+            copies[rank] += run.start - _first_key(run, document.span[0], mask)
+    return copies
+
+
+def tokens_sent(layout: Layout, mask: Mask) -> list[tuple[int, int]]:
+    """Of each rank: tokens whose K,V it sends in a pass, and tokens whose dK,dV it sends in a backward pass."""
+    sent, degree = _num_sent(layout, mask), layout.ring_degree
+    return [
+        (sum(sent[rank]), sum(sent[(rank - distance) % degree][distance] for distance in range(1, degree)))
+        for rank in range(degree)
+    ]

@@ -94,8 +94,10 @@ def plan_calls(
     by_row: dict[int | None, list[_Part]] = {}
     for row, block in tiles:
         span = block.k_start, block.k_stop
-        shift = slice_within(keys, *span).start - block.k_start
-        by_row.setdefault(row, []).append(_Part(block.with_keys_moved(shift), slice_within(gradients, *span).start))
+        first = slice_within(keys, *span).start
+        of_gradients = first if gradients is keys else slice_within(gradients, *span).start
+        here = block if first == block.k_start else block.with_keys_moved(first - block.k_start)
+        by_row.setdefault(row, []).append(_Part(here, of_gradients))
     runs = {row: _runs(kernel, parts) for row, parts in by_row.items()}
     if (together := _all_rows(runs, rows, num_queries, num_tokens(keys))) is not None:
         return (together,)

@@ -32,7 +32,6 @@ queries see both of its chunks.
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from typing import NamedTuple
 
 from ring_attention import direct_routing
@@ -132,7 +131,7 @@ def imbalance(layout: Layout, mask: Mask = CAUSAL) -> float:
 def tokens_sent(layout: Layout, mask: Mask, ring_rank: int) -> tuple[int, int]:
     """Tokens whose K,V a rank sends in a pass, and tokens whose dK,dV it sends in a backward pass."""
     if goes_direct(layout, mask):
-        return direct_routing.tokens_sent(layout, mask, ring_rank)
+        return direct_routing.tokens_sent(layout, mask)[ring_rank]
     steps = ring_schedule(layout, mask, ring_rank)
     keys = [message.spans for step in steps for message in (step.send_next, step.send_direct) if message]
     return sum(map(num_tokens, keys)), sum(num_tokens(step.gradients) for step in steps)
@@ -154,14 +153,16 @@ def buffer_tokens(layout: Layout, mask: Mask) -> dict[str, int]:
     exchange as whole shards, since they differ from step to step, and buffers should not.
     """
     if goes_direct(layout, mask):
-        of_ranks = [direct_routing.tokens_sent(layout, mask, rank) for rank in range(layout.ring_degree)]
+        of_ranks = direct_routing.tokens_sent(layout, mask)
         # a rank gets the gradients of the keys that it sends, and returns those of the keys that it gets
         gradients, keys = (-(-max(of_kind) // layout.ring_length) for of_kind in zip(*of_ranks, strict=True))
         sizes = {keys_buffer(0): keys, gradient_buffer(1): gradients}  # which a ring of two has, too
         return {name: size * layout.ring_length for name, size in sizes.items() if size}
-    most: Counter[str] = Counter()
-    for route, required in zip(key_routes(layout, mask), required_keys(layout, mask), strict=True):
-        for distance in range(1, layout.ring_degree):
-            received, returned = num_tokens(route[distance]), num_tokens(required[distance])
-            most |= Counter({keys_buffer(distance - 1): received, gradient_buffer(distance): returned})  # the greater
-    return dict(most) if mask.documents is None else dict.fromkeys(most, layout.ring_length)
+    most: dict[str, int] = {}
+    routes, required = key_routes(layout, mask), required_keys(layout, mask)
+    for distance in range(1, layout.ring_degree):
+        for name, table in ((keys_buffer(distance - 1), routes), (gradient_buffer(distance), required)):
+            if spans := [of_source[distance] for of_source in table if of_source[distance]]:
+                tokens = layout.ring_length if mask.documents is not None else max(map(num_tokens, spans))
+                most[name] = max(most.get(name, 0), tokens)
+    return most

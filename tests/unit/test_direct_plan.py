@@ -81,10 +81,10 @@ def test_runs_of_one_document_copy_their_prefix_each():
 
 def test_a_window_copies_its_own_keys_only():
     mask = Mask(left=1).packed([0, 6, 10, 16])
-    (run,) = local_runs(TWO, mask)[1].of_rest
+    (run,) = local_runs(TWO, mask, 1).of_rest
     assert run.first_key == 7
     assert shown(DirectPlan(TWO, mask, 1, 1, VARLEN))[1] == [(MaskedBlock(0, 2, 0, 3, 0, 1), None)]
-    assert tokens_sent(TWO, mask, 0) == (1, 0)
+    assert tokens_sent(TWO, mask) == [(1, 0), (0, 1)]
 
 
 def test_what_goes_direct():
@@ -115,7 +115,7 @@ def test_all_ranks_plan_the_same_exchange(lengths: list[int], degree: int, name:
     ends = tuple(itertools.accumulate(lengths, initial=0))
     layout = Layout(name, degree, ends[-1], documents=ends if name == "balanced" else None)
     mask = Mask(left).packed(ends)
-    of_ranks = parcels(layout, mask)
+    of_ranks = [parcels(layout, mask, rank) for rank in range(degree)]
     sent = {(rank, p.peer): p for rank, (own, _) in enumerate(of_ranks) for p in own}
     received = {(p.peer, rank): p for rank, (_, others) in enumerate(of_ranks) for p in others}
     assert sent.keys() == received.keys()
@@ -177,8 +177,9 @@ def test_a_log_normal_mix_is_two_kernel_calls_on_a_ring_of_eight(seed: int | Non
 def test_memory_stays_within_a_few_shards(degree: int, seed: int):
     ends = log_normal_ends(8192 * degree, seed)
     layout, mask = Layout("balanced", degree, ends[-1], documents=ends), CAUSAL.packed(ends)
-    copies = max(runs.num_copies for runs in local_runs(layout, mask))
-    sent = max(tokens_sent(layout, mask, rank)[0] for rank in range(degree))
+    rests = [local_runs(layout, mask, rank).of_rest for rank in range(degree)]
+    copies = max(sum(run.start - first_key for run, first_key, _ in rest) for rest in rests)
+    sent = max(own for own, _ in tokens_sent(layout, mask))
     assert goes_direct(layout, mask) == (max(copies, sent) < min(MOST_COPIES, degree / 2) * 8192)
 
 
