@@ -105,6 +105,10 @@ def execute(config: Config, overrides: list[str], run_dir: Path) -> float | None
         from recipes.plan import plan
 
         return plan(config, overrides, run_dir)
+    if config.recipe == "calibrate":
+        from recipes.planning.cluster import calibration_file
+
+        calibration_file(config, run_dir)  # refuses one that exists, before minutes of measuring
     if (given := ranks_given(config)) is not None:
         accumulation_steps(config, resolve_degrees(config, given))
     newest = newest_readable(run_dir) if config.recipe == "pretrain" else None
