@@ -49,13 +49,14 @@ def test_in_bf16_the_gradient_of_sinks_is_at_least_as_exact_as_that_of_eager_att
         return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
     ours = results(lambda q, k, v, sinks: LocalAttention("auto", mask=FULL)(q, k, v, 0, sinks=sinks))
-    eager = results(lambda *leaves: eager_attention(*leaves, softcap=None))
+    eager = results(lambda q, k, v, sinks: eager_attention(q, k, v, sinks, None))
     expected = dense_attention(q, k, v, dout, allowed, 0.25, sinks_H=sinks).values
     assert relative_error(ours[-1], expected[-1]) < relative_error(eager[-1], expected[-1])
     for head in range(256):
         parts = [tensor[:, :, [head]] for tensor in (q, k, v, dout)]
         got = [*(tensor[:, :, [head]] for tensor in ours[:-1]), ours[-1][[head]]]
-        assert_equal_attention(got, dense_attention(*parts, allowed, 0.25, sinks_H=sinks[[head]]), torch.bfloat16, head)
+        of_head = dense_attention(*parts, allowed_BST=allowed, scale=0.25, sinks_H=sinks[[head]])
+        assert_equal_attention(got, of_head, torch.bfloat16, head)
 
 
 @pytest.mark.parametrize("trained", [("query",), ("sinks",)])
