@@ -105,6 +105,10 @@ def execute(config: Config, overrides: list[str], run_dir: Path) -> float | None
         from recipes.plan import plan
 
         return plan(config, overrides, run_dir)
+    if config.recipe == "calibrate":
+        from recipes.planning.cluster import calibration_file
+
+        calibration_file(config, run_dir)  # refuses one that exists, before minutes of measuring
     if (given := ranks_given(config)) is not None:
         accumulation_steps(config, resolve_degrees(config, given))
     newest = newest_readable(run_dir) if config.recipe == "pretrain" else None
@@ -138,14 +142,21 @@ def execute(config: Config, overrides: list[str], run_dir: Path) -> float | None
             plan = launcher.make_plan(config, num_ranks)
             print(*explanation(plan, run_dir), sep="\n", flush=True)
             if reads_data and is_local(config.data) and not config.data.stream:
-                from data.report import packing_report
-
-                read = open_corpus(config.data, config.model.vocab_size)
-                print("", *packing_report(read, plan.sequences_per_step), sep="\n", flush=True)
+                print("", *_packing(config, plan.sequences_per_step), sep="\n", flush=True)
         return None
     if config.recipe == "pretrain" and (loss := launcher.result_if_finished(config, num_ranks, run_dir)) is not None:
         return loss
     return launcher.start(registry.RecipeTask(config), num_ranks, run_dir)
+
+
+def _packing(config: Config, sequences_per_step: int) -> list[str]:
+    """How documents are packed, as lines of text. Raises CorpusError as `open_corpus`."""
+    from data.report import packing_report
+
+    folder = config.model.path
+    if config.explain_gpu and folder and config.data.tokenizer == folder and not any(Path(folder).glob("tokenizer*")):
+        return [f"packing of documents: not shown, because {folder} has no tokenizer; data.tokenizer=FOLDER gives one"]
+    return packing_report(open_corpus(config.data, config.model.vocab_size), sequences_per_step)
 
 
 def _open_data(config: Config) -> Corpus | StreamCorpus:

@@ -1,9 +1,10 @@
-"""What packing does to a corpus, as lines for people: `explain=true` shows them. Pure."""
+"""What packing does to a corpus, as lines for people: `explain=true` shows them. What a stream left out. Pure."""
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -45,6 +46,13 @@ def packing_report(corpus: Corpus, sequences_per_step: int = 1) -> list[str]:
         *(_table(_source_rows(corpus, epoch)) if len(corpus.names) > 1 else []),
         *_skipped(corpus),
     ]
+
+
+def left_out(name: str, counts: Mapping[str, int]) -> list[str]:
+    """What a stream left out so far, given `StreamCorpus.counts`; nothing if it used every row."""
+    settings = {"skipped": " (data.bad_rows=skip)", "empty": "", "dropped": " (data.long_documents=drop)"}
+    parts = [f"{counts[kind]:,} {kind}{setting}" for kind, setting in settings.items() if counts[kind]]
+    return [f"{name}: {sum(counts.values()):,} rows read, of which {', '.join(parts)}"] if parts else []
 
 
 def _rows(documents: Documents, dropped: np.ndarray, config: DataConfig) -> list[list[str]]:

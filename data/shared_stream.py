@@ -42,6 +42,7 @@ class SharedStream:
 
     def __init__(self, corpus: StreamCorpus, group: Any, sequence_rank: int, layout: Layout | None = None) -> None:
         self.names, self.weights, self.config = corpus.names, corpus.weights, corpus.config
+        self.counts = corpus.counts  # on other sequence ranks than 0 nothing is read, nor counted
         self._corpus, self._arguments = corpus, (group, sequence_rank, layout)
         self._is_read = threading.Lock()  # by an iterator that was closed, whose thread has not noticed that yet
         read = (pack for name in self.names for pack in corpus.validation()[name])  # nothing is read here

@@ -7,6 +7,7 @@ on are the stream's first. Resuming reads an epoch from its start up to the curs
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -30,20 +31,25 @@ class StreamCorpus:
     """Packs of a stream of documents, with the methods of `Corpus`.
 
     Args:
-        restart: gives the stream from its start, an epoch: each document's tokens. Called once an epoch, at its first
-            pack; validation and the first epoch after it share a stream.
+        restart: gives the stream from its start, an epoch: each row's tokens, of which an empty document has none, or
+            a row that is skipped. Called once an epoch, at its first pack; validation and the first epoch after it
+            share a stream.
         validation_store: documents to validate on; None: the stream's first.
+
+    Attributes:
+        counts: of the rows read so far, each once however many epochs read it: `documents` that are used, rows that
+            were `skipped`, `empty` ones, and those `dropped` as too long.
     """
 
     def __init__(
         self,
-        restart: Callable[[], Iterable[Tokens]],
+        restart: Callable[[], Iterable[Tokens | BadRow]],
         config: DataConfig,
         name: str = "hub",
         validation_store: TokenStore | None = None,
     ) -> None:
         self.names, self.weights = (name,), (1.0,)
-        self.config = config
+        self.config, self.counts = config, Counter[str]()
         self._restart, self._own = restart, validation_store
         self._started: tuple[list[Tokens], Iterator[Tokens]] | None = None  # held out, and the stream after that
         self._validation: list[Pack] | None = None
@@ -92,17 +98,30 @@ class StreamCorpus:
         return held_out, itertools.chain(head, stream)
 
     def _usable(self) -> Iterator[Tokens]:
-        """All documents but empty ones, and those that data.long_documents=drop drops."""
+        """All documents but empty ones, and those that data.long_documents=drop drops. Counts all rows."""
         shortest, has_any = None, False
-        for document in self._restart():
-            if self.config.long_documents == "split" or len(document) <= self.config.sequence_length:
-                has_any = has_any or len(document) > 0
-                if len(document):
-                    yield document
-            else:
-                shortest = min(shortest or len(document), len(document))
+        for number, row in enumerate(self._restart(), 1):
+            kind = self._kind(row)
+            if number > self.counts.total():  # else an epoch before has counted it
+                self.counts[kind] += 1
+            if isinstance(row, BadRow):
+                continue
+            if kind == "documents":
+                has_any = True
+                yield row
+            elif kind == "dropped":
+                shortest = min(shortest or len(row), len(row))
         if shortest is not None and not has_any:
             raise all_dropped(self.names[0], shortest, self.config)
+
+    def _kind(self, row: Tokens | BadRow) -> str:
+        """What `counts` counts a row as."""
+        if isinstance(row, BadRow):
+            return "skipped"
+        if not len(row):
+            return "empty"
+        is_dropped = self.config.long_documents == "drop" and len(row) > self.config.sequence_length
+        return "dropped" if is_dropped else "documents"
 
     def _packs(self, stream: Iterator[Tokens], epoch: int) -> Iterator[StoredPack]:
         """All packs of an epoch."""
@@ -149,21 +168,22 @@ def open_stream(config: DataConfig, vocab_size: int | None = None, say: Callable
     return StreamCorpus(lambda: _documents(config, tokenizer, vocab_size), config, config.source, validation_store)
 
 
-def _documents(config: DataConfig, tokenizer: Tokenizer, vocab_size: int | None) -> Iterator[Tokens]:
-    """Each document's tokens, which the model has. Raises CorpusError for a bad row, unless they are skipped."""
+def _documents(config: DataConfig, tokenizer: Tokenizer, vocab_size: int | None) -> Iterator[Tokens | BadRow]:
+    """Each row's tokens, which the model has. Raises CorpusError for a bad row, unless they are skipped."""
     source = open_source(config)
     for rows in batches(source.rows(), tokenizer.batch_characters, _BATCH_ROWS):
         texts = []
         for row in rows:
             if isinstance(row.content, str):
                 texts.append(row.content)
-            elif isinstance(row.content, BadRow) and config.bad_rows == "stop":
-                raise CorpusError(f"{source.where(row.file, row.number)}: {row.content.problem}")
+            elif isinstance(row.content, BadRow):
+                if config.bad_rows == "stop":
+                    raise CorpusError(f"{source.where(row.file, row.number)}: {row.content.problem}")
+                yield row.content
         for tokens in tokenizer.encode(texts) if texts else ():
             if vocab_size is not None and tokens.max() >= vocab_size:
                 raise CorpusError(
                     f"a document has token {tokens.max()} of data.tokenizer={config.tokenizer}, but the model has "
                     f"{vocab_size}: take the text of that added token out of the documents"
                 )
-            if len(tokens) > 1:  # more than the separator
-                yield tokens
+            yield tokens if len(tokens) > 1 else tokens[:0]  # more than the separator

@@ -16,21 +16,22 @@ import torch
 from recipes.launch.host_memory import usable_memory_bytes
 from recipes.monitor.device_speeds import DeviceSpeeds, LinkSpeeds
 from recipes.monitor.reporter import Reporter
-from recipes.planning.cluster import Cluster, cluster_text
+from recipes.planning.cluster import Cluster, calibration_file, cluster_text
 from recipes.planning.measured import AttentionSpeed, MeasuredSpeeds
 from recipes.planning.plan import Plan
 from recipes.run.run_dir import replace_file
 from recipes.run.text_table import text_table
-
-FILE = "cluster.yaml"
 
 
 def calibrate(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
     """Measure, print a table, write calibrate.output. Returns TFLOP/s of products over the most tokens.
 
     Every rank must call it; `reporter` is rank 0's, and None on all others. The degrees of the plan do not matter.
+
+    Raises:
+        ConfigError: if the file exists.
     """
-    started = time.perf_counter()
+    started, path = time.perf_counter(), calibration_file(plan.config, run_dir)
 
     def say(*lines: str) -> None:
         if reporter:
@@ -69,7 +70,6 @@ def calibrate(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
         tuple(attention),
     )
     cluster = _cluster(plan, measured, links)
-    path = Path(plan.config.calibrate.output or run_dir / FILE)
     if reporter:
         say("", *text_table(_rows(cluster, links)), "", *_notes(plan, links))  # first: writing may fail
         replace_file(path, cluster_text(cluster, _comment(links)))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from data.report import left_out
+from data.shared_stream import SharedStream
 from recipes.engine.build import build_engine, build_feed, open_shared_corpus
 from recipes.monitor.device_metrics import reset_peak_memory
 from recipes.monitor.profiling import profiler
@@ -20,7 +22,8 @@ def forward(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
         reporter.say(*banner(plan, run_dir), "", "building the model ...")
     engine = build_engine(plan)
     reset_peak_memory()  # building takes more: weights are made in fp32
-    feed = build_feed(plan, engine, open_shared_corpus(plan, engine))
+    corpus = open_shared_corpus(plan, engine)
+    feed = build_feed(plan, engine, corpus)
     batches = feed.steps()
 
     logger = StepLogger(plan, engine, "forward", reporter)  # its first step starts here
@@ -40,5 +43,6 @@ def forward(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
     throughput = logger.median_throughput()
     if reporter:
         reporter.write_summary(throughput._asdict())
-        reporter.say("", f"done: {config.num_steps} steps", *reporter.summary(throughput))
+        skipped = left_out(corpus.names[0], corpus.counts) if isinstance(corpus, SharedStream) else []
+        reporter.say("", f"done: {config.num_steps} steps", *skipped, *reporter.summary(throughput))
     return throughput.tokens_per_s

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 
 from conf.stages import length_at
+from data.report import left_out
+from data.shared_stream import SharedStream
 from recipes.checkpoint.manager import Checkpoints
 from recipes.checkpoint.manifest import Manifest, is_resharded
 from recipes.engine.build import build_engine, build_feed, open_shared_corpus
@@ -73,6 +75,9 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
         report_status("part", f"validation after step {step}")
         logger.say("validating ...")
         by_source = {name: engine.mean_loss(batches).item() for name, batches in feed.validation().items()}
+        if isinstance(corpus, SharedStream):
+            for line in left_out(corpus.names[0], corpus.counts):
+                logger.say(line)
         loss = sum(feed.weights[name] * loss for name, loss in by_source.items())
         if len(by_source) == 1:
             by_source = {}

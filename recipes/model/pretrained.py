@@ -40,7 +40,7 @@ def resolve(config: Config) -> Config:
         num_stored = None
         folder = Path(path).expanduser()
         if folder.exists() or path.startswith((".", "/", "~")):
-            if config.recipe == "plan":  # plans without the weights, as with a name on the hub
+            if config.recipe == "plan" or config.explain_gpu:  # without the weights, as with a name on the hub
                 check_config(folder)
             else:
                 num_stored = check_folder(folder)

@@ -17,7 +17,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.schema import ConfigError
+from conf.schema import Config, ConfigError
 from recipes.planning.measured import TABLES, MeasuredSpeeds, is_positive, parse_measured
 from recipes.planning.throughput import DEVICES, Gpu, kind_of
 
@@ -162,6 +162,18 @@ def calibration_refusal(device_name: str, num_ranks: int, ranks_per_host: int) -
             "type python train.py recipe=calibrate on one of them"
         )
     return None
+
+
+def calibration_file(config: Config, run_dir: Path) -> Path:
+    """The file that recipe=calibrate writes. Raises ConfigError if it exists: it may hold measurements and edits."""
+    path = Path(config.calibrate.output or run_dir / "cluster.yaml")
+    if path.exists():
+        typed = f"calibrate.output={path}" if config.calibrate.output else path
+        raise ConfigError(
+            f"{typed} exists, and recipe=calibrate replaces no file: type another calibrate.output=FILE.yaml, or "
+            "remove it"
+        )
+    return path
 
 
 def cluster_text(cluster: Cluster, comment: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import math
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from recipes.run.text_table import text_table
 NUM_PRINTED = 10  # rank grids, each with its fastest settings
 NUM_REFUSED = 3
 MAX_SIZES = 4  # of documents, listed one by one
+MAX_COLUMNS = 120  # of a line of a command
 # columns of a step's time, and the parts of `StepParts` in each
 PARTS = {
     "products": ("products", "head"),
@@ -54,7 +56,7 @@ def report(result: SearchResult, config: Config, cluster: Cluster) -> Iterator[s
     for number, one in enumerate(shown, 1):
         tokens_per_day = 86400 * one.tokens_per_s
         yield f"{number:<2}  {tokens_per_day / 1e9:,.2f} G tokens per day, {gpu_hours(one, config):,.0f} GPU-hours"
-        yield f"    {one.command}"
+        yield from typed_lines(one.command)
     if result.ranked and result.unpredicted:
         yield "\nnot ranked, because their memory is not predicted: the fastest of each kind, with a lower bound"
         yield from (f"  {_in_words(one)}: {_bound(one)}" for one in _of_each_reason(result.unpredicted))
@@ -62,6 +64,22 @@ def report(result: SearchResult, config: Config, cluster: Cluster) -> Iterator[s
         fastest = sorted(result.refused, key=lambda one: -one.tokens_per_s)
         yield f"\ndo not fit: {len(result.refused):,} settings, such as those that would be fastest"
         yield from (f"  {_in_words(one)}: {one.refusal}" for one in best_of_grids(fastest)[:NUM_REFUSED])
+
+
+def typed_lines(command: str) -> Iterator[str]:
+    """A command on lines of at most `MAX_COLUMNS`, as people break one: a backslash ends each line but the last.
+
+    A word is never broken. One that is longer has a line to itself.
+    """
+    first, *words = map(shlex.quote, shlex.split(command))
+    line = f"    {first}"
+    for word in words:
+        if len(f"{line} {word} \\") > MAX_COLUMNS:
+            yield f"{line} \\"
+            line = f"        {word}"
+        else:
+            line += f" {word}"
+    yield line
 
 
 def _nothing_fits(result: SearchResult, config: Config, cluster: Cluster) -> ConfigError:

@@ -202,8 +202,9 @@ class Program:
         """The running program; killed at the end of the block if it still runs."""
         run_dir = self.folder / name
         directory = f"hydra.sweep.dir={run_dir}" if "-m" in arguments else f"hydra.run.dir={run_dir}"
-        if launcher is None and any(variable.startswith(("PYTHON", "HF_")) for variable in extra):
-            launcher = PYTHON  # imports read these variables
+        read_by_imports = (name for name in extra if name.startswith(("PYTHON", "HF_")) and name != "HF_TOKEN")
+        if launcher is None and any(read_by_imports):
+            launcher = PYTHON
         command = [*(launcher or []), "train.py", *arguments]
         if not any(argument.startswith("hydra.run.dir=") for argument in arguments):
             command.append(directory)

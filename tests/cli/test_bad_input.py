@@ -115,7 +115,6 @@ FAST = (
     "degrees that do not divide launch.num_ranks",
     "a sweep without -m",
     "a corpus that is too short",
-    "a model that is no folder",
     "prompts that are not there",
 )
 IMPORT = "import time:"  # prefix of the lines that PYTHONPROFILEIMPORTTIME adds

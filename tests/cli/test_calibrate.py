@@ -69,6 +69,20 @@ def test_a_file_that_cannot_be_is_refused_before_ranks_start(program, output, pa
     names(line, f"calibrate.output={output}", *parts)
 
 
+@pytest.mark.parametrize("output", ["mine.yaml", None], ids=["output", "run dir"])
+def test_a_file_that_exists_is_not_replaced(program, output):
+    file = program.folder / (output or "run/cluster.yaml")
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("measured: by hand\n")
+    settings = [f"calibrate.output={file}"] if output else []  # program.run says the run dir
+    run = program.run("recipe=calibrate", *settings, "launch.num_ranks=1")
+    assert run.exit_code == 1
+    assert not run.ranks_were_started
+    [line] = run.stderr.splitlines()
+    names(line, str(file), "calibrate.output=FILE.yaml", "remove it")
+    assert file.read_text() == "measured: by hand\n"
+
+
 def test_an_output_without_the_recipe_is_refused(program):
     run = program.run("calibrate.output=mine.yaml", "explain=true")
     assert run.exit_code == 1

@@ -23,10 +23,10 @@ def test_the_fastest_settings_are_printed_and_written(program):
     some_line_names(lines, "2 hosts of 2 x NVIDIA H100 80GB HBM3")
     some_line_names(lines, "1", best["method"], f"{best['tokens_per_s']:,.0f}", f"{best['memory_gib']:.1f}")
     some_line_names(lines, f"{best['gpu_hours']:,.0f} GPU-hours", f"{best['tokens_per_day'] / 1e9:,.2f} G")
-    commands = [line.strip() for line in lines if " train.py " in line]
+    commands = [shlex.split(line) for line in run.stdout.replace("\\\n", "").splitlines() if " train.py " in line]
     assert len(commands) == 6  # the grids of four GPUs that share sequences
-    assert commands[0] == best["command"]
-    assert {"model=llama_1b", "data.sequence_length=32768", "recipe=pretrain"} <= set(shlex.split(commands[0]))
+    assert commands[0] == shlex.split(best["command"])
+    assert {"model=llama_1b", "data.sequence_length=32768", "recipe=pretrain"} <= set(commands[0])
     assert best["gpu_hours"] == pytest.approx(1e9 / best["tokens_per_s"] / 3600 * 4)
     assert all(row["memory_gib"] <= 0.9 * 79.2 and row["refusal"] is None for row in found["ranked"])
     assert all(re.search(r" GiB > |of its memory", row["refusal"]) for row in found["refused"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -17,14 +18,18 @@ LENGTH = 16
 DOCUMENTS = ["enough words for two steps and one validation sequence " * 8]
 
 
-def held_bytes() -> int:
-    """Bytes of all tensors that Python's garbage collector sees. Those of a compilation have none."""
+def held_tensors() -> list[torch.Tensor]:
+    """All that Python's garbage collector sees, without those of a compilation, which hold no memory."""
     gc.collect()
-    storages = {}
-    for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and not isinstance(thing, FakeTensor) and not thing.is_meta:
-            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
-    return sum(storages.values())
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    return [tensor for tensor in tensors if not isinstance(tensor, FakeTensor) and not tensor.is_meta]
+
+
+def held_bytes(without: Sequence[torch.Tensor] = ()) -> int:
+    """Bytes of all tensors but some."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held_tensors()}
+    left_out = {tensor.untyped_storage().data_ptr() for tensor in without}
+    return sum(size for address, size in storages.items() if address not in left_out)
 
 
 def bytes_of_an_engine(recipe: str, method: str, dtype: str, zero_stage: int) -> tuple[int, int]:

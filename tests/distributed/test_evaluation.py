@@ -36,7 +36,7 @@ MODEL = ModelConfig(hidden_size=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp
 LENGTH, CONTEXT = 700, 100  # three buckets
 SAMPLE_LENGTH, SAMPLE_CONTEXT, NUM_EXACT, NUM_SAMPLES = 60, 8, 4, 7
 GRIDS = [  # data, ring, ulysses, layout
-    (1, 2, 1, "zigzag"),
+    pytest.param((1, 2, 1, "zigzag"), marks=pytest.mark.slow),
     (1, 3, 1, "zigzag"),
     (2, 2, 1, "zigzag"),  # three packs on two data ranks
     (1, 2, 1, "balanced"),

@@ -73,7 +73,9 @@ def dense_attention(
 
     dp, delta = dp_and_delta(v, dout, out)
     values = results(q, k, v, dout, dp, delta)
-    rounded = results(q.abs(), k.abs(), v, dout, dp.abs(), -delta.abs())
+    # out is rounded before delta is summed over it: that error does not cancel with delta's terms
+    rounded_delta = (dout * out).norm(dim=-1).transpose(1, 2).unsqueeze(-1)
+    rounded = results(q.abs(), k.abs(), v, dout, dp.abs(), -rounded_delta)
     dp_terms, delta_terms = dp_and_delta(v.abs(), dout.abs(), out.abs())
     summed = results(q.abs(), k.abs(), v.abs(), dout.abs(), dp_terms, -delta_terms)
     return Expected(values, *([term.norm().item() for term in terms] for terms in (rounded, summed)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ from conf.schema import (
     ModelConfig,
 )
 from data.source import CorpusError
-from tests.errors import names, refused
+from tests.errors import names, refused, some_line_names
 from tests.unit.test_manifest import published, resolved
 
 ROOT = Path(train.__file__).parent
@@ -156,6 +157,21 @@ def test_explain_gpu_replaces_the_hardware_here(tmp_path, capsys, monkeypatch, n
     assert "1 data x 8 ring x 8 ulysses" in text  # Ulysses within a host
     assert "transport copy_engine over symmetric memory and NCCL" in text
     assert " of 178.30 GiB, the memory of one rank" in text
+
+
+def test_explain_gpu_needs_of_a_model_its_configuration_alone(tmp_path, capsys, tiny_llama):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shutil.copy(tiny_llama / "config.json", folder)
+    model = ModelConfig(path=str(folder))
+    hardware = {"explain_gpu": "h100", "launch": LaunchConfig(num_ranks=8)}
+    train.execute(Config(explain=True, model=model, **hardware), [], tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    some_line_names(lines, "1,311,872")
+    some_line_names(lines, "packing", folder, "data.tokenizer=FOLDER")
+    shutil.copytree(tiny_llama, folder, dirs_exist_ok=True)
+    train.execute(Config(explain=True, model=model, **hardware), [], tmp_path)
+    some_line_names(capsys.readouterr().out.splitlines(), "data.packing=concatenate")
 
 
 def test_explain_says_whose_memory_ranks_on_the_cpu_share(tmp_path, capsys):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers.modeling_outputs import CausalLMOutput
 
 from conf.degrees import resolve_degrees
-from conf.schema import AttentionConfig, Config, ConfigError, DataConfig, LoraConfig, ModelConfig
+from conf.schema import AttentionConfig, Config, ConfigError, DataConfig, LaunchConfig, LoraConfig, ModelConfig
 from data.corpus import open_corpus
 from recipes.model.pretrained import _check_head, model_config, resolve
 from tests.errors import names, refused
@@ -91,17 +91,22 @@ def test_a_damaged_folder_is_refused(tmp_path: Path, tiny_llama: Path, case: str
     names(refusal(ModelConfig(path=str(folder))), f"model.path={folder}", *parts)
 
 
-def test_a_plan_needs_no_weights(tmp_path: Path, tiny_llama: Path):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"recipe": "plan", "cluster": "8xh200"},
+        {"explain": True, "explain_gpu": "h100", "launch": LaunchConfig(num_ranks=8)},
+    ],
+    ids=["plan", "explain_gpu"],
+)
+def test_what_is_not_here_needs_no_weights(tmp_path: Path, tiny_llama: Path, settings: dict[str, Any]):
     folder = shutil.copytree(tiny_llama, tmp_path / "model")
     (folder / WEIGHTS).unlink()
-    whole, planned = (
-        resolve(Config(model=ModelConfig(path=str(path)), recipe="plan", cluster="8xh200"))
-        for path in (tiny_llama, folder)
-    )
+    whole, planned = (resolve(Config(model=ModelConfig(path=str(path)), **settings)) for path in (tiny_llama, folder))
     assert planned.model.num_weights == whole.model.num_weights == 1_311_872
     shutil.rmtree(folder)
     with refused(ConfigError, f"model.path={folder}", "config.json"):
-        resolve(Config(model=ModelConfig(path=str(folder)), recipe="plan", cluster="8xh200"))
+        resolve(Config(model=ModelConfig(path=str(folder)), **settings))
 
 
 def test_a_file_is_no_folder(tiny_llama: Path):

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from recipes.planning.forecast import Forecast
 from recipes.planning.memory import changed, num_parameters, state_bytes
 from recipes.planning.memory_timeline import StepMemory
 from recipes.planning.plan_plots import _draw, scaled_cluster
-from recipes.planning.plan_report import best_of_grids, gpu_hours, report, row
+from recipes.planning.plan_report import best_of_grids, gpu_hours, report, row, typed_lines
 from recipes.planning.search import SearchResult, given_names, search, sequences_per_step
 from ring_attention.layout import Layout
 from tests.errors import names, refused, some_line_names
@@ -304,12 +305,30 @@ def test_the_report(found: SearchResult):
     row_1 = lines[lines.index(header) + 1]
     names(row_1, "1", f"{best.tokens_per_s:,.0f}", f"{best.needed_bytes / 2**30:.1f}", f"{best.mfu_pct:.1f}%")
     some_line_names(lines, f"{hours:,.0f} GPU-hours")
-    assert f"    {best.command}" in lines
+    assert "\n".join(typed_lines(best.command)) in "\n".join(lines)
     some_line_names(lines, "tensor x pipeline", "at least")  # apart, because its memory is not predicted
     some_line_names(lines, "> 36.00 GiB")
     numbers = row(best, planned)
     assert sum(numbers["parts_s"].values()) == pytest.approx(numbers["step_time_s"])
     assert numbers["tokens_per_step"] / numbers["step_time_s"] == pytest.approx(numbers["tokens_per_s"])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["num_steps=1"],
+        [f"data.validation_sequences={number}" for number in range(60)],
+        [f"model.path=/{'long/' * 50}model", "data.files='two words/*.txt'", "model.rope={rope_type: yarn, factor: 4}"],
+    ],
+    ids=["short", "many", "long and quoted"],
+)
+def test_a_command_on_several_lines_is_the_same_to_a_shell(overrides: list[str]):
+    words = ["printf", "%s\\n", *overrides]
+    lines = list(typed_lines(shlex.join(words)))
+    printed = subprocess.run(["sh", "-c", "\n".join(lines)], capture_output=True, text=True, check=True).stdout
+    assert printed.splitlines() == overrides
+    assert all(len(line) <= 120 or len(shlex.split(line.removesuffix(" \\"))) == 1 for line in lines)
+    assert len(lines) <= 2 + sum(map(len, words)) // 70
 
 
 @pytest.mark.parametrize("kind", ["b200", "a100_80gb", "h100"])

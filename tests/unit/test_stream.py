@@ -7,6 +7,8 @@ import json
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,11 +17,12 @@ from hypothesis import strategies as st
 
 from conf.schema import DataConfig
 from data.corpus import IGNORED_LABEL, Cursor, Pack
-from data.source import CorpusError
+from data.report import left_out
+from data.source import BadRow, CorpusError
 from data.stream import StreamCorpus, open_stream
 from data.tokenizer import BYTES
 from tests.corpora import store_of
-from tests.errors import refused
+from tests.errors import names, refused
 
 
 class Opened:
@@ -136,9 +139,38 @@ def test_dropping_every_document_is_refused():
         next(corpus.training())
 
 
+def write_rows(folder: Path, texts: Sequence[object]) -> None:
+    (folder / "rows.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
+
+
+def test_rows_that_are_left_out_are_counted_once():
+    rows = [np.arange(1, 6), BadRow("cut off"), np.zeros(0, np.int64), np.arange(1, 22)]
+    config = DataConfig(sequence_length=8, validation_sequences=1, long_documents="drop", bad_rows="skip")
+    corpus = StreamCorpus(lambda: [*rows * 10, *rows[:1]], config)
+    assert left_out("hub", corpus.counts) == []
+    corpus.validation()
+    assert corpus.counts == {"documents": 4, "skipped": 3, "empty": 3, "dropped": 3}  # a sequence is held out, of two
+    for epoch in (0, 1, 0):
+        epoch_of(corpus, epoch)
+        assert corpus.counts == {"documents": 11, "skipped": 10, "empty": 10, "dropped": 10}
+    [line] = left_out("hub", corpus.counts)
+    names(line, "hub", "41 rows", "10 skipped (data.bad_rows=skip)", "10 empty", "10 dropped")
+    assert left_out("hub", Counter(documents=3)) == []
+
+
+@pytest.mark.parametrize(("row", "kind"), [("", "empty"), (None, "empty"), (7, "skipped")])
+def test_a_configured_stream_gives_the_rows_that_it_leaves_out(tmp_path, row, kind):
+    write_rows(tmp_path, [row] * 5)
+    config = DataConfig("hub", name=str(tmp_path), stream=True, sequence_length=8, bad_rows="skip")
+    corpus = open_stream(config)
+    with pytest.raises(CorpusError):
+        corpus.validation()
+    assert corpus.counts == {kind: 5}
+
+
 def test_a_configured_stream_has_the_documents_of_its_data_set(tmp_path):
     texts = [f"ring {number}" for number in range(40)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
+    write_rows(tmp_path, texts)
     settings = {"sequence_length": 16, "validation_sequences": 1, "packing": "none"}
     config = DataConfig("hub", name=str(tmp_path), stream=True, **settings)
     corpus = open_stream(config, vocab_size=257)
