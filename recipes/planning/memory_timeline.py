@@ -24,6 +24,7 @@ from recipes.planning.memory import (
     checkpoint_tensors,
     dtype_bytes,
     layer_matmul_parameters,
+    loss_tiles,
     mlp_bytes,
     mlp_tile_tokens,
     tile_tokens,
@@ -244,16 +245,25 @@ class StepMemory:
             return {"logits and their gradient": float(size * vocab_size * numbers)}
         if not tile:
             return {"logits and two gradients of them, fp32": 12.0 * vocab_size * self.local_tokens}
-        sums = {"gradients of the loss, fp32": 4.0 * hidden_size * (self.local_tokens + vocab_size)}
+        # Each tile beside the sums in fp32: of the weight's gradient and of all tokens' so far. Or, in the backward
+        # pass, the rounded gradient of the weight. That of tokens takes the place of the head's input.
+        before = max(0, math.ceil(self.local_tokens / tile) - 2) * tile  # of all whole tiles the last one has most
+        last_tiles = loss_tiles(self.local_tokens - before, tile)
+        points = [(self._loss_tile_bytes(stop - start), before + stop) for start, stop in last_tiles]
+        points.append((float(size * vocab_size * hidden_size), 0))
+        largest, num_tokens = max(points, key=lambda point: point[0] + 4 * hidden_size * point[1])
+        sums = 4.0 * hidden_size * (num_tokens + vocab_size)
+        return {"logits of a tile, or the head's gradient": largest, "gradients of the loss, fp32": sums}
+
+    def _loss_tile_bytes(self, num_tokens: int) -> float:
+        """A tile's logits, over which a GPU's compiled kernel writes their gradient."""
+        vocab_size, size = self.config.model.vocab_size, self._size
         if self.on_gpu:
-            # the forward pass holds a tile beside the fp32 sums; the backward pass casts these one after the other
-            cast = size * vocab_size * max(2.0 * tile, hidden_size)
-            return {"logits of a tile and their gradient, or cast gradients": cast, **sums}
-        # fp32 beside the logits; or, in half precision, logits and their gradient, which the CPU casts with the weight
-        logits = (12 + size) * vocab_size * tile
-        if size == 2:
-            logits = max(logits, 4 * vocab_size * (2 * tile + hidden_size))
-        return {"logits of a tile and their gradients": logits, **sums}
+            return size * vocab_size * num_tokens
+        if size == 4:  # the CPU has probabilities beside them, and where the labels are
+            return 9 * vocab_size * num_tokens
+        # logits in fp32 as well; later the gradient, which the CPU casts with the weight
+        return vocab_size * max(10 * num_tokens, 6 * num_tokens + 4 * self.config.model.hidden_size)
 
     def _tiled_mlp_bytes(self) -> float:
         """The backward pass of tiles: fp32 sums of the weights' gradients, and one tile's tensors."""
