@@ -144,12 +144,17 @@ def parcels(layout: Layout, mask: Mask) -> tuple[Parcels, ...]:
     return tuple(found)
 
 
+def most_shards(ring_degree: int) -> float:
+    """How many times its own tokens a rank at most copies and sends in one exchange."""
+    return min(MOST_COPIES, ring_degree / 2)
+
+
 @functools.lru_cache(maxsize=16)
 def goes_direct(layout: Layout, mask: Mask) -> bool:
     """Whether a pass is one exchange rather than a ring. Equal on all ranks."""
     if layout.ring_degree == 1 or mask.right != 0 or len(mask.documents or ()) != 1:
         return False
-    most = min(MOST_COPIES, layout.ring_degree / 2) * layout.ring_length
+    most = most_shards(layout.ring_degree) * layout.ring_length
     if max(of_rank.num_copies for of_rank in local_runs(layout, mask)) >= most:
         return False
     return max(tokens_sent(layout, mask, rank)[0] for rank in range(layout.ring_degree)) < most

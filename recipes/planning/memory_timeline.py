@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from conf.degrees import accumulation_steps
 from conf.schema import Config, Degrees
 from recipes.planning.engine_memory import gradient_sum_bytes, on_cpu, on_gpu, sharded_parameters
+from recipes.planning.exchange_memory import ExchangeMemory, most_exchanged, symmetric_buffer_shards
 from recipes.planning.memory import (
     LAYERS_ON_DEVICE,
     checkpoint_tensors,
@@ -67,6 +68,9 @@ class StepMemory:
         self._engine = (on_gpu if self.on_gpu else on_cpu)(config, num_ranks)
         self._mlp_tile = mlp_tile_tokens(config, self.local_tokens)
         self._has_ring = self.method in ("ring", "hybrid") and self.degrees.ring > 1
+        # in batches whose documents allow it; they are not known here, so a pass may also go around the ring
+        is_packed = config.data.document_mask and config.attention.layout == "balanced"
+        self._has_exchange = self._has_ring and is_packed
         self._zero3_on_gpu = self.on_gpu and config.engine.zero_stage == 3  # it reduces gradients at once
         # numbers per token, and in matrices
         self._queries, self._keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
@@ -82,7 +86,8 @@ class StepMemory:
         if self.on_gpu and self._has_ring and config.attention.transport != "p2p":
             num_pairs = 1 if self.degrees.ring == 2 else 2
             self._symmetric_per_token = num_pairs * 2 * (self._size + self._gradient_size) * self._keys
-            self._states["the ring's symmetric buffers"] = self._symmetric_per_token * self.local_tokens
+            shards = symmetric_buffer_shards(self.degrees.ring) / num_pairs if self._has_exchange else 1
+            self._states["the ring's symmetric buffers"] = shards * self._symmetric_per_token * self.local_tokens
 
     @property
     def _gradient_size(self) -> int:
@@ -163,7 +168,8 @@ class StepMemory:
             name, gradients = "the last layer's second norm, backward", 16 * model.hidden_size + self._hidden
             yield self._layer_point(name, recomputed, gradients, num_gradients)
         recomputed -= self._norm_per_token
-        gradients = self._attention_per_token() - self._symmetric_per_token + self._hidden
+        attention = self._attention_per_token() - self._symmetric_per_token
+        gradients = max(attention, self._exchange_per_token()) + self._hidden
         yield self._layer_point("the last layer's attention, backward", recomputed, gradients, num_gradients)
 
     def _backward_point(self, name: str, parts: dict[str, float], freed: float = 0) -> MemoryPoint:
@@ -278,6 +284,20 @@ class StepMemory:
         if size == 2:
             per_token = (18 if is_gated else 10) * width + 4 * model.hidden_size
         return 4 * weights + per_token * tile
+
+    def _exchange_per_token(self) -> float:
+        """The same without symmetric buffers, where packed documents travel in one exchange; else 0."""
+        if not self._has_exchange:
+            return 0
+        exchange = ExchangeMemory(
+            self.config.model.num_heads,
+            self._queries,
+            self._keys,
+            self._size,
+            has_varlen=self.on_gpu and self._size == 2,
+            receives=not self._symmetric_per_token,
+        )
+        return max(map(exchange.peak_bytes, most_exchanged(1, self.degrees.ring)))
 
     def _attention_per_token(self) -> float:
         """What attention's backward pass allocates, messages and receive buffers included.

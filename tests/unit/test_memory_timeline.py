@@ -100,3 +100,18 @@ def test_gradient_sums_are_allocated_once_a_bucket_was_reduced(dtype, vocab_size
     not_summed = parts(LAST_MLP, f"{setting} engine.zero_stage=0")[GRADIENTS]
     head_gib = (4 if dtype == "fp32" else 2) * (vocab_size + 1) * 4096 / 2**30
     assert summed - (not_summed - head_gib) == pytest.approx(sums_gib, abs=1e-4)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 8])
+def test_packed_documents_may_take_one_exchange(num_ranks):
+    def attention_bytes(setting: str) -> float:
+        config = composed(f"model=llama_8b model.num_layers=4 data.sequence_length=65536 {setting}")
+        memory = Plan(config, num_ranks, "cuda", "NVIDIA H100", None, num_ranks).step_memory
+        (point,) = (point for point in memory.timeline if point.name == "the last layer's attention, backward")
+        return point.total
+
+    packed = attention_bytes("attention.layout=balanced")
+    assert attention_bytes("attention.layout=balanced data.document_mask=false") < packed
+    # dout and dq, in fp32 too; keys of as many shards as are copied and the own one, with gradients in bf16 and fp32
+    most_copies = min(3, num_ranks / 2)
+    assert packed >= 65536 / num_ranks * (8 * 4096 + (1 + most_copies) * 16 * 1024)
