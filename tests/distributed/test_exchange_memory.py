@@ -17,7 +17,8 @@ from recipes.planning.exchange_memory import (
 )
 from ring_attention import Mask
 from ring_attention.direct_routing import goes_direct, local_runs, tokens_sent
-from ring_attention.kernels import AttentionKernel, CpuFlashKernel, SavedTensors
+from ring_attention.kernels import AttentionKernel, CpuFlashKernel, KernelParams, SavedTensors
+from ring_attention.kernels.base import Segments
 from ring_attention.schedule import buffer_tokens
 from tests.cases import Case, build, draw
 from tests.pool import WorkerPool
@@ -37,10 +38,11 @@ class AllocatesLikeFlashAttention4(AttentionKernel):
 
     name, speed, device_type, has_varlen = "stand_in", "computes nothing", None, True
 
-    def forward(self, q_BSHD: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-        return torch.zeros_like(q_BSHD), q_BSHD.new_zeros(*q_BSHD.shape[:1], q_BSHD.shape[2], q_BSHD.shape[1]).float()
+    def forward(self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, params: KernelParams) -> tuple[Tensor, Tensor]:
+        batch, length, num_heads, _ = q_BSHD.shape
+        return torch.zeros_like(q_BSHD), torch.zeros(batch, num_heads, length)
 
-    def backward(self, dout_BSHE: Tensor, saved: SavedTensors, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, dout_BSHE: Tensor, saved: SavedTensors, params: KernelParams) -> tuple[Tensor, Tensor, Tensor]:
         inputs = saved.q_BSHD, saved.k_BTKD, saved.v_BTKE
         rows = [torch.zeros_like(saved.lse_BHS) for _ in range(2)]
         sums = [torch.zeros_like(x, dtype=torch.float32) for x in inputs]
@@ -48,11 +50,15 @@ class AllocatesLikeFlashAttention4(AttentionKernel):
         del rows, sums
         return dq, dk, dv
 
-    def forward_segments(self, q_BSHD: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-        return self.forward(q_BSHD)
+    def forward_segments(
+        self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, segments: Segments, params: KernelParams
+    ) -> tuple[Tensor, Tensor]:
+        return self.forward(q_BSHD, k_BTKD, v_BTKE, params)
 
-    def backward_segments(self, dout_BSHE: Tensor, saved: SavedTensors, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return self.backward(dout_BSHE, saved)
+    def backward_segments(
+        self, dout_BSHE: Tensor, saved: SavedTensors, segments: Segments, params: KernelParams
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self.backward(dout_BSHE, saved, params)
 
 
 def case(ends: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> Case:
