@@ -137,12 +137,17 @@ def _num_sent(layout: Layout, mask: Mask) -> list[list[int]]:
     return [[num_tokens(spans) if spans else 0 for spans in row] for row in required_keys(layout, mask)]
 
 
+def most_shards(ring_degree: int) -> float:
+    """How many times its own tokens a rank at most copies and sends in one exchange."""
+    return min(MOST_COPIES, ring_degree / 2)
+
+
 @functools.lru_cache(maxsize=16)
 def goes_direct(layout: Layout, mask: Mask) -> bool:
     """Whether a pass is one exchange rather than a ring. Equal on all ranks."""
     if layout.ring_degree == 1 or mask.right != 0 or len(mask.documents or ()) != 1:
         return False
-    most = min(MOST_COPIES, layout.ring_degree / 2) * layout.ring_length
+    most = most_shards(layout.ring_degree) * layout.ring_length
     return max(_num_copies(layout, mask)) < most and max(map(sum, _num_sent(layout, mask))) < most
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from data.corpus import IGNORED_LABEL
-from recipes.model.ops import add_matmul_, cross_entropy_sum, fp32_zeros_like
+from recipes.model.ops import add_matmul_, cross_entropy_gradient_, cross_entropy_sum, fp32_zeros_like
+from recipes.planning.memory import loss_tiles
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -69,7 +70,8 @@ class _TiledCrossEntropy(torch.autograd.Function):
     """`cross_entropy_sum` of x W^T, tile by tile (as in Liger's fused linear cross-entropy).
 
     The forward pass computes the gradients too: otherwise the backward pass would compute the logits again. Gradients
-    stay in fp32 (fp64 for fp64 input) until the backward pass multiplies them by its factor and rounds once.
+    stay in fp32 (fp64 for fp64 input) until the backward pass multiplies them by its factor and rounds once. A second
+    backward pass fails, because the first frees them.
     """
 
     @staticmethod
@@ -77,25 +79,33 @@ class _TiledCrossEntropy(torch.autograd.Function):
         ctx: Any, x_TE: Tensor, weight_VE: Tensor, labels_T: Tensor, tile_tokens: int, transform: Transform
     ) -> Tensor:
         loss = fp32_zeros_like(x_TE.new_empty(()))
-        dx_TE = fp32_zeros_like(x_TE) if ctx.needs_input_grad[0] else None
+        dx_of_tiles: list[Tensor | None] = []
         dweight_VE = fp32_zeros_like(weight_VE) if ctx.needs_input_grad[1] else None
-        for start in range(0, len(x_TE), tile_tokens):
-            tile = slice(start, start + tile_tokens)
-            dx = None if dx_TE is None else dx_TE[tile]
-            loss += _tile(x_TE[tile], weight_VE, labels_T[tile], transform, dx, dweight_VE)
-        ctx.save_for_backward(dx_TE, dweight_VE)
-        ctx.dtype = weight_VE.dtype
+        for start, stop in loss_tiles(len(x_TE), tile_tokens):
+            tile = slice(start, stop)
+            dx_of_tiles.append(fp32_zeros_like(x_TE[tile]) if ctx.needs_input_grad[0] else None)
+            loss += _tile(x_TE[tile], weight_VE, labels_T[tile], transform, dx_of_tiles[-1], dweight_VE)
+        ctx.dtype, ctx.sums = weight_VE.dtype, (dx_of_tiles, [dweight_VE])  # autograd would free saved ones too late
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        factor = grad_outputs[0].reshape(1)
-        gradients = [
-            None if total is None else torch.mul(total, factor, out=torch.empty_like(total, dtype=ctx.dtype))
-            for total in ctx.saved_tensors
-        ]
-        return *gradients, None, None, None
+        factor, (dx_of_tiles, dweight) = grad_outputs[0].reshape(1), ctx.sums
+        del ctx.sums
+        # dx first: its sums are gone when the weight's gradient, which is larger, exists in both dtypes
+        return _rounded(dx_of_tiles, factor, ctx.dtype), _rounded(dweight, factor, ctx.dtype), None, None, None
+
+
+def _rounded(sums: list[Any], factor: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The rows of all `sums` times `factor`, in `dtype`; None for sums of None. Empties the list, to free each soon."""
+    if sums[0] is None:
+        return None
+    lengths = [len(rows) for rows in sums]
+    total = sums[0].new_empty((sum(lengths), sums[0].shape[1]), dtype=dtype)
+    for rows in total.split(lengths):
+        torch.mul(sums.pop(0), factor, out=rows)
+    return total
 
 
 def _tile(
@@ -114,10 +124,12 @@ def _tile(
     if dx_TE is None and dweight_VE is None:
         return cross_entropy_sum(transform(logits_TV), labels_T)
     with torch.enable_grad():
-        loss = cross_entropy_sum(transform(logits_TV.requires_grad_()), labels_T)
-    (dlogits_TV,) = torch.autograd.grad(loss, logits_TV)
+        output_TV = transform(logits_TV.requires_grad_())
+    gradient_TV = output_TV.detach()
+    loss = cross_entropy_gradient_(gradient_TV, labels_T)
+    (dlogits_TV,) = torch.autograd.grad(output_TV, logits_TV, gradient_TV)
     if dx_TE is not None:
         add_matmul_(dx_TE, dlogits_TV, weight_VE)
     if dweight_VE is not None:
         add_matmul_(dweight_VE, dlogits_TV.T, x_TE)
-    return loss.detach()
+    return loss

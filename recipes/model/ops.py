@@ -117,6 +117,29 @@ def _cross_entropy_sum(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
     return F.cross_entropy(logits_TV.to(compute_dtype), labels_T, ignore_index=IGNORED_LABEL, reduction="sum")
 
 
+def cross_entropy_gradient_(logits: Tensor, labels: Tensor) -> Tensor:
+    """`cross_entropy_sum`; writes its gradient over the logits. Autograd does not see it.
+
+    Args:
+        logits: [..., V], contiguous.
+        labels: [...], int64.
+    """
+    function = _compiled(_cross_entropy_gradient_) if logits.is_cuda else _cross_entropy_gradient_
+    return function(logits.view(-1, logits.shape[-1]), labels.flatten())
+
+
+def _cross_entropy_gradient_(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
+    compute_dtype = torch.promote_types(logits_TV.dtype, torch.float32)
+    log_probabilities_TV = F.log_softmax(logits_TV.to(compute_dtype), -1)
+    loss = F.nll_loss(log_probabilities_TV, labels_T, ignore_index=IGNORED_LABEL, reduction="sum")
+    # d loss / d logits = probabilities - one-hot labels; compiled, one pass that reads and writes each logit
+    labels_T1 = labels_T.unsqueeze(1)
+    is_label_TV = labels_T1 == torch.arange(logits_TV.shape[1], device=logits_TV.device)
+    gradient_TV = log_probabilities_TV.exp_().add_(is_label_TV, alpha=-1)
+    logits_TV.copy_(gradient_TV.mul_(labels_T1 != IGNORED_LABEL))
+    return loss
+
+
 def fp32_zeros_like(tensor: Tensor) -> Tensor:
     """An accumulator of the tensor's shape: fp32, or fp64 for fp64."""
     return torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))

@@ -10,6 +10,7 @@ import deepspeed.comm as dist
 import torch
 
 from conf.schema import Config
+from ring_attention.trace import visible_ring_steps
 
 MAX_ALLOCATIONS = 100_000  # newest events of a snapshot; tens of MB
 
@@ -33,6 +34,7 @@ def profiler(config: Config, run_dir: Path) -> Iterator[Callable[[], None]]:
             yield lambda: None
             return
         folder.mkdir(exist_ok=True)
+        stack.enter_context(visible_ring_steps())
         first, last = config.profile_steps
         profile = stack.enter_context(
             torch.profiler.profile(

@@ -17,7 +17,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from recipes.monitor.metric_registry import PARTS
-from ring_attention.trace import profiler_range
+from ring_attention.trace import profiler_range, visible_ring_steps
 
 _RANGES = {
     "attention kernel": "attention",
@@ -56,7 +56,8 @@ def step_breakdown(step: Callable[[], object], num_steps: int = 2) -> dict[str, 
     On a GPU, kernels and copies count. On the CPU, operators of the calling thread count; it also runs autograd.
     """
     activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * torch.cuda.is_available()]
-    with profile(activities=activities, schedule=schedule(wait=0, warmup=1, active=1)) as profiler:
+    cycle = schedule(wait=0, warmup=1, active=1)
+    with visible_ring_steps(), profile(activities=activities, schedule=cycle) as profiler:
         step()
         _synchronize()
         profiler.step()

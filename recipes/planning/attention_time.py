@@ -1,21 +1,25 @@
 """The time of one layer's attention in one micro-batch, on the slowest rank: kernels, sums, exposed messages.
 
-A ring's comes from `ring_simulator`. What else a method sends is not overlapped: all-to-alls and gathers.
+A ring's comes from `ring_simulator`, that of packed documents in one exchange from `exchange_time`. What else a method
+sends is not overlapped: all-to-alls and gathers.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from conf.schema import Degrees, ModelConfig
 from recipes.planning.cluster_speed import ClusterSpeed
+from recipes.planning.exchange_time import ExchangeTime
 from recipes.planning.ring_simulator import RingCosts, simulate
 from recipes.planning.ring_work import ring_work
 from recipes.planning.speeds import HEAD_NUMBERS
 from ring_attention.backward_schedule import KernelTiles, TileRows
+from ring_attention.direct_routing import goes_direct
 from ring_attention.kernels import KERNELS
 from ring_attention.key_gradients import cuts_at_chunks
 from ring_attention.layout import Layout
@@ -84,10 +88,16 @@ class AttentionTime:
 
     def issue_s(self, backward: bool) -> float:
         """What the host needs to issue one pass."""
-        num_steps = self.layout.ring_degree + backward if self.method in ("ring", "hybrid") else 0
+        num_steps = 0
+        if self.method in ("ring", "hybrid"):  # one exchange has the calls and messages of a ring of two
+            num_steps = (2 if self._goes_direct else self.layout.ring_degree) + backward
         num_steps += 2 if self.degrees.ulysses > 1 or self._gathers else 0  # the calls before and after take as long
         ms = self.speed.call_ms + self.speed.ring_step_ms * num_steps
         return ms * (self.speed.backward_issue if backward else 1) / 1e3
+
+    @property
+    def _goes_direct(self) -> bool:
+        return goes_direct(self.layout, self.mask)
 
     @property
     def _gathers(self) -> bool:
@@ -144,9 +154,16 @@ class AttentionTime:
 
     def _ring(self, backward: bool) -> AttentionSeconds:
         """The slowest rank of a ring, also of one rank."""
-        work = ring_work(self.layout, self.mask, self.batch, self.kernel_tiles if backward else None)
         numbers = self.batch * self.model.head_dim / self._shared_heads  # per token and head
         kv_numbers, q_numbers = 2 * numbers * self.model.num_kv_heads, numbers * self.model.num_heads
+        if self._goes_direct:
+            costs = self._costs(lambda tiles: self.tiles_s(tiles, backward), kv_numbers, self.size)
+            exchange = ExchangeTime(
+                self.layout, self.mask, self.batch, costs, self.speed.memory_s, self.size * q_numbers
+            )
+            kernels, copies, exposed = exchange.seconds(backward)
+            return AttentionSeconds(kernels, 0.0, copies, exposed)
+        work = ring_work(self.layout, self.mask, self.batch, self.kernel_tiles if backward else None)
 
         def tiles_s(tiles: TileRows) -> float:
             kernels = self.tiles_s(tiles, backward)
@@ -159,24 +176,25 @@ class AttentionTime:
             ]
             return kernels + self.speed.memory_s(ACCUMULATOR_BYTES * sum(summed))
 
-        per_host = self.speed.cluster.gpus_per_host // self._shared_heads
-        times = simulate(
-            work,
-            RingCosts(
-                tiles_s,
-                self.size * kv_numbers,
-                self.gradient_size * kv_numbers,
-                self.speed.memory_s(ACCUMULATOR_BYTES * kv_numbers),
-                1e9 * self.speed.cluster.link_within_gb_per_s,
-                1e9 * self.speed.cluster.link_between_gb_per_s,
-                self.speed.cluster.latency_us / 1e6,
-                per_host,
-                self.slowdown,
-            ),
-        )
+        times = simulate(work, self._costs(tiles_s, kv_numbers, self.gradient_size))
         slowest = int(times.end_s.argmax())
         kernels, sums = float(times.compute_s[slowest]), float(times.add_s[slowest])
         return AttentionSeconds(kernels, sums, 0.0, times.exposed_total_s)
+
+    def _costs(self, tiles_s: Callable[[TileRows], float], kv_numbers: float, gradient_size: int) -> RingCosts:
+        """Given the numbers of one token's K and V, and the bytes of one of its dK,dV."""
+        cluster = self.speed.cluster
+        return RingCosts(
+            tiles_s,
+            self.size * kv_numbers,
+            gradient_size * kv_numbers,
+            self.speed.memory_s(ACCUMULATOR_BYTES * kv_numbers),
+            1e9 * cluster.link_within_gb_per_s,
+            1e9 * cluster.link_between_gb_per_s,
+            cluster.latency_us / 1e6,
+            cluster.gpus_per_host // self._shared_heads,
+            self.slowdown,
+        )
 
     def _gathered(self, backward: bool) -> AttentionSeconds:
         """A rank's queries against all keys, which are gathered in both passes; the backward pass sums gradients."""

@@ -6,6 +6,7 @@ Pure functions of the configuration. `refusal` and `memory_timeline` build on th
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -86,6 +87,16 @@ def sums_nothing(config: Config, num_ranks: int) -> bool:
 def tile_tokens(config: Config, local_tokens: int) -> int:
     """Tokens whose logits exist at once, of a rank's `local_tokens` per micro-batch; 0 if all do."""
     return _tile(config, local_tokens, LOGITS_BYTES // (4 * config.model.vocab_size))  # the loss is in fp32
+
+
+def loss_tiles(num_tokens: int, tile_tokens: int) -> list[tuple[int, int]]:
+    """(start, stop) of the tiles of a tiled loss.
+
+    Gradients of the tokens of all tiles accumulate, so memory peaks in the last tile: it is cut in two if it is long.
+    """
+    starts = [*range(0, num_tokens, tile_tokens)]
+    middle = starts[-1] + math.ceil(tile_tokens / 2)
+    return [*itertools.pairwise([*starts, *([middle] if middle < num_tokens else []), num_tokens])]
 
 
 def mlp_tile_tokens(config: Config, local_tokens: int) -> int:

@@ -19,11 +19,13 @@ from dataclasses import dataclass, replace
 from conf.degrees import accumulation_steps
 from conf.schema import Config, Degrees
 from recipes.planning.engine_memory import gradient_sum_bytes, on_cpu, on_gpu, sharded_parameters
+from recipes.planning.exchange_memory import ExchangeMemory, most_exchanged, symmetric_buffer_shards
 from recipes.planning.memory import (
     LAYERS_ON_DEVICE,
     checkpoint_tensors,
     dtype_bytes,
     layer_matmul_parameters,
+    loss_tiles,
     mlp_bytes,
     mlp_tile_tokens,
     tile_tokens,
@@ -66,6 +68,9 @@ class StepMemory:
         self._engine = (on_gpu if self.on_gpu else on_cpu)(config, num_ranks)
         self._mlp_tile = mlp_tile_tokens(config, self.local_tokens)
         self._has_ring = self.method in ("ring", "hybrid") and self.degrees.ring > 1
+        # in batches whose documents allow it; they are not known here, so a pass may also go around the ring
+        is_packed = config.data.document_mask and config.attention.layout == "balanced"
+        self._has_exchange = self._has_ring and is_packed
         self._zero3_on_gpu = self.on_gpu and config.engine.zero_stage == 3  # it reduces gradients at once
         # numbers per token, and in matrices
         self._queries, self._keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
@@ -81,7 +86,8 @@ class StepMemory:
         if self.on_gpu and self._has_ring and config.attention.transport != "p2p":
             num_pairs = 1 if self.degrees.ring == 2 else 2
             self._symmetric_per_token = num_pairs * 2 * (self._size + self._gradient_size) * self._keys
-            self._states["the ring's symmetric buffers"] = self._symmetric_per_token * self.local_tokens
+            shards = symmetric_buffer_shards(self.degrees.ring) / num_pairs if self._has_exchange else 1
+            self._states["the ring's symmetric buffers"] = shards * self._symmetric_per_token * self.local_tokens
 
     @property
     def _gradient_size(self) -> int:
@@ -162,7 +168,8 @@ class StepMemory:
             name, gradients = "the last layer's second norm, backward", 16 * model.hidden_size + self._hidden
             yield self._layer_point(name, recomputed, gradients, num_gradients)
         recomputed -= self._norm_per_token
-        gradients = self._attention_per_token() - self._symmetric_per_token + self._hidden
+        attention = self._attention_per_token() - self._symmetric_per_token
+        gradients = max(attention, self._exchange_per_token()) + self._hidden
         yield self._layer_point("the last layer's attention, backward", recomputed, gradients, num_gradients)
 
     def _backward_point(self, name: str, parts: dict[str, float], freed: float = 0) -> MemoryPoint:
@@ -244,16 +251,25 @@ class StepMemory:
             return {"logits and their gradient": float(size * vocab_size * numbers)}
         if not tile:
             return {"logits and two gradients of them, fp32": 12.0 * vocab_size * self.local_tokens}
-        sums = {"gradients of the loss, fp32": 4.0 * hidden_size * (self.local_tokens + vocab_size)}
+        # Each tile beside the sums in fp32: of the weight's gradient and of all tokens' so far. Or, in the backward
+        # pass, the rounded gradient of the weight. That of tokens takes the place of the head's input.
+        before = max(0, math.ceil(self.local_tokens / tile) - 2) * tile  # of all whole tiles the last one has most
+        last_tiles = loss_tiles(self.local_tokens - before, tile)
+        points = [(self._loss_tile_bytes(stop - start), before + stop) for start, stop in last_tiles]
+        points.append((float(size * vocab_size * hidden_size), 0))
+        largest, num_tokens = max(points, key=lambda point: point[0] + 4 * hidden_size * point[1])
+        sums = 4.0 * hidden_size * (num_tokens + vocab_size)
+        return {"logits of a tile, or the head's gradient": largest, "gradients of the loss, fp32": sums}
+
+    def _loss_tile_bytes(self, num_tokens: int) -> float:
+        """A tile's logits, over which a GPU's compiled kernel writes their gradient."""
+        vocab_size, size = self.config.model.vocab_size, self._size
         if self.on_gpu:
-            # the forward pass holds a tile beside the fp32 sums; the backward pass casts these one after the other
-            cast = size * vocab_size * max(2.0 * tile, hidden_size)
-            return {"logits of a tile and their gradient, or cast gradients": cast, **sums}
-        # fp32 beside the logits; or, in half precision, logits and their gradient, which the CPU casts with the weight
-        logits = (12 + size) * vocab_size * tile
-        if size == 2:
-            logits = max(logits, 4 * vocab_size * (2 * tile + hidden_size))
-        return {"logits of a tile and their gradients": logits, **sums}
+            return size * vocab_size * num_tokens
+        if size == 4:  # the CPU has probabilities beside them, and where the labels are
+            return 9 * vocab_size * num_tokens
+        # logits in fp32 as well; later the gradient, which the CPU casts with the weight
+        return vocab_size * max(10 * num_tokens, 6 * num_tokens + 4 * self.config.model.hidden_size)
 
     def _tiled_mlp_bytes(self) -> float:
         """The backward pass of tiles: fp32 sums of the weights' gradients, and one tile's tensors."""
@@ -268,6 +284,20 @@ class StepMemory:
         if size == 2:
             per_token = (18 if is_gated else 10) * width + 4 * model.hidden_size
         return 4 * weights + per_token * tile
+
+    def _exchange_per_token(self) -> float:
+        """The same without symmetric buffers, where packed documents travel in one exchange; else 0."""
+        if not self._has_exchange:
+            return 0
+        exchange = ExchangeMemory(
+            self.config.model.num_heads,
+            self._queries,
+            self._keys,
+            self._size,
+            has_varlen=self.on_gpu and self._size == 2,
+            receives=not self._symmetric_per_token,
+        )
+        return max(map(exchange.peak_bytes, most_exchanged(1, self.degrees.ring)))
 
     def _attention_per_token(self) -> float:
         """What attention's backward pass allocates, messages and receive buffers included.

@@ -46,7 +46,7 @@ class RingWork:
 
 
 def ring_work(layout: Layout, mask: Mask, batch: int, kernel_tiles: KernelTiles | None = None) -> RingWork:
-    """The work of all ranks, in ring steps also where packed documents take one exchange (`direct_routing`).
+    """The work of all ranks, in ring steps also where packed documents take one exchange (`exchange_time`).
 
     Args:
         batch: rows, in each of which the mask is the same unless its documents differ.

@@ -146,7 +146,8 @@ class StepTime:
     @functools.cached_property
     def _layout(self) -> Layout:
         name, length = self.config.attention.layout, self.config.data.sequence_length
-        return Layout(name, self.degrees.ring, length, self.degrees.ulysses)
+        documents = self.mask.documents[0] if name == "balanced" and self.mask.documents else None
+        return Layout(name, self.degrees.ring, length, self.degrees.ulysses, documents)
 
     @property
     def _speed(self) -> ClusterSpeed:

@@ -6,6 +6,7 @@ import itertools
 import sys
 import time
 from dataclasses import replace
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -120,7 +121,7 @@ def test_packed_documents_in_one_exchange(gpu_pool: WorkerPool, transport: str, 
 def test_key_gradients_that_travel_as_the_kernels_sums(gpu_pool: WorkerPool, transport: str, head_dim: int):
     pytest.importorskip("flash_attn.cute")
     length = 768 * NUM_RANKS  # chunks of whole tiles
-    sizes = {"length": length, "num_heads": 8, "num_kv_heads": 2, "head_dim": head_dim}
+    sizes: dict[str, Any] = {"length": length, "num_heads": 8, "num_kv_heads": 2, "head_dim": head_dim}
     case = Case("ring", NUM_RANKS, dtype=torch.bfloat16, kernel="flash_attn_4", transport=transport, **sizes)
     q, k, v, _ = draw(case)
     assert sums_travel(KERNELS["flash_attn_4"], case.global_layout, case.mask, q, KeysValues.of_parts(k, v))
@@ -133,7 +134,7 @@ def test_key_gradients_that_travel_as_the_kernels_sums(gpu_pool: WorkerPool, tra
 @pytest.mark.parametrize("mask", [CAUSAL, FULL, Mask(left=200)], ids=str)
 def test_replayed_passes_equal_whole_attention(gpu_pool: WorkerPool, layout: str, mask: Mask):
     pytest.importorskip("flash_attn.cute")
-    sizes = {"length": 768 * NUM_RANKS, "num_heads": 8, "num_kv_heads": 2, "head_dim": 128}
+    sizes: dict[str, Any] = {"length": 768 * NUM_RANKS, "num_heads": 8, "num_kv_heads": 2, "head_dim": 128}
     case = Case("ring", NUM_RANKS, 1, layout, mask, dtype=torch.bfloat16, kernel="flash_attn_4", **sizes)
     case = replace(case, transport="copy_engine")
     ranks = gpu_pool.run(last_of_replayed_passes, case, num_ranks=NUM_RANKS)

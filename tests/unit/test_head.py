@@ -15,6 +15,7 @@ from recipes.model.head import Head
 from recipes.model.transformer import Transformer
 from ring_attention import LocalAttention
 from tests.tools.measure import relative_error
+from tests.tools.memory import StorageCount
 
 BATCH, LENGTH, HIDDEN, VOCABULARY, TILE, NUM_TILES = 2, 11, 12, 50, 4, 6  # 22 tokens: the last tile has 2
 LIMIT = 1e-14
@@ -121,6 +122,39 @@ def test_logits_exist_for_one_tile_at_a_time(tile_tokens: int, tokens: int, num_
     with Operators() as operators:
         loss_and_gradients(*inputs(dtype), tile_tokens)
     assert (operators.tokens, operators.num_products) == (tokens, num_products)
+
+
+def test_a_transformed_tile_has_the_gradient_of_its_logits():
+    x, weight, labels = inputs()
+    gradients = []
+    for tile_tokens in (TILE, 0):
+        head = Head(HIDDEN, VOCABULARY, tile_tokens, lambda logits: 3 * torch.tanh(logits / 3)).double()
+        head.load_state_dict({"weight": weight})
+        leaf = x.clone().requires_grad_()
+        gradients.append(torch.autograd.grad(head(leaf, labels), (leaf, head.weight)))
+    for tiled, untiled in zip(*gradients, strict=True):
+        assert relative_error(tiled, untiled) < LIMIT
+
+
+def test_sums_are_freed_before_the_weights_gradient_exists():
+    """In the backward pass: the sums of dx, 22 tokens, are gone once the rounded gradient of the weight is there."""
+    x, weight, labels = inputs(torch.bfloat16)
+    head = Head(HIDDEN, VOCABULARY, TILE).bfloat16()
+    head.load_state_dict({"weight": weight})
+    loss = head(x.requires_grad_(), labels)
+    with StorageCount() as count:
+        start = count.now
+        loss.backward()
+    rounded, sums_of_tokens = 2 * VOCABULARY * HIDDEN, 4 * BATCH * LENGTH * HIDDEN
+    assert rounded - sums_of_tokens / 2 <= count.peak - start < rounded
+
+
+def test_a_second_backward_pass_fails():
+    x, _, labels = inputs()
+    loss = Head(HIDDEN, VOCABULARY, TILE).double()(x.requires_grad_(), labels)
+    loss.backward(retain_graph=True)
+    with pytest.raises(AttributeError):
+        loss.backward()
 
 
 def test_only_required_gradients_are_computed():

@@ -21,7 +21,15 @@ from conf.schema import (
     ParallelismConfig,
 )
 from recipes.planning.explain import banner, explanation
-from recipes.planning.memory import StateBytes, changed, mlp_tile_tokens, num_parameters, state_bytes, tile_tokens
+from recipes.planning.memory import (
+    StateBytes,
+    changed,
+    loss_tiles,
+    mlp_tile_tokens,
+    num_parameters,
+    state_bytes,
+    tile_tokens,
+)
 from recipes.planning.plan import Plan
 from tests.errors import names
 
@@ -367,3 +375,10 @@ def test_the_banner_shows_offloaded_states():
     weights, optimizer = rows("offload", plan(engine=engine))
     names(weights, "weights", "host")
     names(optimizer, "optimizer", "host")
+
+
+def test_the_last_tile_of_a_loss_is_half_as_long():
+    assert loss_tiles(12, 4) == [(0, 4), (4, 8), (8, 10), (10, 12)]
+    assert loss_tiles(11, 4) == [(0, 4), (4, 8), (8, 10), (10, 11)]
+    assert loss_tiles(10, 4) == [(0, 4), (4, 8), (8, 10)]
+    assert loss_tiles(3, 1) == [(0, 1), (1, 2), (2, 3)]

@@ -79,3 +79,13 @@ def test_the_loss_is_a_sum_over_valid_labels():
     assert got.item() == pytest.approx(expected, rel=1e-13)
     assert ops.cross_entropy_sum(logits.bfloat16(), labels).dtype == torch.float32
     assert ops.cross_entropy_sum(logits, torch.full_like(labels, -100)).item() == 0
+
+
+def test_the_losss_gradient_takes_the_place_of_the_logits():
+    logits, labels = draw(2, 3, 5).requires_grad_(), torch.tensor([[0, -100, 4], [2, 2, -100]])
+    expected = ops.cross_entropy_sum(logits, labels)
+    (gradient,) = torch.autograd.grad(expected, logits)
+    got = logits.detach().clone()
+    assert ops.cross_entropy_gradient_(got, labels) == expected
+    assert relative_error(got, gradient) < LIMIT
+    assert not got[labels == -100].any()

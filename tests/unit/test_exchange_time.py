@@ -1,0 +1,87 @@
+"""The time of packed documents in one exchange: a small case worked by hand, and in a step."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from recipes.planning.exchange_time import ExchangeTime
+from recipes.planning.ring_simulator import RingCosts
+from ring_attention.backward_schedule import TileRows
+from ring_attention.direct_routing import goes_direct
+from ring_attention.layout import Layout
+from ring_attention.mask import CAUSAL
+from tests.unit.test_ring_simulator import costs
+from tests.unit.test_step_time import H200S, LENGTH, ring
+
+# each rank has a whole document of 3 tokens, 6 pairs; of one between them rank 0 has the first token, 1 pair, and rank
+# 1 the second, 2 pairs, for which it needs one key
+TWO = Layout("contiguous", ring_degree=2, length=8)
+MASK = CAUSAL.packed([0, 3, 5, 8])
+
+
+def exchange(costs: RingCosts, memory_s_per_byte: float = 0.0) -> ExchangeTime:
+    return ExchangeTime(TWO, MASK, 1, costs, lambda num_bytes: memory_s_per_byte * num_bytes, query_bytes=10.0)
+
+
+def test_keys_travel_beside_whole_documents():
+    """The key takes 1 + 2 s, whole documents 6."""
+    assert goes_direct(TWO, MASK)
+    assert exchange(costs()).seconds(backward=False) == (6 + 2, 0, 0)
+    assert exchange(costs(within_bytes_per_s=0.1)).seconds(backward=False) == (6 + 2, 0, 11 - 6)
+
+
+def test_hosts_have_links_between_them():
+    apart = costs(ring_ranks_per_host=1, between_bytes_per_s=0.1)
+    assert exchange(apart).seconds(backward=False) == (6 + 2, 0, 11 - 6)
+
+
+def test_in_the_backward_pass_keys_come_first_and_gradients_return_beside_whole_documents():
+    """Both ranks wait 3 s for the key. With a slow link rank 1 posts its gradients after 11 + 2 s, and they take 11."""
+    assert exchange(costs()).seconds(backward=True) == (6 + 2, 0, 3)
+    assert exchange(costs(within_bytes_per_s=0.1)).seconds(backward=True) == (6 + 1, 0, 13 + 11 - 7)
+
+
+def test_entries_and_results_are_copied():
+    """Rank 1: its own entry and the one that arrives, copies of both; 4 tokens' results; all read and written.
+
+    In the backward pass their gradients, side by side and summed for rank 0, and the sum for its own token.
+    """
+    forward, backward = (exchange(costs(), 1.0).seconds(backward)[1] for backward in (False, True))
+    assert forward == 2 * (1 + 1 + 2 + 4 * 10)
+    assert backward == forward + 2 * (2 * 2 + 1)
+
+
+def test_a_straggler_is_the_slowest():
+    kernels, _, _ = exchange(costs(slowdown=(2.0, 1.0))).seconds(backward=False)
+    assert kernels == 2 * (6 + 1)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_packed_documents_are_issued_as_in_a_ring_of_two(backward):
+    packed = CAUSAL.packed(range(0, LENGTH + 1, LENGTH // 64))
+    long, two = (dataclasses.replace(ring(degree), mask=packed).attention(packed) for degree in (8, 2))
+    assert long.issue_s(backward) == two.issue_s(backward) < ring(8).attention(CAUSAL).issue_s(backward)
+
+
+def test_the_balanced_layout_follows_the_documents():
+    """One of half the length and 32 short ones: spread over ranks, their attention is a fourth of the work of all."""
+    packed = CAUSAL.packed([0, *range(LENGTH // 2, LENGTH + 1, LENGTH // 64)])
+    zigzag = dataclasses.replace(ring(4), mask=packed)
+    balanced = dataclasses.replace(ring(4), mask=packed)
+    balanced.config.attention.layout = "balanced"
+    assert balanced.parts.attention < zigzag.parts.attention
+    slow = dataclasses.replace(balanced, cluster=dataclasses.replace(H200S, link_within_gb_per_s=1.0))
+    assert slow.parts.messages > balanced.parts.messages
+
+
+def test_all_tiles_of_a_part_are_one_call():
+    calls: list[TileRows] = []
+
+    def count(tiles: TileRows) -> float:
+        calls.append(tiles)
+        return 1.0
+
+    exchange(dataclasses.replace(costs(), tiles_s=count))
+    assert len(calls) == 2 * TWO.ring_degree
