@@ -66,28 +66,25 @@ class ExchangeMemory:
         """In the order of `ring_attention.direct.direct_backward`."""
         whole, rest, copied, received, sent = tokens
         kv, dq, num_local = 2 * self.size * self.keys, self.size * self.queries, whole + rest
-        pool, copies = rest + received, rest + copied
+        copies = rest + copied
         sending = kv * (sent + (received if self.receives else 0))
-        # of the keys, those that others return, and what is sent to others and received from them
-        returning = kv * (copies + sent + received + (sent if self.receives else 0))
-        results = (dq + kv) * num_local * (2 if whole and rest else 1)  # two parts are joined in new tensors
+        # gradients of the copies, of which sums are sent to others, and what is received from them
+        returning = kv * (copies + received + (sent if self.receives else 0))
         points = (
-            kv * pool + sending,
-            kv * (pool + copies),
-            kv * copies + self._kernel_bytes(rest, copies),
-            dq * rest + kv * copies + returning,
-            dq * rest + returning + self._kernel_bytes(whole, whole),
-            returning + results,
+            sending + kv * copies,
+            kv * copies + self._kernel_bytes(rest, copies) + kv * copies * self.has_varlen,
+            returning + self._kernel_bytes(whole, whole),
         )
-        return dq * num_local + max(points)
+        results = (dq + kv) * num_local
+        return dq * num_local + results + max(points)
 
     def _kernel_bytes(self, queries: float, keys: float) -> float:
-        """The gradients of so many queries and keys, and what computes them."""
+        """What computes the gradients of so many queries and keys, beside results that flash-attn-4 writes in place."""
         dq, dkv = self.size * self.queries, 2 * self.size * self.keys
         is_grouped = self.keys < self.queries
         if self.has_varlen:
             rows = 8 * self.num_heads  # lse and the row sums of dout * out
-            return queries * (rows + dq + 4 * self.queries) + keys * (dkv + (8 * self.keys if is_grouped else 0))
+            return queries * (rows + 4 * self.queries) + keys * (8 * self.keys if is_grouped else 0)
         # the largest call: K and V and three gradients for all heads; beside the sums of all calls, rounded at last
         square = max(queries, keys - queries)
         call = dq * queries + (4 * dq + (dkv if is_grouped else 0)) * square

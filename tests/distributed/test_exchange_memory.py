@@ -18,7 +18,7 @@ from recipes.planning.exchange_memory import (
 from ring_attention import Mask
 from ring_attention.direct_routing import goes_direct, local_runs, tokens_sent
 from ring_attention.kernels import AttentionKernel, CpuFlashKernel, KernelParams, SavedTensors
-from ring_attention.kernels.base import Segments
+from ring_attention.kernels.base import ANYWHERE, GradientTargets, Segments
 from ring_attention.schedule import buffer_tokens
 from tests.cases import Case, build, draw
 from tests.pool import WorkerPool
@@ -43,10 +43,21 @@ class AllocatesLikeFlashAttention4(AttentionKernel):
         return torch.zeros_like(q_BSHD), torch.zeros(batch, num_heads, length)
 
     def backward(self, dout_BSHE: Tensor, saved: SavedTensors, params: KernelParams) -> tuple[Tensor, Tensor, Tensor]:
+        return self.backward_to(ANYWHERE, dout_BSHE, saved, None, params)
+
+    def backward_to(
+        self,
+        targets: GradientTargets,
+        dout_BSHE: Tensor,
+        saved: SavedTensors,
+        segments: Segments | None,
+        params: KernelParams,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         inputs = saved.q_BSHD, saved.k_BTKD, saved.v_BTKE
         rows = [torch.zeros_like(saved.lse_BHS) for _ in range(2)]
         sums = [torch.zeros_like(x, dtype=torch.float32) for x in inputs]
-        dq, dk, dv = (torch.zeros_like(x) for x in inputs)
+        given = zip(inputs, targets, strict=True)
+        dq, dk, dv = (torch.zeros_like(x) if target is None else target.zero_() for x, target in given)
         del rows, sums
         return dq, dk, dv
 
