@@ -32,6 +32,7 @@ def _attention_files(num_gpus: int, *lengths: int) -> dict[str, str]:
 
 TWO = _attention_files(2, 16384, 65536, 131072)
 FOUR = _attention_files(4, 32768, 65536, 131072)
+GQA = {f"{n:,}": f"attention_{n}_gqa_2xH200.json" for n in (4096, 8192, 16384, 32768, 65536)}
 LONG = ("million_H200.json", "long_steps_2xH200.json", "half_million_H100.json")
 PARITY = {
     "cpu": ("CPU, up to 8 ranks", "parity_cpu.json"),
@@ -90,6 +91,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "weak scaling": partial(speed.comparison, "weak_scaling_4xH100.json"),
     "roofline": partial(speed.roofline, "ceilings_paper_10k_H200.json", "ceilings_paper_100k_H200.json"),
     "attention two": partial(speed.attention, TWO),
+    "attention gqa": partial(speed.attention, GQA, with_host=True),
     "attention four": partial(speed.attention, FOUR),
     "attention parts two": partial(speed.attention_parts, TWO, GPU_PARTS[:3]),
     "attention parts four": partial(speed.attention_parts, FOUR, GPU_PARTS),
@@ -110,6 +112,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "simulated parts": partial(speed.attention_parts, {"65,536": "simulated_65536_H200.json"}, SIMULATED_PARTS),
     "before after": speed.before_after,
     "ring host": speed.ring_host,
+    "graphs simulated": speed.graphs_of_simulated_rings,
+    "graphs links": speed.graphs_on_links,
     "auto": speed.auto_method,
     "kernel speeds": speed.kernel_speeds,
     "steps": partial(speed.steps_beside_roofline, "layers_8b_131072_pretrain_2xH200.json"),

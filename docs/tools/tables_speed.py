@@ -63,6 +63,34 @@ def ring_host() -> str:
     return table(f"ring of | before: {each} | after: {each}", cells)
 
 
+def graphs_of_simulated_rings() -> str:
+    """Simulated rings with and without a graph of each pass."""
+    rows = load("pass_graphs_2xH200.json")["simulated"]
+    cells = []
+    for row in rows:
+        line = [f"{row['ring_degree']}"]
+        for kind in ("eager", "graph"):
+            times = row[kind]
+            line += [f"{times[f'{part}_ms']:.2f} ({times[f'{part}_host_ms']:.2f})" for part in ("forward", "both")]
+            line += [f"{100 * rows[0][kind]['both_ms'] / row['ring_degree'] / times['both_ms']:.0f} %"]
+        cells.append(line)
+    each = "forward | with backward | of ideal"
+    return table(f"ring of | eager: {each} | graphs: {each}", cells)
+
+
+def graphs_on_links() -> str:
+    """A ring of two with and without a graph of each pass."""
+    cells = []
+    for row in load("pass_graphs_2xH200.json")["links"]:
+        line = [f"{row['length']:,}"]
+        for part in ("fwd", "both"):
+            for kind in ("eager", "graph"):
+                times = row["ms"][f"{part} {kind}"]
+                line.append(f"{statistics.median(times):.2f} ({min(times):.2f} - {max(times):.2f})")
+        cells.append(line)
+    return table("L | forward, eager, ms | forward, graph | with backward, eager | with backward, graph", cells)
+
+
 def before_after() -> str:
     """Simulated rings and training at two commits, whose processes took turns."""
     measured = load("before_after_H200.json")
