@@ -158,9 +158,7 @@ class AttentionTime:
         kv_numbers, q_numbers = 2 * numbers * self.model.num_kv_heads, numbers * self.model.num_heads
         if self._goes_direct:
             costs = self._costs(lambda tiles: self.tiles_s(tiles, backward), kv_numbers, self.size)
-            exchange = ExchangeTime(
-                self.layout, self.mask, self.batch, costs, self.speed.memory_s, self.size * q_numbers
-            )
+            exchange = ExchangeTime(self.layout, self.mask, self.batch, costs, self.speed.memory_s)
             kernels, copies, exposed = exchange.seconds(backward)
             return AttentionSeconds(kernels, 0.0, copies, exposed)
         work = ring_work(self.layout, self.mask, self.batch, self.kernel_tiles if backward else None)

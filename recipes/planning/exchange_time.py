@@ -23,7 +23,6 @@ class ExchangeTime:
         batch: rows, which share their documents.
         costs: `gradient_bytes` are of the input's dtype, and `add_s_per_token` is not used.
         memory_s: reading and writing so many bytes.
-        query_bytes: one token's queries, of all rows: as many as of its output, and of dq.
     """
 
     def __init__(
@@ -33,7 +32,6 @@ class ExchangeTime:
         batch: int,
         costs: RingCosts,
         memory_s: Callable[[float], float],
-        query_bytes: float,
     ) -> None:
         self._costs, self._memory_s = costs, memory_s
         ranks = range(layout.ring_degree)
@@ -44,7 +42,6 @@ class ExchangeTime:
             slowdown * [costs.tiles_s(TileRows(tiles(part, mask), (0, batch))) for part in parts]
             for parts in zip(*((runs.of_whole, runs.of_rest) for runs in self._runs), strict=True)
         )
-        self._local_bytes = layout.ring_length * query_bytes
 
     def seconds(self, backward: bool) -> tuple[float, float, float]:
         """Of the slowest rank: kernels, copies and sums, and messages that nothing hides."""
@@ -76,17 +73,16 @@ class ExchangeTime:
         return costs.latency_s + costs.token_bytes * parcel.num_tokens / speed
 
     def _copied_bytes(self, rank: int, backward: bool) -> float:
-        """Read and written: entries of keys, copies for the kernel, and the joined result; then their gradients'."""
+        """Read and written: entries that are sent, and copies for the kernel; then the sums of their gradients."""
         runs, (own, received) = self._runs[rank], self._parcels[rank]
         if not runs.of_rest:
             return 0.0
         rest, copies = _num_queries(runs), _num_queries(runs) + _num_copies(runs)
         sent, arrived = (sum(parcel.num_tokens for parcel in some) for some in (own, received))
-        entries = rest + sent + arrived + copies
-        if backward:  # side by side, sums for other ranks, what they return, sums for the own tokens
-            entries += 2 * copies + 2 * sent + rest
-        results = self._local_bytes * bool(runs.of_whole)
-        return 2 * (self._costs.token_bytes * entries + results)
+        entries = 2 * (sent + copies)
+        if backward:  # each copy's gradient is read once, for another rank's sum or the own one
+            entries += copies + arrived + sent + rest
+        return self._costs.token_bytes * entries
 
 
 def _num_copies(runs: LocalRuns) -> int:

@@ -22,7 +22,7 @@ MASK = CAUSAL.packed([0, 3, 5, 8])
 
 
 def exchange(costs: RingCosts, memory_s_per_byte: float = 0.0) -> ExchangeTime:
-    return ExchangeTime(TWO, MASK, 1, costs, lambda num_bytes: memory_s_per_byte * num_bytes, query_bytes=10.0)
+    return ExchangeTime(TWO, MASK, 1, costs, lambda num_bytes: memory_s_per_byte * num_bytes)
 
 
 def test_keys_travel_beside_whole_documents():
@@ -43,14 +43,14 @@ def test_in_the_backward_pass_keys_come_first_and_gradients_return_beside_whole_
     assert exchange(costs(within_bytes_per_s=0.1)).seconds(backward=True) == (6 + 1, 0, 13 + 11 - 7)
 
 
-def test_entries_and_results_are_copied():
-    """Rank 1: its own entry and the one that arrives, copies of both; 4 tokens' results; all read and written.
+def test_entries_are_copied_and_their_gradients_summed():
+    """Rank 1: copies of its own entry and of the one that arrives, read and written.
 
-    In the backward pass their gradients, side by side and summed for rank 0, and the sum for its own token.
+    In the backward pass two gradients of copies, read, and two sums, written: for rank 0 and for its own token.
     """
     forward, backward = (exchange(costs(), 1.0).seconds(backward)[1] for backward in (False, True))
-    assert forward == 2 * (1 + 1 + 2 + 4 * 10)
-    assert backward == forward + 2 * (2 * 2 + 1)
+    assert forward == 2 * 2
+    assert backward == forward + 2 + 2
 
 
 def test_a_straggler_is_the_slowest():
