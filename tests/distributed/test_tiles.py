@@ -56,11 +56,14 @@ def work_of(cell: Cell) -> tuple[int, int, int]:
 
 
 def test_each_micro_batch_is_tiled_and_zero_3_gathers_once_for_all_tiles(pool: WorkerPool):
-    """A rank's 32 tokens of a micro-batch are 3 or 8 tiles. The backward pass computes an MLP's activations again."""
+    """A rank's 32 tokens of a micro-batch are 3 or 8 tiles, and the loss halves the last one.
+
+    The backward pass computes an MLP's activations again.
+    """
     few, many = (Cell("fp32", 3, 2, 1, 2, 29, tile_tokens=tokens) for tokens in (TILE, TILE // 3))
     (few_work, other_rank), (many_work, _) = (pool.run(work_of, cell, num_ranks=2) for cell in (few, many))
     assert few_work == other_rank
     micro_batches = NUM_STEPS * few.accumulation_steps
-    assert few_work[:2] == (micro_batches * 3, micro_batches * MODEL.num_layers * 3 * 2)
-    assert many_work[:2] == (micro_batches * 8, micro_batches * MODEL.num_layers * 8 * 2)
+    assert few_work[:2] == (micro_batches * (3 + 1), micro_batches * MODEL.num_layers * 3 * 2)
+    assert many_work[:2] == (micro_batches * (8 + 1), micro_batches * MODEL.num_layers * 8 * 2)
     assert few_work[2] == many_work[2] > 0
