@@ -1,8 +1,8 @@
 """Which entries a rank sends, copies and sums in a pass with one exchange.
 
-An entry is the K and V of one token in one row of the batch, side by side. A rank's pool has the entries of its own
-rest, then those that it received. The keys of the rest's kernel call are copies of the pool's entries: runs of one
-document share a prefix. Their gradients are summed by entry.
+An entry is the K and V of one token in one row of the batch. A rank's pool numbers the entries of its own rest,
+then those that it received. The keys of the rest's kernel call are copies of the pool's entries: runs of one document
+share a prefix. Their gradients are summed by entry.
 
 The host plans with spans of entries, which are as many as pieces of documents. The device writes out their indices.
 """

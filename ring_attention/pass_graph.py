@@ -11,7 +11,7 @@ the shapes, the layout, the mask, and how many such passes there were.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -115,6 +115,3 @@ def capture(compute: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ..
 def _pool() -> Any:
     """Memory that all graphs share: no two run at once, and results are copied before the next one runs."""
     return torch.cuda.graph_pool_handle()
-
-
-Graphs = dict[Hashable, PassGraph]

@@ -89,14 +89,14 @@ def build(case: Case, group: object) -> nn.Module:
 
 def on_rank(case: Case, device: str = "cpu") -> list[Tensor]:
     """On each rank: its shards of out, dq, dk, dv, as [B, S, heads, head size], and its part of dsinks, if any."""
-    return attend(case, build(case, _group()), [tensor.to(device) for tensor in draw(case)])
+    return attend(case, build(case, world()), [tensor.to(device) for tensor in draw(case)])
 
 
 def many_on_rank(cases: list[Case], device: str = "cpu") -> list[list[Tensor]]:
     return [on_rank(case, device) for case in cases]
 
 
-def _group() -> object:
+def world() -> object:
     import deepspeed.comm as dist
 
     return dist.get_world_group()

@@ -15,7 +15,7 @@ from ring_attention.kernels import KERNELS
 from ring_attention.kernels.reference import ReferenceKernel
 from ring_attention.trace import visible_ring_steps
 from ring_attention.transport import copy_engine, messages_stay_local
-from tests.cases import Case, attend, build, check, draw
+from tests.cases import Case, attend, build, check, draw, world
 from tests.distributed.test_copy_engine import emulated
 from tests.pool import WorkerPool
 
@@ -53,16 +53,10 @@ def graphs_on_the_cpu() -> Iterator[list[str]]:
         yield events
 
 
-def group() -> object:
-    import deepspeed.comm as dist
-
-    return dist.get_world_group()
-
-
 def passes(case: Case, factors: list[float]) -> tuple[list[Tensor], list[str]]:
     """Results of the last of several passes, whose inputs differ by factors; and what happened."""
     with graphs_on_the_cpu() as events:
-        module = build(case, group())
+        module = build(case, world())
         results = [attend(case, module, [factor * x for x in draw(case)]) for factor in factors]
         return results[-1], events
 
@@ -94,7 +88,7 @@ def test_passes_that_others_look_into_have_no_graph(pool: WorkerPool, wrapper: s
 def passes_in_turn(case: Case, wrapper: str) -> tuple[list[Tensor], list[str]]:
     inside = {"visible": visible_ring_steps, "local": messages_stay_local}[wrapper]
     with graphs_on_the_cpu() as events:
-        module = build(case, group())
+        module = build(case, world())
         for factor in (4.0, 3.0, 2.0, 1.0):
             with inside():
                 attend(case, module, draw(case))

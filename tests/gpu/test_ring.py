@@ -23,7 +23,7 @@ from ring_attention.transport import (
     Transfer,
     release_symmetric_buffers,
 )
-from tests.cases import Case, attend, build, check, draw, many_on_rank
+from tests.cases import Case, attend, build, check, draw, many_on_rank, world
 from tests.distributed.parity import Cell, run_cell
 from tests.distributed.test_attention import batches, grid
 from tests.distributed.test_direct import random_cases
@@ -143,10 +143,8 @@ def test_replayed_passes_equal_whole_attention(gpu_pool: WorkerPool, layout: str
 
 
 def last_of_replayed_passes(case: Case) -> tuple[list[torch.Tensor], int]:
-    import deepspeed.comm as dist
-
     release_symmetric_buffers()  # with the graphs of other tests
-    module = build(case, dist.get_world_group())
+    module = build(case, world())
     inputs = [x.cuda() for x in draw(case)]
     for factor in (3.0, 2.0, 0.5, 5.0):
         attend(case, module, [factor * x for x in inputs])
