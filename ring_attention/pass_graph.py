@@ -90,6 +90,7 @@ class PassGraph:
         return results
 
 
+@torch.inference_mode(False)  # a pass outside of that mode could not write to tensors made in it
 def _side_by_side(tensors: list[Tensor]) -> list[Tensor]:
     """Tensors like these. Those of one dtype lie one after the other, so that keys and values are one message."""
     made = list(tensors)

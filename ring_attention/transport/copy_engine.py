@@ -70,7 +70,9 @@ class CopyEngineTransport(P2PTransport):
     @property
     def graphs(self) -> dict[Hashable, Any] | None:
         buffers = self._buffers
-        return buffers.graphs if buffers is not None and len(buffers.neighbours) == self.ring_degree else None
+        if buffers is None or len(buffers.neighbours) < self.ring_degree:
+            return None
+        return buffers.graphs[tuple(self.order)]
 
     @contextlib.contextmanager
     def in_graph(self) -> Iterator[None]:
@@ -241,8 +243,10 @@ class SymmetricBuffers:
         self._part_views: dict[tuple[int, str, int, int, torch.dtype], Tensor] = {}
         self._counts: collections.Counter[tuple[int, int, str]] = collections.Counter()
         self.are_in_graph = False  # the transfers that are posted now
-        self.graphs: dict[Hashable, Any] = {}  # of passes, which use these buffers
+        # of passes, which use these buffers; by ring order, in which transports of a group can differ
+        self.graphs: collections.defaultdict[tuple[int, ...], dict[Hashable, Any]] = collections.defaultdict(dict)
 
+    @torch.inference_mode(False)  # tensors made in that mode could be written to only within it
     def grow(self, buffer_bytes: dict[str, int]) -> None:
         """Make each buffer at least so large. All ranks must call it, with equal sizes."""
         sizes = {name: max(buffer_bytes.get(name, 0), self._sizes.get(name, 0)) for name in BUFFERS}
@@ -294,7 +298,8 @@ class SymmetricBuffers:
             assert stop <= self._sizes[name], (name, stop, self._sizes)
             if len(self._part_views) == _MAX_VIEWS:  # packed documents make new sizes with each batch
                 self._part_views.clear()
-            self._part_views[key] = self._buffers[owner][name][start:stop].view(dtype)
+            with torch.inference_mode(False):  # as in `grow`
+                self._part_views[key] = self._buffers[owner][name][start:stop].view(dtype)
         return self._part_views[key]
 
     def _next_count(self, sender: int, receiver: int, buffer: str) -> int:

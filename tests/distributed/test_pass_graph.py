@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 
-from ring_attention import CAUSAL, FULL, Mask, pass_graph
+from ring_attention import CAUSAL, FULL, Mask, RingAttention, pass_graph
 from ring_attention.kernels import KERNELS
 from ring_attention.kernels.reference import ReferenceKernel
 from ring_attention.trace import visible_ring_steps
@@ -43,8 +44,9 @@ def graphs_on_the_cpu() -> Iterator[list[str]]:
             buffers.are_in_graph = True  # a graph's messages keep their flags
             new = compute()
             buffers.are_in_graph = False
-            for result, values in zip(results, new, strict=True):
-                result.copy_(values)
+            with torch.inference_mode():  # a graph writes to tensors that were made in any mode
+                for result, values in zip(results, new, strict=True):
+                    result.copy_(values)
 
         return results, replay
 
@@ -94,3 +96,39 @@ def passes_in_turn(case: Case, wrapper: str) -> tuple[list[Tensor], list[str]]:
                 attend(case, module, draw(case))
             results = attend(case, module, [factor * x for x in draw(case)])
         return results, events
+
+
+def test_passes_in_inference_mode_leave_nothing_that_training_cannot_write_to(pool: WorkerPool):
+    """Neither receive buffers nor a graph's inputs: tensors made in that mode can be written to only within it."""
+    case = CASES[0]
+    ranks = pool.run(trained_between_inference, case, num_ranks=4)
+    check(case, [results for results, _ in ranks])
+    # the second forward pass and its replay, and the second backward pass
+    assert [events for _, events in ranks] == [["capture", "replay", "capture"]] * 4
+
+
+def trained_between_inference(case: Case) -> tuple[list[Tensor], list[str]]:
+    with graphs_on_the_cpu() as events:
+        module, results = build(case, world()), []
+        rank: Any = module.sequence_rank
+        for _ in range(2):
+            with torch.inference_mode():
+                module(*(case.global_layout.shard(x, rank, dim=1) for x in draw(case)[:3]), 0)
+            results = attend(case, module, draw(case))
+        return results, events
+
+
+def test_modules_of_one_group_with_other_ring_orders_share_no_graph(pool: WorkerPool):
+    case = CASES[0]
+    ranks = pool.run(passes_in_two_orders, case, num_ranks=4)
+    for of_module in zip(*ranks, strict=True):
+        check(case, [results for _, results in sorted(of_module, key=lambda one: one[0])])
+
+
+def passes_in_two_orders(case: Case) -> list[tuple[int, list[Tensor]]]:
+    """Of each module: its sequence rank, and the last of three passes."""
+    with graphs_on_the_cpu():
+        options: dict[str, Any] = {"layout": case.layout, "transport": case.transport}
+        modules = [RingAttention(case.kernel, world(), hosts=hosts, **options) for hosts in ("aaaa", "abab")]
+        passes = [[attend(case, module, draw(case)) for module in modules] for _ in range(3)]
+        return [(module.sequence_rank, results) for module, results in zip(modules, passes[-1], strict=True)]
