@@ -87,11 +87,13 @@ class CopyEngineTransport(P2PTransport):
     @contextlib.contextmanager
     def watched(self, purpose: str) -> Iterator[None]:
         """Around the replay of a pass, whose transfers the watchdog cannot tell apart."""
-        if self._watchdog is None:  # in tests without a GPU
-            yield
-            return
-        earlier_work = torch.cuda.current_stream().record_event()
+        assert self._buffers is not None, "has no graphs"
+        stream = self._buffers.stream
+        # a graph's copies do not queue behind the stream's, which may have some left after an exception
+        earlier_work = stream.make_compute_wait([], stream.record_event(), reset=False)
         yield
+        if self._watchdog is None:  # in tests without a GPU
+            return
         done = torch.cuda.current_stream().record_event()
         where = f"{purpose} in one CUDA graph: ring rank {self.ring_rank} of {self.ring_degree}"
         self._watchdog.add(earlier_work.query, [done.query], where)

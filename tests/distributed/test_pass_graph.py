@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
@@ -41,6 +42,7 @@ def graphs_on_the_cpu() -> Iterator[list[str]]:
 
         def replay() -> None:
             events.append("replay")
+            assert buffers.stream._jobs.empty(), "a graph's copies do not wait for those of the stream"  # pyright: ignore[reportAttributeAccessIssue]
             buffers.are_in_graph = True  # a graph's messages keep their flags
             new = compute()
             buffers.are_in_graph = False
@@ -96,6 +98,27 @@ def passes_in_turn(case: Case, wrapper: str) -> tuple[list[Tensor], list[str]]:
                 attend(case, module, draw(case))
             results = attend(case, module, [factor * x for x in draw(case)])
         return results, events
+
+
+def test_a_replay_waits_for_the_copies_of_an_abandoned_pass(pool: WorkerPool):
+    case = CASES[0]
+    ranks = pool.run(replayed_after_an_abandoned_pass, case, num_ranks=4)
+    check(case, [results for results, _ in ranks])
+    assert [events for _, events in ranks] == [["capture", "capture", "replay", "replay"]] * 4
+
+
+def replayed_after_an_abandoned_pass(case: Case) -> tuple[list[Tensor], list[str]]:
+    with graphs_on_the_cpu() as events:
+        module = build(case, world())
+        for _ in range(2):
+            attend(case, module, draw(case))
+        [(buffers, _)] = copy_engine._symmetric_buffers.values()
+        assert buffers is not None
+        buffers.stream._jobs.put(lambda: time.sleep(0.1))  # pyright: ignore[reportAttributeAccessIssue]
+        failing = patch("ring_attention.ring.attend_forward", side_effect=MemoryError)
+        with visible_ring_steps(), failing, pytest.raises(MemoryError):
+            attend(case, module, draw(case))
+        return attend(case, module, draw(case)), events
 
 
 def test_passes_in_inference_mode_leave_nothing_that_training_cannot_write_to(pool: WorkerPool):
