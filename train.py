@@ -153,10 +153,15 @@ def _packing(config: Config, sequences_per_step: int) -> list[str]:
     """How documents are packed, as lines of text. Raises CorpusError as `open_corpus`."""
     from data.report import packing_report
 
-    folder = config.model.path
-    if config.explain_gpu and folder and config.data.tokenizer == folder and not any(Path(folder).glob("tokenizer*")):
-        return [f"packing of documents: not shown, because {folder} has no tokenizer; data.tokenizer=FOLDER gives one"]
+    path = config.model.path
+    if config.explain_gpu and path and config.data.tokenizer == path and _lacks_tokenizer(Path(path)):
+        return [f"packing of documents: not shown, because {path} has no tokenizer; data.tokenizer=FOLDER gives one"]
     return packing_report(open_corpus(config.data, config.model.vocab_size), sequences_per_step)
+
+
+def _lacks_tokenizer(folder: Path) -> bool:
+    """Whether it is a folder without the files of a tokenizer; False for a name on the hub."""
+    return folder.is_dir() and not any(folder.glob("tokenizer*"))
 
 
 def _open_data(config: Config) -> Corpus | StreamCorpus:

@@ -174,6 +174,19 @@ def test_explain_gpu_needs_of_a_model_its_configuration_alone(tmp_path, capsys, 
     some_line_names(capsys.readouterr().out.splitlines(), "data.packing=concatenate")
 
 
+def test_explain_gpu_takes_the_tokenizer_of_a_model_on_the_hub(monkeypatch):
+    def load(name: str) -> None:
+        raise OSError(f"no network to ask for {name}")
+
+    monkeypatch.setattr("data.tokenizer._load", load)
+    name = "OWNER/NAME"
+    settings = {"model": ModelConfig(path=name), "data": DataConfig(tokenizer=name)}
+    config = Config(explain=True, explain_gpu="h100", launch=LaunchConfig(num_ranks=8), **settings)
+    with pytest.raises(CorpusError) as raised:
+        train._packing(config, 1)
+    names(str(raised.value), f"data.tokenizer={name}", "no network")
+
+
 def test_explain_says_whose_memory_ranks_on_the_cpu_share(tmp_path, capsys):
     train.execute(Config(explain=True, launch=LaunchConfig(num_ranks=8)), [], tmp_path)
     assert re.search(r"the CPU here, whose [\d.]+ GiB 8 ranks share; explain_gpu=", capsys.readouterr().out)
