@@ -100,6 +100,30 @@ def passes_in_turn(case: Case, wrapper: str) -> tuple[list[Tensor], list[str]]:
         return results, events
 
 
+def test_micro_batches_share_no_results(pool: WorkerPool):
+    """Their forward passes come first, then their backward passes, which replay the same graphs."""
+    ranks = pool.run(two_micro_batches, CASES[0], num_ranks=4)
+    for of_micro_batch in zip(*ranks, strict=True):
+        check(CASES[0], list(of_micro_batch))
+
+
+def two_micro_batches(case: Case) -> list[list[Tensor]]:
+    """The last of three passes over two equal micro-batches, between which the graphs have other inputs."""
+    with graphs_on_the_cpu():
+        module, results = build(case, world()), []
+        rank: Any = module.sequence_rank
+        for _ in range(3):
+            shards = [case.global_layout.shard(x, rank, dim=1) for x in draw(case)]
+            inputs = [[(factor * x).requires_grad_() for x in shards[:3]] for factor in (1.0, 2.0, 1.0)]
+            outs = [module(*leaves, 0) for leaves in inputs]
+            for out in outs:
+                out.backward(shards[3])
+            results = [
+                [out.detach(), *(leaf.grad for leaf in leaves)] for out, leaves in zip(outs, inputs, strict=True)
+            ]
+        return [results[0], results[2]]
+
+
 def test_a_replay_waits_for_the_copies_of_an_abandoned_pass(pool: WorkerPool):
     case = CASES[0]
     ranks = pool.run(replayed_after_an_abandoned_pass, case, num_ranks=4)
