@@ -50,26 +50,30 @@ def test_sums_round_once(head_dim: int, dtype: torch.dtype, first: torch.dtype, 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("row_size", [8, 40, 200, 1024, 2056, 6144])
+@pytest.mark.parametrize(("k_size", "v_size"), [(8, 8), (40, 24), (200, 200), (1024, 1024), (2056, 8), (6144, 6144)])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("num_received", [0, 5])
-def test_sums_of_rows(dtype: torch.dtype, row_size: int, batch: int, num_received: int):
+def test_sums_of_rows(dtype: torch.dtype, k_size: int, v_size: int, batch: int, num_received: int):
     """Of views, into views: no addend, one, several, many; and copies. Twice, as the second launch is cached."""
-    own = torch.randn(batch, 20, 3, row_size + 8, device="cuda").to(dtype)[:, 5:12, 1, :row_size]
-    received = torch.randn(num_received, 2 * row_size, device="cuda").to(dtype)[:, row_size:]
-    exact = torch.cat((own.flatten(0, 1), received)).double().cpu()
+    sizes = k_size, v_size
+    own = [torch.randn(batch, 20, 3, size + 8, device="cuda").to(dtype)[:, 5:12, 1, :size] for size in sizes]
+    received = torch.randn(num_received * sum(sizes), device="cuda").to(dtype)
+    exact_own, exact_received = [x.double().cpu() for x in own], received.double().cpu()
     counts = torch.tensor([0, 1, 5, 2, 40, 0] * batch)
+    num_entries = 7 * batch + num_received
     for last in (0, 3):
         counts[-1] = last
-        addends, starts = torch.randint(len(exact), (int(counts.sum()),)), counts.cumsum(0) - counts
-        copied = torch.randint(len(exact), (6 * batch,))
+        addends, starts = torch.randint(num_entries, (int(counts.sum()),)), counts.cumsum(0) - counts
+        copied = torch.randint(num_entries, (6 * batch,))
         for rows, begins in ((addends, starts), (copied, None)):
-            whole = torch.full((batch, 12, row_size), float("nan"), device="cuda", dtype=dtype)
-            expected = torch.empty(batch, 6, row_size, dtype=torch.float64)
-            sum_rows(expected, exact[None], exact[:0], rows, begins)
-            sum_rows(whole[:, 3:9], own, received, rows.cuda(), None if begins is None else begins.cuda())
+            whole = [torch.full((batch, 12, size), float("nan"), device="cuda", dtype=dtype) for size in sizes]
+            expected = [torch.empty(batch, 6, size, dtype=torch.float64) for size in sizes]
+            sum_rows((expected[0], expected[1]), (exact_own[0], exact_own[1]), exact_received, rows, begins)
+            on_device = (rows.cuda(), None if begins is None else begins.cuda())
+            sum_rows((whole[0][:, 3:9], whole[1][:, 3:9]), (own[0], own[1]), received, *on_device)
             # in fp32 a sum of 40 addends is off by more than one rounding
             rtol = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}.get(dtype, 1e-12)
-            torch.testing.assert_close(whole[:, 3:9].double().cpu(), expected, rtol=rtol, atol=1e-4)
-            assert whole[:, :3].isnan().all()
-            assert whole[:, 9:].isnan().all()
+            for got, part in zip(whole, expected, strict=True):
+                torch.testing.assert_close(got[:, 3:9].double().cpu(), part, rtol=rtol, atol=1e-4)
+                assert got[:, :3].isnan().all()
+                assert got[:, 9:].isnan().all()
