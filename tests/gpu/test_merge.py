@@ -14,23 +14,24 @@ LIMIT = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 @pytest.mark.parametrize("head_dim", [8, 40, 128, 512])
 @pytest.mark.parametrize("target", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("state", [torch.float32, torch.bfloat16], ids=str)
-def test_the_merge_equals_the_cpu_merge(head_dim: int, target: torch.dtype, state: torch.dtype):
+@pytest.mark.parametrize("num_tiles", [1, 2])
+def test_the_merge_equals_the_cpu_merge(head_dim: int, target: torch.dtype, state: torch.dtype, num_tiles: int):
     torch.manual_seed(0)
     batch, tokens, heads = 2, 37, 3
     out = torch.randn(batch, 2 * tokens, heads, head_dim, device="cuda").to(state)[:, tokens:]
     lse = (5 * torch.randn(batch, heads, 2 * tokens, device="cuda"))[..., tokens:]
-    block_out = torch.randn(batch, heads, tokens, head_dim, device="cuda").bfloat16().transpose(1, 2)
-    block_lse = 5 * torch.randn(batch, tokens, heads, device="cuda").transpose(1, 2)
+    outs = torch.randn(num_tiles, batch, heads, tokens, head_dim, device="cuda").bfloat16().transpose(2, 3)
+    lses = 5 * torch.randn(num_tiles, batch, tokens, heads, device="cuda").transpose(2, 3)
     out[0, 3], lse[0, :, 3] = 0, float("-inf")
-    lse[1, :, 5], block_lse[1, :, 6] = 1e4, 1e4
+    lse[1, :, 5], lses[0, 1, :, 6], lses[-1, 0, :, 3] = 1e4, 1e4, 1e4
     expected_lse = lse.cpu().clone()
     expected = torch.empty(out.shape)
-    merge(expected, out.cpu(), expected_lse, block_out.cpu(), block_lse.cpu())
+    merge(expected, out.cpu(), expected_lse, [*zip(outs.cpu(), lses.cpu(), strict=True)])
     got = out if target == state else torch.full(out.shape, float("nan"), device="cuda", dtype=target)
-    merge(got, out, lse, block_out, block_lse)
+    merge(got, out, lse, [*zip(outs, lses, strict=True)])
     assert relative_error(got.cpu(), expected) < LIMIT[target]
     assert relative_error(lse.cpu(), expected_lse) < 1e-6
-    assert torch.equal(got[0, 3].float(), block_out[0, 3].to(target).float())
+    assert torch.equal(got[0, 3].float(), outs[-1, 0, 3].to(target).float())  # the only one, or the greatest by far
 
 
 @pytest.mark.parametrize("head_dim", [8, 40, 128, 512])
