@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,26 +22,52 @@ from ring_attention.sinks import join_sinks
 Addend = tuple[slice, slice, Tensor]  # rows, tokens, and values [those rows, those tokens, H, D]
 
 
+class _Tile(NamedTuple):
+    rows: slice
+    queries: slice
+    out_BSHE: Tensor
+    lse_BHS: Tensor
+
+
 class OnlineSoftmaxAccumulator:
-    """out [B, S, H, E] and lse [B, H, S] over the keys seen so far. Sinks [H] join the result, in the dtype of lse."""
+    """out [B, S, H, E] and lse [B, H, S] over the keys seen so far. Sinks [H] join the result, in the dtype of lse.
+
+    Tiles of the same queries are merged two at a time: the state is fp32, and moving it is most of what a merge takes.
+    """
 
     def __init__(self, q_BSHD: Tensor, v_BTKE: Tensor, sinks_H: Tensor | None = None) -> None:
         self._shape = torch.Size((*q_BSHD.shape[:3], v_BTKE.shape[-1]))
         self._dtype, self._state_dtype = q_BSHD.dtype, torch.promote_types(q_BSHD.dtype, torch.float32)
         self._sinks_H = sinks_H
         self._state: tuple[Tensor, Tensor] | None = None  # out and lse
+        self._waiting: _Tile | None = None
 
     def result(self) -> tuple[Tensor, Tensor]:
         """out in the input's dtype, and lse in fp32 (fp64). To be called once, after the last tile."""
         assert self._state is not None, "no keys were seen"
+        assert self._waiting is None, "no tile was the last"
         out, lse = self._state if self._sinks_H is None else join_sinks(*self._state, self._sinks_H)
         return out.to(self._dtype), lse
 
     def add(self, rows: slice, queries: slice, out: Tensor, lse: Tensor, is_last: bool) -> None:
-        """Merge in one tile's result."""
+        """Merge in one tile's result, or keep it until the next one's."""
         if self._state is None and out.shape == self._shape:
             self._state = out, lse
             return
+        tiles = [_Tile(rows, queries, out, lse)]
+        if self._waiting is not None:
+            if self._waiting[:2] == (rows, queries):
+                tiles.insert(0, self._waiting)
+            else:
+                self._merge([self._waiting], is_last=False)
+            self._waiting = None
+        if len(tiles) == 1 and not is_last:
+            self._waiting = tiles[0]
+        else:
+            self._merge(tiles, is_last)
+
+    def _merge(self, tiles: list[_Tile], is_last: bool) -> None:
+        rows, queries, out, lse = tiles[0]
         if self._state is None:
             batch, tokens, heads, _ = self._shape
             zeros = out.new_zeros(self._shape, dtype=self._state_dtype)
@@ -51,10 +78,11 @@ class OnlineSoftmaxAccumulator:
         target = old_out
         if target.dtype != dtype:
             target = out.new_empty(self._shape, dtype=dtype) if out.shape == self._shape else target.to(dtype)
+        results = [tile[2:] for tile in tiles]
         if out.shape == self._shape:  # slices cost the host
-            merge(target, old_out, old_lse, out, lse)
+            merge(target, old_out, old_lse, results)
         else:
-            merge(target[rows, queries], old_out[rows, queries], old_lse[rows, :, queries], out, lse)
+            merge(target[rows, queries], old_out[rows, queries], old_lse[rows, :, queries], results)
         self._state = target, old_lse
 
 

@@ -9,14 +9,14 @@ Shapes: B batch, S local tokens, T keys of a call, H query heads, K key-value he
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ring_attention.accumulators import GradientAccumulator, OnlineSoftmaxAccumulator
-from ring_attention.attend import BackwardInputs, attend_backward, attend_forward
+from ring_attention.attend import BackwardInputs, TileGradients, attend_backward, attend_forward
 from ring_attention.checkpointing import saved_or_computed
 from ring_attention.derivative import once_differentiable
 from ring_attention.direct_exchange import Entries
@@ -72,17 +72,17 @@ def direct_backward(
     whole_inputs, rest_inputs = (BackwardInputs(*part) for part in zip(*cut, strict=True))
     whole_kv, rest_kv = _cut(plan, kv)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q_BSHD, kv.k_BTKD, kv.v_BTKE))
-    (whole_dq, rest_dq), (whole, rest) = plan.cut(dq), _cut(plan, KeysValues.of_parts(dk, dv))
+    (whole_dq, rest_dq), (whole, rest) = plan.cut(dq), _cut(plan, _unsent(dk, dv))
     copies = _copies(plan, _post_keys(ring, plan, rest_kv, "backward"), rest_kv)
     _, *copied = _gradients(ring, plan.rest_calls, rest_inputs, copies, (rest_dq, None, None))
     del copies
-    addends = _post_gradients(ring, plan, KeysValues.of_parts(*copied))
+    addends = _post_gradients(ring, plan, *copied)
     del copied
     if plan.whole_calls:
         targets = whole_dq, whole.k_BTKD, whole.v_BTKE
         _gradients(ring, plan.whole_calls, whole_inputs, whole_kv, targets)
     addends.wait()
-    addends.write(rest, *plan.indices(q_BSHD.device).own)
+    addends.write(rest.k_BTKD, rest.v_BTKE, *plan.indices(q_BSHD.device).own)
     return dq, dk, dv
 
 
@@ -98,7 +98,7 @@ def _attend(
     accumulator = OnlineSoftmaxAccumulator(q_BSHD, kv.v_BTKE, sinks_H)
     attend_forward(accumulator, ring.kernel, ring.scores, calls, q_BSHD, kv, is_last=True, target_BSHE=target_BSHE)
     out, lse = accumulator.result()
-    return _written(out, target_BSHE), lse
+    return _written(out, out, target_BSHE), lse
 
 
 def _gradients(
@@ -109,8 +109,20 @@ def _gradients(
     targets: GradientTargets = ANYWHERE,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv of one part, in the input's dtype; each is written to its target if there is one."""
+    tiles = attend_backward(ring.kernel, ring.scores, calls, inputs, kv, targets=targets)
+    if len(calls) == 1:  # as of a kernel with varlen: nothing is summed
+        (tile,) = tiles
+        gradients = tile.dq, tile.dk, tile.dv
+    else:
+        gradients = _summed(tiles, inputs, kv)
+    parts = zip(gradients, (inputs.q_BSHD, *kv[:2]), targets, strict=True)
+    dq, dk, dv = (_written(gradient, like, target) for gradient, like, target in parts)
+    return dq, dk, dv
+
+
+def _summed(tiles: Iterator[TileGradients], inputs: BackwardInputs, kv: KeysValues) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (GradientAccumulator(x.shape, x.dtype) for x in (inputs.q_BSHD, kv.k_BTKD, kv.v_BTKE))
-    for tile in attend_backward(ring.kernel, ring.scores, calls, inputs, kv, targets=targets):
+    for tile in tiles:
         assert tile.dq is not None, "no sums were given"
         assert tile.dk is not None
         assert tile.dv is not None
@@ -120,44 +132,48 @@ def _gradients(
             dk.add(tile.rows, tile.keys, tile.dk, ends)
             dv.add(tile.rows, tile.keys, tile.dv, ends)
         del tile
-    dq, dk, dv = (_written(x.result(), target) for x, target in zip((dq, dk, dv), targets, strict=True))
-    return dq, dk, dv
+    return dq.result(), dk.result(), dv.result()
 
 
-def _written(result: Tensor, target: Tensor | None) -> Tensor:
-    """The result in its target. A kernel may have written it there already."""
-    if target is None or result is target:
+def _written(result: Tensor | None, like: Tensor, target: Tensor | None) -> Tensor:
+    """The result in its target, or in the dtype of `like`. A kernel may have written it there already."""
+    assert result is not None, "no sums were given"
+    if result is target:
         return result
     with profiler_range("merge"):
-        return target.copy_(result)
+        return result.to(like.dtype) if target is None else target.copy_(result)
+
+
+def _unsent(k_BTKD: Tensor, v_BTKE: Tensor) -> KeysValues:
+    """Of which no message is made, so nobody asks for spans."""
+    return KeysValues(k_BTKD, v_BTKE, ())
 
 
 def _cut(plan: DirectPlan, kv: KeysValues) -> tuple[KeysValues, KeysValues]:
     (whole_k, rest_k), (whole_v, rest_v) = plan.cut(kv.k_BTKD), plan.cut(kv.v_BTKE)
-    return KeysValues.of_parts(whole_k, whole_v), KeysValues.of_parts(rest_k, rest_v)
+    return _unsent(whole_k, whole_v), _unsent(rest_k, rest_v)
 
 
 def _copies(plan: DirectPlan, entries: Entries, like: KeysValues) -> KeysValues:
     """The keys of each run of the rest, one run after the other; each contiguous, as kernels like them."""
-    parts = like.k_BTKD, like.v_BTKE
-    copies = KeysValues.of_parts(*(x.new_empty((plan.batch, plan.num_keys, *x.shape[2:])) for x in parts))
+    k, v = (x.new_empty((plan.batch, plan.num_keys, *x.shape[2:])) for x in like[:2])
     entries.wait()
-    entries.write(copies, plan.indices(parts[0].device).keys)
-    return copies
+    entries.write(k, v, plan.indices(k.device).keys)
+    return _unsent(k, v)
 
 
 def _post_keys(ring: Ring, plan: DirectPlan, rest_kv: KeysValues, direction: str) -> Entries:
     """Start to exchange keys and values."""
-    entries = Entries(rest_kv, plan.received_parcels)
+    entries = Entries(rest_kv.k_BTKD, rest_kv.v_BTKE, plan.received_parcels)
     sent = plan.indices(rest_kv.k_BTKD.device).sent
     entries.exchange(ring.transport, f"{direction} K,V", keys_buffer(0), plan.own_parcels, sent)
     return entries
 
 
-def _post_gradients(ring: Ring, plan: DirectPlan, copied: KeysValues) -> Entries:
+def _post_gradients(ring: Ring, plan: DirectPlan, copied_dk_BTKD: Tensor, copied_dv_BTKE: Tensor) -> Entries:
     """Start to return the gradients of entries that were received, given those of all copies."""
-    addends = Entries(copied, plan.own_parcels)
-    returned = plan.indices(copied.k_BTKD.device).returned
+    addends = Entries(copied_dk_BTKD, copied_dv_BTKE, plan.own_parcels)
+    returned = plan.indices(copied_dk_BTKD.device).returned
     addends.exchange(ring.transport, "backward dK,dV", gradient_buffer(1), plan.received_parcels, *returned)
     return addends
 
@@ -175,7 +191,7 @@ class DirectFunction(torch.autograd.Function):
         ring: Ring,
         plan: DirectPlan,
     ) -> Tensor:
-        kv = KeysValues.of_parts(k_BSKD, v_BSKE)
+        kv = _unsent(k_BSKD, v_BSKE)
         out_BSHE, lse_BHS = saved_or_computed(lambda: direct_forward(ring, plan, q_BSHD, kv, sinks_H))
         ctx.ring, ctx.plan = ring, plan
         ctx.save_for_backward(q_BSHD, k_BSKD, v_BSKE, out_BSHE, lse_BHS, sinks_H)
@@ -187,7 +203,7 @@ class DirectFunction(torch.autograd.Function):
         ctx: Any, saved: tuple[Tensor, ...], *grad_outputs: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None, None]:
         q_BSHD, k_BSKD, v_BSKE, out_BSHE, lse_BHS, sinks_H = saved
-        dout_BSHE, kv = grad_outputs[0].contiguous(), KeysValues.of_parts(k_BSKD, v_BSKE)
+        dout_BSHE, kv = grad_outputs[0].contiguous(), _unsent(k_BSKD, v_BSKE)
         dsinks = sinks_gradient(dout_BSHE, out_BSHE, lse_BHS, sinks_H) if ctx.needs_input_grad[3] else None
         gradients = direct_backward(ctx.ring, ctx.plan, dout_BSHE, q_BSHD, kv, out_BSHE, lse_BHS)
         return *gradients, dsinks, None, None

@@ -1,7 +1,6 @@
 """The one exchange of `direct`: entries of own tokens, some of which are sent, and those that arrive.
 
-Shapes: B batch, T tokens, K key-value heads, D head size, E value head size; N entries (`direct_indices`), F = K*D or
-K*E numbers of a part of an entry.
+Shapes: B batch, T tokens, K key-value heads, D head size, E value head size; F = K*D or K*E.
 """
 
 from __future__ import annotations
@@ -11,8 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ring_attention.direct_routing import Parcel
-from ring_attention.kv import KeysValues
-from ring_attention.row_sums import sum_rows
+from ring_attention.row_sums import KeysAndValues, entries, sum_rows
 from ring_attention.trace import profiler_range
 from ring_attention.transport import P2PMessage, P2PTransport, Transfer
 
@@ -26,11 +24,11 @@ class Entries:
         arriving: the parcels that other ranks send.
     """
 
-    def __init__(self, own: KeysValues, arriving: Sequence[Parcel]) -> None:
-        self._own = own.k_BTKD.flatten(2), own.v_BTKE.flatten(2)
-        self._sizes = [part.shape[2] for part in self._own]
-        self._arriving, self._numel = arriving, len(own.k_BTKD) * sum(self._sizes)  # of a token
-        self._received = own.k_BTKD.new_empty(0)
+    def __init__(self, k_BTKD: Tensor, v_BTKE: Tensor, arriving: Sequence[Parcel]) -> None:
+        self._own = _rows(k_BTKD), _rows(v_BTKE)
+        self._arriving = arriving
+        self._numel = k_BTKD.shape[0] * (self._own[0].shape[2] + self._own[1].shape[2])  # of a token
+        self._received = k_BTKD.new_empty(0)
         self._transfer: Transfer | None = None
 
     def exchange(
@@ -48,39 +46,38 @@ class Entries:
         assert transport is not None, "several ranks need a transport"
         sent = self._received.new_empty(self._num_numbers(leaving))
         if leaving:
-            self._write([part[None] for part in self._parts(sent)], addends, starts)
+            k_NF, v_NF = entries(sent, self._own)
+            self._write((k_NF[None], v_NF[None]), addends, starts)
         num_received = self._num_numbers(self._arriving)
         self._received = transport.receive_buffer(buffer, num_received, sent.dtype, sent.device)
-        messages = (
-            self._messages(vector, buffer, parcels)
-            for vector, parcels in ((sent, leaving), (self._received, self._arriving))
-        )
-        self._transfer = transport.post(purpose, *messages)
+        sends = self._messages(sent, buffer, leaving)
+        self._transfer = transport.post(purpose, sends, self._messages(self._received, buffer, self._arriving))
 
     def wait(self) -> None:
         """Until all entries are there."""
         if self._transfer is not None:
             self._transfer.wait()
 
-    def write(self, target: KeysValues, addends: Tensor, starts: Tensor | None = None) -> None:
-        """Write copies or sums of entries to `target`, after `wait`."""
-        self._write([target.k_BTKD.flatten(2), target.v_BTKE.flatten(2)], addends, starts)
+    def write(self, k_BTKD: Tensor, v_BTKE: Tensor, addends: Tensor, starts: Tensor | None = None) -> None:
+        """Write copies or sums of entries there, after `wait`."""
+        self._write((k_BTKD.flatten(2), v_BTKE.flatten(2)), addends, starts)
 
-    def _write(self, targets_BTF: Sequence[Tensor], addends: Tensor, starts: Tensor | None) -> None:
+    def _write(self, target: KeysAndValues, addends: Tensor, starts: Tensor | None) -> None:
         with profiler_range("merge"):
-            for target, own, received in zip(targets_BTF, self._own, self._parts(self._received), strict=True):
-                sum_rows(target, own, received, addends, starts)
-
-    def _parts(self, vector: Tensor) -> tuple[Tensor, ...]:
-        """[N, F]: K and V of the entries in a vector."""
-        return vector.view(-1, sum(self._sizes)).split(self._sizes, 1)
+            sum_rows(target, self._own, self._received, addends, starts)
 
     def _num_numbers(self, parcels: Sequence[Parcel]) -> int:
-        return self._numel * sum(parcel.num_tokens for parcel in parcels)
+        return self._numel * sum([parcel.num_tokens for parcel in parcels])
 
     def _messages(self, vector: Tensor, buffer: str, parcels: Sequence[Parcel]) -> list[P2PMessage]:
-        parts = vector.split([self._numel * parcel.num_tokens for parcel in parcels])
+        parts = vector.split_with_sizes([self._numel * parcel.num_tokens for parcel in parcels]) if parcels else ()
         return [
             P2PMessage((part,), parcel.peer, buffer, self._numel * parcel.start_at_peer)
             for part, parcel in zip(parts, parcels, strict=True)
         ]
+
+
+def _rows(x_BTKD: Tensor) -> Tensor:
+    """[B, T, F], with the numbers of a token side by side."""
+    rows_BTF = x_BTKD.flatten(2)
+    return rows_BTF if rows_BTF.stride(2) == 1 else rows_BTF.contiguous()

@@ -50,7 +50,7 @@ class DirectPlan:
     def cut(self, x: Tensor, dim: int = 1) -> tuple[Tensor, Tensor]:
         """The whole documents of a tensor of all local tokens, and the rest."""
         first = min(self.whole, self.rest)
-        parts = x.split((_length(first), x.shape[dim] - _length(first)), dim)
+        parts = x.split_with_sizes((_length(first), x.shape[dim] - _length(first)), dim)  # split takes the host longer
         return (parts[0], parts[1]) if first == self.whole else (parts[1], parts[0])
 
     def join(self, parts: Sequence[Tensor], dim: int = 1) -> Tensor:

@@ -78,11 +78,14 @@ class Mask:
         return self.packed(rows)
 
     def within(self, length: int) -> Mask:
-        """The same mask on `length` tokens, without the bounds that reach beyond them: they exclude no key, and some
-        kernels have no windows.
+        """The same mask on `length` tokens, without what excludes no key: bounds that reach beyond them, for some kernels
+        have no windows, and documents if each row is one of all tokens, for passes over packed ones are no CUDA graphs.
         """
         left, right = (None if b is not None and b >= length - 1 else b for b in (self.left, self.right))
-        return replace(self, left=left, right=0 if self.right == 0 else right)
+        documents = self.documents
+        if documents is not None and all(row == (0, length) for row in documents):
+            documents = None
+        return replace(self, left=left, right=0 if self.right == 0 else right, documents=documents)
 
     def spans(self, length: int) -> list[list[tuple[int, int]]]:
         """Each row's documents as [start, stop), without empty ones. Tokens after the last are one more document.

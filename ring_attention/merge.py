@@ -10,6 +10,8 @@ On a GPU `merge_triton` does each in one pass. Shapes: out [B, S, H, E], lse [B,
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -38,19 +40,22 @@ def add_up(target: Tensor, addends: list[Tensor]) -> None:
         torch.add(*addends, out=target)
 
 
-def merge(target_BSHE: Tensor, out_BSHE: Tensor, lse_BHS: Tensor, tile_out_BSHE: Tensor, tile_lse_BHS: Tensor) -> None:
-    """Merge a tile's out and lse into the state: out into `target`, which may be `out` itself, and lse in place.
+def merge(target_BSHE: Tensor, out_BSHE: Tensor, lse_BHS: Tensor, tiles: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Merge the outs and lses of one or two tiles into the state: out into `target`, and lse in place.
 
-    A row that has seen no key yet has an lse of -inf and takes the tile's result as it is. The tile's own lse must be
-    finite, as it is for trimmed blocks. The three outs may differ in dtype.
+    `target` may be `out` itself. A row that has seen no key yet has an lse of -inf and takes the tiles' result as it
+    is. The tiles' own lse must be finite, as it is for trimmed blocks. The outs may differ in dtype.
     """
     if out_BSHE.is_cuda and lse_BHS.dtype == torch.float32:
-        from ring_attention.merge_triton import launch, merge_kernel  # needs Triton, which CPU builds lack
+        from ring_attention.merge_triton import launch, merge_kernels  # needs Triton, which CPU builds lack
 
-        launch(merge_kernel, target_BSHE, out_BSHE, lse_BHS, tile_out_BSHE, tile_lse_BHS)
+        launch(merge_kernels[len(tiles) - 1], target_BSHE, out_BSHE, lse_BHS, *itertools.chain(*tiles))
         return
-    # exp(lse_2 - lse) = sigmoid(lse_2 - lse_1), and the two weights sum to 1, so the update is one lerp
-    weight_BSH1 = torch.sigmoid(tile_lse_BHS - lse_BHS).transpose(1, 2).unsqueeze(-1)
     dtype = lse_BHS.dtype
-    target_BSHE.copy_(torch.lerp(out_BSHE.to(dtype), tile_out_BSHE.to(dtype), weight_BSH1.to(dtype)))
-    lse_BHS.copy_(torch.logaddexp(lse_BHS, tile_lse_BHS))
+    merged_BSHE = out_BSHE.to(dtype)
+    for tile_out_BSHE, tile_lse_BHS in tiles:
+        # exp(lse_2 - lse) = sigmoid(lse_2 - lse_1), and the two weights sum to 1, so the update is one lerp
+        weight_BSH1 = torch.sigmoid(tile_lse_BHS - lse_BHS).transpose(1, 2).unsqueeze(-1)
+        merged_BSHE = torch.lerp(merged_BSHE, tile_out_BSHE.to(dtype), weight_BSH1)
+        lse_BHS.copy_(torch.logaddexp(lse_BHS, tile_lse_BHS))
+    target_BSHE.copy_(merged_BSHE)

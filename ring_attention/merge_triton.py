@@ -47,6 +47,46 @@ def merge_kernel(
 
 
 @triton.jit
+def merge_two_kernel(
+    target, out, lse, out_2, lse_2, out_3, lse_3,
+    target_b, target_s, target_h,
+    out_b, out_s, out_h,
+    lse_b, lse_h, lse_s,
+    out_2_b, out_2_s, out_2_h,
+    lse_2_b, lse_2_h, lse_2_s,
+    out_3_b, out_3_s, out_3_h,
+    lse_3_b, lse_3_h, lse_3_s,
+    num_rows, num_tokens, num_heads: tl.constexpr, head_dim: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)  # in the order of [B, S, H]
+    is_row = row < num_rows
+    h, s, b = row % num_heads, row // num_heads % num_tokens, row // num_heads // num_tokens
+    column = tl.arange(0, COLUMNS)[None, :]
+    mask = is_row[:, None] & (column < head_dim)
+
+    at = lse + b * lse_b + h * lse_h + s * lse_s
+    old = tl.load(at, mask=is_row, other=0.0)
+    second = tl.load(lse_2 + b * lse_2_b + h * lse_2_h + s * lse_2_s, mask=is_row, other=0.0)
+    third = tl.load(lse_3 + b * lse_3_b + h * lse_3_h + s * lse_3_s, mask=is_row, other=0.0)
+    greatest = tl.maximum(tl.maximum(old, second), third)  # finite, as the tiles' are
+    weight_1, weight_2, weight_3 = tl.exp(old - greatest), tl.exp(second - greatest), tl.exp(third - greatest)
+    total = weight_1 + weight_2 + weight_3
+
+    rows = (b * out_b + s * out_s + h * out_h)[:, None] + column
+    merged = weight_1[:, None] * tl.load(out + rows, mask=mask, other=0.0).to(tl.float32)
+    rows = (b * out_2_b + s * out_2_s + h * out_2_h)[:, None] + column
+    merged += weight_2[:, None] * tl.load(out_2 + rows, mask=mask, other=0.0).to(tl.float32)
+    rows = (b * out_3_b + s * out_3_s + h * out_3_h)[:, None] + column
+    merged += weight_3[:, None] * tl.load(out_3 + rows, mask=mask, other=0.0).to(tl.float32)
+    rows = (b * target_b + s * target_s + h * target_h)[:, None] + column
+    tl.store(target + rows, (merged / total[:, None]).to(target.dtype.element_ty), mask=mask)
+    tl.store(at, greatest + tl.log(total), mask=is_row)
+
+
+merge_kernels = (merge_kernel, merge_two_kernel)  # by the number of tiles
+
+
+@triton.jit
 def add_three_kernel(
     target, one, two, three,
     target_b, target_s, target_h,

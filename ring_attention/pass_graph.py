@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ring_attention.kernels import AttentionKernel
 from ring_attention.trace import profiler_range, ring_steps_are_visible
 from ring_attention.transport import messages_are_local
 
@@ -26,14 +27,22 @@ MOST_GRAPHS = 16  # each keeps memory for its inputs and results
 Compute = Callable[..., tuple[Tensor, ...]]
 
 
+def become_graphs(kernel: AttentionKernel, num_tokens: int, are_packed: bool) -> bool:
+    """Whether such passes become graphs where all messages are copies (`P2PTransport.graphs`). Forecasts ask it too.
+
+    Args:
+        num_tokens: of a ring rank, over all rows.
+        are_packed: whether the mask has documents, which are new with each batch.
+    """
+    return kernel.can_be_captured and num_tokens <= MOST_TOKENS and not are_packed
+
+
 def has_graphs(ring: Any, q_BSHD: Tensor) -> bool:
     """Whether the passes of a `ring.Ring` with these queries become graphs. The same on all ranks."""
     return (
         ring.transport is not None
         and ring.transport.graphs is not None
-        and ring.kernel.can_be_captured
-        and ring.mask.documents is None  # packed documents are new with each batch
-        and len(q_BSHD) * q_BSHD.shape[1] <= MOST_TOKENS
+        and become_graphs(ring.kernel, len(q_BSHD) * q_BSHD.shape[1], ring.mask.documents is not None)
         and not ring_steps_are_visible()
         and not messages_are_local()
     )

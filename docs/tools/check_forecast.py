@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from conf.schema import Degrees
+from conf.schema import AttentionConfig, Config, DataConfig, Degrees
 from docs.tools.markdown import RESULTS, load, table
 from docs.tools.measured_steps import MeasuredStep, cluster_of, kernel_of, measured_steps, model_of, tried_steps
 from recipes.planning.attention_time import AttentionTime
 from recipes.planning.cluster_speed import ClusterSpeed
+from recipes.planning.pass_graphs import has_graphs
 from recipes.planning.speeds import FITTED, Constants
 from recipes.planning.step_time import StepTime
 from ring_attention.kernels import KERNELS
@@ -35,6 +36,8 @@ PRIOR = 0.3  # standard deviation of a constant's logarithm around its start, wh
 ERROR = 0.03
 # of the program that measured attention alone
 OLDER_HOST = {"call_ms": 0.4, "ring_step_ms": 0.4, "backward_issue": 2.0}
+GRAPHS = "pass_graphs_2xH200.json"
+HOST_BOUND = 4096  # tokens of a ring of two up to which its graphs take what the host takes
 
 
 class Errors(NamedTuple):
@@ -128,15 +131,24 @@ def attention_rows(constants: Constants) -> list[list[str]]:
         result = load(path.name)
         for row in result["rows"]:
             if row["name"] in CANDIDATES:
-                older = dataclasses.replace(constants, **OLDER_HOST)
-                attention = attention_of(result, CANDIDATES[row["name"]], older)
-                forward, backward = (attention.pass_seconds(is_backward).total for is_backward in (False, True))
-                cells = [path.name, row["name"]]
-                for kind, seconds in (("forward", forward), ("forward_backward", forward + backward)):
-                    ms = row[kind]["ms"]
-                    cells += [f"{ms:.2f}", f"{1e3 * seconds:.2f}", f"{1e3 * seconds / ms - 1:+.1%}"]
-                rows.append(cells)
+                attention = attention_of(result, CANDIDATES[row["name"]], constants)
+                measured = row["forward"]["ms"], row["forward_backward"]["ms"]
+                rows.append([path.name, row["name"], *beside(attention, *measured)])
     return rows
+
+
+def beside(attention: AttentionTime, forward_ms: float, both_ms: float) -> list[str]:
+    """Measured ms, forecast ms and error of a forward pass, and the same of both passes."""
+    forward, backward = (1e3 * attention.pass_seconds(is_backward).total for is_backward in (False, True))
+    pairs = (forward_ms, forward), (both_ms, forward + backward)
+    return [cell for ms, forecast in pairs for cell in (f"{ms:.2f}", f"{forecast:.2f}", f"{forecast / ms - 1:+.1%}")]
+
+
+def graph_ms() -> float:
+    """`Constants.graph_ms` of rings of two: what both passes take beyond two calls, where the host sets the time."""
+    calls_ms = FITTED.call_ms * (1 + FITTED.backward_issue)
+    rows = [row for row in load(GRAPHS)["links"] if row["length"] <= HOST_BOUND]
+    return statistics.mean((statistics.median(row["ms"]["both graph"]) - calls_ms) / 2 for row in rows)
 
 
 def attention_table(constants: Constants) -> str:
@@ -146,22 +158,32 @@ def attention_table(constants: Constants) -> str:
 
 
 def attention_of(result: dict[str, Any], method: str, constants: Constants) -> AttentionTime:
-    """The attention of one candidate of a result of recipe=bench_attention."""
+    """The attention of one candidate of a result of recipe=bench_attention.
+
+    The host's constants are `OLDER_HOST`, except of a ring whose passes are graphs. Results that are older than graphs
+    say nothing about documents.
+    """
     config, num_ranks = result["config"], result["num_ranks"]
     ring = num_ranks if method in ("ring", "all_gather") else 1
     ulysses = num_ranks if method == "ulysses" else 1
     model = model_of(config["model"])
-    kernel = kernel_of(model)
+    kernel, layout = kernel_of(model), Layout("zigzag", ring, config["data"]["sequence_length"], ulysses)
+    rows, degrees = config["engine"]["micro_batch_size"], Degrees(1, ring, ulysses)
+    transport = AttentionConfig(transport=config["attention"]["transport"])
+    settings = Config(attention=transport, data=DataConfig(document_mask=False)), degrees, method, kernel
+    are_graphs = "documents" in result and has_graphs(*settings, num_ranks, rows * layout.local_length)
+    host = {} if are_graphs else OLDER_HOST
     return AttentionTime(
         model,
         method,
-        Degrees(1, ring, ulysses),
-        Layout("zigzag", ring, config["data"]["sequence_length"], ulysses),
-        config["engine"]["micro_batch_size"],
+        degrees,
+        layout,
+        rows,
         2,
         kernel,
         KERNELS[kernel].split,
-        ClusterSpeed(cluster_of(result["device"]), constants),
+        ClusterSpeed(cluster_of(result["device"]), dataclasses.replace(constants, **host)),
+        has_graphs=are_graphs,
         is_alone=True,
     )
 

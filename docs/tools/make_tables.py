@@ -124,6 +124,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "forecast steps": forecast.forecast_steps,
     "forecast tried": forecast.forecast_tried,
     "forecast attention": forecast.forecast_attention,
+    "forecast graphs": forecast.forecast_graphs,
     "forecast simulated": forecast.forecast_simulated,
     "forecast paper 10k": partial(paper_table, "paper_10k"),
     "forecast paper 100k": partial(paper_table, "paper_100k"),

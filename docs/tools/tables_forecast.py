@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
+import statistics
 from collections.abc import Callable, Sequence
 
 from conf.schema import Degrees
 from docs.tools.check_forecast import (
+    GRAPHS,
+    HOST_BOUND,
     attention_table,
+    beside,
     distinct_pairs,
     errors,
     forecast_s,
@@ -15,14 +19,17 @@ from docs.tools.check_forecast import (
     step_table,
 )
 from docs.tools.markdown import load, table
-from docs.tools.measured_steps import MeasuredStep, measured_steps, model_of, tried_steps
+from docs.tools.measured_steps import MeasuredStep, cluster_of, measured_steps, model_of, tried_steps
 from recipes.planning.attention_time import AttentionTime
 from recipes.planning.cluster import Cluster
 from recipes.planning.cluster_speed import ClusterSpeed
 from recipes.planning.speeds import FITTED
 from ring_attention.kernels import KERNELS
 from ring_attention.layout import Layout
+from ring_attention.pass_graph import become_graphs
 
+SIMULATED_LENGTH = 65_536
+BESIDE = "forward, ms | forecast, ms | error | with backward, ms | forecast, ms | error"
 # a GPU that plays one rank of a ring has its messages at once
 NO_MESSAGES = Cluster("h200", 1, 64, 139.8, 1e9, 1e9, latency_us=0, host_memory_gib=2000)
 
@@ -74,19 +81,35 @@ def forecast_simulated() -> str:
     body = []
     for row in load("ring_host_H200.json")["rows"]:
         degree, measured = row["ring_degree"], row["after"]
-        forward_s, backward_s = (_rank_of_a_ring(degree).pass_seconds(backward).total for backward in (False, True))
-        pairs = ((measured["forward_ms"], forward_s), (measured["both_ms"], forward_s + backward_s))
-        cells = [(f"{ms:.2f}", f"{1e3 * s:.2f}", f"{1e3 * s / ms - 1:+.1%}") for ms, s in pairs]
-        body.append([f"ring of {degree}", *cells[0], *cells[1]])
-    return table("65,536 tokens | forward, ms | forecast, ms | error | with backward, ms | forecast, ms | error", body)
+        attention = _rank_of_a_ring(degree, SIMULATED_LENGTH, NO_MESSAGES)
+        body.append([f"ring of {degree}", *beside(attention, measured["forward_ms"], measured["both_ms"])])
+    return table(f"65,536 tokens | {BESIDE}", body)
 
 
-def _rank_of_a_ring(degree: int) -> AttentionTime:
+def forecast_graphs() -> str:
+    """Rings whose passes are CUDA graphs: of two with their messages, and one rank of larger ones."""
+    result, body = load(GRAPHS), []
+    for row in result["links"]:
+        length, ms = row["length"], [statistics.median(row["ms"][f"{part} graph"]) for part in ("fwd", "both")]
+        attention = _rank_of_a_ring(2, length, cluster_of("NVIDIA H200"), has_graphs=True)
+        body.append([f"{length:,}", 2, "fitted" if length <= HOST_BOUND else "", *beside(attention, *ms)])
+    for row in result["simulated"]:
+        degree, measured = row["ring_degree"], row["graph"]
+        if become_graphs(KERNELS["flash_attn_4"], SIMULATED_LENGTH // degree, are_packed=False):
+            attention = _rank_of_a_ring(degree, SIMULATED_LENGTH, NO_MESSAGES, has_graphs=True)
+            cells = beside(attention, measured["forward_ms"], measured["both_ms"])
+            body.append([f"{SIMULATED_LENGTH:,}", f"{degree}, simulated", "", *cells])
+    return table(f"tokens | ring of | host | {BESIDE}", body)
+
+
+def _rank_of_a_ring(degree: int, length: int, cluster: Cluster, has_graphs: bool = False) -> AttentionTime:
     fields = {"name": "attention", "num_layers": 1, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128}
-    kernel, layout = KERNELS["flash_attn_4"], Layout("zigzag", degree, 65_536, 1)
-    speed = ClusterSpeed(NO_MESSAGES)
+    kernel, layout = KERNELS["flash_attn_4"], Layout("zigzag", degree, length, 1)
     return AttentionTime(
-        model_of(fields), "ring", Degrees(1, degree, 1), layout, 1, 2, kernel.name, kernel.split, speed, is_alone=True
+        *(model_of(fields), "ring", Degrees(1, degree, 1), layout, 1, 2, kernel.name, kernel.split),
+        speed=ClusterSpeed(cluster),
+        has_graphs=has_graphs,
+        is_alone=True,
     )
 
 

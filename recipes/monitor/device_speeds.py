@@ -24,6 +24,7 @@ from ring_attention import LocalAttention, RingAttention
 from ring_attention.groups import ParallelGroups
 from ring_attention.kernels import KernelParams, KernelSpec, SavedTensors, choose_kernel
 from ring_attention.topology import ring_order
+from ring_attention.trace import visible_ring_steps
 from ring_attention.transport import P2PMessage, make_transport
 from ring_attention.transport.collectives import all_gather
 
@@ -140,7 +141,8 @@ class DeviceSpeeds:
             return HostTimes(_rounded(1e3 * call_s), None, _rounded(max(0.1, both_s / call_s - 1)))
         group, transport = self._groups.get_sequence_parallel_group(), self._plan.transport
         ring = RingAttention(kernel, group, layout="zigzag", transport=transport, hosts=self._groups.hosts)
-        forward_s, both_s = self._issued_s(ring)
+        with visible_ring_steps():  # else so few tokens have CUDA graphs
+            forward_s, both_s = self._issued_s(ring)
         step_s = max(1e-6, (forward_s - call_s) / degree)
         backward_issue = max(0.1, (both_s - forward_s) / (call_s + step_s * (degree + 1)))
         return HostTimes(_rounded(1e3 * call_s), _rounded(1e3 * step_s), _rounded(backward_issue))

@@ -65,6 +65,7 @@ class AttentionTime:
         kernel_tiles: its `AttentionKernel.split`.
         mask: with documents for packed sequences.
         slowdown: factors on the kernels of each ring rank, for stragglers.
+        has_graphs: whether a ring's passes are CUDA graphs (`pass_graphs`).
         is_alone: whether the host issues nothing else, as in a benchmark. In a model it issues layers ahead.
     """
 
@@ -79,6 +80,7 @@ class AttentionTime:
     speed: ClusterSpeed
     mask: Mask = CAUSAL
     slowdown: tuple[float, ...] | None = None
+    has_graphs: bool = False
     is_alone: bool = False
 
     def pass_seconds(self, backward: bool) -> AttentionSeconds:
@@ -88,12 +90,13 @@ class AttentionTime:
 
     def issue_s(self, backward: bool) -> float:
         """What the host needs to issue one pass."""
-        num_steps = 0
-        if self.method in ("ring", "hybrid"):  # one exchange has the calls and messages of a ring of two
-            num_steps = (2 if self._goes_direct else self.layout.ring_degree) + backward
-        num_steps += 2 if self.degrees.ulysses > 1 or self._gathers else 0  # the calls before and after take as long
+        num_steps = 2 if self.degrees.ulysses > 1 or self._gathers else 0  # the calls before and after take as long
+        if self.method in ("ring", "hybrid") and not self.has_graphs:
+            # one exchange has the calls and messages of a ring of two
+            num_steps += (2 if self._goes_direct else self.layout.ring_degree) + backward
         ms = self.speed.call_ms + self.speed.ring_step_ms * num_steps
-        return ms * (self.speed.backward_issue if backward else 1) / 1e3
+        ms *= self.speed.backward_issue if backward else 1
+        return (ms + self.has_graphs * self.speed.constants.graph_ms) / 1e3
 
     @property
     def _goes_direct(self) -> bool:

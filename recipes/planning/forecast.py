@@ -70,7 +70,8 @@ class Forecast:
     @functools.cached_property
     def memory(self) -> StepMemory:
         """Of one micro-batch of the step, on one GPU."""
-        return StepMemory(_of_one_micro_batch(self.config), self.degrees, self.method, self.local_tokens, on_gpu=True)
+        config, per_host = _of_one_micro_batch(self.config), self.cluster.gpus_per_host
+        return StepMemory(config, self.degrees, self.method, self.local_tokens, on_gpu=True, ranks_per_host=per_host)
 
     @functools.cached_property
     def state(self) -> StateBytes:

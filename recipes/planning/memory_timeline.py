@@ -30,6 +30,7 @@ from recipes.planning.memory import (
     mlp_tile_tokens,
     tile_tokens,
 )
+from recipes.planning.pass_graphs import graph_memory
 
 MAX_LIVE = 1_000_000_000  # parameters that ZeRO-3 gathers at most: DeepSpeed's stage3_max_live_parameters
 STATES = "weights, optimizer states, persistent buffers"
@@ -54,6 +55,7 @@ class StepMemory:
     Args:
         method: the attention method, never auto.
         local_tokens: of one micro-batch on this rank, all its sequences and padding included.
+        ranks_per_host: decides whether a ring's passes are CUDA graphs.
     """
 
     config: Config
@@ -61,6 +63,7 @@ class StepMemory:
     method: str
     local_tokens: int
     on_gpu: bool
+    ranks_per_host: int
 
     def __post_init__(self) -> None:
         config, model, num_ranks = self.config, self.config.model, math.prod(self.degrees)
@@ -88,6 +91,11 @@ class StepMemory:
             self._symmetric_per_token = num_pairs * 2 * (self._size + self._gradient_size) * self._keys
             shards = symmetric_buffer_shards(self.degrees.ring) / num_pairs if self._has_exchange else 1
             self._states["the ring's symmetric buffers"] = shards * self._symmetric_per_token * self.local_tokens
+        shape = self.degrees, self.method, self.ranks_per_host, self.local_tokens
+        self._graphs = graph_memory(config, *shape) if self.on_gpu else None
+        if self._graphs:  # from the second layer or step on
+            working = self._attention_per_token() - self._symmetric_per_token - self._size * self._queries
+            self._states["CUDA graphs of the ring's passes"] = self._graphs.kept(working) * self.local_tokens
 
     @property
     def _gradient_size(self) -> int:
@@ -168,7 +176,10 @@ class StepMemory:
             name, gradients = "the last layer's second norm, backward", 16 * model.hidden_size + self._hidden
             yield self._layer_point(name, recomputed, gradients, num_gradients)
         recomputed -= self._norm_per_token
-        attention = self._attention_per_token() - self._symmetric_per_token
+        if self._graphs:  # they have the rest
+            attention = self._size * self._queries + self._graphs.results  # the output's gradient, and copies
+        else:
+            attention = self._attention_per_token() - self._symmetric_per_token
         gradients = max(attention, self._exchange_per_token()) + self._hidden
         yield self._layer_point("the last layer's attention, backward", recomputed, gradients, num_gradients)
 

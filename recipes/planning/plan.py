@@ -313,7 +313,8 @@ class Plan:
 
     @property
     def step_memory(self) -> StepMemory:
-        return StepMemory(self.config, self.degrees, self.method, self.local_tokens, self.on_gpu)
+        tokens, per_host = self.local_tokens, self.ranks_per_host
+        return StepMemory(self.config, self.degrees, self.method, tokens, self.on_gpu, per_host)
 
     @property
     def memory_warning(self) -> str | None:

@@ -51,7 +51,8 @@ HEAD_NUMBERS = 4096
 # by kernel and head size
 KERNEL_SPEEDS: dict[tuple[str, int], tuple[KernelSpeed, ...]] = {
     ("flash_attn_4", 128): (
-        KernelSpeed(2_048, 500, 205),
+        # backward by itself 205, at 0.42 ms, which the host needs for a call; graphs of rings do not wait for it
+        KernelSpeed(2_048, 500, 469),
         KernelSpeed(4_096, 585, 469),
         KernelSpeed(8_192, 626, 575),
         KernelSpeed(16_384, 645, 600),
@@ -88,6 +89,9 @@ class Constants:
         call_ms, ring_step_ms: of the host for a forward call of attention, and for each of its ring steps. No step of a
             model that was measured waits for its host, so these are from `ring_host_H200.json`.
         backward_issue: the host's time for a backward pass, of that for a forward pass.
+        graph_ms: of the host for a pass that is a CUDA graph, beyond the call: copies of inputs and results, and the
+            launch, in place of ring steps. It hardly grows with these. From rings of two in `pass_graphs_2xH200.json`;
+            `docs.tools.check_forecast.graph_ms` has the formula.
         wait_share: of a layer's time, lost where ranks wait for each other in each layer.
         gradient_bytes: memory traffic per parameter and micro-batch for the sum of gradients.
         optimizer_bytes: memory traffic per updated parameter: norm, scaling and Adam.
@@ -105,6 +109,7 @@ class Constants:
     call_ms: float = 0.2
     ring_step_ms: float = 0.1
     backward_issue: float = 3.5
+    graph_ms: float = 0.15
     wait_share: float = 0.01
     gradient_bytes: float = 20.0
     optimizer_bytes: float = 40.0

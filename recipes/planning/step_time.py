@@ -20,6 +20,7 @@ from recipes.planning.cluster_speed import ClusterSpeed
 from recipes.planning.engine_time import EngineTime
 from recipes.planning.layer_time import LayerSeconds, LayerTime
 from recipes.planning.memory import LAYERS_ON_DEVICE, dtype_bytes
+from recipes.planning.pass_graphs import has_graphs
 from recipes.planning.speeds import FITTED, Constants
 from ring_attention.kernels import KERNELS
 from ring_attention.layout import Layout
@@ -192,6 +193,7 @@ class StepTime:
             self._speed,
             mask,
             self.slowdown,
+            has_graphs(self.config, self.degrees, self.method, self.kernel, self.cluster.gpus_per_host, self._tokens),
         )
 
     @property

@@ -73,7 +73,7 @@ def test_the_report_adds_up():
     ],
 )
 def test_unsupported_configurations_are_named(config: Config, reason: str):
-    unsupported = StepMemory(config, Degrees(1, 1, 1), "ring", 8, on_gpu=False).unsupported
+    unsupported = StepMemory(config, Degrees(1, 1, 1), "ring", 8, on_gpu=False, ranks_per_host=1).unsupported
     assert unsupported is not None
     names(unsupported, reason)
 

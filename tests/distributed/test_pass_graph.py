@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from recipes.planning.pass_graphs import GraphMemory
 from ring_attention import CAUSAL, FULL, Mask, RingAttention, pass_graph
 from ring_attention.kernels import KERNELS
 from ring_attention.kernels.reference import ReferenceKernel
@@ -179,3 +181,30 @@ def passes_in_two_orders(case: Case) -> list[tuple[int, list[Tensor]]]:
         modules = [RingAttention(case.kernel, world(), hosts=hosts, **options) for hosts in ("aaaa", "abab")]
         passes = [[attend(case, module, draw(case)) for module in modules] for _ in range(3)]
         return [(module.sequence_rank, results) for module, results in zip(modules, passes[-1], strict=True)]
+
+
+@pytest.mark.parametrize("masks", [(CAUSAL,), (CAUSAL, Mask(9))])
+def test_graphs_keep_what_is_predicted(pool: WorkerPool, masks: tuple[Mask, ...]):
+    """Inputs and results, counted. The layers of one mask share them."""
+    case = replace(CASES[0], num_ranks=2, dtype=torch.bfloat16)
+    queries, keys = case.num_heads * case.head_dim, case.num_kv_heads * case.head_dim
+    memory = GraphMemory(case.num_heads, queries, keys, 2, len(masks))
+    predicted = memory.kept(memory.results) * case.batch * LENGTH // 2
+    layers = [replace(case, mask=mask) for mask in masks] * 3
+    assert pool.run(kept_bytes, layers, num_ranks=2) == [predicted] * 2
+
+
+def kept_bytes(layers: list[Case]) -> int:
+    """Of all graphs after a pass through these layers, forward and backward."""
+    with graphs_on_the_cpu():
+        for case in layers:
+            attend(case, build(case, world()), draw(case))
+        [(buffers, _)] = copy_engine._symmetric_buffers.values()
+        assert buffers is not None
+        kept = [
+            tensor
+            for graphs in buffers.graphs.values()
+            for graph in graphs.values()
+            for tensor in (*graph._inputs, *graph._results)
+        ]
+        return sum(tensor.nbytes for tensor in kept)

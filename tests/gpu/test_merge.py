@@ -14,23 +14,24 @@ LIMIT = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 @pytest.mark.parametrize("head_dim", [8, 40, 128, 512])
 @pytest.mark.parametrize("target", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("state", [torch.float32, torch.bfloat16], ids=str)
-def test_the_merge_equals_the_cpu_merge(head_dim: int, target: torch.dtype, state: torch.dtype):
+@pytest.mark.parametrize("num_tiles", [1, 2])
+def test_the_merge_equals_the_cpu_merge(head_dim: int, target: torch.dtype, state: torch.dtype, num_tiles: int):
     torch.manual_seed(0)
     batch, tokens, heads = 2, 37, 3
     out = torch.randn(batch, 2 * tokens, heads, head_dim, device="cuda").to(state)[:, tokens:]
     lse = (5 * torch.randn(batch, heads, 2 * tokens, device="cuda"))[..., tokens:]
-    block_out = torch.randn(batch, heads, tokens, head_dim, device="cuda").bfloat16().transpose(1, 2)
-    block_lse = 5 * torch.randn(batch, tokens, heads, device="cuda").transpose(1, 2)
+    outs = torch.randn(num_tiles, batch, heads, tokens, head_dim, device="cuda").bfloat16().transpose(2, 3)
+    lses = 5 * torch.randn(num_tiles, batch, tokens, heads, device="cuda").transpose(2, 3)
     out[0, 3], lse[0, :, 3] = 0, float("-inf")
-    lse[1, :, 5], block_lse[1, :, 6] = 1e4, 1e4
+    lse[1, :, 5], lses[0, 1, :, 6], lses[-1, 0, :, 3] = 1e4, 1e4, 1e4
     expected_lse = lse.cpu().clone()
     expected = torch.empty(out.shape)
-    merge(expected, out.cpu(), expected_lse, block_out.cpu(), block_lse.cpu())
+    merge(expected, out.cpu(), expected_lse, [*zip(outs.cpu(), lses.cpu(), strict=True)])
     got = out if target == state else torch.full(out.shape, float("nan"), device="cuda", dtype=target)
-    merge(got, out, lse, block_out, block_lse)
+    merge(got, out, lse, [*zip(outs, lses, strict=True)])
     assert relative_error(got.cpu(), expected) < LIMIT[target]
     assert relative_error(lse.cpu(), expected_lse) < 1e-6
-    assert torch.equal(got[0, 3].float(), block_out[0, 3].to(target).float())
+    assert torch.equal(got[0, 3].float(), outs[-1, 0, 3].to(target).float())  # the only one, or the greatest by far
 
 
 @pytest.mark.parametrize("head_dim", [8, 40, 128, 512])
@@ -50,26 +51,30 @@ def test_sums_round_once(head_dim: int, dtype: torch.dtype, first: torch.dtype, 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("row_size", [8, 40, 200, 1024, 2056, 6144])
+@pytest.mark.parametrize(("k_size", "v_size"), [(8, 8), (40, 24), (200, 200), (1024, 1024), (2056, 8), (6144, 6144)])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("num_received", [0, 5])
-def test_sums_of_rows(dtype: torch.dtype, row_size: int, batch: int, num_received: int):
+def test_sums_of_rows(dtype: torch.dtype, k_size: int, v_size: int, batch: int, num_received: int):
     """Of views, into views: no addend, one, several, many; and copies. Twice, as the second launch is cached."""
-    own = torch.randn(batch, 20, 3, row_size + 8, device="cuda").to(dtype)[:, 5:12, 1, :row_size]
-    received = torch.randn(num_received, 2 * row_size, device="cuda").to(dtype)[:, row_size:]
-    exact = torch.cat((own.flatten(0, 1), received)).double().cpu()
+    sizes = k_size, v_size
+    own = [torch.randn(batch, 20, 3, size + 8, device="cuda").to(dtype)[:, 5:12, 1, :size] for size in sizes]
+    received = torch.randn(num_received * sum(sizes), device="cuda").to(dtype)
+    exact_own, exact_received = [x.double().cpu() for x in own], received.double().cpu()
     counts = torch.tensor([0, 1, 5, 2, 40, 0] * batch)
+    num_entries = 7 * batch + num_received
     for last in (0, 3):
         counts[-1] = last
-        addends, starts = torch.randint(len(exact), (int(counts.sum()),)), counts.cumsum(0) - counts
-        copied = torch.randint(len(exact), (6 * batch,))
+        addends, starts = torch.randint(num_entries, (int(counts.sum()),)), counts.cumsum(0) - counts
+        copied = torch.randint(num_entries, (6 * batch,))
         for rows, begins in ((addends, starts), (copied, None)):
-            whole = torch.full((batch, 12, row_size), float("nan"), device="cuda", dtype=dtype)
-            expected = torch.empty(batch, 6, row_size, dtype=torch.float64)
-            sum_rows(expected, exact[None], exact[:0], rows, begins)
-            sum_rows(whole[:, 3:9], own, received, rows.cuda(), None if begins is None else begins.cuda())
+            whole = [torch.full((batch, 12, size), float("nan"), device="cuda", dtype=dtype) for size in sizes]
+            expected = [torch.empty(batch, 6, size, dtype=torch.float64) for size in sizes]
+            sum_rows((expected[0], expected[1]), (exact_own[0], exact_own[1]), exact_received, rows, begins)
+            on_device = (rows.cuda(), None if begins is None else begins.cuda())
+            sum_rows((whole[0][:, 3:9], whole[1][:, 3:9]), (own[0], own[1]), received, *on_device)
             # in fp32 a sum of 40 addends is off by more than one rounding
             rtol = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}.get(dtype, 1e-12)
-            torch.testing.assert_close(whole[:, 3:9].double().cpu(), expected, rtol=rtol, atol=1e-4)
-            assert whole[:, :3].isnan().all()
-            assert whole[:, 9:].isnan().all()
+            for got, part in zip(whole, expected, strict=True):
+                torch.testing.assert_close(got[:, 3:9].double().cpu(), part, rtol=rtol, atol=1e-4)
+                assert got[:, :3].isnan().all()
+                assert got[:, 9:].isnan().all()

@@ -1,4 +1,4 @@
-"""Sums of gradients: in any order and any parts, rounded once, and without copies where none are needed."""
+"""The online softmax over tiles, and sums of gradients: any order, any parts, rounded once, without needless copies."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ring_attention.accumulators import GradientAccumulator
+from ring_attention import accumulators
+from ring_attention.accumulators import GradientAccumulator, OnlineSoftmaxAccumulator
 from ring_attention.backward_schedule import GradientPiece
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
@@ -27,6 +28,38 @@ def assert_rounded_once(got: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
     assert got.dtype == dtype
     rtol, atol = {torch.float64: (1e-15, 1e-14), torch.float32: (2e-7, 2e-6), torch.bfloat16: (2.0**-8, 2e-6)}[dtype]
     torch.testing.assert_close(got.double(), exact, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize(
+    ("parts", "merges"),
+    [
+        ([EVERYTHING] * 5, [2, 2]),
+        ([EVERYTHING] * 4, [2, 1]),
+        ([EVERYTHING, EVERYTHING, LAST, LAST, LAST], [1, 2, 1]),  # as of a ring under a causal mask, in zigzag
+        ([EVERYTHING, LAST, FIRST], [1, 1]),
+        ([LAST, FIRST, EVERYTHING], [1, 1, 1]),  # the first tile lacks queries
+    ],
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tiles_of_the_same_queries_are_merged_two_at_a_time(
+    dtype: torch.dtype, parts: list[slice], merges: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    seen, merge = [], accumulators.merge
+    monkeypatch.setattr(accumulators, "merge", lambda *arguments: seen.append(len(arguments[3])) or merge(*arguments))
+    q, total = torch.randn(2, 6, 3, 4, dtype=dtype), torch.zeros(2, 6, 3, 4, dtype=torch.float64)
+    weights = torch.zeros(2, 3, 6, dtype=torch.float64)
+    accumulator = OnlineSoftmaxAccumulator(q, q)
+    for number, part in enumerate(parts):
+        out = torch.randn(2, 6, 3, 4, dtype=torch.float64)[:, part].to(dtype)
+        lse = torch.randn(2, 3, 6, dtype=torch.promote_types(dtype, torch.float32))[..., part].clone()
+        weight = lse.double().exp()
+        total[:, part] += out.double() * weight.transpose(1, 2)[..., None]
+        weights[..., part] += weight
+        accumulator.add(EVERYTHING, part, out, lse, is_last=number == len(parts) - 1)
+    out, lse = accumulator.result()
+    assert seen == merges
+    assert_rounded_once(out, total / weights.transpose(1, 2)[..., None], dtype)
+    torch.testing.assert_close(lse.double(), weights.log(), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -185,20 +185,21 @@ def test_merging_two_halves_equals_the_whole():
     kernel, params = KERNELS["reference"], KernelParams(None, None, SCALE)
     whole_out, whole_lse = kernel.forward(q, k, v, params)
     out, lse = kernel.forward(q, k[:, :3], v[:, :3], params)
-    merge(out, out, lse, *kernel.forward(q, k[:, 3:], v[:, 3:], params))
+    parts = [kernel.forward(q, k[:, keys], v[:, keys], params) for keys in (slice(3, 5), slice(5, None))]
+    merge(out, out, lse, parts)
     assert relative_error(out, whole_out) < 1e-14
     assert relative_error(lse, whole_lse) < 1e-14
 
 
 def test_merging_into_a_row_that_has_seen_no_key_takes_the_new_result():
     out, lse = torch.zeros(1, 1, 1, 2), torch.full((1, 1, 1), float("-inf"))
-    merge(out, out, lse, torch.full((1, 1, 1, 2), 3.0), torch.full((1, 1, 1), -5.0))
+    merge(out, out, lse, [(torch.full((1, 1, 1, 2), 3.0), torch.full((1, 1, 1), -5.0))])
     assert (out.tolist(), lse.tolist()) == ([[[[3.0, 3.0]]]], [[[-5.0]]])
 
 
 def test_merging_survives_scores_far_apart():
     out, lse = torch.ones(1, 1, 1, 2), torch.full((1, 1, 1), -1e4)
-    merge(out, out, lse, torch.full((1, 1, 1, 2), 3.0), torch.full((1, 1, 1), 1e4))
+    merge(out, out, lse, [(torch.full((1, 1, 1, 2), 3.0), torch.full((1, 1, 1), 1e4))])
     assert out.tolist() == [[[[3.0, 3.0]]]]
     assert lse.tolist() == [[[1e4]]]
 

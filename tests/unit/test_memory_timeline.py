@@ -65,7 +65,7 @@ def test_a_peak_measured_with_fp32_sums_of_all_gradients_is_predicted_without_th
     ],
 )
 def test_offloaded_states_are_predicted_where_they_were_measured(engine, on_gpu, reason):
-    found = StepMemory(Config(engine=EngineConfig(**engine)), Degrees(1, 1, 1), "local", 8, on_gpu).unsupported
+    found = StepMemory(Config(engine=EngineConfig(**engine)), Degrees(1, 1, 1), "local", 8, on_gpu, 1).unsupported
     assert found is None if reason is None else found is not None and is_named(found, reason)
     if reason == "engine.offload_optimizer=true":  # where it is predicted
         assert found is not None

@@ -98,7 +98,7 @@ def test_nothing_ranked_exceeds_the_memory(found: SearchResult):
         layout = Layout("zigzag", one.degrees.ring, 65_536, one.degrees.ulysses)
         alone = changed(one.config, **{"engine.train_batch_size": None})
         tokens = one.config.engine.micro_batch_size * layout.local_length
-        peak = StepMemory(alone, one.degrees, one.method, tokens, on_gpu=True).peak.total
+        peak = StepMemory(alone, one.degrees, one.method, tokens, on_gpu=True, ranks_per_host=8).peak.total
         assert max(peak, state_bytes(one.config, one.degrees).needed) <= one.needed_bytes <= 36 * 2**30
         assert one.refusal is None
 
@@ -282,7 +282,7 @@ def test_printed_commands_compose_and_plan_the_same_memory(typed: list[str], clu
             assert state_bytes(run, degrees) == one.state
             assert run.engine == dataclasses.replace(one.config.engine)
             run.engine.train_batch_size, run.engine.gradient_accumulation_steps = None, 1
-            step = StepMemory(run, degrees, one.method, one.local_tokens, on_gpu=True)
+            step = StepMemory(run, degrees, one.method, one.local_tokens, on_gpu=True, ranks_per_host=8)
             assert step.peak == one.memory.peak
 
 
