@@ -78,8 +78,10 @@ class Mask:
         return self.packed(rows)
 
     def within(self, length: int) -> Mask:
-        """The same mask on `length` tokens, without what excludes no key: bounds that reach beyond them, for some kernels
-        have no windows, and documents if each row is one of all tokens, for passes over packed ones are no CUDA graphs.
+        """The same mask on `length` tokens, without what excludes no key.
+
+        Bounds beyond all tokens go, because some kernels have no windows. Documents go if each row is a single one,
+        because passes over packed documents are no CUDA graphs.
         """
         left, right = (None if b is not None and b >= length - 1 else b for b in (self.left, self.right))
         documents = self.documents
