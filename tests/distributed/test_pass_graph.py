@@ -59,6 +59,12 @@ def graphs_on_the_cpu() -> Iterator[list[str]]:
         yield events
 
 
+def all_graphs() -> list[pass_graph.PassGraph]:
+    [(buffers, _)] = copy_engine._symmetric_buffers.values()
+    assert buffers is not None
+    return [graph for of_order in buffers.graphs.values() for graph in of_order.values()]
+
+
 def passes(case: Case, factors: tuple[float, ...]) -> tuple[list[list[Tensor]], list[str]]:
     """Results of passes whose inputs differ by factors, and what happened."""
     with graphs_on_the_cpu() as events:
@@ -102,6 +108,22 @@ def passes_in_turn(case: Case, wrapper: str) -> tuple[list[Tensor], list[str]]:
                 attend(case, module, draw(case))
             results = attend(case, module, [factor * x for x in draw(case)])
         return results, events
+
+
+def test_beyond_the_most_graphs_passes_stay_exact_and_none_is_made(pool: WorkerPool):
+    cases = [replace(CASES[0], mask=mask) for mask in (CAUSAL, Mask(9))]
+    ranks = pool.run(passes_with_two_graphs, cases, num_ranks=4)
+    for case, *results in zip(cases, *(results for results, _ in ranks), strict=True):
+        check(case, results)
+    assert [num_graphs for _, num_graphs in ranks] == [2] * 4
+
+
+def passes_with_two_graphs(cases: list[Case]) -> tuple[list[list[Tensor]], int]:
+    """The last of three passes of each case, of which the first one's get the graphs."""
+    with graphs_on_the_cpu(), patch.object(pass_graph, "MOST_GRAPHS", 2):
+        modules = [build(case, world()) for case in cases]
+        passes = [[attend(*one, draw(one[0])) for one in zip(cases, modules, strict=True)] for _ in range(3)]
+        return passes[-1], len(all_graphs())
 
 
 def test_micro_batches_share_no_results(pool: WorkerPool):
@@ -201,12 +223,5 @@ def kept_bytes(layers: list[Case]) -> int:
     with graphs_on_the_cpu():
         for case in layers:
             attend(case, build(case, world()), draw(case))
-        [(buffers, _)] = copy_engine._symmetric_buffers.values()
-        assert buffers is not None
-        kept = [
-            tensor
-            for graphs in buffers.graphs.values()
-            for graph in graphs.values()
-            for tensor in (*graph._inputs, *graph._results)
-        ]
+        kept = [tensor for graph in all_graphs() for tensor in (*graph._inputs, *graph._results)]
         return sum(tensor.nbytes for tensor in kept)
