@@ -8,7 +8,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ring_attention.merge_triton import run_again, run_first
-from ring_attention.row_sums import KeysAndValues
 
 _MAX_COLUMNS = 2048  # per program
 
@@ -49,7 +48,11 @@ def sum_rows_kernel(
 
 
 def launch_sums(
-    target: KeysAndValues, own: KeysAndValues, received: Tensor, addends: Tensor, starts: Tensor | None
+    target: tuple[Tensor, Tensor],
+    own: tuple[Tensor, Tensor],
+    received: Tensor,
+    addends: Tensor,
+    starts: Tensor | None,
 ) -> None:
     """As `sum_rows`, in fp32 or half precision."""
     (target_k, target_v), (own_k, own_v) = target, own
