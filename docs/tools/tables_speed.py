@@ -34,14 +34,11 @@ def packed() -> str:
         for row in load(name):
             mark = " (beside another job)" if row.get("other_jobs") else ""
             line = [f"{length:,}", f"{row['mix']}{mark}"]
-            times = [row[kind] for kind in ("forward", "with backward")]
-            line.append(" / ".join(f"{each['varlen_ms']:.2f}" for each in times))
-            line.append(" / ".join(f"{100 * each['varlen_ms'] / each['ours_ms']:.0f} %" for each in times))
-            for layout in ("zigzag", "balanced"):
-                rank = row[f"ring of 8, {layout}"]
-                of_rank = (rank["forward_ms"], rank["with_backward_ms"])
-                pairs = zip(times, of_rank, strict=True)
-                line.append(" / ".join(f"{100 * each['varlen_ms'] / 8 / slowest:.0f} %" for each, slowest in pairs))
+            passes = "forward", "with backward"
+            line.append(" / ".join(f"{row[each]['varlen_ms']:.2f}" for each in passes))
+            for degree, ours in ((1, row), (8, row["ring of 8, zigzag"]), (8, row["ring of 8, balanced"])):
+                speeds = [100 * ours[each]["varlen_ms"] / degree / ours[each]["ours_ms"] for each in passes]
+                line.append(" / ".join(f"{speed:.0f} %" for speed in speeds))
             cells.append(line)
     header = "tokens | documents | varlen, ms | ring of 1 | ring of 8, zigzag | ring of 8, balanced"
     return table(header, cells)

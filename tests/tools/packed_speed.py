@@ -3,7 +3,8 @@
     python -m tests.tools.packed_speed --json FILE [--length 524288] [--mixes log-normal]
 
 needs a Hopper GPU and flash-attn-4. Llama 3.1 8B's heads, bf16, causal within documents. A simulated rank has the tiles
-and merges of a ring of 8 but no messages. Rounds of varlen and ours alternate.
+and merges of a ring of 8 but no messages. Rounds of varlen and of each of ours alternate: a GPU's clock depends on what
+ran before.
 """
 
 from __future__ import annotations
@@ -28,9 +29,8 @@ from ring_attention.kernels import KERNELS, Scores
 from ring_attention.layout import Layout
 from ring_attention.ring import forward_calls
 
-NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, DEGREE, ROUNDS = 32, 8, 128, 8, 3
+NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, DEGREE, ROUNDS = 32, 8, 128, 8, 5
 TIMED_MS = 120.0
-PASSES = ("forward", "with backward")
 
 
 def mixes(length: int) -> dict[str, list[int]]:
@@ -68,11 +68,20 @@ def milliseconds(call: Callable[[], Any]) -> float:
     return measured(max(2, round(TIMED_MS / measured(1))))
 
 
-def both_passes(attend: Callable[..., Tensor], inputs: list[Tensor]) -> list[float]:
+def passes(attend: Callable[..., Tensor], inputs: list[Tensor]) -> dict[str, Callable[[], Any]]:
     q, k, v, dout = inputs
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    forward = milliseconds(lambda: attend(q, k, v))
-    return [forward, milliseconds(lambda: torch.autograd.grad(attend(*leaves), leaves, dout))]
+    return {
+        "forward": lambda: attend(q, k, v),
+        "with backward": lambda: torch.autograd.grad(attend(*leaves), leaves, dout),
+    }
+
+
+def side_by_side(varlen: Callable[[], Any], ours: Callable[[], Any]) -> dict[str, Any]:
+    rounds = [(milliseconds(varlen), milliseconds(ours)) for _ in range(ROUNDS)]
+    times = dict(zip(("varlen", "ours"), zip(*rounds, strict=True), strict=True))
+    medians = {f"{who}_ms": statistics.median(own) for who, own in times.items()}
+    return medians | {f"{who}_all": own for who, own in times.items()}
 
 
 def measure(name: str, lengths: list[int], inputs: list[Tensor]) -> dict[str, Any]:
@@ -92,26 +101,22 @@ def measure(name: str, lengths: list[int], inputs: list[Tensor]) -> dict[str, An
     expected = varlen(*inputs[:3]).float()
     row: dict[str, Any] = {"mix": name, "num_documents": len(lengths)}
     row["error"] = ((one(*inputs[:3]).float() - expected).norm() / expected.norm()).item()
-    rounds = [(both_passes(varlen, inputs), both_passes(one, inputs)) for _ in range(ROUNDS)]
-    for index, kind in enumerate(PASSES):
-        times = {"varlen": [each[0][index] for each in rounds], "ours": [each[1][index] for each in rounds]}
-        row[kind] = {f"{who}_ms": statistics.median(own) for who, own in times.items()}
-        row[kind] |= {f"{who}_all": own for who, own in times.items()}
+    of_varlen, of_one = passes(varlen, inputs), passes(one, inputs)
+    row |= {kind: side_by_side(of_varlen[kind], of_one[kind]) for kind in of_varlen}
     for layout_name in ("zigzag", "balanced"):
         layout = Layout(layout_name, DEGREE, length, documents=ends if layout_name == "balanced" else None)
-        of_ranks, calls = [], []
-        for rank in range(DEGREE):
-            q, k, v, dout = (layout.shard(x, rank, dim=1) for x in inputs)
-            k, v = torch.stack((k, v)).unbind(0)
-            of_ranks.append(both_passes(ours(layout, mask, rank), [q, k, v, dout]))
-            calls.append(num_calls(layout, mask, rank))
-        slowest = [max(times) for times in zip(*of_ranks, strict=True)]
-        row[f"ring of {DEGREE}, {layout_name}"] = {
-            "forward_ms": slowest[0],
-            "with_backward_ms": slowest[1],
-            "calls": calls,
-        }
+        of_ranks = [passes(ours(layout, mask, rank), shards(layout, rank, inputs)) for rank in range(DEGREE)]
+        simulated: dict[str, Any] = {"calls": [num_calls(layout, mask, rank) for rank in range(DEGREE)]}
+        for kind in of_varlen:
+            slowest = max(range(DEGREE), key=lambda rank: milliseconds(of_ranks[rank][kind]))
+            simulated[kind] = {"slowest_rank": slowest, **side_by_side(of_varlen[kind], of_ranks[slowest][kind])}
+        row[f"ring of {DEGREE}, {layout_name}"] = simulated
     return row
+
+
+def shards(layout: Layout, rank: int, inputs: list[Tensor]) -> list[Tensor]:
+    q, k, v, dout = (layout.shard(x, rank, dim=1) for x in inputs)
+    return [q, *torch.stack((k, v)).unbind(0), dout]  # K and V side by side, as the recipe's model has them
 
 
 def main() -> None:

@@ -86,7 +86,7 @@ def simulated_ring(
             lock_calls(dq_sum, ("add", "result", "round_keys"), lock)
         return dq_sum
 
-    lock_calls(kernel, ("forward", "backward"), lock)
+    lock_calls(kernel, ("forward_to", "backward_to"), lock)
     setattr(kernel, "dq_sum", locked_sum)  # noqa: B010
 
     def rank(ring_rank: int) -> list[Tensor]:

@@ -48,3 +48,9 @@ def test_document_ids_and_cu_seqlens_give_the_same_mask():
 def test_invalid_masks_are_refused(make: Callable[[], object], parts: list[object]):
     with refused(ValueError, *parts):
         make()
+
+
+def test_documents_that_are_whole_rows_are_no_documents():
+    assert CAUSAL.packed([[0, 8], [0, 8]]).within(8) == CAUSAL
+    for documents in ([0, 7], [0, 4, 8], [[0, 8], [0, 7, 8]]):  # padding, and two documents, are kept apart
+        assert CAUSAL.packed(documents).within(8) == CAUSAL.packed(documents)
