@@ -71,7 +71,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
 
     The forward pass computes the gradients too: otherwise the backward pass would compute the logits again. Gradients
     stay in fp32 (fp64 for fp64 input) until the backward pass multiplies them by its factor and rounds once. A second
-    backward pass fails, because the first frees them.
+    backward pass raises RuntimeError, because the first frees them.
     """
 
     @staticmethod
@@ -91,8 +91,10 @@ class _TiledCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if ctx.sums is None:
+            raise RuntimeError("the first backward pass of a tiled loss frees its gradients: compute the loss again")
         factor, (dx_of_tiles, dweight) = grad_outputs[0].reshape(1), ctx.sums
-        del ctx.sums
+        ctx.sums = None
         # dx first: its sums are gone when the weight's gradient, which is larger, exists in both dtypes
         return _rounded(dx_of_tiles, factor, ctx.dtype), _rounded(dweight, factor, ctx.dtype), None, None, None
 
