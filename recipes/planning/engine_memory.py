@@ -111,9 +111,9 @@ def on_gpu(config: Config, num_ranks: int) -> EngineMemory:
 
     if is_alone and not offloads:
         # all gradients stay in the model's dtype; then Adam's group: a flat copy, in fp32 too, before they are freed
-        persistent = 6 * parameters + adam
-        copying = 2 * parameters + 6 * decayed - missing_adam
-        return EngineMemory(persistent, adam, max(copying, 2 * not_decayed + 4 * decayed - missing_moments))
+        copying = 2 * parameters + 6 * decayed - missing_adam, 8 * not_decayed - missing_moments
+        stepping = 2 * not_decayed + 4 * decayed - missing_moments, 4 * not_decayed
+        return EngineMemory(6 * parameters + adam, adam, max(*copying, *stepping))
 
     if stage == 3:
         reduced = max(8 * filled for filled, _ in _reductions(model, bucket))  # sent and received gradients
