@@ -32,6 +32,7 @@ BACKWARD_PRODUCTS = 2.5  # of a forward pass: scores again, and dq, dk, dv, dp
 # several rows, as in `attention_10000_heads_512_*`, than for one row.
 STRIDED_COPY = 4.0
 ACCUMULATOR_BYTES = 10  # per number and pass over a sum in fp32: read and written, and the addend in half precision
+MERGE_BYTES = 6  # per number of a tile's output: two tiles, in half precision, join the sum in one pass
 
 
 class AttentionSeconds(NamedTuple):
@@ -171,11 +172,13 @@ class AttentionTime:
             if work.ring_degree == 1:
                 return kernels
             # each tile's output joins a sum; in the backward pass its dk and dv
-            summed = [
-                kv_numbers * tile.block.num_keys if backward else q_numbers * tile.block.num_queries
+            moved = [
+                ACCUMULATOR_BYTES * kv_numbers * tile.block.num_keys
+                if backward
+                else MERGE_BYTES * q_numbers * tile.block.num_queries
                 for tile in tiles.tiles
             ]
-            return kernels + self.speed.memory_s(ACCUMULATOR_BYTES * sum(summed))
+            return kernels + self.speed.memory_s(sum(moved))
 
         times = simulate(work, self._costs(tiles_s, kv_numbers, self.gradient_size))
         slowest = int(times.end_s.argmax())
