@@ -23,7 +23,7 @@ Document = tuple[int, int, int]  # [start, stop) and its work
 ENOUGH = 1.05  # work of the busiest rank over the mean's: no more documents are spread
 TARGET = 1.04  # of a rank's work over the mean's, for the ranks that a document is spread over
 SHARES = tuple(2 ** (-n / 2) for n in range(17))  # the most that a rank has of one document's work, over the mean's
-CHECK_EVERY = 24  # documents: whether the work that is left can fit takes as long to find as to place a few
+CHECKS = frozenset(24 * 2**n for n in range(32))  # after so many documents: can the work that is left fit?
 
 
 @functools.lru_cache(maxsize=64)
@@ -86,7 +86,7 @@ class _Placement:
         """
         left_over = []
         for number, document in enumerate(documents):
-            if number % CHECK_EVERY == 0 and not self._may_keep_to(most, left_over[0] if left_over else document):
+            if number in CHECKS and not self._may_keep_to(most, left_over[0] if left_over else document):
                 return False
             start, stop, work = document
             rank = self._least_busy(stop - start)
