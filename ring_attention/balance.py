@@ -152,18 +152,15 @@ class _Placement:
     def _spread(self, document: Document, ranks: list[int]) -> bool:
         """False if one has no room for its chunks."""
         start, stop, _ = document
-        size = len(ranks)
-        chunks = _chunk_sizes(stop - start, [self.room[rank] for rank in ranks])
-        of_ranks = [early + late for early, late in zip(chunks[:size], chunks[: -size - 1 : -1], strict=True)]
-        if any(self.room[rank] < own for rank, own in zip(ranks, of_ranks, strict=True)):
+        rooms = [self.room[rank] for rank in ranks]
+        sizes = _chunk_sizes(stop - start, rooms)
+        if any(early + late > room for early, late, room in zip(sizes, reversed(sizes), rooms, strict=False)):
             return False
-        for index, num_tokens in enumerate(chunks):
-            rank = ranks[min(index, 2 * size - 1 - index)]
-            if num_tokens:
-                work = _work(num_tokens, start - document[0])
-                self._add((self._early if index < size else self._late)[rank], rank, start, num_tokens, work)
-            start += num_tokens
-        for rank in ranks:
+        chunks = [*itertools.pairwise(itertools.accumulate(sizes, initial=start))]
+        for rank, early, late in zip(ranks, chunks, reversed(chunks), strict=False):
+            for spans, (first, last) in ((self._early, early), (self._late, late)):
+                if first < last:
+                    self._add(spans[rank], rank, first, last - first, _work(last - first, first - start))
             heapq.heappush(self._by_work, (self.work[rank], rank))
         return True
 
