@@ -23,7 +23,7 @@ Document = tuple[int, int, int]  # [start, stop) and its work
 ENOUGH = 1.05  # work of the busiest rank over the mean's: no more documents are spread
 TARGET = 1.04  # of a rank's work over the mean's, for the ranks that a document is spread over
 SHARES = tuple(2 ** (-n / 2) for n in range(17))  # the most that a rank has of one document's work, over the mean's
-CHECKS = frozenset(24 * 2**n for n in range(32))  # after so many documents: can the work that is left fit?
+CHECKS = {24 * 2**n for n in range(32)}  # documents, after which it is checked whether the work that is left can fit
 
 
 @functools.lru_cache(maxsize=64)
@@ -47,7 +47,9 @@ def balanced_spans(ends: tuple[int, ...], length: int, ring_degree: int) -> tupl
     return placement.spans()
 
 
-def _placements(documents: list[Document], capacity: int, ring_degree: int, total: int, most: int) -> Iterator[_Placement]:
+def _placements(
+    documents: list[Document], capacity: int, ring_degree: int, total: int, most: int
+) -> Iterator[_Placement]:
     """Those whose busiest rank has `most` of the `total` work or less, each with less than the one before."""
     mean = total / ring_degree
     for share in SHARES:
@@ -73,8 +75,8 @@ class _Placement:
     def __init__(self, capacity: int, ring_degree: int, total: int) -> None:
         self._total, self._negligible = total, int(SHARES[-1] * total / ring_degree)  # no document with less is spread
         self.room, self.work = [capacity] * ring_degree, [0] * ring_degree
-        # Two heaps have each rank: (work, rank) of those that may have room, (-room, rank) of those that had too little.
-        # An entry of the first whose work is not the rank's is out of date.
+        # Two heaps: (work, rank) of ranks that may have room, and (-room, rank) of those that had too little. Spreading
+        # a document adds entries for its ranks. The old ones stay, and are dropped when found: they have less work.
         self._by_work = [(0, rank) for rank in range(ring_degree)]
         self._too_full: list[tuple[int, int]] = []
         self._whole, self._cut_off, self._early, self._late = ([[] for _ in self.room] for _ in range(4))
@@ -114,7 +116,7 @@ class _Placement:
         return tuple((*sorted(whole), *cut_off, *early, *late) for whole, cut_off, early, late in parts)
 
     def _least_busy(self, num_tokens: int) -> int | None:
-        """The rank with the least work of those with room for a document. None was shorter."""
+        """The rank with the least work of those with room for a document that is no longer than those before it."""
         while self._too_full and -self._too_full[0][0] >= num_tokens:
             rank = heapq.heappop(self._too_full)[1]
             heapq.heappush(self._by_work, (self.work[rank], rank))
