@@ -51,12 +51,15 @@ def _placements(
     documents: list[Document], capacity: int, ring_degree: int, total: int, most: int
 ) -> Iterator[_Placement]:
     """Those whose busiest rank has `most` of the `total` work or less, each with less than the one before."""
-    mean = total / ring_degree
+    mean, heaviest = total / ring_degree, total
     for share in SHARES:
+        if share * mean > heaviest:
+            continue  # it allows all that the placement before did
         placement = _Placement(capacity, ring_degree, total)
         if placement.place(documents, max(1, int(share * mean)), int(TARGET * mean), most):
             yield placement
             most = max(placement.work) - 1
+        heaviest = placement.heaviest
 
 
 def _work(num_tokens: int, num_before: int = 0) -> int:
@@ -75,6 +78,7 @@ class _Placement:
     def __init__(self, capacity: int, ring_degree: int, total: int) -> None:
         self._total, self._negligible = total, int(SHARES[-1] * total / ring_degree)  # no document with less is spread
         self.room, self.work = [capacity] * ring_degree, [0] * ring_degree
+        self.heaviest = 0  # the most work that a rank has of one document that is not cut
         # Two heaps: (work, rank) of ranks that may have room, and (-room, rank) of those that had too little. Spreading
         # a document adds entries for its ranks. The old ones stay, and are dropped when found: they have less work.
         self._by_work = [(0, rank) for rank in range(ring_degree)]
@@ -100,6 +104,7 @@ class _Placement:
                 left_over.append(document)
             else:
                 self._add(self._whole[rank], rank, start, stop - start, work)
+                self.heaviest = max(self.heaviest, work)
                 heapq.heapreplace(self._by_work, (self.work[rank], rank))
                 if self.work[rank] > most:
                     return False
@@ -153,7 +158,7 @@ class _Placement:
 
     def _spread(self, document: Document, ranks: list[int]) -> bool:
         """False if one has no room for its chunks."""
-        start, stop, _ = document
+        start, stop, work = document
         rooms = [self.room[rank] for rank in ranks]
         sizes = _chunk_sizes(stop - start, rooms)
         if any(early + late > room for early, late, room in zip(sizes, reversed(sizes), rooms, strict=False)):
@@ -164,6 +169,7 @@ class _Placement:
                 if first < last:
                     self._add(spans[rank], rank, first, last - first, _work(last - first, first - start))
             heapq.heappush(self._by_work, (self.work[rank], rank))
+        self.heaviest = max(self.heaviest, _quotient(work, len(ranks)))
         return True
 
     def _cut(self, documents: list[Document], most: int) -> bool:
