@@ -104,7 +104,8 @@ class _Placement:
                 left_over.append(document)
             else:
                 self._add(self._whole[rank], rank, start, stop - start, work)
-                self.heaviest = max(self.heaviest, work)
+                if work > self.heaviest:
+                    self.heaviest = work
                 heapq.heapreplace(self._by_work, (self.work[rank], rank))
                 if self.work[rank] > most:
                     return False
@@ -140,21 +141,18 @@ class _Placement:
         num_tokens, most = stop - start, len(self.room)
         fewest = max(2, _quotient(work, share), _quotient(work, max(1, target - min(self.work))))
         most_work, least_room = target - _quotient(work, most), _quotient(num_tokens, most)
-        possible = [
-            rank
-            for rank, (of_rank, room) in enumerate(zip(self.work, self.room, strict=True))
-            if of_rank <= most_work and room >= least_room
-        ]
-        possible.sort(key=self.work.__getitem__)
-        rooms = sorted([self.room[rank] for rank in possible], reverse=True)
+        room, of_ranks = self.room, self.work
+        possible = [rank for rank in range(most) if of_ranks[rank] <= most_work and room[rank] >= least_room]
+        possible.sort(key=of_ranks.__getitem__)
+        rooms = sorted([room[rank] for rank in possible], reverse=True)
         for size in range(fewest, min(len(possible), most - 1) + 1):
             most_work, least_room = target - _quotient(work, size), _quotient(num_tokens, size)
-            if self.work[possible[size - 1]] > most_work or rooms[size - 1] < least_room:
+            if of_ranks[possible[size - 1]] > most_work or rooms[size - 1] < least_room:
                 continue  # so many ranks have more work or less room
-            ranks = list(itertools.islice((rank for rank in possible if self.room[rank] >= least_room), size))
-            if self.work[ranks[-1]] <= most_work and self._spread(document, sorted(ranks)):
+            ranks = list(itertools.islice((rank for rank in possible if room[rank] >= least_room), size))
+            if of_ranks[ranks[-1]] <= most_work and self._spread(document, sorted(ranks)):
                 return True
-        return min(self.room) * most >= num_tokens and self._spread(document, [*range(most)])
+        return min(room) * most >= num_tokens and self._spread(document, [*range(most)])
 
     def _spread(self, document: Document, ranks: list[int]) -> bool:
         """False if one has no room for its chunks."""
