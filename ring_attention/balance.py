@@ -16,6 +16,7 @@ import functools
 import heapq
 import itertools
 import math
+import operator
 from collections.abc import Iterator
 
 Span = tuple[int, int]  # [start, stop)
@@ -36,9 +37,9 @@ def balanced_spans(ends: tuple[int, ...], length: int, ring_degree: int) -> tupl
     """
     if ring_degree == 1:
         return (((0, length),),)
-    spans = [span for span in itertools.pairwise((*ends, length)) if span[0] < span[1]]
-    spans.sort(key=lambda span: span[0] - span[1])  # the longest first, equal ones as they lie
-    documents = [(start, stop, _work(stop - start)) for start, stop in spans]
+    edges = itertools.pairwise((*ends, length))
+    documents = [(start, stop, _work(stop - start)) for start, stop in edges if start < stop]
+    documents.sort(key=operator.itemgetter(2), reverse=True)  # the longest first, equal ones as they lie
     total = sum(work for _, _, work in documents)
     most = math.floor(ENOUGH * (total / ring_degree))
     placement = next(_placements(documents, length // ring_degree, ring_degree, total, most), None)
