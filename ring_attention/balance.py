@@ -91,24 +91,26 @@ class _Placement:
 
         Returns False as soon as it is clear that a rank gets more than `most`.
         """
-        left_over = []
+        left_over, room, of_ranks = [], self.room, self.work
         for number, document in enumerate(documents):
             if number in CHECKS and not self._may_keep_to(most, left_over[0] if left_over else document):
                 return False
             start, stop, work = document
             rank = self._least_busy(stop - start)
-            exceeds = rank is None or work > share or self.work[rank] + work > target
+            exceeds = rank is None or work > share or of_ranks[rank] + work > target
             if exceeds and work > self._negligible and self._put_on_several(document, share, target):
-                if max(self.work) > most:
+                if max(of_ranks) > most:
                     return False
             elif rank is None:
                 left_over.append(document)
             else:
-                self._add(self._whole[rank], rank, start, stop - start, work)
+                self._whole[rank].append((start, stop))
+                room[rank] -= stop - start
+                of_ranks[rank] += work
+                heapq.heapreplace(self._by_work, (of_ranks[rank], rank))
                 if work > self.heaviest:
                     self.heaviest = work
-                heapq.heapreplace(self._by_work, (self.work[rank], rank))
-                if self.work[rank] > most:
+                if of_ranks[rank] > most:
                     return False
         return self._cut(left_over, most)
 
