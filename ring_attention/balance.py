@@ -12,18 +12,19 @@ share does: attention is a few varlen calls, however many documents there are.
 
 from __future__ import annotations
 
-import bisect
 import functools
 import heapq
 import itertools
 import math
+import operator
 from collections.abc import Iterator
 
 Span = tuple[int, int]  # [start, stop)
+Document = tuple[int, int, int]  # [start, stop) and its work
 ENOUGH = 1.05  # work of the busiest rank over the mean's: no more documents are spread
-TARGETS = (1.04, 1.0)  # of a rank's work over the mean's, for the ranks that a document is spread over
-SHARES = tuple(2.0**-n for n in range(9))  # the most that a rank has of one document's work, over the mean rank's work
-CHECK_EVERY = 24  # documents: whether the work that is left can fit takes as long to find as to place a few
+TARGET = 1.04  # of a rank's work over the mean's, for the ranks that a document is spread over
+SHARES = tuple(2 ** (-n / 2) for n in range(17))  # the most that a rank has of one document's work, over the mean's
+CHECKS = {24 * 2**n for n in range(32)}  # documents, after which it is checked whether the work that is left can fit
 
 
 @functools.lru_cache(maxsize=64)
@@ -34,11 +35,12 @@ def balanced_spans(ends: tuple[int, ...], length: int, ring_degree: int) -> tupl
         ends: 0, then the end of each document; positions after the last are one more.
         length: a multiple of `ring_degree`.
     """
-    documents = [span for span in itertools.pairwise((*ends, length)) if span[0] < span[1]]
     if ring_degree == 1:
         return (((0, length),),)
-    documents.sort(key=lambda span: (span[0] - span[1], span[0]))  # the longest first
-    total = sum(_work(stop - start) for start, stop in documents)
+    edges = itertools.pairwise((*ends, length))
+    documents = [(start, stop, _work(stop - start)) for start, stop in edges if start < stop]
+    documents.sort(key=operator.itemgetter(2), reverse=True)  # the longest first, equal ones as they lie
+    total = sum(work for _, _, work in documents)
     most = math.floor(ENOUGH * (total / ring_degree))
     placement = next(_placements(documents, length // ring_degree, ring_degree, total, most), None)
     if placement is None:
@@ -46,14 +48,19 @@ def balanced_spans(ends: tuple[int, ...], length: int, ring_degree: int) -> tupl
     return placement.spans()
 
 
-def _placements(documents: list[Span], capacity: int, ring_degree: int, total: int, most: int) -> Iterator[_Placement]:
+def _placements(
+    documents: list[Document], capacity: int, ring_degree: int, total: int, most: int
+) -> Iterator[_Placement]:
     """Those whose busiest rank has `most` of the `total` work or less, each with less than the one before."""
-    mean = total / ring_degree
-    for share, target in itertools.product(SHARES, TARGETS):
+    mean, heaviest = total / ring_degree, total
+    for share in SHARES:
+        if share * mean > heaviest:
+            continue  # it allows all that the placement before did
         placement = _Placement(capacity, ring_degree, total)
-        if placement.place(documents, share * mean, target * mean, most):
+        if placement.place(documents, max(1, int(share * mean)), int(TARGET * mean), most):
             yield placement
             most = max(placement.work) - 1
+        heaviest = placement.heaviest
 
 
 def _work(num_tokens: int, num_before: int = 0) -> int:
@@ -61,98 +68,116 @@ def _work(num_tokens: int, num_before: int = 0) -> int:
     return num_tokens * (num_tokens + 1) // 2 + num_tokens * num_before
 
 
+def _quotient(number: int, divisor: int) -> int:
+    """Rounded up."""
+    return -(-number // divisor)
+
+
 class _Placement:
     """Documents on ranks, which have room for `capacity` tokens each. `total` is the work of all documents."""
 
     def __init__(self, capacity: int, ring_degree: int, total: int) -> None:
-        self._total, self._negligible = total, SHARES[-1] * (total / ring_degree)  # no document with less is spread
+        self._total, self._negligible = total, int(SHARES[-1] * total / ring_degree)  # no document with less is spread
         self.room, self.work = [capacity] * ring_degree, [0] * ring_degree
-        self._by_work = [(0, rank) for rank in range(ring_degree)]  # always sorted
+        self.heaviest = 0  # the most work that a rank has of one document that is not cut
+        # Two heaps: (work, rank) of ranks that may have room, and (-room, rank) of those that had too little. Spreading
+        # a document adds entries for its ranks. The old ones stay, and are dropped when found: they have less work.
+        self._by_work = [(0, rank) for rank in range(ring_degree)]
+        self._too_full: list[tuple[int, int]] = []
         self._whole, self._cut_off, self._early, self._late = ([[] for _ in self.room] for _ in range(4))
 
-    def place(self, documents: list[Span], share: float, target: float, most: int) -> bool:
+    def place(self, documents: list[Document], share: int, target: int, most: int) -> bool:
         """The longest first. A rank has `share` of the work of one at most, and `target` in all if that is possible.
 
         Returns False as soon as it is clear that a rank gets more than `most`.
         """
-        left_over = []
+        left_over, room, of_ranks = [], self.room, self.work
         for number, document in enumerate(documents):
-            longest = left_over[0] if left_over else document
-            if number % CHECK_EVERY == 0 and not self._may_keep_to(most, longest):
+            if number in CHECKS and not self._may_keep_to(most, left_over[0] if left_over else document):
                 return False
-            if not self._put(document, share, target):
+            start, stop, work = document
+            rank = self._least_busy(stop - start)
+            exceeds = rank is None or work > share or of_ranks[rank] + work > target
+            if exceeds and work > self._negligible and self._put_on_several(document, share, target):
+                if max(of_ranks) > most:
+                    return False
+            elif rank is None:
                 left_over.append(document)
-            elif self._by_work[-1][0] > most:
-                return False
+            else:
+                self._whole[rank].append((start, stop))
+                room[rank] -= stop - start
+                of_ranks[rank] += work
+                heapq.heapreplace(self._by_work, (of_ranks[rank], rank))
+                if work > self.heaviest:
+                    self.heaviest = work
+                if of_ranks[rank] > most:
+                    return False
         return self._cut(left_over, most)
 
-    def _may_keep_to(self, most: int, longest: Span) -> bool:
+    def _may_keep_to(self, most: int, longest: Document) -> bool:
         """Whether the work that is left may fit. No token of it has more than the longest document's last one."""
         num_keys = longest[1] - longest[0]
-        possible = sum(min(most - work, room * num_keys) for work, room in zip(self.work, self.room, strict=True))
+        possible = sum([min(most - work, room * num_keys) for work, room in zip(self.work, self.room, strict=True)])
         return possible >= self._total - sum(self.work)
 
     def spans(self) -> tuple[tuple[Span, ...], ...]:
         parts = zip(self._whole, self._cut_off, self._early, self._late, strict=True)
         return tuple((*sorted(whole), *cut_off, *early, *late) for whole, cut_off, early, late in parts)
 
-    def _put(self, document: Span, share: float, target: float) -> bool:
-        """On the fewest ranks that keep to both; False if none have room."""
-        num_tokens, work = document[1] - document[0], _work(document[1] - document[0])
-        place, (of_rank, rank) = 0, self._by_work[0]
-        while self.room[rank] < num_tokens:
-            place += 1
-            if place == len(self._by_work):
-                return work > self._negligible and self._put_on_several(document, work, share, target)
-            of_rank, rank = self._by_work[place]
-        exceeds = work / share > 1 or of_rank + work > target
-        if work > self._negligible and exceeds and self._put_on_several(document, work, share, target):
-            return True
-        self._add(self._whole[rank], rank, document[0], num_tokens, work)
-        del self._by_work[place]
-        bisect.insort(self._by_work, (of_rank + work, rank))
-        return True
+    def _least_busy(self, num_tokens: int) -> int | None:
+        """The rank with the least work of those with room for a document that is no longer than those before it."""
+        while self._too_full and -self._too_full[0][0] >= num_tokens:
+            rank = heapq.heappop(self._too_full)[1]
+            heapq.heappush(self._by_work, (self.work[rank], rank))
+        while self._by_work:
+            work, rank = self._by_work[0]
+            if work == self.work[rank]:
+                if self.room[rank] >= num_tokens:
+                    return rank
+                heapq.heappush(self._too_full, (-self.room[rank], rank))
+            heapq.heappop(self._by_work)
+        return None
 
-    def _put_on_several(self, document: Span, work: int, share: float, target: float) -> bool:
+    def _put_on_several(self, document: Document, share: int, target: int) -> bool:
         """On two ranks or more. All ranks may exceed the target; of fewer there must be so many that do not."""
-        num_tokens, most = document[1] - document[0], len(self.room)
-        fewest = math.ceil(max(2, work / share, work / max(1, target - self._by_work[0][0])))
-        possible = [
-            rank
-            for of_rank, rank in self._by_work
-            if of_rank + work / most <= target and self.room[rank] * most >= num_tokens
-        ]
+        start, stop, work = document
+        num_tokens, most = stop - start, len(self.room)
+        fewest = max(2, _quotient(work, share), _quotient(work, max(1, target - min(self.work))))
+        most_work, least_room = target - _quotient(work, most), _quotient(num_tokens, most)
+        room, of_ranks = self.room, self.work
+        possible = [rank for rank in range(most) if of_ranks[rank] <= most_work and room[rank] >= least_room]
+        possible.sort(key=of_ranks.__getitem__)
+        rooms = sorted([room[rank] for rank in possible], reverse=True)
         for size in range(fewest, min(len(possible), most - 1) + 1):
-            if self.work[possible[size - 1]] + work / size > target:
-                continue  # no ranks with room have less work
-            ranks = list(itertools.islice((rank for rank in possible if self.room[rank] * size >= num_tokens), size))
-            is_enough = len(ranks) == size and self.work[ranks[-1]] + work / size <= target
-            if is_enough and self._spread(document, sorted(ranks)):
+            most_work, least_room = target - _quotient(work, size), _quotient(num_tokens, size)
+            if of_ranks[possible[size - 1]] > most_work or rooms[size - 1] < least_room:
+                continue  # so many ranks have more work or less room
+            ranks = list(itertools.islice((rank for rank in possible if room[rank] >= least_room), size))
+            if of_ranks[ranks[-1]] <= most_work and self._spread(document, sorted(ranks)):
                 return True
-        return all(room * most >= num_tokens for room in self.room) and self._spread(document, [*range(most)])
+        return min(room) * most >= num_tokens and self._spread(document, [*range(most)])
 
-    def _spread(self, document: Span, ranks: list[int]) -> bool:
+    def _spread(self, document: Document, ranks: list[int]) -> bool:
         """False if one has no room for its chunks."""
-        start, stop = document
-        size = len(ranks)
-        chunks = _chunk_sizes(stop - start, [self.room[rank] for rank in ranks])
-        of_ranks = [early + late for early, late in zip(chunks[:size], chunks[: -size - 1 : -1], strict=True)]
-        if any(self.room[rank] < own for rank, own in zip(ranks, of_ranks, strict=True)):
+        start, stop, work = document
+        rooms = [self.room[rank] for rank in ranks]
+        sizes = _chunk_sizes(stop - start, rooms)
+        if any(early + late > room for early, late, room in zip(sizes, reversed(sizes), rooms, strict=False)):
             return False
-        for index, num_tokens in enumerate(chunks):
-            rank = ranks[min(index, 2 * size - 1 - index)]
-            if num_tokens:
-                work = _work(num_tokens, start - document[0])
-                self._add((self._early if index < size else self._late)[rank], rank, start, num_tokens, work)
-            start += num_tokens
-        self._by_work = sorted(zip(self.work, range(len(self.work)), strict=True))
+        chunks = [*itertools.pairwise(itertools.accumulate(sizes, initial=start))]
+        for rank, early, late in zip(ranks, chunks, reversed(chunks), strict=False):
+            for spans, (first, last) in ((self._early, early), (self._late, late)):
+                if first < last:
+                    self._add(spans[rank], rank, first, last - first, _work(last - first, first - start))
+            heapq.heappush(self._by_work, (self.work[rank], rank))
+        self.heaviest = max(self.heaviest, _quotient(work, len(ranks)))
         return True
 
-    def _cut(self, documents: list[Span], most: int) -> bool:
+    def _cut(self, documents: list[Document], most: int) -> bool:
         """Into pieces for the ranks with the most room, of those the ones with the least work."""
         by_room = [(-room, work, rank) for rank, (room, work) in enumerate(zip(self.room, self.work, strict=True))]
         heapq.heapify(by_room)
-        for start, stop in documents:
+        for start, stop, _ in documents:
             first = start
             while first < stop:
                 rank = by_room[0][2]

@@ -64,7 +64,11 @@ def local_runs(layout: Layout, mask: Mask, ring_rank: int) -> LocalRuns:
     """Of a ring rank, under a causal mask with one row of documents."""
     (documents,) = mask.spans(layout.padded_length)
     starts, length, parts = [start for start, _ in documents], layout.ring_length, []
+    stop_of = dict(documents)
     for run in layout.runs(ring_rank):
+        if stop_of.get(run.start) == run.stop:  # most runs are one document
+            parts.append(DocumentRun(run, run.start, is_whole=True))
+            continue
         first = bisect_right(starts, run.start) - 1
         for start, stop in documents[first : bisect_left(starts, run.stop)]:
             first, last = max(run.start, start), min(run.stop, stop)

@@ -14,6 +14,7 @@ ignored. Other masks must name the real tokens: `Mask.packed([0, length])`.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -128,15 +129,21 @@ class Layout:
 
     def runs(self, ring_rank: int) -> tuple[Run, ...]:
         """The positions of a ring rank as runs, in local order. Adjacent chunks are one run."""
-        size, local_start, runs = self.chunk_length, 0, []
+        local_start, runs = 0, []
         if self.name == "balanced":
-            spans = balanced_spans(self.documents or (0,), self.padded_length, self.ring_degree)[ring_rank]
+            spans = self._balanced_spans[ring_rank]
         else:
+            size = self.chunk_length
             spans = union((chunk * size, (chunk + 1) * size) for chunk in self.chunks(ring_rank))
         for start, stop in spans:
             runs.append(Run(local_start, start, stop))
             local_start += stop - start
         return tuple(runs)
+
+    @functools.cached_property
+    def _balanced_spans(self) -> tuple[tuple[Span, ...], ...]:
+        """Kept here too: a look-up by a thousand documents takes as long as to find the runs of a rank."""
+        return balanced_spans(self.documents or (0,), self.padded_length, self.ring_degree)
 
     def rank_runs(self, sequence_rank: int) -> tuple[Run, ...]:
         """A rank's tokens as runs: its share of those of its ring rank."""
