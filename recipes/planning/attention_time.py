@@ -183,7 +183,11 @@ class AttentionTime:
         times = simulate(work, self._costs(tiles_s, kv_numbers, self.gradient_size))
         slowest = int(times.end_s.argmax())
         kernels, sums = float(times.compute_s[slowest]), float(times.add_s[slowest])
-        return AttentionSeconds(kernels, sums, 0.0, times.exposed_total_s)
+        copies = 0.0
+        if self.has_graphs:  # of q, k, v and out; in the backward pass of dout, q, k, v and out, and of dq, dk and dv
+            passed = 4 * q_numbers + 2 * kv_numbers if backward else 2 * q_numbers + kv_numbers
+            copies = self.speed.memory_s(2 * self.size * passed * self.layout.ring_length)
+        return AttentionSeconds(kernels, sums, copies, times.exposed_total_s)
 
     def _costs(self, tiles_s: Callable[[TileRows], float], kv_numbers: float, gradient_size: int) -> RingCosts:
         """Given the numbers of one token's K and V, and the bytes of one of its dK,dV."""
