@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import fork_server
+from tests.cli.program import PYTHON, Finished, Program, Running
 from tests.pool import WorkerPool
 
 FOLDERS = ("unit", "gpu", "distributed", "cli")  # the fastest tests first
+FORKING = ("distributed", "cli")  # whose tests fork processes
 
 
 def pytest_configure() -> None:
@@ -28,6 +31,31 @@ def pytest_configure() -> None:
 def seed() -> None:
     """A test draws the same numbers alone and in every run, so failures can be repeated."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def early_fork_server(request: pytest.FixtureRequest) -> None:
+    """It imports beside the unit tests, which use one core."""
+    if any(item.path.parent.name in FORKING for item in request.session.items):
+        fork_server.start()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def main_job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running | None]:
+    """The main job, if a test wants its run. It runs beside the unit tests, too."""
+    if not any("main_run" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        yield None
+        return
+    program = Program(tmp_path_factory.mktemp("main"))
+    short = ["num_steps=6", "logging.every_n_steps=2", "data.sequence_length=256"]
+    with program.started("+experiment=ra_sp", *short, launcher=PYTHON, wandb=True) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def main_run(main_job: Running) -> Finished:
+    """A short run of the main job on the default of 4 CPU ranks, started as users do."""
+    return main_job.finish()
 
 
 @pytest.fixture(scope="session")

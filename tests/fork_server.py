@@ -1,6 +1,7 @@
 """A process that has imported torch, DeepSpeed, Hydra, datasets and transformers. Tests fork ranks and programs of it.
 
-It imports `tests.imported` at the first start, for 10 s. Some tests of the command line start Python anew, as users do.
+It imports `tests.imported`, for 10 s, once `start` is called or a process is forked. Some tests of the command line
+start Python anew, as users do.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import functools
 import io
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import runpy
 import signal
@@ -26,6 +28,12 @@ def context() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([IMPORTED])
     return context
+
+
+def start() -> None:
+    """Let the server import, and do not wait for it."""
+    context()
+    multiprocessing.forkserver.ensure_running()
 
 
 class ForkedProgram:

@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import yaml
 from omegaconf import OmegaConf
-from wandb.sdk.launch.sweeps import utils as wandb_agent
 
 from tests.cli.program import REPOSITORY, Finished
 
@@ -137,6 +136,8 @@ def test_a_submitit_job_with_two_tasks_is_a_run_of_two_ranks(program):
 @pytest.mark.parametrize("name", ["lr_batch", "throughput"])
 def test_a_run_that_the_wandb_agent_starts_belongs_to_its_sweep(program, name):
     """The agent's own functions build the command."""
+    from wandb.sdk.launch.sweeps import utils as wandb_agent  # takes a second to import
+
     definition = yaml.safe_load((REPOSITORY / "wandb_sweeps" / f"{name}.yaml").read_text())
     parameters = definition["parameters"].items()
     drawn = {field: {"value": space["values"][0] if "values" in space else space["min"]} for field, space in parameters}

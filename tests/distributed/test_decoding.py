@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,7 +53,7 @@ class Decoded(NamedTuple):
         return self.tokens == other.tokens and close
 
 
-def by_transformers(family: str, lengths: list[int]) -> list[Decoded]:
+def by_transformers(family: str, lengths: Sequence[int]) -> list[Decoded]:
     """The greedy tokens after each prompt, in one process with eager attention."""
     model = tiny_model(family, "eager")
     model.generation_config.eos_token_id = None
@@ -64,8 +65,14 @@ def by_transformers(family: str, lengths: list[int]) -> list[Decoded]:
     return found
 
 
+@pytest.fixture(scope="module")
+def transformers_generate(pool: WorkerPool) -> Callable[[str, tuple[int, ...]], list[Decoded]]:
+    """`by_transformers` of a family and lengths, computed once."""
+    return functools.cache(lambda family, lengths: pool.run(by_transformers, family, lengths, num_ranks=1)[0])
+
+
 @torch.no_grad()
-def by_ring(family: str, method: str, layout: str, lengths: list[int]) -> list[Decoded]:
+def by_ring(family: str, method: str, layout: str, lengths: Sequence[int]) -> list[Decoded]:
     """The same over the ranks."""
     hf.register()
     cached = CachedAttention(METHODS[method]("auto", world(), layout=layout))
@@ -86,8 +93,10 @@ def by_ring(family: str, method: str, layout: str, lengths: list[int]) -> list[D
 
 @pytest.mark.parametrize("num_ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_tokens_equal_transformers_generate(pool: WorkerPool, family: str, num_ranks: int):
-    (expected,) = pool.run(by_transformers, family, [LENGTH], num_ranks=1)[0]
+def test_greedy_tokens_equal_transformers_generate(
+    pool: WorkerPool, transformers_generate, family: str, num_ranks: int
+):
+    (expected,) = transformers_generate(family, (LENGTH,))
     for (found,) in pool.run(by_ring, family, "ring", "zigzag", [LENGTH], num_ranks=num_ranks):
         assert found.equals(expected)
 
@@ -105,10 +114,12 @@ def test_greedy_tokens_equal_transformers_generate(pool: WorkerPool, family: str
     ],
 )
 @pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])  # windows, with a softcap and with sinks
-def test_every_method_layout_and_length_gives_the_same(pool: WorkerPool, family, method, layout, num_ranks):
+def test_every_method_layout_and_length_gives_the_same(
+    pool: WorkerPool, transformers_generate, family, method, layout, num_ranks
+):
     """Also prompts shorter than the ranks, of which some then hold nothing."""
-    lengths = [1, 2, 5, 24, 61]
-    expected = pool.run(by_transformers, family, lengths, num_ranks=1)[0]
+    lengths = (1, 2, 5, 24, 61)
+    expected = transformers_generate(family, lengths)
     for found in pool.run(by_ring, family, method, layout, lengths, num_ranks=num_ranks):
         assert all(map(Decoded.equals, found, expected))
 

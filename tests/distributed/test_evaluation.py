@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,7 @@ def losses_of(model: torch.nn.Module, tokens: list[int], labels: list[int]) -> l
     return [loss for loss, label in zip(losses.tolist(), labels, strict=True) if label != IGNORED_LABEL]
 
 
+@functools.cache
 def expected_buckets(path: str | None, vocab_size: int) -> list[Bucket]:
     model, edges = reference_model(path), bucket_edges(LENGTH)
     sums = {start: [0, 0.0, 0.0] for start in edges[:-1]}
@@ -177,6 +179,7 @@ class Numbers:
 NUMBERS: Any = Numbers()
 
 
+@functools.cache
 def expected_share(path: str | None, vocab_size: int) -> float:
     """The mean share of an answer's tokens that greedy decoding gives, in so many tokens and 32 more."""
     model, shares = reference_model(path), []
@@ -192,6 +195,7 @@ def expected_share(path: str | None, vocab_size: int) -> float:
     return sum(shares) / len(shares)
 
 
+@functools.cache
 def expected_answers(path: str | None, vocab_size: int) -> Answers:
     model = reference_model(path)
     losses: list[float] = []

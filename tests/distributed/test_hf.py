@@ -103,11 +103,12 @@ def error(found: Result, expected: Result) -> float:
 
 def family_errors(family: str, method: str) -> dict[tuple[str, bool], float]:
     hf.register()
-    errors = {}
+    errors, model = {}, tiny_model(family, "ring")
     for layout in LAYOUTS:
         attention = METHODS[method]("auto", world(), layout=layout)
         for packed in (False, True):
-            found = ring(tiny_model(family, "ring"), attention, whole_batch(packed))
+            model.zero_grad()
+            found = ring(model, attention, whole_batch(packed))
             errors[layout, packed] = error(found, eager(family, packed))
     eager.cache_clear()  # other tests count what their ranks hold
     return errors

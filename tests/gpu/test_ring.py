@@ -76,7 +76,7 @@ def test_every_method_equals_whole_attention(
                 (None, None),
             ):
                 continue  # has no sliding window
-            for batch, batch_dim_idx in itertools.product(batches(mask), (0, 1)):
+            for batch, batch_dim_idx in itertools.product(batches(method, mask), (0, 1)):
                 case = Case(
                     method, NUM_RANKS, 1, layout, mask, LENGTH, batch, 8, 4, head_dim, dtype=dtype, kernel=kernel
                 )

@@ -9,6 +9,8 @@ set, and reports the fastest. It measures as recipe=max_length does.
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
 import json
 import shlex
 import tempfile
@@ -31,7 +33,12 @@ CONF = Path(__file__).parents[2] / "conf"
 
 
 def composed(setting: str) -> Config:
-    """The configuration of one setting's overrides."""
+    """The configuration of one setting's overrides, to be changed freely."""
+    return copy.deepcopy(_composed(setting))
+
+
+@functools.cache
+def _composed(setting: str) -> Config:
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         return resolve(to_config(hydra.compose("config", ["num_steps=1", *shlex.split(setting)])))
 

@@ -14,16 +14,18 @@ import json
 from dataclasses import asdict, dataclass, replace
 from functools import partialmethod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
-from torch.distributed._tools.mem_tracker import MemTracker
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ring_attention import RingAttention
 from ring_attention.transport import P2PTransport
 from tests.pool import WorkerPool, parallel_groups
+
+if TYPE_CHECKING:
+    from torch.distributed._tools.mem_tracker import MemTracker  # takes 2 s to import
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 4, 2, 16
 BATCH = 2  # of several rows, the backward pass holds half back
@@ -80,6 +82,8 @@ def total(tracker: MemTracker, kind: str) -> int:
 
 def measure_ring(num_layers: int, local_length: int, dtype: torch.dtype, num_ranks: int) -> RingMemory:
     """On each rank: layers of attention, each on the output of the previous one. Every rank must call it."""
+    from torch.distributed._tools.mem_tracker import MemTracker
+
     group = parallel_groups(1, num_ranks).get_sequence_parallel_group()
     attention = RingAttention("auto", group, layout="zigzag")
     x = torch.randn(BATCH, local_length, NUM_HEADS, HEAD_DIM, dtype=dtype, requires_grad=True)

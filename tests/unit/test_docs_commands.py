@@ -119,7 +119,7 @@ def composed(overrides: list[str]) -> Config:
 
 
 @pytest.mark.usefixtures("_composition")
-@pytest.mark.parametrize("command", TRAINING, ids=str)
+@pytest.mark.parametrize("command", {tuple(one.overrides or ()): one for one in TRAINING}.values(), ids=str)
 def test_command_composes(command: Command):
     assert command.overrides is not None
     composed(first_values(command.overrides))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -164,13 +165,15 @@ def test_explain_gpu_needs_of_a_model_its_configuration_alone(tmp_path, capsys, 
     folder.mkdir()
     shutil.copy(tiny_llama / "config.json", folder)
     model = ModelConfig(path=str(folder))
-    hardware = {"explain_gpu": "h100", "launch": LaunchConfig(num_ranks=8)}
-    train.execute(Config(explain=True, model=model, **hardware), [], tmp_path)
+    (tmp_path / "text.txt").write_text("Sequences too long for one GPU. " * 10_000)
+    data = DataConfig(source="text_files", files=str(tmp_path / "text.txt"))
+    explained = Config(explain=True, explain_gpu="h100", model=model, data=data, launch=LaunchConfig(num_ranks=8))
+    train.execute(copy.deepcopy(explained), [], tmp_path)
     lines = capsys.readouterr().out.splitlines()
     some_line_names(lines, "1,311,872")
     some_line_names(lines, "packing", folder, "data.tokenizer=FOLDER")
     shutil.copytree(tiny_llama, folder, dirs_exist_ok=True)
-    train.execute(Config(explain=True, model=model, **hardware), [], tmp_path)
+    train.execute(explained, [], tmp_path)
     some_line_names(capsys.readouterr().out.splitlines(), "data.packing=concatenate")
 
 

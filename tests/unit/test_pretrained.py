@@ -218,7 +218,8 @@ def test_a_head_that_gets_something_else_is_refused():
     [
         ("phi", {}, ["bias=True", "without bias"]),
         ("opt", {"dropout": 0.0}, ["decoder"]),
-        ("gemma4_text", {}, ["config.json", "head_dim"]),  # another one in each kind of layer
+        # another head_dim in each kind of layer
+        ("gemma4_text", {"vocab_size_per_layer_input": 96}, ["config.json", "head_dim"]),
     ],
 )
 def test_a_head_or_a_shape_that_is_not_supported_is_refused(tmp_path: Path, family: str, changes: Any, words: Any):

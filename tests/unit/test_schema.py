@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -23,6 +24,8 @@ from tests.errors import is_named, names, refused
 
 CONF = Path(train.__file__).parent / "conf"
 EXPERIMENTS = sorted(CONF.glob("experiment/*.yaml"))
+DEFAULTS = OmegaConf.structured(Config)
+FIELDS = flatten(asdict(Config()))
 
 
 def compose(*overrides: str) -> Config:
@@ -32,20 +35,19 @@ def compose(*overrides: str) -> Config:
 
 def merged(*fields: str) -> Config:
     """The defaults with these fields: faster than a composition, where only the schema is asked."""
-    config = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.from_dotlist([*fields]))
+    config = OmegaConf.merge(DEFAULTS, OmegaConf.from_dotlist([*fields]))
     assert isinstance(config, DictConfig)
     return to_config(config)
 
 
-def check_for_four_ranks(*overrides: str) -> None:
-    config = compose(*overrides)
+def check_for_four_ranks(config: Config) -> None:
     accumulation_steps(config, resolve_degrees(config, 4))
 
 
-def mistake(*overrides: str) -> str:
+def mistake(*overrides: str, config_of: Callable[..., Config] = compose) -> str:
     """What `train.py` prints after "error: ", from the composition, the schema or the grid of 4 ranks."""
     with pytest.raises((CompactHydraException, ConfigError)) as caught:
-        check_for_four_ranks(*overrides)
+        check_for_four_ranks(config_of(*overrides))
     error = caught.value
     text = str(error) if isinstance(error, ConfigError) else describe_error(error)
     assert "\n" not in text
@@ -66,7 +68,6 @@ CHOICES = [
     ("engine.recompute=some", "none selective full"),
     ("engine.zero_stage=4", "0 1 2 3"),
     ("optimizer.decay=step", "cosine linear constant"),
-    ("logging.wandb=yes", "auto online offline disabled"),
     ("engine.on_bad_step=retry", "stop skip"),
     ("parallelism.method=expert", "sequence tensor_pipeline"),
     ("compare.recipe=x", "forward pretrain"),
@@ -136,9 +137,6 @@ MISTAKES = [  # what is typed; the value, the rule's values and what to type
     ("attention={block:cudnn}", ["attention.block", "attention.kernel=..."]),
     ("compare.fit=true", ["compare.fit", "compare.downscale=true"]),
     ("parallelism.sequence_sharded_norms=false", ["parallelism.sequence_sharded_norms"]),
-    ("explain=true explain_gpu=v100", ["explain_gpu=v100", "h200", "b200"]),
-    ("explain_gpu=h100 launch.num_ranks=8", ["explain_gpu=h100", "explain=true"]),
-    ("explain=true explain_gpu=h100", ["explain_gpu=h100", "launch.num_ranks=8"]),
     ("recipe=compare explain=true explain_gpu=h100 launch.num_ranks=8", ["recipe=compare", "explain_gpu=h100"]),
     ("+data.sequence_lenght=8", ["data.sequence_lenght", "data.sequence_length", "python train.py --help"]),
     ("+wandb.api_key=planted", ["wandb.api_key", "python train.py --help"]),
@@ -151,7 +149,6 @@ MISTAKES = [  # what is typed; the value, the rule's values and what to type
     ("+experiment=[ra_sp,nosuch]", ["+experiment=nosuch", "+experiment=all_gather", "+experiment=weak_scaling"]),
     ("data=hubb", ["data=hubb", "hub?", "data=hub", "data=stdlib", "data=text_files"]),
     ("data=hub data.name=json data.files=x.jsonl", ["data.files=x.jsonl", "data=text_files", "data=hub"]),
-    ("data.text_field=messages", ["data.text_field=messages", "data=hub", "data=stdlib"]),
     ("data=text_files data.files=[train.py] data.name=x", ["data.name=x", "data=hub", "data=text_files"]),
     ("+model.pretrained=x", ["model.pretrained", "model.path=FOLDER_OR_HUB_NAME"]),
     ("data.tokenizer_name=x", ["data.tokenizer_name", "data.tokenizer=FOLDER_OR_HUB_NAME", "docs/data.md"]),
@@ -163,10 +160,8 @@ MISTAKES = [  # what is typed; the value, the rule's values and what to type
     ("optimizer.lr=fast", ["optimizer.lr=fast", "Float"]),
     ("profile_steps={a:1}", ["profile_steps={a:1}", "ListConfig"]),
     ("num_steps=null", ["num_steps=null", "Optional"]),
-    ("num_steps=${steps}", ["num_steps", "steps"]),
     ("num_steps", ["num_steps", "field=value", "data.files=['a.txt','b.txt']"]),
     ("recipe=evaluate evaluate.model=a/b model.rope={rope_type:yarn,factor:4}", ["model.rope={'rope_type': 'yarn', 'factor': 4}", "model.path=FOLDER_OR_HUB_NAME", "evaluate.model"]),
-    ("recipe=evaluate evaluate.model=a/b lora.rank=4", ["lora.rank=4", "evaluate.model", "leave it out"]),
     ("generate.prompt=main(", ["generate.prompt=main(", "field=value", "generate.prompt='def main('", "generate.prompt_file=prompts.jsonl"]),
     ("calibrate.output=~/a.yaml", ["calibrate.output=~/a.yaml", "(unexpected ~)", "field=value"]),
     ("engine=zero", ["engine", "engine.FIELD=value"]),
@@ -179,32 +174,12 @@ MISTAKES = [  # what is typed; the value, the rule's values and what to type
     ("~num_stepz", ["num_stepz"]),
     ("+nosuch@model=x", ["+nosuch@model=x", "nosuch"]),
     # one field
-    ("model.head_dim=0", ["model.head_dim=0", "1"]),
-    ("model.head_dim=33", ["model.head_dim=33", "even"]),
-    ("engine.offload_activations=true", ["engine.offload_activations=true", "engine.recompute=selective", "full"]),
-    ("launch.stall_factor=1.5", ["launch.stall_factor=1.5", "2", "0"]),
-    ("compare.micro_batch_sizes=[]", ["compare.micro_batch_sizes=[]", "1", "compare.micro_batch_sizes=[1]"]),
-    ("compare.micro_batch_sizes=[1,0]", ["compare.micro_batch_sizes=[1, 0]", "1", "compare.micro_batch_sizes=[1]"]),
+    ("logging.wandb=yes", ["logging.wandb=yes", "auto", "online", "offline", "disabled"]),  # which YAML reads as true
     ("compare.baseline=nosuch", ["compare.baseline=nosuch", "tp_pp", "tp", "pp", "ra_sp", "ulysses", "hybrid", "all_gather", "dp"]),
     ("compare.only=[dp,nosuch]", ["compare.only=nosuch", "tp_pp", "tp", "pp", "ra_sp", "ulysses", "hybrid", "all_gather", "dp"]),
     ("data=hub data.name=https://me:planted@host/set", ["data.name", "HF_TOKEN"]),
     ("data=text_files data.files=https://me:planted@host/set", ["data.files", "HF_TOKEN"]),
-    ("data.tokenizer=https://me:planted@host/set", ["data.tokenizer", "HF_TOKEN"]),
     # several fields
-    ("engine.offload_optimizer=true engine.zero_stage=0", ["engine.offload_optimizer=true", "engine.zero_stage=0", "1", "2", "3"]),
-    ("engine.offload_parameters=true engine.zero_stage=2", ["engine.offload_parameters=true", "engine.zero_stage=3", "2"]),
-    ("engine.train_batch_size=3 parallelism.data_degree=2", ["engine.train_batch_size=3", "2", "engine.micro_batch_size=1", "engine.train_batch_size=4"]),
-    ("model.vocab_size=100", ["model.vocab_size=100", "257", "data.tokenizer"]),
-    ("model.num_kv_heads=3", ["model.num_kv_heads=3", "model.num_heads=4", "1", "2", "4"]),
-    ("engine.dtype=fp16 engine.zero_stage=0", ["engine.dtype=fp16", "engine.zero_stage=0", "engine.zero_stage=1"]),
-    ("profile_steps=[5,6]", ["profile_steps=[5, 6]", "profile=true"]),
-    ("profile=true num_steps=3", ["profile=true", "4", "num_steps=3", "num_steps=4"]),
-    ("profile_steps=[1,4]", ["profile_steps=[1, 4]", "profile_steps=[3,4]"]),
-    ("profile_steps=[4,3]", ["profile_steps=[4, 3]", "profile_steps=[3,4]"]),
-    ("profile_steps=[3]", ["profile_steps=[3]", "profile_steps=[3,4]"]),
-    ("recipe=bench_attention memory_snapshot=true", ["memory_snapshot=true", "recipe=bench_attention", "recipe=pretrain", "recipe=forward"]),
-    ("recipe=max_length profile=true", ["profile=true", "recipe=max_length", "recipe=pretrain", "recipe=forward"]),
-    ("recipe=max_length data.preview=3", ["data.preview=3", "recipe=max_length", "recipe=pretrain", "recipe=forward"]),
     ("recipe=max_length attention=auto", ["attention=auto", "recipe=max_length", "attention=ring"]),
     ("recipe=max_length +experiment=tp_pp", ["recipe=max_length", "+experiment=ra_sp"]),
     ("data=hub", ["data=hub", "data.name=OWNER/NAME"]),
@@ -216,37 +191,13 @@ MISTAKES = [  # what is typed; the value, the rule's values and what to type
     ("recipe=compare +compare.entries.mine=[+experiment=dp]", ["+compare.entries.mine=[+experiment=dp]", "field=value", "+compare.entries.mine=['+experiment=dp','engine.zero_stage=2']"]),
     ("recipe=compare ~compare", ["recipe=compare", "recipe=compare +experiment=paper_table"]),
     ("recipe=compare ~compare compare.baseline=dp", ["recipe=compare", "recipe=compare +experiment=paper_table"]),
-    ("engine.train_batch_size=8 engine.gradient_accumulation_steps=2", ["engine.train_batch_size=8", "engine.gradient_accumulation_steps"]),
-    ("parallelism.tensor_degree=2", ["parallelism.tensor_degree=2", "parallelism=tensor_pipeline", "+experiment=tp_pp"]),
-    ("parallelism.pipeline_degree=2", ["parallelism.pipeline_degree=2", "parallelism=tensor_pipeline", "+experiment=tp_pp"]),
-    ("recipe=forward evaluate.every_n_steps=9", ["evaluate.every_n_steps=9", "recipe=pretrain", "recipe=forward"]),
-    ("evaluate.every_n_steps=9 evaluate.scoring=generate", ["evaluate.every_n_steps=9", "evaluate.scoring=generate", "recipe=evaluate"]),
-    ("evaluate.every_n_steps=9 evaluate.context=64", ["evaluate.every_n_steps=9", "evaluate.context=64", "recipe=evaluate"]),
-    ("evaluate.every_n_steps=9 evaluate.lengths=[512,4096]", ["evaluate.lengths=[512, 4096]", "4096", "data.sequence_length=2048", "recipe=evaluate"]),
     ("evaluate.every_n_steps=9 +experiment=tp_pp", ["evaluate.every_n_steps=9", "parallelism=tensor_pipeline", "+experiment=ra_sp"]),
-    ("checkpoint.keep_best=true checkpoint.keep=0", ["checkpoint.keep_best=true", "checkpoint.keep=0", "checkpoint.keep=1"]),
-    ("checkpoint.keep_best=true", ["checkpoint.keep_best=true", "evaluate.every_n_steps=50", "logging.validate_every_n_steps=50"]),
-    ("data.stages=[[1,2048]]", ["data.stages=[[1, 2048]]", "data.stages='[[1,8192],[500,32768]]'"]),
-    ("data.stages=[512,2048]", ["data.stages=[512, 2048]", "data.stages='[[1,8192],[500,32768]]'"]),
-    ("data.stages=[[1,512],[9,2048.5]]", ["data.stages=[[1, 512], [9, 2048.5]]", "data.stages='[[1,8192],[500,32768]]'"]),
-    ("data.stages=[[0,512],[9,2048]]", ["data.stages=[[0, 512], [9, 2048]]", "step 1"]),
-    ("data.stages=[[1,512],[9,1024],[9,2048]]", ["data.stages=[[1, 512], [9, 1024], [9, 2048]]", "steps [1, 9, 9]"]),
-    ("data.stages=[[1,2048],[9,2048]]", ["data.stages=[[1, 2048], [9, 2048]]", "lengths [2048, 2048]"]),
-    ("data.stages=[[1,0],[9,2048]]", ["data.stages=[[1, 0], [9, 2048]]", "lengths [0, 2048]"]),
-    ("data.stages=[[1,512],[9,4096]]", ["data.stages=[[1, 512], [9, 4096]]", "data.sequence_length=2048", "data.sequence_length=4096"]),
-    ("data.stages=[[1,512],[9,2048]] data.long_documents=drop", ["data.stages=[[1, 512], [9, 2048]]", "data.long_documents=drop"]),
     ("data.stages=[[1,512],[9,2048]] +debug=overfit", ["data.stages=[[1, 512], [9, 2048]]", "data.overfit_one_batch=true"]),
     ("data.stages=[[1,512],[9,2048]] data=hub data.name=x data.stream=true", ["data.stages=[[1, 512], [9, 2048]]", "data.stream=true"]),
-    ("data.stages=[[1,512],[9,2048]] recipe=forward", ["data.stages=[[1, 512], [9, 2048]]", "recipe=pretrain", "recipe=forward"]),
     ("data.stages=[[1,512],[9,2048]] +experiment=tp_pp", ["data.stages=[[1, 512], [9, 2048]]", "parallelism=tensor_pipeline", "+experiment=ra_sp"]),
-    ("data.stages=[[1,512],[9,2048]] num_steps=8", ["data.stages=[[1, 512], [9, 2048]]", "step 9", "num_steps=8", "num_steps=18"]),
     # on 4 ranks
-    ("parallelism.ring_degree=3", ["parallelism.ring_degree=3", "4 ranks", "1", "2", "parallelism.ring_degree=4", "launch.num_ranks"]),
-    ("parallelism.data_degree=8", ["parallelism.data_degree=8", "4 ranks", "1", "2", "parallelism.data_degree=4", "launch.num_ranks"]),
-    ("parallelism.data_degree=1 parallelism.ring_degree=2", ["parallelism.data_degree=1", "parallelism.ring_degree=2", "2 ranks", "4", "launch.num_ranks=2"]),
     ("attention=ulysses", ["attention=ulysses", "parallelism.ulysses_degree=4", "model.num_kv_heads=2", "attention=hybrid", "model.num_kv_heads=4", "parallelism.ulysses_degree=2", "attention=ring"]),
     ("attention=hybrid parallelism.ulysses_degree=4", ["attention=hybrid", "parallelism.ulysses_degree=4", "model.num_kv_heads=2", "model.num_kv_heads=4", "parallelism.ulysses_degree=2", "attention=ring"]),
-    ("parallelism.ulysses_degree=2", ["attention=ring", "parallelism.ulysses_degree=2", "attention=hybrid"]),
     ("attention=ulysses parallelism.ring_degree=2", ["attention=ulysses", "parallelism.ring_degree=2", "attention=hybrid"]),
     ("attention=auto parallelism.ulysses_degree=2", ["attention=auto", "parallelism.ulysses_degree=2", "attention=hybrid"]),
     ("attention=local parallelism.ulysses_degree=2", ["attention=local", "parallelism.ulysses_degree=2", "attention=ulysses"]),
@@ -266,11 +217,65 @@ MISTAKES = [  # what is typed; the value, the rule's values and what to type
     ("+experiment=tp_pp parallelism=tp8_pp2", ["parallelism.tensor_degree=8", "4 ranks", "1", "2", "parallelism.tensor_degree=4", "launch.num_ranks"]),
     ("+experiment=tp_pp parallelism.tensor_degree=2 parallelism.pipeline_degree=1 parallelism.data_degree=1", ["parallelism.data_degree=1", "parallelism.tensor_degree=2", "parallelism.pipeline_degree=1", "2 ranks", "4", "launch.num_ranks=2"]),
 ]  # fmt: skip
+MISTAKES_OF_FIELDS = [  # the same, where no group, file or grammar of Hydra plays a part
+    ("explain=true explain_gpu=v100", ["explain_gpu=v100", "h200", "b200"]),
+    ("explain_gpu=h100 launch.num_ranks=8", ["explain_gpu=h100", "explain=true"]),
+    ("explain=true explain_gpu=h100", ["explain_gpu=h100", "launch.num_ranks=8"]),
+    ("data.text_field=messages", ["data.text_field=messages", "data=hub", "data=stdlib"]),
+    ("num_steps=${steps}", ["num_steps", "steps"]),
+    ("recipe=evaluate evaluate.model=a/b lora.rank=4", ["lora.rank=4", "evaluate.model", "leave it out"]),
+    ("model.head_dim=0", ["model.head_dim=0", "1"]),
+    ("model.head_dim=33", ["model.head_dim=33", "even"]),
+    ("engine.offload_activations=true", ["engine.offload_activations=true", "engine.recompute=selective", "full"]),
+    ("launch.stall_factor=1.5", ["launch.stall_factor=1.5", "2", "0"]),
+    ("compare.micro_batch_sizes=[]", ["compare.micro_batch_sizes=[]", "1", "compare.micro_batch_sizes=[1]"]),
+    ("compare.micro_batch_sizes=[1,0]", ["compare.micro_batch_sizes=[1, 0]", "1", "compare.micro_batch_sizes=[1]"]),
+    ("data.tokenizer=https://me:planted@host/set", ["data.tokenizer", "HF_TOKEN"]),
+    ("engine.offload_optimizer=true engine.zero_stage=0", ["engine.offload_optimizer=true", "engine.zero_stage=0", "1", "2", "3"]),
+    ("engine.offload_parameters=true engine.zero_stage=2", ["engine.offload_parameters=true", "engine.zero_stage=3", "2"]),
+    ("engine.train_batch_size=3 parallelism.data_degree=2", ["engine.train_batch_size=3", "2", "engine.micro_batch_size=1", "engine.train_batch_size=4"]),
+    ("model.vocab_size=100", ["model.vocab_size=100", "257", "data.tokenizer"]),
+    ("model.num_kv_heads=3", ["model.num_kv_heads=3", "model.num_heads=4", "1", "2", "4"]),
+    ("engine.dtype=fp16 engine.zero_stage=0", ["engine.dtype=fp16", "engine.zero_stage=0", "engine.zero_stage=1"]),
+    ("profile_steps=[5,6]", ["profile_steps=[5, 6]", "profile=true"]),
+    ("profile=true num_steps=3", ["profile=true", "4", "num_steps=3", "num_steps=4"]),
+    ("profile_steps=[1,4]", ["profile_steps=[1, 4]", "profile_steps=[3,4]"]),
+    ("profile_steps=[4,3]", ["profile_steps=[4, 3]", "profile_steps=[3,4]"]),
+    ("profile_steps=[3]", ["profile_steps=[3]", "profile_steps=[3,4]"]),
+    ("recipe=bench_attention memory_snapshot=true", ["memory_snapshot=true", "recipe=bench_attention", "recipe=pretrain", "recipe=forward"]),
+    ("recipe=max_length profile=true", ["profile=true", "recipe=max_length", "recipe=pretrain", "recipe=forward"]),
+    ("recipe=max_length data.preview=3", ["data.preview=3", "recipe=max_length", "recipe=pretrain", "recipe=forward"]),
+    ("engine.train_batch_size=8 engine.gradient_accumulation_steps=2", ["engine.train_batch_size=8", "engine.gradient_accumulation_steps"]),
+    ("parallelism.tensor_degree=2", ["parallelism.tensor_degree=2", "parallelism=tensor_pipeline", "+experiment=tp_pp"]),
+    ("parallelism.pipeline_degree=2", ["parallelism.pipeline_degree=2", "parallelism=tensor_pipeline", "+experiment=tp_pp"]),
+    ("recipe=forward evaluate.every_n_steps=9", ["evaluate.every_n_steps=9", "recipe=pretrain", "recipe=forward"]),
+    ("evaluate.every_n_steps=9 evaluate.scoring=generate", ["evaluate.every_n_steps=9", "evaluate.scoring=generate", "recipe=evaluate"]),
+    ("evaluate.every_n_steps=9 evaluate.context=64", ["evaluate.every_n_steps=9", "evaluate.context=64", "recipe=evaluate"]),
+    ("evaluate.every_n_steps=9 evaluate.lengths=[512,4096]", ["evaluate.lengths=[512, 4096]", "4096", "data.sequence_length=2048", "recipe=evaluate"]),
+    ("checkpoint.keep_best=true checkpoint.keep=0", ["checkpoint.keep_best=true", "checkpoint.keep=0", "checkpoint.keep=1"]),
+    ("checkpoint.keep_best=true", ["checkpoint.keep_best=true", "evaluate.every_n_steps=50", "logging.validate_every_n_steps=50"]),
+    ("data.stages=[[1,2048]]", ["data.stages=[[1, 2048]]", "data.stages='[[1,8192],[500,32768]]'"]),
+    ("data.stages=[512,2048]", ["data.stages=[512, 2048]", "data.stages='[[1,8192],[500,32768]]'"]),
+    ("data.stages=[[1,512],[9,2048.5]]", ["data.stages=[[1, 512], [9, 2048.5]]", "data.stages='[[1,8192],[500,32768]]'"]),
+    ("data.stages=[[0,512],[9,2048]]", ["data.stages=[[0, 512], [9, 2048]]", "step 1"]),
+    ("data.stages=[[1,512],[9,1024],[9,2048]]", ["data.stages=[[1, 512], [9, 1024], [9, 2048]]", "steps [1, 9, 9]"]),
+    ("data.stages=[[1,2048],[9,2048]]", ["data.stages=[[1, 2048], [9, 2048]]", "lengths [2048, 2048]"]),
+    ("data.stages=[[1,0],[9,2048]]", ["data.stages=[[1, 0], [9, 2048]]", "lengths [0, 2048]"]),
+    ("data.stages=[[1,512],[9,4096]]", ["data.stages=[[1, 512], [9, 4096]]", "data.sequence_length=2048", "data.sequence_length=4096"]),
+    ("data.stages=[[1,512],[9,2048]] data.long_documents=drop", ["data.stages=[[1, 512], [9, 2048]]", "data.long_documents=drop"]),
+    ("data.stages=[[1,512],[9,2048]] recipe=forward", ["data.stages=[[1, 512], [9, 2048]]", "recipe=pretrain", "recipe=forward"]),
+    ("data.stages=[[1,512],[9,2048]] num_steps=8", ["data.stages=[[1, 512], [9, 2048]]", "step 9", "num_steps=8", "num_steps=18"]),
+    ("parallelism.ring_degree=3", ["parallelism.ring_degree=3", "4 ranks", "1", "2", "parallelism.ring_degree=4", "launch.num_ranks"]),
+    ("parallelism.data_degree=8", ["parallelism.data_degree=8", "4 ranks", "1", "2", "parallelism.data_degree=4", "launch.num_ranks"]),
+    ("parallelism.data_degree=1 parallelism.ring_degree=2", ["parallelism.data_degree=1", "parallelism.ring_degree=2", "2 ranks", "4", "launch.num_ranks=2"]),
+    ("parallelism.ulysses_degree=2", ["attention=ring", "parallelism.ulysses_degree=2", "attention=hybrid"]),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("typed", "choices"), CHOICES)
 def test_a_choice_that_is_not_known_is_refused_with_those_that_are(typed: str, choices: str):
-    names(mistake(typed), typed, *choices.split())
+    is_field = typed.partition("=")[0] in FIELDS
+    names(mistake(typed, config_of=merged if is_field else compose), typed, *choices.split())
 
 
 @pytest.mark.parametrize(("field", "value", "bounds"), BOUNDS)
@@ -285,11 +290,21 @@ def test_a_mistake_names_the_value_and_what_to_type(typed: str, parts: list[str]
     names(mistake(*typed.split()), *parts)
 
 
+@pytest.mark.parametrize(("typed", "parts"), MISTAKES_OF_FIELDS, ids=[typed for typed, _ in MISTAKES_OF_FIELDS])
+def test_a_mistake_of_fields_names_the_values_and_what_to_type(typed: str, parts: list[str]):
+    names(mistake(*typed.split(), config_of=merged), *parts)
+
+
+def test_the_files_choose_the_defaults_of_the_schema():
+    """So `merged` stands for a composition. The entries of a comparison are in a file alone."""
+    assert merged() == replace(compose(), compare=CompareConfig())
+
+
 @pytest.mark.parametrize("typed", ["nosuch=1", "+wandb.api_key=planted", "data=books"])
 def test_what_is_like_nothing_else_gets_no_suggestion(typed: str):
     text = mistake(typed)
     assert "?" not in text
-    assert not [field for field in flatten(asdict(Config())) if is_named(text, field)]
+    assert not [field for field in FIELDS if is_named(text, field)]
 
 
 @pytest.mark.parametrize(
