@@ -24,6 +24,7 @@ from ring_attention.kernels import AttentionKernel, DqSum
 from ring_attention.kv import KeysValues
 from ring_attention.layout import Layout, Spans, num_tokens, slice_within
 from ring_attention.mask import CAUSAL, FULL, Mask
+from ring_attention.merge import add_up
 from ring_attention.trace import profiler_range
 
 
@@ -135,20 +136,27 @@ class SummedKeyGradients(KeyGradients):
         assert tile.dk is None, "the kernel adds all of them"
 
     def end(self, step: BackwardStep, number: int, is_local: bool) -> KeysValues | None:
-        head_dim, sums = self._kv.k_BTKD.shape[3], self._step
-        self._step = self._own
-        for source in step.add:
-            if source == number:  # held back: the kernel has added them
-                continue
-            returned = self._returned.pop(source)
-            assert returned.message is not None
-            values = returned.message.view(*self._own.shape[:3], -1)
-            with profiler_range("merge"):
-                for span in returned.spans:
-                    run = slice_within(returned.spans, *span)
-                    total = self._own[..., span[0] * head_dim : span[1] * head_dim]
-                    total.add_(values[..., run.start * head_dim : run.stop * head_dim])
+        sums, self._step = self._step, self._own
+        # what was held back the kernel has added by itself
+        returned = [self._returned.pop(source) for source in step.add if source != number]
+        if len({kv.spans for kv in returned}) == 1:
+            self._add_returned(returned)  # in one pass
+        else:
+            for kv in returned:
+                self._add_returned([kv])
         return None if is_local or not step.gradients else self._message(sums, step.gradients)
+
+    def _add_returned(self, returned: list[KeysValues]) -> None:
+        """All of the same tokens."""
+        spans, head_dim, values = returned[0].spans, self._kv.k_BTKD.shape[3], []
+        for kv in returned:
+            assert kv.message is not None
+            values.append(kv.message.view(*self._own.shape[:3], -1))
+        with profiler_range("merge"):
+            for span in spans:
+                run = slice_within(spans, *span)
+                total = _tokens(self._own, slice(*span), head_dim)
+                add_up(total, [total, *(_tokens(sums, run, head_dim) for sums in values)])
 
     def result(self) -> tuple[Tensor, Tensor]:
         return self._dq_sum.round_keys(self._own, self._kv.k_BTKD, self._scale)
@@ -162,6 +170,12 @@ class SummedKeyGradients(KeyGradients):
         batch, _, num_heads, head_dim = self._kv.k_BTKD.shape
         shape = torch.Size((batch, num_tokens(spans), num_heads, head_dim))
         return KeysValues.of_message(sums.view(-1), (shape, shape), spans)
+
+
+def _tokens(sums_2BKN: Tensor, tokens: slice, head_dim: int) -> Tensor:
+    """[2 * B, K, T, D], a view."""
+    numbers = sums_2BKN[..., tokens.start * head_dim : tokens.stop * head_dim]
+    return numbers.unflatten(3, (-1, head_dim)).flatten(0, 1)
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
