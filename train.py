@@ -25,6 +25,7 @@ from omegaconf import DictConfig, open_dict
 from conf.compose import (
     as_hydra_types_it,
     check_files_typed_once,
+    check_flags,
     check_multirun,
     compose_entries,
     describe_error,
@@ -236,6 +237,7 @@ if __name__ == "__main__":
         else:
             for number in (signal.SIGTERM, signal.SIGUSR1):
                 signal.signal(number, _stop)
+            check_flags(sys.argv[1:])
             run()
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)

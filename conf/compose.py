@@ -172,6 +172,17 @@ def check_files_typed_once(typed: list[str]) -> None:
             )
 
 
+def check_flags(arguments: list[str]) -> None:
+    """Raises ConfigError for a setting that is typed as other tools take it, such as --num_steps 20."""
+    of_other_tools = {name for names in FROM_OTHER_TOOLS for name in names}
+    for argument in arguments:
+        name, _, value = argument.removeprefix("--").partition("=")
+        if argument.startswith("--") and name in _FIELDS:
+            raise ConfigError(f"{argument} has dashes, which settings lack: type {name}={value or 'VALUE'}")
+        if argument.startswith("--") and name.replace("-", "_") in of_other_tools:
+            raise ConfigError(_unknown_field(name.replace("-", "_"), value))
+
+
 def describe_error(error: Exception) -> str:
     """An error of Hydra or OmegaConf in one line: the value, the rule and what to type. Other errors unchanged."""
     if not isinstance(error, (CompactHydraException, OmegaConfBaseException)):

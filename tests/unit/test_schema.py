@@ -19,6 +19,7 @@ import train  # registers the schema
 from conf.compose import (
     as_hydra_types_it,
     check_files_typed_once,
+    check_flags,
     check_multirun,
     compose_entries,
     describe_error,
@@ -364,6 +365,16 @@ def test_files_that_are_typed_twice_are_refused():
     check_files_typed_once(["data.files=a.txt", "num_steps=3", "num_steps=4", "data.validation_files=b.txt"])
     with refused(ConfigError, "data.files=a.txt", "data.files=b.txt", "data.files=[a.txt,b.txt]"):
         check_files_typed_once(["data.files=a.txt", "data.files=b.txt"])
+
+
+def test_settings_with_dashes_say_how_they_are_typed():
+    check_flags(["--help", "--multirun", "-m", "--cfg", "job", "num_steps=20"])  # Hydra's own
+    with refused(ConfigError, "--num_steps", "num_steps=VALUE"):
+        check_flags(["+experiment=finetune", "--num_steps", "20"])
+    with refused(ConfigError, "--optimizer.lr=1e-3", "optimizer.lr=1e-3"):
+        check_flags(["--optimizer.lr=1e-3"])
+    with refused(ConfigError, "learning_rate", "optimizer.lr=..."):
+        check_flags(["--learning-rate=1e-3"])
 
 
 def test_several_values_without_brackets_say_what_to_type():
