@@ -22,7 +22,15 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
 
-from conf.compose import as_hydra_types_it, check_multirun, compose_entries, describe_error, to_config
+from conf.compose import (
+    as_hydra_types_it,
+    check_files_typed_once,
+    check_flags,
+    check_multirun,
+    compose_entries,
+    describe_error,
+    to_config,
+)
 from conf.degrees import accumulation_steps, resolve_degrees
 from conf.schema import INFERENCE, LOSS_TASK, WITHOUT_MODEL, Config, ConfigError
 from data.corpus import Corpus, open_corpus
@@ -81,6 +89,7 @@ def execute(config: Config, overrides: list[str], run_dir: Path) -> float | None
     Settings and data are checked first, because importing torch takes seconds.
     """
     check_accelerator()
+    check_files_typed_once(overrides)
     if config.recipe == "evaluate":
         from recipes.evaluation.cells import resolve
 
@@ -141,7 +150,7 @@ def execute(config: Config, overrides: list[str], run_dir: Path) -> float | None
         if os.environ.get("RANK", "0") == "0":
             plan = launcher.make_plan(config, num_ranks)
             print(*explanation(plan, run_dir), sep="\n", flush=True)
-            if reads_data and is_local(config.data) and not config.data.stream:
+            if reads_data and not config.data.stream:
                 print("", *_packing(config, plan.sequences_per_step), sep="\n", flush=True)
         return None
     if config.recipe == "pretrain" and (loss := launcher.result_if_finished(config, num_ranks, run_dir)) is not None:
@@ -153,15 +162,12 @@ def _packing(config: Config, sequences_per_step: int) -> list[str]:
     """How documents are packed, as lines of text. Raises CorpusError as `open_corpus`."""
     from data.report import packing_report
 
-    path = config.model.path
-    if config.explain_gpu and path and config.data.tokenizer == path and _lacks_tokenizer(Path(path)):
-        return [f"packing of documents: not shown, because {path} has no tokenizer; data.tokenizer=FOLDER gives one"]
+    folder = config.model.path
+    if not is_local(config.data):
+        return ["packing of documents: not shown, because data or tokenizer is no folder here; nothing was downloaded"]
+    if config.explain_gpu and folder and config.data.tokenizer == folder and not any(Path(folder).glob("tokenizer*")):
+        return [f"packing of documents: not shown, because {folder} has no tokenizer; data.tokenizer=FOLDER gives one"]
     return packing_report(open_corpus(config.data, config.model.vocab_size), sequences_per_step)
-
-
-def _lacks_tokenizer(folder: Path) -> bool:
-    """Whether it is a folder without the files of a tokenizer; False for a name on the hub."""
-    return folder.is_dir() and not any(folder.glob("tokenizer*"))
 
 
 def _open_data(config: Config) -> Corpus | StreamCorpus:
@@ -231,6 +237,7 @@ if __name__ == "__main__":
         else:
             for number in (signal.SIGTERM, signal.SIGUSR1):
                 signal.signal(number, _stop)
+            check_flags(sys.argv[1:])
             run()
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)

@@ -76,9 +76,12 @@ _GROUPS_WITH_DEFAULT = {*_DATACLASSES, "workload"} - {"sweep"}  # conf/config.ya
 def as_hydra_types_it(argument: str) -> str:
     """field=8.0 as field=8 where the field takes whole numbers, and field=None as field=null where it may be null.
 
-    `wandb agent` writes values as Python does. All other arguments are returned unchanged.
+    `wandb agent` writes values as Python does. field=~/x becomes the path that it means, because shells expand ~ only
+    where a word begins. All other arguments are returned unchanged.
     """
     name, _, value = argument.partition("=")
+    if value.startswith("~/"):
+        return f"{name}={os.path.expanduser(value)}"
     kind = _TYPES.get(name)
     kinds = (kind, *get_args(kind))
     if value == "None" and type(None) in kinds:
@@ -158,6 +161,28 @@ def check_multirun(hydra_config: HydraConf) -> None:
         )
 
 
+def check_files_typed_once(typed: list[str]) -> None:
+    """Raises ConfigError if files are typed twice: Hydra drops the first, and shells make two of data.files={a,b}."""
+    for name in ("data.files", "data.validation_files"):
+        values = [override.partition("=")[2] for override in typed if override.startswith(f"{name}=")]
+        if len(values) > 1:
+            raise ConfigError(
+                f"{' and '.join(f'{name}={value}' for value in values)}: only the last would be read, so type one of "
+                f"them, or {name}=[{','.join(values)}]"
+            )
+
+
+def check_flags(arguments: list[str]) -> None:
+    """Raises ConfigError for a setting that is typed as other tools take it, such as --num_steps 20."""
+    of_other_tools = {name for names in FROM_OTHER_TOOLS for name in names}
+    for argument in arguments:
+        name, _, value = argument.removeprefix("--").partition("=")
+        if argument.startswith("--") and name in _FIELDS:
+            raise ConfigError(f"{argument} has dashes, which settings lack: type {name}={value or 'VALUE'}")
+        if argument.startswith("--") and name.replace("-", "_") in of_other_tools:
+            raise ConfigError(_unknown_field(name.replace("-", "_"), value))
+
+
 def describe_error(error: Exception) -> str:
     """An error of Hydra or OmegaConf in one line: the value, the rule and what to type. Other errors unchanged."""
     if not isinstance(error, (CompactHydraException, OmegaConfBaseException)):
@@ -196,6 +221,9 @@ def describe_error(error: Exception) -> str:
         if "is not a ListConfig" in str(cause):
             return f"{setting} must be a list: type {name}=[{value}]"
         return f"{setting} is refused: {str(cause).splitlines()[0]}"
+    if several := re.match(r"Ambiguous value for argument '([\w.]+)=(.*)'\n", str(error)):
+        name, value = several.groups()
+        return f"{name}={value} is several values: type {name}=[{value}] for a list, or --multirun for a run of each"
     if twice := re.match(r"Multiple values for (\w+)", str(error)):
         group = twice[1]
         advice = f"{group}=OPTION, without a plus" if group in _GROUPS_WITH_DEFAULT else f"+{group}=[ONE,OTHER]"

@@ -124,6 +124,8 @@ class ModelConfig(_Checked, prefix="model."):
     def problems(self) -> Iterator[str]:
         defaults = {spec.name: spec.default for spec in dataclasses.fields(self)}
         names = [name for name in defaults if name not in ("name", "path", "rope")]
+        if self.path == "":
+            yield "model.path= is empty: type model.path=FOLDER_OR_HUB_NAME"
         if self.path is None and self.name == "huggingface":
             yield (
                 "model=huggingface needs model.path=FOLDER_OR_HUB_NAME: python scripts/make_tiny_llama.py FOLDER makes "

@@ -27,6 +27,10 @@ _CODECS = {".gz": "gzip", ".zst": "zstd"}
 _COMPRESSED = {*_CODECS, ".bz2", ".xz", ".lz4", ".zip"}
 _BATCH_ROWS = 1024  # of parquet
 _FIX = "correct the row, or leave out such rows with data.bad_rows=skip"
+_ONE_A_LINE = (
+    "write one object a line (jq -c '.[]' FILE, or jq -c . FILE if it is no list), or leave out such rows with "
+    "data.bad_rows=skip"
+)
 _FIX_FILE = "give the whole file again, or leave out what cannot be read with data.bad_rows=skip"
 # raised by damaged files: pyarrow's are ValueErrors and OSErrors, the last three come from compressed files
 _UNREADABLE = (OSError, ValueError, EOFError, zlib.error, lzma.LZMAError)
@@ -158,11 +162,14 @@ class Source:
         except UnicodeDecodeError as error:
             return BadRow(f"byte {error.start:,} is not UTF-8: {_FIX}")
         except ValueError as error:
+            if number == 1 and line.strip() in (b"{", b"["):
+                return BadRow(f"JSON over several lines: {_ONE_A_LINE}")
             return BadRow(f"broken JSON ({error}): {_FIX}")
         except RecursionError:
             return BadRow(f"JSON that is nested too deeply: {_FIX}")
         if not isinstance(row, dict):
-            return BadRow(f"a {type(row).__name__}, no object with columns: {_FIX}")
+            fix = _ONE_A_LINE if isinstance(row, list) and number == 1 else _FIX
+            return BadRow(f"a {type(row).__name__}, no object with columns: {fix}")
         return self._content(row)
 
     def _parquet_rows(self, name: str, skip: int) -> Iterator[tuple[int, str | Conversation | BadRow, float]]:

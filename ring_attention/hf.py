@@ -365,7 +365,10 @@ def _refuse_labels(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 def _start_pass(kwargs: dict[str, Any], num_positions: int | None) -> None:
     plan = kwargs.get("ring_plan")
     if not isinstance(plan, BatchPlan):
-        raise ValueError("the model got no ring_plan: call it with **ring_attention.hf.shard(batch, attention)")
+        raise ValueError(
+            "the model got no ring_plan: call it with **ring_attention.hf.shard(batch, attention). For generate() load "
+            'its weights with attn_implementation="sdpa", or use ring_attention.decoding'
+        )
     for name in ("attention_mask", "cu_seq_lens_q", "seq_idx"):
         if kwargs.get(name) is not None:
             raise ValueError(f"{name} of a shard is wrong: give the whole batch's to ring_attention.hf.shard")

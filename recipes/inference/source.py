@@ -14,6 +14,7 @@ from torch import nn
 from conf.schema import Config, ConfigError, LoraConfig, ModelConfig
 from recipes.checkpoint.consolidated import find_checkpoint, stored_weights
 from recipes.checkpoint.manifest import CHECKPOINTS_DIR, MANIFEST_FILE, read_manifest
+from recipes.model.model_folder import ADAPTER_FILE
 from recipes.run.run_dir import CONFIG_FILE as RUN_CONFIG_FILE
 
 HF_CONFIG_FILE = "config.json"
@@ -53,6 +54,8 @@ def resolve_source(config: Config) -> Config:
         what = "is no model" if given.exists() else "is not there"
         if (given / RUN_CONFIG_FILE).exists():
             what = "has no checkpoint yet"
+        if (given / ADAPTER_FILE).exists():
+            what = "is an adapter, which python -m recipes.export RUN_DIR --merge --output FOLDER makes a model of"
         raise ConfigError(
             f"{setting}={group.model} {what}: give a run dir, such as outputs/DATE/TIME, a folder in its checkpoints/, "
             f"or a Hugging Face model, a folder with {HF_CONFIG_FILE} or OWNER/NAME on the hub"

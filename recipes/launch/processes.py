@@ -22,6 +22,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.multiprocessing as mp
 
 from conf.schema import ConfigError
@@ -33,7 +34,16 @@ from recipes.launch.worker import Task, run_rank
 from recipes.run.errors import STOP_SIGNALS, Preempted, RunFailed
 from recipes.run.heartbeat import LOGS_DIR, clear_rank_states
 
+CROWDED_RANKS_PER_CORE = 4  # a rank imports libraries for several seconds of a core
 CLOSING_S = 10.0  # wandb's offline run takes one to four to close
+
+
+def starting(num_ranks: int, run_dir: Path) -> str:
+    """The first line of a run. On the CPU it says if the ranks are so many that nothing will happen for minutes."""
+    num_cores = len(os.sched_getaffinity(0))
+    is_crowded = not torch.cuda.device_count() and num_ranks > CROWDED_RANKS_PER_CORE * num_cores
+    wait = f" on {num_cores} CPU cores, which takes minutes: launch.num_ranks=4 is quicker" if is_crowded else ""
+    return f"starting {num_ranks} rank{'s' if num_ranks > 1 else ''}{wait}; logs in {run_dir / LOGS_DIR}"
 
 
 def launch(task: Task, num_ranks: int, run_dir: Path) -> float:
@@ -44,7 +54,7 @@ def launch(task: Task, num_ranks: int, run_dir: Path) -> float:
         Preempted: on SIGTERM or SIGUSR1. Ranks that train save a checkpoint first; others end at once, as all do on a
             second signal.
     """
-    print(f"starting {num_ranks} rank{'s' if num_ranks > 1 else ''}; logs in {run_dir / LOGS_DIR}", flush=True)
+    print(starting(num_ranks, run_dir), flush=True)
     clear_rank_states(run_dir)
     # neither a queue, whose lock needs /dev/shm, nor files, which need room on a disk
     pipes = [multiprocessing.Pipe(duplex=False) for _ in range(num_ranks)]

@@ -10,12 +10,18 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE = "config.json", "model.safetensors.index.json", "model.safetensors"
+ADAPTER_FILE = "adapter_config.json"
 
 
 def check_config(folder: Path) -> None:
     """Raises ValueError unless the folder has a configuration."""
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}: give one with {CONFIG_FILE}, or a name on the hub, OWNER/NAME")
+    if not (folder / CONFIG_FILE).is_file() and (folder / ADAPTER_FILE).is_file():
+        raise ValueError(
+            f"{folder} is an adapter: give a whole model, as python -m recipes.export RUN_DIR --merge --output FOLDER "
+            "writes it"
+        )
     if not (folder / CONFIG_FILE).is_file():
         raise ValueError(
             f"{folder} has no {CONFIG_FILE}: give the folder that save_pretrained or the hub's download wrote"
@@ -49,8 +55,9 @@ def check_hub(name: str) -> None:
         huggingface_hub.HfApi().model_info(name, timeout=10)  # from_pretrained retries for 23 s
     except Exception as error:  # also those of the HTTP client, which depends on the hub's version
         raise ValueError(
-            f"the hub does not give it ({one_line(error)}): give a folder with {CONFIG_FILE}, a name that the hub has, "
-            "OWNER/NAME, or set HF_HUB_OFFLINE=1 to use what was downloaded before"
+            f"no such folder is here, and the hub does not give it ({one_line(error)}): give a folder with "
+            f"{CONFIG_FILE}, a name that the hub has, OWNER/NAME, or set HF_HUB_OFFLINE=1 to use what was downloaded "
+            "before"
         ) from error
 
 

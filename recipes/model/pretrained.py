@@ -87,8 +87,10 @@ def model_config(model: ModelConfig) -> Any:
             raise ValueError(
                 "it is gated on the hub: accept its terms there, then set HF_TOKEN to your token"
             ) from error
+        where = "it" if Path(model.path).is_dir() else "no such folder is here, and as a name on the hub it"
         raise ValueError(
-            f"it cannot be read ({one_line(error)}): give a folder with {CONFIG_FILE}, or a name on the hub, OWNER/NAME"
+            f"{where} cannot be read ({one_line(error)}): give a folder with {CONFIG_FILE}, or a name on the hub, "
+            "OWNER/NAME"
         ) from error
     if others := [name for name in config.architectures or () if not name.endswith("ForCausalLM")]:
         raise ValueError(f"{', '.join(others)} is not supported: give a model whose class ends in ForCausalLM")

@@ -56,7 +56,8 @@ def check_equal(
     if differences := [text for name in own if (text := _difference(name, ranks, by_rank))]:
         raise ValueError(
             f"the ranks that share a sequence call attention with different arguments: {'; '.join(differences)}: all "
-            "need equal ones. Cut sequences of any length into equal parts by the module's layout(length).shard"
+            "need equal ones. Give these ranks the same sequences (a DistributedSampler gives each rank its own), cut "
+            "into equal parts by the module's layout(length).shard"
         )
     agreed.add(key)
 

@@ -31,6 +31,12 @@ def test_explain_shows_the_cost_model_of_attention_auto(program):
     some_line_names(result.stdout.splitlines(), "attention", first[1], "zigzag", "explain=true")
 
 
+def test_explain_says_that_it_reads_no_data_of_the_hub(program):
+    result = program.run("data=hub", "data.name=nobody/nothing", "explain=true")
+    assert result.exit_code == 0, result.stderr
+    some_line_names(result.stdout.splitlines(), "packing of documents", "not shown")
+
+
 def test_relative_paths_are_the_users_where_hydra_changes_the_folder(program):
     arguments = ["data=text_files", "data.sequence_length=64", "hydra.job.chdir=true", "explain=true"]
     result = program.run(*arguments, "data.files=README.md")

@@ -103,7 +103,8 @@ def test_what_differs_between_ranks_is_refused_on_all_with_what_each_has(pool: W
     for name, difference, message in first:
         assert message != "accepted", (name, difference)
         _, argument, on_first, on_second = DIFFERENCES[difference]
-        names(message, argument, f"{on_first} on rank 0", f"{on_second} on rank 1", "layout(length).shard")
+        names(message, argument, f"{on_first} on rank 0", f"{on_second} on rank 1")
+        names(message, "layout(length).shard", "DistributedSampler")
 
 
 def comparisons() -> list[int]:

@@ -63,6 +63,17 @@ def test_a_bad_line(tmp_path, case):
     check(tmp_path / "a.jsonl", "jsonl", f"a.jsonl, row {row}", parts, num_documents=2)
 
 
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [(b'[{"text": "good"}]', "list"), (b'{\n "text": "good"\n}\n', "several lines"), (b"[\n {}\n]", "several lines")],
+)
+def test_json_that_is_no_lines_says_how_to_make_them(tmp_path, content, fault):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(CorpusError) as caught:
+        open_counted(config(tmp_path / "a.json", source="jsonl"), "jsonl", print)
+    names(str(caught.value), "a.json, row 1", fault, "jq -c . FILE", "jq -c '.[]' FILE", SKIP)
+
+
 def test_an_empty_file(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(GOOD)
     (tmp_path / "b.jsonl").write_bytes(b"")

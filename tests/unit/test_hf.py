@@ -115,7 +115,7 @@ def batch_of(tokens: Tensor) -> dict[str, Any]:
     ("changes", "words"),
     [
         ({"labels": IDS}, ["labels", "ring_attention.hf.shard", "ring_attention.hf.loss"]),
-        ({"ring_plan": None}, ["ring_plan", "ring_attention.hf.shard"]),
+        ({"ring_plan": None}, ["ring_plan", "ring_attention.hf.shard", 'attn_implementation="sdpa"']),
         ({"attention_mask": torch.ones(1, 16)}, ["attention_mask", "ring_attention.hf.shard"]),
         ({"position_ids": None}, ["position_ids"]),
         ({"output_attentions": True}, ["output_attentions"]),

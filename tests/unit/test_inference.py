@@ -244,12 +244,15 @@ def test_lora_is_read_from_the_run():
         ("{folder}/file.safetensors", "is no model"),
         ("nowhere", "is not there"),
         ("{folder}/run", "has no checkpoint yet"),
+        ("{folder}/adapter", "is an adapter, which python -m recipes.export RUN_DIR --merge"),
     ],
 )
 def test_what_is_no_model_is_refused(tmp_path: Path, given: str, what: str):
     (tmp_path / "file.safetensors").write_text("")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     given = given.format(folder=tmp_path)
     with refused(ConfigError, f"generate.model={given} {what}", "outputs/DATE/TIME", "config.json", "OWNER/NAME"):
         resolve_source(config(GenerateConfig(model=given)))

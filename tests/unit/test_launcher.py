@@ -14,7 +14,7 @@ import torch
 from conf.schema import AttentionConfig, Config, ConfigError, DataConfig, EngineConfig, LaunchConfig, ModelConfig
 from recipes.launch.failure import Outcome, explain_failure
 from recipes.launch.launcher import count_ranks
-from recipes.launch.processes import signals_deferred
+from recipes.launch.processes import signals_deferred, starting
 from recipes.run.heartbeat import Heartbeat
 from tests.errors import is_named, names, refused
 
@@ -46,6 +46,14 @@ def test_four_ranks_are_the_default_on_the_cpu():
 def test_what_needs_a_gpu_is_refused_on_the_cpu(config: Config, named: str, choices: str):
     with refused(ConfigError, named, *choices.split()):
         count_ranks(config)
+
+
+def test_more_ranks_than_cores_can_start_soon_are_told_of(monkeypatch, tmp_path):
+    monkeypatch.setattr("recipes.launch.processes.os.sched_getaffinity", lambda _: {0, 1})
+    names(starting(9, tmp_path), "9 ranks", "2 CPU cores", "launch.num_ranks=4")
+    assert "CPU cores" not in starting(8, tmp_path)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 64)
+    assert "CPU cores" not in starting(64, tmp_path)
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch):

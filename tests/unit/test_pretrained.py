@@ -61,9 +61,14 @@ def break_the_index(folder: Path) -> None:
     (folder / f"{WEIGHTS}.index.json").write_text("[]")
 
 
+def make_an_adapter(folder: Path) -> None:
+    (folder / "config.json").rename(folder / "adapter_config.json")
+
+
 # what happens to a good folder; what the error names beside model.path
 DAMAGES: dict[str, tuple[Damage, list[str]]] = {
     "no config.json": (lambda folder: (folder / "config.json").unlink(), ["config.json", "save_pretrained"]),
+    "an adapter": (make_an_adapter, ["adapter", "python -m recipes.export", "--merge"]),
     "no folder": (shutil.rmtree, ["folder", "config.json", "OWNER/NAME"]),
     "no JSON": (lambda folder: (folder / "config.json").write_text("{no"), ["config.json", "JSON", "download"]),
     "no JSON object": (lambda folder: (folder / "config.json").write_text("[1]"), ["config.json", "JSON"]),

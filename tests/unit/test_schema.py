@@ -17,7 +17,15 @@ from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
 
 import train  # registers the schema
-from conf.compose import as_hydra_types_it, check_multirun, compose_entries, describe_error, to_config
+from conf.compose import (
+    as_hydra_types_it,
+    check_files_typed_once,
+    check_flags,
+    check_multirun,
+    compose_entries,
+    describe_error,
+    to_config,
+)
 from conf.degrees import accumulation_steps, resolve_degrees
 from conf.schema import WANDB_MODES, CompareConfig, Config, ConfigError, DataConfig, flatten
 from tests.errors import is_named, names, refused
@@ -170,7 +178,7 @@ MISTAKES = [  # what is typed; the value, the rule's values and what to type
     ("experiment=ra_sp", ["experiment", "+experiment=ra_sp"]),
     ("sweep=lr_batch", ["sweep", "+sweep=lr_batch"]),
     ("+experiment=tp_pp +experiment=dp", ["experiment", "+experiment=[ONE,OTHER]"]),
-    ("optimizer.lr=1e-3,3e-3", ["optimizer.lr=1e-3,3e-3", "key=[value1,value2]", "--multirun"]),
+    ("optimizer.lr=1e-3,3e-3", ["optimizer.lr=1e-3,3e-3", "optimizer.lr=[1e-3,3e-3]", "--multirun"]),
     ("~num_stepz", ["num_stepz"]),
     ("+nosuch@model=x", ["+nosuch@model=x", "nosuch"]),
     # one field
@@ -359,6 +367,37 @@ def test_a_number_where_a_source_of_a_mixture_needs_text_is_refused(key: str):
 )
 def test_whole_numbers_and_none_of_wandb_agent_are_typed_as_hydra_wants_them(from_wandb, typed):
     assert as_hydra_types_it(from_wandb) == typed
+
+
+def test_the_home_folder_may_be_typed_as_a_tilde(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    typed = as_hydra_types_it("data.token_store=~/stores")
+    assert compose(typed).data.token_store == "/home/me/stores"
+    assert as_hydra_types_it("data.files=texts/~/*.txt") == "data.files=texts/~/*.txt"
+
+
+def test_files_that_are_typed_twice_are_refused():
+    check_files_typed_once(["data.files=a.txt", "num_steps=3", "num_steps=4", "data.validation_files=b.txt"])
+    with refused(ConfigError, "data.files=a.txt", "data.files=b.txt", "data.files=[a.txt,b.txt]"):
+        check_files_typed_once(["data.files=a.txt", "data.files=b.txt"])
+
+
+def test_settings_with_dashes_say_how_they_are_typed():
+    check_flags(["--help", "--multirun", "-m", "--cfg", "job", "num_steps=20"])  # Hydra's own
+    with refused(ConfigError, "--num_steps", "num_steps=VALUE"):
+        check_flags(["+experiment=finetune", "--num_steps", "20"])
+    with refused(ConfigError, "--optimizer.lr=1e-3", "optimizer.lr=1e-3"):
+        check_flags(["--optimizer.lr=1e-3"])
+    with refused(ConfigError, "learning_rate", "optimizer.lr=..."):
+        check_flags(["--learning-rate=1e-3"])
+
+
+def test_several_values_without_brackets_say_what_to_type():
+    names(mistake("data.files=a.txt,b.txt"), "data.files=a.txt,b.txt", "data.files=[a.txt,b.txt]", "--multirun")
+
+
+def test_an_empty_model_path_is_refused():
+    names(mistake("+experiment=finetune", "model.path="), "model.path=FOLDER_OR_HUB_NAME")
 
 
 def test_nested_parameters_of_a_wandb_sweep_name_the_fields_to_write():
