@@ -173,7 +173,13 @@ def _packing(config: Config, sequences_per_step: int) -> list[str]:
 def _open_data(config: Config) -> Corpus | StreamCorpus:
     """What the run reads. Raises CorpusError if it cannot be opened or is too short."""
     if not config.data.stream:
-        return open_corpus(config.data, config.model.vocab_size)
+        from data.report import held_out_warning
+
+        corpus = open_corpus(config.data, config.model.vocab_size)
+        warning = held_out_warning(corpus) if config.recipe == "pretrain" else None
+        if warning and os.environ.get("RANK", "0") == "0":
+            print(f"{'!!!':>17}  {warning}", flush=True)
+        return corpus
     from data.stream import open_stream
 
     stream = open_stream(config.data, config.model.vocab_size)

@@ -14,6 +14,7 @@ from data.documents import Documents
 from data.packing import window_packs
 
 MAX_DOCUMENTS = 2_000_000  # that are packed for a report: seconds
+MUCH = 0.1  # of the data, held out
 FIRST_EDGE = 64  # documents are counted up to 64 tokens, 256, 1,024 ...
 
 
@@ -102,11 +103,30 @@ def _held_out(corpus: Corpus) -> list[str]:
     tokens = sum(pack.num_tokens for packs in corpus.validation().values() for pack in packs)
     of = "" if len(counts) == 1 else f" ({', '.join(f'{name} {count:,}' for name, count in counts.items())})"
     total = sum(counts.values())
+    held_out, share = _tokens_held_out(corpus)
+    share = f"; {held_out:,} tokens are held out, {share:.1%}" if held_out else ""
+    return [f"  validation has {total:,} sequence{'s' if total > 1 else ''}, {tokens:,} tokens{of}{share}"]
+
+
+def _tokens_held_out(corpus: Corpus) -> tuple[int, float]:
+    """Of documents that no step trains on, and their share of all."""
     trained = sum(source.num_tokens for source in corpus.sources)
     held_out = sum(len(store.tokens) for store in corpus.stores) - trained
     held_out -= int(_dropped_lengths(corpus, corpus.config, 1).sum())
-    share = f"; {held_out:,} tokens are held out, {held_out / (held_out + trained):.1%}" if held_out else ""
-    return [f"  validation has {total:,} sequence{'s' if total > 1 else ''}, {tokens:,} tokens{of}{share}"]
+    return held_out, held_out / (held_out + trained)
+
+
+def held_out_warning(corpus: Corpus) -> str | None:
+    """If a run trains on much less than its data."""
+    held_out, share = _tokens_held_out(corpus)
+    if share < MUCH:
+        return None
+    config = corpus.config
+    return (
+        f"validation holds out {held_out:,} tokens, {share:.0%} of the data: of each source "
+        f"data.validation_sequences={config.validation_sequences} times {config.sequence_length:,} tokens; fewer leave "
+        "more to train on"
+    )
 
 
 def _source_rows(corpus: Corpus, epoch: Documents) -> list[list[str]]:

@@ -31,6 +31,10 @@ _ONE_A_LINE = (
     "write one object a line (jq -c '.[]' FILE, or jq -c . FILE if it is no list), or leave out such rows with "
     "data.bad_rows=skip"
 )
+_SHAREGPT_TO_MESSAGES = (
+    "jq -c '{messages: [.conversations[] | {role: ({human: \"user\", gpt: \"assistant\"}[.from] // .from), "
+    "content: .value}]}' OLD > NEW"
+)
 _FIX_FILE = "give the whole file again, or leave out what cannot be read with data.bad_rows=skip"
 # raised by damaged files: pyarrow's are ValueErrors and OSErrors, the last three come from compressed files
 _UNREADABLE = (OSError, ValueError, EOFError, zlib.error, lzma.LZMAError)
@@ -283,6 +287,8 @@ def _messages_problem(messages: Any) -> str | None:
     if not isinstance(messages, list) or not messages:
         return f"{'an empty list' if messages == [] else type(messages).__name__}, not messages,"
     for message in messages:
+        if isinstance(message, dict) and "from" in message and "value" in message:
+            return f"messages with from and value, as ShareGPT has them ({_SHAREGPT_TO_MESSAGES} converts a file),"
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             return "a message without a role"
         if message.get("content") is None and not message.get("tool_calls"):

@@ -259,15 +259,20 @@ class Plan:
     def position_warning(self) -> str | None:
         """Of texts at lengths for which the model's rotary embeddings are not made."""
         model, length = self.config.model, self.config.data.sequence_length
-        if self.config.recipe not in INFERENCE or model.max_positions is None or length <= model.max_positions:
+        if self.config.recipe not in ("pretrain", *INFERENCE) or model.max_positions is None:
+            return None
+        if length <= model.max_positions:
             return None
         original = round(model.max_positions / model.stretched_by)
         stretch = "" if original == model.max_positions else f" = {original:,} x {model.stretched_by:g}"
-        return (
-            f"{length:,} tokens are more than the {model.max_positions:,}{stretch} that the model's rotary embeddings "
-            f"are made for: {length:,} / {original:,} needs model.rope='{{rope_type:yarn,factor:"
-            f"{math.ceil(length / original)}}}', and training with it"
-        )
+        made_for = f"{model.max_positions:,}{stretch} that the model's rotary embeddings are made for"
+        needed = f"model.rope='{{rope_type:yarn,factor:{math.ceil(length / original)}}}'"
+        if self.config.recipe in INFERENCE:
+            needed = f"{length:,} / {original:,} needs {needed}, and training with it"
+            return f"{length:,} tokens are more than the {made_for}: {needed}"
+        is_packed = self.config.data.document_mask
+        what = f"documents of up to {length:,} tokens may be" if is_packed else f"sequences of {length:,} tokens are"
+        return f"{what} longer than the {made_for}: {needed} stretches them"
 
     @property
     def _state_config(self) -> Config:

@@ -217,6 +217,11 @@ def test_lengths_beyond_the_rotary_embeddings_are_warned_of(length: int, stretch
     warning = Plan(config, 1, "cpu", "CPU", None, ranks_per_host=1).position_warning
     assert (warning is None) == (not parts)
     names(warning or "", *parts)
+    for is_packed, what in ((True, "documents of up to"), (False, "sequences of")):
+        data = replace(config.data, document_mask=is_packed)
+        training = Plan(Config(model=model, data=data), 1, "cpu", "CPU", None, ranks_per_host=1)
+        assert (training.position_warning is None) == (not parts)
+        names(training.position_warning or "", *([what, *parts] if parts else []))
 
 
 CELLS = [

@@ -9,7 +9,7 @@ import numpy as np
 import data.report
 from conf.schema import DataConfig
 from data.corpus import Corpus
-from data.report import packing_report
+from data.report import held_out_warning, packing_report
 from data.store import TokenStore
 from tests.errors import names, some_line_names
 
@@ -78,3 +78,12 @@ def test_a_huge_corpus_is_reported_by_its_first_windows(monkeypatch):
     corpus.config = dataclasses.replace(config, shuffle_window=1000)
     whole = packing_report(corpus)
     some_line_names(whole, "an epoch has 50 sequences")
+
+
+def test_a_large_share_held_out_is_warned_of():
+    for num_documents, is_much in ((50, True), (100, False)):  # 16 and 8 %
+        config = DataConfig(sequence_length=100, validation_sequences=8)
+        warning = held_out_warning(Corpus({"a": store_of_lengths([100] * num_documents)}, config))
+        assert (warning is not None) == is_much
+        if warning:
+            names(warning, "800 tokens", "16%", "data.validation_sequences=8 times 100 tokens")
