@@ -32,7 +32,7 @@ _ONE_A_LINE = (
     "data.bad_rows=skip"
 )
 _SHAREGPT_TO_MESSAGES = (
-    "jq -c '{messages: [.conversations[] | {role: ({human: \"user\", gpt: \"assistant\"}[.from] // .from), "
+    'jq -c \'{messages: [.conversations[] | {role: ({human: "user", gpt: "assistant"}[.from] // .from), '
     "content: .value}]}' OLD > NEW"
 )
 _FIX_FILE = "give the whole file again, or leave out what cannot be read with data.bad_rows=skip"
