@@ -417,6 +417,10 @@ def open_source(config: DataConfig) -> Source:
     if packed := next((name for name in files if Path(name).suffix in compressed), None):
         can = "unpack it" if config.source == "text_files" else "unpack it, or compress it with gzip or zstd"
         raise CorpusError(f"{packed}: data={config.source} does not read {Path(packed).suffix}: {can}")
+    json_lines = [name for name in files if ".jsonl" in Path(name).suffixes]
+    if config.source == "text_files" and json_lines:
+        meant = "use data=jsonl, or data=chat for messages"
+        raise CorpusError(f"{json_lines[0]}: data=text_files would train on its JSON as text: {meant}")
     return Source(config, description, tuple(files))
 
 

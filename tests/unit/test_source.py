@@ -143,3 +143,9 @@ def test_what_the_hub_has_is_not_local(tmp_path):
     assert not is_local(DataConfig(tokenizer="owner/model"))
     sources = {"a": {"source": "stdlib", "weight": 0.25}, "b": {"source": "hub", "name": "o/s", "weight": 0.75}}
     assert not is_local(DataConfig(source="mixture", sources=sources))
+
+
+def test_json_lines_are_no_text(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(json_lines(*TEXTS))
+    with refused(CorpusError, "rows.jsonl", "data=jsonl", "data=chat"):
+        open_source(DataConfig(source="text_files", files=f"{tmp_path}/*"))
