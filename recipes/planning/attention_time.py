@@ -32,7 +32,8 @@ BACKWARD_PRODUCTS = 2.5  # of a forward pass: scores again, and dq, dk, dv, dp
 # several rows, as in `attention_10000_heads_512_*`, than for one row.
 STRIDED_COPY = 4.0
 ACCUMULATOR_BYTES = 10  # per number and pass over a sum in fp32: read and written, and the addend in half precision
-MERGE_BYTES = 6  # per number of a tile's output: two tiles, in half precision, join the sum in one pass
+# Two tiles' outputs, in half precision, join the sum in one pass. A ring of two has no such pair, and gains nothing.
+MERGE_BYTES, MORE_MERGE_BYTES = 6, 8  # per number of a tile's output, and per number of the whole output
 
 
 class AttentionSeconds(NamedTuple):
@@ -172,10 +173,11 @@ class AttentionTime:
             if work.ring_degree == 1:
                 return kernels
             # each tile's output joins a sum; in the backward pass its dk and dv
+            merge_bytes = MERGE_BYTES + MORE_MERGE_BYTES / work.ring_degree
             moved = [
                 ACCUMULATOR_BYTES * kv_numbers * tile.block.num_keys
                 if backward
-                else MERGE_BYTES * q_numbers * tile.block.num_queries
+                else merge_bytes * q_numbers * tile.block.num_queries
                 for tile in tiles.tiles
             ]
             return kernels + self.speed.memory_s(sum(moved))

@@ -60,7 +60,8 @@ def test_reading_goes_on_at_any_row(tmp_path, kind):
             pyarrow.parquet.write_table(table, tmp_path / f"{name}.{kind}", row_group_size=3)
         else:
             content = json_lines(*(f"{name}{number}" for number in range(7)))
-            (tmp_path / f"{name}.jsonl").write_bytes(content + b"\n")  # a blank line is no row
+            ending = ".txt" if kind == "text_files" else ".jsonl"
+            (tmp_path / f"{name}{ending}").write_bytes(content + b"\n")  # a blank line is no row
     where: dict[str, Any] = {"name": str(tmp_path)} if kind == "hub" else {"files": f"{tmp_path}/*"}
     source = open_source(DataConfig(source=kind, **where))
     rows = list(source.rows())
