@@ -51,7 +51,7 @@ class OnlineSoftmaxAccumulator:
 
     def add(self, rows: slice, queries: slice, out: Tensor, lse: Tensor, is_last: bool) -> None:
         """Merge in one tile's result, or keep it until the next one's."""
-        if self._state is None and out.shape == self._shape:
+        if self._state is None and self._waiting is None and out.shape == self._shape:
             self._state = out, lse
             return
         tiles = [_Tile(rows, queries, out, lse)]

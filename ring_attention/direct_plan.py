@@ -53,7 +53,7 @@ class DirectPlan:
         parts = x.split_with_sizes((_length(first), x.shape[dim] - _length(first)), dim)  # split takes the host longer
         return (parts[0], parts[1]) if first == self.whole else (parts[1], parts[0])
 
-    def join(self, parts: Sequence[Tensor], dim: int = 1) -> Tensor:
+    def join(self, parts: Sequence[Tensor], dim: int) -> Tensor:
         """The inverse of `cut`, given the parts that have tokens."""
         if len(parts) == 1:
             return parts[0]

@@ -38,6 +38,8 @@ def assert_rounded_once(got: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
         ([EVERYTHING, EVERYTHING, LAST, LAST, LAST], [1, 2, 1]),  # as of a ring under a causal mask, in zigzag
         ([EVERYTHING, LAST, FIRST], [1, 1]),
         ([LAST, FIRST, EVERYTHING], [1, 1, 1]),  # the first tile lacks queries
+        ([LAST, EVERYTHING], [1, 1]),
+        ([LAST, EVERYTHING, EVERYTHING], [1, 2]),
     ],
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
