@@ -177,10 +177,11 @@ def check_flags(arguments: list[str]) -> None:
     of_other_tools = {name for names in FROM_OTHER_TOOLS for name in names}
     for argument in arguments:
         name, _, value = argument.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
         if argument.startswith("--") and name in _FIELDS:
             raise ConfigError(f"{argument} has dashes, which settings lack: type {name}={value or 'VALUE'}")
-        if argument.startswith("--") and name.replace("-", "_") in of_other_tools:
-            raise ConfigError(_unknown_field(name.replace("-", "_"), value))
+        if argument.startswith("--") and name in of_other_tools:
+            raise ConfigError(_unknown_field(name, value))
 
 
 def describe_error(error: Exception) -> str:

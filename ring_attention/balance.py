@@ -23,7 +23,8 @@ Span = tuple[int, int]  # [start, stop)
 Document = tuple[int, int, int]  # [start, stop) and its work
 ENOUGH = 1.05  # work of the busiest rank over the mean's: no more documents are spread
 TARGET = 1.04  # of a rank's work over the mean's, for the ranks that a document is spread over
-SHARES = tuple(2 ** (-n / 2) for n in range(17))  # the most that a rank has of one document's work, over the mean's
+# The most that a rank has of one document's work, over the mean's. Roots are rounded alike on all CPUs, unlike powers.
+SHARES = tuple(math.sqrt(2.0**-n) for n in range(17))
 CHECKS = {24 * 2**n for n in range(32)}  # documents, after which it is checked whether the work that is left can fit
 
 

@@ -388,6 +388,8 @@ def test_settings_with_dashes_say_how_they_are_typed():
         check_flags(["+experiment=finetune", "--num_steps", "20"])
     with refused(ConfigError, "--optimizer.lr=1e-3", "optimizer.lr=1e-3"):
         check_flags(["--optimizer.lr=1e-3"])
+    with refused(ConfigError, "--launch.num-ranks", "launch.num_ranks=VALUE"):
+        check_flags(["--launch.num-ranks", "8"])
     with refused(ConfigError, "learning_rate", "optimizer.lr=..."):
         check_flags(["--learning-rate=1e-3"])
 
