@@ -173,9 +173,9 @@ class SummedKeyGradients(KeyGradients):
 
 
 def _tokens(sums_2BKN: Tensor, tokens: slice, head_dim: int) -> Tensor:
-    """[2 * B, K, T, D], a view."""
+    """[2 * B, T, K, D], a view. `add_up` compiles a kernel for each number of its third dim."""
     numbers = sums_2BKN[..., tokens.start * head_dim : tokens.stop * head_dim]
-    return numbers.unflatten(3, (-1, head_dim)).flatten(0, 1)
+    return numbers.unflatten(3, (-1, head_dim)).flatten(0, 1).transpose(1, 2)
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
