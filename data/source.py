@@ -32,7 +32,7 @@ _ONE_A_LINE = (
     "data.bad_rows=skip"
 )
 _SHAREGPT_TO_MESSAGES = (
-    'jq -c \'{messages: [.conversations[] | {role: ({human: "user", gpt: "assistant"}[.from] // .from), '
+    'jq -c \'{messages: [.COLUMN[] | {role: ({human: "user", gpt: "assistant"}[.from] // .from), '
     "content: .value}]}' OLD > NEW"
 )
 _FIX_FILE = "give the whole file again, or leave out what cannot be read with data.bad_rows=skip"
@@ -269,7 +269,7 @@ class Source:
             except ValueError:
                 return BadRow(f"broken JSON in column 'tools': {_FIX}")
         if messages is not None:
-            problem = _messages_problem(messages)
+            problem = _messages_problem(messages, self.config.messages_field)
             if problem:
                 return BadRow(f"{problem} in column {self.config.messages_field!r}: {_FIX}")
             return Conversation(_without_nulls(messages), tools=tools)
@@ -278,17 +278,18 @@ class Source:
         if isinstance(prompt, str) and isinstance(completion, str):
             return Conversation(None, prompt, completion, tools)
         for column, value in (("prompt", prompt), ("completion", completion)):
-            if problem := _messages_problem(value):
+            if problem := _messages_problem(value, column):
                 return BadRow(f"{problem} in column {column!r}, which may be text if both are: {_FIX}")
         return Conversation(None, _without_nulls(prompt), _without_nulls(completion), tools)
 
 
-def _messages_problem(messages: Any) -> str | None:
+def _messages_problem(messages: Any, column: str) -> str | None:
     if not isinstance(messages, list) or not messages:
         return f"{'an empty list' if messages == [] else type(messages).__name__}, not messages,"
     for message in messages:
         if isinstance(message, dict) and "from" in message and "value" in message:
-            return f"messages with from and value, as ShareGPT has them ({_SHAREGPT_TO_MESSAGES} converts a file),"
+            conversion = _SHAREGPT_TO_MESSAGES.replace("COLUMN", column)
+            return f"messages with from and value, as ShareGPT has them ({conversion} converts a file),"
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             return "a message without a role"
         if message.get("content") is None and not message.get("tool_calls"):

@@ -98,7 +98,7 @@ def _attend(
     accumulator = OnlineSoftmaxAccumulator(q_BSHD, kv.v_BTKE, sinks_H)
     attend_forward(accumulator, ring.kernel, ring.scores, calls, q_BSHD, kv, is_last=True, target_BSHE=target_BSHE)
     out, lse = accumulator.result()
-    return _written(out, out, target_BSHE), lse
+    return _written(out, target_BSHE), lse
 
 
 def _gradients(
@@ -112,36 +112,40 @@ def _gradients(
     tiles = attend_backward(ring.kernel, ring.scores, calls, inputs, kv, targets=targets)
     if len(calls) == 1:  # as of a kernel with varlen: nothing is summed
         (tile,) = tiles
-        gradients = tile.dq, tile.dk, tile.dv
+        gradients = _computed(tile)
     else:
         gradients = _summed(tiles, inputs, kv)
     parts = zip(gradients, (inputs.q_BSHD, *kv[:2]), targets, strict=True)
-    dq, dk, dv = (_written(gradient, like, target) for gradient, like, target in parts)
+    dq, dk, dv = (_written(gradient.to(like.dtype), target) for gradient, like, target in parts)
     return dq, dk, dv
+
+
+def _computed(tile: TileGradients) -> tuple[Tensor, Tensor, Tensor]:
+    assert tile.dq is not None, "no sums were given"
+    assert tile.dk is not None
+    assert tile.dv is not None
+    return tile.dq, tile.dk, tile.dv
 
 
 def _summed(tiles: Iterator[TileGradients], inputs: BackwardInputs, kv: KeysValues) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (GradientAccumulator(x.shape, x.dtype) for x in (inputs.q_BSHD, kv.k_BTKD, kv.v_BTKE))
     for tile in tiles:
-        assert tile.dq is not None, "no sums were given"
-        assert tile.dk is not None
-        assert tile.dv is not None
         ends = 0 if tile.is_last else None
         with profiler_range("merge"):
-            dq.add(tile.rows, tile.queries, tile.dq, ends)
-            dk.add(tile.rows, tile.keys, tile.dk, ends)
-            dv.add(tile.rows, tile.keys, tile.dv, ends)
-        del tile
+            of_queries, of_keys, of_values = _computed(tile)
+            dq.add(tile.rows, tile.queries, of_queries, ends)
+            dk.add(tile.rows, tile.keys, of_keys, ends)
+            dv.add(tile.rows, tile.keys, of_values, ends)
+        del tile, of_queries, of_keys, of_values
     return dq.result(), dk.result(), dv.result()
 
 
-def _written(result: Tensor | None, like: Tensor, target: Tensor | None) -> Tensor:
-    """The result in its target, or in the dtype of `like`. A kernel may have written it there already."""
-    assert result is not None, "no sums were given"
-    if result is target:
+def _written(result: Tensor, target: Tensor | None) -> Tensor:
+    """The result in its target. A kernel may have written it there already."""
+    if target is None or result is target:
         return result
     with profiler_range("merge"):
-        return result.to(like.dtype) if target is None else target.copy_(result)
+        return target.copy_(result)
 
 
 def _unsent(k_BTKD: Tensor, v_BTKE: Tensor) -> KeysValues:

@@ -144,7 +144,10 @@ BAD = {
     "text": ({"messages": "Hello"}, ["str", "'messages'"]),
     "no messages": ({"messages": []}, ["empty", "'messages'"]),
     "no role": ({"messages": [{"content": "Hello"}]}, ["role", "'messages'"]),
-    "ShareGPT": ({"messages": [{"from": "human", "value": "Hello"}]}, ["ShareGPT", "jq -c", "role", "'messages'"]),
+    "ShareGPT": (
+        {"messages": [{"from": "human", "value": "Hello"}]},
+        ["ShareGPT", "jq -c", ".messages[]", "'messages'"],
+    ),
     "no content": ({"messages": [{"role": "user"}]}, ["content", "'messages'"]),
     "no column": ({"chat": CHAT}, ["'messages'", "data.messages_field", "'chat'", "prompt and completion"]),
     "half": ({"prompt": "x", "completion": CHAT}, ["str", "'prompt'"]),
