@@ -55,7 +55,8 @@ def summarize(results: list[Row], entries: list[str], baseline: str) -> list[Row
     speeds = {row["entry"]: row["tokens_per_s"] for row in _measured(rows)}
     for row in _measured(rows):
         for field, reference, offset in (("change_pct", baseline, 100), ("roofline_pct", ROOFLINE, 0)):
-            row[field] = 100 * row["tokens_per_s"] / speeds[reference] - offset if reference in speeds else None
+            ratio = row["tokens_per_s"] / speeds[reference] if reference in speeds else None
+            row[field] = ratio and 100 * ratio - offset  # multiplied last: exactly 0 % from itself
     return rows
 
 

@@ -146,6 +146,11 @@ class TestSummary:
         line = comparison_report.measurement_line(measured("a", 1, [1.0]) | fell_back)
         names(line, "p2p", "GPU 0 cannot access the memory of GPU 1")
 
+    @pytest.mark.parametrize("time_s", [29_000 * 3e-7, 29_001 * 3e-7, 29_002 * 3e-7])
+    def test_the_change_of_the_baseline_is_exactly_zero(self, time_s):
+        [row] = comparison_report.summarize([measured("a", 1, [time_s], tokens=256)], ["a"], "a")
+        assert row["change_pct"] == 0
+
     def test_the_change_is_a_percentage_of_the_baseline(self):
         rows = comparison_report.summarize(RESULTS, ["b", "a", "c"], "a")
         assert [row["entry"] for row in rows] == ["b", "a", "c"]
