@@ -11,16 +11,12 @@ import functools
 from bisect import bisect_left, bisect_right
 from typing import NamedTuple
 
+from ring_attention.balance import most_shards
 from ring_attention.layout import Layout, Run, Span, num_tokens
 from ring_attention.mask import Mask
 from ring_attention.masked_block import MaskedBlock
 from ring_attention.routing import cut_documents, required_keys
 from ring_attention.tiles import AttentionTile
-
-# A rank copies fewer earlier keys for its runs than so many times its own tokens, and sends fewer: memory stays O(L/P).
-# One document over all k ranks would copy k - 0.5 times as many in zigzag, k - 1 times in contiguous. The limit is no
-# more than k / 2, so it stays on the ring, which computes beside all messages.
-MOST_COPIES = 3
 
 
 class DocumentRun(NamedTuple):
@@ -139,11 +135,6 @@ def parcels(layout: Layout, mask: Mask, ring_rank: int) -> Parcels:
 def _num_sent(layout: Layout, mask: Mask) -> list[list[int]]:
     """``sent[source][distance]``: tokens whose keys the rank `distance` further on needs."""
     return [[num_tokens(spans) if spans else 0 for spans in row] for row in required_keys(layout, mask)]
-
-
-def most_shards(ring_degree: int) -> float:
-    """How many times its own tokens a rank at most copies and sends in one exchange."""
-    return min(MOST_COPIES, ring_degree / 2)
 
 
 @functools.lru_cache(maxsize=16)

@@ -5,7 +5,7 @@ every rank holds equally many tokens, and cut into chunks for the ring:
 
 - ``contiguous``: ring rank r of R holds chunk r of R. The last rank has most of the causal work.
 - ``zigzag``: ring rank r holds chunks r and 2R-1-r of 2R: an early and a late one, which balances causal work.
-- ``balanced``: depends on the documents of the batch: short ones whole on one rank, long ones as zigzag (`balance`).
+- ``balanced``: depends on the documents of the batch: short ones whole on one rank, long ones over several (`balance`).
 
 The Ulysses ranks of one ring rank are neighbours and share its tokens in equal runs: sequence rank = ring_rank *
 ulysses_degree + ulysses_rank. Padding comes after all real tokens, so no causal query sees it, and its labels are

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ring_attention.direct_routing import most_shards
+from ring_attention.balance import most_shards
 
 
 class ExchangedTokens(NamedTuple):
@@ -85,8 +85,8 @@ class ExchangeMemory:
         if self.has_varlen:
             rows = 8 * self.num_heads  # lse and the row sums of dout * out
             return queries * (rows + 4 * self.queries) + keys * (8 * self.keys if is_grouped else 0)
-        # the largest call: K and V and three gradients for all heads; beside the sums of all calls, rounded at last
-        square = max(queries, keys - queries)
-        call = dq * queries + (4 * dq + (dkv if is_grouped else 0)) * square
+        # the largest call, which sees all keys at most: K and V and three gradients for all heads; beside it the sums of
+        # all calls, rounded at last
+        call = dq * queries + (4 * dq + (dkv if is_grouped else 0)) * keys
         rounded = dq * queries + dkv * keys if self.size == 2 else 0
         return call + 4 * self.queries * queries + 8 * self.keys * keys + rounded

@@ -287,7 +287,7 @@ def _ring_work(plan: Plan) -> list[str]:
     chunks = f"r and {layout.num_chunks - 1}-r" if layout.chunks_per_ring_rank == 2 else "r"
     held = f"{layout.num_chunks} chunks of {layout.chunk_length:,} tokens, {chunks} on ring rank r"
     if layout.name == "balanced":
-        held = "short documents whole on one rank, long ones in 2 chunks on each"
+        held = "short documents whole on one rank, long ones over several"
     documents = " of one document a sequence" if plan.config.data.document_mask else ""  # packed ones have fewer pairs
     lines = [
         f"layout {layout.name}: {held}; in one layer's attention of one micro-batch{documents}:",

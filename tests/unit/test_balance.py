@@ -12,10 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ring_attention import CAUSAL
-from ring_attention.balance import balanced_spans
+from ring_attention.balance import balanced_spans, burden_of, most_shards
+from ring_attention.direct_routing import goes_direct, local_runs
 from ring_attention.kernels import KERNELS
-from ring_attention.layout import Layout
+from ring_attention.layout import Layout, num_tokens
+from ring_attention.line import dealt_spans
+from ring_attention.placement import Document, pairs, placed_spans
 from ring_attention.ring import backward_calls, forward_calls
+from ring_attention.routing import required_keys
 from ring_attention.schedule import tokens_sent, work_per_rank
 from tests.tools.packed_speed import mixes
 
@@ -35,54 +39,115 @@ def imbalance(layout: Layout, ends: tuple[int, ...]) -> float:
     return max(work) * len(work) / sum(work)
 
 
+def documents_of(ends: tuple[int, ...]) -> list[Document]:
+    """The longest first."""
+    documents = [(start, stop, pairs(stop - start)) for start, stop in itertools.pairwise(ends)]
+    return sorted(documents, key=lambda document: -document[2])
+
+
 def test_one_document_is_zigzag():
     assert balanced_spans((0, 16), 16, 2) == (((0, 4), (12, 16)), ((4, 8), (8, 12)))
     assert balanced_spans((0,), 16, 2) == balanced_spans((0, 16), 16, 2)
-
-
-def test_short_documents_are_whole_and_long_ones_spread():
-    # the first has 136 of 172 pairs, the others 10, 10, 10, 3 and 3
-    ends = (0, 16, 20, 24, 28, 30, 32)
-    assert balanced_spans(ends, 32, 2) == (
-        ((16, 20), (24, 28), (0, 4), (12, 16)),
-        ((20, 24), (28, 30), (30, 32), (4, 8), (8, 12)),
-    )
-
-
-def test_a_document_is_spread_over_no_more_ranks_than_it_takes():
-    # of 12, 12, 2, 2, 2 and 2 tokens: a rank has 8, and 42 pairs on average, of which the long ones have 78
-    assert balanced_spans((0, 12, 24, 26, 28, 30, 32), 32, 4) == (
-        ((24, 26), (0, 3), (9, 12)),
-        ((26, 28), (3, 6), (6, 9)),
-        ((28, 30), (12, 15), (21, 24)),
-        ((30, 32), (15, 18), (18, 21)),
-    )
 
 
 def test_as_many_equal_documents_as_ranks_are_one_a_rank():
     assert balanced_spans((0, 8, 16, 24, 32), 32, 4) == (((0, 8),), ((8, 16),), ((16, 24),), ((24, 32),))
 
 
-def test_a_document_that_fits_nowhere_is_cut():
-    """Its pieces lie behind whole documents, and before those of spread ones."""
-    assert balanced_spans((0, 3, 6), 6, 3) == (((0, 1), (2, 3)), ((5, 6), (1, 2)), ((3, 5),))
+class TestPlacement:
+    """Whole or spread as zigzag does, on ranks with no more than so much work."""
+
+    def test_short_documents_are_whole_and_long_ones_spread(self):
+        # the first has 136 of 172 pairs, the others 10, 10, 10, 3 and 3
+        assert placed_spans(documents_of((0, 16, 20, 24, 28, 30, 32)), 16, 2, 90) == (
+            ((16, 20), (24, 28), (0, 4), (12, 16)),
+            ((20, 24), (28, 30), (30, 32), (4, 8), (8, 12)),
+        )
+
+    def test_a_document_is_spread_over_no_more_ranks_than_it_takes(self):
+        # of 12, 12, 2, 2, 2 and 2 tokens: a rank has 8, and 42 pairs on average, of which the long ones have 78
+        assert placed_spans(documents_of((0, 12, 24, 26, 28, 30, 32)), 8, 4, 44) == (
+            ((24, 26), (0, 3), (9, 12)),
+            ((26, 28), (3, 6), (6, 9)),
+            ((28, 30), (12, 15), (21, 24)),
+            ((30, 32), (15, 18), (18, 21)),
+        )
+
+    def test_a_document_that_fits_nowhere_is_cut(self):
+        """Its pieces lie behind whole documents, and before those of spread ones."""
+        assert placed_spans(documents_of((0, 3, 6)), 2, 3, 4) == (((0, 1), (2, 3)), ((5, 6), (1, 2)), ((3, 5),))
 
 
-def test_few_documents_are_spread_over_few_ranks():
-    """Of the benchmark's mix on a ring of 8, the longest has 2.2 times the mean work, the next 1.9, 0.9 and 0.7 times.
+class TestDealing:
+    """From both ends of a line of documents."""
 
-    Three more are not whole: one of a third of the mean work, and two short ones that fitted nowhere.
+    def test_one_document_is_zigzag(self):
+        assert dealt_spans(documents_of((0, 16)), 4, 4, 1) == (
+            *(((0, 2), (14, 16)), ((2, 4), (12, 14)), ((4, 6), (10, 12))),
+            ((6, 10),),
+        )
+
+    def test_a_rank_takes_short_documents_and_the_end_of_a_long_one(self):
+        # pairs: 136 + 3 * 10 + 2 * 3 = 172. The first rank has 36 and the 58 of the last four tokens of the longest.
+        ends = (0, 16, 20, 24, 28, 30, 32)
+        assert dealt_spans(documents_of(ends), 16, 2, 0) == (
+            ((20, 24), (24, 28), (28, 30), (30, 32), (12, 16)),
+            ((16, 20), (0, 12)),
+        )
+
+    def test_a_cut_can_be_dearer_than_unequal_work(self):
+        """Of 240 and 160, and of 200 and 200 tokens: 41,800 and 40,200 pairs."""
+        documents = documents_of((0, 240, 400, 600, 800))
+        assert dealt_spans(documents, 400, 2, 100) == (((0, 240), (240, 400)), ((400, 600), (600, 800)))
+        cut = burden_of(documents, dealt_spans(documents, 400, 2, 0))
+        assert cut.work < 41_100
+        assert cut.exchanged > 0
+
+    @given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(2, 8), st.sampled_from((0, 200, 10**6)))
+    @settings(max_examples=200, deadline=None)
+    def test_every_token_is_dealt_once_and_a_document_has_one_piece_on_a_rank(self, lengths, degree, cut):
+        ends = (*itertools.accumulate(lengths, initial=0),)
+        ends = ends if ends[-1] % degree == 0 else (*ends, ends[-1] + -ends[-1] % degree)
+        dealt = dealt_spans(documents_of(ends), ends[-1] // degree, degree, cut)
+        assert [sum(stop - start for start, stop in of_rank) for of_rank in dealt] == [ends[-1] // degree] * degree
+        spans = sorted(span for of_rank in dealt for span in of_rank)
+        assert spans[0][0] == 0
+        assert all(stop == start for (_, stop), (start, _) in itertools.pairwise(spans))
+        pieces = [(rank, bisect_right(ends, start)) for rank, of_rank in enumerate(dealt) for start, _ in of_rank]
+        assert len(pieces) - len(set(pieces)) <= (degree if len(ends) == 2 else degree - 1)
+        assert all(bisect_right(ends, start) == bisect_right(ends, stop - 1) for start, stop in spans)
+
+
+def test_long_documents_of_the_benchmark_are_cut_into_few_pieces():
+    """Of its mix on a ring of 8, the longest has 2.2 times the mean work, the next 1.9, 0.9 and 0.7 times.
+
+    Zigzag would need up to 10,260 keys of other ranks, and copy up to 14,959.
     """
     ends = tuple(itertools.accumulate(mixes(65536)["log-normal"], initial=0))
     layout, mask = Layout("balanced", 8, 65536, documents=ends), CAUSAL.packed(ends)
-    ranks_of: dict[int, set[int]] = {}
-    for rank in range(8):
-        for run in layout.runs(rank):
-            ranks_of.setdefault(bisect_right(ends, run.start), set()).add(rank)
-    longest = sorted(ranks_of, key=lambda number: ends[number - 1] - ends[number])
-    assert [len(ranks_of[number]) for number in longest[:4]] == [3, 2, 1, 1]
-    assert sum(len(ranks) > 1 for ranks in ranks_of.values()) == 5
-    assert max(tokens_sent(layout, mask, rank)[0] for rank in range(8)) < 0.75 * 8192
+    of_ranks = [local_runs(layout, mask, rank).of_rest for rank in range(8)]
+    assert max(sum(run.stop - first_key for run, first_key, _ in of_rest) for of_rest in of_ranks) == 12_626
+    assert max(sum(run.start - first_key for run, first_key, _ in of_rest) for of_rest in of_ranks) == 6_932
+    assert max(len(of_rest) for of_rest in of_ranks) == 3
+    assert max(tokens_sent(layout, mask, rank)[0] for rank in range(8)) == 8_444
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_layout_knows_what_ranks_exchange(seed: int):
+    """As much as one exchange of its spans would be, whether a pass makes it or goes around the ring."""
+    generator = random.Random(seed)
+    degree = generator.choice((2, 3, 4, 8))
+    lengths = [int(generator.lognormvariate(6, 1)) + 1 for _ in range(generator.randint(2, 30))]
+    ends = tuple(itertools.accumulate([*lengths, -sum(lengths) % degree or degree], initial=0))
+    layout, mask = Layout("balanced", degree, ends[-1], documents=ends), CAUSAL.packed(ends)
+    needed = [
+        sum(run.start - first_key for run, first_key, _ in local_runs(layout, mask, rank).of_rest)
+        for rank in range(degree)
+    ]
+    sent = [sum(num_tokens(spans) for spans in of_rank) for of_rank in required_keys(layout, mask)]
+    spans = balanced_spans(ends, ends[-1], degree)
+    assert burden_of(documents_of(ends), spans).exchanged == max(*needed, *sent)
+    assert goes_direct(layout, mask) == (max(*needed, *sent) < most_shards(degree) * layout.ring_length)
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 8))

@@ -15,9 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from recipes.benchmark.rank_alone import rank_alone
 from ring_attention import CAUSAL, FULL, Mask
+from ring_attention.balance import MOST_SHARDS
 from ring_attention.direct import attend_over_ring
 from ring_attention.direct_plan import DirectPlan, direct_plan
-from ring_attention.direct_routing import MOST_COPIES, Parcel, goes_direct, local_runs, parcels, tokens_sent
+from ring_attention.direct_routing import Parcel, goes_direct, local_runs, parcels, tokens_sent
 from ring_attention.kernels import KERNELS, GradientTargets, KernelParams, SavedTensors, Scores
 from ring_attention.kernels.base import Segments, band_mask
 from ring_attention.kernels.reference import ReferenceKernel
@@ -181,7 +182,7 @@ def test_memory_stays_within_a_few_shards(degree: int, seed: int):
     rests = [local_runs(layout, mask, rank).of_rest for rank in range(degree)]
     copies = max(sum(run.start - first_key for run, first_key, _ in rest) for rest in rests)
     sent = max(own for own, _ in tokens_sent(layout, mask))
-    assert goes_direct(layout, mask) == (max(copies, sent) < min(MOST_COPIES, degree / 2) * 8192)
+    assert goes_direct(layout, mask) == (max(copies, sent) < min(MOST_SHARDS, degree / 2) * 8192)
 
 
 class Stub(ReferenceKernel):
@@ -242,7 +243,7 @@ def test_the_host_starts_few_operations(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("ring_attention.direct_exchange.sum_rows", one_launch)
     ends = tuple(itertools.accumulate(mixes(65536)["log-normal"], initial=0))
     layout, mask = Layout("balanced", 8, 65536, documents=ends), CAUSAL.packed(ends)
-    ring = rank_alone(layout, mask, 7, Stub(), Scores(1.0))
+    ring = rank_alone(layout, mask, 2, Stub(), Scores(1.0))
     dout, *drawn = torch.randn(4, 1, 8192, 1, 8).bfloat16()
     q, k, v = (x.detach().requires_grad_() for x in drawn)
     attend_over_ring(q, k, v, None, ring)  # copies indices once
