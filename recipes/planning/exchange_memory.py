@@ -85,8 +85,8 @@ class ExchangeMemory:
         if self.has_varlen:
             rows = 8 * self.num_heads  # lse and the row sums of dout * out
             return queries * (rows + 4 * self.queries) + keys * (8 * self.keys if is_grouped else 0)
-        # the largest call, which sees all keys at most: K and V and three gradients for all heads; beside it the sums of
-        # all calls, rounded at last
+        # the largest call, which sees all keys at most: K and V and three gradients for all heads. Beside it are the
+        # sums of all calls, rounded at last.
         call = dq * queries + (4 * dq + (dkv if is_grouped else 0)) * keys
         rounded = dq * queries + dkv * keys if self.size == 2 else 0
         return call + 4 * self.queries * queries + 8 * self.keys * keys + rounded
