@@ -96,5 +96,6 @@ class _Line:
 
     def _num_cut(self, *positions: int) -> int:
         """Tokens of the documents that these positions cut."""
-        numbers = {self._document(position) for position in positions}
-        return sum([self._starts[n + 1] - self._starts[n] for n in numbers if self._starts[n] not in positions])
+        found = [(self._document(position), position) for position in positions]
+        cut = {number for number, position in found if self._starts[number] != position}
+        return sum([self._starts[number + 1] - self._starts[number] for number in cut])
