@@ -1,9 +1,11 @@
 """Which tokens each rank of a ring holds so that packed documents give all ranks equal work. Pure integers.
 
 All ranks have equally many tokens. Most documents are whole on one rank, and need no other rank's keys. There are two
-ways to cut the others: `placement` spreads them as zigzag does, and `line` cuts them into one piece for each of their
-ranks. With pieces, ranks need fewer keys of others. But the rank with the first piece sends it to all others of the
-document, and in ring steps ranks would have unequal work. So pieces are for passes with one exchange (`direct`).
+ways to cut the others, over as few ranks as it takes: `placement` spreads them as zigzag does, and `line` cuts them
+into one piece for each of their ranks. With pieces, ranks need fewer keys of others. But the rank with the first piece
+sends it to all others of the document, and ring steps would have unequal work. So pieces are for passes with one
+exchange (`direct`). In ring steps within a host, long documents are spread over all ranks, whose work is equal then in
+each step. Between hosts that would be too many messages.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ ENOUGH = 1.05  # work of the busiest rank over the mean's
 # Query-key pairs that take as long, with a backward pass of Llama 3.1 8B's heads on H200s (17 M take 1.8 ms), as to
 # copy one key and sum its gradients (14,700 took 0.3 ms), and as to send one (4 KiB at 370 GB/s, once beside nothing)
 COPY, SEND = 200, 100
+HOST, BETWEEN = 8, 8  # longer rings than that span hosts, where keys travel so many times as long
 CUTS = COPY, 10**6  # of `dealt_spans`: what they cost, or as few as are possible. Either may be better.
 MOST_DEALT = 256  # documents: of more, each rank mostly has whole ones, and to deal them out takes 5 ms and longer
 # A rank needs fewer earlier keys for its runs than so many times its own tokens, and sends fewer: memory stays O(L/P).
@@ -52,18 +55,18 @@ def balanced_spans(ends: tuple[int, ...], length: int, ring_degree: int) -> Span
     capacity, mean = length // ring_degree, sum(work for _, _, work in documents) / ring_degree
     most, limit = math.floor(ENOUGH * mean), most_shards(ring_degree) * capacity
     placed = placed_spans(documents, capacity, ring_degree, most)
-    if len(documents) > MOST_DEALT:
-        return placed
     burden = burden_of(documents, placed)
     if burden.time <= most:
         return placed
-    layouts = [(burden.exchanged >= limit, burden.time, placed)]
-    for cut in CUTS:
+    direct = [(burden.time, placed)] if burden.exchanged < limit else []
+    for cut in CUTS if len(documents) <= MOST_DEALT else ():
         dealt = dealt_spans(documents, capacity, ring_degree, cut)
         burden = burden_of(documents, dealt)
         if burden.work <= most and burden.exchanged < limit:
-            layouts.append((False, burden.time, dealt))
-    return min(layouts, key=operator.itemgetter(0, 1))[2]
+            direct.append((burden.time, dealt))
+    if direct:
+        return min(direct, key=operator.itemgetter(0))[1]
+    return placed if ring_degree > HOST else placed_spans(documents, capacity, ring_degree, most, fewest=ring_degree)
 
 
 class Burden(NamedTuple):
@@ -101,5 +104,6 @@ def burden_of(documents: list[Document], spans: Spans) -> Burden:
             sent[rank] += (stop - start) * len(later - {rank})
             later.add(rank)
     exchanged = max(*needed, *sent)
-    time = max([of_rank + COPY * keys for of_rank, keys in zip(work, copied, strict=True)]) + SEND * exchanged
+    send = SEND * (1 if len(spans) <= HOST else BETWEEN)
+    time = max([of_rank + COPY * keys for of_rank, keys in zip(work, copied, strict=True)]) + send * exchanged
     return Burden(max(work), time, exchanged)

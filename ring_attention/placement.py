@@ -25,30 +25,31 @@ SHARES = tuple(math.sqrt(2.0**-n) for n in range(17))
 CHECKS = {24 * 2**n for n in range(32)}  # documents, after which it is checked whether the work that is left can fit
 
 
-def placed_spans(documents: list[Document], capacity: int, ring_degree: int, most: int) -> Spans:
+def placed_spans(documents: list[Document], capacity: int, ring_degree: int, most: int, fewest: int = 2) -> Spans:
     """Of each rank, in local order.
 
     Args:
         documents: the longest first, with as many tokens as ranks have room for.
         capacity: tokens that a rank has room for.
         most: work that no rank has more of, unless that is impossible.
+        fewest: ranks that a document is spread over.
     """
     total = sum(work for _, _, work in documents)
-    placement = next(_placements(documents, capacity, ring_degree, total, most), None)
+    placement = next(_placements(documents, capacity, ring_degree, total, most, fewest), None)
     if placement is None:
-        *_, placement = _placements(documents, capacity, ring_degree, total, total)
+        *_, placement = _placements(documents, capacity, ring_degree, total, total, fewest)
     return placement.spans()
 
 
 def _placements(
-    documents: list[Document], capacity: int, ring_degree: int, total: int, most: int
+    documents: list[Document], capacity: int, ring_degree: int, total: int, most: int, fewest: int
 ) -> Iterator[_Placement]:
     """Those whose busiest rank has `most` of the `total` work or less, each with less than the one before."""
     mean, heaviest = total / ring_degree, total
     for share in SHARES:
         if share * mean > heaviest:
             continue  # it allows all that the placement before did
-        placement = _Placement(capacity, ring_degree, total)
+        placement = _Placement(capacity, ring_degree, total, fewest)
         if placement.place(documents, max(1, int(share * mean)), int(TARGET * mean), most):
             yield placement
             most = max(placement.work) - 1
@@ -68,7 +69,8 @@ def _quotient(number: int, divisor: int) -> int:
 class _Placement:
     """Documents on ranks, which have room for `capacity` tokens each. `total` is the work of all documents."""
 
-    def __init__(self, capacity: int, ring_degree: int, total: int) -> None:
+    def __init__(self, capacity: int, ring_degree: int, total: int, fewest: int) -> None:
+        self._fewest = fewest
         self._total, self._negligible = total, int(SHARES[-1] * total / ring_degree)  # no document with less is spread
         self.room, self.work = [capacity] * ring_degree, [0] * ring_degree
         self.heaviest = 0  # the most work that a rank has of one document that is not cut
@@ -134,7 +136,7 @@ class _Placement:
         """On two ranks or more. All ranks may exceed the target; of fewer there must be so many that do not."""
         start, stop, work = document
         num_tokens, most = stop - start, len(self.room)
-        fewest = max(2, _quotient(work, share), _quotient(work, max(1, target - min(self.work))))
+        fewest = max(self._fewest, _quotient(work, share), _quotient(work, max(1, target - min(self.work))))
         most_work, least_room = target - _quotient(work, most), _quotient(num_tokens, most)
         room, of_ranks = self.room, self.work
         possible = [rank for rank in range(most) if of_ranks[rank] <= most_work and room[rank] >= least_room]

@@ -132,6 +132,16 @@ def test_long_documents_of_the_benchmark_are_cut_into_few_pieces():
     assert max(tokens_sent(layout, mask, rank)[0] for rank in range(8)) == 8_444
 
 
+@pytest.mark.parametrize("lengths", [(40_000, 20_000, 4_000, 1_536), (30_000, 15_000, 15_000, 5_536)], ids=str)
+@pytest.mark.parametrize("degree", [4, 8])
+def test_work_is_balanced_in_each_ring_step_of_long_documents(lengths: tuple[int, ...], degree: int):
+    ends = tuple(itertools.accumulate(lengths, initial=0))
+    layout, mask = Layout("balanced", degree, ends[-1], documents=ends), CAUSAL.packed(ends)
+    assert not goes_direct(layout, mask)
+    of_steps = [max(of_step) * degree for of_step in zip(*work_per_rank(layout, mask), strict=True)]
+    assert sum(of_steps) <= 1.05 * sum(map(pairs, lengths))
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_the_layout_knows_what_ranks_exchange(seed: int):
     """As much as one exchange of its spans would be, whether a pass makes it or goes around the ring."""
