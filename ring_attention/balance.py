@@ -29,13 +29,13 @@ HOST, BETWEEN = 8, 8  # longer rings than that span hosts, where keys travel so 
 CUTS = COPY, 10**6  # of `dealt_spans`: what they cost, or as few as are possible. Either may be better.
 MOST_DEALT = 256  # documents: of more, each rank mostly has whole ones, and to deal them out takes 5 ms and longer
 # A rank needs fewer earlier keys for its runs than so many times its own tokens, and sends fewer: memory stays O(L/P).
-# One document over all k ranks would need k - 1.5 times as many in zigzag. The limit is no more than k / 2, so it stays
+# One document over all k ranks would need k - 0.5 times as many in zigzag. The limit is no more than k / 2, so it stays
 # on the ring, which computes beside all messages.
 MOST_SHARDS = 3
 
 
 def most_shards(ring_degree: int) -> float:
-    """How many times its own tokens a rank at most needs of others or sends in one exchange."""
+    """How many times its own tokens a rank at most needs before its runs, or sends, in one exchange."""
     return min(MOST_SHARDS, ring_degree / 2)
 
 
@@ -56,9 +56,9 @@ def balanced_spans(ends: tuple[int, ...], length: int, ring_degree: int) -> Span
     most, limit = math.floor(ENOUGH * mean), most_shards(ring_degree) * capacity
     placed = placed_spans(documents, capacity, ring_degree, most)
     burden = burden_of(documents, placed)
-    if burden.time <= most:
-        return placed
     direct = [(burden.time, placed)] if burden.exchanged < limit else []
+    if direct and burden.time <= most:
+        return placed
     for cut in CUTS if len(documents) <= MOST_DEALT else ():
         dealt = dealt_spans(documents, capacity, ring_degree, cut)
         burden = burden_of(documents, dealt)
@@ -75,7 +75,7 @@ class Burden(NamedTuple):
     Args:
         work: query-key pairs.
         time: of work and copies of keys of any rank, and of the exchange, as query-key pairs.
-        exchanged: tokens whose keys it needs of others for its pieces, or sends to others.
+        exchanged: tokens before its pieces, mostly of others, whose keys it needs for them; or those that it sends.
     """
 
     work: int

@@ -160,6 +160,17 @@ def test_the_layout_knows_what_ranks_exchange(seed: int):
     assert goes_direct(layout, mask) == (max(*needed, *sent) < most_shards(degree) * layout.ring_length)
 
 
+def test_one_exchange_is_preferred_to_spread_documents_of_equal_work():
+    """Documents so long that copies cost next to nothing. Spread, they go around the ring, in unequal steps."""
+    ends = (0, 229_376, 393_216, 491_520, 524_288)
+    documents, limit = documents_of(ends), most_shards(4) * 131_072
+    enough = int(1.05 * sum(work for _, _, work in documents) / 4)
+    spread = burden_of(documents, placed_spans(documents, 131_072, 4, enough))
+    assert spread.time < enough
+    assert spread.exchanged > limit
+    assert burden_of(documents, balanced_spans(ends, 524_288, 4)).exchanged < limit
+
+
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 8))
 @settings(max_examples=200, deadline=None)
 def test_every_position_is_on_one_rank_and_all_have_equally_many(lengths: list[int], degree: int):
