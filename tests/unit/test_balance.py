@@ -132,7 +132,12 @@ def test_long_documents_of_the_benchmark_are_cut_into_few_pieces():
     assert max(tokens_sent(layout, mask, rank)[0] for rank in range(8)) == 8_444
 
 
-@pytest.mark.parametrize("lengths", [(40_000, 20_000, 4_000, 1_536), (30_000, 15_000, 15_000, 5_536)], ids=str)
+# of the last ones copies and messages take next to no time, beside such long documents
+@pytest.mark.parametrize(
+    "lengths",
+    [(40_000, 20_000, 4_000, 1_536), (30_000, 15_000, 15_000, 5_536), (640_000, 320_000, 64_000, 24_576)],
+    ids=str,
+)
 @pytest.mark.parametrize("degree", [4, 8])
 def test_work_is_balanced_in_each_ring_step_of_long_documents(lengths: tuple[int, ...], degree: int):
     ends = tuple(itertools.accumulate(lengths, initial=0))
@@ -158,17 +163,6 @@ def test_the_layout_knows_what_ranks_exchange(seed: int):
     spans = balanced_spans(ends, ends[-1], degree)
     assert burden_of(documents_of(ends), spans).exchanged == max(*needed, *sent)
     assert goes_direct(layout, mask) == (max(*needed, *sent) < most_shards(degree) * layout.ring_length)
-
-
-def test_one_exchange_is_preferred_to_spread_documents_of_equal_work():
-    """Documents so long that copies cost next to nothing. Spread, they go around the ring, in unequal steps."""
-    ends = (0, 229_376, 393_216, 491_520, 524_288)
-    documents, limit = documents_of(ends), most_shards(4) * 131_072
-    enough = int(1.05 * sum(work for _, _, work in documents) / 4)
-    spread = burden_of(documents, placed_spans(documents, 131_072, 4, enough))
-    assert spread.time < enough
-    assert spread.exchanged > limit
-    assert burden_of(documents, balanced_spans(ends, 524_288, 4)).exchanged < limit
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 8))
