@@ -149,7 +149,8 @@ class _Placement:
             ranks = list(itertools.islice((rank for rank in possible if room[rank] >= least_room), size))
             if of_ranks[ranks[-1]] <= most_work and self._spread(document, sorted(ranks)):
                 return True
-        return min(room) * most >= num_tokens and self._spread(document, [*range(most)])
+        smallest = 2 * (num_tokens // (2 * most))  # of any rank: what is over goes to ranks with room
+        return min(room) >= smallest and self._spread(document, [*range(most)])
 
     def _spread(self, document: Document, ranks: list[int]) -> bool:
         """False if one has no room for its chunks."""
