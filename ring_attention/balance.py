@@ -25,7 +25,7 @@ ENOUGH = 1.05  # work of the busiest rank over the mean's
 # Query-key pairs that take as long, with a backward pass of Llama 3.1 8B's heads on H200s (17 M take 1.8 ms), as to
 # copy one key and sum its gradients (14,700 took 0.3 ms), and as to send one (4 KiB at 370 GB/s, once beside nothing)
 COPY, SEND = 200, 100
-HOST, BETWEEN = 8, 8  # longer rings than that span hosts, where keys travel so many times as long
+HOST, BETWEEN = 8, 8  # more ranks than that are on several hosts, between which keys travel so many times as long
 CUTS = COPY, 10**6  # of `dealt_spans`: what they cost, or as few as are possible. Either may be better.
 MOST_DEALT = 256  # documents: of more, each rank mostly has whole ones, and to deal them out takes 5 ms and longer
 # A rank needs fewer earlier keys for its runs than so many times its own tokens, and sends fewer: memory stays O(L/P).
@@ -40,12 +40,13 @@ def most_shards(ring_degree: int) -> float:
 
 
 @functools.lru_cache(maxsize=64)
-def balanced_spans(ends: tuple[int, ...], length: int, ring_degree: int) -> Spans:
+def balanced_spans(ends: tuple[int, ...], length: int, ring_degree: int, ulysses_degree: int = 1) -> Spans:
     """Each ring rank's positions in its local order, `length` / ring_degree of them.
 
     Args:
         ends: 0, then the end of each document; positions after the last are one more.
         length: a multiple of `ring_degree`.
+        ulysses_degree: ranks that share a ring rank's tokens. They are neighbours, so a short ring may span hosts.
     """
     if ring_degree == 1:
         return (((0, length),),)
@@ -54,19 +55,21 @@ def balanced_spans(ends: tuple[int, ...], length: int, ring_degree: int) -> Span
     documents.sort(key=operator.itemgetter(2), reverse=True)  # the longest first, equal ones as they lie
     capacity, mean = length // ring_degree, sum(work for _, _, work in documents) / ring_degree
     most, limit = math.floor(ENOUGH * mean), most_shards(ring_degree) * capacity
+    is_on_one_host = ring_degree * ulysses_degree <= HOST
+    send = SEND if is_on_one_host else BETWEEN * SEND
     placed = placed_spans(documents, capacity, ring_degree, most)
-    burden = burden_of(documents, placed)
+    burden = burden_of(documents, placed, send)
     direct = [(burden.time, placed)] if burden.exchanged < limit else []
     if direct and burden.time <= most:
         return placed
     for cut in CUTS if len(documents) <= MOST_DEALT else ():
         dealt = dealt_spans(documents, capacity, ring_degree, cut)
-        burden = burden_of(documents, dealt)
+        burden = burden_of(documents, dealt, send)
         if burden.work <= most and burden.exchanged < limit:
             direct.append((burden.time, dealt))
     if direct:
         return min(direct, key=operator.itemgetter(0))[1]
-    return placed if ring_degree > HOST else placed_spans(documents, capacity, ring_degree, most, fewest=ring_degree)
+    return placed_spans(documents, capacity, ring_degree, most, fewest=ring_degree) if is_on_one_host else placed
 
 
 class Burden(NamedTuple):
@@ -83,8 +86,8 @@ class Burden(NamedTuple):
     exchanged: int
 
 
-def burden_of(documents: list[Document], spans: Spans) -> Burden:
-    """Of a layout, in a pass with one exchange under a causal mask."""
+def burden_of(documents: list[Document], spans: Spans, send: int = SEND) -> Burden:
+    """Of a layout, in a pass with one exchange under a causal mask. To send a key takes as long as `send` pairs."""
     stop_of = {start: stop for start, stop, _ in documents}
     starts, pieces = sorted(stop_of), defaultdict(list)
     work, copied, needed, sent = ([0] * len(spans) for _ in range(4))
@@ -104,6 +107,5 @@ def burden_of(documents: list[Document], spans: Spans) -> Burden:
             sent[rank] += (stop - start) * len(later - {rank})
             later.add(rank)
     exchanged = max(*needed, *sent)
-    send = SEND * (1 if len(spans) <= HOST else BETWEEN)
     time = max([of_rank + COPY * keys for of_rank, keys in zip(work, copied, strict=True)]) + send * exchanged
     return Burden(max(work), time, exchanged)

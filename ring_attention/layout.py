@@ -143,7 +143,7 @@ class Layout:
     @functools.cached_property
     def _balanced_spans(self) -> tuple[tuple[Span, ...], ...]:
         """Kept here too: a look-up by a thousand documents takes as long as to find the runs of a rank."""
-        return balanced_spans(self.documents or (0,), self.padded_length, self.ring_degree)
+        return balanced_spans(self.documents or (0,), self.padded_length, self.ring_degree, self.ulysses_degree)
 
     def rank_runs(self, sequence_rank: int) -> tuple[Run, ...]:
         """A rank's tokens as runs: its share of those of its ring rank."""

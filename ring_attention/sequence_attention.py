@@ -257,7 +257,7 @@ class SequenceAttention(nn.Module):
         inputs = (query, key, value)
         q_BSHD, k_BSKD, v_BSKE = (x.transpose(0, 1) for x in inputs) if batch_dim_idx == 1 else inputs
         ring_length = q_BSHD.shape[1]
-        layout = Layout(self._layout_name, self.ring_degree, ring_length * self.ring_degree)
+        layout = self.layout(ring_length * self.ring_degree)
         if layout.name == "balanced" and mask.documents is not None:
             first, *others = mask.documents
             if others:

@@ -146,6 +146,16 @@ def test_work_is_balanced_in_each_ring_step_of_long_documents(lengths: tuple[int
     assert sum(of_steps) <= 1.05 * sum(map(pairs, lengths))
 
 
+def test_a_ring_between_hosts_sends_fewer_keys():
+    """Eight ranks, each of which shares its tokens with Ulysses ranks on its host. A document is on four of them."""
+    ends = (0, 32_768, 65_536)
+    sent = []
+    for ulysses_degree in (1, 8):
+        layout = Layout("balanced", 8, ends[-1], ulysses_degree, ends)
+        sent.append(sum(tokens_sent(layout, CAUSAL.packed(ends), rank)[0] for rank in range(8)))
+    assert sent[1] < 0.6 * sent[0]
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_the_layout_knows_what_ranks_exchange(seed: int):
     """As much as one exchange of its spans would be, whether a pass makes it or goes around the ring."""
