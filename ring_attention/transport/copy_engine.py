@@ -182,16 +182,18 @@ class CopyStream:
 
     @staticmethod
     def make_compute_wait(flags: Flags, copied: torch.Event, reset: bool) -> torch.Event:
-        """Make the computing stream wait until the flags have their counts and `copied` is reached.
+        """Make the computing stream wait until `copied` is reached and the flags have their counts.
 
         `reset` sets the flags to 0 then.
         """
         stream = torch.cuda.current_stream()
+        # first, because peers fill no buffer that was not offered: CUDA sees no order that flags alone make, and could
+        # have the offer of a graph, or of a stream that shares a hardware queue, wait behind the flag
+        stream.wait_event(copied)
         for flag, count in flags:
             _wait_flag(stream, flag, count)
             if reset:
                 _write_flag(stream, flag, 0)
-        stream.wait_event(copied)
         return stream.record_event()
 
 
