@@ -107,3 +107,27 @@ def test_the_computing_stream_waits_for_own_offers_before_it_waits_for_peers(
     flag, copied = torch.zeros(1), torch.Event()
     assert copy_engine.CopyStream.make_compute_wait([(flag, 7)], copied, reset) == "arrived"
     assert done == [copied, ("_wait_flag", flag, 7), *[("_write_flag", flag, 0)] * reset]
+
+
+def test_a_replay_behind_copies_that_an_exception_left_is_overdue(
+    monkeypatch: pytest.MonkeyPatch, watchdog: TransferWatchdog, capfd: pytest.CaptureFixture[str]
+):
+    """The computing stream's earlier work is done, but a copy waits for a peer, and the replay for that copy."""
+    stuck, done = StubEvent(), StubEvent()
+    done.is_reached = True
+
+    def make_compute_wait(flags: Any, copied: StubEvent, reset: bool) -> StubEvent:
+        computing.record_event = lambda: copied  # what comes later is reached once the copy is
+        return copied
+
+    computing = SimpleNamespace(record_event=lambda: done)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: computing)
+    copies = SimpleNamespace(record_event=lambda: stuck, make_compute_wait=make_compute_wait)
+    made: Any = object.__new__(copy_engine.CopyEngineTransport)
+    made._buffers, made._watchdog = SimpleNamespace(stream=copies), watchdog
+    made.ring_rank, made.ring_degree = 1, 4
+    with made.watched("forward pass"):
+        pass
+    time.sleep(2 * TIMEOUT_S)
+    [line] = [line for line in capfd.readouterr().err.splitlines() if "TransferError" in line]
+    names(line, "forward pass", "ring rank 1 of 4")
