@@ -48,11 +48,14 @@ def has_graphs(ring: Any, q_BSHD: Tensor) -> bool:
     )
 
 
-def run_pass(ring: Any, name: str, compute: Compute, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+def run_pass(
+    ring: Any, name: str, compute: Compute, calls: Callable[[], object], tensors: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
     """`compute(*tensors)`, by its graph once there is one. For a ring that `has_graphs`.
 
     Args:
         name: "forward" or "backward", of what `compute` does with that ring.
+        calls: returns the kernel calls of `compute`, which hold tensors that the graph reads.
     """
     graphs = ring.transport.graphs
     shapes = tuple(None if x is None else (x.shape, x.dtype) for x in tensors)
@@ -62,7 +65,7 @@ def run_pass(ring: Any, name: str, compute: Compute, tensors: Sequence[Tensor | 
         if len(graphs) == MOST_GRAPHS:
             return compute(*tensors)
         graphs[key] = PassGraph(name)
-    return graphs[key](ring.transport, compute, tensors)
+    return graphs[key](ring.transport, compute, calls, tensors)
 
 
 class PassGraph:
@@ -72,21 +75,26 @@ class PassGraph:
         self._name = name
         self._is_first = True
         self._inputs: list[Tensor] = []
+        self._calls: object = None  # of what was captured; else their plan may leave its cache, and free its tensors
         self._results: tuple[Tensor, ...] = ()
         self._replay: Callable[[], None] | None = None
 
-    def __call__(self, transport: Any, compute: Compute, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    def __call__(
+        self, transport: Any, compute: Compute, calls: Callable[[], object], tensors: Sequence[Tensor | None]
+    ) -> tuple[Tensor, ...]:
         if self._is_first:  # compiles kernels
             self._is_first = False
             return compute(*tensors)
         if self._replay is None:
-            return self._capture(transport, compute, tensors)
+            return self._capture(transport, compute, calls, tensors)
         torch._foreach_copy_(self._inputs, [x for x in tensors if x is not None])
         with transport.watched(f"{self._name} pass"), profiler_range("attention kernel"):
             self._replay()
         return tuple(result.clone() for result in self._results)
 
-    def _capture(self, transport: Any, compute: Compute, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    def _capture(
+        self, transport: Any, compute: Compute, calls: Callable[[], object], tensors: Sequence[Tensor | None]
+    ) -> tuple[Tensor, ...]:
         """Returns the results of a pass that is not captured: for the new inputs kernels may compile once more."""
         given = [x for x in tensors if x is not None]
         self._inputs = _side_by_side(given)
@@ -94,6 +102,7 @@ class PassGraph:
         inputs = iter(self._inputs)
         arguments = [None if x is None else next(inputs) for x in tensors]
         results = compute(*arguments)
+        self._calls = calls()
         with transport.in_graph():
             self._results, self._replay = capture(lambda: compute(*arguments))
         return results

@@ -249,7 +249,8 @@ def _forward(ring: Ring, q_BSHD: Tensor, kv: KeysValues, sinks_H: Tensor | None)
     def compute(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
         return ring_forward(ring, q, KeysValues.of_parts(k, v), sinks)
 
-    out_BSHE, lse_BHS = run_pass(ring, "forward", compute, (q_BSHD, kv.k_BTKD, kv.v_BTKE, sinks_H))
+    calls = functools.partial(forward_calls, ring.layout, ring.mask, ring.rank, len(q_BSHD), ring.kernel)
+    out_BSHE, lse_BHS = run_pass(ring, "forward", compute, calls, (q_BSHD, kv.k_BTKD, kv.v_BTKE, sinks_H))
     return out_BSHE, lse_BHS
 
 
@@ -262,6 +263,10 @@ def _backward(
     def compute(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
         return ring_backward(ring, dout, q, KeysValues.of_parts(k, v), out, lse)
 
+    def calls() -> object:
+        sums_keys = sums_travel(ring.kernel, ring.layout, ring.mask, q_BSHD, kv)
+        return backward_calls(ring.layout, ring.mask, ring.rank, len(q_BSHD), ring.kernel, sums_keys)
+
     tensors = (dout_BSHE, q_BSHD, kv.k_BTKD, kv.v_BTKE, out_BSHE, lse_BHS)
-    dq, dk, dv = run_pass(ring, "backward", compute, tensors)
+    dq, dk, dv = run_pass(ring, "backward", compute, calls, tensors)
     return dq, dk, dv

@@ -89,10 +89,12 @@ class CopyEngineTransport(P2PTransport):
         """Around the replay of a pass, whose transfers the watchdog cannot tell apart."""
         assert self._buffers is not None, "has no graphs"
         stream = self._buffers.stream
+        # of the computing stream alone: a pass that waits in vain for what an exception left is overdue, too
+        earlier_work = None if self._watchdog is None else torch.cuda.current_stream().record_event()
         # a graph's copies do not queue behind the stream's, which may have some left after an exception
-        earlier_work = stream.make_compute_wait([], stream.record_event(), reset=False)
+        stream.make_compute_wait([], stream.record_event(), reset=False)
         yield
-        if self._watchdog is None:  # in tests without a GPU
+        if self._watchdog is None or earlier_work is None:  # in tests without a GPU
             return
         done = torch.cuda.current_stream().record_event()
         where = f"{purpose} in one CUDA graph: ring rank {self.ring_rank} of {self.ring_degree}"
@@ -182,16 +184,18 @@ class CopyStream:
 
     @staticmethod
     def make_compute_wait(flags: Flags, copied: torch.Event, reset: bool) -> torch.Event:
-        """Make the computing stream wait until the flags have their counts and `copied` is reached.
+        """Make the computing stream wait until `copied` is reached and the flags have their counts.
 
         `reset` sets the flags to 0 then.
         """
         stream = torch.cuda.current_stream()
+        # first, because peers fill no buffer that was not offered: CUDA sees no order that flags alone make, and could
+        # have the offer of a graph, or of a stream that shares a hardware queue, wait behind the flag
+        stream.wait_event(copied)
         for flag, count in flags:
             _wait_flag(stream, flag, count)
             if reset:
                 _write_flag(stream, flag, 0)
-        stream.wait_event(copied)
         return stream.record_event()
 
 

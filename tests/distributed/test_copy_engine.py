@@ -96,11 +96,11 @@ class ThreadCopyStream:
         assert self.record_event().wait(PATIENCE_S)
 
     def make_compute_wait(self, flags: copy_engine.Flags, copied: threading.Event, reset: bool) -> None:
+        assert copied.wait(PATIENCE_S)
         for flag, count in flags:
             wait_flag(flag, count)
             if reset:
                 flag.view(torch.int32).fill_(0)
-        assert copied.wait(PATIENCE_S)
 
     def poison(self, buffer: Tensor) -> None:
         self._jobs.put(lambda: buffer.fill_(float("nan")))

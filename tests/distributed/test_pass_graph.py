@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -16,7 +18,9 @@ from torch import Tensor
 from recipes.planning.pass_graphs import GraphMemory
 from ring_attention import CAUSAL, FULL, Mask, RingAttention, pass_graph
 from ring_attention.kernels import KERNELS
+from ring_attention.kernels.base import Segments
 from ring_attention.kernels.reference import ReferenceKernel
+from ring_attention.ring import backward_calls, forward_calls
 from ring_attention.trace import visible_ring_steps
 from ring_attention.transport import copy_engine, messages_stay_local
 from tests.cases import Case, attend, build, check, draw, world
@@ -205,6 +209,40 @@ def passes_in_two_orders(case: Case) -> list[tuple[int, list[Tensor]]]:
         modules = [RingAttention(case.kernel, world(), hosts=hosts, **options) for hosts in ("aaaa", "abab")]
         passes = [[attend(case, module, draw(case)) for module in modules] for _ in range(3)]
         return [(module.sequence_rank, results) for module, results in zip(modules, passes[-1], strict=True)]
+
+
+def test_a_graph_keeps_the_segments_of_its_calls(pool: WorkerPool):
+    """Each replay reads their tensors, while a plan of calls leaves its cache after 16 others."""
+    ranks = pool.run(segments_without_plans, replace(CASES[0], mask=Mask(9)), num_ranks=4)
+    # a window on two chunks: forward and backward, on all ranks but the last one, whose chunks are neighbours
+    assert ranks == [(2, 2)] * 3 + [(0, 0)]
+
+
+def segments_without_plans(case: Case) -> tuple[int, int]:
+    """How many segments captured calls had, and how many are left once no plan is cached."""
+    captured: weakref.WeakSet[Segments] = weakref.WeakSet()
+    with graphs_on_the_cpu():
+        kernel = KERNELS["reference"]
+
+        def noting(method: Callable[..., Any]) -> Callable[..., Any]:
+            def call(tensors: Any, *arguments: Any) -> Any:
+                [(buffers, _)] = copy_engine._symmetric_buffers.values()
+                if buffers is not None and buffers.are_in_graph:
+                    captured.update(x for x in arguments if isinstance(x, Segments))
+                return method(tensors, *arguments)
+
+            return call
+
+        with contextlib.ExitStack() as stack:
+            for name in ("forward_to", "backward_to"):
+                stack.enter_context(patch.object(kernel, name, noting(getattr(kernel, name))))
+            for _ in range(2):
+                attend(case, build(case, world()), draw(case))
+        before = len(captured)
+        for plan in (forward_calls, backward_calls):
+            plan.cache_clear()
+        gc.collect()
+        return before, len(captured)
 
 
 @pytest.mark.parametrize("masks", [(CAUSAL,), (CAUSAL, Mask(9))])

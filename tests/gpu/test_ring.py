@@ -16,6 +16,7 @@ from ring_attention import CAUSAL, FULL, Mask, RingAttention
 from ring_attention.kernels import KERNELS
 from ring_attention.key_gradients import sums_travel
 from ring_attention.kv import KeysValues
+from ring_attention.ring import backward_calls, forward_calls
 from ring_attention.transport import (
     TRANSPORTS,
     CopyEngineTransport,
@@ -147,13 +148,18 @@ def last_of_replayed_passes(case: Case) -> tuple[list[torch.Tensor], int]:
     module = build(case, world())
     inputs = [x.cuda() for x in draw(case)]
     assert isinstance(module, RingAttention)
-    with torch.inference_mode():  # makes the receive buffers, which training writes to
-        module(*(case.global_layout.shard(x, module.sequence_rank, dim=1) for x in inputs[:3]), 0)
     for factor in (3.0, 2.0, 0.5, 5.0):
+        with torch.inference_mode():  # makes the receive buffers and captures the forward pass, for training too
+            module(*(case.global_layout.shard(x, module.sequence_rank, dim=1) for x in inputs[:3]), 0)
         attend(case, module, [factor * x for x in inputs])
+    for plan in (forward_calls, backward_calls):  # frees what no graph keeps, to be overwritten
+        plan.cache_clear()
+    overwritten = [torch.full((64,), 2**20, device="cuda", dtype=torch.int32) for _ in range(4096)]
     assert module._transport is not None
     assert module._transport.graphs is not None
-    return attend(case, module, inputs), len(module._transport.graphs)
+    results = attend(case, module, inputs), len(module._transport.graphs)
+    del overwritten
+    return results
 
 
 @pytest.mark.skipif(NUM_RANKS < 2, reason="needs two GPUs")

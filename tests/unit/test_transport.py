@@ -1,4 +1,4 @@
-"""The choice of the transport, and the watchdog of transfers on GPUs, with stand-ins for groups and events."""
+"""The choice of the transport, and what waits for transfers on GPUs, with stand-ins for groups, streams and events."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ring_attention import transport
-from ring_attention.transport import collectives, make_transport, p2p
+from ring_attention.transport import collectives, copy_engine, make_transport, p2p
 from ring_attention.transport.p2p import TransferWatchdog
 from tests.errors import names
 
@@ -92,3 +92,42 @@ def test_time_counts_from_the_end_of_earlier_work_and_of_earlier_transfers(
     [line] = [line for line in capfd.readouterr().err.splitlines() if "TransferError" in line]
     assert line.startswith("TransferError: ")  # the launcher looks for it in the ranks' logs
     names(line, "the second")
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_the_computing_stream_waits_for_own_offers_before_it_waits_for_peers(
+    monkeypatch: pytest.MonkeyPatch, reset: bool
+):
+    """CUDA may put what no event orders behind a wait for a flag, and peers send nothing without the offers."""
+    done: list[Any] = []
+    stream = SimpleNamespace(wait_event=done.append, record_event=lambda: "arrived")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    for name in ("_wait_flag", "_write_flag"):
+        monkeypatch.setattr(copy_engine, name, lambda _, *flag, name=name: done.append((name, *flag)))
+    flag, copied = torch.zeros(1), torch.Event()
+    assert copy_engine.CopyStream.make_compute_wait([(flag, 7)], copied, reset) == "arrived"
+    assert done == [copied, ("_wait_flag", flag, 7), *[("_write_flag", flag, 0)] * reset]
+
+
+def test_a_replay_behind_copies_that_an_exception_left_is_overdue(
+    monkeypatch: pytest.MonkeyPatch, watchdog: TransferWatchdog, capfd: pytest.CaptureFixture[str]
+):
+    """The computing stream's earlier work is done, but a copy waits for a peer, and the replay for that copy."""
+    stuck, done = StubEvent(), StubEvent()
+    done.is_reached = True
+
+    def make_compute_wait(flags: Any, copied: StubEvent, reset: bool) -> StubEvent:
+        computing.record_event = lambda: copied  # what comes later is reached once the copy is
+        return copied
+
+    computing = SimpleNamespace(record_event=lambda: done)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: computing)
+    copies = SimpleNamespace(record_event=lambda: stuck, make_compute_wait=make_compute_wait)
+    made: Any = object.__new__(copy_engine.CopyEngineTransport)
+    made._buffers, made._watchdog = SimpleNamespace(stream=copies), watchdog
+    made.ring_rank, made.ring_degree = 1, 4
+    with made.watched("forward pass"):
+        pass
+    time.sleep(2 * TIMEOUT_S)
+    [line] = [line for line in capfd.readouterr().err.splitlines() if "TransferError" in line]
+    names(line, "forward pass", "ring rank 1 of 4")
