@@ -1,4 +1,4 @@
-"""Which tokens each rank of a ring holds so that packed documents give all ranks equal work. Pure integers.
+"""Which tokens each rank of a ring holds so that packed documents give all ranks equal causal work. Pure integers.
 
 All ranks have equally many tokens. Most documents are whole on one rank, and need no other rank's keys. There are two
 ways to cut the others, over as few ranks as it takes: `placement` spreads them as zigzag does, and `line` cuts them
