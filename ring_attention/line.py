@@ -91,7 +91,7 @@ class _Line:
 
     def _work(self, position: int) -> int:
         """Of the tokens before it."""
-        number = bisect_right(self._starts, position) - 1
+        number = self._document(position)
         return self._work_before[number] + pairs(position - self._starts[number])
 
     def _num_cut(self, *positions: int) -> int:

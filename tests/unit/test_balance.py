@@ -105,7 +105,7 @@ class TestDealing:
 
     @given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(2, 8), st.sampled_from((0, 200, 10**6)))
     @settings(max_examples=200, deadline=None)
-    def test_every_token_is_dealt_once_and_a_document_has_one_piece_on_a_rank(self, lengths, degree, cut):
+    def test_every_token_is_dealt_once_and_a_document_has_few_pieces(self, lengths, degree, cut):
         ends = (*itertools.accumulate(lengths, initial=0),)
         ends = ends if ends[-1] % degree == 0 else (*ends, ends[-1] + -ends[-1] % degree)
         dealt = dealt_spans(documents_of(ends), ends[-1] // degree, degree, cut)
