@@ -19,7 +19,7 @@ from collections import defaultdict
 from typing import NamedTuple
 
 from ring_attention.line import dealt_spans
-from ring_attention.placement import Document, Spans, pairs, placed_spans
+from ring_attention.placement import Document, RankSpans, pairs, placed_spans
 
 ENOUGH = 1.05  # work of the busiest rank over the mean's
 # Query-key pairs that take as long, with a backward pass of Llama 3.1 8B's heads on H200s (17 M take 1.8 ms), as to
@@ -40,13 +40,16 @@ def most_shards(ring_degree: int) -> float:
 
 
 @functools.lru_cache(maxsize=64)
-def balanced_spans(ends: tuple[int, ...], length: int, ring_degree: int, ulysses_degree: int = 1) -> Spans:
+def balanced_spans(
+    ends: tuple[int, ...], length: int, ring_degree: int, ulysses_degree: int = 1, is_causal: bool = True
+) -> RankSpans:
     """Each ring rank's positions in its local order, `length` / ring_degree of them.
 
     Args:
         ends: 0, then the end of each document; positions after the last are one more.
         length: a multiple of `ring_degree`.
         ulysses_degree: ranks that share a ring rank's tokens. They are neighbours, so a short ring may span hosts.
+        is_causal: as in `Layout`. Of other masks work is equal where ranks have equally many tokens of a document.
     """
     if ring_degree == 1:
         return (((0, length),),)
@@ -60,7 +63,7 @@ def balanced_spans(ends: tuple[int, ...], length: int, ring_degree: int, ulysses
     placed = placed_spans(documents, capacity, ring_degree, most)
     burden = burden_of(documents, placed, send)
     direct = [(burden.time, placed)] if burden.exchanged < limit else []
-    if direct and burden.time <= most:
+    if not is_causal or (direct and burden.time <= most):
         return placed
     for cut in CUTS if len(documents) <= MOST_DEALT else ():
         dealt = dealt_spans(documents, capacity, ring_degree, cut)
@@ -86,7 +89,7 @@ class Burden(NamedTuple):
     exchanged: int
 
 
-def burden_of(documents: list[Document], spans: Spans, send: int = SEND) -> Burden:
+def burden_of(documents: list[Document], spans: RankSpans, send: int = SEND) -> Burden:
     """Of a layout, in a pass with one exchange under a causal mask. To send a key takes as long as `send` pairs."""
     stop_of = {start: stop for start, stop, _ in documents}
     starts, pieces = sorted(stop_of), defaultdict(list)

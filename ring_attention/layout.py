@@ -73,6 +73,7 @@ class Layout:
 
     Args:
         documents: for balanced: 0, then the end of each document of the sequence; None is one document.
+        is_causal: for balanced: whether queries see all earlier tokens of their document, and no later ones.
 
     Raises:
         ValueError: for an unknown name, a degree below 1, a length below 1, or documents of another layout.
@@ -83,6 +84,7 @@ class Layout:
     length: int
     ulysses_degree: int = 1
     documents: tuple[int, ...] | None = None
+    is_causal: bool = True
 
     def __post_init__(self) -> None:
         if self.name not in LAYOUTS:
@@ -143,7 +145,8 @@ class Layout:
     @functools.cached_property
     def _balanced_spans(self) -> tuple[tuple[Span, ...], ...]:
         """Kept here too: a look-up by a thousand documents takes as long as to find the runs of a rank."""
-        return balanced_spans(self.documents or (0,), self.padded_length, self.ring_degree, self.ulysses_degree)
+        documents, degrees = self.documents or (0,), (self.ring_degree, self.ulysses_degree)
+        return balanced_spans(documents, self.padded_length, *degrees, self.is_causal)
 
     def rank_runs(self, sequence_rank: int) -> tuple[Run, ...]:
         """A rank's tokens as runs: its share of those of its ring rank."""

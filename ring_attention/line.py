@@ -10,13 +10,13 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_left, bisect_right
 
-from ring_attention.placement import Document, Span, Spans, pairs
+from ring_attention.placement import Document, Span, RankSpans, pairs
 
 # Work over the mean's that a rank takes at most, and that it leaves for each of the others at most, to save a cut
 TAKES, LEAVES = 1.04, 1.02
 
 
-def dealt_spans(documents: list[Document], capacity: int, ring_degree: int, cut: int) -> Spans:
+def dealt_spans(documents: list[Document], capacity: int, ring_degree: int, cut: int) -> RankSpans:
     """Of each rank, in local order: whole documents, then pieces.
 
     Args:

@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterator
 
 Span = tuple[int, int]  # [start, stop)
-Spans = tuple[tuple[Span, ...], ...]  # of each rank
+RankSpans = tuple[tuple[Span, ...], ...]  # of each rank
 Document = tuple[int, int, int]  # [start, stop) and its work
 TARGET = 1.04  # of a rank's work over the mean's, for the ranks that a document is spread over
 # The most that a rank has of one document's work, over the mean's. Roots are rounded alike on all CPUs, unlike powers.
@@ -25,7 +25,7 @@ SHARES = tuple(math.sqrt(2.0**-n) for n in range(17))
 CHECKS = {24 * 2**n for n in range(32)}  # documents, after which it is checked whether the work that is left can fit
 
 
-def placed_spans(documents: list[Document], capacity: int, ring_degree: int, most: int, fewest: int = 2) -> Spans:
+def placed_spans(documents: list[Document], capacity: int, ring_degree: int, most: int, fewest: int = 2) -> RankSpans:
     """Of each rank, in local order.
 
     Args:
@@ -114,7 +114,7 @@ class _Placement:
         possible = sum([min(most - work, room * num_keys) for work, room in zip(self.work, self.room, strict=True)])
         return possible >= self._total - sum(self.work)
 
-    def spans(self) -> tuple[tuple[Span, ...], ...]:
+    def spans(self) -> RankSpans:
         parts = zip(self._whole, self._cut_off, self._early, self._late, strict=True)
         return tuple((*sorted(whole), *cut_off, *early, *late) for whole, cut_off, early, late in parts)
 

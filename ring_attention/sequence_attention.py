@@ -128,8 +128,10 @@ class SequenceAttention(nn.Module):
         Args:
             documents: of the batch, 0 and then the end of each, as in its mask; only layout=balanced looks at them.
         """
-        documents = documents if self._layout_name == "balanced" else None
-        return Layout(self._layout_name, self.ring_degree, length, self.ulysses_degree, documents)
+        degrees = self.ring_degree, length, self.ulysses_degree
+        if self._layout_name != "balanced":
+            return Layout(self._layout_name, *degrees)
+        return Layout("balanced", *degrees, documents, is_causal=(self._mask.left, self._mask.right) == (None, 0))
 
     def forward(
         self,

@@ -49,7 +49,9 @@ class Case:
     @property
     def global_layout(self) -> Layout:
         documents = self.mask.documents[0] if self.layout == "balanced" and self.mask.documents else None
-        return Layout(self.layout, self.num_ranks // self.ulysses_degree, self.length, self.ulysses_degree, documents)
+        is_causal = self.layout != "balanced" or (self.mask.left, self.mask.right) == (None, 0)
+        degrees = self.num_ranks // self.ulysses_degree, self.length, self.ulysses_degree
+        return Layout(self.layout, *degrees, documents, is_causal)
 
 
 def draw(case: Case) -> list[Tensor]:

@@ -19,7 +19,9 @@ from recipes.engine.base import max_over_ranks
 from recipes.engine.build import build_attention
 from recipes.planning.plan import DTYPES, Plan
 from ring_attention import CAUSAL, LocalAttention, Mask
+from ring_attention.balance import COPY
 from ring_attention.direct import attend_over_ring
+from ring_attention.direct_routing import goes_direct, local_runs
 from ring_attention.groups import ParallelGroups
 from ring_attention.kernels import KernelSpec, Scores, choose_kernel
 from ring_attention.layout import Layout
@@ -179,12 +181,21 @@ def _simulated_rings(plan: Plan, spec: KernelSpec) -> dict[str, ShardedAttention
     degrees = [degree for degree in SIMULATED_DEGREES if 2 * degree <= length]
     for degree, (name, suffix) in itertools.product(degrees, _layouts(plan).items()):
         layout = Layout(name, degree, length, documents=ends if name == "balanced" else None)
-        work = [sum(of_rank) for of_rank in work_per_rank(layout, mask)]
-        rank = work.index(max(work))
+        rank = busiest_rank(layout, mask)
         ring = rank_alone(layout, mask, rank, kernel, Scores(plan.config.model.head_dim**-0.5))
         attend, grid = functools.partial(_ring_attention, ring), f"{layout.local_length:,} tokens"
         rings[f"ring of {degree}{suffix}"] = ShardedAttention(layout, rank, attend, grid)
     return rings
+
+
+def busiest_rank(layout: Layout, mask: Mask) -> int:
+    """The one with the most work, copies of keys included."""
+    work = [sum(of_rank) for of_rank in work_per_rank(layout, mask)]
+    if goes_direct(layout, mask):
+        for rank in range(layout.ring_degree):
+            of_rest = local_runs(layout, mask, rank).of_rest
+            work[rank] += COPY * sum(run.stop - first_key for run, first_key, _ in of_rest)
+    return work.index(max(work))
 
 
 def _ring_attention(ring: Ring, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ring_attention import CAUSAL
+from ring_attention import CAUSAL, FULL
 from ring_attention.balance import balanced_spans, burden_of, most_shards
 from ring_attention.direct_routing import goes_direct, local_runs
 from ring_attention.kernels import KERNELS
@@ -154,6 +154,18 @@ def test_a_ring_between_hosts_sends_fewer_keys():
         layout = Layout("balanced", 8, ends[-1], ulysses_degree, ends)
         sent.append(sum(tokens_sent(layout, CAUSAL.packed(ends), rank)[0] for rank in range(8)))
     assert sent[1] < 0.6 * sent[0]
+
+
+def test_other_masks_have_equal_work_too():
+    """Where queries see the whole document, pieces of unequal length would have unequal work."""
+    ends = tuple(itertools.accumulate(mixes(65536)["log-normal"], initial=0))
+    imbalances = []
+    for is_causal in (True, False):
+        layout = Layout("balanced", 8, 65536, documents=ends, is_causal=is_causal)
+        work = [sum(of_rank) for of_rank in work_per_rank(layout, FULL.packed(ends))]
+        imbalances.append(max(work) * 8 / sum(work))
+    assert imbalances[0] > 1.2
+    assert imbalances[1] < 1.06
 
 
 @pytest.mark.parametrize("seed", range(20))

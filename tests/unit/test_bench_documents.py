@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+
 import hydra
 import pytest
 
 import train
 from conf.compose import to_config
 from conf.schema import Config, ConfigError, DataConfig, document_lengths
+from recipes.benchmark.candidates import busiest_rank
+from ring_attention import CAUSAL
+from ring_attention.layout import Layout
+from ring_attention.schedule import work_per_rank
 from tests.errors import refused
 from tests.unit.test_schema import CONF
 
@@ -82,3 +88,12 @@ def test_what_is_no_documents_of_the_sequence_is_refused(documents: object, name
 def test_no_other_recipe_takes_documents(recipe: str):
     with refused(ConfigError, "documents=8x256", "recipe=bench_attention", f"recipe={recipe}"):
         Config(recipe=recipe, documents="8x256")
+
+
+def test_the_busiest_rank_of_a_simulated_ring_counts_copies():
+    """Of the mix on a ring of 8, rank 1 has the most work, and rank 2 copies 12,626 keys."""
+    ends = (*itertools.accumulate(lengths_of("lognormal", 65536), initial=0),)
+    layout, mask = Layout("balanced", 8, 65536, documents=ends), CAUSAL.packed(ends)
+    work = [sum(of_rank) for of_rank in work_per_rank(layout, mask)]
+    assert (work.index(max(work)), busiest_rank(layout, mask)) == (1, 2)
+    assert busiest_rank(Layout("contiguous", 8, 65536), CAUSAL) == 7
