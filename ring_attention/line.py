@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_left, bisect_right
 
-from ring_attention.placement import Document, Span, RankSpans, pairs
+from ring_attention.placement import Document, RankSpans, Span, pairs
 
 # Work over the mean's that a rank takes at most, and that it leaves for each of the others at most, to save a cut
 TAKES, LEAVES = 1.04, 1.02
