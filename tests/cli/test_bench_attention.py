@@ -119,7 +119,7 @@ def test_one_rank_simulates_both_layouts_of_documents(program):
         "one device",
         *(f"ring of {degree}, {layout}" for degree in (2, 4, 8) for layout in ("balanced", "zigzag")),
     ]
-    assert saved(run)["documents"] == [8, 8]
+    assert saved(run)["documents"] == [2, 1, 4, 2, 1, 3, 3]
 
 
 def test_documents_of_another_length_are_refused_before_ranks_start(program):
