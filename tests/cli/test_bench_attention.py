@@ -38,6 +38,7 @@ def test_every_method_that_fits_is_timed_beside_one_device(two_ranks):
     shown = ["one device", "ring", "ulysses", "all_gather", "DeepSpeed Ulysses"]
     assert [line.split("  ")[0] for line in table[1:6]] == shown
     some_line_names(lines, "!!!", "CPU", "GPUs")
+    assert "recipes.dashboard" not in two_ranks.stdout  # which has no step to show
 
 
 def test_the_breakdown_of_a_call_has_its_own_parts(two_ranks):
