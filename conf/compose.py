@@ -242,7 +242,7 @@ def _unknown_field(name: str, value: Any) -> str:
     for names, answer in FROM_OTHER_TOOLS.items():
         if name.rpartition(".")[2] in names:
             return f"there is no field {name}: {answer}"
-    return f"there is no field {name}: {_did_you_mean(name, _FIELDS)}python train.py --help lists all"
+    return f"there is no field {name}: {_did_you_mean(name, [*_FIELDS, *_DATACLASSES])}python train.py --help lists all"
 
 
 def _did_you_mean(typed: str, legal: Iterable[str]) -> str:

@@ -377,7 +377,8 @@ def _files_problems(setting: str, files: Any) -> Iterator[str]:
         return
     for pattern in patterns:
         if not glob.glob(pattern, recursive=True):
-            yield f"{setting}={pattern} matches no file in this folder: give a path or a glob"
+            where = "" if os.path.isabs(pattern) else f" in {os.getcwd()}"
+            yield f"{setting}={pattern} matches no file{where}: give a path or a glob"
 
 
 def _mixture_problems(data: DataConfig) -> Iterator[str]:

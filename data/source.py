@@ -480,13 +480,13 @@ def describe(config: DataConfig, num_tokens: int) -> str:
     files = _files(config)
     num_bytes = sum(map(os.path.getsize, files))
     source = config.source if config.source == "stdlib" else f"{config.source}, data.files={config.files}"
-    text = f"{source}: {len(files):,} files, about"
+    text = f"{source}: {len(files):,} {'file' if len(files) == 1 else 'files'},"
     if config.source == "megatron":
-        return f"{source}: {len(files):,} files, {num_bytes:,} bytes of tokens; {num_tokens:,} tokens in these steps"
+        return f"{text} {num_bytes:,} bytes of tokens; {num_tokens:,} tokens in these steps"
     if config.tokenizer or config.source not in ("stdlib", "text_files"):  # nobody knows before all was tokenized
-        return f"{text} {num_bytes:,} bytes{tokenizer}; {num_tokens:,} tokens in these steps"
+        return f"{text} about {num_bytes:,} bytes{tokenizer}; {num_tokens:,} tokens in these steps"
     size = max(1, num_bytes + len(files))  # a separator after each
-    return f"{text} {size:,} tokens; {num_tokens:,} in these steps, {num_tokens / size:.3g} epochs"
+    return f"{text} about {size:,} tokens; {num_tokens:,} in these steps, {num_tokens / size:.3g} epochs"
 
 
 def _files(config: DataConfig) -> list[str]:

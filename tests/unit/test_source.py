@@ -133,7 +133,7 @@ def test_the_description_names_source_files_tokens_and_epochs(tmp_path):
 def test_the_description_counts_bytes_of_text_that_a_tokenizer_reads(tmp_path):
     (tmp_path / "a.txt").write_text("x" * 99)
     words = describe(DataConfig(source="text_files", files=f"{tmp_path}/*", tokenizer="owner/model"), num_tokens=402)
-    names(words, "1 files", "99 bytes", "owner/model", "402 tokens")
+    names(words, "1 file", "99 bytes", "owner/model", "402 tokens")
     assert "epochs" not in words
     hub = DataConfig(source="hub", name="owner/set", tokenizer="owner/model")
     names(describe(hub, num_tokens=402), "owner/set", "owner/model")
