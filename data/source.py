@@ -122,7 +122,9 @@ class Source:
                 raise CorpusError(f"{self.files[index]} is gone: it was there when the files were listed") from error
             except _UNREADABLE as error:
                 reason = " ".join(str(error).split()) or type(error).__name__
-                bad = BadRow(f"the file cannot be read from here on ({reason}): {_FIX_FILE}")
+                is_json = self.config.source == "parquet" and ".json" in Path(self.files[index]).name
+                fix = "type data=jsonl, which reads JSON lines" if is_json else _FIX_FILE
+                bad = BadRow(f"the file cannot be read from here on ({reason}): {fix}")
                 yield Row(index, number + 1, bad, Position(index + 1), bytes_before + size)
             bytes_before += size
 
