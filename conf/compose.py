@@ -237,6 +237,8 @@ def describe_error(error: Exception) -> str:
         group = twice[1]
         advice = f"{group}=OPTION, without a plus" if group in _GROUPS_WITH_DEFAULT else f"+{group}=[ONE,OTHER]"
         return f"{group} is chosen twice: type {advice}"
+    if plus := re.match(r"Could not override '\w+'\..* use \+(\S+)", str(error), re.DOTALL):
+        return f"{plus[1]} has no default that it could replace, so it needs a plus: type +{plus[1]}"
     return " ".join(str(error).split())
 
 
