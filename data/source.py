@@ -414,8 +414,11 @@ def open_source(config: DataConfig) -> Source:
     description = "Python's standard library" if config.source == "stdlib" else f"data.files={config.files}"
     files = _files(config)
     if not files:
-        kind = EXAMPLES.get(config.source, EXAMPLES["text_files"])
-        raise CorpusError(f"{description} has no file to read, folders do not count: use files, as data.files='{kind}'")
+        if config.source == "stdlib":
+            raise CorpusError(f"{description} has no file to read: type data=text_files data.files='texts/*.txt'")
+        folder = config.files if isinstance(config.files, str) else config.files[0]
+        inside = os.path.join(folder, f"*{Path(EXAMPLES[config.source]).suffix}")
+        raise CorpusError(f"{description} has no file to read, folders do not count: type data.files='{inside}'")
     compressed = _COMPRESSED if config.source == "text_files" else _COMPRESSED - _CODECS.keys()
     if packed := next((name for name in files if Path(name).suffix in compressed), None):
         can = "unpack it" if config.source == "text_files" else "unpack it, or compress it with gzip or zstd"
