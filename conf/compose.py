@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import hydra
 from hydra.conf import HydraConf
@@ -232,7 +232,9 @@ def describe_error(error: Exception) -> str:
         return f"{setting} is refused: {str(cause).splitlines()[0]}"
     if several := re.match(r"Ambiguous value for argument '([\w.]+)=(.*)'\n", str(error)):
         name, value = several.groups()
-        return f"{name}={value} is several values: type {name}=[{value}] for a list, or --multirun for a run of each"
+        takes_list = get_origin(kind := _TYPES.get(name)) is list or kind is Any
+        advice = f"{name}=[{value}] for a list, or " if takes_list else ""
+        return f"{name}={value} is several values: type {advice}python train.py -m ... for a run of each"
     if twice := re.match(r"Multiple values for (\w+)", str(error)):
         group = twice[1]
         advice = f"{group}=OPTION, without a plus" if group in _GROUPS_WITH_DEFAULT else f"+{group}=[ONE,OTHER]"

@@ -18,6 +18,7 @@ CASES = {
         ["data.sequence_lenght", "data.sequence_length", "python train.py --help"],
     ),
     "a renamed field": (["attention.block=cudnn"], ["attention.block", "attention.kernel=cudnn"]),
+    "several values of one run": (["optimizer.lr=1e-3,3e-3"], ["optimizer.lr=1e-3,3e-3", "type python train.py -m"]),
     "an experiment without its plus": (["experiment=ra_sp"], ["type +experiment=ra_sp"]),
     "a misspelt group": (["optimiser.lr=1e-3"], ["optimiser", "optimizer?"]),
     "another tool's name in a group": (["data.max_length=4096"], ["data.max_length", "data.sequence_length=N"]),
