@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import hydra
 from hydra.conf import HydraConf
@@ -46,9 +46,17 @@ FROM_OTHER_TOOLS = {
     ("epochs", "num_epochs", "num_train_epochs"): "runs are counted in steps: type num_steps=N",
     ("max_steps", "train_iters"): "type num_steps=N",
     ("learning_rate", "lr"): "type optimizer.lr=...",
-    ("seq_length", "seq_len", "max_seq_length", "max_seq_len", "context_length"): "type data.sequence_length=N",
+    (
+        "seq_length",
+        "seq_len",
+        "max_seq_length",
+        "max_seq_len",
+        "max_length",
+        "context_length",
+    ): "type data.sequence_length=N",
     ("global_batch_size",): "type engine.train_batch_size=N",
     ("per_device_train_batch_size", "micro_batch_size_per_gpu"): "type engine.micro_batch_size=N",
+    ("zero", "zero_optimization", "stage"): "type engine.zero_stage=0, 1, 2 or 3",
     ("bf16", "fp16", "precision"): "type engine.dtype=bf16, fp16 or fp32",
     ("gradient_checkpointing", "activation_checkpointing"): "type engine.recompute=selective or full",
     ("lora_rank", "lora_r", "r", "peft"): "type lora.rank=16, with model.path",
@@ -224,11 +232,15 @@ def describe_error(error: Exception) -> str:
         return f"{setting} is refused: {str(cause).splitlines()[0]}"
     if several := re.match(r"Ambiguous value for argument '([\w.]+)=(.*)'\n", str(error)):
         name, value = several.groups()
-        return f"{name}={value} is several values: type {name}=[{value}] for a list, or --multirun for a run of each"
+        takes_list = get_origin(kind := _TYPES.get(name)) is list or kind is Any
+        advice = f"{name}=[{value}] for a list, or " if takes_list else ""
+        return f"{name}={value} is several values: type {advice}python train.py -m ... for a run of each"
     if twice := re.match(r"Multiple values for (\w+)", str(error)):
         group = twice[1]
         advice = f"{group}=OPTION, without a plus" if group in _GROUPS_WITH_DEFAULT else f"+{group}=[ONE,OTHER]"
         return f"{group} is chosen twice: type {advice}"
+    if plus := re.match(r"Could not override '\w+'\..* use \+(\S+)", str(error), re.DOTALL):
+        return f"{plus[1]} has no default that it could replace, so it needs a plus: type +{plus[1]}"
     return " ".join(str(error).split())
 
 
@@ -242,7 +254,8 @@ def _unknown_field(name: str, value: Any) -> str:
     for names, answer in FROM_OTHER_TOOLS.items():
         if name.rpartition(".")[2] in names:
             return f"there is no field {name}: {answer}"
-    return f"there is no field {name}: {_did_you_mean(name, _FIELDS)}python train.py --help lists all"
+    legal = [*_FIELDS, *(() if "." in name else _DATACLASSES)]  # of optimiser.lr=1 Hydra names the group alone
+    return f"there is no field {name}: {_did_you_mean(name, legal)}python train.py --help lists all"
 
 
 def _did_you_mean(typed: str, legal: Iterable[str]) -> str:

@@ -122,7 +122,9 @@ class Source:
                 raise CorpusError(f"{self.files[index]} is gone: it was there when the files were listed") from error
             except _UNREADABLE as error:
                 reason = " ".join(str(error).split()) or type(error).__name__
-                bad = BadRow(f"the file cannot be read from here on ({reason}): {_FIX_FILE}")
+                is_json = self.config.source == "parquet" and ".json" in Path(self.files[index]).name
+                fix = "type data=jsonl, which reads JSON lines" if is_json else _FIX_FILE
+                bad = BadRow(f"the file cannot be read from here on ({reason}): {fix}")
                 yield Row(index, number + 1, bad, Position(index + 1), bytes_before + size)
             bytes_before += size
 
@@ -412,8 +414,11 @@ def open_source(config: DataConfig) -> Source:
     description = "Python's standard library" if config.source == "stdlib" else f"data.files={config.files}"
     files = _files(config)
     if not files:
-        kind = EXAMPLES.get(config.source, EXAMPLES["text_files"])
-        raise CorpusError(f"{description} has no file to read, folders do not count: use files, as data.files='{kind}'")
+        if config.source == "stdlib":
+            raise CorpusError(f"{description} has no file to read: type data=text_files data.files='texts/*.txt'")
+        folder = config.files if isinstance(config.files, str) else config.files[0]
+        inside = os.path.join(folder, f"*{Path(EXAMPLES[config.source]).suffix}")
+        raise CorpusError(f"{description} has no file to read, folders do not count: type data.files='{inside}'")
     compressed = _COMPRESSED if config.source == "text_files" else _COMPRESSED - _CODECS.keys()
     if packed := next((name for name in files if Path(name).suffix in compressed), None):
         can = "unpack it" if config.source == "text_files" else "unpack it, or compress it with gzip or zstd"
@@ -480,13 +485,13 @@ def describe(config: DataConfig, num_tokens: int) -> str:
     files = _files(config)
     num_bytes = sum(map(os.path.getsize, files))
     source = config.source if config.source == "stdlib" else f"{config.source}, data.files={config.files}"
-    text = f"{source}: {len(files):,} files, about"
+    text = f"{source}: {len(files):,} {'file' if len(files) == 1 else 'files'},"
     if config.source == "megatron":
-        return f"{source}: {len(files):,} files, {num_bytes:,} bytes of tokens; {num_tokens:,} tokens in these steps"
+        return f"{text} {num_bytes:,} bytes of tokens; {num_tokens:,} tokens in these steps"
     if config.tokenizer or config.source not in ("stdlib", "text_files"):  # nobody knows before all was tokenized
-        return f"{text} {num_bytes:,} bytes{tokenizer}; {num_tokens:,} tokens in these steps"
+        return f"{text} about {num_bytes:,} bytes{tokenizer}; {num_tokens:,} tokens in these steps"
     size = max(1, num_bytes + len(files))  # a separator after each
-    return f"{text} {size:,} tokens; {num_tokens:,} in these steps, {num_tokens / size:.3g} epochs"
+    return f"{text} about {size:,} tokens; {num_tokens:,} in these steps, {num_tokens / size:.3g} epochs"
 
 
 def _files(config: DataConfig) -> list[str]:

@@ -170,9 +170,11 @@ def open_tokenizer(config: DataConfig) -> Tokenizer:
     except ModuleNotFoundError as error:
         raise CorpusError(f'{setting} needs {error.name}: type pip install -e ".[hf]" -c constraints.txt') from error
     except Exception as error:  # the tokenizers library raises nothing more precise
-        reason = " ".join(str(error).split())
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        if Path(name).is_dir() and not any(Path(name).glob("tokenizer*")):  # transformers asks for sentencepiece
+            reason = "the folder has no tokenizer"
         raise CorpusError(
-            f"{setting} cannot be opened ({type(error).__name__}: {reason}): give a folder with tokenizer.json, a "
+            f"{setting} cannot be opened ({reason}): give data.tokenizer a folder with tokenizer.json, a "
             "tokenizer.json, or OWNER/NAME of the hub and the network (HF_HUB_OFFLINE=1: what was downloaded before)"
         ) from error
     eos_id = _only_usual_eos(setting, tokenizer) if Path(name).is_file() else tokenizer.eos_token_id

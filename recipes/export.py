@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -42,7 +44,8 @@ def export(given: Path, output: Path, merge: bool = False) -> None:
     """
     output = output.absolute()
     if not output.parent.is_dir():
-        raise ConfigError(f"--output {output}: there is no folder {output.parent}; make it first")
+        parent = output.parent
+        raise ConfigError(f"--output {output}: there is no folder {parent}: type mkdir -p {shlex.quote(str(parent))}")
     folder, manifest = find_checkpoint(given, lambda manifest: _check_output(manifest, output, merge))
     write = _write_folder if _model_path(manifest) else _write_file
     with _complete(output) as new:
@@ -75,7 +78,17 @@ def _complete(output: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
         new = Path(temporary) / output.name
         yield new
+        _let_others_read(new)
         new.replace(output)  # a folder replaces an empty one
+
+
+def _let_others_read(new: Path) -> None:
+    """Give each file the permissions of any new file: safetensors writes files that only their owner can read."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in (new, *new.rglob("*")):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
 
 
 def _write_file(new: Path, folder: Path, manifest: Manifest, merge: bool) -> str:

@@ -78,7 +78,7 @@ def bench_attention(plan: Plan, run_dir: Path, reporter: Reporter | None) -> flo
         replace_file(run_dir / RESULT_FILE, json.dumps(result, indent=1) + "\n")
         for row, kind in itertools.product(rows, KINDS):
             reporter.write_summary({f"{row['name']}/{kind}/{name}": value for name, value in row[kind].items()})
-        say(f"all numbers: {run_dir / RESULT_FILE}", *reporter.view_hints()[1:])
+        say(f"all numbers: {run_dir / RESULT_FILE}", *reporter.wandb_hints())
     return rows[min(1, len(rows) - 1)]["forward_backward"]["tflops"]
 
 

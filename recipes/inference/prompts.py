@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,9 +101,16 @@ def _texts(given: GenerateConfig) -> list[str]:
 def _output(given: GenerateConfig, run_dir: Path) -> Path:
     output = Path(given.output or run_dir / OUTPUT_FILE).expanduser().absolute()
     if given.output and not output.parent.is_dir():
-        raise ConfigError(f"generate.output={given.output}: there is no folder {output.parent}; make it first")
-    if output.exists():
+        parent = output.parent
+        raise ConfigError(
+            f"generate.output={given.output}: there is no folder {parent}: type mkdir -p {shlex.quote(str(parent))}"
+        )
+    if output.exists() and given.output:
         raise ConfigError(f"generate.output={output} is there already: give a new name, or delete it")
+    if output.exists():
+        raise ConfigError(
+            f"{output} is there already: type another hydra.run.dir or generate.output=FILE, or delete it"
+        )
     return output
 
 

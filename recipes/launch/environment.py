@@ -41,8 +41,21 @@ def ranks_are_started() -> bool:
 
 
 def ranks_given(config: Config) -> int | None:
-    """The number of ranks, by the launcher or the configuration; None if it depends on the GPUs here."""
-    return int(os.environ["WORLD_SIZE"]) if ranks_are_started() else config.launch.num_ranks
+    """The number of ranks, by the launcher or the configuration; None if it depends on the GPUs here.
+
+    Raises:
+        ConfigError: if the launcher has started another number of ranks than was typed.
+    """
+    typed = config.launch.num_ranks
+    if not ranks_are_started():
+        return typed
+    started = int(os.environ["WORLD_SIZE"])
+    if typed not in (None, started):
+        raise ConfigError(
+            f"launch.num_ranks={typed} is not the number of ranks that the launcher has started, {started}: leave it "
+            f"out, or start {typed}"
+        )
+    return started
 
 
 def adopt_external_ranks() -> bool:

@@ -225,7 +225,11 @@ class Reporter:
         if self._config.memory_snapshot:
             where = self._run_dir / "profile" if self._plan.device_type == "cuda" else "none, they need a GPU"
             lines.append(f"memory snapshots:      {where}")
-        return [*lines, *wandb_hints(self._wandb)]
+        return [*lines, *self.wandb_hints()]
+
+    def wandb_hints(self) -> list[str]:
+        """Commands that show the wandb run: all there is to see of a run without steps."""
+        return wandb_hints(self._wandb)
 
 
 def _known(metrics: dict[str, float | None]) -> dict[str, float]:

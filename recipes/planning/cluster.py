@@ -100,7 +100,8 @@ def parse_cluster(text: str) -> Cluster:
         text: `8xh200`, `2x8xh100` or `h200` (one host, as in its file), or the path of a YAML file.
 
     Raises:
-        ConfigError: for another form, an unknown kind of GPU, or a file that cannot be read.
+        ConfigError: for another form, an unknown kind of GPU, more GPUs a host than its file has, or a file that
+            cannot be read.
     """
     if text.endswith((".yaml", ".yml")):
         return _load(Path(text), text)
@@ -115,7 +116,16 @@ def parse_cluster(text: str) -> Cluster:
             f"conf/clusters/h200.yaml, change its numbers, and type cluster=MINE.yaml"
         )
     given = {name: int(number) for name, number in (("hosts", hosts), ("gpus_per_host", gpus)) if number is not None}
-    return dataclasses.replace(_load(FOLDER / f"{kind}.yaml", text), **given)
+    usual = _load(FOLDER / f"{kind}.yaml", text)
+    cluster = dataclasses.replace(usual, **given)
+    if kind != "cpu" and cluster.gpus_per_host > usual.gpus_per_host:  # the link of a whole host would be a guess
+        num_hosts = -(-cluster.num_gpus // usual.gpus_per_host)
+        raise ConfigError(
+            f"cluster={text} has hosts of {cluster.gpus_per_host} GPUs, and those of conf/clusters/{kind}.yaml have "
+            f"{usual.gpus_per_host}: type cluster={num_hosts}x{usual.gpus_per_host}x{kind} (hosts x GPUs x kind), or "
+            "copy the file, change its gpus_per_host and links, and type cluster=MINE.yaml"
+        )
+    return cluster
 
 
 def cluster_of_ranks(

@@ -142,7 +142,7 @@ def _assumptions(best: Forecast, cluster: Cluster) -> Iterator[str]:
     else:
         yield f"every step has {sequences:,} sequences, {best.step.tokens_per_step:,} tokens"
     if best.lengths:
-        yield f"each sequence has documents of {', '.join(_counted(best.lengths))} tokens"
+        yield f"each sequence has {_counted(best.lengths)} tokens"
     else:
         yield "each sequence is one document; +documents=lognormal is a mix of many"
     yield (
@@ -153,14 +153,13 @@ def _assumptions(best: Forecast, cluster: Cluster) -> Iterator[str]:
         yield "no step was measured on several hosts: the link between them is as the cluster's file says"
 
 
-def _counted(lengths: Sequence[int]) -> Iterator[str]:
-    """(512, 512, 64) -> "64", "2 x 512"; of many sizes how many there are, and the range."""
-    counts = collections.Counter(lengths)
+def _counted(lengths: Sequence[int]) -> str:
+    """(512, 512, 64) -> "3 documents of 64, 2 x 512"; of many sizes the range."""
+    counts, documents = collections.Counter(lengths), f"{len(lengths):,} documents"
     if len(counts) > MAX_SIZES:
-        yield f"{len(lengths)} sizes from {min(lengths):,} to {max(lengths):,}"
-        return
-    for size, count in sorted(counts.items()):
-        yield f"{count} x {size:,}" if count > 1 else f"{size:,}"
+        return f"{documents} of {min(lengths):,} to {max(lengths):,}"
+    sizes = (f"{count} x {size:,}" if count > 1 else f"{size:,}" for size, count in sorted(counts.items()))
+    return f"{documents} of {', '.join(sizes)}"
 
 
 def _header() -> list[str]:

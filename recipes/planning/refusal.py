@@ -62,9 +62,10 @@ def step_refusal(step: StepMemory, memory_bytes: int) -> str | None:
     layers = range(0 if step.config.model.path else step.config.model.num_layers - 1, 0, -1)
     remedies = (first_fitting(cheaper) or longest(cheaper[-1])) + longest({})
     remedies = remedies or first_fitting(cheaper[-1] | {"model.num_layers": number} for number in layers)
+    bigger = f"a smaller model or more {'GPUs' if step.on_gpu else 'hosts'}"  # CPU ranks share their host's memory
     return (
         f"a step needs {gib(step.peak.total)} GiB per rank by prediction, and there are {gib(memory_bytes)}: use "
-        + ", or ".join([*dict.fromkeys(remedies or ["a smaller model or more hosts"]), INSIST])
+        + ", or ".join([*dict.fromkeys(remedies or [bigger]), INSIST])
     )
 
 

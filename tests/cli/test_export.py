@@ -39,6 +39,10 @@ def test_an_exported_model_is_the_next_runs_model(program: Program, tiny_llama: 
     assert result.returncode == 0, result.stderr
     names(result.stdout.splitlines()[-1], f"{output}:", "1,311,872 parameters", "bf16", "step 3")
 
+    (program.folder / "new").touch()
+    usual = (program.folder / "new").stat().st_mode
+    assert {path.stat().st_mode for path in output.iterdir()} == {usual}  # colleagues can read what umask lets them
+
     model = AutoModelForCausalLM.from_pretrained(output)
     assert model.dtype == torch.bfloat16
     assert model.config.rope_parameters["rope_type"] == "yarn"
@@ -55,6 +59,10 @@ def test_an_exported_model_is_the_next_runs_model(program: Program, tiny_llama: 
     assert again.returncode == 1
     assert again.stderr.count("\n") == 1
     names(again.stderr, f"--output {output}", "empty")
+
+    elsewhere = export(program, trained.run_dir, "--output", program.folder / "no such" / "model")
+    assert (elsewhere.returncode, elsewhere.stderr.count("\n")) == (1, 1)
+    names(elsewhere.stderr, f"--output {program.folder}/no such/model", f"mkdir -p '{program.folder}/no such'")
 
     further = program.run(*SHORT, f"model.path={output}", "num_steps=1", name="further")
     assert further.exit_code == 0, further.stderr

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import train  # noqa: F401 - registers the schema
 from conf.compose import to_config
 from conf.schema import ModelConfig
-from scripts.make_tiny_llama import write_tokenizer
+from scripts.make_tiny_llama import VOCAB_SIZE, write_tokenizer
 
 
 def llama_config(model: ModelConfig) -> LlamaConfig:
@@ -43,6 +43,8 @@ def main() -> None:
     options = parser.parse_args()
     with hydra.initialize(version_base="1.3", config_path="../../conf"):
         model = to_config(hydra.compose("config", options.overrides)).model
+    if model.vocab_size < VOCAB_SIZE:
+        parser.error(f"model.vocab_size={model.vocab_size}: the tokenizer needs model.vocab_size={VOCAB_SIZE} or more")
     config = llama_config(model)
     config.dtype = torch.bfloat16
     torch.set_default_dtype(torch.bfloat16)

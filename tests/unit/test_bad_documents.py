@@ -15,7 +15,7 @@ from huggingface_hub.errors import HTTPError
 from conf.schema import DataConfig
 from data.source import CorpusError
 from data.store import open_counted
-from tests.errors import names
+from tests.errors import names, refused
 
 GOOD = b'{"text": "good"}\n'
 SKIP = "data.bad_rows=skip"
@@ -123,6 +123,12 @@ def test_a_parquet_file_that_was_cut_off(tmp_path):
     (tmp_path / "b.parquet").write_bytes(parquet_bytes(text=["good"] * 9)[:-20])
     (tmp_path / "c.parquet").write_bytes(parquet_bytes(text=["good"]))
     check(tmp_path / "*.parquet", "parquet", "b.parquet, row 1", [], num_documents=2)
+
+
+def test_json_lines_that_are_read_as_parquet(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(GOOD))
+    with refused(CorpusError, "a.jsonl.gz", "data=jsonl"):
+        open_counted(config(tmp_path / "a.jsonl.gz", source="parquet"), "parquet", print)
 
 
 def test_the_error_of_a_wrong_column_of_parquet_lists_the_columns(tmp_path):

@@ -30,7 +30,7 @@ def lengths_of(documents: object, sequence_length: int) -> tuple[int, ...]:
         ("8x32", (32,) * 8),
         ("1x256", (256,)),
         ("[100,1,155]", (100, 1, 155)),
-        ("lognormal", (128, 128)),
+        ("lognormal", (37, 26, 73, 36, 15, 51, 18)),
         ("null", (256,)),
     ],
 )
@@ -51,10 +51,11 @@ def test_lognormal_documents_fill_the_sequence_and_are_the_same_each_time(length
     assert max(lengths) <= max(1, length // 2)
 
 
-def test_the_lognormal_documents_of_a_sequence():
-    lengths = lengths_of("lognormal", 65_536)
-    assert len(lengths) == len(set(lengths)) > 10
-    assert max(lengths) > 10 * min(lengths)
+@pytest.mark.parametrize(("length", "most", "spread"), [(2048, 6, 4), (8192, 6, 4), (65_536, 10, 10)])
+def test_the_lognormal_documents_of_a_sequence(length: int, most: int, spread: int):
+    lengths = lengths_of("lognormal", length)
+    assert len(lengths) == len(set(lengths)) > most
+    assert max(lengths) > spread * min(lengths)
 
 
 FORMS = ("+documents=8x8192", "+documents=lognormal", "+documents=[4096,2048,2048]")

@@ -62,6 +62,8 @@ def test_a_file_of_ones_own(tmp_path):
     [
         ("8 h200", ["cluster=8 h200", "8xh200"]),
         ("8xv100", ["cluster=8xv100", "v100", "h100", "h200", "b200", "a100_80gb"]),
+        ("64xh100", ["cluster=64xh100", 64, 8, "cluster=8x8xh100", "conf/clusters/h100.yaml", "gpus_per_host"]),
+        ("2x12xh200", ["cluster=2x12xh200", 12, 8, "cluster=3x8xh200"]),
         ("0xh100", ["cluster.gpus_per_host=0", 1]),
         ("0x8xh100", ["cluster.hosts=0", 1]),
         ("nosuch.yaml", ["cluster=nosuch.yaml", "8xh200"]),

@@ -9,8 +9,14 @@ from unittest import mock
 import pytest
 import torch
 
-from conf.schema import ConfigError
-from recipes.launch.environment import RENDEZVOUS, adopt_external_ranks, check_accelerator, make_private_folder
+from conf.schema import Config, ConfigError, LaunchConfig
+from recipes.launch.environment import (
+    RENDEZVOUS,
+    adopt_external_ranks,
+    check_accelerator,
+    make_private_folder,
+    ranks_given,
+)
 from tests.errors import names, refused
 
 STEP = {
@@ -46,6 +52,13 @@ def test_a_step_of_srun_becomes_torchruns_variables():
         "MASTER_ADDR": "node003",
         "MASTER_PORT": "23001",
     }
+
+
+def test_the_launchers_ranks_count_and_another_number_is_refused():
+    with mock.patch.dict(os.environ, TORCHRUN, clear=True):
+        assert [ranks_given(Config(launch=LaunchConfig(num_ranks=typed))) for typed in (None, 4)] == [4, 4]
+        with refused(ConfigError, "launch.num_ranks=8", 4):
+            ranks_given(Config(launch=LaunchConfig(num_ranks=8)))
 
 
 def test_steps_and_jobs_have_ports_of_their_own():

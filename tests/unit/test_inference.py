@@ -161,7 +161,10 @@ def test_the_plan_is_for_the_longest_prompt_and_its_answer(tmp_path: Path):
         ({"prompt_file": "{folder}/cut.jsonl"}, ["line 3", "JSON"]),
         ({"prompt_file": "{folder}/other.jsonl"}, ["line 1", "prompt"]),
         ({"prompt": "a", "output": "{folder}/there.jsonl"}, ["generate.output={folder}/there.jsonl", "new name"]),
-        ({"prompt": "a", "output": "{folder}/no/a.jsonl"}, ["generate.output={folder}/no/a.jsonl", "{folder}/no"]),
+        (
+            {"prompt": "a", "output": "{folder}/no/a.jsonl"},
+            ["generate.output={folder}/no/a.jsonl", "mkdir -p {folder}/no"],
+        ),
     ],
 )
 def test_prompts_and_outputs_that_cannot_be_are_refused(tmp_path: Path, settings, parts):
@@ -174,6 +177,12 @@ def test_prompts_and_outputs_that_cannot_be_are_refused(tmp_path: Path, settings
     with refused(ConfigError, *(part.format(folder=tmp_path) for part in parts)):
         check_files(config(given), tmp_path / "run")
         with_prompts(config(given), tmp_path / "run")
+
+
+def test_a_run_dir_that_has_completions_is_refused(tmp_path: Path):
+    (tmp_path / "generated.jsonl").touch()
+    with refused(ConfigError, f"{tmp_path}/generated.jsonl", "hydra.run.dir", "generate.output=FILE"):
+        check_files(config(GenerateConfig(model="x", prompt="a")), tmp_path)
 
 
 def test_the_folder_of_a_training_run_is_refused(tmp_path: Path):

@@ -218,7 +218,7 @@ def test_a_step_that_should_not_fit_is_refused_with_settings_that_fit(num_ranks,
 
 @pytest.mark.parametrize(
     ("num_layers", "memory_gib", "advice"),
-    [(8, 11, r"use engine\.recompute=\w+ .*model\.num_layers=\d \("), (1, 6, "use a smaller model or more hosts")],
+    [(8, 11, r"use engine\.recompute=\w+ .*model\.num_layers=\d \("), (1, 6, "use a smaller model or more GPUs")],
 )
 def test_a_step_that_fits_at_no_length_is_refused_with_a_smaller_model(num_layers, memory_gib, advice):
     model = ModelConfig(**{**vars(LARGE), "num_layers": num_layers})

@@ -252,6 +252,7 @@ def test_packed_documents_are_faster_and_keep_their_flops():
     flops_per_token = [result.ranked[0].mfu_pct / result.ranked[0].tokens_per_s for result in (whole, short, packed)]
     assert flops_per_token[2] == pytest.approx(flops_per_token[1])
     assert flops_per_token[2] < flops_per_token[0]
+    some_line_names(list(report(packed, packed_config, H200S)), "8 documents", "8 x 8,192 tokens")
     # tensor and pipeline ranks have no document masks
     assert {degrees[3:] for _, degrees in grids(packed.unpredicted + packed.refused)} <= {(1, 1)}
 

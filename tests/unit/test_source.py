@@ -90,9 +90,15 @@ def test_a_null_is_a_text_without_characters(tmp_path):
 
 
 def test_a_folder_is_not_a_text_file(tmp_path):
-    for source, files in (("text_files", "texts/*.txt"), ("chat", "chats/*.jsonl")):
-        with refused(CorpusError, f"data.files={tmp_path}", "folders", f"data.files='{files}'"):
+    for source, suffix in (("text_files", "txt"), ("chat", "jsonl"), ("megatron", "bin")):
+        with refused(CorpusError, f"data.files={tmp_path}", "folders", f"data.files='{tmp_path}/*.{suffix}'"):
             open_source(DataConfig(source=source, files=str(tmp_path)))
+
+
+def test_a_python_without_its_library_is_told_to_read_files(monkeypatch):
+    monkeypatch.setattr("data.source.stdlib_files", list)
+    with refused(CorpusError, "standard library", "data=text_files", "data.files='texts/*.txt'"):
+        open_source(DataConfig())
 
 
 @pytest.mark.parametrize(("source", "name"), [("jsonl", "a.jsonl.bz2"), ("text_files", "a.txt.gz")])
@@ -133,7 +139,7 @@ def test_the_description_names_source_files_tokens_and_epochs(tmp_path):
 def test_the_description_counts_bytes_of_text_that_a_tokenizer_reads(tmp_path):
     (tmp_path / "a.txt").write_text("x" * 99)
     words = describe(DataConfig(source="text_files", files=f"{tmp_path}/*", tokenizer="owner/model"), num_tokens=402)
-    names(words, "1 files", "99 bytes", "owner/model", "402 tokens")
+    names(words, "1 file", "99 bytes", "owner/model", "402 tokens")
     assert "epochs" not in words
     hub = DataConfig(source="hub", name="owner/set", tokenizer="owner/model")
     names(describe(hub, num_tokens=402), "owner/set", "owner/model")

@@ -161,6 +161,13 @@ def test_a_broken_tokenizer_is_refused(tmp_path, content):
     names(refusal(tmp_path), f"data.tokenizer={tmp_path}", "tokenizer.json", "OWNER/NAME")
 
 
+def test_a_model_without_a_tokenizer_is_named_as_such(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    message = refusal(tmp_path)
+    names(message, f"data.tokenizer={tmp_path}", "no tokenizer", "tokenizer.json", "OWNER/NAME")
+    assert "sentencepiece" not in message  # what transformers asks for would not help
+
+
 def test_a_hub_name_without_network_is_refused_at_once(monkeypatch):
     def no_network(*_: object, **__: object) -> None:
         raise OSError("no network")
