@@ -6,6 +6,7 @@ python train.py +experiment=ra_sp
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import sys
@@ -49,6 +50,7 @@ from recipes.run.lock import locked
 
 if TYPE_CHECKING:
     from data.stream import StreamCorpus
+    from recipes.planning.plan import Plan
 
 ConfigStore.instance().store(name="schema", node=Config)
 
@@ -151,23 +153,27 @@ def execute(config: Config, overrides: list[str], run_dir: Path) -> float | None
             plan = launcher.make_plan(config, num_ranks)
             print(*explanation(plan, run_dir), sep="\n", flush=True)
             if reads_data and not config.data.stream:
-                print("", *_packing(config, plan.sequences_per_step), sep="\n", flush=True)
+                print("", *_packing(plan), sep="\n", flush=True)
         return None
     if config.recipe == "pretrain" and (loss := launcher.result_if_finished(config, num_ranks, run_dir)) is not None:
         return loss
     return launcher.start(registry.RecipeTask(config), num_ranks, run_dir)
 
 
-def _packing(config: Config, sequences_per_step: int) -> list[str]:
-    """How documents are packed, as lines of text. Raises CorpusError as `open_corpus`."""
+def _packing(plan: Plan) -> list[str]:
+    """How documents are packed and lie on ranks, as lines of text. Raises CorpusError as `open_corpus`."""
     from data.report import packing_report
+    from recipes.planning.packed_layouts import NUM_SEQUENCES, packed_layouts
 
-    folder = config.model.path
+    config, folder = plan.config, plan.config.model.path
     if not is_local(config.data):
         return ["packing of documents: not shown, because data or tokenizer is no folder here; nothing was downloaded"]
     if config.explain_gpu and folder and config.data.tokenizer == folder and not any(Path(folder).glob("tokenizer*")):
         return [f"packing of documents: not shown, because {folder} has no tokenizer; data.tokenizer=FOLDER gives one"]
-    return packing_report(open_corpus(config.data, config.model.vocab_size), sequences_per_step)
+    corpus = open_corpus(config.data, config.model.vocab_size)
+    first = (pack.boundaries for pack in itertools.islice(corpus.training(), NUM_SEQUENCES))
+    on_ranks = packed_layouts(plan, first)
+    return [*packing_report(corpus, plan.sequences_per_step), *(["", *on_ranks] if on_ranks else [])]
 
 
 def _open_data(config: Config) -> Corpus | StreamCorpus:

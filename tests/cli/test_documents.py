@@ -95,11 +95,12 @@ def test_a_mixture_is_validated_by_source_and_explained(program: Program, source
     last = finished.metrics[-1]
     weighted = 0.75 * last["validation/loss/a"] + 0.25 * last["validation/loss/b"]
     assert last["validation/loss"] == pytest.approx(weighted)
-    explained = program.run(*job, "explain=true", name="explained").stdout.splitlines()
+    explained = program.run(*job, "launch.num_ranks=2", "explain=true", name="explained").stdout.splitlines()
     some_line_names(explained, "data.packing=best_fit", "256")
     some_line_names(explained, "padding")
     some_line_names(explained, "a", "75.0%")
     some_line_names(explained, "b", "25.0%")
+    some_line_names(explained, "balanced", "of 4")  # of the first sequences
 
 
 @pytest.mark.slow

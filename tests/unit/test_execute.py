@@ -25,6 +25,7 @@ from conf.schema import (
     ModelConfig,
 )
 from data.source import CorpusError
+from recipes.planning.plan import Plan
 from tests.errors import names, refused, some_line_names
 from tests.unit.test_manifest import published, resolved
 
@@ -51,7 +52,7 @@ def tiny(tmp_path) -> DataConfig:
     [
         ("data=DataConfig(source='text_files', files='tiny.txt')", TOO_SHORT),
         ("recipe='forward', data=DataConfig(source='text_files', files='tiny.txt')", TOO_SHORT),
-        ("data=DataConfig(source='text_files', files='.')", ["data.files=.", "data.files='texts/*.txt'"]),
+        ("data=DataConfig(source='text_files', files='.')", ["data.files=.", "data.files='./*.txt'"]),
         ("data=DataConfig(source='hub', name='nobody/nothing')", ["data.name=nobody/nothing", "data=stdlib"]),
         (
             "launch=LaunchConfig(num_ranks=4), parallelism=ParallelismConfig(ring_degree=3)",
@@ -187,7 +188,7 @@ def test_explain_downloads_no_tokenizer(monkeypatch):
     name = "OWNER/NAME"
     settings = {"model": ModelConfig(path=name), "data": DataConfig(tokenizer=name)}
     config = Config(explain=True, explain_gpu="h100", launch=LaunchConfig(num_ranks=8), **settings)
-    (line,) = train._packing(config, 1)
+    (line,) = train._packing(Plan(config, 8, "cuda", "NVIDIA H100", (9, 0), ranks_per_host=8))
     names(line, "not shown", "is no folder here")
 
 
