@@ -178,7 +178,7 @@ MISTAKES = [  # what is typed; the value, the rule's values and what to type
     ("experiment=ra_sp", ["experiment", "+experiment=ra_sp"]),
     ("sweep=lr_batch", ["sweep", "+sweep=lr_batch"]),
     ("+experiment=tp_pp +experiment=dp", ["experiment", "+experiment=[ONE,OTHER]"]),
-    ("optimizer.lr=1e-3,3e-3", ["optimizer.lr=1e-3,3e-3", "optimizer.lr=[1e-3,3e-3]", "--multirun"]),
+    ("optimizer.lr=1e-3,3e-3", ["optimizer.lr=1e-3,3e-3", "python train.py -m"]),
     ("~num_stepz", ["num_stepz"]),
     ("+nosuch@model=x", ["+nosuch@model=x", "nosuch"]),
     # one field
@@ -395,7 +395,7 @@ def test_settings_with_dashes_say_how_they_are_typed():
 
 
 def test_several_values_without_brackets_say_what_to_type():
-    names(mistake("data.files=a.txt,b.txt"), "data.files=a.txt,b.txt", "data.files=[a.txt,b.txt]", "--multirun")
+    names(mistake("data.files=a.txt,b.txt"), "data.files=a.txt,b.txt", "data.files=[a.txt,b.txt]", "python train.py -m")
 
 
 def test_an_empty_model_path_is_refused():
