@@ -443,8 +443,8 @@ class TestChooseEntries:
         self.gpus(monkeypatch, 1)
         monkeypatch.setenv("RANK", "0")
         monkeypatch.setenv("WORLD_SIZE", "2")
-        typed = ["+experiment=strong_scaling", "launch.num_ranks=1"]  # ignored there
-        chosen, notes = choose_entries(config := compose(*typed), self.entries(config, *typed))
+        typed = "+experiment=strong_scaling"
+        chosen, notes = choose_entries(config := compose(typed), self.entries(config, typed))
         assert list(chosen) == ["ra_sp on 2", "ulysses on 2"]
         some_line_names(notes, "ra_sp on 1", "launch.num_ranks=1", "2")
 
