@@ -26,9 +26,7 @@ def packed_layouts(plan: Plan, sequences: Iterable[tuple[int, ...]]) -> list[str
     is_varied = config.data.stages is not None or config.engine.micro_batch_size > 1  # then a batch has other lengths
     if not config.data.document_mask or plan.degrees.ring == 1 or is_varied:
         return []
-    given = [tuple(map(int, ends)) for ends in sequences]
-    if not given:
-        return []
+    given = [*sequences]
     rows = [["  layout", "imbalance, mean (most)", "tokens whose K,V a rank sends at most", "in one exchange"]]
     rows += [_row(dataclasses.replace(plan.layout, name=name), given) for name in ("zigzag", "balanced")]
     documents = _numbers([len(ends) - 1 for ends in given])
