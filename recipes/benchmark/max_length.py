@@ -21,9 +21,9 @@ from recipes.launch import launcher
 from recipes.launch.environment import ranks_are_started
 from recipes.launch.memory_errors import out_of_memory_cause
 from recipes.planning.explain import timeline_lines
-from recipes.planning.forecast import MARGIN
-from recipes.planning.memory import changed
+from recipes.planning.memory import MARGIN, changed
 from recipes.planning.plan import Plan
+from recipes.planning.refusal import longest_offloaded
 from recipes.run.errors import RunFailed
 from recipes.run.run_dir import Row, replace_file
 
@@ -91,7 +91,10 @@ def _at_longest(plan: Plan, limit_gib: float, multiple: int) -> Plan:
     """The plan at the longest length that should fit. Raises ConfigError if it is not predicted, or none fits."""
     if unsupported := plan.step_memory.unsupported:
         raise ConfigError(f"recipe=max_length needs the memory of a step, which is {unsupported}")
-    if length := plan.step_memory.longest_length(limit_gib * 2**30) // multiple * multiple:
+    longest = plan.step_memory.longest_length(limit_gib * 2**30)
+    if plan.host_memory_bytes is not None and plan.config.engine.offload_activations:
+        longest = min(longest, longest_offloaded(plan.step_memory, plan.host_memory_bytes))
+    if length := longest // multiple * multiple:
         return _at_length(plan, length)
     raise ConfigError(
         f"no length of {multiple:,} tokens or more fits: {multiple:,} need {_peak_gib(_at_length(plan, multiple)):.3g} "

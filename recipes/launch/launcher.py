@@ -67,7 +67,8 @@ def make_plan(config: Config, num_ranks: int) -> Plan:
     ranks_per_host = _ranks_per_host(num_ranks)
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
-        return Plan(config, num_ranks, "cuda", gpu.name, (gpu.major, gpu.minor), ranks_per_host, gpu.total_memory)
+        memory = gpu.total_memory, usable_memory_bytes()
+        return Plan(config, num_ranks, "cuda", gpu.name, (gpu.major, gpu.minor), ranks_per_host, *memory)
     return Plan(config, num_ranks, "cpu", "CPU", None, ranks_per_host, usable_memory_bytes() // ranks_per_host)
 
 

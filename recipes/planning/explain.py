@@ -243,7 +243,8 @@ def _memory_savers(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "offload", "optimizer states and the optimizer step on the host"
     if plan.trains and engine.offload_activations:
         what = "layer inputs" + (" and attention outputs" if engine.recompute == "selective" else "")
-        moved = f"{memory.gib(memory.offloaded_bytes(config, tokens))} GiB of host memory per rank"
+        size, ranks = memory.offloaded_bytes(config, tokens), plan.ranks_per_host
+        moved = f"{memory.gib(size)} GiB of host memory per rank, {memory.gib(ranks * size)} of {ranks} ranks a host"
         yield "offload", f"{what} of a micro-batch: {moved}"
 
 

@@ -16,12 +16,13 @@ from conf.degrees import accumulation_steps
 from conf.schema import Config, Degrees, document_lengths
 from recipes.planning.cluster import Cluster
 from recipes.planning.memory import (
+    MARGIN,
     StateBytes,
     bucket_size,
     dtype_bytes,
     gib,
+    host_bytes,
     num_parameters,
-    offloaded_bytes,
     state_bytes,
 )
 from recipes.planning.memory_timeline import StepMemory
@@ -30,8 +31,6 @@ from recipes.planning.throughput import training_flops_per_token
 from ring_attention.layout import Layout
 from ring_attention.mask import CAUSAL, Mask
 
-MARGIN = 0.1  # of a device: CUDA's context and NCCL's buffers take 1 to 2 GiB, fragmentation some more
-HOST_ADAM_BYTES = 16  # per parameter on the host: weight, two moments and gradient in fp32
 # what a command says by itself, from a forecast
 _OWN = ("attention", "attention.method", "cluster", "documents", "launch.num_ranks", "parallelism", "recipe")
 _OWN_PREFIXES = ("parallelism.", "plan.")
@@ -98,16 +97,7 @@ class Forecast:
     @functools.cached_property
     def host_bytes(self) -> float:
         """Memory of one host for what its ranks offload."""
-        engine, shards = self.config.engine, self.degrees.data * self.degrees.sequence
-        parameters = num_parameters(self.config.model)
-        of_rank = 0.0
-        if engine.offload_activations:
-            of_rank += offloaded_bytes(self.config, self.local_tokens)
-        if engine.offload_optimizer:
-            of_rank += HOST_ADAM_BYTES * (self.config.model.num_trained or parameters) / shards
-        if engine.offload_parameters:
-            of_rank += dtype_bytes(self.config) * parameters / shards
-        return self.cluster.gpus_per_host * of_rank
+        return self.cluster.gpus_per_host * host_bytes(self.config, self.degrees, self.local_tokens)
 
     @property
     def host_limit_bytes(self) -> float:

@@ -20,9 +20,9 @@ from conf.schema import INFERENCE, WITHOUT_MODEL, Config, ConfigError, Degrees
 from conf.stages import length_at, steps_by_length
 from recipes.planning.auto_method import rank_methods
 from recipes.planning.cluster import Cluster, calibration_refusal, cluster_of_ranks
-from recipes.planning.memory import StateBytes, changed, gib, state_bytes
+from recipes.planning.memory import StateBytes, changed, gib, host_bytes, state_bytes
 from recipes.planning.memory_timeline import StepMemory
-from recipes.planning.refusal import cache_refusal, evaluation_refusal, state_refusal, step_refusal
+from recipes.planning.refusal import cache_refusal, evaluation_refusal, host_refusal, state_refusal, step_refusal
 from recipes.planning.step_time import StepTime
 from recipes.planning.throughput import (
     Throughput,
@@ -78,6 +78,7 @@ class Plan:
 
     Args:
         memory_bytes: of one rank. If None, it is unknown, and no model is too large.
+        host_memory_bytes: of a host, for what its ranks offload. None: unknown.
 
     Raises:
         ConfigError: on construction, if the degrees do not fit the ranks, or for a `refusal`. With explain=true the
@@ -91,6 +92,7 @@ class Plan:
     capability: tuple[int, int] | None
     ranks_per_host: int
     memory_bytes: int | None = None
+    host_memory_bytes: int | None = None
 
     def __post_init__(self) -> None:
         _ = self.degrees, self.accumulation_steps, self.kernel_choice()
@@ -314,7 +316,10 @@ class Plan:
             return cache_refusal(self.config, self.degrees, self.memory_bytes)
         if self.config.recipe == "evaluate":
             return evaluation_refusal(self.config, self.degrees, self.memory_bytes, self.layout.local_length)
-        return None if self.step_memory.unsupported else step_refusal(self.step_memory, self.memory_bytes)
+        refusal = None if self.step_memory.unsupported else step_refusal(self.step_memory, self.memory_bytes)
+        if refusal is None and self.host_memory_bytes is not None and self.trains:
+            refusal = host_refusal(self.step_memory, self.memory_bytes, self.host_memory_bytes)
+        return refusal
 
     @property
     def step_memory(self) -> StepMemory:
@@ -326,10 +331,13 @@ class Plan:
         """Of a run that starts although it should not fit."""
         if self.refusal or not self.memory_refusal:
             return None
-        needed = self.state.needed
+        who, needed, there = "a rank needs", self.state.needed, self.memory_bytes or 0
         if not self.step_memory.unsupported:
             needed = max(needed, self.step_memory.peak.total)
+        if self.trains and needed <= there:
+            who, there = "the ranks of a host offload", self.host_memory_bytes or 0
+            needed = self.ranks_per_host * host_bytes(self.config, self.degrees, self.local_tokens)
         return (
-            f"a rank needs {gib(needed)} GiB by prediction, and there are {gib(self.memory_bytes or 0)}: started all "
-            "the same, with launch.check_memory=false"
+            f"{who} {gib(needed)} GiB by prediction, and there are {gib(there)}: started all the same, with "
+            "launch.check_memory=false"
         )

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from conf.schema import Config, ConfigError
 from recipes.planning.cluster import Cluster
-from recipes.planning.forecast import MARGIN, Forecast, planned_lengths
-from recipes.planning.memory import changed
+from recipes.planning.forecast import Forecast, planned_lengths
+from recipes.planning.memory import MARGIN, changed
 from recipes.planning.plan_report import method_name
 from recipes.planning.search import SearchResult, search
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from conf.schema import Config, ConfigError
 from recipes.planning.cluster import Cluster
-from recipes.planning.forecast import MARGIN, Forecast
-from recipes.planning.memory import num_parameters
+from recipes.planning.forecast import Forecast
+from recipes.planning.memory import MARGIN, num_parameters
 from recipes.planning.search import SearchResult
 from recipes.run.text_table import text_table
 

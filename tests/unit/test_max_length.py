@@ -11,8 +11,17 @@ import pytest
 import torch
 
 from conf.schema import Config, ConfigError, EngineConfig, LaunchConfig, MaxLengthConfig, ModelConfig
-from recipes.benchmark.max_length import MAX_ATTEMPTS, NO_MEMORY, PROBE_FILE, Probe, duration, max_length
+from recipes.benchmark.max_length import (
+    MAX_ATTEMPTS,
+    NO_MEMORY,
+    PROBE_FILE,
+    Probe,
+    _at_longest,
+    duration,
+    max_length,
+)
 from recipes.launch import launcher
+from recipes.planning.plan import Plan
 from recipes.run.errors import RunFailed
 from tests.errors import names, refused, some_line_names
 
@@ -62,6 +71,16 @@ def test_the_predicted_length_is_trained_once(search, capsys):
     assert found["limit_gib"] == LIMIT_GIB
     assert found["confirmed"] == found["attempts"][0] == {"length": length, "peak_gib": 0.2, "tokens_per_s": 5.0}
     some_line_names(capsys.readouterr().out.splitlines(), "8,704", "5 tok/s", "0.200 GiB")
+
+
+def test_the_length_fits_the_host_that_activations_are_offloaded_to():
+    config = max_length_config(engine=EngineConfig(recompute="full", offload_activations=True))
+    config.recipe, config.launch.check_memory = "pretrain", False
+    plan = Plan(config, 2, "cuda", "NVIDIA H100", (9, 0), 2, memory_bytes=2**36)
+    assert _at_longest(plan, 64.0, 512).config.data.sequence_length > 2**20
+    hidden_bytes = 2 * config.model.hidden_size  # of a token of a layer; 6 of 8 layers are offloaded, from 2 ranks
+    host = dataclasses.replace(plan, host_memory_bytes=round(2 * 6 * 2**19 * hidden_bytes / 0.9) + 1)
+    assert _at_longest(host, 64.0, 512).config.data.sequence_length == 2**20
 
 
 def test_the_prediction_fills_the_limit(search):

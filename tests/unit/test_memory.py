@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from tests.errors import names
 GIB = 2**30
 LARGE = ModelConfig("large", 32, 4096, 32, 8, 128, 14336, vocab_size=128256)
 NUM_LARGE = 8_030_261_248
-RECOMPUTE, OFFLOAD = "engine.recompute", "engine.offload_activations"
+RECOMPUTE, OFFLOAD, LENGTH = "engine.recompute", "engine.offload_activations", "data.sequence_length"
 
 
 def tensor_pipeline(**degrees: Any) -> dict[str, Any]:
@@ -225,6 +226,42 @@ def test_a_step_that_fits_at_no_length_is_refused_with_a_smaller_model(num_layer
     message = refusal(memory_gib * GIB, model=model, engine=EngineConfig(zero_stage=3))
     assert re.search(f"by prediction, .*{advice}", message), message
     assert "sequence_length" not in message
+
+
+def host_plan(host_gib: int, length: int = 524288, **engine: Any) -> Plan:
+    """Two ranks that offload activations to one host."""
+    engine = {"zero_stage": 3, "recompute": "selective", "offload_activations": True, **engine}
+    settings = {"engine": EngineConfig(**engine), "data": DataConfig(sequence_length=length)}
+    return dataclasses.replace(plan(140 * GIB, 2, explain=True, **settings), host_memory_bytes=host_gib * GIB)
+
+
+@pytest.mark.parametrize(
+    ("host_gib", "fields", "expected"),
+    [
+        # 30 layers of 2 ranks x (input 2 GiB + attention's output 2 GiB + lse 1/32 GiB)
+        (251, {}, ["2 ranks x 120.94 = 241.88", "225.90", f"{RECOMPUTE}=full (120.00", f"{LENGTH}=262144 (120.94"]),
+        (251, {"length": 400_000}, ["241.88", f"{LENGTH}=262144 (120.94"]),  # pinned memory comes in powers of two
+        (100, {"length": 200_000}, [f"{RECOMPUTE}=full (60.00", f"{OFFLOAD}=false (0 GiB)", f"{LENGTH}=131072 (60.47"]),
+        (100, {"recompute": "full"}, ["120.00 GiB", f"{LENGTH}=262144 (60.00 GiB)"]),
+        (50, {"offload_activations": False, "offload_optimizer": True}, ["119.66 GiB", "use more hosts, or"]),
+    ],
+)
+def test_a_host_too_small_for_what_its_ranks_offload_is_refused(host_gib, fields, expected):
+    refused = host_plan(host_gib, **fields)
+    names(refused.refusal or "", "offloading takes", "launch.check_memory=false", *expected)
+    for remedy in re.findall(r"(engine\.recompute=full|data\.sequence_length=\d+) \(", refused.refusal or ""):
+        name, value = remedy.split("=")
+        changes = {name: yaml.safe_load(value)}
+        assert dataclasses.replace(refused, config=changed(refused.config, **changes)).refusal is None
+    assert host_plan(1000, **fields).refusal is None
+
+
+def test_a_user_may_insist_on_a_host_and_is_warned():
+    insisted = host_plan(251)
+    launch = LaunchConfig(check_memory=False)
+    insisted = dataclasses.replace(insisted, config=dataclasses.replace(insisted.config, launch=launch))
+    [warning] = rows("!!!", insisted)
+    names(warning, "the ranks of a host offload 241.88 GiB", "251.00", "launch.check_memory=false")
 
 
 def test_a_batch_without_accumulation_is_predicted_too():
