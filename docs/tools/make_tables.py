@@ -19,7 +19,7 @@ from docs.tools import tables_speed as speed
 from docs.tools.forecast_paper import paper_causes, paper_table
 from docs.tools.markdown import DOCS, RESULTS
 
-OWN = ("performance.md", "forecast.md", "huggingface.md", "data.md", "extend.md")
+OWN = ("performance.md", "forecast.md", "huggingface.md", "data.md", "extend.md", "long_context.md")
 PAGES = [*(DOCS / name for name in OWN), *sorted(RESULTS.glob("*.md"))]
 PLACE = r"<!-- (?!end )(.+?) -->\n.*?<!-- end \1 -->"  # of a table
 GPU_PARTS = ("one device", "ring", "ulysses", "ring, p2p")
@@ -32,7 +32,11 @@ def _attention_files(num_gpus: int, *lengths: int) -> dict[str, str]:
 
 TWO = _attention_files(2, 16384, 65536, 131072)
 FOUR = _attention_files(4, 32768, 65536, 131072)
-GQA = {f"{n:,}": f"attention_{n}_gqa_2xH200.json" for n in (4096, 8192, 16384, 32768, 65536)}
+GQA = {f"{n:,}": f"attention_{n}_gqa_2xH200.json" for n in (4096, 8192, 16384, 32768, 65536, 131072)}
+PACKED = {
+    mix: f"packed_{name}_65536_2xH200.json"
+    for mix, name in {"8 of 8,192": "8x8192", "log-normal": "lognormal", "256 of 256": "256x256"}.items()
+}
 LONG = ("million_H200.json", "long_steps_2xH200.json", "half_million_H100.json")
 PARITY = {
     "cpu": ("CPU, up to 8 ranks", "parity_cpu.json"),
@@ -62,6 +66,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"parity methods {label}": partial(correctness.parity_of_methods, name) for label, (_, name) in PARITY.items()},
     "hf families": correctness.hf_families,
     "packed": speed.packed,
+    "packed links": partial(speed.packed_links, PACKED),
     "sparsity": correctness.sparsity,
     "precision cpu": partial(correctness.precision, "precision_cpu.json"),
     "precision gpu": partial(correctness.precision, "precision_H200.json"),
@@ -124,6 +129,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "forecast steps": forecast.forecast_steps,
     "forecast tried": forecast.forecast_tried,
     "forecast attention": forecast.forecast_attention,
+    "forecast packed": partial(forecast.forecast_packed, PACKED),
+    "whole 8b": forecast.whole_8b,
     "forecast graphs": forecast.forecast_graphs,
     "forecast simulated": forecast.forecast_simulated,
     "forecast paper 10k": partial(paper_table, "paper_10k"),

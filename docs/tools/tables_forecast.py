@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import statistics
 from collections.abc import Callable, Sequence
+from typing import Any
 
+from conf.degrees import resolve_degrees
 from conf.schema import Degrees
 from docs.tools.check_forecast import (
     GRAPHS,
@@ -20,13 +23,17 @@ from docs.tools.check_forecast import (
 )
 from docs.tools.markdown import load, table
 from docs.tools.measured_steps import MeasuredStep, cluster_of, measured_steps, model_of, tried_steps
+from docs.tools.tables_speed import STEP_COLUMNS, cells_of_step
 from recipes.planning.attention_time import AttentionTime
 from recipes.planning.cluster import Cluster
 from recipes.planning.cluster_speed import ClusterSpeed
 from recipes.planning.speeds import FITTED
+from recipes.planning.step_time import StepTime
+from ring_attention import CAUSAL
 from ring_attention.kernels import KERNELS
 from ring_attention.layout import Layout
 from ring_attention.pass_graph import become_graphs
+from tests.tools.long_step import composed
 
 SIMULATED_LENGTH = 65_536
 BESIDE = "forward, ms | forecast, ms | error | with backward, ms | forecast, ms | error"
@@ -100,6 +107,46 @@ def forecast_graphs() -> str:
             cells = beside(attention, measured["forward_ms"], measured["both_ms"])
             body.append([f"{SIMULATED_LENGTH:,}", f"{degree}, simulated", "", *cells])
     return table(f"tokens | ring of | host | {BESIDE}", body)
+
+
+def forecast_packed(names: dict[str, str]) -> str:
+    """Packed documents on GPUs that exchange messages, by today's program."""
+    body = []
+    for mix, name in names.items():
+        result = load(name)
+        rows = {row["name"]: row for row in result["rows"]}
+        for candidate in ("ring, zigzag", "ring, balanced", "ulysses"):
+            row, attention = rows[candidate], _of_documents(result, *candidate.split(", "))
+            measured = row["forward"]["ms"], row["forward_backward"]["ms"]
+            body.append([mix, candidate, *beside(attention, *measured)])
+    return table(f"documents | method | {BESIDE}", body)
+
+
+def _of_documents(result: dict[str, Any], method: str, layout_name: str = "zigzag") -> AttentionTime:
+    num_ranks, length = result["num_ranks"], result["config"]["data"]["sequence_length"]
+    ends = tuple(itertools.accumulate(result["documents"], initial=0))
+    ring, ulysses = (1, num_ranks) if method == "ulysses" else (num_ranks, 1)
+    model = model_of(result["config"]["model"])
+    layout = Layout(layout_name, ring, length, ulysses, documents=ends if layout_name == "balanced" else None)
+    kernel = KERNELS["flash_attn_4"]
+    return AttentionTime(
+        *(model, method, Degrees(1, ring, ulysses), layout, 1, 2, kernel.name, kernel.split),
+        speed=ClusterSpeed(cluster_of(result["device"])),
+        mask=CAUSAL.packed(ends),
+        is_alone=True,
+    )
+
+
+def whole_8b() -> str:
+    """Steps of a whole model: the first of a run, and the fastest of two, beside the forecast."""
+    body = []
+    for row in load("whole_8b_2xH200.json"):
+        config = composed(row["setting"].replace("model.path=FOLDER", "model=llama_8b"))
+        degrees = resolve_degrees(config, row["num_ranks"])
+        forecast = StepTime(config, degrees, "ring", "flash_attn_4", cluster_of(row["device"])).parts.total
+        which = "the first" if config.num_steps == 1 else "the second"
+        body.append([which, f"{forecast:.0f}", *cells_of_step(row), f"{row['predicted_gib']:.1f}"])
+    return table(f"step | forecast, s | {STEP_COLUMNS} | predicted peak, GiB", body)
 
 
 def _rank_of_a_ring(degree: int, length: int, cluster: Cluster, has_graphs: bool = False) -> AttentionTime:

@@ -44,6 +44,20 @@ def packed() -> str:
     return table(header, cells)
 
 
+def packed_links(names: dict[str, str]) -> str:
+    """TFLOP/s per GPU over the mask's area, forward / with backward, of all methods on several GPUs."""
+    results = {mix: load(name)["rows"] for mix, name in names.items()}
+    methods = dict.fromkeys(row["name"] for rows in results.values() for row in rows)
+    body = []
+    for method in methods:
+        line = [method]
+        for rows in results.values():
+            (row,) = (row for row in rows if row["name"] == method)
+            line.append(" / ".join(f"{row[each]['tflops']:.0f}" for each in ATTENTION_PASSES))
+        body.append(line)
+    return table(" | ".join(["method", *names]), body)
+
+
 def ring_host() -> str:
     """Simulated rings before and after the host's work was cut."""
     rows = load("ring_host_H200.json")["rows"]
@@ -265,7 +279,7 @@ def final(setting: str) -> str:
     return " ".join(f"{name}={value}" for name, value in overrides.items())
 
 
-def _cells_of_step(row: dict[str, Any], digits: int = 0) -> list[str]:
+def cells_of_step(row: dict[str, Any], digits: int = 0) -> list[str]:
     """step s, tokens/s, model TFLOP/s per GPU, MFU, peaks in GiB of one row of tests.tools.long_step, in bf16."""
     tflops = row["flops"] / row["step_time_s"] / row["num_ranks"] / 1e12
     cells = [f"{row['step_time_s']:.{digits}f}", f"{row['tokens_per_s']:,.0f}", f"{tflops:.0f}"]
@@ -279,7 +293,7 @@ STEP_COLUMNS = "step s | tokens/s | model TFLOP/s per GPU | MFU | peak GiB | res
 def long_steps(*names: str) -> str:
     """What tests.tools.long_step measured, in bf16."""
     rows = [row for name in names for row in load(name)]
-    return table(f"setting | {STEP_COLUMNS}", ([f"`{final(row['setting'])}`", *_cells_of_step(row)] for row in rows))
+    return table(f"setting | {STEP_COLUMNS}", ([f"`{final(row['setting'])}`", *cells_of_step(row)] for row in rows))
 
 
 def memory_tools(name: str) -> str:
@@ -289,7 +303,7 @@ def memory_tools(name: str) -> str:
     body = []
     for row in rows:
         own = " ".join(word for word in row["setting"].split() if word not in shared)
-        body.append([f"`{own}`" if own else "none", *_cells_of_step(row, digits=2)])
+        body.append([f"`{own}`" if own else "none", *cells_of_step(row, digits=2)])
     return table(f"setting | {STEP_COLUMNS}", body)
 
 
