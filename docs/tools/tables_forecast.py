@@ -33,7 +33,7 @@ from ring_attention import CAUSAL
 from ring_attention.kernels import KERNELS
 from ring_attention.layout import Layout
 from ring_attention.pass_graph import become_graphs
-from tests.tools.long_step import composed
+from tests.tools.long_step import composed, predicted_again
 
 SIMULATED_LENGTH = 65_536
 BESIDE = "forward, ms | forecast, ms | error | with backward, ms | forecast, ms | error"
@@ -141,11 +141,11 @@ def whole_8b() -> str:
     """Steps of a whole model: the first of a run, and the fastest of two, beside the forecast."""
     body = []
     for row in load("whole_8b_2xH200.json"):
-        config = composed(row["setting"].replace("model.path=FOLDER", "model=llama_8b"))
+        config = composed(row["setting"])
         degrees = resolve_degrees(config, row["num_ranks"])
         forecast = StepTime(config, degrees, "ring", "flash_attn_4", cluster_of(row["device"])).parts.total
         which = "the first" if config.num_steps == 1 else "the second"
-        body.append([which, f"{forecast:.0f}", *cells_of_step(row), f"{row['predicted_gib']:.1f}"])
+        body.append([which, f"{forecast:.0f}", *cells_of_step(row), f"{predicted_again(row)['predicted_gib']:.1f}"])
     return table(f"step | forecast, s | {STEP_COLUMNS} | predicted peak, GiB", body)
 
 

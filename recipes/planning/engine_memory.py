@@ -12,6 +12,7 @@ from conf.schema import Config, ModelConfig
 from recipes.planning.memory import bucket_size, dtype_bytes, has_sharded_sums, layer_matrices, num_parameters
 
 PERSISTENT = 100_000  # ZeRO-3 never shards smaller parameters: DeepSpeed's stage3_param_persistence_threshold
+SUB_GROUP = 1_000_000_000  # own parameters that Adam updates at a time on ZeRO-3, at least: DeepSpeed's sub_group_size
 ALL_REDUCED = 500_000_000  # gradients per all-reduce without ZeRO, plus one parameter: MEMORY_OPT_ALLREDUCE_SIZE
 
 
@@ -117,7 +118,8 @@ def on_gpu(config: Config, num_ranks: int) -> EngineMemory:
 
     if stage == 3:
         reduced = max(8 * filled for filled, _ in _reductions(model, bucket))  # sent and received gradients
-        return EngineMemory(_zero3_persistent(model, size, num_ranks), adam, max(reduced - missing_adam, group_copy))
+        stepping = max(zero3_updates(model, num_ranks, is_first and not offloads))
+        return EngineMemory(_zero3_persistent(model, size, num_ranks), adam, max(reduced - missing_adam, stepping))
 
     persistent = size * parameters + (0 if offloads else 4 * shard) + adam
     buckets, gradients = 2 * size * bucket, 0 if is_alone else 4 * shard
@@ -148,6 +150,19 @@ def _zero3_persistent(model: ModelConfig, size: int, num_ranks: int) -> float:
     parameters = num_parameters(model)
     unsharded = size * (parameters - sharded_parameters(model)) if num_ranks > 1 else 0
     return parameters / num_ranks * (20 if size == 4 else 18) + 4 * bucket_size(parameters) + unsharded
+
+
+def zero3_updates(model: ModelConfig, num_ranks: int, is_first: bool) -> Iterator[float]:
+    """Beyond `persistent`, for each sub-group that Adam updates: its gradients in fp32, less moments yet to come."""
+    (embedding, *decayed), missing = _matrices(model), num_parameters(model) / num_ranks
+    for group in (decayed, [embedding]):
+        waiting = [size / num_ranks for size in group]
+        while waiting:
+            updated = 0.0
+            while waiting and updated < SUB_GROUP:
+                updated += waiting.pop(0)
+            missing -= updated
+            yield 4 * updated - (8 * missing if is_first else 0)
 
 
 def _matrices(model: ModelConfig) -> list[int]:

@@ -33,7 +33,7 @@ from recipes.planning.memory import (
 from recipes.planning.pass_graphs import graph_memory
 
 MAX_LIVE = 1_000_000_000  # parameters that ZeRO-3 gathers at most: DeepSpeed's stage3_max_live_parameters
-STATES = "weights, optimizer states, persistent buffers"
+STATES, GATHERED = "weights, optimizer states, persistent buffers", "gathered parameters"
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class StepMemory:
         self._layer_per_token = self._layer_bytes()
         self._states = {STATES: self._engine.persistent - (self._engine.adam if config.num_steps == 1 else 0)}
         if config.engine.zero_stage == 3 and num_ranks > 1:
-            self._states["gathered parameters"] = self._size * min(sharded_parameters(model), MAX_LIVE)
+            self._states[GATHERED] = self._size * min(sharded_parameters(model), MAX_LIVE)
         # receive buffers of the copy engine for K,V and their gradients, allocated by the first layer
         self._symmetric_per_token = 0
         if self.on_gpu and self._has_ring and config.attention.transport != "p2p":
@@ -125,7 +125,8 @@ class StepMemory:
     @property
     def timeline(self) -> list[MemoryPoint]:
         """Every point that is the peak of some configuration, in their order."""
-        parts = {STATES: self._engine.persistent, "gradients, buckets, optimizer temporaries": self._engine.step_end}
+        parts = {name: size for name, size in self._states.items() if name != GATHERED}
+        parts |= {STATES: self._engine.persistent, "gradients, buckets, optimizer temporaries": self._engine.step_end}
         return [*self._loss_points(), *self._layer_points(), MemoryPoint("the end of the step", parts)]
 
     @property

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from conf.schema import Config, Degrees, EngineConfig
+from conf.schema import Config, Degrees, EngineConfig, ModelConfig
+from recipes.planning import engine_memory
+from recipes.planning.engine_memory import zero3_updates
 from recipes.planning.memory import num_parameters
 from recipes.planning.memory_timeline import StepMemory
 from recipes.planning.plan import Plan
@@ -22,6 +24,7 @@ MEASURED_IN = [
     "million_H200.json",
     "half_million_H100.json",
     "long_steps_2xH200.json",
+    "whole_8b_2xH200.json",
     "flat_4xH100.json",
     "tools_H100.json",
 ]
@@ -100,6 +103,32 @@ def test_gradient_sums_are_allocated_once_a_bucket_was_reduced(dtype, vocab_size
     not_summed = parts(LAST_MLP, f"{setting} engine.zero_stage=0")[GRADIENTS]
     head_gib = (4 if dtype == "fp32" else 2) * (vocab_size + 1) * 4096 / 2**30
     assert summed - (not_summed - head_gib) == pytest.approx(sums_gib, abs=1e-4)
+
+
+def test_adam_updates_sub_groups_on_zero_3(monkeypatch):
+    """A layer's matrices have 48, 16, 64 and 32 numbers, embedding and head 40 each, and the norms 12."""
+    model = ModelConfig("tiny", 1, 4, 1, 1, 4, 8, vocab_size=10)
+    monkeypatch.setattr(engine_memory, "SUB_GROUP", 40)
+    updated = [48, 16 + 64, 32 + 40, 40]
+    assert [*zero3_updates(model, 1, is_first=False)] == [4 * number for number in updated]
+    later = [80 + 72 + 40 + 12, 72 + 40 + 12, 40 + 12, 12]  # that have no moments yet
+    first_step = [4 * number - 8 * others for number, others in zip(updated, later, strict=True)]
+    assert [*zero3_updates(model, 1, is_first=True)] == first_step
+    assert [*zero3_updates(model, 2, is_first=False)] == [4 * 64, 4 * 36, 4 * 20]  # shards of 24 + 8 + 32, 16 + 20, 20
+
+
+def test_large_shards_fit_because_adam_updates_sub_groups():
+    """8B on two GPUs of 79.2 GiB: at once its step would need 83."""
+    setting = "model=llama_8b engine.zero_stage=3 engine.recompute=selective data.sequence_length=8192 num_steps=2"
+    memory = Plan(composed(setting), 2, "cuda", "NVIDIA H100", None, 2).step_memory
+    assert memory.peak.total < 79.2 * 2**30
+
+
+def test_symmetric_buffers_stand_at_the_end_of_a_step():
+    setting = "model=llama_8b model.num_layers=2 data.sequence_length=1048576 engine.recompute=full"
+    memory = Plan(composed(setting), 2, "cuda", "NVIDIA H100", None, 2).step_memory
+    buffers = [point.parts["the ring's symmetric buffers"] for point in memory.timeline]
+    assert set(buffers) == {2 * (2 + 4) * 1024 * 2**19}  # K and V in bf16, and their gradients in fp32
 
 
 @pytest.mark.parametrize("num_ranks", [2, 8])
