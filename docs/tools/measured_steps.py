@@ -132,11 +132,11 @@ def _of_settings() -> Iterator[MeasuredStep]:
     """Of tests.tools.long_step: of three steps the fastest; of the longest sequences the only one."""
     for name in ("tools_H100.json", "tools_expandable_H100.json", *LONG_STEPS):
         for row in load(name):
-            yield _of_setting(name, row["setting"], row, "flash_attn_4", name in LONG_STEPS)
+            yield of_setting(name, row["setting"], row, "flash_attn_4", name in LONG_STEPS)
     result = load("max_length_H200.json")
     confirmed = result["confirmed"]
     setting = f"model=llama_8b model.num_layers={confirmed['num_layers']} data.sequence_length={confirmed['length']}"
-    yield _of_setting("max_length_H200.json", setting, {**confirmed, "num_ranks": 1}, "flash_attn_4", False)
+    yield of_setting("max_length_H200.json", setting, {**confirmed, "num_ranks": 1}, "flash_attn_4", False)
 
 
 def _of_runs() -> Iterator[MeasuredStep]:
@@ -146,10 +146,10 @@ def _of_runs() -> Iterator[MeasuredStep]:
         speeds = [row["train/tokens_per_s"] for row in load(name) if row["step"] >= 8 and "train/tokens_per_s" in row]
         setting = f"+experiment=ra_sp model=llama_1b data.sequence_length={length} engine.zero_stage=3"
         row = {"num_ranks": 2, "device": "NVIDIA H200", "step_time_s": length / statistics.median(speeds)}
-        yield _of_setting(name, setting, row, "cudnn", False)
+        yield of_setting(name, setting, row, "cudnn", False)
 
 
-def _of_setting(group: str, setting: str, row: dict[str, Any], kernel: str, is_first: bool) -> MeasuredStep:
+def of_setting(group: str, setting: str, row: dict[str, Any], kernel: str, is_first: bool) -> MeasuredStep:
     config, num_ranks = _composed(setting), row["num_ranks"]
     degrees = resolve_degrees(config, num_ranks)
     method = config.attention.method if num_ranks > 1 else "local"

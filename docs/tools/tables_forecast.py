@@ -8,7 +8,6 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from conf.degrees import resolve_degrees
 from conf.schema import Degrees
 from docs.tools.check_forecast import (
     GRAPHS,
@@ -22,18 +21,17 @@ from docs.tools.check_forecast import (
     step_table,
 )
 from docs.tools.markdown import load, table
-from docs.tools.measured_steps import MeasuredStep, cluster_of, measured_steps, model_of, tried_steps
+from docs.tools.measured_steps import MeasuredStep, cluster_of, measured_steps, model_of, of_setting, tried_steps
 from docs.tools.tables_speed import STEP_COLUMNS, cells_of_step
 from recipes.planning.attention_time import AttentionTime
 from recipes.planning.cluster import Cluster
 from recipes.planning.cluster_speed import ClusterSpeed
 from recipes.planning.speeds import FITTED
-from recipes.planning.step_time import StepTime
 from ring_attention import CAUSAL
 from ring_attention.kernels import KERNELS
 from ring_attention.layout import Layout
 from ring_attention.pass_graph import become_graphs
-from tests.tools.long_step import composed, predicted_again
+from tests.tools.long_step import predicted_again
 
 SIMULATED_LENGTH = 65_536
 BESIDE = "forward, ms | forecast, ms | error | with backward, ms | forecast, ms | error"
@@ -139,14 +137,15 @@ def _of_documents(result: dict[str, Any], method: str, layout_name: str = "zigza
 
 def whole_8b() -> str:
     """Steps of a whole model: the first of a run, and the fastest of two, beside the forecast."""
-    body = []
-    for row in load("whole_8b_2xH200.json"):
-        config = composed(row["setting"])
-        degrees = resolve_degrees(config, row["num_ranks"])
-        forecast = StepTime(config, degrees, "ring", "flash_attn_4", cluster_of(row["device"])).parts.total
-        which = "the first" if config.num_steps == 1 else "the second"
-        body.append([which, f"{forecast:.0f}", *cells_of_step(row), f"{predicted_again(row)['predicted_gib']:.1f}"])
-    return table(f"step | forecast, s | {STEP_COLUMNS} | predicted peak, GiB", body)
+    body, name = [], "whole_8b_2xH200.json"
+    for row in load(name):
+        is_first = "num_steps" not in row["setting"]
+        forecast = forecast_s(of_setting(name, row["setting"], row, "flash_attn_4", is_first), FITTED)
+        peak_gib = predicted_again(row)["predicted_gib"]
+        body.append(
+            ["the first" if is_first else "the second", *cells_of_step(row), f"{forecast:.0f}", f"{peak_gib:.1f}"]
+        )
+    return table(f"step | {STEP_COLUMNS} | forecast, s | predicted peak, GiB", body)
 
 
 def _rank_of_a_ring(degree: int, length: int, cluster: Cluster, has_graphs: bool = False) -> AttentionTime:
