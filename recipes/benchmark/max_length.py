@@ -21,9 +21,9 @@ from recipes.launch import launcher
 from recipes.launch.environment import ranks_are_started
 from recipes.launch.memory_errors import out_of_memory_cause
 from recipes.planning.explain import timeline_lines
+from recipes.planning.host_offload import host_refusal, longest_offloaded
 from recipes.planning.memory import MARGIN, changed
 from recipes.planning.plan import Plan
-from recipes.planning.refusal import longest_offloaded
 from recipes.run.errors import RunFailed
 from recipes.run.run_dir import Row, replace_file
 
@@ -91,9 +91,12 @@ def _at_longest(plan: Plan, limit_gib: float, multiple: int) -> Plan:
     """The plan at the longest length that should fit. Raises ConfigError if it is not predicted, or none fits."""
     if unsupported := plan.step_memory.unsupported:
         raise ConfigError(f"recipe=max_length needs the memory of a step, which is {unsupported}")
-    longest = plan.step_memory.longest_length(limit_gib * 2**30)
-    if plan.host_memory_bytes is not None and plan.config.engine.offload_activations:
-        longest = min(longest, longest_offloaded(plan.step_memory, plan.host_memory_bytes))
+    longest, host_memory = plan.step_memory.longest_length(limit_gib * 2**30), plan.host_memory_bytes
+    if host_memory is not None and (on_host := longest_offloaded(plan.step_memory, host_memory, {})) < longest:
+        if on_host < multiple:
+            raise ConfigError(host_refusal(_at_length(plan, multiple).step_memory, plan.memory_bytes or 0, host_memory))
+        print(f"limited by {(1 - MARGIN) * host_memory / 2**30:.2f} GiB of the host's memory for what is offloaded")
+        longest = on_host
     if length := longest // multiple * multiple:
         return _at_length(plan, length)
     raise ConfigError(

@@ -73,7 +73,9 @@ def make_plan(config: Config, num_ranks: int) -> Plan:
 
 
 def _ranks_per_host(num_ranks: int) -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
+    """Of a launcher that does not say, as many as a host has GPUs."""
+    at_most = min(num_ranks, torch.cuda.device_count() or num_ranks)
+    return int(os.environ.get("LOCAL_WORLD_SIZE", at_most))
 
 
 def shared_plan(config: Config) -> Plan:

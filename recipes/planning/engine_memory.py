@@ -53,14 +53,14 @@ def gradient_sum_bytes(model: ModelConfig, size: int, all_bytes: float, num_grad
         if num_gradients < reduced + filled + (filled <= bucket):
             break
         is_head_alone = size == 2 and not reduced and filled == model.vocab_size * model.hidden_size
-        allocated = all_bytes * (_num_decayed(model) / num_parameters(model) if is_head_alone else 1)
+        allocated = all_bytes * (num_decayed(model) / num_parameters(model) if is_head_alone else 1)
         reduced += filled
     return allocated
 
 
 def sharded_parameters(model: ModelConfig) -> int:
     """Numbers in parameters that ZeRO-3 shards: the large matrices."""
-    return sum(size for size in _matrices(model) if size >= PERSISTENT)
+    return sum(size for size in matrices(model) if size >= PERSISTENT)
 
 
 def on_cpu(config: Config, num_ranks: int) -> EngineMemory:
@@ -68,14 +68,14 @@ def on_cpu(config: Config, num_ranks: int) -> EngineMemory:
     model, stage, size = config.model, config.engine.zero_stage, dtype_bytes(config)
     parameters = num_parameters(model)
     shard, bucket, is_sharded = parameters / num_ranks, bucket_size(parameters), num_ranks > 1
-    temporary = 4 * _num_decayed(model) / num_ranks  # one of Adam's
+    temporary = 4 * num_decayed(model) / num_ranks  # one of Adam's
     reduced, buckets = 4 * bucket * is_sharded, 0
     if stage == 0:
         # at the end: gradients, their flat copy and, in half precision, that copy in fp32
         return EngineMemory(parameters * (12 if size == 4 else 14), 8 * parameters, step_end=8 * parameters)
     if stage == 3:
         persistent = _zero3_persistent(model, size, num_ranks)
-        step_end = max(2 * reduced, 3 * temporary)
+        step_end = max(2 * reduced, 3 * min(temporary, 4 * max(adam_sub_groups(model, num_ranks))))
     elif size == 4:
         persistent, buckets = 4 * parameters + 12 * shard, 8 * bucket
         step_end = 4 * bucket + max(4 * bucket + reduced, 3 * temporary)
@@ -96,7 +96,7 @@ def on_gpu(config: Config, num_ranks: int) -> EngineMemory:
     parameters, is_first = num_parameters(model), config.num_steps == 1
     shard, bucket = parameters / num_ranks if stage else parameters, bucket_size(parameters)
     # Adam updates the decayed group first; in the first step the other group has no moments until then
-    decayed = _num_decayed(model) / parameters * shard
+    decayed = num_decayed(model) / parameters * shard
     not_decayed = shard - decayed
     adam = 0 if offloads else 8 * shard
     missing_adam, missing_moments = (adam, 8 * not_decayed) if is_first else (0, 0)
@@ -118,7 +118,10 @@ def on_gpu(config: Config, num_ranks: int) -> EngineMemory:
 
     if stage == 3:
         reduced = max(8 * filled for filled, _ in _reductions(model, bucket))  # sent and received gradients
-        stepping = max(zero3_updates(model, num_ranks, is_first and not offloads))
+        # gradients of a sub-group in fp32; in the first step later ones have no moments yet
+        sub_groups = adam_sub_groups(model, num_ranks)
+        later = [is_first * sum(sub_groups[number:]) for number in range(1, len(sub_groups) + 1)]
+        stepping = max(4 * updated - 8 * waiting for updated, waiting in zip(sub_groups, later, strict=True))
         return EngineMemory(_zero3_persistent(model, size, num_ranks), adam, max(reduced - missing_adam, stepping))
 
     persistent = size * parameters + (0 if offloads else 4 * shard) + adam
@@ -135,7 +138,7 @@ def on_gpu(config: Config, num_ranks: int) -> EngineMemory:
     if not model.tied_head and head > bucket:  # in half precision its gradient, that in fp32, and sums of its group
         head_reduction = message * head if size == 4 else 6 * head + (0 if is_alone else 4 * decayed)
     if offloads:  # gradients go to the host one parameter at a time; their norm is taken in fp64
-        largest = max(_matrices(model))
+        largest = max(matrices(model))
         persistent += size * largest
         step_end = max(buckets + reduced, buckets + gradients + 8 * largest)
         head_reduction += 8 * head if head_reduction else 0
@@ -152,35 +155,38 @@ def _zero3_persistent(model: ModelConfig, size: int, num_ranks: int) -> float:
     return parameters / num_ranks * (20 if size == 4 else 18) + 4 * bucket_size(parameters) + unsharded
 
 
-def zero3_updates(model: ModelConfig, num_ranks: int, is_first: bool) -> Iterator[float]:
-    """Beyond `persistent`, for each sub-group that Adam updates: its gradients in fp32, less moments yet to come."""
-    (embedding, *decayed), missing = _matrices(model), num_parameters(model) / num_ranks
+def adam_sub_groups(model: ModelConfig, num_ranks: int) -> list[float]:
+    """Own parameters that Adam updates at a time on ZeRO-3, in their order."""
+    embedding, *decayed = matrices(model)
+    sub_groups = []
     for group in (decayed, [embedding]):
-        waiting = [size / num_ranks for size in group]
-        while waiting:
-            updated = 0.0
-            while waiting and updated < SUB_GROUP:
-                updated += waiting.pop(0)
-            missing -= updated
-            yield 4 * updated - (8 * missing if is_first else 0)
+        updated = 0.0
+        for size in group:
+            updated += size / num_ranks
+            if updated >= SUB_GROUP:
+                sub_groups.append(updated)
+                updated = 0.0
+        if updated:
+            sub_groups.append(updated)
+    return sub_groups
 
 
-def _matrices(model: ModelConfig) -> list[int]:
+def matrices(model: ModelConfig) -> list[int]:
     """Numbers in each parameter but norms and biases, in the model's order."""
     layer = [outputs * inputs for outputs, inputs in layer_matrices(model)]
     end = [model.vocab_size * model.hidden_size]
     return end + layer * model.num_layers + ([] if model.tied_head else end)
 
 
-def _num_decayed(model: ModelConfig) -> int:
+def num_decayed(model: ModelConfig) -> int:
     """Numbers with weight decay: all matrices but the embedding."""
-    return sum(_matrices(model)[1:])
+    return sum(matrices(model)[1:])
 
 
 def _all_reduced(model: ModelConfig) -> int:
     """The most gradients in one all-reduce, where DeepSpeed reduces after the backward pass."""
     most = filled = 0
-    for size in _matrices(model):
+    for size in matrices(model):
         filled += size
         most = max(most, filled)
         filled = 0 if filled > ALL_REDUCED else filled
@@ -190,7 +196,7 @@ def _all_reduced(model: ModelConfig) -> int:
 def _reductions(model: ModelConfig, bucket: int) -> Iterator[tuple[int, int]]:
     """Per reduction of a backward pass: gradients in the bucket, and those of the parameter that did not fit in it."""
     filled = 0
-    for size in reversed(_matrices(model)):
+    for size in reversed(matrices(model)):
         if filled and filled + size > bucket:
             yield filled, size
             filled = 0

@@ -244,7 +244,7 @@ def _memory_savers(plan: Plan) -> Iterator[tuple[str, str]]:
     if plan.trains and engine.offload_activations:
         what = "layer inputs" + (" and attention outputs" if engine.recompute == "selective" else "")
         size, ranks = memory.offloaded_bytes(config, tokens), plan.ranks_per_host
-        moved = f"{memory.gib(size)} GiB of host memory per rank, {memory.gib(ranks * size)} of {ranks} ranks a host"
+        moved = f"{memory.gib(size)} GiB of host memory per rank, {memory.gib(ranks * size)} per host ({ranks} ranks)"
         yield "offload", f"{what} of a micro-batch: {moved}"
 
 

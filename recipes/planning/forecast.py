@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from conf.degrees import accumulation_steps
 from conf.schema import Config, Degrees, document_lengths
 from recipes.planning.cluster import Cluster
+from recipes.planning.host_offload import excess, host_bytes
 from recipes.planning.memory import (
     MARGIN,
     StateBytes,
     bucket_size,
     dtype_bytes,
     gib,
-    host_bytes,
     num_parameters,
     state_bytes,
 )
@@ -122,11 +122,7 @@ class Forecast:
             summed = " + ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
             return f"{summed} = {gib(self.needed_bytes)} GiB > {limit}"
         if self.host_bytes > self.host_limit_bytes:
-            ranks = self.cluster.gpus_per_host
-            return (
-                f"offloading takes {ranks} ranks x {gib(self.host_bytes / ranks)} = {gib(self.host_bytes)} GiB of a "
-                f"host > {gib(self.host_limit_bytes)} GiB, {1 - MARGIN:.0%} of its memory"
-            )
+            return excess(self.cluster.gpus_per_host, self.host_bytes, self.host_limit_bytes)
         return None
 
     @functools.cached_property

@@ -15,8 +15,10 @@ from conf.schema import INFERENCE, Config, Degrees, ModelConfig
 
 LOGITS_BYTES = 2**30  # fp32 logits that exist at once, unless engine.tile_tokens is set
 MLP_BYTES = 2**31  # hidden activations of an MLP and their gradients that exist at once, unless it is set
-MARGIN = 0.1  # of a device: CUDA's context and NCCL's buffers take 1 to 2 GiB, fragmentation some more; and of a host
-HOST_ADAM_BYTES = 16  # per parameter on the host: weight, two moments and gradient in fp32
+MARGIN = (
+    0.1  # of a device: CUDA's context and NCCL's buffers take 1 to 2 GiB, fragmentation some more; and of a host, whose
+)
+# OOM killer ended a run that offloaded 96 % of it
 LAYERS_ON_DEVICE = 2  # whose activations stay on the device with engine.offload_activations
 TILE_MULTIPLE = 256  # tokens: matrix products prefer round sizes
 
@@ -133,23 +135,15 @@ def mlp_bytes(config: Config) -> int:
     return widths * config.model.mlp_size * dtype_bytes(config)
 
 
-def offloaded_bytes(config: Config, local_tokens: int) -> int:
-    """Host memory for engine.offload_activations and one micro-batch. Pinned memory comes in powers of two."""
-    tensors = [2 ** math.ceil(math.log2(per_token * local_tokens)) for per_token in checkpoint_tensors(config)]
+def offloaded_bytes(config: Config, local_tokens: int) -> float:
+    """Host memory for engine.offload_activations and one micro-batch."""
+    tensors = [pinned_bytes(per_token * local_tokens) for per_token in checkpoint_tensors(config)]
     return max(0, config.model.num_layers - LAYERS_ON_DEVICE) * sum(tensors)
 
 
-def host_bytes(config: Config, degrees: Degrees, local_tokens: int) -> float:
-    """Memory of its host for what one rank offloads."""
-    engine, parameters, shards = config.engine, num_parameters(config.model), degrees.data * degrees.sequence
-    size = 0.0
-    if engine.offload_activations:
-        size += offloaded_bytes(config, local_tokens)
-    if engine.offload_optimizer:
-        size += HOST_ADAM_BYTES * (config.model.num_trained or parameters) / shards
-    if engine.offload_parameters:
-        size += dtype_bytes(config) * parameters / shards
-    return size
+def pinned_bytes(size: float) -> float:
+    """What PyTorch pins for a tensor: a power of two."""
+    return 2.0 ** math.ceil(math.log2(size))
 
 
 def checkpoint_tensors(config: Config) -> list[int]:

@@ -20,9 +20,10 @@ from conf.schema import INFERENCE, WITHOUT_MODEL, Config, ConfigError, Degrees
 from conf.stages import length_at, steps_by_length
 from recipes.planning.auto_method import rank_methods
 from recipes.planning.cluster import Cluster, calibration_refusal, cluster_of_ranks
-from recipes.planning.memory import StateBytes, changed, gib, host_bytes, state_bytes
+from recipes.planning.host_offload import host_bytes, host_refusal
+from recipes.planning.memory import StateBytes, changed, gib, state_bytes
 from recipes.planning.memory_timeline import StepMemory
-from recipes.planning.refusal import cache_refusal, evaluation_refusal, host_refusal, state_refusal, step_refusal
+from recipes.planning.refusal import cache_refusal, evaluation_refusal, state_refusal, step_refusal
 from recipes.planning.step_time import StepTime
 from recipes.planning.throughput import (
     Throughput,
@@ -306,7 +307,11 @@ class Plan:
 
     @property
     def memory_refusal(self) -> str | None:
-        """Why the ranks' memory cannot hold the model or, by prediction, a step; None if it can or that is unknown."""
+        """Why ranks or hosts cannot hold the model or, by prediction, a step; None if they can or that is unknown."""
+        return self._rank_refusal or self._host_refusal
+
+    @property
+    def _rank_refusal(self) -> str | None:
         if self.memory_bytes is None or self.config.recipe in WITHOUT_MODEL:
             return None
         host_ranks = self.ranks_per_host if self.device_type == "cpu" else None
@@ -316,10 +321,13 @@ class Plan:
             return cache_refusal(self.config, self.degrees, self.memory_bytes)
         if self.config.recipe == "evaluate":
             return evaluation_refusal(self.config, self.degrees, self.memory_bytes, self.layout.local_length)
-        refusal = None if self.step_memory.unsupported else step_refusal(self.step_memory, self.memory_bytes)
-        if refusal is None and self.host_memory_bytes is not None and self.trains:
-            refusal = host_refusal(self.step_memory, self.memory_bytes, self.host_memory_bytes)
-        return refusal
+        return None if self.step_memory.unsupported else step_refusal(self.step_memory, self.memory_bytes)
+
+    @property
+    def _host_refusal(self) -> str | None:
+        if self.memory_bytes is None or self.host_memory_bytes is None or not self.trains:
+            return None
+        return host_refusal(self.step_memory, self.memory_bytes, self.host_memory_bytes)
 
     @property
     def step_memory(self) -> StepMemory:
@@ -332,11 +340,11 @@ class Plan:
         if self.refusal or not self.memory_refusal:
             return None
         who, needed, there = "a rank needs", self.state.needed, self.memory_bytes or 0
-        if not self.step_memory.unsupported:
-            needed = max(needed, self.step_memory.peak.total)
-        if self.trains and needed <= there:
+        if not self._rank_refusal:
             who, there = "the ranks of a host offload", self.host_memory_bytes or 0
             needed = self.ranks_per_host * host_bytes(self.config, self.degrees, self.local_tokens)
+        elif not self.step_memory.unsupported:
+            needed = max(needed, self.step_memory.peak.total)
         return (
             f"{who} {gib(needed)} GiB by prediction, and there are {gib(there)}: started all the same, with "
             "launch.check_memory=false"

@@ -7,7 +7,6 @@ step that exceeds the memory by prediction does not fit, and one just below it m
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import itertools
 import math
@@ -16,16 +15,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from conf.schema import Config, Degrees
-from recipes.planning.memory import (
-    MARGIN,
-    cache_bytes,
-    changed,
-    dtype_bytes,
-    gib,
-    host_bytes,
-    num_parameters,
-    state_bytes,
-)
+from recipes.planning.memory import cache_bytes, changed, dtype_bytes, gib, num_parameters, state_bytes
 from recipes.planning.memory_timeline import StepMemory
 
 MAX_RANKS = 2**16  # that a remedy suggests
@@ -60,13 +50,13 @@ def step_refusal(step: StepMemory, memory_bytes: int) -> str | None:
         return None
 
     def first_fitting(trials: Iterable[dict[str, Any]]) -> list[str]:
-        needed = ((changes, _with_changes(step, changes).peak.total) for changes in trials)
-        return next(([f"{_typed(changes)} ({gib(size)} GiB)"] for changes, size in needed if size <= memory_bytes), [])
+        needed = ((changes, with_changes(step, changes).peak.total) for changes in trials)
+        return next(([f"{typed(changes)} ({gib(size)} GiB)"] for changes, size in needed if size <= memory_bytes), [])
 
     def longest(changes: dict[str, Any]) -> list[str]:
         multiple = 2 * step.degrees.sequence  # without padding
-        length = _with_changes(step, changes).longest_length(memory_bytes) // multiple * multiple
-        return [_typed(changes | {"data.sequence_length": length})] if length else []
+        length = with_changes(step, changes).longest_length(memory_bytes) // multiple * multiple
+        return [typed(changes | {"data.sequence_length": length})] if length else []
 
     cheaper = list(itertools.accumulate(_cheaper(step.config, step.degrees, step.on_gpu), operator.or_, initial={}))
     layers = range(0 if step.config.model.path else step.config.model.num_layers - 1, 0, -1)
@@ -77,52 +67,6 @@ def step_refusal(step: StepMemory, memory_bytes: int) -> str | None:
         f"a step needs {gib(step.peak.total)} GiB per rank by prediction, and there are {gib(memory_bytes)}: use "
         + ", or ".join([*dict.fromkeys(remedies or [bigger]), INSIST])
     )
-
-
-def host_refusal(step: StepMemory, memory_bytes: int, host_memory_bytes: int) -> str | None:
-    """Why a host cannot hold what its ranks offload, and what to type, in one line; None if it can.
-
-    Args:
-        memory_bytes: of one rank.
-        host_memory_bytes: of a host, for the offloads of all its ranks and the processes themselves.
-    """
-    ranks, limit, engine = step.ranks_per_host, (1 - MARGIN) * host_memory_bytes, step.config.engine
-    offloaded = _offloaded(step, {})
-    if offloaded <= limit:
-        return None
-    trials = []
-    if engine.offload_activations:
-        if engine.recompute == "selective":
-            trials.append({"engine.recompute": "full"})
-        on_device = {"engine.offload_activations": False}
-        if not step.unsupported and _with_changes(step, on_device).peak.total <= memory_bytes:
-            trials.append(on_device)
-        multiple = 2 * step.degrees.sequence  # without padding
-        if length := longest_offloaded(step, host_memory_bytes) // multiple * multiple:
-            trials.append({"data.sequence_length": length})
-    sizes = ((changes, _offloaded(step, changes)) for changes in trials)
-    remedies = [f"{_typed(changes)} ({gib(size)} GiB)" for changes, size in sizes if size <= limit]
-    return (
-        f"offloading takes {ranks} ranks x {gib(offloaded / ranks)} = {gib(offloaded)} GiB of a host, and "
-        f"{1 - MARGIN:.0%} of its memory is {gib(limit)}: use "
-        + ", or ".join([*(remedies or ["more hosts, or hosts with more memory"]), INSIST])
-    )
-
-
-def longest_offloaded(step: StepMemory, host_memory_bytes: int) -> int:
-    """The most tokens of a sequence whose offloaded activations and states fit a host; 0 if none do."""
-
-    def offloaded(length: int) -> float:
-        return _offloaded(step, {"data.sequence_length": length})
-
-    return bisect.bisect(range(1, 2**40), (1 - MARGIN) * host_memory_bytes, key=offloaded)
-
-
-def _offloaded(step: StepMemory, changes: dict[str, Any]) -> float:
-    """Bytes of a host."""
-    config = changed(step.config, **changes)
-    tokens = math.ceil(step.local_tokens * config.data.sequence_length / step.config.data.sequence_length)
-    return step.ranks_per_host * host_bytes(config, step.degrees, tokens)
 
 
 def cache_refusal(config: Config, degrees: Degrees, memory_bytes: int) -> str | None:
@@ -166,7 +110,8 @@ def evaluation_refusal(config: Config, degrees: Degrees, memory_bytes: int, loca
     )
 
 
-def _with_changes(step: StepMemory, changes: dict[str, Any]) -> StepMemory:
+def with_changes(step: StepMemory, changes: dict[str, Any]) -> StepMemory:
+    """The step with other settings, none of which is the length."""
     config = changed(step.config, **changes)
     sequences = step.config.engine.micro_batch_size // config.engine.micro_batch_size
     return dataclasses.replace(step, config=config, local_tokens=step.local_tokens // sequences)
@@ -189,7 +134,8 @@ def _cheaper(config: Config, degrees: Degrees, on_gpu: bool) -> Iterator[dict[st
         yield {"engine.offload_optimizer": True}
 
 
-def _typed(changes: dict[str, Any]) -> str:
+def typed(changes: dict[str, Any]) -> str:
+    """Settings as overrides."""
     return " ".join(f"{name}={str(value).lower()}" for name, value in changes.items())
 
 
@@ -200,7 +146,7 @@ def _remedies(config: Config, degrees: Degrees, memory_bytes: int, host_ranks: i
         for changes, trial_degrees in trials:
             needed = state_bytes(changed(config, **changes), trial_degrees).needed
             if needed <= memory_bytes:
-                return [f"{(before + _typed(changes)).removesuffix(', and ')}{after}: {gib(needed)} GiB"]
+                return [f"{(before + typed(changes)).removesuffix(', and ')}{after}: {gib(needed)} GiB"]
         return []
 
     engine, ranks, stage_3 = config.engine, math.prod(degrees), {"engine.zero_stage": 3}

@@ -7,13 +7,15 @@ import shlex
 import signal
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from conf.schema import AttentionConfig, Config, ConfigError, DataConfig, EngineConfig, LaunchConfig, ModelConfig
+from recipes.launch import launcher
 from recipes.launch.failure import Outcome, explain_failure
-from recipes.launch.launcher import count_ranks
+from recipes.launch.launcher import count_ranks, make_plan
 from recipes.launch.processes import signals_deferred, starting
 from recipes.run.heartbeat import Heartbeat
 from tests.errors import is_named, names, refused
@@ -46,6 +48,23 @@ def test_four_ranks_are_the_default_on_the_cpu():
 def test_what_needs_a_gpu_is_refused_on_the_cpu(config: Config, named: str, choices: str):
     with refused(ConfigError, named, *choices.split()):
         count_ranks(config)
+
+
+def test_a_plan_on_gpus_knows_their_memory_and_the_hosts(monkeypatch):
+    gpu = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, total_memory=2**37)
+    for name, value in {
+        "is_available": True,
+        "device_count": 8,
+        "current_device": 0,
+        "get_device_properties": gpu,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(launcher, "usable_memory_bytes", lambda: 2**40)
+    config = Config(attention=AttentionConfig(kernel="mem_efficient"))
+    plan = make_plan(config, 16)  # a launcher's ranks that know no LOCAL_WORLD_SIZE
+    assert (plan.memory_bytes, plan.host_memory_bytes, plan.ranks_per_host) == (2**37, 2**40, 8)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert make_plan(config, 16).ranks_per_host == 4
 
 
 def test_more_ranks_than_cores_can_start_soon_are_told_of(monkeypatch, tmp_path):

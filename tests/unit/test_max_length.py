@@ -73,14 +73,24 @@ def test_the_predicted_length_is_trained_once(search, capsys):
     some_line_names(capsys.readouterr().out.splitlines(), "8,704", "5 tok/s", "0.200 GiB")
 
 
-def test_the_length_fits_the_host_that_activations_are_offloaded_to():
+def test_the_length_fits_the_host_that_activations_are_offloaded_to(capsys):
     config = max_length_config(engine=EngineConfig(recompute="full", offload_activations=True))
     config.recipe, config.launch.check_memory = "pretrain", False
     plan = Plan(config, 2, "cuda", "NVIDIA H100", (9, 0), 2, memory_bytes=2**36)
     assert _at_longest(plan, 64.0, 512).config.data.sequence_length > 2**20
+    assert "host" not in capsys.readouterr().out
     hidden_bytes = 2 * config.model.hidden_size  # of a token of a layer; 6 of 8 layers are offloaded, from 2 ranks
     host = dataclasses.replace(plan, host_memory_bytes=round(2 * 6 * 2**19 * hidden_bytes / 0.9) + 1)
     assert _at_longest(host, 64.0, 512).config.data.sequence_length == 2**20
+    assert "limited by 1.50 GiB of the host's memory" in capsys.readouterr().out
+
+
+def test_a_host_that_holds_no_optimizer_is_named():
+    config = max_length_config(engine=EngineConfig(zero_stage=1, offload_optimizer=True))
+    config.recipe, config.launch.check_memory = "pretrain", False
+    plan = Plan(config, 2, "cuda", "NVIDIA H100", (9, 0), 2, memory_bytes=2**36, host_memory_bytes=2**20)
+    with refused(ConfigError, "offloading takes", "engine.offload_optimizer=false"):
+        _at_longest(plan, 64.0, 512)
 
 
 def test_the_prediction_fills_the_limit(search):

@@ -11,7 +11,7 @@ import pytest
 
 from conf.schema import Config, Degrees, EngineConfig, ModelConfig
 from recipes.planning import engine_memory
-from recipes.planning.engine_memory import zero3_updates
+from recipes.planning.engine_memory import adam_sub_groups
 from recipes.planning.memory import num_parameters
 from recipes.planning.memory_timeline import StepMemory
 from recipes.planning.plan import Plan
@@ -106,15 +106,16 @@ def test_gradient_sums_are_allocated_once_a_bucket_was_reduced(dtype, vocab_size
 
 
 def test_adam_updates_sub_groups_on_zero_3(monkeypatch):
-    """A layer's matrices have 48, 16, 64 and 32 numbers, embedding and head 40 each, and the norms 12."""
-    model = ModelConfig("tiny", 1, 4, 1, 1, 4, 8, vocab_size=10)
+    """A layer's matrices have 48, 16, 64 and 32 numbers, embedding and head 1,200 each, and the norms 12."""
+    model = ModelConfig("tiny", 1, 4, 1, 1, 4, 8, vocab_size=300)
     monkeypatch.setattr(engine_memory, "SUB_GROUP", 40)
-    updated = [48, 16 + 64, 32 + 40, 40]
-    assert [*zero3_updates(model, 1, is_first=False)] == [4 * number for number in updated]
-    later = [80 + 72 + 40 + 12, 72 + 40 + 12, 40 + 12, 12]  # that have no moments yet
-    first_step = [4 * number - 8 * others for number, others in zip(updated, later, strict=True)]
-    assert [*zero3_updates(model, 1, is_first=True)] == first_step
-    assert [*zero3_updates(model, 2, is_first=False)] == [4 * 64, 4 * 36, 4 * 20]  # shards of 24 + 8 + 32, 16 + 20, 20
+    assert adam_sub_groups(model, 1) == [48, 16 + 64, 32 + 1200, 1200]
+    assert adam_sub_groups(model, 2) == [24 + 8 + 32, 16 + 600, 600]
+    for num_steps, expected in ((1, 4 * 1200), (2, 4 * 1232)):  # in the first step the last group has no moments before
+        monkeypatch.setattr(engine_memory, "_reductions", lambda *_: [(0, 0)])  # in tiny models buckets are larger
+        config = Config(model=model, num_steps=num_steps, engine=EngineConfig(zero_stage=3))
+        assert engine_memory.on_gpu(config, 1).step_end == expected
+    assert engine_memory.on_cpu(config, 1).step_end == 3 * 4 * 1232  # temporaries of PyTorch's Adam
 
 
 def test_large_shards_fit_because_adam_updates_sub_groups():
