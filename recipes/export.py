@@ -75,8 +75,12 @@ def _check_output(manifest: Manifest, output: Path, merge: bool) -> None:
 @contextlib.contextmanager
 def _complete(output: Path) -> Iterator[Path]:
     """A path beside `output` to write to. It is renamed to `output` after the block, or deleted if the block fails."""
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
-        new = Path(temporary) / output.name
+    try:
+        temporary = tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent)
+    except OSError as error:
+        raise ConfigError(f"--output {output} cannot be written ({error.strerror}): give another folder") from error
+    with temporary as beside:
+        new = Path(beside) / output.name
         yield new
         _let_others_read(new)
         new.replace(output)  # a folder replaces an empty one

@@ -68,8 +68,10 @@ def write(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--min-length {shortest} must be from 1 to --length {longest}")
     if arguments.count < 1:
         raise ConfigError(f"--count {arguments.count} must be at least 1")
-    tokenizer, hay = open_tokenizer(DataConfig(tokenizer=arguments.tokenizer)), read_hay(DataConfig())
     output = Path(arguments.output)
+    if output.exists():
+        raise ConfigError(f"--output {output} is there already: give a new name, or delete it")
+    tokenizer, hay = open_tokenizer(DataConfig(tokenizer=arguments.tokenizer)), read_hay(DataConfig())
     partial = output.with_name(f".{output.name}.partial")
     made = rows(tasks, tokenizer, hay, (shortest, longest), arguments.count, arguments.seed)
     try:

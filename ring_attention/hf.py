@@ -184,6 +184,8 @@ def shard(
                 f"{name} has shape {list(given[name].shape)}, input_ids {list(ids_BL.shape)}: give whole rows"
             )
     check_same_batch(attention, ids_BL, given)
+    if ids_BL.numel() == 0:
+        raise ValueError(f"input_ids has shape {list(ids_BL.shape)}: leave out rows without tokens")
     if "attention_mask" in given:
         check_padding(given["attention_mask"])
     documents = read_documents(given, num_rows, length)
@@ -248,7 +250,7 @@ def loss(
     """
     plan: BatchPlan = batch["ring_plan"]
     if plan.labels_BS is None:
-        raise ValueError("the batch has no labels: give shard() a batch with labels")
+        raise ValueError("the batch has no labels: give the rows labels, such as a copy of input_ids")
     if not plan.is_complete:
         raise ValueError("this forward pass was not checked: call ring_attention.hf.check(model) once, before it")
     logits = outputs.logits.flatten(0, -2)

@@ -64,8 +64,9 @@ class RingTrainerMixin(_Base):
             sequences with unshifted labels, as `ring_attention.hf.shard` takes them, on the CPU.
 
     Raises:
-        ValueError: for a model that `ring_attention.hf.check` refuses, for arguments with which a result would be
-            wrong, or if sequence_degree does not divide the ranks. Later, for predictions: `evaluate` gives losses.
+        ValueError: for a model that `ring_attention.hf.check` refuses, for arguments of another type or with which a
+            result would be wrong, or if sequence_degree does not divide the ranks. Later, for predictions: `evaluate`
+            gives losses.
     """
 
     def __init__(
@@ -77,6 +78,10 @@ class RingTrainerMixin(_Base):
     ) -> None:
         if attention is not None and sequence_degree is not None:
             raise ValueError("attention= has its ranks already: leave sequence_degree out")
+        if attention is not None and not isinstance(attention, SequenceAttention):
+            raise ValueError(f"attention={attention!r} must be a module, such as RingAttention: leave it out for one")
+        if sequence_degree is not None and not isinstance(sequence_degree, int):
+            raise ValueError(f"sequence_degree={sequence_degree!r} must be a whole number, such as 2")
         self.attention, self._sequence_degree = attention, sequence_degree
         super().__init__(*args, **kwargs)
         hf.check(self.model)  # pyright: ignore[reportArgumentType]

@@ -74,7 +74,7 @@ def read_evaluation(config: Config, run_dir: Path) -> Evaluation | None:
             f"{path} is not what an evaluation writes ({error}): move it away, or use another hydra.run.dir"
         ) from error
     before, now = evaluation.settings, settings_of(config)
-    for name in sorted({*before, *now}):
+    for name in {**now, **before}:  # evaluate.model first: another tokenizer often follows from it
         if before.get(name) != now.get(name):
             raise ConfigError(
                 f"{path} was measured with {name}={before.get(name)}, not {now.get(name)}: type {name}="

@@ -232,7 +232,9 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("preprocess_logits_for_metrics", {}, {"preprocess_logits_for_metrics": max}),
     ("compute_loss_func", {}, {"compute_loss_func": max}),
     ("sequence_degree=2", {}, {"sequence_degree": 2}),
+    ("sequence_degree='2'", {}, {"sequence_degree": "2"}),
     ("attention=", {}, {"sequence_degree": 1, "attention": LocalAttention("auto")}),
+    ("attention='ring'", {}, {"attention": "ring"}),
     ("evaluate()", {}, {}),  # only predict is wrong
 ]
 

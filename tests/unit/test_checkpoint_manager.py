@@ -131,6 +131,12 @@ def test_outputs_that_do_not_fit_the_run_are_refused(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"own", "pretrained", "lora", "full"}
 
 
+def test_an_output_where_nobody_can_write_is_named(tmp_path):
+    output = Path("/proc/exported")  # root can write to any other folder
+    with refused(ConfigError, f"--output {output}", "cannot be written"):
+        export(saved_by(tmp_path, path="owner/model"), output)
+
+
 def test_a_failed_export_leaves_nothing_behind(tmp_path):
     run_dir = saved_by(tmp_path / "run", path=str(tmp_path / "gone"))
     with refused(ConfigError, f"model.path={tmp_path / 'gone'}", "config.json"):

@@ -131,6 +131,14 @@ def test_results_of_another_evaluation_are_refused(tmp_path: Path, changed: dict
         read_evaluation(resolve(config_of(**changed)), tmp_path)
 
 
+def test_of_another_model_with_another_tokenizer_the_model_is_named(tmp_path: Path):
+    first, second = config_of(), config_of()
+    second.evaluate.model, second.data.tokenizer = "elsewhere", "elsewhere"
+    Evaluation(settings_of(resolve(first))).write(tmp_path)
+    with refused(ConfigError, "evaluate.model=somewhere", "elsewhere", "hydra.run.dir"):
+        read_evaluation(resolve(second), tmp_path)
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"cells": []}', '{"no": 1}'])
 def test_a_damaged_file_of_results_is_refused(tmp_path: Path, text: str):
     (tmp_path / "evaluation.json").write_text(text)

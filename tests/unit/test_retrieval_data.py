@@ -52,10 +52,13 @@ def test_data_chat_trains_on_the_answers(tiny_llama, tmp_path, capsys):
 
 def test_rows_are_of_the_tasks_named_and_equal_for_equal_arguments(tiny_llama, tmp_path):
     arguments = ["--length", "300", "--count", "4", "--tasks", "niah_single,variable_tracing"]
-    first = written(tmp_path, tiny_llama, *arguments)
+    folders = [tmp_path / name for name in "abc"]
+    for folder in folders:
+        folder.mkdir()
+    first = written(folders[0], tiny_llama, *arguments)
     assert ["VAR " in row["prompt"] for row in first] == [False, True, False, True]
-    assert first == written(tmp_path, tiny_llama, *arguments)
-    other = written(tmp_path, tiny_llama, *arguments, "--seed", "1")
+    assert first == written(folders[1], tiny_llama, *arguments)
+    other = written(folders[2], tiny_llama, *arguments, "--seed", "1")
     assert {row["completion"] for row in first}.isdisjoint({row["completion"] for row in other})
 
 
@@ -82,6 +85,14 @@ def test_a_folder_that_is_not_there_is_named(tiny_llama, tmp_path):
     with pytest.raises(SystemExit) as caught:
         written(tmp_path / "gone", tiny_llama, "--length", "300", "--count", "1", "--tasks", "niah_single")
     names(str(caught.value), "--output", tmp_path / "gone" / "a.jsonl")
+
+
+def test_a_file_that_is_there_is_kept(tiny_llama, tmp_path):
+    (tmp_path / "a.jsonl").write_text("mine\n")
+    with pytest.raises(SystemExit) as caught:
+        written(tmp_path, tiny_llama, "--length", "300", "--count", "1", "--tasks", "niah_single")
+    names(str(caught.value), "--output", tmp_path / "a.jsonl", "delete it")
+    assert (tmp_path / "a.jsonl").read_text() == "mine\n"
 
 
 def spaced(*decoder: Any) -> PretrainedTokenizer:
