@@ -232,6 +232,8 @@ def run_as_one_rank(arguments: list[str]) -> None:
         if not error.of_all_ranks:  # else rank 0 has printed it
             print(f"error: {error}", file=sys.stderr, flush=True)
         startup.exit_now(1)
+    sys.stdout.flush()
+    startup.exit_now(0)
 
 
 def _stop(*_: object) -> None:

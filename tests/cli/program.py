@@ -202,7 +202,8 @@ class Program:
         """The running program; killed at the end of the block if it still runs."""
         run_dir = self.folder / name
         directory = f"hydra.sweep.dir={run_dir}" if "-m" in arguments else f"hydra.run.dir={run_dir}"
-        read_by_imports = (name for name in extra if name.startswith(("PYTHON", "HF_")) and name != "HF_TOKEN")
+        own = ("HF_TOKEN", "PYTHONPATH")  # a fork reads these, too
+        read_by_imports = (name for name in extra if name.startswith(("PYTHON", "HF_")) and name not in own)
         if launcher is None and any(read_by_imports):
             launcher = PYTHON
         command = [*(launcher or []), "train.py", *arguments]

@@ -53,7 +53,7 @@ def write_corpus(corpus: Path) -> None:
 def compared(place) -> Finished:
     """The corpus of the broken entry is there before ranks start, and gone when it is measured."""
     corpus = place.folder / "corpus"
-    with place.started(*comparison(corpus), wandb=True, HF_HUB_OFFLINE="1") as running:
+    with place.started(*comparison(corpus), wandb=True) as running:
         running.until(lambda: "starting 2 ranks" in running.stdout)
         shutil.rmtree(corpus)
         finished = running.finish()
@@ -150,7 +150,7 @@ def test_the_offline_wandb_run_has_the_table(compared, saved):
 
 def test_the_same_command_again_measures_nothing_and_prints_the_same_table(compared, place):
     before, result_lines = table(compared), (compared.run_dir / "results.jsonl").read_text()
-    again = place.run(*comparison(place.folder / "corpus"), HF_HUB_OFFLINE="1")
+    again = place.run(*comparison(place.folder / "corpus"))
     assert again.exit_code == 0, again.stderr
     assert "starting" not in again.stdout
     assert table(again) == before

@@ -159,7 +159,7 @@ def test_tasks_of_srun_are_one_run_in_rank_0s_run_dir_and_listen_on_loopback_onl
 
 def test_no_preempted_task_of_srun_exits_before_rank_0_has_closed_its_run(program):
     """`srun --kill-on-bad-exit=1` would kill it."""
-    slow_to_close = [sys.executable, "tests/tools/bad_loss.py", "1000000"]
+    slow_to_close = ["tests/tools/bad_loss.py", "1000000"]  # forked
     with srun(program, *LONG, launcher=slow_to_close) as (first, second):
         first.until(lambda: re.search(r"step +4/", first.stdout))
         second.process.send_signal(signal.SIGUSR1)

@@ -13,22 +13,21 @@ from tests.errors import names, some_line_names
 pytestmark = pytest.mark.slow
 
 TINY = [
-    "recipe=max_length", "+experiment=ra_sp", "launch.num_ranks=1", "engine.micro_batch_size=2", "model.num_layers=12",
+    "recipe=max_length", "+experiment=ra_sp", "launch.num_ranks=1", "engine.micro_batch_size=8", "model.num_layers=12",
 ]  # fmt: skip
 
 
 def test_the_longest_length_is_predicted_and_trained(program):
     # a fork's peak would count all that its server has imported
-    run = program.run(*TINY, "max_length.memory_gib=0.5", "max_length.confirm_s=120", launcher=PYTHON)
+    run = program.run(*TINY, "max_length.memory_gib=0.56", "max_length.confirm_s=120", launcher=PYTHON)
     assert (run.exit_code, run.stderr) == (0, "")
     found = json.loads((run.run_dir / "max_length.json").read_text())
     length = found["predicted_length"]
     assert length % 256 == 0
-    assert found["predicted_peak_gib"] <= found["limit_gib"] == 0.5
+    assert found["predicted_peak_gib"] <= found["limit_gib"] == 0.56
     first, last = found["attempts"][0], found["attempts"][-1]
     assert first["length"] == found["curve"][-1]["length"] == length
-    # a process adds some of its own to its tensors (25 MiB on one kind of CPU, 38 on another, with the same packages),
-    # and so may need a second attempt that is 5 % shorter
+    # a process adds some of its own to its tensors (25 MiB on one kind of CPU, 38 on another, with the same packages)
     assert 0.015 < first["peak_gib"] - found["predicted_peak_gib"] < 0.048
     assert found["confirmed"] == last
     some_line_names(run.stdout.splitlines(), "!!!", "CPU", "GPUs")

@@ -288,7 +288,7 @@ def corrupt_data(case: Case) -> None:
 def bad_loss(case: Case) -> None:
     """NaN on one rank in one step: the run stops, or with the other policy skips the step."""
     bad_step = case.random.randrange(7, 14)
-    launcher = [sys.executable, "tests/tools/bad_loss.py", str(bad_step)]
+    launcher = ["tests/tools/bad_loss.py", str(bad_step)]  # forked
     with case.program.started(*SHORT, launcher=launcher, name="run") as running:
         error = case.failed(running.finish())
         running.assert_nothing_is_left()

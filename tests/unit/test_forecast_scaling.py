@@ -1,4 +1,4 @@
-"""The pages of forecasts: tables are current, settings fit, and what must hold whatever the constants are."""
+"""The pages of forecasts: numbers are current, settings fit, and what must hold whatever the constants are."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 from docs.tools import forecast_scaling
 from docs.tools.forecast_paper import BASELINE, CLUSTER, HYBRID, MICRO_BATCHES, PAPER, RING, paper_causes, paper_step
 from docs.tools.forecast_scaling import FILE, GPUS, LINKS, LONG, LONGEST, MODELS, SCALING, SHORT, best
-from docs.tools.make_tables import fresh
 from docs.tools.markdown import DOCS, load
 from docs.tools.tables_scaling import Winner, winner
 
@@ -19,12 +18,10 @@ def result():
     return load(FILE)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("page", ["forecast.md", "results/forecast.md"])
-def test_tables_are_current(page):
-    text = (DOCS / page).read_text(encoding="utf-8")
-    assert text.count("<!-- end forecast") >= 6
-    assert fresh(text) == text
+def test_pages_have_their_tables(page):
+    """`python -m docs.tools.make_tables --check`, which CI runs, says whether tables are current."""
+    assert (DOCS / page).read_text(encoding="utf-8").count("<!-- end forecast") >= 6
 
 
 @pytest.mark.parametrize(
