@@ -6,6 +6,7 @@ The parent must not import DeepSpeed, which takes seconds, nor use a GPU's memor
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import shutil
@@ -62,8 +63,10 @@ def make_plan(config: Config, num_ranks: int) -> Plan:
     """
     if config.explain_gpu:
         gpu, ranks_per_host = GPUS[config.explain_gpu], min(num_ranks, EXPLAINED_GPUS_PER_HOST)
-        memory_bytes = int(gpu.memory_gib * 2**30)
-        return Plan(config, num_ranks, "cuda", gpu.device_name, gpu.capability, ranks_per_host, memory_bytes)
+        plan = Plan(
+            config, num_ranks, "cuda", gpu.device_name, gpu.capability, ranks_per_host, int(gpu.memory_gib * 2**30)
+        )
+        return dataclasses.replace(plan, host_memory_bytes=int(plan.cluster.host_memory_gib * 2**30))
     ranks_per_host = _ranks_per_host(num_ranks)
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(torch.cuda.current_device())

@@ -67,6 +67,11 @@ def test_a_plan_on_gpus_knows_their_memory_and_the_hosts(monkeypatch):
     assert make_plan(config, 16).ranks_per_host == 4
 
 
+def test_a_plan_for_gpus_elsewhere_has_the_host_memory_of_their_file():
+    plan = make_plan(Config(explain=True, explain_gpu="h100", launch=LaunchConfig(num_ranks=16)), 16)
+    assert (plan.ranks_per_host, plan.host_memory_bytes) == (8, 2000 * 2**30)
+
+
 def test_more_ranks_than_cores_can_start_soon_are_told_of(monkeypatch, tmp_path):
     monkeypatch.setattr("recipes.launch.processes.os.sched_getaffinity", lambda _: {0, 1})
     names(starting(9, tmp_path), "9 ranks", "2 CPU cores", "launch.num_ranks=4")
