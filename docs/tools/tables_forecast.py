@@ -109,18 +109,24 @@ def forecast_graphs() -> str:
 
 def forecast_packed(names: dict[str, str]) -> str:
     """Packed documents on GPUs that exchange messages, by today's program."""
+    return table(f"documents | method | {BESIDE}", packed_rows(names))
+
+
+def packed_rows(names: dict[str, str]) -> list[list[Any]]:
+    """Documents, method, and measured and forecast ms and error of both measurements."""
     body = []
     for mix, name in names.items():
         result = load(name)
         rows = {row["name"]: row for row in result["rows"]}
         for candidate in ("ring, zigzag", "ring, balanced", "ulysses"):
-            row, attention = rows[candidate], _of_documents(result, *candidate.split(", "))
+            row, attention = rows[candidate], of_documents(result, *candidate.split(", "))
             measured = row["forward"]["ms"], row["forward_backward"]["ms"]
             body.append([mix, candidate, *beside(attention, *measured)])
-    return table(f"documents | method | {BESIDE}", body)
+    return body
 
 
-def _of_documents(result: dict[str, Any], method: str, layout_name: str = "zigzag") -> AttentionTime:
+def of_documents(result: dict[str, Any], method: str, layout_name: str = "zigzag") -> AttentionTime:
+    """The attention of one candidate of a result of recipe=bench_attention with several documents."""
     num_ranks, length = result["num_ranks"], result["config"]["data"]["sequence_length"]
     ends = tuple(itertools.accumulate(result["documents"], initial=0))
     ring, ulysses = (1, num_ranks) if method == "ulysses" else (num_ranks, 1)

@@ -7,8 +7,12 @@ import dataclasses
 import pytest
 
 from docs.tools.check_forecast import attention_rows, errors, fit, forecast_s, other_half_of_files
+from docs.tools.make_tables import PACKED
+from docs.tools.markdown import load
 from docs.tools.measured_steps import measured_steps, tried_steps
+from docs.tools.tables_forecast import of_documents, packed_rows
 from recipes.planning.speeds import FITTED, Constants
+from tests.tools.packed_speed import mixes
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +72,34 @@ def test_attention_alone_on_long_sequences():
     assert len(rows) >= 20
     worst = max(abs(float(row[column].rstrip("%"))) for row in rows for column in (4, 7))
     assert worst < 12
+
+
+def test_packed_documents_with_messages():
+    """Two GPUs, whose times no constant was fitted to: both measurements within 12 %."""
+    rows = packed_rows(PACKED)
+    assert len(rows) == 9
+    assert max(abs(float(row[column].rstrip("%"))) for row in rows for column in (4, 7)) < 12
+
+
+@pytest.mark.parametrize(
+    ("mix", "limits_pct"),
+    [("8 of 8,192", (5, 5)), ("32 of 2,048", (5, 5)), ("256 of 256", (30, 15)), ("log-normal", (5, 5))],
+)
+def test_packed_documents_on_one_gpu(mix, limits_pct):
+    """What `DOCUMENT_PAIRS` was fitted to."""
+    (row,) = (row for row in load("packed_65536_H200.json") if row["mix"] == mix)
+    model = {"name": "attention", "num_layers": 1, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128}
+    result = {
+        "num_ranks": 1,
+        "device": "NVIDIA H200",
+        "documents": mixes(65536)[mix],
+        "config": {"data": {"sequence_length": 65536}, "model": model},
+    }
+    attention, sums_ms = of_documents(result, "local"), 0.0
+    for is_backward, limit_pct in enumerate(limits_pct):
+        sums_ms += 1e3 * attention.pass_seconds(bool(is_backward)).total
+        measured = row["with backward" if is_backward else "forward"]["ours_ms"]
+        assert 100 * (sums_ms / measured - 1) == pytest.approx(0, abs=limit_pct)
 
 
 @pytest.mark.slow
