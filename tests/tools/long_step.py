@@ -25,6 +25,7 @@ from conf.compose import to_config
 from conf.schema import Config
 from recipes.benchmark.max_length import train_probe
 from recipes.launch import launcher
+from recipes.launch.host_memory import usable_memory_bytes
 from recipes.model.pretrained import resolve
 from recipes.planning.memory import has_sharded_sums
 from recipes.planning.plan import Plan
@@ -64,6 +65,7 @@ def step(config: Config) -> dict[str, Any]:
     """What one setting took, or `error` if it ran out of memory; `predicted_gib` where there is a prediction."""
     num_ranks = launcher.count_ranks(config)
     row: dict[str, Any] = {"num_ranks": num_ranks, "sharded_sums": has_sharded_sums(config)}
+    row["host_memory_gib"] = usable_memory_bytes() / 2**30
     row |= predicted(launcher.make_plan(config, num_ranks))
     with tempfile.TemporaryDirectory() as folder:
         return {**row, **train_probe(config, num_ranks, Path(folder))}
