@@ -150,6 +150,7 @@ def _of_runs() -> Iterator[MeasuredStep]:
 
 
 def of_setting(group: str, setting: str, row: dict[str, Any], kernel: str, is_first: bool) -> MeasuredStep:
+    """A row of tests.tools.long_step."""
     config, num_ranks = _composed(setting), row["num_ranks"]
     degrees = resolve_degrees(config, num_ranks)
     method = config.attention.method if num_ranks > 1 else "local"

@@ -88,9 +88,9 @@ def host_refusal(step: StepMemory, memory_bytes: int, host_memory_bytes: int) ->
         cheaper: list[dict[str, Any]] = [{"engine.recompute": "full"}] if engine.recompute == "selective" else []
         if engine.micro_batch_size > 1 and engine.train_batch_size is None:  # else gradients would accumulate
             cheaper.append({"engine.micro_batch_size": 1})
-        *trials, cheapest = itertools.accumulate(cheaper, operator.or_, initial={})
-        fitting = [changes for changes in [*trials[1:], cheapest] if _of_host(step, changes) <= limit]
-        remedies = (fitting[:1] or longest(cheapest)) + longest({})
+        trials = list(itertools.accumulate(cheaper, operator.or_))
+        fitting = [changes for changes in trials if _of_host(step, changes) <= limit]
+        remedies = (fitting[:1] or longest(trials[-1] if trials else {})) + longest({})
     for name in ("offload_activations", "offload_optimizer"):
         if not getattr(engine, name):
             continue

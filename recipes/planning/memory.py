@@ -15,10 +15,9 @@ from conf.schema import INFERENCE, Config, Degrees, ModelConfig
 
 LOGITS_BYTES = 2**30  # fp32 logits that exist at once, unless engine.tile_tokens is set
 MLP_BYTES = 2**31  # hidden activations of an MLP and their gradients that exist at once, unless it is set
-MARGIN = (
-    0.1  # of a device: CUDA's context and NCCL's buffers take 1 to 2 GiB, fragmentation some more; and of a host, whose
-)
-# OOM killer ended a run that offloaded 96 % of it
+# of a device, where CUDA's context and NCCL's buffers take 1 to 2 GiB and fragmentation some more, and of a host, whose
+# OOM killer ended a run that offloaded 96 % of its memory
+MARGIN = 0.1
 LAYERS_ON_DEVICE = 2  # whose activations stay on the device with engine.offload_activations
 TILE_MULTIPLE = 256  # tokens: matrix products prefer round sizes
 
