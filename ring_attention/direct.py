@@ -1,8 +1,9 @@
 """Attention over packed documents in one exchange and two parts, as an autograd function. `direct_routing` says when.
 
 The whole documents are computed while keys and values travel. Then each other run of queries meets a copy of all its
-keys, so every query is in one kernel call and nothing is merged. In the backward pass keys travel again, the rest comes
-first, and its gradients return to their owners beside the whole documents.
+keys, so every query is in one kernel call and nothing is merged. In the backward pass keys travel again, also beside
+the whole documents, and gradients return to their owners. On a GPU the rest has a stream of its own (`streams`): it
+begins once its keys are there, and the whole documents fill the multiprocessors that it leaves idle.
 
 Shapes: B batch, S local tokens, T keys of a call, H query heads, K key-value heads, D head size, E value head size.
 """
@@ -27,6 +28,7 @@ from ring_attention.kv import KeysValues
 from ring_attention.ring import Ring, RingFunction
 from ring_attention.schedule import gradient_buffer, keys_buffer
 from ring_attention.sinks import sinks_gradient
+from ring_attention.streams import SideStream, has_side_stream
 from ring_attention.trace import profiler_range
 
 
@@ -48,15 +50,19 @@ def direct_forward(
     if not plan.rest_calls:  # then no rank needs this one's keys either
         return _attend(ring, plan.whole_calls, q_BSHD, kv, sinks_H)
     (whole_q, rest_q), (whole_kv, rest_kv) = plan.cut(q_BSHD), _cut(plan, kv)
-    entries = _post_keys(ring, plan, rest_kv, "forward")
     out_BSHE = q_BSHD.new_empty((*q_BSHD.shape[:3], kv.v_BTKE.shape[3]))
     whole_out, rest_out = plan.cut(out_BSHE)
     lses = []
-    if plan.whole_calls:
-        lses.append(_attend(ring, plan.whole_calls, whole_q, whole_kv, sinks_H, whole_out)[1])
-    copies = _copies(plan, entries, rest_kv)
-    del entries
-    lses.append(_attend(ring, plan.rest_calls, rest_q, copies, sinks_H, rest_out)[1])
+    with _side_stream(plan, q_BSHD) as side:
+        with side.work():
+            entries = _post_keys(ring, plan, rest_kv, "forward")
+        if plan.whole_calls:
+            lses.append(_attend(ring, plan.whole_calls, whole_q, whole_kv, sinks_H, whole_out)[1])
+        with side.work():
+            copies = _copies(plan, entries, rest_kv)
+            del entries
+            lses.append(_attend(ring, plan.rest_calls, rest_q, copies, sinks_H, rest_out)[1])
+            del copies
     with profiler_range("merge"):
         return out_BSHE, plan.join(lses, dim=2)
 
@@ -73,17 +79,28 @@ def direct_backward(
     whole_kv, rest_kv = _cut(plan, kv)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q_BSHD, kv.k_BTKD, kv.v_BTKE))
     (whole_dq, rest_dq), (whole, rest) = plan.cut(dq), _cut(plan, _unsent(dk, dv))
-    copies = _copies(plan, _post_keys(ring, plan, rest_kv, "backward"), rest_kv)
-    _, *copied = _gradients(ring, plan.rest_calls, rest_inputs, copies, (rest_dq, None, None))
-    del copies
-    addends = _post_gradients(ring, plan, *copied)
-    del copied
-    if plan.whole_calls:
-        targets = whole_dq, whole.k_BTKD, whole.v_BTKE
-        _gradients(ring, plan.whole_calls, whole_inputs, whole_kv, targets)
-    addends.wait()
-    addends.write(rest.k_BTKD, rest.v_BTKE, *plan.indices(q_BSHD.device).own)
+    with _side_stream(plan, q_BSHD) as side:
+        with side.work():
+            entries = _post_keys(ring, plan, rest_kv, "backward")
+        if plan.whole_calls:
+            targets = whole_dq, whole.k_BTKD, whole.v_BTKE
+            _gradients(ring, plan.whole_calls, whole_inputs, whole_kv, targets)
+        with side.work():
+            copies = _copies(plan, entries, rest_kv)
+            del entries
+            _, *copied = _gradients(ring, plan.rest_calls, rest_inputs, copies, (rest_dq, None, None))
+            del copies
+            addends = _post_gradients(ring, plan, *copied)
+            del copied
+            addends.wait()
+            addends.write(rest.k_BTKD, rest.v_BTKE, *plan.indices(q_BSHD.device).own)
+            del addends
     return dq, dk, dv
+
+
+def _side_stream(plan: DirectPlan, q_BSHD: Tensor) -> SideStream:
+    device, num_tokens = q_BSHD.device, q_BSHD.shape[0] * q_BSHD.shape[1]
+    return SideStream(device, is_used=bool(plan.whole_calls) and has_side_stream(device.type, num_tokens))
 
 
 def _attend(

@@ -5,8 +5,10 @@ Shapes: B batch, T tokens, K key-value heads, D head size, E value head size; F 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ring_attention.direct_routing import Parcel
@@ -28,7 +30,7 @@ class Entries:
         self._own = _rows(k_BTKD), _rows(v_BTKE)
         self._arriving = arriving
         self._numel = k_BTKD.shape[0] * (self._own[0].shape[2] + self._own[1].shape[2])  # of a token
-        self._received = k_BTKD.new_empty(0)
+        self._received = _nothing(k_BTKD.dtype, k_BTKD.device)
         self._transfer: Transfer | None = None
 
     def exchange(
@@ -75,6 +77,12 @@ class Entries:
             P2PMessage((part,), parcel.peer, buffer, self._numel * parcel.start_at_peer)
             for part, parcel in zip(parts, parcels, strict=True)
         ]
+
+
+@functools.cache
+@torch.inference_mode(False)  # tensors made in that mode are of no use outside it
+def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(0, dtype=dtype, device=device)
 
 
 def _rows(x_BTKD: Tensor) -> Tensor:

@@ -30,6 +30,8 @@ class DirectPlan:
         runs, rows = local_runs(layout, mask, ring_rank), (0, batch)
         self.whole, self.batch = runs.whole, batch
         self.rest = _others(runs.whole, layout.ring_length)
+        self._is_whole_first = self.whole < self.rest
+        self._lengths = [_length(part) for part in sorted((self.whole, self.rest))]
         exchanged = parcels(layout, mask, ring_rank)
         self.own_parcels, self.received_parcels = exchanged
         self.num_keys = sum(run.stop - first_key for run, first_key, _ in runs.of_rest)
@@ -49,15 +51,14 @@ class DirectPlan:
 
     def cut(self, x: Tensor, dim: int = 1) -> tuple[Tensor, Tensor]:
         """The whole documents of a tensor of all local tokens, and the rest."""
-        first = min(self.whole, self.rest)
-        parts = x.split_with_sizes((_length(first), x.shape[dim] - _length(first)), dim)  # split takes the host longer
-        return (parts[0], parts[1]) if first == self.whole else (parts[1], parts[0])
+        first, second = x.split_with_sizes(self._lengths, dim)  # split takes the host longer
+        return (first, second) if self._is_whole_first else (second, first)
 
     def join(self, parts: Sequence[Tensor], dim: int) -> Tensor:
         """The inverse of `cut`, given the parts that have tokens."""
         if len(parts) == 1:
             return parts[0]
-        return torch.cat(tuple(parts if self.whole < self.rest else reversed(parts)), dim)
+        return torch.cat(tuple(parts if self._is_whole_first else reversed(parts)), dim)
 
 
 @functools.lru_cache(maxsize=16)

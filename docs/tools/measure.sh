@@ -68,6 +68,7 @@ for stage in "$@"; do
   case $stage in
     tests)
       limited 60 4 test_merge python3 -m pytest -q -p no:cacheprovider tests/gpu/test_merge.py
+      limited 150 4 test_streams python3 -m pytest -q -p no:cacheprovider tests/gpu/test_streams.py
       limited 360 12 test_ring python3 -m pytest -q -x -p no:cacheprovider tests/gpu/test_ring.py -k "whole_attention or copies or drift or stalled"
       limited 60 6 test_step_logger python3 -m pytest -q -p no:cacheprovider tests/gpu/test_step_logger.py ;;
     cells) limited 540 6 parity python3 -m tests.distributed.parity --json "$out/parity.json" ;;

@@ -26,6 +26,7 @@ from ring_attention.layout import Layout
 from ring_attention.mask import CAUSAL, Mask
 from ring_attention.masked_block import MaskedBlock
 from ring_attention.schedule import work_per_rank
+from ring_attention.streams import has_side_stream
 
 BACKWARD_PRODUCTS = 2.5  # of a forward pass: scores again, and dq, dk, dv, dp
 # PyTorch copies strided numbers of 2 bytes one by one. It explains what gathering takes longer where a micro-batch has
@@ -167,7 +168,8 @@ class AttentionTime:
         kv_numbers, q_numbers = 2 * numbers * self.model.num_kv_heads, numbers * self.model.num_heads
         if self._goes_direct:
             costs = self._costs(lambda tiles: self.tiles_s(tiles, backward), kv_numbers, self.size)
-            exchange = ExchangeTime(self.layout, self.mask, self.batch, costs, self.speed.memory_s)
+            two_streams = has_side_stream(KERNELS[self.kernel].device_type, self.batch * self.layout.ring_length)
+            exchange = ExchangeTime(self.layout, self.mask, self.batch, costs, self.speed.memory_s, two_streams)
             kernels, copies, exposed = exchange.seconds(backward)
             return AttentionSeconds(kernels, 0.0, copies, exposed)
         work = ring_work(self.layout, self.mask, self.batch, self.kernel_tiles if backward else None)

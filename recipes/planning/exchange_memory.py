@@ -71,9 +71,9 @@ class ExchangeMemory:
         # gradients of the copies, of which sums are sent to others, and what is received from them
         returning = kv * (copies + received + (sent if self.receives else 0))
         points = (
-            sending + kv * copies,
+            sending + max(kv * copies, self._kernel_bytes(whole, whole)),
             kv * copies + self._kernel_bytes(rest, copies) + kv * copies * self.has_varlen,
-            returning + self._kernel_bytes(whole, whole),
+            returning,
         )
         results = (dq + kv) * num_local
         return dq * num_local + results + max(points)

@@ -23,6 +23,7 @@ class ExchangeTime:
         batch: rows, which share their documents.
         costs: `gradient_bytes` are of the input's dtype, and `add_s_per_token` is not used.
         memory_s: reading and writing so many bytes.
+        has_side_stream: whether the rest has a stream of its own, whose kernels come first.
     """
 
     def __init__(
@@ -32,8 +33,9 @@ class ExchangeTime:
         batch: int,
         costs: RingCosts,
         memory_s: Callable[[float], float],
+        has_side_stream: bool,
     ) -> None:
-        self._costs, self._memory_s = costs, memory_s
+        self._costs, self._memory_s, self._has_side_stream = costs, memory_s, has_side_stream
         ranks = range(layout.ring_degree)
         self._runs = [local_runs(layout, mask, rank) for rank in ranks]
         self._parcels = [parcels(layout, mask, rank) for rank in ranks]
@@ -48,11 +50,10 @@ class ExchangeTime:
         kernels = self._whole_s + self._rest_s
         copied = np.array([self._memory_s(self._copied_bytes(rank, backward)) for rank in range(len(kernels))])
         sent_s = np.array([self._transfer_s(rank) for rank in range(len(kernels))])
-        if backward:  # nothing is beside the keys; gradients return beside the whole documents
-            posted = sent_s + self._rest_s
-            end = np.maximum(posted + self._whole_s, self._last_post(posted) + sent_s)
-        else:  # the whole documents are beside the keys
-            end = np.maximum(self._whole_s, sent_s) + self._rest_s
+        end = np.maximum(self._whole_s, sent_s) + self._rest_s  # the whole documents are beside the keys
+        if backward:  # with a stream of their own, what is left of them is beside the gradients that return
+            posted = sent_s + self._rest_s if self._has_side_stream else end
+            end = np.maximum(end, self._last_post(posted) + sent_s)
         slowest = int((end + copied).argmax())
         return float(kernels[slowest]), float(copied[slowest]), float((end - kernels)[slowest])
 

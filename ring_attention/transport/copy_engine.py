@@ -30,6 +30,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
+from ring_attention.streams import OnStream
 from ring_attention.trace import profiler_range
 from ring_attention.transport.collectives import new_subgroup, rank_and_size
 from ring_attention.transport.p2p import P2PMessage, P2PTransport, Transfer
@@ -90,13 +91,13 @@ class CopyEngineTransport(P2PTransport):
         assert self._buffers is not None, "has no graphs"
         stream = self._buffers.stream
         # of the computing stream alone: a pass that waits in vain for what an exception left is overdue, too
-        earlier_work = None if self._watchdog is None else torch.cuda.current_stream().record_event()
+        earlier_work = None if self._watchdog is None else stream.compute_event()
         # a graph's copies do not queue behind the stream's, which may have some left after an exception
         stream.make_compute_wait([], stream.record_event(), reset=False)
         yield
         if self._watchdog is None or earlier_work is None:  # in tests without a GPU
             return
-        done = torch.cuda.current_stream().record_event()
+        done = stream.compute_event()
         where = f"{purpose} in one CUDA graph: ring rank {self.ring_rank} of {self.ring_degree}"
         self._watchdog.add(earlier_work.query, [done.query], where)
 
@@ -128,7 +129,7 @@ class CopyEngineTransport(P2PTransport):
             if self._watchdog is None or buffers.are_in_graph:  # without a GPU in tests; a graph is watched as a whole
                 buffers.stream.make_compute_wait(full, copied, buffers.are_in_graph)
                 return
-            earlier_work = torch.cuda.current_stream().record_event()
+            earlier_work = buffers.stream.compute_event()
             arrived = buffers.stream.make_compute_wait(full, copied, reset=False)
             self._watchdog.add(earlier_work.query, [copied.query, arrived.query], where)
 
@@ -162,10 +163,10 @@ class CopyStream:
 
     def wait_for_compute(self) -> None:
         """Make later work wait for all work on the computing stream so far."""
-        self._stream.wait_stream(torch.cuda.current_stream())
+        self._stream.wait_stream(self._compute_stream())
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        with torch.cuda.stream(self._stream), profiler_range("exchange copy"):
+        with OnStream(self._stream, self._compute_stream()), profiler_range("exchange copy"):
             target.copy_(source, non_blocking=True)
 
     def write_flag(self, flag: Tensor, count: int) -> None:
@@ -182,13 +183,16 @@ class CopyStream:
         """The host waits until the GPU is idle."""
         torch.cuda.synchronize()
 
-    @staticmethod
-    def make_compute_wait(flags: Flags, copied: torch.Event, reset: bool) -> torch.Event:
+    def compute_event(self) -> torch.Event:
+        """Reached once the computing stream has done its work so far."""
+        return self._compute_stream().record_event()
+
+    def make_compute_wait(self, flags: Flags, copied: torch.Event, reset: bool) -> torch.Event:
         """Make the computing stream wait until `copied` is reached and the flags have their counts.
 
         `reset` sets the flags to 0 then.
         """
-        stream = torch.cuda.current_stream()
+        stream = self._compute_stream()
         # first, because peers fill no buffer that was not offered: CUDA sees no order that flags alone make, and could
         # have the offer of a graph, or of a stream that shares a hardware queue, wait behind the flag
         stream.wait_event(copied)
@@ -197,6 +201,9 @@ class CopyStream:
             if reset:
                 _write_flag(stream, flag, 0)
         return stream.record_event()
+
+    def _compute_stream(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self._stream.device_index)  # without an index it takes the host 10 us longer
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from ring_attention.backward_schedule import TileRows
 from ring_attention.direct_routing import goes_direct
 from ring_attention.layout import Layout
 from ring_attention.mask import CAUSAL
+from ring_attention.streams import has_side_stream
 from tests.unit.test_ring_simulator import costs
 from tests.unit.test_step_time import H200S, LENGTH, ring
 
@@ -21,8 +22,8 @@ TWO = Layout("contiguous", ring_degree=2, length=8)
 MASK = CAUSAL.packed([0, 3, 5, 8])
 
 
-def exchange(costs: RingCosts, memory_s_per_byte: float = 0.0) -> ExchangeTime:
-    return ExchangeTime(TWO, MASK, 1, costs, lambda num_bytes: memory_s_per_byte * num_bytes)
+def exchange(costs: RingCosts, memory_s_per_byte: float = 0.0, has_side_stream: bool = False) -> ExchangeTime:
+    return ExchangeTime(TWO, MASK, 1, costs, lambda num_bytes: memory_s_per_byte * num_bytes, has_side_stream)
 
 
 def test_keys_travel_beside_whole_documents():
@@ -37,10 +38,24 @@ def test_hosts_have_links_between_them():
     assert exchange(apart).seconds(backward=False) == (6 + 2, 0, 11 - 6)
 
 
-def test_in_the_backward_pass_keys_come_first_and_gradients_return_beside_whole_documents():
-    """Both ranks wait 3 s for the key. With a slow link rank 1 posts its gradients after 11 + 2 s, and they take 11."""
-    assert exchange(costs()).seconds(backward=True) == (6 + 2, 0, 3)
+def test_in_the_backward_pass_gradients_return_after_both_parts():
+    """Rank 1 posts its gradients last, after 6 + 2 s, and with a slow link after 11 + 2; they take 3 and 11."""
+    assert exchange(costs()).seconds(backward=True) == (6 + 1, 0, 8 + 3 - 7)
     assert exchange(costs(within_bytes_per_s=0.1)).seconds(backward=True) == (6 + 1, 0, 13 + 11 - 7)
+
+
+def test_with_a_stream_of_its_own_the_rest_does_not_wait_for_whole_documents():
+    """Rank 1 posts its gradients after 3 + 2 s. Whole documents take what is left of 8 s beside them."""
+    assert exchange(costs(), has_side_stream=True).seconds(backward=True) == (6 + 1, 0, 5 + 3 - 7)
+    slow = exchange(costs(within_bytes_per_s=0.1), has_side_stream=True)
+    assert slow.seconds(backward=True) == (6 + 1, 0, 13 + 11 - 7)
+    assert slow.seconds(backward=False) == (6 + 2, 0, 11 - 6)
+
+
+@pytest.mark.parametrize(("num_tokens", "expected"), [(16_384, True), (16_385, False)])
+def test_only_short_passes_on_gpus_have_a_second_stream(num_tokens, expected):
+    assert has_side_stream("cuda", num_tokens) is expected
+    assert not has_side_stream("cpu", num_tokens)
 
 
 def test_entries_are_copied_and_their_gradients_summed():

@@ -101,11 +101,12 @@ def test_the_computing_stream_waits_for_own_offers_before_it_waits_for_peers(
     """CUDA may put what no event orders behind a wait for a flag, and peers send nothing without the offers."""
     done: list[Any] = []
     stream = SimpleNamespace(wait_event=done.append, record_event=lambda: "arrived")
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device_index: stream)
     for name in ("_wait_flag", "_write_flag"):
         monkeypatch.setattr(copy_engine, name, lambda _, *flag, name=name: done.append((name, *flag)))
-    flag, copied = torch.zeros(1), torch.Event()
-    assert copy_engine.CopyStream.make_compute_wait([(flag, 7)], copied, reset) == "arrived"
+    flag, copied, copies = torch.zeros(1), torch.Event(), object.__new__(copy_engine.CopyStream)
+    copies._stream = SimpleNamespace(device_index=0)  # pyright: ignore[reportAttributeAccessIssue]
+    assert copies.make_compute_wait([(flag, 7)], copied, reset) == "arrived"
     assert done == [copied, ("_wait_flag", flag, 7), *[("_write_flag", flag, 0)] * reset]
 
 
@@ -117,12 +118,12 @@ def test_a_replay_behind_copies_that_an_exception_left_is_overdue(
     done.is_reached = True
 
     def make_compute_wait(flags: Any, copied: StubEvent, reset: bool) -> StubEvent:
-        computing.record_event = lambda: copied  # what comes later is reached once the copy is
+        copies.compute_event = lambda: copied  # what comes later is reached once the copy is
         return copied
 
-    computing = SimpleNamespace(record_event=lambda: done)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: computing)
-    copies = SimpleNamespace(record_event=lambda: stuck, make_compute_wait=make_compute_wait)
+    copies = SimpleNamespace(
+        compute_event=lambda: done, record_event=lambda: stuck, make_compute_wait=make_compute_wait
+    )
     made: Any = object.__new__(copy_engine.CopyEngineTransport)
     made._buffers, made._watchdog = SimpleNamespace(stream=copies), watchdog
     made.ring_rank, made.ring_degree = 1, 4
