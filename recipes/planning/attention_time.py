@@ -34,8 +34,8 @@ BACKWARD_PRODUCTS = 2.5  # of a forward pass: scores again, and dq, dk, dv, dp
 STRIDED_COPY = 4.0
 ACCUMULATOR_BYTES = 10  # per number and pass over a sum in fp32: read and written, and the addend in half precision
 # For each query of a call with several documents: half of a block of 128 keys on the diagonal, and the start of a block
-# of queries, which a long sequence hides. Of one GPU's times in `packed_65536_H200.json` it explains all to 5 %, but
-# documents of 256 tokens, which take 37 % longer than by it, with the backward pass 16 %.
+# of queries, which a long sequence hides. Of one GPU's times it explained all to 5 %, and of another's, in
+# `packed_65536_H200.json`, to 6 %; but documents of 256 tokens take 37 % longer than by it, with backward 16 %.
 DOCUMENT_PAIRS = 400
 # Two tiles' outputs, in half precision, join the sum in one pass. A ring of two has no such pair, and gains nothing.
 MERGE_BYTES, MORE_MERGE_BYTES = 6, 8  # per number of a tile's output, and per number of the whole output
