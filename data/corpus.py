@@ -12,7 +12,7 @@ import copy
 import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -208,13 +208,12 @@ def _has_labels(pack: Pack) -> bool:
     return bool((labels != IGNORED_LABEL).any())
 
 
-def open_corpus(config: DataConfig, vocab_size: int | None = None, say: Callable[[str], None] = print) -> Corpus:
+def open_corpus(config: DataConfig, vocab_size: int | None = None) -> Corpus:
     """The configured corpus. Raises CorpusError if it cannot be opened.
 
     Args:
         vocab_size: of the model, which must know all tokens.
-        say: told about tokenizing, which takes time.
     """
-    stores = open_stores(config, vocab_size, say)
+    stores = open_stores(config, vocab_size, print)
     weights = {name: entry["weight"] for name, entry in config.sources.items()} if config.sources else None
-    return Corpus(stores, config, weights, open_validation_stores(config, vocab_size, say))
+    return Corpus(stores, config, weights, open_validation_stores(config, vocab_size, print))

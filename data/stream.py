@@ -152,16 +152,13 @@ def _stored(documents: list[Tokens]) -> tuple[Documents, TokenStore]:
     return Documents(np.zeros_like(stops), starts, stops), TokenStore("stream", tokens, stops)
 
 
-def open_stream(config: DataConfig, vocab_size: int | None = None, say: Callable[[str], None] = print) -> StreamCorpus:
+def open_stream(config: DataConfig, vocab_size: int | None = None) -> StreamCorpus:
     """The configured stream. Opens its tokenizer, and its documents only when packs are asked for.
-
-    Args:
-        say: told about tokenizing documents to validate on.
 
     Raises:
         CorpusError: if the tokenizer cannot be opened, or the model lacks one of its tokens.
     """
-    validation_store = open_validation_stores(config, vocab_size, say).get(config.source)
+    validation_store = open_validation_stores(config, vocab_size, print).get(config.source)
     tokenizer = open_tokenizer(config)
     if vocab_size is not None and (problem := tokenizer_problem(tokenizer, vocab_size)):
         raise CorpusError(problem)

@@ -106,7 +106,7 @@ def _write_file(new: Path, folder: Path, manifest: Manifest, merge: bool) -> str
 def _write_folder(new: Path, folder: Path, manifest: Manifest, merge: bool) -> str:
     from data.tokenizer import save_tokenizer
     from recipes.model import save_pretrained
-    from recipes.model.pretrained import DTYPES
+    from recipes.planning.plan import DTYPES
 
     model, dtype_name = manifest.config["model"], manifest.config["engine"]["dtype"]
     path, dtype, lora = model["path"], DTYPES[dtype_name], LoraConfig(**manifest.config["lora"])

@@ -1,4 +1,4 @@
-"""Attention of some tiles, forward and backward: kernel calls, for `ring` and `gather`.
+"""Attention of some tiles, forward and backward: kernel calls, for `ring`, `direct` and `gather`.
 
 Shapes: B batch, S local tokens, T tokens of a source, H query heads, K key-value heads, D head size, E value head size.
 """

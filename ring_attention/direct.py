@@ -78,7 +78,7 @@ def direct_backward(
     whole_inputs, rest_inputs = (BackwardInputs(*part) for part in zip(*cut, strict=True))
     whole_kv, rest_kv = _cut(plan, kv)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q_BSHD, kv.k_BTKD, kv.v_BTKE))
-    (whole_dq, rest_dq), (whole, rest) = plan.cut(dq), _cut(plan, _unsent(dk, dv))
+    (whole_dq, rest_dq), (whole, rest) = plan.cut(dq), _cut(plan, _keys_values(dk, dv))
     with _side_stream(plan, q_BSHD) as side:
         with side.work():
             entries = _post_keys(ring, plan, rest_kv, "backward")
@@ -165,14 +165,14 @@ def _written(result: Tensor, target: Tensor | None) -> Tensor:
         return target.copy_(result)
 
 
-def _unsent(k_BTKD: Tensor, v_BTKE: Tensor) -> KeysValues:
-    """Of which no message is made, so nobody asks for spans."""
+def _keys_values(k_BTKD: Tensor, v_BTKE: Tensor) -> KeysValues:
+    """Without spans: messages are of entries here (`direct_exchange`)."""
     return KeysValues(k_BTKD, v_BTKE, ())
 
 
 def _cut(plan: DirectPlan, kv: KeysValues) -> tuple[KeysValues, KeysValues]:
     (whole_k, rest_k), (whole_v, rest_v) = plan.cut(kv.k_BTKD), plan.cut(kv.v_BTKE)
-    return _unsent(whole_k, whole_v), _unsent(rest_k, rest_v)
+    return _keys_values(whole_k, whole_v), _keys_values(rest_k, rest_v)
 
 
 def _copies(plan: DirectPlan, entries: Entries, like: KeysValues) -> KeysValues:
@@ -180,7 +180,7 @@ def _copies(plan: DirectPlan, entries: Entries, like: KeysValues) -> KeysValues:
     k, v = (x.new_empty((plan.batch, plan.num_keys, *x.shape[2:])) for x in like[:2])
     entries.wait()
     entries.write(k, v, plan.indices(k.device).keys)
-    return _unsent(k, v)
+    return _keys_values(k, v)
 
 
 def _post_keys(ring: Ring, plan: DirectPlan, rest_kv: KeysValues, direction: str) -> Entries:
@@ -212,7 +212,7 @@ class DirectFunction(torch.autograd.Function):
         ring: Ring,
         plan: DirectPlan,
     ) -> Tensor:
-        kv = _unsent(k_BSKD, v_BSKE)
+        kv = _keys_values(k_BSKD, v_BSKE)
         out_BSHE, lse_BHS = saved_or_computed(lambda: direct_forward(ring, plan, q_BSHD, kv, sinks_H))
         ctx.ring, ctx.plan = ring, plan
         ctx.save_for_backward(q_BSHD, k_BSKD, v_BSKE, out_BSHE, lse_BHS, sinks_H)
@@ -224,7 +224,7 @@ class DirectFunction(torch.autograd.Function):
         ctx: Any, saved: tuple[Tensor, ...], *grad_outputs: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None, None]:
         q_BSHD, k_BSKD, v_BSKE, out_BSHE, lse_BHS, sinks_H = saved
-        dout_BSHE, kv = grad_outputs[0].contiguous(), _unsent(k_BSKD, v_BSKE)
+        dout_BSHE, kv = grad_outputs[0].contiguous(), _keys_values(k_BSKD, v_BSKE)
         dsinks = sinks_gradient(dout_BSHE, out_BSHE, lse_BHS, sinks_H) if ctx.needs_input_grad[3] else None
         gradients = direct_backward(ctx.ring, ctx.plan, dout_BSHE, q_BSHD, kv, out_BSHE, lse_BHS)
         return *gradients, dsinks, None, None

@@ -24,9 +24,10 @@ from recipes.model.head import Head
 from recipes.model.lora import add_lora
 from recipes.model.mlp import Activation, tiled_mlp
 from recipes.model.ops import gated
-from recipes.model.pretrained import DTYPES, logit_transform, model_config
+from recipes.model.pretrained import logit_transform, model_config
 from recipes.model.recompute import Recompute
 from recipes.model.rope import rope_switch
+from recipes.planning.plan import DTYPES
 from ring_attention import CAUSAL, hf
 from ring_attention.decoding import CachedAttention
 from ring_attention.sequence_attention import SequenceAttention

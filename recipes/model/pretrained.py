@@ -18,7 +18,6 @@ from recipes.model.lora import check_lora, num_trained
 from recipes.model.model_folder import CONFIG_FILE, check_config, check_folder, check_hub, one_line
 from recipes.model.rope import change_rope, reach
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # by engine.dtype
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _GATES = ("gate_proj", "gate_up_proj")
 

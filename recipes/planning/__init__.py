@@ -1,4 +1,4 @@
 """What a configuration needs before anything runs: rank grid, FLOPs, memory, throughput, as pure arithmetic.
 
-May import conf and ring_attention.
+May import conf, data, ring_attention and recipes.run.
 """

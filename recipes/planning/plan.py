@@ -39,7 +39,7 @@ from ring_attention.transport import choose_transport
 UNKNOWN_MEMORY_GIB = 80.0
 SLOW_STEP_S = 600.0
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # by engine.dtype
 
 
 def kernel_choice(
@@ -176,7 +176,7 @@ class Plan:
         """Write what the configuration left open into it, as the record of a run."""
         degrees = self.degrees  # before the method is no longer auto
         self.config.attention.method, self.config.attention.transport = self.method, self.transport
-        self.config.cluster = None  # it has chosen
+        self.config.cluster = None  # its speeds chose the method
         resolve_config(self.config, degrees, self.num_ranks)
 
     @property

@@ -1,4 +1,4 @@
-"""Resuming, on the same ranks and ZeRO stage, a run whose gradients DeepSpeed summed otherwise: bit for bit."""
+"""Resuming, on equal ranks and ZeRO stages, a run whose gradients were summed otherwise: equal bits, or to 1e-4."""
 
 from __future__ import annotations
 
