@@ -2,8 +2,8 @@
 
 The whole documents are computed while keys and values travel. Then each other run of queries meets a copy of all its
 keys, so every query is in one kernel call and nothing is merged. In the backward pass keys travel again, also beside
-the whole documents, and gradients return to their owners. On a GPU the rest has a stream of its own (`streams`): it
-begins once its keys are there, and the whole documents fill the multiprocessors that it leaves idle.
+the whole documents, and gradients return to their owners. On a GPU the rest of a short pass has a stream of its own
+(`streams`): it goes first once its keys are there, and the whole documents fill what it leaves idle.
 
 Shapes: B batch, S local tokens, T keys of a call, H query heads, K key-value heads, D head size, E value head size.
 """
@@ -29,7 +29,7 @@ from ring_attention.ring import Ring, RingFunction
 from ring_attention.schedule import gradient_buffer, keys_buffer
 from ring_attention.sinks import sinks_gradient
 from ring_attention.streams import SideStream, has_side_stream
-from ring_attention.trace import profiler_range
+from ring_attention.trace import profiler_range, ring_steps_are_visible
 
 
 def attend_over_ring(q_BSHD: Tensor, k_BSKD: Tensor, v_BSKE: Tensor, sinks_H: Tensor | None, ring: Ring) -> Tensor:
@@ -50,21 +50,21 @@ def direct_forward(
     if not plan.rest_calls:  # then no rank needs this one's keys either
         return _attend(ring, plan.whole_calls, q_BSHD, kv, sinks_H)
     (whole_q, rest_q), (whole_kv, rest_kv) = plan.cut(q_BSHD), _cut(plan, kv)
-    out_BSHE = q_BSHD.new_empty((*q_BSHD.shape[:3], kv.v_BTKE.shape[3]))
-    whole_out, rest_out = plan.cut(out_BSHE)
-    lses = []
+    batch, tokens, heads, _ = q_BSHD.shape
+    out_BSHE = q_BSHD.new_empty((batch, tokens, heads, kv.v_BTKE.shape[3]))
+    lse_BHS = q_BSHD.new_empty((batch, heads, tokens), dtype=torch.promote_types(q_BSHD.dtype, torch.float32))
+    whole, rest = zip(plan.cut(out_BSHE), plan.cut(lse_BHS, dim=2), strict=True)
     with _side_stream(plan, q_BSHD) as side:
         with side.work():
             entries = _post_keys(ring, plan, rest_kv, "forward")
         if plan.whole_calls:
-            lses.append(_attend(ring, plan.whole_calls, whole_q, whole_kv, sinks_H, whole_out)[1])
+            _attend(ring, plan.whole_calls, whole_q, whole_kv, sinks_H, whole)
         with side.work():
             copies = _copies(plan, entries, rest_kv)
             del entries
-            lses.append(_attend(ring, plan.rest_calls, rest_q, copies, sinks_H, rest_out)[1])
+            _attend(ring, plan.rest_calls, rest_q, copies, sinks_H, rest)
             del copies
-    with profiler_range("merge"):
-        return out_BSHE, plan.join(lses, dim=2)
+    return out_BSHE, lse_BHS
 
 
 def direct_backward(
@@ -99,8 +99,10 @@ def direct_backward(
 
 
 def _side_stream(plan: DirectPlan, q_BSHD: Tensor) -> SideStream:
-    device, num_tokens = q_BSHD.device, q_BSHD.shape[0] * q_BSHD.shape[1]
-    return SideStream(device, is_used=bool(plan.whole_calls) and has_side_stream(device.type, num_tokens))
+    """Not while ring steps are visible: what waits for keys beside whole documents is not what a pass waits for."""
+    is_used = bool(plan.whole_calls) and not ring_steps_are_visible()
+    num_queries = q_BSHD.shape[0] * q_BSHD.shape[1] * q_BSHD.shape[2]
+    return SideStream(q_BSHD.device, is_used and has_side_stream(q_BSHD.is_cuda, num_queries))
 
 
 def _attend(
@@ -109,13 +111,13 @@ def _attend(
     q_BSHD: Tensor,
     kv: KeysValues,
     sinks_H: Tensor | None,
-    target_BSHE: Tensor | None = None,
+    targets: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor, Tensor]:
-    """out and lse of one part; out is written to the target if there is one."""
+    """out and lse of one part; each is written to its target if there is one."""
     accumulator = OnlineSoftmaxAccumulator(q_BSHD, kv.v_BTKE, sinks_H)
-    attend_forward(accumulator, ring.kernel, ring.scores, calls, q_BSHD, kv, is_last=True, target_BSHE=target_BSHE)
-    out, lse = accumulator.result()
-    return _written(out, target_BSHE), lse
+    attend_forward(accumulator, ring.kernel, ring.scores, calls, q_BSHD, kv, is_last=True, target_BSHE=targets[0])
+    out, lse = (_written(result, target) for result, target in zip(accumulator.result(), targets, strict=True))
+    return out, lse
 
 
 def _gradients(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -53,12 +52,6 @@ class DirectPlan:
         """The whole documents of a tensor of all local tokens, and the rest."""
         first, second = x.split_with_sizes(self._lengths, dim)  # split takes the host longer
         return (first, second) if self._is_whole_first else (second, first)
-
-    def join(self, parts: Sequence[Tensor], dim: int) -> Tensor:
-        """The inverse of `cut`, given the parts that have tokens."""
-        if len(parts) == 1:
-            return parts[0]
-        return torch.cat(tuple(parts if self._is_whole_first else reversed(parts)), dim)
 
 
 @functools.lru_cache(maxsize=16)

@@ -168,7 +168,8 @@ class AttentionTime:
         kv_numbers, q_numbers = 2 * numbers * self.model.num_kv_heads, numbers * self.model.num_heads
         if self._goes_direct:
             costs = self._costs(lambda tiles: self.tiles_s(tiles, backward), kv_numbers, self.size)
-            two_streams = has_side_stream(KERNELS[self.kernel].device_type, self.batch * self.layout.ring_length)
+            num_queries = self.batch * self.layout.ring_length * self.model.num_heads // self._shared_heads
+            two_streams = has_side_stream(self.speed.cluster.gpu != "cpu", num_queries)
             exchange = ExchangeTime(self.layout, self.mask, self.batch, costs, self.speed.memory_s, two_streams)
             kernels, copies, exposed = exchange.seconds(backward)
             return AttentionSeconds(kernels, 0.0, copies, exposed)

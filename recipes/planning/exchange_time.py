@@ -51,7 +51,7 @@ class ExchangeTime:
         copied = np.array([self._memory_s(self._copied_bytes(rank, backward)) for rank in range(len(kernels))])
         sent_s = np.array([self._transfer_s(rank) for rank in range(len(kernels))])
         end = np.maximum(self._whole_s, sent_s) + self._rest_s  # the whole documents are beside the keys
-        if backward:  # with a stream of their own, what is left of them is beside the gradients that return
+        if backward:  # on two streams, what is left of them is beside the gradients that return
             posted = sent_s + self._rest_s if self._has_side_stream else end
             end = np.maximum(end, self._last_post(posted) + sent_s)
         slowest = int((end + copied).argmax())

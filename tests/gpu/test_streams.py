@@ -1,7 +1,8 @@
 """Packed documents in one exchange with their two parts on two streams: all ranks of a ring, in turn, on one GPU.
 
-Each rank runs until it has met what the others send: keys are right in the second round, gradients in the third. What
-arrives is late, and each part is held up in turn, so whoever reads too early reads NaN or an older number.
+Each rank runs until it has met what the others send: keys are right in the second round, gradients in the third. Inputs
+and what arrives are late, and each part is held up in turn, so whoever reads too early reads NaN or an older number.
+Without a GPU, tests/unit/test_streams.py finds what two streams touch without order.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ NUM_RANKS, LATE_CYCLES = 4, 2_000_000  # about 1 ms
 
 @dataclass
 class Network:
-    """What ranks sent, by purpose, sender and receiver; and the stream that carries it."""
+    """What ranks sent, by purpose, sender and receiver; the stream that carries it, and how late it comes."""
 
+    late_cycles: int
     sent: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
     stream: torch.cuda.Stream = field(default_factory=torch.cuda.Stream)
 
@@ -54,7 +56,7 @@ class LateTransport:
         sent, stream = self._network.sent, self._network.stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            torch.cuda._sleep(LATE_CYCLES)
+            torch.cuda._sleep(self._network.late_cycles)
             for message in sends:
                 key = purpose, self.ring_rank, message.peer
                 if key not in sent:
@@ -75,11 +77,13 @@ class RankInTurn:
     def __init__(self, case: Case, rank: int, network: Network) -> None:
         self.sequence_rank, self._case = rank, case
         self._transport: Any = LateTransport(rank, network)
+        self._late_cycles = network.late_cycles
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, batch_dim_idx: int, softcap: None, sinks: Tensor | None
     ) -> Tensor:
-        q, k, v = ((x.transpose(0, 1) if batch_dim_idx else x).contiguous() for x in (q, k, v))
+        torch.cuda._sleep(self._late_cycles)
+        q, k, v = (1 * (x.transpose(0, 1) if batch_dim_idx else x).contiguous() for x in (q, k, v))
         layout = self._case.global_layout
         mask = self._case.mask.within(layout.padded_length)
         kernel, _ = choose_kernel(KernelSpec.of(q, k, v, mask.left is not None), self._case.kernel)
@@ -88,7 +92,7 @@ class RankInTurn:
         out = attend_over_ring(
             q, k, v, None if sinks is None else sinks.to(torch.promote_types(q.dtype, torch.float32)), ring
         )
-        # whatever the streams freed is taken and overwritten at once
+        # what this stream freed is taken and overwritten at once
         for size in (q.numel(), k.numel(), v.numel(), out.numel()):
             torch.full((2 * size,), float("nan"), dtype=torch.float32, device=q.device)
         return out.transpose(0, 1) if batch_dim_idx else out
@@ -96,7 +100,7 @@ class RankInTurn:
 
 @contextlib.contextmanager
 def held_up(part: str) -> Iterator[None]:
-    """One part of each pass is late: "rest" runs on the side stream, "whole" on the current one."""
+    """One part of each pass is late: "rest" runs on the side stream, "whole" on the current one. None with "none"."""
     work = SideStream.work
 
     def late_work(self: SideStream) -> Any:
@@ -112,8 +116,8 @@ def held_up(part: str) -> Iterator[None]:
         yield
 
 
-def ranks_in_turn(case: Case) -> list[list[Tensor]]:
-    network, inputs = Network(), [x.cuda() for x in draw(case)]
+def ranks_in_turn(case: Case, late_cycles: int = LATE_CYCLES) -> list[list[Tensor]]:
+    network, inputs = Network(late_cycles), [x.cuda() for x in draw(case)]
     for _ in range(2):
         for rank in range(case.num_ranks):
             attend(case, RankInTurn(case, rank, network), inputs)  # pyright: ignore[reportArgumentType]
@@ -129,14 +133,15 @@ def test_random_documents_equal_whole_attention(dtype: torch.dtype, part: str):
             check(case, ranks_in_turn(case))
 
 
+@pytest.mark.parametrize("late_cycles", [0, LATE_CYCLES])
 @pytest.mark.parametrize("part", ["none", "rest", "whole"])
-def test_long_documents_in_the_fast_kernel(part: str):
+def test_long_documents_in_the_fast_kernel(part: str, late_cycles: int):
     """Of several tiles, so that both parts run at once. Ten times, with the same bits in the output each time."""
     mask = CAUSAL.packed([0, 300, 900, 1000, 1900, 2000, 2048])
     sizes: dict[str, Any] = {"length": 2048, "batch": 1, "num_heads": 8, "num_kv_heads": 2, "head_dim": 128}
     case = Case("ring", NUM_RANKS, layout="balanced", mask=mask, dtype=torch.bfloat16, **sizes)
     with held_up(part):
-        first, *others = (ranks_in_turn(case) for _ in range(10))
+        first, *others = (ranks_in_turn(case, late_cycles) for _ in range(10))
     check(case, first)
     for shards in others:
         for (out, *gradients), (first_out, *first_gradients) in zip(shards, first, strict=True):

@@ -52,10 +52,10 @@ def test_with_a_stream_of_its_own_the_rest_does_not_wait_for_whole_documents():
     assert slow.seconds(backward=False) == (6 + 2, 0, 11 - 6)
 
 
-@pytest.mark.parametrize(("num_tokens", "expected"), [(16_384, True), (16_385, False)])
-def test_only_short_passes_on_gpus_have_a_second_stream(num_tokens, expected):
-    assert has_side_stream("cuda", num_tokens) is expected
-    assert not has_side_stream("cpu", num_tokens)
+@pytest.mark.parametrize(("num_queries", "expected"), [(16_384 * 32, True), (16_384 * 32 + 1, False)])
+def test_only_short_passes_on_gpus_have_a_second_stream(num_queries, expected):
+    assert has_side_stream(True, num_queries) is expected
+    assert not has_side_stream(False, num_queries)
 
 
 def test_entries_are_copied_and_their_gradients_summed():
