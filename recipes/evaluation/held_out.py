@@ -115,7 +115,10 @@ def _hold_out_settings(source: DataConfig) -> tuple[object, ...]:
 
 
 def _check_unchanged(manifest: Manifest, run: DataConfig, stores: dict[str, TokenStore]) -> None:
-    """Raises ConfigError if the last sequence that the run read is another one now: so is the order of documents."""
+    """Raises ConfigError if the last sequence that the run read is another one now: others may be held out, too.
+
+    Nothing else in a checkpoint tells, and a document more or less may leave this sequence as it is.
+    """
     if manifest.last_read is None:
         return
     weights = {name: entry["weight"] for name, entry in run.sources.items()} if run.sources else None
