@@ -87,6 +87,12 @@ def test_a_run_is_evaluated_at_its_newest_checkpoint(program: Program):
     names(evaluation(evaluated)["settings"]["evaluate.model"], "step_00000002")
     assert (retrieval["task"], retrieval["depth"], retrieval["accuracy"]) == ("niah_single", 0.5, 0.0)
     assert (evaluated.run_dir / "evaluation.png").exists()
+    assert "!!!" not in evaluated.stdout
+
+    longer = program.run(*asked, f"evaluate.model={trained.run_dir}", "evaluate.lengths=[512]", name="longer")
+    assert longer.exit_code == 1
+    names(longer.stderr, "data.validation_sequences=2 x 256", "2 x 512", "data.validation_sequences=1")
+    assert not longer.ranks_were_started
 
 
 def test_mistakes_are_refused_before_ranks_start(program: Program, tiny_llama: Path):
