@@ -13,6 +13,7 @@ from typing import Any, Protocol, TextIO
 import torch
 
 from conf.schema import Config, ConfigError
+from recipes.checkpoint.manifest import remove_unfinished
 from recipes.launch import startup
 from recipes.launch.environment import RENDEZVOUS, make_private_folder
 from recipes.launch.failure import full_disk_explained
@@ -63,6 +64,7 @@ def run_rank(task: Task, run_dir: Path, has_parent: bool) -> float:
         try:
             held.enter_context(locked(run_dir))
             clear_rank_states(run_dir)
+            remove_unfinished(run_dir)
         except ConfigError as error:
             shared[2] = str(error)
     dist.broadcast_object_list(shared, src=0)
@@ -103,11 +105,21 @@ def _output_to(log_path: Path) -> Iterator[TextIO]:
         try:
             yield console
         except Exception:
-            traceback.print_exc()  # into the log; the caller shows it to people
+            with contextlib.suppress(OSError):  # of a full disk, which may be the error itself
+                traceback.print_exc()  # into the log; the caller shows it to people
             raise
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            for descriptor, target in zip(saved, (1, 2), strict=True):
+            for stream, descriptor, target in zip((sys.stdout, sys.stderr), saved, (1, 2), strict=True):
+                _flush_or_drop(stream, target)
                 os.dup2(descriptor, target)
                 os.close(descriptor)
+
+
+def _flush_or_drop(stream: TextIO, descriptor: int) -> None:
+    """Flush the stream to its file; drop what a full disk refuses, which people would see later."""
+    try:
+        stream.flush()
+    except OSError:
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), descriptor)
+        stream.flush()
