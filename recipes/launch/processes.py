@@ -30,9 +30,9 @@ from recipes.checkpoint.manifest import remove_unfinished, resume_hint
 from recipes.launch.environment import RENDEZVOUS
 from recipes.launch.failure import Outcome, explain_failure
 from recipes.launch.startup import exit_now
-from recipes.launch.worker import Task, run_rank
+from recipes.launch.worker import Task, clear_earlier_start, run_rank
 from recipes.run.errors import STOP_SIGNALS, Preempted, RunFailed
-from recipes.run.heartbeat import LOGS_DIR, PREEMPTED_FILE, clear_rank_states
+from recipes.run.run_dir import LOGS_DIR, PREEMPTED_FILE
 
 CROWDED_RANKS_PER_CORE = 4  # a rank imports libraries for several seconds of a core
 CLOSING_S = 10.0  # wandb's offline run takes one to four to close
@@ -55,8 +55,7 @@ def launch(task: Task, num_ranks: int, run_dir: Path) -> float:
             second signal.
     """
     print(starting(num_ranks, run_dir), flush=True)
-    clear_rank_states(run_dir)
-    remove_unfinished(run_dir)  # of a start whose parent was killed
+    clear_earlier_start(run_dir)
     # neither a queue, whose lock needs /dev/shm, nor files, which need room on a disk
     pipes = [multiprocessing.Pipe(duplex=False) for _ in range(num_ranks)]
     rendezvous = tempfile.mkdtemp(prefix="ring_attention_")  # network disks may lack locks

@@ -63,8 +63,7 @@ def run_rank(task: Task, run_dir: Path, has_parent: bool) -> float:
     if rank == 0 and not has_parent:
         try:
             held.enter_context(locked(run_dir))
-            clear_rank_states(run_dir)
-            remove_unfinished(run_dir)
+            clear_earlier_start(run_dir)
         except ConfigError as error:
             shared[2] = str(error)
     dist.broadcast_object_list(shared, src=0)
@@ -91,6 +90,12 @@ def run_rank(task: Task, run_dir: Path, has_parent: bool) -> float:
             f"rank {rank} failed{position(run_dir, rank)}: {what}\nif another rank failed first, torchrun names it "
             f"below; this one's log: {log_path}"
         ) from error
+
+
+def clear_earlier_start(run_dir: Path) -> None:
+    """Remove what an earlier start has left behind, also a checkpoint that may fill the disk. Needs the lock."""
+    clear_rank_states(run_dir)
+    remove_unfinished(run_dir)
 
 
 @contextlib.contextmanager
