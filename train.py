@@ -242,9 +242,9 @@ def run_as_one_rank(arguments: list[str]) -> None:
     startup.exit_now(0)
 
 
-def _stop(*_: object) -> None:
+def _stop(number: int, _: object) -> None:
     """On a signal while no rank trains: unwind, which ends the ranks."""
-    raise Preempted
+    raise Preempted(number=number)
 
 
 if __name__ == "__main__":

@@ -187,7 +187,8 @@ def check_flags(arguments: list[str]) -> None:
         name, _, value = argument.removeprefix("--").partition("=")
         name = name.replace("-", "_")
         if argument.startswith("--") and name in _FIELDS:
-            raise ConfigError(f"{argument} has dashes, which settings lack: type {name}={value or 'VALUE'}")
+            example = "true" if _TYPES[name] is bool else "VALUE"
+            raise ConfigError(f"{argument} has dashes, which settings lack: type {name}={value or example}")
         if argument.startswith("--") and name in of_other_tools:
             raise ConfigError(_unknown_field(name, value))
 

@@ -9,7 +9,6 @@ import contextlib
 import os
 import platform
 import random
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
@@ -39,6 +38,7 @@ from recipes.checkpoint.manifest import (
     newest_first,
     publish,
     read_manifest,
+    remove_unfinished,
     score_of,
     step_name,
     write_manifest,
@@ -169,7 +169,7 @@ class Checkpoints:
         writing, tag = self._run_dir / CHECKPOINTS_DIR / WRITING_DIR, step_name(step)
         folder = writing / tag
         if rank == 0:
-            shutil.rmtree(writing, ignore_errors=True)  # of a run that was killed
+            remove_unfinished(self._run_dir)
             folder.mkdir(parents=True)
         dist.barrier()
         torch.save(random_states(), folder / RANDOM_STATES_FILE.format(rank))

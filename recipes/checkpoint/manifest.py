@@ -165,6 +165,11 @@ def check_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
             raise BrokenCheckpoint(f"{path}: {error.strerror}") from error
 
 
+def remove_unfinished(run_dir: Path) -> None:
+    """Remove what is left of a checkpoint that was not completed. No rank may be writing one."""
+    shutil.rmtree(run_dir / CHECKPOINTS_DIR / WRITING_DIR, ignore_errors=True)
+
+
 def publish(run_dir: Path, step: int, keep: int) -> None:
     """Rename the complete checkpoint in `writing`, update `latest` and `best`, and remove all but those `keep` newest.
 

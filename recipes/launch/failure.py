@@ -63,6 +63,8 @@ def explain_failure(exit_codes: Sequence[int], first_seen: int, outcomes: Sequen
     lines = [what, *transfers, *ranks, f"the other ranks were ended; its log: {log}"]
     if exit_codes[rank] == -signal.SIGKILL:
         lines.append("probably the OOM killer, if nobody killed it: see dmesg and explain=true")
+    if signalled or timed_out or not first:  # an error of the rank says itself what to do
+        lines.append(resume_hint(run_dir))
     return "\n".join(lines)
 
 

@@ -26,13 +26,13 @@ import torch
 import torch.multiprocessing as mp
 
 from conf.schema import ConfigError
-from recipes.checkpoint.manifest import resume_hint
+from recipes.checkpoint.manifest import remove_unfinished, resume_hint
 from recipes.launch.environment import RENDEZVOUS
 from recipes.launch.failure import Outcome, explain_failure
 from recipes.launch.startup import exit_now
-from recipes.launch.worker import Task, run_rank
+from recipes.launch.worker import Task, clear_earlier_start, run_rank
 from recipes.run.errors import STOP_SIGNALS, Preempted, RunFailed
-from recipes.run.heartbeat import LOGS_DIR, clear_rank_states
+from recipes.run.run_dir import LOGS_DIR, PREEMPTED_FILE
 
 CROWDED_RANKS_PER_CORE = 4  # a rank imports libraries for several seconds of a core
 CLOSING_S = 10.0  # wandb's offline run takes one to four to close
@@ -55,7 +55,7 @@ def launch(task: Task, num_ranks: int, run_dir: Path) -> float:
             second signal.
     """
     print(starting(num_ranks, run_dir), flush=True)
-    clear_rank_states(run_dir)
+    clear_earlier_start(run_dir)
     # neither a queue, whose lock needs /dev/shm, nor files, which need room on a disk
     pipes = [multiprocessing.Pipe(duplex=False) for _ in range(num_ranks)]
     rendezvous = tempfile.mkdtemp(prefix="ring_attention_")  # network disks may lack locks
@@ -76,15 +76,21 @@ def launch(task: Task, num_ranks: int, run_dir: Path) -> float:
         if exit_codes[failed] in (-signal.SIGINT, 128 + signal.SIGINT):
             raise KeyboardInterrupt  # a terminal sends Ctrl-C to all, and this rank was faster than we
         if passed_on and -passed_on[0] in exit_codes:
-            raise Preempted
+            raise Preempted(number=passed_on[0])
         raise RunFailed(explain_failure(exit_codes, failed, outcomes, run_dir))
     except KeyboardInterrupt:
         print(f"\ninterrupted; {resume_hint(run_dir)}; the run so far: {run_dir}", flush=True)
         if processes:
             end_rank_0_last(processes)
         raise
+    except Preempted as error:
+        if not (run_dir / LOGS_DIR / PREEMPTED_FILE).exists():  # else rank 0 has said what resumes
+            name = signal.Signals(error.number).name
+            print(f"ended by {name} without saving; {resume_hint(run_dir)}; the run so far: {run_dir}", flush=True)
+        raise
     finally:
         kill_all(multiprocessing.active_children())  # includes the processes of an interrupted start
+        remove_unfinished(run_dir)  # which may be what fills the disk
         shutil.rmtree(rendezvous, ignore_errors=True)
 
 
@@ -142,7 +148,7 @@ def signals_passed_on(processes: Sequence[BaseProcess]) -> Iterator[list[int]]:
 
     def pass_on(number: int, _: object) -> None:
         if passed_on:
-            raise Preempted
+            raise Preempted(number=number)
         passed_on.append(number)
         for process in processes:
             if process.pid is not None and process.is_alive():

@@ -13,6 +13,7 @@ from typing import Any, Protocol, TextIO
 import torch
 
 from conf.schema import Config, ConfigError
+from recipes.checkpoint.manifest import remove_unfinished
 from recipes.launch import startup
 from recipes.launch.environment import RENDEZVOUS, make_private_folder
 from recipes.launch.failure import full_disk_explained
@@ -62,7 +63,7 @@ def run_rank(task: Task, run_dir: Path, has_parent: bool) -> float:
     if rank == 0 and not has_parent:
         try:
             held.enter_context(locked(run_dir))
-            clear_rank_states(run_dir)
+            clear_earlier_start(run_dir)
         except ConfigError as error:
             shared[2] = str(error)
     dist.broadcast_object_list(shared, src=0)
@@ -91,6 +92,12 @@ def run_rank(task: Task, run_dir: Path, has_parent: bool) -> float:
         ) from error
 
 
+def clear_earlier_start(run_dir: Path) -> None:
+    """Remove what an earlier start has left behind, also a checkpoint that may fill the disk. Needs the lock."""
+    clear_rank_states(run_dir)
+    remove_unfinished(run_dir)
+
+
 @contextlib.contextmanager
 def _output_to(log_path: Path) -> Iterator[TextIO]:
     """Send this process's stdout and stderr, including that of C++ libraries, to a file; yields the console."""
@@ -103,11 +110,21 @@ def _output_to(log_path: Path) -> Iterator[TextIO]:
         try:
             yield console
         except Exception:
-            traceback.print_exc()  # into the log; the caller shows it to people
+            with contextlib.suppress(OSError):  # of a full disk, which may be the error itself
+                traceback.print_exc()  # into the log; the caller shows it to people
             raise
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            for descriptor, target in zip(saved, (1, 2), strict=True):
+            for stream, descriptor, target in zip((sys.stdout, sys.stderr), saved, (1, 2), strict=True):
+                _flush_or_drop(stream, target)
                 os.dup2(descriptor, target)
                 os.close(descriptor)
+
+
+def _flush_or_drop(stream: TextIO, descriptor: int) -> None:
+    """Flush the stream to its file; drop what a full disk refuses, which people would see later."""
+    try:
+        stream.flush()
+    except OSError:
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), descriptor)
+        stream.flush()

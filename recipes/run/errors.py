@@ -22,10 +22,12 @@ class Preempted(SystemExit):
     """SIGTERM or SIGUSR1 stopped the run; the same command with its run dir resumes. `of_all_ranks` as for `RunFailed`.
 
     The exit code is that of SIGTERM for both signals. RUN_DIR/logs/preempted exists if the run saved a checkpoint.
+    `number` is the signal's, for the run's parent.
     """
 
     EXIT_CODE = 128 + signal.SIGTERM
 
-    def __init__(self, of_all_ranks: bool = False) -> None:
+    def __init__(self, of_all_ranks: bool = False, number: int = signal.SIGTERM) -> None:
         super().__init__(self.EXIT_CODE)
         self.of_all_ranks = of_all_ranks
+        self.number = number

@@ -38,7 +38,7 @@ def test_a_killed_rank_ends_the_run_and_ranks_listen_on_loopback_only(program):
         error, *rest = result.stderr.splitlines()
         names(error, "error", "rank 1", "SIGKILL")
         assert re.search(r"step \d+, \w+|steps \d+ and \d+", error)  # its position
-        names("\n".join(rest), running.run_dir / "logs" / "rank_1.log", "dmesg", "explain=true")
+        names("\n".join(rest), running.run_dir / "logs" / "rank_1.log", "dmesg", "explain=true", "no checkpoint")
         assert "Traceback" not in result.stderr
         running.assert_nothing_is_left()
 
@@ -68,6 +68,7 @@ def test_sigterm_to_the_parent_ends_a_starting_run_without_a_traceback(program):
         result = running.finish(ENDS_WITHIN_S)
         assert result.exit_code == 143
         assert result.stderr == ""
+        names(result.stdout.splitlines()[-1], "SIGTERM", "no checkpoint", result.run_dir)
         running.assert_nothing_is_left()
 
 

@@ -66,11 +66,14 @@ def test_ranks_of_deepspeeds_launcher_are_one_run_and_overfit_one_batch(program)
 def test_under_torchrun_rank_0_closes_its_run_and_reports_a_common_error_before_others_exit(program):
     """Without checkpoints, torchrun's SIGTERM would kill it."""
     launcher = [*TORCHRUN, "tests/tools/bad_loss.py", "3"]
+    half_written = program.folder / "run" / "checkpoints" / "writing" / "step_00000004"  # of a run that was killed
+    half_written.mkdir(parents=True)
     result = program.run(*SMALL, "num_steps=6", "checkpoint.keep=0", launcher=launcher, wandb=True)
     assert result.exit_code == 1
     [error] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     names(error, "step 3", "nan", "rank 1")
     some_line_names(result.stderr.splitlines(), "no checkpoint", "engine.on_bad_step=skip")
+    assert not half_written.parent.exists()
     [run] = result.run_dir.glob("wandb/offline-run-*")
     shown = wandb("leet", "inspect", "--summary", str(run), home=program.folder)
     assert re.search(r"^state +failed ", shown, re.MULTILINE)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
+from pathlib import Path
 
 import pytest
 
 from recipes.launch.failure import full_disk_explained
+from recipes.launch.worker import _output_to
 from recipes.run.errors import RunFailed
 from recipes.run.heartbeat import Heartbeat
 from tests.errors import names
@@ -47,6 +50,27 @@ def test_a_test_file_finds_the_reason_of_pytorchs_error(tmp_path, monkeypatch):
 def test_full_shared_memory_is_named(tmp_path):
     error = RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
     names(explained(tmp_path, error).splitlines()[0], "rank 1", "/dev/shm", error)
+
+
+def test_a_full_disk_under_the_log_hides_no_error_and_nothing_reaches_the_console_later(monkeypatch, capfd):
+    """What the log refuses stays in Python's buffers, from where the next print would take it."""
+    streams = [open(descriptor, "w", closefd=False) for descriptor in (1, 2)]  # noqa: SIM115
+    for name, stream in zip(("stdout", "stderr"), streams, strict=True):
+        monkeypatch.setattr(sys, name, stream)
+
+    def fail() -> None:
+        with _output_to(Path("/dev/full")) as console:
+            print("for the log")
+            print("for people", file=console)
+            raise RunFailed("could not write")
+
+    with pytest.raises(RunFailed, match="could not write"):
+        fail()
+    with _output_to(Path("/dev/full")):  # a run that ends well
+        print("for the log")
+    for stream in streams:
+        print("later", file=stream, flush=True)
+    assert capfd.readouterr() == ("for people\nlater\n", "later\n")
 
 
 def test_other_errors_pass_through(tmp_path):

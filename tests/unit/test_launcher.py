@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shlex
 import signal
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from conf.schema import AttentionConfig, Config, ConfigError, DataConfig, EngineConfig, LaunchConfig, ModelConfig
-from recipes.launch import launcher
+from recipes.launch import launcher, processes
 from recipes.launch.failure import Outcome, explain_failure
 from recipes.launch.launcher import count_ranks, make_plan
-from recipes.launch.processes import signals_deferred, starting
+from recipes.launch.processes import launch, signals_deferred, starting
+from recipes.run.errors import STOP_SIGNALS, Preempted, RunFailed
 from recipes.run.heartbeat import Heartbeat
 from tests.errors import is_named, names, refused
 
@@ -125,6 +128,17 @@ def test_a_killed_rank_is_named_with_its_position_and_a_stall_with_all_ranks(tmp
     assert explain_failure([0, 1], 1, [], tmp_path) == "step 7 was not done\nrank 0\nrank 1"
 
 
+@pytest.mark.parametrize("code", [-9, 7, 1], ids=["SIGKILL", "exit code", "timed out"])
+def test_a_rank_that_could_not_say_what_to_do_is_followed_by_what_resumes(tmp_path, code):
+    outcomes = [Outcome(0, error="rank 0 failed:\nRuntimeError: Timed out waiting 1ms")] if code == 1 else []
+    names(explain_failure([code, 0], 0, outcomes, tmp_path).splitlines()[-1], "no checkpoint")
+    (tmp_path / "checkpoints" / "step_00000010").mkdir(parents=True)
+    last = explain_failure([code, 0], 0, outcomes, tmp_path).splitlines()[-1]
+    assert last == "the same command resumes from step_00000010"
+    own = explain_failure([1, 0], 0, [Outcome(0, error="a mistake; what to do")], tmp_path)
+    assert "resumes" not in own
+
+
 def test_a_refusal_by_the_ranks_is_shown_alone(tmp_path):
     refused = [Outcome(rank, error="that does not fit", refused=True) for rank in (1, 0)]
     assert explain_failure([1, 1], 1, refused, tmp_path) == "that does not fit"
@@ -176,6 +190,76 @@ def test_a_signal_while_ranks_start_takes_effect_afterwards():
         start()
     assert steps == ["started"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+TASK: Any = None  # of ranks that do something else
+
+
+def started(monkeypatch, code: str) -> None:
+    """Let `launch` start two ranks that execute this code alone, without the seconds that imports take."""
+
+    def start_processes(_, arguments, num_ranks, **__):
+        children = [multiprocessing.get_context("fork").Process(target=exec, args=(code,)) for _ in range(num_ranks)]
+        handled = [signal.signal(number, signal.SIG_DFL) for number in STOP_SIGNALS]  # a fork inherits handlers
+        for child in children:
+            child.start()
+        for number, handler in zip(STOP_SIGNALS, handled, strict=True):
+            signal.signal(number, handler)
+        return SimpleNamespace(processes=children)
+
+    monkeypatch.setattr("recipes.launch.processes.mp.start_processes", start_processes)
+
+
+def test_no_half_written_checkpoint_is_left_once_all_ranks_have_ended(tmp_path, monkeypatch):
+    """It may be what fills the disk, so that not even the next start could write."""
+    writing = tmp_path / "checkpoints" / "writing" / "step_00000004"
+    started(monkeypatch, f"import os; os.makedirs({str(writing)!r}, exist_ok=True); os._exit(1)")
+    (tmp_path / "checkpoints" / "step_00000002").mkdir(parents=True)
+    with pytest.raises(RunFailed, match="step_00000002"):
+        launch(TASK, 2, tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]
+
+
+def test_a_half_written_checkpoint_of_a_killed_run_is_gone_before_ranks_start(tmp_path, monkeypatch):
+    writing = tmp_path / "checkpoints" / "writing" / "step_00000004"
+    writing.mkdir(parents=True)
+    started(monkeypatch, f"import os; os._exit(3 if os.path.exists({str(writing.parent)!r}) else 4)")
+    with pytest.raises(RunFailed, match="exited with code 4"):
+        launch(TASK, 2, tmp_path)
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+@pytest.mark.parametrize("when", ["while ranks start", "before they train"])
+def test_a_signal_before_the_first_step_is_one_line_with_what_resumes(tmp_path, monkeypatch, capsys, number, when):
+    def stop(received: int, _: object) -> None:  # as train.py
+        raise Preempted(number=received)
+
+    started(monkeypatch, "import time; time.sleep(60)")
+    where, name = (processes.mp, "start_processes") if when == "while ranks start" else (processes, "first_to_fail")
+    original = getattr(where, name)
+
+    def signalled(*arguments, **options):
+        signal.raise_signal(number)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(where, name, signalled)
+    before = signal.signal(number, stop)
+    try:
+        with pytest.raises(Preempted):
+            launch(TASK, 2, tmp_path)
+    finally:
+        signal.signal(number, before)
+    _, said = capsys.readouterr().out.splitlines()
+    names(said, number.name, "no checkpoint", tmp_path)
+
+
+def test_a_signal_whose_checkpoint_is_saved_is_told_by_rank_0_alone(tmp_path, monkeypatch, capsys):
+    saved = tmp_path / "logs" / "preempted"
+    saved.parent.mkdir()
+    started(monkeypatch, f"import os; open({str(saved)!r}, 'w').close(); os._exit({Preempted.EXIT_CODE})")
+    with pytest.raises(Preempted):
+        launch(TASK, 2, tmp_path)
+    assert len(capsys.readouterr().out.splitlines()) == 1  # the line of the start
 
 
 @pytest.mark.parametrize(

@@ -390,6 +390,8 @@ def test_settings_with_dashes_say_how_they_are_typed():
         check_flags(["--optimizer.lr=1e-3"])
     with refused(ConfigError, "--launch.num-ranks", "launch.num_ranks=VALUE"):
         check_flags(["--launch.num-ranks", "8"])
+    with refused(ConfigError, "--explain", "explain=true"):
+        check_flags(["--explain"])
     with refused(ConfigError, "learning_rate", "optimizer.lr=..."):
         check_flags(["--learning-rate=1e-3"])
 
