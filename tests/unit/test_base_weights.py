@@ -49,7 +49,8 @@ def manifest_with(folder: Path, before: dict[str, str] | None) -> Manifest:
 def test_a_changed_byte_is_refused_by_the_name_of_its_file(tmp_path: Path, names: tuple[str, ...]):
     folder = base(tmp_path / "model", *names)
     before = base_weights(str(folder))
-    assert before is not None and list(before) == list(names)
+    assert before is not None
+    assert list(before) == list(names)
     for name in ("config.json", "README.md", "other.safetensors"):  # no weights that are loaded
         (folder / name).write_text('{"use_cache": false}')
     manifest = manifest_with(folder, before)
