@@ -259,8 +259,8 @@ def check_same_base(folder: Path, manifest: Manifest, now: BaseWeights, otherwis
     now = now or {}
     changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     raise ConfigError(
-        f"{folder} has LoRA's weights of another base model: in model.path={path} {', '.join(changed)} changed since "
-        f"they were trained, and a base must stay as it is: put back what was there, or {otherwise}"
+        f"{folder} belongs to another base model: LoRA's weights fit only the one beside which they were trained, but "
+        f"{', '.join(changed)} of model.path={path} has changed since: put back what was there, or {otherwise}"
     )
 
 
