@@ -26,6 +26,7 @@ _NOT_LIBRARY_CODE = {"site-packages", "dist-packages", "test", "tests", "idlelib
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
 _COMPRESSED = {*_CODECS, ".bz2", ".xz", ".lz4", ".zip"}
 _BATCH_ROWS = 1024  # of parquet
+_MAX_LISTED = 4  # files in a warning
 _FIX = "correct the row, or leave out such rows with data.bad_rows=skip"
 _ONE_A_LINE = (
     "write one object a line (jq -c '.[]' FILE, or jq -c . FILE if it is no list), or leave out such rows with "
@@ -100,8 +101,7 @@ class Source:
         """A row for people, as in "texts/a.jsonl, row 3"."""
         if self.config.name is not None:
             return f"{self.description}, row {number}"
-        name = os.path.relpath(self.files[file])
-        name = self.files[file] if name.startswith("..") else name
+        name = _shown(self.files[file])
         return name if self.config.source in ("stdlib", "text_files") else f"{name}, row {number}"
 
     def rows(self, start: Position = BEGINNING) -> Iterator[Row]:
@@ -494,11 +494,43 @@ def describe(config: DataConfig, num_tokens: int) -> str:
     return f"{text} about {size:,} tokens; {num_tokens:,} in these steps, {num_tokens / size:.3g} epochs"
 
 
+def overlap_warning(config: DataConfig) -> str | None:
+    """If a file is trained on and validated on, be it under two names."""
+    sources = source_configs(config)
+    named = [source.validation_files for source in sources.values() if source.validation_files is not None]
+    validated = {file for files in named for file in _named_files(files)}
+    for name, source in sources.items():
+        files = _named_files(source.files) if validated and source.files is not None else []
+        both = [_shown(file) for file in files if file in validated]
+        if not both:
+            continue
+        more = f" and {len(both) - 1:,} more" if len(both) > 1 else ""
+        setting = f"data.sources.{name}.files" if config.source == "mixture" else "data.files"
+        others = [_shown(file) for file in files if file not in validated]
+        alone = f", or type {setting}=[{','.join(others)}]" if 0 < len(others) <= _MAX_LISTED else ""
+        return (
+            f"{both[0]}{more} in {setting} is also in validation_files, so validation is on text that was trained on: "
+            f"move it to a folder of its own{alone}"
+        )
+    return None
+
+
+def _shown(file: str) -> str:
+    """A file for people: below the working folder without it."""
+    name = os.path.relpath(file)
+    return file if name.startswith("..") else name
+
+
 def _files(config: DataConfig) -> list[str]:
     """The files of a source, sorted."""
     if config.source == "stdlib":
         return stdlib_files()
-    patterns = [config.files] if isinstance(config.files, str) else config.files
+    return _named_files(config.files)
+
+
+def _named_files(files: Any) -> list[str]:
+    """The files that a glob or a list of globs names, sorted."""
+    patterns = [files] if isinstance(files, str) else files
     names = {name for pattern in patterns for name in glob.glob(pattern, recursive=True) if Path(name).is_file()}
     return [str(Path(name).resolve()) for name in sorted(names)]
 

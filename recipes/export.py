@@ -27,8 +27,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from conf.schema import ConfigError, DataConfig, LoraConfig, ModelConfig
+from recipes.checkpoint.base_weights import base_weights
 from recipes.checkpoint.consolidated import consolidated_weights, find_checkpoint
-from recipes.checkpoint.manifest import Manifest
+from recipes.checkpoint.manifest import Manifest, check_same_base
 
 SUFFIX = ".safetensors"
 
@@ -117,7 +118,9 @@ def _write_folder(new: Path, folder: Path, manifest: Manifest, merge: bool) -> s
     if not lora.rank:
         save_pretrained.save_model(new, path, config, weights, dtype)
     elif merge:
-        save_pretrained.save_merged(new, path, config, lora, weights, dtype)
+        base = save_pretrained.load_base(path, config, dtype)
+        check_same_base(folder, manifest, base_weights(path), "leave out --merge, which gives the adapter")
+        save_pretrained.save_merged(new, path, base, lora, weights)
         what = f"{path} with {what}, merged into it"
     else:
         save_pretrained.save_adapter(new, config, lora, weights)

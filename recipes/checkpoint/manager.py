@@ -24,13 +24,16 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 from conf.schema import Config, ConfigError
 from data.corpus import LastRead, Pack
+from recipes.checkpoint.base_weights import base_weights
 from recipes.checkpoint.manifest import (
     CHECKPOINTS_DIR,
     WRITING_DIR,
+    BaseWeights,
     BrokenCheckpoint,
     Manifest,
     best_checkpoint,
     check_files,
+    check_same_base,
     check_same_run,
     fingerprint,
     is_resharded,
@@ -115,6 +118,12 @@ def _gathered(value: Any) -> list[Any]:
     return values
 
 
+def shared_base_weights(path: str) -> BaseWeights:
+    """The digests of the model's files, which ranks share the reading of. Every rank must call it."""
+    parts = _gathered(base_weights(path, dist.get_rank(), dist.get_world_size()))
+    return None if None in parts else {name: digest for part in parts for name, digest in part.items()}
+
+
 def _versions() -> dict[str, str]:
     packages = ("torch", "deepspeed", "numpy", "datasets")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
@@ -133,6 +142,9 @@ class Checkpoints:
         self._config, self._run_dir, self._engine = config, run_dir, engine
         self.are_enabled = config.checkpoint.keep > 0
         self._leaves_out_frozen = config.lora.rank > 0  # the base model's weights, which model.path has
+        self._base_weights: BaseWeights = None
+        if config.lora.rank and config.model.path:
+            self._base_weights = shared_base_weights(config.model.path)
         self.best: Path | None = None  # the checkpoint of the best step so far
         self._best_score: list[float] = []
         if config.checkpoint.keep_best and (best := _gathered(best_checkpoint(run_dir))[0]):  # rank 0's
@@ -195,8 +207,9 @@ class Checkpoints:
             files = {name: print_ for part in parts for name, print_ in part.items()}
             last_read = LastRead(*last.position, last.sha256()) if last else None
             score = self._score(metrics or {})
-            progress = (step, last_read, elapsed_s, wandb_run_id)
-            write_manifest(folder, Manifest(*progress, asdict(self._config), _versions(), files, score))
+            progress, settings = (step, last_read, elapsed_s, wandb_run_id), asdict(self._config)
+            manifest = Manifest(*progress, settings, _versions(), files, score, self._base_weights)
+            write_manifest(folder, manifest)
             publish(self._run_dir, step, self._config.checkpoint.keep)
             if preempted:
                 (self._run_dir / LOGS_DIR / PREEMPTED_FILE).write_text(f"{tag}\n", encoding="utf-8")
@@ -206,8 +219,12 @@ class Checkpoints:
         """Load what `choose_checkpoint` has verified into a new engine, and restore this rank's random states.
 
         On another number of ranks or another ZeRO stage, every rank builds its shards from the files of all ranks.
+
+        Raises:
+            ConfigError: on every rank, if the base model of a run with LoRA is another one than before.
         """
         folder, tag = self._run_dir / CHECKPOINTS_DIR, step_name(manifest.step)
+        check_same_base(folder / tag, manifest, self._base_weights, "use another hydra.run.dir")
         with only_known_classes():
             if is_resharded(manifest, self._config):
                 states = ConsolidatedState(folder / tag, manifest.config["engine"]["zero_stage"])

@@ -45,6 +45,10 @@ RESHARDABLE = (
 )
 
 
+# digests of the files of a base model by name, as `base_weights.base_weights`
+BaseWeights = dict[str, str] | None
+
+
 class BrokenCheckpoint(Exception):
     """A checkpoint that is not as it was written; the message names the file and what is wrong with it."""
 
@@ -61,6 +65,7 @@ class Manifest:
     versions: dict[str, str]  # of Python and the packages that compute
     files: dict[str, dict[str, Any]]  # fingerprints by name in the checkpoint's folder
     score: list[float] | None = None  # of its step, as `score_of`; None: nothing was measured, or the best is not kept
+    base_weights: BaseWeights = None  # of a run with LoRA; None: unknown, or it trains all weights
 
 
 def step_name(step: int) -> str:
@@ -243,6 +248,25 @@ def check_same_run(folder: Path, manifest: Manifest, config: Config) -> list[str
             f"from each other, stage 0 only from itself: type engine.zero_stage={old}, or use another hydra.run.dir"
         )
     return [f"{name} {before.get(name)} -> {now[name]}" for name in differing]
+
+
+def check_same_base(folder: Path, manifest: Manifest, now: BaseWeights, otherwise: str) -> None:
+    """Raises ConfigError if the weights at model.path are not those beside which LoRA's were trained.
+
+    A checkpoint of an older version does not know.
+
+    Args:
+        otherwise: what to do without them.
+    """
+    before, path = manifest.base_weights, manifest.config["model"].get("path")
+    if before is None or before == now:
+        return
+    now = now or {}
+    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    raise ConfigError(
+        f"{folder} belongs to another base model: LoRA's weights fit only the one beside which they were trained, but "
+        f"{', '.join(changed)} of model.path={path} has changed since: put back what was there, or {otherwise}"
+    )
 
 
 def _check_batch(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from conf.schema import Config, ConfigError, LoraConfig, ModelConfig
 from recipes.checkpoint.consolidated import find_checkpoint, stored_weights
-from recipes.checkpoint.manifest import CHECKPOINTS_DIR, MANIFEST_FILE, read_manifest
+from recipes.checkpoint.manifest import CHECKPOINTS_DIR, MANIFEST_FILE, check_same_base, read_manifest
 from recipes.model.model_folder import ADAPTER_FILE
 from recipes.run.run_dir import CONFIG_FILE as RUN_CONFIG_FILE
 
@@ -79,11 +79,19 @@ def load_weights(model: nn.Module, source: str) -> int | None:
 
     Returns:
         The step after which the checkpoint was written; None for a Hugging Face model.
+
+    Raises:
+        ConfigError: on every rank, if the base model of a run with LoRA has changed since.
     """
     folder = Path(source)
     if not (folder / MANIFEST_FILE).exists():
         return None
     manifest = read_manifest(folder)
+    if manifest.base_weights is not None:
+        from recipes.checkpoint.manager import shared_base_weights
+
+        now = shared_base_weights(manifest.config["model"]["path"])
+        check_same_base(folder, manifest, now, "give the checkpoint of another run")
     targets, loaded = model.state_dict(keep_vars=True), set()
     for name, tensor in stored_weights(folder, manifest):
         targets[name].data.copy_(tensor)

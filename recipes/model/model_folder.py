@@ -36,13 +36,17 @@ def check_folder(folder: Path) -> int:
         ValueError: unless the folder has a configuration and complete weights in safetensors files.
     """
     check_config(folder)
-    names = [WEIGHTS_FILE]
-    if (folder / INDEX_FILE).is_file():
-        index = _json_object(folder / INDEX_FILE)
-        if not isinstance(index.get("weight_map"), dict):
-            raise ValueError(f"{folder / INDEX_FILE} has no weight_map: download it again")
-        names = sorted(set(index["weight_map"].values()))
-    return sum(_num_values(folder / name) for name in names)
+    return sum(map(_num_values, weight_files(folder)))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers loads from the folder. Raises ValueError if their index is damaged."""
+    if (folder / WEIGHTS_FILE).is_file() or not (folder / INDEX_FILE).is_file():
+        return [folder / WEIGHTS_FILE]
+    index = _json_object(folder / INDEX_FILE)
+    if not isinstance(index.get("weight_map"), dict):
+        raise ValueError(f"{folder / INDEX_FILE} has no weight_map: download it again")
+    return [folder / name for name in sorted(set(index["weight_map"].values()))]
 
 
 def check_hub(name: str) -> None:

@@ -28,13 +28,16 @@ def save_model(folder: Path, path: str, config: Any, weights: dict[str, Tensor],
     _save(folder, path, shell, {name: weights.pop(PREFIX + name) for name in _saved_names(shell)})
 
 
-def save_merged(
-    folder: Path, path: str, config: Any, lora: LoraConfig, weights: dict[str, Tensor], dtype: torch.dtype
-) -> None:
-    """Write the base model's weights with the matrices of LoRA, in fp32 here, merged into them."""
+def load_base(path: str, config: Any, dtype: torch.dtype) -> Any:
+    """The model beside which LoRA's matrices were trained."""
     from transformers import AutoModelForCausalLM
 
-    with_lora = add_lora(AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype), lora, seed=0)
+    return AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
+
+
+def save_merged(folder: Path, path: str, base: Any, lora: LoraConfig, weights: dict[str, Tensor]) -> None:
+    """Write the base model's weights with the matrices of LoRA, in fp32 here, merged into them."""
+    with_lora = add_lora(base, lora, seed=0)
     matrices = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items() if ".lora_" in name}
     with_lora.load_state_dict(matrices, strict=False, assign=True)  # they stay fp32
     merged: Any = merge_lora(with_lora)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from conf.schema import LOSS_TASK, WITHOUT_MODEL, Config
 from conf.stages import stages_of, steps_by_length
-from data.source import describe
+from data.source import describe, overlap_warning
 from recipes.planning import memory
 from recipes.planning.memory import dtype_bytes
 from recipes.planning.memory_timeline import StepMemory
@@ -59,7 +59,8 @@ def _stage_lengths(plan: Plan) -> str:
 
 
 def _warnings(plan: Plan) -> tuple[str | None, ...]:
-    return plan.slow_step_warning, plan.memory_warning, plan.position_warning
+    validated = overlap_warning(plan.config.data) if plan.config.recipe == "pretrain" else None
+    return plan.slow_step_warning, plan.memory_warning, plan.position_warning, validated
 
 
 def _optimizer(plan: Plan) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,12 +12,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from conf.schema import AttentionConfig, CheckpointConfig, Config, DataConfig, EngineConfig, LoraConfig, ModelConfig
+from conf.schema import (
+    AttentionConfig,
+    CheckpointConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    EngineConfig,
+    LoraConfig,
+    ModelConfig,
+)
 from recipes.checkpoint.manager import Checkpoints, choose_checkpoint
 from recipes.checkpoint.manifest import newest_first, read_manifest
 from recipes.export import consolidated_weights, export
 from recipes.planning.plan import Plan
 from tests.corpora import byte_corpus
+from tests.errors import names, refused
 from tests.families import tiny_model
 from tests.pool import WorkerPool, parallel_groups
 
@@ -221,6 +232,47 @@ def test_lora_is_exported_as_an_adapter_or_merged(
     expected = (before.float() + config.lora.alpha / 4 * (up @ down)).to(DTYPES[dtype])
     assert not torch.equal(expected, before)
     torch.testing.assert_close(merged.state_dict()[f"{layer}.weight"], expected, rtol=1e-6, atol=1e-7)
+
+
+def test_a_changed_base_of_lora_is_refused(pool: WorkerPool, tmp_path: Path, tiny_llama: Path):
+    base = save_family(tmp_path / "model", "llama", "fp32")
+    weights = base / "model.safetensors"
+    config = configuration(base, tiny_llama, 1, "fp32", 4)
+    pool.run(train, config, tmp_path, 2, num_ranks=2)
+    newest = newest_first(tmp_path)[0]
+    shutil.rmtree(newest)
+    before = weights.read_bytes()
+    weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    for function in (train, read_for_inference):
+        for text in pool.run(refusal, function, config, tmp_path, 2, num_ranks=2):
+            names(text, f"model.path={base}", weights.name)
+    with refused(ConfigError, f"model.path={base}", weights.name, "--merge"):
+        export(tmp_path, tmp_path / "merged", merge=True)
+    assert not (tmp_path / "merged").exists()
+    export(tmp_path, tmp_path / "adapter")
+    weights.write_bytes(before)  # with another time stamp
+    pool.run(train, config, tmp_path, 2, num_ranks=2)
+    assert newest.exists()
+    export(tmp_path, tmp_path / "merged", merge=True)
+
+
+def refusal(function: Callable[..., Any], *arguments: Any) -> str:
+    """On a rank: the error of a user."""
+    with pytest.raises(ConfigError) as caught:
+        function(*arguments)
+    return str(caught.value)
+
+
+def read_for_inference(config: Config, run_dir: Path, num_ranks: int) -> None:
+    """On a rank: load the newest checkpoint's weights into a model, as recipe=generate does."""
+    from recipes.engine.build import build_engine
+    from recipes.inference.source import load_weights
+    from recipes.model.pretrained import resolve
+
+    plan = Plan(resolve(config), num_ranks, "cpu", "CPU", None, ranks_per_host=num_ranks)
+    plan.resolve_config()
+    engine = build_engine(plan, parallel_groups(1, num_ranks))
+    load_weights(engine.model, str(newest_first(run_dir)[0]))
 
 
 @torch.no_grad()

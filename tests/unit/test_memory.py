@@ -382,3 +382,12 @@ def test_the_last_tile_of_a_loss_is_half_as_long():
     assert loss_tiles(11, 4) == [(0, 4), (4, 8), (8, 10), (10, 11)]
     assert loss_tiles(10, 4) == [(0, 4), (4, 8), (8, 10)]
     assert loss_tiles(3, 1) == [(0, 1), (1, 2), (2, 3)]
+
+
+def test_training_on_the_validation_documents_is_warned_of_in_the_plan(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    file = str(tmp_path / "a.txt")
+    data = DataConfig(source="text_files", files=file, validation_files=file, sequence_length=1024)
+    [warning] = rows("!!!", plan(80 * GIB, data=data))
+    names(warning, file, "data.files")
+    assert not rows("!!!", plan(80 * GIB, data=data, recipe="forward"))  # it validates nothing

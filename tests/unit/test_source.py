@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from pathlib import Path
 from typing import Any
 
 import pyarrow
@@ -11,7 +12,16 @@ import pyarrow.parquet
 import pytest
 
 from conf.schema import DataConfig
-from data.source import BEGINNING, CorpusError, MegatronFile, describe, is_local, open_source, stdlib_files
+from data.source import (
+    BEGINNING,
+    CorpusError,
+    MegatronFile,
+    describe,
+    is_local,
+    open_source,
+    overlap_warning,
+    stdlib_files,
+)
 from data.store import open_store
 from tests.errors import names, refused
 
@@ -156,3 +166,45 @@ def test_json_lines_are_no_text(tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(json_lines(*TEXTS))
     with refused(CorpusError, "rows.jsonl", "data=jsonl", "data=chat"):
         open_source(DataConfig(source="text_files", files=f"{tmp_path}/*"))
+
+
+class TestAFileThatIsTrainedOnAndValidatedOn:
+    def jsonl(self, **settings: Any) -> DataConfig:
+        return DataConfig(source="jsonl", **settings)
+
+    def files(self, folder: Path, *names: str) -> None:
+        (folder / "texts").mkdir()
+        for name in names:
+            (folder / "texts" / name).write_bytes(json_lines("text"))
+
+    def test_is_named_with_what_to_type(self, tmp_path, monkeypatch):
+        self.files(tmp_path, "a.jsonl", "b.jsonl")
+        monkeypatch.chdir(tmp_path)
+        warning = overlap_warning(self.jsonl(files="texts/*.jsonl", validation_files=["texts/b.jsonl"])) or ""
+        names(warning, "texts/b.jsonl", "data.files=[texts/a.jsonl]")
+        assert overlap_warning(self.jsonl(files="texts/a.jsonl", validation_files="texts/b.jsonl")) is None
+        assert overlap_warning(self.jsonl(files="texts/*.jsonl")) is None
+
+    def test_is_found_under_another_name(self, tmp_path):
+        self.files(tmp_path, "a.jsonl")
+        link = tmp_path / "validation.jsonl"
+        link.symlink_to(tmp_path / "texts" / "a.jsonl")
+        config = self.jsonl(files=f"{tmp_path}/texts/../texts/*", validation_files=str(link))
+        names(overlap_warning(config) or "", tmp_path / "texts" / "a.jsonl")
+
+    def test_of_many_the_first_is_named_and_others_are_counted(self, tmp_path, monkeypatch):
+        self.files(tmp_path, *(f"{number}.jsonl" for number in range(9)))
+        monkeypatch.chdir(tmp_path)
+        warning = overlap_warning(self.jsonl(files="texts/*", validation_files="texts/[6-8].jsonl")) or ""
+        names(warning, "texts/6.jsonl", "2 more")
+        assert "data.files=[" not in warning  # six others are no line to type
+
+    def test_is_found_in_another_source_of_a_mixture(self, tmp_path):
+        self.files(tmp_path, "a.jsonl", "b.jsonl")
+        a, b = (str(tmp_path / "texts" / name) for name in ("a.jsonl", "b.jsonl"))
+        sources = {
+            "x": {"source": "jsonl", "files": a, "validation_files": b, "weight": 0.5},
+            "y": {"source": "jsonl", "files": b, "weight": 0.25},
+            "z": {"source": "stdlib", "weight": 0.25},
+        }
+        names(overlap_warning(DataConfig(source="mixture", sources=sources)) or "", b, "data.sources.y.files")
