@@ -49,6 +49,7 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
     logger = StepLogger(plan, engine, "train", reporter)
     for note in engine.notes:
         logger.say(note)
+    report_status("part", "preparing checkpoints")  # with LoRA all of the base model's files are read
     checkpoints = Checkpoints(config, run_dir, engine)
     bad_steps = BadSteps(plan, engine, run_dir)
 
