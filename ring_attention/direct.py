@@ -101,8 +101,7 @@ def direct_backward(
 def _side_stream(plan: DirectPlan, q_BSHD: Tensor) -> SideStream:
     """Not while ring steps are visible: what waits for keys beside whole documents is not what a pass waits for."""
     is_used = bool(plan.whole_calls) and not ring_steps_are_visible()
-    num_queries = q_BSHD.shape[0] * q_BSHD.shape[1] * q_BSHD.shape[2]
-    return SideStream(q_BSHD.device, is_used and has_side_stream(q_BSHD.is_cuda, num_queries))
+    return SideStream(q_BSHD.device, is_used and has_side_stream(q_BSHD.is_cuda, q_BSHD.shape[:3].numel()))
 
 
 def _attend(

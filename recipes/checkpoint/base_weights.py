@@ -1,7 +1,7 @@
 """Digests of a base model's files. Checkpoints of runs with LoRA leave its weights out, so they must not change.
 
-The digests are of all bytes: they find every change, also one that leaves size and time stamps as they were. Reading
-the files is cheap, since the model has just been loaded from them: about a second per GB and core. They do not find a
+The digests are of all bytes: they find every change, also one that leaves size and time stamps as they were. The model
+has just been loaded from the files, so reading them again takes about 2 s per GB on one slow core. They do not find a
 change of config.json. Weights that are saved again in other shards count as changed although they are equal.
 """
 

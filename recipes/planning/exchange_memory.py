@@ -46,8 +46,8 @@ def symmetric_buffer_shards(ring_degree: int) -> int:
 class ExchangeMemory:
     """Bytes that attention's backward pass allocates in one layer, the output's gradient and results included.
 
-    What the allocator keeps for a second stream (`ring_attention.streams`) is not: at most 0.5 GiB of a pass of 16,384
-    tokens with the heads of Llama 3.1 8B, as little of the tenth that a plan leaves free.
+    What the allocator keeps for a second stream (`ring_attention.streams`) is not counted: about 0.5 GiB for 16,384
+    tokens with the heads of Llama 3.1 8B, from the tenth of a GPU that plans leave free.
 
     Args:
         num_heads: query heads.

@@ -11,7 +11,6 @@ from conf.schema import LOSS_TASK, WITHOUT_MODEL, Config
 from conf.stages import stages_of, steps_by_length
 from data.source import describe, overlap_warning
 from recipes.planning import memory
-from recipes.planning.memory import dtype_bytes
 from recipes.planning.memory_timeline import StepMemory
 from recipes.planning.plan import Plan
 from recipes.planning.step_time import StepTime
@@ -299,7 +298,7 @@ def _ring_work(plan: Plan) -> list[str]:
     ]
     if plan.method in ("ring", "hybrid"):
         kv_per_token = 2 * model.num_kv_heads // plan.degrees.ulysses * model.head_dim * engine.micro_batch_size
-        mib_per_token = kv_per_token * dtype_bytes(plan.config) / 2**20
+        mib_per_token = kv_per_token * memory.dtype_bytes(plan.config) / 2**20
         gradient_mib_per_token = kv_per_token * plan.step_time.attention(CAUSAL).gradient_size / 2**20
         sent = [tokens_sent(layout, CAUSAL, ring_rank) for ring_rank in range(layout.ring_degree)]
         forward_mib = [keys * mib_per_token for keys, _ in sent]
