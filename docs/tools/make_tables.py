@@ -35,7 +35,12 @@ FOUR = _attention_files(4, 32768, 65536, 131072)
 GQA = {f"{n:,}": f"attention_{n}_gqa_2xH200.json" for n in (4096, 8192, 16384, 32768, 65536, 131072)}
 PACKED = {
     mix: f"packed_{name}_65536_2xH200.json"
-    for mix, name in {"8 of 8,192": "8x8192", "log-normal": "lognormal", "256 of 256": "256x256"}.items()
+    for mix, name in {
+        "8 of 8,192": "8x8192",
+        "log-normal": "lognormal",
+        "32 of 2,048": "32x2048",
+        "256 of 256": "256x256",
+    }.items()
 }
 LONG = ("million_H200.json", "long_steps_2xH200.json", "half_million_H100.json")
 PARITY = {

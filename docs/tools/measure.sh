@@ -15,6 +15,7 @@
 #   packed, packed_links                     packed documents: beside varlen on one GPU; all methods on all GPUs
 #   precision     the ring's errors against its degree, on one GPU
 #   whole_8b      a first and a second step of a whole Llama 3.1 8B from a Hugging Face folder, 131,072 tokens per GPU
+#   whole_8b_long the first step of it with 262,144 tokens per GPU; takes 7 minutes on two
 #   heads_512, heads_512_10k                 attention alone with heads of 512
 #   simulated     one rank of larger rings, on one GPU
 #   kernels       each attention kernel's speed, on one GPU
@@ -103,11 +104,17 @@ for stage in "$@"; do
     packed_links)
       for documents in lognormal 8x8192 32x2048 256x256; do bench 150 "packed_$documents" 65536 model.num_kv_heads=8 "+documents=$documents" breakdown=false; done ;;
     precision) CUDA_VISIBLE_DEVICES=${GPU:-0} limited 90 7 precision python3 -m tests.tools.precision --device cuda --length 8192 --json "$out/precision.json" ;;
-    whole_8b) # the folder takes 15 GiB and 40 s; activations of all layers are on the host
+    whole_8b | whole_8b_long) # the folder takes 15 GiB and 40 s; activations of all layers are on the host
       limited 120 1 llama_folder python3 -m tests.tools.llama_folder "$out/runs/llama_8b" model=llama_8b
-      whole="model.path=$out/runs/llama_8b attention=ring engine.zero_stage=3 engine.recompute=selective engine.offload_activations=true \
-        engine.train_batch_size=1 data.sequence_length=$((131072 * $(nvidia-smi -L | wc -l)))"
-      limited 595 2 whole_8b python3 -m tests.tools.long_step --json "$out/whole_8b.json" "$whole" "$whole num_steps=2" ;;
+      whole="model.path=$out/runs/llama_8b attention=ring engine.zero_stage=3 engine.offload_activations=true engine.train_batch_size=1"
+      gpus=$(nvidia-smi -L | wc -l)
+      if [ "$stage" = whole_8b ]; then
+        settings=("$whole engine.recompute=selective data.sequence_length=$((131072 * gpus))")
+        settings+=("${settings[0]} num_steps=2")
+      else
+        settings=("$whole engine.recompute=full data.sequence_length=$((262144 * gpus))")
+      fi
+      limited 595 2 "$stage" python3 -m tests.tools.long_step --json "$out/$stage.json" "${settings[@]}" ;;
     heads_512) bench 90 heads_512 32768 model=paper_10k model.num_kv_heads=16 engine.dtype=fp16 ;;
     heads_512_10k) bench 120 heads_512_10k 10000 model=paper_10k model.num_kv_heads=16 engine.dtype=fp16 engine.micro_batch_size=4 compare.rounds=4 ;;
     simulated) CUDA_VISIBLE_DEVICES=${GPU:-0} bench 150 simulated_64k 65536 launch.num_ranks=1 ;;

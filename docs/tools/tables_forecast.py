@@ -31,7 +31,7 @@ from ring_attention import CAUSAL
 from ring_attention.kernels import KERNELS
 from ring_attention.layout import Layout
 from ring_attention.pass_graph import become_graphs
-from tests.tools.long_step import predicted_again
+from tests.tools.long_step import composed, predicted_again
 
 SIMULATED_LENGTH = 65_536
 BESIDE = "forward, ms | forecast, ms | error | with backward, ms | forecast, ms | error"
@@ -145,13 +145,16 @@ def whole_8b() -> str:
     """Steps of a whole model: the first of a run, and the fastest of two, beside the forecast."""
     body, name = [], "whole_8b_2xH200.json"
     for row in load(name):
-        is_first = "num_steps" not in row["setting"]
+        is_first, config = "num_steps" not in row["setting"], composed(row["setting"])
+        settings = [
+            f"{config.data.sequence_length:,}",
+            config.engine.recompute,
+            "the first" if is_first else "the second",
+        ]
         forecast = forecast_s(of_setting(name, row["setting"], row, "flash_attn_4", is_first), FITTED)
         peak_gib = predicted_again(row)["predicted_gib"]
-        body.append(
-            ["the first" if is_first else "the second", *cells_of_step(row), f"{forecast:.0f}", f"{peak_gib:.1f}"]
-        )
-    return table(f"step | {STEP_COLUMNS} | forecast, s | predicted peak, GiB", body)
+        body.append([*settings, *cells_of_step(row), f"{forecast:.0f}", f"{peak_gib:.1f}"])
+    return table(f"tokens | recompute | step | {STEP_COLUMNS} | forecast, s | predicted peak, GiB", body)
 
 
 def _rank_of_a_ring(degree: int, length: int, cluster: Cluster, has_graphs: bool = False) -> AttentionTime:

@@ -3,8 +3,8 @@
 `engine_memory` has what DeepSpeed and Adam allocate. Here are the model's tensors and those that autograd saves. On the
 CPU all is plain PyTorch, and tests count it in the real engine (`python -m tests.tools.memory`). On GPUs other kernels
 save other tensors: Liger, PyTorch's fused norms, flash-attn-4 in half precision, memory-efficient attention in fp32,
-the fused Adam. docs/performance.md has measured peaks. Not included: workspaces inside kernels (cuBLAS 64 MiB on
-Hopper), fragmentation, and the gradients of all keys under attention=all_gather.
+the fused Adam. docs/performance.md has measured peaks. Not included: workspaces of other kernels than cuBLAS,
+fragmentation, and the gradients of all keys under attention=all_gather.
 
 Names end in their unit: `_bytes`, or `_per_token` for bytes per token of this rank. "Numbers" are elements.
 """
@@ -32,6 +32,8 @@ from recipes.planning.memory import (
 )
 from recipes.planning.pass_graphs import graph_memory
 
+# PyTorch allocates 32 MiB on Hopper for each cuBLAS handle: those of the threads of forward and backward pass
+CUBLAS_BYTES = 2 * 2**25
 MAX_LIVE = 1_000_000_000  # parameters that ZeRO-3 gathers at most: DeepSpeed's stage3_max_live_parameters
 STATES, GATHERED = "weights, optimizer states, persistent buffers", "gathered parameters"
 
@@ -83,7 +85,12 @@ class StepMemory:
         self._layer_per_token = self._layer_bytes()
         self._states = {STATES: self._engine.persistent - (self._engine.adam if config.num_steps == 1 else 0)}
         if config.engine.zero_stage == 3 and num_ranks > 1:
-            self._states[GATHERED] = self._size * min(sharded_parameters(model), MAX_LIVE)
+            gathered = min(sharded_parameters(model), MAX_LIVE)
+            if config.num_steps == 1:  # DeepSpeed keeps none for later use until it has seen the order of one step
+                gathered = max(self._head, layer_matmul_parameters(model))
+            self._states[GATHERED] = self._size * gathered
+        if self.on_gpu:
+            self._states["cuBLAS workspaces"] = CUBLAS_BYTES
         # receive buffers of the copy engine for K,V and their gradients, allocated by the first layer
         self._symmetric_per_token = 0
         if self.on_gpu and self._has_ring and config.attention.transport != "p2p":
