@@ -18,7 +18,7 @@ from torch import Tensor
 from data.corpus import IGNORED_LABEL, Pack
 from ring_attention.layout import Layout
 
-Documents = tuple[tuple[int, ...], ...]  # of each row: 0, then the end of each document, over all ranks' tokens
+DocumentEnds = tuple[tuple[int, ...], ...]  # of each row: 0, then the end of each document, over all ranks' tokens
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class TokenBatch:
     tokens_BS: Tensor
     positions_BS: Tensor
     labels_BS: Tensor
-    documents: Documents | None = None
+    documents: DocumentEnds | None = None
     lengths: tuple[int, ...] = ()
 
     def num_valid(self) -> Tensor:

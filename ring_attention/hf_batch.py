@@ -18,7 +18,7 @@ from ring_attention.transport.agreement import check_equal
 
 IGNORED_LABEL = -100  # torch's and transformers'
 LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-Documents = list[list[int]] | None  # of each row, or of one for all rows: 0, then the end of each document
+DocumentEnds = list[list[int]] | None  # of each row, or of one for all rows: 0, then the end of each document
 
 
 def check_same_batch(
@@ -48,7 +48,7 @@ def check_padding(mask_BL: Tensor) -> None:
         )
 
 
-def read_documents(given: Mapping[str, Tensor], num_rows: int, length: int) -> Documents:
+def read_documents(given: Mapping[str, Tensor], num_rows: int, length: int) -> DocumentEnds:
     """Where documents begin and end, by all that says so. None if each row is one document.
 
     Raises:
@@ -92,7 +92,7 @@ def _ends_at(boundaries: list[int], length: int, name: str) -> list[int]:
     return boundaries
 
 
-def positions_of(documents: Documents, length: int) -> Tensor:
+def positions_of(documents: DocumentEnds, length: int) -> Tensor:
     """[rows, L]: each token's place in its document."""
     rows = documents or [[0, length]]
     return torch.stack(
@@ -100,7 +100,7 @@ def positions_of(documents: Documents, length: int) -> Tensor:
     )
 
 
-def shifted_labels(given: Mapping[str, Tensor], documents: Documents, length: int) -> Tensor:
+def shifted_labels(given: Mapping[str, Tensor], documents: DocumentEnds, length: int) -> Tensor:
     """[B, L]: the label of the next token, or IGNORED_LABEL at a document's end and on padding."""
     labels_BL = F.pad(given["labels"][:, 1:], (0, 1), value=IGNORED_LABEL)
     if "attention_mask" in given:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from conf.schema import Config, ConfigError
-from data.shard import Documents
+from data.shard import DocumentEnds
 from recipes.model.head import Head
 from recipes.model.lora import add_lora
 from recipes.model.mlp import Activation, tiled_mlp
@@ -97,7 +97,7 @@ class HuggingFaceModel(nn.Module):
         tokens_BS: Tensor,
         positions_BS: Tensor,
         labels_BS: Tensor | None = None,
-        documents: Documents | None = None,
+        documents: DocumentEnds | None = None,
         by_token: bool = False,
     ) -> Tensor:
         """The sum of the cross-entropies of labels in nats, a scalar in fp32; without labels the logits [B, S, V].

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from conf.schema import ModelConfig
-from data.shard import Documents
+from data.shard import DocumentEnds
 from recipes.model.head import Head
 from recipes.model.mlp import MLP
 from recipes.model.ops import make_norm, rotary_qkv
@@ -138,7 +138,7 @@ class Transformer(nn.Module):
         tokens_BS: Tensor,
         positions_BS: Tensor,
         labels_BS: Tensor | None = None,
-        documents: Documents | None = None,
+        documents: DocumentEnds | None = None,
         by_token: bool = False,
     ) -> Tensor:
         """The sum of the cross-entropies of labels in nats, a scalar in fp32; without labels the logits [B, S, V].
