@@ -313,6 +313,11 @@ class DataConfig(_Checked, prefix="data."):
         for name in ("name", "files", "validation_files", "tokenizer"):
             if re.search(r"://[^/]*@", str(getattr(self, name))):  # the value may hold a password: do not print it
                 yield f"data.{name} is a URL with a login, which the run would save: use HF_TOKEN for what is private"
+        if self.tokenizer == "bytes" and not os.path.exists(self.tokenizer):  # as messages call it; the hub has none
+            yield (
+                "data.tokenizer=bytes is no tokenizer: leave it out for tokens that are bytes, or with model.path for "
+                "the model's own tokenizer"
+            )
         for name, sources in _ONLY_FOR.items():
             value = getattr(self, name)
             if self.source not in sources and value != getattr(DataConfig, name):
