@@ -36,6 +36,7 @@ from conf.degrees import accumulation_steps, resolve_degrees
 from conf.schema import INFERENCE, LOSS_TASK, WITHOUT_MODEL, Config, ConfigError
 from data.corpus import Corpus, open_corpus
 from data.source import is_local
+from data.store import check_without_download
 from recipes.checkpoint.manifest import newest_readable
 from recipes.launch import startup
 from recipes.launch.environment import (
@@ -148,29 +149,34 @@ def execute(config: Config, overrides: list[str], run_dir: Path) -> float | None
     from recipes.planning.explain import explanation
 
     num_ranks = launcher.count_ranks(config)
+    loss = launcher.result_if_finished(config, num_ranks, run_dir) if config.recipe == "pretrain" else None
     if config.explain:
         if os.environ.get("RANK", "0") == "0":
             plan = launcher.make_plan(config, num_ranks)
             print(*explanation(plan, run_dir), sep="\n", flush=True)
-            if reads_data and not config.data.stream:
+            if reads_data:
                 print("", *_packing(plan), sep="\n", flush=True)
         return None
-    if config.recipe == "pretrain" and (loss := launcher.result_if_finished(config, num_ranks, run_dir)) is not None:
+    if loss is not None:
         return loss
     return launcher.start(registry.RecipeTask(config), num_ranks, run_dir)
 
 
 def _packing(plan: Plan) -> list[str]:
-    """How documents are packed and lie on ranks, as lines of text. Raises CorpusError as `open_corpus`."""
+    """How documents are packed and lie on ranks, as lines of text. Raises as `_open_data`, and downloads nothing."""
     from data.report import packing_report
     from recipes.planning.packed_layouts import NUM_SEQUENCES, packed_layouts
 
-    config, folder = plan.config, plan.config.model.path
-    if not is_local(config.data):
-        return ["packing of documents: not shown, because data or tokenizer is no folder here; nothing was downloaded"]
-    if config.explain_gpu and folder and config.data.tokenizer == folder and not any(Path(folder).glob("tokenizer*")):
+    config, folder = plan.config, Path(plan.config.model.path or "")
+    is_own = config.model.path is not None and config.data.tokenizer == config.model.path and folder.is_dir()
+    if config.explain_gpu and is_own and not any(folder.glob("tokenizer*")):
         return [f"packing of documents: not shown, because {folder} has no tokenizer; data.tokenizer=FOLDER gives one"]
-    corpus = open_corpus(config.data, config.model.vocab_size)
+    if not is_local(config.data):
+        check_without_download(config.data, config.model.vocab_size)
+        return ["packing of documents: not shown, because data or tokenizer is no folder here; nothing was downloaded"]
+    corpus = _open_data(config)
+    if not isinstance(corpus, Corpus):
+        return ["packing of documents: not shown, because data.stream=true reads them while training"]
     first = (pack.boundaries for pack in itertools.islice(corpus.training(), NUM_SEQUENCES))
     on_ranks = packed_layouts(plan, first)
     return [*packing_report(corpus, plan.sequences_per_step), *(["", *on_ranks] if on_ranks else [])]

@@ -313,6 +313,11 @@ class DataConfig(_Checked, prefix="data."):
         for name in ("name", "files", "validation_files", "tokenizer"):
             if re.search(r"://[^/]*@", str(getattr(self, name))):  # the value may hold a password: do not print it
                 yield f"data.{name} is a URL with a login, which the run would save: use HF_TOKEN for what is private"
+        if self.tokenizer == "bytes" and not os.path.exists(self.tokenizer):  # as messages call it; the hub has none
+            yield (
+                "data.tokenizer=bytes is no tokenizer: leave it out for tokens that are bytes, or with model.path for "
+                "the model's own tokenizer"
+            )
         for name, sources in _ONLY_FOR.items():
             value = getattr(self, name)
             if self.source not in sources and value != getattr(DataConfig, name):
@@ -529,7 +534,7 @@ class EvaluateConfig(_Checked, prefix="evaluate."):
 
     model: Optional[str] = None  # a run dir, one of its checkpoints, or a Hugging Face model; unset: model.path
     tasks: list[str] = field(default_factory=lambda: [LOSS_TASK, *RETRIEVAL_TASKS])  # loss: by position, of data
-    lengths: list[int] = field(default_factory=list)  # tokens; the longest sets data.sequence_length; empty: that alone
+    lengths: list[int] = field(default_factory=list)  # of retrieval; the longest sets data.sequence_length; empty: that
     depths: int = number(5, minimum=1)  # places of the needle, from the start of the text to its end; 1: the middle
     samples: int = number(20, minimum=1)  # of each task, length and depth
     seed: int = 0  # of the samples
@@ -553,6 +558,13 @@ class EvaluateConfig(_Checked, prefix="evaluate."):
             values = getattr(self, name)
             if twice := [value for value in dict.fromkeys(values) if values.count(value) > 1]:
                 yield f"evaluate.{name}={values} has {twice[0]} twice: list each once"
+        if self.tasks == [LOSS_TASK] and len(self.lengths) > 1:
+            shorter, longest = sorted(self.lengths)[-2:]
+            yield (
+                f"evaluate.lengths={self.lengths} are lengths of retrieval, but evaluate.tasks=[loss] is measured at "
+                f"one, by position: type evaluate.lengths=[{longest}], and for the same tokens with less context "
+                f"recipe=evaluate evaluate.context={shorter}"
+            )
         if self.context is not None and self.scoring == "generate" and LOSS_TASK not in self.tasks:
             yield f"evaluate.context={self.context} cannot go with evaluate.scoring=generate: use one_pass"
 

@@ -11,6 +11,7 @@ import io
 import json
 import lzma
 import os
+import re
 import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator
@@ -27,6 +28,7 @@ _CODECS = {".gz": "gzip", ".zst": "zstd"}
 _COMPRESSED = {*_CODECS, ".bz2", ".xz", ".lz4", ".zip"}
 _BATCH_ROWS = 1024  # of parquet
 _MAX_LISTED = 4  # files in a warning
+_HUB_NAME = re.compile(r"(\b[\w.-]+\b/)?\b[\w.-]+\b")  # others are refused without asking it
 _FIX = "correct the row, or leave out such rows with data.bad_rows=skip"
 _ONE_A_LINE = (
     "write one object a line (jq -c '.[]' FILE, or jq -c . FILE if it is no list), or leave out such rows with "
@@ -394,9 +396,14 @@ class MegatronFile:
 
 
 def is_local(config: DataConfig) -> bool:
-    """Whether the corpus and its tokenizer are on this machine, so that reading it downloads nothing."""
-    is_here = config.tokenizer is None or Path(config.tokenizer).exists()
-    return is_here and all(_is_text_local(source) for source in source_configs(config).values())
+    """Whether reading the corpus with its tokenizer downloads nothing."""
+    names = (config.tokenizer, *(source.name for source in source_configs(config).values()))
+    return not any(is_on_hub(name) for name in names)
+
+
+def is_on_hub(name: str | None) -> bool:
+    """Whether reading what has this name asks the hub: it is not here, and the hub may have it."""
+    return name is not None and not Path(name).exists() and _HUB_NAME.fullmatch(name) is not None
 
 
 def _is_text_local(config: DataConfig) -> bool:

@@ -44,6 +44,7 @@ from data.source import (
     Source,
     hub_source,
     is_offline,
+    is_on_hub,
     open_source,
 )
 from data.tokenizer import open_tokenizer, tokenizer_problem
@@ -138,10 +139,7 @@ def validation_configs(config: DataConfig) -> dict[str, DataConfig]:
 def _checked(configs: dict[str, DataConfig], vocab_size: int | None, say: Say) -> dict[str, TokenStore]:
     stores = {}
     for name, config in configs.items():
-        if vocab_size is not None and config.source != "megatron":
-            problem = tokenizer_problem(open_tokenizer(config), vocab_size)  # before hours of tokenizing
-            if problem:
-                raise CorpusError(problem)
+        _check_vocabulary(config, vocab_size)  # before hours of tokenizing
         opened = open_counted(config, name, say)
         largest = opened.counts.largest_token
         if vocab_size is not None and largest >= vocab_size:  # else one rank's lookup fails
@@ -156,6 +154,26 @@ def _checked(configs: dict[str, DataConfig], vocab_size: int | None, say: Say) -
             )
         stores[name] = opened.store
     return stores
+
+
+def check_without_download(config: DataConfig, vocab_size: int) -> None:
+    """What opening the stores would refuse of a corpus of which a part is on the hub, as far as the rest shows it.
+
+    Raises:
+        CorpusError: as `open_stores`, of a source without files, or of the tokenizer if that is here.
+    """
+    for source in (*source_configs(config).values(), *validation_configs(config).values()):
+        if not is_on_hub(source.tokenizer):
+            open_encoder(source)
+            _check_vocabulary(source, vocab_size)
+        open_source(source)
+
+
+def _check_vocabulary(config: DataConfig, vocab_size: int | None) -> None:
+    if vocab_size is None or config.source == "megatron":
+        return
+    if problem := tokenizer_problem(open_tokenizer(config), vocab_size):
+        raise CorpusError(problem)
 
 
 def stores_folder(config: DataConfig) -> Path:

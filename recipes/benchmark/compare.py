@@ -20,6 +20,7 @@ import torch
 from conf.schema import Config, ConfigError
 from data.corpus import open_corpus
 from data.source import is_local
+from data.store import check_without_download
 from recipes.benchmark import comparison_report, rounds
 from recipes.benchmark.entries import Entry, choose_entries, roofline_entry
 from recipes.benchmark.rounds import Measurement
@@ -193,10 +194,10 @@ def compare(config: Config, composed: dict[str, Config], run_dir: Path) -> None:
     # the data is opened only now: which entries run, and how long their sequences are, depends on the machine
     configs = [entry.config for entry in entries.values()]
     for one in {repr((one.data, one.model.vocab_size)): one for one in configs}.values():
-        if not config.explain or is_local(one.data):
+        if config.explain and not is_local(one.data):
+            check_without_download(one.data, one.model.vocab_size)
+        else:
             open_corpus(one.data, one.model.vocab_size)
-    if config.explain:
-        return
     if config.compare.roofline:
         entries[rounds.ROOFLINE] = roofline_entry(entries)
     results = rounds.read_results(run_dir)
@@ -205,6 +206,8 @@ def compare(config: Config, composed: dict[str, Config], run_dir: Path) -> None:
             raise ConfigError(
                 f"{run_dir} has results of another comparison, of {row['entry']}: use another hydra.run.dir"
             )
+    if config.explain:
+        return
     if is_first:
         num_done = sum("parts" not in row for row in results)
         print(*notes, *([f"resuming: {num_done} measurements are done"] if num_done else []), sep="\n", flush=True)

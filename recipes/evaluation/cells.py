@@ -46,7 +46,7 @@ def resolve(config: Config) -> Config:
 
 
 def lengths_of(config: Config) -> list[int]:
-    """The lengths of retrieval, the shortest first."""
+    """The lengths of retrieval, the shortest first. The loss is measured at data.sequence_length."""
     return sorted(config.evaluate.lengths) or [config.data.sequence_length]
 
 

@@ -197,10 +197,12 @@ def _evaluated(config: Config) -> str:
     asked = config.evaluate
     lengths = ", ".join(format(length, ",") for length in asked.lengths or [config.data.sequence_length])
     retrieval = [task for task in asked.tasks if task != LOSS_TASK]
-    parts = [] if len(retrieval) == len(asked.tasks) else [f"loss by position, data={config.data.source}"]
+    parts = []
+    if LOSS_TASK in asked.tasks:
+        parts.append(f"loss by position, data={config.data.source}, at {config.data.sequence_length:,} tokens")
     if retrieval:
-        parts.append(f"{', '.join(retrieval)} x {asked.depths} depths x {asked.samples} samples")
-    return f"{'; '.join(parts)}; at {lengths} tokens"
+        parts.append(f"{', '.join(retrieval)} x {asked.depths} depths x {asked.samples} samples, at {lengths} tokens")
+    return "; ".join(parts)
 
 
 def _evaluation_while_training(config: Config) -> str:

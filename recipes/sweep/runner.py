@@ -49,6 +49,7 @@ RESUME_SAFE = (
     "launch.check_memory",
     "sweep.num_",
     "breakdown",
+    "explain",
     "compare.",
 )
 EXPECTED_ERRORS = (ConfigError, RunFailed, CompactHydraException)  # their messages are complete without a traceback
@@ -92,6 +93,8 @@ def run_sweep(
         flush=True,
     )
     if composed.explain:
+        if (folder / JOURNAL_FILE).exists():
+            _check_same_sweep(optuna.load_study(study_name="sweep", storage=_journal(folder)), composed, space, folder)
         return
     print(f"to resume, repeat the command with hydra.sweep.dir={shlex.quote(str(folder))}", flush=True)
     with locked(folder, "hydra.sweep.dir"):  # two sweeps would take each other's trials for interrupted
@@ -108,9 +111,26 @@ def _open_study(
 ) -> optuna.Study:
     """The folder's study, new or resumed, with all combinations in its queue if exhaustive. Refuses other settings."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder / JOURNAL_FILE)))
     direction, _ = OBJECTIVES[settings.objective]
+    storage = _journal(folder)
     study = optuna.create_study(study_name="sweep", storage=storage, direction=direction, load_if_exists=True)
+    study.set_user_attr("settings", _check_same_sweep(study, composed, space, folder))
+    study.sampler = optuna.samplers.TPESampler(
+        seed=int(composed.seed) + len(study.trials),  # a resumed sweep must not repeat its first trials
+        constant_liar=settings.num_parallel > 1,  # keeps parallel trials apart
+    )
+    if is_exhaustive:
+        for point in space.grid():
+            study.enqueue_trial(point, skip_if_exists=True)
+    return study
+
+
+def _journal(folder: Path) -> optuna.storages.JournalStorage:
+    return optuna.storages.JournalStorage(JournalFileBackend(str(folder / JOURNAL_FILE)))
+
+
+def _check_same_sweep(study: optuna.Study, composed: DictConfig, space: SearchSpace, folder: Path) -> dict[str, Any]:
+    """The settings of all trials. Raises ConfigError if the study has others."""
     fields: Any = OmegaConf.to_container(composed, resolve=False)
     del fields["hydra"]
     now = flatten(fields) | space.texts
@@ -122,15 +142,7 @@ def _open_study(
     ]
     if differing:
         raise ConfigError(f"{folder} holds another sweep: {'; '.join(differing)}: use another hydra.sweep.dir")
-    study.set_user_attr("settings", now)
-    study.sampler = optuna.samplers.TPESampler(
-        seed=int(composed.seed) + len(study.trials),  # a resumed sweep must not repeat its first trials
-        constant_liar=settings.num_parallel > 1,  # keeps parallel trials apart
-    )
-    if is_exhaustive:
-        for point in space.grid():
-            study.enqueue_trial(point, skip_if_exists=True)
-    return study
+    return now
 
 
 @dataclass

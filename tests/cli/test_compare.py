@@ -158,10 +158,12 @@ def test_the_same_command_again_measures_nothing_and_prints_the_same_table(compa
 
 
 def test_results_of_another_comparison_are_refused_and_kept(place, compared, saved):
-    run = place.run("recipe=compare", "compare.only=[dp]", *SAME, f"hydra.run.dir={compared.run_dir}")
-    assert run.exit_code == 1
-    [error] = run.stderr.splitlines()
-    names(error, "error", compared.run_dir, "ring", "hydra.run.dir")
+    for explain in ("false", "true"):
+        typed = ("recipe=compare", "compare.only=[dp]", *SAME, f"hydra.run.dir={compared.run_dir}")
+        run = place.run(*typed, f"explain={explain}")
+        assert run.exit_code == 1
+        [error] = run.stderr.splitlines()
+        names(error, "error", compared.run_dir, "ring", "hydra.run.dir")
     assert json.loads((compared.run_dir / "comparison.json").read_text()) == saved
 
 

@@ -25,6 +25,7 @@ from recipes.evaluation.results import Evaluation, read_evaluation, settings_of
 from recipes.evaluation.scoring import pack_samples
 from recipes.evaluation.tasks import Sample
 from recipes.model.rope import reach
+from recipes.planning.explain import banner
 from recipes.planning.plan import Plan
 from recipes.planning.refusal import evaluation_refusal
 from recipes.run.run_dir import Row
@@ -101,6 +102,16 @@ def test_cells_are_the_loss_and_then_tasks_by_length_and_depth():
     assert resolve(config_of()).evaluate.lengths == [2048]
 
 
+def test_the_plan_says_that_the_loss_is_measured_at_the_longest_length(tmp_path: Path):
+    config = resolve(config_of(tasks=["loss", "niah_single"], lengths=[64, 32]))
+    lines = banner(Plan(config, 1, "cpu", "CPU", None, ranks_per_host=1), tmp_path)
+    [evaluated] = [line.partition("  ")[2] for line in (line.strip() for line in lines) if line.startswith("data ")]
+    loss, retrieval = evaluated.split("; ")
+    names(loss, "loss", "data=stdlib", "64 tokens")
+    assert "32" not in loss
+    names(retrieval, "niah_single", "5 depths", "20 samples", "32, 64 tokens")
+
+
 def test_an_evaluation_goes_on_where_its_file_ends(tmp_path: Path):
     config = resolve(config_of(lengths=[32]))
     assert read_evaluation(config, tmp_path) is None
@@ -152,6 +163,10 @@ def test_a_damaged_file_of_results_is_refused(tmp_path: Path, text: str):
         ({"tasks": ["niah"]}, ["evaluate.tasks=['niah']", "loss", "niah_single", "aggregation"]),
         ({"tasks": []}, ["evaluate.tasks=[]", "loss", "niah_single"]),
         ({"tasks": ["loss", "loss"]}, ["evaluate.tasks=['loss', 'loss']", "twice"]),
+        (
+            {"tasks": ["loss"], "lengths": [4096, 512, 1024]},
+            ["evaluate.lengths=[4096, 512, 1024]", "evaluate.lengths=[4096]", "evaluate.context=1024"],
+        ),
         ({"lengths": [512, 0]}, ["evaluate.lengths=[512, 0]", 0, 1]),
         ({"lengths": [512, 512]}, ["evaluate.lengths=[512, 512]", "twice"]),
         ({"depths": 0}, ["evaluate.depths=0", 1]),

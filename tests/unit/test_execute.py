@@ -21,9 +21,11 @@ from conf.schema import (
     ConfigError,
     DataConfig,
     EngineConfig,
+    EvaluateConfig,
     LaunchConfig,
     ModelConfig,
 )
+from data.corpus import Corpus
 from data.source import CorpusError
 from recipes.planning.plan import Plan
 from tests.errors import names, refused, some_line_names
@@ -128,6 +130,59 @@ def test_explain_downloads_no_data(tmp_path, capsys):
     (tmp_path / "set" / "rows.jsonl").write_text('{"text": "tiny\\n"}\n')
     with refused(CorpusError, *TOO_SHORT):
         train.execute(config, [], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        ({"tokenizer": "/no/such"}, ["data.tokenizer=/no/such", "OWNER/NAME"]),
+        ({"source": "hub", "name": "./such"}, ["data.name=./such", "data=stdlib"]),
+        ({"source": "hub", "name": "folder", "stream": True}, TOO_SHORT),
+        ({"source": "hub", "name": "OWNER/NAME", "tokenizer": "llama"}, ["2,048 tokens", "model.vocab_size=257"]),
+    ],
+)
+def test_explain_refuses_data_in_the_words_of_the_run(tmp_path, tiny_llama, monkeypatch, settings, parts):
+    """As far as nothing needs to be downloaded."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "llama").symlink_to(tiny_llama)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "rows.jsonl").write_text('{"text": "tiny\\n"}\n')
+    messages = []
+    for explain in (True, False):
+        with pytest.raises(CorpusError) as caught:
+            train.execute(Config(data=DataConfig(**settings), launch=TWO_RANKS, explain=explain), [], tmp_path / "run")
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+    names(messages[0], *parts)
+
+
+def test_explain_refuses_files_though_the_tokenizer_is_on_the_hub(tmp_path):
+    data = DataConfig(source="text_files", files=str(tmp_path), tokenizer="OWNER/NAME")
+    with refused(CorpusError, f"data.files='{tmp_path}/*.txt'"):
+        train.execute(Config(data=data, launch=TWO_RANKS, explain=True), [], tmp_path)
+
+
+def test_explain_refuses_the_run_dir_of_another_run(tmp_path):
+    published(tmp_path, 5, config=resolved(Config()))
+    config = Config(seed=1, launch=TWO_RANKS, explain=True)
+    with refused(ConfigError, "seed was 0 and is 1", "hydra.run.dir"):
+        train.execute(config, [], tmp_path)
+
+
+def test_explain_refuses_to_measure_documents_that_a_run_trained_on(tmp_path, tiny_llama, monkeypatch):
+    monkeypatch.setattr("recipes.evaluation.held_out.check_held_out", held_out_of_another_run)
+    (tmp_path / "a.txt").write_text("text " * 1000)
+    data = DataConfig("text_files", files=str(tmp_path / "a.txt"))
+    evaluate = EvaluateConfig(model=str(tiny_llama), tasks=["loss"], lengths=[64])
+    config = Config(recipe="evaluate", evaluate=evaluate, data=data, launch=TWO_RANKS, explain=True)
+    with refused(ConfigError, "data.validation_sequences=2"):
+        train.execute(config, [], tmp_path)
+
+
+def held_out_of_another_run(config: Config, corpus: Corpus) -> list[str]:
+    assert corpus.config.sequence_length == config.data.sequence_length == 64
+    raise ConfigError("type data.validation_sequences=2")
 
 
 @pytest.mark.parametrize(

@@ -239,6 +239,7 @@ MISTAKES_OF_FIELDS = [  # the same, where no group, file or grammar of Hydra pla
     ("compare.micro_batch_sizes=[]", ["compare.micro_batch_sizes=[]", "1", "compare.micro_batch_sizes=[1]"]),
     ("compare.micro_batch_sizes=[1,0]", ["compare.micro_batch_sizes=[1, 0]", "1", "compare.micro_batch_sizes=[1]"]),
     ("data.tokenizer=https://me:planted@host/set", ["data.tokenizer", "HF_TOKEN"]),
+    ("data.tokenizer=bytes", ["data.tokenizer=bytes", "leave it out", "model.path"]),
     ("engine.offload_optimizer=true engine.zero_stage=0", ["engine.offload_optimizer=true", "engine.zero_stage=0", "1", "2", "3"]),
     ("engine.offload_parameters=true engine.zero_stage=2", ["engine.offload_parameters=true", "engine.zero_stage=3", "2"]),
     ("engine.train_batch_size=3 parallelism.data_degree=2", ["engine.train_batch_size=3", "2", "engine.micro_batch_size=1", "engine.train_batch_size=4"]),

@@ -162,6 +162,12 @@ def test_what_the_hub_has_is_not_local(tmp_path):
     assert not is_local(DataConfig(source="mixture", sources=sources))
 
 
+@pytest.mark.parametrize("name", ["/no/such", "./such", "../such", "~/such", "a/b/c", "a/"])
+def test_what_the_hub_cannot_have_is_refused_without_asking_it(name):
+    assert is_local(DataConfig(tokenizer=name))
+    assert is_local(DataConfig(source="hub", name=name))
+
+
 def test_json_lines_are_no_text(tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(json_lines(*TEXTS))
     with refused(CorpusError, "rows.jsonl", "data=jsonl", "data=chat"):

@@ -247,6 +247,14 @@ def test_explain_starts_no_trial(jobs, capsys):
     assert not jobs.folder.exists()
 
 
+def test_explain_refuses_the_folder_of_another_sweep(jobs):
+    jobs.sweep(*GRID)
+    jobs.sweep(*GRID, "explain=true")
+    with refused(ConfigError, jobs.folder, "num_steps", "300", "7", "hydra.sweep.dir"):
+        jobs.sweep(*GRID, "num_steps=7", "explain=true")
+    assert len(jobs.started) == 4
+
+
 @pytest.mark.parametrize(
     ("typed", "parts"),
     [
