@@ -163,7 +163,7 @@ def step_memory_lines(plan: Plan) -> list[str]:
     step = plan.step_memory
     if step.unsupported:
         return [f"memory of a step: {step.unsupported}"]
-    lines = [*timeline_lines(step), "  workspaces inside kernels are not counted"]
+    lines = [*timeline_lines(step), "  workspaces inside other kernels are not counted"]
     if plan.memory_bytes is None:
         return lines
     recompute = plan.config.engine.recompute

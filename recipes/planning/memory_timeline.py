@@ -32,7 +32,8 @@ from recipes.planning.memory import (
 )
 from recipes.planning.pass_graphs import graph_memory
 
-# PyTorch allocates 32 MiB on Hopper for each cuBLAS handle: those of the threads of forward and backward pass
+# PyTorch allocates 32 MiB on Hopper, 8 on older GPUs, for each cuBLAS handle: those of the threads of forward and
+# backward pass
 CUBLAS_BYTES = 2 * 2**25
 MAX_LIVE = 1_000_000_000  # parameters that ZeRO-3 gathers at most: DeepSpeed's stage3_max_live_parameters
 STATES, GATHERED = "weights, optimizer states, persistent buffers", "gathered parameters"
@@ -86,7 +87,7 @@ class StepMemory:
         self._states = {STATES: self._engine.persistent - (self._engine.adam if config.num_steps == 1 else 0)}
         if config.engine.zero_stage == 3 and num_ranks > 1:
             gathered = min(sharded_parameters(model), MAX_LIVE)
-            if config.num_steps == 1:  # DeepSpeed keeps none for later use until it has seen the order of one step
+            if config.num_steps == 1:  # at most: until a step's order is recorded, each module releases its own
                 gathered = max(self._head, layer_matmul_parameters(model))
             self._states[GATHERED] = self._size * gathered
         if self.on_gpu:

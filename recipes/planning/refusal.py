@@ -1,7 +1,7 @@
 """Why a model or a step does not fit the ranks' memory, and overrides with which it does. Pure arithmetic.
 
 Memory is what a rank has, not what is free when the run starts: other programs may end. The prediction of a step is
-within 3 % of what was measured, and leaves out 1 to 2 GiB of each rank's libraries, CUDA context and NCCL buffers. So a
+within 5 % of what was measured, and leaves out 1 to 2 GiB of each rank's libraries, CUDA context and NCCL buffers. So a
 step that exceeds the memory by prediction does not fit, and one just below it may still run out of memory.
 """
 

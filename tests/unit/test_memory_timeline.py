@@ -83,6 +83,19 @@ def parts(name: str, setting: str) -> dict[str, float]:
     return {part: size / 2**30 for part, size in point.parts.items()}
 
 
+def test_zero_3_keeps_gathered_parameters_only_after_a_first_step():
+    """8B's shape with four layers: its head, 0.98 GiB, is larger than a layer, and all matrices are 1.9e9 numbers."""
+    setting = "data.sequence_length=65536 engine.recompute=selective engine.zero_stage=3"
+    first, later = (parts("the loss, backward", f"{setting} num_steps={steps}") for steps in (1, 2))
+    assert first["gathered parameters"] == pytest.approx(2 * 128_256 * 4096 / 2**30)
+    assert later["gathered parameters"] == pytest.approx(2 * 1e9 / 2**30)
+
+
+def test_cublas_workspaces_are_a_part_on_gpus():
+    plan = Plan(composed("model=llama_8b model.num_layers=4"), 1, "cuda", "NVIDIA H100", None, 1)
+    assert all(point.parts["cuBLAS workspaces"] == 2**26 for point in plan.step_memory.timeline)
+
+
 GRADIENTS = "gradients and backward temporaries"
 LAST_MLP = "the last layer's MLP, backward"
 
