@@ -3,7 +3,8 @@
 A piece's n tokens are inputs, and its labels are the next tokens. So every token of a document is an input once per
 epoch, and every token but its first is a label once. Each source holds out some documents for validation, or has a
 store of its own for it. An epoch takes of every source its share of tokens, its weight; a source that comes to its end
-begins again with its documents in a new order.
+begins again with its documents in a new order. A pack in which nothing is trained, as a part of a long prompt, is left
+out of training: in a step of such packs the loss would be 0, and the optimizer would go on by its momentum.
 """
 
 from __future__ import annotations
@@ -111,7 +112,8 @@ class Corpus:
         validation_stores: of sources that have documents of their own to validate on. The others hold some out.
 
     Raises:
-        CorpusError: if there are not enough documents to validate on and for one sequence.
+        CorpusError: if there are not enough documents to validate on and for one sequence, or if none of their tokens
+            is trained.
     """
 
     def __init__(
@@ -140,14 +142,29 @@ class Corpus:
                 self._validation[name] = validation_packs(held_out, store, config, config.validation_sequences)
             self.sources.append(EndlessSource(documents, config.shuffle_seed, number, self.weights[number]))
         self.tokens_per_epoch = sum(source.num_tokens for source in self.sources)
+        self.says_what_is_trained = any(store.trained is not None for store in self.stores)
+        if self.says_what_is_trained:
+            next(self.training())
 
     def training(self, cursor: Cursor = START) -> Iterator[Pack]:
-        """Endless packs, from the cursor on."""
+        """Endless packs, from the cursor on. Where documents say what is trained, only packs with labels.
+
+        Raises:
+            CorpusError: from `next`, if an epoch has none.
+        """
         skip = cursor.pack
         for epoch in itertools.count(cursor.epoch):
             packs = window_packs(self.epoch_documents(epoch), self.config, self.key_of_packs(epoch), skip)
-            of_stores = ((pieces, self.stores) for pieces in packs)
-            yield from numbered(of_stores, epoch, skip, self.config.sequence_length)
+            of_stores, is_empty = ((pieces, self.stores) for pieces in packs), skip == 0
+            for pack in numbered(of_stores, epoch, skip, self.config.sequence_length):
+                if not self.says_what_is_trained or num_labels(pack.pieces, self.stores):
+                    is_empty = False
+                    yield pack
+            if is_empty:
+                raise CorpusError(
+                    f"none of the {self.tokens_per_epoch:,} tokens to train on is to be learned: give other documents, "
+                    f"or longer sequences, such as data.sequence_length={2 * self.config.sequence_length}"
+                )
             skip = 0
 
     def of_length(self, sequence_length: int) -> Corpus:
@@ -186,6 +203,15 @@ def numbered(
         yield Pack(current[0], length, position, cursor, current[1])
 
 
+def num_labels(pieces: PiecePack, stores: Sequence[TokenStore]) -> int:
+    """The trained tokens of a pack. The first token of a piece is nobody's label."""
+    total = 0
+    for piece in pieces:
+        labels, trained = slice(piece.start + 1, piece.stop + piece.has_next), stores[piece.source].trained
+        total += labels.stop - labels.start if trained is None else int(np.count_nonzero(trained[labels]))
+    return total
+
+
 def validation_packs(documents: Documents, store: TokenStore, config: DataConfig, num: int | None) -> list[Pack]:
     """The first `num` packs of documents of `store` in a seeded order; None: all."""
     packs = window_packs(documents, config, (VALIDATION_PACKS, config.shuffle_seed))
@@ -194,18 +220,13 @@ def validation_packs(documents: Documents, store: TokenStore, config: DataConfig
         raise CorpusError("there is no text to validate on: check data.validation_files or data.validation_split")
     numbered_packs = list(numbered(((pack, (store,)) for pack in pieces), 0, 0, config.sequence_length))
     # a loss of no labels would be 0
-    if store.trained is not None and not any(_has_labels(pack) for pack in numbered_packs):
+    if store.trained is not None and not any(num_labels(pack, (store,)) for pack in pieces):
         longer = f"longer sequences, such as data.sequence_length={2 * config.sequence_length}"
         more = "other documents" if num is None else f"more, as data.validation_sequences={2 * num}"
         raise CorpusError(
             f"no token of the {len(pieces):,} validation sequences of {store.name} is trained: give {more}, or {longer}"
         )
     return numbered_packs
-
-
-def _has_labels(pack: Pack) -> bool:
-    _, labels = pack.read(0, pack.length)
-    return bool((labels != IGNORED_LABEL).any())
 
 
 def open_corpus(config: DataConfig, vocab_size: int | None = None) -> Corpus:

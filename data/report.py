@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from conf.schema import DataConfig
-from data.corpus import Corpus
+from data.corpus import Corpus, num_labels
 from data.documents import Documents
 from data.packing import window_packs
 
@@ -28,11 +28,14 @@ def packing_report(corpus: Corpus, sequences_per_step: int = 1) -> list[str]:
     documents = epoch.take(slice(num_packed))
     dropped = _dropped_lengths(corpus, config, num_packed / epoch.num_documents)
     num_tokens, length = int(documents.lengths.sum()), config.sequence_length
-    num_sequences = sum(1 for _ in window_packs(documents, config, corpus.key_of_packs(0)))
+    packs = list(window_packs(documents, config, corpus.key_of_packs(0)))
+    labels = [num_labels(pack, corpus.stores) for pack in packs]
+    is_kept = [not corpus.says_what_is_trained or num > 0 for num in labels]
+    kept = [sum(stop - start for _, start, stop, _ in pack) for pack in itertools.compress(packs, is_kept)]
     tokens_in_epoch = int(epoch.lengths.sum())
     is_part = num_packed < epoch.num_documents
     about = "about " if is_part else ""
-    in_epoch = round(num_sequences * tokens_in_epoch / num_tokens) if is_part else num_sequences
+    in_epoch = round(len(kept) * tokens_in_epoch / num_tokens) if is_part else len(kept)
     settings = f"data.packing={config.packing}, data.long_documents={config.long_documents}"
     lines = [f"documents to train on, in sequences of {length:,} tokens ({settings})"]
     if is_part:
@@ -40,9 +43,10 @@ def packing_report(corpus: Corpus, sequences_per_step: int = 1) -> list[str]:
     return [
         *lines,
         *_table(_rows(documents, dropped, config)),
-        f"  padding {1 - num_tokens / (num_sequences * length):.2%}",
+        f"  padding {1 - sum(kept) / (len(kept) * length):.2%}",
         f"  an epoch has {about}{in_epoch:,} sequences, {tokens_in_epoch:,} tokens, {epoch.num_documents:,} documents: "
         f"num_steps={math.ceil(in_epoch / sequences_per_step)}",
+        *_trained(corpus, sum(labels), num_tokens, len(packs) - len(kept)),
         *_held_out(corpus),
         *(_table(_source_rows(corpus, epoch)) if len(corpus.names) > 1 else []),
         *_skipped(corpus),
@@ -96,6 +100,16 @@ def _dropped_lengths(corpus: Corpus, config: DataConfig, share: float) -> np.nda
         return np.zeros(0, np.int64)
     lengths = np.concatenate([store.lengths[: math.ceil(share * len(store.ends))] for store in corpus.stores])
     return lengths[lengths > config.sequence_length]
+
+
+def _trained(corpus: Corpus, num_labels: int, num_tokens: int, num_left_out: int) -> list[str]:
+    """Of documents that say what is trained, as chats do."""
+    if not corpus.says_what_is_trained:
+        return []
+    line = f"  {num_labels:,} tokens are trained, {num_labels / num_tokens:.1%}"
+    if num_left_out:
+        line += f"; {num_left_out:,} more sequences have no such token, and are left out"
+    return [line]
 
 
 def _held_out(corpus: Corpus) -> list[str]:

@@ -245,6 +245,31 @@ def test_validation_documents_without_tokens_are_refused():
         Corpus({"a": store_of([[1] * 9])}, DataConfig(sequence_length=8), validation_stores={"a": empty})
 
 
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_sequences_in_which_nothing_is_trained_are_left_out(packing: str):
+    """Of chats of a long prompt and a short answer, in three stages: one epoch, and from each pack on."""
+    chats, trained = np.split(np.arange(1, 241), 8), np.tile(np.arange(30) >= 27, 8)
+    config = DataConfig(sequence_length=6, validation_sequences=1, packing=packing)
+    corpus = Corpus(
+        {"chats": store_of(chats, "chats", trained)}, config, None, {"chats": store_of(chats, "chats", trained)}
+    )
+    packs = list(itertools.takewhile(lambda pack: pack.position.epoch == 0, corpus.training()))
+    assert all(labels_of([pack]) for pack in packs)
+    assert sorted(labels_of(packs)) == [token for chat in chats for token in chat.tolist()[27:]]
+    assert len(packs) == 8  # of 40
+    for number, pack in enumerate(packs):
+        assert next(corpus.training(pack.position)) == pack
+        following = next(corpus.training(pack.cursor))
+        assert following.position.epoch == 1 if pack is packs[-1] else following == packs[number + 1]
+
+
+def test_documents_of_which_nothing_is_trained_are_refused():
+    chats, validation = [store_of([range(1, 31)] * 4, "chats", np.full(120, mark)) for mark in (False, True)]
+    config = DataConfig(sequence_length=8, packing="best_fit")
+    with refused(CorpusError, "120 tokens", "data.sequence_length=16"):
+        Corpus({"chats": chats}, config, None, {"chats": validation})
+
+
 def test_validation_sequences_in_which_nothing_is_trained_are_refused():
     chats, trained = [list(range(1, 31))] * 9, np.tile(np.arange(30) >= 28, 9)  # of prompts and short answers
     config = DataConfig(sequence_length=10, validation_sequences=1, packing="best_fit")

@@ -14,8 +14,10 @@ from data.store import TokenStore
 from tests.errors import names, some_line_names
 
 
-def store_of_lengths(lengths: list[int], name: str = "a", num_skipped: int = 0) -> TokenStore:
-    return TokenStore(name, np.zeros(sum(lengths), np.uint16), np.cumsum(lengths), num_skipped=num_skipped)
+def store_of_lengths(
+    lengths: list[int], name: str = "a", num_skipped: int = 0, trained: np.ndarray | None = None
+) -> TokenStore:
+    return TokenStore(name, np.zeros(sum(lengths), np.uint16), np.cumsum(lengths), trained, num_skipped)
 
 
 VALIDATION = {"a": store_of_lengths([100]), "b": store_of_lengths([100])}
@@ -35,6 +37,19 @@ def test_documents_are_counted_by_length():
     some_line_names(lines, "padding", f"{1 - 702 / 900:.2%}")
     some_line_names(lines, "9 sequences", "702 tokens", "5 documents")
     some_line_names(lines, "validation", "1 sequence", "100 tokens")
+
+
+def test_what_is_trained_is_counted():
+    """Chats of 250 tokens, of which the last ten are trained: two of three sequences have none."""
+    trained = np.tile(np.arange(250) >= 240, 4)
+    chats = store_of_lengths([250] * 4, trained=trained)
+    config = DataConfig(sequence_length=100, packing="none")
+    validation = store_of_lengths([250], trained=trained[:250])
+    lines = packing_report(Corpus({"a": chats}, config, None, {"a": validation}))
+    some_line_names(lines, "4 sequences", "1,000 tokens", "num_steps=4")
+    some_line_names(lines, "40 tokens are trained, 4.0%", "8 more sequences")
+    some_line_names(lines, "padding 50.00%")
+    assert not any("are trained" in line for line in report_of([60, 64]))
 
 
 def test_dropped_documents_are_counted():
