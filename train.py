@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -39,12 +40,14 @@ from data.source import is_local
 from recipes.checkpoint.manifest import newest_readable
 from recipes.launch import startup
 from recipes.launch.environment import (
+    RENDEZVOUS,
     adopt_external_ranks,
     adopt_submitit_tasks,
     check_accelerator,
     ranks_are_started,
     ranks_given,
 )
+from recipes.launch.refusals import say_once, was_said
 from recipes.run.errors import Preempted, RunFailed
 from recipes.run.lock import locked
 
@@ -218,7 +221,17 @@ def _with_shape(config: Config) -> Config:
 
 
 def run_as_one_rank(arguments: list[str]) -> None:
-    """Run as a rank of torchrun, deepspeed or srun. One rank per host reports a mistake in the configuration."""
+    """Run as a rank of torchrun, deepspeed or srun, and exit. One rank reports a mistake, before any exits."""
+    try:
+        exit_code = _run_as_one_rank(arguments)
+    finally:
+        if rendezvous := os.environ.get(RENDEZVOUS):  # used by this run alone, which ends with any of its ranks
+            shutil.rmtree(rendezvous, ignore_errors=True)
+    sys.stdout.flush()
+    startup.exit_now(exit_code)
+
+
+def _run_as_one_rank(arguments: list[str]) -> int:
     try:
         if flag := next((argument for argument in arguments if argument.startswith("-")), None):
             advice = "deepspeed --no_local_rank" if flag.startswith("--local") else f"python train.py {flag}"
@@ -230,16 +243,29 @@ def run_as_one_rank(arguments: list[str]) -> None:
                 run_dir = Path(composed.hydra.run.dir).absolute()  # may refer to others of Hydra's settings
                 del composed["hydra"]
             execute(to_config(composed), arguments, run_dir)
-    except (ConfigError, CompactHydraException) as error:
-        sys.exit(f"error: {describe_error(error)}" if os.environ["LOCAL_RANK"] == "0" else 1)
     except Preempted:
-        startup.exit_now(Preempted.EXIT_CODE)
+        return Preempted.EXIT_CODE
     except RunFailed as error:
-        if not error.of_all_ranks:  # else rank 0 has printed it
+        if not error.of_all_ranks and not was_said():  # else rank 0 has printed it, or another rank what has caused it
             print(f"error: {error}", file=sys.stderr, flush=True)
-        startup.exit_now(1)
-    sys.stdout.flush()
-    startup.exit_now(0)
+        return 1
+    except Exception as error:
+        if (mistake := _mistake(error)) is None:
+            raise
+        say_once(f"error: {mistake}")
+        return 1
+    return 0
+
+
+def _mistake(error: Exception) -> str | None:
+    """What a user can do about it; None if the error is a fault of the program."""
+    if isinstance(error, (ConfigError, RunFailed, CompactHydraException)):
+        return describe_error(error)
+    if isinstance(error, ValueError) and str(error).startswith("Config group override"):  # Hydra's, for model=null
+        return f"{error}: write GROUP=OPTION, such as model=tiny; python train.py --help lists all"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.strerror}: {error.filename}: choose another run dir with hydra.run.dir=FOLDER"
+    return None
 
 
 def _stop(number: int, _: object) -> None:
@@ -261,13 +287,7 @@ if __name__ == "__main__":
             run()
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    except (ConfigError, RunFailed, CompactHydraException) as error:
-        sys.exit(f"error: {describe_error(error)}")
-    except ValueError as error:
-        if not str(error).startswith("Config group override"):  # Hydra's, for model=null
+    except Exception as error:
+        if (mistake := _mistake(error)) is None:
             raise
-        sys.exit(f"error: {error}: write GROUP=OPTION, such as model=tiny; python train.py --help lists all")
-    except OSError as error:
-        if error.filename is None:
-            raise
-        sys.exit(f"error: {error.strerror}: {error.filename}: choose another run dir with hydra.run.dir=FOLDER")
+        sys.exit(f"error: {mistake}")

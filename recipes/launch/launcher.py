@@ -9,7 +9,6 @@ import copy
 import dataclasses
 import json
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from conf.degrees import accumulation_steps, resolve_config, resolve_degrees
 from conf.schema import Config, ConfigError
 from recipes.checkpoint.manifest import check_same_run, newest_readable
-from recipes.launch.environment import RENDEZVOUS, ranks_are_started, ranks_given
+from recipes.launch.environment import ranks_are_started, ranks_given
 from recipes.launch.host_memory import usable_memory_bytes
 from recipes.launch.processes import launch
 from recipes.launch.worker import Task, run_rank
@@ -146,6 +145,3 @@ def start(task: Task, num_ranks: int, run_dir: Path) -> float:
                 print(f"error: {error}", file=sys.stderr, flush=True)
             dist.barrier()  # once any rank exits, the launcher ends the others
         raise
-    finally:
-        if rendezvous := os.environ.get(RENDEZVOUS):  # used by this run alone, which ends with any of its ranks
-            shutil.rmtree(rendezvous, ignore_errors=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from recipes.checkpoint.manifest import newest_first, read_manifest
-from tests.cli.program import LONG, SMALL, Finished, Program, Running, wandb
+from tests.cli.program import LONG, REPOSITORY, SMALL, Finished, Program, Running, wandb
 from tests.errors import names, some_line_names
 
 pytestmark = pytest.mark.slow
@@ -188,6 +188,36 @@ def test_a_mistake_under_a_launcher_is_reported_once(program):
         assert (first.stdout, second.stdout, second.stderr) == ("", "", "")
         assert (first.exit_code, second.exit_code) == (1, 1)
         assert not first.run_dir.exists()
+
+
+LATE = f"""
+import os, runpy, sys, time
+
+sys.path.insert(0, {str(REPOSITORY)!r})
+from recipes.launch import refusals
+
+say_once = refusals.say_once
+refusals.say_once = lambda line: (time.sleep(2 if os.environ["RANK"] == "0" else 0), say_once(line))
+del sys.argv[0]
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def test_a_mistake_under_torchrun_is_reported_once_although_rank_0_is_slower(program):
+    """torchrun ends rank 0 as soon as another rank exits."""
+    script = program.folder / "late.py"
+    script.write_text(LATE)
+    for arguments, parts in (
+        (["parallelism.ring_degree=3"], ["parallelism.ring_degree=3", "2 ranks"]),
+        (
+            [*SMALL, "attention=auto", "attention.transport=copy_engine"],
+            ["attention.transport=copy_engine"],
+        ),  # by ranks
+    ):
+        result = program.run(*arguments, launcher=[*TORCHRUN, str(script)])
+        [error] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+        names(error, *parts)
+        assert result.exit_code == 1
 
 
 def test_explain_under_a_launcher_prints_one_plan_for_its_ranks(program):

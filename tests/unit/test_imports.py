@@ -39,7 +39,8 @@ def test_only_the_transports_call_torch_distributed():
         if any(name.startswith("torch.distributed") for name in imported(path))
     }
     others = {user for user in users if Path(user).parent != Path("ring_attention/transport")}
-    assert others == {"recipes/benchmark/baselines.py"}, "where PyTorch is what is called"
+    # where PyTorch is what is called, and where ranks may not be connected yet
+    assert others == {"recipes/benchmark/baselines.py", "recipes/launch/refusals.py"}
 
 
 def test_nothing_imports_train():
