@@ -158,9 +158,12 @@ def execute(config: Config, overrides: list[str], run_dir: Path) -> float | None
             if reads_data and not config.data.stream:
                 print("", *_packing(plan), sep="\n", flush=True)
         return None
-    if config.recipe == "pretrain" and (loss := launcher.result_if_finished(config, num_ranks, run_dir)) is not None:
-        return loss
-    return launcher.start(registry.RecipeTask(config), num_ranks, run_dir)
+    documents = corpus.digests() if isinstance(corpus, Corpus) else None
+    if config.recipe == "pretrain":
+        loss = launcher.result_if_finished(config, num_ranks, run_dir, documents)
+        if loss is not None:
+            return loss
+    return launcher.start(registry.RecipeTask(config, documents), num_ranks, run_dir)
 
 
 def _packing(plan: Plan) -> list[str]:
