@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +42,7 @@ from data.store import check_without_download
 from recipes.checkpoint.manifest import newest_readable
 from recipes.launch import startup
 from recipes.launch.environment import (
+    RENDEZVOUS,
     adopt_external_ranks,
     adopt_submitit_tasks,
     check_accelerator,
@@ -52,6 +55,9 @@ from recipes.run.lock import locked
 if TYPE_CHECKING:
     from data.stream import StreamCorpus
     from recipes.planning.plan import Plan
+
+# a rank that does not report a mistake exits so much later, because the launcher then ends the one that does
+REFUSED_S = 5.0
 
 ConfigStore.instance().store(name="schema", node=Config)
 
@@ -149,34 +155,42 @@ def execute(config: Config, overrides: list[str], run_dir: Path) -> float | None
     from recipes.planning.explain import explanation
 
     num_ranks = launcher.count_ranks(config)
-    loss = launcher.result_if_finished(config, num_ranks, run_dir) if config.recipe == "pretrain" else None
     if config.explain:
-        if os.environ.get("RANK", "0") == "0":
-            plan = launcher.make_plan(config, num_ranks)
-            print(*explanation(plan, run_dir), sep="\n", flush=True)
-            if reads_data:
-                print("", *_packing(plan), sep="\n", flush=True)
-        return None
-    if loss is not None:
-        return loss
-    return launcher.start(registry.RecipeTask(config), num_ranks, run_dir)
+        if os.environ.get("RANK", "0") != "0":
+            return None
+        plan = launcher.make_plan(config, num_ranks)
+        print(*explanation(plan, run_dir), sep="\n", flush=True)
+        if reads_data:
+            corpus = _corpus_to_explain(config)
+            print("", *([corpus] if isinstance(corpus, str) else _packing(plan, corpus)), sep="\n", flush=True)
+    documents = corpus.digests() if isinstance(corpus, Corpus) else None
+    if config.recipe == "pretrain":
+        loss = launcher.result_if_finished(config, num_ranks, run_dir, documents)
+        if loss is not None:
+            return loss
+    return None if config.explain else launcher.start(registry.RecipeTask(config, documents), num_ranks, run_dir)
 
 
-def _packing(plan: Plan) -> list[str]:
-    """How documents are packed and lie on ranks, as lines of text. Raises as `_open_data`, and downloads nothing."""
+def _corpus_to_explain(config: Config) -> Corpus | str:
+    """What the run reads, or why it is not shown. Raises as `_open_data`, and downloads nothing."""
+    folder = Path(config.model.path or "")
+    is_own = config.model.path is not None and config.data.tokenizer == config.model.path and folder.is_dir()
+    if config.explain_gpu and is_own and not any(folder.glob("tokenizer*")):
+        return f"packing of documents: not shown, because {folder} has no tokenizer; data.tokenizer=FOLDER gives one"
+    if not is_local(config.data):
+        check_without_download(config.data, config.model.vocab_size)
+        return "packing of documents: not shown, because data or tokenizer is no folder here; nothing was downloaded"
+    corpus = _open_data(config)
+    if not isinstance(corpus, Corpus):
+        return "packing of documents: not shown, because data.stream=true reads them while training"
+    return corpus
+
+
+def _packing(plan: Plan, corpus: Corpus) -> list[str]:
+    """How documents are packed and lie on ranks, as lines of text."""
     from data.report import packing_report
     from recipes.planning.packed_layouts import NUM_SEQUENCES, packed_layouts
 
-    config, folder = plan.config, Path(plan.config.model.path or "")
-    is_own = config.model.path is not None and config.data.tokenizer == config.model.path and folder.is_dir()
-    if config.explain_gpu and is_own and not any(folder.glob("tokenizer*")):
-        return [f"packing of documents: not shown, because {folder} has no tokenizer; data.tokenizer=FOLDER gives one"]
-    if not is_local(config.data):
-        check_without_download(config.data, config.model.vocab_size)
-        return ["packing of documents: not shown, because data or tokenizer is no folder here; nothing was downloaded"]
-    corpus = _open_data(config)
-    if not isinstance(corpus, Corpus):
-        return ["packing of documents: not shown, because data.stream=true reads them while training"]
     first = (pack.boundaries for pack in itertools.islice(corpus.training(), NUM_SEQUENCES))
     on_ranks = packed_layouts(plan, first)
     return [*packing_report(corpus, plan.sequences_per_step), *(["", *on_ranks] if on_ranks else [])]
@@ -224,7 +238,17 @@ def _with_shape(config: Config) -> Config:
 
 
 def run_as_one_rank(arguments: list[str]) -> None:
-    """Run as a rank of torchrun, deepspeed or srun. One rank per host reports a mistake in the configuration."""
+    """Run as a rank of torchrun, deepspeed or srun, and exit. One rank per host reports a mistake."""
+    try:
+        exit_code = _run_as_one_rank(arguments)
+    finally:
+        if rendezvous := os.environ.get(RENDEZVOUS):  # used by this run alone, which ends with any of its ranks
+            shutil.rmtree(rendezvous, ignore_errors=True)
+    sys.stdout.flush()
+    startup.exit_now(exit_code)
+
+
+def _run_as_one_rank(arguments: list[str]) -> int:
     try:
         if flag := next((argument for argument in arguments if argument.startswith("-")), None):
             advice = "deepspeed --no_local_rank" if flag.startswith("--local") else f"python train.py {flag}"
@@ -236,16 +260,32 @@ def run_as_one_rank(arguments: list[str]) -> None:
                 run_dir = Path(composed.hydra.run.dir).absolute()  # may refer to others of Hydra's settings
                 del composed["hydra"]
             execute(to_config(composed), arguments, run_dir)
-    except (ConfigError, CompactHydraException) as error:
-        sys.exit(f"error: {describe_error(error)}" if os.environ["LOCAL_RANK"] == "0" else 1)
     except Preempted:
-        startup.exit_now(Preempted.EXIT_CODE)
+        return Preempted.EXIT_CODE
     except RunFailed as error:
         if not error.of_all_ranks:  # else rank 0 has printed it
             print(f"error: {error}", file=sys.stderr, flush=True)
-        startup.exit_now(1)
-    sys.stdout.flush()
-    startup.exit_now(0)
+        return 1
+    except Exception as error:
+        if (mistake := _mistake(error)) is None:
+            raise
+        if os.environ["LOCAL_RANK"] == "0":
+            print(f"error: {mistake}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(REFUSED_S)
+        return 1
+    return 0
+
+
+def _mistake(error: Exception) -> str | None:
+    """What a user can do about it; None if the error is a fault of the program."""
+    if isinstance(error, (ConfigError, RunFailed, CompactHydraException)):
+        return describe_error(error)
+    if isinstance(error, ValueError) and str(error).startswith("Config group override"):  # Hydra's, for model=null
+        return f"{error}: write GROUP=OPTION, such as model=tiny; python train.py --help lists all"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.strerror}: {error.filename}: choose another run dir with hydra.run.dir=FOLDER"
+    return None
 
 
 def _stop(number: int, _: object) -> None:
@@ -267,13 +307,7 @@ if __name__ == "__main__":
             run()
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    except (ConfigError, RunFailed, CompactHydraException) as error:
-        sys.exit(f"error: {describe_error(error)}")
-    except ValueError as error:
-        if not str(error).startswith("Config group override"):  # Hydra's, for model=null
+    except Exception as error:
+        if (mistake := _mistake(error)) is None:
             raise
-        sys.exit(f"error: {error}: write GROUP=OPTION, such as model=tiny; python train.py --help lists all")
-    except OSError as error:
-        if error.filename is None:
-            raise
-        sys.exit(f"error: {error.strerror}: {error.filename}: choose another run dir with hydra.run.dir=FOLDER")
+        sys.exit(f"error: {mistake}")

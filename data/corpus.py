@@ -103,6 +103,11 @@ class Pack:
         return hashlib.sha256(np.concatenate([tokens, self.boundaries]).astype("<i8").tobytes()).hexdigest()
 
 
+def validation_name(name: str) -> str:
+    """A source's documents to validate on, in `Corpus.digests`."""
+    return f"{name}, validation"
+
+
 class Corpus:
     """Packs to train on, endlessly, and packs to validate on.
 
@@ -131,9 +136,10 @@ class Corpus:
         self.weights = tuple(weights[name] / total for name in stores)
         self.sources: list[EndlessSource] = []
         self._validation: dict[str, list[Pack]] = {}
+        self._validation_stores = validation_stores or {}
         for number, (name, store) in enumerate(stores.items()):
             documents = usable_documents(store, number, config)
-            if own := (validation_stores or {}).get(name):
+            if own := self._validation_stores.get(name):
                 check_size(int(documents.lengths.sum()), config, name, 0)
                 self._validation[name] = validation_packs(usable_documents(own, 0, config), own, config, None)
             else:
@@ -172,6 +178,12 @@ class Corpus:
         corpus = copy.copy(self)
         corpus.config = replace(self.config, sequence_length=sequence_length, stages=None)
         return corpus
+
+    def digests(self) -> dict[str, str] | None:
+        """Of the documents of each source, and of those that it has to validate on. None if a store has no digest."""
+        digests = {store.name: store.digest for store in self.stores}
+        digests |= {validation_name(name): store.digest for name, store in self._validation_stores.items()}
+        return digests if all(digests.values()) else None
 
     def validation(self) -> dict[str, list[Pack]]:
         """The packs to validate on, by source."""

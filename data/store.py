@@ -68,6 +68,7 @@ class TokenStore:
     ends: np.ndarray  # [N] int64, cumulative; document d is tokens[ends[d-1]:ends[d]], with its separator or EOS
     trained: np.ndarray | None = None  # [T] bool: whether a token may be a label; None: all may
     num_skipped: int = 0  # rows that data.bad_rows=skip left out
+    digest: str = ""  # of all documents' tokens in order, wherever their files are; empty: nobody has digested them
 
     @property
     def lengths(self) -> np.ndarray:
@@ -314,7 +315,9 @@ def _open(folder: Path, name: str, cache: DigestCache, say: Say) -> OpenedStore 
         reason = f"{STORE_FILE} has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         say(f"{folder} is damaged ({reason}): its documents are tokenized again")
         return None
-    return OpenedStore(TokenStore(name, tokens, ends, trained, counts.num_skipped), counts, folder, is_new=False)
+    digest = digest_of([record["dtype"], *(f"{file} {entry[1]}" for file, entry in sorted(record["files"].items()))])
+    store = TokenStore(name, tokens, ends, trained, counts.num_skipped, digest)
+    return OpenedStore(store, counts, folder, is_new=False)
 
 
 # --- building

@@ -61,6 +61,7 @@ def pretrain(plan: Plan, run_dir: Path, reporter: Reporter | None, resumed: Mani
         checkpoints.load(resumed)
     report_status("part", "reading data")
     corpus = open_shared_corpus(plan, engine)
+    checkpoints.documents = None if isinstance(corpus, SharedStream) else corpus.digests()
     feed = build_feed(plan, engine, corpus)
     first_step = resumed.step + 1 if resumed else 1
     steps = feed.steps(last_read=resumed.last_read if resumed else None, first_step=first_step)

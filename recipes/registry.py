@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from omegaconf import OmegaConf
 
 from conf.schema import Config
+from recipes.checkpoint.manifest import Documents
 from recipes.launch.launcher import shared_plan
 from recipes.launch.memory_errors import out_of_memory_explained
 from recipes.run.run_dir import CONFIG_FILE
@@ -42,6 +43,7 @@ class RecipeTask:
     """The recipe that the configuration names, as a `Task` of all ranks."""
 
     config: Config
+    documents: Documents = None  # that the run reads; None: unknown
 
     def run(self, run_dir: Path, console: TextIO) -> float:
         from recipes.monitor.reporter import Reporter
@@ -53,7 +55,7 @@ class RecipeTask:
             from recipes.checkpoint.manager import choose_checkpoint
 
             say = functools.partial(print, file=console, flush=True)
-            options["resumed"] = choose_checkpoint(plan.config, run_dir, say)
+            options["resumed"] = choose_checkpoint(plan.config, run_dir, say, self.documents)
         if self.config.recipe == "evaluate":
             from recipes.evaluation.results import shared_evaluation
 

@@ -30,6 +30,7 @@ from recipes.checkpoint.manifest import (
     WRITING_DIR,
     BaseWeights,
     BrokenCheckpoint,
+    Documents,
     Manifest,
     best_checkpoint,
     check_files,
@@ -74,10 +75,13 @@ def only_known_classes() -> Iterator[None]:
         os.environ.update(users)
 
 
-def choose_checkpoint(config: Config, run_dir: Path, say: Callable[[str], None]) -> Manifest | None:
+def choose_checkpoint(
+    config: Config, run_dir: Path, say: Callable[[str], None], documents: Documents = None
+) -> Manifest | None:
     """The run's newest checkpoint whose checksums match; None if there are no checkpoints. Ranks share the reading.
 
     The configuration is resolved. `say` prints a line; rank 0's is used. Newer checkpoints are moved aside.
+    `documents` are those that the run reads; None: unknown.
 
     Raises:
         ConfigError: on every rank, if all checkpoints are broken, or if the newest intact one belongs to another run.
@@ -95,7 +99,7 @@ def choose_checkpoint(config: Config, run_dir: Path, say: Callable[[str], None])
             problem = str(error)
         problem = next(filter(None, _gathered(problem)), None)
         if manifest and not problem:
-            changes = check_same_run(folder, manifest, config)
+            changes = check_same_run(folder, manifest, config, documents)
             resharded = f", resharded: {', '.join(changes)}" if changes else ""
             say(f"resuming after step {manifest.step}{resharded}{_changed_versions(manifest)}")
             for broken in folders[: folders.index(folder)] if rank == 0 else ():
@@ -145,6 +149,7 @@ class Checkpoints:
         self._base_weights: BaseWeights = None
         if config.lora.rank and config.model.path:
             self._base_weights = shared_base_weights(config.model.path)
+        self.documents: Documents = None  # that the run reads, as the manifests have them; set once they are open
         self.best: Path | None = None  # the checkpoint of the best step so far
         self._best_score: list[float] = []
         if config.checkpoint.keep_best and (best := _gathered(best_checkpoint(run_dir))[0]):  # rank 0's
@@ -208,7 +213,7 @@ class Checkpoints:
             last_read = LastRead(*last.position, last.sha256()) if last else None
             score = self._score(metrics or {})
             progress, settings = (step, last_read, elapsed_s, wandb_run_id), asdict(self._config)
-            manifest = Manifest(*progress, settings, _versions(), files, score, self._base_weights)
+            manifest = Manifest(*progress, settings, _versions(), files, score, self._base_weights, self.documents)
             write_manifest(folder, manifest)
             publish(self._run_dir, step, self._config.checkpoint.keep)
             if preempted:

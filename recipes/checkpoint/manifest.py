@@ -47,6 +47,8 @@ RESHARDABLE = (
 
 # digests of the files of a base model by name, as `base_weights.base_weights`
 BaseWeights = dict[str, str] | None
+# digests of a run's documents by source, as `data.corpus.Corpus.digests`
+Documents = dict[str, str] | None
 
 
 class BrokenCheckpoint(Exception):
@@ -66,6 +68,7 @@ class Manifest:
     files: dict[str, dict[str, Any]]  # fingerprints by name in the checkpoint's folder
     score: list[float] | None = None  # of its step, as `score_of`; None: nothing was measured, or the best is not kept
     base_weights: BaseWeights = None  # of a run with LoRA; None: unknown, or it trains all weights
+    documents: Documents = None  # that it reads; None: unknown, as with data.stream
 
 
 def step_name(step: int) -> str:
@@ -218,12 +221,20 @@ def is_resharded(manifest: Manifest, config: Config) -> bool:
     return before["engine"]["zero_stage"] != stage or (stage > 0 and other_ranks)  # stage 0 shards nothing
 
 
-def check_same_run(folder: Path, manifest: Manifest, config: Config) -> list[str]:
+def _is_path(name: str) -> bool:
+    """Whether a field only says where documents are, so that it may change if they are the same."""
+    return name.startswith("data.") and name.split(".")[-1] in ("files", "validation_files", "name")
+
+
+def check_same_run(folder: Path, manifest: Manifest, config: Config, documents: Documents = None) -> list[str]:
     """The changed RESHARDABLE fields, such as "attention.method ring -> ulysses", which only change rounding.
 
+    Args:
+        documents: that this run reads; None: unknown.
+
     Raises:
-        ConfigError: naming the fields, if the resolved configuration would compute something else, if a step would
-            take another number of sequences, or if the ZeRO stages cannot be resharded.
+        ConfigError: naming the fields, if the resolved configuration would compute something else; if the documents
+            are others, if a step would take another number of sequences, or if the ZeRO stages cannot be resharded.
     """
     before, now = flatten(manifest.config), flatten(asdict(config))
     own = [name for name in before if name.startswith(("model.rope.", "data.sources."))]  # with names of their own
@@ -231,14 +242,26 @@ def check_same_run(folder: Path, manifest: Manifest, config: Config) -> list[str
     differing = [name for name in names if not name.startswith(RESUME_SAFE) and before.get(name) != now.get(name)]
     if config.optimizer.decay == "constant" and config.optimizer.warmup_fraction == 0 and "num_steps" in differing:
         differing.remove("num_steps")  # the learning rate does not depend on it
+    before_documents = manifest.documents if documents else None  # None: they cannot be compared
+    if before_documents and before_documents == documents:
+        differing = [name for name in differing if not _is_path(name)]
     reshardable = RESHARDABLE if config.parallelism.method == "sequence" else ()
     refused = [name for name in differing if not name.startswith(reshardable)]
     if refused:
         changes = "; ".join(f"{name} was {before.get(name)} and is {now.get(name)}" for name in refused)
         schedule = " (the schedule of the learning rate ends with num_steps)" if "num_steps" in refused else ""
+        advice = "type what that run was started with, or use another hydra.run.dir"
+        if any(map(_is_path, refused)):
+            if before_documents:
+                changes += " (other documents)"
+            else:
+                advice += "; if its files have moved, ln -s NEW_PATH OLD_PATH and type the old path"
+        raise ConfigError(f"{folder} belongs to another run: {changes}{schedule}: {advice}")
+    if documents and before_documents and before_documents != documents:
+        changed = [name for name, digest in before_documents.items() if documents.get(name) != digest]
         raise ConfigError(
-            f"{folder} belongs to another run: {changes}{schedule}: type what that run was started with, or use "
-            "another hydra.run.dir"
+            f"{folder} belongs to a run on other documents: those of {' and '.join(changed)} have changed since: give "
+            "the documents that it read, in the same order, or use another hydra.run.dir"
         )
     _check_batch(folder, before, now)
     old, new = before["engine.zero_stage"], now["engine.zero_stage"]

@@ -5,6 +5,7 @@ The launcher's parent asks before ranks start. Documents that train are refused,
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import shlex
@@ -16,7 +17,7 @@ import numpy as np
 
 from conf.schema import LOSS_TASK, Config, ConfigError, DataConfig, source_configs
 from conf.stages import length_at
-from data.corpus import Corpus, Pack, validation_packs
+from data.corpus import Corpus, Pack, validation_name, validation_packs
 from data.documents import Documents, hold_out, usable_documents
 from data.feed import packs_after
 from data.source import CorpusError, open_source
@@ -45,7 +46,8 @@ def check_held_out(config: Config, corpus: Corpus) -> list[str]:
     manifest = read_manifest(folder)
     known = {field.name for field in dataclasses.fields(DataConfig)}
     try:
-        run = DataConfig(**{name: value for name, value in manifest.config["data"].items() if name in known})
+        settings = {name: value for name, value in manifest.config["data"].items() if name in known}
+        run = DataConfig(**_where_they_are(settings, manifest.documents or {}, config.data, corpus.digests() or {}))
         sources = source_configs(run)
         read_by_run = {name: _read(source) for name, source in sources.items()}
         validates_run = {name: _read(source) for name, source in validation_configs(run).items()}
@@ -64,11 +66,35 @@ def check_held_out(config: Config, corpus: Corpus) -> list[str]:
         if not shared and read not in validates_run.values():
             others.append(documents)
     stores = {run_name: corpus.stores[corpus.names.index(name)] for name, run_name in same.items()}
-    if stores.keys() == sources.keys():  # the run's whole corpus is here
+    if manifest.documents:
+        changed = [name for name, store in stores.items() if manifest.documents[name] != store.digest]
+        if changed:
+            raise _documents_changed(run, f"those of {' and '.join(changed)} are others")
+    elif stores.keys() == sources.keys():  # the run's whole corpus is here
         _check_unchanged(manifest, run, {name: stores[name] for name in sources})
     for name in same:
         _check_packs(corpus, name, run)
     return [*_other_documents(others, run), *_other_settings(config.data, run)]
+
+
+def _where_they_are(
+    settings: dict[str, Any], documents: dict[str, str], now: DataConfig, digests: dict[str, str]
+) -> dict[str, Any]:
+    """The run's data settings, with the paths of `now` for documents of the same digest: their files may have moved."""
+    settings = copy.deepcopy(settings)
+    own = {validation_name(name): source for name, source in validation_configs(now).items()}
+    here = {digests[name]: source for name, source in (source_configs(now) | own).items() if name in digests}
+    entries = settings["sources"] if settings["source"] == "mixture" else {settings["source"]: settings}
+    for name, entry in entries.items():
+        for field, its_name in (("files", name), ("validation_files", validation_name(name))):
+            source = here.get(documents.get(its_name, ""))
+            if source is None or source.source != entry["source"]:
+                continue
+            if entry.get(field) is not None:
+                entry[field] = source.files
+            elif field == "files" and entry.get("name"):
+                entry["name"] = source.name
+    return settings
 
 
 def _read(source: DataConfig) -> tuple[str, ...]:
@@ -117,7 +143,7 @@ def _hold_out_settings(source: DataConfig) -> tuple[object, ...]:
 def _check_unchanged(manifest: Manifest, run: DataConfig, stores: dict[str, TokenStore]) -> None:
     """Raises ConfigError if the last sequence that the run read is another one now: others may be held out, too.
 
-    Nothing else in a checkpoint tells, and a document more or less may leave this sequence as it is.
+    For checkpoints without digests, which tell nothing else. A document more or less may leave this sequence as it is.
     """
     if manifest.last_read is None:
         return
@@ -126,10 +152,14 @@ def _check_unchanged(manifest: Manifest, run: DataConfig, stores: dict[str, Toke
         corpus = Corpus(stores, run, weights).of_length(length_at(run, manifest.step))
         packs_after(corpus, manifest.last_read)
     except CorpusError as error:
-        raise ConfigError(
-            "the documents have changed since the run of evaluate.model, so nobody can tell which of them it trained "
-            f"on: give those that it read, or {_give_others(run)}"
-        ) from error
+        raise _documents_changed(run, "its last sequence is another one") from error
+
+
+def _documents_changed(run: DataConfig, how: str) -> ConfigError:
+    return ConfigError(
+        f"the documents have changed since the run of evaluate.model ({how}), so nobody can tell which of them it "
+        f"trained on: give those that it read, or {_give_others(run)}"
+    )
 
 
 def _check_packs(corpus: Corpus, name: str, run: DataConfig) -> None:

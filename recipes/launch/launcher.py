@@ -9,7 +9,6 @@ import copy
 import dataclasses
 import json
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ import torch
 
 from conf.degrees import accumulation_steps, resolve_config, resolve_degrees
 from conf.schema import Config, ConfigError
-from recipes.checkpoint.manifest import check_same_run, newest_readable
-from recipes.launch.environment import RENDEZVOUS, ranks_are_started, ranks_given
+from recipes.checkpoint.manifest import Documents, check_same_run, newest_readable
+from recipes.launch.environment import ranks_are_started, ranks_given
 from recipes.launch.host_memory import usable_memory_bytes
 from recipes.launch.processes import launch
 from recipes.launch.worker import Task, run_rank
@@ -103,8 +102,11 @@ def shared_plan(config: Config) -> Plan:
     return plan
 
 
-def result_if_finished(config: Config, num_ranks: int, run_dir: Path) -> float | None:
+def result_if_finished(config: Config, num_ranks: int, run_dir: Path, documents: Documents = None) -> float | None:
     """The validation loss if the run in the run dir has done all its steps; None if there are steps to do.
+
+    Args:
+        documents: that the run reads; None: unknown.
 
     Raises:
         ConfigError: if the newest checkpoint belongs to another run. With attention=auto only the ranks can check that.
@@ -116,7 +118,7 @@ def result_if_finished(config: Config, num_ranks: int, run_dir: Path) -> float |
     if config.attention.method != "auto":
         resolved = copy.deepcopy(config)
         resolve_config(resolved, resolve_degrees(config, num_ranks, _ranks_per_host(num_ranks)), num_ranks)
-        check_same_run(folder, manifest, resolved)
+        check_same_run(folder, manifest, resolved, documents)
     if manifest.step < config.num_steps:
         return None
     if os.environ.get("RANK", "0") == "0":
@@ -146,6 +148,3 @@ def start(task: Task, num_ranks: int, run_dir: Path) -> float:
                 print(f"error: {error}", file=sys.stderr, flush=True)
             dist.barrier()  # once any rank exits, the launcher ends the others
         raise
-    finally:
-        if rendezvous := os.environ.get(RENDEZVOUS):  # used by this run alone, which ends with any of its ranks
-            shutil.rmtree(rendezvous, ignore_errors=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from recipes.checkpoint.manifest import newest_first, read_manifest
-from tests.cli.program import LONG, SMALL, Finished, Program, Running, wandb
+from tests.cli.program import LONG, REPOSITORY, SMALL, Finished, Program, Running, wandb
 from tests.errors import names, some_line_names
 
 pytestmark = pytest.mark.slow
@@ -188,6 +188,26 @@ def test_a_mistake_under_a_launcher_is_reported_once(program):
         assert (first.stdout, second.stdout, second.stderr) == ("", "", "")
         assert (first.exit_code, second.exit_code) == (1, 1)
         assert not first.run_dir.exists()
+
+
+LATE = f"""
+import os, runpy, sys, time
+
+sys.path.insert(0, {str(REPOSITORY)!r})
+time.sleep(2 if os.environ["RANK"] == "0" else 0)
+del sys.argv[0]
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def test_a_mistake_under_torchrun_is_reported_although_rank_0_is_slower(program):
+    """torchrun ends rank 0 as soon as another rank exits."""
+    script = program.folder / "late.py"
+    script.write_text(LATE)
+    result = program.run("parallelism.ring_degree=3", launcher=[*TORCHRUN, str(script)])
+    [error] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    names(error, "parallelism.ring_degree=3", "2 ranks")
+    assert result.exit_code == 1
 
 
 def test_explain_under_a_launcher_prints_one_plan_for_its_ranks(program):

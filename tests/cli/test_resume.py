@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from recipes.export import export
-from tests.cli.program import ENDS_WITHIN_S, SMALL, Finished, Program, wandb_history
+from tests.cli.program import ENDS_WITHIN_S, PLAIN, SMALL, Finished, Program, wandb_history
 from tests.errors import names, some_line_names
 
 JOB = [
@@ -109,6 +109,33 @@ def test_an_interrupted_run_is_bit_identical_to_an_uninterrupted_one(program: Pr
     ]
     manifest = json.loads((resumed.run_dir / "checkpoints" / "step_00000040" / "manifest.json").read_text())
     assert manifest["wandb_run_id"] == parts[0]
+
+
+@pytest.mark.slow
+def test_a_run_whose_files_have_moved_resumes_as_if_they_had_not(program: Program):
+    folder, elsewhere = program.folder / "texts", program.folder / "elsewhere"
+    folder.mkdir()
+    for number in range(20):
+        (folder / f"{number}.txt").write_text(f"{number} and more words of a document. " * (number + 5))
+
+    def run(texts: Path, num_steps: int, name: str = "moved") -> Finished:
+        data = ["data=text_files", f"data.files={texts}/*.txt", "data.sequence_length=64"]
+        return program.run(*PLAIN, *data, f"num_steps={num_steps}", name=name)
+
+    whole = run(folder, 4, "whole")
+    run(folder, 2)
+    folder.rename(elsewhere)
+    resumed = run(elsewhere, 4)
+    assert resumed.exit_code == 0, resumed.stderr
+    some_line_names(resumed.stdout.splitlines(), "resuming", "step 2")
+    assert computed(resumed)[2:] == computed(whole)[2:]
+    expected, found = weights(whole.run_dir), weights(resumed.run_dir)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    (elsewhere / "20.txt").write_text("one more")
+    refused = run(elsewhere, 6)
+    assert refused.exit_code == 1
+    names(refused.stderr, "step_00000004", "text_files", "hydra.run.dir")
+    assert refused.stdout == ""  # no ranks were started
 
 
 @pytest.mark.slow

@@ -27,7 +27,6 @@ from conf.schema import (
 )
 from data.corpus import Corpus
 from data.source import CorpusError
-from recipes.planning.plan import Plan
 from tests.errors import names, refused, some_line_names
 from tests.unit.test_manifest import published, resolved
 
@@ -243,8 +242,9 @@ def test_explain_downloads_no_tokenizer(monkeypatch):
     name = "OWNER/NAME"
     settings = {"model": ModelConfig(path=name), "data": DataConfig(tokenizer=name)}
     config = Config(explain=True, explain_gpu="h100", launch=LaunchConfig(num_ranks=8), **settings)
-    (line,) = train._packing(Plan(config, 8, "cuda", "NVIDIA H100", (9, 0), ranks_per_host=8))
-    names(line, "not shown", "is no folder here")
+    reason = train._corpus_to_explain(config)
+    assert isinstance(reason, str)
+    names(reason, "not shown", "is no folder here")
 
 
 def test_explain_says_whose_memory_ranks_on_the_cpu_share(tmp_path, capsys):

@@ -48,14 +48,22 @@ def run(texts: Path, tmp_path: Path) -> DataConfig:
 def check(tmp_path: Path) -> Check:
     """Checks an evaluation with these data settings of a run with those."""
 
-    def checked(run: DataConfig, now: DataConfig, tasks: tuple[str, ...] = ("loss",)) -> list[str]:
-        packs = open_corpus(replace(run, stream=False)).training()
-        last = [next(packs) for _ in range(2)][-1]
-        last_read = LastRead(*last.position, last.sha256())
-        write_manifest(tmp_path, Manifest(2, last_read, 0.0, "", asdict(Config(data=run)), {}, {}))
+    def checked(
+        run: DataConfig, now: DataConfig, tasks: tuple[str, ...] = ("loss",), knows_documents: bool = False
+    ) -> list[str]:
+        last_read = second_sequence(replace(run, stream=False))
+        digests = open_corpus(run).digests() if knows_documents else None
+        settings = asdict(Config(data=run))
+        write_manifest(tmp_path, Manifest(2, last_read, 0.0, "", settings, {}, {}, documents=digests))
         return evaluated(tmp_path, now, tasks)
 
     return checked
+
+
+def second_sequence(run: DataConfig) -> LastRead:
+    packs = open_corpus(run).training()
+    last = [next(packs) for _ in range(2)][-1]
+    return LastRead(*last.position, last.sha256())
 
 
 def evaluated(folder: Path, now: DataConfig, tasks: tuple[str, ...] = ("loss",)) -> list[str]:
@@ -131,6 +139,43 @@ def test_documents_that_have_changed_are_refused(check: Check, run: DataConfig, 
         (texts / f"{number:02}.txt").unlink()
     with refused(ConfigError, "changed", "data.validation_files=FILES"):
         evaluated(tmp_path, run)
+
+
+def test_documents_that_have_changed_are_refused_also_where_the_last_sequence_has_not(
+    check: Check, run: DataConfig, texts: Path, tmp_path: Path
+):
+    assert check(run, run, knows_documents=True) == []
+    last = second_sequence(run)
+    for text in sorted(texts.iterdir()):  # one that is not in it is changed
+        before = text.read_text()
+        text.write_text("x" * len(before))
+        if second_sequence(run) == last:
+            break
+        text.write_text(before)
+    assert second_sequence(run) == last
+    with refused(ConfigError, "changed", "text_files", "data.validation_files=FILES"):
+        evaluated(tmp_path, run)
+
+
+def test_documents_of_the_run_are_known_wherever_their_files_are(
+    check: Check, run: DataConfig, texts: Path, tmp_path: Path
+):
+    assert check(run, run, knows_documents=True) == []
+    texts.rename(tmp_path / "moved")
+    moved = replace(run, files=f"{tmp_path}/moved/*.txt")
+    assert evaluated(tmp_path, moved) == []
+    with refused(ConfigError, "data.shuffle_seed=1", "data.shuffle_seed=0"):
+        evaluated(tmp_path, replace(moved, shuffle_seed=1))
+    with refused(ConfigError, "trained", "data.validation_files=FILES"):
+        evaluated(tmp_path, replace(moved, validation_files=moved.files))
+
+
+def test_documents_to_validate_on_are_known_wherever_their_files_are(check: Check, run: DataConfig, tmp_path: Path):
+    (tmp_path / "own.txt").write_text("def " * 200)
+    run = replace(run, validation_files=str(tmp_path / "own.txt"))
+    assert check(run, run, knows_documents=True) == []
+    (tmp_path / "own.txt").rename(tmp_path / "moved.txt")
+    assert evaluated(tmp_path, replace(run, validation_files=str(tmp_path / "moved.txt"))) == []
 
 
 def test_a_run_with_documents_of_its_own_to_validate_on(check: Check, run: DataConfig, tmp_path: Path):

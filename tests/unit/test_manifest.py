@@ -214,6 +214,45 @@ def test_other_rotary_embeddings_are_another_run(tmp_path, before):
         check_same_run(folder, read_manifest(folder), other)
 
 
+@pytest.fixture
+def texts(tmp_path) -> DataConfig:
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text("a text")
+    return DataConfig(source="text_files", files=f"{tmp_path}/old/*.txt")
+
+
+def test_files_that_have_moved_are_the_same_run_if_their_documents_are(tmp_path, texts):
+    moved = resolved(Config(data=replace(texts, files=f"{tmp_path}/new/*.txt")))
+    folder = published(tmp_path, 5, config=resolved(Config(data=texts)))
+    manifest = replace(read_manifest(folder), documents={"text_files": "abc"})
+    assert check_same_run(folder, manifest, moved, {"text_files": "abc"}) == []
+    with refused(ConfigError, folder, "data.files", texts.files, moved.data.files, "other documents"):
+        check_same_run(folder, manifest, moved, {"text_files": "def"})
+    moved.data.shuffle_seed = 1
+    with pytest.raises(ConfigError, match=r"run: data.shuffle_seed was 0 and is 1: type"):
+        check_same_run(folder, manifest, moved, {"text_files": "abc"})
+
+
+def test_where_nobody_knows_the_documents_files_that_have_moved_must_be_linked(tmp_path, texts):
+    """As in a stream, and in a checkpoint of before manifests had digests."""
+    moved = resolved(Config(data=replace(texts, files=f"{tmp_path}/new/*.txt")))
+    folder = published(tmp_path, 5, config=resolved(Config(data=texts)))
+    manifest = read_manifest(folder)
+    for before, now in ((None, {"text_files": "abc"}), ({"text_files": "abc"}, None)):
+        with refused(ConfigError, "data.files", texts.files, moved.data.files, "ln -s NEW_PATH OLD_PATH"):
+            check_same_run(folder, replace(manifest, documents=before), moved, now)
+
+
+def test_documents_that_have_changed_are_another_run(tmp_path, texts):
+    config = resolved(Config(data=texts))
+    folder = published(tmp_path, 5, config=config)
+    manifest = replace(read_manifest(folder), documents={"a": "abc", "a, validation": "def"})
+    assert check_same_run(folder, manifest, config, {"a": "abc", "a, validation": "def"}) == []
+    with refused(ConfigError, folder, "a, validation", "hydra.run.dir"):
+        check_same_run(folder, manifest, config, {"a": "abc", "a, validation": "xyz"})
+
+
 def test_other_weights_of_a_mixture_are_another_run_and_named_once(tmp_path):
     def mixture(a: float) -> Config:
         sources = {name: {"source": "stdlib", "weight": weight} for name, weight in (("a", a), ("b", 1 - a))}

@@ -98,6 +98,21 @@ def test_a_store_holds_documents_and_their_ends(tmp_path, capsys):
     assert not list(Path(str(config.token_store)).glob("*.lock"))
 
 
+def test_a_digest_of_documents_is_of_their_tokens_and_order_wherever_the_files_are(tmp_path):
+    def digest(*files: tuple[str, ...]) -> str:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        for number, texts in enumerate(files):
+            write(folder / f"{number}.jsonl", *texts)
+        return opened(jsonl(folder)).store.digest
+
+    first = digest(("one", "two"), ("three",))
+    assert digest(("one", "two"), ("three",)) == first
+    assert digest(("one",), ("two", "three")) == first
+    others = [digest(("three",), ("one", "two")), digest(("one", "two", "three", "four")), digest(("one", "twothree"))]
+    assert len({first, *others}) == 4
+
+
 def test_the_cache_folder_of_the_user_is_the_default(tmp_path, monkeypatch):
     write(tmp_path / "a.jsonl", *TEXTS)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
