@@ -71,7 +71,8 @@ def with_prompts(config: Config, run_dir: Path) -> Config:
 def read_prompts(config: Config) -> list[Prompt]:
     """The prompts in their order, tokenized as transformers does.
 
-    A text begins with what the tokenizer puts before it. Messages become the text of the tokenizer's chat template.
+    A text begins with what the tokenizer puts before it, unless it begins with BOS itself. Messages become the text of
+    the tokenizer's chat template.
 
     Raises:
         ConfigError: as `with_prompts`.
@@ -91,9 +92,16 @@ def read_prompts(config: Config) -> list[Prompt]:
 
 
 def _tokens(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    if isinstance(tokenizer, PretrainedTokenizer):
-        return tokenizer.wrapped(texts, return_attention_mask=False, verbose=False)["input_ids"]
-    return [encoded[:-1].tolist() for encoded in tokenizer.encode(texts)]  # without the separator
+    if not isinstance(tokenizer, PretrainedTokenizer):
+        return [encoded[:-1].tolist() for encoded in tokenizer.encode(texts)]  # without the separator
+    wrapped = tokenizer.wrapped
+    tokens = wrapped(texts, return_attention_mask=False, verbose=False)["input_ids"]
+    for index, text in enumerate(texts):
+        if wrapped.bos_token and text.startswith(wrapped.bos_token):  # as a chat template's text often does
+            (bare,) = tokenizer.tokens([text])
+            if bare[:1] == [wrapped.bos_token_id]:  # not where split_special_tokens makes letters of the name
+                tokens[index] = bare
+    return tokens
 
 
 def _of_messages(tokenizer: Tokenizer, given: _Given) -> Prompt:

@@ -141,6 +141,22 @@ def test_a_prompt_begins_as_the_tokenizer_begins_a_text(tiny_llama: Path):
     assert prompt.tokens == AutoTokenizer.from_pretrained(tiny_llama)("def main")["input_ids"]
 
 
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_a_prompt_that_begins_with_bos_gets_no_second_one(tiny_llama: Path, tmp_path: Path, adds_bos):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    text = tokenizer.bos_token + "def main"
+    assert tokenizer(text)["input_ids"][:2] == [tokenizer.bos_token_id] * 2  # what the prompt would have
+    bare, begun = tokenizer("def main", add_special_tokens=False)["input_ids"], tokenizer("def main")["input_ids"]
+    if not adds_bos:
+        tokenizer.backend_tokenizer.post_processor = None
+        tokenizer.save_pretrained(tiny_llama := tmp_path / "model")
+    rows = [{"prompt": text}, {"prompt": tokenizer.bos_token + text}, {"prompt": "def main"}]
+    found = [prompt.tokens for prompt in read_prompts(of_rows(tiny_llama, tmp_path, *rows))[1:]]
+    assert found == [begun, [begun[0], *begun], begun if adds_bos else bare]
+
+
 def with_template(tiny_llama: Path, folder: Path, template: str | None) -> Path:
     """A copy of the tokenizer."""
     from transformers import AutoTokenizer
