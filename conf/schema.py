@@ -575,7 +575,7 @@ class GenerateConfig(_Checked, prefix="generate."):
 
     model: Optional[str] = None  # a run dir, a folder in its checkpoints/, or a Hugging Face model; unset: model.path
     prompt: Optional[str] = None  # one text
-    prompt_file: Optional[str] = None  # .jsonl: rows {"prompt": text}; any other file: a text on each line
+    prompt_file: Optional[str] = None  # .jsonl: rows of prompt or messages; any other file: a text on each line
     max_new_tokens: int = number(128, minimum=1)  # fewer if the model ends its text
     temperature: float = number(0.0, minimum=0)  # 0: always the most likely token (greedy)
     top_k: Optional[int] = number(None, minimum=1)  # sample from so many most likely tokens; unset: from all

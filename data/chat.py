@@ -18,6 +18,24 @@ _GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
 _ADVICE = "or give rows of prompt and completion, which need no mark"
 
 
+def chat_template(wrapped: Any, tools: Any) -> str | None:
+    """The template that a tokenizer of `transformers` applies; None if it has none."""
+    try:
+        return wrapped.get_chat_template(None, tools)
+    except ValueError:
+        return None
+
+
+def prompt_tokens(wrapped: Any, messages: list[dict[str, Any]], tools: Any) -> list[int]:
+    """A conversation, and what the template writes before the assistant's next turn."""
+    return wrapped.apply_chat_template(messages, tools=tools, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+def template_refusal(error: Exception) -> str:
+    """What is wrong with a conversation on which the template raised the error."""
+    return f"the chat template refuses it ({type(error).__name__}: {' '.join(str(error).split())})"
+
+
 class EncodedChat(NamedTuple):
     """One conversation."""
 
@@ -79,19 +97,17 @@ class ChatEncoder:
                 return self._of_assistant(*self._masked([one.messages], one.tools)[0])
             return self._of_completion(one, has_generation)
         except Exception as error:  # of Jinja, whatever the template does
-            reason = " ".join(str(error).split())
-            return BadRow(f"the chat template refuses it ({type(error).__name__}: {reason})")
+            return BadRow(template_refusal(error))
 
     def _check_template(self, tools: Any, needs_generation: bool) -> bool:
         """Whether the template marks what the assistant says. Raises CorpusError if it must and does not."""
         setting = f"data.tokenizer={self._tokenizer.name}"
-        try:
-            template = self._wrapped.get_chat_template(None, tools)
-        except ValueError:
+        template = chat_template(self._wrapped, tools)
+        if template is None:
             raise CorpusError(
                 f"{setting} has no chat template: give the tokenizer of a model that was trained on chats, {_ADVICE} "
                 "if they are plain text"
-            ) from None
+            )
         has_generation = _GENERATION.search(template) is not None
         if needs_generation and not has_generation:
             raise CorpusError(
@@ -114,9 +130,7 @@ class ChatEncoder:
 
     def _of_completion(self, one: Conversation, has_generation: bool) -> EncodedChat | BadRow:
         messages = [*one.prompt, *one.completion]
-        start = self._wrapped.apply_chat_template(
-            one.prompt, tools=one.tools, add_generation_prompt=True, return_dict=True
-        )["input_ids"]
+        start = prompt_tokens(self._wrapped, one.prompt, one.tools)
         if has_generation:
             tokens, mask = self._masked([messages], one.tools)[0]
         else:

@@ -264,30 +264,36 @@ class Source:
         )
 
     def _conversation(self, row: dict[str, Any]) -> Conversation | BadRow:
-        tools, messages = row.get("tools") or None, row.get(self.config.messages_field)
+        messages: Any = row.get(self.config.messages_field)
         prompt: Any = row.get("prompt")
         completion: Any = row.get("completion")
-        if isinstance(tools, str):
-            try:
-                tools = json.loads(tools) or None
-            except ValueError:
-                return BadRow(f"broken JSON in column 'tools': {_FIX}")
+        try:
+            tools = parsed_tools(row)
+        except ValueError:
+            return BadRow(f"broken JSON in column 'tools': {_FIX}")
         if messages is not None:
-            problem = _messages_problem(messages, self.config.messages_field)
+            problem = messages_problem(messages, self.config.messages_field)
             if problem:
                 return BadRow(f"{problem} in column {self.config.messages_field!r}: {_FIX}")
-            return Conversation(_without_nulls(messages), tools=tools)
+            return Conversation(without_nulls(messages), tools=tools)
         if prompt is None or completion is None:
             return BadRow(f"{self._no_column(row)}, or leave out such rows with data.bad_rows=skip")
         if isinstance(prompt, str) and isinstance(completion, str):
             return Conversation(None, prompt, completion, tools)
         for column, value in (("prompt", prompt), ("completion", completion)):
-            if problem := _messages_problem(value, column):
+            if problem := messages_problem(value, column):
                 return BadRow(f"{problem} in column {column!r}, which may be text if both are: {_FIX}")
-        return Conversation(None, _without_nulls(prompt), _without_nulls(completion), tools)
+        return Conversation(None, without_nulls(prompt), without_nulls(completion), tools)
 
 
-def _messages_problem(messages: Any, column: str) -> str | None:
+def parsed_tools(row: dict[str, Any]) -> Any:
+    """The tools of a row, which may be JSON in a text; None if it has none. Raises ValueError for broken JSON."""
+    tools = row.get("tools")
+    return (json.loads(tools) if isinstance(tools, str) and tools else tools) or None
+
+
+def messages_problem(messages: Any, column: str) -> str | None:
+    """Why a column's value is no conversation; None if it is one."""
     if not isinstance(messages, list) or not messages:
         return f"{'an empty list' if messages == [] else type(messages).__name__}, not messages,"
     for message in messages:
@@ -301,7 +307,7 @@ def _messages_problem(messages: Any, column: str) -> str | None:
     return None
 
 
-def _without_nulls(messages: Any) -> list[dict[str, Any]]:
+def without_nulls(messages: Any) -> list[dict[str, Any]]:
     """Parquet and `datasets` fill in what a message lacks with nulls."""
     return [{key: value for key, value in message.items() if value is not None} for message in messages]
 

@@ -65,6 +65,7 @@ def generate(plan: Plan, run_dir: Path, reporter: Reporter | None) -> float:
             is_stopped = len(completion.tokens) < settings.max_new_tokens
             row = {
                 "prompt": prompt.text,
+                **prompt.chat,
                 "completion": tokenizer.decode(np.array(completion.tokens, np.int64)),
                 "num_prompt_tokens": len(prompt.tokens),
                 "tokens": completion.tokens,

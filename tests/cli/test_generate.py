@@ -20,18 +20,20 @@ from tests.errors import names
 NUM_NEW = 12
 GENERATE = ["recipe=generate", "launch.num_ranks=2", f"generate.max_new_tokens={NUM_NEW}"]
 PROMPTS = ["def main(", "import os\nimport sys\n" * 8, "class A:\n    pass"]
+CHAT = [{"role": "user", "content": "Hello there"}]
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def by_transformers(folder: Path) -> list[list[int]]:
-    """The greedy tokens after each prompt, without EOS."""
+def by_transformers(folder: Path, *chats: list[dict[str, str]]) -> list[list[int]]:
+    """The greedy tokens after each prompt and each chat, without EOS."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     tokenizer, found = AutoTokenizer.from_pretrained(folder), []
-    for prompt in PROMPTS:
-        inputs: Any = tokenizer(prompt, return_tensors="pt")
+    given: list[Any] = [tokenizer(prompt, return_tensors="pt") for prompt in PROMPTS]
+    given += [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt") for chat in chats]
+    for inputs in given:
         out = model.generate(**inputs, max_new_tokens=NUM_NEW, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         found.append([token for token in out.tolist() if token != tokenizer.eos_token_id])
     return found
@@ -46,17 +48,22 @@ def prompt_file(tmp_path: Path) -> Path:
 
 def test_prompts_of_a_file_are_completed_as_by_transformers(program: Program, tiny_llama: Path, prompt_file: Path):
     output = program.folder / "out.jsonl"
+    with prompt_file.open("a") as file:
+        file.write(json.dumps({"messages": CHAT}) + "\n")
     given = [f"generate.model={tiny_llama}", f"generate.prompt_file={prompt_file}", f"generate.output={output}"]
     result = program.run(*GENERATE, "engine.dtype=fp32", *given)
     assert result.exit_code == 0, result.stderr
     written = rows(output)
-    assert [row["prompt"] for row in written] == PROMPTS
-    assert [row["tokens"] for row in written] == by_transformers(tiny_llama)
+    tokenizer: Any = AutoTokenizer.from_pretrained(tiny_llama)
+    text = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, tokenize=False)
+    assert [row["prompt"] for row in written] == [*PROMPTS, text]
+    assert [row.get("messages") for row in written] == [None] * len(PROMPTS) + [CHAT]
+    assert [row["tokens"] for row in written] == by_transformers(tiny_llama, CHAT)
     for row in written:
         assert row["completion"] in result.stdout
         assert row["ended_by"] == ("max_new_tokens" if len(row["tokens"]) == NUM_NEW else "stop token")
-    names(result.stdout, "3 prompts", output)
-    assert len(re.findall(r"prefill [\d,.]+ tokens/s, decode [\d,.]+ tokens/s", result.stdout)) == 3
+    names(result.stdout, "4 prompts", output)
+    assert len(re.findall(r"prefill [\d,.]+ tokens/s, decode [\d,.]+ tokens/s", result.stdout)) == 4
     assert result.summary["decode_tokens_per_s"] > 0
 
 

@@ -141,6 +141,99 @@ def test_a_prompt_begins_as_the_tokenizer_begins_a_text(tiny_llama: Path):
     assert prompt.tokens == AutoTokenizer.from_pretrained(tiny_llama)("def main")["input_ids"]
 
 
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_a_prompt_that_begins_with_bos_gets_no_second_one(tiny_llama: Path, tmp_path: Path, adds_bos):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    text = tokenizer.bos_token + "def main"
+    assert tokenizer(text)["input_ids"][:2] == [tokenizer.bos_token_id] * 2  # what the prompt would have
+    bare, begun = tokenizer("def main", add_special_tokens=False)["input_ids"], tokenizer("def main")["input_ids"]
+    if not adds_bos:
+        tokenizer.backend_tokenizer.post_processor = None
+        tokenizer.save_pretrained(tiny_llama := tmp_path / "model")
+    rows = [{"prompt": text}, {"prompt": tokenizer.bos_token + text}, {"prompt": "def main"}]
+    found = [prompt.tokens for prompt in read_prompts(of_rows(tiny_llama, tmp_path, *rows))[1:]]
+    assert found == [begun, [begun[0], *begun], begun if adds_bos else bare]
+
+
+def with_template(tiny_llama: Path, folder: Path, template: str | None) -> Path:
+    """A copy of the tokenizer."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def of_rows(tokenizer: Path | None, folder: Path, *rows: dict) -> Config:
+    """Of a file that has a text, and then the rows."""
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ({"prompt": "one"}, *rows)))
+    given = config(GenerateConfig(model="x", prompt_file=str(folder / "rows.jsonl")))
+    if tokenizer is not None:
+        given.data.tokenizer, given.model.vocab_size = str(tokenizer), 2048
+    return given
+
+
+def test_messages_become_tokens_as_by_transformers(tiny_llama: Path, tmp_path: Path):
+    from transformers import AutoTokenizer
+
+    plain = AutoTokenizer.from_pretrained(tiny_llama)
+    template = "{% if tools %}{{ tools[0].function.name }}{% endif %}" + plain.chat_template
+    reference = AutoTokenizer.from_pretrained(with_template(tiny_llama, tmp_path / "model", template))
+    chat = [
+        {"role": "user", "content": "Hello there", "name": None},
+        {"role": "assistant", "content": "General Kenobi"},
+        {"role": "user", "content": "Again"},
+    ]
+    tools = [{"type": "function", "function": {"name": "lightsaber", "parameters": {}}}]
+    rows = [{"messages": chat}, {"messages": chat, "tools": tools}, {"messages": chat, "tools": json.dumps(tools)}]
+    rows = [*rows, {"messages": chat[:1], "prompt": None, "tools": None, "id": 3}]
+    text, *prompts = read_prompts(of_rows(tmp_path / "model", tmp_path, *rows))
+    assert (text.text, text.chat) == ("one", {})
+    for prompt, row, given in zip(prompts, rows, (None, tools, tools, None), strict=True):
+        expected = reference.apply_chat_template(row["messages"], tools=given, add_generation_prompt=True)
+        assert prompt.tokens == expected["input_ids"]
+        assert prompt.text == reference.decode(prompt.tokens)
+        assert prompt.chat == {name: row[name] for name in ("messages", "tools") if row.get(name)}
+    assert ["lightsaber" in prompt.text for prompt in prompts] == [False, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("row", "parts"),
+    [
+        ({"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, ["prompt and messages", "delete"]),
+        ({"text": "a"}, ["no text as prompt", "no messages", '"messages"']),
+        ({"messages": "a"}, ["str", "'messages'", '"role"']),
+        ({"messages": []}, ["empty list", "'messages'", '"role"']),
+        ({"messages": [{"content": "a"}]}, ["without a role", '"role"']),
+        ({"messages": [{"role": "user"}]}, ["without content", '"role"']),
+        ({"messages": [{"from": "human", "value": "a"}]}, ["ShareGPT", "jq -c", ".messages[]"]),
+        ({"messages": [{"role": "user", "content": "a"}], "tools": "{"}, ["broken JSON", "'tools'"]),
+    ],
+)
+def test_messages_that_are_none_are_refused_before_a_checkpoint_is_read(tmp_path: Path, row, parts):
+    with refused(ConfigError, f"generate.prompt_file={tmp_path}/rows.jsonl, line 2", *parts):
+        check_files(of_rows(None, tmp_path, row), tmp_path / "run")
+
+
+def test_what_the_chat_template_refuses_is_named(tiny_llama: Path, tmp_path: Path):
+    folder = with_template(tiny_llama, tmp_path / "model", "{{ raise_exception('not\nthis one') }}")
+    given = of_rows(folder, tmp_path, {"messages": [{"role": "user", "content": "a"}]})
+    with refused(ConfigError, f"generate.prompt_file={tmp_path}/rows.jsonl, line 2", "not this one", "messages"):
+        with_prompts(given, tmp_path / "run")
+
+
+@pytest.mark.parametrize("has_tokenizer", [False, True])
+def test_messages_need_a_chat_template(tiny_llama: Path, tmp_path: Path, has_tokenizer):
+    folder = with_template(tiny_llama, tmp_path / "model", None) if has_tokenizer else None
+    given = of_rows(folder, tmp_path, {"messages": [{"role": "user", "content": "a"}]})
+    named = f"data.tokenizer={folder}" if has_tokenizer else "bytes"
+    with refused(ConfigError, "line 2", named, "no chat template", "data.tokenizer=FOLDER_OR_HUB_NAME", '"prompt"'):
+        with_prompts(given, tmp_path / "run")
+
+
 def test_the_plan_is_for_the_longest_prompt_and_its_answer(tmp_path: Path):
     (tmp_path / "lines.txt").write_text("one\nthree\n")
     given = config(GenerateConfig(model="x", prompt_file=str(tmp_path / "lines.txt"), max_new_tokens=7))
