@@ -202,7 +202,7 @@ class Source:
                         except UnicodeDecodeError as error:
                             yield number, BadRow(f"byte {error.start:,} is not UTF-8: {_FIX}"), 0
                             continue
-                        yield number, self._content(row), size * number / num_rows
+                        yield number, self._content_of_arrow(row), size * number / num_rows
                     first += batch.num_rows
                 first = end
 
@@ -217,7 +217,7 @@ class Source:
             if columns is not None and not any(column in columns for column in self._columns):
                 raise CorpusError(f"{self.description}: {self._no_column(columns)}")
             for number, row in enumerate(dataset.skip(skip) if skip else dataset, skip + 1):
-                yield Row(0, number, self._content(row), Position(0, number), 0)
+                yield Row(0, number, self._content_of_arrow(row), Position(0, number), 0)
         except CorpusError:
             raise
         except (*_UNREADABLE, DatasetsError, HTTPError) as error:
@@ -244,6 +244,12 @@ class Source:
             f"no column {self.config.messages_field!r} of messages, and no prompt and completion: "
             f"{found.format('messages_field')}"
         )
+
+    def _content_of_arrow(self, row: dict[str, Any]) -> str | Conversation | BadRow:
+        if self.config.source == "chat":
+            read = {column: _without_filled_keys(row[column]) for column in self._columns if column in row}
+            row = {**row, **read}
+        return self._content(row)
 
     def _content(self, row: dict[str, Any]) -> str | Conversation | BadRow:
         """What a row holds. A null is a text without characters."""
@@ -302,8 +308,15 @@ def _messages_problem(messages: Any, column: str) -> str | None:
 
 
 def _without_nulls(messages: Any) -> list[dict[str, Any]]:
-    """Parquet and `datasets` fill in what a message lacks with nulls."""
+    """A key with null is one that a message lacks."""
     return [{key: value for key, value in message.items() if value is not None} for message in messages]
+
+
+def _without_filled_keys(value: Any) -> Any:
+    """Arrow gives all structs of a column the same keys: those that were not written are null."""
+    if isinstance(value, dict):
+        return {key: _without_filled_keys(inner) for key, inner in value.items() if inner is not None}
+    return [_without_filled_keys(inner) for inner in value] if isinstance(value, list) else value
 
 
 class _Decompressed(io.RawIOBase):

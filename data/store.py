@@ -50,6 +50,7 @@ from data.source import (
 from data.tokenizer import open_tokenizer, tokenizer_problem
 
 FORMAT = 1  # of a store; another one is never read
+CHAT_FORMAT = 2  # of a store of data=chat: 1 had keys of null in tools and their calls
 TOKENS, ENDS, TRAINED = "tokens.bin", "ends.bin", "trained.bin"
 STORE_FILE, PROGRESS_FILE = "store.json", "progress.json"
 _RECORD_S = 2.0  # a killed process loses so much work
@@ -285,6 +286,8 @@ def _key(source: Source, encoder: Any, cache: DigestCache, say: Say) -> str:
         "field": config.messages_field if config.source == "chat" else config.text_field,
         "tokenizer": encoder.fingerprint(),
     }
+    if config.source == "chat":
+        settings["chat_format"] = CHAT_FORMAT
     return digest_of([json.dumps(settings, sort_keys=True)])
 
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -14,6 +15,7 @@ import pytest
 import transformers
 
 from conf.schema import DataConfig
+from data import store as store_module
 from data.source import CorpusError
 from data.store import OpenedStore, open_counted
 from tests.errors import names, refused
@@ -117,6 +119,58 @@ def test_parquet_and_data_sets_have_the_same_conversations(tiny_llama, tmp_path)
         assert found.trained is not None
         assert expected.trained is not None
         assert found.trained.tolist() == expected.trained.tolist()
+
+
+def tools_of(value: Any) -> dict[str, Any]:
+    """A row whose tool, its call and the list in it have a key of their own."""
+    key, inner = f"key_{value}", {"shared": 1, f"deep_{value}": [value, None]}
+    call = {"type": "function", "function": {"name": "put", "arguments": {"inner": inner, key: value}}}
+    tool = {"type": "function", "function": {"name": "put", "parameters": {"properties": {key: {"type": "string"}}}}}
+    return {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [call]}], "tools": [tool]}
+
+
+@pytest.mark.parametrize("where", ["parquet", "data set", "saved splits", "prompt and completion"])
+def test_arrow_invents_no_keys_of_tools(tiny_llama, tmp_path, where):
+    template = "{{ tools }}{% for message in messages %}{% generation %}{{ message }}{% endgeneration %}{% endfor %}"
+    folder = with_template(tiny_llama, tmp_path / "model", template)
+    rows = [tools_of(1), tools_of(2)]
+    if where == "prompt and completion":
+        rows = [
+            {"prompt": row["messages"][:1], "completion": row["messages"][1:], "tools": row["tools"]} for row in rows
+        ]
+    expected = opened(tmp_path, folder, *rows).store
+    table = pyarrow.Table.from_pylist(rows)
+    if where == "saved splits":
+        datasets.DatasetDict({"train": datasets.Dataset(table)}).save_to_disk(tmp_path / "set")
+    elif where == "data set":
+        (tmp_path / "set").mkdir()
+        shutil.copy(tmp_path / "chat.jsonl", tmp_path / "set")
+    else:
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    place: dict[str, Any] = {"name": str(tmp_path / "set"), "files": None}
+    if not (tmp_path / "set").exists():
+        place = {"files": str(tmp_path / "a.parquet")}
+    config = DataConfig(source="chat", **place, tokenizer=str(folder), token_store=str(tmp_path / "stores"))
+    decode = transformers.AutoTokenizer.from_pretrained(folder).decode
+    assert decode(open_counted(config, "chat", print).store.tokens) == decode(expected.tokens)
+    assert "None]" in decode(expected.tokens)  # of a list a null is a value
+
+
+def test_a_null_of_json_lines_is_the_users(tiny_llama, tmp_path):
+    folder = with_template(tiny_llama, tmp_path / "model", "{{ tools | tojson }}" + template_of(tiny_llama))
+    one = opened(tmp_path, folder, {"messages": CHAT, "tools": [{"default": None}]})
+    assert '{"default": null}' in transformers.AutoTokenizer.from_pretrained(folder).decode(one.store.tokens)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "chat"])
+def test_stores_of_older_chats_alone_are_not_used(tiny_llama, tmp_path, monkeypatch, kind):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "Hello", "messages": CHAT}) + "\n")
+    files, stores = str(tmp_path / "a.jsonl"), str(tmp_path / "stores")
+    config = DataConfig(source=kind, files=files, tokenizer=str(tiny_llama), token_store=stores)
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "CHAT_FORMAT", 1)
+        open_counted(config, "a", print)
+    assert open_counted(config, "a", print).is_new == (kind == "chat")
 
 
 def test_bytes_have_no_template(tmp_path):
