@@ -28,6 +28,7 @@ _CODECS = {".gz": "gzip", ".zst": "zstd"}
 _COMPRESSED = {*_CODECS, ".bz2", ".xz", ".lz4", ".zip"}
 _BATCH_ROWS = 1024  # of parquet
 _MAX_LISTED = 4  # files in a warning
+_SAVED_DATASET = "state.json"  # in a folder of Dataset.save_to_disk
 _HUB_NAME = re.compile(r"(\b[\w.-]+\b/)?\b[\w.-]+\b")  # others are refused without asking it
 _FIX = "correct the row, or leave out such rows with data.bad_rows=skip"
 _ONE_A_LINE = (
@@ -478,7 +479,16 @@ def _load_data_set(config: DataConfig, revision: str | None) -> Any:
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HTTPError
 
+    is_one = Path(config.name or "", _SAVED_DATASET).is_file()  # saved splits are folders of such, and load_dataset's
+    if is_one and (config.split != "train" or config.subset is not None):
+        wrong = f"split {config.split}" if config.subset is None else f"subset {config.subset}"
+        raise CorpusError(
+            f"data.name={config.name} has no {wrong}: save_to_disk has written it as one data set, so leave out "
+            "data.split, data.validation_split and data.subset, or save a DatasetDict"
+        )
     try:
+        if is_one:
+            return datasets.load_from_disk(config.name).to_iterable_dataset()  # whose skip also skips all
         return datasets.load_dataset(
             config.name, config.subset, split=config.split, streaming=True, revision=revision or None
         )
