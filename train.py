@@ -199,15 +199,16 @@ def _packing(plan: Plan, corpus: Corpus) -> list[str]:
 def _open_data(config: Config) -> Corpus | StreamCorpus:
     """What the run reads. Raises CorpusError if it cannot be opened or is too short, and as `check_held_out`."""
     if not config.data.stream:
-        from data.report import held_out_warning
+        from data.report import held_out_warning, roles_warnings
 
-        corpus, warnings = open_corpus(config.data, config.model.vocab_size), []
+        corpus = open_corpus(config.data, config.model.vocab_size)
+        warnings = roles_warnings(corpus)
         if config.recipe == "pretrain" and (warning := held_out_warning(corpus)):
-            warnings = [warning]
+            warnings.append(warning)
         elif config.recipe == "evaluate":
             from recipes.evaluation.held_out import check_held_out
 
-            warnings = check_held_out(config, corpus)
+            warnings += check_held_out(config, corpus)
         if os.environ.get("RANK", "0") == "0":
             for warning in warnings:
                 print(f"{'!!!':>17}  {warning}", flush=True)

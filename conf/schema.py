@@ -286,7 +286,7 @@ class DataConfig(_Checked, prefix="data."):
 
     source: str = choice(*SOURCES)  # stdlib: the source code of Python's own library
     files: Any = None  # a glob or a list of globs; megatron: of .bin files, with .idx beside them
-    name: Optional[str] = None  # hub, chat: name of a data set, or a local folder that load_dataset can read
+    name: Optional[str] = None  # hub, chat: name of a data set, or a folder that load_dataset or load_from_disk reads
     subset: Optional[str] = None  # hub, chat: configuration of the data set
     split: str = "train"  # hub, chat: split
     text_field: str = "text"  # jsonl, parquet, hub: the column that holds the text

@@ -15,6 +15,7 @@ from data.source import BadRow, Conversation, CorpusError
 from data.tokenizer import PretrainedTokenizer, Tokenizer
 
 _GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 _ADVICE = "or give rows of prompt and completion, which need no mark"
 
 
@@ -41,6 +42,12 @@ class EncodedChat(NamedTuple):
 
     tokens: np.ndarray  # [n]
     trained: np.ndarray  # [n] bool
+
+
+def unknown_roles(one: Conversation) -> set[str]:
+    """The roles of its turns that are not in ROLES: a misspelt assistant is not trained, and nobody notices."""
+    parts = [part for part in (one.messages, one.prompt, one.completion) if isinstance(part, list)]
+    return {message["role"] for part in parts for message in part}.difference(ROLES)
 
 
 class ChatEncoder:
@@ -81,7 +88,8 @@ class ChatEncoder:
             return []
         self._check_template(None, needs_generation=True)
         try:
-            return [self._of_assistant(*parts) for parts in self._masked(conversations, None)]
+            masked = zip(self._masked(conversations, None), conversations, strict=True)
+            return [self._of_assistant(*parts, messages) for parts, messages in masked]
         except Exception:  # one of them fails in the template: find it
             return [self._single(Conversation(one)) for one in conversations]
 
@@ -94,7 +102,7 @@ class ChatEncoder:
         has_generation = self._check_template(one.tools, needs_generation=one.messages is not None)
         try:
             if one.messages is not None:
-                return self._of_assistant(*self._masked([one.messages], one.tools)[0])
+                return self._of_assistant(*self._masked([one.messages], one.tools)[0], one.messages)
             return self._of_completion(one, has_generation)
         except Exception as error:  # of Jinja, whatever the template does
             return BadRow(template_refusal(error))
@@ -123,9 +131,13 @@ class ChatEncoder:
         )
         return list(zip(batch["input_ids"], batch["assistant_masks"], strict=True))
 
-    def _of_assistant(self, tokens: list[int], mask: list[int]) -> EncodedChat | BadRow:
+    def _of_assistant(self, tokens: list[int], mask: list[int], said: list[dict[str, Any]]) -> EncodedChat | BadRow:
+        """Of a template's tokens. `said` are the messages that may be trained."""
         if not any(mask):
-            return BadRow("no assistant turn: nothing to train on")
+            roles = list(dict.fromkeys(message["role"] for message in said))
+            if "assistant" in roles:
+                return BadRow("the chat template marks nothing of the assistant turn: nothing to train on")
+            return BadRow(f"no assistant turn, only turns of {', '.join(map(repr, roles))}: nothing to train on")
         return self._ended(tokens, list(map(bool, mask)))
 
     def _of_completion(self, one: Conversation, has_generation: bool) -> EncodedChat | BadRow:
@@ -138,7 +150,7 @@ class ChatEncoder:
             mask = [1] * len(tokens)
         if tokens[: len(start)] != start:
             return BadRow("the chat template writes the prompt in another way when the completion follows")
-        return self._of_assistant(tokens, [0] * len(start) + mask[len(start) :])
+        return self._of_assistant(tokens, [0] * len(start) + mask[len(start) :], one.completion)
 
     def _ended(self, tokens: list[int], trained: list[bool]) -> EncodedChat:
         """With EOS, unless a special token is the last but for white space."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from conf.schema import DataConfig
-from data.chat import ChatEncoder
+from data.chat import ChatEncoder, unknown_roles
 from data.source import BadRow, Conversation, CorpusError, MegatronFile, Position, Row, Source, open_source
 from data.tokenizer import Tokenizer, open_tokenizer
 
@@ -27,6 +27,7 @@ class Encoded(NamedTuple):
     num_empty: int
     following: Position
     bytes_read: int
+    unknown_roles: tuple[str, ...] = ()  # of chats, each once a row
 
 
 class TextEncoder:
@@ -77,13 +78,14 @@ class ConversationEncoder:
     def encoded(self, source: Source, start: Position) -> Iterator[Encoded]:
         for rows in batches(source.rows(start), self._tokenizer.batch_characters // 4, _BATCH_ROWS):
             chats = iter(self._chats.encode([row.content for row in rows if isinstance(row.content, Conversation)]))
-            documents, problems = [], []
+            documents, problems, roles = [], [], []
             for row in rows:
                 chat = next(chats) if isinstance(row.content, Conversation) else row.content
                 if isinstance(chat, BadRow):
                     problems.append(_problem(source, row, chat))
-                else:
+                elif isinstance(row.content, Conversation):
                     documents.append(chat)
+                    roles += sorted(unknown_roles(row.content))
             yield Encoded(
                 np.concatenate([*(document.tokens for document in documents), np.zeros(0, self.dtype)]),
                 np.array([len(document.tokens) for document in documents], np.int64),
@@ -92,6 +94,7 @@ class ConversationEncoder:
                 0,
                 rows[-1].following,
                 rows[-1].bytes_read,
+                tuple(roles),
             )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from conf.schema import DataConfig
+from data.chat import ROLES
 from data.corpus import Corpus, num_labels
 from data.documents import Documents
 from data.packing import window_packs
@@ -140,6 +141,28 @@ def held_out_warning(corpus: Corpus) -> str | None:
         f"validation holds out {held_out:,} tokens, {share:.0%} of the data: of each source "
         f"data.validation_sequences={config.validation_sequences} times {config.sequence_length:,} tokens; fewer leave "
         "more to train on"
+    )
+
+
+def roles_warnings(corpus: Corpus) -> list[str]:
+    """Of each source, and of its own documents for validation, if roles of its turns are unknown."""
+    stores = {store.name: store for store in corpus.stores}
+    for name, packs in corpus.validation().items():
+        if packs[0].stores[0] is not stores[name]:
+            stores[f"{name}, validation"] = packs[0].stores[0]
+    return [warning for name, store in stores.items() if (warning := roles_warning(name, store.unknown_roles))]
+
+
+def roles_warning(name: str, unknown_roles: Mapping[str, int]) -> str | None:
+    """If turns of a source may not be trained because their role is misspelt."""
+    if not unknown_roles:
+        return None
+    most = sorted(unknown_roles.items(), key=lambda item: (-item[1], item[0]))
+    counts = ", ".join(f"{role!r} in {num_rows:,} {'row' if num_rows == 1 else 'rows'}" for role, num_rows in most[:4])
+    more = " and others" if len(most) > 4 else ""
+    return (
+        f"{name} has roles that are none of {', '.join(ROLES)}: {counts}{more}; turns that the chat template "
+        "does not mark are not trained: correct misspelt roles in the files; data.preview=3 shows what is trained"
     )
 
 

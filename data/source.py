@@ -28,6 +28,7 @@ _CODECS = {".gz": "gzip", ".zst": "zstd"}
 _COMPRESSED = {*_CODECS, ".bz2", ".xz", ".lz4", ".zip"}
 _BATCH_ROWS = 1024  # of parquet
 _MAX_LISTED = 4  # files in a warning
+_SAVED_DATASET = "state.json"  # in a folder of Dataset.save_to_disk
 _HUB_NAME = re.compile(r"(\b[\w.-]+\b/)?\b[\w.-]+\b")  # others are refused without asking it
 _FIX = "correct the row, or leave out such rows with data.bad_rows=skip"
 _ONE_A_LINE = (
@@ -202,7 +203,7 @@ class Source:
                         except UnicodeDecodeError as error:
                             yield number, BadRow(f"byte {error.start:,} is not UTF-8: {_FIX}"), 0
                             continue
-                        yield number, self._content(row), size * number / num_rows
+                        yield number, self._content_of_arrow(row), size * number / num_rows
                     first += batch.num_rows
                 first = end
 
@@ -217,7 +218,7 @@ class Source:
             if columns is not None and not any(column in columns for column in self._columns):
                 raise CorpusError(f"{self.description}: {self._no_column(columns)}")
             for number, row in enumerate(dataset.skip(skip) if skip else dataset, skip + 1):
-                yield Row(0, number, self._content(row), Position(0, number), 0)
+                yield Row(0, number, self._content_of_arrow(row), Position(0, number), 0)
         except CorpusError:
             raise
         except (*_UNREADABLE, DatasetsError, HTTPError) as error:
@@ -244,6 +245,12 @@ class Source:
             f"no column {self.config.messages_field!r} of messages, and no prompt and completion: "
             f"{found.format('messages_field')}"
         )
+
+    def _content_of_arrow(self, row: dict[str, Any]) -> str | Conversation | BadRow:
+        if self.config.source == "chat":
+            read = {column: _without_filled_keys(row[column]) for column in self._columns if column in row}
+            row = {**row, **read}
+        return self._content(row)
 
     def _content(self, row: dict[str, Any]) -> str | Conversation | BadRow:
         """What a row holds. A null is a text without characters."""
@@ -308,8 +315,15 @@ def messages_problem(messages: Any, column: str) -> str | None:
 
 
 def without_nulls(messages: Any) -> list[dict[str, Any]]:
-    """Parquet and `datasets` fill in what a message lacks with nulls."""
+    """A key with null is one that a message lacks."""
     return [{key: value for key, value in message.items() if value is not None} for message in messages]
+
+
+def _without_filled_keys(value: Any) -> Any:
+    """Arrow gives all structs of a column the same keys: those that were not written are null."""
+    if isinstance(value, dict):
+        return {key: _without_filled_keys(inner) for key, inner in value.items() if inner is not None}
+    return [_without_filled_keys(inner) for inner in value] if isinstance(value, list) else value
 
 
 class _Decompressed(io.RawIOBase):
@@ -471,7 +485,16 @@ def _load_data_set(config: DataConfig, revision: str | None) -> Any:
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HTTPError
 
+    is_one = Path(config.name or "", _SAVED_DATASET).is_file()  # saved splits are folders of such, and load_dataset's
+    if is_one and (config.split != "train" or config.subset is not None):
+        wrong = f"split {config.split}" if config.subset is None else f"subset {config.subset}"
+        raise CorpusError(
+            f"data.name={config.name} has no {wrong}: save_to_disk has written it as one data set, so leave out "
+            "data.split, data.validation_split and data.subset, or save a DatasetDict"
+        )
     try:
+        if is_one:
+            return datasets.load_from_disk(config.name).to_iterable_dataset()  # whose skip also skips all
         return datasets.load_dataset(
             config.name, config.subset, split=config.split, streaming=True, revision=revision or None
         )

@@ -17,7 +17,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,10 +50,12 @@ from data.source import (
 from data.tokenizer import open_tokenizer, tokenizer_problem
 
 FORMAT = 1  # of a store; another one is never read
+CHAT_FORMAT = 2  # of a store of data=chat: 1 had keys of null in tools and their calls, and no unknown roles
 TOKENS, ENDS, TRAINED = "tokens.bin", "ends.bin", "trained.bin"
 STORE_FILE, PROGRESS_FILE = "store.json", "progress.json"
 _RECORD_S = 2.0  # a killed process loses so much work
 _FIRST_LINE_S, _LINE_S = 2.0, 5.0  # when a build says something
+_MAX_ROLES = 100  # that are counted: where each row has another, the record is written all the same every two seconds
 _NUM_AHEAD = 2  # batches that are tokenized while one is written
 
 Say = Callable[[str], None]
@@ -68,6 +70,7 @@ class TokenStore:
     ends: np.ndarray  # [N] int64, cumulative; document d is tokens[ends[d-1]:ends[d]], with its separator or EOS
     trained: np.ndarray | None = None  # [T] bool: whether a token may be a label; None: all may
     num_skipped: int = 0  # rows that data.bad_rows=skip left out
+    unknown_roles: Mapping[str, int] = field(default_factory=dict)  # of chats: the rows with each
     digest: str = ""  # of all documents' tokens in order, wherever their files are; empty: nobody has digested them
 
     @property
@@ -85,6 +88,7 @@ class Counts:
     num_skipped: int = 0  # rows that data.bad_rows=skip left out
     num_empty: int = 0  # rows without tokens
     largest_token: int = -1
+    unknown_roles: dict[str, int] = field(default_factory=dict)  # of chats: the rows with each
     first_problem: str = ""  # of the rows that were skipped
     seconds: float = 0.0  # that building took
 
@@ -286,6 +290,8 @@ def _key(source: Source, encoder: Any, cache: DigestCache, say: Say) -> str:
         "field": config.messages_field if config.source == "chat" else config.text_field,
         "tokenizer": encoder.fingerprint(),
     }
+    if config.source == "chat":
+        settings["chat_format"] = CHAT_FORMAT
     return digest_of([json.dumps(settings, sort_keys=True)])
 
 
@@ -316,7 +322,7 @@ def _open(folder: Path, name: str, cache: DigestCache, say: Say) -> OpenedStore 
         say(f"{folder} is damaged ({reason}): its documents are tokenized again")
         return None
     digest = digest_of([record["dtype"], *(f"{file} {entry[1]}" for file, entry in sorted(record["files"].items()))])
-    store = TokenStore(name, tokens, ends, trained, counts.num_skipped, digest)
+    store = TokenStore(name, tokens, ends, trained, counts.num_skipped, counts.unknown_roles, digest)
     return OpenedStore(store, counts, folder, is_new=False)
 
 
@@ -488,6 +494,9 @@ class _Build:
         counts.num_tokens += len(batch.tokens)
         counts.num_skipped += len(batch.problems)
         counts.num_empty += batch.num_empty
+        for role in batch.unknown_roles:
+            if role in counts.unknown_roles or len(counts.unknown_roles) < _MAX_ROLES:
+                counts.unknown_roles[role] = counts.unknown_roles.get(role, 0) + 1
         counts.largest_token = max(counts.largest_token, int(batch.tokens.max(initial=0)))
 
     def _files(self) -> dict[str, tuple[int, str]]:

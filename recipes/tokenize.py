@@ -16,6 +16,7 @@ from hydra.errors import CompactHydraException
 
 from conf.compose import as_hydra_types_it, describe_error, to_config
 from conf.schema import Config, ConfigError, source_configs
+from data.report import roles_warning
 from data.store import OpenedStore, open_counted, validation_configs
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -32,7 +33,10 @@ def tokenize(config: Config) -> None:
     validation = validation_configs(config.data).items()
     for name, source in [*sources, *((f"{name}, validation", source) for name, source in validation)]:
         tokenizer = "tokens" if source.source == "megatron" else f"tokenizer {source.tokenizer or 'bytes'}"
-        print(f"{name}: {tokenizer}, {_summary(open_counted(source, name, _say))}", flush=True)
+        opened = open_counted(source, name, _say)
+        print(f"{name}: {tokenizer}, {_summary(opened)}", flush=True)
+        if warning := roles_warning(name, opened.counts.unknown_roles):
+            print(f"!!! {warning}", flush=True)
 
 
 def _summary(opened: OpenedStore) -> str:

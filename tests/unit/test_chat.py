@@ -7,19 +7,25 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import transformers
 
-from conf.schema import DataConfig
+import train
+from conf.schema import Config, DataConfig
+from data import store as store_module
+from data.report import roles_warning
 from data.source import CorpusError
 from data.store import OpenedStore, open_counted
+from recipes.tokenize import tokenize
 from tests.errors import names, refused
 
 USER, ASSISTANT = {"role": "user", "content": "Hello there"}, {"role": "assistant", "content": "General Kenobi"}
 CHAT = [USER, ASSISTANT, USER, ASSISTANT]
+LOST = {"role": "asistant", "content": "General Kenobi"}
 EOS = 1
 
 
@@ -119,6 +125,120 @@ def test_parquet_and_data_sets_have_the_same_conversations(tiny_llama, tmp_path)
         assert found.trained.tolist() == expected.trained.tolist()
 
 
+def tools_of(value: Any) -> dict[str, Any]:
+    """A row whose tool, its call and the list in it have a key of their own."""
+    key, inner = f"key_{value}", {"shared": 1, f"deep_{value}": [value, None]}
+    call = {"type": "function", "function": {"name": "put", "arguments": {"inner": inner, key: value}}}
+    tool = {"type": "function", "function": {"name": "put", "parameters": {"properties": {key: {"type": "string"}}}}}
+    return {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [call]}], "tools": [tool]}
+
+
+@pytest.mark.parametrize("where", ["parquet", "data set", "saved splits", "prompt and completion"])
+def test_arrow_invents_no_keys_of_tools(tiny_llama, tmp_path, where):
+    template = "{{ tools }}{% for message in messages %}{% generation %}{{ message }}{% endgeneration %}{% endfor %}"
+    folder = with_template(tiny_llama, tmp_path / "model", template)
+    rows = [tools_of(1), tools_of(2)]
+    if where == "prompt and completion":
+        rows = [
+            {"prompt": row["messages"][:1], "completion": row["messages"][1:], "tools": row["tools"]} for row in rows
+        ]
+    expected = opened(tmp_path, folder, *rows).store
+    table = pyarrow.Table.from_pylist(rows)
+    if where == "saved splits":
+        datasets.DatasetDict({"train": datasets.Dataset(table)}).save_to_disk(tmp_path / "set")
+    elif where == "data set":
+        (tmp_path / "set").mkdir()
+        shutil.copy(tmp_path / "chat.jsonl", tmp_path / "set")
+    else:
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    place: dict[str, Any] = {"name": str(tmp_path / "set"), "files": None}
+    if not (tmp_path / "set").exists():
+        place = {"files": str(tmp_path / "a.parquet")}
+    config = DataConfig(source="chat", **place, tokenizer=str(folder), token_store=str(tmp_path / "stores"))
+    decode = transformers.AutoTokenizer.from_pretrained(folder).decode
+    assert decode(open_counted(config, "chat", print).store.tokens) == decode(expected.tokens)
+    assert "None]" in decode(expected.tokens)  # of a list a null is a value
+
+
+def test_a_null_of_json_lines_is_the_users(tiny_llama, tmp_path):
+    folder = with_template(tiny_llama, tmp_path / "model", "{{ tools | tojson }}" + template_of(tiny_llama))
+    one = opened(tmp_path, folder, {"messages": CHAT, "tools": [{"default": None}]})
+    assert '{"default": null}' in transformers.AutoTokenizer.from_pretrained(folder).decode(one.store.tokens)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "chat"])
+def test_stores_of_older_chats_alone_are_not_used(tiny_llama, tmp_path, monkeypatch, kind):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "Hello", "messages": CHAT}) + "\n")
+    files, stores = str(tmp_path / "a.jsonl"), str(tmp_path / "stores")
+    config = DataConfig(source=kind, files=files, tokenizer=str(tiny_llama), token_store=stores)
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "CHAT_FORMAT", 1)
+        open_counted(config, "a", print)
+    assert open_counted(config, "a", print).is_new == (kind == "chat")
+
+
+def test_rows_with_unknown_roles_are_counted_and_kept(tiny_llama, tmp_path, monkeypatch):
+    usr = {**USER, "role": "usr"}
+    known = [{"role": role, "content": "Hello"} for role in ("system", "developer", "user", "tool")]
+    rows = [
+        {"messages": [usr, ASSISTANT, usr, LOST]},
+        {"messages": [*known, ASSISTANT, LOST]},
+        {"prompt": [usr], "completion": [ASSISTANT]},
+        {"prompt": "Hello", "completion": "usr"},
+        {"messages": [USER, LOST]},  # skipped
+    ]
+    monkeypatch.setattr("data.encoders._BATCH_ROWS", 1)  # counts of batches are added
+    for _ in range(2):  # made, and there
+        one = opened(tmp_path, tiny_llama, *rows, bad_rows="skip")
+        assert one.counts.unknown_roles == one.store.unknown_roles == {"usr": 2, "asistant": 2}
+        assert one.counts.num_skipped == 1
+    assert opened(tmp_path, tiny_llama, *[{"messages": [*known, ASSISTANT]}] * 3).counts.unknown_roles == {}
+
+
+def test_roles_are_counted_up_to_a_number(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(store_module, "_MAX_ROLES", 2)
+    rows = [{"messages": [{"role": role, "content": "Hello"}, ASSISTANT]} for role in ("a", "b", "c", "a")]
+    assert opened(tmp_path, tiny_llama, *rows).counts.unknown_roles == {"a": 2, "b": 1}
+
+
+def test_unknown_roles_are_said_once_a_source_when_data_is_opened_and_tokenized(tiny_llama, tmp_path, capsys):
+    for name, roles in (("train", ["asistant", "usr"]), ("valid", ["model"]), ("clean", [])):
+        messages = [ASSISTANT, *({"role": role, "content": "Hello"} for role in roles)]
+        (tmp_path / f"{name}.jsonl").write_text((json.dumps({"messages": messages}) + "\n") * 30)
+    place: dict[str, Any] = {"tokenizer": str(tiny_llama), "token_store": str(tmp_path / "stores")}
+    place["sequence_length"] = 16
+
+    def said(**data) -> list[str]:
+        config = Config(recipe="forward", data=DataConfig(**place, **data))
+        config.model.vocab_size = 2048
+        train._open_data(config)
+        lines = [line.strip() for line in capsys.readouterr().out.splitlines() if "!!!" in line]
+        tokenize(config)
+        tokenized = [line for line in capsys.readouterr().out.splitlines() if "!!!" in line]
+        assert [line.split() for line in lines] == [line.split() for line in tokenized]
+        return lines
+
+    [line] = said(source="chat", files=f"{tmp_path}/train.jsonl")
+    names(line, "chat", "'asistant' in 30 rows", "'usr' in 30 rows", "data.preview=3")
+    assert "model" not in line
+    assert not said(source="chat", files=f"{tmp_path}/clean.jsonl")
+    files = {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "valid", "clean")}
+    sources = {
+        "a": {"source": "chat", "files": files["train"], "validation_files": files["valid"], "weight": 0.5},
+        "b": {"source": "chat", "files": files["clean"], "weight": 0.5},
+    }
+    first, second = said(source="mixture", sources=sources)
+    names(first, "a", "'asistant' in 30 rows")
+    names(second, "a, validation", "'model' in 30 rows")
+
+
+def test_of_many_roles_the_most_frequent_are_named():
+    warning = roles_warning("chat", {**{f"rare{number}": 1 for number in range(9)}, "usr": 2000}) or ""
+    names(warning, "'usr' in 2,000 rows", "'rare0' in 1 row", "and others")
+    assert "rare8" not in warning
+    assert roles_warning("chat", {}) is None
+
+
 def test_bytes_have_no_template(tmp_path):
     with refused(CorpusError, "data=chat", "data.tokenizer=FOLDER_OR_HUB_NAME"):
         opened(tmp_path, None, {"messages": CHAT})
@@ -140,7 +260,9 @@ def test_a_template_without_a_mark_is_refused(tiny_llama, tmp_path):
 
 
 BAD = {
-    "no assistant": ({"messages": [USER]}, ["no assistant turn"]),
+    "no assistant": ({"messages": [USER]}, ["no assistant turn", "'user'"]),
+    "a misspelt assistant": ({"messages": [USER, LOST]}, ["no assistant turn", "'user', 'asistant'"]),
+    "an assistant without mark": ({"messages": [USER, {**ASSISTANT, "content": "unmarked"}]}, ["marks nothing"]),
     "text": ({"messages": "Hello"}, ["str", "'messages'"]),
     "no messages": ({"messages": []}, ["empty", "'messages'"]),
     "no role": ({"messages": [{"content": "Hello"}]}, ["role", "'messages'"]),
@@ -161,7 +283,8 @@ BAD = {
 def test_a_bad_conversation_is_named_or_skipped(tiny_llama, tmp_path, case):
     row, parts = BAD[case]
     refusal = "{% if messages[0].role == 'refused' %}{{ raise_exception('not this one') }}{% endif %}"
-    folder = with_template(tiny_llama, tmp_path / "model", refusal + template_of(tiny_llama))
+    unmarked = "{% if messages[-1].content == 'unmarked' %}Hello{% else %}" + template_of(tiny_llama) + "{% endif %}"
+    folder = with_template(tiny_llama, tmp_path / "model", refusal + unmarked)
     with pytest.raises(CorpusError) as caught:
         opened(tmp_path, folder, {"messages": CHAT}, row)
     names(str(caught.value), "chat.jsonl, row 2", "data.bad_rows=skip", *parts)

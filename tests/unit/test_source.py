@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -60,9 +61,22 @@ def test_every_format_gives_the_same_texts(tmp_path):
         assert texts(source="jsonl", files=f"{tmp_path}/a.jsonl{ending}") == TEXTS
     assert texts(source="parquet", files=f"{tmp_path}/a.parquet") == TEXTS
     assert texts(source="hub", name=str(tmp_path / "set")) == TEXTS
+    saved = datasets.Dataset.from_dict({"text": TEXTS})
+    saved.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": saved}).save_to_disk(tmp_path / "splits")
+    for name in ("saved", "splits", "splits/train"):
+        assert texts(source="hub", name=str(tmp_path / name)) == TEXTS
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet", "text_files", "hub"])
+@pytest.mark.parametrize(("setting", "value"), [("split", "test"), ("subset", "small")])
+def test_one_saved_data_set_has_no_splits_and_subsets(tmp_path, setting, value):
+    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path / "saved")
+    name = str(tmp_path / "saved")
+    with refused(CorpusError, f"data.name={name}", f"{setting} {value}", f"data.{setting}", "data.validation_split"):
+        texts(source="hub", name=name, **{setting: value})
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "text_files", "hub", "saved"])
 def test_reading_goes_on_at_any_row(tmp_path, kind):
     for name in "ab":
         if kind == "parquet":
@@ -73,6 +87,9 @@ def test_reading_goes_on_at_any_row(tmp_path, kind):
             ending = ".txt" if kind == "text_files" else ".jsonl"
             (tmp_path / f"{name}{ending}").write_bytes(content + b"\n")  # a blank line is no row
     where: dict[str, Any] = {"name": str(tmp_path)} if kind == "hub" else {"files": f"{tmp_path}/*"}
+    if kind == "saved":
+        datasets.Dataset.from_json(f"{tmp_path}/*.jsonl", cache_dir=tmp_path).save_to_disk(tmp_path / "set")
+        kind, where = "hub", {"name": str(tmp_path / "set")}
     source = open_source(DataConfig(source=kind, **where))
     rows = list(source.rows())
     assert len(rows) == (2 if kind == "text_files" else 14)
