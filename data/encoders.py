@@ -10,7 +10,17 @@ import numpy as np
 
 from conf.schema import DataConfig
 from data.chat import ChatEncoder, unknown_roles
-from data.source import BadRow, Conversation, CorpusError, MegatronFile, Position, Row, Source, open_source
+from data.source import (
+    BadRow,
+    Conversation,
+    CorpusError,
+    MegatronFile,
+    Position,
+    Row,
+    Source,
+    files_setting,
+    open_source,
+)
 from data.tokenizer import Tokenizer, open_tokenizer
 
 _BATCH_ROWS = 8192
@@ -104,7 +114,8 @@ class MegatronEncoder:
     has_mask = False
 
     def __init__(self, source: Source) -> None:
-        is_small = all(MegatronFile(name).tokens.dtype in (np.uint8, np.uint16) for name in source.files)
+        files = [MegatronFile(name, files_setting(source.config)) for name in source.files]
+        is_small = all(file.tokens.dtype in (np.uint8, np.uint16) for file in files)
         self.dtype = np.dtype(np.uint16 if is_small else np.int32)
 
     def fingerprint(self) -> str:

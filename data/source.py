@@ -14,7 +14,7 @@ import os
 import re
 import sysconfig
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +39,7 @@ _SHAREGPT_TO_MESSAGES = (
     'jq -c \'{messages: [.COLUMN[] | {role: ({human: "user", gpt: "assistant"}[.from] // .from), '
     "content: .value}]}' OLD > NEW"
 )
+_TO_COMPLETIONS = "jq -c '{prompt: .COLUMN, completion: .OTHER_COLUMN}' OLD > NEW"
 _FIX_FILE = "give the whole file again, or leave out what cannot be read with data.bad_rows=skip"
 # raised by damaged files: pyarrow's are ValueErrors and OSErrors, the last three come from compressed files
 _UNREADABLE = (OSError, ValueError, EOFError, zlib.error, lzma.LZMAError)
@@ -163,7 +164,11 @@ class Source:
                 if number > skip and not line.isspace():
                     yield number, self._json_row(line, number), share
         if number == 0 and not skip:
-            yield 1, BadRow("the file is empty: take it out of data.files, or add data.bad_rows=skip"), 0
+            yield (
+                1,
+                BadRow(f"the file is empty: take it out of {files_setting(self.config)}, or add data.bad_rows=skip"),
+                0,
+            )
 
     def _json_row(self, line: bytes, number: int) -> str | Conversation | BadRow:
         try:
@@ -188,10 +193,12 @@ class Source:
         with pyarrow.parquet.ParquetFile(name) as file:
             columns = [column for column in self._columns if column in file.schema_arrow.names]
             if not columns:
-                raise CorpusError(f"{name}: {self._no_column(file.schema_arrow.names)}")
+                examples = {column.name: _example(column.type) for column in file.schema_arrow}
+                raise CorpusError(f"{name}: {self._no_column(examples)}")
             num_rows, first = file.metadata.num_rows, 0
             if not num_rows and not skip:
-                yield 1, BadRow("the file has no rows: take it out of data.files, or add data.bad_rows=skip"), 0
+                fix = f"take it out of {files_setting(self.config)}, or add data.bad_rows=skip"
+                yield 1, BadRow(f"the file has no rows: {fix}"), 0
             for group in range(file.num_row_groups):
                 end = first + file.metadata.row_group(group).num_rows
                 batches = file.iter_batches(_BATCH_ROWS, [group], columns) if end > skip else ()
@@ -216,7 +223,8 @@ class Source:
             dataset = _load_data_set(self.config, self.revision)
             columns = dataset.column_names
             if columns is not None and not any(column in columns for column in self._columns):
-                raise CorpusError(f"{self.description}: {self._no_column(columns)}")
+                examples = {column.name: _example(column.type) for column in dataset.features.arrow_schema}
+                raise CorpusError(f"{self.description}: {self._no_column(examples)}")
             for number, row in enumerate(dataset.skip(skip) if skip else dataset, skip + 1):
                 yield Row(0, number, self._content_of_arrow(row), Position(0, number), 0)
         except CorpusError:
@@ -237,14 +245,19 @@ class Source:
             return self.config.messages_field, "prompt", "completion", "tools"
         return (self.config.text_field,)
 
-    def _no_column(self, columns: Iterable[str]) -> str:
-        found = f"set data.{{}} to one of {sorted(columns)}"
+    def _no_column(self, row: dict[str, Any]) -> str:
+        """What to type instead, given a row or an example of one."""
         if self.config.source != "chat":
-            return f"no column {self.config.text_field!r}: {found.format('text_field')}"
-        return (
-            f"no column {self.config.messages_field!r} of messages, and no prompt and completion: "
-            f"{found.format('messages_field')}"
-        )
+            problem = f"no column {self.config.text_field!r}"
+            if chats := sorted(column for column, value in row.items() if _are_messages(value)):
+                return f"{problem}, but conversations in column {chats[0]!r}: {_as_chat(chats[0])}"
+            return f"{problem}: set data.text_field to one of {sorted(row)}"
+        problem = f"no column {self.config.messages_field!r} of messages, and no prompt and completion"
+        if lists := sorted(column for column, value in row.items() if isinstance(value, list)):
+            return f"{problem}: set data.messages_field to one of {lists}"
+        is_arrow = not self.files or any(Path(name).suffix in (".parquet", ".arrow") for name in self.files)
+        how = "" if is_arrow else f" ({_TO_COMPLETIONS} makes them)"
+        return f"{problem}: of the columns {sorted(row)} make rows of prompt and completion{how}"
 
     def _content_of_arrow(self, row: dict[str, Any]) -> str | Conversation | BadRow:
         if self.config.source == "chat":
@@ -264,6 +277,9 @@ class Source:
             return ""
         if text is row:
             return BadRow(f"{self._no_column(row)}, or leave out such rows with data.bad_rows=skip")
+        if _are_messages(text):
+            fix = f"{_as_chat(field)}, or leave out such rows with data.bad_rows=skip"
+            return BadRow(f"conversations, not text, in column {field!r}: {fix}")
         others = sorted(column for column, value in row.items() if isinstance(value, str))  # parquet: only what is read
         choice = f"one of {others}" if others else "a column of text"
         return BadRow(
@@ -297,6 +313,25 @@ def parsed_tools(row: dict[str, Any]) -> Any:
     """The tools of a row, which may be JSON in a text; None if it has none. Raises ValueError for broken JSON."""
     tools = row.get("tools")
     return (json.loads(tools) if isinstance(tools, str) and tools else tools) or None
+
+
+def _are_messages(value: Any) -> bool:
+    """Whether a column holds conversations, be they ShareGPT's."""
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and bool({"role", "from"} & first.keys())
+
+
+def _as_chat(column: str) -> str:
+    return "type data=chat" if column == "messages" else f"type data=chat data.messages_field={column}"
+
+
+def _example(kind: Any) -> Any:
+    """A value of an Arrow type, as far as `_no_column` looks at it."""
+    from pyarrow import types
+
+    if types.is_list(kind) or types.is_large_list(kind):
+        return [_example(kind.value_type)]
+    return {inner.name: None for inner in kind} if types.is_struct(kind) else None
 
 
 def messages_problem(messages: Any, column: str) -> str | None:
@@ -376,10 +411,14 @@ _MEGATRON_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 class MegatronFile:
     """Tokens that Megatron-LM's preprocess_data has written: a .bin of tokens, and an .idx with the documents' ends."""
 
-    def __init__(self, name: str) -> None:
-        """Raises CorpusError if the two files do not belong together or are cut off."""
+    def __init__(self, name: str, setting: str = "data.files") -> None:
+        """Raises CorpusError if the two files do not belong together or are cut off.
+
+        Args:
+            setting: that names it.
+        """
         if not name.endswith(".bin"):
-            raise CorpusError(f"{name} is no .bin: name these alone, as data.files='{EXAMPLES['megatron']}'")
+            raise CorpusError(f"{name} is no .bin: name these alone, as {setting}='{EXAMPLES['megatron']}'")
         self.name, index = name, str(Path(name).with_suffix(".idx"))
         advice = "give the whole pair of .bin and .idx that Megatron's tools/preprocess_data.py has written"
         try:
@@ -430,6 +469,12 @@ def _is_text_local(config: DataConfig) -> bool:
     return config.name is None or Path(config.name).exists()
 
 
+def files_setting(config: DataConfig) -> str:
+    """The setting that names the files: a source of documents to validate on has them as both."""
+    is_validation = config.validation_files is not None and config.files == config.validation_files
+    return "data.validation_files" if is_validation else "data.files"
+
+
 def open_source(config: DataConfig) -> Source:
     """The configured source, which is no mixture. Raises CorpusError if it has no files or is not on the hub."""
     if config.name is not None:
@@ -438,14 +483,15 @@ def open_source(config: DataConfig) -> Source:
             return Source(config, description, (), "")
         names = glob.glob(f"{glob.escape(config.name)}/**", recursive=True)  # without hidden files, as load_dataset
         return Source(config, description, tuple(sorted(name for name in names if os.path.isfile(name))))
-    description = "Python's standard library" if config.source == "stdlib" else f"data.files={config.files}"
+    setting = files_setting(config)
+    description = "Python's standard library" if config.source == "stdlib" else f"{setting}={config.files}"
     files = _files(config)
     if not files:
         if config.source == "stdlib":
             raise CorpusError(f"{description} has no file to read: type data=text_files data.files='texts/*.txt'")
         folder = config.files if isinstance(config.files, str) else config.files[0]
         inside = os.path.join(folder, f"*{Path(EXAMPLES[config.source]).suffix}")
-        raise CorpusError(f"{description} has no file to read, folders do not count: type data.files='{inside}'")
+        raise CorpusError(f"{description} has no file to read, folders do not count: type {setting}='{inside}'")
     compressed = _COMPRESSED if config.source == "text_files" else _COMPRESSED - _CODECS.keys()
     if packed := next((name for name in files if Path(name).suffix in compressed), None):
         can = "unpack it" if config.source == "text_files" else "unpack it, or compress it with gzip or zstd"

@@ -14,6 +14,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import socket
 import time
@@ -42,6 +43,7 @@ from data.source import (
     CorpusError,
     Position,
     Source,
+    files_setting,
     hub_source,
     is_offline,
     is_on_hub,
@@ -56,6 +58,7 @@ STORE_FILE, PROGRESS_FILE = "store.json", "progress.json"
 _RECORD_S = 2.0  # a killed process loses so much work
 _FIRST_LINE_S, _LINE_S = 2.0, 5.0  # when a build says something
 _MAX_ROLES = 100  # that are counted: where each row has another, the record is written all the same every two seconds
+_SKIP_ADVICE = re.compile(r"(, or|:) (leave out [a-z ]+ with|add) data\.bad_rows=skip")  # of who has typed it
 _NUM_AHEAD = 2  # batches that are tokenized while one is written
 
 Say = Callable[[str], None]
@@ -133,11 +136,10 @@ def validation_configs(config: DataConfig) -> dict[str, DataConfig]:
     """The validation documents of each source that has its own, as a source."""
     configs = {}
     for name, source in source_configs(config).items():
-        changes: dict[str, Any] = {"validation_files": None, "validation_split": None}
-        if source.validation_files is not None:
-            configs[name] = dataclasses.replace(source, **changes, files=source.validation_files)
+        if source.validation_files is not None:  # which stays set, for messages to name it
+            configs[name] = dataclasses.replace(source, files=source.validation_files)
         elif source.validation_split is not None:
-            configs[name] = dataclasses.replace(source, **changes, split=source.validation_split)
+            configs[name] = dataclasses.replace(source, split=source.validation_split, validation_split=None)
     return configs
 
 
@@ -150,8 +152,9 @@ def _checked(configs: dict[str, DataConfig], vocab_size: int | None, say: Say) -
         if vocab_size is not None and largest >= vocab_size:  # else one rank's lookup fails
             if config.source == "megatron":
                 raise CorpusError(
-                    f"data.files={config.files} has token {largest}, but the model has {vocab_size}: give files of the "
-                    f"model's own tokenizer, or without model.path type model.vocab_size={largest + 1} or more"
+                    f"{files_setting(config)}={config.files} has token {largest}, but the model has {vocab_size}: give "
+                    "files of the model's own tokenizer, or without model.path type "
+                    f"model.vocab_size={largest + 1} or more"
                 )
             raise CorpusError(
                 f"a document has token {largest} of data.tokenizer={config.tokenizer}, but the model has "
@@ -415,7 +418,7 @@ class _Build:
 
     def _nothing_left(self) -> str:
         counts = self.counts
-        first = f"; the first: {counts.first_problem}" if counts.first_problem else ""
+        first = f"; the first: {_SKIP_ADVICE.sub('', counts.first_problem)}" if counts.first_problem else ""
         return (
             f"{self.source.description} has 0 tokens: {counts.num_skipped + counts.num_empty:,} rows, of which "
             f"{counts.num_empty:,} are empty and {counts.num_skipped:,} cannot be read{first}: give documents with text"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 from pathlib import Path
@@ -14,7 +15,7 @@ from huggingface_hub.errors import HTTPError
 
 from conf.schema import DataConfig
 from data.source import CorpusError
-from data.store import open_counted
+from data.store import open_counted, open_stores, open_validation_stores
 from tests.errors import names, refused
 
 GOOD = b'{"text": "good"}\n'
@@ -193,6 +194,59 @@ def test_documents_without_tokens_are_counted_and_never_all(tmp_path):
     with pytest.raises(CorpusError) as caught:
         open_counted(config(path, source="jsonl", bad_rows="skip"), "jsonl", print)
     names(str(caught.value), f"data.files={path}", "0 tokens", "1 are empty", "a.jsonl, row 2", "int")
+
+
+UNREADABLE = {
+    "no object": ("jsonl", b"[1]\n"),
+    "no column": ("jsonl", b'{"body": "x"}\n'),
+    "a number": ("jsonl", b'{"text": 3, "body": "x"}\n'),
+    "several lines": ("jsonl", b"{\n"),
+    "an empty file": ("jsonl", b""),
+    "no rows": ("parquet", parquet_bytes(text=pyarrow.array([], "string"))),
+    "a cut file": ("parquet", parquet_bytes(text=["x"])[:-9]),
+    "not UTF-8": ("text_files", b"\xff"),
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_who_skips_bad_rows_is_not_told_to(tmp_path, case):
+    source, content = UNREADABLE[case]
+    path = tmp_path / "a.data"
+    path.write_bytes(content)
+    with refused(CorpusError, SKIP):
+        open_counted(config(path, source=source), source, print)
+    with pytest.raises(CorpusError) as caught:
+        open_counted(config(path, source=source, bad_rows="skip"), source, print)
+    names(str(caught.value), "0 tokens", "1 cannot be read", "a.data")
+    assert SKIP not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "ending", "content"),
+    [
+        ("jsonl", "jsonl", b""),
+        ("jsonl", "jsonl", b'{"text": ""}\n'),
+        ("parquet", "parquet", parquet_bytes(text=pyarrow.array([], "string"))),
+        ("jsonl", "", None),
+        ("megatron", "idx", b""),
+    ],
+)
+def test_errors_of_files_for_validation_name_their_setting(tmp_path, source, ending, content):
+    (tmp_path / "good.jsonl").write_bytes(GOOD)
+    bad = tmp_path / f"bad.{ending}"
+    if content is None:
+        bad.mkdir()
+    else:
+        bad.write_bytes(content)
+    given = DataConfig(source=source, files=f"{tmp_path}/good.jsonl", token_store=f"{tmp_path}/stores")
+    for setting, other, opened in (
+        ("files", "validation_files", open_stores),
+        ("validation_files", "files", open_validation_stores),
+    ):
+        with pytest.raises(CorpusError) as caught:
+            opened(dataclasses.replace(given, **{setting: str(bad)}), None, print)
+        assert f"data.{setting}" in str(caught.value)
+        assert f"data.{other}" not in str(caught.value)
 
 
 def test_a_file_without_permission(tmp_path, monkeypatch):

@@ -239,6 +239,48 @@ def test_of_many_roles_the_most_frequent_are_named():
     assert roles_warning("chat", {}) is None
 
 
+@pytest.mark.parametrize("where", ["parquet", "data set"])
+def test_without_a_list_no_column_of_messages_is_proposed(tiny_llama, tmp_path, where):
+    table = pyarrow.table({"input": ["x"], "output": ["y"], "number": [1]})
+    place: dict[str, Any] = {"files": str(tmp_path / "a.parquet")}
+    if where == "parquet":
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    else:
+        datasets.Dataset(table).save_to_disk(tmp_path / "set")
+        place = {"name": str(tmp_path / "set")}
+    config = DataConfig(source="chat", **place, tokenizer=str(tiny_llama), token_store=str(tmp_path / "stores"))
+    with pytest.raises(CorpusError) as caught:
+        open_counted(config, "chat", print)
+    names(str(caught.value), "prompt and completion", "['input', 'number', 'output']")
+    assert "data.messages_field" not in str(caught.value)
+    assert "jq" not in str(caught.value)  # it reads JSON
+
+
+@pytest.mark.parametrize("where", ["jsonl", "parquet", "data set"])
+@pytest.mark.parametrize("column", ["messages", "talks"])
+@pytest.mark.parametrize("is_named", [False, True])
+def test_conversations_read_as_text_name_the_chat_source(tmp_path, where, column, is_named):
+    talk = CHAT if column == "messages" else [{"from": "human", "value": "Hello"}]
+    table = pyarrow.Table.from_pylist([{"number": 1, column: talk}])
+    kind = where
+    place: dict[str, Any] = {"files": f"{tmp_path}/a.*"}
+    if where == "jsonl":
+        (tmp_path / "a.jsonl").write_text(json.dumps(table.to_pylist()[0]) + "\n")
+    elif where == "parquet":
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    else:
+        datasets.Dataset(table).save_to_disk(tmp_path / "set")
+        kind, place = "hub", {"name": str(tmp_path / "set")}
+    if is_named:
+        place["text_field"] = column
+    config = DataConfig(source=kind, **place, token_store=str(tmp_path / "stores"))
+    advice = "type data=chat" if column == "messages" else "type data=chat data.messages_field=talks"
+    with pytest.raises(CorpusError) as caught:
+        open_counted(config, "a", print)
+    names(str(caught.value), repr(column), advice)
+    assert "data.text_field" not in str(caught.value)
+
+
 def test_bytes_have_no_template(tmp_path):
     with refused(CorpusError, "data=chat", "data.tokenizer=FOLDER_OR_HUB_NAME"):
         opened(tmp_path, None, {"messages": CHAT})
@@ -272,6 +314,11 @@ BAD = {
     ),
     "no content": ({"messages": [{"role": "user"}]}, ["content", "'messages'"]),
     "no column": ({"chat": CHAT}, ["'messages'", "data.messages_field", "'chat'", "prompt and completion"]),
+    "no list": (
+        {"input": "x", "output": "y"},
+        ["['input', 'output']", "jq -c '{prompt: .COLUMN, completion: .OTHER_COLUMN}' OLD > NEW"],
+    ),
+    "a list and a text": ({"text": "x", "chat": CHAT}, ["data.messages_field to one of ['chat']"]),
     "half": ({"prompt": "x", "completion": CHAT}, ["str", "'prompt'"]),
     "empty completion": ({"prompt": "x", "completion": ""}, ["empty completion"]),
     "broken tools": ({"messages": CHAT, "tools": "{"}, ["'tools'"]),
@@ -289,5 +336,9 @@ def test_a_bad_conversation_is_named_or_skipped(tiny_llama, tmp_path, case):
         opened(tmp_path, folder, {"messages": CHAT}, row)
     names(str(caught.value), "chat.jsonl, row 2", "data.bad_rows=skip", *parts)
     assert "\n" not in str(caught.value)
+    with pytest.raises(CorpusError) as caught:
+        opened(tmp_path, folder, row, bad_rows="skip")
+    names(str(caught.value), "0 tokens", "chat.jsonl, row 1", *(part for part in parts if "skip" not in part))
+    assert "data.bad_rows" not in str(caught.value)  # who typed it knows it
     counts = opened(tmp_path, folder, {"messages": CHAT}, row, bad_rows="skip").counts
     assert (counts.num_documents, counts.num_skipped) == (1, 1)
