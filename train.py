@@ -270,10 +270,10 @@ def _run_as_one_rank(arguments: list[str]) -> int:
     except Exception as error:
         if (mistake := _mistake(error)) is None:
             raise
-        if os.environ["LOCAL_RANK"] == "0":
-            print(f"error: {mistake}", file=sys.stderr, flush=True)
-        else:
+        if os.environ["LOCAL_RANK"] != "0":
             time.sleep(REFUSED_S)
+        if os.environ["LOCAL_RANK"] == "0" or isinstance(error, OSError):  # a file may fail on this rank alone
+            print(f"error: {mistake}", file=sys.stderr, flush=True)
         return 1
     return 0
 

@@ -255,3 +255,15 @@ def test_explain_says_whose_memory_ranks_on_the_cpu_share(tmp_path, capsys):
 def test_explain_of_bench_attention_reads_no_data(tmp_path, tiny, capsys):
     train.execute(Config(data=tiny, launch=TWO_RANKS, explain=True, recipe="bench_attention"), [], tmp_path)
     assert "attention kernel" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("rank", "is_file", "is_told"), [("0", False, True), ("1", False, False), ("1", True, True)])
+def test_a_file_that_fails_on_one_rank_alone_is_told(monkeypatch, capsys, rank, is_file, is_told):
+    def fails(*_: object) -> None:
+        raise FileNotFoundError(2, "No such file", "the_file") if is_file else ConfigError("the_file")
+
+    monkeypatch.setattr(train, "execute", fails)
+    monkeypatch.setattr(train, "REFUSED_S", 0.0)
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    assert train._run_as_one_rank([]) == 1
+    assert ("error: " in capsys.readouterr().err) == is_told
