@@ -164,6 +164,8 @@ def execute(config: Config, overrides: list[str], run_dir: Path) -> float | None
             corpus = _corpus_to_explain(config)
             print("", *([corpus] if isinstance(corpus, str) else _packing(plan, corpus)), sep="\n", flush=True)
     documents = corpus.digests() if isinstance(corpus, Corpus) else None
+    if isinstance(corpus, str) and newest:
+        documents = newest[1].documents  # not opened to explain: only the run can compare them
     if config.recipe == "pretrain":
         loss = launcher.result_if_finished(config, num_ranks, run_dir, documents)
         if loss is not None:

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from conf.schema import (
 )
 from data.corpus import Corpus
 from data.source import CorpusError
+from recipes.checkpoint.manifest import read_manifest, write_manifest
 from tests.errors import names, refused, some_line_names
 from tests.unit.test_manifest import published, resolved
 
@@ -167,6 +169,19 @@ def test_explain_refuses_the_run_dir_of_another_run(tmp_path):
     config = Config(seed=1, launch=TWO_RANKS, explain=True)
     with refused(ConfigError, "seed was 0 and is 1", "hydra.run.dir"):
         train.execute(config, [], tmp_path)
+
+
+def test_explain_does_not_refuse_files_that_have_moved_where_it_opens_none(tmp_path):
+    """The run knows them by their documents. Here the tokenizer is on the hub."""
+    for name in ("old", "new"):
+        (tmp_path / name).write_text("text " * 1000)
+    run = DataConfig(source="text_files", files=str(tmp_path / "old"), tokenizer="OWNER/NAME")
+    folder = published(tmp_path, 5, config=resolved(Config(data=run)))
+    write_manifest(folder, replace(read_manifest(folder), documents={"text_files": "abc"}))
+    moved = replace(run, files=str(tmp_path / "new"))
+    train.execute(Config(data=moved, launch=TWO_RANKS, explain=True), [], tmp_path)
+    with refused(ConfigError, "seed was 0 and is 1"):
+        train.execute(Config(data=moved, seed=1, launch=TWO_RANKS, explain=True), [], tmp_path)
 
 
 def test_explain_refuses_to_measure_documents_that_a_run_trained_on(tmp_path, tiny_llama, monkeypatch):
