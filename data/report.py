@@ -10,7 +10,7 @@ import numpy as np
 
 from conf.schema import DataConfig
 from data.chat import ROLES
-from data.corpus import Corpus, num_labels
+from data.corpus import Corpus, num_labels, validation_name
 from data.documents import Documents
 from data.packing import window_packs
 
@@ -153,7 +153,7 @@ def roles_warnings(corpus: Corpus) -> list[str]:
     stores = {store.name: store for store in corpus.stores}
     for name, packs in corpus.validation().items():
         if packs[0].stores[0] is not stores[name]:
-            stores[f"{name}, validation"] = packs[0].stores[0]
+            stores[validation_name(name)] = packs[0].stores[0]
     return [warning for name, store in stores.items() if (warning := roles_warning(name, store.unknown_roles))]
 
 
