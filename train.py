@@ -164,6 +164,8 @@ def execute(config: Config, overrides: list[str], run_dir: Path) -> float | None
             corpus = _corpus_to_explain(config)
             print("", *([corpus] if isinstance(corpus, str) else _packing(plan, corpus)), sep="\n", flush=True)
     documents = corpus.digests() if isinstance(corpus, Corpus) else None
+    if isinstance(corpus, str) and newest:
+        documents = newest[1].documents  # not opened to explain: only the run can compare them
     if config.recipe == "pretrain":
         loss = launcher.result_if_finished(config, num_ranks, run_dir, documents)
         if loss is not None:
@@ -270,10 +272,10 @@ def _run_as_one_rank(arguments: list[str]) -> int:
     except Exception as error:
         if (mistake := _mistake(error)) is None:
             raise
-        if os.environ["LOCAL_RANK"] == "0":
-            print(f"error: {mistake}", file=sys.stderr, flush=True)
-        else:
+        if os.environ["LOCAL_RANK"] != "0":
             time.sleep(REFUSED_S)
+        if os.environ["LOCAL_RANK"] == "0" or isinstance(error, OSError):  # a file may fail on this rank alone
+            print(f"error: {mistake}", file=sys.stderr, flush=True)
         return 1
     return 0
 

@@ -104,7 +104,7 @@ class Pack:
 
 
 def validation_name(name: str) -> str:
-    """A source's documents to validate on, in `Corpus.digests`."""
+    """The name of a source's own documents to validate on."""
     return f"{name}, validation"
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from conf.schema import DataConfig
 from data.chat import ROLES
-from data.corpus import Corpus, num_labels
+from data.corpus import Corpus, num_labels, validation_name
 from data.documents import Documents
 from data.packing import window_packs
 
@@ -29,14 +29,18 @@ def packing_report(corpus: Corpus, sequences_per_step: int = 1) -> list[str]:
     documents = epoch.take(slice(num_packed))
     dropped = _dropped_lengths(corpus, config, num_packed / epoch.num_documents)
     num_tokens, length = int(documents.lengths.sum()), config.sequence_length
-    packs = list(window_packs(documents, config, corpus.key_of_packs(0)))
-    labels = [num_labels(pack, corpus.stores) for pack in packs]
-    is_kept = [not corpus.says_what_is_trained or num > 0 for num in labels]
-    kept = [sum(stop - start for _, start, stop, _ in pack) for pack in itertools.compress(packs, is_kept)]
+    num_kept = num_left_out = num_trained = num_read = 0
+    for pack in window_packs(documents, config, corpus.key_of_packs(0)):  # may be many millions
+        labels = num_labels(pack, corpus.stores) if corpus.says_what_is_trained else 1
+        if labels:
+            num_kept, num_trained = num_kept + 1, num_trained + labels
+            num_read += sum(stop - start for _, start, stop, _ in pack)
+        else:
+            num_left_out += 1
     tokens_in_epoch = int(epoch.lengths.sum())
     is_part = num_packed < epoch.num_documents
     about = "about " if is_part else ""
-    in_epoch = round(len(kept) * tokens_in_epoch / num_tokens) if is_part else len(kept)
+    in_epoch = round(num_kept * tokens_in_epoch / num_tokens) if is_part else num_kept
     settings = f"data.packing={config.packing}, data.long_documents={config.long_documents}"
     lines = [f"documents to train on, in sequences of {length:,} tokens ({settings})"]
     if is_part:
@@ -44,10 +48,10 @@ def packing_report(corpus: Corpus, sequences_per_step: int = 1) -> list[str]:
     return [
         *lines,
         *_table(_rows(documents, dropped, config)),
-        f"  padding {1 - sum(kept) / (len(kept) * length):.2%}",
+        f"  padding {1 - num_read / (num_kept * length):.2%}",
         f"  an epoch has {about}{in_epoch:,} sequences, {tokens_in_epoch:,} tokens, {epoch.num_documents:,} documents: "
         f"num_steps={math.ceil(in_epoch / sequences_per_step)}",
-        *_trained(corpus, sum(labels), num_tokens, len(packs) - len(kept)),
+        *_trained(corpus, num_trained, num_tokens, num_left_out),
         *_held_out(corpus),
         *(_table(_source_rows(corpus, epoch)) if len(corpus.names) > 1 else []),
         *_skipped(corpus),
@@ -149,7 +153,7 @@ def roles_warnings(corpus: Corpus) -> list[str]:
     stores = {store.name: store for store in corpus.stores}
     for name, packs in corpus.validation().items():
         if packs[0].stores[0] is not stores[name]:
-            stores[f"{name}, validation"] = packs[0].stores[0]
+            stores[validation_name(name)] = packs[0].stores[0]
     return [warning for name, store in stores.items() if (warning := roles_warning(name, store.unknown_roles))]
 
 

@@ -28,7 +28,7 @@ _CODECS = {".gz": "gzip", ".zst": "zstd"}
 _COMPRESSED = {*_CODECS, ".bz2", ".xz", ".lz4", ".zip"}
 _BATCH_ROWS = 1024  # of parquet
 _MAX_LISTED = 4  # files in a warning
-_SAVED_DATASET = "state.json"  # in a folder of Dataset.save_to_disk
+_SAVED_DATASET, _SAVED_SPLITS = "state.json", "dataset_dict.json"  # in folders of save_to_disk
 _HUB_NAME = re.compile(r"(\b[\w.-]+\b/)?\b[\w.-]+\b")  # others are refused without asking it
 _FIX = "correct the row, or leave out such rows with data.bad_rows=skip"
 _ONE_A_LINE = (
@@ -531,21 +531,46 @@ def _load_data_set(config: DataConfig, revision: str | None) -> Any:
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HTTPError
 
-    is_one = Path(config.name or "", _SAVED_DATASET).is_file()  # saved splits are folders of such, and load_dataset's
-    if is_one and (config.split != "train" or config.subset is not None):
-        wrong = f"split {config.split}" if config.subset is None else f"subset {config.subset}"
-        raise CorpusError(
-            f"data.name={config.name} has no {wrong}: save_to_disk has written it as one data set, so leave out "
-            "data.split, data.validation_split and data.subset, or save a DatasetDict"
-        )
+    saved = _saved_data_set(config)
     try:
-        if is_one:
-            return datasets.load_from_disk(config.name).to_iterable_dataset()  # whose skip also skips all
+        if saved is not None:  # whose skip also skips all; its rows may be of numpy or some columns
+            return datasets.load_from_disk(str(saved)).with_format(None).to_iterable_dataset()
         return datasets.load_dataset(
             config.name, config.subset, split=config.split, streaming=True, revision=revision or None
         )
     except (OSError, ValueError, HTTPError, DatasetsError) as error:
         raise _cannot_be_opened(config, error) from error
+    except IndexError as error:  # of load_from_disk
+        raise _cannot_be_opened(config, ValueError("it has no rows")) from error
+
+
+def _saved_data_set(config: DataConfig) -> Path | None:
+    """The folder in which save_to_disk has written the data set, or its split; None if it has not.
+
+    load_dataset would guess splits from names of folders, and read files that an earlier save_to_disk has left behind.
+
+    Raises:
+        CorpusError: if it has no such split or subset.
+    """
+    folder = Path(config.name or "")
+    splits = sorted(file.parent.name for file in folder.glob(f"*/{_SAVED_DATASET}")) if saves_splits(config) else []
+    if not splits and not (folder / _SAVED_DATASET).is_file():
+        return None
+    if config.subset is None and config.split in (splits or ["train"]):
+        return folder / config.split if splits else folder
+    wrong = f"split {config.split}" if config.subset is None else f"subset {config.subset}"
+    how, advice = (
+        "as one data set",
+        "leave out data.split, data.validation_split and data.subset, or save a DatasetDict",
+    )
+    if splits:
+        how, advice = f"with splits {', '.join(splits)}", "give these as data.split and data.validation_split alone"
+    raise CorpusError(f"data.name={config.name} has no {wrong}: save_to_disk has written it {how}, so {advice}")
+
+
+def saves_splits(config: DataConfig) -> bool:
+    """Whether DatasetDict.save_to_disk has written the data set."""
+    return config.name is not None and Path(config.name, _SAVED_SPLITS).is_file()
 
 
 def _cannot_be_opened(config: DataConfig, error: Exception) -> CorpusError:

@@ -48,6 +48,7 @@ from data.source import (
     is_offline,
     is_on_hub,
     open_source,
+    saves_splits,
 )
 from data.tokenizer import open_tokenizer, tokenizer_problem
 
@@ -295,6 +296,8 @@ def _key(source: Source, encoder: Any, cache: DigestCache, say: Say) -> str:
     }
     if config.source == "chat":
         settings["chat_format"] = CHAT_FORMAT
+    if saves_splits(config):
+        settings["reader"] = "load_from_disk"  # load_dataset, as before, mixed splits
     return digest_of([json.dumps(settings, sort_keys=True)])
 
 

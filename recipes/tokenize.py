@@ -16,6 +16,7 @@ from hydra.errors import CompactHydraException
 
 from conf.compose import as_hydra_types_it, describe_error, to_config
 from conf.schema import Config, ConfigError, source_configs
+from data.corpus import validation_name
 from data.report import roles_warning
 from data.store import OpenedStore, open_counted, validation_configs
 
@@ -31,7 +32,7 @@ def tokenize(config: Config) -> None:
         config.data.tokenizer = str(folder.resolve()) if folder.exists() else config.model.path
     sources = source_configs(config.data).items()
     validation = validation_configs(config.data).items()
-    for name, source in [*sources, *((f"{name}, validation", source) for name, source in validation)]:
+    for name, source in [*sources, *((validation_name(name), source) for name, source in validation)]:
         tokenizer = "tokens" if source.source == "megatron" else f"tokenizer {source.tokenizer or 'bytes'}"
         opened = open_counted(source, name, _say)
         print(f"{name}: {tokenizer}, {_summary(opened)}", flush=True)

@@ -86,14 +86,14 @@ def _where_they_are(
     here = {digests[name]: source for name, source in (source_configs(now) | own).items() if name in digests}
     entries = settings["sources"] if settings["source"] == "mixture" else {settings["source"]: settings}
     for name, entry in entries.items():
-        for field, its_name in (("files", name), ("validation_files", validation_name(name))):
-            source = here.get(documents.get(its_name, ""))
-            if source is None or source.source != entry["source"]:
-                continue
-            if entry.get(field) is not None:
-                entry[field] = source.files
-            elif field == "files" and entry.get("name"):
-                entry["name"] = source.name
+        source, validates = (here.get(documents.get(one, "")) for one in (name, validation_name(name)))
+        places: dict[str, Any] = {}
+        if source is not None and source.source == entry["source"]:
+            places = {field: getattr(source, field) for field in ("files", "name", "subset", "split")}
+        if validates is not None and validates.source == entry["source"]:
+            split = validates.split if validates.files is None else None
+            places |= {"validation_files": validates.files, "validation_split": split}
+        entry.update({field: at for field, at in places.items() if at != entry.get(field, getattr(DataConfig, field))})
     return settings
 
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from conf.schema import (
 )
 from data.corpus import Corpus
 from data.source import CorpusError
+from recipes.checkpoint.manifest import read_manifest, write_manifest
 from tests.errors import names, refused, some_line_names
 from tests.unit.test_manifest import published, resolved
 
@@ -169,6 +171,19 @@ def test_explain_refuses_the_run_dir_of_another_run(tmp_path):
         train.execute(config, [], tmp_path)
 
 
+def test_explain_does_not_refuse_files_that_have_moved_where_it_opens_none(tmp_path):
+    """The run knows them by their documents. Here the tokenizer is on the hub."""
+    for name in ("old", "new"):
+        (tmp_path / name).write_text("text " * 1000)
+    run = DataConfig(source="text_files", files=str(tmp_path / "old"), tokenizer="OWNER/NAME")
+    folder = published(tmp_path, 5, config=resolved(Config(data=run)))
+    write_manifest(folder, replace(read_manifest(folder), documents={"text_files": "abc"}))
+    moved = replace(run, files=str(tmp_path / "new"))
+    train.execute(Config(data=moved, launch=TWO_RANKS, explain=True), [], tmp_path)
+    with refused(ConfigError, "seed was 0 and is 1"):
+        train.execute(Config(data=moved, seed=1, launch=TWO_RANKS, explain=True), [], tmp_path)
+
+
 def test_explain_refuses_to_measure_documents_that_a_run_trained_on(tmp_path, tiny_llama, monkeypatch):
     monkeypatch.setattr("recipes.evaluation.held_out.check_held_out", held_out_of_another_run)
     (tmp_path / "a.txt").write_text("text " * 1000)
@@ -255,3 +270,15 @@ def test_explain_says_whose_memory_ranks_on_the_cpu_share(tmp_path, capsys):
 def test_explain_of_bench_attention_reads_no_data(tmp_path, tiny, capsys):
     train.execute(Config(data=tiny, launch=TWO_RANKS, explain=True, recipe="bench_attention"), [], tmp_path)
     assert "attention kernel" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("rank", "is_file", "is_told"), [("0", False, True), ("1", False, False), ("1", True, True)])
+def test_a_file_that_fails_on_one_rank_alone_is_told(monkeypatch, capsys, rank, is_file, is_told):
+    def fails(*_: object) -> None:
+        raise FileNotFoundError(2, "No such file", "the_file") if is_file else ConfigError("the_file")
+
+    monkeypatch.setattr(train, "execute", fails)
+    monkeypatch.setattr(train, "REFUSED_S", 0.0)
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    assert train._run_as_one_rank([]) == 1
+    assert ("error: " in capsys.readouterr().err) == is_told

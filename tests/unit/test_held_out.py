@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from conf.schema import Config, ConfigError, DataConfig, EvaluateConfig
@@ -168,6 +169,23 @@ def test_documents_of_the_run_are_known_wherever_their_files_are(
         evaluated(tmp_path, replace(moved, shuffle_seed=1))
     with refused(ConfigError, "trained", "data.validation_files=FILES"):
         evaluated(tmp_path, replace(moved, validation_files=moved.files))
+
+
+@pytest.mark.parametrize("is_saved", [False, True])
+def test_chats_of_the_run_are_known_in_files_and_in_a_data_set(
+    check: Check, run: DataConfig, tmp_path: Path, tiny_llama: Path, is_saved
+):
+    turns = [{"role": role, "content": "abc " * 40} for role in ("user", "assistant")]
+    rows = [{"messages": [*turns[:1], {**turns[1], "content": f"{number}"}]} for number in range(20)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    run = replace(run, source="chat", files=str(tmp_path / "a.jsonl"), tokenizer=str(tiny_llama))
+    now = replace(run, files=None, name=str(tmp_path / "saved"))
+    if is_saved:
+        run, now = now, run
+    assert check(run, now, knows_documents=True) == []
+    with refused(ConfigError, "data.shuffle_seed=1", "data.shuffle_seed=0"):
+        evaluated(tmp_path, replace(now, shuffle_seed=1))
 
 
 def test_documents_to_validate_on_are_known_wherever_their_files_are(check: Check, run: DataConfig, tmp_path: Path):

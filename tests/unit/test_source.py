@@ -76,6 +76,23 @@ def test_one_saved_data_set_has_no_splits_and_subsets(tmp_path, setting, value):
         texts(source="hub", name=name, **{setting: value})
 
 
+def test_saved_splits_are_those_of_the_last_save(tmp_path):
+    """load_dataset would take train_sft for a part of train, and read the files of both saves."""
+    name = str(tmp_path / "splits")
+    of_texts = datasets.Dataset.from_dict({"text": TEXTS})
+    datasets.DatasetDict({"train": of_texts}).save_to_disk(name, num_shards={"train": 2})
+    others = datasets.Dataset.from_dict({"text": ["other"]})
+    empty = others.select([])
+    splits: Any = {"train": of_texts.with_format("numpy", columns=[]), "train_sft": others, "test": empty}
+    datasets.DatasetDict(splits).save_to_disk(name)
+    assert texts(source="hub", name=name) == TEXTS
+    assert texts(source="hub", name=name, split="train_sft") == ["other"]
+    with refused(CorpusError, f"data.name={name}", "split validation", "test, train, train_sft", "data.split"):
+        texts(source="hub", name=name, split="validation")
+    with refused(CorpusError, f"data.name={name}", "no rows"):
+        texts(source="hub", name=name, split="test")
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "text_files", "hub", "saved"])
 def test_reading_goes_on_at_any_row(tmp_path, kind):
     for name in "ab":
