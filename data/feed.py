@@ -83,8 +83,10 @@ def packs_after(corpus: AnyCorpus, last_read: LastRead | None) -> Iterator[Pack]
     epoch, number, sha256 = last_read
     packs = corpus.training(Cursor(epoch, number))
     if next(packs).sha256() != sha256:
+        has_labels_only = isinstance(corpus, Corpus) and corpus.says_what_is_trained
+        also = " (older versions also trained on sequences in which nothing is trained)" if has_labels_only else ""
         raise CorpusError(
-            f"the corpus has changed since the checkpoint: sequence {number:,} of epoch {epoch} is another one; use "
-            "the same documents, or another hydra.run.dir"
+            f"the corpus has changed since the checkpoint: sequence {number:,} of epoch {epoch} is another one{also}; "
+            "use the same documents, or another hydra.run.dir"
         )
     return packs

@@ -138,7 +138,8 @@ def validation_configs(config: DataConfig) -> dict[str, DataConfig]:
     configs = {}
     for name, source in source_configs(config).items():
         if source.validation_files is not None:  # which stays set, for messages to name it
-            configs[name] = dataclasses.replace(source, files=source.validation_files)
+            no_set = {field: getattr(DataConfig, field) for field in ("name", "subset", "split")}
+            configs[name] = dataclasses.replace(source, files=source.validation_files, **no_set)
         elif source.validation_split is not None:
             configs[name] = dataclasses.replace(source, split=source.validation_split, validation_split=None)
     return configs

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conf.schema import DataConfig
-from data.corpus import IGNORED_LABEL, START, Corpus, Cursor, Pack
+from data.corpus import IGNORED_LABEL, START, Corpus, Cursor, LastRead, Pack
+from data.feed import packs_after
 from data.source import CorpusError
 from data.tokenizer import BYTES, SEPARATOR
 from tests.corpora import byte_corpus, store_of
@@ -247,7 +248,7 @@ def test_validation_documents_without_tokens_are_refused():
 
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_sequences_in_which_nothing_is_trained_are_left_out(packing: str):
-    """Of chats of a long prompt and a short answer, in three stages: one epoch, and from each pack on."""
+    """Of chats of a long prompt and a short answer: one epoch, and from each pack on."""
     chats, trained = np.split(np.arange(1, 241), 8), np.tile(np.arange(30) >= 27, 8)
     config = DataConfig(sequence_length=6, validation_sequences=1, packing=packing)
     corpus = Corpus(
@@ -261,6 +262,16 @@ def test_sequences_in_which_nothing_is_trained_are_left_out(packing: str):
         assert next(corpus.training(pack.position)) == pack
         following = next(corpus.training(pack.cursor))
         assert following.position.epoch == 1 if pack is packs[-1] else following == packs[number + 1]
+
+
+def test_a_checkpoint_whose_last_sequence_is_left_out_now_says_that_it_may_be():
+    chats = store_of(np.split(np.arange(1, 241), 8), "chats", np.tile(np.arange(30) >= 27, 8))
+    config = DataConfig(sequence_length=6, packing="none")
+    corpus = Corpus({"chats": chats}, config, None, {"chats": chats})
+    kept = {pack.position.pack for pack in itertools.islice(corpus.training(), 8)}
+    left_out = next(number for number in range(40) if number not in kept)
+    with refused(CorpusError, f"sequence {left_out} of epoch 0", "older versions", "nothing is trained"):
+        packs_after(corpus, LastRead(0, left_out, "0" * 64))
 
 
 def test_documents_of_which_nothing_is_trained_are_refused():

@@ -30,7 +30,7 @@ from data import encoders
 from data import store as store_module
 from data.digests import CHUNK_BYTES, DigestCache, chunk_digests, digest_of
 from data.source import CorpusError, Position
-from data.store import TokenStore, open_counted, open_store, open_stores, open_validation_stores
+from data.store import TokenStore, open_counted, open_store, open_stores, open_validation_stores, validation_configs
 from data.tokenizer import SEPARATOR
 from tests.errors import names, refused
 
@@ -450,3 +450,11 @@ def test_an_output_that_resumes_has_the_digest_of_one_that_did_not(tmp_path, mon
         assert two.digest() == digest_of(chunk_digests(tmp_path / "two", two.num_bytes))
         two.close()
     one.close()
+
+
+def test_validation_files_beside_a_data_set_are_opened_as_files(tmp_path):
+    rows = tmp_path / "valid.jsonl"
+    rows.write_text('{"text": "some text"}\n')
+    config = DataConfig(source="chat", name="OWNER/NAME", subset="main", split="test", validation_files=str(rows))
+    validates = validation_configs(config)["chat"]
+    assert (validates.files, validates.name, validates.subset, validates.split) == (str(rows), None, None, "train")
