@@ -14,7 +14,6 @@ import errno
 import fcntl
 import json
 import os
-import re
 import shutil
 import socket
 import time
@@ -59,7 +58,6 @@ STORE_FILE, PROGRESS_FILE = "store.json", "progress.json"
 _RECORD_S = 2.0  # a killed process loses so much work
 _FIRST_LINE_S, _LINE_S = 2.0, 5.0  # when a build says something
 _MAX_ROLES = 100  # that are counted: where each row has another, the record is written all the same every two seconds
-_SKIP_ADVICE = re.compile(r"(, or|:) (leave out [a-z ]+ with|add) data\.bad_rows=skip")  # of who has typed it
 _NUM_AHEAD = 2  # batches that are tokenized while one is written
 
 Say = Callable[[str], None]
@@ -422,7 +420,7 @@ class _Build:
 
     def _nothing_left(self) -> str:
         counts = self.counts
-        first = f"; the first: {_SKIP_ADVICE.sub('', counts.first_problem)}" if counts.first_problem else ""
+        first = f"; the first: {counts.first_problem}" if counts.first_problem else ""
         return (
             f"{self.source.description} has 0 tokens: {counts.num_skipped + counts.num_empty:,} rows, of which "
             f"{counts.num_empty:,} are empty and {counts.num_skipped:,} cannot be read{first}: give documents with text"

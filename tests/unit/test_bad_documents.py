@@ -196,31 +196,6 @@ def test_documents_without_tokens_are_counted_and_never_all(tmp_path):
     names(str(caught.value), f"data.files={path}", "0 tokens", "1 are empty", "a.jsonl, row 2", "int")
 
 
-UNREADABLE = {
-    "no object": ("jsonl", b"[1]\n"),
-    "no column": ("jsonl", b'{"body": "x"}\n'),
-    "a number": ("jsonl", b'{"text": 3, "body": "x"}\n'),
-    "several lines": ("jsonl", b"{\n"),
-    "an empty file": ("jsonl", b""),
-    "no rows": ("parquet", parquet_bytes(text=pyarrow.array([], "string"))),
-    "a cut file": ("parquet", parquet_bytes(text=["x"])[:-9]),
-    "not UTF-8": ("text_files", b"\xff"),
-}
-
-
-@pytest.mark.parametrize("case", UNREADABLE)
-def test_who_skips_bad_rows_is_not_told_to(tmp_path, case):
-    source, content = UNREADABLE[case]
-    path = tmp_path / "a.data"
-    path.write_bytes(content)
-    with refused(CorpusError, SKIP):
-        open_counted(config(path, source=source), source, print)
-    with pytest.raises(CorpusError) as caught:
-        open_counted(config(path, source=source, bad_rows="skip"), source, print)
-    names(str(caught.value), "0 tokens", "1 cannot be read", "a.data")
-    assert SKIP not in str(caught.value)
-
-
 @pytest.mark.parametrize(
     ("source", "ending", "content"),
     [
