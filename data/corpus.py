@@ -136,10 +136,10 @@ class Corpus:
         self.weights = tuple(weights[name] / total for name in stores)
         self.sources: list[EndlessSource] = []
         self._validation: dict[str, list[Pack]] = {}
-        self._validation_stores = validation_stores or {}
+        self.validation_stores = validation_stores or {}
         for number, (name, store) in enumerate(stores.items()):
             documents = usable_documents(store, number, config)
-            if own := self._validation_stores.get(name):
+            if own := self.validation_stores.get(name):
                 check_size(int(documents.lengths.sum()), config, name, 0)
                 self._validation[name] = validation_packs(usable_documents(own, 0, config), own, config, None)
             else:
@@ -182,7 +182,7 @@ class Corpus:
     def digests(self) -> dict[str, str] | None:
         """Of the documents of each source, and of those that it has to validate on. None if a store has no digest."""
         digests = {store.name: store.digest for store in self.stores}
-        digests |= {validation_name(name): store.digest for name, store in self._validation_stores.items()}
+        digests |= {validation_name(name): store.digest for name, store in self.validation_stores.items()}
         return digests if all(digests.values()) else None
 
     def validation(self) -> dict[str, list[Pack]]:

@@ -151,9 +151,7 @@ def held_out_warning(corpus: Corpus) -> str | None:
 def roles_warnings(corpus: Corpus) -> list[str]:
     """Of each source, and of its own documents for validation, if roles of its turns are unknown."""
     stores = {store.name: store for store in corpus.stores}
-    for name, packs in corpus.validation().items():
-        if packs[0].stores[0] is not stores[name]:
-            stores[validation_name(name)] = packs[0].stores[0]
+    stores |= {validation_name(name): store for name, store in corpus.validation_stores.items()}
     return [warning for name, store in stores.items() if (warning := roles_warning(name, store.unknown_roles))]
 
 
